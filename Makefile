@@ -1,0 +1,31 @@
+# Every target sets itself up. `check` edits nothing.
+VENV ?= venv
+export VENV
+BIN = $(VENV)/bin
+CODE = train.py debug_gpu.py configs utils scripts tests
+
+.PHONY: setup format check-format lint types test check check-all
+
+setup:
+	@bash setup.sh --dev
+
+format: setup
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+check-format: setup
+	$(BIN)/ruff format --check $(CODE)
+
+lint: setup
+	$(BIN)/ruff check $(CODE)
+
+types: setup
+	$(BIN)/mypy
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu and not gsutil and not browser"
+
+check: check-format lint types test
+
+check-all: check-format lint types
+	$(BIN)/python -m pytest

@@ -1,0 +1,123 @@
+"""Named model presets -> transformers config objects.
+
+A preset is a model type of transformers and the values that make its shape; everything else keeps
+that type's defaults. transformers is imported only when a config object is built.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """A model type and its shape.
+
+    Attributes:
+        model_type: `model_type` of the transformers config class.
+        values: Keyword arguments of that class.
+        parameters: Number of parameters with embeddings, for its own vocabulary.
+    """
+
+    model_type: str
+    values: Mapping[str, Any]
+    parameters: int
+
+
+PRESETS: dict[str, ModelPreset] = {
+    # Of the two layer counts that circulate for "1.2B" (24 and 16), 24 gives 1.21e9 parameters
+    # without embeddings.
+    "refocused-1.2b": ModelPreset(
+        "gpt_neox",
+        {
+            "vocab_size": 50257,
+            "hidden_size": 2048,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 2048,
+            "rotary_pct": 0.25,
+            "use_parallel_residual": True,
+            "tie_word_embeddings": False,
+        },
+        parameters=1_414_443_008,
+    ),
+    "neox-tiny": ModelPreset(
+        "gpt_neox",
+        {
+            "vocab_size": 4096,
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 1024,
+            "max_position_embeddings": 512,
+            "rotary_pct": 0.25,
+            "use_parallel_residual": True,
+            "tie_word_embeddings": False,
+        },
+        parameters=5_256_704,
+    ),
+}
+
+
+def get_preset(name: str) -> ModelPreset:
+    """Return the preset of a name.
+
+    Raises:
+        ConfigError: There is none; the message lists the known ones.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, PRESETS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"model {name!r} is no known preset ({', '.join(PRESETS)}).{hint}")
+
+
+def build_model_config(
+    name: str, overrides: Mapping[str, Any] | None = None, sequence_length: int | None = None
+) -> PretrainedConfig:
+    """Return the transformers config of a preset.
+
+    Args:
+        name: A key of `PRESETS`.
+        overrides: Values that replace the preset's.
+        sequence_length: Tokens in a sample; must fit the model's positions.
+
+    Raises:
+        ConfigError: An unknown preset or key, or values that do not fit each other.
+    """
+    preset = get_preset(name)
+    from transformers import AutoConfig
+
+    values = {**preset.values, **(overrides or {})}
+    known = AutoConfig.for_model(preset.model_type).to_dict().keys() | preset.values.keys()
+    for key in overrides or {}:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"model_overrides.{key} is no key of {preset.model_type}.{hint}")
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(preset.model_type, **values)
+        config.use_cache = True
+    except Exception as exc:  # strict dataclasses of transformers raise their own family
+        raise ConfigError(f"model_overrides do not fit {name}: {_first_line(exc)}") from exc
+    positions = getattr(config, "max_position_embeddings", None)
+    if sequence_length and positions and sequence_length > positions:
+        raise ConfigError(
+            f"sequence_length {sequence_length} is above the {positions} positions of {name}. "
+            f"Lower it, or set model_overrides.max_position_embeddings={sequence_length}."
+        )
+    return config
+
+
+def _first_line(exc: Exception) -> str:
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(exc).__name__

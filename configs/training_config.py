@@ -1,0 +1,445 @@
+"""The run configuration: JSON file and command line in, one validated dataclass out.
+
+Keys carry the names of `transformers.TrainingArguments` where it has one. `configs/NAME.json` hold
+values only; what they leave out has the default below. An unknown key is an error that suggests the
+nearest known one. No torch and no transformers here: `train.py --help` has to be quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Union
+
+from utils.errors import ConfigError
+
+PROJECT_DIRECTORY = Path(__file__).resolve().parents[1]
+CONFIG_DIRECTORY = PROJECT_DIRECTORY / "configs"
+PROJECT_PLACEHOLDER = "{project}"
+
+LR_SCHEDULER_TYPES = ("cosine", "linear", "constant")
+SAVE_FORMATS = ("safetensors", "bin")
+UPLOAD_TRANSPORTS = ("auto", "directory", "gsutil", "python")
+REPORT_TARGETS = ("tensorboard", "wandb")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+RENAMED_KEYS = {
+    "max_train_files": "max_files",
+    "batch_size": "per_device_train_batch_size",
+    "gradient_clipping": "max_grad_norm",
+    "lr": "learning_rate",
+    "num_layers": "model_overrides.num_hidden_layers",
+}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that decides what a run does.
+
+    Raises:
+        ConfigError: A value is out of its range, or two values contradict each other.
+    """
+
+    model: str = "refocused-1.2b"
+    """Name of a preset in `configs/model_config.py`."""
+
+    model_overrides: dict[str, Any] = field(default_factory=dict)
+    """Values that replace the preset's, by their name in the transformers config class."""
+
+    data_uri: str = ""
+    """Bucket of the NPZ shards: `gs://bucket/prefix` or a directory."""
+
+    checkpoint_uri: str = ""
+    """Bucket that archives go to, below `Checkpoints/`. Empty: nothing is uploaded."""
+
+    output_dir: str = "checkpoints"
+    """Directory of the checkpoints, relative to the current directory."""
+
+    logging_dir: str = "logs"
+    """Directory of metrics, log and TensorBoard events, relative to the current directory."""
+
+    cache_dir: str = "cache"
+    """Directory of downloaded shards, relative to the current directory."""
+
+    run_name: str = ""
+    """A folder added to each of the three directories and to the bucket prefix."""
+
+    max_files: int | None = None
+    """How many training shards to use, in the order of their names. null or -1: all."""
+
+    sequence_length: int = 2048
+    """Tokens in a sample."""
+
+    global_batch_size: int | None = None
+    """Samples in a step over all ranks. null: micro-batch x accumulation x ranks."""
+
+    per_device_train_batch_size: int = 1
+    """Samples in one forward and backward of one rank (the micro-batch)."""
+
+    per_device_eval_batch_size: int | None = None
+    """Samples in one forward of an evaluation. null: as for training."""
+
+    gradient_accumulation_steps: int | None = None
+    """Micro-steps in a step. null: what `global_batch_size` needs, or 1."""
+
+    max_steps: int = 10000
+    """Length of the run and of its learning rate schedule, in optimizer updates."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+
+    lr_scheduler_type: str = "cosine"
+    """cosine, linear or constant, each after the warm-up."""
+
+    min_lr_rate: float = 0.1
+    """Learning rate at the last step, as a share of the peak (cosine and linear)."""
+
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises to its peak."""
+
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; biases and norms have none."""
+
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+
+    adam_beta2: float = 0.95
+    """Decay of AdamW's second moment."""
+
+    adam_epsilon: float = 1e-8
+    """Added to AdamW's denominator."""
+
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm. 0: never."""
+
+    save_steps: int = 500
+    """A checkpoint every so many steps, and one at the end."""
+
+    logging_steps: int = 100
+    """Metrics every so many steps; their loss is the mean since the ones before."""
+
+    eval_steps: int | None = None
+    """An evaluation every so many steps, besides the one at each save. null: only there."""
+
+    max_eval_samples: int | None = None
+    """Validation samples used, from the first. null: all."""
+
+    seed: int = 42
+    """Seed of the weights, of dropout and of the sample order."""
+
+    shuffle_window_shards: int = 8
+    """Samples are shuffled within this many neighbouring shards of the epoch's shard order."""
+
+    bf16: bool | None = None
+    """bfloat16 mixed precision. null: on a GPU that has it."""
+
+    fp16: bool | None = None
+    """float16 mixed precision with a loss scaler. null: on a GPU without bfloat16."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    torch_compile: bool = False
+    """Compile the model with torch.compile."""
+
+    full_determinism: bool = False
+    """Deterministic kernels on GPUs too, at some cost in speed."""
+
+    use_cpu: bool = False
+    """Train on the CPU even where there is a GPU."""
+
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept on this machine; the best is kept besides."""
+
+    max_unverified: int = 3
+    """Checkpoints kept while the bucket cannot be reached, before the oldest is given up."""
+
+    save_format: str = "safetensors"
+    """safetensors (model.safetensors) or bin (pytorch_model.bin)."""
+
+    upload_transport: str = "auto"
+    """How archives travel: auto, directory, gsutil or python."""
+
+    upload_deadline_seconds: float = 600.0
+    """How long the end of a start waits for uploads."""
+
+    gcs_user_project: str = ""
+    """Project that pays for requests to requester-pays buckets."""
+
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where curves go besides metrics.jsonl: tensorboard, wandb."""
+
+    log_level: str = "info"
+    """debug, info, warning or error."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "per_device_train_batch_size", "save_steps", "logging_steps"):
+            self._require_at_least(key, 1)
+        for key in ("keep_checkpoints", "max_unverified", "shuffle_window_shards"):
+            self._require_at_least(key, 1)
+        for key in (
+            "global_batch_size",
+            "gradient_accumulation_steps",
+            "per_device_eval_batch_size",
+            "eval_steps",
+            "max_eval_samples",
+        ):
+            if getattr(self, key) is not None:
+                self._require_at_least(key, 1)
+        self._require_at_least("sequence_length", 2)
+        for key in ("warmup_steps", "weight_decay", "max_grad_norm", "upload_deadline_seconds"):
+            self._require_at_least(key, 0)
+        self._require_at_least("seed", 0)
+        for key in ("min_lr_rate", "adam_beta1", "adam_beta2"):
+            self._require_between(key, 0.0, 1.0)
+        for key in ("learning_rate", "adam_epsilon"):
+            value = getattr(self, key)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{key} must be above 0, got {value}.")
+        self._check_choices()
+        self._check_combinations()
+
+    def _check_choices(self) -> None:
+        self._require_one_of("lr_scheduler_type", LR_SCHEDULER_TYPES)
+        self._require_one_of("save_format", SAVE_FORMATS)
+        self._require_one_of("upload_transport", UPLOAD_TRANSPORTS)
+        self._require_one_of("log_level", LOG_LEVELS)
+        for target in self.report_to:
+            if target not in REPORT_TARGETS:
+                raise ConfigError(
+                    f"report_to must hold only {', '.join(REPORT_TARGETS)}; got {target!r}."
+                )
+
+    def _check_combinations(self) -> None:
+        if self.max_files is not None and self.max_files != -1 and self.max_files < 1:
+            raise ConfigError(
+                f"max_files must be at least 1, or null or -1 for all; got {self.max_files}."
+            )
+        if self.bf16 and self.fp16:
+            raise ConfigError("bf16 and fp16 are both true: choose one.")
+        if self.global_batch_size and self.gradient_accumulation_steps:
+            micro = self.per_device_train_batch_size * self.gradient_accumulation_steps
+            if self.global_batch_size % micro:
+                raise ConfigError(
+                    f"global_batch_size {self.global_batch_size} is no multiple of "
+                    f"per_device_train_batch_size x gradient_accumulation_steps = {micro}. "
+                    "Leave gradient_accumulation_steps out to have it computed."
+                )
+
+    def _require_at_least(self, key: str, limit: float) -> None:
+        value = getattr(self, key)
+        if not (value >= limit and math.isfinite(value)):
+            raise ConfigError(f"{key} must be at least {limit}, got {value}.")
+
+    def _require_between(self, key: str, low: float, high: float) -> None:
+        value = getattr(self, key)
+        if not low <= value <= high:
+            raise ConfigError(f"{key} must be between {low} and {high}, got {value}.")
+
+    def _require_one_of(self, key: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, key)
+        if value not in choices:
+            raise ConfigError(f"{key} must be one of {', '.join(choices)}; got {value!r}.")
+
+    @property
+    def file_limit(self) -> int | None:
+        """Number of training shards to use, None for all."""
+        return None if self.max_files in (None, -1) else self.max_files
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Samples in one forward of an evaluation on one rank."""
+        return self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    def resolve_batch(self, world_size: int) -> tuple[int, int]:
+        """Return (samples in a step, micro-steps in a step) for a number of ranks.
+
+        Raises:
+            ConfigError: `global_batch_size` cannot be divided evenly.
+        """
+        micro = self.per_device_train_batch_size * world_size
+        if self.global_batch_size is None:
+            accumulation = self.gradient_accumulation_steps or 1
+            return micro * accumulation, accumulation
+        accumulation, rest = divmod(self.global_batch_size, micro)
+        if rest or accumulation < 1:
+            raise ConfigError(
+                f"global_batch_size {self.global_batch_size} is no multiple of "
+                f"per_device_train_batch_size {self.per_device_train_batch_size} x "
+                f"{world_size} ranks. Change one of them."
+            )
+        if self.gradient_accumulation_steps not in (None, accumulation):
+            raise ConfigError(
+                f"global_batch_size {self.global_batch_size} with {world_size} ranks needs "
+                f"gradient_accumulation_steps {accumulation}, not "
+                f"{self.gradient_accumulation_steps}. Leave it out to have it computed."
+            )
+        return self.global_batch_size, accumulation
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the configuration as plain JSON values."""
+        return asdict(self)
+
+
+def find_config_file(name: str) -> Path:
+    """Return the file behind `--config`: `configs/NAME.json`, or a path that ends in .json.
+
+    Raises:
+        ConfigError: There is no such file; the message lists what there is.
+    """
+    path = Path(name) if name.endswith(".json") else CONFIG_DIRECTORY / f"{name}.json"
+    if path.is_file():
+        return path
+    known = sorted(file.stem for file in CONFIG_DIRECTORY.glob("*.json"))
+    raise ConfigError(
+        f"--config {name}: {path} does not exist. Known names: {', '.join(known)}; "
+        "or give a path that ends in .json."
+    )
+
+
+def get_training_config(
+    name: str = "test", overrides: Mapping[str, Any] | None = None
+) -> TrainingConfig:
+    """Return the configuration of a name or a JSON file.
+
+    Args:
+        name: `test`, `production`, any NAME of `configs/NAME.json`, or a path to a .json file.
+        overrides: Key -> value, applied after the file; `model_overrides.KEY` sets one of its keys.
+
+    Raises:
+        ConfigError: A file, key or value is wrong; the message says where.
+    """
+    path = find_config_file(name)
+    values = _read_config_file(path)
+    source = _display_path(path)
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for key, value in values.items():
+        _apply(merged, sources, key, value, source)
+    for key, value in (overrides or {}).items():
+        _apply(merged, sources, key, value, "command line")
+    try:
+        return TrainingConfig(**{key: _expand(value) for key, value in merged.items()})
+    except ConfigError as exc:
+        key = str(exc).split(" ", 1)[0]
+        raise ConfigError(f"{sources.get(key, source)}: {exc}") from exc
+
+
+def config_from_json(values: Mapping[str, Any]) -> TrainingConfig:
+    """Return the configuration that `TrainingConfig.to_json` wrote; unknown keys are dropped.
+
+    A checkpoint of a newer or older version may have other keys than this one.
+    """
+    known = {item.name for item in fields(TrainingConfig)}
+    return TrainingConfig(**{key: value for key, value in values.items() if key in known})
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Return (key, value) of a `key=value` from the command line; the value is read as JSON.
+
+    What is not JSON is taken as a string.
+
+    Raises:
+        ConfigError: There is no `=`.
+    """
+    key, separator, raw = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {text}: use key=value.")
+    try:
+        value = json.loads(raw)
+    except ValueError:
+        value = raw
+    return key.strip(), value
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{_display_path(path)}: cannot be read: {exc}.") from exc
+    except ValueError as exc:
+        raise ConfigError(f"{_display_path(path)}: not valid JSON: {exc}.") from exc
+    if not isinstance(values, dict):
+        raise ConfigError(f"{_display_path(path)}: must hold one JSON object.")
+    return values
+
+
+def _display_path(path: Path) -> str:
+    if path.is_absolute() and path.is_relative_to(PROJECT_DIRECTORY):
+        return str(path.relative_to(PROJECT_DIRECTORY))
+    return str(path)
+
+
+def _apply(
+    merged: dict[str, Any], sources: dict[str, str], key: str, value: Any, source: str
+) -> None:
+    sources[key] = source
+    parent, _, child = key.partition(".")
+    if child and parent == "model_overrides":
+        merged[parent] = {**merged.get(parent, {}), child: value}
+        return
+    known = {item.name: item for item in fields(TrainingConfig)}
+    if key not in known:
+        raise ConfigError(f"{source}: unknown key {key!r}.{_suggest(key, list(known))}")
+    merged[key] = _checked_type(source, key, value)
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    real = RENAMED_KEYS.get(key) or (near[0] if near else None)
+    return f" Did you mean {real}?" if real else " Known keys: see the table in README.md."
+
+
+def _checked_type(source: str, key: str, value: Any) -> Any:
+    expected = typing.get_type_hints(TrainingConfig)[key]
+    is_union = typing.get_origin(expected) in (Union, types.UnionType)
+    for option in typing.get_args(expected) if is_union else (expected,):
+        accepted, converted = _convert(option, value)
+        if accepted:
+            return converted
+    raise ConfigError(
+        f"{source}: {key} must be {_describe(expected)}, got {json.dumps(value, default=str)}."
+    )
+
+
+def _convert(option: Any, value: Any) -> tuple[bool, Any]:
+    if option is float and isinstance(value, int) and not isinstance(value, bool):
+        return True, float(value)
+    if option is int and isinstance(value, bool):
+        return False, value
+    origin = typing.get_origin(option)
+    if origin is list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value), value
+    if origin is dict:
+        return isinstance(value, dict), value
+    return isinstance(value, option), value
+
+
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    type(None): "null",
+}
+
+
+def _describe(expected: Any) -> str:
+    origin = typing.get_origin(expected)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(expected))
+    if origin is list:
+        return "a list of strings"
+    return "an object" if origin is dict else _TYPE_NAMES[expected]
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace(PROJECT_PLACEHOLDER, str(PROJECT_DIRECTORY))
+    return value

@@ -1,0 +1,154 @@
+"""Requests and answers, apart from the connection they travel on.
+
+A request body is a stream; an answer's body is bytes or a slice of an open file. Both pass the
+gate of the request's faults.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from email.message import Message
+from typing import Any, BinaryIO
+from urllib.parse import parse_qsl
+
+from .blobs import BLOCK_BYTES
+from .errors import ApiError, ConnectionCut
+from .faults import Gate
+
+
+class RequestBody:
+    """A body of known length that is read once, from the front."""
+
+    def __init__(self, raw: Any, length: int) -> None:
+        """`raw` is a buffered reader (of a socket, or over bytes)."""
+        self._raw = raw
+        self._unread = length
+        self._ahead = b""
+        self.length = length
+        self.bytes_read = 0
+        self.gate: Gate | None = None
+
+    def peek(self, size: int) -> bytes:
+        """The next bytes, at most `size`, without consuming them or passing the gate."""
+        while len(self._ahead) < size and self._unread:
+            self._ahead += self._receive(size - len(self._ahead))
+        return self._ahead[:size]
+
+    def read(self, size: int = BLOCK_BYTES) -> bytes:
+        """Some bytes, at most `size`; empty at the end only.
+
+        Raises:
+            ConnectionCut: The client went away, or a fault says so.
+        """
+        if self.gate is not None:
+            size = self.gate.allowance(size)
+        if self._ahead:
+            data, self._ahead = self._ahead[:size], self._ahead[size:]
+        elif self._unread:
+            data = self._receive(size)
+        else:
+            return b""
+        return data if self.gate is None else self.gate.passed(data)
+
+    def read_all(self) -> bytes:
+        """The rest, in memory."""
+        return b"".join(iter(self.read, b""))
+
+    def drain(self) -> None:
+        """Throw away the rest, past all faults, so that the connection can be used again."""
+        self.gate = None
+        while self.read():
+            pass
+
+    def _receive(self, size: int) -> bytes:
+        try:
+            data: bytes = self._raw.read1(min(size, self._unread))
+        except OSError as exc:
+            raise ConnectionCut(f"the client went away: {exc}") from exc
+        if not data:
+            raise ConnectionCut("the client closed the connection within a body")
+        self._unread -= len(data)
+        self.bytes_read += len(data)
+        return data
+
+
+@dataclass
+class Request:
+    """One HTTP request. `path` is still percent-encoded, so that a slash in a name differs."""
+
+    method: str
+    path: str
+    raw_query: str
+    query: Mapping[str, str]
+    """The last value of each parameter."""
+    headers: Message
+    body: RequestBody
+    base_url: str
+    """Scheme and host as the client sees them, for the links in answers."""
+
+    def json(self) -> dict[str, Any]:
+        """The body as a JSON object; an empty body is an empty object."""
+        try:
+            value = json.loads(self.body.read_all() or b"{}")
+        except ValueError as exc:
+            raise ApiError(400, f"Parse error: {exc}") from exc
+        if not isinstance(value, dict):
+            raise ApiError(400, "The body is not a JSON object.")
+        return value
+
+    def generation(self) -> int | None:
+        """The generation that is asked for, if one is."""
+        value = self.query.get("generation")
+        if value is not None and not value.isdigit():
+            raise ApiError(400, f"Invalid generation: {value!r}")
+        return None if value is None else int(value)
+
+
+def build_request(
+    method: str, target: str, headers: Message, body: RequestBody, base_url: str
+) -> Request:
+    """A request from its line, headers and body.
+
+    `target` is the path with the query; batches have whole URLs there.
+    """
+    path, _, raw_query = re.sub(r"^https?://[^/]*", "", target).partition("?")
+    query = dict(parse_qsl(raw_query, keep_blank_values=True))
+    return Request(method, path, raw_query, query, headers, body, base_url)
+
+
+@dataclass
+class FileSlice:
+    """A part of an open file; whoever sends or drops it closes the file."""
+
+    file: BinaryIO
+    start: int
+    length: int
+
+
+@dataclass
+class Response:
+    """One answer; `committed` says that the request changed an object."""
+
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | FileSlice = b""
+    committed: bool = False
+
+    @property
+    def length(self) -> int:
+        """Bytes of the body."""
+        return len(self.body) if isinstance(self.body, bytes) else self.body.length
+
+    def close(self) -> None:
+        """Close the file behind the body."""
+        if isinstance(self.body, FileSlice):
+            self.body.file.close()
+
+
+def json_response(resource: object, status: int = 200, *, committed: bool = False) -> Response:
+    """An answer with a JSON body."""
+    headers = {"Content-Type": "application/json; charset=UTF-8"}
+    return Response(status, headers, json.dumps(resource).encode(), committed)

@@ -1,0 +1,145 @@
+"""From a request to its answer: route, permission, faults, operation, record.
+
+Two steps, because the faults of a request must be known before its body is read:
+`begin` finds out what is asked for, `answer` does it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .context import Call, State
+from .errors import ApiError, ConnectionCut
+from .faults import Fault, FaultPlan, Gate, RequestFaults, Target
+from .messages import Request, Response
+from .request_log import RequestLog, RequestRecord
+from .routes import Match, find_route
+from .uploads import peek_name
+
+
+@dataclass
+class Exchange:
+    """A request that is being served."""
+
+    request: Request
+    match: Match | None
+    """None when there is no such operation."""
+    faults: RequestFaults
+    record: RequestRecord
+    refusal: ApiError | None = None
+    """Why it cannot be served, when that was found while beginning."""
+
+    @property
+    def is_xml(self) -> bool:
+        """Whether errors are to be told in XML."""
+        return self.match is not None and self.match.route.operation.startswith("upload.xml")
+
+
+class Service:
+    """The fake service, without any connection."""
+
+    def __init__(self, state: State) -> None:
+        """Serve a state, with no faults and an empty log."""
+        self.state = state
+        self.faults = FaultPlan()
+        self.log = RequestLog()
+        self.failures: list[BaseException] = []
+        """Errors of the service's own making, which should fail the test."""
+
+    def begin(self, request: Request) -> Exchange:
+        """Find out what is asked for, and which faults may hit it."""
+        match, refusal, name = None, None, ""
+        try:
+            match = find_route(request)
+            name = match.name or request.query.get("name", "")
+            if not name and match.route.operation in ("upload.multipart", "upload.start"):
+                name = peek_name(request)
+        except ApiError as error:
+            refusal = error
+        operation = match.route.operation if match else "unknown"
+        bucket = match.bucket if match else ""
+        faults = self.faults.begin(Target(operation, request.method, bucket, name))
+        path = request.path + ("?" + request.raw_query if request.raw_query else "")
+        record = RequestRecord(
+            request.method, path, operation, bucket, name, dict(request.headers.items())
+        )
+        record.faults = faults.fired
+        self.log.add(record)
+        if request.body.length:
+            request.body.gate = Gate(faults)
+        return Exchange(request, match, faults, record, refusal)
+
+    def answer(self, exchange: Exchange) -> Response:
+        """Do what is asked.
+
+        Raises:
+            ConnectionCut: No answer is to be given.
+        """
+        response = self._operate(exchange)
+        exchange.request.body.drain()
+        if response.committed and exchange.faults.claim("lost_answer"):
+            response.close()
+            raise ConnectionCut("the answer is lost")
+        return response
+
+    def answer_embedded(self, request: Request) -> Response:
+        """Answer a part of a batch."""
+        exchange = self.begin(request)
+        try:
+            response = self.answer(exchange)
+            exchange.record.status = response.status
+            return response
+        finally:
+            self.log.finish(exchange.record)
+
+    def _operate(self, exchange: Exchange) -> Response:
+        fault = exchange.faults.claim("status")
+        if fault is not None:
+            return _scripted_response(fault, exchange)
+        try:
+            if exchange.match is None or exchange.refusal is not None:
+                raise exchange.refusal or ApiError(501, "no route")
+            return self._call(exchange.match, exchange)
+        except ApiError as error:
+            return error_response(error, exchange)
+
+    def _call(self, match: Match, exchange: Exchange) -> Response:
+        request = exchange.request
+        if match.bucket:
+            bucket = self.state.store.bucket(match.bucket)
+            payer = request.query.get("userProject") or request.headers.get("x-goog-user-project")
+            if bucket.requester_pays and not payer:
+                message = "Bucket is a requester pays bucket but no user project provided."
+                raise ApiError(400, message, "UserProjectMissing")
+            bucket.require(match.route.permission)
+        if match.route.operation.startswith("upload.") and not exchange.record.name:
+            raise ApiError(400, "Required parameter: name")
+        call = Call(
+            self.state,
+            request,
+            match.bucket,
+            exchange.record.name,
+            match.source_bucket,
+            match.source_name,
+            self.answer_embedded,
+        )
+        return match.route.call(call)
+
+
+def error_response(error: ApiError, exchange: Exchange) -> Response:
+    """The answer to a request that fails, in the words of the API that was asked."""
+    if error.status == 304:
+        return Response(304)
+    if exchange.is_xml:
+        headers = {"Content-Type": "application/xml; charset=UTF-8"}
+        return Response(error.status, headers, error.xml_body())
+    headers = {"Content-Type": "application/json; charset=UTF-8"}
+    return Response(error.status, headers, error.json_body())
+
+
+def _scripted_response(fault: Fault, exchange: Exchange) -> Response:
+    error = ApiError(fault.status, f"Scripted answer {fault.status}.")
+    response = error_response(error, exchange)
+    if fault.retry_after is not None:
+        response.headers["Retry-After"] = str(fault.retry_after)
+    return response

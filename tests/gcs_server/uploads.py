@@ -1,0 +1,234 @@
+"""Uploads of the JSON API: media, multipart and resumable.
+
+A resumable session keeps whole quanta of 256 KiB of what arrives, as the service does, so a
+connection that breaks leaves a position that the client must ask for. Whatever a client does
+to a session next cuts off a request that still hangs in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+from .blobs import Blob, BlobWriter
+from .context import Call
+from .errors import ApiError, ConnectionCut
+from .messages import Request, RequestBody, Response, json_response
+from .multipart import HEAD_LIMIT_BYTES, copy_media, parse_related_head
+from .preconditions import Preconditions
+from .resources import object_resource, writable_fields
+from .store import StoredObject
+
+QUANTUM_BYTES = 256 * 1024
+CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+|\*)|\*)/(\d+|\*)")
+
+
+def upload_media(call: Call) -> Response:
+    """The content is the body, the name is in the query."""
+    with call.state.store.new_writer() as writer:
+        while data := call.request.body.read():
+            writer.write(data)
+        blob = writer.finish()
+    media_type = call.request.headers.get("Content-Type")
+    return _commit(call, blob, {"contentType": media_type} if media_type else {})
+
+
+def upload_multipart(call: Call) -> Response:
+    """Metadata and content in one body."""
+    body, content_type = call.request.body, call.request.headers.get("Content-Type", "")
+    head = parse_related_head(body.peek(HEAD_LIMIT_BYTES), content_type)
+    metadata = dict(head.metadata)
+    if head.media_type:
+        metadata.setdefault("contentType", head.media_type)
+    with call.state.store.new_writer() as writer:
+        copy_media(body, head, writer.write)
+        blob = writer.finish()
+    return _commit(call, blob, metadata)
+
+
+def peek_name(request: Request) -> str:
+    """The object's name from the metadata in the body, which stays unread; may be empty."""
+    start = request.body.peek(HEAD_LIMIT_BYTES)
+    content_type = request.headers.get("Content-Type", "")
+    if content_type.startswith("multipart/"):
+        return str(parse_related_head(start, content_type).metadata.get("name", ""))
+    try:
+        metadata = json.loads(start or b"{}")
+    except ValueError:
+        return ""
+    return str(metadata.get("name", "")) if isinstance(metadata, dict) else ""
+
+
+@dataclass
+class UploadSession:
+    """A resumable upload. `turn` is the number of the request that may write to it."""
+
+    bucket: str
+    name: str
+    metadata: dict[str, Any]
+    preconditions: Preconditions
+    writer: BlobWriter
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    turn: int = 0
+    stored: StoredObject | None = None
+    """The object, once the upload is complete."""
+
+    def begin_turn(self) -> int:
+        """Take the session over from any request that still hangs in it."""
+        with self.lock:
+            self.turn += 1
+            return self.turn
+
+    def receive(self, body: RequestBody, turn: int, skip: int, *, last: bool) -> None:
+        """Append a body without its first `skip` bytes; the last one to its very end.
+
+        Raises:
+            ConnectionCut: The body broke off, or another request took the session over. The
+                whole quanta received so far are kept.
+        """
+        pending = b""
+        while data := body.read():
+            dropped = min(skip, len(data))
+            skip -= dropped
+            pending += data[dropped:]
+            whole = len(pending) - len(pending) % QUANTUM_BYTES
+            if whole:
+                self._write(pending[:whole], turn)
+                pending = pending[whole:]
+        if last:
+            self._write(pending, turn)
+
+    def _write(self, data: bytes, turn: int) -> None:
+        with self.lock:
+            if turn != self.turn:
+                raise ConnectionCut("another request took the upload over")
+            self.writer.write(data)
+
+
+def start_resumable(call: Call) -> Response:
+    """Open a session; preconditions are checked now and again at the end."""
+    request, store = call.request, call.state.store
+    metadata = request.json()
+    media_type = request.headers.get("X-Upload-Content-Type")
+    if media_type:
+        metadata.setdefault("contentType", media_type)
+    existing = store.find(call.bucket, call.name)
+    call.preconditions().check(existing.versions if existing else None)
+    session = UploadSession(
+        call.bucket, call.name, metadata, call.preconditions(), store.new_writer()
+    )
+    session_id = call.state.uploads.add(session)
+    location = (
+        f"{request.base_url}{request.path}?uploadType=resumable"
+        f"&name={quote(call.name, safe='')}&upload_id={session_id}"
+    )
+    headers = {"Location": location, "X-GUploader-UploadID": session_id}
+    return Response(200, headers)
+
+
+def query_resumable(call: Call) -> Response:
+    """Say how much of a session has arrived; complete it when all has (`bytes */N`)."""
+    session = call.state.uploads.get(call.request.query.get("upload_id", ""))
+    session.begin_turn()
+    total = call.request.headers["Content-Range"].rpartition("/")[2]
+    if session.stored is None and total == str(session.writer.size):
+        return _complete(call, session)
+    return _progress(call, session)
+
+
+def receive_chunk(call: Call) -> Response:
+    """Append a chunk, or all the content; complete the upload with its last byte."""
+    session = call.state.uploads.get(call.request.query.get("upload_id", ""))
+    turn = session.begin_turn()
+    if session.stored is not None:
+        return _progress(call, session)
+    first, total = _parse_chunk_range(call.request)
+    persisted = session.writer.size
+    if first > persisted:
+        message = (
+            "Invalid request. According to the Content-Range header, the upload offset is "
+            f"{first} byte(s), which exceeds already uploaded size of {persisted} byte(s)."
+        )
+        raise ApiError(400, message)
+    last = total is not None and first + call.request.body.length >= total
+    session.receive(call.request.body, turn, persisted - first, last=last)
+    return _complete(call, session) if last else _progress(call, session)
+
+
+def cancel_resumable(call: Call) -> Response:
+    """Drop a session; the service answers 499."""
+    session = call.state.uploads.remove(call.request.query.get("upload_id", ""))
+    session.begin_turn()
+    if session.stored is None:
+        session.writer.discard()
+    return Response(499)
+
+
+def _parse_chunk_range(request: Request) -> tuple[int, int | None]:
+    """The first byte's position and the total, None while the client does not know it."""
+    value = request.headers.get("Content-Range")
+    if value is None:
+        return 0, request.body.length
+    found = CONTENT_RANGE.fullmatch(value.strip())
+    if found is None or found.group(1) is None:
+        raise ApiError(400, f"Invalid Content-Range: {value!r}")
+    first, last, total = found.groups()
+    if total != "*":
+        return int(first), int(total)
+    # "bytes 0-*/*": the end of the body is the end of the content.
+    return int(first), int(first) + request.body.length if last == "*" else None
+
+
+def _progress(call: Call, session: UploadSession) -> Response:
+    if session.stored is not None:
+        return json_response(object_resource(session.stored, call.request.base_url))
+    headers = {}
+    if session.writer.size:
+        headers["Range"] = f"bytes=0-{session.writer.size - 1}"
+    return Response(308, headers)
+
+
+def _complete(call: Call, session: UploadSession) -> Response:
+    blob = session.writer.finish()
+    # A lost answer is not repeated work: the session keeps what it made.
+    response, session.stored = _store(call, blob, session.metadata, session.preconditions)
+    return response
+
+
+def _commit(call: Call, blob: Blob, metadata: Mapping[str, Any]) -> Response:
+    return _store(call, blob, metadata, call.preconditions())[0]
+
+
+def _store(
+    call: Call, blob: Blob, metadata: Mapping[str, Any], preconditions: Preconditions
+) -> tuple[Response, StoredObject]:
+    try:
+        _check_hashes(call.request, metadata, blob)
+    except ApiError:
+        blob.path.unlink()
+        raise
+    fields = writable_fields(metadata)
+    stored = call.state.store.commit(call.bucket, call.name, blob, fields, preconditions)
+    resource = object_resource(stored, call.request.base_url)
+    return json_response(resource, committed=True), stored
+
+
+def _check_hashes(request: Request, metadata: Mapping[str, Any], blob: Blob) -> None:
+    """Refuse content that is not what the client said it sends."""
+    wanted = {"crc32c": metadata.get("crc32c"), "md5": metadata.get("md5Hash")}
+    wanted |= parse_hash_header(request.headers.get("X-Goog-Hash", ""))
+    for kind, found in (("crc32c", blob.crc32c), ("md5", blob.md5)):
+        if wanted[kind] and found and wanted[kind] != found:
+            message = f"Provided {kind} hash {wanted[kind]!r} doesn't match calculated {found!r}."
+            raise ApiError(400, message, "BadDigest")
+
+
+def parse_hash_header(value: str) -> dict[str, str]:
+    """`X-Goog-Hash: crc32c=...,md5=...` as a dictionary."""
+    pairs = (part.strip().partition("=") for part in value.split(",") if "=" in part)
+    return {kind: digest for kind, _, digest in pairs}

@@ -1,0 +1,363 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer
+
+from utils import corpus
+from utils.corpus import CorpusOptions, Preparation, assign_splits, prepare_corpus
+from utils.errors import DataError, ExitCode, StorageError, UsageError
+from utils.storage import DirectoryBucket, ObjectInfo
+from utils.text_sources import FileSource
+
+VOCAB_SIZE = 400
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    generator = np.random.default_rng(7)
+    words = ["shard", "token", "bucket", "the", "of", "d\u00e9j\u00e0", "it's", "42", "{x}"]
+    return [
+        f"Document {n}:\n" + " ".join(generator.choice(words, generator.integers(1, 60)))
+        for n in range(200)
+    ]
+
+
+@pytest.fixture
+def source(tmp_path: Path, texts: list[str]) -> FileSource:
+    return make_source(tmp_path / "texts.jsonl", texts)
+
+
+def make_source(path: Path, texts: list[str]) -> FileSource:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return FileSource((path,))
+
+
+def prepare(
+    source: FileSource, output: Path | DirectoryBucket, overwrite: bool = False, **changes: object
+) -> Preparation:
+    options = CorpusOptions(**{"vocab_size": VOCAB_SIZE, "shard_tokens": 800, **changes})
+    bucket = DirectoryBucket(output) if isinstance(output, Path) else output
+    return prepare_corpus([source], bucket, options, overwrite)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def tokens_of(directory: Path, split: str) -> np.ndarray:
+    shards = []
+    for path in sorted(directory.glob(f"{split}_*.npz")):
+        with np.load(path, allow_pickle=False) as archive:
+            shards.append(archive["input_ids"])
+    return np.concatenate(shards) if shards else np.array([], np.uint16)
+
+
+def documents_of(directory: Path, split: str) -> list[str]:
+    """Decode the shards with nothing but the files in the directory."""
+    backend = Backend.from_file(str(directory / "tokenizer.json"))
+    index = json.loads((directory / "index.json").read_text())
+    tokens = tokens_of(directory, split)
+    ends = np.flatnonzero(tokens == index["eos_token_id"])
+    parts = np.split(tokens, ends + 1)
+    assert len(parts[-1]) == 0
+    return [backend.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts[:-1]]
+
+
+def test_every_document_is_in_exactly_one_shard(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    prepare(source, tmp_path / "out")
+    training = documents_of(tmp_path / "out", "train")
+    validation = documents_of(tmp_path / "out", "val")
+
+    assert len(validation) == len(texts) * 0.05
+    assert sorted(training + validation) == sorted(texts)
+    assert len(list((tmp_path / "out").glob("train_*.npz"))) > 5
+
+
+def test_same_input_gives_byte_identical_output(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    (tmp_path / "moved").mkdir()
+    prepare(source, tmp_path / "one")
+    prepare(make_source(tmp_path / "moved" / "texts.jsonl", texts), tmp_path / "two")
+
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_index_describes_the_files_and_the_training_tokens(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    index = prepare(source, tmp_path / "out").index
+    training, validation = (tokens_of(tmp_path / "out", split) for split in ("train", "val"))
+    _, counts = np.unique(training, return_counts=True)
+    shares = counts / len(training)
+    summary = index["summary"]
+
+    assert json.loads((tmp_path / "out" / "index.json").read_text()) == index
+    assert [shard["name"] for shard in index["shards"]] == sorted(
+        path.name for path in (tmp_path / "out").glob("*.npz")
+    )
+    assert {shard["dtype"] for shard in index["shards"]} == {"uint16"}
+    assert summary["documents"] == len(texts)
+    assert summary["bytes"] == sum(len(text.encode()) for text in texts)
+    assert summary["tokens"] == len(training) + len(validation)
+    assert summary["training_tokens"] == len(training)
+    assert summary["unigram_entropy_nats"] == pytest.approx(-(shares * np.log(shares)).sum())
+
+
+def test_auto_tokenizer_loads_from_the_output(source: FileSource, tmp_path: Path) -> None:
+    index = prepare(source, tmp_path / "out").index
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+
+    assert len(tokenizer) == index["vocab_size"] == VOCAB_SIZE
+    assert tokenizer.eos_token_id == index["eos_token_id"] == 0
+
+
+def test_output_that_is_already_whole_is_left_alone(source: FileSource, tmp_path: Path) -> None:
+    first = prepare(source, tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+    second = prepare(source, tmp_path / "out", overwrite=True)
+
+    assert (first.is_new, second.is_new) == (True, False)
+    assert second.index == first.index
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
+
+
+@pytest.mark.parametrize("name", ["train_00003.npz", "val_00000.npz", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_damaged_output_is_prepared_again(
+    source: FileSource, tmp_path: Path, name: str, damage: str
+) -> None:
+    prepare(source, tmp_path / "out")
+    whole = contents(tmp_path / "out")
+    path = tmp_path / "out" / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(bytes([whole[name][0] ^ 1]) + whole[name][1:])
+
+    assert prepare(source, tmp_path / "out").is_new
+    assert contents(tmp_path / "out") == whole
+
+
+class FailingBucket(DirectoryBucket):
+    """A bucket that is lost before the given shard, and remembers which it got."""
+
+    def __init__(self, root: Path, fails_at: str | None = None) -> None:
+        super().__init__(root)
+        self.fails_at = fails_at
+        self.got: list[str] = []
+
+    def put_file(self, name: str, path: Path) -> ObjectInfo:
+        if name == self.fails_at:
+            raise StorageError(f"{name}: connection lost.")
+        self.got.append(name)
+        return super().put_file(name, path)
+
+
+@pytest.mark.parametrize("fails_at", ["train_00000.npz", "train_00004.npz", "val_00000.npz"])
+def test_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
+    source: FileSource, tmp_path: Path, fails_at: str
+) -> None:
+    prepare(source, tmp_path / "straight")
+    with pytest.raises(StorageError, match="connection lost"):
+        prepare(source, FailingBucket(tmp_path / "out", fails_at))
+    done = sorted(path.name for path in (tmp_path / "out").glob("*.npz"))
+    assert not (tmp_path / "out" / "index.json").exists()
+
+    bucket = FailingBucket(tmp_path / "out")
+    prepare(source, bucket)
+
+    assert not set(done) & set(bucket.got)
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_interrupted_preparation_into_even_shards_ends_with_the_same_bytes(
+    source: FileSource, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "straight", shard_tokens=None)
+    with pytest.raises(StorageError, match="connection lost"):
+        prepare(source, FailingBucket(tmp_path / "out", "train_00003.npz"), shard_tokens=None)
+
+    prepare(source, tmp_path / "out", shard_tokens=None)
+
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    assert len(list((tmp_path / "out").glob("train_*.npz"))) == 5
+
+
+def test_finished_shard_that_was_lost_meanwhile_is_made_again(
+    source: FileSource, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "straight")
+    with pytest.raises(StorageError, match="connection lost"):
+        prepare(source, FailingBucket(tmp_path / "out", "train_00004.npz"))
+    (tmp_path / "out" / "train_00001.npz").unlink()
+
+    prepare(source, tmp_path / "out")
+
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"shard_tokens": 2_000}, {"vocab_size": 300}, {"validation_fraction": 0.1}]
+)
+def test_other_options_in_the_same_output_are_refused_unless_overwritten(
+    source: FileSource, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    prepare(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    prepare(source, tmp_path / "fresh", **changes)
+
+    with pytest.raises(UsageError, match="--overwrite"):
+        prepare(source, tmp_path / "out", **changes)
+    assert contents(tmp_path / "out") == before
+
+    prepare(source, tmp_path / "out", overwrite=True, **changes)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_overwriting_with_a_broken_source_leaves_the_old_data_whole(
+    source: FileSource, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    (tmp_path / "broken.jsonl").write_text("{\n")
+
+    with pytest.raises(DataError):
+        prepare(FileSource((tmp_path / "broken.jsonl",)), tmp_path / "out", overwrite=True)
+
+    assert contents(tmp_path / "out") == before
+
+
+def test_shards_of_others_are_never_touched(source: FileSource, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "fineweb_0001.npz").write_bytes(b"precious")
+
+    with pytest.raises(UsageError, match=r"fineweb_0001\.npz") as caught:
+        prepare(source, tmp_path / "out", overwrite=True)
+
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert contents(tmp_path / "out") == {"fineweb_0001.npz": b"precious"}
+
+
+def test_other_files_in_the_output_are_no_obstacle(source: FileSource, tmp_path: Path) -> None:
+    (tmp_path / "out" / "Checkpoints").mkdir(parents=True)
+    (tmp_path / "out" / "Checkpoints" / "a.npz").write_bytes(b"not a shard")
+    (tmp_path / "out" / "README.md").write_text("about this data")
+
+    assert prepare(source, tmp_path / "out").is_new
+
+
+def test_one_document_has_its_end_held_out(tmp_path: Path) -> None:
+    text = "".join(f"Line {n} of a book.\n" for n in range(500))
+    (tmp_path / "book.txt").write_text(text)
+    prepare(FileSource((tmp_path / "book.txt",)), tmp_path / "out")
+
+    (training,) = documents_of(tmp_path / "out", "train")
+    (validation,) = documents_of(tmp_path / "out", "val")
+
+    assert training + validation == text
+    assert training.endswith("\n")
+    assert len(validation) == pytest.approx(len(text) * 0.05, rel=0.05)
+
+
+def test_no_validation_fraction_gives_no_validation_shard(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    prepare(source, tmp_path / "out", validation_fraction=0)
+
+    assert documents_of(tmp_path / "out", "train") == texts
+    assert not list((tmp_path / "out").glob("val_*.npz"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    texts=st.lists(st.text(min_size=1), max_size=80),
+    fraction=st.floats(0, 0.999).filter(lambda value: value == 0 or value > 0.01),
+)
+def test_splitting_neither_loses_nor_repeats_text(texts: list[str], fraction: float) -> None:
+    documents = list(assign_splits(texts, fraction))
+    num_validation = sum(document.split == "val" for document in documents)
+
+    assert "".join(document.text for document in documents) == "".join(texts)
+    assert all(document.text for document in documents)
+    if fraction and len(texts) >= math.ceil(1 / fraction):
+        assert [document.text for document in documents] == texts
+        assert abs(num_validation - len(texts) * fraction) <= 1
+
+
+def test_repeats_and_empty_documents_are_left_out(tmp_path: Path, texts: list[str]) -> None:
+    source = make_source(tmp_path / "a.jsonl", [*texts, "", *texts[:50]])
+
+    index = prepare(source, tmp_path / "out", deduplicate=True).index
+
+    assert index["summary"]["documents"] == len(texts)
+    assert index["summary"]["documents_left_out"] == 51
+
+
+def test_progress_is_told_with_the_total_once_it_is_known(
+    source: FileSource, tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "REPORT_BYTES", 1_000)
+    seen: list[tuple[str, int, int | None]] = []
+    options = CorpusOptions(vocab_size=VOCAB_SIZE)
+
+    prepare_corpus(
+        [source], DirectoryBucket(tmp_path / "out"), options, on_progress=lambda *a: seen.append(a)
+    )
+
+    total = sum(len(text.encode()) for text in texts)
+    for stage, known in [("Training the tokenizer", None), ("Tokenizing", total)]:
+        told = [(done, of) for name, done, of in seen if name == stage]
+        assert len(told) > 5
+        assert told == sorted(told)
+        assert {of for _, of in told[:-1]} == {known}
+        assert told[-1] == (total, total)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": None},
+        {"tokenizer": "gpt2"},
+        {"vocab_size": 100},
+        {"shard_tokens": 0},
+        {"validation_fraction": 1.0},
+        {"validation_fraction": -0.1},
+        {"validation_fraction": math.nan},
+    ],
+)
+def test_options_that_cannot_be_are_refused_with_nothing_written(
+    source: FileSource, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    with pytest.raises(UsageError, match="--"):
+        prepare(source, tmp_path / "out", **changes)
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_without_text_are_an_error_with_nothing_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no text at all"):
+        prepare(make_source(tmp_path / "a.jsonl", ["", ""]), tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_error_in_a_source_is_reported_as_it_is_with_nothing_written(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "a.jsonl", ["fine"] * 30)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("{broken\n")
+
+    with pytest.raises(DataError, match=r"a\.jsonl:31: not JSON"):
+        prepare(source, tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()

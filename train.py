@@ -1,0 +1,155 @@
+"""Pre-train a causal language model from NPZ token shards in a bucket.
+
+    bucket -> shard index -> sample order -> batches -> train step -> checkpoint -> bucket
+
+This file is the run, top to bottom: build, loop, close. Each part has its room in utils/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from configs.training_config import TrainingConfig, get_training_config, parse_assignment
+from utils.console import configure_logging, run_command
+
+if TYPE_CHECKING:
+    from utils.training_run import TrainingRun
+
+# Training opens no connection but to its bucket.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+EPILOG = """exit codes:
+  0      done and all verified in the bucket (also after --stop-after and --dry-run)
+  1      unexpected error
+  2      wrong usage, configuration or data
+  3      preflight refused: the machine or the bucket cannot do this run
+  4      trained and saved, but not everything is verified in the bucket
+  75     stopped by a signal, state saved: start again with --resume latest
+  128+n  second signal n: left at once
+"""
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line of train.py."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Pre-train a causal language model from NPZ token shards in a bucket.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--config",
+        default="test",
+        metavar="{test,production,NAME,FILE.json}",
+        help="configs/NAME.json or a path that ends in .json (default: test)",
+    )
+    add("--max-steps", type=int, metavar="N", help="length of the run and of its schedule")
+    add("--stop-after", type=int, metavar="N", help="save and end this start after step N")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", metavar="WHICH", help="NAME, latest, best, a step or a path")
+    start.add_argument("--fresh", action="store_true", help="set an old run aside, begin anew")
+    add("--no-background-upload", action="store_true", help="upload while training waits")
+    add("--dry-run", action="store_true", help="show and check everything, train nothing")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set any configuration key; model_overrides.KEY for the model's",
+    )
+    add("--quiet", action="store_true", help="warnings and errors only")
+    add("--debug", action="store_true", help="debug log lines, and the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def load_config(args: argparse.Namespace) -> TrainingConfig:
+    """Return the configuration of a command line."""
+    overrides = dict(parse_assignment(text) for text in args.set)
+    if args.max_steps is not None:
+        overrides["max_steps"] = args.max_steps
+    if args.debug:
+        overrides["log_level"] = "debug"
+    return get_training_config(args.config, overrides)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Do what the command line asks for; return the exit code."""
+    config = load_config(args)
+    configure_logging(config.log_level, quiet=args.quiet)
+    # torch and transformers take seconds to load; a wrong argument should not wait for them.
+    from configs.model_config import build_model_config
+    from utils import checkpoint_utils, preflight, ranks, resume, tracking, training_run
+    from utils.layout import RunPaths
+    from utils.stopping import StopRequest
+    from utils.training_utils import build_accelerator, count_parameters, resolve_precision
+
+    paths = RunPaths.of(config)
+    if not args.dry_run:
+        resume.require_startable(paths, resume=args.resume, fresh=args.fresh)
+    precision = resolve_precision(config)
+    world_size = ranks.launched_world_size()
+    config.resolve_batch(world_size)
+    model_config = build_model_config(config.model, config.model_overrides, config.sequence_length)
+    counts = count_parameters(model_config)
+    with contextlib.ExitStack() as stack:
+        trackers = tracking.build_trackers(config, paths.metrics)
+        accelerator = build_accelerator(config, precision, trackers, paths.logs)
+        start, index, findings = ranks.compute_on_main(
+            lambda: preflight.check_start(
+                config, paths, model_config, counts, precision, args.resume, fresh=args.fresh
+            )
+        )
+        facts = preflight.describe_run(config, counts, index, accelerator, start.step)
+        if args.dry_run or index is None or any(f.status == "fail" for f in findings):
+            return preflight.report(config, facts, findings, dry_run=args.dry_run)
+
+        if accelerator.is_main_process:
+            stack.enter_context(checkpoint_utils.hold_output_directory(paths))
+            configure_logging(config.log_level, quiet=args.quiet, file=paths.train_log)
+            checkpoint_utils.remove_leftovers(paths.checkpoints)
+            resume.commit_start(start, paths)
+        else:
+            configure_logging("warning", quiet=True, main_process=False)
+        preflight.log_facts(facts, findings)
+        stop = stack.enter_context(StopRequest())
+        run = stack.enter_context(
+            training_run.TrainingRun(
+                config, paths, model_config, index, start, accelerator, stop,
+                background_upload=not args.no_background_upload,
+            )
+        )  # fmt: skip
+        return loop(run, config, args.stop_after)
+
+
+def loop(run: TrainingRun, config: TrainingConfig, stop_after: int | None) -> int:
+    """Train to the end, to `stop_after` or to a request to stop; return the exit code."""
+    last_step = min(config.max_steps, stop_after or config.max_steps)
+    for batches in run.batches(last_step):
+        step = run.train_step(batches)
+        stopping = run.stop.is_agreed()
+        if step % config.logging_steps == 0 or step == config.max_steps:
+            run.log_metrics()
+        saving = stopping or step % config.save_steps == 0 or step == last_step
+        if saving or (config.eval_steps and step % config.eval_steps == 0):
+            run.evaluate()
+        if saving:
+            run.save()
+        if stopping:
+            break
+    return run.finish()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line entry; return the exit code."""
+    return run_command(train, parse_arguments(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""What a person sees: log lines, the live line of a run, and how a command ends.
+
+A terminal gets colours and a live line, a pipe gets plain lines. Every command runs through
+`run_command`, so that an error for users is one message and an exit code, never a traceback
+(`--debug` shows it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.errors import ExitCode, PretrainError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+
+LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
+NOISY_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "google", "matplotlib")
+
+_shared_console: Console | None = None
+
+
+def get_console() -> Console:
+    """Return the console of this process on standard output."""
+    global _shared_console
+    if _shared_console is None:
+        from rich.console import Console
+
+        _shared_console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return _shared_console
+
+
+def configure_logging(
+    level: str = "info", *, quiet: bool = False, file: Path | None = None, main_process: bool = True
+) -> None:
+    """Send log records to standard output, and to `file` where one is given.
+
+    Args:
+        level: debug, info, warning or error.
+        quiet: Only warnings and errors on standard output; the file still gets everything.
+        file: Log file, appended to.
+        main_process: Other ranks show warnings and errors only and write no file.
+    """
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level.upper())
+    shown = logging.WARNING if quiet or not main_process else logging.NOTSET
+    root.addHandler(_terminal_handler(shown))
+    if file is not None and main_process:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file_handler = logging.FileHandler(file, encoding="utf-8")
+        file_handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        root.addHandler(file_handler)
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.captureWarnings(capture=True)
+
+
+def _terminal_handler(level: int) -> logging.Handler:
+    if sys.stdout.isatty():
+        from rich.logging import RichHandler
+
+        handler: logging.Handler = RichHandler(
+            level, console=get_console(), show_path=False, log_time_format="%H:%M:%S", markup=False
+        )
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setLevel(level)
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    return handler
+
+
+class LiveLine:
+    """One line at the bottom of a terminal that follows the run; nothing where there is none."""
+
+    def __init__(self, *, enabled: bool = True) -> None:
+        self._live: Live | None = None
+        if enabled and sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(console=get_console(), refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def show(self, text: str) -> None:
+        """Replace the line."""
+        if self._live is not None:
+            from rich.text import Text
+
+            self._live.update(Text(text, style="bold"))
+
+    def close(self) -> None:
+        """Remove the line."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def format_bytes(count: float | None) -> str:
+    """Return a size in binary units, `-` for None."""
+    if count is None:
+        return "-"
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as `1h02m`, `3m20s` or `4.2s`."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def run_command(
+    command: Callable[[argparse.Namespace], int | None], args: argparse.Namespace
+) -> int:
+    """Run a command and return its exit code; errors become one message on standard error."""
+    debug = bool(getattr(args, "debug", False))
+    try:
+        return int(command(args) or ExitCode.DONE)
+    except PretrainError as exc:
+        _report(f"Error: {exc}", debug)
+        return int(exc.exit_code)
+    except KeyboardInterrupt:
+        _report("Interrupted.", debug)
+        return ExitCode.SIGNAL_BASE + 2
+    except BrokenPipeError:  # the reader of our output has left, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
+    except Exception as exc:  # noqa: BLE001 - the one place that turns a bug into a message
+        _report(f"Unexpected error: {type(exc).__name__}: {exc} (--debug shows where)", debug)
+        return ExitCode.UNEXPECTED
+
+
+def _report(message: str, debug: bool) -> None:
+    logging.getLogger(__name__).debug("%s", message)
+    if debug:
+        traceback.print_exc()
+    sys.stdout.flush()
+    print(message, file=sys.stderr)

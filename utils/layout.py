@@ -1,0 +1,274 @@
+"""Names, paths, run ids and manifests: what lies where, read and written in one way.
+
+    output_dir/[run_name/]
+        checkpoint-epoch{E}-step{S}-files{F}/   committed when manifest.json is in it
+        .saving-*                               a save in progress, or what a crash left of one
+        set-aside/                              older branches, damaged and foreign checkpoints
+        uploads.jsonl  .lock
+    logging_dir/[run_name/]
+        metrics.jsonl  train.log  evaluations.jsonl  tensorboard/
+    bucket/[run_name/]Checkpoints/
+        NAME.tar.gz  NAME.json
+
+Guarantees: a name from outside (command line, bucket, archive) passes `parse_checkpoint_name`
+before it becomes part of a path; a manifest is written last and read strictly. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.training_config import TrainingConfig
+from utils.errors import CheckpointError, UsageError
+
+MANIFEST_FILE = "manifest.json"
+METADATA_FILE = "metadata.json"
+METRICS_HISTORY_FILE = "training_metrics.json"
+TRAINING_CONFIG_FILE = "training_config.json"
+DATA_STATE_FILE = "data_state.json"
+REMOTE_FOLDER = "Checkpoints"
+ARCHIVE_SUFFIX = ".tar.gz"
+SAVING_PREFIX = ".saving-"
+SET_ASIDE_FOLDER = "set-aside"
+MANIFEST_FORMAT = 1
+
+_CHECKPOINT_NAME = re.compile(r"checkpoint-epoch(\d{1,9})-step(\d{1,12})-files(\d{1,9})")
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, order=True)
+class CheckpointName:
+    """The three numbers in a checkpoint's name; ordered by step first."""
+
+    step: int
+    epoch: int
+    files: int
+
+    def __str__(self) -> str:
+        return f"checkpoint-epoch{self.epoch}-step{self.step}-files{self.files}"
+
+
+def parse_checkpoint_name(text: str) -> CheckpointName | None:
+    """Return the numbers in a checkpoint's name, or None where `text` is not exactly one."""
+    match = _CHECKPOINT_NAME.fullmatch(text)
+    if match is None:
+        return None
+    epoch, step, files = (int(group) for group in match.groups())
+    name = CheckpointName(step=step, epoch=epoch, files=files)
+    return name if str(name) == text else None
+
+
+def require_checkpoint_name(text: str) -> CheckpointName:
+    """Return the numbers in a checkpoint's name.
+
+    Raises:
+        UsageError: `text` is not a checkpoint's name.
+    """
+    name = parse_checkpoint_name(text)
+    if name is None:
+        raise UsageError(
+            f"{text!r} is not a checkpoint name (checkpoint-epoch0-step50-files0, latest or best)."
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where one run keeps its things on this machine.
+
+    Attributes:
+        checkpoints: Directory of the checkpoints, the journal and the lock.
+        logs: Directory of metrics, log and TensorBoard events.
+        cache: Directory of downloaded shards.
+    """
+
+    checkpoints: Path
+    logs: Path
+    cache: Path
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> RunPaths:
+        """Return the paths that a configuration asks for, relative to the current directory."""
+        folder = validate_run_name(config.run_name)
+        return cls(
+            checkpoints=Path(config.output_dir) / folder,
+            logs=Path(config.logging_dir) / folder,
+            cache=Path(config.cache_dir) / folder,
+        )
+
+    @property
+    def journal(self) -> Path:
+        """What happened to each checkpoint after its commit."""
+        return self.checkpoints / "uploads.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the trainer that works in this directory."""
+        return self.checkpoints / ".lock"
+
+    @property
+    def set_aside(self) -> Path:
+        """Checkpoints that are kept but no longer part of this branch."""
+        return self.checkpoints / SET_ASIDE_FOLDER
+
+    @property
+    def metrics(self) -> Path:
+        """Everything that was logged, one JSON object a line."""
+        return self.logs / "metrics.jsonl"
+
+    @property
+    def train_log(self) -> Path:
+        """The log lines of every start of this run."""
+        return self.logs / "train.log"
+
+
+def validate_run_name(run_name: str) -> str:
+    """Return `run_name` if it is safe as a folder and an object prefix.
+
+    Raises:
+        UsageError: It could leave its folder or confuse a tool.
+    """
+    if run_name and not _RUN_NAME.fullmatch(run_name):
+        raise UsageError(
+            f"run_name {run_name!r} may hold letters, digits, '.', '_' and '-' only, at most 100, "
+            "and begins with a letter or digit."
+        )
+    return run_name
+
+
+def archive_object(name: str) -> str:
+    """Return the object name of a checkpoint's archive, relative to the run's bucket URI."""
+    return f"{REMOTE_FOLDER}/{name}{ARCHIVE_SUFFIX}"
+
+
+def card_object(name: str) -> str:
+    """Return the object name of the manifest and metadata beside the archive."""
+    return f"{REMOTE_FOLDER}/{name}.json"
+
+
+def new_run_id() -> str:
+    """Return an id for a new run: the UTC date and 8 random hex digits."""
+    return f"{time.strftime('%Y%m%d', time.gmtime())}-{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and base64 crc32c of one file of a checkpoint."""
+
+    size: int
+    crc32c: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete checkpoint consists of.
+
+    Attributes:
+        run_id: The run that wrote it.
+        step: Optimizer updates done.
+        branch: How often the run was resumed from an older checkpoint than its newest.
+        world_size: Ranks of the run; each has a random state file.
+        files: Every other file of the checkpoint.
+    """
+
+    run_id: str
+    step: int
+    branch: int
+    world_size: int
+    files: dict[str, FileEntry] = field(default_factory=dict)
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the sizes of all files."""
+        return sum(entry.size for entry in self.files.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as it is written."""
+        return {"format": MANIFEST_FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: object, source: str) -> Manifest:
+        """Return the manifest in `value`.
+
+        Raises:
+            CheckpointError: It is not a manifest of a known format.
+        """
+        try:
+            if not isinstance(value, dict) or value["format"] != MANIFEST_FORMAT:
+                raise ValueError(f"format {MANIFEST_FORMAT} expected")
+            files = {
+                _plain_file_name(name): FileEntry(int(entry["size"]), str(entry["crc32c"]))
+                for name, entry in value["files"].items()
+            }
+            return cls(
+                run_id=str(value["run_id"]),
+                step=int(value["step"]),
+                branch=int(value["branch"]),
+                world_size=int(value["world_size"]),
+                files=files,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise CheckpointError(f"{source} is not a usable manifest: {exc}.") from exc
+
+
+def _plain_file_name(name: str) -> str:
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:  # noqa: PTH119
+        raise ValueError(f"file name {name!r}")
+    return name
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Return the manifest of a checkpoint directory.
+
+    Raises:
+        CheckpointError: There is none, so the checkpoint is incomplete, or it cannot be read.
+    """
+    path = checkpoint / MANIFEST_FILE
+    try:
+        return Manifest.from_json(json.loads(path.read_text("utf-8")), str(path))
+    except FileNotFoundError as exc:
+        raise CheckpointError(f"{checkpoint} is incomplete: it has no {MANIFEST_FILE}.") from exc
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{path} cannot be read: {exc}.") from exc
+
+
+def find_checkpoints(directory: Path) -> list[CheckpointName]:
+    """Return the committed checkpoints of a directory, by step, without verifying them."""
+    try:
+        entries = [entry.name for entry in os.scandir(directory) if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = (parse_checkpoint_name(entry) for entry in entries)
+    return sorted(n for n in names if n and (directory / str(n) / MANIFEST_FILE).is_file())
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's value."""
+    return json.loads(path.read_text("utf-8"))
+
+
+def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
+    """Write a JSON file and sync it; the caller makes its name durable."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=indent)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def free_name(directory: Path, name: str, taken: Iterable[str] = ()) -> Path:
+    """Return a path in `directory` that does not exist: `name`, or `name.2`, `name.3`, ..."""
+    known = set(taken)
+    candidate, count = directory / name, 1
+    while candidate.exists() or candidate.name in known:
+        count += 1
+        candidate = directory / f"{name}.{count}"
+    return candidate

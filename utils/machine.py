@@ -1,0 +1,117 @@
+"""The load of this machine: CPU, memory, disk, and GPUs through NVML.
+
+    psutil, NVML -> Machine -> monitor
+
+A machine without a GPU or its driver is no error: `gpu_note` says why there is nothing to show.
+No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+FIRST_CPU_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What NVML says of one GPU; None where it says nothing."""
+
+    index: int
+    name: str
+    utilization_percent: float | None
+    memory_used_bytes: int | None
+    memory_total_bytes: int | None
+    temperature_celsius: float | None
+    power_watts: float | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Load of this machine; the disk is the one that holds the checkpoints."""
+
+    cpu_percent: float
+    memory_used_bytes: int
+    memory_total_bytes: int
+    disk_free_bytes: int
+    disk_total_bytes: int
+    gpus: list[Gpu]
+    gpu_note: str | None
+
+
+class MachineProbe:
+    """Reads the load of this machine; NVML is opened once."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._has_cpu_baseline = False
+        self._gpu_note: str | None = None
+        self._nvml: Any = None
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            self._nvml = pynvml
+        except ImportError:
+            self._gpu_note = "unknown: nvidia-ml-py is not installed"
+        except pynvml.NVMLError as exc:
+            self._gpu_note = f"none ({exc})"
+
+    def look(self) -> Machine:
+        """Return the load now; the first look takes a moment to measure the CPU."""
+        interval = None if self._has_cpu_baseline else FIRST_CPU_SECONDS
+        self._has_cpu_baseline = True
+        memory = psutil.virtual_memory()
+        disk = psutil.disk_usage(str(_existing_parent(self._directory)))
+        return Machine(
+            cpu_percent=psutil.cpu_percent(interval),
+            memory_used_bytes=memory.total - memory.available,
+            memory_total_bytes=memory.total,
+            disk_free_bytes=disk.free,
+            disk_total_bytes=disk.total,
+            gpus=self._read_gpus(),
+            gpu_note=self._gpu_note,
+        )
+
+    def _read_gpus(self) -> list[Gpu]:
+        if self._nvml is None:
+            return []
+        try:
+            count = self._nvml.nvmlDeviceGetCount()
+            return [self._read_gpu(index) for index in range(count)]
+        except self._nvml.NVMLError as exc:
+            self._gpu_note = f"cannot be read ({exc})"
+            return []
+
+    def _read_gpu(self, index: int) -> Gpu:
+        nvml = self._nvml
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        utilization = memory = temperature = power = None
+        # Not every GPU (MIG slices, older ones) answers every question.
+        with contextlib.suppress(nvml.NVMLError):
+            utilization = float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+        with contextlib.suppress(nvml.NVMLError):
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        with contextlib.suppress(nvml.NVMLError):
+            temperature = float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
+        with contextlib.suppress(nvml.NVMLError):
+            power = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+        return Gpu(
+            index=index,
+            name=str(nvml.nvmlDeviceGetName(handle)),
+            utilization_percent=utilization,
+            memory_used_bytes=memory and int(memory.used),
+            memory_total_bytes=memory and int(memory.total),
+            temperature_celsius=temperature,
+            power_watts=power,
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    return next(candidate for candidate in (path, *path.parents) if candidate.exists())

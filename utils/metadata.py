@@ -1,0 +1,349 @@
+"""Everything the scripts show, read from disk or bucket: checkpoints, metrics, upload states.
+
+    metadata.json, metrics.jsonl, journal -> viewer, upload manager, monitor
+
+Readers never stop at a bad file: what can be read is returned, what cannot is named in `problem`.
+What a file says may be of any type and hold terminal escapes: it passes `number` before arithmetic,
+`printable` before a terminal, `to_json_text` before `--json`. `metrics.jsonl` is append-only; a
+`resume` record in it takes back every later step, so that a curve never goes back in time while
+nothing is lost. No torch here: 1,000 checkpoints list in 0.5 s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.errors import CheckpointError, StorageError, UsageError
+from utils.journal import Journal, JournalEntry, utc_now
+from utils.layout import (
+    ARCHIVE_SUFFIX,
+    MANIFEST_FILE,
+    METADATA_FILE,
+    REMOTE_FOLDER,
+    CheckpointName,
+    Manifest,
+    find_checkpoints,
+    parse_checkpoint_name,
+    read_manifest,
+)
+from utils.storage import Bucket
+
+HISTORY_LIMIT = 100
+MAX_JSON_BYTES = 256 * 2**20
+MAX_SHOWN_CHARACTERS = 300
+
+# Raised by json and int() for what no writer of ours wrote: too deep, or infinite.
+_JSON_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+@dataclass(frozen=True)
+class CheckpointView:
+    """One checkpoint as the scripts see it.
+
+    Attributes:
+        name: Its name and numbers.
+        metadata: `metadata.json`, empty where it cannot be read.
+        manifest: The manifest, None where it cannot be read.
+        path: Its directory, None for one that is only in the bucket.
+        upload: The newest journal entry about it, None where there is none.
+        archive_bytes: Size of the archive in the bucket, None where unknown.
+        problem: What is wrong with it, None where nothing is.
+    """
+
+    name: CheckpointName
+    metadata: dict[str, Any]
+    manifest: Manifest | None
+    path: Path | None = None
+    upload: JournalEntry | None = None
+    archive_bytes: int | None = None
+    problem: str | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """Training loss at the save."""
+        return number(self.metadata.get("current_loss"))
+
+    @property
+    def validation_loss(self) -> float | None:
+        """Validation loss at the save."""
+        metrics = self.metadata.get("validation_metrics")
+        return number(metrics.get("validation_loss")) if isinstance(metrics, dict) else None
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Bytes of its files on disk."""
+        return None if self.manifest is None else self.manifest.total_bytes
+
+
+def number(value: object) -> float | None:
+    """Return a finite number as float, None for anything else (booleans too)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def printable(value: object, limit: int = MAX_SHOWN_CHARACTERS) -> str:
+    """Return a value as one line of text that cannot steer a terminal."""
+    text = "".join(character if character.isprintable() else "?" for character in str(value))
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def to_json_text(value: object, *, indent: int | None = 2) -> str:
+    """Return a value as strict JSON: NaN and infinities, which JSON lacks, become null."""
+    return json.dumps(_without_nonfinite(value), indent=indent, allow_nan=False, default=str)
+
+
+def _without_nonfinite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nonfinite(item) for item in value]
+    return value
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file that may be damaged or foreign.
+
+    Raises:
+        CheckpointError: It is missing, no regular file, too large, or not a JSON object.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise ValueError(f"it has {size} bytes, the limit is {MAX_JSON_BYTES}")
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as exc:
+        raise CheckpointError(f"{path.name} is missing") from exc
+    except (OSError, ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path.name} cannot be read ({exc})") from exc
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} cannot be read (it holds no JSON object)")
+    return value
+
+
+def read_local_checkpoints(
+    directory: Path, uploads: Mapping[str, JournalEntry] | None = None
+) -> list[CheckpointView]:
+    """Return the committed checkpoints of an output directory, by step.
+
+    Args:
+        directory: Where the checkpoints lie.
+        uploads: Newest journal entry of each checkpoint; None reads the journal there.
+
+    Raises:
+        OSError: The journal is there and cannot be read.
+    """
+    if uploads is None:
+        uploads = Journal(directory / "uploads.jsonl").latest()
+    views = []
+    for name in find_checkpoints(directory):
+        view = read_local_checkpoint(directory / str(name), uploads.get(str(name)))
+        # Retention may delete one between the listing and the reading; its manifest goes first.
+        if view.manifest is not None or (directory / str(name) / MANIFEST_FILE).exists():
+            views.append(view)
+    return views
+
+
+def read_local_checkpoint(path: Path, upload: JournalEntry | None = None) -> CheckpointView:
+    """Return one checkpoint directory as far as it can be read.
+
+    Raises:
+        CheckpointError: The directory's name is not a checkpoint's.
+    """
+    name = parse_checkpoint_name(path.name)
+    if name is None:
+        raise CheckpointError(f"{path} is not a checkpoint directory.")
+    problems, manifest, metadata = [], None, {}
+    try:
+        manifest = read_manifest(path)
+        if manifest.step != name.step:
+            problems.append(f"its manifest is of step {manifest.step}")
+    except (CheckpointError, OverflowError, RecursionError) as exc:
+        problems.append(str(exc))
+    try:
+        metadata = read_json_object(path / METADATA_FILE)
+    except CheckpointError as exc:
+        problems.append(str(exc))
+    return CheckpointView(
+        name, metadata, manifest, path, upload, problem="; ".join(problems) or None
+    )
+
+
+def read_remote_checkpoints(bucket: Bucket) -> list[CheckpointView]:
+    """Return the checkpoints of a run's bucket that have a card, by step.
+
+    One whose archive is missing says so in `problem`.
+    """
+    objects = {
+        info.name.removeprefix(f"{REMOTE_FOLDER}/"): info
+        for info in bucket.list(f"{REMOTE_FOLDER}/")
+    }
+    views = []
+    for object_name in objects:
+        name = parse_checkpoint_name(object_name.removesuffix(".json"))
+        if name is None or not object_name.endswith(".json"):
+            continue
+        archive = objects.get(f"{name}{ARCHIVE_SUFFIX}")
+        views.append(_read_card(bucket, name, archive.size if archive else None))
+    return sorted(views, key=lambda view: view.name)
+
+
+def _read_card(bucket: Bucket, name: CheckpointName, archive_bytes: int | None) -> CheckpointView:
+    object_name = f"{REMOTE_FOLDER}/{name}.json"
+    problem = None if archive_bytes is not None else "its archive is not in the bucket"
+    try:
+        card = json.loads(bucket.read_bytes(object_name))
+        manifest = Manifest.from_json(card["manifest"], object_name)
+        metadata = card["metadata"] if isinstance(card.get("metadata"), dict) else {}
+        return CheckpointView(name, metadata, manifest, None, None, archive_bytes, problem)
+    except (StorageError, CheckpointError, *_JSON_ERRORS) as exc:
+        reason = f"{object_name}: {exc or type(exc).__name__}"
+        return CheckpointView(name, {}, None, None, None, archive_bytes, reason)
+
+
+def find_best(views: Iterable[CheckpointView]) -> CheckpointView | None:
+    """Return the checkpoint with the lowest validation loss (training loss where none has one).
+
+    Damaged ones are chosen only where no other has a loss.
+    """
+    known = list(views)
+    for candidates in ([view for view in known if view.problem is None], known):
+        scored = [(view.validation_loss, view) for view in candidates]
+        if all(score is None for score, _ in scored):
+            scored = [(view.loss, view) for view in candidates]
+        ranked = [(score, -view.name.step, view) for score, view in scored if score is not None]
+        if ranked:
+            return min(ranked, key=lambda item: item[:2])[2]
+    return None
+
+
+def find_latest_view(views: Sequence[CheckpointView]) -> CheckpointView | None:
+    """Return the newest checkpoint without a known problem, else the newest, else None."""
+    candidates = [view for view in views if view.problem is None] or views
+    return candidates[-1] if candidates else None
+
+
+def select_checkpoint(text: str, views: Sequence[CheckpointView]) -> CheckpointView:
+    """Return the checkpoint that a user means: a name, a step number, `latest` or `best`.
+
+    Raises:
+        UsageError: There is none; the message lists what there is.
+    """
+    chosen = None
+    if text == "latest":
+        chosen = find_latest_view(views)
+    elif text == "best":
+        chosen = find_best(views)
+    else:
+        matches = (view for view in views if text in (str(view.name), str(view.name.step)))
+        chosen = next(matches, None)
+    if chosen is not None:
+        return chosen
+    known = ", ".join(str(view.name) for view in views[-5:]) or "none yet"
+    raise UsageError(f"There is no checkpoint {printable(text)!r}. The newest are: {known}.")
+
+
+@dataclass
+class MetricsLog:
+    """`metrics.jsonl`, folded to the current branch.
+
+    Attributes:
+        records: Metric records by step, oldest first; several may share a step.
+        events: Records with an `event` (start, resume, end), oldest first.
+        bad_lines: Lines that could not be read.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    bad_lines: int = 0
+    _offset: int = 0
+    _file_number: int | None = None
+
+    def read_new(self, path: Path) -> bool:
+        """Read what was appended to the file since the last call; tell whether there was any."""
+        try:
+            with path.open("rb") as file:
+                facts = os.fstat(file.fileno())
+                if facts.st_size < self._offset or facts.st_ino != self._file_number:
+                    self.records, self.events, self.bad_lines, self._offset = [], [], 0, 0
+                    self._file_number = facts.st_ino
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return False
+        whole = data.rfind(b"\n") + 1  # a line without its end is still being written
+        self._offset += whole
+        for line in data[:whole].splitlines():
+            self._take(line)
+        return whole > 0
+
+    def _take(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+            step = record["step"] = int(record["step"])
+        except _JSON_ERRORS:
+            self.bad_lines += 1
+            return
+        if "event" not in record:
+            self.records.append(record)
+            return
+        self.events.append(record)
+        if record["event"] in ("start", "resume"):
+            self.records = [kept for kept in self.records if kept["step"] <= step]
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Return (steps, values) of one metric; what is no finite number is left out."""
+        points = [(record["step"], number(record.get(key))) for record in self.records]
+        known = [(step, value) for step, value in points if value is not None]
+        return [step for step, _ in known], [value for _, value in known]
+
+
+def read_metrics(path: Path) -> MetricsLog:
+    """Return everything in a `metrics.jsonl`; empty where there is none."""
+    metrics = MetricsLog()
+    metrics.read_new(path)
+    return metrics
+
+
+def append_metrics(path: Path, record: dict[str, Any]) -> None:
+    """Append one record with the time; `step` is required.
+
+    A torn last line, left by a crash, is closed first: it would swallow this record.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"time": utc_now(), **record}) + "\n"
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = f"\n{line}"
+        file.write(line.encode("utf-8"))
+
+
+def loss_trend(losses: Sequence[float]) -> str:
+    """Say where a loss history goes: improving, worsening, flat, or unknown below 2 entries.
+
+    The mean of the newer half is compared with that of the older half; 0.5% is flat.
+    """
+    recent = list(losses[-HISTORY_LIMIT:])
+    if len(recent) < 2:
+        return "unknown"
+    half = len(recent) // 2
+    older, newer = sum(recent[:half]) / half, sum(recent[-half:]) / half
+    change = (newer - older) / abs(older) if older else 0.0
+    if abs(change) < 0.005:
+        return "flat"
+    return "improving" if change < 0 else "worsening"

@@ -1,0 +1,312 @@
+"""Preflight: can this machine do this run with these buckets? All reasons at once, in seconds.
+
+Each check returns findings instead of raising, so that one problem does not hide the next; each
+finding says what to do. Checks that wait for a network run side by side with short limits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+
+from configs.training_config import TrainingConfig
+from utils.console import format_bytes
+from utils.errors import (
+    AccessDeniedError,
+    DataError,
+    ExitCode,
+    ObjectNotFoundError,
+    PreflightError,
+    StorageError,
+)
+from utils.estimates import estimate_checkpoint_bytes, estimate_training_memory
+from utils.layout import REMOTE_FOLDER, RunPaths
+from utils.metadata import read_remote_checkpoints
+from utils.resume import Start, plan_start
+from utils.shard_index import ShardIndex, build_shard_index
+from utils.storage import is_gcs_uri, join_uri, open_bucket
+from utils.training_utils import ParameterCounts
+from utils.transports import build_transport
+
+PROBE_RETRY_SECONDS = 4.0
+MEMORY_RESERVE = 0.95
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        check: What was checked.
+        status: ok, warn or fail.
+        message: What was found, and what to do where it is not ok.
+    """
+
+    check: str
+    status: str
+    message: str
+
+
+def read_data(config: TrainingConfig) -> tuple[ShardIndex | None, Finding]:
+    """Return the shard index of a run, and the finding about it.
+
+    Raises:
+        DataError: The data are there but cannot be used, or their directory does not exist.
+    """
+    uri = config.data_uri
+    if not uri:
+        raise DataError("data_uri is not set: --set data_uri=gs://bucket/prefix or a directory.")
+    if not is_gcs_uri(uri) and not Path(uri).is_dir():
+        raise DataError(
+            f"data_uri {uri} does not exist. For sample data run: "
+            f"python scripts/prepare_data.py --sample --output {uri}"
+        )
+    try:
+        bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
+        index = build_shard_index(bucket, config.file_limit)
+    except StorageError as exc:
+        return None, Finding("data", "fail", _advise(exc, "read", uri))
+    shards, tokens = len(index.training), index.training_tokens
+    return index, Finding(
+        "data", "ok", f"{shards} training shards with {tokens:,} tokens in {bucket.uri}"
+    )
+
+
+def require_vocabulary(index: ShardIndex, model_config: Any) -> None:
+    """Raise when the data have token ids that the model does not know.
+
+    Raises:
+        DataError: The tokenizer's vocabulary is larger than the model's.
+    """
+    if index.vocab_size is not None and index.vocab_size > model_config.vocab_size:
+        raise DataError(
+            f"The data were made with a vocabulary of {index.vocab_size}, the model has "
+            f"{model_config.vocab_size}. Set model_overrides.vocab_size={index.vocab_size}, or "
+            "prepare the data with a smaller vocabulary."
+        )
+
+
+def check_memory(
+    config: TrainingConfig, model_config: Any, counts: ParameterCounts, precision: str
+) -> Finding:
+    """Compare the estimated memory of training with what the device has."""
+    need = estimate_training_memory(
+        num_parameters=counts.total,
+        model_config=model_config,
+        micro_batch=config.per_device_train_batch_size,
+        sequence_length=config.sequence_length,
+        precision=precision,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    if torch.cuda.is_available() and not config.use_cpu:
+        available, where = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+    else:
+        available, where = psutil.virtual_memory().available, "the CPU's memory (no GPU found)"
+    text = (
+        f"about {format_bytes(need.total)} needed ({format_bytes(need.state)} model and optimizer, "
+        f"{format_bytes(need.activations)} activations), {format_bytes(available)} free in {where}"
+    )
+    if need.total <= available * MEMORY_RESERVE:
+        return Finding("memory", "ok", text)
+    advice = "Use a GPU with more memory"
+    if need.state < available * MEMORY_RESERVE:
+        advice += (
+            ", lower per_device_train_batch_size, or set gradient_checkpointing=true "
+            "(keep the step's size with global_batch_size)"
+        )
+    else:
+        advice += ", or a smaller model (--set model=..., model_overrides.num_hidden_layers=...)"
+    return Finding("memory", "fail", f"{text}. {advice}.")
+
+
+def check_disk(config: TrainingConfig, counts: ParameterCounts) -> Finding:
+    """Compare the space that checkpoints take with what is free."""
+    one = estimate_checkpoint_bytes(counts.total)
+    # The newest, the best, one being written and one archive.
+    copies = config.keep_checkpoints + 3
+    folder = RunPaths.of(config).checkpoints
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    text = f"{copies} x {format_bytes(one)} for checkpoints, {format_bytes(free)} free in {folder}"
+    if free >= copies * one:
+        return Finding("disk", "ok", text)
+    return Finding(
+        "disk", "fail", f"{text}. Free some, lower keep_checkpoints, or set output_dir elsewhere."
+    )
+
+
+def check_upload(config: TrainingConfig, run_id: str | None) -> list[Finding]:
+    """Write, read and delete a small object by the real transport; look for another run's objects.
+
+    Args:
+        config: The run's configuration.
+        run_id: The run that goes on, None for a new one.
+    """
+    if not config.checkpoint_uri:
+        return [Finding("upload", "warn", "checkpoint_uri is empty: nothing will be uploaded")]
+    uri = join_uri(config.checkpoint_uri, config.run_name)
+    try:
+        transport = build_transport(
+            uri, config.upload_transport, config.gcs_user_project or None, PROBE_RETRY_SECONDS
+        )
+    except StorageError as exc:
+        return [Finding("upload", "fail", str(exc))]
+    probe, token = f"{REMOTE_FOLDER}/.probe-{secrets.token_hex(4)}", secrets.token_bytes(16)
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(token)
+            file.flush()
+            transport.put(probe, Path(file.name))
+        if transport.read(probe) != token:
+            raise StorageError(f"{uri}: what was written could not be read back.")
+    except StorageError as exc:
+        return [Finding("upload", "fail", _advise(exc, "write", uri))]
+    else:
+        found = [Finding("upload", "ok", f"{uri} can be written by {transport.name}")]
+        return [*found, *_check_delete(transport.delete, probe, uri), *_check_owner(uri, run_id)]
+    finally:
+        transport.close()
+
+
+def _check_delete(delete: Callable[[str], None], probe: str, uri: str) -> list[Finding]:
+    try:
+        delete(probe)
+    except StorageError as exc:
+        return [Finding("upload", "warn", f"{uri}: objects cannot be deleted ({exc})")]
+    return []
+
+
+def _check_owner(uri: str, run_id: str | None) -> list[Finding]:
+    try:
+        remote = read_remote_checkpoints(open_bucket(uri, None, PROBE_RETRY_SECONDS))
+    except StorageError as exc:
+        log.debug("The bucket's checkpoints cannot be listed: %s", exc)
+        return []
+    owners = {view.manifest.run_id for view in remote if view.manifest} - {run_id}
+    if not owners:
+        return []
+    return [
+        Finding(
+            "upload",
+            "fail",
+            f"{uri}/{REMOTE_FOLDER} holds checkpoints of another run ({', '.join(sorted(owners))})"
+            ", which are never overwritten. Give this run a name of its own: "
+            "--set run_name=NAME.",
+        )
+    ]
+
+
+def _advise(exc: StorageError, action: str, uri: str) -> str:
+    if isinstance(exc, AccessDeniedError):
+        return f"{exc} Ask for the right to {action} {uri}, or run: gcloud auth login."
+    if isinstance(exc, ObjectNotFoundError):
+        return f"{exc} Check the name of the bucket."
+    return f"{exc} Check the network and the name of the bucket."
+
+
+def check_start(
+    config: TrainingConfig,
+    paths: RunPaths,
+    model_config: Any,
+    counts: ParameterCounts,
+    precision: str,
+    resume: str | None,
+    *,
+    fresh: bool,
+) -> tuple[Start, ShardIndex | None, list[Finding]]:
+    """Return where to begin, the shard index (None where it cannot be read) and all findings.
+
+    Raises:
+        UsageError: There is no such checkpoint to resume from.
+        DataError: The data are there but do not fit the model or cannot be used.
+    """
+    start = plan_start(paths, resume=resume, fresh=fresh)
+    run_id = start.identity.run_id if start.checkpoint else None
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(read_data, config)
+        uploading = pool.submit(check_upload, config, run_id)
+        local = [check_memory(config, model_config, counts, precision), check_disk(config, counts)]
+        index, data = reading.result()
+        if index is not None:
+            require_vocabulary(index, model_config)
+        return start, index, [data, *local, *uploading.result()]
+
+
+def describe_run(
+    config: TrainingConfig,
+    counts: ParameterCounts,
+    index: ShardIndex | None,
+    accelerator: Accelerator,
+    step: int,
+) -> dict[str, str]:
+    """Return what a start says of itself before it begins."""
+    ranks = accelerator.num_processes
+    samples, accumulation = config.resolve_batch(ranks)
+    tokens = samples * config.sequence_length
+    total = tokens * config.max_steps
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts = {
+        "device": f"{name}, {accelerator.mixed_precision} mixed precision, {ranks} ranks",
+        "model": f"{config.model}: {counts.total:,} parameters, "
+        f"{counts.without_embedding:,} without embeddings",
+        "step": f"{tokens:,} tokens: {config.per_device_train_batch_size} samples x "
+        f"{config.sequence_length} tokens x {accumulation} accumulated x {ranks} ranks",
+        "run": f"steps {step} to {config.max_steps}, {total:,} tokens in all, "
+        f"{total / counts.total:.1f} tokens per parameter",
+        "checkpoint": f"about {format_bytes(estimate_checkpoint_bytes(counts.total))}, every "
+        f"{config.save_steps} steps",
+    }
+    if index is not None:
+        epochs = total / max(1, index.training_tokens)
+        facts["data"] = f"{index.training_tokens:,} tokens, {epochs:.2f} epochs"
+        if index.unigram_entropy is not None:
+            facts["entropy"] = (
+                f"{index.unigram_entropy:.2f} nats is the loss of knowing word frequencies alone"
+            )
+    return facts
+
+
+def log_facts(facts: dict[str, str], findings: list[Finding]) -> None:
+    """Say what is about to begin, one log line a fact."""
+    for key, text in facts.items():
+        log.info("%-10s %s", key, text)
+    for finding in findings:
+        if finding.status == "warn":
+            log.warning("%s: %s", finding.check, finding.message)
+
+
+def report(
+    config: TrainingConfig, facts: dict[str, str], findings: list[Finding], *, dry_run: bool
+) -> int:
+    """Print facts and findings; return 0.
+
+    Raises:
+        PreflightError: A check failed; the message holds all reasons.
+    """
+    if dry_run:
+        print(json.dumps(config.to_json(), indent=2))
+        for key, text in facts.items():
+            print(f"{key:<10} {text}")
+        for finding in findings:
+            print(f"{finding.status:<5}{finding.check:<7} {finding.message}")
+    failed = [f"  {finding.check}: {finding.message}" for finding in findings
+              if finding.status == "fail"]  # fmt: skip
+    if failed:
+        raise PreflightError("This run cannot start here:\n" + "\n".join(failed))
+    return ExitCode.DONE

@@ -1,0 +1,90 @@
+"""Which checkpoints to keep on this machine: a pure function of what is known about them.
+
+Nothing is deleted before its upload is verified, unless uploading is off. The newest, the best and
+what is being uploaded are never deleted. Past `max_unverified`, the oldest unverified checkpoint
+that is none of these is given up (`superseded`), so that a dead bucket cannot fill the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Action(str, Enum):
+    """What to do with a checkpoint."""
+
+    KEEP = "keep"
+    DELETE = "delete"
+    SUPERSEDE = "supersede"
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What retention needs to know of one checkpoint.
+
+    Attributes:
+        name: Its name.
+        step: Its step; the order.
+        is_best: It has the best validation loss.
+        is_verified: Its archive is in the bucket, verified.
+        is_uploading: It is being archived or uploaded at this moment.
+    """
+
+    name: str
+    step: int
+    is_best: bool = False
+    is_verified: bool = False
+    is_uploading: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with one checkpoint, and why."""
+
+    name: str
+    action: Action
+    reason: str
+
+
+def plan_retention(
+    checkpoints: Sequence[CheckpointFacts],
+    *,
+    keep_checkpoints: int,
+    max_unverified: int,
+    is_uploading_on: bool,
+) -> list[Decision]:
+    """Return a decision for each checkpoint, oldest first.
+
+    Args:
+        checkpoints: The complete checkpoints of this branch.
+        keep_checkpoints: How many of the newest to keep.
+        max_unverified: How many beyond those may wait for their upload.
+        is_uploading_on: Whether checkpoints go to a bucket at all.
+    """
+    ordered = sorted(checkpoints, key=lambda facts: facts.step)
+    newest = {facts.name for facts in ordered[-keep_checkpoints:]}
+    decisions: dict[str, Decision] = {}
+    waiting: list[CheckpointFacts] = []
+    for facts in ordered:
+        if facts is ordered[-1]:
+            decision = Decision(facts.name, Action.KEEP, "latest")
+        elif facts.is_best:
+            decision = Decision(facts.name, Action.KEEP, "best")
+        elif facts.name in newest:
+            decision = Decision(facts.name, Action.KEEP, f"newest {keep_checkpoints}")
+        elif facts.is_uploading:
+            decision = Decision(facts.name, Action.KEEP, "uploading")
+        elif not is_uploading_on:
+            decision = Decision(facts.name, Action.DELETE, "uploading is off")
+        elif facts.is_verified:
+            decision = Decision(facts.name, Action.DELETE, "verified in the bucket")
+        else:
+            decision = Decision(facts.name, Action.KEEP, "not verified in the bucket yet")
+            waiting.append(facts)
+        decisions[facts.name] = decision
+    for facts in waiting[: max(0, len(waiting) - max_unverified)]:
+        reason = f"more than {max_unverified} wait for the bucket"
+        decisions[facts.name] = Decision(facts.name, Action.SUPERSEDE, reason)
+    return [decisions[facts.name] for facts in ordered]

@@ -1,0 +1,409 @@
+"""Buckets: where shards come from and archives go to. The one place that knows google.cloud.
+
+A URI is `gs://bucket/prefix` or a directory (also a mounted one). Both are a `Bucket`: named
+objects with a size and a crc32c, listed by prefix, read whole or by range, written whole. Nothing
+else in the project cares which of the two it holds.
+
+Guarantees: an object appears whole or not at all; a finished `put_file` was checked by size and
+crc32c; every failure is one of the `StorageError` classes, so callers can tell what is worth
+trying again. Checksums are written as Google Cloud Storage writes them: base64 of the big-endian
+crc32c (https://cloud.google.com/storage/docs/hashes-etags).
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import google_crc32c
+
+from utils.errors import (
+    AccessDeniedError,
+    ConflictError,
+    ObjectNotFoundError,
+    StorageError,
+    TransientStorageError,
+    UsageError,
+)
+
+READ_BLOCK_BYTES = 4 * 2**20
+TEMPORARY_PREFIX = ".tmp-"
+CONNECT_TIMEOUT_SECONDS = 10.0
+READ_TIMEOUT_SECONDS = 60.0
+DEFAULT_RETRY_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a bucket says about one object.
+
+    Attributes:
+        name: Name relative to the bucket's prefix, with `/` separators.
+        size: Bytes.
+        crc32c: Base64 checksum, or None where the bucket keeps none (directories).
+        generation: The object's generation on gs://, None for directories.
+    """
+
+    name: str
+    size: int
+    crc32c: str | None = None
+    generation: int | None = None
+
+
+class Bucket(Protocol):
+    """Named objects under one URI."""
+
+    uri: str
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Yield the objects whose name starts with `prefix`, sorted by name."""
+
+    def stat(self, name: str) -> ObjectInfo | None:
+        """Return what is known of `name`, or None where there is no such object."""
+
+    def crc32c(self, name: str) -> str:
+        """Return the checksum of the stored bytes, reading them where the bucket keeps none."""
+
+    def read_bytes(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """Return the object's bytes, or `length` of them from `start`."""
+
+    def get_file(self, name: str, path: Path) -> str:
+        """Download to `path`, checked against the stored checksum; return that checksum."""
+
+    def put_file(self, name: str, path: Path) -> ObjectInfo:
+        """Upload the file and return what the bucket then holds under `name`."""
+
+    def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
+        """Write a small object."""
+
+    def delete(self, name: str) -> None:
+        """Remove the object; one that does not exist is no error."""
+
+    def close(self) -> None:
+        """Release connections."""
+
+
+def encode_crc32c(value: int) -> str:
+    """Return a crc32c the way GCS writes it (base64, big-endian)."""
+    return base64.b64encode(value.to_bytes(4, "big")).decode("ascii")
+
+
+def crc32c_of_bytes(data: bytes) -> str:
+    """Return the base64 crc32c of `data`."""
+    return encode_crc32c(google_crc32c.value(data))
+
+
+def crc32c_of_file(path: Path) -> str:
+    """Return the base64 crc32c of a file's bytes."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(READ_BLOCK_BYTES):
+            checksum = google_crc32c.extend(checksum, block)
+    return encode_crc32c(checksum)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and new names in `path` durable; a no-op where directories cannot be opened."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def is_gcs_uri(uri: str) -> bool:
+    """Tell whether `uri` names a Google Cloud Storage bucket."""
+    return uri.startswith("gs://")
+
+
+def join_uri(uri: str, *names: str) -> str:
+    """Append object names to a bucket URI; empty names are left out."""
+    return "/".join([uri.rstrip("/"), *(name.strip("/") for name in names if name)])
+
+
+def open_bucket(
+    uri: str, user_project: str | None = None, retry_seconds: float = DEFAULT_RETRY_SECONDS
+) -> Bucket:
+    """Return the bucket behind a URI.
+
+    Args:
+        uri: `gs://bucket/prefix` or a directory.
+        user_project: Project that pays for requests (requester-pays buckets).
+        retry_seconds: How long a gs:// operation is retried on transient errors.
+
+    Raises:
+        UsageError: The URI is empty or of an unknown scheme.
+    """
+    if is_gcs_uri(uri):
+        return GcsBucket(uri, user_project, retry_seconds)
+    if not uri or "://" in uri:
+        raise UsageError(f"{uri!r} is not a bucket: use gs://bucket/prefix or a directory.")
+    return DirectoryBucket(Path(uri))
+
+
+class DirectoryBucket:
+    """A directory (local or mounted) that behaves like a bucket."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+        self.uri = str(self.root)
+
+    def _path(self, name: str) -> Path:
+        pure = PurePosixPath(name)
+        if not name or pure.is_absolute() or ".." in pure.parts or "\0" in name:
+            raise UsageError(f"{name!r} is not a valid object name.")
+        return self.root / pure
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Yield the objects whose name starts with `prefix`, sorted by name."""
+        directory = self.root / PurePosixPath(prefix).parent if "/" in prefix else self.root
+        if prefix.endswith("/"):
+            directory = self.root / prefix
+        found = []
+        for folder, folders, files in os.walk(directory):
+            folders[:] = [name for name in folders if not name.startswith(TEMPORARY_PREFIX)]
+            for file in files:
+                name = (Path(folder) / file).relative_to(self.root).as_posix()
+                if name.startswith(prefix) and not file.startswith(TEMPORARY_PREFIX):
+                    found.append(name)
+        for name in sorted(found):
+            info = self.stat(name)
+            if info is not None:
+                yield info
+
+    def stat(self, name: str) -> ObjectInfo | None:
+        """Return the object's size, or None; directories keep no checksum."""
+        path = self._path(name)
+        try:
+            return ObjectInfo(name, path.stat().st_size) if path.is_file() else None
+        except FileNotFoundError:
+            return None
+
+    def crc32c(self, name: str) -> str:
+        """Return the checksum of the file's bytes, read from the directory."""
+        with self._mapped_errors(name):
+            return crc32c_of_file(self._path(name))
+
+    def read_bytes(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """Return the object's bytes, or `length` of them from `start`."""
+        with self._mapped_errors(name), self._path(name).open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if length is None else length)
+
+    def get_file(self, name: str, path: Path) -> str:
+        """Copy the object to `path`; return its checksum."""
+        with self._mapped_errors(name):
+            shutil.copyfile(self._path(name), path)
+        return crc32c_of_file(path)
+
+    def put_file(self, name: str, path: Path) -> ObjectInfo:
+        """Copy the file in under a temporary name, sync it, rename it."""
+        target = self._path(name)
+        temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        with self._mapped_errors(name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(path, temporary)
+                self._commit(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return ObjectInfo(name, target.stat().st_size, crc32c_of_file(target))
+
+    def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
+        """Write a small object."""
+        target = self._path(name)
+        temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        with self._mapped_errors(name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(data)
+                self._commit(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return ObjectInfo(name, len(data), crc32c_of_bytes(data))
+
+    def delete(self, name: str) -> None:
+        """Remove the object; one that does not exist is no error."""
+        with self._mapped_errors(name):
+            self._path(name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    @staticmethod
+    def _commit(temporary: Path, target: Path) -> None:
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        try:
+            temporary.replace(target)
+        except PermissionError:
+            raise
+        except OSError:
+            # Some mounted buckets cannot rename; the caller's checksum still guards the copy.
+            shutil.copyfile(temporary, target)
+        fsync_directory(target.parent)
+
+    @contextlib.contextmanager
+    def _mapped_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as exc:
+            raise ObjectNotFoundError(f"{self.uri}/{name} does not exist.") from exc
+        except PermissionError as exc:
+            raise AccessDeniedError(f"{self.uri}/{name}: {exc.strerror}.") from exc
+        except OSError as exc:
+            raise StorageError(f"{self.uri}/{name}: {exc.strerror or exc}.") from exc
+
+
+class GcsBucket:
+    """A bucket of Google Cloud Storage, through the google-cloud-storage client.
+
+    Application Default Credentials or a service account where there are any, anonymous where
+    there are none; `STORAGE_EMULATOR_HOST` is honoured by the client itself.
+    """
+
+    def __init__(self, uri: str, user_project: str | None, retry_seconds: float) -> None:
+        bucket_name, _, prefix = uri.removeprefix("gs://").partition("/")
+        if not bucket_name:
+            raise UsageError(f"{uri!r} names no bucket: use gs://bucket/prefix.")
+        self.uri = uri.rstrip("/")
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._client = _build_gcs_client()
+        self._bucket = self._client.bucket(bucket_name, user_project=user_project)
+        self._options = _gcs_request_options(retry_seconds)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Yield the objects whose name starts with `prefix`, page by page, sorted by name."""
+        with self._mapped_errors(prefix):
+            blobs = self._client.list_blobs(
+                self._bucket,
+                prefix=self._prefix + prefix,
+                fields="items(name,size,crc32c,generation),nextPageToken",
+                **self._options,
+            )
+            for blob in blobs:
+                yield self._info(blob)
+
+    def stat(self, name: str) -> ObjectInfo | None:
+        """Return size, checksum and generation, or None where there is no such object."""
+        with self._mapped_errors(name):
+            blob = self._bucket.get_blob(self._prefix + name, **self._options)
+        return None if blob is None else self._info(blob)
+
+    def crc32c(self, name: str) -> str:
+        """Return the checksum that the bucket itself keeps."""
+        info = self.stat(name)
+        if info is None or info.crc32c is None:
+            raise ObjectNotFoundError(f"{self.uri}/{name} does not exist.")
+        return info.crc32c
+
+    def read_bytes(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """Return the object's bytes, or `length` of them from `start`."""
+        if length == 0:
+            return b""
+        end = None if length is None else start + length - 1
+        with self._mapped_errors(name):
+            blob = self._bucket.blob(self._prefix + name)
+            data: bytes = blob.download_as_bytes(start=start or None, end=end, **self._options)
+        return data
+
+    def get_file(self, name: str, path: Path) -> str:
+        """Download to `path`; the client checks the bytes against the stored checksum."""
+        with self._mapped_errors(name):
+            blob = self._bucket.blob(self._prefix + name)
+            blob.download_to_filename(str(path), checksum="crc32c", **self._options)
+        return crc32c_of_file(path)
+
+    def put_file(self, name: str, path: Path) -> ObjectInfo:
+        """Upload the file; above 8 MiB as a resumable upload."""
+        with self._mapped_errors(name):
+            blob = self._bucket.blob(self._prefix + name)
+            blob.upload_from_filename(str(path), checksum="crc32c", **self._options)
+        return self._info(blob)
+
+    def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
+        """Write a small object."""
+        with self._mapped_errors(name):
+            blob = self._bucket.blob(self._prefix + name)
+            blob.upload_from_string(data, checksum="crc32c", **self._options)
+        return self._info(blob)
+
+    def delete(self, name: str) -> None:
+        """Remove the object; one that does not exist is no error."""
+        with contextlib.suppress(ObjectNotFoundError), self._mapped_errors(name):
+            self._bucket.blob(self._prefix + name).delete(**self._options)
+
+    def close(self) -> None:
+        """Close the client's connections."""
+        self._client.close()
+
+    def _info(self, blob: Any) -> ObjectInfo:
+        name = blob.name.removeprefix(self._prefix)
+        return ObjectInfo(name, int(blob.size or 0), blob.crc32c, int(blob.generation or 0))
+
+    @contextlib.contextmanager
+    def _mapped_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except StorageError:
+            raise
+        except Exception as exc:  # every library underneath raises its own family
+            raise _map_gcs_error(exc, f"{self.uri}/{name}" if name else self.uri) from exc
+
+
+def _build_gcs_client() -> Any:
+    import google.auth
+    import google.auth.exceptions
+    from google.cloud import storage
+
+    if os.environ.get("STORAGE_EMULATOR_HOST"):
+        return storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT", "emulator"))
+    try:
+        credentials, project = google.auth.default(scopes=storage.Client.SCOPE[:1])
+    except google.auth.exceptions.DefaultCredentialsError:
+        return storage.Client.create_anonymous_client()
+    return storage.Client(project=project or "none", credentials=credentials)
+
+
+def _gcs_request_options(retry_seconds: float) -> dict[str, Any]:
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    # Every write here is idempotent: the same name gets the same bytes.
+    return {
+        "retry": DEFAULT_RETRY.with_timeout(retry_seconds),
+        "timeout": (min(CONNECT_TIMEOUT_SECONDS, max(retry_seconds, 1.0)), READ_TIMEOUT_SECONDS),
+    }
+
+
+def _map_gcs_error(exc: Exception, where: str) -> StorageError:
+    """Return the StorageError that tells callers what to do about a client library error."""
+    import requests
+    from google.api_core import exceptions as api
+    from google.auth import exceptions as auth
+    from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+
+    cause = exc.cause if isinstance(exc, api.RetryError) and exc.cause else exc
+    code = getattr(cause, "code", None)
+    if isinstance(cause, InvalidResponse):
+        code = cause.response.status_code
+    detail = f"{where}: {str(cause).strip().splitlines()[0][:300] or type(cause).__name__}"
+    if code in (401, 403) or isinstance(cause, auth.RefreshError):
+        return AccessDeniedError(detail)
+    if code == 404:
+        return ObjectNotFoundError(detail)
+    if code in (409, 412):
+        return ConflictError(detail)
+    transient = (requests.exceptions.RequestException, OSError, auth.TransportError, DataCorruption)
+    if code in (408, 429) or (isinstance(code, int) and code >= 500):
+        return TransientStorageError(detail)
+    if isinstance(cause, (*transient, api.RetryError)):
+        return TransientStorageError(detail)
+    return StorageError(detail)

@@ -1,0 +1,382 @@
+"""The train state and the step that moves it: model, optimizer, schedule, counters.
+
+    batches -> train step -> train state
+
+A step is one optimizer update: `accumulation` forward and backward passes (micro-steps), one clip,
+one AdamW update, one move of the schedule. The labels are the input ids, because the model shifts
+them inside. Nothing here waits for the device but `mean_loss`, which is asked for at logging steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from configs.training_config import TrainingConfig
+from utils.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def resolve_precision(config: TrainingConfig) -> str:
+    """Return `no`, `bf16` or `fp16` for this machine.
+
+    bfloat16 where a GPU has it, float16 with a loss scaler where it has not (T4), none on a CPU.
+
+    Raises:
+        ConfigError: The configuration asks for a precision that this device does not have.
+    """
+    gpu = torch.cuda.is_available() and not config.use_cpu
+    mps = torch.backends.mps.is_available() and not config.use_cpu
+    gpu_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.fp16 and not gpu:
+        raise ConfigError("fp16 needs a CUDA GPU. Set fp16 to false or null.")
+    if config.bf16 and gpu and not gpu_bf16:
+        name = torch.cuda.get_device_name()
+        raise ConfigError(f"{name} has no bfloat16. Set bf16 to null, and fp16 is used.")
+    if config.bf16 and mps:
+        raise ConfigError("bf16 is not supported on MPS here. Set bf16 to false or null.")
+    if config.bf16 or (config.bf16 is None and gpu_bf16 and not config.fp16):
+        return "bf16"
+    if config.fp16 or (config.fp16 is None and gpu and config.bf16 is None):
+        return "fp16"
+    return "no"
+
+
+def build_accelerator(
+    config: TrainingConfig, precision: str, trackers: Sequence[Any], logs: Path
+) -> Accelerator:
+    """Return the Accelerator of this process; the number of ranks comes from the launcher.
+
+    Args:
+        config: The run's configuration.
+        precision: Of `resolve_precision`.
+        trackers: Of `utils.tracking.build_trackers`.
+        logs: The run's log directory.
+
+    Raises:
+        ConfigError: The batch cannot be divided over the ranks.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    _, accumulation = config.resolve_batch(world_size)
+    return Accelerator(
+        cpu=config.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        mixed_precision=precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=accumulation, adjust_scheduler=False, sync_with_dataloader=False
+        ),
+        project_config=ProjectConfiguration(logging_dir=str(logs)),
+        log_with=list(trackers),
+    )
+
+
+def set_determinism(config: TrainingConfig) -> None:
+    """Seed Python, NumPy and torch; with `full_determinism` choose deterministic kernels too."""
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    if config.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(mode=True)
+        torch.backends.cudnn.benchmark = False
+    elif torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def build_model(model_config: Any, config: TrainingConfig) -> nn.Module:
+    """Return the model with fresh float32 weights, drawn from the seed on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_config(
+        model_config, attn_implementation="sdpa", dtype=torch.float32
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    built: nn.Module = model
+    return built
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters.
+
+    Attributes:
+        total: All of them, shared ones once.
+        embedding: Those of the token embedding and the output layer.
+    """
+
+    total: int
+    embedding: int
+
+    @property
+    def without_embedding(self) -> int:
+        """Parameters apart from the embedding and the output layer."""
+        return self.total - self.embedding
+
+
+def count_parameters(model_config: Any) -> ParameterCounts:
+    """Return the parameter counts of a model config, from a model without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = {
+        id(module.weight): module.weight.numel()
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+    }
+    return ParameterCounts(total, sum(embeddings.values()))
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """Return AdamW with decay on matrices only, fused where the device has it.
+
+    Args:
+        model: Parameters of 2 or more dimensions decay; biases and norms do not.
+        config: Learning rate, decay, betas and epsilon.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=trainable[0].device.type in ("cuda", "cpu"),
+    )
+
+
+def learning_rate_factor(
+    step: int, *, schedule: str, warmup_steps: int, max_steps: int, min_rate: float
+) -> float:
+    """Return the share of the peak learning rate that the step after `step` done steps uses.
+
+    It rises linearly to 1 at step `warmup_steps`, then follows the schedule to `min_rate` at
+    `max_steps` and stays there.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step + 1 - warmup_steps) / max(1, max_steps - warmup_steps))
+    shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress
+    return min_rate + (1.0 - min_rate) * shape
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> LambdaLR:
+    """Return the learning rate schedule of a run of `max_steps` steps."""
+    return LambdaLR(
+        optimizer,
+        # A plain function: LambdaLR would save an object's fields and bring back an old max_steps.
+        lambda step: learning_rate_factor(
+            step,
+            schedule=config.lr_scheduler_type,
+            warmup_steps=config.warmup_steps,
+            max_steps=config.max_steps,
+            min_rate=config.min_lr_rate,
+        ),
+    )
+
+
+@dataclass
+class Progress:
+    """Counters and histories of a run: what a checkpoint keeps besides tensors.
+
+    Attributes:
+        step: Optimizer updates done.
+        sample_index: Samples consumed, over all ranks; the position in the data.
+        tokens_seen: Tokens consumed, over all ranks.
+        global_batch_size: Samples of the last step, over all ranks.
+        interval_steps: Steps since the last logged metrics.
+        best_loss: Lowest logged training loss.
+        best_loss_step: Step of it.
+        best_validation_loss: Lowest validation loss.
+        validation_loss: Newest validation loss.
+        validation_step: Step of it.
+        history: Every logged metric: `training_metrics.json`.
+    """
+
+    step: int = 0
+    sample_index: int = 0
+    tokens_seen: int = 0
+    global_batch_size: int = 0
+    interval_steps: int = 0
+    best_loss: float | None = None
+    best_loss_step: int = 0
+    best_validation_loss: float | None = None
+    validation_loss: float | None = None
+    validation_step: int = 0
+    history: dict[str, list[Any]] = field(
+        default_factory=lambda: {
+            "steps": [],
+            "loss_history": [],
+            "learning_rates": [],
+            "grad_norms": [],
+            "tokens_per_second": [],
+            "validation": [],
+        }
+    )
+
+    def add_metrics(self, record: dict[str, Any]) -> None:
+        """Take one training record into the histories."""
+        self.history["steps"].append(self.step)
+        self.history["loss_history"].append(record["loss"])
+        self.history["learning_rates"].append(record["learning_rate"])
+        self.history["grad_norms"].append(record["grad_norm"])
+        self.history["tokens_per_second"].append(record["tokens_per_second"])
+        if math.isfinite(record["loss"]) and record["loss"] < (self.best_loss or math.inf):
+            self.best_loss, self.best_loss_step = record["loss"], self.step
+
+    def add_validation(self, loss: float) -> None:
+        """Take one evaluation into the histories."""
+        self.validation_loss, self.validation_step = loss, self.step
+        self.history["validation"].append({"step": self.step, "validation_loss": loss})
+        if math.isfinite(loss) and loss < (self.best_validation_loss or math.inf):
+            self.best_validation_loss = loss
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+        accelerator: Ranks, precision and devices.
+        model: As prepared by Accelerate.
+        optimizer: As prepared by Accelerate.
+        scheduler: The plain schedule over the plain optimizer.
+        progress: Counters and histories.
+        interval_loss: Sum of the step losses of this rank since the last logged metrics, on the
+            device, float32, shape [].
+        grad_norm: Norm of the last step's gradients before clipping, on the device.
+        last_learning_rate: Learning rate of the last step.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Any
+    scheduler: LambdaLR
+    progress: Progress
+    interval_loss: torch.Tensor
+    grad_norm: torch.Tensor
+    last_learning_rate: float = 0.0
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the coming step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def core_model(self) -> nn.Module:
+        """The model without wrappers of ranks or compilation."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model
+
+
+def build_train_state(
+    accelerator: Accelerator, model_config: Any, config: TrainingConfig
+) -> TrainState:
+    """Return a train state at step 0."""
+    model = build_model(model_config, config)
+    if accelerator.device.type != "cpu":
+        model.to(accelerator.device)
+    optimizer = build_optimizer(model, config)
+    scheduler = build_scheduler(optimizer, config)
+    if config.torch_compile:
+        model.compile()
+    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    zero = torch.zeros((), device=accelerator.device)
+    return TrainState(
+        accelerator, prepared_model, prepared_optimizer, scheduler, Progress(), zero, zero.clone()
+    )
+
+
+def train_step(state: TrainState, batches: Sequence[torch.Tensor], max_grad_norm: float) -> None:
+    """Do one optimizer update.
+
+    Args:
+        state: Changed in place.
+        batches: This rank's micro-batches: int64 [micro-batch, sequence_length] each.
+        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+    """
+    accelerator, model = state.accelerator, state.model
+    for input_ids in batches:
+        input_ids = input_ids.to(accelerator.device, non_blocking=True)
+        with accelerator.accumulate(model):
+            loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+            accelerator.backward(loss)
+            state.interval_loss += loss.detach().float() / len(batches)
+    state.grad_norm = accelerator.clip_grad_norm_(
+        model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf
+    )
+    state.last_learning_rate = state.learning_rate
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    if not accelerator.optimizer_step_was_skipped:
+        state.scheduler.step()
+    progress = state.progress
+    samples = sum(len(batch) for batch in batches) * accelerator.num_processes
+    progress.step += 1
+    progress.interval_steps += 1
+    progress.global_batch_size = samples
+    progress.sample_index += samples
+    progress.tokens_seen += samples * batches[0].shape[1]
+
+
+def mean_loss(state: TrainState) -> float:
+    """Return the mean loss of the steps since the last logged metrics, over all ranks."""
+    total = state.accelerator.reduce(state.interval_loss, "mean")
+    return float(total.item()) / max(1, state.progress.interval_steps)
+
+
+class Throughput:
+    """Speed since the last report, with time that is not training taken out."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._paused = 0.0
+        self._steps = 0
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time spent on saving and evaluating."""
+        self._paused += seconds
+
+    def step(self) -> None:
+        """Count one step."""
+        self._steps += 1
+
+    def report(self, tokens_per_step: int, data_wait_seconds: float) -> dict[str, float]:
+        """Return tokens_per_second, step_seconds and data_wait_share, and begin anew.
+
+        Args:
+            tokens_per_step: Over all ranks.
+            data_wait_seconds: Time waited for data since the last report.
+        """
+        now = time.perf_counter()
+        elapsed = max(1e-9, now - self._started - self._paused)
+        steps = max(1, self._steps)
+        self._started, self._paused, self._steps = now, 0.0, 0
+        return {
+            "tokens_per_second": steps * tokens_per_step / elapsed,
+            "step_seconds": elapsed / steps,
+            "data_wait_share": data_wait_seconds / elapsed,
+        }
