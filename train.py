@@ -85,7 +85,7 @@ def train(args: argparse.Namespace) -> int:
     configure_logging(config.log_level, quiet=args.quiet)
     # torch and transformers take seconds to load; a wrong argument should not wait for them.
     from configs.model_config import build_model_config
-    from utils import checkpoint_utils, preflight, ranks, resume, tracking, training_run
+    from utils import checkpoint_store, preflight, ranks, resume, tracking, training_run
     from utils.layout import RunPaths
     from utils.stopping import StopRequest
     from utils.training_utils import build_accelerator, count_parameters, resolve_precision
@@ -111,9 +111,9 @@ def train(args: argparse.Namespace) -> int:
             return preflight.report(config, facts, findings, dry_run=args.dry_run)
 
         if accelerator.is_main_process:
-            stack.enter_context(checkpoint_utils.hold_output_directory(paths))
+            stack.enter_context(checkpoint_store.hold_output_directory(paths))
             configure_logging(config.log_level, quiet=args.quiet, file=paths.train_log)
-            checkpoint_utils.remove_leftovers(paths.checkpoints)
+            checkpoint_store.remove_leftovers(paths.checkpoints)
             resume.commit_start(start, paths)
         else:
             configure_logging("warning", quiet=True, main_process=False)

@@ -488,7 +488,7 @@ def test_server_can_be_down_and_come_back(server: FakeGcsServer, bucket: storage
 
 
 def test_stop_ends_stalled_requests(server: FakeGcsServer) -> None:
-    fault = server.add_fault(Fault("stall"))
+    fault = server.add_fault(Fault("stall", operation="object.list"))
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
     connection.request("GET", "/storage/v1/b/runs/o")
     assert fault.wait_fired(5)
@@ -561,3 +561,207 @@ def test_preconditions(
     except ApiError as error:
         found = error.status
     assert found == status
+
+
+# The command-line tools.
+
+
+def run_tool(
+    server: FakeGcsServer, tmp_path: Path, *command: object, timeout_seconds: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """Run gsutil or gcloud in a process group of its own, which is killed at the timeout."""
+    words = [str(word) for word in command]
+    if shutil.which(words[0]) is None:
+        pytest.skip(f"{words[0]} is not installed")
+    if words[0] == "gsutil":
+        environment = server.gsutil_environment(tmp_path)
+    else:
+        environment = server.gcloud_environment(tmp_path)
+    with subprocess.Popen(
+        words,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path) -> Iterator[FakeGcsServer]:
+    with FakeGcsServer(tmp_path / "tls-server", tls=True) as server:
+        server.create_bucket("runs")
+        yield server
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """Large enough for gsutil (8 MiB) and gcloud (8 MiB) to upload it resumably."""
+    path = tmp_path / "archive.tar.gz"
+    path.write_bytes(noise(9_000_000))
+    return path
+
+
+def test_both_ports_serve_the_same_objects(tls_server: FakeGcsServer) -> None:
+    tls_server.put_object("runs", "a", b"x")
+    path = "/storage/v1/b/runs/o/a?alt=media"
+    url = f"https://127.0.0.1:{tls_server.tls_port}"
+    with requests.Session() as session:
+        session.trust_env = False
+        secure = session.get(url + path, verify=str(tls_server.certificate), timeout=5)
+        assert secure.content == session.get(tls_server.url + path, timeout=5).content == b"x"
+        with pytest.raises(requests.exceptions.SSLError):
+            session.get(url + path, timeout=5)
+
+
+@pytest.mark.gsutil
+@pytest.mark.parametrize("size", [0, 1000, 9_000_000])
+def test_gsutil_round_trip(tls_server: FakeGcsServer, tmp_path: Path, size: int) -> None:
+    source, target, uri = tmp_path / "source", tmp_path / "target", "gs://runs/dir/a"
+    source.write_bytes(noise(size))
+    up = run_tool(tls_server, tmp_path, "gsutil", "cp", source, uri)
+    assert up.returncode == 0, up.stderr
+    assert tls_server.read_object("runs", "dir/a") == source.read_bytes()
+    down = run_tool(tls_server, tmp_path, "gsutil", "cp", uri, target)
+    assert down.returncode == 0, down.stderr
+    assert target.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.gsutil
+def test_gsutil_ls_stat_cat_rm(tls_server: FakeGcsServer, tmp_path: Path) -> None:
+    for name in ("Checkpoints/a", "Checkpoints/b", "other"):
+        tls_server.put_object("runs", name, name.encode())
+    tls_server.settings.max_page_size = 1
+    listed = run_tool(tls_server, tmp_path, "gsutil", "ls", "gs://runs")
+    assert listed.stdout.split() == ["gs://runs/other", "gs://runs/Checkpoints/"]
+    stat = run_tool(tls_server, tmp_path, "gsutil", "stat", "gs://runs/other")
+    stored = tls_server.get_object("runs", "other")
+    assert stored.blob.crc32c in stat.stdout
+    assert str(stored.generation) in stat.stdout
+    missing = run_tool(tls_server, tmp_path, "gsutil", "-q", "stat", "gs://runs/missing")
+    assert missing.returncode == 1
+    cat = run_tool(tls_server, tmp_path, "gsutil", "cat", "gs://runs/other")
+    assert cat.stdout == "other"
+    removed = run_tool(tls_server, tmp_path, "gsutil", "rm", "-r", "gs://runs/Checkpoints")
+    assert removed.returncode == 0, removed.stderr
+    assert tls_server.list_objects("runs") == ["other"]
+
+
+@pytest.mark.gsutil
+def test_gsutil_parallel_composite_upload(
+    tls_server: FakeGcsServer, tmp_path: Path, archive: Path
+) -> None:
+    command = ["gsutil", "-o", "GSUtil:parallel_composite_upload_threshold=2M"]
+    command += ["-o", "GSUtil:parallel_composite_upload_component_size=2M", "cp", str(archive)]
+    done = run_tool(tls_server, tmp_path, *command, "gs://runs/a")
+    assert done.returncode == 0, done.stderr
+    assert tls_server.list_objects("runs") == ["a"]
+    stored = tls_server.get_object("runs", "a")
+    assert (stored.component_count, stored.blob.md5) == (5, None)
+    assert tls_server.read_object("runs", "a") == archive.read_bytes()
+
+    tls_server.add_fault(Fault("stall", operation="object.compose"))
+    killed = run_tool(tls_server, tmp_path, *command, "gs://runs/b", timeout_seconds=6)
+    assert killed.returncode == -signal.SIGKILL
+    names = tls_server.list_objects("runs")
+    assert len([name for name in names if "/gsutil/tmp/" in name]) == 5
+    assert "b" not in names
+
+
+@pytest.mark.gsutil
+def test_gsutil_precondition(tls_server: FakeGcsServer, tmp_path: Path, archive: Path) -> None:
+    command = ["gsutil", "-h", "x-goog-if-generation-match:0", "cp", archive, "gs://runs/a"]
+    assert run_tool(tls_server, tmp_path, *command).returncode == 0
+    again = run_tool(tls_server, tmp_path, *command)
+    assert again.returncode == 1
+    assert "PreconditionException: 412" in again.stderr
+
+
+@pytest.mark.gsutil
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("status", times=2, operation="upload.chunk"),
+        Fault("status", status=429, retry_after=1, operation="upload"),
+        Fault("reset", after_bytes=5_000_000, operation="upload"),
+        Fault("lost_answer", operation="upload"),
+        Fault("slow", bytes_per_second=9_000_000, operation="upload"),
+    ],
+    ids=lambda fault: fault.kind + str(fault.status),
+)
+def test_gsutil_upload_survives(
+    tls_server: FakeGcsServer, tmp_path: Path, archive: Path, fault: Fault
+) -> None:
+    tls_server.add_fault(fault)
+    done = run_tool(tls_server, tmp_path, "gsutil", "cp", archive, "gs://runs/a")
+    assert done.returncode == 0, done.stderr
+    assert fault.fired == fault.times
+    assert tls_server.read_object("runs", "a") == archive.read_bytes()
+
+
+@pytest.mark.gsutil
+def test_gsutil_notices_corrupted_content(
+    tls_server: FakeGcsServer, tmp_path: Path, archive: Path
+) -> None:
+    tls_server.add_fault(Fault("corrupt", after_bytes=5_000_000, operation="upload"))
+    up = run_tool(tls_server, tmp_path, "gsutil", "cp", archive, "gs://runs/a")
+    assert "HashMismatchException" in up.stderr
+    assert tls_server.list_objects("runs") == []  # gsutil deletes it
+    tls_server.put_object("runs", "a", archive.read_bytes())
+    tls_server.add_fault(Fault("corrupt", after_bytes=10, operation="object.download"))
+    down = run_tool(tls_server, tmp_path, "gsutil", "cp", "gs://runs/a", tmp_path / "target")
+    assert "HashMismatchException" in down.stderr
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.gsutil
+def test_gsutil_fails_at_once_without_permission_or_bucket(
+    tls_server: FakeGcsServer, tmp_path: Path, archive: Path
+) -> None:
+    tls_server.create_bucket("public", writable=False)
+    refused = run_tool(tls_server, tmp_path, "gsutil", "cp", archive, "gs://public/a")
+    assert refused.returncode == 1
+    assert len(tls_server.requests("upload")) == 1
+    absent = run_tool(tls_server, tmp_path, "gsutil", "cp", archive, "gs://absent/a")
+    assert "BucketNotFoundException: 404" in absent.stderr
+
+
+@pytest.mark.gsutil
+def test_killed_gsutil_leaves_no_object_and_goes_on_next_time(
+    tls_server: FakeGcsServer, tmp_path: Path, archive: Path
+) -> None:
+    tls_server.add_fault(Fault("stall", after_bytes=5_000_000, operation="upload"))
+    command = ["gsutil", "cp", archive, "gs://runs/a"]
+    killed = run_tool(tls_server, tmp_path, *command, timeout_seconds=5)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tls_server.list_objects("runs"), tls_server.unfinished_uploads()) == ([], ["a"])
+    tls_server.clear_requests()
+    assert run_tool(tls_server, tmp_path, *command).returncode == 0
+    assert tls_server.requests("upload.start") == []
+    assert tls_server.requests("upload.chunk")[-1].request_bytes < 9_000_000
+    assert tls_server.read_object("runs", "a") == archive.read_bytes()
+
+
+@pytest.mark.gsutil
+def test_gcloud_storage_round_trip(
+    tls_server: FakeGcsServer, tmp_path: Path, archive: Path
+) -> None:
+    def gcloud(*words: object) -> subprocess.CompletedProcess[str]:
+        return run_tool(tls_server, tmp_path, "gcloud", "storage", *words)
+
+    tls_server.add_fault(Fault("reset", after_bytes=5_000_000, operation="upload"))
+    up = gcloud("cp", archive, "gs://runs/dir/a")
+    assert up.returncode == 0, up.stderr
+    assert tls_server.read_object("runs", "dir/a") == archive.read_bytes()
+    assert gcloud("ls", "gs://runs/**").stdout.split() == ["gs://runs/dir/a"]
+    down = gcloud("cp", "gs://runs/dir/a", tmp_path / "target")
+    assert down.returncode == 0, down.stderr
+    assert (tmp_path / "target").read_bytes() == archive.read_bytes()
+    assert gcloud("rm", "gs://runs/dir/a").returncode == 0
+    assert tls_server.list_objects("runs") == []

@@ -1,61 +1,47 @@
-"""Checkpoints: write, commit, verify, restore, set aside.
+"""Checkpoints: write, commit, restore.
 
     train state -> checkpoint directory (committed) -> restore -> train state
 
 A checkpoint is written into a temporary sibling, every file synced and hashed, the manifest last,
 then renamed: it is there whole or not at all. The files are those that stock
 `Accelerator.load_state` and `AutoModelForCausalLM.from_pretrained` read, plus our own. The main
-process writes alone; random states of all ranks are gathered to it. A committed checkpoint never
-changes; deleting one removes its manifest first.
+process writes alone; random states of all ranks are gathered to it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import platform
 import random
 import shutil
-import subprocess
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import load as load_tensors
-from filelock import FileLock, Timeout
 
-from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
-from utils.data_utils import DataState
-from utils.errors import CheckpointError, LockedError
-from utils.journal import Journal, UploadState
+from configs.training_config import TrainingConfig
+from utils.checkpoint_metadata import build_metadata
+from utils.errors import CheckpointError
 from utils.layout import (
-    ARCHIVE_SUFFIX,
     DATA_STATE_FILE,
     MANIFEST_FILE,
     METADATA_FILE,
     METRICS_HISTORY_FILE,
     SAVING_PREFIX,
-    SET_ASIDE_FOLDER,
     TRAINING_CONFIG_FILE,
     CheckpointName,
     FileEntry,
     Manifest,
-    RunPaths,
-    find_checkpoints,
-    free_name,
-    parse_checkpoint_name,
+    RunIdentity,
     read_json,
-    read_manifest,
     write_json,
 )
-from utils.metadata import HISTORY_LIMIT, find_best, loss_trend, read_local_checkpoints
 from utils.ranks import gather_to_main
-from utils.retention import Action, CheckpointFacts, plan_retention
+from utils.sample_order import DataState
 from utils.storage import crc32c_of_file, fsync_directory
 from utils.training_utils import Progress, TrainState
 
@@ -67,19 +53,6 @@ SAFE_WEIGHTS_FILE = "model.safetensors"
 BIN_WEIGHTS_FILE = "pytorch_model.bin"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """Which run a checkpoint belongs to.
-
-    Attributes:
-        run_id: Id of the run.
-        branch: How often it was resumed from an older checkpoint than its newest.
-    """
-
-    run_id: str
-    branch: int = 0
 
 
 def random_states_file(rank: int) -> str:
@@ -210,84 +183,6 @@ def _write_facts(
     write_json(directory / METADATA_FILE, metadata)
 
 
-def build_metadata(
-    state: TrainState, data_state: DataState, config: TrainingConfig, identity: RunIdentity
-) -> dict[str, Any]:
-    """Return what `metadata.json` says of the state as it is."""
-    progress = state.progress
-    losses = progress.history["loss_history"]
-    best = progress.best_validation_loss
-    return {
-        "step": progress.step,
-        "epoch": data_state.epoch,
-        "current_loss": losses[-1] if losses else None,
-        "best_loss": progress.best_loss,
-        "loss_history": losses[-HISTORY_LIMIT:],
-        "learning_rates": progress.history["learning_rates"][-HISTORY_LIMIT:],
-        "validation_metrics": {
-            "current_avg_loss": losses[-1] if losses else None,
-            "steps_since_best": progress.step - progress.best_loss_step,
-            "loss_trend": loss_trend(losses),
-            "validation_loss": progress.validation_loss,
-            "perplexity": _perplexity(progress.validation_loss),
-            "best_validation_loss": best,
-        },
-        "training_progress": {
-            "completed_steps": progress.step,
-            "total_epochs": data_state.epoch,
-            "files_processed": data_state.files_consumed,
-            "max_steps": config.max_steps,
-            "tokens_seen": progress.tokens_seen,
-            "samples_seen": progress.sample_index,
-            "global_batch_size": progress.global_batch_size,
-            "tokens_per_second": (progress.history["tokens_per_second"] or [None])[-1],
-        },
-        "system_info": system_info(state),
-        "timestamp": datetime.now(timezone.utc).isoformat(),
-        "run_id": identity.run_id,
-        "git_commit": git_commit(),
-    }
-
-
-def _perplexity(loss: float | None) -> float | None:
-    return None if loss is None else float(np.exp(min(loss, 700.0)))
-
-
-def system_info(state: TrainState) -> dict[str, Any]:
-    """Return the machine and the versions, for `metadata.json`."""
-    import accelerate
-    import transformers
-
-    device = state.accelerator.device
-    return {
-        "cuda_available": torch.cuda.is_available(),
-        "device_count": torch.cuda.device_count(),
-        "mixed_precision": state.accelerator.mixed_precision,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "world_size": state.accelerator.num_processes,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "python": platform.python_version(),
-        "num_parameters": sum(p.numel() for p in state.core_model.parameters()),
-    }
-
-
-def git_commit() -> str | None:
-    """Return the commit of this project's checkout, None where there is none."""
-    try:
-        result = subprocess.run(  # noqa: S603
-            ["git", "-C", str(PROJECT_DIRECTORY), "rev-parse", "HEAD"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
-
-
 def _seal(directory: Path) -> dict[str, FileEntry]:
     """Sync every file of a directory and return its size and checksum."""
     files = {}
@@ -296,29 +191,6 @@ def _seal(directory: Path) -> dict[str, FileEntry]:
             os.fsync(file.fileno())
         files[path.name] = FileEntry(path.stat().st_size, crc32c_of_file(path))
     return files
-
-
-def verify_checkpoint(checkpoint: Path) -> Manifest:
-    """Return the manifest after comparing every file with it.
-
-    Raises:
-        CheckpointError: The checkpoint is incomplete or a file is not what was written.
-    """
-    manifest = read_manifest(checkpoint)
-    for name, entry in manifest.files.items():
-        path = checkpoint / name
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{checkpoint.name}: {name} is missing.")
-        size = path.stat().st_size
-        if size != entry.size:
-            raise CheckpointError(
-                f"{checkpoint.name}: {name} has {size} bytes, its manifest says {entry.size}."
-            )
-        if crc32c_of_file(path) != entry.crc32c:
-            raise CheckpointError(
-                f"{checkpoint.name}: {name} is damaged (its crc32c is not the manifest's)."
-            )
-    return manifest
 
 
 def restore_checkpoint(
@@ -409,116 +281,3 @@ def read_data_state(checkpoint: Path) -> DataState:
         return DataState.from_json(read_json(checkpoint / DATA_STATE_FILE))
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise CheckpointError(f"{checkpoint.name}: {DATA_STATE_FILE} cannot be read.") from exc
-
-
-@contextlib.contextmanager
-def hold_output_directory(paths: RunPaths) -> Iterator[None]:
-    """Hold the output directory of a run, so that no other trainer works in it.
-
-    Raises:
-        LockedError: A live process holds it; the message names it.
-    """
-    paths.checkpoints.mkdir(parents=True, exist_ok=True)
-    owner = paths.lock.with_suffix(".owner")
-    lock = FileLock(paths.lock)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as exc:
-        holder = owner.read_text("utf-8").strip() if owner.is_file() else "unknown process"
-        raise LockedError(
-            f"{paths.checkpoints} is in use by another trainer ({holder}). "
-            "Wait for it, or choose another --set output_dir or run_name."
-        ) from exc
-    try:
-        owner.write_text(f"process {os.getpid()} on {platform.node()}\n", "utf-8")
-        yield
-    finally:
-        lock.release()
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove what an interrupted save, archive or deletion left behind."""
-    if not directory.is_dir():
-        return
-    for path in directory.iterdir():
-        if path.name.startswith(SAVING_PREFIX) and path.is_dir():
-            log.info("Removing %s, left by an interrupted save.", path.name)
-            shutil.rmtree(path, ignore_errors=True)
-        elif parse_checkpoint_name(path.name.removesuffix(ARCHIVE_SUFFIX)) and path.is_file():
-            log.info("Removing %s, left by an interrupted upload.", path.name)
-            path.unlink()
-
-
-def find_latest(directory: Path) -> Path | None:
-    """Return the checkpoint of the highest step that verifies; set aside those that do not."""
-    for name in reversed(find_checkpoints(directory)):
-        checkpoint = directory / str(name)
-        try:
-            verify_checkpoint(checkpoint)
-        except CheckpointError as exc:
-            moved = set_aside(checkpoint, directory)
-            log.warning("%s It was set aside as %s; trying the one before.", exc, moved)
-        else:
-            return checkpoint
-    return None
-
-
-def set_aside(checkpoint: Path, directory: Path) -> Path:
-    """Move a checkpoint out of the way without losing it; return where it is now."""
-    folder = directory / SET_ASIDE_FOLDER
-    folder.mkdir(exist_ok=True)
-    target = free_name(folder, checkpoint.name)
-    checkpoint.rename(target)
-    fsync_directory(directory)
-    return target
-
-
-def delete_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint, its manifest first, so that no half of it ever looks complete."""
-    (checkpoint / MANIFEST_FILE).unlink(missing_ok=True)
-    fsync_directory(checkpoint)
-    # The name is freed in one step; what a crash leaves under the new one is a leftover.
-    doomed = checkpoint.with_name(f"{SAVING_PREFIX}deleted-{checkpoint.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def apply_retention(
-    directory: Path, journal: Journal, config: TrainingConfig, *, run_id: str, is_uploading_on: bool
-) -> list[str]:
-    """Delete the checkpoints that the retention rules give up; return their names."""
-    views = [
-        view
-        for view in read_local_checkpoints(directory)
-        if view.manifest is not None and view.manifest.run_id == run_id
-    ]
-    best = find_best(views)
-    facts = []
-    for view in views:
-        upload = view.upload.state if view.upload else None
-        facts.append(
-            CheckpointFacts(
-                str(view.name),
-                view.name.step,
-                is_best=view is best,
-                is_verified=upload is UploadState.VERIFIED,
-                is_uploading=upload in (UploadState.ARCHIVING, UploadState.UPLOADING),
-            )
-        )
-    deleted = []
-    for decision in plan_retention(
-        facts,
-        keep_checkpoints=config.keep_checkpoints,
-        max_unverified=config.max_unverified,
-        is_uploading_on=is_uploading_on,
-    ):
-        if decision.action is Action.KEEP:
-            continue
-        if decision.action is Action.SUPERSEDE:
-            log.warning("Giving up %s without an upload: %s.", decision.name, decision.reason)
-            journal.record(decision.name, run_id, UploadState.SUPERSEDED, reason=decision.reason)
-        delete_checkpoint(directory / decision.name)
-        log.info("Cleaned up %s (%s).", decision.name, decision.reason)
-        deleted.append(decision.name)
-    return deleted

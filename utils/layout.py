@@ -160,6 +160,19 @@ def new_run_id() -> str:
 
 
 @dataclass(frozen=True)
+class RunIdentity:
+    """Which run a checkpoint belongs to.
+
+    Attributes:
+        run_id: Id of the run.
+        branch: How often it was resumed from an older checkpoint than its newest.
+    """
+
+    run_id: str
+    branch: int = 0
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """Size in bytes and base64 crc32c of one file of a checkpoint."""
 

@@ -12,9 +12,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.checkpoint_utils import RunIdentity, find_latest, set_aside, verify_checkpoint
+from utils.checkpoint_store import find_latest, set_aside, verify_checkpoint
 from utils.errors import CheckpointError, UsageError
-from utils.layout import Manifest, RunPaths, find_checkpoints, new_run_id
+from utils.layout import Manifest, RunIdentity, RunPaths, find_checkpoints, new_run_id
 from utils.metadata import read_local_checkpoints, select_checkpoint
 
 log = logging.getLogger(__name__)

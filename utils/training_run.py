@@ -19,15 +19,17 @@ import torch
 from accelerate import Accelerator
 
 from configs.training_config import TrainingConfig
-from utils import checkpoint_utils, tracking
+from utils import checkpoint_store, checkpoint_utils, tracking
 from utils.console import LiveLine, format_duration
-from utils.data_utils import BatchLoader, DataState, SampleOrder, ShardCache, ValidationData
+from utils.data_utils import BatchLoader, ValidationData
 from utils.errors import ConfigError, ExitCode
 from utils.evaluation import evaluate
 from utils.journal import Journal
 from utils.layout import RunPaths
 from utils.ranks import compute_on_main
 from utils.resume import Start
+from utils.sample_order import DataState, SampleOrder
+from utils.shard_cache import ShardCache
 from utils.shard_index import ShardIndex
 from utils.stopping import StopRequest
 from utils.storage import join_uri, open_bucket
@@ -242,7 +244,7 @@ class TrainingRun:
                      format_duration(time.perf_counter() - started))  # fmt: skip
             if self._uploader is not None:
                 self._uploader.submit(checkpoint)
-            checkpoint_utils.apply_retention(
+            checkpoint_store.apply_retention(
                 self.paths.checkpoints,
                 self._journal,
                 self.config,
@@ -276,7 +278,7 @@ class TrainingRun:
             self.config.upload_deadline_seconds,
             lambda names: self._live.show(f"uploading {', '.join(names)}"),
         )
-        checkpoint_utils.apply_retention(
+        checkpoint_store.apply_retention(
             self.paths.checkpoints,
             self._journal,
             self.config,

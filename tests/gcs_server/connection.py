@@ -56,7 +56,6 @@ class Connection(BaseHTTPRequestHandler):
             self._cut(cut)
         finally:
             if exchange is not None:
-                exchange.record.request_bytes = body.bytes_read
                 self.server.service.log.finish(exchange.record)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = serve  # noqa: N815
@@ -66,7 +65,6 @@ class Connection(BaseHTTPRequestHandler):
         logger.debug(format, *args)
 
     def _send(self, exchange: Exchange, response: Response) -> None:
-        exchange.record.request_bytes = exchange.request.body.bytes_read
         exchange.record.status = response.status
         # Body faults count the bytes of one body: the request's, if it has one.
         gate = None if exchange.request.body.length else Gate(exchange.faults)

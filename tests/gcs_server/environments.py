@@ -11,7 +11,9 @@ from configparser import ConfigParser
 from pathlib import Path
 
 GSUTIL_OPTIONS = {
+    # gsutil's own: 23 attempts, up to 32 s apart, which is more than a test can wait for.
     "Boto:num_retries": "6",
+    "Boto:max_retry_delay": "1",
     "GSUtil:check_hashes": "always",
     "GSUtil:software_update_check_period": "0",
     # One process, as few threads as a parallel composite upload needs to be one.

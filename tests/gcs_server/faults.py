@@ -10,8 +10,11 @@
     lost_answer  the change is made, then the connection is closed without an answer; fires only
                  on requests that create, change or delete an object
 
-"Body bytes" are those of the request's body when it has one, else those of the answer's. A
-fault is counted when it fires: `times=2` means it fires twice (None: for ever), and a body of
+"Body bytes" are those of the request's body when it has one, else those of the answer's. These
+faults hit the content of objects on its way, up or down, and leave other requests alone (the
+start of an upload, a listing) unless `operation` names one of those exactly.
+
+A fault is counted when it fires: `times=2` means it fires twice (None: for ever), and a body of
 fewer than `after_bytes` bytes passes unharmed and uncounted. A test can wait for a fault with
 `wait_fired`, so that it needs no sleep.
 """
@@ -27,6 +30,9 @@ from typing import Literal
 from .errors import ConnectionCut
 
 Kind = Literal["status", "reset", "truncate", "stall", "slow", "corrupt", "lost_answer"]
+CONTENT_OPERATIONS = frozenset(
+    {"upload.media", "upload.multipart", "upload.chunk", "upload.xml_part", "object.download"}
+)
 BODY_KINDS = frozenset({"reset", "truncate", "stall", "slow", "corrupt"})
 
 
@@ -70,7 +76,7 @@ class Fault:
     def matches(self, target: Target) -> bool:
         """Whether the fault may hit such a request."""
         return (
-            (fnmatchcase(target.operation, self.operation) or self._is_group(target.operation))
+            self._matches_operation(target.operation)
             and fnmatchcase(target.method, self.method)
             and fnmatchcase(target.bucket, self.bucket)
             and fnmatchcase(target.name, self.name)
@@ -113,8 +119,13 @@ class Fault:
             self._changed.notify_all()
             return True
 
-    def _is_group(self, operation: str) -> bool:
-        return operation.startswith(self.operation + ".")
+    def _matches_operation(self, operation: str) -> bool:
+        if operation == self.operation:
+            return True
+        if self.kind in BODY_KINDS and operation not in CONTENT_OPERATIONS:
+            return False
+        in_group = operation.startswith(self.operation + ".")
+        return in_group or fnmatchcase(operation, self.operation)
 
 
 class FaultPlan:

@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl
 from .blobs import BLOCK_BYTES
 from .errors import ApiError, ConnectionCut
 from .faults import Gate
+from .request_log import RequestRecord
 
 
 class RequestBody:
@@ -28,8 +29,14 @@ class RequestBody:
         self._unread = length
         self._ahead = b""
         self.length = length
-        self.bytes_read = 0
         self.gate: Gate | None = None
+        self.record: RequestRecord | None = None
+        """Where received bytes are counted."""
+
+    @property
+    def bytes_ahead(self) -> int:
+        """Bytes that have been received but not read."""
+        return len(self._ahead)
 
     def peek(self, size: int) -> bytes:
         """The next bytes, at most `size`, without consuming them or passing the gate."""
@@ -71,7 +78,8 @@ class RequestBody:
         if not data:
             raise ConnectionCut("the client closed the connection within a body")
         self._unread -= len(data)
-        self.bytes_read += len(data)
+        if self.record is not None:
+            self.record.request_bytes += len(data)
         return data
 
 

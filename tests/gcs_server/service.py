@@ -47,7 +47,11 @@ class Service:
         """Errors of the service's own making, which should fail the test."""
 
     def begin(self, request: Request) -> Exchange:
-        """Find out what is asked for, and which faults may hit it."""
+        """Find out what is asked for, and which faults may hit it.
+
+        Raises:
+            ConnectionCut: The client went away before it had said what it wants.
+        """
         match, refusal, name = None, None, ""
         try:
             match = find_route(request)
@@ -64,6 +68,8 @@ class Service:
             request.method, path, operation, bucket, name, dict(request.headers.items())
         )
         record.faults = faults.fired
+        record.request_bytes = request.body.bytes_ahead
+        request.body.record = record
         self.log.add(record)
         if request.body.length:
             request.body.gate = Gate(faults)

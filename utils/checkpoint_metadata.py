@@ -1,0 +1,98 @@
+"""What `metadata.json` says of a checkpoint: written once, at the save.
+
+train state -> metadata.json -> viewer, upload manager, monitor
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
+from utils.layout import RunIdentity
+from utils.metadata import HISTORY_LIMIT, loss_trend
+from utils.sample_order import DataState
+from utils.training_utils import TrainState
+
+
+def build_metadata(
+    state: TrainState, data_state: DataState, config: TrainingConfig, identity: RunIdentity
+) -> dict[str, Any]:
+    """Return what `metadata.json` says of the state as it is."""
+    progress = state.progress
+    losses = progress.history["loss_history"]
+    best = progress.best_validation_loss
+    return {
+        "step": progress.step,
+        "epoch": data_state.epoch,
+        "current_loss": losses[-1] if losses else None,
+        "best_loss": progress.best_loss,
+        "loss_history": losses[-HISTORY_LIMIT:],
+        "learning_rates": progress.history["learning_rates"][-HISTORY_LIMIT:],
+        "validation_metrics": {
+            "current_avg_loss": losses[-1] if losses else None,
+            "steps_since_best": progress.step - progress.best_loss_step,
+            "loss_trend": loss_trend(losses),
+            "validation_loss": progress.validation_loss,
+            "perplexity": _perplexity(progress.validation_loss),
+            "best_validation_loss": best,
+        },
+        "training_progress": {
+            "completed_steps": progress.step,
+            "total_epochs": data_state.epoch,
+            "files_processed": data_state.files_consumed,
+            "max_steps": config.max_steps,
+            "tokens_seen": progress.tokens_seen,
+            "samples_seen": progress.sample_index,
+            "global_batch_size": progress.global_batch_size,
+            "tokens_per_second": (progress.history["tokens_per_second"] or [None])[-1],
+        },
+        "system_info": system_info(state),
+        "timestamp": datetime.now(timezone.utc).isoformat(),
+        "run_id": identity.run_id,
+        "git_commit": git_commit(),
+    }
+
+
+def _perplexity(loss: float | None) -> float | None:
+    return None if loss is None else float(np.exp(min(loss, 700.0)))
+
+
+def system_info(state: TrainState) -> dict[str, Any]:
+    """Return the machine and the versions, for `metadata.json`."""
+    import accelerate
+    import transformers
+
+    device = state.accelerator.device
+    return {
+        "cuda_available": torch.cuda.is_available(),
+        "device_count": torch.cuda.device_count(),
+        "mixed_precision": state.accelerator.mixed_precision,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "world_size": state.accelerator.num_processes,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+        "num_parameters": sum(p.numel() for p in state.core_model.parameters()),
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit of this project's checkout, None where there is none."""
+    try:
+        result = subprocess.run(  # noqa: S603
+            ["git", "-C", str(PROJECT_DIRECTORY), "rev-parse", "HEAD"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

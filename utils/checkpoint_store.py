@@ -1,0 +1,177 @@
+"""The directory of checkpoints: hold it, verify, find the latest, set aside, delete, keep by rule.
+
+    checkpoint directory (committed) -> restore, uploader
+
+A checkpoint is complete when its manifest is there; deleting one removes the manifest first.
+"Latest" is the highest step that verifies; one that does not is set aside with the reason and the
+next is tried. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from configs.training_config import TrainingConfig
+from utils.errors import CheckpointError, LockedError
+from utils.journal import Journal, UploadState
+from utils.layout import (
+    ARCHIVE_SUFFIX,
+    MANIFEST_FILE,
+    SAVING_PREFIX,
+    SET_ASIDE_FOLDER,
+    Manifest,
+    RunPaths,
+    find_checkpoints,
+    free_name,
+    parse_checkpoint_name,
+    read_manifest,
+)
+from utils.metadata import find_best, read_local_checkpoints
+from utils.retention import Action, CheckpointFacts, plan_retention
+from utils.storage import crc32c_of_file, fsync_directory
+
+log = logging.getLogger(__name__)
+
+
+def verify_checkpoint(checkpoint: Path) -> Manifest:
+    """Return the manifest after comparing every file with it.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete or a file is not what was written.
+    """
+    manifest = read_manifest(checkpoint)
+    for name, entry in manifest.files.items():
+        path = checkpoint / name
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{checkpoint.name}: {name} is missing.")
+        size = path.stat().st_size
+        if size != entry.size:
+            raise CheckpointError(
+                f"{checkpoint.name}: {name} has {size} bytes, its manifest says {entry.size}."
+            )
+        if crc32c_of_file(path) != entry.crc32c:
+            raise CheckpointError(
+                f"{checkpoint.name}: {name} is damaged (its crc32c is not the manifest's)."
+            )
+    return manifest
+
+
+@contextlib.contextmanager
+def hold_output_directory(paths: RunPaths) -> Iterator[None]:
+    """Hold the output directory of a run, so that no other trainer works in it.
+
+    Raises:
+        LockedError: A live process holds it; the message names it.
+    """
+    paths.checkpoints.mkdir(parents=True, exist_ok=True)
+    owner = paths.lock.with_suffix(".owner")
+    lock = FileLock(paths.lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as exc:
+        holder = owner.read_text("utf-8").strip() if owner.is_file() else "unknown process"
+        raise LockedError(
+            f"{paths.checkpoints} is in use by another trainer ({holder}). "
+            "Wait for it, or choose another --set output_dir or run_name."
+        ) from exc
+    try:
+        owner.write_text(f"process {os.getpid()} on {platform.node()}\n", "utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what an interrupted save, archive or deletion left behind."""
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if path.name.startswith(SAVING_PREFIX) and path.is_dir():
+            log.info("Removing %s, left by an interrupted save.", path.name)
+            shutil.rmtree(path, ignore_errors=True)
+        elif parse_checkpoint_name(path.name.removesuffix(ARCHIVE_SUFFIX)) and path.is_file():
+            log.info("Removing %s, left by an interrupted upload.", path.name)
+            path.unlink()
+
+
+def find_latest(directory: Path) -> Path | None:
+    """Return the checkpoint of the highest step that verifies; set aside those that do not."""
+    for name in reversed(find_checkpoints(directory)):
+        checkpoint = directory / str(name)
+        try:
+            verify_checkpoint(checkpoint)
+        except CheckpointError as exc:
+            moved = set_aside(checkpoint, directory)
+            log.warning("%s It was set aside as %s; trying the one before.", exc, moved)
+        else:
+            return checkpoint
+    return None
+
+
+def set_aside(checkpoint: Path, directory: Path) -> Path:
+    """Move a checkpoint out of the way without losing it; return where it is now."""
+    folder = directory / SET_ASIDE_FOLDER
+    folder.mkdir(exist_ok=True)
+    target = free_name(folder, checkpoint.name)
+    checkpoint.rename(target)
+    fsync_directory(directory)
+    return target
+
+
+def delete_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint, its manifest first, so that no half of it ever looks complete."""
+    (checkpoint / MANIFEST_FILE).unlink(missing_ok=True)
+    fsync_directory(checkpoint)
+    # The name is freed in one step; what a crash leaves under the new one is a leftover.
+    doomed = checkpoint.with_name(f"{SAVING_PREFIX}deleted-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def apply_retention(
+    directory: Path, journal: Journal, config: TrainingConfig, *, run_id: str, is_uploading_on: bool
+) -> list[str]:
+    """Delete the checkpoints that the retention rules give up; return their names."""
+    views = [
+        view
+        for view in read_local_checkpoints(directory)
+        if view.manifest is not None and view.manifest.run_id == run_id
+    ]
+    best = find_best(views)
+    facts = []
+    for view in views:
+        upload = view.upload.state if view.upload else None
+        facts.append(
+            CheckpointFacts(
+                str(view.name),
+                view.name.step,
+                is_best=view is best,
+                is_verified=upload is UploadState.VERIFIED,
+                is_uploading=upload in (UploadState.ARCHIVING, UploadState.UPLOADING),
+            )
+        )
+    deleted = []
+    for decision in plan_retention(
+        facts,
+        keep_checkpoints=config.keep_checkpoints,
+        max_unverified=config.max_unverified,
+        is_uploading_on=is_uploading_on,
+    ):
+        if decision.action is Action.KEEP:
+            continue
+        if decision.action is Action.SUPERSEDE:
+            log.warning("Giving up %s without an upload: %s.", decision.name, decision.reason)
+            journal.record(decision.name, run_id, UploadState.SUPERSEDED, reason=decision.reason)
+        delete_checkpoint(directory / decision.name)
+        log.info("Cleaned up %s (%s).", decision.name, decision.reason)
+        deleted.append(decision.name)
+    return deleted
