@@ -32,8 +32,9 @@ arguments+=("$@")
 
 bash setup.sh
 bin="${VENV:-venv}/bin"
-[ -d "${VENV:-venv}/Scripts" ] && bin="${VENV:-venv}/Scripts"
-export PATH="$project/$bin:$PATH"
+[ -d "${VENV:-venv}/Scripts" ] && bin="${VENV:-venv}/Scripts" # Windows (Git Bash)
+PATH="$(cd "$bin" && pwd):$PATH"
+export PATH
 
 if [ "$config" = test ]; then
     python scripts/prepare_data.py --sample --output bucket/data

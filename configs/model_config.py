@@ -48,7 +48,7 @@ PRESETS: dict[str, ModelPreset] = {
             "use_parallel_residual": True,
             "tie_word_embeddings": False,
         },
-        parameters=1_414_443_008,
+        parameters=1_414_455_296,
     ),
     "neox-tiny": ModelPreset(
         "gpt_neox",
@@ -66,6 +66,16 @@ PRESETS: dict[str, ModelPreset] = {
         parameters=5_256_704,
     ),
 }
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+"""Keys of a model config that are counts; transformers itself lets 0 and less pass."""
 
 
 def get_preset(name: str) -> ModelPreset:
@@ -104,6 +114,9 @@ def build_model_config(
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(f"model_overrides.{key} is no key of {preset.model_type}.{hint}")
+    for key in SIZES:
+        if isinstance(values.get(key), int) and values[key] < 1:
+            raise ConfigError(f"model_overrides.{key} must be at least 1, got {values[key]}.")
     try:
         config: PretrainedConfig = AutoConfig.for_model(preset.model_type, **values)
         config.use_cache = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ LR_SCHEDULER_TYPES = ("cosine", "linear", "constant")
 SAVE_FORMATS = ("safetensors", "bin")
 UPLOAD_TRANSPORTS = ("auto", "directory", "gsutil", "python")
 REPORT_TARGETS = ("tensorboard", "wandb")
+MAX_SEED = 2**63 - 1
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 RENAMED_KEYS = {
@@ -195,9 +197,12 @@ class TrainingConfig:
         self._require_at_least("sequence_length", 2)
         for key in ("warmup_steps", "weight_decay", "max_grad_norm", "upload_deadline_seconds"):
             self._require_at_least(key, 0)
-        self._require_at_least("seed", 0)
-        for key in ("min_lr_rate", "adam_beta1", "adam_beta2"):
-            self._require_between(key, 0.0, 1.0)
+        self._require_between("seed", 0, MAX_SEED)
+        self._require_between("min_lr_rate", 0.0, 1.0)
+        for key in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, key)
+            if not 0.0 <= value < 1.0:
+                raise ConfigError(f"{key} must be at least 0.0 and below 1.0, got {value}.")
         for key in ("learning_rate", "adam_epsilon"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value > 0):
@@ -221,6 +226,9 @@ class TrainingConfig:
             raise ConfigError(
                 f"max_files must be at least 1, or null or -1 for all; got {self.max_files}."
             )
+        for key, value in self.model_overrides.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"model_overrides.{key} must be a finite number, got {value}.")
         if self.bf16 and self.fp16:
             raise ConfigError("bf16 and fp16 are both true: choose one.")
         if self.global_batch_size and self.gradient_accumulation_steps:
@@ -234,7 +242,7 @@ class TrainingConfig:
 
     def _require_at_least(self, key: str, limit: float) -> None:
         value = getattr(self, key)
-        if not (value >= limit and math.isfinite(value)):
+        if not limit <= value < math.inf:
             raise ConfigError(f"{key} must be at least {limit}, got {value}.")
 
     def _require_between(self, key: str, low: float, high: float) -> None:
@@ -353,7 +361,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {text}: use key=value.")
     try:
         value = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = raw
     return key.strip(), value
 
@@ -363,7 +371,7 @@ def _read_config_file(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{_display_path(path)}: cannot be read: {exc}.") from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"{_display_path(path)}: not valid JSON: {exc}.") from exc
     if not isinstance(values, dict):
         raise ConfigError(f"{_display_path(path)}: must hold one JSON object.")
@@ -410,7 +418,8 @@ def _checked_type(source: str, key: str, value: Any) -> Any:
 
 def _convert(option: Any, value: Any) -> tuple[bool, Any]:
     if option is float and isinstance(value, int) and not isinstance(value, bool):
-        return True, float(value)
+        fits = abs(value) <= sys.float_info.max
+        return fits, float(value) if fits else value
     if option is int and isinstance(value, bool):
         return False, value
     origin = typing.get_origin(option)

@@ -271,7 +271,7 @@ def describe_start(start: dict[str, Any]) -> str:
         f"Run: {printable(start.get('run_id', ABSENT))}",
         f"on {printable(start.get('device', ABSENT))}",
         f"precision {printable(start.get('precision', ABSENT))}",
-        f"{printable(ranks)} rank{'' if ranks == 1 else 's'}",
+        f"{printable(ABSENT if ranks is None else ranks)} rank{'' if ranks == 1 else 's'}",
     ]
     if isinstance(parameters, int):
         cells.append(f"{parameters:,} parameters")

@@ -38,7 +38,7 @@ def summarize(view: CheckpointView) -> dict[str, Any]:
     metadata = view.metadata
     progress, system = section(metadata, "training_progress"), section(metadata, "system_info")
     validation = section(metadata, "validation_metrics")
-    rates = numbers(metadata.get("learning_rates"))
+    rates = metadata.get("learning_rates")
     return {
         "name": str(view.name),
         "step": view.name.step,
@@ -50,7 +50,7 @@ def summarize(view: CheckpointView) -> dict[str, Any]:
         "validation_loss": view.validation_loss,
         "validation_perplexity": number(validation.get("perplexity")),
         "best_validation_loss": number(validation.get("best_validation_loss")),
-        "learning_rate": rates[-1] if rates else None,
+        "learning_rate": number(rates[-1]) if isinstance(rates, list) and rates else None,
         "tokens_seen": number(progress.get("tokens_seen")),
         "tokens_per_second": number(progress.get("tokens_per_second")),
         "num_parameters": number(system.get("num_parameters")),

@@ -48,6 +48,9 @@ def verify_checkpoint(checkpoint: Path) -> Manifest:
         CheckpointError: The checkpoint is incomplete or a file is not what was written.
     """
     manifest = read_manifest(checkpoint)
+    numbers = parse_checkpoint_name(checkpoint.name)
+    if numbers is not None and numbers.step != manifest.step:
+        raise CheckpointError(f"{checkpoint.name}: its manifest is of step {manifest.step}.")
     for name, entry in manifest.files.items():
         path = checkpoint / name
         if path.is_symlink() or not path.is_file():
@@ -93,13 +96,17 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what an interrupted save, archive or deletion left behind."""
     if not directory.is_dir():
         return
-    for path in directory.iterdir():
+    for path in list(directory.iterdir()):
         if path.name.startswith(SAVING_PREFIX) and path.is_dir():
             log.info("Removing %s, left by an interrupted save.", path.name)
             shutil.rmtree(path, ignore_errors=True)
         elif parse_checkpoint_name(path.name.removesuffix(ARCHIVE_SUFFIX)) and path.is_file():
             log.info("Removing %s, left by an interrupted upload.", path.name)
             path.unlink()
+        elif parse_checkpoint_name(path.name) and not (path / MANIFEST_FILE).is_file():
+            # A deletion stopped between its manifest and its name, or a copy by hand is not whole.
+            log.warning("%s is incomplete. It was set aside as %s.", path,
+                        set_aside(path, directory))  # fmt: skip
 
 
 def find_latest(directory: Path) -> Path | None:

@@ -40,7 +40,7 @@ def find_misconfigurations(host: Host, driver: Driver, torch: Torch) -> list[Fin
     if torch.is_cuda_available:
         findings += _judge_working_cuda(driver, torch)
     elif torch.is_mps_available:
-        findings.append(Finding("ok", "An Apple GPU can be used (MPS), in float32."))
+        findings.append(Finding("ok", "torch can use this machine's Apple GPU (MPS)."))
     elif has_gpu:
         findings += _judge_driver(host, driver) + _judge_torch(host, driver, torch)
     else:
@@ -196,6 +196,6 @@ def _judge_missing_gpu(host: Host) -> Finding:
         return Finding(
             "problem",
             "torch cannot use this machine's Apple GPU (MPS).",
-            "It needs macOS 14 or newer and an arm64 Python with the usual torch build.",
+            "It needs a recent macOS and an arm64 Python with the usual torch build.",
         )
     return Finding("note", "No NVIDIA GPU was found in this machine.")

@@ -228,7 +228,7 @@ class Manifest:
                 world_size=int(value["world_size"]),
                 files=files,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise CheckpointError(f"{source} is not a usable manifest: {exc}.") from exc
 
 
@@ -249,7 +249,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         return Manifest.from_json(json.loads(path.read_text("utf-8")), str(path))
     except FileNotFoundError as exc:
         raise CheckpointError(f"{checkpoint} is incomplete: it has no {MANIFEST_FILE}.") from exc
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise CheckpointError(f"{path} cannot be read: {exc}.") from exc
 
 

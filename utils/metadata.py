@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,11 +120,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: It is missing, no regular file, too large, or not a JSON object.
     """
     try:
-        if path.exists() and not path.is_file():
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
             raise ValueError("it is no regular file")
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise ValueError(f"it has {size} bytes, the limit is {MAX_JSON_BYTES}")
+        if facts.st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has {facts.st_size} bytes, the limit is {MAX_JSON_BYTES}")
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as exc:
         raise CheckpointError(f"{path.name} is missing") from exc
@@ -171,8 +172,10 @@ def read_local_checkpoint(path: Path, upload: JournalEntry | None = None) -> Che
         manifest = read_manifest(path)
         if manifest.step != name.step:
             problems.append(f"its manifest is of step {manifest.step}")
-    except (CheckpointError, OverflowError, RecursionError) as exc:
+    except CheckpointError as exc:
         problems.append(str(exc))
+    except (OverflowError, RecursionError) as exc:
+        problems.append(f"{MANIFEST_FILE} cannot be read ({exc})")
     try:
         metadata = read_json_object(path / METADATA_FILE)
     except CheckpointError as exc:

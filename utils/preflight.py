@@ -1,7 +1,7 @@
 """Preflight: can this machine do this run with these buckets? All reasons at once, in seconds.
 
 Each check returns findings instead of raising, so that one problem does not hide the next; each
-finding says what to do. Checks that wait for a network run side by side with short limits.
+finding says what to do. Checks that wait for a network have short limits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,7 @@ def check_disk(config: TrainingConfig, counts: ParameterCounts) -> Finding:
     one = estimate_checkpoint_bytes(counts.total)
     # The newest, the best, one being written and one archive.
     copies = config.keep_checkpoints + 3
-    folder = RunPaths.of(config).checkpoints
+    folder = RunPaths.of(config).checkpoints.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -237,14 +236,17 @@ def check_start(
     """
     start = plan_start(paths, resume=resume, fresh=fresh)
     run_id = start.identity.run_id if start.checkpoint else None
-    with ThreadPoolExecutor(2) as pool:
-        reading = pool.submit(read_data, config)
-        uploading = pool.submit(check_upload, config, run_id)
-        local = [check_memory(config, model_config, counts, precision), check_disk(config, counts)]
-        index, data = reading.result()
-        if index is not None:
-            require_vocabulary(index, model_config)
-        return start, index, [data, *local, *uploading.result()]
+    # Data first: what is wrong with them is told before anything is written to the other bucket.
+    index, data = read_data(config)
+    if index is not None:
+        require_vocabulary(index, model_config)
+    findings = [
+        data,
+        check_memory(config, model_config, counts, precision),
+        check_disk(config, counts),
+        *check_upload(config, run_id),
+    ]
+    return start, index, findings
 
 
 def describe_run(

@@ -108,10 +108,12 @@ class EpochOrder:
         return consumed
 
     def _window_order(self, window: int) -> np.ndarray[Any, Any]:
-        if self._cached is None or self._cached[0] != window:
+        cached = self._cached  # the loader's thread and the training thread may both be here
+        if cached is None or cached[0] != window:
             length = int(self._bounds[window + 1] - self._bounds[window])
-            self._cached = window, _permutation(length, self._seed, self.epoch, window)
-        return self._cached[1]
+            cached = window, _permutation(length, self._seed, self.epoch, window)
+            self._cached = cached
+        return cached[1]
 
     def _stream_sample(self, sample: int) -> int:
         window = self.window_of(sample)
@@ -134,7 +136,7 @@ class SampleOrder:
             )
         self._arguments = (tuple(shard_tokens), sequence_length, seed)
         self._window = window
-        self._epochs: dict[int, EpochOrder] = {}
+        self._epochs: tuple[EpochOrder, ...] = ()
 
     def epoch_of(self, position: int) -> tuple[int, int]:
         """Return (epoch, samples of that epoch before it) of a global sample index."""
@@ -142,11 +144,12 @@ class SampleOrder:
 
     def epoch(self, epoch: int) -> EpochOrder:
         """Return the order of one epoch; the two used last are kept."""
-        if epoch not in self._epochs:
-            if len(self._epochs) > 1:
-                self._epochs.pop(min(self._epochs))
-            self._epochs[epoch] = EpochOrder(*self._arguments, epoch=epoch, window=self._window)
-        return self._epochs[epoch]
+        order = next((kept for kept in self._epochs if kept.epoch == epoch), None)
+        if order is None:
+            order = EpochOrder(*self._arguments, epoch=epoch, window=self._window)
+            # Replaced as a whole: the loader's thread and the training thread may both be here.
+            self._epochs = (*self._epochs[-1:], order)
+        return order
 
     def spans(self, position: int) -> list[Span]:
         """Return where the tokens of a global sample index are."""

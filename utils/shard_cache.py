@@ -105,7 +105,11 @@ class ShardCache:
         path = self._directory / f"{Path(facts.name).stem}-{key}.npy"
         if not path.is_file():
             self._fill(facts, path)
-        tokens: np.ndarray[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            tokens: np.ndarray[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError):  # the machine went down while it was written
+            self._fill(facts, path)
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         if len(tokens) != facts.tokens:
             raise ShardError(
                 facts.name, f"it holds {len(tokens)} tokens, the index says {facts.tokens}."

@@ -13,7 +13,11 @@ import hashlib
 import io
 import json
 import logging
+import lzma
+import math
 import re
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -36,6 +40,23 @@ VALIDATION_PREFIX = "val_"
 MAX_SHARD_BYTES = 8 * 2**30
 HEADER_READ_BYTES = 16 * 2**10
 HEADER_THREADS = 16
+
+# What zipfile and numpy raise for damaged bytes: a flipped bit may also ask for a password, for
+# an unknown compression or for a later version of the format.
+DAMAGE_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    KeyError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    tokenize.TokenError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +143,7 @@ def build_shard_index(bucket: Bucket, max_files: int | None = None) -> ShardInde
         index = _from_index(json.loads(bucket.read_bytes(INDEX_OBJECT)), bucket)
     except ObjectNotFoundError:
         index = _from_headers(bucket, max_files)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise DataError(f"{bucket.uri}/{INDEX_OBJECT} is not usable: {exc}.") from exc
     if not index.training:
         raise DataError(
@@ -155,7 +176,7 @@ def _from_index(value: Any, bucket: Bucket) -> ShardIndex:
         )
         vocab_size = value.get("vocab_size")
         entropy = value.get("summary", {}).get("unigram_entropy_nats")
-    except (KeyError, TypeError, AttributeError) as exc:
+    except (KeyError, TypeError, AttributeError, OverflowError) as exc:
         raise ValueError(f"{type(exc).__name__} {exc}") from exc
     return ShardIndex(
         tuple(s for s in shards if not is_validation_shard(s.name)),
@@ -201,7 +222,7 @@ def read_shard_facts(bucket: Bucket, info: ObjectInfo) -> ShardFacts:
     with source, open_shard(source, info.name) as archive:
         key = find_token_key(archive, info.name)
         shape, _ = read_array_header(archive, key, info.name)
-        tokens = int(np.prod(shape, dtype=np.int64))
+        tokens = math.prod(shape)
         if f"{MASK_KEY}.npy" in archive.namelist():
             tokens = int(np.count_nonzero(read_array(archive, MASK_KEY, info.name)))
     if tokens == 0:
@@ -217,7 +238,7 @@ def open_shard(source: Any, name: str) -> zipfile.ZipFile:
     """
     try:
         return zipfile.ZipFile(source)
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as exc:
+    except DAMAGE_ERRORS as exc:
         raise ShardError(name, f"it is not a whole NPZ file ({exc}).") from exc
 
 
@@ -227,11 +248,12 @@ def find_token_key(archive: zipfile.ZipFile, name: str) -> str:
     Raises:
         ShardError: It has none of the accepted keys.
     """
-    keys = [member.removesuffix(".npy") for member in archive.namelist()]
+    members = archive.namelist()
+    keys = [member.removesuffix(".npy") for member in members if member.endswith(".npy")]
     for key in TOKEN_KEYS:
         if key in keys:
             return key
-    raise ShardError(name, f"its keys are {keys}; one of {', '.join(TOKEN_KEYS)} is needed.")
+    raise ShardError(name, f"its keys are {keys[:10]}; one of {', '.join(TOKEN_KEYS)} is needed.")
 
 
 def read_array_header(
@@ -251,13 +273,16 @@ def read_array_header(
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
             shape, _, dtype = reader(file)
-    except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as exc:
+    except DAMAGE_ERRORS as exc:
         raise ShardError(name, f"the header of {key} cannot be read ({exc}).") from exc
     if dtype.kind not in "iu" and not (key == MASK_KEY and dtype.kind == "b"):
         raise ShardError(name, f"{key} has dtype {dtype}; integers are needed.")
     if len(shape) not in (1, 2) and not (len(shape) == 3 and shape[2] == 1):
         raise ShardError(name, f"{key} has shape {shape}; 1-D, 2-D or [n, length, 1] is needed.")
-    declared = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    # Python's numbers: np.prod would wrap a shape that lies around to a small product.
+    declared = math.prod(shape) * dtype.itemsize
+    if any(length < 0 for length in shape):
+        raise ShardError(name, f"{key} has shape {shape}, which is impossible.")
     if declared > MAX_SHARD_BYTES or member.file_size > MAX_SHARD_BYTES:
         raise ShardError(name, f"{key} unpacks to more than {MAX_SHARD_BYTES} bytes.")
     if not declared < member.file_size <= declared + 2**16:
@@ -278,7 +303,7 @@ def read_array(archive: zipfile.ZipFile, key: str, name: str) -> np.ndarray[Any,
         with archive.open(f"{key}.npy") as file:
             array: np.ndarray[Any, Any] = np.lib.format.read_array(file, allow_pickle=False)
             file.read(1)  # reaching the end makes zipfile compare the CRC
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as exc:
+    except DAMAGE_ERRORS as exc:
         raise ShardError(name, f"{key} is damaged ({exc}).") from exc
     return array.reshape(-1)
 

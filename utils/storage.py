@@ -158,7 +158,7 @@ class DirectoryBucket:
 
     def _path(self, name: str) -> Path:
         pure = PurePosixPath(name)
-        if not name or pure.is_absolute() or ".." in pure.parts or "\0" in name:
+        if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in name:
             raise UsageError(f"{name!r} is not a valid object name.")
         return self.root / pure
 
@@ -182,10 +182,10 @@ class DirectoryBucket:
     def stat(self, name: str) -> ObjectInfo | None:
         """Return the object's size, or None; directories keep no checksum."""
         path = self._path(name)
-        try:
-            return ObjectInfo(name, path.stat().st_size) if path.is_file() else None
-        except FileNotFoundError:
-            return None
+        with contextlib.suppress(ObjectNotFoundError), self._mapped_errors(name):
+            if path.is_file():
+                return ObjectInfo(name, path.stat().st_size)
+        return None
 
     def crc32c(self, name: str) -> str:
         """Return the checksum of the file's bytes, read from the directory."""
@@ -394,7 +394,7 @@ def _map_gcs_error(exc: Exception, where: str) -> StorageError:
     code = getattr(cause, "code", None)
     if isinstance(cause, InvalidResponse):
         code = cause.response.status_code
-    detail = f"{where}: {str(cause).strip().splitlines()[0][:300] or type(cause).__name__}"
+    detail = f"{where}: {_innermost_reason(cause)}"
     if code in (401, 403) or isinstance(cause, auth.RefreshError):
         return AccessDeniedError(detail)
     if code == 404:
@@ -407,3 +407,16 @@ def _map_gcs_error(exc: Exception, where: str) -> StorageError:
     if isinstance(cause, (*transient, api.RetryError)):
         return TransientStorageError(detail)
     return StorageError(detail)
+
+
+def _innermost_reason(exc: BaseException) -> str:
+    """Return one readable line; connection errors wrap their reason several times."""
+    import requests
+
+    if isinstance(exc, requests.exceptions.ConnectionError):
+        inner: BaseException = exc
+        while inner.__cause__ or inner.__context__:
+            inner = inner.__cause__ or inner.__context__ or inner
+        return f"no connection ({inner})."
+    lines = str(exc).strip().splitlines()
+    return lines[0][:300] if lines else type(exc).__name__

@@ -80,7 +80,7 @@ def build_accelerator(
             num_steps=accumulation, adjust_scheduler=False, sync_with_dataloader=False
         ),
         project_config=ProjectConfiguration(logging_dir=str(logs)),
-        log_with=list(trackers),
+        log_with=list(trackers) or None,
     )
 
 

@@ -8,6 +8,7 @@ it, and with a deadline. No shell, no credentials in arguments. No torch here.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 import shutil
@@ -33,7 +34,8 @@ from utils.storage import (
     open_bucket,
 )
 
-GSUTIL_CALL_SECONDS = 60.0
+GSUTIL_CALL_SECONDS = 300.0
+GSUTIL_START_SECONDS = 15.0
 GSUTIL_SLOWEST_BYTES_PER_SECOND = 1e6
 
 
@@ -99,14 +101,19 @@ class GsutilTransport:
 
     name = "gsutil"
 
-    def __init__(self, uri: str, program: str, user_project: str | None) -> None:
+    def __init__(
+        self, uri: str, program: str, user_project: str | None, retry_seconds: float
+    ) -> None:
         self.uri = uri
+        self._call_seconds = min(GSUTIL_CALL_SECONDS, GSUTIL_START_SECONDS + retry_seconds)
         self._command = [program, *(["-u", user_project] if user_project else [])]
+        if retry_seconds < GSUTIL_START_SECONDS:  # a probe: one second try, not gsutil's 23
+            self._command += ["-o", "Boto:num_retries=1", "-o", "Boto:max_retry_delay=1"]
 
     def put(self, object_name: str, path: Path) -> None:
         """Upload a file; killed when it takes longer than a very slow line would."""
-        seconds = GSUTIL_CALL_SECONDS + path.stat().st_size / GSUTIL_SLOWEST_BYTES_PER_SECOND
-        self._run(["-q", "cp", "--", str(path), self._object(object_name)], seconds)
+        seconds = self._call_seconds + path.stat().st_size / GSUTIL_SLOWEST_BYTES_PER_SECOND
+        self._run(["-q", "cp", "--", glob.escape(str(path)), self._object(object_name)], seconds)
 
     def stat(self, object_name: str) -> ObjectInfo | None:
         """Return size and crc32c as `gsutil stat` prints them."""
@@ -138,7 +145,8 @@ class GsutilTransport:
     def _object(self, object_name: str) -> str:
         return join_uri(self.uri, object_name)
 
-    def _run(self, arguments: list[str], seconds: float = GSUTIL_CALL_SECONDS) -> bytes:
+    def _run(self, arguments: list[str], seconds: float | None = None) -> bytes:
+        seconds = self._call_seconds if seconds is None else seconds
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(  # noqa: S603
                 [*self._command, *arguments],
@@ -152,12 +160,12 @@ class GsutilTransport:
             except subprocess.TimeoutExpired as exc:
                 _kill_session(process)
                 raise TransientStorageError(
-                    f"gsutil {arguments[0]} took longer than {seconds:.0f} s and was ended."
+                    f"gsutil {_verb(arguments)} {self.uri} took longer than {seconds:.0f} s and was ended."
                 ) from exc
             errors.seek(0)
             message = errors.read().decode("utf-8", "replace")
         if process.returncode != 0:
-            raise _gsutil_error(message, arguments)
+            raise _gsutil_error(message, f"gsutil {_verb(arguments)} {self.uri}")
         return output
 
 
@@ -170,9 +178,13 @@ def _kill_session(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
-def _gsutil_error(message: str, arguments: list[str]) -> StorageError:
+def _verb(arguments: list[str]) -> str:
+    return next(word for word in arguments if not word.startswith("-"))
+
+
+def _gsutil_error(message: str, call: str) -> StorageError:
     lines = [line for line in message.splitlines() if line.strip()]
-    detail = f"gsutil {' '.join(arguments[:2])}: {lines[-1].strip() if lines else 'failed'}"
+    detail = f"{call}: {lines[-1].strip()[:300] if lines else 'failed'}"
     if re.search(r"AccessDenied|Forbidden|\b40[13]\b|Anonymous caller|does not have", message):
         return AccessDeniedError(detail)
     if re.search(r"BucketNotFound|NotFoundException|No URLs matched|\b404\b", message):
@@ -213,5 +225,5 @@ def build_transport(
             "or --set upload_transport=python."
         )
     if transport in ("auto", "gsutil") and program is not None:
-        return GsutilTransport(uri.rstrip("/"), program, user_project)
+        return GsutilTransport(uri.rstrip("/"), program, user_project, retry_seconds)
     return BucketTransport(open_bucket(uri, user_project, retry_seconds))

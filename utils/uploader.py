@@ -259,15 +259,25 @@ class Uploader:
         self._journal.record(name, manifest.run_id, state, **details)
 
     def _fail(self, checkpoint: Path, error: str) -> None:
+        if not checkpoint.exists() and self._was_given_up(checkpoint.name):
+            log.warning("%s was given up while it waited for its upload.", checkpoint.name)
+            return
         self.failures[checkpoint.name] = error
         run_id = ""
         try:
             run_id = read_manifest(checkpoint).run_id
         except CheckpointError as exc:
             log.debug("%s", exc)
-        self._journal.record(checkpoint.name, run_id, UploadState.FAILED, error=error)
+        try:
+            self._journal.record(checkpoint.name, run_id, UploadState.FAILED, error=error)
+        except OSError as exc:  # the disk may be full; the worker must outlive it
+            log.error("%s cannot be written: %s.", self._journal.path, exc.strerror or exc)
         log.error("%s was not uploaded: %s It is kept in %s.", checkpoint.name, error,
                   checkpoint.parent)  # fmt: skip
+
+    def _was_given_up(self, name: str) -> bool:
+        given_up = (name, UploadState.SUPERSEDED)
+        return any((entry.checkpoint, entry.state) == given_up for entry in self._journal.entries())
 
 
 def find_unfinished(directory: Path, journal: Journal) -> list[Path]:

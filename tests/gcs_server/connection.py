@@ -32,10 +32,10 @@ class Connection(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         """Finish the TLS handshake here, in the connection's own thread."""
-        super().setup()
         handshake = getattr(self.request, "do_handshake", None)
         if handshake is not None:
             handshake()
+        super().setup()
 
     def serve(self) -> None:
         """Serve one request of any method."""

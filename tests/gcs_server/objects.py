@@ -110,15 +110,18 @@ def compose(call: Call) -> Response:
         raise ApiError(400, f"{len(sources)} source objects; 1 to {MAX_COMPOSE_SOURCES} allowed.")
     fields = writable_fields(resource.get("destination", {}))
     components = sum(source.component_count or 1 for source in sources)
-    return _commit_copy(call, sources, fields, components)
+    stored = _join(call, sources, fields, components)
+    return json_response(object_resource(stored, call.request.base_url), committed=True)
+
+
+def copy(call: Call) -> Response:
+    """`objects.copy`, within a bucket or to another one."""
+    return json_response(object_resource(_copy(call), call.request.base_url), committed=True)
 
 
 def rewrite(call: Call) -> Response:
     """`objects.rewrite`, always done in one step."""
-    copied = copy(call)
-    if not isinstance(copied.body, bytes):
-        raise TypeError("a copy answers with a resource")
-    stored = call.state.store.get(call.bucket, call.name)
+    stored = _copy(call)
     answer = {
         "kind": "storage#rewriteResponse",
         "totalBytesRewritten": str(stored.size),
@@ -127,19 +130,6 @@ def rewrite(call: Call) -> Response:
         "resource": object_resource(stored, call.request.base_url),
     }
     return json_response(answer, committed=True)
-
-
-def copy(call: Call) -> Response:
-    """`objects.copy`, within a bucket or to another one."""
-    store, query = call.state.store, call.request.query
-    generation = query.get("sourceGeneration")
-    store.bucket(call.source_bucket).require("storage.objects.get")
-    source = store.get(
-        call.source_bucket, call.source_name, int(generation) if generation else None
-    )
-    Preconditions.from_query(query, "ifSource").check(source.versions)
-    fields = writable_fields(call.request.json()) or dict(source.fields)
-    return _commit_copy(call, [source], fields, source.component_count)
 
 
 def parse_range(value: str, size: int) -> tuple[int, int] | None:
@@ -195,9 +185,21 @@ def _compose_source(call: Call, entry: dict[str, Any]) -> StoredObject:
     return source
 
 
-def _commit_copy(
+def _copy(call: Call) -> StoredObject:
+    store, query = call.state.store, call.request.query
+    generation = query.get("sourceGeneration")
+    store.bucket(call.source_bucket).require("storage.objects.get")
+    source = store.get(
+        call.source_bucket, call.source_name, int(generation) if generation else None
+    )
+    Preconditions.from_query(query, "ifSource").check(source.versions)
+    fields = writable_fields(call.request.json()) or dict(source.fields)
+    return _join(call, [source], fields, source.component_count)
+
+
+def _join(
     call: Call, sources: list[StoredObject], fields: dict[str, Any], components: int | None
-) -> Response:
+) -> StoredObject:
     store = call.state.store
     with store.new_writer() as writer:
         for source in sources:
@@ -205,5 +207,4 @@ def _commit_copy(
                 for block in iterate_blocks(file):
                     writer.write(block)
         blob = writer.finish(composite=components is not None)
-    stored = store.commit(call.bucket, call.name, blob, fields, call.preconditions(), components)
-    return json_response(object_resource(stored, call.request.base_url), committed=True)
+    return store.commit(call.bucket, call.name, blob, fields, call.preconditions(), components)

@@ -148,10 +148,10 @@ ROUTES = (
 
 
 def find_route(request: Request) -> Match:
-    """The route of a request, or 501, so that a test shows what the server lacks."""
+    """The route of a request, or 400, which clients do not retry, saying what is lacking."""
     for route in ROUTES:
         found = route.pattern.fullmatch(request.path) if route.method == request.method else None
         if found and route.condition(request):
             names = {key: unquote(value) for key, value in found.groupdict().items()}
             return Match(route, **names)
-    raise ApiError(501, f"This server does not know {request.method} {request.path}.")
+    raise ApiError(400, f"This server does not know {request.method} {request.path}.")

@@ -104,7 +104,7 @@ class Service:
             return _scripted_response(fault, exchange)
         try:
             if exchange.match is None or exchange.refusal is not None:
-                raise exchange.refusal or ApiError(501, "no route")
+                raise exchange.refusal or ApiError(400, "no route")
             return self._call(exchange.match, exchange)
         except ApiError as error:
             return error_response(error, exchange)

@@ -105,9 +105,13 @@ class UploadSession:
 
     def _write(self, data: bytes, turn: int) -> None:
         with self.lock:
-            if turn != self.turn:
-                raise ConnectionCut("another request took the upload over")
+            self.require_turn(turn)
             self.writer.write(data)
+
+    def require_turn(self, turn: int) -> None:
+        """Cut off a request whose turn is over."""
+        if turn != self.turn:
+            raise ConnectionCut("another request took the upload over")
 
 
 def start_resumable(call: Call) -> Response:
@@ -133,17 +137,17 @@ def start_resumable(call: Call) -> Response:
 
 def query_resumable(call: Call) -> Response:
     """Say how much of a session has arrived; complete it when all has (`bytes */N`)."""
-    session = call.state.uploads.get(call.request.query.get("upload_id", ""))
-    session.begin_turn()
+    session = _session(call)
+    turn = session.begin_turn()
     total = call.request.headers["Content-Range"].rpartition("/")[2]
     if session.stored is None and total == str(session.writer.size):
-        return _complete(call, session)
+        return _complete(call, session, turn)
     return _progress(call, session)
 
 
 def receive_chunk(call: Call) -> Response:
     """Append a chunk, or all the content; complete the upload with its last byte."""
-    session = call.state.uploads.get(call.request.query.get("upload_id", ""))
+    session = _session(call)
     turn = session.begin_turn()
     if session.stored is not None:
         return _progress(call, session)
@@ -157,7 +161,7 @@ def receive_chunk(call: Call) -> Response:
         raise ApiError(400, message)
     last = total is not None and first + call.request.body.length >= total
     session.receive(call.request.body, turn, persisted - first, last=last)
-    return _complete(call, session) if last else _progress(call, session)
+    return _complete(call, session, turn) if last else _progress(call, session)
 
 
 def cancel_resumable(call: Call) -> Response:
@@ -167,6 +171,10 @@ def cancel_resumable(call: Call) -> Response:
     if session.stored is None:
         session.writer.discard()
     return Response(499)
+
+
+def _session(call: Call) -> UploadSession:
+    return call.state.uploads.get(call.request.query.get("upload_id", ""))
 
 
 def _parse_chunk_range(request: Request) -> tuple[int, int | None]:
@@ -193,11 +201,17 @@ def _progress(call: Call, session: UploadSession) -> Response:
     return Response(308, headers)
 
 
-def _complete(call: Call, session: UploadSession) -> Response:
-    blob = session.writer.finish()
-    # A lost answer is not repeated work: the session keeps what it made.
-    response, session.stored = _store(call, blob, session.metadata, session.preconditions)
-    return response
+def _complete(call: Call, session: UploadSession, turn: int) -> Response:
+    """Make the object; the session keeps it, so that a lost answer is not repeated work."""
+    with session.lock:
+        session.require_turn(turn)
+        blob = session.writer.finish()
+        try:
+            response, session.stored = _store(call, blob, session.metadata, session.preconditions)
+        except ApiError:
+            call.state.uploads.remove(call.request.query["upload_id"])
+            raise
+        return response
 
 
 def _commit(call: Call, blob: Blob, metadata: Mapping[str, Any]) -> Response:

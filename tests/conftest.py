@@ -1,0 +1,61 @@
+"""Fixtures that several folders of tests share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts import prepare_data
+
+TINY = (
+    "warmup_steps=2",
+    "model_overrides.num_hidden_layers=1",
+    "model_overrides.hidden_size=32",
+    "model_overrides.intermediate_size=64",
+    "model_overrides.vocab_size=512",
+    "sequence_length=32",
+    "max_eval_samples=6",
+    "checkpoint_uri=bucket",
+)
+
+
+@pytest.fixture(scope="session")
+def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory bucket with the sample text, tokenized with a small vocabulary."""
+    directory = tmp_path_factory.mktemp("bucket") / "data"
+    arguments = ["--sample", "--vocab-size", "512", "--output", str(directory), "--quiet"]
+    assert prepare_data.main(arguments) == 0
+    return directory
+
+
+@pytest.fixture
+def run_train(
+    sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., int]]:
+    """Call train.py in this process, in a directory of its own, with a very small model."""
+    import train
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    def run(*arguments: str, folder: str = "run", settings: tuple[str, ...] = ()) -> int:
+        directory = tmp_path / folder
+        directory.mkdir(exist_ok=True)
+        monkeypatch.chdir(directory)
+        words = list(arguments)
+        for setting in (*TINY, f"data_uri={sample_data}", *settings):
+            words += ["--set", setting]
+        try:
+            return train.main(words)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+            PartialState._reset_state()
+
+    yield run
+    for handler in list(logging.getLogger().handlers):
+        if type(handler).__module__.startswith(("logging", "rich")):
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+    logging.captureWarnings(capture=False)

@@ -1,0 +1,509 @@
+"""train.py as a user runs it: exact, resumable, readable by stock tools, honest about failure."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.model_config import build_model_config
+from configs.training_config import PROJECT_DIRECTORY, config_from_json, get_training_config
+from tests.conftest import TINY
+from utils.errors import ExitCode, StorageError
+from utils.layout import find_checkpoints, read_json, read_manifest
+from utils.metadata import read_metrics
+from utils.transports import BucketTransport
+
+Train = Callable[..., int]
+LAST = "checkpoint-epoch0-step10-files0"
+
+
+def checkpoint(tmp_path: Path, folder: str, name: str = LAST) -> Path:
+    return tmp_path / folder / "checkpoints" / name
+
+
+def load(path: Path) -> Any:
+    from accelerate.utils import load as load_tensors
+
+    return load_tensors(path)
+
+
+def differences(left: Any, right: Any, where: str = "") -> list[str]:
+    """Name everything in which two nested values differ, bit by bit."""
+    if isinstance(left, torch.Tensor):
+        same = left.dtype == right.dtype and torch.equal(left, right)
+    elif isinstance(left, np.ndarray):
+        same = left.dtype == right.dtype and np.array_equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        return [d for key in left for d in differences(left[key], right[key], f"{where}/{key}")]
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right)
+        pairs = enumerate(zip(left, right, strict=True))
+        return [d for i, (a, b) in pairs for d in differences(a, b, f"{where}/{i}")]
+    else:
+        same = left == right
+    return [] if same else [where]
+
+
+def test_a_stopped_and_resumed_run_is_bit_identical_to_a_straight_one(
+    run_train: Train, tmp_path: Path
+) -> None:
+    settings = ("logging_steps=3", "save_steps=4")
+    assert run_train("--max-steps", "10", folder="straight", settings=settings) == 0
+    assert run_train("--max-steps", "10", "--stop-after", "5", settings=settings) == 0
+    assert run_train("--max-steps", "10", "--resume", "latest", settings=settings) == 0
+
+    straight, resumed = checkpoint(tmp_path, "straight"), checkpoint(tmp_path, "run")
+    assert not differences(
+        load_file(straight / "model.safetensors"), load_file(resumed / "model.safetensors")
+    )
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        left, right = load(straight / name), load(resumed / name)
+        # Accelerate's count of micro-steps begins at 0 in each process; nothing depends on it.
+        left.pop("step", None), right.pop("step", None)
+        assert not differences(left, right), name
+    curves = [
+        read_metrics(tmp_path / folder / "logs/metrics.jsonl").series("loss")
+        for folder in ("straight", "run")
+    ]
+    assert curves[0] == curves[1]
+    assert curves[0][0] == [3, 6, 9, 10]
+
+
+def test_watching_more_often_leaves_the_weights_bit_identical(
+    run_train: Train, tmp_path: Path
+) -> None:
+    rare = ("logging_steps=10", "save_steps=10")
+    often = ("logging_steps=1", "save_steps=2", "eval_steps=1", "model_overrides.hidden_dropout=0.1")
+    rare += ("model_overrides.hidden_dropout=0.1",)
+    assert run_train("--max-steps", "10", folder="rare", settings=rare) == 0
+    assert run_train("--max-steps", "10", folder="often", settings=often) == 0
+    for name in ("model.safetensors", "optimizer.bin"):
+        read = load_file if name.endswith("safetensors") else load
+        left, right = checkpoint(tmp_path, "rare") / name, checkpoint(tmp_path, "often") / name
+        assert not differences(read(left), read(right)), name
+
+
+@pytest.mark.parametrize("save_format", ["safetensors", "bin"])
+def test_stock_loaders_read_a_checkpoint(
+    run_train: Train, tmp_path: Path, sample_data: Path, save_format: str
+) -> None:
+    from accelerate import Accelerator
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from utils.training_utils import build_model, build_optimizer, build_scheduler
+
+    assert run_train("--max-steps", "10", settings=(f"save_format={save_format}",)) == 0
+    directory = checkpoint(tmp_path, "run")
+    config = config_from_json(read_json(directory / "training_config.json"))
+    saved = AutoModelForCausalLM.from_pretrained(directory)
+
+    accelerator = Accelerator(cpu=True)
+    model = build_model(build_model_config(config.model, config.model_overrides), config)
+    optimizer = build_optimizer(model, config)
+    scheduler = build_scheduler(optimizer, config)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    accelerator.load_state(str(directory))
+    assert not differences(dict(model.state_dict()), dict(saved.state_dict()))
+    assert not differences(optimizer.state_dict(), load(directory / "optimizer.bin"))
+
+    tokens = np.load(sample_data / "val_00000.npz")["input_ids"].astype(np.int64)
+    samples = torch.from_numpy(tokens[: 6 * 32].reshape(6, 32))
+    with torch.no_grad():
+        loss = saved(input_ids=samples, labels=samples).loss.item()
+    metrics = read_json(directory / "metadata.json")["validation_metrics"]
+    assert loss == pytest.approx(metrics["validation_loss"], abs=1e-5)
+    text = "The with statement"
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_step_equals_a_plain_pytorch_step() -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    from utils.training_utils import (
+        build_accelerator,
+        build_model,
+        build_train_state,
+        learning_rate_factor,
+        set_determinism,
+        train_step,
+    )
+
+    settings = {"model_overrides.num_hidden_layers": 2, "use_cpu": True, "max_grad_norm": 0.5}
+    config = get_training_config("test", settings)
+    model_config = build_model_config(config.model, config.model_overrides)
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(0, 4096, (1, 64), generator=generator) for _ in range(4)]
+
+    set_determinism(config)
+    plain = build_model(model_config, config)
+    matrices = [p for p in plain.parameters() if p.dim() >= 2]
+    others = [p for p in plain.parameters() if p.dim() < 2]
+    rate = config.learning_rate * learning_rate_factor(
+        0, schedule="cosine", warmup_steps=10, max_steps=100, min_rate=0.1
+    )
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=rate,
+        betas=(0.9, 0.95),
+    )
+    losses = []
+    for batch in batches:
+        loss = plain(input_ids=batch, labels=batch).loss
+        losses.append(loss.item())
+        (loss / len(batches)).backward()
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    gradients = {name: p.grad.clone() for name, p in plain.named_parameters()}
+    optimizer.step()
+
+    set_determinism(config)
+    try:
+        accelerator = build_accelerator(config, "no", [], Path())
+        state = build_train_state(accelerator, model_config, config)
+        kept: dict[str, torch.Tensor] = {}
+        state.optimizer.optimizer.register_step_pre_hook(
+            lambda *_: kept.update(
+                {name: p.grad.clone() for name, p in state.core_model.named_parameters()}
+            )
+        )
+        train_step(state, batches, config.max_grad_norm)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    assert state.interval_loss.item() == pytest.approx(sum(losses) / 4, abs=1e-6)
+    assert state.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(kept[name], gradients[name], rtol=0, atol=1e-6)
+        ours = dict(state.core_model.named_parameters())[name]
+        torch.testing.assert_close(ours, parameter, rtol=0, atol=1e-6)
+
+
+def launch(directory: Path, *words: str, program: tuple[str, ...] = (sys.executable,)) -> list[str]:
+    """Return the command line of a train.py in a process of its own, with the tiny model."""
+    directory.mkdir(exist_ok=True)
+    command = [*program, str(PROJECT_DIRECTORY / "train.py"), *words]
+    for setting in TINY:
+        command += ["--set", setting]
+    return command
+
+
+def test_two_ranks_follow_the_curve_of_one(
+    run_train: Train, tmp_path: Path, sample_data: Path
+) -> None:
+    settings = ("logging_steps=1", "save_steps=4")
+    assert run_train("--max-steps", "8", folder="one", settings=settings) == 0
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    words = [f"--set=data_uri={sample_data}", *(f"--set={s}" for s in settings)]
+    command = launch(
+        tmp_path / "two", "--max-steps", "8", *words, program=(*torchrun, "--nproc_per_node", "2")
+    )
+    result = subprocess.run(
+        command, cwd=tmp_path / "two", capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    for key in ("loss", "validation_loss", "grad_norm"):
+        one, two = (
+            read_metrics(tmp_path / folder / "logs/metrics.jsonl").series(key)
+            for folder in ("one", "two")
+        )
+        assert one[0] == two[0]
+        np.testing.assert_allclose(one[1], two[1], rtol=0, atol=1e-4)
+    saved = tmp_path / "two/checkpoints/checkpoint-epoch0-step8-files0"
+    assert read_manifest(saved).world_size == 2
+    assert {p.name for p in saved.glob("random_states_*")} == {
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }
+    # One process goes on from what two have written.
+    assert run_train("--max-steps", "9", "--resume", "latest", folder="two", settings=settings) == 0
+
+
+def test_sigterm_saves_and_exits_75_and_the_next_start_goes_on(
+    run_train: Train, tmp_path: Path, sample_data: Path
+) -> None:
+    command = launch(
+        tmp_path / "run", "--max-steps", "100000", f"--set=data_uri={sample_data}",
+        "--set=logging_steps=1", "--set=save_steps=100000",
+    )  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process, process.stdout, process.stderr:
+        for line in process.stdout:
+            if "Step 3/" in line:
+                process.terminate()
+                break
+        rest = process.stdout.read()
+        errors = process.stderr.read()
+    assert process.returncode == ExitCode.STOPPED, rest + errors
+    assert "Stopped by SIGTERM" in rest
+    (saved,) = find_checkpoints(tmp_path / "run" / "checkpoints")
+    assert (tmp_path / "run" / "bucket" / "Checkpoints" / f"{saved}.tar.gz").is_file()
+    assert saved.step >= 3
+    assert run_train("--max-steps", str(saved.step + 2), "--resume", "latest") == 0
+    assert find_checkpoints(tmp_path / "run" / "checkpoints")[-1].step == saved.step + 2
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "message"),
+    [
+        ((), ("max_step=3",), "unknown key 'max_step'. Did you mean max_steps?"),
+        ((), ("max_steps=-4",), "max_steps must be at least 1, got -4"),
+        ((), ("learning_rate=fast",), 'learning_rate must be a number, got "fast"'),
+        (("--config", "nope.json"), (), "nope.json does not exist"),
+        ((), ("model=neox-huge",), "model 'neox-huge' is no known preset"),
+        ((), ("model_overrides.hidden_sise=3",), "Did you mean hidden_size?"),
+        ((), ("model_overrides.vocab_size=100",), "vocabulary of 512, the model has 100"),
+        ((), ("data_uri=/nonexistent",), "data_uri /nonexistent does not exist"),
+        ((), ("fp16=true",), "fp16 needs a CUDA GPU"),
+        ((), ("global_batch_size=3", "per_device_train_batch_size=2"), "no multiple of"),
+        (("--resume", "best"), (), "There is no checkpoint 'best'"),
+        ((), ("run_name=../up",), "run_name '../up' may hold"),
+        (("--set", "max_steps"), (), "--set max_steps: use key=value"),
+    ],
+)
+def test_bad_input_is_one_clear_message_exit_2_and_nothing_written(
+    run_train: Train,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    settings: tuple[str, ...],
+    message: str,
+) -> None:
+    if torch.cuda.is_available() and "fp16=true" in settings:
+        pytest.skip("this machine has a CUDA GPU")
+    assert run_train(*words, settings=settings) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_bad_config_file_is_named(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"max_steps": 10, "save_step": 5}')
+    assert run_train("--config", str(path)) == 2
+    assert f"{path}: unknown key 'save_step'. Did you mean save_steps?" in capsys.readouterr().err
+
+
+def test_checkpoints_are_not_trained_over_without_a_word(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_train("--max-steps", "4", settings=("save_steps=2",)) == 0
+    assert run_train("--max-steps", "4") == 2
+    errors = capsys.readouterr().err
+    assert "--resume latest" in errors
+    assert "--fresh" in errors
+
+
+def test_fresh_sets_the_old_run_aside_and_loses_nothing(run_train: Train, tmp_path: Path) -> None:
+    assert run_train("--max-steps", "4", settings=("save_steps=2",)) == 0
+    directory = tmp_path / "run" / "checkpoints"
+    old = [read_manifest(directory / str(name)).run_id for name in find_checkpoints(directory)]
+    assert run_train("--max-steps", "2", "--fresh", settings=("checkpoint_uri=bucket2",)) == 0
+    (new,) = find_checkpoints(directory)
+    assert read_manifest(directory / str(new)).run_id not in old
+    assert len(find_checkpoints(directory / "set-aside")) == len(old)
+    assert read_metrics(tmp_path / "run/logs/metrics.jsonl").series("validation_loss")[0] == [2]
+
+
+def test_resuming_from_an_older_checkpoint_begins_a_branch(
+    run_train: Train, tmp_path: Path
+) -> None:
+    settings = ("save_steps=2", "logging_steps=1")
+    assert run_train("--max-steps", "6", settings=settings) == 0
+    assert run_train("--max-steps", "6", "--resume", "2", "--stop-after", "3",
+                     settings=settings) == 0  # fmt: skip
+    directory = tmp_path / "run" / "checkpoints"
+    assert [name.step for name in find_checkpoints(directory)] == [2, 3]
+    assert [name.step for name in find_checkpoints(directory / "set-aside")] == [4, 6]
+    branches = [read_manifest(directory / str(n)).branch for n in find_checkpoints(directory)]
+    assert branches == [0, 1]
+    assert read_metrics(tmp_path / "run/logs/metrics.jsonl").series("loss")[0] == [1, 2, 3]
+
+
+def test_a_finished_run_has_nothing_left_to_do(run_train: Train, tmp_path: Path) -> None:
+    assert run_train("--max-steps", "2") == 0
+    assert run_train("--max-steps", "2", "--resume", "latest") == 0
+    assert [name.step for name in find_checkpoints(tmp_path / "run/checkpoints")] == [2]
+
+
+def test_resume_latest_without_checkpoints_begins_at_0_and_says_so(
+    run_train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_train("--max-steps", "1", "--resume", "latest") == 0
+    assert "starting at step 0" in capsys.readouterr().out
+
+
+def test_every_checkpoint_is_in_the_bucket_and_old_ones_leave_this_machine(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("save_steps=2", "keep_checkpoints=2")
+    assert run_train("--max-steps", "10", "--no-background-upload", settings=settings) == 0
+    bucket = tmp_path / "run" / "bucket" / "Checkpoints"
+    steps = {2, 4, 6, 8, 10}
+    for suffix in (".tar.gz", ".json"):
+        found = {p.name for p in bucket.iterdir() if p.name.endswith(suffix)}
+        assert found == {f"checkpoint-epoch0-step{s}-files0{suffix}" for s in steps}
+    kept = {name.step for name in find_checkpoints(tmp_path / "run/checkpoints")}
+    assert {8, 10} <= kept
+    assert len(kept) <= 3
+    assert not list((tmp_path / "run/checkpoints").glob("*.tar.gz"))
+    lines = capsys.readouterr().out
+    for word in ("Saving", "Queued", "Archiving", "Uploading", "Verified", "Cleaned up the local"):
+        assert sum(word in line and "step6" in line for line in lines.splitlines()) <= 1
+        assert f"{word}" in lines
+
+
+def test_an_upload_that_fails_is_exit_4_and_the_checkpoint_is_kept(
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    put = BucketTransport.put
+
+    def refuse(self: BucketTransport, object_name: str, path: Path) -> None:
+        if object_name.endswith(".tar.gz"):
+            raise StorageError("quota exceeded")
+        put(self, object_name, path)
+
+    monkeypatch.setattr(BucketTransport, "put", refuse)
+    assert run_train("--max-steps", "2") == ExitCode.NOT_VERIFIED
+    output = capsys.readouterr().out
+    assert "quota exceeded" in output
+    assert "upload_manager.py upload-all" in output
+    assert [name.step for name in find_checkpoints(tmp_path / "run/checkpoints")] == [2]
+    monkeypatch.undo()
+    # The next start finishes what is owed.
+    assert run_train("--max-steps", "2", "--resume", "latest") == 0
+    bucket = tmp_path / "run/bucket/Checkpoints"
+    assert (bucket / "checkpoint-epoch0-step2-files0.tar.gz").is_file()
+
+
+def test_a_bucket_prefix_of_another_run_is_refused_before_training(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = f"checkpoint_uri={tmp_path / 'shared'}"
+    assert run_train("--max-steps", "1", folder="first", settings=(shared,)) == 0
+    assert run_train("--max-steps", "1", folder="second", settings=(shared,)) == ExitCode.PREFLIGHT
+    assert "--set run_name=NAME" in capsys.readouterr().err
+    assert run_train("--max-steps", "1", folder="second",
+                     settings=(shared, "run_name=second")) == 0  # fmt: skip
+
+
+def test_preflight_gives_all_reasons_at_once(
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    blocked = tmp_path / "a-file"
+    blocked.write_text("in the way")
+    usage = type("Usage", (), {"free": 1000, "total": 10, "used": 10})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    memory = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    settings = (f"checkpoint_uri={blocked}", "use_cpu=true")
+    assert run_train(settings=settings) == ExitCode.PREFLIGHT
+    errors = capsys.readouterr().err
+    for reason in ("memory:", "disk:", "upload:"):
+        assert reason in errors
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_dry_run_prints_the_run_and_writes_no_checkpoint(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_train("--dry-run", "--max-steps", "50") == 0
+    output = capsys.readouterr().out
+    assert '"max_steps": 50' in output
+    for word in ("parameters", "tokens per parameter", "128 tokens", "6,400 tokens in all", "KiB"):
+        assert word in output
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_training_connects_to_nothing(
+    run_train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: socket.socket, address: object) -> None:
+        raise AssertionError(f"connected to {address!r}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert run_train("--max-steps", "2") == 0
+
+
+def test_curves_do_not_go_back_in_time_after_a_resume(run_train: Train, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = ("save_steps=3", "logging_steps=1")
+    assert run_train("--max-steps", "9", "--stop-after", "5", settings=settings) == 0
+    # A crash after step 5 would have logged it, but only step 3 was saved.
+    directory = tmp_path / "run" / "checkpoints"
+    (directory / "checkpoint-epoch0-step5-files0" / "manifest.json").unlink()
+    assert run_train("--max-steps", "9", "--resume", "latest", settings=settings) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "tensorboard"))
+    events.Reload()
+    for tag in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
+        assert [event.step for event in events.Scalars(tag)] == list(range(1, 10))
+    assert [event.step for event in events.Scalars("validation_loss")] == [3, 6, 9]
+    metrics = read_metrics(tmp_path / "run/logs/metrics.jsonl")
+    assert metrics.series("loss")[0] == list(range(1, 10))
+
+
+def test_metadata_holds_what_the_viewer_shows(run_train: Train, tmp_path: Path) -> None:
+    assert run_train("--max-steps", "10", settings=("logging_steps=2", "save_steps=5")) == 0
+    metadata = read_json(checkpoint(tmp_path, "run") / "metadata.json")
+    assert metadata["step"] == 10
+    assert metadata["epoch"] == 0
+    assert len(metadata["loss_history"]) == len(metadata["learning_rates"]) == 5
+    assert metadata["current_loss"] == metadata["loss_history"][-1]
+    assert metadata["best_loss"] == min(metadata["loss_history"])
+    metrics = metadata["validation_metrics"]
+    assert metrics["perplexity"] == pytest.approx(np.exp(metrics["validation_loss"]))
+    assert metrics["best_validation_loss"] <= metrics["validation_loss"]
+    progress = metadata["training_progress"]
+    assert progress["tokens_seen"] == 10 * 4 * 32
+    assert progress["completed_steps"] == 10
+    assert metadata["system_info"]["mixed_precision"] == "no"
+    assert metadata["timestamp"].endswith("+00:00")
+    history = read_json(checkpoint(tmp_path, "run") / "training_metrics.json")
+    assert history["steps"] == [2, 4, 6, 8, 10]
+    json.dumps(metadata)
+
+
+def test_help_and_wrong_arguments_do_not_load_torch() -> None:
+    code = (
+        "import sys, train\n"
+        "code = train.main(['--set', 'max_step=1'])\n"
+        "assert code == 2, code\n"
+        "loaded = {'torch', 'transformers', 'accelerate', 'numpy'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+        "train.parse_arguments(['--help'])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROJECT_DIRECTORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "exit codes:" in result.stdout
