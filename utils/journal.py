@@ -124,5 +124,5 @@ def _parse(line: bytes) -> JournalEntry | None:
             time=str(value.pop("time")),
             details=value,
         )
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None

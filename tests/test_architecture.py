@@ -1,0 +1,145 @@
+"""The arrows of ARCHITECTURE.md: imports point one way, and some rooms never load torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.training_config import PROJECT_DIRECTORY
+
+# From the bottom up. A file imports from lower layers only; files of one layer know nothing of
+# each other. A module of this project that is in no layer fails the test.
+LAYERS: list[set[str]] = [
+    {"utils.errors"},
+    {"configs.training_config", "configs.model_config", "utils.console", "utils.ranks"},
+    {"utils.layout"},
+    {"utils.journal", "utils.storage"},
+    {"utils.metadata", "utils.shard_index", "utils.estimates", "utils.transports"},
+    {
+        "utils.archive",
+        "utils.gpu_facts",
+        "utils.machine",
+        "utils.plots",
+        "utils.retention",
+        "utils.sample_order",
+        "utils.shard_cache",
+        "utils.shard_writer",
+        "utils.stopping",
+        "utils.text_sources",
+        "utils.tokenization",
+        "utils.tracking",
+        "utils.training_utils",
+    },
+    {
+        "utils.checkpoint_metadata",
+        "utils.checkpoint_report",
+        "utils.checkpoint_store",
+        "utils.corpus_output",
+        "utils.data_utils",
+        "utils.gpu_findings",
+        "utils.run_status",
+        "utils.uploader",
+    },
+    {"utils.checkpoint_utils", "utils.corpus", "utils.evaluation", "utils.resume"},
+    {"utils.preflight"},
+    {"utils.training_run"},
+    {
+        "train",
+        "debug_gpu",
+        "scripts.checkpoint_viewer",
+        "scripts.monitor_training",
+        "scripts.prepare_data",
+        "scripts.upload_manager",
+    },
+]
+LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
+
+WITHOUT_TORCH = [
+    "utils.archive",
+    "utils.checkpoint_report",
+    "utils.checkpoint_store",
+    "utils.estimates",
+    "utils.journal",
+    "utils.layout",
+    "utils.metadata",
+    "utils.resume",
+    "utils.retention",
+    "utils.run_status",
+    "utils.sample_order",
+    "utils.shard_cache",
+    "utils.shard_index",
+    "utils.storage",
+    "utils.transports",
+    "utils.uploader",
+    "scripts.checkpoint_viewer",
+    "scripts.monitor_training",
+    "scripts.prepare_data",
+    "scripts.upload_manager",
+    "train",
+]
+
+
+def module_files() -> dict[str, Path]:
+    files = [PROJECT_DIRECTORY / "train.py", PROJECT_DIRECTORY / "debug_gpu.py"]
+    for folder in ("configs", "utils", "scripts"):
+        files += sorted((PROJECT_DIRECTORY / folder).glob("*.py"))
+    names = {".".join(f.relative_to(PROJECT_DIRECTORY).with_suffix("").parts): f for f in files}
+    return {name: file for name, file in names.items() if not name.endswith("__init__")}
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Return every module that a file imports, also inside functions and under TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set(module_files()) == set(LAYER_OF)
+
+
+@pytest.mark.parametrize("module", sorted(LAYER_OF))
+def test_imports_point_downwards(module: str) -> None:
+    file = module_files()[module]
+    upward = {
+        other
+        for other in imported_modules(file) & set(LAYER_OF)
+        if LAYER_OF[other] >= LAYER_OF[module]
+    }
+    assert not upward, f"{module} imports {sorted(upward)}"
+
+
+def test_only_storage_knows_google_cloud() -> None:
+    users = {
+        module
+        for module, file in module_files().items()
+        if any(name.startswith(("google.cloud", "google.auth")) for name in imported_modules(file))
+    }
+    assert users == {"utils.storage"}
+
+
+def test_rooms_without_torch_do_not_load_it() -> None:
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    heavy = {'torch', 'transformers', 'accelerate', 'matplotlib'} & set(sys.modules)\n"
+        "    assert not heavy, f'{name} loads {heavy}'\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *WITHOUT_TORCH],
+        cwd=PROJECT_DIRECTORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
