@@ -360,6 +360,8 @@ class GcsBucket:
 
 
 def _build_gcs_client() -> Any:
+    # Or the client's first use asks for the bucket's own metadata in a thread nobody waits for.
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     import google.auth
     import google.auth.exceptions
     from google.cloud import storage
@@ -395,7 +397,10 @@ def _map_gcs_error(exc: Exception, where: str) -> StorageError:
     if isinstance(cause, InvalidResponse):
         code = cause.response.status_code
     detail = f"{where}: {_innermost_reason(cause)}"
-    if code in (401, 403) or isinstance(cause, auth.RefreshError):
+    if code in (401, 403) or isinstance(
+        cause,
+        (auth.RefreshError, auth.InvalidOperation),  # the latter: anonymous and asked to log in
+    ):
         return AccessDeniedError(detail)
     if code == 404:
         return ObjectNotFoundError(detail)
