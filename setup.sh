@@ -26,9 +26,9 @@ bin="$VENV/bin"
 [ -d "$VENV/Scripts" ] && bin="$VENV/Scripts" # Windows (Git Bash)
 
 # What was installed last, by what it was installed from.
-stamp="$VENV/.installed-$requirements"
-wanted="$(cat constraints.txt requirements.txt "$requirements" setup.sh | cksum) ${TORCH_INDEX_URL:-}"
-if [ -x "$bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+fingerprint() { echo "$(cat constraints.txt requirements.txt "$1" setup.sh | cksum) ${TORCH_INDEX_URL:-}"; }
+stamp() { echo "$VENV/.installed-$1"; }
+if [ -x "$bin/python" ] && [ "$(cat "$(stamp "$requirements")" 2>/dev/null)" = "$(fingerprint "$requirements")" ]; then
     echo "setup.sh: $VENV is up to date."
     exit 0
 fi
@@ -63,5 +63,6 @@ if ! command -v gsutil >/dev/null 2>&1 && [ ! -x "$bin/gsutil" ]; then
     fi
 fi
 
-printf '%s' "$wanted" >"$stamp"
+fingerprint "$requirements" >"$(stamp "$requirements")"
+fingerprint requirements.txt >"$(stamp requirements.txt)" # the others include it
 echo "setup.sh: done. Activate with: source $bin/activate"

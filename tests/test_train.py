@@ -84,7 +84,12 @@ def test_watching_more_often_leaves_the_weights_bit_identical(
     run_train: Train, tmp_path: Path
 ) -> None:
     rare = ("logging_steps=10", "save_steps=10")
-    often = ("logging_steps=1", "save_steps=2", "eval_steps=1", "model_overrides.hidden_dropout=0.1")
+    often = (
+        "logging_steps=1",
+        "save_steps=2",
+        "eval_steps=1",
+        "model_overrides.hidden_dropout=0.1",
+    )
     rare += ("model_overrides.hidden_dropout=0.1",)
     assert run_train("--max-steps", "10", folder="rare", settings=rare) == 0
     assert run_train("--max-steps", "10", folder="often", settings=often) == 0
@@ -440,9 +445,7 @@ def test_dry_run_prints_the_run_and_writes_no_checkpoint(
     assert not (tmp_path / "run" / "logs").exists()
 
 
-def test_training_connects_to_nothing(
-    run_train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_connects_to_nothing(run_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: socket.socket, address: object) -> None:
         raise AssertionError(f"connected to {address!r}")
 

@@ -160,7 +160,8 @@ class GsutilTransport:
             except subprocess.TimeoutExpired as exc:
                 _kill_session(process)
                 raise TransientStorageError(
-                    f"gsutil {_verb(arguments)} {self.uri} took longer than {seconds:.0f} s and was ended."
+                    f"gsutil {_verb(arguments)} {self.uri} took longer than {seconds:.0f} s and "
+                    "was ended."
                 ) from exc
             errors.seek(0)
             message = errors.read().decode("utf-8", "replace")

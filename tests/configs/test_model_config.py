@@ -1,0 +1,105 @@
+"""The presets are the models that their names promise, to the parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from configs.model_config import PRESETS, build_model_config, get_preset
+from utils.errors import ConfigError
+from utils.training_utils import count_parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "total", "without_embedding"),
+    [
+        (
+            "refocused-1.2b",
+            {
+                "vocab_size": 50257,
+                "hidden_size": 2048,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "intermediate_size": 8192,
+                "max_position_embeddings": 2048,
+            },
+            1_414_455_296,
+            1_208_602_624,
+        ),
+        (
+            "neox-tiny",
+            {
+                "vocab_size": 4096,
+                "hidden_size": 256,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "intermediate_size": 1024,
+                "max_position_embeddings": 512,
+            },
+            5_256_704,
+            3_159_552,
+        ),
+    ],
+)
+def test_a_preset_has_its_shape_and_exactly_its_parameters(
+    name: str, shape: dict[str, Any], total: int, without_embedding: int
+) -> None:
+    config = build_model_config(name)
+    assert {key: getattr(config, key) for key in shape} == shape
+    assert config.model_type == "gpt_neox"
+    assert config.use_parallel_residual is True
+    assert config.tie_word_embeddings is False
+    assert config.rope_parameters["partial_rotary_factor"] == 0.25
+
+    counts = count_parameters(config)
+    assert (counts.total, counts.without_embedding) == (total, without_embedding)
+    assert PRESETS[name].parameters == total
+
+
+def test_refocused_is_the_1_2_billion_of_its_name_without_embeddings() -> None:
+    counts = count_parameters(build_model_config("refocused-1.2b"))
+    assert round(counts.without_embedding / 1e9, 2) == 1.21
+
+
+def test_an_override_replaces_one_value_and_leaves_the_preset_alone() -> None:
+    config = build_model_config("neox-tiny", {"num_hidden_layers": 2})
+    assert (config.num_hidden_layers, config.hidden_size) == (2, 256)
+    assert build_model_config("neox-tiny").num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_sizes": 8}, "model_overrides.hidden_sizes is no key of gpt_neox. Did you mean"),
+        ({"qqq": 8}, "model_overrides.qqq is no key of gpt_neox."),
+        ({"hidden_size": "256"}, "do not fit neox-tiny: .*hidden_size"),
+        ({"hidden_size": 256.5}, "do not fit neox-tiny: .*hidden_size"),
+        ({"hidden_size": 250}, "do not fit neox-tiny: .*not divisible by the number of attention"),
+        ({"max_position_embeddings": None}, "do not fit neox-tiny: .*max_position_embeddings"),
+        ({"vocab_size": 0}, r"model_overrides\.vocab_size must be at least 1, got 0\."),
+        ({"vocab_size": -5}, r"model_overrides\.vocab_size must be at least 1, got -5\."),
+        ({"hidden_size": 0}, r"model_overrides\.hidden_size must be at least 1, got 0\."),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers must be at least 1, got 0\."),
+        ({"num_attention_heads": 0}, r"num_attention_heads must be at least 1, got 0\."),
+        ({"model_type": "llama"}, "do not fit neox-tiny"),
+    ],
+)
+def test_an_override_that_cannot_be_is_refused(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model_config("neox-tiny", overrides)
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"'neox-tinny'.*Did you mean neox-tiny\?"):
+        get_preset("neox-tinny")
+    with pytest.raises(ConfigError, match=r"refocused-1\.2b, neox-tiny"):
+        build_model_config("zzz")
+
+
+def test_a_sequence_must_fit_the_positions_of_the_model() -> None:
+    assert build_model_config("neox-tiny", sequence_length=512).max_position_embeddings == 512
+    with pytest.raises(ConfigError, match=r"513 is above the 512 .*max_position_embeddings=513"):
+        build_model_config("neox-tiny", sequence_length=513)
+    longer = build_model_config("neox-tiny", {"max_position_embeddings": 1024}, 513)
+    assert longer.max_position_embeddings == 1024

@@ -1,0 +1,302 @@
+"""Every wrong input gives one clear ConfigError; every right one gives the value that was meant."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.training_config import (
+    PROJECT_DIRECTORY,
+    TrainingConfig,
+    config_from_json,
+    find_config_file,
+    get_training_config,
+    parse_assignment,
+)
+from utils.errors import ConfigError, ExitCode
+
+KEYS = [item.name for item in fields(TrainingConfig)]
+
+
+def load(directory: Path, text: str | bytes, **overrides: Any) -> TrainingConfig:
+    path = directory / "run.json"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return get_training_config(str(path), overrides)
+
+
+def test_shipped_test_configuration_holds_the_users_values() -> None:
+    config = get_training_config("test")
+    assert config == get_training_config()
+    assert (config.max_files, config.max_steps) == (5, 100)
+    assert (config.save_steps, config.logging_steps) == (50, 10)
+    assert (config.model, config.sequence_length) == ("neox-tiny", 512)
+    assert config.per_device_train_batch_size == 1
+    assert config.resolve_batch(1) == (4, 4)
+    assert config.resolve_batch(2) == (4, 2)
+    assert config.data_uri == str(PROJECT_DIRECTORY / "bucket/data")
+
+
+def test_shipped_production_configuration_holds_the_users_values() -> None:
+    config = get_training_config("production")
+    assert (config.max_files, config.file_limit) == (-1, None)
+    assert (config.max_steps, config.save_steps, config.logging_steps) == (10000, 500, 100)
+    assert (config.model, config.sequence_length) == ("refocused-1.2b", 2048)
+    assert config.per_device_train_batch_size == 4
+    assert config.learning_rate == 2e-4
+    assert config.warmup_steps == 100
+    assert config.data_uri == "gs://refocused-ai/tokenized_data"
+    assert config.checkpoint_uri == "gs://refocused-ai"
+    assert config.upload_transport == "gsutil"
+
+
+def test_shipped_configurations_are_found_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config_file("test").is_file()
+    assert find_config_file("production").is_file()
+
+
+@pytest.mark.parametrize("name", ["prodution", "nowhere.json", "", "."])
+def test_a_missing_file_lists_the_known_names(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"does not exist.*production, test") as caught:
+        get_training_config(name)
+    assert caught.value.exit_code is ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"max_stepz": 1}', "unknown key 'max_stepz'. Did you mean max_steps?"),
+        ('{"max_train_files": 5}', "unknown key 'max_train_files'. Did you mean max_files?"),
+        ('{"batch_size": 4}', "Did you mean per_device_train_batch_size?"),
+        ('{"lr": 4}', "Did you mean learning_rate?"),
+        ('{"qqq": 4}', "unknown key 'qqq'. Known keys:"),
+        ('{"model_override.hidden_size": 4}', "Did you mean model_overrides?"),
+        ('{"max_steps.x": 4}', "Did you mean max_steps?"),
+        ('{"max_steps": "10"}', 'max_steps must be a whole number, got "10".'),
+        ('{"max_steps": true}', "max_steps must be a whole number, got true."),
+        ('{"max_steps": 1.5}', "max_steps must be a whole number, got 1.5."),
+        ('{"max_steps": null}', "max_steps must be a whole number, got null."),
+        ('{"max_files": "all"}', 'max_files must be a whole number or null, got "all".'),
+        ('{"learning_rate": "2e-4"}', 'learning_rate must be a number, got "2e-4".'),
+        ('{"learning_rate": false}', "learning_rate must be a number, got false."),
+        ('{"gradient_checkpointing": 1}', "gradient_checkpointing must be true or false, got 1."),
+        ('{"bf16": "yes"}', "bf16 must be true or false or null"),
+        ('{"model": 5}', "model must be a string, got 5."),
+        ('{"report_to": "wandb"}', "report_to must be a list of strings"),
+        ('{"report_to": [1]}', "report_to must be a list of strings"),
+        ('{"report_to": ["mlflow"]}', "report_to must hold only tensorboard, wandb; got 'mlflow'."),
+        ('{"model_overrides": []}', "model_overrides must be an object, got []."),
+        ('{"max_steps": 0}', "max_steps must be at least 1, got 0."),
+        ('{"save_steps": -1}', "save_steps must be at least 1, got -1."),
+        ('{"logging_steps": 0}', "logging_steps must be at least 1, got 0."),
+        ('{"eval_steps": 0}', "eval_steps must be at least 1, got 0."),
+        ('{"keep_checkpoints": 0}', "keep_checkpoints must be at least 1, got 0."),
+        ('{"max_unverified": 0}', "max_unverified must be at least 1, got 0."),
+        ('{"shuffle_window_shards": 0}', "shuffle_window_shards must be at least 1, got 0."),
+        ('{"gradient_accumulation_steps": 0}', "must be at least 1, got 0."),
+        ('{"global_batch_size": 0}', "global_batch_size must be at least 1, got 0."),
+        ('{"sequence_length": 1}', "sequence_length must be at least 2, got 1."),
+        ('{"max_files": 0}', "max_files must be at least 1, or null or -1 for all; got 0."),
+        ('{"max_files": -2}', "max_files must be at least 1, or null or -1 for all; got -2."),
+        ('{"warmup_steps": -1}', "warmup_steps must be at least 0, got -1."),
+        ('{"weight_decay": -0.1}', "weight_decay must be at least 0, got -0.1."),
+        ('{"max_grad_norm": -1}', "max_grad_norm must be at least 0, got -1.0."),
+        ('{"upload_deadline_seconds": -1}', "upload_deadline_seconds must be at least 0"),
+        ('{"seed": -1}', "seed must be between 0 and"),
+        ('{"seed": 9223372036854775808}', "seed must be between 0 and 9223372036854775807"),
+        ('{"learning_rate": 0}', "learning_rate must be above 0, got 0.0."),
+        ('{"adam_epsilon": 0}', "adam_epsilon must be above 0, got 0.0."),
+        ('{"min_lr_rate": 1.1}', "min_lr_rate must be between 0.0 and 1.0, got 1.1."),
+        ('{"adam_beta1": 1}', "adam_beta1 must be at least 0.0 and below 1.0, got 1.0."),
+        ('{"adam_beta2": -0.1}', "adam_beta2 must be at least 0.0 and below 1.0, got -0.1."),
+        ('{"learning_rate": NaN}', "learning_rate must be above 0, got nan."),
+        ('{"learning_rate": Infinity}', "learning_rate must be above 0, got inf."),
+        ('{"learning_rate": 1e999}', "learning_rate must be above 0, got inf."),
+        ('{"weight_decay": NaN}', "weight_decay must be at least 0, got nan."),
+        ('{"max_grad_norm": Infinity}', "max_grad_norm must be at least 0, got inf."),
+        ('{"upload_deadline_seconds": 1e999}', "upload_deadline_seconds must be at least 0"),
+        ('{"adam_beta1": NaN}', "adam_beta1 must be at least 0.0 and below 1.0, got nan."),
+        ('{"min_lr_rate": -Infinity}', "min_lr_rate must be between 0.0 and 1.0, got -inf."),
+        ('{"max_steps": NaN}', "max_steps must be a whole number, got NaN."),
+        ('{"max_steps": Infinity}', "max_steps must be a whole number, got Infinity."),
+        ('{"model_overrides": {"a": NaN}}', "model_overrides.a must be a finite number, got nan."),
+        ('{"learning_rate": 1' + "0" * 400 + "}", "learning_rate must be a number, got 1000"),
+        ('{"lr_scheduler_type": "cosin"}', "must be one of cosine, linear, constant; got 'cosin'."),
+        ('{"save_format": "pt"}', "save_format must be one of safetensors, bin; got 'pt'."),
+        ('{"upload_transport": "ftp"}', "must be one of auto, directory, gsutil, python; got"),
+        ('{"log_level": "INFO"}', "log_level must be one of debug, info, warning, error; got"),
+        ('{"bf16": true, "fp16": true}', "bf16 and fp16 are both true: choose one."),
+        (
+            '{"global_batch_size": 6, "gradient_accumulation_steps": 4}',
+            "global_batch_size 6 is no multiple of "
+            "per_device_train_batch_size x gradient_accumulation_steps = 4.",
+        ),
+        ("", "not valid JSON"),
+        ('{"max_steps": 10', "not valid JSON"),
+        ("{'max_steps': 10}", "not valid JSON"),
+        ("\ufeff{}", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"max_steps": ' + "9" * 5000 + "}", "not valid JSON"),
+        ("[]", "must hold one JSON object."),
+        ("null", "must hold one JSON object."),
+        (b"\xff\xfe{}", "cannot be read"),
+    ],
+)
+def test_a_wrong_file_gives_one_error_that_names_it(
+    tmp_path: Path, text: str | bytes, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / 'run.json'}: ")
+
+
+def test_an_error_names_the_source_of_the_value(tmp_path: Path) -> None:
+    for key, value in [("max_steps", 0), ("max_steps", "x"), ("max_step", 1)]:
+        with pytest.raises(ConfigError, match=r"^command line: "):
+            load(tmp_path, '{"max_steps": 3}', **{key: value})
+    with pytest.raises(ConfigError, match=r"run\.json: save_steps"):
+        load(tmp_path, '{"save_steps": 0}', max_steps=5)
+
+
+def test_a_shipped_file_is_named_relative_to_the_project() -> None:
+    with pytest.raises(ConfigError, match=r"^configs/test\.json: global_batch_size 4 "):
+        get_training_config("test", {"gradient_accumulation_steps": 3})
+
+
+@pytest.mark.parametrize(("text", "limit"), [("null", None), ("-1", None), ("1", 1), ("7", 7)])
+def test_max_files_is_a_number_or_all(tmp_path: Path, text: str, limit: int | None) -> None:
+    assert load(tmp_path, f'{{"max_files": {text}}}').file_limit == limit
+
+
+def test_the_command_line_wins_and_model_overrides_are_merged(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        '{"max_steps": 3, "model_overrides": {"hidden_size": 64, "vocab_size": 100}}',
+        **{"max_steps": 5, "model_overrides.vocab_size": 200, "model_overrides.rotary_pct": 0.5},
+    )
+    assert config.max_steps == 5
+    assert config.model_overrides == {"hidden_size": 64, "vocab_size": 200, "rotary_pct": 0.5}
+
+
+def test_whole_numbers_are_taken_where_a_number_is_meant(tmp_path: Path) -> None:
+    config = load(tmp_path, '{"learning_rate": 1}')
+    assert (type(config.learning_rate), config.learning_rate) == (float, 1.0)
+
+
+def test_the_project_placeholder_is_replaced_wherever_it_comes_from(tmp_path: Path) -> None:
+    config = load(tmp_path, '{"data_uri": "{project}/a"}', checkpoint_uri="{project}/b")
+    assert config.data_uri == f"{PROJECT_DIRECTORY}/a"
+    assert config.checkpoint_uri == f"{PROJECT_DIRECTORY}/b"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max_steps=10", ("max_steps", 10)),
+        ("learning_rate=1e-3", ("learning_rate", 1e-3)),
+        ("bf16=true", ("bf16", True)),
+        ("max_files=null", ("max_files", None)),
+        ("data_uri=gs://bucket/a=b", ("data_uri", "gs://bucket/a=b")),
+        ('run_name="5"', ("run_name", "5")),
+        ("run_name=", ("run_name", "")),
+        ('report_to=["wandb"]', ("report_to", ["wandb"])),
+        (" model_overrides.hidden_size =64", ("model_overrides.hidden_size", 64)),
+        ("run_name=" + "[" * 100_000, ("run_name", "[" * 100_000)),
+    ],
+)
+def test_assignments_are_read_as_json_or_else_as_text(
+    text: str, expected: tuple[str, object]
+) -> None:
+    assert parse_assignment(text) == expected
+
+
+@pytest.mark.parametrize("text", ["max_steps", "", "=5", " =5"])
+def test_an_assignment_without_key_or_value_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="use key=value"):
+        parse_assignment(text)
+
+
+@pytest.mark.parametrize(
+    ("micro", "accumulation", "total", "world_size", "expected"),
+    [
+        (4, None, None, 1, (4, 1)),
+        (4, 3, None, 2, (24, 3)),
+        (1, None, 4, 1, (4, 4)),
+        (1, None, 4, 4, (4, 1)),
+        (2, 3, 12, 2, (12, 3)),
+    ],
+)
+def test_a_step_has_the_asked_samples_at_any_world_size(
+    micro: int, accumulation: int | None, total: int | None, world_size: int, expected: object
+) -> None:
+    config = TrainingConfig(
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        global_batch_size=total,
+    )
+    assert config.resolve_batch(world_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("micro", "accumulation", "total", "world_size", "message"),
+    [
+        (1, None, 4, 3, "global_batch_size 4 is no multiple of .* 1 x 3 ranks"),
+        (1, None, 4, 8, "global_batch_size 4 is no multiple of .* 1 x 8 ranks"),
+        (3, None, 4, 1, "global_batch_size 4 is no multiple of .* 3 x 1 ranks"),
+        (1, 4, 4, 2, "needs gradient_accumulation_steps 2, not 4"),
+    ],
+)
+def test_samples_that_do_not_divide_over_the_ranks_are_refused(
+    micro: int, accumulation: int | None, total: int, world_size: int, message: str
+) -> None:
+    config = TrainingConfig(
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        global_batch_size=total,
+    )
+    with pytest.raises(ConfigError, match=message):
+        config.resolve_batch(world_size)
+
+
+def test_a_configuration_survives_json_and_unknown_keys() -> None:
+    config = get_training_config("test", {"model_overrides.hidden_size": 64, "bf16": False})
+    written = json.loads(json.dumps(config.to_json()))
+    assert config_from_json({**written, "key_of_another_version": 1}) == config
+
+
+def test_evaluation_batches_are_those_of_training_unless_set() -> None:
+    assert TrainingConfig(per_device_train_batch_size=3).eval_batch_size == 3
+    assert TrainingConfig(per_device_eval_batch_size=8).eval_batch_size == 8
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    | st.sampled_from([10**400, -(10**400), -1, 0, 1, 2]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@settings(deadline=None, derandomize=True)
+@given(key=st.sampled_from(KEYS), value=JSON_VALUES)
+def test_any_json_value_gives_a_usable_configuration_or_names_its_key(
+    key: str, value: object
+) -> None:
+    try:
+        config = get_training_config("production", {key: value})
+    except ConfigError as exc:
+        assert key in str(exc)  # noqa: PT017
+        return
+    kept = getattr(config, key)
+    assert not isinstance(kept, float) or math.isfinite(kept)
+    assert config.resolve_batch(1)[0] >= 1

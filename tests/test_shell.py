@@ -1,0 +1,139 @@
+"""setup.sh and run.sh as a user calls them, in a copy of the project."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.training_config import PROJECT_DIRECTORY
+from utils.layout import find_checkpoints
+
+ENVIRONMENT = Path(sys.prefix)
+needs_environment = pytest.mark.skipif(
+    not list(ENVIRONMENT.glob(".installed-*")), reason="not in an environment made by setup.sh"
+)
+SMALL = [
+    "--set=model_overrides.num_hidden_layers=1",
+    "--set=model_overrides.hidden_size=32",
+    "--set=model_overrides.intermediate_size=64",
+    "--set=sequence_length=32",
+    "--set=max_eval_samples=4",
+    "--set=warmup_steps=1",
+    "--set=save_steps=1",
+]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the project without what runs leave in it."""
+    copy = tmp_path / "project"
+    ignore = shutil.ignore_patterns("venv", "bucket", "cache", ".git", "__pycache__", ".*_cache")
+    shutil.copytree(PROJECT_DIRECTORY, copy, ignore=ignore)
+    for folder in ("checkpoints", "logs"):
+        shutil.rmtree(copy / folder, ignore_errors=True)
+    return copy
+
+
+def bash(project: Path, script: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "VENV": str(ENVIRONMENT), **variables}
+    return subprocess.run(
+        ["bash", str(project / script), *words],
+        cwd=project.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@needs_environment
+def test_run_test_trains_saves_uploads_and_says_how_to_look_at_it(project: Path) -> None:
+    first = bash(project, "run.sh", "test", "2", *SMALL)
+    assert first.returncode == 0, first.stderr
+    saved = find_checkpoints(project / "checkpoints")
+    assert [name.step for name in saved] == [1, 2]
+    for name in saved:
+        assert (project / "bucket" / "Checkpoints" / f"{name}.tar.gz").is_file()
+    shown = [line.strip() for line in first.stdout.splitlines() if line.startswith("  ")]
+    assert "tensorboard --logdir logs" in shown
+
+    # Every command that it names works, and a second start goes on from the first.
+    for line in shown:
+        if line.startswith("python "):
+            words = line.split()[1:]
+            result = subprocess.run(
+                [sys.executable, *words], cwd=project, capture_output=True, text=True, check=False
+            )
+            assert result.returncode == 0, (line, result.stderr)
+    second = bash(project, "run.sh", "test", "3", *SMALL)
+    assert second.returncode == 0, second.stderr
+    assert "Resumed from" in second.stdout
+    assert find_checkpoints(project / "checkpoints")[-1].step == 3
+
+
+@needs_environment
+def test_run_production_says_within_seconds_what_this_machine_lacks(project: Path) -> None:
+    # Nothing answers there, neither the client nor gsutil: no test talks to a real bucket.
+    boto = project / "boto"
+    address = "\n".join(f"{kind}_host = 127.0.0.1\n{kind}_port = 9" for kind in ("gs", "gs_json"))
+    boto.write_text(f"[Credentials]\n{address}\n[GSUtil]\nstate_dir = {project}\n")
+    (project / "gcloud").mkdir()
+    result = bash(
+        project,
+        "run.sh",
+        "production",
+        "5000",
+        STORAGE_EMULATOR_HOST="http://127.0.0.1:9",
+        BOTO_CONFIG=str(boto),
+        CLOUDSDK_CONFIG=str(project / "gcloud"),
+    )
+    assert result.returncode == 3, result.stderr
+    assert "data:" in result.stderr
+    assert "upload:" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (project / "checkpoints").exists()
+
+
+@needs_environment
+def test_setup_is_quick_when_nothing_is_to_do(project: Path) -> None:
+    result = bash(project, "setup.sh")
+    assert result.returncode == 0, result.stderr
+    assert "is up to date" in result.stdout
+
+
+def fake_python(directory: Path, refuse: str) -> str:
+    """Return an interpreter that fails where its arguments hold `refuse`."""
+    script = directory / "python-without"
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *{refuse}*) exit 1 ;; esac\nexec "{sys.executable}" "$@"\n'
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_a_missing_venv_module_gets_the_one_command_that_mends_it(project: Path) -> None:
+    python = fake_python(project, "ensurepip")
+    result = bash(project, "setup.sh", PYTHON=python, VENV=str(project / "new"))
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert result.returncode == 2
+    assert f"sudo apt-get install -y python{version}-venv" in result.stderr
+
+
+def test_an_old_python_is_refused(project: Path) -> None:
+    python = fake_python(project, "version_info")
+    result = bash(project, "setup.sh", PYTHON=python, VENV=str(project / "new"))
+    assert result.returncode == 2
+    assert "3.10 or newer is needed" in result.stderr
+
+
+def test_shipped_accelerate_configuration_is_one_that_accelerate_reads() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(PROJECT_DIRECTORY / "configs/accelerate/ddp.yaml"))
+    assert config.distributed_type == "MULTI_GPU"

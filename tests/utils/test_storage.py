@@ -1,0 +1,456 @@
+"""A directory and gs:// behave alike: whole objects, checked bytes, errors that tell what to do."""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.gcs_server import FakeGcsServer, Fault
+from utils.errors import (
+    AccessDeniedError,
+    ConflictError,
+    ObjectNotFoundError,
+    StorageError,
+    TransientStorageError,
+    UsageError,
+)
+from utils.storage import (
+    Bucket,
+    DirectoryBucket,
+    GcsBucket,
+    crc32c_of_bytes,
+    crc32c_of_file,
+    join_uri,
+    open_bucket,
+)
+
+HOSTILE_NAMES = ["", ".", "./", "..", "../a", "a/../b", "/etc/passwd", "a/../../b", "a\0b"]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> DirectoryBucket:
+    return DirectoryBucket(tmp_path / "bucket")
+
+
+@pytest.fixture
+def remote(gcs: FakeGcsServer) -> Iterator[Bucket]:
+    bucket = open_bucket("gs://runs/team/a", retry_seconds=5)
+    yield bucket
+    bucket.close()
+
+
+@pytest.fixture(params=["directory", "gs"])
+def bucket(request: pytest.FixtureRequest) -> Bucket:
+    found: Bucket = request.getfixturevalue("directory" if request.param != "gs" else "remote")
+    return found
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+# What both kinds of bucket do.
+
+
+def test_crc32c_is_written_as_gcs_writes_it(tmp_path: Path) -> None:
+    # The check value of CRC-32C (RFC 3720, B.4) is 0xE3069283.
+    assert crc32c_of_bytes(b"123456789") == "4waSgw=="
+    assert crc32c_of_file(write(tmp_path / "a", b"123456789")) == "4waSgw=="
+
+
+def test_what_is_put_is_there_whole(bucket: Bucket, tmp_path: Path) -> None:
+    data = os.urandom(100_000)
+    info = bucket.put_file("Checkpoints/a.tar.gz", write(tmp_path / "a", data))
+    assert (info.name, info.size) == ("Checkpoints/a.tar.gz", len(data))
+    assert info.crc32c == bucket.crc32c("Checkpoints/a.tar.gz") == crc32c_of_bytes(data)
+    assert bucket.read_bytes("Checkpoints/a.tar.gz") == data
+    checksum = bucket.get_file("Checkpoints/a.tar.gz", tmp_path / "back")
+    assert checksum == crc32c_of_bytes(data)
+    assert (tmp_path / "back").read_bytes() == data
+    found = bucket.stat("Checkpoints/a.tar.gz")
+    assert found is not None
+    assert found.size == len(data)
+
+
+def test_an_object_is_replaced_as_a_whole(bucket: Bucket) -> None:
+    bucket.put_bytes("a", b"long content")
+    info = bucket.put_bytes("a", b"new")
+    assert (info.size, info.crc32c) == (3, crc32c_of_bytes(b"new"))
+    assert bucket.read_bytes("a") == b"new"
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "expected"),
+    [(0, None, b"0123456789"), (3, None, b"3456789"), (0, 2, b"01"), (8, 9, b"89"), (4, 0, b"")],
+)
+def test_a_range_is_read(bucket: Bucket, start: int, length: int | None, expected: bytes) -> None:
+    bucket.put_bytes("a", b"0123456789")
+    assert bucket.read_bytes("a", start, length) == expected
+
+
+def test_objects_are_listed_by_name_below_their_prefix(bucket: Bucket) -> None:
+    for name in ["b/2", "a/1", "b/10", "a", "ab", "b/sub/3", "z"]:
+        bucket.put_bytes(name, name.encode())
+    names = ["a", "a/1", "ab", "b/10", "b/2", "b/sub/3", "z"]
+    assert [info.name for info in bucket.list()] == names
+    assert [info.name for info in bucket.list("b/")] == ["b/10", "b/2", "b/sub/3"]
+    assert [info.name for info in bucket.list("b/1")] == ["b/10"]
+    assert [info.name for info in bucket.list("a")] == ["a", "a/1", "ab"]
+    assert list(bucket.list("none/")) == []
+    assert [info.size for info in bucket.list("b/")] == [4, 3, 7]
+
+
+def test_what_is_not_there(bucket: Bucket, tmp_path: Path) -> None:
+    assert bucket.stat("none") is None
+    bucket.delete("none")
+    for read in (
+        lambda: bucket.read_bytes("none"),
+        lambda: bucket.crc32c("none"),
+        lambda: bucket.get_file("none", tmp_path / "back"),
+    ):
+        with pytest.raises(ObjectNotFoundError, match="none"):
+            read()
+
+
+def test_a_deleted_object_is_gone(bucket: Bucket) -> None:
+    bucket.put_bytes("a", b"1")
+    bucket.delete("a")
+    assert bucket.stat("a") is None
+    assert list(bucket.list()) == []
+
+
+@pytest.mark.parametrize("uri", ["", "s3://bucket", "gs://", "gs:///a", "http://x"])
+def test_what_is_no_bucket_is_refused(uri: str) -> None:
+    with pytest.raises(UsageError):
+        open_bucket(uri)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (("gs://b/p/", "a"), "gs://b/p/a"),
+        (("gs://b", "", "a/b"), "gs://b/a/b"),
+        (("bucket", "run", ""), "bucket/run"),
+    ],
+)
+def test_uris_are_joined_with_one_slash(parts: tuple[str, ...], expected: str) -> None:
+    assert join_uri(*parts) == expected
+
+
+# A directory.
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_a_name_that_leaves_the_directory_is_refused(
+    directory: DirectoryBucket, tmp_path: Path, name: str
+) -> None:
+    write(tmp_path / "b", b"outside")
+    source = write(tmp_path / "source", b"x")
+    before = sorted(tmp_path.rglob("*"))
+    for use in (
+        lambda: directory.put_bytes(name, b"x"),
+        lambda: directory.put_file(name, source),
+        lambda: directory.get_file(name, tmp_path / "back"),
+        lambda: directory.read_bytes(name),
+        lambda: directory.crc32c(name),
+        lambda: directory.stat(name),
+        lambda: directory.delete(name),
+    ):
+        with pytest.raises(UsageError, match="not a valid object name"):
+            use()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "b").read_bytes() == b"outside"
+
+
+def test_a_strange_but_harmless_name_is_only_a_name(directory: DirectoryBucket) -> None:
+    names = ["-rf", "a b", "a*b", "$(x)", "new\nline", "\u00fc/\u0661"]
+    for name in names:
+        directory.put_bytes(name, name.encode())
+    assert [info.name for info in directory.list()] == sorted(names)
+    assert all(directory.read_bytes(name) == name.encode() for name in names)
+
+
+@contextmanager
+def largest_file(limit: int) -> Iterator[None]:
+    """Let no file grow beyond `limit` bytes: a short write first, then EFBIG."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_object_and_nothing_else(
+    directory: DirectoryBucket, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "source", bytes(100_000))
+    directory.put_bytes("a", b"old")
+    with largest_file(50_000), pytest.raises(StorageError, match="File too large"):
+        directory.put_file("a", source)
+    with largest_file(50_000), pytest.raises(StorageError, match="File too large"):
+        directory.put_bytes("a", bytes(100_000))
+    assert [path.name for path in directory.root.iterdir()] == ["a"]
+    assert directory.read_bytes("a") == b"old"
+
+
+def test_what_another_process_is_still_writing_is_not_listed(directory: DirectoryBucket) -> None:
+    directory.put_bytes("a/b", b"1")
+    write(directory.root / ".tmp-1234", b"half")
+    write(directory.root / "a/.tmp-1234", b"half")
+    assert [info.name for info in directory.list()] == ["a/b"]
+
+
+def test_a_mounted_directory_without_rename_still_gets_its_object(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    directory.put_bytes("a", b"1")
+    assert [path.name for path in directory.root.iterdir()] == ["a"]
+    assert directory.read_bytes("a") == b"1"
+
+
+def test_other_failures_of_the_file_system_are_storage_errors(
+    directory: DirectoryBucket, tmp_path: Path
+) -> None:
+    directory.put_bytes("file", b"1")
+    with pytest.raises(StorageError, match="file/below"):
+        directory.put_bytes("file/below", b"1")
+    assert directory.stat("file/below") is None
+    for use in (directory.stat, directory.read_bytes, directory.delete):
+        with pytest.raises(StorageError, match="name too long"):
+            use("n" * 300)
+
+
+@contextmanager
+def without_rights(path: Path) -> Iterator[None]:
+    """Take the right to enter `path` from this process, whoever runs it."""
+    path.chmod(0)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        path.chmod(0o700)
+
+
+def test_a_directory_without_rights_is_access_denied(directory: DirectoryBucket) -> None:
+    directory.put_bytes("a", b"1")
+    with without_rights(directory.root):
+        for use in (
+            lambda: directory.put_bytes("b", b"1"),
+            lambda: directory.read_bytes("a"),
+            lambda: directory.stat("a"),
+            lambda: directory.delete("a"),
+            lambda: list(directory.list()),
+        ):
+            with pytest.raises(AccessDeniedError, match="Permission denied"):
+                use()
+    assert directory.read_bytes("a") == b"1"
+
+
+# gs://, through the real client against the fake server.
+
+
+def test_a_long_list_is_read_page_by_page(gcs: FakeGcsServer, remote: Bucket) -> None:
+    gcs.settings.max_page_size = 3
+    names = [f"{number:02}.npz" for number in range(8)]
+    for name in names:
+        gcs.put_object("runs", f"team/a/{name}", b"x")
+    assert [info.name for info in remote.list()] == names
+    assert len(gcs.requests("object.list")) == 3
+
+
+def test_only_objects_below_the_uri_exist(gcs: FakeGcsServer, remote: Bucket) -> None:
+    gcs.put_object("runs", "team/b/x", b"1")
+    gcs.put_object("runs", "team/ab", b"1")
+    remote.put_bytes("x", b"2")
+    assert [info.name for info in remote.list()] == ["x"]
+    assert gcs.read_object("runs", "team/a/x") == b"2"
+    remote.delete("x")
+    assert gcs.list_objects("runs") == ["team/ab", "team/b/x"]
+
+
+def test_facts_of_an_object_are_those_of_the_server(gcs: FakeGcsServer, remote: Bucket) -> None:
+    stored = gcs.put_object("runs", "team/a/x", b"123456789")
+    info = remote.stat("x")
+    assert info is not None
+    assert (info.size, info.crc32c, info.generation) == (9, "4waSgw==", stored.generation)
+    assert list(remote.list()) == [info]
+
+
+def test_a_large_file_goes_up_and_comes_back(remote: Bucket, tmp_path: Path) -> None:
+    data = os.urandom(9 * 2**20)  # above 8 MiB: a resumable upload
+    info = remote.put_file("big", write(tmp_path / "big", data))
+    assert info.crc32c == crc32c_of_bytes(data)
+    assert remote.get_file("big", tmp_path / "back") == info.crc32c
+
+
+def operations(bucket: Bucket, path: Path) -> list[object]:
+    return [
+        lambda: bucket.put_bytes("a", b"1"),
+        lambda: bucket.put_file("a", path),
+        lambda: bucket.read_bytes("a"),
+        lambda: bucket.get_file("a", path.with_name("back")),
+        lambda: bucket.stat("a"),
+        lambda: list(bucket.list()),
+        lambda: bucket.delete("a"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (401, AccessDeniedError),
+        (403, AccessDeniedError),
+        (412, ConflictError),
+        (400, StorageError),
+    ],
+)
+def test_a_refusal_is_told_apart_and_not_tried_again(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path, status: int, error: type[StorageError]
+) -> None:
+    gcs.put_object("runs", "team/a/a", b"1")
+    gcs.add_fault(Fault("status", times=None, status=status))
+    for use in operations(remote, write(tmp_path / "source", b"1")):
+        gcs.clear_requests()
+        with pytest.raises(StorageError, match="gs://runs/team/a") as caught:
+            use()  # type: ignore[operator]
+        assert type(caught.value) is error
+        assert len(gcs.requests()) == 1
+
+
+def test_a_bucket_that_may_not_be_written_is_access_denied(gcs: FakeGcsServer) -> None:
+    gcs.create_bucket("locked", writable=False)
+    locked = open_bucket("gs://locked/a")
+    with pytest.raises(AccessDeniedError, match="gs://locked/a/x"):
+        locked.put_bytes("x", b"1")
+    locked.close()
+
+
+def test_a_bucket_that_does_not_exist_is_not_found(gcs: FakeGcsServer) -> None:
+    nowhere = open_bucket("gs://nowhere")
+    assert nowhere.stat("x") is None
+    for use in (lambda: list(nowhere.list()), lambda: nowhere.put_bytes("x", b"1")):
+        with pytest.raises(ObjectNotFoundError, match="gs://nowhere"):
+            use()
+    nowhere.close()
+
+
+def test_requester_pays_buckets_are_asked_in_the_name_of_the_project(gcs: FakeGcsServer) -> None:
+    gcs.create_bucket("paid", requester_pays=True)
+    paid = open_bucket("gs://paid", user_project="my-project")
+    paid.put_bytes("a", b"1")
+    assert paid.read_bytes("a") == b"1"
+    assert [info.name for info in paid.list()] == ["a"]
+    paid.close()
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_two_bad_answers_are_survived_by_every_operation(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path, status: int
+) -> None:
+    gcs.put_object("runs", "team/a/a", b"1")
+    for use in operations(remote, write(tmp_path / "source", b"1")):
+        fault = gcs.add_fault(Fault("status", times=2, status=status))
+        use()  # type: ignore[operator]
+        assert fault.fired == 2
+
+
+def test_a_server_that_is_down_for_ever_is_given_up_within_the_limit(
+    gcs: FakeGcsServer, tmp_path: Path
+) -> None:
+    gcs.put_object("runs", "a", b"1")
+    gcs.add_fault(Fault("status", times=None, status=503))
+    impatient = open_bucket("gs://runs", retry_seconds=0.3)
+    for use in operations(impatient, write(tmp_path / "source", b"1")):
+        gcs.clear_requests()
+        started = time.monotonic()
+        with pytest.raises(TransientStorageError, match="gs://runs"):
+            use()  # type: ignore[operator]
+        assert time.monotonic() - started < 5
+        assert len(gcs.requests()) > 2
+    impatient.close()
+
+
+def test_a_server_that_is_not_there_is_worth_another_try(gcs: FakeGcsServer) -> None:
+    lost = open_bucket("gs://runs", retry_seconds=0.1)
+    gcs.stop()
+    with pytest.raises(TransientStorageError, match="no connection"):
+        lost.read_bytes("a")
+    lost.close()
+
+
+def test_a_connection_cut_in_the_middle_changes_no_byte(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path
+) -> None:
+    data = os.urandom(300_000)
+    gcs.add_fault(Fault("reset", operation="upload", after_bytes=100_000))
+    assert remote.put_file("a", write(tmp_path / "a", data)).crc32c == crc32c_of_bytes(data)
+    for kind in ("reset", "truncate"):
+        fault = gcs.add_fault(Fault(kind, operation="object.download", after_bytes=100_000))
+        assert remote.get_file("a", tmp_path / "back") == crc32c_of_bytes(data)
+        assert fault.fired == 1
+
+
+def test_bytes_that_changed_on_the_way_are_never_taken(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "a", bytes(50_000))
+    gcs.add_fault(Fault("corrupt", times=None, operation="upload", after_bytes=20_000))
+    with pytest.raises(StorageError):
+        remote.put_file("a", source)
+    assert remote.stat("a") is None
+
+    gcs.clear_faults()
+    remote.put_file("a", source)
+    gcs.add_fault(Fault("corrupt", times=None, operation="object.download", after_bytes=20_000))
+    with pytest.raises(TransientStorageError):
+        remote.get_file("a", tmp_path / "back")
+
+
+def test_an_answer_lost_after_the_commit_does_not_fail_the_upload(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path
+) -> None:
+    fault = gcs.add_fault(Fault("lost_answer", operation="upload"))
+    remote.put_file("a", write(tmp_path / "a", b"data"))
+    assert fault.fired == 1
+    assert gcs.read_object("runs", "team/a/a") == b"data"
+
+
+def test_one_bucket_serves_many_threads(gcs: FakeGcsServer, remote: Bucket) -> None:
+    for number in range(16):
+        gcs.put_object("runs", f"team/a/{number}", str(number).encode())
+    found: dict[int, bytes] = {}
+
+    def read(number: int) -> None:
+        found[number] = remote.read_bytes(str(number))
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: str(number).encode() for number in range(16)}
+
+
+def test_the_uri_without_prefix_is_the_whole_bucket(gcs: FakeGcsServer) -> None:
+    bucket = open_bucket("gs://runs/")
+    assert isinstance(bucket, GcsBucket)
+    assert bucket.uri == "gs://runs"
+    bucket.put_bytes("a", b"1")
+    assert gcs.list_objects("runs") == ["a"]
+    bucket.close()
