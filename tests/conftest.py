@@ -36,8 +36,9 @@ def run_train(
     sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., int]]:
     """Call train.py in this process, in a directory of its own, with a very small model."""
-    import train
     from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    import train
 
     def run(*arguments: str, folder: str = "run", settings: tuple[str, ...] = ()) -> int:
         directory = tmp_path / folder

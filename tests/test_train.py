@@ -453,6 +453,34 @@ def test_training_connects_to_nothing(run_train: Train, monkeypatch: pytest.Monk
     assert run_train("--max-steps", "2") == 0
 
 
+def test_gradient_checkpointing_gives_the_same_curve(run_train: Train, tmp_path: Path) -> None:
+    settings = ("logging_steps=1", "model_overrides.num_hidden_layers=2")
+    assert run_train("--max-steps", "3", folder="kept", settings=settings) == 0
+    settings += ("gradient_checkpointing=true",)
+    assert run_train("--max-steps", "3", folder="recomputed", settings=settings) == 0
+    curves = [
+        read_metrics(tmp_path / folder / "logs/metrics.jsonl").series("loss")[1]
+        for folder in ("kept", "recomputed")
+    ]
+    np.testing.assert_allclose(*curves, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler
+def test_torch_compile_gives_the_same_curve(run_train: Train, tmp_path: Path) -> None:
+    settings = ("logging_steps=1",)
+    assert run_train("--max-steps", "3", folder="eager", settings=settings) == 0
+    settings += ("torch_compile=true",)
+    assert run_train("--max-steps", "3", folder="compiled", settings=settings) == 0
+    curves = [
+        read_metrics(tmp_path / folder / "logs/metrics.jsonl").series("loss")[1]
+        for folder in ("eager", "compiled")
+    ]
+    np.testing.assert_allclose(*curves, rtol=0, atol=1e-5)
+    saved = tmp_path / "compiled/checkpoints/checkpoint-epoch0-step3-files0/model.safetensors"
+    assert not [name for name in load_file(saved) if "_orig_mod" in name]
+
+
 def test_curves_do_not_go_back_in_time_after_a_resume(run_train: Train, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -168,12 +168,13 @@ class DirectoryBucket:
         if prefix.endswith("/"):
             directory = self.root / prefix
         found = []
-        for folder, folders, files in os.walk(directory):
-            folders[:] = [name for name in folders if not name.startswith(TEMPORARY_PREFIX)]
-            for file in files:
-                name = (Path(folder) / file).relative_to(self.root).as_posix()
-                if name.startswith(prefix) and not file.startswith(TEMPORARY_PREFIX):
-                    found.append(name)
+        with self._mapped_errors(prefix):
+            for folder, folders, files in os.walk(directory, onerror=_raise_unless_gone):
+                folders[:] = [name for name in folders if not name.startswith(TEMPORARY_PREFIX)]
+                for file in files:
+                    name = (Path(folder) / file).relative_to(self.root).as_posix()
+                    if name.startswith(prefix) and not file.startswith(TEMPORARY_PREFIX):
+                        found.append(name)
         for name in sorted(found):
             info = self.stat(name)
             if info is not None:
@@ -261,6 +262,11 @@ class DirectoryBucket:
             raise AccessDeniedError(f"{self.uri}/{name}: {exc.strerror}.") from exc
         except OSError as exc:
             raise StorageError(f"{self.uri}/{name}: {exc.strerror or exc}.") from exc
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 class GcsBucket:

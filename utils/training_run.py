@@ -345,13 +345,14 @@ class TrainingRun:
         progress = self.state.progress
         best = progress.best_validation_loss
         milliseconds = record["step_seconds"] * 1e3
+        eta_seconds = (self.config.max_steps - progress.step) * record["step_seconds"]
         return (
             f"{progress.step}/{self.config.max_steps}  loss {record['loss']:.4f}  "
             f"ppl {record['perplexity']:.1f}  "
             f"best val {'-' if best is None else format(best, '.4f')}  "
             f"lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.2f}  "
             f"{record['tokens_per_second']:,.0f} tok/s  "
-            f"{milliseconds:.0f} ms/step  ETA {format_duration(record['eta_seconds'])}"
+            f"{milliseconds:.0f} ms/step  ETA {format_duration(eta_seconds)}"
         )
 
     def _show_live(self) -> None:

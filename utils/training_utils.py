@@ -106,7 +106,9 @@ def build_model(model_config: Any, config: TrainingConfig) -> nn.Module:
         model_config, attn_implementation="sdpa", dtype=torch.float32
     )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The newer name is in transformers from 5.2x on, where the older one warns.
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.train()
     built: nn.Module = model
     return built

@@ -1,0 +1,180 @@
+"""NPZ shards, good and bad, and buckets that count what is read from them."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.shard_index import ShardFacts
+from utils.storage import DirectoryBucket, crc32c_of_file
+
+INTEGER_DTYPES = ["u1", "i1", "<u2", "<i2", ">u2", ">i2", "<u4", "<i4", ">i4", "<u8", "<i8", ">u8"]
+
+
+class CountingBucket(DirectoryBucket):
+    """A directory bucket that counts bytes and downloads."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.bytes_read = 0
+        self.downloads: list[str] = []
+
+    def read_bytes(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        data = super().read_bytes(name, start, length)
+        self.bytes_read += len(data)
+        return data
+
+    def get_file(self, name: str, path: Path) -> str:
+        self.downloads.append(name)
+        return super().get_file(name, path)
+
+
+def save_shard(path: Path, **arrays: Any) -> ShardFacts:
+    """Write the arrays as numpy does; return the facts of a shard without a mask."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **arrays)
+    tokens = sum(np.asarray(array).size for array in arrays.values())
+    return ShardFacts(path.name, tokens, path.stat().st_size, crc32c_of_file(path))
+
+
+def save_shards(directory: Path, lengths: Sequence[int]) -> list[ShardFacts]:
+    """Write shards of these lengths whose token ids are 0, 1, 2, ... over all of them."""
+    facts, first = [], 0
+    for number, length in enumerate(lengths):
+        ids = np.arange(first, first + length, dtype=np.uint32)
+        facts.append(save_shard(directory / f"train_{number:05}.npz", input_ids=ids))
+        first += length
+    return facts
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    """Return a .npy file with a header of one's own."""
+    text = header.encode("latin1") + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+
+def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """Return a zip file of these members."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def saved(**arrays: Any) -> bytes:
+    """Return the bytes of an NPZ file as numpy writes it."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def _header(shape: str, descr: str = "<u2") -> str:
+    return f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
+
+
+def _flagged(offset: int, value: int) -> bytes:
+    """Return a good shard with a field of both zip headers replaced."""
+    data = bytearray(saved(input_ids=np.arange(9, dtype=np.uint16)))
+    for signature, start in ((b"PK\x03\x04", offset), (b"PK\x01\x02", offset + 2)):
+        place = data.index(signature) + start
+        data[place : place + 2] = value.to_bytes(2, "little")
+    return bytes(data)
+
+
+def _flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+IDS = np.arange(9, dtype=np.uint16)
+
+# Seen in the zip directory and the .npy headers alone: file -> a part of the reason.
+BAD_HEADERS: dict[str, tuple[bytes, str]] = {
+    "empty file": (b"", "not a whole NPZ file"),
+    "HTML": (b"<!DOCTYPE html><html>404 Not Found</html>", "not a whole NPZ file"),
+    "half a file": (saved(input_ids=np.arange(5000))[:20000], "not a whole NPZ file"),
+    "cut end": (saved(input_ids=IDS)[:-5], "not a whole NPZ file"),
+    "no array": (zipped({}), "its keys are []"),
+    "wrong key": (saved(token_ids=IDS), "its keys are ['token_ids']; one of input_ids, tokens"),
+    "key without .npy": (zipped({"input_ids": b"x"}), "its keys are []"),
+    "object array": (saved(input_ids=np.array([{}, 1], object)), "dtype object; integers"),
+    "float array": (saved(input_ids=np.ones(9)), "dtype float64; integers are needed"),
+    "bool array": (saved(input_ids=np.ones(9, bool)), "dtype bool; integers are needed"),
+    "text array": (saved(input_ids=np.array(["a"])), "integers are needed"),
+    "structured array": (saved(input_ids=np.zeros(3, "i4,i4")), "integers are needed"),
+    "no dimension": (saved(input_ids=np.int64(3)), "has shape (); 1-D, 2-D or [n, length, 1]"),
+    "3-D": (saved(input_ids=np.ones((2, 3, 2), "i4")), "has shape (2, 3, 2); 1-D"),
+    "4-D": (saved(input_ids=np.ones((2, 3, 1, 1), "i4")), "has shape (2, 3, 1, 1); 1-D"),
+    "no tokens": (saved(input_ids=np.array([], "i4")), "it holds no tokens"),
+    "no rows": (saved(input_ids=np.empty((0, 512), "i4")), "it holds no tokens"),
+    "all masked": (saved(input_ids=IDS, attention_mask=np.zeros(9, "u1")), "it holds no tokens"),
+    "text for an array": (zipped({"input_ids.npy": b"hello"}), "header of input_ids cannot be"),
+    "no header": (zipped({"input_ids.npy": b""}), "header of input_ids cannot be read"),
+    "broken header": (zipped({"input_ids.npy": npy("{'descr': ")}), "header of input_ids cannot"),
+    "unknown version": (
+        zipped({"input_ids.npy": b"\x93NUMPY\x09\x00" + bytes(100)}),
+        "header of input_ids cannot be read",
+    ),
+    "huge shape": (
+        zipped({"input_ids.npy": npy(_header("(1000000000000,)"), bytes(18))}),
+        "unpacks to more than",
+    ),
+    "shape that wraps around": (
+        zipped({"input_ids.npy": npy(_header("(4611686018427387904, 4)"), bytes(18))}),
+        "unpacks to more than",
+    ),
+    "shape beyond 64 bits": (
+        zipped({"input_ids.npy": npy(_header(f"({10**30},)"), bytes(18))}),
+        "unpacks to more than",
+    ),
+    "negative shape": (
+        zipped({"input_ids.npy": npy(_header("(-9,)"), bytes(18))}),
+        "has shape (-9,), which is impossible",
+    ),
+    "two negative lengths": (
+        zipped({"input_ids.npy": npy(_header("(-3, -3)"), bytes(18))}),
+        "has shape (-3, -3), which is impossible",
+    ),
+    "shape larger than its data": (
+        zipped({"input_ids.npy": npy(_header("(5000000,)"), bytes(18))}),
+        "declares 10000000 bytes, its zip entry",
+    ),
+    "zip bomb behind a small header": (
+        zipped({"input_ids.npy": npy(_header("(9,)"), bytes(50_000_000))}, zipfile.ZIP_DEFLATED),
+        "declares 18 bytes, its zip entry 500000",
+    ),
+    "password": (_flagged(6, 0x1), "cannot be read"),
+    "unknown compression": (_flagged(8, 99), "cannot be read"),
+}
+
+# Seen only when the tokens are read.
+BAD_TOKENS: dict[str, tuple[bytes, str]] = {
+    "id at the vocabulary": (
+        saved(input_ids=np.array([1, 100], "i8")),
+        "token id 100 is outside the vocabulary of 100",
+    ),
+    "id that a cast would fold": (
+        saved(input_ids=np.array([1, 65536 + 5], "i4")),
+        "token id 65541 is outside the vocabulary of 100",
+    ),
+    "id beyond 63 bits": (
+        saved(input_ids=np.array([1, 2**64 - 1], "u8")),
+        "token id 18446744073709551615 is outside the vocabulary",
+    ),
+    "negative id": (saved(input_ids=np.array([1, -1], "i2")), "token id -1 is negative"),
+    "flipped bit": (_flipped(saved(input_ids=np.tile(IDS, 5000))), "input_ids is damaged"),
+    "mask of another length": (
+        saved(input_ids=IDS, attention_mask=np.ones(8, "u1")),
+        "attention_mask has another shape",
+    ),
+    "mask of floats": (
+        saved(input_ids=IDS, attention_mask=np.ones(9)),
+        "attention_mask has dtype float64",
+    ),
+}

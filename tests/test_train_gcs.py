@@ -1,0 +1,100 @@
+"""train.py with gs:// on both ends, against the project's own fake server on 127.0.0.1."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.gcs_server import FakeGcsServer, Fault
+from utils.checkpoint_store import verify_checkpoint
+from utils.errors import ExitCode
+from utils.layout import find_checkpoints
+from utils.transports import find_gsutil
+
+Train = Callable[..., int]
+GCS = ("data_uri=gs://corpus/data", "checkpoint_uri=gs://runs/a")
+
+
+@pytest.fixture
+def server(
+    tmp_path: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeGcsServer]:
+    with FakeGcsServer(tmp_path / "gcs", tls=True) as running:
+        running.create_bucket("corpus", writable=False)
+        running.create_bucket("runs", writable=True)
+        for path in sorted(sample_data.iterdir()):
+            running.put_object("corpus", f"data/{path.name}", path.read_bytes())
+        for name, value in running.client_environment().items():
+            monkeypatch.setenv(name, value)
+        yield running
+
+
+def unpack_and_verify(server: FakeGcsServer, name: str, folder: Path) -> None:
+    """Check that the archive in the bucket is the checkpoint, as plain tar reads it."""
+    folder.mkdir()
+    archive = folder / "archive.tar.gz"
+    archive.write_bytes(server.read_object("runs", f"a/Checkpoints/{name}.tar.gz"))
+    subprocess.run(["tar", "xzf", archive.name], cwd=folder, check=True)
+    card = json.loads(server.read_object("runs", f"a/Checkpoints/{name}.json"))
+    assert verify_checkpoint(folder / name).to_json() == card["manifest"]
+
+
+def test_data_and_checkpoints_travel_through_gcs(
+    run_train: Train, server: FakeGcsServer, tmp_path: Path
+) -> None:
+    settings = (*GCS, "upload_transport=python", "save_steps=2")
+    assert run_train("--max-steps", "4", settings=settings) == 0
+    names = [str(name) for name in find_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert names == ["checkpoint-epoch0-step2-files0", "checkpoint-epoch0-step4-files0"]
+    for name in names:
+        unpack_and_verify(server, name, tmp_path / f"unpacked-{name}")
+    left = set(server.list_objects("runs"))
+    assert left == {f"a/Checkpoints/{n}{s}" for n in names for s in (".tar.gz", ".json")}
+
+
+def test_transient_errors_of_the_bucket_do_not_stop_the_run(
+    run_train: Train, server: FakeGcsServer
+) -> None:
+    server.add_fault(Fault("status", operation="download", status=503, times=2))
+    server.add_fault(Fault("status", operation="upload", status=503, times=2, skip=1))
+    assert run_train("--max-steps", "2", settings=(*GCS, "upload_transport=python")) == 0
+
+
+def test_a_bucket_that_refuses_writes_is_a_preflight_failure(
+    run_train: Train, server: FakeGcsServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("data_uri=gs://corpus/data", "checkpoint_uri=gs://corpus/mine",
+                "upload_transport=python")  # fmt: skip
+    assert run_train("--max-steps", "2", settings=settings) == ExitCode.PREFLIGHT
+    assert "Ask for the right to write gs://corpus/mine" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.gsutil
+@pytest.mark.skipif(find_gsutil() is None, reason="gsutil is not installed")
+def test_real_gsutil_uploads_what_the_run_saved(
+    run_train: Train, server: FakeGcsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in server.gsutil_environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    settings = (*GCS, "upload_transport=gsutil")
+    assert run_train("--max-steps", "2", settings=settings) == 0
+    name = "checkpoint-epoch0-step2-files0"
+    unpack_and_verify(server, name, tmp_path / "unpacked")
+    downloaded = tmp_path / "again.tar.gz"
+    program = find_gsutil()
+    assert program is not None
+    subprocess.run(
+        [program, "-q", "cp", f"gs://runs/a/Checkpoints/{name}.tar.gz", str(downloaded)],
+        env=os.environ,
+        check=True,
+    )
+    assert downloaded.read_bytes() == server.read_object("runs", f"a/Checkpoints/{name}.tar.gz")
+    with tarfile.open(downloaded) as archive:
+        assert f"{name}/manifest.json" in archive.getnames()

@@ -1,0 +1,293 @@
+"""Batches: the tokens of step N are the same for any number of ranks and after any resume."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.sample_shards import CountingBucket, save_shard, save_shards
+from utils.data_utils import BatchLoader, ValidationData, rank_positions, read_samples
+from utils.errors import ShardError
+from utils.sample_order import SampleOrder
+from utils.shard_cache import ShardCache
+from utils.shard_index import ShardFacts
+
+VOCABULARY = 70_000
+
+
+@given(
+    first=st.integers(0, 10**6),
+    micro_batch=st.integers(1, 4),
+    accumulation=st.integers(1, 4),
+    world_size=st.integers(1, 8),
+)
+def test_the_ranks_of_a_step_share_its_samples_without_a_gap(
+    first: int, micro_batch: int, accumulation: int, world_size: int
+) -> None:
+    ranks = [
+        rank_positions(first, micro_batch, accumulation, rank, world_size)
+        for rank in range(world_size)
+    ]
+    assert all(len(rank) == accumulation for rank in ranks)
+    assert all(len(batch) == micro_batch for rank in ranks for batch in rank)
+    in_order = [batch for step in zip(*ranks, strict=True) for batch in step]
+    samples = micro_batch * accumulation * world_size
+    assert sum(in_order, []) == list(range(first, first + samples))
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+def test_a_step_takes_the_same_samples_at_any_world_size(world_size: int) -> None:
+    samples = 840  # divisible by 1 to 8
+    ranks = [
+        rank_positions(5000, 3, samples // (3 * world_size), rank, world_size)
+        for rank in range(world_size)
+    ]
+    taken = [position for rank in ranks for batch in rank for position in batch]
+    assert sorted(taken) == list(range(5000, 5000 + samples))
+
+
+class Corpus:
+    """Shards whose token ids are 0, 1, 2, ..., and what reads them."""
+
+    def __init__(self, directory: Path, lengths: Sequence[int]) -> None:
+        self.directory = directory
+        self.lengths = list(lengths)
+        self.shards = save_shards(directory / "data", lengths)
+        self.bucket = CountingBucket(directory / "data")
+
+    def cache(self) -> ShardCache:
+        return ShardCache(self.bucket, self.shards, self.directory / "cache", VOCABULARY)
+
+    def order(self, length: int, seed: int = 0, window: int = 2) -> SampleOrder:
+        return SampleOrder(self.lengths, length, seed, window)
+
+    def steps(
+        self,
+        order: SampleOrder,
+        position: int,
+        *,
+        num_steps: int,
+        global_batch: int,
+        world_size: int = 1,
+        micro_batch: int = 1,
+    ) -> list[list[int]]:
+        """Return the token ids of each step as `world_size` ranks read them, in sample order."""
+        accumulation = global_batch // (micro_batch * world_size)
+        streams = []
+        for rank in range(world_size):
+            loader = BatchLoader(
+                order,
+                self.cache(),
+                position=position,
+                micro_batch=micro_batch,
+                accumulation=accumulation,
+                rank=rank,
+                world_size=world_size,
+            )
+            batches = iter(loader)
+            streams.append([next(batches) for _ in range(num_steps)])
+            loader.close()
+        assert all(
+            batch.shape == (micro_batch, order.sequence_length) and batch.dtype == torch.int64
+            for stream in streams
+            for step in stream
+            for batch in step
+        )
+        return [
+            torch.cat([batch for ranks in zip(*step, strict=True) for batch in ranks])
+            .flatten()
+            .tolist()
+            for step in zip(*streams, strict=True)
+        ]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    # 403 tokens: shards smaller than a sample, and some that many samples fit into.
+    lengths = [60, 3, 5, 81, 40, 1, 70, 33, 90, 20]
+    return Corpus(tmp_path_factory.mktemp("corpus"), lengths)
+
+
+def test_samples_are_the_tokens_of_the_shards_laid_end_to_end(corpus: Corpus) -> None:
+    order = corpus.order(length=7)
+    samples = read_samples(order, corpus.cache(), range(order.samples_per_epoch))
+    stops = np.cumsum(corpus.lengths)
+    shards = [np.arange(stop - n, stop) for stop, n in zip(stops, corpus.lengths, strict=True)]
+    laid_out = np.concatenate([shards[shard] for shard in order.epoch(0).shards])
+    expected = laid_out[: len(laid_out) // 7 * 7].reshape(-1, 7)
+    assert samples.dtype == np.int64
+    assert sorted(samples.tolist()) == sorted(expected.tolist())
+    assert samples.tolist() != expected.tolist()
+
+
+# Samples in a step: 12. An epoch has 57 samples of 7, so epochs end within steps.
+WORLDS = [(1, 1), (1, 3), (1, 12), (2, 1), (2, 3), (3, 4), (4, 1), (6, 2), (12, 1)]
+
+
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 10**6),
+    window=st.integers(1, 12),
+    lengths=st.lists(st.integers(1, 6), min_size=4, max_size=4),
+    worlds=st.lists(st.sampled_from(WORLDS), min_size=4, max_size=4),
+)
+def test_a_stream_resumed_three_times_on_other_ranks_equals_the_straight_one(
+    corpus: Corpus,
+    seed: int,
+    window: int,
+    lengths: list[int],
+    worlds: list[tuple[int, int]],
+) -> None:
+    straight = corpus.steps(
+        corpus.order(7, seed, window), 0, num_steps=sum(lengths), global_batch=12
+    )
+    resumed, done = [], 0
+    for length, (world_size, micro_batch) in zip(lengths, worlds, strict=True):
+        resumed += corpus.steps(
+            corpus.order(7, seed, window),  # a new process: nothing is remembered
+            position=done * 12,
+            num_steps=length,
+            global_batch=12,
+            world_size=world_size,
+            micro_batch=micro_batch,
+        )
+        done += length
+    assert resumed == straight
+
+
+@pytest.mark.parametrize("position", [0, 1, 12, 56, 57, 58, 113, 114, 115, 171])
+def test_a_stream_may_begin_anywhere_also_around_the_end_of_an_epoch(
+    corpus: Corpus, position: int
+) -> None:
+    order = corpus.order(7)
+    assert order.samples_per_epoch == 57
+    expected = read_samples(order, corpus.cache(), range(position, position + 36))
+    steps = corpus.steps(corpus.order(7), position, num_steps=3, global_batch=12, world_size=2)
+    assert sum(steps, []) == expected.flatten().tolist()
+
+
+def test_an_epoch_of_training_sees_every_token_once(corpus: Corpus) -> None:
+    order = corpus.order(length=13)
+    samples = order.samples_per_epoch
+    assert samples == 31
+    steps = corpus.steps(order, 0, num_steps=samples, global_batch=1)
+    seen = [token for step in steps for token in step]
+    assert len(set(seen)) == len(seen) == 31 * 13
+
+
+def test_shards_are_downloaded_once_in_two_epochs(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path, [30, 40, 50, 20, 10, 30])
+    corpus.steps(corpus.order(10, window=1), 0, num_steps=36, global_batch=1)
+    assert sorted(corpus.bucket.downloads) == [shard.name for shard in corpus.shards]
+
+
+def test_a_bad_shard_is_raised_where_the_training_waits(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path, [50, 50])
+    (tmp_path / "data" / corpus.shards[1].name).write_bytes(b"<html>")
+    loader = BatchLoader(
+        corpus.order(10), corpus.cache(), position=0, micro_batch=1, accumulation=1
+    )
+    with pytest.raises(ShardError, match=corpus.shards[1].name):
+        for _ in loader:
+            pass
+    loader.close()
+
+
+def test_closing_ends_every_thread_although_batches_wait_to_be_read(corpus: Corpus) -> None:
+    before = set(threading.enumerate())
+    loader = BatchLoader(corpus.order(7), corpus.cache(), position=0, micro_batch=2, accumulation=3)
+    next(iter(loader))
+    loader.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_time_spent_waiting_for_data_is_counted(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path, [50])
+    asked, released = threading.Event(), threading.Event()
+
+    class SlowCache(ShardCache):
+        def tokens(self, shard: int) -> np.ndarray:
+            asked.set()
+            assert released.wait(10)
+            return super().tokens(shard)
+
+    cache = SlowCache(corpus.bucket, corpus.shards, tmp_path / "cache", VOCABULARY)
+    loader = BatchLoader(corpus.order(10), cache, position=0, micro_batch=1, accumulation=1)
+    assert asked.wait(10)
+    assert loader.wait_seconds == 0.0
+    timer = threading.Timer(0.05, released.set)
+    timer.start()
+    next(iter(loader))
+    assert loader.wait_seconds > 0.01
+    timer.join()
+    loader.close()
+
+
+# Validation.
+
+
+@pytest.fixture
+def build_validation(
+    corpus: Corpus,
+) -> Iterator[Callable[..., ValidationData]]:
+    opened = []
+
+    def build(length: int, max_samples: int | None = None) -> ValidationData:
+        opened.append(ValidationData(corpus.cache(), corpus.shards, length, max_samples))
+        return opened[-1]
+
+    yield build
+    for validation in opened:
+        validation.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_validation_samples_are_shared_by_the_ranks_without_a_gap(
+    build_validation: Callable[..., ValidationData], world_size: int, batch_size: int
+) -> None:
+    validation = build_validation(length=7)
+    assert validation.num_samples == 57
+    rows = []
+    for rank in range(world_size):
+        for batch in validation.batches(batch_size, rank, world_size):
+            assert batch.dtype == torch.int64
+            assert 1 <= len(batch) <= batch_size
+            rows += batch.tolist()
+    assert sorted(rows) == [list(range(7 * n, 7 * n + 7)) for n in range(57)]
+
+
+def test_validation_may_be_limited_to_its_first_samples(
+    build_validation: Callable[..., ValidationData],
+) -> None:
+    validation = build_validation(length=7, max_samples=5)
+    rows = torch.cat(list(validation.batches(3, 0, 1)))
+    assert rows.flatten().tolist() == list(range(35))
+    assert build_validation(length=7, max_samples=1000).num_samples == 57
+    assert build_validation(length=404).num_samples == 0
+
+
+def test_no_validation_shards_are_no_samples(corpus: Corpus) -> None:
+    validation = ValidationData(corpus.cache(), [], 7, None)
+    assert validation.num_samples == 0
+    assert list(validation.batches(4, 0, 1)) == []
+    validation.close()
+
+
+def test_masked_tokens_never_reach_a_batch(tmp_path: Path) -> None:
+    ids = np.arange(40, dtype=np.int32)
+    save_shard(tmp_path / "data/a.npz", input_ids=ids, attention_mask=(ids % 2).astype("u1"))
+    path = tmp_path / "data/a.npz"
+    corpus = Corpus(tmp_path / "other", [1])
+    corpus.bucket = CountingBucket(tmp_path / "data")
+    corpus.shards = [ShardFacts("a.npz", 20, path.stat().st_size, None)]
+    corpus.lengths = [20]
+    steps = corpus.steps(corpus.order(5), 0, num_steps=4, global_batch=1)
+    assert sorted(sum(steps, [])) == list(range(1, 40, 2))
