@@ -55,6 +55,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", metavar="WHICH", help="NAME, latest, best, a step or a path")
     start.add_argument("--fresh", action="store_true", help="set an old run aside, begin anew")
+    add(
+        "--accept-data-change",
+        action="store_true",
+        help="resume although the shards changed: go on at the next epoch of the new ones",
+    )
     add("--no-background-upload", action="store_true", help="upload while training waits")
     add("--dry-run", action="store_true", help="show and check everything, train nothing")
     add(
@@ -101,13 +106,14 @@ def train(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         trackers = tracking.build_trackers(config, paths.metrics)
         accelerator = build_accelerator(config, precision, trackers, paths.logs)
-        start, index, findings = ranks.compute_on_main(
+        start, sources, findings = ranks.compute_on_main(
             lambda: preflight.check_start(
                 config, paths, model_config, counts, precision, args.resume, fresh=args.fresh
             )
         )
-        facts = preflight.describe_run(config, counts, index, accelerator, start.step)
-        if args.dry_run or index is None or any(f.status == "fail" for f in findings):
+        preflight.set_special_tokens(config, sources, model_config)
+        facts = preflight.describe_run(config, counts, sources, accelerator, start.step)
+        if args.dry_run or any(finding.status == "fail" for finding in findings):
             return preflight.report(config, facts, findings, dry_run=args.dry_run)
 
         if accelerator.is_main_process:
@@ -121,8 +127,9 @@ def train(args: argparse.Namespace) -> int:
         stop = stack.enter_context(StopRequest())
         run = stack.enter_context(
             training_run.TrainingRun(
-                config, paths, model_config, index, start, accelerator, stop,
+                config, paths, model_config, sources, start, accelerator, stop,
                 background_upload=not args.no_background_upload,
+                accept_data_change=args.accept_data_change,
             )
         )  # fmt: skip
         return loop(run, config, args.stop_after)

@@ -29,6 +29,7 @@ SAVE_FORMATS = ("safetensors", "bin")
 UPLOAD_TRANSPORTS = ("auto", "directory", "gsutil", "python")
 REPORT_TARGETS = ("tensorboard", "wandb")
 MAX_SEED = 2**63 - 1
+BAD_SHARD_POLICIES = ("stop", "skip")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 RENAMED_KEYS = {
@@ -54,8 +55,9 @@ class TrainingConfig:
     model_overrides: dict[str, Any] = field(default_factory=dict)
     """Values that replace the preset's, by their name in the transformers config class."""
 
-    data_uri: str = ""
-    """Bucket of the NPZ shards: `gs://bucket/prefix` or a directory."""
+    data_uri: str | list[dict[str, Any]] = ""
+    """Bucket of the NPZ shards: `gs://bucket/prefix` or a directory; or a mixture: a list of
+    `{"uri": ..., "weight": ...}`, drawn by weight."""
 
     checkpoint_uri: str = ""
     """Bucket that archives go to, below `Checkpoints/`. Empty: nothing is uploaded."""
@@ -138,6 +140,15 @@ class TrainingConfig:
     shuffle_window_shards: int = 8
     """Samples are shuffled within this many neighbouring shards of the epoch's shard order."""
 
+    mask_documents: bool = False
+    """Attention and position ids do not cross documents (needs the end-of-text id of the data)."""
+
+    bad_shard: str = "stop"
+    """stop, or skip: leave unusable shards out and replace their samples."""
+
+    cache_limit_bytes: int | None = 100 * 2**30
+    """Size that `cache_dir` is kept under, in bytes. null: no limit."""
+
     bf16: bool | None = None
     """bfloat16 mixed precision. null: on a GPU that has it."""
 
@@ -191,6 +202,7 @@ class TrainingConfig:
             "per_device_eval_batch_size",
             "eval_steps",
             "max_eval_samples",
+            "cache_limit_bytes",
         ):
             if getattr(self, key) is not None:
                 self._require_at_least(key, 1)
@@ -215,6 +227,7 @@ class TrainingConfig:
         self._require_one_of("save_format", SAVE_FORMATS)
         self._require_one_of("upload_transport", UPLOAD_TRANSPORTS)
         self._require_one_of("log_level", LOG_LEVELS)
+        self._require_one_of("bad_shard", BAD_SHARD_POLICIES)
         for target in self.report_to:
             if target not in REPORT_TARGETS:
                 raise ConfigError(
@@ -222,6 +235,8 @@ class TrainingConfig:
                 )
 
     def _check_combinations(self) -> None:
+        if isinstance(self.data_uri, list):
+            _check_mixture(self.data_uri)
         if self.max_files is not None and self.max_files != -1 and self.max_files < 1:
             raise ConfigError(
                 f"max_files must be at least 1, or null or -1 for all; got {self.max_files}."
@@ -254,6 +269,13 @@ class TrainingConfig:
         value = getattr(self, key)
         if value not in choices:
             raise ConfigError(f"{key} must be one of {', '.join(choices)}; got {value!r}.")
+
+    @property
+    def data_sources(self) -> list[tuple[str, float]]:
+        """(URI, weight) of each source of training data."""
+        if isinstance(self.data_uri, str):
+            return [(self.data_uri, 1.0)]
+        return [(source["uri"], float(source["weight"])) for source in self.data_uri]
 
     @property
     def file_limit(self) -> int | None:
@@ -293,6 +315,21 @@ class TrainingConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values."""
         return asdict(self)
+
+
+def _check_mixture(sources: list[dict[str, Any]]) -> None:
+    if not sources:
+        raise ConfigError("data_uri is an empty list.")
+    for source in sources:
+        uri, weight = source.get("uri"), source.get("weight")
+        valid = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if set(source) != {"uri", "weight"} or not isinstance(uri, str) or not valid:
+            raise ConfigError(
+                'data_uri must hold {"uri": "...", "weight": number} for each source, got '
+                f"{json.dumps(source, default=str)}."
+            )
+        if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight > 0):
+            raise ConfigError(f"data_uri: the weight of {uri} must be above 0, got {weight}.")
 
 
 def find_config_file(name: str) -> Path:
@@ -424,7 +461,8 @@ def _convert(option: Any, value: Any) -> tuple[bool, Any]:
         return False, value
     origin = typing.get_origin(option)
     if origin is list:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value), value
+        item_type = typing.get_origin(typing.get_args(option)[0]) or typing.get_args(option)[0]
+        return isinstance(value, list) and all(isinstance(v, item_type) for v in value), value
     if origin is dict:
         return isinstance(value, dict), value
     return isinstance(value, option), value
@@ -444,11 +482,16 @@ def _describe(expected: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(option) for option in typing.get_args(expected))
     if origin is list:
-        return "a list of strings"
+        items = typing.get_args(expected)[0]
+        return "a list of strings" if items is str else "a list of objects"
     return "an object" if origin is dict else _TYPE_NAMES[expected]
 
 
 def _expand(value: Any) -> Any:
     if isinstance(value, str):
         return value.replace(PROJECT_PLACEHOLDER, str(PROJECT_DIRECTORY))
+    if isinstance(value, list):
+        return [_expand(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _expand(item) for key, item in value.items()}
     return value

@@ -29,9 +29,10 @@ class CountingBucket(DirectoryBucket):
         self.bytes_read += len(data)
         return data
 
-    def get_file(self, name: str, path: Path) -> str:
+    def fetch(self, name: str, scratch: Path) -> Path:
         self.downloads.append(name)
-        return super().get_file(name, path)
+        scratch.write_bytes(super().read_bytes(name))
+        return scratch
 
 
 def save_shard(path: Path, **arrays: Any) -> ShardFacts:

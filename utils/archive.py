@@ -13,12 +13,13 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import google_crc32c
 from isal import igzip
 
-from utils.layout import MANIFEST_FILE, Manifest
+from utils.errors import CheckpointError
+from utils.layout import MANIFEST_FILE, FileEntry, Manifest
 from utils.storage import encode_crc32c
 
 COMPRESSION_LEVEL = 1
@@ -31,6 +32,24 @@ class ArchiveInfo:
 
     size: int
     crc32c: str
+
+
+class _HashingReader:
+    """Passes bytes on and keeps their count and checksum."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        self._source = source
+        self._size = self._checksum = 0
+
+    def read(self, size: int) -> bytes:
+        data = self._source.read(size)
+        self._size += len(data)
+        self._checksum = google_crc32c.extend(self._checksum, data)
+        return data
+
+    @property
+    def entry(self) -> FileEntry:
+        return FileEntry(self._size, encode_crc32c(self._checksum))
 
 
 class _HashingWriter:
@@ -69,6 +88,7 @@ def write_archive(
 
     Raises:
         OSError: A file cannot be read, the sink cannot be written, or `should_stop` said so.
+        CheckpointError: A file is not what was committed; "verified" must not be said of it.
     """
     writer = _HashingWriter(sink)
     with (
@@ -80,14 +100,19 @@ def write_archive(
         for name in [*sorted(manifest.files), MANIFEST_FILE]:
             if should_stop():
                 raise OSError("interrupted")
-            _add_file(archive, checkpoint, name)
+            _add_file(archive, checkpoint, name, manifest.files.get(name))
     return ArchiveInfo(writer.size, encode_crc32c(writer.checksum))
 
 
-def _add_file(archive: tarfile.TarFile, checkpoint: Path, name: str) -> None:
+def _add_file(
+    archive: tarfile.TarFile, checkpoint: Path, name: str, entry: FileEntry | None
+) -> None:
     path = checkpoint / name
     with path.open("rb") as file:
         member = tarfile.TarInfo(f"{checkpoint.name}/{name}")
         member.size = path.stat().st_size
         member.mode = FILE_MODE
-        archive.addfile(member, file)
+        reader: Any = _HashingReader(file)
+        archive.addfile(member, reader)
+    if entry is not None and reader.entry != entry:
+        raise CheckpointError(f"{checkpoint.name}: {name} is damaged (not what its manifest says).")

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
+from utils.data_state import DataState
 from utils.layout import RunIdentity
 from utils.metadata import HISTORY_LIMIT, loss_trend
-from utils.sample_order import DataState
 from utils.training_utils import TrainState
 
 

@@ -25,6 +25,7 @@ from accelerate.utils import load as load_tensors
 
 from configs.training_config import TrainingConfig
 from utils.checkpoint_metadata import build_metadata
+from utils.data_state import DataState
 from utils.errors import CheckpointError
 from utils.layout import (
     DATA_STATE_FILE,
@@ -41,7 +42,6 @@ from utils.layout import (
     write_json,
 )
 from utils.ranks import gather_to_main
-from utils.sample_order import DataState
 from utils.storage import crc32c_of_file, fsync_directory
 from utils.training_utils import Progress, TrainState
 

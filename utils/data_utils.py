@@ -6,53 +6,129 @@ sample order -> local cache -> batches -> train step
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from utils.sample_order import SampleOrder
+from utils.errors import ShardError
+from utils.sample_order import DataOrder, Span
 from utils.shard_cache import ShardCache
 from utils.shard_index import ShardFacts
 
 PREFETCHED_STEPS = 4
+SEARCH_BLOCK = 1024
+
+log = logging.getLogger(__name__)
 
 
-def read_samples(
-    order: SampleOrder, cache: ShardCache, positions: Sequence[int]
-) -> np.ndarray[Any, Any]:
-    """Return the samples of some global sample indices: int64 [len(positions), sequence_length]."""
-    batch = np.empty((len(positions), order.sequence_length), dtype=np.int64)
-    for row, position in zip(batch, positions, strict=True):
-        filled = 0
-        for span in order.spans(position):
-            tokens = cache.tokens(span.shard)
-            row[filled : filled + span.length] = tokens[span.start : span.start + span.length]
-            filled += span.length
-    return batch
+class SampleReader:
+    """Reads samples by their global sample index.
+
+    With `bad_shard: skip`, a sample that touches an unusable shard is replaced by the next sample
+    of the order that lies within one usable shard. Which samples those are depends on the order and
+    on which shards are unusable, on nothing else: every rank and every restart replaces the same.
+
+    Args:
+        order: Sample order.
+        cache: Where the tokens come from.
+        skip_bad_shards: Whether to replace such samples; otherwise the ShardError is raised.
+        bad_shards: Shards that were found unusable before, by number.
+    """
+
+    def __init__(
+        self,
+        order: DataOrder,
+        cache: ShardCache,
+        *,
+        skip_bad_shards: bool = False,
+        bad_shards: Iterable[int] = (),
+    ) -> None:
+        self.order, self.cache = order, cache
+        self.bad_shards = frozenset(bad_shards)
+        """Numbers of the shards known to be unusable; the training thread reads it while the
+        loader's thread adds to it."""
+        self._skip = skip_bad_shards
+
+    def read(self, first: int, count: int) -> np.ndarray[Any, Any]:
+        """Return samples `first` to `first + count`: int64 [count, sequence_length].
+
+        Raises:
+            ShardError: A shard is unusable and not skipped, or no shard is usable.
+            StorageError: A shard cannot be downloaded.
+        """
+        length = self.order.sequence_length
+        batch = np.empty((count, length), dtype=np.int64)
+        shards, starts = self.order.locate(first, count)
+        places = zip(shards.tolist(), starts.tolist(), strict=True)
+        for row, (shard, start) in enumerate(places):
+            if start >= 0 and not self._skip:
+                batch[row] = self.cache.tokens(shard)[start : start + length]
+            else:
+                self._read_row(first + row, batch[row])
+        return batch
+
+    def _read_row(self, position: int, row: np.ndarray[Any, Any]) -> None:
+        spans = self.order.spans(position)
+        while True:
+            if any(span.shard in self.bad_shards for span in spans):
+                spans = [self._replacement(position)]
+            try:
+                return _copy(self.cache, spans, row)
+            except ShardError as exc:
+                if not self._skip:
+                    raise
+                self._note_bad(spans, exc)
+
+    def _note_bad(self, spans: Sequence[Span], error: ShardError) -> None:
+        for span in spans:
+            try:
+                self.cache.tokens(span.shard)
+            except ShardError:
+                self.bad_shards |= {span.shard}
+                log.warning("Skipping a bad shard, its samples are replaced: %s", error)
+
+    def _replacement(self, position: int) -> Span:
+        """Return the next sample behind `position` that lies within one shard not known as bad."""
+        length, last = self.order.sequence_length, position + 2 * self.order.samples_per_epoch
+        for first in range(position + 1, last, SEARCH_BLOCK):
+            shards, starts = self.order.locate(first, SEARCH_BLOCK)
+            usable = (starts >= 0) & ~np.isin(shards, list(self.bad_shards))
+            if usable.any():
+                found = int(np.argmax(usable))
+                return Span(int(shards[found]), int(starts[found]), length)
+        raise ShardError("all shards", f"{len(self.bad_shards)} of them are unusable.")
+
+
+def _copy(cache: ShardCache, spans: Sequence[Span], row: np.ndarray[Any, Any]) -> None:
+    filled = 0
+    for span in spans:
+        tokens = cache.tokens(span.shard)
+        row[filled : filled + span.length] = tokens[span.start : span.start + span.length]
+        filled += span.length
 
 
 def rank_positions(
     first: int, micro_batch: int, accumulation: int, rank: int, world_size: int
-) -> list[list[int]]:
+) -> list[range]:
     """Return the global sample indices of one rank's micro-batches in the step from `first` on.
 
     The step as a whole takes the same indices at any world size.
     """
     starts = (first + (m * world_size + rank) * micro_batch for m in range(accumulation))
-    return [list(range(start, start + micro_batch)) for start in starts]
+    return [range(start, start + micro_batch) for start in starts]
 
 
 class BatchLoader:
     """Yields the micro-batches of each step, prepared ahead in a thread.
 
     Args:
-        order: Sample order.
-        cache: Where the tokens come from.
+        reader: Where the samples come from; closed with the loader.
         position: Global sample index to begin at; a multiple of nothing in particular.
         micro_batch: Samples in one forward of one rank.
         accumulation: Micro-steps in a step.
@@ -62,8 +138,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        order: SampleOrder,
-        cache: ShardCache,
+        reader: SampleReader,
         *,
         position: int,
         micro_batch: int,
@@ -74,10 +149,10 @@ class BatchLoader:
     ) -> None:
         self.wait_seconds = 0.0
         """Time that the training thread has waited for data."""
-        self._order, self._cache, self._position = order, cache, position
+        self._reader, self._position = reader, position
         self._shape = (micro_batch, accumulation, rank, world_size)
         self._pin_memory = pin_memory
-        self._window: tuple[int, int] | None = None
+        self._window: tuple[int, ...] | None = None
         self._ready: queue.Queue[list[torch.Tensor] | BaseException] = queue.Queue(PREFETCHED_STEPS)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="batches", daemon=True)
@@ -100,7 +175,7 @@ class BatchLoader:
             while True:
                 self._ready.get_nowait()
         self._thread.join()
-        self._cache.close()
+        self._reader.cache.close()
 
     def _produce(self) -> None:
         try:
@@ -122,26 +197,25 @@ class BatchLoader:
         for positions in rank_positions(
             self._position, micro_batch, accumulation, rank, world_size
         ):
-            tensor = torch.from_numpy(read_samples(self._order, self._cache, positions))
+            tensor = torch.from_numpy(self._reader.read(positions.start, len(positions)))
             step.append(tensor.pin_memory() if self._pin_memory else tensor)
         self._position += micro_batch * accumulation * world_size
         return step
 
     def _follow_window(self) -> None:
         """Keep this window's shards and the next one's; let the rest go."""
-        epoch, sample = self._order.epoch_of(self._position)
-        order = self._order.epoch(epoch)
-        window = order.window_of(sample)
-        if self._window == (epoch, window):
+        order = self._reader.order
+        window = order.window_key(self._position)
+        if self._window == window:
             return
-        self._window = (epoch, window)
-        needed = order.window_shards(window)
-        if window + 1 < order.num_windows:
-            needed += order.window_shards(window + 1)
-        else:
-            needed += self._order.epoch(epoch + 1).window_shards(0)
-        self._cache.prefetch(needed)
-        self._cache.release(needed)
+        self._window = window
+        now, later = order.upcoming_shards(self._position)
+        # What this step touches comes first: the training thread may be waiting for it.
+        mine = rank_positions(self._position, *self._shape)
+        touched = [
+            span.shard for group in mine for position in group for span in order.spans(position)
+        ]
+        self._reader.cache.prefetch(list(dict.fromkeys([*touched, *now])), later)
 
 
 class ValidationData:
@@ -152,6 +226,7 @@ class ValidationData:
         shards: Validation shards.
         sequence_length: Tokens in a sample.
         max_samples: Use only so many, the first; None for all.
+        skip_bad_shards: Leave unusable shards out instead of failing at the first evaluation.
     """
 
     def __init__(
@@ -160,9 +235,15 @@ class ValidationData:
         shards: Sequence[ShardFacts],
         sequence_length: int,
         max_samples: int | None,
+        *,
+        skip_bad_shards: bool = False,
     ) -> None:
         self._cache, self._length = cache, sequence_length
-        self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+        tokens = [shard.tokens for shard in shards]
+        cache.prefetch(range(len(shards)))
+        if skip_bad_shards:
+            tokens = [self._usable_tokens(number, shard) for number, shard in enumerate(shards)]
+        self._ends = np.cumsum(tokens, dtype=np.int64)
         available = (int(self._ends[-1]) if len(shards) else 0) // sequence_length
         self.num_samples = available if max_samples is None else min(available, max_samples)
 
@@ -177,14 +258,23 @@ class ValidationData:
         """Release the cache."""
         self._cache.close()
 
+    def _usable_tokens(self, number: int, shard: ShardFacts) -> int:
+        try:
+            self._cache.tokens(number)
+        except ShardError as exc:
+            log.warning("Leaving out a bad validation shard: %s", exc)
+            return 0
+        return shard.tokens
+
     def _sample(self, sample: int) -> np.ndarray[Any, Any]:
         position, parts = sample * self._length, []
         end = position + self._length
         shard = int(np.searchsorted(self._ends, position, side="right"))
         while position < end:
             begin = int(self._ends[shard - 1]) if shard else 0
-            tokens = self._cache.tokens(shard)[position - begin : end - begin]
-            parts.append(tokens.astype(np.int64))
-            position += len(tokens)
+            if begin < self._ends[shard]:
+                tokens = self._cache.tokens(shard)[position - begin : end - begin]
+                parts.append(tokens.astype(np.int64))
+                position += len(tokens)
             shard += 1
         return np.concatenate(parts)

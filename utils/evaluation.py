@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from utils.data_utils import ValidationData
-from utils.training_utils import TrainState
+from utils.training_utils import TrainState, forward_loss
 
 
-def evaluate(state: TrainState, data: ValidationData, batch_size: int) -> float | None:
+def evaluate(
+    state: TrainState, data: ValidationData, batch_size: int, document_end: int | None = None
+) -> float | None:
     """Return the mean loss over the validation samples, over all ranks; None without samples.
 
     Every sample has the same number of predicted tokens, so the mean over samples is the mean
@@ -25,7 +27,7 @@ def evaluate(state: TrainState, data: ValidationData, batch_size: int) -> float 
             batch_size, accelerator.process_index, accelerator.num_processes
         ):
             input_ids = input_ids.to(accelerator.device, non_blocking=True)
-            loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+            loss = forward_loss(model, input_ids, document_end)
             total += loss.double().cpu() * len(input_ids)
     model.train()
     if accelerator.num_processes > 1:

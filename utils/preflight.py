@@ -11,7 +11,7 @@ import logging
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from utils.estimates import estimate_checkpoint_bytes, estimate_training_memory
 from utils.layout import REMOTE_FOLDER, RunPaths
 from utils.metadata import read_remote_checkpoints
 from utils.resume import Start, plan_start
-from utils.shard_index import ShardIndex, build_shard_index
+from utils.shard_index import DataSource, build_shard_index
 from utils.storage import is_gcs_uri, join_uri, open_bucket
 from utils.training_utils import ParameterCounts
 from utils.transports import build_transport
@@ -60,42 +60,76 @@ class Finding:
     message: str
 
 
-def read_data(config: TrainingConfig) -> tuple[ShardIndex | None, Finding]:
-    """Return the shard index of a run, and the finding about it.
+def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Finding]]:
+    """Return the sources of a run, and a finding about each; those that failed are left out.
 
     Raises:
         DataError: The data are there but cannot be used, or their directory does not exist.
     """
-    uri = config.data_uri
-    if not uri:
-        raise DataError("data_uri is not set: --set data_uri=gs://bucket/prefix or a directory.")
-    if not is_gcs_uri(uri) and not Path(uri).is_dir():
-        raise DataError(
-            f"data_uri {uri} does not exist. For sample data run: "
-            f"python scripts/prepare_data.py --sample --output {uri}"
-        )
-    try:
-        bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
-        index = build_shard_index(bucket, config.file_limit)
-    except StorageError as exc:
-        return None, Finding("data", "fail", _advise(exc, "read", uri))
-    shards, tokens = len(index.training), index.training_tokens
-    return index, Finding(
-        "data", "ok", f"{shards} training shards with {tokens:,} tokens in {bucket.uri}"
-    )
+    sources, findings = [], []
+    for uri, weight in config.data_sources:
+        if not uri:
+            raise DataError(
+                "data_uri is not set: --set data_uri=gs://bucket/prefix or a directory."
+            )
+        if not is_gcs_uri(uri) and not Path(uri).is_dir():
+            raise DataError(
+                f"data_uri {uri} does not exist. For sample data run: "
+                f"python scripts/prepare_data.py --sample --output {uri}"
+            )
+        try:
+            bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
+            index = build_shard_index(
+                bucket, config.file_limit, skip_bad_shards=config.bad_shard == "skip"
+            )
+        except StorageError as exc:
+            findings.append(Finding("data", "fail", _advise(exc, "read", uri)))
+            continue
+        sources.append(DataSource(uri, weight, index))
+        shards, tokens = len(index.training), index.training_tokens
+        text = f"{shards} training shards with {tokens:,} tokens in {bucket.uri}"
+        findings.append(Finding("data", "ok", text))
+        bucket.close()
+    return sources, findings
 
 
-def require_vocabulary(index: ShardIndex, model_config: Any) -> None:
-    """Raise when the data have token ids that the model does not know.
+def require_vocabulary(sources: Sequence[DataSource], model_config: Any) -> None:
+    """Raise when the data have token ids that the model does not know, or that differ in meaning.
 
     Raises:
-        DataError: The tokenizer's vocabulary is larger than the model's.
+        DataError: The tokenizer's vocabulary is larger than the model's, or sources were made
+            with different tokenizers.
     """
-    if index.vocab_size is not None and index.vocab_size > model_config.vocab_size:
+    for source in sources:
+        vocab_size = source.index.vocab_size
+        if vocab_size is not None and vocab_size > model_config.vocab_size:
+            raise DataError(
+                f"The data were made with a vocabulary of {vocab_size}, the model has "
+                f"{model_config.vocab_size}. Set model_overrides.vocab_size={vocab_size}, or "
+                "prepare the data with a smaller vocabulary."
+            )
+    hashes = {s.uri: s.index.tokenizer_hash for s in sources if s.index.tokenizer_hash}
+    if len(set(hashes.values())) > 1:
         raise DataError(
-            f"The data were made with a vocabulary of {index.vocab_size}, the model has "
-            f"{model_config.vocab_size}. Set model_overrides.vocab_size={index.vocab_size}, or "
-            "prepare the data with a smaller vocabulary."
+            f"The sources were made with different tokenizers: {', '.join(hashes)}. Prepare them "
+            "with the same one (--tokenizer)."
+        )
+
+
+def set_special_tokens(config: TrainingConfig, sources: Sequence[DataSource], model: Any) -> None:
+    """Give the model config the data's end-of-text id, unless the configuration has its own.
+
+    Raises:
+        DataError: `mask_documents` is on and nobody knows that id.
+    """
+    known = next((s.index.eos_token_id for s in sources if s.index.eos_token_id is not None), None)
+    for key in ("bos_token_id", "eos_token_id"):
+        if known is not None and key not in config.model_overrides:
+            setattr(model, key, known)
+    if config.mask_documents and known is None and "eos_token_id" not in config.model_overrides:
+        raise DataError(
+            "mask_documents needs the id between documents, and the data have no index.json that "
+            "says it. Set model_overrides.eos_token_id."
         )
 
 
@@ -227,8 +261,8 @@ def check_start(
     resume: str | None,
     *,
     fresh: bool,
-) -> tuple[Start, ShardIndex | None, list[Finding]]:
-    """Return where to begin, the shard index (None where it cannot be read) and all findings.
+) -> tuple[Start, list[DataSource], list[Finding]]:
+    """Return where to begin, the sources of data that can be read, and all findings.
 
     Raises:
         UsageError: There is no such checkpoint to resume from.
@@ -237,22 +271,22 @@ def check_start(
     start = plan_start(paths, resume=resume, fresh=fresh)
     run_id = start.identity.run_id if start.checkpoint else None
     # Data first: what is wrong with them is told before anything is written to the other bucket.
-    index, data = read_data(config)
-    if index is not None:
-        require_vocabulary(index, model_config)
+    sources, data = read_data(config)
+    require_vocabulary(sources, model_config)
+    set_special_tokens(config, sources, model_config)
     findings = [
-        data,
+        *data,
         check_memory(config, model_config, counts, precision),
         check_disk(config, counts),
         *check_upload(config, run_id),
     ]
-    return start, index, findings
+    return start, sources, findings
 
 
 def describe_run(
     config: TrainingConfig,
     counts: ParameterCounts,
-    index: ShardIndex | None,
+    sources: Sequence[DataSource],
     accelerator: Accelerator,
     step: int,
 ) -> dict[str, str]:
@@ -274,13 +308,12 @@ def describe_run(
         "checkpoint": f"about {format_bytes(estimate_checkpoint_bytes(counts.total))}, every "
         f"{config.save_steps} steps",
     }
-    if index is not None:
-        epochs = total / max(1, index.training_tokens)
-        facts["data"] = f"{index.training_tokens:,} tokens, {epochs:.2f} epochs"
-        if index.unigram_entropy is not None:
-            facts["entropy"] = (
-                f"{index.unigram_entropy:.2f} nats is the loss of knowing word frequencies alone"
-            )
+    if sources:
+        available = sum(source.index.training_tokens for source in sources)
+        facts["data"] = f"{available:,} tokens, {total / max(1, available):.2f} epochs"
+        entropy = sources[0].index.unigram_entropy
+        if entropy is not None:
+            facts["entropy"] = f"{entropy:.2f} nats is the loss of knowing word frequencies alone"
     return facts
 
 

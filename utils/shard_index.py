@@ -20,9 +20,9 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -38,6 +38,9 @@ MASK_KEY = "attention_mask"
 SHARD_SUFFIX = ".npz"
 VALIDATION_PREFIX = "val_"
 MAX_SHARD_BYTES = 8 * 2**30
+MAX_UNPACK_RATIO = 100
+SMALL_ARRAY_BYTES = 64 * 2**20
+BLOCK_ELEMENTS = 2**20
 HEADER_READ_BYTES = 16 * 2**10
 HEADER_THREADS = 16
 
@@ -57,6 +60,12 @@ DAMAGE_ERRORS = (
     struct.error,
     tokenize.TokenError,
 )
+
+_NPY_MAGIC = b"\x93NUMPY"
+_HEADER_LIMIT_BYTES = 2**16
+_DESCR = re.compile(r"'descr':\s*'([<>=|]?[A-Za-z]\d*)'")
+_ORDER = re.compile(r"'fortran_order':\s*(True|False)")
+_SHAPE = re.compile(r"'shape':\s*\(([\d\s,L-]*)\)")
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +97,8 @@ class ShardIndex:
         vocab_size: Vocabulary of the tokenizer that made them, None where unknown.
         unigram_entropy: Entropy of the training tokens in nats, None where unknown.
         tokenizer_files: Object names of the tokenizer's own files.
+        tokenizer_hash: SHA-256 of the tokenizer, None where unknown.
+        eos_token_id: Id between documents, None where unknown.
     """
 
     training: tuple[ShardFacts, ...]
@@ -95,6 +106,8 @@ class ShardIndex:
     vocab_size: int | None = None
     unigram_entropy: float | None = None
     tokenizer_files: tuple[str, ...] = ()
+    tokenizer_hash: str | None = None
+    eos_token_id: int | None = None
 
     @property
     def training_tokens(self) -> int:
@@ -105,6 +118,21 @@ class ShardIndex:
     def fingerprint(self) -> str:
         """SHA-256 of the training shards' names, tokens, sizes and checksums."""
         return fingerprint_shards(self.training)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One source of a run's data.
+
+    Attributes:
+        uri: Its bucket.
+        weight: Share of its samples, in any unit.
+        index: What its shards hold.
+    """
+
+    uri: str
+    weight: float
+    index: ShardIndex
 
 
 def fingerprint_shards(shards: Sequence[ShardFacts]) -> str:
@@ -128,12 +156,15 @@ def describe_shard_changes(old: Sequence[ShardFacts], new: Sequence[ShardFacts])
     )
 
 
-def build_shard_index(bucket: Bucket, max_files: int | None = None) -> ShardIndex:
+def build_shard_index(
+    bucket: Bucket, max_files: int | None = None, *, skip_bad_shards: bool = False
+) -> ShardIndex:
     """Return what the shards of a bucket hold.
 
     Args:
         bucket: Where the shards are.
         max_files: Use only so many training shards, the first by name.
+        skip_bad_shards: Leave out shards whose headers cannot be read, with a warning.
 
     Raises:
         DataError: There are no training shards, or `index.json` is not usable.
@@ -142,20 +173,14 @@ def build_shard_index(bucket: Bucket, max_files: int | None = None) -> ShardInde
     try:
         index = _from_index(json.loads(bucket.read_bytes(INDEX_OBJECT)), bucket)
     except ObjectNotFoundError:
-        index = _from_headers(bucket, max_files)
+        index = _from_headers(bucket, max_files, skip_bad_shards=skip_bad_shards)
     except (ValueError, RecursionError) as exc:
         raise DataError(f"{bucket.uri}/{INDEX_OBJECT} is not usable: {exc}.") from exc
     if not index.training:
         raise DataError(
             f"{bucket.uri} holds no training shards (*.npz that do not begin with val_)."
         )
-    return ShardIndex(
-        index.training[:max_files],
-        index.validation,
-        index.vocab_size,
-        index.unigram_entropy,
-        index.tokenizer_files,
-    )
+    return replace(index, training=index.training[:max_files])
 
 
 def is_validation_shard(name: str) -> bool:
@@ -174,17 +199,20 @@ def _from_index(value: Any, bucket: Bucket) -> ShardIndex:
             ),
             key=lambda shard: shard.name,
         )
-        vocab_size = value.get("vocab_size")
-        entropy = value.get("summary", {}).get("unigram_entropy_nats")
+        named = value.get("tokenizer_files")
+        if named is None:
+            named = [info.name for info in bucket.list("") if "/" not in info.name]
+        return ShardIndex(
+            tuple(s for s in shards if not is_validation_shard(s.name)),
+            tuple(s for s in shards if is_validation_shard(s.name)),
+            value.get("vocab_size"),
+            value.get("summary", {}).get("unigram_entropy_nats"),
+            _find_tokenizer_files(named),
+            value.get("tokenizer_sha256"),
+            value.get("eos_token_id"),
+        )
     except (KeyError, TypeError, AttributeError, OverflowError) as exc:
         raise ValueError(f"{type(exc).__name__} {exc}") from exc
-    return ShardIndex(
-        tuple(s for s in shards if not is_validation_shard(s.name)),
-        tuple(s for s in shards if is_validation_shard(s.name)),
-        vocab_size,
-        entropy,
-        _find_tokenizer_files(info.name for info in bucket.list("") if "/" not in info.name),
-    )
 
 
 _TOKENIZER_FILE = re.compile(
@@ -197,17 +225,27 @@ def _find_tokenizer_files(names: Any) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if _TOKENIZER_FILE.fullmatch(name)))
 
 
-def _from_headers(bucket: Bucket, max_files: int | None) -> ShardIndex:
+def _from_headers(bucket: Bucket, max_files: int | None, *, skip_bad_shards: bool) -> ShardIndex:
     objects = sorted(bucket.list(""), key=lambda info: info.name)
     shards = [info for info in objects if info.name.endswith(SHARD_SUFFIX)]
     training = [info for info in shards if not is_validation_shard(info.name)][:max_files]
     validation = [info for info in shards if is_validation_shard(info.name)]
     log.info("No %s in %s: reading %d headers.", INDEX_OBJECT, bucket.uri, len(shards))
+
+    def read(info: ObjectInfo) -> ShardFacts | None:
+        try:
+            return read_shard_facts(bucket, info)
+        except ShardError as exc:
+            if not skip_bad_shards:
+                raise
+            log.warning("Leaving out a bad shard: %s", exc)
+            return None
+
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        facts = list(pool.map(lambda info: read_shard_facts(bucket, info), training + validation))
+        facts = [found for found in pool.map(read, training + validation) if found is not None]
     return ShardIndex(
-        tuple(facts[: len(training)]),
-        tuple(facts[len(training) :]),
+        tuple(f for f in facts if not is_validation_shard(f.name)),
+        tuple(f for f in facts if is_validation_shard(f.name)),
         tokenizer_files=_find_tokenizer_files(info.name for info in objects),
     )
 
@@ -224,7 +262,8 @@ def read_shard_facts(bucket: Bucket, info: ObjectInfo) -> ShardFacts:
         shape, _ = read_array_header(archive, key, info.name)
         tokens = math.prod(shape)
         if f"{MASK_KEY}.npy" in archive.namelist():
-            tokens = int(np.count_nonzero(read_array(archive, MASK_KEY, info.name)))
+            blocks = read_array_blocks(archive, MASK_KEY, info.name)
+            tokens = sum(int(np.count_nonzero(block)) for block in blocks)
     if tokens == 0:
         raise ShardError(info.name, "it holds no tokens.")
     return ShardFacts(info.name, tokens, info.size, info.crc32c)
@@ -267,12 +306,7 @@ def read_array_header(
     member = archive.getinfo(f"{key}.npy")
     try:
         with archive.open(member) as file:
-            version = np.lib.format.read_magic(file)
-            reader = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, _, dtype = reader(file)
+            shape, _, dtype = _parse_npy_header(file)
     except DAMAGE_ERRORS as exc:
         raise ShardError(name, f"the header of {key} cannot be read ({exc}).") from exc
     if dtype.kind not in "iu" and not (key == MASK_KEY and dtype.kind == "b"):
@@ -285,6 +319,12 @@ def read_array_header(
         raise ShardError(name, f"{key} has shape {shape}, which is impossible.")
     if declared > MAX_SHARD_BYTES or member.file_size > MAX_SHARD_BYTES:
         raise ShardError(name, f"{key} unpacks to more than {MAX_SHARD_BYTES} bytes.")
+    if member.file_size > max(SMALL_ARRAY_BYTES, MAX_UNPACK_RATIO * member.compress_size):
+        raise ShardError(
+            name,
+            f"{key} unpacks to {member.file_size} bytes, more than {MAX_UNPACK_RATIO} times its "
+            f"{member.compress_size}; no text does that.",
+        )
     if not declared < member.file_size <= declared + 2**16:
         raise ShardError(
             name, f"{key} declares {declared} bytes, its zip entry {member.file_size}."
@@ -292,20 +332,54 @@ def read_array_header(
     return shape, dtype
 
 
-def read_array(archive: zipfile.ZipFile, key: str, name: str) -> np.ndarray[Any, Any]:
-    """Return one array of a shard, flat, after checking its header.
+def read_array_blocks(
+    archive: zipfile.ZipFile, key: str, name: str
+) -> Generator[np.ndarray[Any, Any], None, None]:
+    """Yield one array of a shard, flat, in blocks of `BLOCK_ELEMENTS`, after checking its header.
 
     Raises:
         ShardError: The header is not acceptable or the bytes are damaged.
     """
-    read_array_header(archive, key, name)
+    _, dtype = read_array_header(archive, key, name)
     try:
         with archive.open(f"{key}.npy") as file:
-            array: np.ndarray[Any, Any] = np.lib.format.read_array(file, allow_pickle=False)
-            file.read(1)  # reaching the end makes zipfile compare the CRC
+            shape, columns_first, _ = _parse_npy_header(file)
+            if columns_first and sum(length > 1 for length in shape) > 1:
+                # Only the whole array can be put in order.
+                yield np.frombuffer(file.read(), dtype).reshape(shape, order="F").reshape(-1)
+                return
+            # Reaching the end makes zipfile compare the CRC.
+            while data := file.read(BLOCK_ELEMENTS * dtype.itemsize):
+                yield np.frombuffer(data, dtype=dtype)
     except DAMAGE_ERRORS as exc:
         raise ShardError(name, f"{key} is damaged ({exc}).") from exc
-    return array.reshape(-1)
+
+
+def _parse_npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read a .npy header (NEP 1): return (shape, whether columns come first, dtype).
+
+    numpy's own reader evaluates the header with `ast`, which several threads at once break in
+    Python 3.11 ("AST constructor recursion depth mismatch").
+
+    Raises:
+        ValueError: It is no such header.
+    """
+    if file.read(len(_NPY_MAGIC)) != _NPY_MAGIC:
+        raise ValueError("no .npy array")
+    major = file.read(2)[:1]
+    length = int.from_bytes(file.read(2 if major == b"\x01" else 4), "little")
+    if major not in (b"\x01", b"\x02", b"\x03") or length > _HEADER_LIMIT_BYTES:
+        raise ValueError("a .npy header of an unknown version or an impossible length")
+    text = file.read(length).decode("latin1")
+    descr, order, shape = (pattern.search(text) for pattern in (_DESCR, _ORDER, _SHAPE))
+    if len(text) != length or descr is None or order is None or shape is None:
+        raise ValueError("not the header of a plain array; integers are needed")
+    try:
+        dtype = np.dtype(descr[1])
+    except TypeError as exc:
+        raise ValueError(f"dtype {descr[1]!r}") from exc
+    sizes = tuple(int(size.strip(" L")) for size in shape[1].split(",") if size.strip())
+    return sizes, order[1] == "True", dtype
 
 
 class _RangeReader(io.RawIOBase):

@@ -77,6 +77,9 @@ class Bucket(Protocol):
     def get_file(self, name: str, path: Path) -> str:
         """Download to `path`, checked against the stored checksum; return that checksum."""
 
+    def fetch(self, name: str, scratch: Path) -> Path:
+        """Return a local file with the object's bytes: `scratch` after a download, or its own."""
+
     def put_file(self, name: str, path: Path) -> ObjectInfo:
         """Upload the file and return what the bucket then holds under `name`."""
 
@@ -205,6 +208,12 @@ class DirectoryBucket:
             shutil.copyfile(self._path(name), path)
         return crc32c_of_file(path)
 
+    def fetch(self, name: str, scratch: Path) -> Path:
+        """Return the object's own file; nothing is copied."""
+        path = self._path(name)
+        with self._mapped_errors(name), path.open("rb"):
+            return path
+
     def put_file(self, name: str, path: Path) -> ObjectInfo:
         """Copy the file in under a temporary name, sync it, rename it."""
         target = self._path(name)
@@ -327,6 +336,11 @@ class GcsBucket:
             blob = self._bucket.blob(self._prefix + name)
             blob.download_to_filename(str(path), checksum="crc32c", **self._options)
         return crc32c_of_file(path)
+
+    def fetch(self, name: str, scratch: Path) -> Path:
+        """Download to `scratch`."""
+        self.get_file(name, scratch)
+        return scratch
 
     def put_file(self, name: str, path: Path) -> ObjectInfo:
         """Upload the file; above 8 MiB as a resumable upload."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,16 +22,17 @@ from accelerate import Accelerator
 from configs.training_config import TrainingConfig
 from utils import checkpoint_store, checkpoint_utils, tracking
 from utils.console import LiveLine, format_duration
-from utils.data_utils import BatchLoader, ValidationData
+from utils.data_state import DataState
+from utils.data_utils import BatchLoader, SampleReader, ValidationData
 from utils.errors import ConfigError, ExitCode
 from utils.evaluation import evaluate
 from utils.journal import Journal
-from utils.layout import RunPaths
-from utils.ranks import compute_on_main
+from utils.layout import Manifest, RunPaths
+from utils.mixture import build_order
+from utils.ranks import compute_on_main, gather_to_main
 from utils.resume import Start
-from utils.sample_order import DataState, SampleOrder
 from utils.shard_cache import ShardCache
-from utils.shard_index import ShardIndex
+from utils.shard_index import DataSource
 from utils.stopping import StopRequest
 from utils.storage import join_uri, open_bucket
 from utils.training_utils import (
@@ -53,11 +55,12 @@ class TrainingRun:
         config: The run's configuration.
         paths: Its directories.
         model_config: transformers config of the model.
-        index: The shards.
+        sources: Where the training data come from; the first also has the validation data.
         start: Where to begin.
         accelerator: This process among the ranks.
         stop: Asked by the loop.
         background_upload: False uploads within `save`.
+        accept_data_change: Go on although the shards are not the checkpoint's.
     """
 
     def __init__(
@@ -65,38 +68,41 @@ class TrainingRun:
         config: TrainingConfig,
         paths: RunPaths,
         model_config: Any,
-        index: ShardIndex,
+        sources: Sequence[DataSource],
         start: Start,
         accelerator: Accelerator,
         stop: StopRequest,
         *,
         background_upload: bool = True,
+        accept_data_change: bool = False,
     ) -> None:
         self.config, self.paths, self.stop = config, paths, stop
-        self.start, self._index = start, index
+        self.start, self._sources = start, tuple(sources)
         self._accelerator = accelerator
         self._is_main = accelerator.is_main_process
         set_determinism(config)
         self.state = build_train_state(accelerator, model_config, config)
-        self._order = SampleOrder(
-            [shard.tokens for shard in index.training],
+        self._order = build_order(
+            [[shard.tokens for shard in source.index.training] for source in sources],
+            [source.weight for source in sources],
             config.sequence_length,
             config.seed,
             config.shuffle_window_shards,
         )
         self._global_batch, self._accumulation = config.resolve_batch(accelerator.num_processes)
+        self._skip_bad_shards = config.bad_shard == "skip"
+        self._bad_shards: tuple[int, ...] = ()
         if start.checkpoint is not None and start.manifest is not None:
-            self._restore()
-        self._bucket = open_bucket(config.data_uri, config.gcs_user_project or None)
-        self._vocab_size = model_config.vocab_size
-        self._validation = ValidationData(
-            self._build_cache(index.validation),
-            index.validation,
-            config.sequence_length,
-            config.max_eval_samples,
-        )
+            self._restore(start.checkpoint, start.manifest, accept_data_change)
+        self._document_end = model_config.eos_token_id if config.mask_documents else None
+        user_project = config.gcs_user_project or None
+        self._buckets = [open_bucket(source.uri, user_project) for source in sources]
+        self._reader = self._build_reader(model_config.vocab_size)
+        self._validation = self._build_validation(model_config.vocab_size)
         self._tokenizer_files = {
-            name: self._bucket.read_bytes(name) for name in index.tokenizer_files if self._is_main
+            name: self._buckets[0].read_bytes(name)
+            for name in sources[0].index.tokenizer_files
+            if self._is_main
         }
         self._journal = Journal(paths.journal)
         self._background_upload = background_upload
@@ -138,10 +144,13 @@ class TrainingRun:
         self._live.close()
         if self._loader is not None:
             self._loader.close()
+        else:
+            self._reader.cache.close()
         self._validation.close()
         if self._uploader is not None:
             self._uploader.close()
-        self._bucket.close()
+        for bucket in self._buckets:
+            bucket.close()
         if self._is_main:
             tracking.record_end(self.paths.logs, self.state.progress.step, self._outcome)
         if error is None:
@@ -159,8 +168,7 @@ class TrainingRun:
             log.info("Step %d of %d is done already.", progress.step, self.config.max_steps)
             return
         self._loader = BatchLoader(
-            self._order,
-            self._build_cache(self._index.training),
+            self._reader,
             position=progress.sample_index,
             micro_batch=self.config.per_device_train_batch_size,
             accumulation=self._accumulation,
@@ -175,7 +183,7 @@ class TrainingRun:
 
     def train_step(self, batches: list[torch.Tensor]) -> int:
         """Do one optimizer update; return how many are done."""
-        train_step(self.state, batches, self.config.max_grad_norm)
+        train_step(self.state, batches, self.config.max_grad_norm, self._document_end)
         self._throughput.step()
         self._show_live()
         return self.state.progress.step
@@ -210,7 +218,9 @@ class TrainingRun:
         if progress.validation_step == progress.step and progress.validation_loss is not None:
             return
         started = time.perf_counter()
-        loss = evaluate(self.state, self._validation, self.config.eval_batch_size)
+        loss = evaluate(
+            self.state, self._validation, self.config.eval_batch_size, self._document_end
+        )
         self._throughput.pause(time.perf_counter() - started)
         if loss is None:
             return
@@ -233,7 +243,7 @@ class TrainingRun:
         log.info("Saving checkpoint at step %d.", self.state.progress.step)
         checkpoint = checkpoint_utils.save_checkpoint(
             self.state,
-            self._data_state(),
+            self._data_state(self._known_bad_shards()),
             self.config,
             self.start.identity,
             self.paths.checkpoints,
@@ -252,6 +262,11 @@ class TrainingRun:
                 is_uploading_on=self._uploader is not None,
             )
         self._throughput.pause(time.perf_counter() - started)
+
+    def _known_bad_shards(self) -> list[int]:
+        """Return what any rank has found unusable, on the main process."""
+        found = gather_to_main(sorted(self._reader.bad_shards)) or []
+        return sorted({shard for shards in found for shard in shards})
 
     def finish(self) -> ExitCode:
         """Wait for uploads, say what this start made, and return the exit code."""
@@ -297,37 +312,69 @@ class TrainingRun:
         )  # fmt: skip
         return ExitCode.NOT_VERIFIED
 
-    def _restore(self) -> None:
-        start, config = self.start, self.config
-        assert start.checkpoint is not None
-        assert start.manifest is not None
-        saved = checkpoint_utils.read_data_state(start.checkpoint)
-        checkpoint_utils.restore_checkpoint(self.state, start.checkpoint, start.manifest, config)
-        saved.require_same_order(self._data_state())
+    def _restore(self, checkpoint: Path, manifest: Manifest, accept_data_change: bool) -> None:
+        saved = checkpoint_utils.read_data_state(checkpoint)
+        checkpoint_utils.restore_checkpoint(self.state, checkpoint, manifest, self.config)
         progress = self.state.progress
+        changes = saved.describe_changes(self._data_state())
+        if changes and accept_data_change:
+            progress.sample_index = (saved.epoch + 1) * self._order.samples_per_epoch
+            log.warning("The data changed (%s): going on at epoch %d of the new data.",
+                        changes, saved.epoch + 1)  # fmt: skip
+        else:
+            saved.require_same_order(self._data_state())
+            self._bad_shards = saved.bad_shards
         if progress.global_batch_size not in (0, self._global_batch):
             raise ConfigError(
                 f"The checkpoint was trained with {progress.global_batch_size} samples a step, "
                 f"now it would be {self._global_batch}. "
                 f"Keep it: --set global_batch_size={progress.global_batch_size}."
             )
-        log.info("Resumed from %s (step %d).", start.checkpoint.name, start.step)
+        log.info("Resumed from %s (step %d).", checkpoint.name, progress.step)
 
-    def _data_state(self) -> DataState:
+    def _data_state(self, bad_shards: Sequence[int] = ()) -> DataState:
         position = self.state.progress.sample_index
-        epoch, sample = self._order.epoch_of(position)
+        shards = [source.index.training for source in self._sources]
         return DataState(
             sample_index=position,
-            epoch=epoch,
-            files_consumed=self._order.epoch(epoch).shards_consumed(sample),
+            epoch=self._order.epoch_of(position)[0],
+            files_consumed=self._order.shards_consumed(position),
             sequence_length=self.config.sequence_length,
             seed=self.config.seed,
             shuffle_window_shards=self.config.shuffle_window_shards,
-            shards=self._index.training,
+            shards=tuple(shard for group in shards for shard in group),
+            source_sizes=tuple(len(group) for group in shards),
+            weights=tuple(source.weight for source in self._sources),
+            bad_shards=tuple(bad_shards),
         )
 
-    def _build_cache(self, shards: Any) -> ShardCache:
-        return ShardCache(self._bucket, shards, self.paths.cache, self._vocab_size)
+    def _build_reader(self, vocab_size: int) -> SampleReader:
+        shards = [source.index.training for source in self._sources]
+        cache = ShardCache(
+            list(zip(self._buckets, shards, strict=True)),
+            self.paths.cache,
+            vocab_size,
+            self.config.cache_limit_bytes,
+        )
+        window = f"one shuffle window of {self.config.shuffle_window_shards} shards"
+        cache.require_room_for(self._order.largest_window(), window)
+        return SampleReader(
+            self._order,
+            cache,
+            skip_bad_shards=self._skip_bad_shards,
+            bad_shards=self._bad_shards,
+        )
+
+    def _build_validation(self, vocab_size: int) -> ValidationData:
+        shards = self._sources[0].index.validation
+        cache = ShardCache([(self._buckets[0], shards)], self.paths.cache, vocab_size)
+        return ValidationData(
+            cache,
+            shards,
+            self.config.sequence_length,
+            self.config.max_eval_samples,
+            skip_bad_shards=self._skip_bad_shards,
+        )
 
     def _build_uploader(self) -> Uploader:
         config = self.config

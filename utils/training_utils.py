@@ -312,19 +312,54 @@ def build_train_state(
     )
 
 
-def train_step(state: TrainState, batches: Sequence[torch.Tensor], max_grad_norm: float) -> None:
+def document_positions(input_ids: torch.Tensor, document_end: int) -> torch.Tensor:
+    """Return position ids that begin anew behind each end-of-text id: int64, shape of `input_ids`.
+
+    transformers takes such position ids without a mask for several documents in one sample, and
+    builds an attention that does not cross them.
+    """
+    places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    begins = torch.zeros_like(input_ids)
+    begins[:, 1:] = torch.where(input_ids[:, :-1] == document_end, places[:, 1:], 0)
+    return places - begins.cummax(dim=1).values
+
+
+def forward_loss(
+    model: nn.Module, input_ids: torch.Tensor, document_end: int | None
+) -> torch.Tensor:
+    """Return the mean loss of a micro-batch, a scalar.
+
+    Args:
+        model: A causal language model of transformers.
+        input_ids: int64 [micro-batch, sequence_length] on the model's device.
+        document_end: End-of-text id where attention must not cross documents, else None.
+    """
+    extra = {}
+    if document_end is not None:
+        extra["position_ids"] = document_positions(input_ids, document_end)
+    loss: torch.Tensor = model(input_ids=input_ids, labels=input_ids, use_cache=False, **extra).loss
+    return loss
+
+
+def train_step(
+    state: TrainState,
+    batches: Sequence[torch.Tensor],
+    max_grad_norm: float,
+    document_end: int | None = None,
+) -> None:
     """Do one optimizer update.
 
     Args:
         state: Changed in place.
         batches: This rank's micro-batches: int64 [micro-batch, sequence_length] each.
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        document_end: End-of-text id where attention must not cross documents.
     """
     accelerator, model = state.accelerator, state.model
     for input_ids in batches:
         input_ids = input_ids.to(accelerator.device, non_blocking=True)
         with accelerator.accumulate(model):
-            loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+            loss = forward_loss(model, input_ids, document_end)
             accelerator.backward(loss)
             state.interval_loss += loss.detach().float() / len(batches)
     state.grad_norm = accelerator.clip_grad_norm_(

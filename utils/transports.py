@@ -186,6 +186,8 @@ def _verb(arguments: list[str]) -> str:
 def _gsutil_error(message: str, call: str) -> StorageError:
     lines = [line for line in message.splitlines() if line.strip()]
     detail = f"{call}: {lines[-1].strip()[:300] if lines else 'failed'}"
+    if re.search(r"with no configured\s+credentials", message):  # 403, told in four lines
+        return AccessDeniedError(f"{call}: no credentials. Run: gcloud auth login")
     if re.search(r"AccessDenied|Forbidden|\b40[13]\b|Anonymous caller|does not have", message):
         return AccessDeniedError(detail)
     if re.search(r"BucketNotFound|NotFoundException|No URLs matched|\b404\b", message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.sample_shards import CountingBucket, save_shard, save_shards
-from utils.data_utils import BatchLoader, ValidationData, rank_positions, read_samples
+from utils.data_utils import BatchLoader, SampleReader, ValidationData, rank_positions
 from utils.errors import ShardError
-from utils.sample_order import SampleOrder
+from utils.mixture import build_order
+from utils.sample_order import DataOrder, SampleOrder
 from utils.shard_cache import ShardCache
 from utils.shard_index import ShardFacts
 
@@ -39,12 +41,12 @@ def test_the_ranks_of_a_step_share_its_samples_without_a_gap(
     assert all(len(batch) == micro_batch for rank in ranks for batch in rank)
     in_order = [batch for step in zip(*ranks, strict=True) for batch in step]
     samples = micro_batch * accumulation * world_size
-    assert sum(in_order, []) == list(range(first, first + samples))
+    assert [n for batch in in_order for n in batch] == list(range(first, first + samples))
 
 
 @pytest.mark.parametrize("world_size", range(1, 9))
 def test_a_step_takes_the_same_samples_at_any_world_size(world_size: int) -> None:
-    samples = 840  # divisible by 1 to 8
+    samples = 3 * 840  # divisible by 3 x 1 to 3 x 8
     ranks = [
         rank_positions(5000, 3, samples // (3 * world_size), rank, world_size)
         for rank in range(world_size)
@@ -63,28 +65,39 @@ class Corpus:
         self.bucket = CountingBucket(directory / "data")
 
     def cache(self) -> ShardCache:
-        return ShardCache(self.bucket, self.shards, self.directory / "cache", VOCABULARY)
+        sources = [(self.bucket, self.shards)]
+        return ShardCache(sources, self.directory / "cache", VOCABULARY)
+
+    def reader(self, order: DataOrder, *, skip: bool = False, bad: Sequence[int] = ()):
+        return SampleReader(order, self.cache(), skip_bad_shards=skip, bad_shards=bad)
+
+    def read(self, order: DataOrder, first: int, count: int) -> np.ndarray:
+        reader = self.reader(order)
+        samples = reader.read(first, count)
+        reader.cache.close()
+        return samples
 
     def order(self, length: int, seed: int = 0, window: int = 2) -> SampleOrder:
         return SampleOrder(self.lengths, length, seed, window)
 
     def steps(
         self,
-        order: SampleOrder,
+        order: DataOrder,
         position: int,
         *,
         num_steps: int,
         global_batch: int,
         world_size: int = 1,
         micro_batch: int = 1,
+        skip: bool = False,
+        bad: Sequence[int] = (),
     ) -> list[list[int]]:
         """Return the token ids of each step as `world_size` ranks read them, in sample order."""
         accumulation = global_batch // (micro_batch * world_size)
         streams = []
         for rank in range(world_size):
             loader = BatchLoader(
-                order,
-                self.cache(),
+                self.reader(order, skip=skip, bad=bad),
                 position=position,
                 micro_batch=micro_batch,
                 accumulation=accumulation,
@@ -117,7 +130,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def test_samples_are_the_tokens_of_the_shards_laid_end_to_end(corpus: Corpus) -> None:
     order = corpus.order(length=7)
-    samples = read_samples(order, corpus.cache(), range(order.samples_per_epoch))
+    samples = corpus.read(order, 0, order.samples_per_epoch)
     stops = np.cumsum(corpus.lengths)
     shards = [np.arange(stop - n, stop) for stop, n in zip(stops, corpus.lengths, strict=True)]
     laid_out = np.concatenate([shards[shard] for shard in order.epoch(0).shards])
@@ -168,7 +181,7 @@ def test_a_stream_may_begin_anywhere_also_around_the_end_of_an_epoch(
 ) -> None:
     order = corpus.order(7)
     assert order.samples_per_epoch == 57
-    expected = read_samples(order, corpus.cache(), range(position, position + 36))
+    expected = corpus.read(order, position, 36)
     steps = corpus.steps(corpus.order(7), position, num_steps=3, global_batch=12, world_size=2)
     assert sum(steps, []) == expected.flatten().tolist()
 
@@ -191,42 +204,112 @@ def test_shards_are_downloaded_once_in_two_epochs(tmp_path: Path) -> None:
 def test_a_bad_shard_is_raised_where_the_training_waits(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path, [50, 50])
     (tmp_path / "data" / corpus.shards[1].name).write_bytes(b"<html>")
-    loader = BatchLoader(
-        corpus.order(10), corpus.cache(), position=0, micro_batch=1, accumulation=1
-    )
+    loader = BatchLoader(corpus.reader(corpus.order(10)), position=0, micro_batch=1, accumulation=1)
     with pytest.raises(ShardError, match=corpus.shards[1].name):
         for _ in loader:
             pass
     loader.close()
 
 
+# Bad shards that are skipped.
+
+
+def break_shards(corpus: Corpus, numbers: Sequence[int]) -> None:
+    for number in numbers:
+        (corpus.directory / "data" / corpus.shards[number].name).write_bytes(b"<html>")
+
+
+def test_samples_of_a_bad_shard_are_replaced_and_the_others_stay(tmp_path: Path) -> None:
+    whole = Corpus(tmp_path / "whole", [40] * 6)
+    broken = Corpus(tmp_path / "broken", [40] * 6)
+    break_shards(broken, [1, 4])
+    order = whole.order(10, window=2)
+    expected = whole.steps(order, 0, num_steps=24, global_batch=1)
+    found = broken.steps(order, 0, num_steps=24, global_batch=1, skip=True)
+    bad_tokens = {*range(40, 80), *range(160, 200)}
+    good = {tuple(step) for step in expected if not bad_tokens & set(step)}
+    for before, after in zip(expected, found, strict=True):
+        if bad_tokens & set(before):
+            assert tuple(after) in good
+        else:
+            assert after == before
+
+
+def test_replacements_are_the_same_for_all_ranks_and_after_a_resume(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path, [33, 7, 40, 2, 51, 28, 64, 12])
+    break_shards(corpus, [2, 4])
+    order = corpus.order(7, window=3)
+    straight = corpus.steps(order, 0, num_steps=15, global_batch=4, skip=True)
+    ranks = corpus.steps(order, 0, num_steps=15, global_batch=4, world_size=4, skip=True)
+    assert ranks == straight
+    later = corpus.steps(order, 20, num_steps=10, global_batch=4, skip=True)
+    assert later == straight[5:]
+    # Known as bad from the start, as a checkpoint says: also when the shard has been mended.
+    save_shards(tmp_path / "data", corpus.lengths)
+    known = corpus.steps(order, 20, num_steps=10, global_batch=4, skip=True, bad=[2, 4])
+    assert known == straight[5:]
+
+
+def test_no_usable_shard_at_all_is_an_error(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path, [40, 40])
+    break_shards(corpus, [0, 1])
+    reader = corpus.reader(corpus.order(10), skip=True)
+    with pytest.raises(ShardError, match="2 of them are unusable"):
+        reader.read(0, 8)
+    reader.cache.close()
+
+
+def test_bad_validation_shards_can_be_left_out(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path, [20, 20, 20])
+    break_shards(corpus, [1])
+    validation = ValidationData(corpus.cache(), corpus.shards, 10, None, skip_bad_shards=True)
+    rows = torch.cat(list(validation.batches(4, 0, 1)))
+    assert rows.flatten().tolist() == [*range(20), *range(40, 60)]
+    validation.close()
+    strict = ValidationData(corpus.cache(), corpus.shards, 10, None)
+    with pytest.raises(ShardError, match=corpus.shards[1].name):
+        list(strict.batches(4, 0, 1))
+    strict.close()
+
+
+# Mixtures.
+
+
+@settings(max_examples=8)
+@given(seed=st.integers(0, 1000), cut=st.integers(1, 39), world_size=st.sampled_from([1, 2, 4]))
+def test_a_mixture_resumes_exactly_at_any_number_of_ranks(
+    corpus: Corpus, seed: int, cut: int, world_size: int
+) -> None:
+    def order() -> DataOrder:
+        return build_order([corpus.lengths[:4], corpus.lengths[4:]], [3, 1], 7, seed, 2)
+
+    straight = corpus.steps(order(), 0, num_steps=40, global_batch=4)
+    first = corpus.steps(order(), 0, num_steps=cut, global_batch=4, world_size=world_size)
+    rest = corpus.steps(order(), 4 * cut, num_steps=40 - cut, global_batch=4, micro_batch=2)
+    assert first + rest == straight
+
+
 def test_closing_ends_every_thread_although_batches_wait_to_be_read(corpus: Corpus) -> None:
     before = set(threading.enumerate())
-    loader = BatchLoader(corpus.order(7), corpus.cache(), position=0, micro_batch=2, accumulation=3)
+    reader = corpus.reader(corpus.order(7))
+    loader = BatchLoader(reader, position=0, micro_batch=2, accumulation=3)
     next(iter(loader))
     loader.close()
     assert set(threading.enumerate()) == before
 
 
-def test_time_spent_waiting_for_data_is_counted(tmp_path: Path) -> None:
-    corpus = Corpus(tmp_path, [50])
-    asked, released = threading.Event(), threading.Event()
-
-    class SlowCache(ShardCache):
-        def tokens(self, shard: int) -> np.ndarray:
-            asked.set()
-            assert released.wait(10)
-            return super().tokens(shard)
-
-    cache = SlowCache(corpus.bucket, corpus.shards, tmp_path / "cache", VOCABULARY)
-    loader = BatchLoader(corpus.order(10), cache, position=0, micro_batch=1, accumulation=1)
-    assert asked.wait(10)
-    assert loader.wait_seconds == 0.0
-    timer = threading.Timer(0.05, released.set)
-    timer.start()
-    next(iter(loader))
-    assert loader.wait_seconds > 0.01
-    timer.join()
+def test_time_spent_waiting_for_data_is_counted(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([10.0, 12.5, 20.0, 20.25])
+    monkeypatch.setattr("utils.data_utils.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    reader = corpus.reader(corpus.order(7))
+    loader = BatchLoader(reader, position=0, micro_batch=1, accumulation=1)
+    batches = iter(loader)
+    next(batches)
+    assert loader.wait_seconds == 2.5
+    next(batches)
+    assert loader.wait_seconds == 2.75
     loader.close()
 
 

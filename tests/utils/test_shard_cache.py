@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs.training_config import PROJECT_DIRECTORY
 from tests.sample_shards import (
     BAD_HEADERS,
     BAD_TOKENS,
@@ -18,7 +24,7 @@ from tests.sample_shards import (
     save_shard,
     saved,
 )
-from utils.errors import ObjectNotFoundError, ShardError
+from utils.errors import ConfigError, ObjectNotFoundError, ShardError, TransientStorageError
 from utils.shard_cache import ShardCache, decode_shard
 from utils.shard_index import ShardFacts
 
@@ -29,7 +35,7 @@ IDS = np.arange(100, dtype=np.uint16)
 def decode(directory: Path, data: bytes, vocab_size: int = 100) -> np.ndarray:
     path = directory / NAME
     path.write_bytes(data)
-    return decode_shard(path, NAME, vocab_size)
+    return np.concatenate(list(decode_shard(path, NAME, vocab_size)))
 
 
 @pytest.mark.parametrize("key", ["input_ids", "tokens", "arr_0"])
@@ -105,8 +111,11 @@ def bucket(tmp_path: Path) -> CountingBucket:
 def open_cache(tmp_path: Path, bucket: CountingBucket) -> Iterator[Callable[..., ShardCache]]:
     opened = []
 
-    def build(*shards: ShardFacts, vocab_size: int = 100) -> ShardCache:
-        opened.append(ShardCache(bucket, shards, tmp_path / "cache", vocab_size))
+    def build(
+        *shards: ShardFacts, vocab_size: int = 100, limit_bytes: int | None = None
+    ) -> ShardCache:
+        sources = [(bucket, shards)]
+        opened.append(ShardCache(sources, tmp_path / "cache", vocab_size, limit_bytes))
         return opened[-1]
 
     yield build
@@ -115,7 +124,8 @@ def open_cache(tmp_path: Path, bucket: CountingBucket) -> Iterator[Callable[...,
 
 
 def cached_files(tmp_path: Path) -> list[Path]:
-    return sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    files = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    return sorted(path for path in files if path.parent.name != "locks")
 
 
 def test_a_shard_is_downloaded_once_for_every_start(
@@ -152,7 +162,7 @@ def test_a_released_shard_is_read_again_without_a_download(
     cache.prefetch(range(3))
     for _ in range(2):
         assert [cache.tokens(n).tolist() for n in range(3)] == [IDS[n:].tolist() for n in range(3)]
-        cache.release([1])
+        cache.prefetch([1])
     assert sorted(bucket.downloads) == ["0.npz", "1.npz", "2.npz"]
 
 
@@ -212,7 +222,7 @@ def test_what_a_killed_download_left_is_ignored(
     assert bucket.downloads == [NAME, NAME]
 
 
-@pytest.mark.parametrize("length", [0, 5, 60, 200])
+@pytest.mark.parametrize("length", [0, 5, 60, 199])
 def test_a_cached_file_cut_by_a_power_loss_is_made_again(
     tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache], length: int
 ) -> None:
@@ -243,6 +253,154 @@ def test_a_missing_shard_is_a_storage_error(open_cache: Callable[..., ShardCache
         open_cache(ShardFacts("gone.npz", 1, 1, None)).tokens(0)
 
 
+# The limit, and several processes.
+
+
+def test_a_limit_below_what_is_needed_at_once_is_refused_with_numbers(
+    bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    shards = [save_shard(bucket.root / f"{n}.npz", input_ids=IDS) for n in range(3)]
+    cache = open_cache(*shards, limit_bytes=500)
+    with pytest.raises(ConfigError, match="cache_limit_bytes 500 is below the 600 bytes of it all"):
+        cache.require_room_for([0, 1, 2], "it all")
+    cache.require_room_for([0, 1], "two of them")
+
+
+def test_the_shards_used_longest_ago_leave_and_those_wanted_now_stay(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    shards = [save_shard(bucket.root / f"{n}.npz", input_ids=IDS) for n in range(6)]
+    limit = 3 * 200 + shards[0].size  # three decoded shards and one download
+    cache = open_cache(*shards, limit_bytes=limit)
+    for wanted in ([0, 1], [1, 2], [2, 3], [1, 4], [4, 5]):
+        cache.prefetch(wanted)
+        for shard in wanted:
+            assert cache.tokens(shard).tolist() == IDS.tolist()
+        names = {path.name[0] for path in cached_files(tmp_path)}
+        assert {str(shard) for shard in wanted} <= names
+        assert sum(path.stat().st_size for path in cached_files(tmp_path)) <= limit
+
+
+def test_what_comes_later_is_begun_as_far_as_the_limit_allows(
+    bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    shards = [save_shard(bucket.root / f"{n}.npz", input_ids=IDS) for n in range(4)]
+    cache = open_cache(*shards, limit_bytes=700)
+    cache.prefetch([0, 1], [2, 3])
+    for shard in (0, 1, 2):
+        cache.tokens(shard)
+    cache.close()
+    assert sorted(bucket.downloads) == ["0.npz", "1.npz", "2.npz"]
+
+
+READER = """
+import sys
+from pathlib import Path
+from tests.sample_shards import CountingBucket
+from utils.shard_cache import ShardCache
+from utils.shard_index import ShardFacts
+root, cache, name, tokens, size = sys.argv[1:]
+bucket = CountingBucket(Path(root))
+shards = [ShardFacts(f"{n}.npz", int(tokens), int(size), None) for n in range(8)]
+opened = ShardCache([(bucket, shards)], Path(cache), 100)
+opened.prefetch(range(8))
+total = sum(int(opened.tokens(n).sum()) for n in range(8))
+opened.close()
+print(len(bucket.downloads), total)
+"""
+
+
+def test_the_ranks_of_a_machine_download_each_shard_once(
+    tmp_path: Path, bucket: CountingBucket
+) -> None:
+    facts = [save_shard(bucket.root / f"{n}.npz", input_ids=IDS) for n in range(8)]
+    words = [bucket.root, tmp_path / "cache", "-", facts[0].tokens, facts[0].size]
+    command = [sys.executable, "-c", READER, *map(str, words)]
+    ranks = [
+        subprocess.Popen(command, cwd=PROJECT_DIRECTORY, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    outputs = [rank.communicate(timeout=60)[0].split() for rank in ranks]
+    assert sum(int(downloads) for downloads, _ in outputs) == 8
+    assert {total for _, total in outputs} == {str(8 * int(IDS.sum()))}
+
+
+def test_what_a_killed_process_left_is_removed_at_the_next_start(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    facts = save_shard(bucket.root / NAME, input_ids=IDS)
+    open_cache(facts).tokens(0)
+    (whole,) = cached_files(tmp_path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = platform.node()
+    left = whole.with_name(f".tmp-{host}-{gone.pid}-1.npz")
+    alive = whole.with_name(f".tmp-{host}-{os.getpid()}-1.tokens")
+    elsewhere = whole.with_name(f".tmp-another-host-{gone.pid}-1.npz")
+    for path in (left, alive, elsewhere):
+        path.write_bytes(b"half")
+    open_cache(facts)
+    assert cached_files(tmp_path) == sorted([alive, elsewhere, whole])
+
+
+class FailingBucket(CountingBucket):
+    """Fails `failures` times for a while before it answers."""
+
+    failures = 2
+
+    def fetch(self, name: str, scratch: Path) -> Path:
+        if self.failures:
+            self.failures -= 1
+            raise TransientStorageError("503")
+        return super().fetch(name, scratch)
+
+
+def test_a_bucket_that_fails_for_a_while_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.shard_cache.FIRST_RETRY_SECONDS", 0.01)
+    bucket = FailingBucket(tmp_path / "data")
+    facts = save_shard(bucket.root / NAME, input_ids=IDS)
+    cache = ShardCache([(bucket, [facts])], tmp_path / "cache", 100)
+    assert cache.tokens(0).tolist() == IDS.tolist()
+    assert (bucket.failures, bucket.downloads) == (0, [NAME])
+    cache.close()
+
+
+def test_a_shard_of_many_blocks_is_decoded_in_little_memory(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    rows = 3 * 2**20 // 8
+    ids = (np.arange(rows * 8, dtype=np.int64) % 100).reshape(rows, 8)
+    mask = np.ones_like(ids, dtype=np.uint8)
+    mask[::3] = 0
+    path = bucket.root / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, input_ids=ids, attention_mask=mask)
+    facts = ShardFacts(NAME, int(mask.sum()), path.stat().st_size, None)
+    tracemalloc.start()
+    found = open_cache(facts).tokens(0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(found, ids[mask != 0])
+    assert peak < 40 * 2**20 < ids.nbytes + mask.nbytes + 20 * 2**20
+
+
+def test_columns_first_arrays_keep_their_order(tmp_path: Path) -> None:
+    ids = np.asfortranarray(np.arange(12).reshape(3, 4))
+    assert decode(tmp_path, saved(input_ids=ids)).tolist() == list(range(12))
+
+
+def test_a_small_file_that_unpacks_to_much_is_refused_before_it_is_unpacked(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / NAME
+    np.savez_compressed(path, input_ids=np.zeros(110 * 2**20, np.uint16))
+    assert path.stat().st_size < 300_000
+    with pytest.raises(ShardError, match="unpacks to .* more than 100 times its"):
+        next(decode_shard(path, NAME, 100))
+
+
 def test_buckets_with_the_same_names_do_not_share_a_cache(
     tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
 ) -> None:
@@ -250,6 +408,6 @@ def test_buckets_with_the_same_names_do_not_share_a_cache(
     open_cache(facts).tokens(0)
     other = CountingBucket(tmp_path / "other")
     save_shard(other.root / NAME, input_ids=IDS[::-1])
-    cache = ShardCache(other, [facts], tmp_path / "cache", 100)
+    cache = ShardCache([(other, [facts])], tmp_path / "cache", 100)
     assert cache.tokens(0).tolist() == IDS[::-1].tolist()
     cache.close()

@@ -88,7 +88,7 @@ def test_a_shard_cut_anywhere_is_a_bad_shard(tmp_path: Path) -> None:
 def test_a_bit_flipped_anywhere_gives_the_right_facts_or_a_bad_shard(tmp_path: Path) -> None:
     data = saved(input_ids=np.arange(9, dtype=np.uint16))
     refused = 0
-    for bit in range(0, 8 * len(data)):
+    for bit in range(8 * len(data)):
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         try:

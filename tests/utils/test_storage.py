@@ -375,7 +375,7 @@ def test_a_server_that_is_down_for_ever_is_given_up_within_the_limit(
 ) -> None:
     gcs.put_object("runs", "a", b"1")
     gcs.add_fault(Fault("status", times=None, status=503))
-    impatient = open_bucket("gs://runs", retry_seconds=0.3)
+    impatient = open_bucket("gs://runs", retry_seconds=0.15)
     for use in operations(impatient, write(tmp_path / "source", b"1")):
         gcs.clear_requests()
         started = time.monotonic()
