@@ -4,7 +4,7 @@ export VENV
 BIN = $(VENV)/bin
 CODE = train.py debug_gpu.py configs utils scripts tests
 
-.PHONY: setup format check-format lint types test check check-all
+.PHONY: setup format check-format lint types test check check-all bench
 
 setup:
 	@bash setup.sh --dev
@@ -29,3 +29,6 @@ check: check-format lint types test
 
 check-all: check-format lint types
 	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python scripts/benchmark.py

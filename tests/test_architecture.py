@@ -52,6 +52,7 @@ LAYERS: list[set[str]] = [
     {
         "train",
         "debug_gpu",
+        "scripts.benchmark",
         "scripts.checkpoint_viewer",
         "scripts.monitor_training",
         "scripts.prepare_data",
