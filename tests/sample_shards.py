@@ -93,6 +93,16 @@ def _flipped(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
+def _compressed_with_another_checksum(ids: np.ndarray) -> bytes:
+    """Return a shard that unpacks without an error to bytes that are not those of its CRC."""
+    with zipfile.ZipFile(io.BytesIO(saved(input_ids=ids))) as archive:
+        member = archive.read("input_ids.npy")
+    data = bytearray(zipped({"input_ids.npy": member}, zipfile.ZIP_DEFLATED))
+    for signature, offset in ((b"PK\x03\x04", 14), (b"PK\x01\x02", 16)):
+        data[data.index(signature) + offset] ^= 1
+    return bytes(data)
+
+
 IDS = np.arange(9, dtype=np.uint16)
 
 # Seen in the zip directory and the .npy headers alone: file -> a part of the reason.
@@ -170,6 +180,10 @@ BAD_TOKENS: dict[str, tuple[bytes, str]] = {
     ),
     "negative id": (saved(input_ids=np.array([1, -1], "i2")), "token id -1 is negative"),
     "flipped bit": (_flipped(saved(input_ids=np.tile(IDS, 5000))), "input_ids is damaged"),
+    "wrong checksum": (
+        _compressed_with_another_checksum(np.tile(IDS, 5000)),
+        "input_ids is damaged",
+    ),
     "mask of another length": (
         saved(input_ids=IDS, attention_mask=np.ones(8, "u1")),
         "attention_mask has another shape",

@@ -137,3 +137,52 @@ def test_shipped_accelerate_configuration_is_one_that_accelerate_reads() -> None
 
     config = load_config_from_file(str(PROJECT_DIRECTORY / "configs/accelerate/ddp.yaml"))
     assert config.distributed_type == "MULTI_GPU"
+
+
+@pytest.fixture
+def two_gpus(project: Path) -> dict[str, str]:
+    """An environment whose python sees two GPUs and writes down how it is called."""
+    (project / "setup.sh").write_text("exit 0\n")
+    binaries = project / "fake" / "bin"
+    binaries.mkdir(parents=True)
+    note = f'echo "$(basename "$0") $*" >> {project}/calls\n'
+    (binaries / "python").write_text(
+        f'#!/bin/sh\n{note}case "$*" in *device_count*) echo 2 ;; *--dry-run*) exit '
+        '"${DRY_RUN_CODE:-0}" ;; esac\n'
+    )
+    (binaries / "accelerate").write_text(f"#!/bin/sh\n{note}exit 75\n")
+    for program in binaries.iterdir():
+        program.chmod(0o755)
+    return {"VENV": str(project / "fake"), "HF_HOME": str(project / "hf")}
+
+
+def test_two_gpus_get_one_process_each_through_accelerate(
+    project: Path, two_gpus: dict[str, str]
+) -> None:
+    result = bash(project, "run.sh", "production", "5000", "--debug", **two_gpus)
+    assert result.returncode == 75, result.stderr
+    launched = (project / "calls").read_text().splitlines()
+    assert (
+        "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 "
+        "train.py --config production --max-steps 5000 --resume latest --debug"
+    ) in launched
+
+
+def test_a_users_own_accelerate_configuration_wins_and_is_named(
+    project: Path, two_gpus: dict[str, str]
+) -> None:
+    own = project / "hf" / "accelerate" / "default_config.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("num_processes: 2\n")
+    result = bash(project, "run.sh", "production", **two_gpus)
+    assert str(own) in result.stdout
+    launched = (project / "calls").read_text().splitlines()
+    assert "accelerate launch train.py --config production --resume latest" in launched
+
+
+def test_what_the_preflight_refuses_is_not_launched_on_every_gpu(
+    project: Path, two_gpus: dict[str, str]
+) -> None:
+    result = bash(project, "run.sh", "production", **two_gpus, DRY_RUN_CODE="3")
+    assert result.returncode == 3
+    assert "accelerate" not in (project / "calls").read_text()

@@ -20,8 +20,9 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -256,8 +257,7 @@ def read_shard_facts(bucket: Bucket, info: ObjectInfo) -> ShardFacts:
     Raises:
         ShardError: It is not an NPZ with usable tokens.
     """
-    source = io.BufferedReader(_RangeReader(bucket, info), HEADER_READ_BYTES)
-    with source, open_shard(source, info.name) as archive:
+    with open_stored_shard(bucket, info) as archive:
         key = find_token_key(archive, info.name)
         shape, _ = read_array_header(archive, key, info.name)
         tokens = math.prod(shape)
@@ -267,6 +267,18 @@ def read_shard_facts(bucket: Bucket, info: ObjectInfo) -> ShardFacts:
     if tokens == 0:
         raise ShardError(info.name, "it holds no tokens.")
     return ShardFacts(info.name, tokens, info.size, info.crc32c)
+
+
+@contextmanager
+def open_stored_shard(bucket: Bucket, info: ObjectInfo) -> Iterator[zipfile.ZipFile]:
+    """Open a shard where it lies; only what is looked at is read, 16 KiB at a time.
+
+    Raises:
+        ShardError: It is empty, truncated or no zip file at all.
+    """
+    source = io.BufferedReader(_RangeReader(bucket, info), HEADER_READ_BYTES)
+    with source, open_shard(source, info.name) as archive:
+        yield archive
 
 
 def open_shard(source: Any, name: str) -> zipfile.ZipFile:

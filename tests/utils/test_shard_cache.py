@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
@@ -341,6 +342,40 @@ def test_what_a_killed_process_left_is_removed_at_the_next_start(
         path.write_bytes(b"half")
     open_cache(facts)
     assert cached_files(tmp_path) == sorted([alive, elsewhere, whole])
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.sample_shards import CountingBucket
+from utils.shard_cache import ShardCache
+from utils.shard_index import ShardFacts
+
+class Killer(CountingBucket):
+    def fetch(self, name, scratch):
+        scratch.write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+root, cache, name, tokens, size = sys.argv[1:]
+shards = [ShardFacts(name, int(tokens), int(size), None)]
+ShardCache([(Killer(Path(root)), shards)], Path(cache), 100).tokens(0)
+"""
+
+
+def test_a_kill_in_the_middle_of_a_download_costs_that_download_only(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    facts = replace(save_shard(bucket.root / NAME, input_ids=IDS), crc32c=None)
+    words = [bucket.root, tmp_path / "cache", NAME, facts.tokens, facts.size]
+    command = [sys.executable, "-c", KILLED, *map(str, words)]
+    process = subprocess.run(command, cwd=PROJECT_DIRECTORY, check=False, timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    (left,) = cached_files(tmp_path)
+    assert left.name.startswith(".tmp-")
+    assert open_cache(facts).tokens(0).tolist() == IDS.tolist()  # the dead process' lock is free
+    (whole,) = cached_files(tmp_path)
+    assert whole.suffix == ".tokens"
+    assert not whole.name.startswith(".")
 
 
 class FailingBucket(CountingBucket):

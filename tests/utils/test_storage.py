@@ -202,6 +202,21 @@ def test_a_write_that_fails_half_way_leaves_the_old_object_and_nothing_else(
     assert directory.read_bytes("a") == b"old"
 
 
+def test_who_reads_while_an_object_is_replaced_sees_the_old_one_whole(
+    directory: DirectoryBucket, tmp_path: Path
+) -> None:
+    directory.put_bytes("a", b"old" * 1000)
+    for put in (
+        lambda: directory.put_bytes("a", b"new"),
+        lambda: directory.put_file("a", write(tmp_path / "source", b"old" * 1000)),
+    ):
+        with (directory.root / "a").open("rb", buffering=0) as reader:
+            before = directory.read_bytes("a")
+            assert reader.read(2) == before[:2]
+            put()
+            assert reader.read() == before[2:]
+
+
 def test_what_another_process_is_still_writing_is_not_listed(directory: DirectoryBucket) -> None:
     directory.put_bytes("a/b", b"1")
     write(directory.root / ".tmp-1234", b"half")
