@@ -60,6 +60,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="resume although the shards changed: go on at the next epoch of the new ones",
     )
+    add(
+        "--accept-config-change",
+        action="store_true",
+        help="resume although the configuration trains something else than the checkpoint's",
+    )
     add("--no-background-upload", action="store_true", help="upload while training waits")
     add("--dry-run", action="store_true", help="show and check everything, train nothing")
     add(
@@ -130,6 +135,7 @@ def train(args: argparse.Namespace) -> int:
                 config, paths, model_config, sources, start, accelerator, stop,
                 background_upload=not args.no_background_upload,
                 accept_data_change=args.accept_data_change,
+                accept_config_change=args.accept_config_change,
             )
         )  # fmt: skip
         return loop(run, config, args.stop_after)
@@ -144,8 +150,10 @@ def loop(run: TrainingRun, config: TrainingConfig, stop_after: int | None) -> in
         if step % config.logging_steps == 0 or step == config.max_steps:
             run.log_metrics()
         saving = stopping or step % config.save_steps == 0 or step == last_step
+        saving = saving or run.is_save_due()
         if saving or (config.eval_steps and step % config.eval_steps == 0):
-            run.evaluate()
+            improved = run.evaluate()
+            saving = saving or (config.save_on_best and improved)
         if saving:
             run.save()
         if stopping:

@@ -125,6 +125,12 @@ class TrainingConfig:
     save_steps: int = 500
     """A checkpoint every so many steps, and one at the end."""
 
+    save_seconds: float | None = None
+    """A checkpoint also when so many seconds have passed since the last one. null: never."""
+
+    save_on_best: bool = False
+    """A checkpoint also at each new best validation loss."""
+
     logging_steps: int = 100
     """Metrics every so many steps; their loss is the mean since the ones before."""
 
@@ -170,6 +176,9 @@ class TrainingConfig:
     keep_checkpoints: int = 3
     """Newest checkpoints kept on this machine; the best is kept besides."""
 
+    keep_every_steps: int | None = None
+    """Checkpoints whose step is a multiple of this are kept for ever. null: none."""
+
     max_unverified: int = 3
     """Checkpoints kept while the bucket cannot be reached, before the oldest is given up."""
 
@@ -203,6 +212,8 @@ class TrainingConfig:
             "eval_steps",
             "max_eval_samples",
             "cache_limit_bytes",
+            "keep_every_steps",
+            "save_seconds",
         ):
             if getattr(self, key) is not None:
                 self._require_at_least(key, 1)
@@ -330,6 +341,59 @@ def _check_mixture(sources: list[dict[str, Any]]) -> None:
             )
         if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight > 0):
             raise ConfigError(f"data_uri: the weight of {uri} must be above 0, got {weight}.")
+
+
+# A change of these is another run in the making: other tokens, other updates, other weights.
+GUARDED_KEYS = (
+    "model",
+    "model_overrides",
+    "sequence_length",
+    "learning_rate",
+    "lr_scheduler_type",
+    "min_lr_rate",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "seed",
+    "shuffle_window_shards",
+    "mask_documents",
+    "max_files",
+    "bf16",
+    "fp16",
+)
+
+
+@dataclass(frozen=True)
+class ConfigChanges:
+    """How a configuration differs from the one of a checkpoint, as `key: old -> new`.
+
+    Attributes:
+        free: Changes that leave what is trained as it was.
+        guarded: Changes that do not.
+    """
+
+    free: tuple[str, ...]
+    guarded: tuple[str, ...]
+
+
+def compare_configs(old: Mapping[str, Any], new: TrainingConfig) -> ConfigChanges:
+    """Return the differences between a checkpoint's configuration and the current one.
+
+    A longer run is a free change, a shorter one is not: its schedule would have ended before.
+    Keys that only one version of this project knows are left out.
+    """
+    free: list[str] = []
+    guarded: list[str] = []
+    for key, value in new.to_json().items():
+        if key not in old or old[key] == value:
+            continue
+        change = f"{key}: {json.dumps(old[key])} -> {json.dumps(value)}"
+        shorter = key == "max_steps" and value < old[key]
+        (guarded if key in GUARDED_KEYS or shorter else free).append(change)
+    return ConfigChanges(tuple(free), tuple(guarded))
 
 
 def find_config_file(name: str) -> Path:

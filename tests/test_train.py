@@ -6,8 +6,10 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -258,7 +260,8 @@ def test_sigterm_saves_and_exits_75_and_the_next_start_goes_on(
     (saved,) = find_checkpoints(tmp_path / "run" / "checkpoints")
     assert (tmp_path / "run" / "bucket" / "Checkpoints" / f"{saved}.tar.gz").is_file()
     assert saved.step >= 3
-    assert run_train("--max-steps", str(saved.step + 2), "--resume", "latest") == 0
+    words = ("--max-steps", str(saved.step + 2), "--accept-config-change")  # a shorter schedule
+    assert run_train(*words, "--resume", "latest") == 0
     assert find_checkpoints(tmp_path / "run" / "checkpoints")[-1].step == saved.step + 2
 
 
@@ -341,6 +344,77 @@ def test_resuming_from_an_older_checkpoint_begins_a_branch(
     branches = [read_manifest(directory / str(n)).branch for n in find_checkpoints(directory)]
     assert branches == [0, 1]
     assert read_metrics(tmp_path / "run/logs/metrics.jsonl").series("loss")[0] == [1, 2, 3]
+
+
+def test_a_new_best_and_the_clock_can_ask_for_a_save(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("save_steps=100", "eval_steps=2", "keep_checkpoints=9", "checkpoint_uri=")
+    assert run_train("--max-steps", "5", folder="plain", settings=settings) == 0
+    plain = [name.step for name in find_checkpoints(tmp_path / "plain/checkpoints")]
+    assert plain == [5]
+
+    best = (*settings, "save_on_best=true")
+    assert run_train("--max-steps", "5", folder="best", settings=best) == 0
+    saved = [name.step for name in find_checkpoints(tmp_path / "best/checkpoints")]
+    losses = read_metrics(tmp_path / "best/logs/metrics.jsonl").series("validation_loss")
+    expected, lowest = [], np.inf
+    for step, loss in zip(*losses, strict=True):
+        if loss < lowest or step == 5:
+            expected.append(step)
+        lowest = min(lowest, loss)
+    assert saved == expected
+    assert len(saved) > 1
+
+    clock = iter(range(0, 10_000, 4))  # each look at it is 4 s later
+    fake = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    monkeypatch.setattr("utils.training_run.time", fake)
+    timed = (*settings, "save_seconds=8")
+    assert run_train("--max-steps", "6", folder="timed", settings=timed) == 0
+    saved = [name.step for name in find_checkpoints(tmp_path / "timed/checkpoints")]
+    assert saved == [2, 4, 6]
+
+
+def test_every_so_many_steps_a_checkpoint_stays_for_ever(run_train: Train, tmp_path: Path) -> None:
+    settings = ("save_steps=1", "keep_checkpoints=1", "keep_every_steps=3", "max_eval_samples=1")
+    assert run_train("--max-steps", "8", "--no-background-upload", settings=settings) == 0
+    kept = {name.step for name in find_checkpoints(tmp_path / "run/checkpoints")}
+    assert {3, 6, 8} <= kept
+    assert len(kept) <= 4  # and the best
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("learning_rate=1e-3", "learning_rate: 0.004 -> 0.001"),
+        ("weight_decay=0.2", "weight_decay: 0.1 -> 0.2"),
+        ("model_overrides.hidden_dropout=0.1", "model_overrides: "),
+        ("global_batch_size=8", "samples a step: 4 -> 8 (global_batch_size=4 keeps it)"),
+        ("max_steps=5", "max_steps: 6 -> 5"),
+    ],
+)
+def test_a_configuration_that_trains_something_else_wants_a_flag(
+    run_train: Train, capsys: pytest.CaptureFixture[str], change: str, message: str
+) -> None:
+    assert run_train("--max-steps", "6", "--stop-after", "2") == 0
+    steps = () if change.startswith("max_steps") else ("--max-steps", "6")
+    words = (*steps, "--resume", "latest")
+    assert run_train(*words, settings=(change,)) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "--accept-config-change" in errors
+    assert run_train(*words, "--accept-config-change", settings=(change,)) == 0
+
+
+def test_a_longer_run_and_other_watching_want_no_flag_and_are_listed(
+    run_train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_train("--max-steps", "2") == 0
+    settings = ("logging_steps=1", "keep_checkpoints=5")
+    assert run_train("--max-steps", "4", "--resume", "latest", settings=settings) == 0
+    output = capsys.readouterr().out
+    for change in ("max_steps: 2 -> 4", "logging_steps: 10 -> 1", "keep_checkpoints: 3 -> 5"):
+        assert f"Changed since the checkpoint: {change}." in output
 
 
 def test_a_finished_run_has_nothing_left_to_do(run_train: Train, tmp_path: Path) -> None:

@@ -172,6 +172,7 @@ def apply_retention(
         keep_checkpoints=config.keep_checkpoints,
         max_unverified=config.max_unverified,
         is_uploading_on=is_uploading_on,
+        keep_every_steps=config.keep_every_steps,
     ):
         if decision.action is Action.KEEP:
             continue

@@ -54,6 +54,7 @@ def plan_retention(
     keep_checkpoints: int,
     max_unverified: int,
     is_uploading_on: bool,
+    keep_every_steps: int | None = None,
 ) -> list[Decision]:
     """Return a decision for each checkpoint, oldest first.
 
@@ -62,6 +63,7 @@ def plan_retention(
         keep_checkpoints: How many of the newest to keep.
         max_unverified: How many beyond those may wait for their upload.
         is_uploading_on: Whether checkpoints go to a bucket at all.
+        keep_every_steps: Multiples of it are kept for ever; None for none.
     """
     ordered = sorted(checkpoints, key=lambda facts: facts.step)
     newest = {facts.name for facts in ordered[-keep_checkpoints:]}
@@ -72,6 +74,8 @@ def plan_retention(
             decision = Decision(facts.name, Action.KEEP, "latest")
         elif facts.is_best:
             decision = Decision(facts.name, Action.KEEP, "best")
+        elif keep_every_steps and facts.step % keep_every_steps == 0:
+            decision = Decision(facts.name, Action.KEEP, f"every {keep_every_steps} steps")
         elif facts.name in newest:
             decision = Decision(facts.name, Action.KEEP, f"newest {keep_checkpoints}")
         elif facts.is_uploading:

@@ -52,12 +52,17 @@ class StopRequest:
 
     def is_agreed(self) -> bool:
         """Tell whether any rank was asked to stop; all ranks call this at the same step."""
-        if self._group is None:
-            return self.reason is not None
-        flag = torch.tensor([int(self.reason is not None)])
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
-        if flag.item() and self.reason is None:
+        stopping = self.any_rank(self.reason is not None)
+        if stopping and self.reason is None:
             self.reason = "another rank was asked to stop"
+        return stopping
+
+    def any_rank(self, wish: bool) -> bool:
+        """Tell whether any rank wishes so; all ranks call this at the same step."""
+        if self._group is None:
+            return wish
+        flag = torch.tensor([int(wish)])
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from configs.training_config import TrainingConfig
+from configs.training_config import TrainingConfig, compare_configs
 from utils import checkpoint_store, checkpoint_utils, tracking
 from utils.console import LiveLine, format_duration
 from utils.data_state import DataState
@@ -27,7 +27,13 @@ from utils.data_utils import BatchLoader, SampleReader, ValidationData
 from utils.errors import ConfigError, ExitCode
 from utils.evaluation import evaluate
 from utils.journal import Journal
-from utils.layout import Manifest, RunPaths
+from utils.layout import (
+    METRICS_HISTORY_FILE,
+    TRAINING_CONFIG_FILE,
+    Manifest,
+    RunPaths,
+    read_json,
+)
 from utils.mixture import build_order
 from utils.ranks import compute_on_main, gather_to_main
 from utils.resume import Start
@@ -61,6 +67,7 @@ class TrainingRun:
         stop: Asked by the loop.
         background_upload: False uploads within `save`.
         accept_data_change: Go on although the shards are not the checkpoint's.
+        accept_config_change: Go on although the configuration trains something else.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class TrainingRun:
         *,
         background_upload: bool = True,
         accept_data_change: bool = False,
+        accept_config_change: bool = False,
     ) -> None:
         self.config, self.paths, self.stop = config, paths, stop
         self.start, self._sources = start, tuple(sources)
@@ -93,6 +101,7 @@ class TrainingRun:
         self._skip_bad_shards = config.bad_shard == "skip"
         self._bad_shards: tuple[int, ...] = ()
         if start.checkpoint is not None and start.manifest is not None:
+            self._require_same_config(start.checkpoint, accept_config_change)
             self._restore(start.checkpoint, start.manifest, accept_data_change)
         self._document_end = model_config.eos_token_id if config.mask_documents else None
         user_project = config.gcs_user_project or None
@@ -111,6 +120,7 @@ class TrainingRun:
         self._live = LiveLine(enabled=False)
         self._throughput = Throughput()
         self._waited = 0.0
+        self._saved_at = time.monotonic()
         self._last_record: dict[str, float] = {}
         self._outcome = "failed"
 
@@ -212,19 +222,26 @@ class TrainingRun:
         self._last_record = record
         log.info("Step %s", self._describe(record))
 
-    def evaluate(self) -> None:
-        """Measure the validation loss, once a step at most."""
+    def is_save_due(self) -> bool:
+        """Tell whether `save_seconds` have passed since the last save; ranks agree."""
+        seconds = self.config.save_seconds
+        if seconds is None:
+            return False
+        return self.stop.any_rank(time.monotonic() - self._saved_at >= seconds)
+
+    def evaluate(self) -> bool:
+        """Measure the validation loss, once a step at most; tell whether it is the best so far."""
         progress = self.state.progress
         if progress.validation_step == progress.step and progress.validation_loss is not None:
-            return
+            return False
         started = time.perf_counter()
         loss = evaluate(
             self.state, self._validation, self.config.eval_batch_size, self._document_end
         )
         self._throughput.pause(time.perf_counter() - started)
         if loss is None:
-            return
-        progress.add_validation(loss)
+            return False
+        improved = progress.add_validation(loss)
         record = {
             "validation_loss": loss,
             "validation_perplexity": math.exp(min(loss, 700.0)),
@@ -236,6 +253,7 @@ class TrainingRun:
             progress.step, loss, record["validation_perplexity"], progress.best_validation_loss,
             self._validation.num_samples, format_duration(time.perf_counter() - started),
         )  # fmt: skip
+        return improved
 
     def save(self) -> None:
         """Commit a checkpoint, queue its upload, and let old ones go."""
@@ -261,6 +279,7 @@ class TrainingRun:
                 run_id=self.start.identity.run_id,
                 is_uploading_on=self._uploader is not None,
             )
+        self._saved_at = time.monotonic()
         self._throughput.pause(time.perf_counter() - started)
 
     def _known_bad_shards(self) -> list[int]:
@@ -312,6 +331,32 @@ class TrainingRun:
         )  # fmt: skip
         return ExitCode.NOT_VERIFIED
 
+    def _require_same_config(self, checkpoint: Path, accept: bool) -> None:
+        """List what differs from the checkpoint's configuration; refuse what trains differently.
+
+        Raises:
+            ConfigError: There is such a difference, and it was not accepted.
+        """
+        saved = read_json(checkpoint / TRAINING_CONFIG_FILE)
+        changes = compare_configs(saved, self.config)
+        guarded = list(changes.guarded)
+        batch = read_json(checkpoint / METRICS_HISTORY_FILE)["progress"]["global_batch_size"]
+        if batch not in (0, self._global_batch):
+            guarded.append(
+                f"samples a step: {batch} -> {self._global_batch} (global_batch_size={batch} "
+                "keeps it)"
+            )
+        for change in changes.free:
+            log.info("Changed since the checkpoint: %s.", change)
+        if guarded and not accept:
+            raise ConfigError(
+                f"{checkpoint.name} was trained with another configuration: {'; '.join(guarded)}. "
+                "Put it back, go on all the same with --accept-config-change, or begin anew with "
+                "--fresh."
+            )
+        for change in guarded:
+            log.warning("Changed since the checkpoint, as accepted: %s.", change)
+
     def _restore(self, checkpoint: Path, manifest: Manifest, accept_data_change: bool) -> None:
         saved = checkpoint_utils.read_data_state(checkpoint)
         checkpoint_utils.restore_checkpoint(self.state, checkpoint, manifest, self.config)
@@ -324,12 +369,6 @@ class TrainingRun:
         else:
             saved.require_same_order(self._data_state())
             self._bad_shards = saved.bad_shards
-        if progress.global_batch_size not in (0, self._global_batch):
-            raise ConfigError(
-                f"The checkpoint was trained with {progress.global_batch_size} samples a step, "
-                f"now it would be {self._global_batch}. "
-                f"Keep it: --set global_batch_size={progress.global_batch_size}."
-            )
         log.info("Resumed from %s (step %d).", checkpoint.name, progress.step)
 
     def _data_state(self, bad_shards: Sequence[int] = ()) -> DataState:

@@ -246,15 +246,19 @@ class Progress:
         self.history["learning_rates"].append(record["learning_rate"])
         self.history["grad_norms"].append(record["grad_norm"])
         self.history["tokens_per_second"].append(record["tokens_per_second"])
-        if math.isfinite(record["loss"]) and record["loss"] < (self.best_loss or math.inf):
+        best = self.best_loss
+        if math.isfinite(record["loss"]) and (best is None or record["loss"] < best):
             self.best_loss, self.best_loss_step = record["loss"], self.step
 
-    def add_validation(self, loss: float) -> None:
-        """Take one evaluation into the histories."""
+    def add_validation(self, loss: float) -> bool:
+        """Take one evaluation into the histories; tell whether it is the best so far."""
         self.validation_loss, self.validation_step = loss, self.step
         self.history["validation"].append({"step": self.step, "validation_loss": loss})
-        if math.isfinite(loss) and loss < (self.best_validation_loss or math.inf):
-            self.best_validation_loss = loss
+        best = self.best_validation_loss
+        if not math.isfinite(loss) or (best is not None and loss >= best):
+            return False
+        self.best_validation_loss = loss
+        return True
 
 
 @dataclass

@@ -24,7 +24,11 @@ def facts(step: int, marks: str) -> CheckpointFacts:
 
 
 def plan(
-    marks: str, keep: int = 1, max_unverified: int = 3, is_uploading_on: bool = True
+    marks: str,
+    keep: int = 1,
+    max_unverified: int = 3,
+    is_uploading_on: bool = True,
+    every: int | None = None,
 ) -> tuple[str, list[str]]:
     """Return one letter a checkpoint and the reasons; `marks` are the facts, oldest first."""
     checkpoints = [facts(step, word) for step, word in enumerate(marks.split())]
@@ -34,6 +38,7 @@ def plan(
         keep_checkpoints=keep,
         max_unverified=max_unverified,
         is_uploading_on=is_uploading_on,
+        keep_every_steps=every,
     )
     assert [decision.name for decision in decisions] == [
         f"step{step}" for step in range(len(checkpoints))
@@ -68,6 +73,9 @@ def plan(
         ("- - - - v", {"is_uploading_on": False}, "ddddk"),
         ("-b - - - -", {"is_uploading_on": False, "keep": 2}, "kddkk"),
         ("-u - - -", {"is_uploading_on": False}, "kddk"),
+        ("v v v v v v v v", {"every": 3}, "kddkddkk"),
+        ("- - - - - - - -", {"every": 2}, "kskkkkkk"),
+        ("v v v v", {"every": 2, "is_uploading_on": False}, "kdkk"),
     ],
 )
 def test_rules(marks: str, options: dict[str, int], letters: str) -> None:
