@@ -74,7 +74,7 @@ def plan(
         ("-b - - - -", {"is_uploading_on": False, "keep": 2}, "kddkk"),
         ("-u - - -", {"is_uploading_on": False}, "kddk"),
         ("v v v v v v v v", {"every": 3}, "kddkddkk"),
-        ("- - - - - - - -", {"every": 2}, "kskkkkkk"),
+        ("- - - - - - - -", {"every": 2, "max_unverified": 2}, "kskkkkkk"),
         ("v v v v", {"every": 2, "is_uploading_on": False}, "kdkk"),
     ],
 )
