@@ -35,7 +35,7 @@ from utils.layout import (
     read_json,
 )
 from utils.mixture import build_order
-from utils.ranks import compute_on_main, gather_to_main
+from utils.ranks import gather_to_main
 from utils.resume import Start
 from utils.shard_cache import ShardCache
 from utils.shard_index import DataSource
@@ -292,7 +292,8 @@ class TrainingRun:
         step, reason = self.state.progress.step, self.stop.reason
         self._outcome = "done" if step >= self.config.max_steps else "stopped"
         self._live.close()
-        code = compute_on_main(self._finish_uploads)
+        # The other ranks leave at once: one that waited for hours of uploads would time out.
+        code = self._finish_uploads()
         if self._outcome == "done":
             log.info("Done: step %d of %d.", step, self.config.max_steps)
         elif reason is not None:
