@@ -4,43 +4,57 @@
     python scripts/prepare_data.py --sample --output data/sample
     python scripts/prepare_data.py --input books/ notes.jsonl.gz --vocab-size 32000 --output data/a
     python scripts/prepare_data.py --input 'web/*.parquet' --tokenizer gpt2 --output gs://bucket/web
+    python scripts/prepare_data.py --input t.bin --token-dtype uint16 --vocab-size 50257 --output b
 
 The same command again changes nothing when the output is whole, and goes on where it stopped when
 it was interrupted.
+
+Data that is there already (prepare_data.py COMMAND --help says more):
+
+    index URI       write index.json for shards from elsewhere, from their headers
+    inspect URI     show keys, shapes, dtypes, tokens, text, and what is bad
+    put SRC URI     copy a file or directory into a bucket or directory, verified
+    get URI DIR     copy from a bucket or directory, verified
+    ls URI          list what is there
+    rm URI          delete it
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import itertools
 import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.errors import ExitCode, PretrainError, UsageError
+from utils.console import configure_logging, format_bytes, run_command
+from utils.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from utils.corpus import CorpusOptions, OnProgress, Preparation
+    from utils.corpus import CorpusOptions, Preparation
+    from utils.progress import ProgressDisplay
+    from utils.shard_inspection import Inspection
     from utils.text_sources import Source
+    from utils.token_cache import TokenCache
 
 SAMPLE_VOCAB_SIZE = 4096
-SIGINT_CODE = 130
+DEFAULT_VALIDATION_FRACTION = 0.05
+DEFAULT_TOKEN_CACHE = "cache/tokens"  # noqa: S105 - not a password
+DEFAULT_TOKEN_CACHE_GB = 10.0
+NO_CACHE = "off"
 
 _logger = logging.getLogger("prepare_data")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser; each parsed command carries its function as `command`."""
+    """Return the parser of a preparation; the parsed arguments carry their function."""
     description, _, examples = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="prepare_data.py",
@@ -51,11 +65,48 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=prepare)
     _add_source_arguments(parser.add_argument_group("sources (any number, read in this order)"))
     _add_tokenizer_arguments(parser.add_argument_group("tokenizer"))
+    _add_validation_arguments(parser.add_argument_group("validation (one of)"))
     _add_output_arguments(parser.add_argument_group("output"))
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.add_argument("--quiet", action="store_true", help="say only what goes wrong")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    _add_common_arguments(parser, "print the summary as JSON")
     return parser
+
+
+def build_command_parser() -> argparse.ArgumentParser:
+    """Return the parser of the commands on data that is there already."""
+    parser = argparse.ArgumentParser(prog="prepare_data.py")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> Any:
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        added.set_defaults(command=command)
+        _add_common_arguments(added, "print JSON")
+        return added
+
+    index = add("index", write_index, "write index.json for shards from elsewhere, from headers")
+    index.add_argument("uri", metavar="URI")
+    index.add_argument("--vocab-size", type=int, metavar="N", help="where no tokenizer says it")
+    index.add_argument("--overwrite", action="store_true", help="replace a prepared one's index")
+    inspect = add("inspect", inspect_data, "show what shards hold; exit code 2 if any is bad")
+    inspect.add_argument("uri", metavar="URI")
+    inspect.add_argument("--samples", type=int, default=3, metavar="N", help="shards to decode")
+    inspect.add_argument("--verify", action="store_true", help="read all: checksums and token ids")
+    put = add("put", put_data, "copy a file or directory into a bucket or directory, verified")
+    put.add_argument("source", metavar="SRC")
+    put.add_argument("uri", metavar="URI")
+    get = add("get", get_data, "copy from a bucket or directory into a directory, verified")
+    get.add_argument("uri", metavar="URI")
+    get.add_argument("directory", metavar="DIR")
+    add("ls", list_data, "list what is there").add_argument("uri", metavar="URI")
+    remove = add("rm", remove_data, "delete what is there")
+    remove.add_argument("uri", metavar="URI")
+    remove.add_argument("--yes", action="store_true", help="do not ask")
+    return parser
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser, json_help: str) -> None:
+    parser.add_argument("--json", action="store_true", help=json_help)
+    parser.add_argument("--quiet", action="store_true", help="say only what goes wrong")
+    parser.add_argument("--debug", action="store_true", help="debug log lines and tracebacks")
 
 
 def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
@@ -70,7 +121,8 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
         action="extend",
         default=[],
         metavar="PATH",
-        help="text, .jsonl or .parquet files (also .gz, .zst), directories, 'globs'",
+        help="text, .jsonl or .parquet files (also .gz, .zst), token files (.npy, .bin), "
+        "directories, 'globs'",
     )
     group.add_argument(
         "--document-per",
@@ -86,8 +138,17 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--hf", metavar="NAME", help="Hugging Face dataset, by name or directory")
     group.add_argument("--hf-config", metavar="NAME", help="named subset of the --hf dataset")
-    group.add_argument("--split", default="train", help="split of --hf (default: train)")
+    group.add_argument("--split", metavar="NAME", help="split of --hf (default: train)")
     group.add_argument("--streaming", action="store_true", help="do not download --hf first")
+    group.add_argument(
+        "--token-dtype", metavar="TYPE", help="type of the ids in .bin files: uint16, uint32, ..."
+    )
+    group.add_argument(
+        "--eos-id",
+        type=int,
+        metavar="N",
+        help="id that ends each document in token files (default: a file is one document)",
+    )
     group.add_argument("--dedup", action="store_true", help="leave out exact repeats")
 
 
@@ -97,12 +158,58 @@ def _add_tokenizer_arguments(group: argparse._ArgumentGroup) -> None:
         "--vocab-size",
         type=int,
         metavar="N",
-        help=f"train a byte-level BPE of N tokens ({SAMPLE_VOCAB_SIZE} with --sample alone)",
+        help=f"train a byte-level BPE of N tokens ({SAMPLE_VOCAB_SIZE} with --sample alone); with "
+        "token files alone: the size of their vocabulary",
     )
     choice.add_argument(
         "--tokenizer",
         metavar="T",
-        help="take an existing one: directory, tokenizer.json or Hugging Face name",
+        help="take an existing one: directory, tokenizer.json, Hugging Face name, SentencePiece "
+        ".model, tiktoken:NAME or .tiktoken file",
+    )
+    group.add_argument(
+        "--special-token",
+        action="append",
+        default=[],
+        metavar="T",
+        help="further special token of a trained tokenizer, besides <|endoftext|> (repeatable)",
+    )
+    group.add_argument(
+        "--token-cache",
+        metavar="DIR",
+        help="what was tokenized before is taken from here (default: "
+        f"{DEFAULT_TOKEN_CACHE}; with --sample alone and for '{NO_CACHE}': none)",
+    )
+    group.add_argument(
+        "--token-cache-gb",
+        type=float,
+        default=DEFAULT_TOKEN_CACHE_GB,
+        metavar="GB",
+        help="size of the cache; the least recently used goes first (default: 10)",
+    )
+
+
+def _add_validation_arguments(group: argparse._ArgumentGroup) -> None:
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--validation-fraction",
+        type=float,
+        metavar="F",
+        help="share of the documents, evenly spread (default: 0.05)",
+    )
+    choice.add_argument(
+        "--validation-tail",
+        type=float,
+        metavar="F",
+        help="the last documents: those that begin in this share of the text at its end",
+    )
+    choice.add_argument(
+        "--validation-input",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH",
+        help="files, directories or globs of their own",
     )
 
 
@@ -116,13 +223,6 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="tokens in a shard (default: 50,000,000; with --sample alone, 5 even shards)",
     )
-    group.add_argument(
-        "--validation-fraction",
-        type=float,
-        default=0.05,
-        metavar="F",
-        help="share of the documents that is held out (default: 0.05)",
-    )
     group.add_argument("--compress", action="store_true", help="deflate the shards")
     group.add_argument("--overwrite", action="store_true", help="replace other data in the output")
 
@@ -130,50 +230,158 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
 def prepare(arguments: argparse.Namespace) -> int:
     """Prepare the corpus that the command line describes and say what came out."""
     from utils.corpus import prepare_corpus
-    from utils.storage import open_bucket
+    from utils.corpus_output import open_output
 
     start = time.monotonic()
-    sources, options = _build_request(arguments)
-    bucket = open_bucket(arguments.output)
+    sources, validation_sources, options = _build_request(arguments)
+    cache = _open_cache(arguments)
+    bucket = open_output(arguments.output)
     try:
-        with _progress_display(arguments) as on_progress:
-            preparation = prepare_corpus(sources, bucket, options, arguments.overwrite, on_progress)
+        with _progress(arguments) as progress:
+            preparation = prepare_corpus(
+                sources,
+                bucket,
+                options,
+                arguments.overwrite,
+                progress.update,
+                validation_sources=validation_sources,
+                token_cache=cache,
+            )
     finally:
         bucket.close()
+    if cache and cache.num_hits:
+        num_all = cache.num_hits + cache.num_misses
+        _logger.info("Token cache %s: %d of %d found.", cache.directory, cache.num_hits, num_all)
     _report(preparation, bucket.uri, time.monotonic() - start, arguments)
     return ExitCode.DONE
 
 
-def _build_request(arguments: argparse.Namespace) -> tuple[list[Source], CorpusOptions]:
+def _build_request(
+    arguments: argparse.Namespace,
+) -> tuple[list[Source], list[Source], CorpusOptions]:
     from utils.corpus import DEFAULT_SHARD_TOKENS, CorpusOptions
-    from utils.text_sources import FileSource, HubSource, SampleSource, find_files
 
-    sources: list[Source] = []
-    if arguments.sample:
-        sources.append(SampleSource())
-    if arguments.input:
-        paths = find_files(arguments.input)
-        sources.append(FileSource(paths, arguments.document_per, arguments.text_column))
-    if arguments.hf:
-        names = (arguments.hf, arguments.split, arguments.hf_config, arguments.text_column)
-        sources.append(HubSource(*names, streaming=arguments.streaming))
-    if not sources:
-        raise UsageError("Nothing to prepare: give --sample, --input PATH ... or --hf NAME.")
-    is_sample_alone = arguments.sample and len(sources) == 1
+    _refuse_unused(arguments)
+    is_sample_alone = _is_sample_alone(arguments)
     vocab_size = arguments.vocab_size
     if vocab_size is None and arguments.tokenizer is None and is_sample_alone:
         vocab_size = SAMPLE_VOCAB_SIZE
     shard_tokens = arguments.shard_tokens
     if shard_tokens is None and not is_sample_alone:
         shard_tokens = DEFAULT_SHARD_TOKENS
-    return sources, CorpusOptions(
+    fraction = arguments.validation_fraction
+    if fraction is None:
+        is_other = arguments.validation_tail is not None or arguments.validation_input
+        fraction = 0.0 if is_other else DEFAULT_VALIDATION_FRACTION
+    options = CorpusOptions(
         vocab_size=vocab_size,
         tokenizer=arguments.tokenizer,
-        validation_fraction=arguments.validation_fraction,
+        special_tokens=tuple(arguments.special_token),
+        eos_token_id=arguments.eos_id if arguments.tokenizer is None else None,
+        validation_fraction=fraction,
+        validation_tail=arguments.validation_tail or 0.0,
         shard_tokens=shard_tokens,
         compress=arguments.compress,
         deduplicate=arguments.dedup,
     )
+    sources = _build_sources(arguments, shard_tokens)
+    validation_sources = _file_sources(
+        arguments.validation_input, arguments, shard_tokens, "--validation-input"
+    )
+    _refuse_unused_token_options(arguments, [*sources, *validation_sources])
+    return sources, validation_sources, options
+
+
+def _is_sample_alone(arguments: argparse.Namespace) -> bool:
+    others = (arguments.input, arguments.hf, arguments.validation_input)
+    return bool(arguments.sample and not any(others))
+
+
+def _refuse_unused(arguments: argparse.Namespace) -> None:
+    if not (arguments.sample or arguments.input or arguments.hf):
+        raise UsageError("Nothing to prepare: give --sample, --input PATH ... or --hf NAME.")
+    for option in ("hf_config", "split", "streaming"):
+        if getattr(arguments, option) and not arguments.hf:
+            raise UsageError(f"--{option.replace('_', '-')} goes with --hf NAME.")
+    if arguments.eos_id is not None and arguments.eos_id < 0:
+        raise UsageError(f"--eos-id must be at least 0, got {arguments.eos_id}.")
+    if not arguments.token_cache_gb > 0:
+        raise UsageError(
+            f"--token-cache-gb must be above 0, got {arguments.token_cache_gb}. "
+            f"--token-cache {NO_CACHE} switches the cache off."
+        )
+
+
+def _refuse_unused_token_options(arguments: argparse.Namespace, sources: Sequence[Source]) -> None:
+    has_tokens = any(source.holds_tokens for source in sources)
+    for option, value in (("--token-dtype", arguments.token_dtype), ("--eos-id", arguments.eos_id)):
+        if value is not None and not has_tokens:
+            raise UsageError(f"{option} goes with token files (.npy, .bin); there are none.")
+
+
+def _build_sources(arguments: argparse.Namespace, shard_tokens: int | None) -> list[Source]:
+    from utils.text_sources import HubSource, SampleSource
+
+    sources: list[Source] = []
+    if arguments.sample:
+        sources.append(SampleSource())
+    sources += _file_sources(arguments.input, arguments, shard_tokens, "--input")
+    if arguments.hf:
+        split = arguments.split or "train"
+        names = (arguments.hf, split, arguments.hf_config, arguments.text_column)
+        sources.append(HubSource(*names, streaming=arguments.streaming))
+    return sources
+
+
+def _file_sources(
+    patterns: Sequence[str],
+    arguments: argparse.Namespace,
+    shard_tokens: int | None,
+    option: str,
+) -> list[Source]:
+    """Return the sources behind paths; neighbours of one kind are one source."""
+    from utils.text_sources import FileSource, find_files, kind_of
+    from utils.token_files import (
+        BIN_SUFFIX,
+        BLOCK_TOKENS,
+        NPY_SUFFIX,
+        TOKEN_SUFFIXES,
+        TokenFileSource,
+    )
+
+    # A directory may hold a .bin of any kind: only who tells the type means token ids.
+    also = (NPY_SUFFIX, BIN_SUFFIX) if arguments.token_dtype else (NPY_SUFFIX,)
+    sources: list[Source] = []
+    paths = find_files(patterns, also, option)
+    for is_tokens, group in itertools.groupby(paths, lambda path: kind_of(path) in TOKEN_SUFFIXES):
+        if is_tokens:
+            part_tokens = max(1, min(BLOCK_TOKENS, shard_tokens or BLOCK_TOKENS))
+            sources.append(
+                TokenFileSource(
+                    tuple(group),
+                    arguments.token_dtype,
+                    arguments.eos_id,
+                    part_tokens=part_tokens,
+                )
+            )
+        else:
+            names = (arguments.document_per, arguments.text_column)
+            sources.append(FileSource(tuple(group), *names))
+    return sources
+
+
+def _open_cache(arguments: argparse.Namespace) -> TokenCache | None:
+    from utils.token_cache import TokenCache
+
+    name = arguments.token_cache
+    if name is None:
+        name = NO_CACHE if _is_sample_alone(arguments) else DEFAULT_TOKEN_CACHE
+    if name == NO_CACHE:
+        return None
+    directory = Path(name).expanduser()
+    if any(path.exists() and not path.is_dir() for path in (directory, *directory.parents)):
+        raise UsageError(f"--token-cache {name} is a file; a directory is needed.")
+    return TokenCache(directory, int(arguments.token_cache_gb * 1e9))
 
 
 def _report(
@@ -194,13 +402,18 @@ def _summarize(preparation: Preparation, uri: str, seconds: float) -> dict[str, 
         "output": uri,
         "is_new": preparation.is_new,
         **index["summary"],
-        "tokens_per_byte": index["summary"]["tokens"] / index["summary"]["bytes"],
+        "tokens_per_byte": _tokens_per_byte(index["summary"]),
         "vocab_size": index["vocab_size"],
         "training_shards": len(names) - num_validation,
         "validation_shards": num_validation,
         "shard_bytes": sum(shard["size"] for shard in index["shards"]),
         "seconds": round(seconds, 2),
     }
+
+
+def _tokens_per_byte(summary: dict[str, Any]) -> float | None:
+    num_bytes = summary["bytes"]
+    return float(summary["tokens"] / num_bytes) if num_bytes else None
 
 
 def _format_summary(summary: dict[str, Any]) -> str:
@@ -211,92 +424,200 @@ def _format_summary(summary: dict[str, Any]) -> str:
         "text": f"{summary['bytes']:,} bytes",
         "tokens": f"{summary['tokens']:,} ({summary['training_tokens']:,} training, "
         f"{summary['validation_tokens']:,} validation)",
-        "tokens per byte": f"{summary['tokens_per_byte']:.3f}",
+        "tokens per byte": f"{summary['tokens_per_byte'] or 0:.3f}",
         "vocabulary": f"{summary['vocab_size']:,}",
         "unigram entropy": f"{summary['unigram_entropy_nats']:.3f} nats",
         "shards": f"{summary['training_shards']} training, {summary['validation_shards']} "
         f"validation, {summary['shard_bytes']:,} bytes",
         "time": f"{summary['seconds']:.1f} s",
     }
+    if summary["tokens_per_byte"] is None:  # token ids alone: no text was seen
+        del rows["text"], rows["tokens per byte"]
     lines = [f"  {name:<16} {value}" for name, value in rows.items()]
     return "\n".join([f"{head} {summary['output']}", *lines])
 
 
-@contextmanager
-def _progress_display(arguments: argparse.Namespace) -> Iterator[OnProgress | None]:
-    """Show a bar on a terminal, and nothing but the log lines elsewhere."""
-    if arguments.quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TransferSpeedColumn,
+def write_index(arguments: argparse.Namespace) -> int:
+    """Write the index of shards from elsewhere."""
+    from utils.corpus_output import open_output
+    from utils.shard_inspection import build_index_file
+
+    if arguments.vocab_size is not None and arguments.vocab_size < 1:
+        raise UsageError(f"--vocab-size must be at least 1, got {arguments.vocab_size}.")
+    bucket = open_output(arguments.uri, "index")
+    try:
+        index = build_index_file(bucket, arguments.vocab_size, arguments.overwrite)
+    finally:
+        bucket.close()
+    summary = index["summary"]
+    _say(
+        arguments,
+        {"uri": bucket.uri, "shards": len(index["shards"]), **summary},
+        f"Wrote {bucket.uri}/index.json: {len(index['shards']):,} shards, "
+        f"{summary['tokens']:,} tokens ({summary['training_tokens']:,} training, "
+        f"{summary['validation_tokens']:,} validation).",
     )
+    return ExitCode.DONE
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
+
+def inspect_data(arguments: argparse.Namespace) -> int:
+    """Show what shards hold; exit code 2 where one is bad."""
+    import dataclasses
+
+    from utils.shard_inspection import inspect_shards
+    from utils.storage import open_bucket
+
+    if arguments.samples < 0:
+        raise UsageError(f"--samples must be at least 0, got {arguments.samples}.")
+    bucket = open_bucket(arguments.uri)
+    try:
+        inspection = inspect_shards(bucket, arguments.samples, arguments.verify)
+    finally:
+        bucket.close()
+    content = {**dataclasses.asdict(inspection), "num_bad": len(inspection.bad)}
+    _say(arguments, content, _format_inspection(inspection))
+    for shard in inspection.bad:
+        print(f"{_printable(shard.name)}: {_printable(shard.problem or '')}", file=sys.stderr)
+    return ExitCode.USAGE if inspection.bad else ExitCode.DONE
+
+
+def _format_inspection(inspection: Inspection) -> str:
+    lines = []
+    for shard in inspection.shards:
+        arrays = ", ".join(f"{a.key} {list(a.shape)} {a.dtype}" for a in shard.arrays)
+        what = f"{shard.tokens:,} tokens, {arrays}" if not shard.problem else "BAD"
+        lines.append(f"{_printable(shard.name)}  {what}, {format_bytes(shard.size)}")
+    for name, text in inspection.samples.items():
+        lines.append(f"{_printable(name)} begins: {text!r}")
+    good = [shard for shard in inspection.shards if not shard.problem]
+    vocabulary = f"{inspection.vocab_size:,}" if inspection.vocab_size else "unknown"
+    lines.append(
+        f"{inspection.uri}: {len(good):,} good shards, {len(inspection.bad):,} bad, "
+        f"{sum(shard.tokens for shard in good):,} tokens, vocabulary {vocabulary}, "
+        f"{'with' if inspection.has_index else 'no'} index.json."
     )
-    with Progress(*columns, console=_terminal()) as progress:
-        tasks: dict[str, Any] = {}
-
-        def on_progress(stage: str, done_bytes: int, total_bytes: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total_bytes)
-            progress.update(tasks[stage], completed=done_bytes, total=total_bytes)
-
-        yield on_progress
+    return "\n".join(lines)
 
 
-@functools.cache
-def _terminal() -> Console:
-    from rich.console import Console
+def put_data(arguments: argparse.Namespace) -> int:
+    """Copy files into a bucket or directory."""
+    from utils.corpus_output import open_output
+    from utils.transfer import put_tree
 
-    return Console(stderr=True)
+    source = Path(arguments.source).expanduser()
+    bucket = open_output(arguments.uri, "put")
+    try:
+        with _progress(arguments) as progress:
+            report = put_tree(source, bucket, progress.update)
+    finally:
+        bucket.close()
+    _say_transfer(arguments, report, bucket.uri)
+    return ExitCode.DONE
 
 
-def _start_logging(arguments: argparse.Namespace) -> None:
-    handler: logging.Handler = logging.StreamHandler()
-    if sys.stderr.isatty():
-        from rich.logging import RichHandler
+def get_data(arguments: argparse.Namespace) -> int:
+    """Copy files from a bucket or directory."""
+    from utils.transfer import find_objects, get_tree
 
-        # The same console as the bar's: lines then go above it, not through it.
-        handler = RichHandler(console=_terminal(), show_path=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-    else:
-        line = "%(asctime)s %(levelname)s %(message)s"
-        handler.setFormatter(logging.Formatter(line, "%H:%M:%S"))
-    logging.basicConfig(
-        level=logging.WARNING if arguments.quiet else logging.INFO, handlers=[handler]
+    directory = Path(arguments.directory).expanduser()
+    found = find_objects(arguments.uri)
+    try:
+        with _progress(arguments) as progress:
+            report = get_tree(found, directory, progress.update)
+    finally:
+        found.bucket.close()
+    _say_transfer(arguments, report, str(directory))
+    return ExitCode.DONE
+
+
+def list_data(arguments: argparse.Namespace) -> int:
+    """List the objects below a URI."""
+    from utils.transfer import find_objects
+
+    found = find_objects(arguments.uri)
+    found.bucket.close()
+    objects = [
+        {"name": info.name, "size": info.size, "crc32c": info.crc32c} for info in found.objects
+    ]
+    lines = [
+        f"{info.size:>15,}  {info.crc32c or '-':<8}  {_printable(info.name)}"
+        for info in found.objects
+    ]
+    lines.append(f"{len(objects):,} files, {format_bytes(found.num_bytes)}")
+    content = {"uri": found.bucket.uri, "objects": objects, "bytes": found.num_bytes}
+    _say(arguments, content, "\n".join(lines), always=True)
+    return ExitCode.DONE
+
+
+def remove_data(arguments: argparse.Namespace) -> int:
+    """Delete the objects below a URI, after asking."""
+    from utils.transfer import find_objects, remove_objects
+
+    found = find_objects(arguments.uri)
+    what = f"{len(found.objects):,} files, {format_bytes(found.num_bytes)}, in {found.bucket.uri}"
+    try:
+        if not arguments.yes and not _confirm(f"Delete {what}"):
+            print("Nothing was deleted.")
+            return ExitCode.DONE
+        with _progress(arguments) as progress:
+            remove_objects(found, progress.update)
+    finally:
+        found.bucket.close()
+    _say(arguments, {"uri": arguments.uri, "removed": len(found.objects)}, f"Deleted {what}.")
+    return ExitCode.DONE
+
+
+def _confirm(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise UsageError(f"{question}? There is no terminal to ask on: give --yes.")
+    return input(f"{question}? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _say_transfer(arguments: argparse.Namespace, report: Any, where: str) -> None:
+    text = (
+        f"{where}: {report.files:,} files, {format_bytes(report.bytes)}, verified "
+        f"({report.skipped_files:,} were there already)."
     )
+    content = {
+        "to": where,
+        "files": report.files,
+        "bytes": report.bytes,
+        "skipped_files": report.skipped_files,
+    }
+    _say(arguments, content, text)
+
+
+def _say(
+    arguments: argparse.Namespace, content: dict[str, Any], text: str, always: bool = False
+) -> None:
+    if arguments.json:
+        print(json.dumps(content, indent=1))
+    elif always or not arguments.quiet:
+        print(text)
+
+
+def _printable(text: str) -> str:
+    """Return a text that cannot steer a terminal."""
+    return text if text.isprintable() else repr(text)
+
+
+def _progress(arguments: argparse.Namespace) -> ProgressDisplay:
+    from utils.progress import ProgressDisplay
+
+    return ProgressDisplay(enabled=not arguments.quiet)
+
+
+COMMANDS = ("index", "inspect", "put", "get", "ls", "rm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    arguments = build_parser().parse_args(argv)
-    _start_logging(arguments)
-    return _run(arguments)
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    """Call the command; turn errors into one message and an exit code."""
-    try:
-        return int(arguments.command(arguments))
-    except PretrainError as exc:
-        if arguments.debug:
-            _logger.exception("Traceback:")
-        sys.stderr.write(f"{exc}\n")
-        return exc.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted. The same command goes on after the finished shards.\n")
-        return SIGINT_CODE
+    words = list(sys.argv[1:] if argv is None else argv)
+    is_command = bool(words) and words[0] in COMMANDS
+    arguments = (build_command_parser() if is_command else build_parser()).parse_args(words)
+    level = "debug" if arguments.debug else "info"
+    configure_logging(level, quiet=arguments.quiet, stderr=True)
+    return run_command(arguments.command, arguments)
 
 
 if __name__ == "__main__":

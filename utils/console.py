@@ -25,21 +25,28 @@ if TYPE_CHECKING:
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 NOISY_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "google", "matplotlib")
 
-_shared_console: Console | None = None
+_shared_consoles: dict[bool, Console] = {}
 
 
-def get_console() -> Console:
-    """Return the console of this process on standard output."""
-    global _shared_console
-    if _shared_console is None:
+def get_console(*, stderr: bool = False) -> Console:
+    """Return the console of this process on standard output, or on standard error."""
+    if stderr not in _shared_consoles:
         from rich.console import Console
 
-        _shared_console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-    return _shared_console
+        is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+        _shared_consoles[stderr] = Console(
+            highlight=False, soft_wrap=not is_terminal, stderr=stderr
+        )
+    return _shared_consoles[stderr]
 
 
 def configure_logging(
-    level: str = "info", *, quiet: bool = False, file: Path | None = None, main_process: bool = True
+    level: str = "info",
+    *,
+    quiet: bool = False,
+    file: Path | None = None,
+    main_process: bool = True,
+    stderr: bool = False,
 ) -> None:
     """Send log records to standard output, and to `file` where one is given.
 
@@ -48,6 +55,7 @@ def configure_logging(
         quiet: Only warnings and errors on standard output; the file still gets everything.
         file: Log file, appended to.
         main_process: Other ranks show warnings and errors only and write no file.
+        stderr: Standard error instead: for commands whose output is a result, such as JSON.
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
@@ -55,7 +63,7 @@ def configure_logging(
         handler.close()
     root.setLevel(level.upper())
     shown = logging.WARNING if quiet or not main_process else logging.NOTSET
-    root.addHandler(_terminal_handler(shown))
+    root.addHandler(_terminal_handler(shown, stderr=stderr))
     if file is not None and main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
         file_handler = logging.FileHandler(file, encoding="utf-8")
@@ -66,15 +74,20 @@ def configure_logging(
     logging.captureWarnings(capture=True)
 
 
-def _terminal_handler(level: int) -> logging.Handler:
-    if sys.stdout.isatty():
+def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
+    stream = sys.stderr if stderr else sys.stdout
+    if stream.isatty():
         from rich.logging import RichHandler
 
         handler: logging.Handler = RichHandler(
-            level, console=get_console(), show_path=False, log_time_format="%H:%M:%S", markup=False
+            level,
+            console=get_console(stderr=stderr),
+            show_path=False,
+            log_time_format="%H:%M:%S",
+            markup=False,
         )
     else:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = logging.StreamHandler(stream)
         handler.setLevel(level)
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
     return handler

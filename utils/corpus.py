@@ -1,25 +1,26 @@
-"""The preparation of a corpus: text sources -> tokenizer and NPZ shards in a bucket.
+"""The preparation of a corpus: sources -> tokenizer and NPZ shards in a bucket.
 
     sources --> documents (not empty, no repeats) --> train | val --> token ids --> shards
-                     `--> tokenizer (unless one is given)                       `--> index.json
+                     `--> tokenizer (unless one is given)      `-- token cache  `--> index.json
 
 Guarantees: the same sources and options give a byte-identical output, also when interrupted and
 started again; an output that already holds just that is recognized and left alone; one that holds
 anything else is never touched unless `overwrite` says so. Documents are streamed: memory holds
-one shard, whatever the size of the corpus (and the hashes of the documents with `deduplicate`).
+one shard of each split and two batches, whatever the size of the corpus (and the hashes of the
+documents with `deduplicate`). The token cache changes nothing but the time.
 """
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils import shard_writer, tokenization
 from utils.corpus_output import (
@@ -30,29 +31,20 @@ from utils.corpus_output import (
     is_intact,
     read_tokenizer,
 )
-from utils.errors import DataError, UsageError
-from utils.shard_writer import (
-    INDEX_FILE,
-    PARTIAL_INDEX_FILE,
-    SPLITS,
-    TRAINING,
-    VALIDATION,
-    Progress,
-    ShardWriter,
-)
+from utils.corpus_reading import OnProgress, Reading
+from utils.documents import SPLITS, TRAINING, VALIDATION, Document, TokenizedDocument
+from utils.errors import UsageError
+from utils.shard_writer import INDEX_FILE, PARTIAL_INDEX_FILE, Progress, ShardWriter
 from utils.storage import Bucket
 from utils.text_sources import Source
-from utils.tokenization import Document, TokenizedDocument, Tokenizer
+from utils.token_files import TokenFileSource
+from utils.tokenization import EncodingCache, Tokenizer
 
 DEFAULT_SHARD_TOKENS = 50_000_000
 DEFAULT_VALIDATION_FRACTION = 0.05
 NUM_EVEN_SHARDS = 5
 # Part of every fingerprint: raise it when a change of the code changes what comes out.
 PREPARATION_FORMAT = 1
-REPORT_BYTES = 2**20
-
-OnProgress = Callable[[str, int, int | None], None]
-"""Called with the stage, the bytes of text done, and the bytes in all where they are known."""
 
 _logger = logging.getLogger(__name__)
 
@@ -62,13 +54,23 @@ class CorpusOptions:
     """What is made of the sources, checked when it is built."""
 
     vocab_size: int | None = None
-    """Train a byte-level BPE with this many tokens; exclusive with `tokenizer`."""
+    """Train a byte-level BPE with this many tokens; exclusive with `tokenizer`. Where the sources
+    hold token ids only, nothing is trained and every id must be below."""
 
     tokenizer: str | None = None
-    """Directory, tokenizer.json or hub name of an existing tokenizer."""
+    """Existing tokenizer: directory, tokenizer.json, hub name, SentencePiece model, tiktoken."""
+
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens of a trained tokenizer besides `<|endoftext|>`."""
+
+    eos_token_id: int | None = None
+    """Id that ends the documents of token files, where no tokenizer says one."""
 
     validation_fraction: float = DEFAULT_VALIDATION_FRACTION
     """Share of the documents that is held out, from 0 to below 1."""
+
+    validation_tail: float = 0.0
+    """Share of the text, at its end, that is held out instead, from 0 to below 1."""
 
     shard_tokens: int | None = DEFAULT_SHARD_TOKENS
     """Tokens after which a shard is full; None cuts a small corpus into 5 even shards."""
@@ -83,10 +85,16 @@ class CorpusOptions:
         """Refuse what cannot be done."""
         if (self.vocab_size is None) == (self.tokenizer is None):
             raise UsageError("Give one of --vocab-size N (trains one) and --tokenizer NAME.")
-        if not 0 <= self.validation_fraction < 1:
+        for name in ("validation_fraction", "validation_tail"):
+            share = getattr(self, name)
+            if not 0 <= share < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{option} must be at least 0 and below 1, got {share}.")
+        if self.validation_tail and self.validation_fraction:
+            raise UsageError("Give one of --validation-fraction and --validation-tail.")
+        if self.special_tokens and self.tokenizer is not None:
             raise UsageError(
-                "--validation-fraction must be at least 0 and below 1, "
-                f"got {self.validation_fraction}."
+                "--special-token goes with --vocab-size: a given tokenizer stays as is."
             )
         if self.shard_tokens is not None and self.shard_tokens < 1:
             raise UsageError(f"--shard-tokens must be at least 1, got {self.shard_tokens}.")
@@ -101,6 +109,10 @@ class CorpusOptions:
             "shard_tokens": self.shard_tokens,
             "compress": self.compress,
             "deduplicate": self.deduplicate,
+            # Only where they are used, so that what was prepared before they came is recognized.
+            **({"special_tokens": self.special_tokens} if self.special_tokens else {}),
+            **({"validation_tail": self.validation_tail} if self.validation_tail else {}),
+            **({} if self.eos_token_id is None else {"eos_token_id": self.eos_token_id}),
         }
 
 
@@ -121,39 +133,63 @@ def prepare_corpus(
     options: CorpusOptions,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
+    *,
+    validation_sources: Sequence[Source] = (),
+    token_cache: EncodingCache | None = None,
 ) -> Preparation:
     """Make sure that the bucket holds the corpus of these sources, and return its index.
 
     Args:
-        sources: Read one after the other, up to twice.
+        sources: Read one after the other, up to three times.
         bucket: Output; shards are put there as they are finished.
         options: How to tokenize, split and cut.
         overwrite: Replace another corpus in the bucket.
         on_progress: Told about every MiB of text.
+        validation_sources: What is held out, besides the share that the options say.
+        token_cache: Keeps what is tokenized, for another time.
 
     Raises:
-        DataError: A source cannot be read or has no text.
+        DataError: A source cannot be read or has no text, or a token id is outside the vocabulary.
         UsageError: The tokenizer cannot be used, or the bucket holds other data.
         StorageError: The bucket cannot be read or written.
     """
-    fingerprint = _fingerprint(sources, options)
+    is_tokenized = _check_sources([*sources, *validation_sources], options)
+    contents = _Contents(
+        tuple(source.fingerprint() for source in sources),
+        tuple(source.fingerprint() for source in validation_sources),
+    )
+    fingerprint = _fingerprint(contents, options)
     index = shard_writer.read_json(bucket, INDEX_FILE)
     if index and index.get("source_fingerprint") == fingerprint and is_intact(bucket, index):
         if bucket.stat(PARTIAL_INDEX_FILE):
             bucket.delete(PARTIAL_INDEX_FILE)
         return Preparation(index, is_new=False)
     partial, stale = claim_output(bucket, index, fingerprint, overwrite)
-    reading = _Reading(sources, options, on_progress)
     tokenizer = partial and read_tokenizer(bucket, partial)
     # Even shards are cut by the number of all tokens, so those begin again.
     finished = None
     if partial and tokenizer and options.shard_tokens is not None:
         finished = find_finished_shards(bucket, partial)
-    tokenizer = tokenizer or _make_tokenizer(reading, options)
+    tokenizer = tokenizer or _find_tokenizer(contents, options, is_tokenized, token_cache)
+    if tokenizer is not None:
+        sources = _with_vocabulary(sources, tokenizer)
+        validation_sources = _with_vocabulary(validation_sources, tokenizer)
+    reading = Reading(
+        sources,
+        validation_sources,
+        validation_fraction=options.validation_fraction,
+        validation_tail=options.validation_tail,
+        deduplicate=options.deduplicate,
+        on_progress=on_progress,
+    )
+    if tokenizer is None:
+        tokenizer = _train_tokenizer(reading, options)
+        if token_cache is not None:
+            token_cache.put(_training_key(contents, options), _pack_tokenizer(tokenizer))
     log = ShardLog(bucket, fingerprint, tokenizer)
     if finished is None:
         log.begin(stale)
-    tokens = _tokenize(reading, tokenizer, finished)
+    tokens = _tokenize(reading, tokenizer, finished, token_cache)
     shard_tokens = options.shard_tokens
     if shard_tokens is None:
         tokens = list(tokens)
@@ -169,93 +205,99 @@ def prepare_corpus(
     return Preparation(index, is_new=True)
 
 
-def assign_splits(texts: Iterable[str], validation_fraction: float) -> Iterator[Document]:
-    """Yield the documents with their split: one in every 1/fraction is held out.
+class _Contents(NamedTuple):
+    """Hashes of the sources."""
 
-    Where there are fewer documents than that, the end of each is held out instead, cut where a
-    line begins (else at any character), so that a single book has a validation set too.
+    sources: tuple[str, ...]
+    validation_sources: tuple[str, ...]
+
+
+def _check_sources(sources: Sequence[Source], options: CorpusOptions) -> bool:
+    """Tell whether everything is tokenized already.
+
+    Raises:
+        UsageError: The options do not fit the kinds of sources.
     """
-    if not validation_fraction:
-        yield from (Document(text, TRAINING) for text in texts)
-        return
-    fraction = Fraction(validation_fraction).limit_denominator(10**6)
-    texts = iter(texts)
-    first = list(itertools.islice(texts, math.ceil(1 / fraction)))
-    if len(first) < math.ceil(1 / fraction):
-        for text in first:
-            yield from _cut_validation(text, fraction)
-        return
-    for number, text in enumerate(itertools.chain(first, texts)):
-        is_validation = math.floor((number + 1) * fraction) > math.floor(number * fraction)
-        yield Document(text, VALIDATION if is_validation else TRAINING)
-
-
-def _cut_validation(text: str, fraction: Fraction) -> Iterator[Document]:
-    target = math.ceil(len(text) * (1 - fraction))
-    cut = text.rfind("\n", target // 2, target) + 1 or target
-    if text[:cut]:
-        yield Document(text[:cut], TRAINING)
-    if text[cut:]:
-        yield Document(text[cut:], VALIDATION)
-
-
-class _Reading:
-    """The documents of all sources, counted as they go by."""
-
-    def __init__(
-        self, sources: Sequence[Source], options: CorpusOptions, on_progress: OnProgress | None
-    ) -> None:
-        self._sources = sources
-        self._options = options
-        self._on_progress = on_progress
-        self._total_bytes: int | None = None
-        self.num_documents = 0
-        self.num_bytes = 0
-        self.num_left_out = 0
-
-    def documents(self, stage: str) -> Iterator[Document]:
-        """Read everything once more, from the start; counts are whole when it has ended."""
-        return assign_splits(self._texts(stage), self._options.validation_fraction)
-
-    def _texts(self, stage: str) -> Iterator[str]:
-        self.num_documents = self.num_bytes = self.num_left_out = reported = 0
-        seen: set[bytes] = set()
-        for text in itertools.chain.from_iterable(source.documents() for source in self._sources):
-            content = text.encode("utf-8")
-            if not text or (self._options.deduplicate and _is_repeat(content, seen)):
-                self.num_left_out += 1
-                continue
-            self.num_documents += 1
-            self.num_bytes += len(content)
-            if self._on_progress and self.num_bytes - reported >= REPORT_BYTES:
-                reported = self.num_bytes
-                self._on_progress(stage, reported, self._total_bytes)
-            yield text
-        if not self.num_documents:
-            raise DataError("The sources hold no text at all: every document is empty.")
-        self._total_bytes = self.num_bytes
-        if self._on_progress:
-            self._on_progress(stage, self.num_bytes, self._total_bytes)
-
-
-def _is_repeat(content: bytes, seen: set[bytes]) -> bool:
-    digest = hashlib.blake2b(content, digest_size=16).digest()
-    if digest in seen:
+    kinds = {source.holds_tokens for source in sources}
+    if kinds == {True}:
+        if options.special_tokens:
+            raise UsageError("--special-token needs text to train a tokenizer with.")
+        if options.vocab_size is not None and options.vocab_size < 1:
+            raise UsageError(f"--vocab-size must be at least 1, got {options.vocab_size}.")
         return True
-    seen.add(digest)
+    if kinds == {True, False} and options.tokenizer is None:
+        raise UsageError(
+            "Token files and text together need --tokenizer: the one that the ids were made with."
+        )
+    if options.vocab_size is not None:
+        tokenization.check_special_tokens(options.special_tokens, options.vocab_size)
     return False
 
 
-def _make_tokenizer(reading: _Reading, options: CorpusOptions) -> Tokenizer:
+def _with_vocabulary(sources: Sequence[Source], tokenizer: Tokenizer) -> list[Source]:
+    """Return the sources, token files checked against the vocabulary before anything changes."""
+    ready: list[Source] = []
+    for source in sources:
+        if isinstance(source, TokenFileSource):
+            if source.eos_token_id is not None and source.eos_token_id >= tokenizer.vocab_size:
+                raise UsageError(
+                    f"--eos-id {source.eos_token_id} is outside the vocabulary of "
+                    f"{tokenizer.vocab_size}."
+                )
+            source = dataclasses.replace(source, vocab_size=tokenizer.vocab_size)
+            source.check()
+        ready.append(source)
+    return ready
+
+
+def _find_tokenizer(
+    contents: _Contents, options: CorpusOptions, is_tokenized: bool, cache: EncodingCache | None
+) -> Tokenizer | None:
+    """Return the tokenizer, or None where one is to be trained."""
     if options.tokenizer is not None:
         tokenizer = tokenization.load_tokenizer(options.tokenizer)
         _logger.info("Tokenizer %s: %d tokens.", options.tokenizer, tokenizer.vocab_size)
         return tokenizer
-    assert options.vocab_size is not None  # noqa: S101 - checked by CorpusOptions
+    assert options.vocab_size is not None
+    if is_tokenized:
+        return Tokenizer({}, options.vocab_size, options.eos_token_id)
+    content = cache.get(_training_key(contents, options)) if cache is not None else None
+    if content is None:
+        return None
+    _logger.info("The tokenizer was trained before on the same text.")
+    return _unpack_tokenizer(content)
+
+
+def _training_key(contents: _Contents, options: CorpusOptions) -> str:
+    """Return the token cache's key of the tokenizer that is trained on these sources."""
+    import tokenizers
+
+    own = options.fingerprint() | {"shard_tokens": None, "compress": None}
+    text = json.dumps(
+        ["trained tokenizer", PREPARATION_FORMAT, tokenizers.__version__, contents.sources, own],
+        sort_keys=True,
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _pack_tokenizer(tokenizer: Tokenizer) -> bytes:
+    files = {name: base64.b64encode(data).decode() for name, data in tokenizer.files.items()}
+    return json.dumps([files, tokenizer.vocab_size, tokenizer.eos_token_id]).encode()
+
+
+def _unpack_tokenizer(content: bytes) -> Tokenizer:
+    files, vocab_size, eos_token_id = json.loads(content)
+    return Tokenizer(
+        {name: base64.b64decode(data) for name, data in files.items()}, vocab_size, eos_token_id
+    )
+
+
+def _train_tokenizer(reading: Reading, options: CorpusOptions) -> Tokenizer:
+    assert options.vocab_size is not None
     documents = reading.documents("Training the tokenizer")
     # Held-out text stays unseen: not even the tokenizer learns from it.
-    texts = (document.text for document in documents if document.split == TRAINING)
-    tokenizer = tokenization.build_tokenizer(texts, options.vocab_size)
+    texts = (str(item.content) for item in documents if item.split == TRAINING)
+    tokenizer = tokenization.build_tokenizer(texts, options.vocab_size, options.special_tokens)
     _logger.info("Tokenizer trained: %d tokens.", tokenizer.vocab_size)
     if tokenizer.vocab_size < options.vocab_size:
         _logger.warning(
@@ -272,7 +314,10 @@ def _even_shard_tokens(tokens: Sequence[TokenizedDocument]) -> int:
 
 
 def _tokenize(
-    reading: _Reading, tokenizer: Tokenizer, finished: Progress | None
+    reading: Reading,
+    tokenizer: Tokenizer,
+    finished: Progress | None,
+    cache: EncodingCache | None,
 ) -> Iterable[TokenizedDocument]:
     left = {split: finished.num_documents(split) if finished else 0 for split in SPLITS}
 
@@ -280,14 +325,15 @@ def _tokenize(
         for document in reading.documents("Tokenizing"):
             if left[document.split]:
                 left[document.split] -= 1
+                yield document._replace(is_wanted=False)
             else:
                 yield document
 
-    return tokenization.encode_documents(tokenizer, unfinished())
+    return tokenization.encode_documents(tokenizer, unfinished(), cache)
 
 
 def _build_index(
-    fingerprint: str, tokenizer: Tokenizer, reading: _Reading, progress: Progress
+    fingerprint: str, tokenizer: Tokenizer, reading: Reading, progress: Progress
 ) -> dict[str, Any]:
     by_split = {
         split: sum(s.tokens for s in progress.shards if shard_writer.split_of(s.name) == split)
@@ -310,10 +356,12 @@ def _build_index(
     }
 
 
-def _fingerprint(sources: Sequence[Source], options: CorpusOptions) -> str:
-    content = {
+def _fingerprint(contents: _Contents, options: CorpusOptions) -> str:
+    content: dict[str, Any] = {
         "format": PREPARATION_FORMAT,
-        "sources": [source.fingerprint() for source in sources],
+        "sources": contents.sources,
         "options": options.fingerprint(),
     }
+    if contents.validation_sources:
+        content["validation_sources"] = contents.validation_sources
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

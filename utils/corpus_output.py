@@ -19,13 +19,29 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils import shard_writer
+from utils.documents import SPLITS
 from utils.errors import UsageError
-from utils.shard_writer import INDEX_FILE, PARTIAL_INDEX_FILE, SPLITS, Progress, ShardEntry
-from utils.storage import Bucket, crc32c_of_bytes
-from utils.tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from utils.shard_writer import INDEX_FILE, PARTIAL_INDEX_FILE, Progress, ShardEntry
+from utils.storage import Bucket, DirectoryBucket, crc32c_of_bytes, open_bucket
+from utils.tokenization import Tokenizer
+from utils.tokenizer_conversion import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 _OWN_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{5,}}\.npz")
 _logger = logging.getLogger(__name__)
+
+
+def open_output(uri: str, option: str = "--output") -> Bucket:
+    """Return the bucket behind a URI that is to be written.
+
+    Raises:
+        UsageError: It is no bucket, or a file is where a directory is needed.
+    """
+    bucket = open_bucket(uri)
+    if isinstance(bucket, DirectoryBucket):
+        for path in (bucket.root, *bucket.root.parents):
+            if path.exists() and not path.is_dir():
+                raise UsageError(f"{option} {uri}: {path} is a file; a directory is needed.")
+    return bucket
 
 
 class ShardLog:
@@ -65,7 +81,8 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
         "vocab_size": tokenizer.vocab_size,
         "eos_token_id": tokenizer.eos_token_id,
         "tokenizer_sha256": tokenizer.sha256,
-        "tokenizer_files": {
+        "tokenizer_files": sorted(tokenizer.files),
+        "tokenizer_crc32c": {
             name: crc32c_of_bytes(content) for name, content in tokenizer.files.items()
         },
     }
@@ -87,13 +104,16 @@ def is_intact(bucket: Bucket, index: dict[str, Any]) -> bool:
 
 def read_tokenizer(bucket: Bucket, description: dict[str, Any]) -> Tokenizer | None:
     """Return the tokenizer that an index describes, or None where it is not whole."""
+    checksums = description.get("tokenizer_crc32c")
+    if not isinstance(checksums, dict):
+        return None
     files = {}
-    for name, checksum in description["tokenizer_files"].items():
+    for name, checksum in checksums.items():
         content = bucket.read_bytes(name) if bucket.stat(name) else b""
         if crc32c_of_bytes(content) != checksum:
             return None
         files[name] = content
-    if TOKENIZER_FILE not in files:
+    if TOKENIZER_FILE not in files and description.get("tokenizer_sha256") is not None:
         return None
     return Tokenizer(files, description["vocab_size"], description["eos_token_id"])
 
@@ -148,7 +168,7 @@ def _is_corpus_file(name: str) -> bool:
 
 def _tokenizer_files(index: dict[str, Any] | None) -> Iterable[str]:
     files = index.get("tokenizer_files") if index else None
-    return files if isinstance(files, dict) else ()
+    return [str(name) for name in files] if isinstance(files, (list, dict)) else ()
 
 
 def _is_own(name: str) -> bool:

@@ -23,19 +23,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from utils.documents import SPLITS, TRAINING, VALIDATION, TokenArray
 from utils.errors import StorageError
 from utils.storage import Bucket, crc32c_of_file
 
 INDEX_FILE = "index.json"
 PARTIAL_INDEX_FILE = "index.partial.json"
 INDEX_FORMAT = 1
-TRAINING = "train"
-VALIDATION = "val"
-SPLITS = (TRAINING, VALIDATION)
 SHARD_KEY = "input_ids"
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
-
-TokenArray = npt.NDArray[np.unsignedinteger[Any]]
+COUNT_BLOCK_TOKENS = 2**20
+FIRST_BUFFER_TOKENS = 2**16
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,26 @@ class Progress:
 
 @dataclass
 class _OpenShard:
-    """The documents collected for the next shard of one split."""
+    """The documents collected for the next shard of one split, in one growing array."""
 
     number: int = 0
     num_tokens: int = 0
-    documents: list[TokenArray] = field(default_factory=list)
+    num_documents: int = 0
+    buffer: TokenArray = field(default_factory=lambda: np.zeros(0, np.uint16))
+
+    @property
+    def ids(self) -> TokenArray:
+        return self.buffer[: self.num_tokens]
+
+    def append(self, ids: TokenArray) -> None:
+        stop = self.num_tokens + len(ids)
+        if stop > len(self.buffer):
+            grown = np.empty(max(stop, 2 * len(self.buffer), FIRST_BUFFER_TOKENS), ids.dtype)
+            grown[: self.num_tokens] = self.ids
+            self.buffer = grown
+        self.buffer[self.num_tokens : stop] = ids
+        self.num_tokens = stop
+        self.num_documents += 1
 
 
 def shard_name(split: str, number: int) -> str:
@@ -122,24 +135,23 @@ class ShardWriter:
     def add(self, ids: TokenArray, split: str) -> None:
         """Append one document to its split; puts the shard that it fills."""
         shard = self._open[split]
-        shard.documents.append(ids)
-        shard.num_tokens += len(ids)
+        shard.append(ids)
         if shard.num_tokens >= self._shard_tokens:
             self._put(split)
 
     def finish(self) -> Progress:
         """Put the shards that are not full."""
         for split, shard in self._open.items():
-            if shard.documents:
+            if shard.num_documents:
                 self._put(split)
         return self.progress
 
     def _put(self, split: str) -> None:
         shard = self._open[split]
-        ids = np.concatenate(shard.documents)
-        entry = self._put_file(shard_name(split, shard.number), ids, len(shard.documents))
+        name = shard_name(split, shard.number)
+        entry = self._put_file(name, shard.ids, shard.num_documents)
         if split == TRAINING:
-            self._counts = self._counts + np.bincount(ids, minlength=len(self._counts))
+            self._counts = self._counts + count_tokens(shard.ids, len(self._counts))
         self._shards.append(entry)
         self._open[split] = _OpenShard(shard.number + 1)
         if self._on_shard:
@@ -172,6 +184,14 @@ def write_shard(path: Path, ids: TokenArray, compress: bool = False) -> None:
     info.external_attr = 0o600 << 16
     with zipfile.ZipFile(path, "w") as archive, archive.open(info, "w", force_zip64=True) as member:
         np.lib.format.write_array(member, ids, version=(1, 0), allow_pickle=False)
+
+
+def count_tokens(ids: TokenArray, vocab_size: int) -> npt.NDArray[np.int64]:
+    """Return how often each token occurs; block by block, because bincount copies to int64."""
+    counts = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(ids), COUNT_BLOCK_TOKENS):
+        counts += np.bincount(ids[start : start + COUNT_BLOCK_TOKENS], minlength=vocab_size)
+    return counts
 
 
 def unigram_entropy(token_counts: npt.NDArray[np.int64]) -> float:

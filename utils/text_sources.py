@@ -2,12 +2,13 @@
 
     Python's own documentation --.
     text, JSONL, Parquet files --+--> documents() --> corpus
-    Hugging Face dataset --------'
+    Hugging Face dataset --------'          (flat token files: utils/token_files.py)
 
 A `Source` can be read any number of times and yields the same documents in the same order each
 time. Its `fingerprint` changes when its content does, and is much cheaper than reading the
 documents. Text is kept byte for byte: no newline translation, no stripping; a leading UTF-8 byte
-order mark is dropped. What cannot be read is a `DataError` that names the file and the place.
+order mark is dropped. A text file of more than 1 MiB comes in parts (`OpenText`), so that memory
+does not grow with it. What cannot be read is a `DataError` that names the file and the place.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import os
 import random
+import re
 import sys
 import sysconfig
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
+from utils.documents import Content, OpenText
 from utils.errors import DataError, UsageError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
@@ -37,6 +41,9 @@ PARQUET_SUFFIXES = (".parquet",)
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 DOCUMENT_UNITS = ("file", "line")
 READ_BLOCK_BYTES = 2**20
+PART_BYTES = 2**20
+CUT_SEARCH_BYTES = 2**16
+PARQUET_BATCH_ROWS = 256
 
 SAMPLE_SEED = 20240229
 SAMPLE_MIN_CHARACTERS = 200
@@ -50,7 +57,11 @@ SAMPLE_SKIPPED_FOLDERS = frozenset(
 class Source(Protocol):
     """A repeatable stream of documents."""
 
-    def documents(self) -> Iterator[str]:
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether the documents are token ids already."""
+
+    def documents(self) -> Iterator[Content]:
         """Yield the documents, always in the same order."""
 
     def fingerprint(self) -> str:
@@ -63,6 +74,8 @@ class SampleSource:
     About 2,300 documents and 1.7 MB, in an order shuffled with a fixed seed so that every shard
     gets a bit of everything. Modules are parsed, never imported.
     """
+
+    holds_tokens = False
 
     def __init__(self, stdlib: Path | None = None) -> None:
         self._stdlib = stdlib or Path(sysconfig.get_path("stdlib"))
@@ -160,6 +173,8 @@ class FileSource:
     text_column: str = "text"
     """Key of the text in JSONL records and Parquet rows."""
 
+    holds_tokens = False
+
     def documents(self) -> Iterator[str]:
         """Yield the documents of all files.
 
@@ -167,7 +182,7 @@ class FileSource:
             DataError: A file cannot be read, or a record has no such text.
         """
         for path in self.paths:
-            kind = _kind_of(path)
+            kind = kind_of(path)
             if kind in PARQUET_SUFFIXES:
                 yield from _parquet_documents(path, self.text_column)
             elif kind in JSONL_SUFFIXES:
@@ -175,71 +190,109 @@ class FileSource:
             elif self.document_per == "line":
                 yield from _line_documents(path)
             else:
-                yield _whole_document(path)
+                yield from _whole_document(path)
 
     def fingerprint(self) -> str:
         """Return a hash over the bytes of the files and how they are read."""
-        options = [self.document_per, self.text_column, *map(_kind_of, self.paths)]
+        options = [self.document_per, self.text_column, *map(kind_of, self.paths)]
         return _hash_files(json.dumps(options), self.paths)
 
 
-def find_files(patterns: Iterable[str]) -> tuple[Path, ...]:
+def find_files(
+    patterns: Iterable[str], also: Sequence[str] = (), option: str = "--input"
+) -> tuple[Path, ...]:
     """Return the files behind paths, directories and globs: in the order given, each once.
 
     Directories are searched below for text, JSONL and Parquet files, in sorted order; hidden
     files are left out. A file given by its own name may have any suffix, and is then text.
 
+    Args:
+        patterns: Paths, directories and globs.
+        also: Further suffixes to look for in directories.
+        option: The option that an error names.
+
     Raises:
         UsageError: A path does not exist, or nothing usable is there.
     """
     found: dict[Path, None] = {}
+    usable = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES, *also)
     for pattern in patterns:
-        files = _expand(pattern)
+        files = _expand(pattern, usable, option)
         if not files:
             raise UsageError(
-                f"--input {pattern}: nothing to read there. Expected files ending in "
-                f"{' '.join(TEXT_SUFFIXES + JSONL_SUFFIXES + PARQUET_SUFFIXES)} "
+                f"{option} {pattern}: nothing to read there. Expected files ending in "
+                f"{' '.join(usable)} "
                 f"(also with {' or '.join(COMPRESSION_SUFFIXES)})."
             )
         found.update(dict.fromkeys(path.resolve() for path in files))
     return tuple(found)
 
 
-def _expand(pattern: str) -> list[Path]:
+def _expand(pattern: str, usable: Sequence[str], option: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        return _files_below(path)
+        return _files_below(path, usable)
     if path.exists():
         return [path]
     if not any(character in pattern for character in "*?["):
-        raise UsageError(f"--input {pattern}: no such file or directory.")
+        raise UsageError(f"{option} {pattern}: no such file or directory.")
     root = Path(path.anchor)
     matches = sorted(root.glob(str(path.relative_to(path.anchor))))
     return [
-        file for match in matches for file in (_files_below(match) if match.is_dir() else [match])
+        file
+        for match in matches
+        for file in (_files_below(match, usable) if match.is_dir() else [match])
     ]
 
 
-def _files_below(directory: Path) -> list[Path]:
-    usable = TEXT_SUFFIXES + JSONL_SUFFIXES + PARQUET_SUFFIXES
+def _files_below(directory: Path, usable: Sequence[str]) -> list[Path]:
     return sorted(
         path
         for path in directory.rglob("*")
-        if _kind_of(path) in usable
+        if kind_of(path) in usable
         and not any(part.startswith(".") for part in path.relative_to(directory).parts)
         and path.is_file()
     )
 
 
-def _kind_of(path: Path) -> str:
+def kind_of(path: Path) -> str:
     """Return the suffix that tells the format, in lower case, compression left out."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSION_SUFFIXES else suffix
 
 
-def _whole_document(path: Path) -> str:
+def _whole_document(path: Path) -> Iterator[str]:
     with _read_errors(path), _open_decompressed(path) as file:
-        return file.read().decode("utf-8-sig")
+        data = file.read(PART_BYTES + 1)
+        start, encoding = 0, "utf-8-sig"
+        while len(data) > PART_BYTES:
+            cut = _find_cut(data)
+            yield OpenText(_decode(data[:cut], encoding, path, start))
+            start, encoding = start + cut, "utf-8"
+            data = data[cut:] + file.read(PART_BYTES + 1 - len(data) + cut)
+        yield _decode(data, encoding, path, start)
+
+
+def _find_cut(data: bytes) -> int:
+    """Return where a long text is best cut: where a line begins, else between two characters."""
+    first = max(1, len(data) - CUT_SEARCH_BYTES)
+    lines = [match.end() for match in re.finditer(rb"(?<=\S)\n(?=\S)", data[first:])]
+    if lines:
+        return first + lines[-1]
+    cut = len(data) - 1
+    while cut > first and data[cut] & 0xC0 == 0x80:  # inside a character
+        cut -= 1
+    return cut
+
+
+def _decode(data: bytes, encoding: str, path: Path, start: int) -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as exc:
+        raise DataError(
+            f"{path}: byte {start + exc.start} is not UTF-8 ({exc.reason}). Convert the file, for "
+            "example with iconv -f latin1 -t utf-8."
+        ) from exc
 
 
 def _line_documents(path: Path) -> Iterator[str]:
@@ -293,7 +346,7 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
                         f"{path}: no column {column!r}. Columns: {', '.join(names)}. "
                         "Choose one with --text-column."
                     )
-                for batch in file.iter_batches(columns=[column]):
+                for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=[column]):
                     yield from _texts_of_column(batch.column(0).to_pylist(), column, path)
         except pyarrow.ArrowException as exc:
             raise DataError(f"{path}: not a readable Parquet file ({exc}).") from exc
@@ -327,11 +380,6 @@ def _open_decompressed(path: Path) -> Iterator[BinaryIO]:
 def _read_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except UnicodeDecodeError as exc:
-        raise DataError(
-            f"{path}: byte {exc.start} is not UTF-8 ({exc.reason}). Convert the file, for example "
-            "with iconv -f latin1 -t utf-8."
-        ) from exc
     except (OSError, EOFError, zlib.error) as exc:
         raise DataError(f"{path}: cannot be read ({exc}).") from exc
 
@@ -366,6 +414,8 @@ class HubSource:
     streaming: bool = False
     """Read over the network as needed; for what does not fit the disk."""
 
+    holds_tokens = False
+
     def documents(self) -> Iterator[str]:
         """Yield the documents of the split.
 
@@ -383,8 +433,16 @@ class HubSource:
         yield from _texts_of_column(values, self.text_column, self._place)
 
     def fingerprint(self) -> str:
-        """Return a hash of the names; a dataset changed under its name is not noticed."""
+        """Return a hash of the names, and of a local directory's files.
+
+        A dataset that changes on the hub under its name is not noticed.
+        """
         names = [self.name, self.configuration, self.split, self.text_column]
+        directory = Path(self.name).expanduser()
+        if directory.is_dir():
+            names[0] = "directory"
+            files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+            return _hash_files(json.dumps(names), files)
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     @property
@@ -394,10 +452,28 @@ class HubSource:
     def _open(self) -> Any:
         import datasets
 
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
         try:
+            if _is_saved_to_disk(Path(self.name).expanduser()):
+                return self._open_saved(datasets)
             return datasets.load_dataset(
                 self.name, self.configuration, split=self.split, streaming=self.streaming
             )
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as exc:
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as exc:
             reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
             raise DataError(f"{self._place}: cannot be loaded ({reason}).") from exc
+
+    def _open_saved(self, datasets: Any) -> Any:
+        """Return what `save_to_disk` wrote; it is memory-mapped, so streaming changes nothing."""
+        saved = datasets.load_from_disk(str(Path(self.name).expanduser()))
+        if isinstance(saved, datasets.DatasetDict):
+            return saved[self.split]
+        if self.split not in ("train", str(saved.split)):
+            raise ValueError(f"it holds the split {saved.split} only")
+        return saved
+
+
+def _is_saved_to_disk(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("state.json", "dataset_dict.json"))

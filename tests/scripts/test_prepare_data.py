@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from scripts import prepare_data
+from tests.gcs_server import FakeGcsServer
 from utils.errors import ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,10 +19,14 @@ SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
 
 @pytest.fixture(autouse=True)
-def keep_logging() -> None:
-    """Leave a handler in place, so that the script adds none that outlives the test."""
-    if not logging.getLogger().handlers:
-        logging.getLogger().addHandler(logging.NullHandler())
+def keep_logging() -> Iterator[None]:
+    """Take away the handler that the script leaves, which writes to this test's streams."""
+    yield
+    for handler in list(logging.getLogger().handlers):
+        if type(handler).__module__.startswith(("logging", "rich")):
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+    logging.captureWarnings(capture=False)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +80,7 @@ def test_summary_shows_what_came_out_and_where(
     text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--input", str(text_file), "--vocab-size", "300", "--output", str(tmp_path / "o")]
+    arguments += ["--token-cache", "off"]
     assert prepare_data.main(arguments) == ExitCode.DONE
     text = capsys.readouterr().out
     assert prepare_data.main([*arguments, "--json"]) == ExitCode.DONE
@@ -98,6 +105,7 @@ def test_lines_directories_and_an_existing_tokenizer_go_through(
     code = prepare_data.main(
         ["--input", str(text_file.parent), "--document-per", "line", "--json"]
         + ["--tokenizer", str(sample_output), "--output", str(tmp_path / "o")]
+        + ["--token-cache", "off"]
     )
     summary = json.loads(capsys.readouterr().out)
 
@@ -134,7 +142,7 @@ def test_preparing_with_a_new_tokenizer_loads_no_torch(text_file: Path, tmp_path
     code = (
         "import sys, scripts.prepare_data as p\n"
         f"p.main(['--input', {str(text_file)!r}, '--vocab-size', '300', '--output', "
-        f"{str(tmp_path / 'o')!r}])\n"
+        f"{str(tmp_path / 'o')!r}, '--token-cache', 'off'])\n"
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
 
@@ -226,3 +234,286 @@ def _contents(directory: Path) -> dict[str, bytes]:
         for path in directory.iterdir()
         if not path.name.startswith(".tmp-")
     }
+
+
+# Sources and tokenizers of other kinds.
+
+
+def test_token_files_go_through_with_a_vocabulary_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (np.arange(30_000) % 5000).astype(np.uint16).tofile("train.bin")
+    (np.arange(1_000) % 5000).astype(np.uint16).tofile("val.bin")
+    arguments = ["--input", "train.bin", "--validation-input", "val.bin", "--vocab-size", "5000"]
+    arguments += ["--token-dtype", "uint16", "--shard-tokens", "10000", "--output", "o"]
+
+    assert prepare_data.main([*arguments, "--json"]) == ExitCode.DONE
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["training_tokens"], summary["validation_tokens"]) == (30_000, 1_000)
+    assert (summary["training_shards"], summary["tokens_per_byte"]) == (3, None)
+    assert prepare_data.main([*arguments]) == ExitCode.DONE
+    assert "tokens per byte" not in capsys.readouterr().out
+    assert prepare_data.main(["inspect", "o"]) == ExitCode.DONE
+
+
+def test_the_token_cache_lies_below_the_current_directory_and_can_be_off(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = ["--input", str(text_file), "--vocab-size", "300", "--quiet", "--output"]
+
+    assert prepare_data.main([*base, "a", "--token-cache", "off"]) == ExitCode.DONE
+    sample = prepare_data.build_parser().parse_args(["--sample", "--output", "s"])
+    assert prepare_data._open_cache(sample) is None
+    assert not (tmp_path / "cache").exists()
+    assert prepare_data.main([*base, "b"]) == ExitCode.DONE
+    assert len([path for path in (tmp_path / "cache" / "tokens").rglob("*") if path.is_file()]) == 2
+    assert prepare_data.main([*base, "c", "--token-cache", "mine"]) == ExitCode.DONE
+    assert (tmp_path / "mine").is_dir()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["files", "saved"])
+def test_a_local_hugging_face_dataset_is_prepared_and_its_changes_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool, kind: str
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
+    monkeypatch.chdir(tmp_path)
+
+    def write(marker: str) -> None:
+        rows = {"text": [f"{marker} text number {n}" for n in range(100)]}
+        table = datasets.Dataset.from_dict(rows)
+        if kind == "saved":
+            table.save_to_disk(f"data-{marker}")
+        else:
+            Path(f"data-{marker}").mkdir()
+            table.to_parquet(f"data-{marker}/train.parquet")
+
+    write("old")
+    write("new")
+    arguments = ["--vocab-size", "280", "--output", "o", "--quiet", "--hf"]
+    options = ["--streaming"] if streaming else []
+    assert prepare_data.main([*arguments, "data-old", *options]) == ExitCode.DONE
+    assert json.loads(Path("o/index.json").read_text())["summary"]["documents"] == 100
+    assert prepare_data.main([*arguments, "data-new", *options]) == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "t.bin", "--vocab-size", "300"], "--token-dtype"),
+        (["--input", "t.npy", "--vocab-size", "3"], "token id 70000"),
+        (["--input", "t.npy"], "--vocab-size N"),
+        (["--input", "t.npy", "--vocab-size", "80000", "--eos-id", "-1"], "--eos-id"),
+        (["--input", "t.npy", "--vocab-size", "80000", "--eos-id", "90000"], "--eos-id 90000"),
+        (["--input", "t.npy", "book.txt", "--vocab-size", "80000"], "need --tokenizer"),
+        (["--input", "t.npy", "--vocab-size", "80000", "--special-token", "<x>"], "--special"),
+        (["--input", "book.txt", "--vocab-size", "300", "--eos-id", "1"], "--eos-id goes with"),
+        (["--input", "book.txt", "--vocab-size", "300", "--streaming"], "--streaming goes with"),
+        (["--input", "book.txt", "--vocab-size", "300", "--split", "x"], "--split goes with"),
+        (["--input", "book.txt", "--vocab-size", "300", "--token-cache-gb", "0"], "above 0"),
+        (["--input", "book.txt", "--vocab-size", "300", "--token-cache", "book.txt"], "is a file"),
+        (["--input", "book.txt", "--tokenizer", "./nowhere"], "no such file or directory"),
+        (["--input", "book.txt", "--tokenizer", "bad.model"], "bad.model"),
+        (
+            ["--input", "book.txt", "--vocab-size", "300", "--validation-input", "none"],
+            "--validation-input none",
+        ),
+    ],
+)
+def test_bad_request_of_the_other_kinds_is_one_message_and_exit_code_two(
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("t.npy", np.array([1, 70000]))
+    Path("t.bin").write_bytes(bytes(8))
+    Path("bad.model").write_bytes(b"<html>")
+
+    code = prepare_data.main([*arguments, "--output", "o"])
+
+    error = capsys.readouterr().err
+    assert code == ExitCode.USAGE
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("output", ["book.txt", "book.txt/below"])
+def test_an_output_that_is_a_file_is_exit_code_two(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str
+) -> None:
+    before = text_file.read_bytes()
+    arguments = ["--input", str(text_file), "--vocab-size", "300"]
+    assert prepare_data.main([*arguments, "--output", str(tmp_path / output)]) == ExitCode.USAGE
+    assert "is a file; a directory is needed" in capsys.readouterr().err
+    assert text_file.read_bytes() == before
+
+
+# Commands on data that is there.
+
+
+def test_data_goes_to_a_directory_and_back_and_away(
+    sample_output: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert prepare_data.main(["put", str(sample_output), "store/data"]) == ExitCode.DONE
+    assert prepare_data.main(["get", "store/data", "back", "--json"]) == ExitCode.DONE
+    capsys.readouterr()
+    assert prepare_data.main(["get", "store/data", "back", "--json"]) == ExitCode.DONE
+    report = json.loads(capsys.readouterr().out)
+    assert _contents(tmp_path / "back") == _contents(sample_output)
+    assert report["files"] == report["skipped_files"] == len(_contents(sample_output))
+
+    assert prepare_data.main(["ls", "store/data", "--json"]) == ExitCode.DONE
+    listed = json.loads(capsys.readouterr().out)
+    assert {item["name"] for item in listed["objects"]} == set(_contents(sample_output))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    assert prepare_data.main(["rm", "store/data"]) == ExitCode.DONE
+    assert (tmp_path / "store" / "data").exists()
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    assert prepare_data.main(["rm", "store/data"]) == ExitCode.DONE
+    assert not (tmp_path / "store" / "data").exists()
+
+
+def test_removing_without_a_terminal_needs_yes(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a").touch()
+    refused = run(str(SCRIPT), "rm", "data", cwd=tmp_path)
+    assert refused.returncode == ExitCode.USAGE
+    assert "--yes" in refused.stderr
+    assert (tmp_path / "data" / "a").exists()
+    assert run(str(SCRIPT), "rm", "data", "--yes", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "data").exists()
+
+
+def test_shards_from_elsewhere_are_indexed_and_inspected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "a.npz", input_ids=np.arange(10))
+    assert prepare_data.main(["index", str(tmp_path), "--vocab-size", "10"]) == ExitCode.DONE
+    assert "1 shards, 10 tokens" in capsys.readouterr().out
+    assert prepare_data.main(["inspect", str(tmp_path), "--verify"]) == ExitCode.DONE
+    assert "input_ids [10] int64" in capsys.readouterr().out
+    (tmp_path / "b.npz").write_bytes(b"<html>")
+    assert prepare_data.main(["inspect", str(tmp_path), "--json"]) == ExitCode.USAGE
+    output = capsys.readouterr()
+    assert json.loads(output.out)["num_bad"] == 1
+    assert "b.npz: it is not a whole NPZ file" in output.err
+    assert prepare_data.main(["index", str(tmp_path)]) == ExitCode.USAGE
+    assert "b.npz: it is not a whole NPZ file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["index", "inspect", "put", "get", "ls", "rm"])
+def test_commands_on_nothing_are_one_message_and_exit_code_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    words = {"put": ["none", "b"], "get": ["none", "b"]}.get(command, ["none"])
+    arguments = [str(tmp_path / word) for word in words]
+    assert prepare_data.main([command, *arguments]) == ExitCode.USAGE
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("command", ["index", "inspect", "put", "get", "ls", "rm"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        prepare_data.main([command, "--help"])
+    assert caught.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no terminals of this kind")
+def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(text_file: Path, tmp_path: Path) -> None:
+    import pty
+
+    command = [sys.executable, str(SCRIPT), "put", text_file.name]
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(  # noqa: S603 - our own script
+        [*command, "a"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=terminal
+    )
+    os.close(terminal)
+    shown = b""
+    try:
+        while block := os.read(controller, 4096):
+            shown += block
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(controller)
+    assert process.stdout is not None
+    with process.stdout as output:
+        assert b"verified" in output.read()
+    assert process.wait() == 0
+    assert b"Uploading" in shown
+    assert b"\x1b[" in shown
+    assert "\x1b" not in run(*command[1:], "b", cwd=tmp_path).stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
+def test_preparation_into_gcs_killed_again_and_again_ends_with_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    lines = "".join(f"Line {n}: {n * n} is the square of {n}.\n" for n in range(12_000))
+    (tmp_path / "lines.txt").write_text(lines)
+    options = [str(SCRIPT), "--input", "lines.txt", "--document-per", "line", "--shard-tokens"]
+    options += ["10000", "--vocab-size", "300", "--output"]
+    assert run(*options, "straight", "--token-cache", "off", cwd=tmp_path).returncode == 0
+    with FakeGcsServer(tmp_path / "gcs") as server:
+        server.create_bucket("runs")
+        environment = {**os.environ, **server.client_environment()}
+        for kill_at in ("train_00002.npz", "train_00006.npz", None):
+            process = subprocess.Popen(  # noqa: S603 - our own script
+                [sys.executable, *options, "gs://runs/data"],
+                cwd=tmp_path,
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            assert process.stderr is not None
+            with process.stderr as log:
+                text = ""
+                while kill_at is not None and kill_at not in text:
+                    text = log.readline()
+                    assert text, "ended before"
+                if kill_at is not None:
+                    process.kill()
+                log.read()
+            assert (process.wait() == 0) == (kill_at is None)
+        stored = {
+            name.removeprefix("data/"): server.read_object("runs", name)
+            for name in server.list_objects("runs", "data/")
+        }
+    assert stored == _contents(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, sample_output: Path) -> None:
+    code = (
+        "import resource, sys, scripts.prepare_data as p\n"
+        "assert p.main(sys.argv[1:]) == 0\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+    )
+    line = " ".join(f"word{n * n % 9973}" for n in range(100))
+    peaks = []
+    for name, size in (("small", 25), ("large", 100)):
+        with (tmp_path / f"{name}.txt").open("w") as file:
+            for number in range(size * 10**6 // len(line)):
+                file.write(f"{number} {line}\n")
+        arguments = ["--input", str(tmp_path / f"{name}.txt"), "--quiet", "--token-cache", "off"]
+        arguments += ["--tokenizer", str(sample_output), "--shard-tokens", "2000000"]
+        result = run("-c", code, *arguments, "--output", str(tmp_path / name))
+        assert result.returncode == 0, result.stderr
+        peaks.append(int(result.stdout))
+    assert peaks[1] < peaks[0] + 50, peaks

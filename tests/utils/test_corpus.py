@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-from utils import corpus
-from utils.corpus import CorpusOptions, Preparation, assign_splits, prepare_corpus
+from tests.gcs_server import FakeGcsServer, Fault
+from utils import corpus_reading, text_sources, tokenization
+from utils.corpus import CorpusOptions, Preparation, prepare_corpus
+from utils.corpus_reading import assign_splits, assign_tail
 from utils.errors import DataError, ExitCode, StorageError, UsageError
-from utils.storage import DirectoryBucket, ObjectInfo
+from utils.storage import DirectoryBucket, ObjectInfo, open_bucket
 from utils.text_sources import FileSource
+from utils.token_cache import TokenCache
+from utils.token_files import TokenFileSource
 
 VOCAB_SIZE = 400
 
@@ -288,10 +292,10 @@ def test_splitting_neither_loses_nor_repeats_text(texts: list[str], fraction: fl
     documents = list(assign_splits(texts, fraction))
     num_validation = sum(document.split == "val" for document in documents)
 
-    assert "".join(document.text for document in documents) == "".join(texts)
-    assert all(document.text for document in documents)
+    assert "".join(document.content for document in documents) == "".join(texts)
+    assert all(document.content for document in documents)
     if fraction and len(texts) >= math.ceil(1 / fraction):
-        assert [document.text for document in documents] == texts
+        assert [document.content for document in documents] == texts
         assert abs(num_validation - len(texts) * fraction) <= 1
 
 
@@ -307,7 +311,7 @@ def test_repeats_and_empty_documents_are_left_out(tmp_path: Path, texts: list[st
 def test_progress_is_told_with_the_total_once_it_is_known(
     source: FileSource, tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "REPORT_BYTES", 1_000)
+    monkeypatch.setattr(corpus_reading, "REPORT_BYTES", 1_000)
     seen: list[tuple[str, int, int | None]] = []
     options = CorpusOptions(vocab_size=VOCAB_SIZE)
 
@@ -361,3 +365,291 @@ def test_error_in_a_source_is_reported_as_it_is_with_nothing_written(tmp_path: P
         prepare(source, tmp_path / "out")
 
     assert not (tmp_path / "out").exists()
+
+
+# Validation, parts of long documents, token files, the token cache.
+
+
+def test_a_tail_holds_out_the_last_documents(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    prepare(source, tmp_path / "out", validation_fraction=0, validation_tail=0.2)
+    training = documents_of(tmp_path / "out", "train")
+    validation = documents_of(tmp_path / "out", "val")
+
+    assert training + validation == texts
+    share = sum(map(len, validation)) / sum(map(len, texts))
+    assert 0.18 < share <= 0.2
+
+
+def test_a_tail_of_one_document_is_its_end(tmp_path: Path) -> None:
+    text = "".join(f"Line {n} of a book.\n" for n in range(500))
+    (tmp_path / "book.txt").write_text(text)
+    source = FileSource((tmp_path / "book.txt",))
+    prepare(source, tmp_path / "out", validation_fraction=0, validation_tail=0.1)
+
+    (training,) = documents_of(tmp_path / "out", "train")
+    (validation,) = documents_of(tmp_path / "out", "val")
+
+    assert training + validation == text
+    assert len(validation) == pytest.approx(len(text) * 0.1, rel=0.05)
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts=st.lists(st.text(min_size=1), min_size=1, max_size=30), tail=st.floats(0.01, 0.99))
+def test_a_tail_neither_loses_nor_repeats_text(texts: list[str], tail: float) -> None:
+    size = corpus_reading._Size(len(texts), sum(len(text.encode()) for text in texts))
+    documents = list(assign_tail(texts, tail, size))
+    splits = [document.split for document in documents]
+
+    assert "".join(str(document.content) for document in documents) == "".join(texts)
+    assert splits == sorted(splits)  # train, then val
+
+
+def test_a_separate_source_is_held_out_whole_and_nothing_else(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    held_out = make_source(tmp_path / "held.jsonl", ["Other one.", texts[0], "Other two."])
+    options = CorpusOptions(
+        vocab_size=VOCAB_SIZE, shard_tokens=800, validation_fraction=0, deduplicate=True
+    )
+    arguments = ([source], DirectoryBucket(tmp_path / "out"), options)
+    prepare_corpus(*arguments, validation_sources=[held_out])
+
+    assert documents_of(tmp_path / "out", "train") == texts
+    assert documents_of(tmp_path / "out", "val") == ["Other one.", "Other two."]
+    assert not prepare_corpus(*arguments, validation_sources=[held_out]).is_new
+    make_source(tmp_path / "held.jsonl", ["Changed."])
+    with pytest.raises(UsageError, match="--overwrite"):
+        prepare_corpus(*arguments, validation_sources=[held_out])
+
+
+def test_an_empty_separate_source_is_an_error(source: FileSource, tmp_path: Path) -> None:
+    held_out = make_source(tmp_path / "held.jsonl", [""])
+    options = CorpusOptions(vocab_size=VOCAB_SIZE, validation_fraction=0)
+    with pytest.raises(DataError, match="--validation-input holds no text"):
+        prepare_corpus(
+            [source], DirectoryBucket(tmp_path / "o"), options, validation_sources=[held_out]
+        )
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_very_long_document_is_read_in_parts_and_has_one_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_sources, "PART_BYTES", 1000)
+    text = "".join(f"Line {n}: d\u00e9j\u00e0 vu.\n" for n in range(3000))
+    (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    index = prepare(
+        FileSource((tmp_path / "book.txt",)), tmp_path / "out", validation_fraction=0
+    ).index
+
+    assert documents_of(tmp_path / "out", "train") == [text]
+    assert index["summary"]["documents"] == 1
+    assert len(index["shards"]) > 5
+
+
+def test_token_files_need_no_tokenizer(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(1, 60_000, 50_000).astype(np.int64)
+    ids[::97] = 0
+    np.save(tmp_path / "a.npy", ids)
+    source = TokenFileSource((tmp_path / "a.npy",), eos_token_id=0)
+    options = CorpusOptions(vocab_size=60_000, eos_token_id=0, shard_tokens=9_000)
+    bucket = DirectoryBucket(tmp_path / "out")
+    index = prepare_corpus([source], bucket, options).index
+
+    parts = np.split(ids, np.flatnonzero(ids == 0) + 1)
+    held_out = [part for n, part in enumerate(parts) if n % 20 == 19]
+    kept = [part for n, part in enumerate(parts) if n % 20 != 19]
+    np.testing.assert_array_equal(tokens_of(tmp_path / "out", "train"), np.concatenate(kept))
+    np.testing.assert_array_equal(tokens_of(tmp_path / "out", "val"), np.concatenate(held_out))
+    assert (index["vocab_size"], index["eos_token_id"]) == (60_000, 0)
+    assert (index["tokenizer_files"], index["tokenizer_sha256"]) == ([], None)
+    assert {shard["dtype"] for shard in index["shards"]} == {"uint16"}
+    assert not prepare_corpus([source], bucket, options).is_new
+
+
+def test_token_files_interrupted_go_on_with_the_same_bytes(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(50_000) % 900)
+    source = TokenFileSource((tmp_path / "a.npy",), part_tokens=1_000)
+    options = CorpusOptions(vocab_size=900, shard_tokens=4_000)
+    prepare_corpus([source], DirectoryBucket(tmp_path / "straight"), options)
+    with pytest.raises(StorageError):
+        prepare_corpus([source], FailingBucket(tmp_path / "out", "train_00005.npz"), options)
+    prepare_corpus([source], DirectoryBucket(tmp_path / "out"), options)
+
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_an_id_outside_the_vocabulary_is_refused_before_old_data_is_touched(
+    source: FileSource, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    np.save(tmp_path / "a.npy", np.array([1, 2, 70_000]))
+    with pytest.raises(DataError, match="token id 70000 at position 2"):
+        prepare_corpus(
+            [TokenFileSource((tmp_path / "a.npy",))],
+            DirectoryBucket(tmp_path / "out"),
+            CorpusOptions(vocab_size=50_000),
+            overwrite=True,
+        )
+    assert contents(tmp_path / "out") == before
+
+
+def test_token_files_beside_text_keep_their_order_and_need_a_tokenizer(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    np.save(tmp_path / "a.npy", np.array([5, 6, 7]))
+    both = [source, TokenFileSource((tmp_path / "a.npy",)), source]
+    with pytest.raises(UsageError, match="need --tokenizer"):
+        prepare_corpus(both, DirectoryBucket(tmp_path / "o"), CorpusOptions(vocab_size=VOCAB_SIZE))
+    prepare(source, tmp_path / "first", validation_fraction=0)
+    options = CorpusOptions(tokenizer=str(tmp_path / "first"), validation_fraction=0)
+    prepare_corpus(both, DirectoryBucket(tmp_path / "out"), options)
+
+    text = tokens_of(tmp_path / "first", "train")
+    expected = np.concatenate([text, [5, 6, 7], text])
+    np.testing.assert_array_equal(tokens_of(tmp_path / "out", "train"), expected)
+
+
+@pytest.mark.parametrize("changes", [{"shard_tokens": 3_000}, {"compress": True}, {}])
+def test_unchanged_text_is_not_tokenized_again(
+    source: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    def run(output: str, cache: TokenCache | None, **changes: object) -> None:
+        options = CorpusOptions(**{"vocab_size": VOCAB_SIZE, "shard_tokens": 800, **changes})
+        bucket = DirectoryBucket(tmp_path / output)
+        prepare_corpus([source], bucket, options, token_cache=cache)
+
+    run("first", TokenCache(tmp_path / "cache"))
+    run("expected", None, **changes)
+    monkeypatch.setattr(tokenization, "build_tokenizer", None)  # neither trained again
+    cache = TokenCache(tmp_path / "cache")
+    run("second", cache, **changes)
+
+    assert cache.num_misses == 0 < cache.num_hits
+    assert contents(tmp_path / "second") == contents(tmp_path / "expected")
+
+
+def test_another_validation_split_takes_its_tokens_from_the_cache(
+    source: FileSource, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "tokenizer")
+    misses = []
+    for number, changes in enumerate(
+        [{}, {"validation_fraction": 0.2}, {"validation_fraction": 0, "validation_tail": 0.1}]
+    ):
+        cache = TokenCache(tmp_path / "cache")
+        options = CorpusOptions(**{"tokenizer": str(tmp_path / "tokenizer"), **changes})
+        bucket = DirectoryBucket(tmp_path / str(number))
+        prepare_corpus([source], bucket, options, token_cache=cache)
+        misses.append(cache.num_misses)
+    assert misses[0] > 0
+    assert misses[1:] == [0, 0]
+
+
+def test_text_before_and_after_a_change_is_not_tokenized_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str]
+) -> None:
+    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 2_000)
+    prepare(make_source(tmp_path / "a.jsonl", texts), tmp_path / "tokenizer")
+    many = [f"{text} {n}" for n in range(20) for text in texts]
+
+    def misses(output: str, texts: list[str]) -> int:
+        cache = TokenCache(tmp_path / "cache")
+        options = CorpusOptions(tokenizer=str(tmp_path / "tokenizer"))
+        source = make_source(tmp_path / "many.jsonl", texts)
+        prepare_corpus([source], DirectoryBucket(tmp_path / output), options, token_cache=cache)
+        return cache.num_misses
+
+    first = misses("1", many)
+    assert first > 200
+    assert misses("2", ["New text in front.", *many]) < first / 4
+    assert misses("3", [*many, "New text behind."]) < 5
+
+
+def test_a_cut_entry_of_the_cache_is_tokenized_again(source: FileSource, tmp_path: Path) -> None:
+    options = CorpusOptions(vocab_size=VOCAB_SIZE, shard_tokens=800)
+    for name in ("one", "two"):
+        cache = TokenCache(tmp_path / "cache")
+        prepare_corpus([source], DirectoryBucket(tmp_path / name), options, token_cache=cache)
+        for path in (tmp_path / "cache").rglob("*"):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[:-3])
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_the_index_lists_the_tokenizer_files(source: FileSource, tmp_path: Path) -> None:
+    index = prepare(source, tmp_path / "out", special_tokens=("<|pad|>", "<|x|>")).index
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+
+    assert index["tokenizer_files"] == ["tokenizer.json", "tokenizer_config.json"]
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|pad|>", "<|x|>"]) == [0, 1, 2]
+    assert tokenizer("a<|x|>").input_ids[-1] == 2
+    assert not {1, 2} & set(tokens_of(tmp_path / "out", "train").tolist())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"special_tokens": ("",)},
+        {"special_tokens": ("<|x|>", "<|x|>")},
+        {"special_tokens": ("<|endoftext|>",)},
+        {"special_tokens": ("x",)},
+        {"special_tokens": ("<|x|>",), "vocab_size": 257},
+        {"special_tokens": ("<|x|>",), "vocab_size": None, "tokenizer": "gpt2"},
+        {"validation_tail": 0.1},
+        {"validation_tail": 1.0, "validation_fraction": 0},
+    ],
+)
+def test_further_options_that_cannot_be_are_refused(
+    source: FileSource, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    with pytest.raises(UsageError, match="--"):
+        prepare(source, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_prepared_by_an_earlier_version_is_prepared_again(
+    source: FileSource, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "out")
+    whole = contents(tmp_path / "out")
+    path = tmp_path / "out" / "index.json"
+    index = json.loads(path.read_text())
+    index["tokenizer_files"] = index.pop("tokenizer_crc32c")
+    path.write_text(json.dumps(index))
+
+    assert prepare(source, tmp_path / "out").is_new
+    assert contents(tmp_path / "out") == whole
+
+
+def test_interrupted_preparation_into_gcs_goes_on_with_the_same_bytes(
+    source: FileSource, tmp_path: Path, gcs: FakeGcsServer
+) -> None:
+    prepare(source, tmp_path / "straight")
+    options = CorpusOptions(vocab_size=VOCAB_SIZE, shard_tokens=800)
+    gcs.add_fault(Fault("status", times=2, operation="upload", status=503))
+    fault = gcs.add_fault(
+        Fault("status", times=None, operation="upload", name="*train_00004*", status=403)
+    )
+    for is_whole in (False, True):
+        bucket = open_bucket("gs://runs/data")
+        if is_whole:
+            prepare_corpus([source], bucket, options)
+        else:
+            with pytest.raises(StorageError):
+                prepare_corpus([source], bucket, options)
+            assert fault.fired
+            gcs.clear_faults()
+            gcs.clear_requests()
+        bucket.close()
+    uploaded = [record.name for record in gcs.requests("upload")]
+    stored = {
+        name.removeprefix("data/"): gcs.read_object("runs", name)
+        for name in gcs.list_objects("runs", "data/")
+    }
+
+    assert stored == contents(tmp_path / "straight")
+    assert not any("train_00003" in name for name in uploaded)
