@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from configs.training_config import TrainingConfig, get_training_config, parse_assignment
 from utils.console import configure_logging, run_command
+from utils.errors import UsageError
 
 if TYPE_CHECKING:
     from utils.training_run import TrainingRun
@@ -81,6 +82,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_config(args: argparse.Namespace) -> TrainingConfig:
     """Return the configuration of a command line."""
+    if args.stop_after is not None and args.stop_after < 1:
+        raise UsageError(f"--stop-after must be at least 1, got {args.stop_after}.")
     overrides = dict(parse_assignment(text) for text in args.set)
     if args.max_steps is not None:
         overrides["max_steps"] = args.max_steps
@@ -125,19 +128,20 @@ def train(args: argparse.Namespace) -> int:
             stack.enter_context(checkpoint_store.hold_output_directory(paths))
             configure_logging(config.log_level, quiet=args.quiet, file=paths.train_log)
             checkpoint_store.remove_leftovers(paths.checkpoints)
-            resume.commit_start(start, paths)
         else:
             configure_logging("warning", quiet=True, main_process=False)
         preflight.log_facts(facts, findings)
         stop = stack.enter_context(StopRequest())
-        run = stack.enter_context(
-            training_run.TrainingRun(
-                config, paths, model_config, sources, start, accelerator, stop,
-                background_upload=not args.no_background_upload,
-                accept_data_change=args.accept_data_change,
-                accept_config_change=args.accept_config_change,
-            )
+        run = training_run.TrainingRun(
+            config, paths, model_config, sources, start, accelerator, stop,
+            background_upload=not args.no_background_upload,
+            accept_data_change=args.accept_data_change,
+            accept_config_change=args.accept_config_change,
         )  # fmt: skip
+        # Nothing is moved before the restore has succeeded.
+        if accelerator.is_main_process:
+            resume.commit_start(start, paths)
+        stack.enter_context(run)
         return loop(run, config, args.stop_after)
 
 
@@ -151,7 +155,8 @@ def loop(run: TrainingRun, config: TrainingConfig, stop_after: int | None) -> in
             run.log_metrics()
         saving = stopping or step % config.save_steps == 0 or step == last_step
         saving = saving or run.is_save_due()
-        if saving or (config.eval_steps and step % config.eval_steps == 0):
+        evaluating = saving or (config.eval_steps and step % config.eval_steps == 0)
+        if evaluating and not stopping:  # a stop saves first: little time may be left
             improved = run.evaluate()
             saving = saving or (config.save_on_best and improved)
         if saving:

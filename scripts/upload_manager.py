@@ -30,11 +30,12 @@ from utils.console import (
     run_command,
 )
 from utils.errors import ExitCode, PretrainError, UploadError, UsageError
-from utils.journal import Journal
+from utils.journal import Journal, UploadState
 from utils.layout import RunPaths
 from utils.metadata import (
     CheckpointView,
     find_best,
+    is_verified_in,
     read_local_checkpoints,
     read_remote_checkpoints,
     select_checkpoint,
@@ -81,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
         view = select_checkpoint(args.name, read_local_checkpoints(paths.checkpoints))
         assert view.path is not None
         return upload(config, journal, [view.path])
-    unfinished = find_unfinished(paths.checkpoints, journal)
+    uri = join_uri(config.checkpoint_uri, config.run_name)
+    unfinished = find_unfinished(paths.checkpoints, journal, uri)
     if not unfinished:
         print("Everything on this machine is verified in the bucket.")
         return ExitCode.DONE
@@ -131,7 +133,7 @@ def show_status(config: TrainingConfig, paths: RunPaths, *, as_json: bool) -> in
     """Print every checkpoint here and in the bucket, then the last errors."""
     local = read_local_checkpoints(paths.checkpoints)
     remote, problem = read_remote(config)
-    rows = collect_rows(local, remote)
+    rows = collect_rows(local, remote, join_uri(config.checkpoint_uri, config.run_name), problem)
     if as_json:
         print(json.dumps({"checkpoints": rows, "bucket_problem": problem}, indent=1))
         return ExitCode.DONE
@@ -170,9 +172,19 @@ def read_remote(config: TrainingConfig) -> tuple[list[CheckpointView], str | Non
 
 
 def collect_rows(
-    local: Sequence[CheckpointView], remote: Sequence[CheckpointView]
+    local: Sequence[CheckpointView],
+    remote: Sequence[CheckpointView],
+    uri: str = "",
+    problem: str | None = "the bucket was not read",
 ) -> list[dict[str, Any]]:
-    """Return one row a checkpoint, by step, from what is here and what is in the bucket."""
+    """Return one row a checkpoint, by step, from what is here and what is in the bucket.
+
+    Args:
+        local: Checkpoints on this machine.
+        remote: Checkpoints in the bucket.
+        uri: The bucket.
+        problem: Why the bucket could not be read, None where it was.
+    """
     here = {view.name: view for view in local}
     there = {view.name: view for view in remote}
     best = find_best(local) or find_best(remote)
@@ -194,12 +206,29 @@ def collect_rows(
                 "bytes": size,
                 "local": "yes" if view else "no",
                 "bucket": "yes" if card else "no",
-                "state": upload.state.value if upload else ("verified" if card else "not queued"),
+                "state": _describe_state(view, card, uri, problem),
                 "error": str(upload.details.get("error", "")) if upload else "",
                 "note": ", ".join(note for note in notes if note),
             }
         )
     return rows
+
+
+def _describe_state(
+    view: CheckpointView | None, card: CheckpointView | None, uri: str, problem: str | None
+) -> str:
+    """Say where a checkpoint stands; what the journal says is held against the bucket."""
+    entry = view.upload if view else None
+    if view is None or view.path is None or entry is None:
+        return "verified" if card else "not queued"
+    if entry.state is not UploadState.VERIFIED:
+        return str(entry.state.value)
+    if uri and not is_verified_in(uri, view.path, entry):
+        return "not in this bucket"
+    size = entry.details.get("bytes")
+    if problem is None and (card is None or card.archive_bytes != size):
+        return "missing in bucket" if card is None else "damaged in bucket"
+    return "verified"
 
 
 def print_table(title: str, rows: list[dict[str, Any]], columns: list[str]) -> None:

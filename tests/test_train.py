@@ -476,6 +476,71 @@ def test_an_upload_that_fails_is_exit_4_and_the_checkpoint_is_kept(
     assert (bucket / "checkpoint-epoch0-step2-files0.tar.gz").is_file()
 
 
+def test_verified_in_another_bucket_is_not_verified_in_this_one(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("save_steps=2", "keep_checkpoints=1", "max_eval_samples=1")
+    assert run_train("--max-steps", "4", settings=settings) == 0
+    elsewhere = (*settings, "checkpoint_uri=elsewhere")
+    assert run_train("--max-steps", "6", "--resume", "latest", settings=elsewhere) == 0
+    # What this machine still had is brought to the new bucket too, before it may go.
+    here = {str(n) for n in find_checkpoints(tmp_path / "run/checkpoints")}
+    there = {p.name for p in (tmp_path / "run/elsewhere/Checkpoints").iterdir()}
+    assert {f"{name}.tar.gz" for name in here} <= there
+    assert "checkpoint-epoch0-step4-files0.tar.gz" in there
+
+
+def test_a_branch_uploads_its_own_files_under_a_name_that_was_verified_before(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("save_steps=2", "keep_checkpoints=9")
+    assert run_train("--max-steps", "6", settings=settings) == 0
+    # A crash between the commit of the branch's step 4 and its queueing.
+    monkeypatch.setattr("utils.uploader.Uploader.submit", lambda self, checkpoint: None)
+    words = ("--max-steps", "6", "--resume", "2", "--stop-after", "4")
+    assert run_train(*words, settings=settings) == 0
+    monkeypatch.undo()
+    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
+    name = "checkpoint-epoch0-step4-files0"
+    card = read_json(tmp_path / "run/bucket/Checkpoints" / f"{name}.json")
+    assert card["manifest"] == read_json(tmp_path / "run/checkpoints" / name / "manifest.json")
+    assert card["manifest"]["branch"] == 1
+
+
+def test_a_refused_resume_has_moved_nothing(run_train: Train, tmp_path: Path) -> None:
+    settings = ("save_steps=2",)
+    assert run_train("--max-steps", "6", settings=settings) == 0
+    directory = tmp_path / "run" / "checkpoints"
+    before = find_checkpoints(directory)
+    words = ("--max-steps", "6", "--resume", "2")
+    assert run_train(*words, settings=(*settings, "learning_rate=1")) == 2
+    assert run_train(*words, settings=(*settings, "cache_limit_bytes=10")) == 2
+    assert find_checkpoints(directory) == before
+    assert not (directory / "set-aside").exists()
+
+
+def test_a_full_disk_while_saving_is_one_message_and_leaves_nothing(
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_train("--max-steps", "4", "--stop-after", "2") == 0
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file: unexpected pos")
+
+    monkeypatch.setattr("torch.save", full)
+    assert run_train("--max-steps", "4", "--resume", "latest") == 2
+    errors = capsys.readouterr().err
+    assert "step4" in errors
+    assert "could not be saved" in errors
+    assert "MiB free" in errors
+    directory = tmp_path / "run" / "checkpoints"
+    assert not list(directory.glob(".saving-*"))
+    assert [name.step for name in find_checkpoints(directory)] == [2]
+
+
 def test_a_bucket_prefix_of_another_run_is_refused_before_training(
     run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,9 +34,9 @@ from utils.layout import (
     parse_checkpoint_name,
     read_manifest,
 )
-from utils.metadata import find_best, read_local_checkpoints
+from utils.metadata import find_best, is_verified_in, read_local_checkpoints
 from utils.retention import Action, CheckpointFacts, plan_retention
-from utils.storage import crc32c_of_file, fsync_directory
+from utils.storage import crc32c_of_file, fsync_directory, join_uri
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +154,7 @@ def apply_retention(
         if view.manifest is not None and view.manifest.run_id == run_id
     ]
     best = find_best(views)
+    uri = join_uri(config.checkpoint_uri, config.run_name)
     facts = []
     for view in views:
         upload = view.upload.state if view.upload else None
@@ -162,7 +163,7 @@ def apply_retention(
                 str(view.name),
                 view.name.step,
                 is_best=view is best,
-                is_verified=upload is UploadState.VERIFIED,
+                is_verified=is_verified_in(uri, directory / str(view.name), view.upload),
                 is_uploading=upload in (UploadState.ARCHIVING, UploadState.UPLOADING),
             )
         )

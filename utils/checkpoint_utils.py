@@ -106,9 +106,11 @@ def save_checkpoint(
     Raises:
         CheckpointError: It could not be written; what was begun is removed.
     """
-    random_states = gather_to_main(capture_random_state(state))
-    if random_states is None:
+    gathered = gather_to_main((capture_random_state(state), state.interval_loss.item()))
+    if gathered is None:
         return None
+    random_states = [states for states, _ in gathered]
+    interval_losses = [loss for _, loss in gathered]
     name = CheckpointName(state.progress.step, data_state.epoch, data_state.files_consumed)
     target = directory / str(name)
     temporary = directory / f"{SAVING_PREFIX}{name}"
@@ -116,7 +118,7 @@ def save_checkpoint(
     try:
         temporary.mkdir(parents=True)
         _write_tensors(state, temporary, config.save_format, random_states)
-        _write_facts(state, data_state, config, identity, temporary)
+        _write_facts(state, data_state, config, identity, temporary, interval_losses)
         for file_name, data in tokenizer_files.items():
             (temporary / file_name).write_bytes(data)
         manifest = Manifest(
@@ -126,12 +128,13 @@ def save_checkpoint(
         fsync_directory(temporary)
         temporary.rename(target)
         fsync_directory(directory)
-    except OSError as exc:
+    except Exception as exc:  # safetensors and torch wrap a full disk in errors of their own
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(directory).free / 2**20
+        reason = getattr(exc, "strerror", None) or exc
         raise CheckpointError(
-            f"{name} could not be saved: {exc.strerror or exc} ({free:.0f} MiB free in "
-            f"{directory}). Older checkpoints are intact."
+            f"{name} could not be saved: {reason} ({free:.0f} MiB free in {directory}). Older "
+            "checkpoints are intact."
         ) from exc
     return target
 
@@ -172,10 +175,11 @@ def _write_facts(
     config: TrainingConfig,
     identity: RunIdentity,
     directory: Path,
+    interval_losses: list[float],
 ) -> None:
     write_json(directory / TRAINING_CONFIG_FILE, config.to_json())
     # JSON keeps every float exactly; a float32 is a float.
-    progress = {**asdict(state.progress), "interval_loss": state.interval_loss.item()}
+    progress = {**asdict(state.progress), "interval_losses": interval_losses}
     history = progress.pop("history")
     write_json(directory / METRICS_HISTORY_FILE, {**history, "progress": progress}, indent=None)
     write_json(directory / DATA_STATE_FILE, data_state.to_json())
@@ -213,7 +217,7 @@ def restore_checkpoint(
         if state.accelerator.scaler is not None and (checkpoint / SCALER_FILE).is_file():
             state.accelerator.scaler.load_state_dict(load_tensors(checkpoint / SCALER_FILE))
         _restore_progress(state, checkpoint)
-        _restore_learning_rate(state)
+        _restore_settings(state, config)
         _restore_rank(state, checkpoint, manifest, config)
     except CheckpointError:
         raise
@@ -235,19 +239,24 @@ def _load_weights(state: TrainState, checkpoint: Path) -> None:
 def _restore_progress(state: TrainState, checkpoint: Path) -> None:
     history = read_json(checkpoint / METRICS_HISTORY_FILE)
     progress = history.pop("progress")
-    state.interval_loss.fill_(progress.pop("interval_loss"))
+    losses = progress.pop("interval_losses")
+    same_ranks = len(losses) == state.accelerator.num_processes
+    rank = state.accelerator.process_index
+    state.interval_loss.fill_(losses[rank] if same_ranks else sum(losses) / len(losses))
     state.progress = Progress(**progress, history=history)
 
 
-def _restore_learning_rate(state: TrainState) -> None:
-    """Set the coming step's rate by the schedule as it is now; it may be longer than it was."""
-    for group, base, factor in zip(
-        state.optimizer.param_groups,
-        state.scheduler.base_lrs,
-        state.scheduler.lr_lambdas,
-        strict=True,
-    ):
-        group["lr"] = base * factor(state.scheduler.last_epoch)
+def _restore_settings(state: TrainState, config: TrainingConfig) -> None:
+    """Put the configuration's settings back over the saved ones: they may have been changed."""
+    groups = state.optimizer.param_groups
+    state.scheduler.base_lrs = [config.learning_rate] * len(groups)
+    for group, factor in zip(groups, state.scheduler.lr_lambdas, strict=True):
+        group["initial_lr"] = config.learning_rate
+        group["lr"] = config.learning_rate * factor(state.scheduler.last_epoch)
+        group["betas"] = (config.adam_beta1, config.adam_beta2)
+        group["eps"] = config.adam_epsilon
+        # Only matrices decay (`build_optimizer`).
+        group["weight_decay"] = config.weight_decay if group is groups[0] else 0.0
 
 
 def _restore_rank(

@@ -174,8 +174,8 @@ class BatchLoader:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._ready.get_nowait()
+        self._reader.cache.close()  # first: the thread may wait for a bucket that does not answer
         self._thread.join()
-        self._reader.cache.close()
 
     def _produce(self) -> None:
         try:

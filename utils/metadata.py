@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import CheckpointError, StorageError, UsageError
-from utils.journal import Journal, JournalEntry, utc_now
+from utils.journal import Journal, JournalEntry, UploadState, utc_now
 from utils.layout import (
     ARCHIVE_SUFFIX,
     MANIFEST_FILE,
@@ -33,7 +33,7 @@ from utils.layout import (
     parse_checkpoint_name,
     read_manifest,
 )
-from utils.storage import Bucket
+from utils.storage import Bucket, crc32c_of_file, normalize_uri
 
 HISTORY_LIMIT = 100
 MAX_JSON_BYTES = 256 * 2**20
@@ -133,6 +133,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} cannot be read (it holds no JSON object)")
     return value
+
+
+def is_verified_in(uri: str, checkpoint: Path, entry: JournalEntry | None) -> bool:
+    """Tell whether the journal has these very files of a checkpoint as verified in this bucket.
+
+    A name alone says too little: another branch may have written it, or another bucket hold it.
+    """
+    if entry is None or entry.state is not UploadState.VERIFIED:
+        return False
+    if "manifest_crc32c" not in entry.details:
+        return True  # the entry names no files
+    try:
+        manifest = crc32c_of_file(checkpoint / MANIFEST_FILE)
+    except OSError:
+        return False
+    recorded = (entry.details.get("bucket"), entry.details["manifest_crc32c"])
+    return recorded == (normalize_uri(uri), manifest)
 
 
 def read_local_checkpoints(

@@ -27,6 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import psutil
 from filelock import FileLock
@@ -39,11 +40,12 @@ from utils.shard_index import (
     open_shard,
     read_array_blocks,
 )
-from utils.storage import Bucket, crc32c_of_file
+from utils.storage import Bucket, crc32c_of_file, encode_crc32c
 
 DOWNLOAD_THREADS = 4
 LOCK_STRIPES = 64
 LOCK_FOLDER = "locks"
+CHECKSUM_SUFFIX = ".crc32c"
 TEMPORARY_NAME = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-\d+\.(npz|tokens)")
 FIRST_RETRY_SECONDS = 1.0
 LONGEST_RETRY_SECONDS = 60.0
@@ -244,6 +246,10 @@ class ShardCache:
         expected = self._shards[shard][1].tokens * self._dtype.itemsize
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_size == expected:
+                checksum = path.with_suffix(CHECKSUM_SUFFIX)
+                if checksum.read_text("ascii") != crc32c_of_file(path):
+                    log.warning("%s in the cache is damaged, making it again.", path.name)
+                    return None
                 os.utime(path)  # the time of its last use
                 return np.asarray(np.memmap(path, dtype=self._dtype, mode="r"))
         return None
@@ -271,15 +277,19 @@ class ShardCache:
         try:
             source = bucket.fetch(facts.name, download)
             _require_checksum(source, facts)
-            count = 0
+            count = checksum = 0
             with decoded.open("wb") as file:
                 for block in decode_shard(source, facts.name, self._vocab_size):
                     count += len(block)
+                    checksum = google_crc32c.extend(checksum, block.tobytes())
                     file.write(block.data)
+                file.flush()
+                os.fsync(file.fileno())
             if count != facts.tokens:
                 raise ShardError(
                     facts.name, f"it holds {count} tokens, the index says {facts.tokens}."
                 )
+            path.with_suffix(CHECKSUM_SUFFIX).write_text(encode_crc32c(checksum), "ascii")
             decoded.replace(path)
         finally:
             download.unlink(missing_ok=True)
@@ -305,6 +315,7 @@ class ShardCache:
             with contextlib.suppress(OSError):
                 path.unlink()
                 total -= size
+                path.with_suffix(CHECKSUM_SUFFIX).unlink(missing_ok=True)
 
     def _remove_leftovers(self) -> None:
         for path in self._directory.glob("*/.tmp-*"):

@@ -129,7 +129,13 @@ def is_gcs_uri(uri: str) -> bool:
 
 def join_uri(uri: str, *names: str) -> str:
     """Append object names to a bucket URI; empty names are left out."""
-    return "/".join([uri.rstrip("/"), *(name.strip("/") for name in names if name)])
+    base = uri if uri.endswith("://") else uri.rstrip("/")
+    return "/".join([base, *(name.strip("/") for name in names if name)])
+
+
+def normalize_uri(uri: str) -> str:
+    """Return the one spelling of a bucket URI: directories absolute, no slash at the end."""
+    return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
 def open_bucket(

@@ -9,6 +9,7 @@ resumed step, and `metrics.jsonl` gets a `resume` record that its reader obeys.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import platform
 from pathlib import Path
@@ -22,6 +23,8 @@ from utils.errors import ConfigError
 from utils.metadata import append_metrics
 
 TENSORBOARD_FOLDER = "tensorboard"
+
+log = logging.getLogger(__name__)
 
 
 class JsonLinesTracker(GeneralTracker):
@@ -42,7 +45,10 @@ class JsonLinesTracker(GeneralTracker):
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Append one record."""
-        append_metrics(self.path, {"step": step, **values})
+        try:
+            append_metrics(self.path, {"step": step, **values})
+        except OSError as exc:
+            log.warning("Metrics of step %s could not be written: %s", step, exc)
 
 
 def build_trackers(config: TrainingConfig, metrics_path: Path) -> list[Any]:

@@ -324,11 +324,12 @@ class TrainingRun:
             return ExitCode.DONE
         for name in pending:
             log.error("%s was not uploaded before the deadline.", name)
+        missing = [*pending, *uploader.failures]
+        kept = [name for name in missing if (self.paths.checkpoints / name).is_dir()]
         log.error(
-            "%d checkpoints are not verified in the bucket: %s. They are kept in %s. "
+            "%d checkpoints are not verified in the bucket. Kept in %s: %s. "
             "Then: python scripts/upload_manager.py upload-all",
-            len(pending) + len(uploader.failures), ", ".join([*pending, *uploader.failures]),
-            self.paths.checkpoints,
+            len(missing), self.paths.checkpoints, ", ".join(kept) or "none",
         )  # fmt: skip
         return ExitCode.NOT_VERIFIED
 
@@ -424,7 +425,7 @@ class TrainingRun:
             config.gcs_user_project or None,
         )
         uploader = Uploader(transport, self._journal, background=self._background_upload)
-        for checkpoint in find_unfinished(self.paths.checkpoints, self._journal):
+        for checkpoint in find_unfinished(self.paths.checkpoints, self._journal, transport.uri):
             uploader.submit(checkpoint)
         return uploader
 

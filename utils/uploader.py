@@ -29,6 +29,7 @@ from utils.errors import CheckpointError, PretrainError, StorageError, Transient
 from utils.journal import Journal, UploadState
 from utils.layout import (
     ARCHIVE_SUFFIX,
+    MANIFEST_FILE,
     METADATA_FILE,
     Manifest,
     archive_object,
@@ -37,7 +38,8 @@ from utils.layout import (
     read_json,
     read_manifest,
 )
-from utils.storage import join_uri
+from utils.metadata import is_verified_in
+from utils.storage import crc32c_of_file, join_uri, normalize_uri
 from utils.transports import Transport
 
 MAX_ATTEMPTS = 5
@@ -198,7 +200,14 @@ class Uploader:
             self._verify(name, info)
             self._put_card(checkpoint, manifest, info)
             self._record(
-                manifest, name, UploadState.VERIFIED, bytes=info.size, crc32c=info.crc32c, uri=uri
+                manifest,
+                name,
+                UploadState.VERIFIED,
+                bytes=info.size,
+                crc32c=info.crc32c,
+                uri=uri,
+                bucket=normalize_uri(self._transport.uri),
+                manifest_crc32c=crc32c_of_file(checkpoint / MANIFEST_FILE),
             )
             self.failures.pop(name, None)
             self.verified.append(name)
@@ -280,17 +289,20 @@ class Uploader:
         return any((entry.checkpoint, entry.state) == given_up for entry in self._journal.entries())
 
 
-def find_unfinished(directory: Path, journal: Journal) -> list[Path]:
-    """Return the local checkpoints that are owed to the bucket, by step.
+def find_unfinished(directory: Path, journal: Journal, uri: str) -> list[Path]:
+    """Return the local checkpoints that are owed to the bucket `uri`, by step.
 
-    Owed is what the journal has not as verified or given up, also what it does not know at all:
-    a crash between commit and queueing.
+    Owed is what the journal has not as verified there or given up, also what it does not know at
+    all: a crash between commit and queueing.
     """
-    settled = (UploadState.VERIFIED, UploadState.SUPERSEDED, UploadState.REMOVED)
     latest = journal.latest()
-    names = [str(name) for name in find_checkpoints(directory)]
-    return [
-        directory / name
-        for name in names
-        if name not in latest or latest[name].state not in settled
-    ]
+    owed = []
+    for name in find_checkpoints(directory):
+        checkpoint, entry = directory / str(name), latest.get(str(name))
+        given_up = entry is not None and entry.state in (
+            UploadState.SUPERSEDED,
+            UploadState.REMOVED,
+        )
+        if not given_up and not is_verified_in(uri, checkpoint, entry):
+            owed.append(checkpoint)
+    return owed

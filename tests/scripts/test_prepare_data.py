@@ -19,8 +19,9 @@ SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
 
 @pytest.fixture(autouse=True)
-def keep_logging() -> Iterator[None]:
-    """Take away the handler that the script leaves, which writes to this test's streams."""
+def clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keep the token cache out of here; take away the handler that the script leaves."""
+    monkeypatch.chdir(tmp_path)
     yield
     for handler in list(logging.getLogger().handlers):
         if type(handler).__module__.startswith(("logging", "rich")):

@@ -231,7 +231,7 @@ def test_a_failure_for_ever_is_bounded_and_kept_and_the_next_goes_on(
     assert last.details["error"] == uploader.failures[NAMES[0]]
     assert last.state.is_pending
     assert sorted(path.name for path in checkpoints[0].parent.glob("checkpoint*")) == NAMES
-    assert [path.name for path in find_unfinished(journal.path.parent, journal)] == [
+    assert [path.name for path in find_unfinished(journal.path.parent, journal, "bucket")] == [
         NAMES[0],
         NAMES[2],
     ]
@@ -497,7 +497,9 @@ def test_a_restart_knows_what_is_owed(
         journal.record(name, RUN_ID, UploadState.VERIFIED)
     for state in recorded:
         journal.record(NAMES[0], RUN_ID, UploadState(state))
-    assert find_unfinished(journal.path.parent, journal) == (checkpoints[:1] if owed else [])
+    assert find_unfinished(journal.path.parent, journal, "bucket") == (
+        checkpoints[:1] if owed else []
+    )
 
 
 def test_what_is_owed_comes_by_step_and_only_where_it_is_complete(
@@ -505,7 +507,7 @@ def test_what_is_owed_comes_by_step_and_only_where_it_is_complete(
 ) -> None:
     (checkpoints[1] / "manifest.json").unlink()
     make_checkpoint(journal.path.parent, 100)
-    names = [path.name for path in find_unfinished(journal.path.parent, journal)]
+    names = [path.name for path in find_unfinished(journal.path.parent, journal, "bucket")]
     assert names == [NAMES[0], NAMES[2], "checkpoint-epoch0-step100-files0"]
 
 
@@ -521,7 +523,7 @@ def test_the_next_start_completes_an_upload_killed_between_archive_and_card(
     for name in NAMES[1:]:
         journal.record(name, RUN_ID, UploadState.VERIFIED)
     uploader = open_uploader()
-    for checkpoint in find_unfinished(journal.path.parent, journal):
+    for checkpoint in find_unfinished(journal.path.parent, journal, "bucket"):
         uploader.submit(checkpoint)
     drain(uploader)
     assert uploader.verified == [NAMES[0]]
@@ -574,7 +576,9 @@ def test_closing_leaves_what_was_queued_in_the_journal(
     opener.join()
     # What was in flight is finished or failed; the rest waits for the next start.
     assert [states(journal, name)[-1] for name in NAMES[1:]] == ["queued", "queued"]
-    assert [path.name for path in find_unfinished(journal.path.parent, journal)][-2:] == NAMES[1:]
+    assert [path.name for path in find_unfinished(journal.path.parent, journal, "bucket")][
+        -2:
+    ] == NAMES[1:]
     assert not [t for t in threading.enumerate() if t.name == "uploader"]
 
 
