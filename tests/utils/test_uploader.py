@@ -231,7 +231,8 @@ def test_a_failure_for_ever_is_bounded_and_kept_and_the_next_goes_on(
     assert last.details["error"] == uploader.failures[NAMES[0]]
     assert last.state.is_pending
     assert sorted(path.name for path in checkpoints[0].parent.glob("checkpoint*")) == NAMES
-    assert [path.name for path in find_unfinished(journal.path.parent, journal, "bucket")] == [
+    uri = transport.bucket.uri
+    assert [path.name for path in find_unfinished(journal.path.parent, journal, uri)] == [
         NAMES[0],
         NAMES[2],
     ]
