@@ -39,7 +39,6 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
 COMPRESSION_SUFFIXES = (".gz", ".zst")
-DOCUMENT_UNITS = ("file", "line")
 READ_BLOCK_BYTES = 2**20
 PART_BYTES = 2**20
 CUT_SEARCH_BYTES = 2**16

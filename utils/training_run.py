@@ -272,15 +272,18 @@ class TrainingRun:
                      format_duration(time.perf_counter() - started))  # fmt: skip
             if self._uploader is not None:
                 self._uploader.submit(checkpoint)
-            checkpoint_store.apply_retention(
-                self.paths.checkpoints,
-                self._journal,
-                self.config,
-                run_id=self.start.identity.run_id,
-                is_uploading_on=self._uploader is not None,
-            )
+            self._apply_retention()
         self._saved_at = time.monotonic()
         self._throughput.pause(time.perf_counter() - started)
+
+    def _apply_retention(self) -> None:
+        checkpoint_store.apply_retention(
+            self.paths.checkpoints,
+            self._journal,
+            self.config,
+            run_id=self.start.identity.run_id,
+            is_uploading_on=self._uploader is not None,
+        )
 
     def _known_bad_shards(self) -> list[int]:
         """Return what any rank has found unusable, on the main process."""
@@ -313,13 +316,7 @@ class TrainingRun:
             self.config.upload_deadline_seconds,
             lambda names: self._live.show(f"uploading {', '.join(names)}"),
         )
-        checkpoint_store.apply_retention(
-            self.paths.checkpoints,
-            self._journal,
-            self.config,
-            run_id=self.start.identity.run_id,
-            is_uploading_on=True,
-        )
+        self._apply_retention()
         if not pending and not uploader.failures:
             return ExitCode.DONE
         for name in pending:
