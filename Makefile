@@ -4,7 +4,7 @@ export VENV
 BIN = $(VENV)/bin
 CODE = train.py debug_gpu.py configs utils scripts tests
 
-.PHONY: setup format check-format lint types test check check-all bench
+.PHONY: setup format check-format lint types test check check-all bench soak
 
 setup:
 	@bash setup.sh --dev
@@ -32,3 +32,7 @@ check-all: check-format lint types
 
 bench: setup
 	$(BIN)/python scripts/benchmark.py
+
+# Hundreds of kills and resumes; SOAK="--quick" for a dozen, --help for more.
+soak: setup
+	$(BIN)/python scripts/soak.py $(SOAK)

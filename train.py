@@ -25,6 +25,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+LEASE_RETRY_SECONDS = 10.0
+
 EPILOG = """exit codes:
   0      done and all verified in the bucket (also after --stop-after and --dry-run)
   1      unexpected error
@@ -54,7 +56,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-steps", type=int, metavar="N", help="length of the run and of its schedule")
     add("--stop-after", type=int, metavar="N", help="save and end this start after step N")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", metavar="WHICH", help="NAME, latest, best, a step or a path")
+    start.add_argument(
+        "--resume",
+        metavar="WHICH",
+        help="NAME, latest, best, a step, a path, or gs://BUCKET[/PREFIX]/latest or /NAME",
+    )
     start.add_argument("--fresh", action="store_true", help="set an old run aside, begin anew")
     add(
         "--accept-data-change",
@@ -65,6 +71,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--accept-config-change",
         action="store_true",
         help="resume although the configuration trains something else than the checkpoint's",
+    )
+    add(
+        "--accept-missing-random-state",
+        action="store_true",
+        help="resume although the random states are damaged: they are seeded anew",
     )
     add("--no-background-upload", action="store_true", help="upload while training waits")
     add("--dry-run", action="store_true", help="show and check everything, train nothing")
@@ -98,9 +109,12 @@ def train(args: argparse.Namespace) -> int:
     configure_logging(config.log_level, quiet=args.quiet)
     # torch and transformers take seconds to load; a wrong argument should not wait for them.
     from configs.model_config import build_model_config
-    from utils import checkpoint_store, preflight, ranks, resume, tracking, training_run
+    from utils import checkpoint_store, preflight, ranks, resume, tracking
     from utils.layout import RunPaths
+    from utils.preemption import PreemptionWatch, metadata_address
+    from utils.run_start import Consent
     from utils.stopping import StopRequest
+    from utils.training_run import TrainingRun
     from utils.training_utils import build_accelerator, count_parameters, resolve_precision
 
     paths = RunPaths.of(config)
@@ -114,13 +128,14 @@ def train(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         trackers = tracking.build_trackers(config, paths.metrics)
         accelerator = build_accelerator(config, precision, trackers, paths.logs)
-        start, sources, findings = ranks.compute_on_main(
+        ranks.connect_host_group()
+        plan, sources, findings = ranks.compute_on_main(
             lambda: preflight.check_start(
                 config, paths, model_config, counts, precision, args.resume, fresh=args.fresh
             )
         )
         preflight.set_special_tokens(config, sources, model_config)
-        facts = preflight.describe_run(config, counts, sources, accelerator, start.step)
+        facts = preflight.describe_run(config, counts, sources, accelerator, plan.step)
         if args.dry_run or any(finding.status == "fail" for finding in findings):
             return preflight.report(config, facts, findings, dry_run=args.dry_run)
 
@@ -130,39 +145,50 @@ def train(args: argparse.Namespace) -> int:
             checkpoint_store.remove_leftovers(paths.checkpoints)
         else:
             configure_logging("warning", quiet=True, main_process=False)
+        hold_bucket(stack, config, plan.identity.run_id)
         preflight.log_facts(facts, findings)
         stop = stack.enter_context(StopRequest())
-        run = training_run.TrainingRun(
-            config, paths, model_config, sources, start, accelerator, stop,
+        if accelerator.is_local_main_process:
+            stack.enter_context(PreemptionWatch(stop.request, metadata_address()))
+        consent = Consent(
+            args.accept_data_change, args.accept_config_change, args.accept_missing_random_state
+        )
+        run = TrainingRun(
+            config, paths, model_config, sources, plan, accelerator, stop, consent,
             background_upload=not args.no_background_upload,
-            accept_data_change=args.accept_data_change,
-            accept_config_change=args.accept_config_change,
         )  # fmt: skip
-        # Nothing is moved before the restore has succeeded.
-        if accelerator.is_main_process:
-            resume.commit_start(start, paths)
         stack.enter_context(run)
         return loop(run, config, args.stop_after)
+
+
+def hold_bucket(stack: contextlib.ExitStack, config: TrainingConfig, run_id: str) -> None:
+    """Hold the run's bucket prefix on the main process, so that a second trainer refuses."""
+    from utils import ranks
+    from utils.prefix_lease import hold_prefix
+    from utils.storage import join_uri, open_bucket
+
+    def hold() -> None:
+        uri = join_uri(config.checkpoint_uri, config.run_name)
+        bucket = open_bucket(uri, config.gcs_user_project or None, LEASE_RETRY_SECONDS)
+        stack.callback(bucket.close)
+        stack.enter_context(hold_prefix(bucket, run_id))
+
+    ranks.compute_on_main(hold if config.checkpoint_uri else lambda: None)
 
 
 def loop(run: TrainingRun, config: TrainingConfig, stop_after: int | None) -> int:
     """Train to the end, to `stop_after` or to a request to stop; return the exit code."""
     last_step = min(config.max_steps, stop_after or config.max_steps)
-    for batches in run.batches(last_step):
+    for batches in run.batches(last_step):  # a request to stop ends it between two steps
         step = run.train_step(batches)
-        stopping = run.stop.is_agreed()
         if step % config.logging_steps == 0 or step == config.max_steps:
             run.log_metrics()
-        saving = stopping or step % config.save_steps == 0 or step == last_step
-        saving = saving or run.is_save_due()
-        evaluating = saving or (config.eval_steps and step % config.eval_steps == 0)
-        if evaluating and not stopping:  # a stop saves first: little time may be left
+        saving = step % config.save_steps == 0 or step == last_step or run.is_save_due()
+        if saving or (config.eval_steps and step % config.eval_steps == 0):
             improved = run.evaluate()
             saving = saving or (config.save_on_best and improved)
         if saving:
             run.save()
-        if stopping:
-            break
     return run.finish()
 
 

@@ -30,6 +30,9 @@ UPLOAD_TRANSPORTS = ("auto", "directory", "gsutil", "python")
 REPORT_TARGETS = ("tensorboard", "wandb")
 MAX_SEED = 2**63 - 1
 BAD_SHARD_POLICIES = ("stop", "skip")
+BAD_STEP_POLICIES = ("stop", "skip", "rollback")
+SAVE_OVERLAP_POLICIES = ("wait", "skip")
+FAILED_SAVE_POLICIES = ("continue", "stop")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 RENAMED_KEYS = {
@@ -131,6 +134,20 @@ class TrainingConfig:
     save_on_best: bool = False
     """A checkpoint also at each new best validation loss."""
 
+    background_save: bool = True
+    """Training waits for a copy in host memory only, and another process writes it. false: it waits
+    until the checkpoint is committed."""
+
+    save_overlap: str = "wait"
+    """When a save is due while the one before is still being written: wait, or skip it."""
+
+    failed_save: str = "continue"
+    """When a checkpoint cannot be written: continue and try again in a minute, or stop."""
+
+    grace_seconds: float = 30.0
+    """Time between a request to stop (SIGINT, SIGTERM, preemption) and the exit: for saving, then
+    for uploads. What is not uploaded by then goes up at the next start."""
+
     logging_steps: int = 100
     """Metrics every so many steps; their loss is the mean since the ones before."""
 
@@ -148,6 +165,24 @@ class TrainingConfig:
 
     mask_documents: bool = False
     """Attention and position ids do not cross documents (needs the end-of-text id of the data)."""
+
+    bad_step: str = "stop"
+    """When the loss or gradients of a step are not finite, or its loss is a spike: its update is
+    left out, then stop (saved), skip (go on with the next samples), or rollback (to the newest
+    checkpoint, then on behind the step's samples)."""
+
+    max_bad_steps: int = 10
+    """With skip or rollback: more bad steps than this among the last 1000 stop the run."""
+
+    spike_sigma: float | None = None
+    """A loss so many standard deviations above the mean of the last steps is a spike. null: no
+    loss is."""
+
+    spike_window: int = 100
+    """Good steps that this mean and deviation are taken from."""
+
+    record_batches: bool = False
+    """Write a checksum of each step's tokens to batches.jsonl in `logging_dir`, as proof."""
 
     bad_shard: str = "stop"
     """stop, or skip: leave unusable shards out and replace their samples."""
@@ -218,17 +253,18 @@ class TrainingConfig:
             if getattr(self, key) is not None:
                 self._require_at_least(key, 1)
         self._require_at_least("sequence_length", 2)
-        for key in ("warmup_steps", "weight_decay", "max_grad_norm", "upload_deadline_seconds"):
+        self._require_at_least("spike_window", 2)
+        for key in ("warmup_steps", "weight_decay", "max_grad_norm", "max_bad_steps"):
+            self._require_at_least(key, 0)
+        for key in ("upload_deadline_seconds", "grace_seconds"):
             self._require_at_least(key, 0)
         self._require_between("seed", 0, MAX_SEED)
         self._require_between("min_lr_rate", 0.0, 1.0)
-        for key in ("adam_beta1", "adam_beta2"):
+        self._require_below_one("adam_beta1")
+        self._require_below_one("adam_beta2")
+        for key in ("learning_rate", "adam_epsilon", "spike_sigma"):
             value = getattr(self, key)
-            if not 0.0 <= value < 1.0:
-                raise ConfigError(f"{key} must be at least 0.0 and below 1.0, got {value}.")
-        for key in ("learning_rate", "adam_epsilon"):
-            value = getattr(self, key)
-            if not (math.isfinite(value) and value > 0):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{key} must be above 0, got {value}.")
         self._check_choices()
         self._check_combinations()
@@ -239,6 +275,9 @@ class TrainingConfig:
         self._require_one_of("upload_transport", UPLOAD_TRANSPORTS)
         self._require_one_of("log_level", LOG_LEVELS)
         self._require_one_of("bad_shard", BAD_SHARD_POLICIES)
+        self._require_one_of("bad_step", BAD_STEP_POLICIES)
+        self._require_one_of("save_overlap", SAVE_OVERLAP_POLICIES)
+        self._require_one_of("failed_save", FAILED_SAVE_POLICIES)
         for target in self.report_to:
             if target not in REPORT_TARGETS:
                 raise ConfigError(
@@ -275,6 +314,11 @@ class TrainingConfig:
         value = getattr(self, key)
         if not low <= value <= high:
             raise ConfigError(f"{key} must be between {low} and {high}, got {value}.")
+
+    def _require_below_one(self, key: str) -> None:
+        value = getattr(self, key)
+        if not 0.0 <= value < 1.0:
+            raise ConfigError(f"{key} must be at least 0.0 and below 1.0, got {value}.")
 
     def _require_one_of(self, key: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, key)

@@ -1,10 +1,9 @@
-"""The directory of checkpoints: hold it, verify, find the latest, set aside, delete, keep by rule.
+"""The directory of checkpoints: hold it, verify, set aside, delete, keep by rule.
 
     checkpoint directory (committed) -> restore, uploader
 
-A checkpoint is complete when its manifest is there; deleting one removes the manifest first.
-"Latest" is the highest step that verifies; one that does not is set aside with the reason and the
-next is tried. No torch here.
+A checkpoint is complete when its manifest is there; deleting one removes the manifest first. No
+torch here.
 """
 
 from __future__ import annotations
@@ -25,11 +24,12 @@ from utils.journal import Journal, UploadState
 from utils.layout import (
     ARCHIVE_SUFFIX,
     MANIFEST_FILE,
+    RANDOM_STATES_PREFIX,
     SAVING_PREFIX,
     SET_ASIDE_FOLDER,
+    FileEntry,
     Manifest,
     RunPaths,
-    find_checkpoints,
     free_name,
     parse_checkpoint_name,
     read_manifest,
@@ -41,8 +41,12 @@ from utils.storage import crc32c_of_file, fsync_directory, join_uri
 log = logging.getLogger(__name__)
 
 
-def verify_checkpoint(checkpoint: Path) -> Manifest:
+def verify_checkpoint(checkpoint: Path, *, skip_random_states: bool = False) -> Manifest:
     """Return the manifest after comparing every file with it.
+
+    Args:
+        checkpoint: Its directory.
+        skip_random_states: Leave the random state files out.
 
     Raises:
         CheckpointError: The checkpoint is incomplete or a file is not what was written.
@@ -51,20 +55,27 @@ def verify_checkpoint(checkpoint: Path) -> Manifest:
     numbers = parse_checkpoint_name(checkpoint.name)
     if numbers is not None and numbers.step != manifest.step:
         raise CheckpointError(f"{checkpoint.name}: its manifest is of step {manifest.step}.")
+    if not manifest.files:
+        raise CheckpointError(f"{checkpoint.name}: its manifest names no files.")
     for name, entry in manifest.files.items():
-        path = checkpoint / name
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{checkpoint.name}: {name} is missing.")
-        size = path.stat().st_size
-        if size != entry.size:
-            raise CheckpointError(
-                f"{checkpoint.name}: {name} has {size} bytes, its manifest says {entry.size}."
-            )
-        if crc32c_of_file(path) != entry.crc32c:
-            raise CheckpointError(
-                f"{checkpoint.name}: {name} is damaged (its crc32c is not the manifest's)."
-            )
+        if not (skip_random_states and name.startswith(RANDOM_STATES_PREFIX)):
+            _verify_file(checkpoint, name, entry)
     return manifest
+
+
+def _verify_file(checkpoint: Path, name: str, entry: FileEntry) -> None:
+    path = checkpoint / name
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{checkpoint.name}: {name} is missing.")
+    size = path.stat().st_size
+    if size != entry.size:
+        raise CheckpointError(
+            f"{checkpoint.name}: {name} has {size} bytes, its manifest says {entry.size}."
+        )
+    if crc32c_of_file(path) != entry.crc32c:
+        raise CheckpointError(
+            f"{checkpoint.name}: {name} is damaged (its crc32c is not the manifest's)."
+        )
 
 
 @contextlib.contextmanager
@@ -107,20 +118,6 @@ def remove_leftovers(directory: Path) -> None:
             # A deletion stopped between its manifest and its name, or a copy by hand is not whole.
             log.warning("%s is incomplete. It was set aside as %s.", path,
                         set_aside(path, directory))  # fmt: skip
-
-
-def find_latest(directory: Path) -> Path | None:
-    """Return the checkpoint of the highest step that verifies; set aside those that do not."""
-    for name in reversed(find_checkpoints(directory)):
-        checkpoint = directory / str(name)
-        try:
-            verify_checkpoint(checkpoint)
-        except CheckpointError as exc:
-            moved = set_aside(checkpoint, directory)
-            log.warning("%s It was set aside as %s; trying the one before.", exc, moved)
-        else:
-            return checkpoint
-    return None
 
 
 def set_aside(checkpoint: Path, directory: Path) -> Path:

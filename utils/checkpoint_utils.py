@@ -1,21 +1,17 @@
-"""Checkpoints: write, commit, restore.
+"""What a checkpoint holds: collected from the train state, brought back into it.
 
-    train state -> checkpoint directory (committed) -> restore -> train state
+    train state -> files of a checkpoint -> restore -> train state
 
-A checkpoint is written into a temporary sibling, every file synced and hashed, the manifest last,
-then renamed: it is there whole or not at all. The files are those that stock
-`Accelerator.load_state` and `AutoModelForCausalLM.from_pretrained` read, plus our own. The main
-process writes alone; random states of all ranks are gathered to it.
+The files are those that stock `Accelerator.load_state` and `AutoModelForCausalLM.from_pretrained`
+read, plus our own. The main process writes alone; random states of all ranks are gathered to it.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import random
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +20,21 @@ import torch
 from accelerate.utils import load as load_tensors
 
 from configs.training_config import TrainingConfig
+from utils.checkpoint_files import CheckpointFiles
 from utils.checkpoint_metadata import build_metadata
 from utils.data_state import DataState
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, UnreadableCheckpointError
 from utils.layout import (
     DATA_STATE_FILE,
-    MANIFEST_FILE,
     METADATA_FILE,
     METRICS_HISTORY_FILE,
-    SAVING_PREFIX,
+    RANDOM_STATES_PREFIX,
     TRAINING_CONFIG_FILE,
     CheckpointName,
-    FileEntry,
     Manifest,
     RunIdentity,
     read_json,
-    write_json,
 )
-from utils.ranks import gather_to_main
-from utils.storage import crc32c_of_file, fsync_directory
 from utils.training_utils import Progress, TrainState
 
 OPTIMIZER_FILE = "optimizer.bin"
@@ -51,13 +43,15 @@ SCHEDULER_BACKUP_FILE = "scheduler_state.pt"
 SCALER_FILE = "scaler.pt"
 SAFE_WEIGHTS_FILE = "model.safetensors"
 BIN_WEIGHTS_FILE = "pytorch_model.bin"
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 
 log = logging.getLogger(__name__)
 
 
 def random_states_file(rank: int) -> str:
     """Return the name of a rank's random state file."""
-    return f"random_states_{rank}.pkl"
+    return f"{RANDOM_STATES_PREFIX}{rank}.pkl"
 
 
 def capture_random_state(state: TrainState) -> dict[str, Any]:
@@ -82,167 +76,213 @@ def restore_random_state(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["torch_cuda_manual_seed"])
 
 
-def save_checkpoint(
+def collect_files(
     state: TrainState,
     data_state: DataState,
     config: TrainingConfig,
     identity: RunIdentity,
-    directory: Path,
+    random_states: Sequence[dict[str, Any]],
     tokenizer_files: Mapping[str, bytes],
-) -> Path | None:
-    """Write and commit a checkpoint of the state as it is.
+) -> CheckpointFiles:
+    """Return what a checkpoint of the state as it is consists of.
+
+    Tensors are the live ones: the caller copies or writes them before the next update. Everything
+    else is captured here.
 
     Args:
-        state: What to save; every rank calls this.
+        state: What to save.
         data_state: Position in the data.
         config: The run's configuration.
         identity: Run id and branch.
-        directory: Where checkpoints lie.
+        random_states: Of `capture_random_state`, by rank.
         tokenizer_files: File name -> bytes, copied in so that `AutoTokenizer` loads.
-
-    Returns:
-        The checkpoint's directory on the main process, None on the others.
-
-    Raises:
-        CheckpointError: It could not be written; what was begun is removed.
     """
-    gathered = gather_to_main((capture_random_state(state), state.interval_loss.item()))
-    if gathered is None:
-        return None
-    random_states = [states for states, _ in gathered]
-    interval_losses = [loss for _, loss in gathered]
-    name = CheckpointName(state.progress.step, data_state.epoch, data_state.files_consumed)
-    target = directory / str(name)
-    temporary = directory / f"{SAVING_PREFIX}{name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        _write_tensors(state, temporary, config.save_format, random_states)
-        _write_facts(state, data_state, config, identity, temporary, interval_losses)
-        for file_name, data in tokenizer_files.items():
-            (temporary / file_name).write_bytes(data)
-        manifest = Manifest(
-            identity.run_id, name.step, identity.branch, len(random_states), _seal(temporary)
-        )
-        write_json(temporary / MANIFEST_FILE, manifest.to_json())
-        fsync_directory(temporary)
-        temporary.rename(target)
-        fsync_directory(directory)
-    except Exception as exc:  # safetensors and torch wrap a full disk in errors of their own
-        shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(directory).free / 2**20
-        reason = getattr(exc, "strerror", None) or exc
-        raise CheckpointError(
-            f"{name} could not be saved: {reason} ({free:.0f} MiB free in {directory}). Older "
-            "checkpoints are intact."
-        ) from exc
-    return target
-
-
-def _write_tensors(
-    state: TrainState, directory: Path, save_format: str, random_states: list[Any]
-) -> None:
     model: Any = state.core_model
-    if save_format == "safetensors":
-        from safetensors.torch import save_model
-
-        save_model(model, str(directory / SAFE_WEIGHTS_FILE), metadata={"format": "pt"})
+    weights, pickles = {}, {}
+    if config.save_format == "safetensors":
+        weights[SAFE_WEIGHTS_FILE] = _without_shared(model.state_dict())
     else:
-        torch.save(model.state_dict(), directory / BIN_WEIGHTS_FILE)
-    torch.save(state.optimizer.state_dict(), directory / OPTIMIZER_FILE)
-    torch.save(state.scheduler.state_dict(), directory / SCHEDULER_FILE)
-    torch.save(
-        {
-            "step": state.progress.step,
-            "learning_rate": state.learning_rate,
-            "scheduler": state.scheduler.state_dict(),
-        },
-        directory / SCHEDULER_BACKUP_FILE,
-    )
+        pickles[BIN_WEIGHTS_FILE] = model.state_dict()
+    pickles[OPTIMIZER_FILE] = state.optimizer.state_dict()
+    pickles[SCHEDULER_FILE] = state.scheduler.state_dict()
+    pickles[SCHEDULER_BACKUP_FILE] = {
+        "step": state.progress.step,
+        "learning_rate": state.learning_rate,
+        "scheduler": state.scheduler.state_dict(),
+    }
     if state.accelerator.scaler is not None:
-        torch.save(state.accelerator.scaler.state_dict(), directory / SCALER_FILE)
+        pickles[SCALER_FILE] = state.accelerator.scaler.state_dict()
     for rank, states in enumerate(random_states):
-        torch.save(states, directory / random_states_file(rank))
-    model.config.save_pretrained(directory)
+        pickles[random_states_file(rank)] = states
+    step, epoch, files = state.progress.step, data_state.epoch, data_state.files_consumed
+    return CheckpointFiles(
+        CheckpointName(step, epoch, files),
+        Manifest(identity.run_id, step, identity.branch, len(random_states)),
+        weights,
+        pickles,
+        documents={
+            TRAINING_CONFIG_FILE: config.to_json(),
+            METRICS_HISTORY_FILE: _progress_document(state),
+            DATA_STATE_FILE: data_state,
+            METADATA_FILE: build_metadata(state, data_state, config, identity),
+        },
+        raw={**_model_files(model), **tokenizer_files},
+    )
+
+
+def _without_shared(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return contiguous weights without second names for the same memory (tied weights)."""
+    found: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in weights.items():
+        found.setdefault((tensor.data_ptr(), tensor.shape), name)
+    return {name: weights[name].contiguous() for name in found.values()}
+
+
+def _progress_document(state: TrainState) -> dict[str, Any]:
+    """Return `training_metrics.json`: histories and counters; lists are copied, they grow."""
+    progress = state.progress
+    counters = {
+        entry.name: getattr(progress, entry.name)
+        for entry in fields(progress)
+        if entry.name != "history"
+    }
+    counters["bad_steps"] = list(progress.bad_steps)
+    # JSON keeps every float exactly; a float32 is a float.
+    counters["interval"] = state.interval.clone()
+    counters["spike_window"] = state.guard.losses.clone()
+    return {**{key: list(values) for key, values in progress.history.items()}, "progress": counters}
+
+
+def _model_files(model: Any) -> dict[str, bytes]:
+    files = {CONFIG_FILE: model.config.to_json_string()}
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
-        generation_config.save_pretrained(directory)
+        files[GENERATION_CONFIG_FILE] = generation_config.to_json_string()
+    return {name: text.encode("utf-8") for name, text in files.items()}
 
 
-def _write_facts(
-    state: TrainState,
-    data_state: DataState,
-    config: TrainingConfig,
-    identity: RunIdentity,
-    directory: Path,
-    interval_losses: list[float],
-) -> None:
-    write_json(directory / TRAINING_CONFIG_FILE, config.to_json())
-    # JSON keeps every float exactly; a float32 is a float.
-    progress = {**asdict(state.progress), "interval_losses": interval_losses}
-    history = progress.pop("history")
-    write_json(directory / METRICS_HISTORY_FILE, {**history, "progress": progress}, indent=None)
-    write_json(directory / DATA_STATE_FILE, data_state.to_json())
-    metadata = build_metadata(state, data_state, config, identity)
-    write_json(directory / METADATA_FILE, metadata)
+@dataclass(frozen=True)
+class SavedState:
+    """What the files of a checkpoint hold, in host memory, not yet brought into a train state."""
+
+    name: str
+    manifest: Manifest
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any] | None
+    metrics: dict[str, Any]
+    data_state: DataState
+    random_state: dict[str, Any] | None
 
 
-def _seal(directory: Path) -> dict[str, FileEntry]:
-    """Sync every file of a directory and return its size and checksum."""
-    files = {}
-    for path in sorted(directory.iterdir()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[path.name] = FileEntry(path.stat().st_size, crc32c_of_file(path))
-    return files
+def read_checkpoint(
+    checkpoint: Path,
+    manifest: Manifest,
+    *,
+    rank: int,
+    world_size: int,
+    accept_missing_random_state: bool = False,
+) -> SavedState:
+    """Return what a verified checkpoint holds for one rank.
 
-
-def restore_checkpoint(
-    state: TrainState, checkpoint: Path, manifest: Manifest, config: TrainingConfig
-) -> None:
-    """Bring back everything that `save_checkpoint` wrote, on this rank.
-
-    The learning rate follows the current configuration's schedule at the restored step. With
-    another number of ranks than the checkpoint's, each rank's random state is seeded from
-    (seed, step, rank) instead.
+    Args:
+        checkpoint: Its directory.
+        manifest: Its manifest; nothing that it does not name is read.
+        rank: This process.
+        world_size: All processes now.
+        accept_missing_random_state: Return None for random states that cannot be read.
 
     Raises:
-        CheckpointError: A file is missing or does not fit this model or optimizer.
+        UnreadableCheckpointError: A file is missing or cannot be read.
+    """
+
+    def read(name: str, load: Callable[[Path], Any]) -> Any:
+        if name not in manifest.files:
+            raise UnreadableCheckpointError(f"{checkpoint.name}: {name} is not in its manifest.")
+        try:
+            return load(checkpoint / name)
+        except Exception as exc:  # torch.load, safetensors and json raise many families
+            reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+            raise UnreadableCheckpointError(
+                f"{checkpoint.name}: {name} cannot be read: {reason}"
+            ) from exc
+
+    def load_random_state() -> Any:
+        if world_size != manifest.world_size:
+            return None
+        try:
+            return read(random_states_file(rank), load_tensors)
+        except UnreadableCheckpointError:
+            if accept_missing_random_state:
+                return None
+            raise
+
+    if SAFE_WEIGHTS_FILE in manifest.files:
+        from safetensors.torch import load_file
+
+        weights = read(SAFE_WEIGHTS_FILE, load_file)
+    else:
+        weights = read(BIN_WEIGHTS_FILE, _load_on_host)
+    return SavedState(
+        checkpoint.name,
+        manifest,
+        weights,
+        optimizer=read(OPTIMIZER_FILE, _load_on_host),
+        scheduler=read(SCHEDULER_FILE, load_tensors),
+        scaler=read(SCALER_FILE, load_tensors) if SCALER_FILE in manifest.files else None,
+        metrics=read(METRICS_HISTORY_FILE, read_json),
+        data_state=read(DATA_STATE_FILE, lambda path: DataState.from_json(read_json(path))),
+        random_state=load_random_state(),
+    )
+
+
+def _load_on_host(path: Path) -> Any:
+    return load_tensors(path, map_location="cpu")
+
+
+def restore_state(state: TrainState, saved: SavedState, config: TrainingConfig) -> None:
+    """Bring what was saved into the train state of this rank.
+
+    The learning rate follows the current configuration's schedule at the restored step. Where
+    there is no random state for this rank (another number of ranks than the checkpoint's), it is
+    seeded from (seed, step, rank).
+
+    Raises:
+        CheckpointError: It does not fit this model or optimizer.
     """
     try:
-        _load_weights(state, checkpoint)
-        optimizer_state = load_tensors(checkpoint / OPTIMIZER_FILE, map_location="cpu")
-        state.optimizer.load_state_dict(optimizer_state)
-        state.scheduler.load_state_dict(load_tensors(checkpoint / SCHEDULER_FILE))
-        if state.accelerator.scaler is not None and (checkpoint / SCALER_FILE).is_file():
-            state.accelerator.scaler.load_state_dict(load_tensors(checkpoint / SCALER_FILE))
-        _restore_progress(state, checkpoint)
+        _restore_weights(state.core_model, saved.weights)
+        state.optimizer.load_state_dict(saved.optimizer)
+        state.scheduler.load_state_dict(saved.scheduler)
+        if state.accelerator.scaler is not None and saved.scaler is not None:
+            state.accelerator.scaler.load_state_dict(saved.scaler)
+        _restore_progress(state, saved.metrics)
         _restore_settings(state, config)
-        _restore_rank(state, checkpoint, manifest, config)
-    except CheckpointError:
-        raise
-    except Exception as exc:  # torch.load and load_state_dict raise many families
+        _restore_random_state(state, saved, config)
+    except Exception as exc:  # load_state_dict raises many families
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-        raise CheckpointError(f"{checkpoint.name} cannot be loaded: {reason}") from exc
+        raise CheckpointError(
+            f"{saved.name} does not fit this model or configuration: {reason}"
+        ) from exc
 
 
-def _load_weights(state: TrainState, checkpoint: Path) -> None:
-    model = state.core_model
-    if (checkpoint / SAFE_WEIGHTS_FILE).is_file():
-        from safetensors.torch import load_model
+def _restore_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    found = model.load_state_dict(weights, strict=False)
+    # A second name for the same memory (tied weights) is not in the file.
+    memory = model.state_dict()
+    given = {memory[name].data_ptr() for name in weights if name in memory}
+    missing = [name for name in found.missing_keys if memory[name].data_ptr() not in given]
+    if missing or found.unexpected_keys:
+        raise ValueError(f"missing weights {missing}, unexpected {found.unexpected_keys}")
 
-        load_model(model, str(checkpoint / SAFE_WEIGHTS_FILE), strict=True)
-    else:
-        model.load_state_dict(load_tensors(checkpoint / BIN_WEIGHTS_FILE, map_location="cpu"))
 
-
-def _restore_progress(state: TrainState, checkpoint: Path) -> None:
-    history = read_json(checkpoint / METRICS_HISTORY_FILE)
-    progress = history.pop("progress")
-    losses = progress.pop("interval_losses")
-    same_ranks = len(losses) == state.accelerator.num_processes
-    rank = state.accelerator.process_index
-    state.interval_loss.fill_(losses[rank] if same_ranks else sum(losses) / len(losses))
+def _restore_progress(state: TrainState, metrics: Mapping[str, Any]) -> None:
+    history = {key: list(values) for key, values in metrics.items() if key != "progress"}
+    progress = dict(metrics["progress"])
+    state.interval.copy_(torch.tensor(progress.pop("interval")))
+    state.guard.restore(progress.pop("spike_window"))
+    state.guard.forget()
     state.progress = Progress(**progress, history=history)
 
 
@@ -259,34 +299,20 @@ def _restore_settings(state: TrainState, config: TrainingConfig) -> None:
         group["weight_decay"] = config.weight_decay if group is groups[0] else 0.0
 
 
-def _restore_rank(
-    state: TrainState, checkpoint: Path, manifest: Manifest, config: TrainingConfig
-) -> None:
+def _restore_random_state(state: TrainState, saved: SavedState, config: TrainingConfig) -> None:
     rank, world_size = state.accelerator.process_index, state.accelerator.num_processes
-    if world_size == manifest.world_size:
-        restore_random_state(load_tensors(checkpoint / random_states_file(rank)))
+    if saved.random_state is not None:
+        restore_random_state(saved.random_state)
         return
     if rank == 0:
+        reason = f"was written by {saved.manifest.world_size} ranks, now there are {world_size}"
+        if world_size == saved.manifest.world_size:
+            reason = "has no usable random state"
         log.warning(
-            "%s was written by %d ranks, now there are %d: the data go on exactly, random states "
-            "are seeded anew from (seed, step, rank).",
-            checkpoint.name,
-            manifest.world_size,
-            world_size,
-        )
-    words = np.random.SeedSequence([config.seed, manifest.step, rank]).generate_state(3)
+            "%s %s: the data go on exactly, random states are seeded anew from (seed, step, rank).",
+            saved.name, reason,
+        )  # fmt: skip
+    words = np.random.SeedSequence([config.seed, saved.manifest.step, rank]).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))
-
-
-def read_data_state(checkpoint: Path) -> DataState:
-    """Return the position in the data of a checkpoint.
-
-    Raises:
-        CheckpointError: It cannot be read.
-    """
-    try:
-        return DataState.from_json(read_json(checkpoint / DATA_STATE_FILE))
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise CheckpointError(f"{checkpoint.name}: {DATA_STATE_FILE} cannot be read.") from exc

@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from utils.shard_index import ShardFacts
 
 PREFETCHED_STEPS = 4
 SEARCH_BLOCK = 1024
+POLL_SECONDS = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,8 @@ class BatchLoader:
         accumulation: Micro-steps in a step.
         rank: This process.
         world_size: All processes.
+        should_stop: Asked while no batch is ready, about every 0.1 s; once it says so, the
+            iteration ends. Batches that are ready are yielded all the same.
     """
 
     def __init__(
@@ -146,12 +149,13 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.wait_seconds = 0.0
         """Time that the training thread has waited for data."""
         self._reader, self._position = reader, position
         self._shape = (micro_batch, accumulation, rank, world_size)
-        self._pin_memory = pin_memory
+        self._pin_memory, self._should_stop = pin_memory, should_stop
         self._window: tuple[int, ...] | None = None
         self._ready: queue.Queue[list[torch.Tensor] | BaseException] = queue.Queue(PREFETCHED_STEPS)
         self._stopped = threading.Event()
@@ -160,10 +164,7 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         """Yield, for each step, `accumulation` int64 tensors [micro_batch, sequence_length]."""
-        while True:
-            started = time.perf_counter()
-            item = self._ready.get()
-            self.wait_seconds += time.perf_counter() - started
+        while (item := self._wait()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
@@ -176,6 +177,18 @@ class BatchLoader:
                 self._ready.get_nowait()
         self._reader.cache.close()  # first: the thread may wait for a bucket that does not answer
         self._thread.join()
+
+    def _wait(self) -> list[torch.Tensor] | BaseException | None:
+        """Return the next item, or None where a stop comes before it."""
+        started = time.perf_counter()
+        try:
+            while True:
+                with contextlib.suppress(queue.Empty):
+                    return self._ready.get(timeout=POLL_SECONDS)
+                if self._should_stop():
+                    return None
+        finally:
+            self.wait_seconds += time.perf_counter() - started
 
     def _produce(self) -> None:
         try:

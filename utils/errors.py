@@ -6,6 +6,10 @@
     |- DataError                 2   training data that cannot be used
     |  `- ShardError             2   one shard, named, with its reason
     |- CheckpointError           2   a checkpoint that cannot be used
+    |  `- UnreadableCheckpointError  2   because its files are damaged or missing
+    |- SaveError                 1   a checkpoint could not be written
+    |- DivergenceError           1   the loss or the gradients were no longer usable
+    |- ResourceShortageError     1   out of device or host memory
     |- LockedError               2   another process already works here
     |- PreflightError            3   the machine or the bucket cannot do this run
     |- UploadError               4   trained and saved, but not all of it verified in the bucket
@@ -76,6 +80,22 @@ class CheckpointError(PretrainError):
     """A checkpoint is missing, incomplete, damaged or foreign."""
 
     exit_code = ExitCode.USAGE
+
+
+class UnreadableCheckpointError(CheckpointError):
+    """A checkpoint's files are damaged or missing: an older one may do."""
+
+
+class SaveError(PretrainError):
+    """A checkpoint could not be written; older ones are intact."""
+
+
+class DivergenceError(PretrainError):
+    """Training was ended because its loss or gradients were no longer usable."""
+
+
+class ResourceShortageError(PretrainError):
+    """The device's or the host's memory does not suffice."""
 
 
 class LockedError(PretrainError):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
+
 import torch
 
 from utils.data_utils import ValidationData
@@ -9,27 +13,44 @@ from utils.training_utils import TrainState, forward_loss
 
 
 def evaluate(
-    state: TrainState, data: ValidationData, batch_size: int, document_end: int | None = None
+    state: TrainState,
+    data: ValidationData,
+    batch_size: int,
+    document_end: int | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> float | None:
     """Return the mean loss over the validation samples, over all ranks; None without samples.
 
     Every sample has the same number of predicted tokens, so the mean over samples is the mean
     over tokens.
+
+    Args:
+        state: Its model is in train mode afterwards, also after an error.
+        data: The validation samples.
+        batch_size: Samples in one forward of one rank.
+        document_end: End-of-text id where attention must not cross documents.
+        should_stop: Asked before each batch, on all ranks equally often, so that they may agree
+            on the answer; once it says so, the evaluation ends with None.
     """
     if data.num_samples == 0:
         return None
     # The bare model: a wrapper's forward may talk to ranks that have one batch less.
     accelerator, model = state.accelerator, state.core_model
     total = torch.zeros((), dtype=torch.float64)
+    batches = data.batches(batch_size, accelerator.process_index, accelerator.num_processes)
     model.eval()
-    with torch.no_grad():
-        for input_ids in data.batches(
-            batch_size, accelerator.process_index, accelerator.num_processes
-        ):
-            input_ids = input_ids.to(accelerator.device, non_blocking=True)
-            loss = forward_loss(model, input_ids, document_end)
-            total += loss.double().cpu() * len(input_ids)
-    model.train()
+    try:
+        with torch.no_grad():
+            # The rounds of the rank with most samples; another one may have none in the last.
+            for _ in range(math.ceil(data.num_samples / (accelerator.num_processes * batch_size))):
+                if should_stop is not None and should_stop():
+                    return None
+                for input_ids in itertools.islice(batches, 1):
+                    input_ids = input_ids.to(accelerator.device, non_blocking=True)
+                    loss = forward_loss(model, input_ids, document_end)
+                    total += loss.double().cpu() * len(input_ids)
+    finally:
+        model.train()
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total.to(accelerator.device), "sum")
     return float(total.item()) / data.num_samples

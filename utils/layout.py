@@ -4,7 +4,7 @@
         checkpoint-epoch{E}-step{S}-files{F}/   committed when manifest.json is in it
         .saving-*                               a save in progress, or what a crash left of one
         set-aside/                              older branches, damaged and foreign checkpoints
-        uploads.jsonl  .lock
+        uploads.jsonl  run.json  .lock
     logging_dir/[run_name/]
         metrics.jsonl  train.log  evaluations.jsonl  tensorboard/
     bucket/[run_name/]Checkpoints/
@@ -34,6 +34,7 @@ METADATA_FILE = "metadata.json"
 METRICS_HISTORY_FILE = "training_metrics.json"
 TRAINING_CONFIG_FILE = "training_config.json"
 DATA_STATE_FILE = "data_state.json"
+RANDOM_STATES_PREFIX = "random_states_"
 REMOTE_FOLDER = "Checkpoints"
 ARCHIVE_SUFFIX = ".tar.gz"
 SAVING_PREFIX = ".saving-"
@@ -110,6 +111,11 @@ class RunPaths:
         return self.checkpoints / "uploads.jsonl"
 
     @property
+    def run_file(self) -> Path:
+        """Which run and branch last wrote here."""
+        return self.checkpoints / "run.json"
+
+    @property
     def lock(self) -> Path:
         """Held by the trainer that works in this directory."""
         return self.checkpoints / ".lock"
@@ -123,6 +129,11 @@ class RunPaths:
     def metrics(self) -> Path:
         """Everything that was logged, one JSON object a line."""
         return self.logs / "metrics.jsonl"
+
+    @property
+    def batches(self) -> Path:
+        """Checksums of each step's tokens, where `record_batches` asks for them."""
+        return self.logs / "batches.jsonl"
 
     @property
     def train_log(self) -> Path:
@@ -166,10 +177,35 @@ class RunIdentity:
     Attributes:
         run_id: Id of the run.
         branch: How often it was resumed from an older checkpoint than its newest.
+        forks: The steps at which those branches began; what the branch before did behind such a
+            step is not part of this one.
     """
 
     run_id: str
     branch: int = 0
+    forks: tuple[int, ...] = ()
+
+    def fork(self, step: int) -> RunIdentity:
+        """Return the identity of a new branch that begins at `step`."""
+        return RunIdentity(self.run_id, self.branch + 1, (*self.forks, step))
+
+    def includes(self, other: RunIdentity, step: int) -> bool:
+        """Tell whether a checkpoint that `other` wrote at `step` is part of this branch."""
+        if other.run_id != self.run_id or other.branch > self.branch:
+            return False
+        # Forks are the last ones; a branch of which no fork is known keeps what it has.
+        since = self.forks[max(0, len(self.forks) - (self.branch - other.branch)) :]
+        return step <= min(since, default=step)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the identity as it is written."""
+        return {"run_id": self.run_id, "branch": self.branch, "forks": list(self.forks)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> RunIdentity:
+        """Return the identity in `value`; raises the errors of a malformed JSON value."""
+        forks = tuple(int(step) for step in value.get("forks", []))
+        return cls(str(value["run_id"]), int(value["branch"]), forks)
 
 
 @dataclass(frozen=True)
@@ -190,6 +226,7 @@ class Manifest:
         branch: How often the run was resumed from an older checkpoint than its newest.
         world_size: Ranks of the run; each has a random state file.
         files: Every other file of the checkpoint.
+        forks: The steps at which the run's branches began.
     """
 
     run_id: str
@@ -197,6 +234,12 @@ class Manifest:
     branch: int
     world_size: int
     files: dict[str, FileEntry] = field(default_factory=dict)
+    forks: tuple[int, ...] = ()
+
+    @property
+    def identity(self) -> RunIdentity:
+        """Run and branch that wrote it."""
+        return RunIdentity(self.run_id, self.branch, self.forks)
 
     @property
     def total_bytes(self) -> int:
@@ -205,7 +248,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as it is written."""
-        return {"format": MANIFEST_FORMAT, **asdict(self)}
+        return {"format": MANIFEST_FORMAT, **asdict(self), "forks": list(self.forks)}
 
     @classmethod
     def from_json(cls, value: object, source: str) -> Manifest:
@@ -227,6 +270,7 @@ class Manifest:
                 branch=int(value["branch"]),
                 world_size=int(value["world_size"]),
                 files=files,
+                forks=tuple(int(step) for step in value.get("forks", [])),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise CheckpointError(f"{source} is not a usable manifest: {exc}.") from exc

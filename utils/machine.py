@@ -16,6 +16,14 @@ from typing import Any
 import psutil
 
 FIRST_CPU_SECONDS = 0.2
+# Limit and use of a container, by version of cgroups.
+CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,25 @@ class MachineProbe:
             temperature_celsius=temperature,
             power_watts=power,
         )
+
+
+def available_memory() -> int:
+    """Return the bytes of host memory that can still be used, also by a container's limit."""
+    available = int(psutil.virtual_memory().available)
+    for limit, used in CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no limit: "max", or no such file
+            left = int(Path(limit).read_text()) - int(Path(used).read_text())
+            available = min(available, max(0, left + _reclaimable(Path(limit).parent)))
+    return available
+
+
+def _reclaimable(group: Path) -> int:
+    """Return the file cache that a container's use counts and gives back when it is needed."""
+    for line in (group / "memory.stat").read_text().splitlines():
+        key, _, value = line.partition(" ")
+        if key in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
 
 
 def _existing_parent(path: Path) -> Path:

@@ -282,7 +282,7 @@ class MetricsLog:
 
     Attributes:
         records: Metric records by step, oldest first; several may share a step.
-        events: Records with an `event` (start, resume, end), oldest first.
+        events: Records with an `event` (start, resume, rollback, bad_step, end), oldest first.
         bad_lines: Lines that could not be read.
     """
 
@@ -321,7 +321,7 @@ class MetricsLog:
             self.records.append(record)
             return
         self.events.append(record)
-        if record["event"] in ("start", "resume"):
+        if record["event"] in ("start", "resume", "rollback"):
             self.records = [kept for kept in self.records if kept["step"] <= step]
 
     def series(self, key: str) -> tuple[list[int], list[float]]:

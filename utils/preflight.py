@@ -33,7 +33,7 @@ from utils.errors import (
 from utils.estimates import estimate_checkpoint_bytes, estimate_training_memory
 from utils.layout import REMOTE_FOLDER, RunPaths
 from utils.metadata import read_remote_checkpoints
-from utils.resume import Start, plan_start
+from utils.resume import Plan, plan_start
 from utils.shard_index import DataSource, build_shard_index
 from utils.storage import is_gcs_uri, join_uri, open_bucket
 from utils.training_utils import ParameterCounts
@@ -261,15 +261,24 @@ def check_start(
     resume: str | None,
     *,
     fresh: bool,
-) -> tuple[Start, list[DataSource], list[Finding]]:
+) -> tuple[Plan, list[DataSource], list[Finding]]:
     """Return where to begin, the sources of data that can be read, and all findings.
 
     Raises:
         UsageError: There is no such checkpoint to resume from.
         DataError: The data are there but do not fit the model or cannot be used.
     """
-    start = plan_start(paths, resume=resume, fresh=fresh)
-    run_id = start.identity.run_id if start.checkpoint else None
+    uri = config.checkpoint_uri and join_uri(config.checkpoint_uri, config.run_name)
+    plan = plan_start(
+        paths,
+        resume=resume,
+        fresh=fresh,
+        bucket_uri=uri,
+        open_bucket=lambda uri: open_bucket(
+            uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS
+        ),
+    )
+    run_id = plan.identity.run_id if plan.candidates else None
     # Data first: what is wrong with them is told before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config)
@@ -280,7 +289,7 @@ def check_start(
         check_disk(config, counts),
         *check_upload(config, run_id),
     ]
-    return start, sources, findings
+    return plan, sources, findings
 
 
 def describe_run(

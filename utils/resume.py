@@ -1,23 +1,93 @@
 """Where a start begins: at step 0, or at a checkpoint, which may begin a new branch.
 
-    directory -> restore -> train state
+    directory or bucket -> restore -> train state
 
-`plan_start` only reads (but sets damaged checkpoints aside); `commit_start` moves what no longer
-belongs to the branch into `set-aside/`, where nothing is lost.
+`plan_start` only reads and names the candidates, newest first; `obtain` verifies or downloads one
+of them; `commit_start` moves what no longer belongs to the branch into `set-aside/`, where nothing
+is lost. A checkpoint belongs to the branch if it is of this run and not behind the step where a
+later branch left its own.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.checkpoint_store import find_latest, set_aside, verify_checkpoint
-from utils.errors import CheckpointError, UsageError
-from utils.layout import Manifest, RunIdentity, RunPaths, find_checkpoints, new_run_id
-from utils.metadata import read_local_checkpoints, select_checkpoint
+from utils.checkpoint_store import set_aside, verify_checkpoint
+from utils.download import OnProgress, download_checkpoint
+from utils.errors import CheckpointError, StorageError, UsageError
+from utils.journal import Journal
+from utils.layout import (
+    ARCHIVE_SUFFIX,
+    REMOTE_FOLDER,
+    CheckpointName,
+    Manifest,
+    RunIdentity,
+    RunPaths,
+    find_checkpoints,
+    new_run_id,
+    parse_checkpoint_name,
+    read_manifest,
+    write_json,
+)
+from utils.metadata import (
+    CheckpointView,
+    read_local_checkpoints,
+    read_remote_checkpoints,
+    select_checkpoint,
+)
+from utils.storage import Bucket, is_gcs_uri, open_bucket
 
 log = logging.getLogger(__name__)
+
+OpenBucket = Callable[[str], Bucket]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that a start may begin at.
+
+    Attributes:
+        name: Its name.
+        identity: Run and branch of its manifest.
+        path: Where it is on this machine; None if it is in a bucket.
+        bucket_uri: The bucket that has it, "" for one on this machine.
+    """
+
+    name: CheckpointName
+    identity: RunIdentity
+    path: Path | None = None
+    bucket_uri: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.bucket_uri}" if self.path is None else str(self.path)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a start may begin; nothing has been changed yet.
+
+    Attributes:
+        identity: The run and branch that it belongs to, a new run at step 0.
+        candidates: Newest first; the first that can be used is taken. Empty at step 0.
+        walks_back: Whether the next candidate may be taken where one cannot be used.
+        is_older: Whether the candidate is known not to be the newest of its run.
+        fresh: Whether what is there is set aside.
+    """
+
+    identity: RunIdentity
+    candidates: tuple[Candidate, ...] = ()
+    walks_back: bool = False
+    is_older: bool = False
+    fresh: bool = False
+
+    @property
+    def step(self) -> int:
+        """Steps done before the start, if the first candidate can be used."""
+        return self.candidates[0].name.step if self.candidates else 0
 
 
 @dataclass(frozen=True)
@@ -28,18 +98,13 @@ class Start:
         identity: Run and branch that it writes to.
         checkpoint: What it resumes from, None at step 0.
         manifest: The checkpoint's manifest.
-        obsolete: Names of checkpoints that do not belong to the branch.
+        obsolete: Name -> why a local checkpoint does not belong to the branch.
     """
 
     identity: RunIdentity
     checkpoint: Path | None = None
     manifest: Manifest | None = None
-    obsolete: tuple[str, ...] = ()
-
-    @property
-    def step(self) -> int:
-        """Steps done before it."""
-        return self.manifest.step if self.manifest else 0
+    obsolete: Mapping[str, str] = field(default_factory=dict)
 
 
 def require_startable(paths: RunPaths, *, resume: str | None, fresh: bool) -> None:
@@ -56,53 +121,308 @@ def require_startable(paths: RunPaths, *, resume: str | None, fresh: bool) -> No
         )
 
 
-def plan_start(paths: RunPaths, *, resume: str | None, fresh: bool) -> Start:
-    """Return where to begin.
+def plan_start(
+    paths: RunPaths,
+    *,
+    resume: str | None,
+    fresh: bool,
+    bucket_uri: str = "",
+    open_bucket: OpenBucket = open_bucket,
+) -> Plan:
+    """Return where a start may begin, reading only.
 
     Args:
         paths: The run's directories.
-        resume: latest, best, a step, a name or a path; None to begin at step 0.
+        resume: latest, best, a step, a name, a path, or one of these behind a bucket's URI; None
+            to begin at step 0.
         fresh: Set what is there aside.
+        bucket_uri: The bucket that the run uploads to, "" for none.
+        open_bucket: Opens a bucket for reading.
 
     Raises:
-        UsageError: There is no such checkpoint.
-        CheckpointError: The checkpoint that was asked for by name is damaged.
+        UsageError: There is no such checkpoint, or it is not clear which one is meant.
+        StorageError: The bucket that was named cannot be read.
     """
-    directory = paths.checkpoints
     if resume is None:
-        obsolete = tuple(str(name) for name in find_checkpoints(directory)) if fresh else ()
-        return Start(RunIdentity(new_run_id()), obsolete=obsolete)
-    if resume == "latest":
-        checkpoint = find_latest(directory)
-        if checkpoint is None:
-            log.info("There is no checkpoint in %s yet: starting at step 0.", directory)
-            return Start(RunIdentity(new_run_id()))
-    else:
-        checkpoint = _find_named(directory, resume)
-    manifest = verify_checkpoint(checkpoint)
-    later = tuple(str(name) for name in find_checkpoints(directory) if name.step > manifest.step)
-    branch = manifest.branch + (1 if later else 0)
-    return Start(RunIdentity(manifest.run_id, branch), checkpoint, manifest, later)
-
-
-def _find_named(directory: Path, resume: str) -> Path:
+        return Plan(RunIdentity(new_run_id()), fresh=fresh)
+    named = _parse_bucket_name(resume)
+    if named is not None:
+        uri, which = named
+        return _plan_named(which, _read_bucket(open_bucket, uri), f"{uri}/{REMOTE_FOLDER}")
     path = Path(resume)
     if path.name != resume or path.is_absolute():  # a path rather than a name
         if not path.is_dir():
-            raise UsageError(f"--resume {resume}: there is no such directory.")
-        return path
-    checkpoint = select_checkpoint(resume, read_local_checkpoints(directory)).path
-    if checkpoint is None:
-        raise CheckpointError(f"{resume} is not on this machine.")
-    return checkpoint
+            raise UsageError(f"--resume {resume}: there is no such directory or bucket.")
+        manifest = read_manifest(path)
+        name = parse_checkpoint_name(path.name) or CheckpointName(manifest.step, 0, 0)
+        return Plan(manifest.identity, (Candidate(name, manifest.identity, path),))
+    if resume == "latest":
+        return _plan_latest(paths, bucket_uri, open_bucket)
+    local = _local_candidates(paths.checkpoints)
+    views = read_local_checkpoints(paths.checkpoints)
+    try:
+        chosen = select_checkpoint(resume, views)
+    except UsageError:
+        if not bucket_uri:
+            raise
+        remote = _read_bucket_or_warn(open_bucket, bucket_uri)
+        if not remote:
+            raise
+        where = f"{paths.checkpoints} or {bucket_uri}"
+        return _plan_named(resume, remote, where)
+    found = next((one for one in local if one.name == chosen.name), None)
+    if found is None:
+        raise CheckpointError(f"{chosen.name} cannot be used: {chosen.problem}.")
+    ahead = any(_is_ahead(one, found) for one in local)
+    return Plan(found.identity, (found,), is_older=ahead)
+
+
+def _is_ahead(one: Candidate, other: Candidate) -> bool:
+    return one.identity.run_id == other.identity.run_id and one.name.step > other.name.step
+
+
+def _parse_bucket_name(resume: str) -> tuple[str, str] | None:
+    """Return (bucket URI, which) of `URI/[Checkpoints/]WHICH`, None where it is something else."""
+    base, _, which = resume.rstrip("/").rpartition("/")
+    base = base.removesuffix(f"/{REMOTE_FOLDER}").rstrip("/")
+    which = which.removesuffix(ARCHIVE_SUFFIX)
+    if is_gcs_uri(resume):
+        if not is_gcs_uri(f"{base}/"):
+            raise UsageError(f"--resume {resume}: say gs://BUCKET[/PREFIX]/latest or /NAME.")
+        return base, which
+    is_bucket = bool(base) and (Path(base) / REMOTE_FOLDER).is_dir() and not Path(resume).is_dir()
+    return (base, which) if is_bucket else None
+
+
+def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[tuple[CheckpointView, Candidate]]:
+    """Return what a bucket has with a usable card, by step."""
+    bucket = open_bucket(uri)
+    try:
+        views = read_remote_checkpoints(bucket)
+    finally:
+        bucket.close()
+    found = []
+    for view in views:
+        if view.manifest is None or view.problem is not None:
+            log.info("%s in %s is passed over: %s.", view.name, uri, view.problem)
+        else:
+            found.append((view, Candidate(view.name, view.manifest.identity, None, uri)))
+    return found
+
+
+def _read_bucket_or_warn(
+    open_bucket: OpenBucket, uri: str
+) -> list[tuple[CheckpointView, Candidate]]:
+    try:
+        return _read_bucket(open_bucket, uri)
+    except StorageError as exc:
+        log.warning("The checkpoints in %s cannot be listed: %s", uri, exc)
+        return []
+
+
+def _plan_named(which: str, remote: list[tuple[CheckpointView, Candidate]], where: str) -> Plan:
+    """Return a plan for a checkpoint of a bucket."""
+    candidates = [candidate for _, candidate in remote]
+    if which == "latest":
+        if not candidates:
+            raise UsageError(f"There is no complete checkpoint in {where}.")
+        run_ids = sorted({candidate.identity.run_id for candidate in candidates})
+        if len(run_ids) > 1:
+            raise UsageError(
+                f"{where} holds checkpoints of several runs ({', '.join(run_ids)}): name one."
+            )
+        identity = _newest_branch(candidates)
+        return Plan(identity, _order(candidates, identity), walks_back=True)
+    chosen = select_checkpoint(which, [view for view, _ in remote])
+    found = next(candidate for view, candidate in remote if view is chosen)
+    ahead = any(_is_ahead(one, found) for one in candidates)
+    return Plan(found.identity, (found,), is_older=ahead)
+
+
+def _plan_latest(paths: RunPaths, bucket_uri: str, open_bucket: OpenBucket) -> Plan:
+    directory = paths.checkpoints
+    local = _local_candidates(directory)
+    remote: list[Candidate] = []
+    if bucket_uri and _bucket_may_have_newer(local, bucket_uri, open_bucket):
+        remote = [one for _, one in _read_bucket_or_warn(open_bucket, bucket_uri)]
+    recorded = read_run_identity(paths)
+    if recorded is not None and any(
+        one.identity.run_id == recorded.run_id for one in (*local, *remote)
+    ):
+        identity = recorded
+    elif local:
+        newest = max(local, key=lambda one: one.name)
+        identity = _newest_branch(
+            [one for one in (*local, *remote) if one.identity.run_id == newest.identity.run_id]
+        )
+    elif remote:
+        run_ids = sorted({one.identity.run_id for one in remote})
+        if len(run_ids) > 1:
+            raise UsageError(
+                f"{bucket_uri} holds checkpoints of several runs ({', '.join(run_ids)}): name one."
+            )
+        identity = _newest_branch(remote)
+    else:
+        where = f"{directory} or {bucket_uri}" if bucket_uri else str(directory)
+        log.info("There is no checkpoint in %s yet: starting at step 0.", where)
+        return Plan(RunIdentity(new_run_id()))
+    return Plan(identity, _order([*local, *remote], identity), walks_back=True)
+
+
+def _bucket_may_have_newer(local: list[Candidate], uri: str, open_bucket: OpenBucket) -> bool:
+    """Tell by names alone whether the bucket has a later step, or local ones may need help."""
+    if not local:
+        return True
+    newest = max(one.name.step for one in local)
+    try:
+        bucket = open_bucket(uri)
+        try:
+            names = [
+                parse_checkpoint_name(info.name.removeprefix(f"{REMOTE_FOLDER}/")[: -len(".json")])
+                for info in bucket.list(f"{REMOTE_FOLDER}/")
+                if info.name.endswith(".json")
+            ]
+        finally:
+            bucket.close()
+    except StorageError as exc:
+        log.warning("The checkpoints in %s cannot be listed: %s", uri, exc)
+        return False
+    # The same step counts too: the bucket's copy helps where the local one is damaged.
+    return any(name is not None and name.step >= newest for name in names)
+
+
+def _local_candidates(directory: Path) -> list[Candidate]:
+    found = []
+    for name in find_checkpoints(directory):
+        path = directory / str(name)
+        try:
+            identity = read_manifest(path).identity
+        except CheckpointError as exc:
+            log.debug("%s It is passed over.", exc)
+        else:
+            found.append(Candidate(name, identity, path))
+    return found
+
+
+def _newest_branch(candidates: Iterable[Candidate]) -> RunIdentity:
+    newest = max(candidates, key=lambda one: (one.identity.branch, one.name))
+    return newest.identity
+
+
+def _order(candidates: Iterable[Candidate], identity: RunIdentity) -> tuple[Candidate, ...]:
+    """Return those of the branch by step, newest first; what is here before what is there."""
+    own = [one for one in candidates if identity.includes(one.identity, one.name.step)]
+    return tuple(sorted(own, key=lambda one: (one.name, one.path is not None), reverse=True))
+
+
+def obtain(
+    candidate: Candidate,
+    paths: RunPaths,
+    *,
+    on_progress: OnProgress,
+    skip_random_states: bool = False,
+    open_bucket: OpenBucket = open_bucket,
+) -> tuple[Path, Manifest]:
+    """Return a candidate as a verified directory on this machine, downloaded where it is not here.
+
+    Args:
+        candidate: What to bring.
+        paths: The run's directories; a download is committed there.
+        on_progress: Told how far a download is.
+        skip_random_states: Leave random state files out of the verification.
+        open_bucket: Opens a bucket for reading.
+
+    Raises:
+        CheckpointError: It is damaged or incomplete.
+        StorageError: The bucket does not give it.
+    """
+    if candidate.path is not None:
+        return candidate.path, verify_checkpoint(
+            candidate.path, skip_random_states=skip_random_states
+        )
+    bucket = open_bucket(candidate.bucket_uri)
+    try:
+        path = download_checkpoint(
+            bucket, str(candidate.name), paths.checkpoints, Journal(paths.journal), on_progress
+        )
+    finally:
+        bucket.close()
+    return path, read_manifest(path)
+
+
+def discard(candidate: Candidate, paths: RunPaths, reason: str) -> None:
+    """Set a checkpoint aside that cannot be used; call it under the lock of the directory."""
+    if candidate.path is None or candidate.path.parent != paths.checkpoints:
+        log.warning("%s Trying the one before.", reason)
+        return
+    moved = set_aside(candidate.path, paths.checkpoints)
+    log.warning("%s It was set aside as %s; trying the one before.", reason, moved)
+
+
+def resolve_start(plan: Plan, paths: RunPaths, checkpoint: Path, manifest: Manifest) -> Start:
+    """Return the start from a checkpoint that can be used: its branch, and what is obsolete.
+
+    `latest` goes on with the branch, also where newer checkpoints of it could not be used; a
+    checkpoint that was named and is not the newest begins a new branch.
+    """
+    identity = plan.identity
+    others = [one for one in _local_candidates(paths.checkpoints) if one.path != checkpoint]
+    if not plan.walks_back:
+        ahead = (
+            one.identity.run_id == manifest.run_id and one.name.step > manifest.step
+            for one in others
+        )
+        identity = manifest.identity
+        if plan.is_older or any(ahead):
+            identity = identity.fork(manifest.step)
+    obsolete = {str(name): "its manifest cannot be read" for name in find_checkpoints(
+        paths.checkpoints)}  # fmt: skip
+    obsolete.pop(checkpoint.name, None)
+    for one in others:
+        del obsolete[str(one.name)]
+        if one.identity.run_id != identity.run_id:
+            obsolete[str(one.name)] = f"it is of another run, {one.identity.run_id}"
+        elif one.name.step > manifest.step or not identity.includes(one.identity, one.name.step):
+            obsolete[str(one.name)] = "it is not part of this branch"
+    return Start(identity, checkpoint, manifest, obsolete)
+
+
+def fresh_start(plan: Plan, paths: RunPaths) -> Start:
+    """Return the start of a new run at step 0."""
+    names = find_checkpoints(paths.checkpoints)
+    return Start(plan.identity, obsolete={str(name): "a new run begins" for name in names})
 
 
 def commit_start(start: Start, paths: RunPaths) -> None:
-    """Set aside the checkpoints that do not belong to the branch."""
-    for name in start.obsolete:
-        moved = set_aside(paths.checkpoints / name, paths.checkpoints)
-        log.info("Set %s aside as %s.", name, moved)
+    """Note the run and its branch; set aside the checkpoints that do not belong to it."""
+    paths.checkpoints.mkdir(parents=True, exist_ok=True)
     if start.checkpoint is None and paths.journal.is_file():
-        # Another run's states; they belong to the checkpoints that were set aside.
+        # Another run's states; they belong to the checkpoints that are set aside.
         paths.set_aside.mkdir(exist_ok=True)
         paths.journal.rename(paths.set_aside / f"uploads-before-{start.identity.run_id}.jsonl")
+    write_run_identity(paths, start.identity)
+    for name, reason in start.obsolete.items():
+        moved = set_aside(paths.checkpoints / name, paths.checkpoints)
+        log.info("Set %s aside as %s: %s.", name, moved, reason)
+
+
+def read_run_identity(paths: RunPaths) -> RunIdentity | None:
+    """Return which run and branch last wrote here; None where that is not known.
+
+    It decides between checkpoints that are there; without it they decide themselves.
+    """
+    try:
+        value = json.loads(paths.run_file.read_text("utf-8"))
+        return RunIdentity.from_json(value)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        log.warning("%s cannot be read (%s) and is ignored.", paths.run_file, exc)
+        return None
+
+
+def write_run_identity(paths: RunPaths, identity: RunIdentity) -> None:
+    """Note which run and branch writes here; the file is replaced as a whole."""
+    temporary = paths.run_file.with_suffix(".json.new")
+    write_json(temporary, identity.to_json())
+    temporary.replace(paths.run_file)

@@ -5,9 +5,10 @@ objects with a size and a crc32c, listed by prefix, read whole or by range, writ
 else in the project cares which of the two it holds.
 
 Guarantees: an object appears whole or not at all; a finished `put_file` was checked by size and
-crc32c; every failure is one of the `StorageError` classes, so callers can tell what is worth
-trying again. Checksums are written as Google Cloud Storage writes them: base64 of the big-endian
-crc32c (https://cloud.google.com/storage/docs/hashes-etags).
+crc32c; a conditional write never replaces what its writer has not seen; every failure is one of
+the `StorageError` classes, so callers can tell what is worth trying again. Checksums are written
+as Google Cloud Storage writes them: base64 of the big-endian crc32c
+(https://cloud.google.com/storage/docs/hashes-etags).
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import google_crc32c
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 from utils.errors import (
     AccessDeniedError,
@@ -86,8 +92,33 @@ class Bucket(Protocol):
     def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
         """Write a small object."""
 
+    def read_version(self, name: str) -> tuple[bytes, ObjectInfo]:
+        """Return a small object's bytes and what tells this version of it from all others."""
+
+    def put_bytes_if(self, name: str, data: bytes, expected: ObjectInfo | None) -> ObjectInfo:
+        """Write a small object where the bucket still holds `expected`.
+
+        An answer can be lost after the change was made, so an object that holds exactly `data`
+        counts as written: put something into it that no other writer has, such as a random token.
+
+        Args:
+            name: Object name.
+            data: What it is to hold.
+            expected: From `read_version` or `put_bytes_if`; None where there is to be no object.
+
+        Raises:
+            ConflictError: Another version is there, or none; nothing was changed.
+        """
+
     def delete(self, name: str) -> None:
         """Remove the object; one that does not exist is no error."""
+
+    def delete_if(self, name: str, expected: ObjectInfo) -> None:
+        """Remove the object where the bucket still holds `expected`; none at all is no error.
+
+        Raises:
+            ConflictError: Another version is there; it was left.
+        """
 
     def close(self) -> None:
         """Release connections."""
@@ -159,7 +190,12 @@ def open_bucket(
 
 
 class DirectoryBucket:
-    """A directory (local or mounted) that behaves like a bucket."""
+    """A directory (local or mounted) that behaves like a bucket.
+
+    A version of an object is its content. Conditional writes of one machine exclude each other; on
+    a file system that several machines mount, creating excludes too, but two that replace the same
+    version within the same millisecond may both succeed where it has no `flock`.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
@@ -246,13 +282,70 @@ class DirectoryBucket:
                 temporary.unlink(missing_ok=True)
         return ObjectInfo(name, len(data), crc32c_of_bytes(data))
 
+    def read_version(self, name: str) -> tuple[bytes, ObjectInfo]:
+        """Return a small object's bytes and their checksum."""
+        data = self.read_bytes(name)
+        return data, ObjectInfo(name, len(data), crc32c_of_bytes(data))
+
+    def put_bytes_if(self, name: str, data: bytes, expected: ObjectInfo | None) -> ObjectInfo:
+        """Write a small object where the directory still holds `expected`."""
+        target = self._path(name)
+        with self._mapped_errors(name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _alone_in(target.parent):
+                if expected is None:
+                    self._create(target, data)
+                else:
+                    self._require_version(name, expected)
+                    self.put_bytes(name, data)
+        return ObjectInfo(name, len(data), crc32c_of_bytes(data))
+
     def delete(self, name: str) -> None:
         """Remove the object; one that does not exist is no error."""
         with self._mapped_errors(name):
             self._path(name).unlink(missing_ok=True)
 
+    def delete_if(self, name: str, expected: ObjectInfo) -> None:
+        """Remove the object where the directory still holds `expected`."""
+        target = self._path(name)
+        with self._mapped_errors(name):
+            if not target.parent.is_dir():
+                return
+            with _alone_in(target.parent):
+                if target.exists():
+                    self._require_version(name, expected)
+                    target.unlink()
+
     def close(self) -> None:
         """Nothing to release."""
+
+    def _require_version(self, name: str, expected: ObjectInfo) -> None:
+        try:
+            _, found = self.read_version(name)
+        except ObjectNotFoundError as exc:
+            raise ConflictError(f"{self.uri}/{name} is gone.") from exc
+        if (found.size, found.crc32c) != (expected.size, expected.crc32c):
+            raise ConflictError(f"{self.uri}/{name} was changed by another process.")
+
+    def _create(self, target: Path, data: bytes) -> None:
+        temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        try:
+            temporary.write_bytes(data)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            try:
+                os.link(temporary, target)  # unlike a rename, it replaces nothing
+            except FileExistsError:
+                raise
+            except OSError:
+                # Some mounted buckets have no links; a reader may then see half of the object.
+                with target.open("xb") as file:
+                    file.write(data)
+        except FileExistsError as exc:
+            raise ConflictError(f"{target} exists.") from exc
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_directory(target.parent)
 
     @staticmethod
     def _commit(temporary: Path, target: Path) -> None:
@@ -277,6 +370,21 @@ class DirectoryBucket:
             raise AccessDeniedError(f"{self.uri}/{name}: {exc.strerror}.") from exc
         except OSError as exc:
             raise StorageError(f"{self.uri}/{name}: {exc.strerror or exc}.") from exc
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Keep the conditional writes of other processes and threads out, where the system can."""
+    descriptor = None
+    try:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(directory, os.O_RDONLY)
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _raise_unless_gone(error: OSError) -> None:
@@ -362,10 +470,43 @@ class GcsBucket:
             blob.upload_from_string(data, checksum="crc32c", **self._options)
         return self._info(blob)
 
+    def read_version(self, name: str) -> tuple[bytes, ObjectInfo]:
+        """Return a small object's bytes and their generation, both of one answer."""
+        with self._mapped_errors(name):
+            blob = self._bucket.blob(self._prefix + name)
+            data: bytes = blob.download_as_bytes(checksum="crc32c", **self._options)
+        info = ObjectInfo(name, len(data), crc32c_of_bytes(data), int(blob.generation or 0))
+        return data, info
+
+    def put_bytes_if(self, name: str, data: bytes, expected: ObjectInfo | None) -> ObjectInfo:
+        """Write a small object where the bucket still holds the generation of `expected`."""
+        condition = {"if_generation_match": _generation(expected)}
+        try:
+            with self._mapped_errors(name):
+                blob = self._bucket.blob(self._prefix + name)
+                blob.upload_from_string(data, checksum="crc32c", **condition, **self._options)
+        except ConflictError:
+            # Where the answer to the first attempt was lost, the next one meets its own object.
+            found = self.stat(name)
+            if found is None or (found.size, found.crc32c) != (len(data), crc32c_of_bytes(data)):
+                raise
+            return found
+        return self._info(blob)
+
     def delete(self, name: str) -> None:
         """Remove the object; one that does not exist is no error."""
         with contextlib.suppress(ObjectNotFoundError), self._mapped_errors(name):
             self._bucket.blob(self._prefix + name).delete(**self._options)
+
+    def delete_if(self, name: str, expected: ObjectInfo) -> None:
+        """Remove the object where the bucket still holds the generation of `expected`."""
+        condition = {"if_generation_match": _generation(expected)}
+        try:
+            with contextlib.suppress(ObjectNotFoundError), self._mapped_errors(name):
+                self._bucket.blob(self._prefix + name).delete(**condition, **self._options)
+        except ConflictError:
+            if self.stat(name) is not None:  # none: gone before, or the first answer was lost
+                raise
 
     def close(self) -> None:
         """Close the client's connections."""
@@ -383,6 +524,15 @@ class GcsBucket:
             raise
         except Exception as exc:  # every library underneath raises its own family
             raise _map_gcs_error(exc, f"{self.uri}/{name}" if name else self.uri) from exc
+
+
+def _generation(expected: ObjectInfo | None) -> int:
+    """Return the generation to ask for; 0 means that there is no object."""
+    if expected is None:
+        return 0
+    if not expected.generation:
+        raise StorageError(f"{expected.name}: the server did not say which version of it there is.")
+    return expected.generation
 
 
 def _build_gcs_client() -> Any:

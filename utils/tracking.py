@@ -96,6 +96,20 @@ def start_trackers(
         append_metrics(logs / "metrics.jsonl", event)
 
 
+def record_rollback(accelerator: Accelerator, logs: Path, step: int) -> None:
+    """Take back what the curves have behind `step`, in the middle of a start."""
+    if not accelerator.is_main_process:
+        return
+    append_metrics(logs / "metrics.jsonl", {"event": "rollback", "step": step})
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            # What `purge_step` of a new SummaryWriter writes.
+            start = SessionLog(status=SessionLog.START)
+            tracker.tracker.file_writer.add_event(Event(step=step + 1, session_log=start))
+
+
 def record_end(logs: Path, step: int, outcome: str) -> None:
     """Note how this start ended: done, stopped or failed."""
     append_metrics(logs / "metrics.jsonl", {"event": "end", "step": step, "outcome": outcome})

@@ -4,43 +4,47 @@
 
 Everything that is not the train step is timed and taken out of the reported speed. Watching
 changes nothing: logging, evaluating, saving and uploading leave weights and random state alone.
+A request to stop is acted on between two steps, when every rank has its batch or waits for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import google_crc32c
 import torch
 from accelerate import Accelerator
 
-from configs.training_config import TrainingConfig, compare_configs
-from utils import checkpoint_store, checkpoint_utils, tracking
+from configs.training_config import TrainingConfig
+from utils import checkpoint_utils, ranks, resume, run_start, tracking
 from utils.console import LiveLine, format_duration
 from utils.data_state import DataState
 from utils.data_utils import BatchLoader, SampleReader, ValidationData
-from utils.errors import ConfigError, ExitCode
-from utils.evaluation import evaluate
-from utils.journal import Journal
-from utils.layout import (
-    METRICS_HISTORY_FILE,
-    TRAINING_CONFIG_FILE,
-    Manifest,
-    RunPaths,
-    read_json,
+from utils.errors import (
+    DivergenceError,
+    ExitCode,
+    PretrainError,
+    ResourceShortageError,
+    SaveError,
 )
+from utils.evaluation import evaluate
+from utils.layout import RunPaths
+from utils.metadata import append_metrics
 from utils.mixture import build_order
-from utils.ranks import gather_to_main
-from utils.resume import Start
+from utils.run_saving import RunSaving
+from utils.run_start import Consent
 from utils.shard_cache import ShardCache
 from utils.shard_index import DataSource
+from utils.snapshot import Snapshot
+from utils.step_guard import Verdict
 from utils.stopping import StopRequest
-from utils.storage import join_uri, open_bucket
+from utils.storage import encode_crc32c, open_bucket
 from utils.training_utils import (
     Throughput,
     build_train_state,
@@ -48,8 +52,9 @@ from utils.training_utils import (
     set_determinism,
     train_step,
 )
-from utils.transports import build_transport
-from utils.uploader import Uploader, find_unfinished
+
+BAD_STEP_SPAN = 1000
+SNAPSHOT_MARGIN_BYTES = 2**20
 
 log = logging.getLogger("train")
 
@@ -62,12 +67,11 @@ class TrainingRun:
         paths: Its directories.
         model_config: transformers config of the model.
         sources: Where the training data come from; the first also has the validation data.
-        start: Where to begin.
+        plan: Where to begin.
         accelerator: This process among the ranks.
-        stop: Asked by the loop.
+        stop: Asked between two steps.
+        consent: What is accepted that a resume would refuse.
         background_upload: False uploads within `save`.
-        accept_data_change: Go on although the shards are not the checkpoint's.
-        accept_config_change: Go on although the configuration trains something else.
     """
 
     def __init__(
@@ -76,17 +80,15 @@ class TrainingRun:
         paths: RunPaths,
         model_config: Any,
         sources: Sequence[DataSource],
-        start: Start,
+        plan: resume.Plan,
         accelerator: Accelerator,
         stop: StopRequest,
+        consent: Consent,
         *,
         background_upload: bool = True,
-        accept_data_change: bool = False,
-        accept_config_change: bool = False,
     ) -> None:
         self.config, self.paths, self.stop = config, paths, stop
-        self.start, self._sources = start, tuple(sources)
-        self._accelerator = accelerator
+        self._sources, self._accelerator = tuple(sources), accelerator
         self._is_main = accelerator.is_main_process
         set_determinism(config)
         self.state = build_train_state(accelerator, model_config, config)
@@ -100,32 +102,52 @@ class TrainingRun:
         self._global_batch, self._accumulation = config.resolve_batch(accelerator.num_processes)
         self._skip_bad_shards = config.bad_shard == "skip"
         self._bad_shards: tuple[int, ...] = ()
-        if start.checkpoint is not None and start.manifest is not None:
-            self._require_same_config(start.checkpoint, accept_config_change)
-            self._restore(start.checkpoint, start.manifest, accept_data_change)
         self._document_end = model_config.eos_token_id if config.mask_documents else None
+        self._vocab_size = model_config.vocab_size
+        self.start = self._begin(plan, consent)
         user_project = config.gcs_user_project or None
         self._buckets = [open_bucket(source.uri, user_project) for source in sources]
-        self._reader = self._build_reader(model_config.vocab_size)
-        self._validation = self._build_validation(model_config.vocab_size)
+        self._reader = self._build_reader()
+        self._validation = self._build_validation()
         self._tokenizer_files = {
             name: self._buckets[0].read_bytes(name)
             for name in sources[0].index.tokenizer_files
             if self._is_main
         }
-        self._journal = Journal(paths.journal)
         self._background_upload = background_upload
-        self._uploader: Uploader | None = None
+        self._saving: RunSaving | None = None
         self._loader: BatchLoader | None = None
         self._live = LiveLine(enabled=False)
         self._throughput = Throughput()
         self._waited = 0.0
         self._saved_at = time.monotonic()
+        self._saved_step = self.state.progress.step
+        self._rollback_from: Verdict | None = None
+        self._failure: PretrainError | None = None
         self._last_record: dict[str, float] = {}
         self._outcome = "failed"
 
+    def _begin(self, plan: resume.Plan, consent: Consent) -> resume.Start:
+        """Restore what the plan says."""
+        state, config = self.state, self.config
+        beginning = run_start.begin(plan, self.paths, config, state, self._global_batch, consent)
+        start, saved = beginning.start, beginning.saved
+        if saved is not None:
+            self._bad_shards = run_start.place_in_data(
+                state,
+                saved,
+                self._data_state,
+                self._order.samples_per_epoch,
+                accept_change=consent.data_change,
+            )
+            log.info("Resumed from %s (step %d).", start.checkpoint, state.progress.step)
+        return start
+
     def __enter__(self) -> TrainingRun:
-        """Start trackers, uploader and live line."""
+        """Take possession of the directory; start trackers, saver, uploader and live line."""
+        # Nothing is moved before everything is there that this start needs.
+        if self._is_main:
+            resume.commit_start(self.start, self.paths)
         config, step = self.config, self.state.progress.step
         facts = {
             "run_id": self.start.identity.run_id,
@@ -138,8 +160,15 @@ class TrainingRun:
             "tokens_per_step": self.tokens_per_step,
         }
         tracking.start_trackers(self._accelerator, config, self.paths.logs, facts, step)
-        if self._is_main and config.checkpoint_uri:
-            self._uploader = self._build_uploader()
+        if self._is_main:
+            self._saving = RunSaving(
+                config,
+                self.paths,
+                self.start.identity,
+                self._accelerator.device,
+                background_upload=self._background_upload,
+            )
+            self._saving.prepare(self._snapshot_bytes())
         self._live = LiveLine(enabled=self._is_main)
         self._throughput = Throughput()
         return self
@@ -150,21 +179,43 @@ class TrainingRun:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop every thread, close every file, and note how it ended."""
+        """Stop every thread, close every file, and note how it ended.
+
+        Raises:
+            ResourceShortageError: In place of an error that says that memory is short.
+        """
+        shortage = _describe_shortage(error)
         self._live.close()
+        if shortage is not None and self._saving is not None:
+            log.error("Out of memory: finishing the save and the uploads in progress.")
+            self._end_quietly()
         if self._loader is not None:
             self._loader.close()
         else:
             self._reader.cache.close()
         self._validation.close()
-        if self._uploader is not None:
-            self._uploader.close()
+        if self._saving is not None:
+            self._saving.close()
         for bucket in self._buckets:
             bucket.close()
         if self._is_main:
             tracking.record_end(self.paths.logs, self.state.progress.step, self._outcome)
+        if shortage is not None:
+            raise ResourceShortageError(shortage) from error
         if error is None:
             self._accelerator.end_training()
+
+    def _end_quietly(self) -> None:
+        assert self._saving is not None
+        try:
+            self._saving.finish(self._live, self.config.upload_deadline_seconds, is_leaving=False)
+        except SaveError as exc:
+            log.error("%s", exc)
+
+    def _snapshot_bytes(self) -> int:
+        """Return the size of a snapshot: weights and two moments, and what is small."""
+        tensors = list(self.state.core_model.state_dict().values())
+        return 3 * Snapshot.size_of(tensors) + 64 * len(tensors) + SNAPSHOT_MARGIN_BYTES
 
     @property
     def tokens_per_step(self) -> int:
@@ -172,34 +223,153 @@ class TrainingRun:
         return self._global_batch * self.config.sequence_length
 
     def batches(self, last_step: int) -> Iterator[list[torch.Tensor]]:
-        """Yield this rank's micro-batches of each step up to `last_step`."""
-        progress = self.state.progress
-        if progress.step >= last_step:
-            log.info("Step %d of %d is done already.", progress.step, self.config.max_steps)
+        """Yield this rank's micro-batches of each step, up to `last_step` or an agreed stop."""
+        if self.state.progress.step >= last_step:
+            log.info("Step %d of %d is done already.", last_step, self.config.max_steps)
             return
-        self._loader = BatchLoader(
-            self._reader,
-            position=progress.sample_index,
-            micro_batch=self.config.per_device_train_batch_size,
-            accumulation=self._accumulation,
-            rank=self._accelerator.process_index,
-            world_size=self._accelerator.num_processes,
-            pin_memory=self._accelerator.device.type == "cuda",
-        )
-        for batches in self._loader:
-            yield batches
-            if progress.step >= last_step:
+        while self.state.progress.step < last_step:
+            self._loader = BatchLoader(
+                self._reader,
+                position=self.state.progress.sample_index,
+                micro_batch=self.config.per_device_train_batch_size,
+                accumulation=self._accumulation,
+                rank=self._accelerator.process_index,
+                world_size=self._accelerator.num_processes,
+                pin_memory=self._accelerator.device.type == "cuda",
+                should_stop=lambda: self.stop.reason is not None,
+            )
+            yield from self._agreed_batches(self._loader, last_step)
+            if self._rollback_from is None:
                 return
+            self._roll_back(self._rollback_from)
+
+    def _agreed_batches(self, loader: BatchLoader, last_step: int) -> Iterator[list[torch.Tensor]]:
+        """Yield until the last step, a stop that all ranks know of, or a rollback."""
+        batches = iter(loader)
+        while self.state.progress.step < last_step and self._rollback_from is None:
+            step: list[torch.Tensor] | None = None
+            try:
+                step = next(batches, None)
+            except PretrainError as exc:  # the state is whole: it is saved before this is told
+                self._fail(exc)
+            self._check_saves()
+            if self.stop.is_agreed() or step is None:
+                self.stop.nothing_to_lose = False  # a safe point: from here on it leaves by itself
+                return
+            yield step
+
+    def _fail(self, error: PretrainError) -> None:
+        """End this start at the next safe point: saved, uploads drained, then `error`."""
+        self._failure = self._failure or error
+        self.stop.request("an error")
 
     def train_step(self, batches: list[torch.Tensor]) -> int:
         """Do one optimizer update; return how many are done."""
-        train_step(self.state, batches, self.config.max_grad_norm, self._document_end)
+        fence = self._saving.fence if self._saving is not None else lambda: None
+        train_step(self.state, batches, self.config.max_grad_norm, self._document_end, fence)
+        self.stop.nothing_to_lose = False
+        if self.config.record_batches:
+            self._record_batches(batches)
+        self._judge(newest=False)
         self._throughput.step()
         self._show_live()
         return self.state.progress.step
 
+    def _record_batches(self, batches: list[torch.Tensor]) -> None:
+        """Append the checksum of the step's tokens, in the order of the samples."""
+        gathered = ranks.gather_to_main([batch.numpy().tobytes() for batch in batches])
+        if gathered is None:
+            return
+        checksum = 0
+        for micro_step in zip(*gathered, strict=True):
+            for data in micro_step:
+                checksum = google_crc32c.extend(checksum, data)
+        record = {"step": self.state.progress.step, "crc32c": encode_crc32c(checksum)}
+        append_metrics(self.paths.batches, record)
+
+    def _judge(self, *, newest: bool) -> None:
+        """Act on the bad steps that the guard has found, in the same way on every rank."""
+        for verdict in self.state.guard.take(newest=newest):
+            if verdict.code:
+                self._handle_bad_step(verdict)
+
+    def _handle_bad_step(self, verdict: Verdict) -> None:
+        config, progress = self.config, self.state.progress
+        behind = (progress.step - verdict.step) * self._global_batch
+        record = {
+            "step": verdict.step,
+            "kind": verdict.kind,
+            "loss": verdict.loss if math.isfinite(verdict.loss) else None,
+            "grad_norm": verdict.grad_norm if math.isfinite(verdict.grad_norm) else None,
+            "policy": config.bad_step,
+            "sample_index": progress.sample_index - behind - self._global_batch,
+        }
+        progress.bad_steps.append(record)
+        if self._is_main:
+            append_metrics(self.paths.metrics, {"event": "bad_step", **record})
+        log.warning(
+            "Step %d is bad: %s (loss %.4g, gradient norm %.4g). Its update is left out.",
+            verdict.step, verdict.kind, verdict.loss, verdict.grad_norm,
+        )  # fmt: skip
+        recent = [bad for bad in progress.bad_steps if bad["step"] > verdict.step - BAD_STEP_SPAN]
+        if config.bad_step != "stop" and len(recent) > config.max_bad_steps:
+            self._fail(DivergenceError(
+                f"{len(recent)} of the last {BAD_STEP_SPAN} steps were bad (max_bad_steps is "
+                f"{config.max_bad_steps}). Lower learning_rate, or resume from an older "
+                "checkpoint."
+            ))  # fmt: skip
+        elif config.bad_step == "stop":
+            self._fail(DivergenceError(
+                f"Step {verdict.step} was bad: {verdict.kind} loss or gradients. Its update was "
+                "left out and the state is saved. Go on behind its samples with --resume latest, "
+                "and let later ones pass with --set bad_step=skip or rollback."
+            ))  # fmt: skip
+        elif config.bad_step == "rollback":
+            self._rollback_from = verdict
+
+    def _roll_back(self, verdict: Verdict) -> None:
+        """Bring back the newest checkpoint and go on behind the samples of the bad step."""
+        self._rollback_from = None
+        state, bad_steps = self.state, self.state.progress.bad_steps
+        position = bad_steps[-1]["sample_index"] + self._global_batch
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+        self._wait_for_saver()
+        found = ranks.compute_on_main(lambda: self._find_rollback(verdict.step))
+        if found is None:
+            self._reader = self._build_reader()
+            self._fail(DivergenceError(
+                f"Step {verdict.step} was bad: {verdict.kind}. There is no checkpoint to roll "
+                "back to."
+            ))  # fmt: skip
+            return
+        checkpoint, manifest = found
+        accelerator = self._accelerator
+        saved = checkpoint_utils.read_checkpoint(
+            checkpoint, manifest, rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )  # fmt: skip
+        checkpoint_utils.restore_state(state, saved, self.config)
+        skipped = position - state.progress.sample_index
+        state.progress.sample_index = position
+        state.progress.bad_steps = bad_steps
+        self._saved_step = state.progress.step
+        tracking.record_rollback(accelerator, self.paths.logs, state.progress.step)
+        self._reader = self._build_reader()
+        self._throughput, self._waited = Throughput(), 0.0
+        log.warning(
+            "Rolled back to %s (step %d); %d samples are left out, up to and with those of step "
+            "%d.", checkpoint.name, state.progress.step, skipped, verdict.step,
+        )  # fmt: skip
+
+    def _find_rollback(self, before_step: int) -> tuple[Any, Any] | None:
+        assert self._saving is not None
+        return self._saving.find_newest(before_step)
+
     def log_metrics(self) -> None:
         """Log the mean loss since the last time, and the speed."""
+        self._judge(newest=True)
         state, progress = self.state, self.state.progress
         loss = mean_loss(state)
         waited = self._loader.wait_seconds if self._loader else 0.0
@@ -215,28 +385,37 @@ class TrainingRun:
             **speed,
             "eta_seconds": (self.config.max_steps - progress.step) * speed["step_seconds"],
         }
-        state.interval_loss.zero_()
-        progress.interval_steps = 0
+        state.interval.zero_()
         progress.add_metrics(record)
         self._accelerator.log(record, step=progress.step)
         self._last_record = record
         log.info("Step %s", self._describe(record))
 
     def is_save_due(self) -> bool:
-        """Tell whether `save_seconds` have passed since the last save; ranks agree."""
+        """Tell whether `save_seconds` have passed, or a failed save is to be tried again."""
         seconds = self.config.save_seconds
-        if seconds is None:
-            return False
-        return self.stop.any_rank(time.monotonic() - self._saved_at >= seconds)
+        due = seconds is not None and time.monotonic() - self._saved_at >= seconds
+        if self._saving is not None:
+            due = due or self._saving.is_retry_due()
+        return self.stop.any_rank(due)
 
     def evaluate(self) -> bool:
-        """Measure the validation loss, once a step at most; tell whether it is the best so far."""
+        """Measure the validation loss, once a step at most; tell whether it is the best so far.
+
+        A request to stop ends it without a result.
+        """
+        self._judge(newest=True)
         progress = self.state.progress
-        if progress.validation_step == progress.step and progress.validation_loss is not None:
+        measured = progress.validation_step == progress.step
+        if self._rollback_from or (measured and progress.validation_loss is not None):
             return False
         started = time.perf_counter()
         loss = evaluate(
-            self.state, self._validation, self.config.eval_batch_size, self._document_end
+            self.state,
+            self._validation,
+            self.config.eval_batch_size,
+            self._document_end,
+            self.stop.is_agreed,
         )
         self._throughput.pause(time.perf_counter() - started)
         if loss is None:
@@ -256,119 +435,112 @@ class TrainingRun:
         return improved
 
     def save(self) -> None:
-        """Commit a checkpoint, queue its upload, and let old ones go."""
+        """Begin to save a checkpoint; training goes on while it is written.
+
+        A save that is due while the one before is still being written waits or is skipped, as
+        `save_overlap` says; a state that is saved already is not saved twice.
+        """
+        self._judge(newest=True)
+        step = self.state.progress.step
+        if step == self._saved_step or self._rollback_from is not None:
+            return
         started = time.perf_counter()
-        log.info("Saving checkpoint at step %d.", self.state.progress.step)
-        checkpoint = checkpoint_utils.save_checkpoint(
-            self.state,
-            self._data_state(self._known_bad_shards()),
-            self.config,
-            self.start.identity,
-            self.paths.checkpoints,
-            self._tokenizer_files,
+        is_last = self.stop.reason is not None or step >= self.config.max_steps
+        if self.stop.any_rank(self._saving is not None and self._saving.is_busy):
+            if self.config.save_overlap == "skip" and not self.stop.any_rank(is_last):
+                log.warning(
+                    "Step %d is not saved: the save before it is still being written.", step
+                )
+                return
+            self._wait_for_saver()
+        gathered = ranks.gather_to_main(
+            (checkpoint_utils.capture_random_state(self.state), sorted(self._reader.bad_shards))
         )
-        if checkpoint is not None:
-            log.info("Saved %s in %s.", checkpoint.name,
-                     format_duration(time.perf_counter() - started))  # fmt: skip
-            if self._uploader is not None:
-                self._uploader.submit(checkpoint)
-            self._apply_retention()
-        self._saved_at = time.monotonic()
-        self._throughput.pause(time.perf_counter() - started)
+        if gathered is not None and self._saving is not None:
+            log.info("Saving checkpoint at step %d.", step)
+            bad_shards = {shard for _, shards in gathered for shard in shards}
+            files = checkpoint_utils.collect_files(
+                self.state,
+                self._data_state(sorted(bad_shards)),
+                self.config,
+                self.start.identity,
+                [states for states, _ in gathered],
+                self._tokenizer_files,
+            )
+            self._saving.save(files)
+        self._saved_at, self._saved_step = time.monotonic(), step
+        seconds = time.perf_counter() - started
+        self._throughput.pause(seconds)
+        log.debug("Training waited %.1f ms for the save.", seconds * 1e3)
 
-    def _apply_retention(self) -> None:
-        checkpoint_store.apply_retention(
-            self.paths.checkpoints,
-            self._journal,
-            self.config,
-            run_id=self.start.identity.run_id,
-            is_uploading_on=self._uploader is not None,
-        )
+    def _wait_for_saver(self) -> None:
+        """Wait until nothing is being written; no rank waits in one collective for long."""
+        while self.stop.any_rank(self._saving is not None and not self._saving.wait(0.5)):
+            pass
 
-    def _known_bad_shards(self) -> list[int]:
-        """Return what any rank has found unusable, on the main process."""
-        found = gather_to_main(sorted(self._reader.bad_shards)) or []
-        return sorted({shard for shards in found for shard in shards})
+    def _check_saves(self) -> None:
+        """Request a stop where a save has failed and the configuration says so."""
+        if self.config.failed_save == "stop" and self._saving is not None:
+            failure = self._saving.failure
+            if failure is not None:
+                self._fail(failure)
 
     def finish(self) -> ExitCode:
-        """Wait for uploads, say what this start made, and return the exit code."""
-        step, reason = self.state.progress.step, self.stop.reason
+        """Save what a stop left unsaved, wait for uploads, and return the exit code.
+
+        Raises:
+            PretrainError: What ended this start before its time; the state is saved.
+        """
+        reason, requested_at = self.stop.reason, self.stop.requested_at
+        upload_seconds = self.config.upload_deadline_seconds
+        if reason is not None and self._failure is None and requested_at is not None:
+            leave_at = requested_at + self.config.grace_seconds
+            if self._saving is not None:
+                self._saving.plan_leaving(leave_at - time.monotonic(), self._snapshot_bytes())
+            self.save()
+            upload_seconds = max(0.0, leave_at - time.monotonic())
+        elif reason is not None:
+            self.save()
+        step = self.state.progress.step
         self._outcome = "done" if step >= self.config.max_steps else "stopped"
         self._live.close()
-        # The other ranks leave at once: one that waited for hours of uploads would time out.
-        code = self._finish_uploads()
+        failure = self._shared_failure()
+        code = ExitCode.DONE
+        try:
+            if self._saving is not None:
+                with contextlib.closing(LiveLine(enabled=True)) as live:
+                    code = self._saving.finish(live, upload_seconds, is_leaving=reason is not None)
+        finally:
+            # A launcher ends all ranks once one has left with another code than 0.
+            if reason is not None:
+                ranks.broadcast_from_main(None)
+        if failure is not None:
+            self._outcome = "failed"
+            raise failure
         if self._outcome == "done":
             log.info("Done: step %d of %d.", step, self.config.max_steps)
         elif reason is not None:
-            log.info("Stopped by %s at step %d, saved. Go on with --resume latest.", reason, step)
+            what = "saved" if step else "nothing was trained yet"
+            log.info(
+                "Stopped by %s at step %d, %s. Go on with --resume latest.", reason, step, what
+            )
             return ExitCode.STOPPED
         else:
             log.info("Ended after step %d as asked. Go on with --resume latest.", step)
         return code
 
-    def _finish_uploads(self) -> ExitCode:
-        uploader = self._uploader
-        if uploader is None:
-            return ExitCode.DONE
-        if uploader.pending:
-            log.info("Waiting for %d uploads.", len(uploader.pending))
-        pending = uploader.drain(
-            self.config.upload_deadline_seconds,
-            lambda names: self._live.show(f"uploading {', '.join(names)}"),
-        )
-        self._apply_retention()
-        if not pending and not uploader.failures:
-            return ExitCode.DONE
-        for name in pending:
-            log.error("%s was not uploaded before the deadline.", name)
-        missing = [*pending, *uploader.failures]
-        kept = [name for name in missing if (self.paths.checkpoints / name).is_dir()]
-        log.error(
-            "%d checkpoints are not verified in the bucket. Kept in %s: %s. "
-            "Then: python scripts/upload_manager.py upload-all",
-            len(missing), self.paths.checkpoints, ", ".join(kept) or "none",
-        )  # fmt: skip
-        return ExitCode.NOT_VERIFIED
-
-    def _require_same_config(self, checkpoint: Path, accept: bool) -> None:
-        """List what differs from the checkpoint's configuration; refuse what trains differently.
-
-        Raises:
-            ConfigError: There is such a difference, and it was not accepted.
-        """
-        saved = read_json(checkpoint / TRAINING_CONFIG_FILE)
-        changes = compare_configs(saved, self.config)
-        guarded = list(changes.guarded)
-        batch = read_json(checkpoint / METRICS_HISTORY_FILE)["progress"]["global_batch_size"]
-        if batch not in (0, self._global_batch):
-            guarded.append(
-                f"samples a step: {batch} -> {self._global_batch} (global_batch_size={batch} "
-                "keeps it)"
-            )
-        for change in changes.free:
-            log.info("Changed since the checkpoint: %s.", change)
-        if guarded and not accept:
-            raise ConfigError(
-                f"{checkpoint.name} was trained with another configuration: {'; '.join(guarded)}. "
-                "Put it back, go on all the same with --accept-config-change, or begin anew with "
-                "--fresh."
-            )
-        for change in guarded:
-            log.warning("Changed since the checkpoint, as accepted: %s.", change)
-
-    def _restore(self, checkpoint: Path, manifest: Manifest, accept_data_change: bool) -> None:
-        saved = checkpoint_utils.read_data_state(checkpoint)
-        checkpoint_utils.restore_checkpoint(self.state, checkpoint, manifest, self.config)
-        progress = self.state.progress
-        changes = saved.describe_changes(self._data_state())
-        if changes and accept_data_change:
-            progress.sample_index = (saved.epoch + 1) * self._order.samples_per_epoch
-            log.warning("The data changed (%s): going on at epoch %d of the new data.",
-                        changes, saved.epoch + 1)  # fmt: skip
-        else:
-            saved.require_same_order(self._data_state())
-            self._bad_shards = saved.bad_shards
-        log.info("Resumed from %s (step %d).", checkpoint.name, progress.step)
+    def _shared_failure(self) -> PretrainError | None:
+        """Return this rank's failure; on the main process that of any rank."""
+        own = self._failure
+        gathered = ranks.gather_to_main(own and (str(own), own.exit_code))
+        if own is not None or gathered is None:
+            return own
+        told = next((failure for failure in gathered if failure), None)
+        if told is None:
+            return None
+        error = PretrainError(told[0])
+        error.exit_code = told[1]
+        return error
 
     def _data_state(self, bad_shards: Sequence[int] = ()) -> DataState:
         position = self.state.progress.sample_index
@@ -386,12 +558,12 @@ class TrainingRun:
             bad_shards=tuple(bad_shards),
         )
 
-    def _build_reader(self, vocab_size: int) -> SampleReader:
+    def _build_reader(self) -> SampleReader:
         shards = [source.index.training for source in self._sources]
         cache = ShardCache(
             list(zip(self._buckets, shards, strict=True)),
             self.paths.cache,
-            vocab_size,
+            self._vocab_size,
             self.config.cache_limit_bytes,
         )
         window = f"one shuffle window of {self.config.shuffle_window_shards} shards"
@@ -403,9 +575,9 @@ class TrainingRun:
             bad_shards=self._bad_shards,
         )
 
-    def _build_validation(self, vocab_size: int) -> ValidationData:
+    def _build_validation(self) -> ValidationData:
         shards = self._sources[0].index.validation
-        cache = ShardCache([(self._buckets[0], shards)], self.paths.cache, vocab_size)
+        cache = ShardCache([(self._buckets[0], shards)], self.paths.cache, self._vocab_size)
         return ValidationData(
             cache,
             shards,
@@ -413,18 +585,6 @@ class TrainingRun:
             self.config.max_eval_samples,
             skip_bad_shards=self._skip_bad_shards,
         )
-
-    def _build_uploader(self) -> Uploader:
-        config = self.config
-        transport = build_transport(
-            join_uri(config.checkpoint_uri, config.run_name),
-            config.upload_transport,
-            config.gcs_user_project or None,
-        )
-        uploader = Uploader(transport, self._journal, background=self._background_upload)
-        for checkpoint in find_unfinished(self.paths.checkpoints, self._journal, transport.uri):
-            uploader.submit(checkpoint)
-        return uploader
 
     def _describe(self, record: dict[str, float]) -> str:
         progress = self.state.progress
@@ -445,3 +605,18 @@ class TrainingRun:
             self._live.show(self._describe(self._last_record))
         else:
             self._live.show(f"{self.state.progress.step}/{self.config.max_steps}")
+
+
+def _describe_shortage(error: BaseException | None) -> str | None:
+    """Return what to change where an error means that memory is short, else None."""
+    is_host = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+    if not is_host and not isinstance(error, torch.OutOfMemoryError):
+        return None
+    where = "host memory" if is_host else "GPU memory"
+    return (
+        f"Out of {where}. Lower per_device_train_batch_size (global_batch_size keeps the step's "
+        "size), set gradient_checkpointing=true, or choose a smaller model. Steps since the last "
+        "checkpoint are lost; go on with --resume latest."
+    )

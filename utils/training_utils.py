@@ -14,7 +14,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from configs.training_config import TrainingConfig
 from utils.errors import ConfigError
+from utils.step_guard import GOOD, StepGuard
 
 log = logging.getLogger(__name__)
 
@@ -209,12 +211,12 @@ class Progress:
         sample_index: Samples consumed, over all ranks; the position in the data.
         tokens_seen: Tokens consumed, over all ranks.
         global_batch_size: Samples of the last step, over all ranks.
-        interval_steps: Steps since the last logged metrics.
         best_loss: Lowest logged training loss.
         best_loss_step: Step of it.
         best_validation_loss: Lowest validation loss.
         validation_loss: Newest validation loss.
         validation_step: Step of it.
+        bad_steps: Steps whose update was left out, and why, oldest first.
         history: Every logged metric: `training_metrics.json`.
     """
 
@@ -222,12 +224,12 @@ class Progress:
     sample_index: int = 0
     tokens_seen: int = 0
     global_batch_size: int = 0
-    interval_steps: int = 0
     best_loss: float | None = None
     best_loss_step: int = 0
     best_validation_loss: float | None = None
     validation_loss: float | None = None
     validation_step: int = 0
+    bad_steps: list[dict[str, Any]] = field(default_factory=list)
     history: dict[str, list[Any]] = field(
         default_factory=lambda: {
             "steps": [],
@@ -271,8 +273,9 @@ class TrainState:
         optimizer: As prepared by Accelerate.
         scheduler: The plain schedule over the plain optimizer.
         progress: Counters and histories.
-        interval_loss: Sum of the step losses of this rank since the last logged metrics, on the
-            device, float32, shape [].
+        guard: Judges each step before the optimizer may use it.
+        interval: Sum of the losses of the good steps since the last logged metrics, over all
+            ranks, and their number: on the device, float32, shape [2].
         grad_norm: Norm of the last step's gradients before clipping, on the device.
         last_learning_rate: Learning rate of the last step.
     """
@@ -282,7 +285,8 @@ class TrainState:
     optimizer: Any
     scheduler: LambdaLR
     progress: Progress
-    interval_loss: torch.Tensor
+    guard: StepGuard
+    interval: torch.Tensor
     grad_norm: torch.Tensor
     last_learning_rate: float = 0.0
 
@@ -310,9 +314,23 @@ def build_train_state(
     if config.torch_compile:
         model.compile()
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
-    zero = torch.zeros((), device=accelerator.device)
+    device = accelerator.device
+    guard = StepGuard(
+        device,
+        sigma=config.spike_sigma,
+        window=config.spike_window,
+        checks_gradients=accelerator.scaler is None,
+        on_device=device.type == "cuda" and accelerator.scaler is None,
+    )
     return TrainState(
-        accelerator, prepared_model, prepared_optimizer, scheduler, Progress(), zero, zero.clone()
+        accelerator,
+        prepared_model,
+        prepared_optimizer,
+        scheduler,
+        Progress(),
+        guard,
+        interval=torch.zeros(2, device=device),
+        grad_norm=torch.zeros((), device=device),
     )
 
 
@@ -350,43 +368,68 @@ def train_step(
     batches: Sequence[torch.Tensor],
     max_grad_norm: float,
     document_end: int | None = None,
+    before_update: Callable[[], None] = lambda: None,
 ) -> None:
-    """Do one optimizer update.
+    """Do one optimizer update, unless the guard finds the step bad.
 
     Args:
         state: Changed in place.
         batches: This rank's micro-batches: int64 [micro-batch, sequence_length] each.
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
         document_end: End-of-text id where attention must not cross documents.
+        before_update: Called when all gradients are there and nothing is changed yet.
     """
-    accelerator, model = state.accelerator, state.model
+    accelerator, model, progress = state.accelerator, state.model, state.progress
+    step_loss = torch.zeros((), device=accelerator.device)
     for input_ids in batches:
         input_ids = input_ids.to(accelerator.device, non_blocking=True)
         with accelerator.accumulate(model):
             loss = forward_loss(model, input_ids, document_end)
             accelerator.backward(loss)
-            state.interval_loss += loss.detach().float() / len(batches)
+            step_loss += loss.detach().float() / len(batches)
+    step_loss = accelerator.reduce(step_loss, "mean")
     state.grad_norm = accelerator.clip_grad_norm_(
         model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf
     )
+    code = state.guard.judge(progress.step + 1, step_loss, state.grad_norm)
+    good = code == GOOD
+    state.interval += torch.stack([torch.where(good, step_loss, 0.0), good.float()])
     state.last_learning_rate = state.learning_rate
-    state.optimizer.step()
+    before_update()
+    _update(state, code)
     state.optimizer.zero_grad()
-    if not accelerator.optimizer_step_was_skipped:
-        state.scheduler.step()
-    progress = state.progress
     samples = sum(len(batch) for batch in batches) * accelerator.num_processes
     progress.step += 1
-    progress.interval_steps += 1
     progress.global_batch_size = samples
     progress.sample_index += samples
     progress.tokens_seen += samples * batches[0].shape[1]
 
 
+def _update(state: TrainState, code: torch.Tensor) -> None:
+    """Move weights and schedule; a step that the guard found bad moves the schedule alone."""
+    optimizer: Any = state.optimizer
+    if state.guard.on_device:
+        # What a loss scaler does: the fused kernel leaves everything as it is where this is 1.
+        inner = optimizer.optimizer
+        inner.grad_scale, inner.found_inf = None, (code != GOOD).float()
+        optimizer.step()
+        del inner.grad_scale, inner.found_inf
+    elif int(code.item()) == GOOD:
+        optimizer.step()
+        if state.accelerator.optimizer_step_was_skipped:  # float16 overflow: the scale is adapted
+            return
+    elif state.accelerator.scaler is not None:
+        state.accelerator.scaler.update()
+    with warnings.catch_warnings():
+        # Told when the very first update is left out.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        state.scheduler.step()
+
+
 def mean_loss(state: TrainState) -> float:
-    """Return the mean loss of the steps since the last logged metrics, over all ranks."""
-    total = state.accelerator.reduce(state.interval_loss, "mean")
-    return float(total.item()) / max(1, state.progress.interval_steps)
+    """Return the mean loss of the good steps since the last logged metrics, over all ranks."""
+    total, count = state.interval.tolist()
+    return float(total / count) if count else math.nan
 
 
 class Throughput:

@@ -71,6 +71,10 @@ class Uploader:
         """Checkpoint name -> why it is not in the bucket."""
         self.verified: list[str] = []
         """Names of the checkpoints that this uploader brought to the bucket."""
+        self.bytes_per_second: float | None = None
+        """Speed of the last upload that was verified, None before one was."""
+        self.newest_first = False
+        """Whether the newest of the queue goes up next; else they go in order."""
         self._transport, self._journal = transport, journal
         self._backoff = first_backoff_seconds
         self._queue: deque[Path] = deque()
@@ -108,11 +112,16 @@ class Uploader:
             self._changed.notify_all()
 
     @property
-    def pending(self) -> list[str]:
-        """Names of what is queued or in flight, in order."""
+    def pending_paths(self) -> list[Path]:
+        """What is queued or in flight, in order."""
         with self._changed:
             active = [self._active] if self._active else []
-            return [path.name for path in (*active, *self._queue)]
+            return [*active, *self._queue]
+
+    @property
+    def pending(self) -> list[str]:
+        """Names of what is queued or in flight, in order."""
+        return [path.name for path in self.pending_paths]
 
     def drain(self, deadline_seconds: float, on_wait: Callable[[list[str]], None]) -> list[str]:
         """Wait until all is uploaded or the deadline is over; return what is still pending.
@@ -148,7 +157,7 @@ class Uploader:
                     self._changed.wait()
                 if self._closing.is_set():
                     return
-                self._active = self._queue.popleft()
+                self._active = self._queue.pop() if self.newest_first else self._queue.popleft()
             self._upload(self._active)
             with self._changed:
                 self._active = None
@@ -196,8 +205,10 @@ class Uploader:
                 "Uploading %s (%.1f MB) to %s by %s.",
                 name, info.size / 1e6, uri, self._transport.name,
             )  # fmt: skip
+            started = time.monotonic()
             self._transport.put(archive_object(name), archive)
             self._verify(name, info)
+            self.bytes_per_second = info.size / max(1e-6, time.monotonic() - started)
             self._put_card(checkpoint, manifest, info)
             self._record(
                 manifest,

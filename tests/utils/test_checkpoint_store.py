@@ -17,7 +17,6 @@ from tests.sample_checkpoints import RUN_ID, make_checkpoint, seal
 from utils.checkpoint_store import (
     apply_retention,
     delete_checkpoint,
-    find_latest,
     hold_output_directory,
     remove_leftovers,
     set_aside,
@@ -66,6 +65,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
     "link": (lambda c: replace_by_link(c / "model.safetensors"), "model.safetensors is missing"),
     "other step": (lambda c: change_manifest(c, step=51), "its manifest is of step 51"),
+    "no files": (lambda c: change_manifest(c, files={}), "names no files"),
     "no manifest": (lambda c: (c / "manifest.json").unlink(), "is incomplete"),
     "broken manifest": (lambda c: os.truncate(c / "manifest.json", 20), "cannot be read"),
     "infinite manifest": (
@@ -84,42 +84,6 @@ def test_damage_is_found_and_named(tmp_path: Path, case: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         verify_checkpoint(checkpoint)
     assert name(50) in str(caught.value)
-
-
-@pytest.mark.parametrize("case", [case for case in DAMAGE if case != "no manifest"])
-def test_a_damaged_latest_is_set_aside_and_the_one_before_is_used(
-    tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    older, newer = make_checkpoint(tmp_path, 40), make_checkpoint(tmp_path, 50)
-    DAMAGE[case][0](newer)
-    left = {path.name for path in newer.iterdir()}
-    assert find_latest(tmp_path) == older
-    assert {path.name for path in (tmp_path / "set-aside" / name(50)).iterdir()} == left
-    assert steps(tmp_path) == [40]
-    assert "It was set aside as" in caplog.text
-
-
-def test_nothing_usable_is_no_latest(tmp_path: Path) -> None:
-    assert find_latest(tmp_path / "none") is None
-    for step in (10, 20):
-        (make_checkpoint(tmp_path, step) / "model.safetensors").unlink()
-    assert find_latest(tmp_path) is None
-    assert steps(tmp_path) == []
-
-
-def test_an_incomplete_checkpoint_is_not_the_latest(tmp_path: Path) -> None:
-    older, newer = make_checkpoint(tmp_path, 40), make_checkpoint(tmp_path, 50)
-    (newer / "manifest.json").unlink()
-    assert find_latest(tmp_path) == older
-    assert newer.is_dir()
-
-
-def test_latest_is_the_highest_step_whatever_the_clock_says(tmp_path: Path) -> None:
-    for age, step in enumerate([100, 9, 10]):
-        checkpoint = make_checkpoint(tmp_path, step)
-        for path in (*checkpoint.iterdir(), checkpoint):
-            os.utime(path, (age * 1000, age * 1000))  # the highest step is the oldest
-    assert find_latest(tmp_path) == tmp_path / name(100)
 
 
 def test_set_aside_loses_nothing_although_the_name_is_taken(tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ def end_with(error: BaseException | None, *, debug: bool = False, code: int | No
         (errors.DataError("what failed"), 2),
         (errors.ShardError("a.npz", "what failed"), 2),
         (errors.CheckpointError("what failed"), 2),
+        (errors.UnreadableCheckpointError("what failed"), 2),
+        (errors.SaveError("what failed"), 1),
+        (errors.DivergenceError("what failed"), 1),
+        (errors.ResourceShortageError("what failed"), 1),
         (errors.LockedError("what failed"), 2),
         (errors.PreflightError("what failed"), 3),
         (errors.UploadError("what failed"), 4),
@@ -62,7 +66,7 @@ def test_every_error_class_is_in_the_table_above() -> None:
         for value in vars(errors).values()
         if isinstance(value, type) and issubclass(value, PretrainError)
     }
-    assert len(known) == 14
+    assert len(known) == 18
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -310,6 +312,104 @@ def test_time_spent_waiting_for_data_is_counted(
     assert loader.wait_seconds == 2.5
     next(batches)
     assert loader.wait_seconds == 2.75
+    loader.close()
+
+
+class StalledBucket(CountingBucket):
+    """A bucket that answers for one shard only when it is told to."""
+
+    def __init__(self, root: Path, stalled: str) -> None:
+        super().__init__(root)
+        self.stalled, self.released = stalled, threading.Event()
+
+    def fetch(self, name: str, scratch: Path) -> Path:
+        if name == self.stalled:
+            self.released.wait(60)
+        return super().fetch(name, scratch)
+
+
+def stalled_loader(
+    tmp_path: Path, stalled: int, **arguments: Any
+) -> tuple[BatchLoader, StalledBucket, list[int]]:
+    """Return a loader of 2 steps a shard, what it waits for, and the shards in their order."""
+    corpus = Corpus(tmp_path, [50, 50, 50])
+    order = corpus.order(5, window=1)
+    shards = order.epoch(0).shards.tolist()
+    bucket = StalledBucket(tmp_path / "data", corpus.shards[shards[stalled]].name)
+    corpus.bucket = bucket
+    reader = corpus.reader(order)
+    loader = BatchLoader(reader, position=0, micro_batch=5, accumulation=1, **arguments)
+    return loader, bucket, shards
+
+
+def wait_for_ready(loader: BatchLoader, count: int) -> None:
+    end = time.monotonic() + 10
+    while loader._ready.qsize() < count:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("ready", [0, 1, 2])
+def test_a_stop_ends_the_wait_for_a_batch_after_those_that_are_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: int
+) -> None:
+    monkeypatch.setattr("utils.data_utils.POLL_SECONDS", 0.02)
+    asked = []
+
+    def should_stop() -> bool:
+        asked.append(True)
+        return len(asked) >= 3
+
+    loader, bucket, shards = stalled_loader(tmp_path, ready, should_stop=should_stop)
+    wait_for_ready(loader, 2 * ready)
+    tokens = [step[0].flatten().tolist() for step in loader]
+    assert len(asked) == 3
+    expected = [token for shard in shards[:ready] for token in range(50 * shard, 50 * shard + 50)]
+    assert sorted(sum(tokens, [])) == sorted(expected)
+    assert len(tokens) == 2 * ready
+    assert 3 * 0.02 <= loader.wait_seconds < 2
+    bucket.released.set()
+    loader.close()
+
+
+def test_a_stop_does_not_drop_batches_that_are_ready(tmp_path: Path) -> None:
+    loader, bucket, _ = stalled_loader(tmp_path, 1, should_stop=lambda: True)
+    wait_for_ready(loader, 2)
+    assert len(list(loader)) == 2
+    bucket.released.set()
+    loader.close()
+
+
+def test_without_a_stop_a_late_batch_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.data_utils.POLL_SECONDS", 0.001)
+    loader, bucket, _ = stalled_loader(tmp_path, 1)
+    timer = threading.Timer(0.1, bucket.released.set)
+    timer.start()
+    assert len([step for step, _ in zip(loader, range(3), strict=False)]) == 3
+    timer.join()
+    assert 0.05 < loader.wait_seconds < 5
+    loader.close()
+
+
+def test_a_bad_shard_is_raised_in_its_place_although_a_stop_is_asked_for(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path, [50, 50])
+    order = corpus.order(10, window=1)
+    bad = corpus.shards[order.epoch(0).shards[1]].name
+    (tmp_path / "data" / bad).write_bytes(b"<html>")
+    loader = BatchLoader(
+        corpus.reader(order),
+        position=0,
+        micro_batch=5,
+        accumulation=1,
+        should_stop=lambda: True,
+    )
+    wait_for_ready(loader, 2)
+    batches = iter(loader)
+    next(batches)
+    with pytest.raises(ShardError, match=bad):
+        next(batches)
     loader.close()
 
 

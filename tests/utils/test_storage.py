@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import threading
@@ -25,6 +26,7 @@ from utils.storage import (
     Bucket,
     DirectoryBucket,
     GcsBucket,
+    ObjectInfo,
     crc32c_of_bytes,
     crc32c_of_file,
     join_uri,
@@ -127,6 +129,67 @@ def test_a_deleted_object_is_gone(bucket: Bucket) -> None:
     assert list(bucket.list()) == []
 
 
+def test_an_object_that_may_not_exist_yet_is_created_once(bucket: Bucket) -> None:
+    first = bucket.put_bytes_if("a/b", b"first", None)
+    assert (first.name, first.size, first.crc32c) == ("a/b", 5, crc32c_of_bytes(b"first"))
+    with pytest.raises(ConflictError, match="a/b"):
+        bucket.put_bytes_if("a/b", b"second", None)
+    assert bucket.read_bytes("a/b") == b"first"
+    assert [info.name for info in bucket.list()] == ["a/b"]
+
+
+def test_an_object_is_replaced_only_where_it_is_the_one_that_was_seen(bucket: Bucket) -> None:
+    written = bucket.put_bytes_if("a", b"1", None)
+    data, seen = bucket.read_version("a")
+    assert (data, seen) == (b"1", written)
+    newer = bucket.put_bytes_if("a", b"2", seen)
+    for stale in (seen, None):
+        with pytest.raises(ConflictError, match="a"):
+            bucket.put_bytes_if("a", b"3", stale)
+    assert bucket.read_version("a") == (b"2", newer)
+    bucket.delete("a")
+    with pytest.raises(ConflictError):
+        bucket.put_bytes_if("a", b"3", newer)
+    assert bucket.stat("a") is None
+
+
+def test_an_object_is_removed_only_where_it_is_the_one_that_was_seen(bucket: Bucket) -> None:
+    older = bucket.put_bytes_if("a", b"1", None)
+    newer = bucket.put_bytes_if("a", b"2", older)
+    with pytest.raises(ConflictError):
+        bucket.delete_if("a", older)
+    assert bucket.read_bytes("a") == b"2"
+    bucket.delete_if("a", newer)
+    assert bucket.stat("a") is None
+    bucket.delete_if("a", newer)
+    bucket.delete_if("folder/none", newer)
+    with pytest.raises(ObjectNotFoundError):
+        bucket.read_version("a")
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_of_many_conditional_writers_one_wins(bucket: Bucket, is_new: bool) -> None:
+    expected = None if is_new else bucket.put_bytes_if("a", b"before", None)
+    won: list[bytes] = []
+    start = threading.Barrier(8)
+
+    def write_own(number: int) -> None:
+        data = f"writer {number}".encode()
+        start.wait(10)
+        try:
+            bucket.put_bytes_if("a", data, expected)
+        except ConflictError:
+            return
+        won.append(data)
+
+    threads = [threading.Thread(target=write_own, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert won == [bucket.read_bytes("a")]
+
+
 @pytest.mark.parametrize("uri", ["", "s3://bucket", "gs://", "gs:///a", "http://x"])
 def test_what_is_no_bucket_is_refused(uri: str) -> None:
     with pytest.raises(UsageError):
@@ -163,6 +226,9 @@ def test_a_name_that_leaves_the_directory_is_refused(
         lambda: directory.crc32c(name),
         lambda: directory.stat(name),
         lambda: directory.delete(name),
+        lambda: directory.read_version(name),
+        lambda: directory.put_bytes_if(name, b"x", None),
+        lambda: directory.delete_if(name, ObjectInfo(name, 1)),
     ):
         with pytest.raises(UsageError, match="not a valid object name"):
             use()
@@ -236,6 +302,34 @@ def test_a_mounted_directory_without_rename_still_gets_its_object(
     assert directory.read_bytes("a") == b"1"
 
 
+def test_a_mounted_directory_without_links_still_creates_only_once(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    directory.put_bytes_if("a", b"1", None)
+    with pytest.raises(ConflictError, match="a exists"):
+        directory.put_bytes_if("a", b"2", None)
+    assert [path.name for path in directory.root.iterdir()] == ["a"]
+    assert directory.read_bytes("a") == b"1"
+
+
+def test_a_conditional_write_waits_for_that_of_another_process(directory: DirectoryBucket) -> None:
+    before = directory.put_bytes_if("a", b"1", None)
+    descriptor = os.open(directory.root, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    thread = threading.Thread(target=lambda: directory.put_bytes_if("a", b"2", before))
+    thread.start()
+    thread.join(0.05)
+    assert thread.is_alive()
+    assert directory.read_bytes("a") == b"1"
+    os.close(descriptor)
+    thread.join(10)
+    assert directory.read_bytes("a") == b"2"
+
+
 def test_other_failures_of_the_file_system_are_storage_errors(
     directory: DirectoryBucket, tmp_path: Path
 ) -> None:
@@ -271,6 +365,8 @@ def test_a_directory_without_rights_is_access_denied(directory: DirectoryBucket)
             lambda: directory.stat("a"),
             lambda: directory.delete("a"),
             lambda: list(directory.list()),
+            lambda: directory.read_version("a"),
+            lambda: directory.put_bytes_if("b", b"1", None),
         ):
             with pytest.raises(AccessDeniedError, match="Permission denied"):
                 use()
@@ -322,6 +418,7 @@ def operations(bucket: Bucket, path: Path) -> list[object]:
         lambda: bucket.get_file("a", path.with_name("back")),
         lambda: bucket.stat("a"),
         lambda: list(bucket.list()),
+        lambda: bucket.read_version("a"),
         lambda: bucket.delete("a"),
     ]
 
@@ -444,6 +541,33 @@ def test_an_answer_lost_after_the_commit_does_not_fail_the_upload(
     remote.put_file("a", write(tmp_path / "a", b"data"))
     assert fault.fired == 1
     assert gcs.read_object("runs", "team/a/a") == b"data"
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_an_answer_lost_after_the_commit_is_no_conflict(
+    gcs: FakeGcsServer, remote: Bucket, is_new: bool
+) -> None:
+    expected = None if is_new else remote.put_bytes_if("a", b"before", None)
+    fault = gcs.add_fault(Fault("lost_answer", operation="upload"))
+    info = remote.put_bytes_if("a", b"with a token", expected)
+    assert fault.fired == 1
+    assert remote.read_version("a") == (b"with a token", info)
+    newer = remote.put_bytes_if("a", b"next", info)
+    fault = gcs.add_fault(Fault("lost_answer", operation="object.delete"))
+    remote.delete_if("a", newer)
+    assert fault.fired == 1
+    assert remote.stat("a") is None
+
+
+def test_only_a_version_of_this_bucket_can_be_expected(
+    directory: DirectoryBucket, remote: Bucket
+) -> None:
+    info = directory.put_bytes("a", b"1")
+    remote.put_bytes("a", b"1")
+    for use in (lambda: remote.put_bytes_if("a", b"2", info), lambda: remote.delete_if("a", info)):
+        with pytest.raises(StorageError, match="which version"):
+            use()
+    assert remote.read_bytes("a") == b"1"
 
 
 def test_one_bucket_serves_many_threads(gcs: FakeGcsServer, remote: Bucket) -> None:

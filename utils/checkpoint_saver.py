@@ -1,0 +1,223 @@
+"""Saves in the background: snapshot at the step, written by another process, committed here.
+
+    train state -> snapshot (host memory) -> writer process -> commit -> `on_commit`
+
+Training waits for the snapshot alone. One snapshot is written at a time; the caller asks `is_busy`
+before it takes the next. A save that fails leaves what was there intact and is kept in `failure`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.checkpoint_files import CheckpointFiles, write_files
+from utils.checkpoint_writer import WriterGoneError, WriterProcess, fill_slots
+from utils.console import format_bytes, format_duration
+from utils.errors import SaveError
+from utils.layout import SAVING_PREFIX, CheckpointName
+from utils.snapshot import HostBlock, Snapshot
+from utils.storage import fsync_directory
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointSaver:
+    """Writes checkpoints of one run, one after the other.
+
+    Args:
+        directory: Where checkpoints lie.
+        device: Where the state's tensors are.
+        on_commit: Called in the saver's thread with each committed checkpoint.
+        background: False writes within `save`, without a snapshot.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        device: torch.device,
+        on_commit: Callable[[Path], None],
+        *,
+        background: bool = True,
+    ) -> None:
+        self.failure: SaveError | None = None
+        """Why the last save failed, None when it did not."""
+        self.last_committed: CheckpointName | None = None
+        """The newest checkpoint that this saver has committed."""
+        self.last_seconds: float | None = None
+        """From the beginning of the last committed save to its commit."""
+        self._directory, self._device, self._on_commit = directory, device, on_commit
+        self._background = background
+        self._snapshot: Snapshot | None = None
+        self._writer: WriterProcess | None = None
+        self._warming: threading.Thread | None = None
+        self._thread: threading.Thread | None = None
+
+    def prepare(self, size: int, free_memory: int) -> None:
+        """Make room for snapshots and start the writer process; call it in the main thread.
+
+        Args:
+            size: Bytes of a snapshot.
+            free_memory: Bytes of host memory that may be used; with less than `size` the snapshot
+                goes into a file of the checkpoint directory.
+        """
+        if not self._background:
+            return
+        self._release()
+        in_memory = size <= free_memory
+        self._directory.mkdir(parents=True, exist_ok=True)
+        try:
+            block = HostBlock.allocate(size, None if in_memory else self._directory)
+        except OSError as exc:
+            log.warning(
+                "No room for a snapshot of %s (%s): training waits while a checkpoint is written.",
+                format_bytes(size), exc.strerror or exc,
+            )  # fmt: skip
+            self._background = False
+            return
+        if block.kind == "file":
+            log.warning(
+                "Snapshots go through a file in %s: %s of memory are not free. Saving is slower.",
+                self._directory, format_bytes(size),
+            )  # fmt: skip
+        if self._device.type == "cuda" and block.kind == "memory":
+            block.pin()
+        elif block.kind == "memory":
+            self._warming = threading.Thread(target=block.warm, name="warm", daemon=True)
+            self._warming.start()
+        self._snapshot = Snapshot(block, self._device)
+        self._start_writer()
+
+    def _start_writer(self) -> None:
+        if self._snapshot is None or self._writer is not None:
+            return
+        try:
+            self._writer = WriterProcess(self._snapshot.block)
+        except WriterGoneError as exc:
+            log.warning("No process for writing checkpoints (%s): a thread does it.", exc)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a snapshot is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, files: CheckpointFiles, free_memory: int) -> None:
+        """Take a snapshot and have it written; returns when training may go on to `fence`.
+
+        Args:
+            files: The checkpoint, with the live tensors.
+            free_memory: As for `prepare`, should the snapshot need a larger block.
+        """
+        self.wait()
+        self.failure = None
+        started = time.monotonic()
+        if self._background:
+            staged = self._stage(files, free_memory)
+            if staged is not None:
+                self._thread = threading.Thread(
+                    target=self._write, args=(staged, started), name="saver", daemon=True
+                )
+                self._thread.start()
+                return
+        self._commit(files.name, lambda folder: write_files(files, folder), started)
+
+    def _stage(self, files: CheckpointFiles, free_memory: int) -> CheckpointFiles | None:
+        if self._warming is not None:
+            self._warming.join()
+            self._warming = None
+        for attempt in range(2):
+            if self._snapshot is not None:
+                try:
+                    staged = self._snapshot.stage(files.tensors)
+                except ValueError as exc:
+                    log.debug("%s", exc)
+                else:
+                    self._start_writer()
+                    return files.with_tensors(staged)
+            if attempt == 0 and self._background:
+                self.prepare(Snapshot.size_of(files.tensors), free_memory)
+        return None
+
+    def fence(self) -> None:
+        """Call before the optimizer changes the state."""
+        if self._snapshot is not None:
+            self._snapshot.fence()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until the snapshot is written or the time is over; tell whether it is written."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return not self.is_busy
+
+    def close(self) -> None:
+        """Let a save in progress finish, then release the memory and the process."""
+        self.wait()
+        self._release()
+
+    def _release(self) -> None:
+        if self._warming is not None:
+            self._warming.join()
+            self._warming = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._snapshot is not None:
+            self._snapshot.block.close()
+            self._snapshot = None
+
+    def _write(self, files: CheckpointFiles, started: float) -> None:
+        assert self._snapshot is not None
+        snapshot, writer = self._snapshot, self._writer
+
+        def write(folder: Path) -> None:
+            snapshot.wait()
+            if writer is not None and writer.is_ready():
+                try:
+                    writer.write(files, folder)
+                except WriterGoneError as exc:
+                    log.warning("%s: a thread writes %s instead.", exc, files.name)
+                    writer.close()
+                    self._writer = None
+                else:
+                    return
+            write_files(fill_slots(files, snapshot.block), folder)
+
+        self._commit(files.name, write, started)
+
+    def _commit(self, name: CheckpointName, write: Callable[[Path], Any], started: float) -> None:
+        target = self._directory / str(name)
+        temporary = self._directory / f"{SAVING_PREFIX}{name}"
+        try:
+            write(temporary)
+            temporary.rename(target)
+            fsync_directory(self._directory)
+        except Exception as exc:  # noqa: BLE001 - torch and safetensors have errors of their own
+            log.debug("Saving %s failed.", name, exc_info=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.failure = self._explain(name, exc)
+            log.error("%s", self.failure)
+            return
+        self.last_committed, self.last_seconds = name, time.monotonic() - started
+        log.info("Saved %s in %s.", name, format_duration(self.last_seconds))
+        try:
+            self._on_commit(target)
+        except Exception as exc:  # noqa: BLE001 - the checkpoint is safe; training must go on
+            log.debug("After the commit of %s:", name, exc_info=True)
+            log.error("%s is saved, but what follows failed: %s", name, exc)
+
+    def _explain(self, name: CheckpointName, exc: Exception) -> SaveError:
+        reason = getattr(exc, "strerror", None) or str(exc).strip() or type(exc).__name__
+        free = "unknown"
+        if self._directory.is_dir():
+            free = format_bytes(shutil.disk_usage(self._directory).free)
+        return SaveError(
+            f"{name} could not be saved: {reason} ({free} free in {self._directory}). Older "
+            "checkpoints are intact."
+        )

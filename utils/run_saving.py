@@ -1,0 +1,233 @@
+"""What the main process does with checkpoints: saves, uploads, retention, and how a run ends.
+
+    files of a checkpoint -> saver -> commit -> uploader -> bucket, verified; old ones go
+
+Everything that follows a commit happens in the saver's thread; training waits for none of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from configs.training_config import TrainingConfig
+from utils.checkpoint_files import CheckpointFiles
+from utils.checkpoint_saver import CheckpointSaver
+from utils.checkpoint_store import apply_retention, verify_checkpoint
+from utils.console import LiveLine, format_duration
+from utils.errors import CheckpointError, ExitCode, SaveError
+from utils.grace import describe_outcome, plan_grace
+from utils.journal import Journal
+from utils.layout import (
+    CheckpointName,
+    Manifest,
+    RunIdentity,
+    RunPaths,
+    find_checkpoints,
+    read_manifest,
+)
+from utils.machine import available_memory
+from utils.storage import join_uri
+from utils.transports import build_transport
+from utils.uploader import Uploader, find_unfinished
+
+RETRY_SECONDS = 60.0
+MEMORY_SHARE = 0.9
+
+log = logging.getLogger("train")
+
+
+class RunSaving:
+    """The checkpoints of one start of a run, on its main process.
+
+    Args:
+        config: The run's configuration.
+        paths: Its directories.
+        identity: Run and branch that it writes to.
+        device: Where the state's tensors are.
+        background_upload: False uploads before `save` returns.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        paths: RunPaths,
+        identity: RunIdentity,
+        device: torch.device,
+        *,
+        background_upload: bool = True,
+    ) -> None:
+        self._config, self._paths, self._identity = config, paths, identity
+        self._journal = Journal(paths.journal)
+        self._uploader: Uploader | None = None
+        if config.checkpoint_uri:
+            self._uploader = self._build_uploader(background_upload)
+        self._waits_for_uploads = not background_upload
+        self._saver = CheckpointSaver(
+            paths.checkpoints, device, self._after_commit, background=config.background_save
+        )
+        self._failed_at: float | None = None
+
+    def prepare(self, snapshot_bytes: int) -> None:
+        """Make room for snapshots before the first one is due."""
+        self._saver.prepare(snapshot_bytes, _usable_memory())
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._saver.is_busy
+
+    def save(self, files: CheckpointFiles) -> None:
+        """Begin to save; returns when training may go on, up to `fence`."""
+        self._saver.save(files, _usable_memory())
+        if self._waits_for_uploads:
+            self._saver.wait()
+
+    def fence(self) -> None:
+        """Call before the optimizer changes the state."""
+        self._saver.fence()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the checkpoint is written or the time is over; tell whether it is written."""
+        return self._saver.wait(seconds)
+
+    @property
+    def failure(self) -> SaveError | None:
+        """Why the last save failed, None if it did not or is not over."""
+        return None if self._saver.is_busy else self._saver.failure
+
+    def is_retry_due(self) -> bool:
+        """Tell whether the last save failed and a minute has passed since."""
+        if self.failure is None:
+            self._failed_at = None
+            return False
+        if self._failed_at is None:
+            self._failed_at = time.monotonic()
+        if time.monotonic() - self._failed_at < RETRY_SECONDS:
+            return False
+        self._failed_at = None
+        return True
+
+    def plan_leaving(self, remaining_seconds: float, snapshot_bytes: int) -> None:
+        """Say what the grace period is enough for."""
+        uploader = self._uploader
+        if uploader is None:
+            log.info("%.0f s of grace: saving on this disk; uploading is off.", remaining_seconds)
+            return
+        pending = [(path.name, read_manifest(path).total_bytes) for path in uploader.pending_paths]
+        plan = plan_grace(
+            remaining_seconds,
+            self._saver.last_seconds,
+            snapshot_bytes,
+            uploader.bytes_per_second,
+            sorted(pending, key=lambda item: item[0]),
+        )
+        log.info("%s", plan.describe())
+        uploader.newest_first = True
+
+    def finish(self, live: LiveLine, upload_seconds: float, *, is_leaving: bool) -> ExitCode:
+        """Wait for the save in progress and for uploads; say what is not in the bucket.
+
+        Args:
+            live: Shows what is waited for.
+            upload_seconds: How long to wait for uploads.
+            is_leaving: Whether a request to stop ends this start: then what is left is normal.
+
+        Raises:
+            SaveError: The last save failed.
+        """
+        while not self._saver.wait(0.5):
+            live.show("writing the checkpoint")
+        if self._saver.failure is not None:
+            raise self._saver.failure
+        uploader, saved = self._uploader, self._saver.last_committed
+        if uploader is None:
+            if is_leaving and saved is not None:
+                log.info("Saved %s on this disk; uploading is off.", saved)
+            return ExitCode.DONE
+        if uploader.pending:
+            log.info("Waiting up to %s for %d uploads.", format_duration(upload_seconds),
+                     len(uploader.pending))  # fmt: skip
+        left = uploader.drain(
+            upload_seconds, lambda names: live.show(f"uploading {', '.join(names)}")
+        )
+        self.apply_retention()
+        missing = [*left, *uploader.failures]
+        if is_leaving:
+            log.info(
+                "%s", describe_outcome(str(saved) if saved else None, uploader.verified, missing)
+            )
+        if not missing:
+            return ExitCode.DONE
+        if not is_leaving:
+            self._report_missing(left, missing)
+        return ExitCode.NOT_VERIFIED
+
+    def _report_missing(self, left: list[str], missing: list[str]) -> None:
+        for name in left:
+            log.error("%s was not uploaded before the deadline.", name)
+        kept = [name for name in missing if (self._paths.checkpoints / name).is_dir()]
+        log.error(
+            "%d checkpoints are not verified in the bucket. Kept in %s: %s. "
+            "Then: python scripts/upload_manager.py upload-all",
+            len(missing), self._paths.checkpoints, ", ".join(kept) or "none",
+        )  # fmt: skip
+
+    def find_newest(self, before_step: int) -> tuple[Path, Manifest] | None:
+        """Return this run's newest checkpoint that verifies, of a step below `before_step`."""
+        for name in reversed(find_checkpoints(self._paths.checkpoints)):
+            if name.step >= before_step:
+                continue
+            path = self._paths.checkpoints / str(name)
+            try:
+                manifest = verify_checkpoint(path)
+                if self._identity.includes(manifest.identity, name.step):
+                    return path, manifest
+            except CheckpointError as exc:
+                log.warning("%s Trying the one before.", exc)
+        return None
+
+    def apply_retention(self) -> None:
+        """Let go of the checkpoints that the retention rules give up."""
+        apply_retention(
+            self._paths.checkpoints,
+            self._journal,
+            self._config,
+            run_id=self._identity.run_id,
+            is_uploading_on=self._uploader is not None,
+        )
+
+    def close(self) -> None:
+        """Let a save in progress finish, then stop every thread and process."""
+        self._saver.close()
+        if self._uploader is not None:
+            self._uploader.close()
+
+    @property
+    def last_committed(self) -> CheckpointName | None:
+        """The newest checkpoint that this start has committed."""
+        return self._saver.last_committed
+
+    def _after_commit(self, checkpoint: Path) -> None:
+        if self._uploader is not None:
+            self._uploader.submit(checkpoint)
+        self.apply_retention()
+
+    def _build_uploader(self, background: bool) -> Uploader:
+        config = self._config
+        transport = build_transport(
+            join_uri(config.checkpoint_uri, config.run_name),
+            config.upload_transport,
+            config.gcs_user_project or None,
+        )
+        uploader = Uploader(transport, self._journal, background=background)
+        for checkpoint in find_unfinished(self._paths.checkpoints, self._journal, transport.uri):
+            uploader.submit(checkpoint)
+        return uploader
+
+
+def _usable_memory() -> int:
+    return int(available_memory() * MEMORY_SHARE)

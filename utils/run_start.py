@@ -1,0 +1,212 @@
+"""The beginning of a start: the first checkpoint that can be used is brought into the train state.
+
+    plan -> candidate, verified -> configuration and data compared -> train state
+
+A candidate whose files are damaged is set aside and the next one tried, if the plan allows it. One
+that is whole but does not fit this configuration is refused: an older one would not fit either.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.training_config import TrainingConfig, compare_configs
+from utils import ranks, resume
+from utils.checkpoint_utils import SavedState, read_checkpoint, restore_state
+from utils.console import LiveLine, format_bytes
+from utils.data_state import DataState
+from utils.errors import CheckpointError, ConfigError, StorageError, UnreadableCheckpointError
+from utils.layout import TRAINING_CONFIG_FILE, Manifest, RunPaths, read_json
+from utils.training_utils import TrainState
+
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Consent:
+    """What the user accepts that a resume would otherwise refuse.
+
+    Attributes:
+        data_change: Go on although the shards are not the checkpoint's.
+        config_change: Go on although the configuration trains something else.
+        missing_random_state: Go on although the random states cannot be read.
+    """
+
+    data_change: bool = False
+    config_change: bool = False
+    missing_random_state: bool = False
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a start has begun.
+
+    Attributes:
+        start: Run, branch, checkpoint.
+        saved: What the checkpoint held, None at step 0.
+    """
+
+    start: resume.Start
+    saved: SavedState | None = None
+
+
+def begin(
+    plan: resume.Plan,
+    paths: RunPaths,
+    config: TrainingConfig,
+    state: TrainState,
+    global_batch: int,
+    consent: Consent,
+) -> Beginning:
+    """Restore the first candidate of a plan that can be used; every rank calls this.
+
+    Nothing is moved here but damaged checkpoints; `resume.commit_start` does the rest.
+
+    Raises:
+        CheckpointError: No candidate can be used.
+        ConfigError: The configuration trains something else than the checkpoint's.
+        StorageError: The bucket does not give the only candidate.
+    """
+    if not plan.candidates:
+        return Beginning(resume.fresh_start(plan, paths))
+    for candidate in plan.candidates:
+        found = ranks.compute_on_main(lambda c=candidate: _obtain(plan, c, paths, consent))  # type: ignore[misc]
+        if found is None:
+            continue
+        checkpoint, manifest = found
+        saved = _read(plan, candidate, checkpoint, manifest, paths, state, consent)
+        if saved is None:
+            continue
+        _require_same_config(checkpoint, saved, config, global_batch, accept=consent.config_change)
+        restore_state(state, saved, config)
+        start = ranks.compute_on_main(
+            lambda c=checkpoint, m=manifest: resume.resolve_start(plan, paths, c, m)  # type: ignore[misc]
+        )
+        return Beginning(start, saved)
+    raise CheckpointError(
+        f"None of the {len(plan.candidates)} checkpoints of this run can be used. Begin anew with "
+        "--fresh, or name another one with --resume."
+    )
+
+
+def _obtain(
+    plan: resume.Plan, candidate: resume.Candidate, paths: RunPaths, consent: Consent
+) -> tuple[Path, Manifest] | None:
+    """Return a verified directory; None where it cannot be used and the next may be tried."""
+    live = LiveLine(enabled=True)
+
+    def show(stage: str, done: int, total: int) -> None:
+        live.show(f"{stage} {candidate.name}: {format_bytes(done)} of {format_bytes(total)}")
+
+    try:
+        if candidate.path is None:
+            log.info("Bringing %s.", candidate)
+        return resume.obtain(
+            candidate, paths, on_progress=show, skip_random_states=consent.missing_random_state
+        )
+    except (CheckpointError, StorageError) as exc:
+        if not plan.walks_back:
+            raise
+        resume.discard(candidate, paths, str(exc))
+        return None
+    finally:
+        live.close()
+
+
+def _read(
+    plan: resume.Plan,
+    candidate: resume.Candidate,
+    checkpoint: Path,
+    manifest: Manifest,
+    paths: RunPaths,
+    state: TrainState,
+    consent: Consent,
+) -> SavedState | None:
+    """Return what a checkpoint holds; None where the main process cannot read it."""
+    accelerator = state.accelerator
+    saved, failure = None, None
+    try:
+        saved = read_checkpoint(
+            checkpoint,
+            manifest,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            accept_missing_random_state=consent.missing_random_state,
+        )
+    except UnreadableCheckpointError as exc:
+        failure = str(exc)
+    failures = ranks.broadcast_from_main(ranks.gather_to_main(failure)) or [failure]
+    if not any(failures):
+        return saved
+    if failures[0] is None:
+        rank = next(number for number, text in enumerate(failures) if text)
+        raise CheckpointError(
+            f"Rank {rank}: {failures[rank]} Every rank has to see the same output_dir."
+        )
+    if not plan.walks_back:
+        raise UnreadableCheckpointError(failures[0])
+    if accelerator.is_main_process:
+        local = resume.Candidate(candidate.name, candidate.identity, checkpoint)
+        resume.discard(local, paths, failures[0])
+    return None
+
+
+def _require_same_config(
+    checkpoint: Path, saved: SavedState, config: TrainingConfig, global_batch: int, *, accept: bool
+) -> None:
+    """List what differs from the checkpoint's configuration; refuse what trains differently.
+
+    Raises:
+        ConfigError: There is such a difference, and it was not accepted.
+    """
+    changes = compare_configs(read_json(checkpoint / TRAINING_CONFIG_FILE), config)
+    guarded = list(changes.guarded)
+    batch = saved.metrics["progress"]["global_batch_size"]
+    if batch not in (0, global_batch):
+        guarded.append(
+            f"samples a step: {batch} -> {global_batch} (global_batch_size={batch} keeps it)"
+        )
+    for change in changes.free:
+        log.info("Changed since the checkpoint: %s.", change)
+    if guarded and not accept:
+        raise ConfigError(
+            f"{checkpoint.name} was trained with another configuration: {'; '.join(guarded)}. "
+            "Put it back, go on all the same with --accept-config-change, or begin anew with "
+            "--fresh."
+        )
+    for change in guarded:
+        log.warning("Changed since the checkpoint, as accepted: %s.", change)
+
+
+def place_in_data(
+    state: TrainState,
+    saved: SavedState,
+    current: Callable[[], DataState],
+    samples_per_epoch: int,
+    *,
+    accept_change: bool,
+) -> tuple[int, ...]:
+    """Put the position in the data where the checkpoint was; return the shards known as bad.
+
+    Args:
+        state: Restored already.
+        saved: What the checkpoint held.
+        current: Describes the data as they are now.
+        samples_per_epoch: Of the data as they are now.
+        accept_change: Other shards are no error: the run goes on at the next epoch.
+
+    Raises:
+        DataError: The data are not those of the checkpoint.
+    """
+    before = saved.data_state
+    changes = before.describe_changes(current())
+    if changes and accept_change:
+        state.progress.sample_index = (before.epoch + 1) * samples_per_epoch
+        log.warning("The data changed (%s): going on at epoch %d of the new data.",
+                    changes, before.epoch + 1)  # fmt: skip
+        return ()
+    before.require_same_order(current())
+    return before.bad_shards
