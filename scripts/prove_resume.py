@@ -63,7 +63,7 @@ from utils.layout import (
     read_json,
 )
 from utils.metadata import printable, read_metrics, to_json_text
-from utils.storage import join_uri, open_bucket
+from utils.storage import is_gcs_uri, join_uri, open_bucket
 
 TRAIN = PROJECT_DIRECTORY / "train.py"
 BATCHES_FILE = "batches.jsonl"
@@ -928,6 +928,8 @@ class Proof:
                 bucket.delete(info.name)
         finally:
             bucket.close()
+        if not is_gcs_uri(uri):
+            shutil.rmtree(uri, ignore_errors=True)
 
 
 @contextlib.contextmanager

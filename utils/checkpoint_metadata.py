@@ -5,6 +5,7 @@ train state -> metadata.json -> viewer, upload manager, monitor
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -52,6 +53,7 @@ def build_metadata(
             "global_batch_size": progress.global_batch_size,
             "tokens_per_second": (progress.history["tokens_per_second"] or [None])[-1],
         },
+        "bad_steps": list(progress.bad_steps),
         "system_info": system_info(state),
         "timestamp": datetime.now(timezone.utc).isoformat(),
         "run_id": identity.run_id,
@@ -83,6 +85,7 @@ def system_info(state: TrainState) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def git_commit() -> str | None:
     """Return the commit of this project's checkout, None where there is none."""
     try:

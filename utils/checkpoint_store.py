@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -41,12 +42,13 @@ from utils.storage import crc32c_of_file, fsync_directory, join_uri
 log = logging.getLogger(__name__)
 
 
-def verify_checkpoint(checkpoint: Path, *, skip_random_states: bool = False) -> Manifest:
+def verify_checkpoint(checkpoint: Path, *, forgive_random_states: bool = False) -> Manifest:
     """Return the manifest after comparing every file with it.
 
     Args:
         checkpoint: Its directory.
-        skip_random_states: Leave the random state files out.
+        forgive_random_states: Damaged random states are no error; the manifest that is returned
+            does not name them.
 
     Raises:
         CheckpointError: The checkpoint is incomplete or a file is not what was written.
@@ -57,10 +59,16 @@ def verify_checkpoint(checkpoint: Path, *, skip_random_states: bool = False) -> 
         raise CheckpointError(f"{checkpoint.name}: its manifest is of step {manifest.step}.")
     if not manifest.files:
         raise CheckpointError(f"{checkpoint.name}: its manifest names no files.")
+    usable = dict(manifest.files)
     for name, entry in manifest.files.items():
-        if not (skip_random_states and name.startswith(RANDOM_STATES_PREFIX)):
+        try:
             _verify_file(checkpoint, name, entry)
-    return manifest
+        except CheckpointError as exc:
+            if not (forgive_random_states and name.startswith(RANDOM_STATES_PREFIX)):
+                raise
+            log.warning("%s It is left out, as accepted.", exc)
+            del usable[name]
+    return replace(manifest, files=usable)
 
 
 def _verify_file(checkpoint: Path, name: str, entry: FileEntry) -> None:

@@ -27,7 +27,6 @@ from utils.layout import Manifest
 from utils.snapshot import HostBlock, TensorSlot, map_leaves
 
 NICENESS = 10
-CLOSE_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -119,11 +118,8 @@ class WriterProcess:
     def close(self) -> None:
         """End the process; what it was writing is a leftover."""
         self._connection.close()
-        try:
-            self._process.wait(CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()  # it holds nothing that would have to be put in order
+        self._process.wait()
 
 
 def serve(connection: Connection, block: HostBlock) -> None:

@@ -320,7 +320,7 @@ def obtain(
     paths: RunPaths,
     *,
     on_progress: OnProgress,
-    skip_random_states: bool = False,
+    forgive_random_states: bool = False,
     open_bucket: OpenBucket = open_bucket,
 ) -> tuple[Path, Manifest]:
     """Return a candidate as a verified directory on this machine, downloaded where it is not here.
@@ -329,7 +329,7 @@ def obtain(
         candidate: What to bring.
         paths: The run's directories; a download is committed there.
         on_progress: Told how far a download is.
-        skip_random_states: Leave random state files out of the verification.
+        forgive_random_states: Damaged random states are no error.
         open_bucket: Opens a bucket for reading.
 
     Raises:
@@ -338,7 +338,7 @@ def obtain(
     """
     if candidate.path is not None:
         return candidate.path, verify_checkpoint(
-            candidate.path, skip_random_states=skip_random_states
+            candidate.path, forgive_random_states=forgive_random_states
         )
     bucket = open_bucket(candidate.bucket_uri)
     try:

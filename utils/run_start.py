@@ -105,7 +105,7 @@ def _obtain(
         if candidate.path is None:
             log.info("Bringing %s.", candidate)
         return resume.obtain(
-            candidate, paths, on_progress=show, skip_random_states=consent.missing_random_state
+            candidate, paths, on_progress=show, forgive_random_states=consent.missing_random_state
         )
     except (CheckpointError, StorageError) as exc:
         if not plan.walks_back:

@@ -501,8 +501,6 @@ class TrainingRun:
             upload_seconds = max(0.0, leave_at - time.monotonic())
         elif reason is not None:
             self.save()
-        step = self.state.progress.step
-        self._outcome = "done" if step >= self.config.max_steps else "stopped"
         self._live.close()
         failure = self._shared_failure()
         code = ExitCode.DONE
@@ -515,8 +513,9 @@ class TrainingRun:
             if reason is not None:
                 ranks.broadcast_from_main(None)
         if failure is not None:
-            self._outcome = "failed"
             raise failure
+        step = self.state.progress.step
+        self._outcome = "done" if step >= self.config.max_steps else "stopped"
         if self._outcome == "done":
             log.info("Done: step %d of %d.", step, self.config.max_steps)
         elif reason is not None:

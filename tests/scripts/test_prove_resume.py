@@ -55,7 +55,7 @@ def prove(
 ) -> int:
     """Call the command with a very small model and another way to start train.py."""
     monkeypatch.setattr(prove_resume, "CommandLauncher", lambda processes: launcher)
-    command = ["--kills", "2", "--workdir", str(work), "--keep", "--json", *words]
+    command = ["--kills", "2", "--workdir", str(work), "--json", *words]
     for setting in (*SETTINGS, f"data_uri={data}"):
         command += ["--set", setting]
     return prove_resume.main(command)
@@ -109,7 +109,7 @@ def proven(
     report = work.with_name("report.json")
     with pytest.MonkeyPatch.context() as patch, report.open("w", encoding="utf-8") as file:
         patch.setattr(sys, "stdout", file)
-        code = prove(patch, launcher, sample_data, work, "--steps", "16")
+        code = prove(patch, launcher, sample_data, work, "--steps", "16", "--keep")
     value = read_json(report)
     assert code == 0, value
     return work, value, launcher.starts
@@ -214,7 +214,7 @@ def test_a_torn_line_hides_no_whole_one(tmp_path: Path) -> None:
     assert path.read_bytes()[offset:] == lines[-1].encode()
 
 
-def test_a_run_with_another_seed_is_found_out(
+def test_a_run_with_another_seed_is_found_out_and_leaves_nothing_in_the_users_bucket(
     server: ForkServer,
     sample_data: Path,
     tmp_path: Path,
@@ -222,13 +222,21 @@ def test_a_run_with_another_seed_is_found_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     launcher = Altered(server, "seed=7")
-    words = ("--steps", "8", "--set", "background_save=false")
-    assert prove(monkeypatch, launcher, sample_data, tmp_path / "work", *words) == 1
+    bucket, work = tmp_path / "bucket", tmp_path / "work"
+    others = bucket / "Checkpoints" / "checkpoint-epoch0-step5-files0.json"
+    others.parent.mkdir(parents=True)
+    others.write_text("{}")
+    words = ["--steps", "8", "--set", "background_save=false", "--use-bucket"]
+    words += ["--set", f"checkpoint_uri={bucket}"]
+    assert prove(monkeypatch, launcher, sample_data, work, *words) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["holds"] is False
     differing = {c["what"] for c in report["comparisons"] if c["differences"]}
     assert {"loss", "model.safetensors", "optimizer.bin", "data_state.json"} <= differing
     assert "learning_rate" not in differing
+    assert report["starts"][2]["source"] == "bucket"
+    assert [path for path in bucket.rglob("*") if path.is_file()] == [others]
+    assert not work.exists()
 
 
 @pytest.mark.slow
@@ -263,7 +271,7 @@ def test_the_command_as_a_user_runs_it_with_two_ranks(
     output = capsys.readouterr().out
     assert "16 steps with 3 kills (seed 0): no difference." in output
     assert "random_states_1.pkl" in output
-    assert list((tmp_path / "work").iterdir() if (tmp_path / "work").is_dir() else []) == []
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(

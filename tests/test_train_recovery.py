@@ -1,0 +1,582 @@
+"""train.py after faults: what was lost is told, what is left is exact, nothing else is touched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.model_config import build_model_config
+from configs.training_config import get_training_config
+from tests.test_train import differences, launch, load
+from utils import training_utils
+from utils.checkpoint_store import verify_checkpoint
+from utils.errors import ExitCode, TransientStorageError
+from utils.layout import find_checkpoints, read_json, read_manifest, write_json
+from utils.metadata import read_metrics
+from utils.transports import BucketTransport
+
+Train = Callable[..., int]
+EVERY_STEP = ("logging_steps=1", "record_batches=true")
+
+
+def name(step: int, epoch: int = 0, files: int = 0) -> str:
+    return f"checkpoint-epoch{epoch}-step{step}-files{files}"
+
+
+def directory(tmp_path: Path, folder: str = "run") -> Path:
+    return tmp_path / folder / "checkpoints"
+
+
+def steps(tmp_path: Path, folder: str = "run") -> list[int]:
+    return [found.step for found in find_checkpoints(directory(tmp_path, folder))]
+
+
+def losses(tmp_path: Path, folder: str = "run") -> tuple[list[int], list[float]]:
+    return read_metrics(tmp_path / folder / "logs/metrics.jsonl").series("loss")
+
+
+def batches(tmp_path: Path, folder: str = "run") -> dict[int, set[str]]:
+    """Return the checksums of each step's tokens; a step that was done twice may have two."""
+    found: dict[int, set[str]] = {}
+    for line in (tmp_path / folder / "logs/batches.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        found.setdefault(record["step"], set()).add(record["crc32c"])
+    return found
+
+
+def assert_same_end(tmp_path: Path, left: str, right: str) -> None:
+    """The last checkpoints of two folders are bit-identical in all that training depends on."""
+    first, second = (
+        directory(tmp_path, folder) / str(find_checkpoints(directory(tmp_path, folder))[-1])
+        for folder in (left, right)
+    )
+    assert first.name == second.name
+    assert not differences(
+        load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    )
+    for file in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        one, other = load(first / file), load(second / file)
+        one.pop("step", None), other.pop("step", None)  # micro-steps of a process
+        assert not differences(one, other), file
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def small_data(tmp_path: Path) -> Path:
+    """Two training shards of 12 samples each: an epoch is six steps."""
+    folder = tmp_path / "small-data"
+    folder.mkdir()
+    random = np.random.default_rng(5)
+    for number in range(2):
+        tokens = random.integers(0, 512, 12 * 32, dtype=np.uint16)
+        np.savez(folder / f"train_{number:05d}.npz", input_ids=tokens)
+    np.savez(folder / "val_00000.npz", input_ids=random.integers(0, 512, 200, dtype=np.uint16))
+    return folder
+
+
+# The same tokens and losses, however often it is interrupted.
+
+
+@pytest.mark.parametrize("stops", [[2], [3, 8], [1, 7, 13]])
+def test_resumed_any_number_of_times_also_in_the_second_epoch(
+    run_train: Train, tmp_path: Path, small_data: Path, stops: list[int]
+) -> None:
+    settings = (f"data_uri={small_data}", *EVERY_STEP, "model_overrides.hidden_dropout=0.1")
+    assert run_train("--max-steps", "15", folder="straight", settings=settings) == 0
+    words: list[str] = []
+    for stop in stops:
+        assert run_train("--max-steps", "15", "--stop-after", str(stop), *words,
+                         settings=settings) == 0  # fmt: skip
+        words = ["--resume", "latest"]
+    assert run_train("--max-steps", "15", *words, settings=settings) == 0
+    assert batches(tmp_path) == batches(tmp_path, "straight")
+    assert all(len(found) == 1 for found in batches(tmp_path).values())
+    assert losses(tmp_path) == losses(tmp_path, "straight")
+    assert read_json(directory(tmp_path) / name(15, 2) / "data_state.json")["epoch"] == 2
+    assert_same_end(tmp_path, "straight", "run")
+
+
+def test_one_then_two_then_one_process_see_the_same_tokens(
+    run_train: Train, tmp_path: Path, small_data: Path
+) -> None:
+    settings = (f"data_uri={small_data}", *EVERY_STEP)
+    assert run_train("--max-steps", "9", folder="straight", settings=settings) == 0
+    assert run_train("--max-steps", "9", "--stop-after", "2", settings=settings) == 0
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc_per_node", "2")  # fmt: skip
+    words = ["--max-steps", "9", "--stop-after", "7", "--resume", "latest"]
+    command = launch(tmp_path / "run", *words, *(f"--set={s}" for s in settings), program=torchrun)
+    result = subprocess.run(
+        command, cwd=tmp_path / "run", capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "was written by 1 ranks, now there are 2" in result.stdout
+    assert read_manifest(directory(tmp_path) / name(7, 1)).world_size == 2
+    assert run_train("--max-steps", "9", "--resume", "latest", settings=settings) == 0
+    assert batches(tmp_path) == batches(tmp_path, "straight")
+    one, mixed = losses(tmp_path, "straight"), losses(tmp_path)
+    assert one[0] == mixed[0]
+    np.testing.assert_allclose(one[1], mixed[1], rtol=0, atol=1e-4)
+
+
+# Damaged, foreign and lost checkpoints.
+
+
+def test_a_flipped_bit_is_set_aside_and_the_one_before_is_used(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("save_steps=2", "logging_steps=1", "checkpoint_uri=")
+    assert run_train("--max-steps", "6", folder="straight", settings=settings) == 0
+    assert run_train("--max-steps", "6", "--stop-after", "4", settings=settings) == 0
+    flip_bit(directory(tmp_path) / name(4) / "optimizer.bin")
+    capsys.readouterr()
+    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
+    told = capsys.readouterr().out
+    assert f"{name(4)}: optimizer.bin is damaged" in told
+    assert "set aside" in told
+    assert f"Resumed from checkpoints/{name(2)} (step 2)" in told
+    assert (directory(tmp_path) / "set-aside" / name(4)).is_dir()
+    assert losses(tmp_path) == losses(tmp_path, "straight")
+    assert_same_end(tmp_path, "straight", "run")
+
+
+def test_the_bucket_has_what_the_disk_lost(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("save_steps=2", "logging_steps=1")
+    assert run_train("--max-steps", "6", folder="straight", settings=settings) == 0
+    assert run_train("--max-steps", "6", "--stop-after", "4", settings=settings) == 0
+    shutil.rmtree(directory(tmp_path))
+    capsys.readouterr()
+    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
+    told = capsys.readouterr().out
+    assert f"Downloaded {name(4)}" in told
+    assert "Queued checkpoint-epoch0-step4" not in told  # it came from there
+    assert losses(tmp_path) == losses(tmp_path, "straight")
+    assert_same_end(tmp_path, "straight", "run")
+    # Named, from another directory, and with nothing there.
+    bucket = tmp_path / "run" / "bucket"
+    words = ("--max-steps", "6", "--resume", f"{bucket}/{name(2)}")
+    elsewhere = (*settings, "checkpoint_uri=")
+    assert run_train(*words, folder="else", settings=elsewhere) == 0
+    assert_same_end(tmp_path, "straight", "else")
+    words = ("--max-steps", "6", "--resume", f"{tmp_path}/nowhere/latest")
+    assert run_train(*words, folder="else2", settings=elsewhere) == 2
+
+
+def test_when_nothing_can_be_used_it_does_not_begin_anew_by_itself(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("save_steps=2", "checkpoint_uri=")
+    assert run_train("--max-steps", "4", settings=settings) == 0
+    for step in (2, 4):
+        flip_bit(directory(tmp_path) / name(step) / "model.safetensors")
+    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 2
+    assert "None of the 2 checkpoints of this run can be used" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_whole_but_does_not_load_is_set_aside(
+    run_train: Train, tmp_path: Path
+) -> None:
+    """Its hashes are right: it was written so."""
+    settings = ("save_steps=2", "checkpoint_uri=")
+    assert run_train("--max-steps", "4", settings=settings) == 0
+    newest = directory(tmp_path) / name(4)
+    (newest / "optimizer.bin").write_bytes(b"this is no optimizer")
+    from tests.sample_checkpoints import seal
+
+    run_id = read_manifest(newest).run_id
+    seal(newest, 4)
+    path = newest / "manifest.json"
+    write_json(path, {**read_json(path), "run_id": run_id})
+    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
+    assert (directory(tmp_path) / "set-aside" / name(4)).is_dir()
+    assert steps(tmp_path) == [2, 4, 6]
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_and_none_is_moved(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("save_steps=2", "checkpoint_uri=")
+    assert run_train("--max-steps", "4", settings=settings) == 0
+    other = (*settings, "model_overrides.hidden_size=64")
+    words = ("--max-steps", "6", "--resume", "latest")
+    assert run_train(*words, settings=other) == 2
+    assert "--accept-config-change" in capsys.readouterr().err
+    assert run_train(*words, "--accept-config-change", settings=other) == 2
+    assert f"{name(4)} does not fit this model" in capsys.readouterr().err
+    assert steps(tmp_path) == [2, 4]
+    assert not (directory(tmp_path) / "set-aside").exists()
+
+
+def test_a_checkpoint_of_another_run_is_not_chosen_not_uploaded_not_deleted(
+    run_train: Train, tmp_path: Path
+) -> None:
+    settings = ("save_steps=2",)
+    assert run_train("--max-steps", "4", settings=settings) == 0
+    assert run_train("--max-steps", "3", folder="other", settings=("save_steps=1",)) == 0
+    for step in (1, 3):
+        shutil.copytree(directory(tmp_path, "other") / name(step), directory(tmp_path) / name(step))
+    higher = directory(tmp_path) / name(90)
+    shutil.copytree(directory(tmp_path, "other") / name(3), higher)
+    manifest = read_json(higher / "manifest.json")
+    write_json(higher / "manifest.json", {**manifest, "step": 90})
+    foreign = manifest["run_id"]
+
+    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
+    own = read_manifest(directory(tmp_path) / name(6)).run_id
+    assert own != foreign
+    for step in (1, 3, 90):
+        assert read_manifest(directory(tmp_path) / "set-aside" / name(step)).run_id == foreign
+    for card in (tmp_path / "run" / "bucket" / "Checkpoints").glob("checkpoint-*.json"):
+        assert read_json(card)["manifest"]["run_id"] == own
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "missing", "unlisted"])
+def test_lost_random_states_are_refused_unless_accepted(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    settings = ("save_steps=2", "checkpoint_uri=")
+    assert run_train("--max-steps", "6", "--stop-after", "2", settings=settings) == 0
+    newest = directory(tmp_path) / name(2)
+    if fault == "corrupt":
+        flip_bit(newest / "random_states_0.pkl")
+    else:
+        (newest / "random_states_0.pkl").unlink()
+    if fault == "unlisted":
+        manifest = read_json(newest / "manifest.json")
+        del manifest["files"]["random_states_0.pkl"]
+        write_json(newest / "manifest.json", manifest)
+    words = ("--max-steps", "6", "--resume", "2")
+    assert run_train(*words, settings=settings) == 2
+    assert "random_states_0.pkl" in capsys.readouterr().err
+    assert steps(tmp_path) == [2]
+    assert run_train(*words, "--accept-missing-random-state", settings=settings) == 0
+    assert "random states are seeded anew from (seed, step, rank)" in capsys.readouterr().out
+
+
+# Saving and uploading under difficulties.
+
+
+class FailingSave:
+    """torch.save as on a disk that is full at some saves: the second call fails, say."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: set[int]) -> None:
+        self._save, self._failing, self.saves = torch.save, failing, 0
+        monkeypatch.setattr("torch.save", self)
+
+    def __call__(self, value: Any, path: Any, *args: Any, **options: Any) -> None:
+        if Path(path).name == "optimizer.bin":
+            self.saves += 1
+            if self.saves in self._failing:
+                raise OSError(28, "No space left on device")
+        self._save(value, path, *args, **options)
+
+
+def test_a_save_that_fails_does_not_end_the_run(
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    FailingSave(monkeypatch, {2})
+    settings = ("save_steps=2", "background_save=false")
+    assert run_train("--max-steps", "6", settings=settings) == 0
+    assert steps(tmp_path) == [2, 6]
+    told = capsys.readouterr().out
+    assert f"{name(4)} could not be saved: No space left on device" in told
+    assert not list(directory(tmp_path).glob(".saving-*"))
+
+
+def test_a_failed_save_is_tried_again_in_a_minute(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FailingSave(monkeypatch, {1})
+    monkeypatch.setattr("utils.run_saving.RETRY_SECONDS", 0.0)
+    settings = ("save_steps=2", "background_save=false")
+    assert run_train("--max-steps", "4", settings=settings) == 0
+    assert steps(tmp_path) == [3, 4]
+
+
+def test_a_failed_save_may_stop_the_run(
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    FailingSave(monkeypatch, {2, 3, 4})
+    settings = ("save_steps=2", "background_save=false", "failed_save=stop")
+    assert run_train("--max-steps", "20", settings=settings) == ExitCode.UNEXPECTED
+    assert steps(tmp_path) == [2]
+    assert "could not be saved" in capsys.readouterr().err
+    events = read_metrics(tmp_path / "run/logs/metrics.jsonl").events
+    assert events[-1]["outcome"] == "failed"
+    assert events[-1]["step"] < 6
+
+
+def test_a_save_that_is_due_while_one_is_written_is_skipped_or_waited_for(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import time
+
+    from utils import checkpoint_saver
+
+    write = checkpoint_saver.write_files
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.7)
+        return write(*args)
+
+    # The process is not ready in the first seconds: a thread writes, this slow one.
+    monkeypatch.setattr(checkpoint_saver, "write_files", slowly)
+    monkeypatch.setattr(checkpoint_saver.WriterProcess, "is_ready", lambda self: False)
+    settings = ("save_steps=1", "keep_checkpoints=9", "checkpoint_uri=")
+    assert run_train("--max-steps", "5", folder="wait", settings=settings) == 0
+    assert steps(tmp_path, "wait") == [1, 2, 3, 4, 5]
+    skip = (*settings, "save_overlap=skip")
+    assert run_train("--max-steps", "5", folder="skip", settings=skip) == 0
+    saved = steps(tmp_path, "skip")
+    assert (saved[0], saved[-1]) == (1, 5)  # the end is never skipped
+    assert len(saved) < 5
+    assert "is not saved: the save before it is still being written" in capsys.readouterr().out
+    assert_same_end(tmp_path, "wait", "skip")
+
+
+def test_a_bucket_that_is_down_fills_no_disk_and_loses_neither_newest_nor_best(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    put = BucketTransport.put
+
+    def down(self: BucketTransport, object_name: str, path: Path) -> None:
+        if object_name.endswith((".tar.gz", ".json")):
+            raise TransientStorageError("503 Service Unavailable")
+        put(self, object_name, path)
+
+    monkeypatch.setattr(BucketTransport, "put", down)
+    monkeypatch.setattr("utils.uploader.FIRST_BACKOFF_SECONDS", 0.01)
+    settings = ("save_steps=1", "keep_checkpoints=2", "max_unverified=3",
+                "upload_deadline_seconds=0")  # fmt: skip
+    assert run_train("--max-steps", "12", settings=settings) == ExitCode.NOT_VERIFIED
+    kept = steps(tmp_path)
+    assert kept[-2:] == [11, 12]
+    assert 5 <= len(kept) <= 7  # 2 newest, 3 that wait, at most the best and the one in flight
+    views = {step: read_json(directory(tmp_path) / name(step) / "metadata.json") for step in kept}
+    best = views[12]["validation_metrics"]["best_validation_loss"]
+    assert best in [view["validation_metrics"]["validation_loss"] for view in views.values()]
+    assert "without an upload: more than 3 wait for the bucket" in capsys.readouterr().out
+    monkeypatch.setattr(BucketTransport, "put", put)
+    more = ("save_steps=1", "keep_checkpoints=2")
+    assert run_train("--max-steps", "13", "--resume", "latest", settings=more) == 0
+    cards = {path.stem for path in (tmp_path / "run/bucket/Checkpoints").glob("checkpoint-*.json")}
+    assert {name(step) for step in kept} <= cards
+
+
+def test_a_bad_shard_in_the_middle_costs_no_step(
+    run_train: Train, tmp_path: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = np.full(12 * 32, 600, dtype=np.uint16)  # beyond the vocabulary
+    np.savez(small_data / "train_00001.npz", input_ids=damaged)
+    settings = (f"data_uri={small_data}", "shuffle_window_shards=1", "logging_steps=1", "seed=1")
+    code = run_train("--max-steps", "6", settings=settings)
+    if steps(tmp_path) == []:  # the seed puts the bad shard first: choose the other order
+        settings = (*settings[:-1], "seed=2")
+        code = run_train("--max-steps", "6", "--fresh", settings=settings)
+    assert code == ExitCode.USAGE
+    assert "train_00001.npz" in capsys.readouterr().err
+    assert steps(tmp_path) == [3]  # all that the good shard gives
+    verify_checkpoint(directory(tmp_path) / str(find_checkpoints(directory(tmp_path))[0]))
+
+
+# Bad steps.
+
+
+class BadLosses:
+    """Makes the loss of chosen steps bad: four micro-steps a step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, factors: dict[int, float]) -> None:
+        self._forward, self._factors, self.calls = training_utils.forward_loss, factors, 0
+        monkeypatch.setattr(training_utils, "forward_loss", self)
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        self.calls += 1
+        return self._forward(*args) * self._factors.get((self.calls + 3) // 4, 1.0)
+
+
+def test_a_bad_step_stops_the_run_saved_and_it_goes_on_behind_it(
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    BadLosses(monkeypatch, {3: float("nan")})
+    assert run_train("--max-steps", "6", settings=EVERY_STEP) == ExitCode.UNEXPECTED
+    told = capsys.readouterr()
+    assert "Step 3 is bad: non-finite" in told.out
+    assert "Step 3 was bad" in told.err
+    assert "--set bad_step=skip" in told.err
+    assert steps(tmp_path) == [3]
+    (bad,) = read_json(directory(tmp_path) / name(3) / "metadata.json")["bad_steps"]
+    assert (bad["step"], bad["kind"], bad["loss"], bad["policy"]) == (3, "non-finite", None, "stop")
+    weights = load_file(directory(tmp_path) / name(3) / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+    assert run_train("--max-steps", "6", "--resume", "latest", settings=EVERY_STEP) == 0
+    assert sorted(batches(tmp_path)) == [1, 2, 3, 4, 5, 6]
+    assert len({crc for found in batches(tmp_path).values() for crc in found}) == 6
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_bad_step_changes_nothing_but_the_schedule(
+    on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    config = get_training_config(
+        "test", {"model_overrides.num_hidden_layers": 1, "model_overrides.hidden_size": 32,
+                 "model_overrides.intermediate_size": 64, "use_cpu": True},
+    )  # fmt: skip
+    model_config = build_model_config(config.model, config.model_overrides)
+    generator = torch.Generator().manual_seed(1)
+    batch = [torch.randint(0, 4096, (1, 64), generator=generator) for _ in range(4)]
+    try:
+        accelerator = training_utils.build_accelerator(config, "no", [], Path())
+        training_utils.set_determinism(config)
+        state = training_utils.build_train_state(accelerator, model_config, config)
+        state.guard.on_device = on_device
+        BadLosses(monkeypatch, {2: float("inf")})
+        training_utils.train_step(state, batch, 1.0)
+
+        def capture() -> Any:
+            optimizer = state.optimizer.state_dict()["state"]
+            return json.loads(json.dumps(
+                [[t.flatten().tolist() for t in state.core_model.parameters()],
+                 [{key: v.flatten().tolist() for key, v in entry.items()}
+                  for entry in optimizer.values()]]
+            ))  # fmt: skip
+
+        before, rate = capture(), state.learning_rate
+        training_utils.train_step(state, batch, 1.0)
+        assert capture() == before
+        assert state.learning_rate != rate
+        training_utils.train_step(state, batch, 1.0)
+        assert capture() != before
+        assert [v.code for v in state.guard.take(newest=True)] == [0, 1, 0]
+        assert state.interval[1].item() == 2
+        assert state.progress.step == 3
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def test_skip_leaves_bad_steps_out_and_goes_on(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BadLosses(monkeypatch, {3: float("nan"), 5: 1e6})
+    settings = (*EVERY_STEP, "bad_step=skip", "spike_sigma=20", "spike_window=3")
+    assert run_train("--max-steps", "8", settings=settings) == 0
+    metadata = read_json(directory(tmp_path) / name(8) / "metadata.json")
+    assert [(bad["step"], bad["kind"]) for bad in metadata["bad_steps"]] == [
+        (3, "non-finite"), (5, "spike"),
+    ]  # fmt: skip
+    curve = dict(zip(*losses(tmp_path), strict=True))
+    assert set(curve) == {1, 2, 4, 6, 7, 8}  # a bad step has no loss
+    assert max(curve.values()) < 10
+    events = read_metrics(tmp_path / "run/logs/metrics.jsonl").events
+    assert [event["step"] for event in events if event["event"] == "bad_step"] == [3, 5]
+
+
+def test_spikes_are_the_same_after_a_resume(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The window that a spike is measured by is part of the state."""
+    settings = (*EVERY_STEP, "bad_step=skip", "spike_sigma=20", "spike_window=4")
+    for folder, stops in (("straight", []), ("run", [4])):
+        bad = BadLosses(monkeypatch, {6: 1e6})
+        words: list[str] = []
+        for stop in stops:
+            assert run_train("--max-steps", "8", "--stop-after", str(stop), folder=folder,
+                             settings=settings) == 0  # fmt: skip
+            words = ["--resume", "latest"]
+        assert run_train("--max-steps", "8", *words, folder=folder, settings=settings) == 0
+        assert bad.calls == 8 * 4
+        monkeypatch.undo()
+    assert_same_end(tmp_path, "straight", "run")
+    metadata = read_json(directory(tmp_path) / name(8) / "metadata.json")
+    assert [bad["step"] for bad in metadata["bad_steps"]] == [6]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_rollback_goes_back_and_on_behind_the_bad_samples(
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    on_device: bool,
+) -> None:
+    BadLosses(monkeypatch, {6: float("nan")})
+    if on_device:  # the host learns of it a step later
+        init = training_utils.StepGuard.__init__
+
+        def build(self: Any, *args: Any, **options: Any) -> None:
+            init(self, *args, **{**options, "on_device": True})
+
+        monkeypatch.setattr(training_utils.StepGuard, "__init__", build)
+    settings = (*EVERY_STEP, "bad_step=rollback", "save_steps=4")
+    assert run_train("--max-steps", "10", settings=settings) == 0
+    told = capsys.readouterr().out
+    assert f"Rolled back to {name(4)} (step 4); 8 samples are left out" in told
+    final = read_json(directory(tmp_path) / name(10) / "metadata.json")
+    assert [bad["step"] for bad in final["bad_steps"]] == [6]
+    assert final["training_progress"]["samples_seen"] == (10 + 2) * 4
+    assert losses(tmp_path)[0] == list(range(1, 11))  # the curve has one value for each step
+    found = batches(tmp_path)
+    assert all(len(found[step]) == 2 for step in (5, 6))
+    assert not found[5] & found[6]
+    # Steps 5 and 6 saw, the second time, what 7 and 8 would have seen.
+    state = read_json(directory(tmp_path) / name(10) / "data_state.json")
+    assert state["sample_index"] == 48
+
+
+def test_rollback_and_skip_are_bounded(
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    always = dict.fromkeys(range(3, 1000), float("nan"))
+    for policy in ("rollback", "skip"):
+        BadLosses(monkeypatch, always)
+        settings = (*EVERY_STEP, f"bad_step={policy}", "save_steps=2", "max_bad_steps=3",
+                    "checkpoint_uri=")  # fmt: skip
+        code = run_train("--max-steps", "50", folder=policy, settings=settings)
+        assert code == ExitCode.UNEXPECTED
+        assert "4 of the last 1000 steps were bad" in capsys.readouterr().err
+        monkeypatch.undo()
+        weights = load_file(
+            directory(tmp_path, policy) / name(steps(tmp_path, policy)[-1]) / "model.safetensors"
+        )
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+
+
+def test_without_a_checkpoint_a_rollback_stops(
+    run_train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    BadLosses(monkeypatch, {2: float("nan")})
+    assert run_train("--max-steps", "6", settings=("bad_step=rollback",)) == 1
+    assert "There is no checkpoint to roll back to" in capsys.readouterr().err

@@ -1,0 +1,892 @@
+"""A train.py that is stopped: what it saves, what it says, and that the next start goes on.
+
+Starts are forks of a process that has imported torch: real processes with real signals, in a
+fraction of the time. Hooks run in the fork before train.py does: most of them hold it at a place
+(a gate) until the test lets it go, so that a signal arrives exactly there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import resource
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs.training_config import PROJECT_DIRECTORY
+from tests.conftest import TINY
+from tests.sample_shards import save_shard
+from utils.checkpoint_store import verify_checkpoint
+from utils.errors import ExitCode
+from utils.layout import ARCHIVE_SUFFIX, RunPaths, find_checkpoints, read_json
+from utils.metadata import read_metrics
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks train.py")
+
+SEQUENCE, SAMPLES_PER_STEP = 32, 4
+STEPS, STEPS_PER_SHARD = 10, 5
+SETTINGS = (
+    *TINY,
+    "model_overrides.hidden_dropout=0.1",  # the losses show whether random states came back
+    f"sequence_length={SEQUENCE}",
+    f"global_batch_size={SAMPLES_PER_STEP}",
+    f"max_steps={STEPS}",
+    "shuffle_window_shards=1",
+    "record_batches=true",
+    "logging_steps=1",
+    "save_steps=4",
+    "keep_checkpoints=9",
+    "report_to=[]",
+    "use_cpu=true",
+)
+GO_ON = ("--resume", "latest")
+PATIENCE_SECONDS = 60.0
+
+Hook = tuple[Any, ...]
+
+
+def name_of(step: int) -> str:
+    return f"checkpoint-epoch0-step{step}-files{step // STEPS_PER_SHARD}"
+
+
+# In the fork.
+
+
+class Gate:
+    """A place where a fork waits; the files that tell are in its directory."""
+
+    def __init__(self, name: str) -> None:
+        self._reached = Path.cwd() / f"at-{name}"
+        self._open = Path.cwd() / f"go-{name}"
+
+    def __call__(self) -> None:
+        self._reached.touch()
+        while not self._open.exists():
+            time.sleep(0.005)
+
+
+def replace(module: str, name: str, wrap: Callable[[Any], Any]) -> None:
+    """Put a wrapper in place of a function, or of a method where the name has a dot."""
+    owner: Any = importlib.import_module(module)
+    *parents, last = name.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    setattr(owner, last, wrap(getattr(owner, last)))
+
+
+def hold_step(number: int) -> None:
+    gate = Gate("step")
+
+    def wrap(train_step: Any) -> Any:
+        def held(state: Any, *arguments: Any) -> None:
+            if state.progress.step + 1 == number:
+                gate()
+            train_step(state, *arguments)
+
+        return held
+
+    replace("utils.training_run", "train_step", wrap)
+
+
+def hang_in_step(number: int) -> None:
+    gate = Gate("hanging-step")
+
+    def wrap(train_step: Any) -> Any:
+        def hang(state: Any, *arguments: Any) -> None:
+            if state.progress.step + 1 == number:
+                gate._reached.touch()
+                time.sleep(3600)  # in C, as compiling is
+            train_step(state, *arguments)
+
+        return hang
+
+    replace("utils.training_run", "train_step", wrap)
+
+
+def hold_save() -> None:
+    """Wait where everything is written and nothing is committed."""
+    gate = Gate("save")
+
+    def wrap(write_files: Any) -> Any:
+        def held(*arguments: Any) -> Any:
+            manifest = write_files(*arguments)
+            gate()
+            return manifest
+
+        return held
+
+    replace("utils.checkpoint_saver", "write_files", wrap)
+
+
+def hold_upload() -> None:
+    gate = Gate("upload")
+
+    def wrap(put: Any) -> Any:
+        def held(transport: Any, object_name: str, path: Path) -> None:
+            if object_name.endswith(ARCHIVE_SUFFIX):
+                gate()
+            put(transport, object_name, path)
+
+        return held
+
+    replace("utils.transports", "BucketTransport.put", wrap)
+
+
+def hold_evaluation() -> None:
+    gate = Gate("evaluation")
+
+    def wrap(forward_loss: Any) -> Any:
+        def held(*arguments: Any) -> Any:
+            gate()
+            return forward_loss(*arguments)
+
+        return held
+
+    replace("utils.evaluation", "forward_loss", wrap)
+
+
+def hang_in_bucket(num_shards: int) -> None:
+    """Let the bucket give so many training shards, then no answer."""
+    gate = Gate("bucket")
+    fetched: list[str] = []
+
+    def wrap(fetch: Any) -> Any:
+        def hang(bucket: Any, name: str, scratch: Path) -> Any:
+            if name.startswith("train"):
+                fetched.append(name)
+            if len(fetched) > num_shards:
+                gate._reached.touch()
+                time.sleep(3600)
+            return fetch(bucket, name, scratch)
+
+        return hang
+
+    replace("utils.storage", "DirectoryBucket.fetch", wrap)
+
+
+def hold_lease(heartbeat_seconds: float) -> None:
+    """Wait before the bucket is held, then hold it with a quick heart."""
+    gate = Gate("lease")
+
+    def wrap(hold_prefix: Any) -> Any:
+        def held(*arguments: Any) -> Any:
+            gate()
+            return hold_prefix(*arguments, heartbeat_seconds=heartbeat_seconds)
+
+        return held
+
+    replace("utils.prefix_lease", "hold_prefix", wrap)
+
+
+def run_out_of_gpu_memory(number: int) -> None:
+    calls: list[None] = []
+
+    def wrap(forward_loss: Any) -> Any:
+        def fail(*arguments: Any) -> Any:
+            import torch
+
+            calls.append(None)
+            if len(calls) == number * SAMPLES_PER_STEP:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return forward_loss(*arguments)
+
+        return fail
+
+    replace("utils.training_utils", "forward_loss", wrap)
+
+
+def limit_memory(number: int, spare_bytes: int) -> None:
+    """Let the process have only so much more memory from a step on."""
+
+    def wrap(train_step: Any) -> Any:
+        def limited(state: Any, *arguments: Any) -> None:
+            if state.progress.step + 1 == number:
+                pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+                limit = pages * resource.getpagesize() + spare_bytes
+                resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+            train_step(state, *arguments)
+
+        return limited
+
+    replace("utils.training_run", "train_step", wrap)
+
+
+def without_writer() -> None:
+    """Have a thread write checkpoints: the writer process takes seconds of two cores to start."""
+
+    def wrap(start: Any) -> Any:
+        from utils.checkpoint_writer import WriterGoneError
+
+        def refuse(*arguments: Any) -> None:
+            raise WriterGoneError("not in this test")
+
+        return refuse
+
+    replace("utils.checkpoint_writer", "WriterProcess.__init__", wrap)
+
+
+def leave_quickly() -> None:
+    """End without the interpreter's own tidying, a second of a start that is not looked at."""
+
+    def wrap(run_command: Any) -> Any:
+        def run(*arguments: Any) -> None:
+            code = run_command(*arguments)
+            sys.stdout.flush()
+            os._exit(code)
+
+        return run
+
+    replace("utils.console", "run_command", wrap)
+
+
+def serve() -> None:
+    """Fork a train.py for each request on standard input; tell exit codes when asked."""
+    sys.path[0] = str(PROJECT_DIRECTORY)
+    for module in (
+        "train",
+        "configs.model_config",
+        "utils.preflight",
+        "utils.training_run",
+        "transformers.models.gpt_neox.modeling_gpt_neox",
+    ):
+        importlib.import_module(module)
+    print("ready", flush=True)
+    children = set()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "reap" in request:
+            _, status = os.waitpid(request["reap"], 0)
+            children.discard(request["reap"])
+            print(os.waitstatus_to_exitcode(status), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            become_train(request)
+        children.add(pid)
+        print(pid, flush=True)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def become_train(request: dict[str, Any]) -> None:
+    os.setsid()
+    os.chdir(request["folder"])
+    os.environ.update(request["environment"])
+    files = [os.open(os.devnull, os.O_RDONLY)]
+    for path in (request["output"], request["errors"]):
+        files.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+    for target, source in enumerate(files):
+        os.dup2(source, target)
+        os.close(source)
+    for name, *arguments in request["hooks"]:
+        globals()[name](*arguments)
+    sys.argv = [str(PROJECT_DIRECTORY / "train.py"), *request["words"]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.exit()
+
+
+# In the test.
+
+
+def wait_until(condition: Callable[[], bool], explain: Callable[[], str]) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < end, explain()
+        time.sleep(0.005)
+
+
+class Forks:
+    """The process whose forks run train.py."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from tests.test_train_stopping import serve; serve()"],
+            cwd=PROJECT_DIRECTORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self._read() == "ready"
+
+    def ask(self, request: dict[str, Any]) -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return int(self._read())
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+class Trainer:
+    """One start of train.py in a folder."""
+
+    def __init__(
+        self, forks: Forks, folder: Path, data: Path, words: Sequence[str],
+        settings: Sequence[str], hooks: Sequence[Hook], environment: dict[str, str],
+    ) -> None:  # fmt: skip
+        folder.mkdir(exist_ok=True)
+        self.folder, self._forks = folder, forks
+        self.paths = RunPaths(folder / "checkpoints", folder / "logs", folder / "cache")
+        number = len(list(folder.glob("*.out")))
+        self._output, self._errors = folder / f"{number}.out", folder / f"{number}.err"
+        words = list(words)
+        for setting in (*SETTINGS, f"data_uri={data}", *settings):
+            words += ["--set", setting]
+        request = {
+            "folder": str(folder), "words": words, "hooks": hooks, "environment": environment,
+            "output": str(self._output), "errors": str(self._errors),
+        }  # fmt: skip
+        self.pid = forks.ask(request)
+        self._descriptor = os.pidfd_open(self.pid)
+        self._code: int | None = None
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text("utf-8") if self._output.exists() else ""
+
+    @property
+    def errors(self) -> str:
+        return self._errors.read_text("utf-8") if self._errors.exists() else ""
+
+    @property
+    def steps(self) -> list[int]:
+        return [name.step for name in find_checkpoints(self.paths.checkpoints)]
+
+    @property
+    def uploaded(self) -> list[int]:
+        """Steps of the checkpoints that are in the bucket with their cards."""
+        folder = self.folder / "bucket" / "Checkpoints"
+        names = [path.name.removesuffix(ARCHIVE_SUFFIX) for path in folder.glob("*.tar.gz")]
+        steps = sorted(int(name.split("-")[2].removeprefix("step")) for name in names)
+        assert all((folder / f"{name}.json").is_file() for name in names)
+        return steps
+
+    @property
+    def leftovers(self) -> list[str]:
+        found = self.paths.checkpoints.iterdir()
+        return [p.name for p in found if p.name.startswith(".saving") or ".tar" in p.name]
+
+    @property
+    def lease(self) -> Path:
+        return self.folder / "bucket" / "Checkpoints" / ".lease.json"
+
+    def wait_at(self, gate: str) -> None:
+        self._wait_until((self.folder / f"at-{gate}").exists, f"gate {gate}")
+
+    def let_go(self, gate: str) -> None:
+        (self.folder / f"go-{gate}").touch()
+
+    def wait_for(self, text: str) -> None:
+        self._wait_until(lambda: text in self.output + self.errors, text)
+
+    def _wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        def check() -> bool:
+            assert condition() or not self.has_ended(), f"ended without {what}: {self}"
+            return condition()
+
+        wait_until(check, lambda: f"no {what}: {self}")
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ask for a stop and wait until it has been heard."""
+        self.send(number)
+        self.wait_for(f"{number.name}: finishing this step, then saving.")
+
+    def has_ended(self, seconds: float = 0.0) -> bool:
+        return bool(select.select([self._descriptor], [], [], seconds)[0])
+
+    def end(self, seconds: float = PATIENCE_SECONDS) -> int:
+        """Wait for the end; return the exit code."""
+        if self._code is not None:
+            return self._code
+        ended = self.has_ended(seconds)
+        if not ended:
+            os.kill(self.pid, signal.SIGKILL)
+        os.close(self._descriptor)
+        self._code = self._forks.ask({"reap": self.pid})
+        assert ended, f"still there after {seconds} s: {self}"
+        assert "Traceback" not in self.output + self.errors, str(self)
+        return self._code
+
+    def __str__(self) -> str:
+        return f"{self.folder.name}\n{self.output}\n{self.errors}"
+
+
+Start = Callable[..., Trainer]
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    served = Forks()
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of five steps each, so that a window of one shard ends in the middle of a run."""
+    directory = tmp_path_factory.mktemp("data")
+    random = np.random.RandomState(0)
+    for name in ("train_00000", "train_00001", "train_00002", "val_00000"):
+        tokens = random.randint(0, 512, STEPS_PER_SHARD * SAMPLES_PER_STEP * SEQUENCE)
+        save_shard(directory / f"{name}.npz", input_ids=tokens.astype(np.uint16))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def begin(forks: Forks, data: Path) -> Start:
+    """Start a run in a folder; by default a thread writes its checkpoints."""
+
+    def start(
+        folder: Path, *words: str, settings: Sequence[str] = (), hooks: Sequence[Hook] = (),
+        environment: dict[str, str] | None = None, writer: bool = False,
+    ) -> Trainer:  # fmt: skip
+        hooks = [*hooks, *([] if writer else [("without_writer",)])]
+        return Trainer(forks, folder, data, words, settings, hooks, environment or {})
+
+    return start
+
+
+@pytest.fixture
+def start(begin: Start, tmp_path: Path) -> Start:
+    """Start a run in a folder of this test."""
+
+    def start_here(*words: str, folder: str = "run", **options: Any) -> Trainer:
+        return begin(tmp_path / folder, *words, **options)
+
+    return start_here
+
+
+@pytest.fixture(scope="module")
+def straight(begin: Start, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A run from the first to the last step without a stop."""
+    trainer = begin(tmp_path_factory.mktemp("straight"), hooks=[("leave_quickly",)])
+    assert trainer.end() == 0, str(trainer)
+    assert trainer.uploaded == [4, 8, 10]
+    return trainer
+
+
+def curves_of(trainer: Trainer) -> list[object]:
+    """Return losses, gradient norms and tokens of every step, and the weights at the end."""
+    metrics = read_metrics(trainer.paths.metrics)
+    batches: dict[int, str] = {}
+    for line in trainer.paths.batches.read_text("utf-8").splitlines():
+        record = json.loads(line)
+        # A step that is trained again after a kill sees the same tokens.
+        assert batches.setdefault(record["step"], record["crc32c"]) == record["crc32c"]
+    weights = trainer.paths.checkpoints / name_of(STEPS) / "model.safetensors"
+    curves = [metrics.series(key) for key in ("loss", "grad_norm", "learning_rate")]
+    return [*curves, batches, weights.read_bytes()]
+
+
+def assert_goes_on(start: Start, straight: Trainer, **options: Any) -> Trainer:
+    """Start again with `--resume latest`: to the end, bit by bit as without the stop."""
+    trainer = start(*GO_ON, hooks=[("leave_quickly",)], **options)
+    assert trainer.end() == 0, str(trainer)
+    for ours, theirs in zip(curves_of(trainer), curves_of(straight), strict=True):
+        assert ours == theirs
+    assert trainer.steps == trainer.uploaded
+    assert trainer.leftovers == []
+    assert not trainer.lease.exists()
+    return trainer
+
+
+def assert_stopped(
+    trainer: Trainer, steps: list[int], *, by: str = "SIGTERM", uploaded: list[int] | None = None
+) -> None:
+    """Check a start that has ended with its state saved: exit code, files, last line."""
+    assert trainer.end() == ExitCode.STOPPED, str(trainer)
+    assert trainer.steps == steps
+    for step in steps:
+        assert verify_checkpoint(trainer.paths.checkpoints / name_of(step)).step == step
+    assert trainer.uploaded == (steps if uploaded is None else uploaded)
+    last = trainer.output.splitlines()[-1]
+    assert f"Stopped by {by} at step {steps[-1]}, saved. Go on with --resume latest." in last
+    assert not trainer.lease.exists()
+
+
+def find_line(trainer: Trainer, pattern: str) -> str:
+    """Return the one line of the log that matches, without time and level."""
+    lines = [line[32:] for line in trainer.output.splitlines()]
+    (found,) = (line for line in lines if re.search(pattern, line))
+    return found
+
+
+def plan_of(trainer: Trainer) -> str:
+    return find_line(trainer, r"s of grace: ")
+
+
+def test_a_stop_during_a_step_saves_that_step_and_is_quick(start: Start, straight: Trainer) -> None:
+    trainer = start(hooks=[("hold_step", 6)], writer=True)
+    trainer.wait_at("step")
+    trainer.wait_for(f"Verified {name_of(4)}")
+    trainer.stop()
+    trainer.let_go("step")
+    began = time.monotonic()
+    assert trainer.has_ended(10.0), str(trainer)
+    print(f"SIGTERM to exit: {time.monotonic() - began:.2f} s")
+    assert_stopped(trainer, [4, 6])
+    assert trainer.leftovers == []
+    plan = r"(30|29) s of grace: save checkpoint \(about \d s\), then upload it \(1\.\d MB at "
+    plan += r".*/s, about \d s\): it reaches the bucket in time\."
+    assert re.fullmatch(plan, plan_of(trainer))
+    assert f"Saved {name_of(6)}, verified in the bucket." in trainer.output
+    assert_goes_on(start, straight)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_stop_during_a_save_commits_that_save(
+    start: Start, straight: Trainer, background: str
+) -> None:
+    settings = (f"background_save={background}",)
+    trainer = start(hooks=[("hold_save",), ("hold_step", 6)], settings=settings)
+    trainer.wait_at("save")
+    steps = [4]
+    if background == "true":  # training has gone on
+        trainer.wait_at("step")
+        steps = [4, 6]
+    trainer.stop()
+    trainer.let_go("step")
+    if background == "true":
+        trainer.wait_for("s of grace: ")
+    assert trainer.steps == []
+    trainer.let_go("save")
+    assert_stopped(trainer, steps)
+    assert trainer.output.count("Saving checkpoint at step") == len(steps)
+    assert find_line(trainer, "^Saved .* in the bucket").startswith(f"Saved {name_of(steps[-1])}")
+    assert_goes_on(start, straight)
+
+
+def test_an_upload_in_progress_is_finished_within_the_grace_period(
+    start: Start, straight: Trainer
+) -> None:
+    trainer = start(hooks=[("hold_upload",), ("hold_step", 6)])
+    trainer.wait_at("upload")
+    trainer.wait_at("step")
+    trainer.stop()
+    trainer.let_go("step")
+    trainer.wait_for("Waiting up to")
+    assert trainer.uploaded == []
+    trainer.let_go("upload")
+    assert_stopped(trainer, [4, 6])
+    plan = plan_of(trainer)
+    assert "at an unknown speed): whether it reaches the bucket in time is unknown" in plan
+    assert plan.endswith(f"Pending, end unknown: {name_of(4)}.")
+    outcome = f"Saved {name_of(6)}, verified in the bucket. Verified in the bucket: {name_of(4)}."
+    assert find_line(trainer, "^Saved .* in the bucket") == outcome
+    assert_goes_on(start, straight)
+
+
+def test_an_upload_beyond_the_grace_period_goes_up_at_the_next_start(
+    start: Start, straight: Trainer
+) -> None:
+    trainer = start(hooks=[("hold_upload",), ("hold_step", 6)], settings=("grace_seconds=1",))
+    trainer.wait_at("upload")
+    trainer.wait_at("step")
+    trainer.stop()
+    trainer.let_go("step")
+    assert_stopped(trainer, [4, 6], uploaded=[])
+    expected = f"Saved {name_of(6)} on this disk. Not in the bucket, up at the next start: "
+    assert find_line(trainer, "up at the next start: ch").startswith(expected)
+    assert "ERROR" not in trainer.output
+    again = assert_goes_on(start, straight)
+    for step in (4, 6):
+        assert f"Verified {name_of(step)} in the bucket" in again.output
+
+
+def test_no_grace_period_saves_and_leaves_the_upload_to_the_next_start(
+    start: Start, straight: Trainer
+) -> None:
+    trainer = start(hooks=[("hold_upload",), ("hold_step", 2)], settings=("grace_seconds=0",))
+    trainer.wait_at("step")
+    trainer.stop()
+    trainer.let_go("step")
+    trainer.wait_at("upload")
+    trainer.wait_for("up at the next start: ch")
+    trainer.let_go("upload")
+    trainer.end()
+    # What is in flight when the process leaves may still arrive.
+    assert_stopped(trainer, [2], uploaded=trainer.uploaded)
+    plan = "0 s of grace: save checkpoint (unknown time), then upload it (1.5 MB at an unknown "
+    plan += "speed): it will not reach the bucket in time; it stays on this disk and goes up at "
+    assert plan_of(trainer) == f"{plan}the next start."
+    outcome = f"Saved {name_of(2)} on this disk. Not in the bucket, up at the next start: "
+    assert find_line(trainer, "^Saved .* disk") == f"{outcome}{name_of(2)}."
+    assert_goes_on(start, straight)
+
+
+def test_without_uploading_a_stop_saves_on_this_disk(start: Start, straight: Trainer) -> None:
+    settings = ("checkpoint_uri=",)
+    trainer = start(hooks=[("hold_step", 2)], settings=settings)
+    trainer.wait_at("step")
+    trainer.stop(signal.SIGINT)
+    trainer.let_go("step")
+    assert_stopped(trainer, [2], by="SIGINT", uploaded=[])
+    plan = r"(30|29) s of grace: saving on this disk; uploading is off\."
+    assert re.fullmatch(plan, plan_of(trainer))
+    outcome = f"Saved {name_of(2)} on this disk; uploading is off."
+    assert find_line(trainer, "^Saved .* disk") == outcome
+    again = start(*GO_ON, settings=settings, hooks=[("leave_quickly",)])
+    assert again.end() == 0
+    assert curves_of(again) == curves_of(straight)
+
+
+def test_a_stop_during_an_evaluation_ends_it_without_a_result_and_saves(
+    start: Start, straight: Trainer
+) -> None:
+    trainer = start(hooks=[("hold_evaluation",)], settings=("eval_steps=3",))
+    trainer.wait_at("evaluation")
+    trainer.stop()
+    trainer.let_go("evaluation")
+    assert_stopped(trainer, [3])
+    assert "Validation at step" not in trainer.output
+    metadata = read_json(trainer.paths.checkpoints / name_of(3) / "metadata.json")
+    assert "validation_loss" not in metadata["validation_metrics"]
+    assert "save checkpoint (unknown time)" in plan_of(trainer)
+    assert_goes_on(start, straight)
+
+
+def test_a_stop_while_waiting_for_data_saves_what_was_trained(
+    start: Start, straight: Trainer
+) -> None:
+    trainer = start(hooks=[("hang_in_bucket", 1)], settings=("save_steps=100",))
+    trainer.wait_at("bucket")
+    trainer.wait_for(f"Step {STEPS_PER_SHARD}/")
+    trainer.stop()
+    trainer.wait_for("Stopped by SIGTERM")
+    assert trainer.has_ended(10.0), str(trainer)
+    assert_stopped(trainer, [STEPS_PER_SHARD])
+    assert_goes_on(start, straight)
+
+
+def test_a_stop_during_the_first_step_loses_nothing_and_leaves(
+    start: Start, straight: Trainer
+) -> None:
+    trainer = start(hooks=[("hang_in_step", 1)])
+    trainer.wait_at("hanging-step")
+    trainer.stop()
+    assert trainer.has_ended(10.0), str(trainer)
+    assert trainer.end() == ExitCode.STOPPED
+    assert "Nothing was trained since the start, so nothing is lost: leaving." in trainer.errors
+    assert trainer.steps == []
+    assert_goes_on(start, straight)
+
+
+SECOND_SIGNALS = [
+    ("hanging-step", ("hang_in_step", 6), signal.SIGINT, signal.SIGINT),
+    ("save", ("hold_save",), signal.SIGTERM, signal.SIGTERM),
+    ("upload", ("hold_upload",), signal.SIGTERM, signal.SIGINT),
+    ("save", ("hold_save",), None, signal.SIGKILL),
+]
+
+
+@pytest.mark.parametrize(("gate", "hook", "first", "second"), SECOND_SIGNALS)
+def test_a_second_signal_leaves_at_once_and_the_next_start_recovers(
+    start: Start, straight: Trainer, gate: str, hook: Hook,
+    first: signal.Signals | None, second: signal.Signals,
+) -> None:  # fmt: skip
+    trainer = start(hooks=[hook, ("hold_step", 7)])
+    trainer.wait_at(gate)
+    if gate == "hanging-step":
+        trainer.wait_for(f"Verified {name_of(4)}")
+    if first is not None:
+        trainer.stop(first)
+    trainer.send(second)
+    began = time.monotonic()
+    code = trainer.end()
+    assert time.monotonic() - began < 5
+    if first is None:
+        assert code == -second
+    else:
+        assert code == ExitCode.SIGNAL_BASE + second
+        assert f"Second {second.name}: leaving at once." in trainer.errors
+    left = {"hanging-step": [], "save": [f".saving-{name_of(4)}"]}
+    left["upload"] = [f"{name_of(4)}{ARCHIVE_SUFFIX}"]
+    assert trainer.leftovers == left[gate]
+    assert trainer.steps == ([] if gate == "save" else [4])
+    assert trainer.lease.exists()
+    again = assert_goes_on(start, straight)
+    for name in left[gate]:
+        assert f"Removing {name}, left by an interrupted" in again.output
+    # The dead trainer's hold on the bucket is not waited for.
+    assert "from a trainer of this machine that is gone" in again.output
+
+
+class Metadata(ThreadingHTTPServer):
+    """Says FALSE, then TRUE from the time that the machine is preempted."""
+
+    def __init__(self) -> None:
+        self.preempted = threading.Event()
+        self.asked = threading.Event()
+        super().__init__(("127.0.0.1", 0), MetadataHandler)
+
+
+class MetadataHandler(BaseHTTPRequestHandler):
+    server: Metadata
+
+    def do_GET(self) -> None:
+        if "wait_for_change" in self.path:
+            self.server.asked.set()
+            self.server.preempted.wait(PATIENCE_SECONDS)
+        value = b"TRUE" if self.server.preempted.is_set() else b"FALSE"
+        self.send_response(200)
+        self.send_header("Metadata-Flavor", "Google")
+        self.send_header("ETag", f"tag-{value.decode()}")
+        self.send_header("Content-Length", str(len(value)))
+        self.end_headers()
+        self.wfile.write(value)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def metadata_server() -> Iterator[Metadata]:
+    server = Metadata()
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])
+    thread.start()
+    yield server
+    server.preempted.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_preemption_notice_saves_and_a_signal_after_it_is_no_second_one(
+    start: Start, straight: Trainer, metadata_server: Metadata
+) -> None:
+    environment = {"GCE_METADATA_HOST": f"127.0.0.1:{metadata_server.server_port}"}
+    trainer = start(hooks=[("hold_step", 3)], environment=environment)
+    trainer.wait_at("step")
+    assert metadata_server.asked.wait(PATIENCE_SECONDS)
+    metadata_server.preempted.set()
+    trainer.wait_for("This machine is being preempted.")
+    trainer.send(signal.SIGTERM)  # as the machine's own shutdown does
+    trainer.wait_for("SIGTERM: stopping already (preemption notice).")
+    trainer.let_go("step")
+    assert_stopped(trainer, [3], by="preemption notice")
+    assert f"Saved {name_of(3)}, verified in the bucket." in trainer.output
+    assert_goes_on(start, straight)
+
+
+def test_of_two_trainers_on_one_prefix_one_trains_and_the_other_names_it(
+    start: Start, tmp_path: Path
+) -> None:
+    settings = (f"checkpoint_uri={tmp_path / 'shared'}", "max_steps=3")
+    hooks = [("hold_lease", 0.3), ("hold_step", 2)]
+    pair = [start(folder=name, settings=settings, hooks=hooks) for name in ("left", "right")]
+    for trainer in pair:
+        trainer.wait_at("lease")
+    for trainer in pair:
+        trainer.let_go("lease")
+    wait_until(lambda: any(t.has_ended() for t in pair), lambda: f"{pair[0]}\n{pair[1]}")
+    loser, winner = sorted(pair, key=lambda trainer: not trainer.has_ended())
+    assert loser.end() == ExitCode.USAGE
+    assert "shared is in use by another trainer (run 2" in loser.errors
+    assert f", process {winner.pid} on " in loser.errors
+    assert len(loser.errors.strip().splitlines()) == 1
+    assert loser.steps == []
+    assert "Step 1/" not in loser.output
+    winner.wait_at("step")
+    winner.let_go("step")
+    assert winner.end() == 0
+    assert winner.steps == [3]
+
+
+def test_out_of_gpu_memory_is_one_message_after_the_save_and_its_upload(
+    start: Start, straight: Trainer
+) -> None:
+    trainer = start(hooks=[("hold_save",), ("run_out_of_gpu_memory", 6)])
+    trainer.wait_at("save")
+    trainer.wait_for("Out of memory: finishing the save and the uploads in progress.")
+    assert trainer.steps == []
+    trainer.let_go("save")
+    assert trainer.end() == ExitCode.UNEXPECTED
+    assert trainer.steps == trainer.uploaded == [4]
+    assert trainer.errors.startswith("Error: Out of GPU memory. Lower per_device_train_batch_size")
+    for advice in ("gradient_checkpointing=true", "smaller model", "--resume latest"):
+        assert advice in trainer.errors
+    assert len(trainer.errors.strip().splitlines()) == 1
+    assert_goes_on(start, straight)
+
+
+def test_out_of_host_memory_is_one_message_after_the_save_and_its_upload(start: Start) -> None:
+    settings = ("per_device_train_batch_size=4096", "global_batch_size=4096", "save_steps=2")
+    trainer = start(hooks=[("limit_memory", 3, 200 * 2**20)], settings=settings)
+    assert trainer.end() == ExitCode.UNEXPECTED, str(trainer)
+    assert trainer.errors.startswith("Error: Out of host memory. Lower per_device_train_batch_size")
+    assert len(trainer.errors.strip().splitlines()) == 1
+    assert trainer.steps == trainer.uploaded == [2]
+
+
+def test_two_ranks_stop_at_the_same_step_and_one_goes_on(
+    start: Start, straight: Trainer, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    command += ["2", str(PROJECT_DIRECTORY / "train.py")]
+    for setting in (*SETTINGS, f"data_uri={data}", "max_steps=100000", "save_steps=100000"):
+        command += ["--set", setting]
+    process = subprocess.Popen(
+        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process, process.stdout, process.stderr, contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
+        for line in process.stdout:
+            if "Step 3/" in line:
+                process.terminate()
+                break
+        output, errors = process.stdout.read(), process.stderr.read()
+        process.wait(PATIENCE_SECONDS)
+    checkpoints = folder / "checkpoints"
+    (saved,) = find_checkpoints(checkpoints)
+    assert f"Stopped by SIGTERM at step {saved.step}, saved." in output, output + errors
+    assert errors.count("SIGTERM: finishing this step") == 2
+    manifest = verify_checkpoint(checkpoints / str(saved))
+    assert (manifest.step, manifest.world_size) == (saved.step, 2)
+    assert f"Saved {saved}, verified in the bucket." in output
+    last = saved.step + 2
+    words = (*GO_ON, "--accept-config-change")
+    again = start(*words, settings=(f"max_steps={last}",), hooks=[("leave_quickly",)])
+    assert again.end() == 0, str(again)
+    assert read_metrics(again.paths.metrics).series("loss")[0] == list(range(1, last + 1))
+    records = map(json.loads, again.paths.batches.read_text("utf-8").splitlines())
+    batches = [(record["step"], record["crc32c"]) for record in records]
+    expected = map(json.loads, straight.paths.batches.read_text("utf-8").splitlines())
+    assert [step for step, _ in batches] == list(range(1, last + 1))
+    tokens = dict(batches)
+    for record in expected:
+        assert tokens.get(record["step"], record["crc32c"]) == record["crc32c"]
