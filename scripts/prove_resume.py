@@ -309,7 +309,9 @@ def wait_until_gone(family: Sequence[psutil.Process], seconds: float) -> list[ps
 
 def _is_running(process: psutil.Process) -> bool:
     try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+        # A zombie whose other threads still end (one waits for the disk) holds its files and locks.
+        is_zombie = process.status() == psutil.STATUS_ZOMBIE and process.num_threads() < 2
+        return bool(process.is_running() and not is_zombie)
     except psutil.NoSuchProcess:
         return False
 

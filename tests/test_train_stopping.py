@@ -33,19 +33,23 @@ from tests.conftest import TINY
 from tests.sample_shards import save_shard
 from utils.checkpoint_store import verify_checkpoint
 from utils.errors import ExitCode
+from utils.journal import Journal, UploadState
 from utils.layout import ARCHIVE_SUFFIX, RunPaths, find_checkpoints, read_json
 from utils.metadata import read_metrics
+from utils.mixture import build_order
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks train.py")
 
 SEQUENCE, SAMPLES_PER_STEP = 32, 4
-STEPS, STEPS_PER_SHARD = 10, 5
+STEPS, STEPS_PER_SHARD, NUM_SHARDS, SEED = 10, 5, 3, 42
+TOKENS_PER_SHARD = STEPS_PER_SHARD * SAMPLES_PER_STEP * SEQUENCE
 SETTINGS = (
     *TINY,
     "model_overrides.hidden_dropout=0.1",  # the losses show whether random states came back
     f"sequence_length={SEQUENCE}",
     f"global_batch_size={SAMPLES_PER_STEP}",
     f"max_steps={STEPS}",
+    f"seed={SEED}",
     "shuffle_window_shards=1",
     "record_batches=true",
     "logging_steps=1",
@@ -74,8 +78,11 @@ class Gate:
         self._reached = Path.cwd() / f"at-{name}"
         self._open = Path.cwd() / f"go-{name}"
 
-    def __call__(self) -> None:
+    def reach(self) -> None:
         self._reached.touch()
+
+    def __call__(self) -> None:
+        self.reach()
         while not self._open.exists():
             time.sleep(0.005)
 
@@ -109,7 +116,7 @@ def hang_in_step(number: int) -> None:
     def wrap(train_step: Any) -> Any:
         def hang(state: Any, *arguments: Any) -> None:
             if state.progress.step + 1 == number:
-                gate._reached.touch()
+                gate.reach()
                 time.sleep(3600)  # in C, as compiling is
             train_step(state, *arguments)
 
@@ -119,7 +126,7 @@ def hang_in_step(number: int) -> None:
 
 
 def hold_save() -> None:
-    """Wait where everything is written and nothing is committed."""
+    """Wait where all is written and nothing is committed."""
     gate = Gate("save")
 
     def wrap(write_files: Any) -> Any:
@@ -147,6 +154,20 @@ def hold_upload() -> None:
     replace("utils.transports", "BucketTransport.put", wrap)
 
 
+def interrupt_archive() -> None:
+    """Begin to archive only once the uploader is being closed."""
+
+    def wrap(write_archive: Any) -> Any:
+        def late(checkpoint: Path, manifest: Any, file: Any, is_closing: Any) -> Any:
+            while not is_closing():
+                time.sleep(0.005)
+            return write_archive(checkpoint, manifest, file, is_closing)
+
+        return late
+
+    replace("utils.uploader", "write_archive", wrap)
+
+
 def hold_evaluation() -> None:
     gate = Gate("evaluation")
 
@@ -160,17 +181,14 @@ def hold_evaluation() -> None:
     replace("utils.evaluation", "forward_loss", wrap)
 
 
-def hang_in_bucket(num_shards: int) -> None:
-    """Let the bucket give so many training shards, then no answer."""
+def hang_in_bucket(answered: str) -> None:
+    """Let the bucket give one training shard, and never answer for the others."""
     gate = Gate("bucket")
-    fetched: list[str] = []
 
     def wrap(fetch: Any) -> Any:
         def hang(bucket: Any, name: str, scratch: Path) -> Any:
-            if name.startswith("train"):
-                fetched.append(name)
-            if len(fetched) > num_shards:
-                gate._reached.touch()
+            if name.startswith("train") and name != answered:
+                gate.reach()
                 time.sleep(3600)
             return fetch(bucket, name, scratch)
 
@@ -304,8 +322,10 @@ def become_train(request: dict[str, Any]) -> None:
 # In the test.
 
 
-def wait_until(condition: Callable[[], bool], explain: Callable[[], str]) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
+def wait_until(
+    condition: Callable[[], bool], explain: Callable[[], str], seconds: float = PATIENCE_SECONDS
+) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, explain()
         time.sleep(0.005)
@@ -403,15 +423,17 @@ class Trainer:
     def let_go(self, gate: str) -> None:
         (self.folder / f"go-{gate}").touch()
 
-    def wait_for(self, text: str) -> None:
-        self._wait_until(lambda: text in self.output + self.errors, text)
+    def wait_for(self, text: str, seconds: float = PATIENCE_SECONDS) -> None:
+        self._wait_until(lambda: text in self.output + self.errors, text, seconds)
 
-    def _wait_until(self, condition: Callable[[], bool], what: str) -> None:
+    def _wait_until(
+        self, condition: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS
+    ) -> None:
         def check() -> bool:
             assert condition() or not self.has_ended(), f"ended without {what}: {self}"
             return condition()
 
-        wait_until(check, lambda: f"no {what}: {self}")
+        wait_until(check, lambda: f"no {what}: {self}", seconds)
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
@@ -456,8 +478,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of five steps each, so that a window of one shard ends in the middle of a run."""
     directory = tmp_path_factory.mktemp("data")
     random = np.random.RandomState(0)
-    for name in ("train_00000", "train_00001", "train_00002", "val_00000"):
-        tokens = random.randint(0, 512, STEPS_PER_SHARD * SAMPLES_PER_STEP * SEQUENCE)
+    for name in (*(f"train_{number:05}" for number in range(NUM_SHARDS)), "val_00000"):
+        tokens = random.randint(0, 512, TOKENS_PER_SHARD)
         save_shard(directory / f"{name}.npz", input_ids=tokens.astype(np.uint16))
     return directory
 
@@ -529,8 +551,8 @@ def assert_stopped(
     for step in steps:
         assert verify_checkpoint(trainer.paths.checkpoints / name_of(step)).step == step
     assert trainer.uploaded == (steps if uploaded is None else uploaded)
-    last = trainer.output.splitlines()[-1]
-    assert f"Stopped by {by} at step {steps[-1]}, saved. Go on with --resume latest." in last
+    last = f"Stopped by {by} at step {steps[-1]}, saved. Go on with --resume latest."
+    assert find_line(trainer, "^Stopped by") == last
     assert not trainer.lease.exists()
 
 
@@ -630,7 +652,6 @@ def test_no_grace_period_saves_and_leaves_the_upload_to_the_next_start(
     trainer.wait_at("step")
     trainer.stop()
     trainer.let_go("step")
-    trainer.wait_at("upload")
     trainer.wait_for("up at the next start: ch")
     trainer.let_go("upload")
     trainer.end()
@@ -641,6 +662,35 @@ def test_no_grace_period_saves_and_leaves_the_upload_to_the_next_start(
     assert plan_of(trainer) == f"{plan}the next start."
     outcome = f"Saved {name_of(2)} on this disk. Not in the bucket, up at the next start: "
     assert find_line(trainer, "^Saved .* disk") == f"{outcome}{name_of(2)}."
+    assert_goes_on(start, straight)
+
+
+@pytest.mark.xfail(strict=True, reason="Uploader._fail takes the end of the run for a failure")
+def test_an_archive_that_the_end_interrupts_is_no_failure(start: Start) -> None:
+    trainer = start(hooks=[("interrupt_archive",), ("hold_step", 2)], settings=("grace_seconds=0",))
+    trainer.wait_at("step")
+    trainer.stop()
+    trainer.let_go("step")
+    assert_stopped(trainer, [2], uploaded=[])
+    assert trainer.leftovers == []
+    assert "ERROR" not in trainer.output
+    states = {entry.state for entry in Journal(trainer.paths.journal).latest().values()}
+    assert UploadState.FAILED not in states
+
+
+@pytest.mark.xfail(strict=True, reason="the last wait for uploads does not look at the stop")
+def test_a_stop_during_the_last_wait_for_uploads_keeps_the_grace_period(
+    start: Start, straight: Trainer
+) -> None:
+    settings = ("grace_seconds=0.1", "save_steps=100")
+    trainer = start(hooks=[("hold_upload",)], settings=settings)
+    trainer.wait_at("upload")
+    trainer.wait_for("Waiting up to 10m00s for 1 uploads.")
+    trainer.stop()
+    trainer.wait_for("up at the next start: ch", seconds=5.0)
+    trainer.let_go("upload")
+    trainer.end()
+    assert_stopped(trainer, [STEPS], uploaded=trainer.uploaded)
     assert_goes_on(start, straight)
 
 
@@ -670,20 +720,24 @@ def test_a_stop_during_an_evaluation_ends_it_without_a_result_and_saves(
     assert_stopped(trainer, [3])
     assert "Validation at step" not in trainer.output
     metadata = read_json(trainer.paths.checkpoints / name_of(3) / "metadata.json")
-    assert "validation_loss" not in metadata["validation_metrics"]
+    assert metadata["validation_metrics"]["validation_loss"] is None
     assert "save checkpoint (unknown time)" in plan_of(trainer)
     assert_goes_on(start, straight)
 
 
+@pytest.mark.xfail(strict=True, reason="ShardCache.close waits for a bucket without an answer")
 def test_a_stop_while_waiting_for_data_saves_what_was_trained(
     start: Start, straight: Trainer
 ) -> None:
-    trainer = start(hooks=[("hang_in_bucket", 1)], settings=("save_steps=100",))
+    order = build_order([[TOKENS_PER_SHARD] * NUM_SHARDS], [1.0], SEQUENCE, SEED, 1)
+    (first,), _ = order.upcoming_shards(0)
+    hooks = [("hang_in_bucket", f"train_{first:05}.npz")]
+    trainer = start(hooks=hooks, settings=("save_steps=100",))
     trainer.wait_at("bucket")
     trainer.wait_for(f"Step {STEPS_PER_SHARD}/")
     trainer.stop()
     trainer.wait_for("Stopped by SIGTERM")
-    assert trainer.has_ended(10.0), str(trainer)
+    assert trainer.has_ended(8.0), str(trainer)
     assert_stopped(trainer, [STEPS_PER_SHARD])
     assert_goes_on(start, straight)
 
@@ -840,8 +894,8 @@ def test_out_of_gpu_memory_is_one_message_after_the_save_and_its_upload(
 
 
 def test_out_of_host_memory_is_one_message_after_the_save_and_its_upload(start: Start) -> None:
-    settings = ("per_device_train_batch_size=4096", "global_batch_size=4096", "save_steps=2")
-    trainer = start(hooks=[("limit_memory", 3, 200 * 2**20)], settings=settings)
+    settings = ("per_device_train_batch_size=1024", "global_batch_size=1024", "save_steps=2")
+    trainer = start(hooks=[("limit_memory", 3, 48 * 2**20)], settings=settings)
     assert trainer.end() == ExitCode.UNEXPECTED, str(trainer)
     assert trainer.errors.startswith("Error: Out of host memory. Lower per_device_train_batch_size")
     assert len(trainer.errors.strip().splitlines()) == 1

@@ -69,8 +69,9 @@ class GracePlan:
         speed = "an unknown speed"
         if self.upload_bytes_per_second is not None and new.seconds is not None:
             speed = f"{_size(self.upload_bytes_per_second)}/s, {_seconds(new.seconds)}"
+        remaining = max(0.0, self.grace_seconds)  # the last step may have taken more than all of it
         parts = [
-            f"{self.grace_seconds:.0f} s of grace: save checkpoint ({save}), then upload it "
+            f"{remaining:.0f} s of grace: save checkpoint ({save}), then upload it "
             f"({_size(new.num_bytes)} at {speed}): {self._fate(new)}"
         ]
         for arrives, text in PENDING_FATES.items():

@@ -32,6 +32,7 @@ from utils.errors import (
 )
 from utils.estimates import estimate_checkpoint_bytes, estimate_training_memory
 from utils.layout import REMOTE_FOLDER, RunPaths
+from utils.machine import available_memory
 from utils.metadata import read_remote_checkpoints
 from utils.resume import Plan, plan_start
 from utils.shard_index import DataSource, build_shard_index
@@ -166,6 +167,19 @@ def check_memory(
     return Finding("memory", "fail", f"{text}. {advice}.")
 
 
+def check_snapshot(config: TrainingConfig, counts: ParameterCounts) -> Finding:
+    """Compare the host memory that a snapshot of the state takes with what is free."""
+    need, free = estimate_checkpoint_bytes(counts.total), available_memory()
+    text = f"{format_bytes(need)} of host memory for saves in the background, {format_bytes(free)}"
+    if not config.background_save:
+        return Finding("saving", "ok", "in the foreground: training waits for each checkpoint")
+    if need <= free * MEMORY_RESERVE:
+        return Finding("saving", "ok", f"{text} free")
+    return Finding(
+        "saving", "warn", f"{text} free: they go through a file in output_dir, which is slower"
+    )
+
+
 def check_disk(config: TrainingConfig, counts: ParameterCounts) -> Finding:
     """Compare the space that checkpoints take with what is free."""
     one = estimate_checkpoint_bytes(counts.total)
@@ -286,6 +300,7 @@ def check_start(
     findings = [
         *data,
         check_memory(config, model_config, counts, precision),
+        check_snapshot(config, counts),
         check_disk(config, counts),
         *check_upload(config, run_id),
     ]

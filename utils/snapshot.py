@@ -232,11 +232,13 @@ class Snapshot:
 
     def fence(self) -> None:
         """Let the device finish the copies before it does what is queued after this call."""
-        if self._staged is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(self._staged)
+        staged = self._staged  # `wait` may be called in another thread
+        if staged is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(staged)
 
     def wait(self) -> None:
         """Wait until all bytes are in the block."""
-        if self._staged is not None:
-            self._staged.synchronize()
+        staged = self._staged
+        if staged is not None:
+            staged.synchronize()
             self._staged, self._kept = None, []
