@@ -15,59 +15,56 @@ tensors are compared.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import importlib
-import json
 import logging
-import os
 import random
 import re
-import runpy
-import select
 import shutil
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, Protocol
-
-import psutil
+from typing import NoReturn
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import (
-    PROJECT_DIRECTORY,
     TrainingConfig,
     get_training_config,
     parse_assignment,
 )
-from utils.checkpoint_store import verify_checkpoint
-from utils.console import configure_logging, format_duration, get_console, run_command
+from utils.console import configure_logging, format_duration, print_table, run_command
 from utils.errors import CheckpointError, ExitCode, PretrainError, UsageError
 from utils.journal import Journal, UploadState
 from utils.layout import (
-    ARCHIVE_SUFFIX,
-    DATA_STATE_FILE,
-    MANIFEST_FILE,
     SAVING_PREFIX,
     RunPaths,
     find_checkpoints,
     new_run_id,
     parse_checkpoint_name,
-    read_json,
 )
-from utils.metadata import printable, read_metrics, to_json_text
+from utils.metadata import printable, to_json_text
+from utils.run_comparison import (
+    INTERRUPTED,
+    STRAIGHT,
+    Comparison,
+    compare_checkpoints,
+    compare_logs,
+)
+from utils.started_runs import (
+    POLL_SECONDS,
+    CommandLauncher,
+    Launcher,
+    Running,
+    StepWatch,
+    kill_tree,
+    killed_at_exit,
+    open_work_folder,
+    phase_of,
+    tail,
+)
 from utils.storage import is_gcs_uri, join_uri, open_bucket
-
-TRAIN = PROJECT_DIRECTORY / "train.py"
-BATCHES_FILE = "batches.jsonl"
-STRAIGHT, INTERRUPTED = "straight", "interrupted"
 
 # What the proof decides itself; checkpoint_uri too, but for --use-bucket.
 OWN_KEYS = (
@@ -79,494 +76,13 @@ OWN_KEYS = (
     "log_level",
     "record_batches",
 )
-COMPARED_METRICS = ("loss", "grad_norm", "learning_rate", "validation_loss")
-TENSOR_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl")
-RANDOM_STATES_PREFIX = "random_states_"
-
-POLL_SECONDS = 0.005
-KILL_WAIT_SECONDS = 10.0
 MAX_TRIES = 4
-TAIL_LINES = 8
 SHOWN_DIFFERENCES = 5
 # What a kill waits for once its instant has come.
 ANYTIME, SAVING, UPLOADED = "anytime", "saving", "uploaded"
 FIRST_INSTANT, LAST_INSTANT = 0.02, 0.95
 
 log = logging.getLogger("prove_resume")
-
-
-# Starting train.py, watching it, killing it.
-
-
-class Running(Protocol):
-    """A start of train.py; `subprocess.Popen` is one."""
-
-    pid: int
-
-    def poll(self) -> int | None:
-        """Return the exit code, negative for a signal, or None while it runs."""
-
-    def wait(self) -> int:
-        """Wait for its end; return the exit code."""
-
-
-class Launcher(Protocol):
-    """A way to start train.py in the current directory."""
-
-    def start(self, words: Sequence[str], output: Path) -> Running:
-        """Start it with these words; standard output and error go to a file."""
-
-
-class CommandLauncher:
-    """Starts train.py as a user does, each time in a session of its own.
-
-    Args:
-        processes: Ranks; more than one start through torch.distributed.run.
-        prefix: Words before the Python interpreter, such as those of strace.
-        environment: Variables besides those of this process.
-    """
-
-    def __init__(
-        self,
-        processes: int = 1,
-        prefix: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        self._program = [*prefix, sys.executable]
-        if processes > 1:
-            self._program += ["-m", "torch.distributed.run", "--standalone"]
-            self._program += ["--nproc_per_node", str(processes)]
-        self._environment = {**os.environ, **(environment or {})}
-
-    def start(self, words: Sequence[str], output: Path) -> Running:
-        """Start it with these words; standard output and error go to a file."""
-        with output.open("wb") as file:
-            return subprocess.Popen(  # noqa: S603 - our own program, no shell
-                [*self._program, str(TRAIN), *words],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                start_new_session=True,
-            )
-
-
-class ForkServer:
-    """Starts train.py in forks of a process that has imported torch already: in 0.1 s (Linux).
-
-    A fork leads a session of its own, runs the file train.py as `__main__` and is killed like any
-    other process. One start at a time.
-    """
-
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        code = "from scripts.prove_resume import serve_forks; serve_forks()"
-        self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=PROJECT_DIRECTORY,
-            env={**os.environ, **(environment or {})},
-            bufsize=0,  # an answer that waits must show in select, not hide in a buffer
-            start_new_session=True,
-        )
-        self._running: ForkedStart | None = None
-        self._read_line()
-
-    def __enter__(self) -> ForkServer:
-        """Return the server itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """End the server and what it still runs."""
-        self.close()
-
-    def start(self, words: Sequence[str], output: Path) -> Running:
-        """Start train.py with these words; standard output and error go to a file."""
-        assert self._running is None or self._running.poll() is not None, "one start at a time"
-        request = {"words": list(words), "cwd": str(Path.cwd()), "output": str(output.absolute())}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._running = ForkedStart(self, int(self._read_line()))
-        return self._running
-
-    def read_answer(self, timeout: float | None) -> int | None:
-        """Return the exit code of the fork that runs, None where it still does at the timeout."""
-        assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], timeout)
-        return int(self._read_line()) if ready else None
-
-    def close(self) -> None:
-        """End the server and what it still runs."""
-        if self._running is not None and self._running.poll() is None:
-            kill_tree(self._running.pid)
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def _read_line(self) -> bytes:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise PretrainError("The fork server has ended; its error is above.")
-        return line
-
-
-class ForkedStart:
-    """A start of train.py by a `ForkServer`."""
-
-    def __init__(self, server: ForkServer, pid: int) -> None:
-        self.pid = pid
-        self._server = server
-        self._code: int | None = None
-
-    def poll(self) -> int | None:
-        """Return the exit code, negative for a signal, or None while it runs."""
-        if self._code is None:
-            self._code = self._server.read_answer(timeout=0.0)
-        return self._code
-
-    def wait(self) -> int:
-        """Wait for its end; return the exit code."""
-        if self._code is None:
-            self._code = self._server.read_answer(timeout=None)
-        assert self._code is not None
-        return self._code
-
-
-def serve_forks() -> None:
-    """Fork a train.py for each request on standard input; answer with its id, then its end."""
-    sys.path[0] = str(PROJECT_DIRECTORY)
-    for module in (
-        "train",
-        "configs.model_config",
-        "utils.preflight",
-        "utils.training_run",
-        "transformers.models.gpt_neox.modeling_gpt_neox",
-    ):
-        importlib.import_module(module)
-    _answer("ready")
-    while line := sys.stdin.readline():
-        request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _become_train(request)
-        _answer(pid)
-        _, status = os.waitpid(pid, 0)
-        _answer(os.waitstatus_to_exitcode(status))
-
-
-def _answer(text: object) -> None:
-    print(text, flush=True)
-
-
-def _become_train(request: dict[str, Any]) -> None:
-    """Run train.py in this fork; never returns."""
-    os.setsid()
-    os.chdir(request["cwd"])
-    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    null = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((null, 0), (output, 1), (output, 2)):
-        os.dup2(source, target)
-    os.close(output)
-    os.close(null)
-    sys.argv = [str(TRAIN), *request["words"]]
-    runpy.run_path(str(TRAIN), run_name="__main__")
-    sys.exit()
-
-
-def find_family(pid: int) -> list[psutil.Process]:
-    """Return a process that this script started and all its descendants."""
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def kill_processes(family: Sequence[psutil.Process]) -> None:
-    """Send SIGKILL to each process, by its id; one that has ended is no error."""
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def wait_until_gone(family: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Wait for processes to end; return those that still run at the deadline."""
-    deadline = time.monotonic() + seconds
-    while left := [process for process in family if _is_running(process)]:
-        if time.monotonic() > deadline:
-            break
-        time.sleep(POLL_SECONDS)
-    return left
-
-
-def _is_running(process: psutil.Process) -> bool:
-    try:
-        # A zombie whose other threads still end (one waits for the disk) holds its files and locks.
-        is_zombie = process.status() == psutil.STATUS_ZOMBIE and process.num_threads() < 2
-        return bool(process.is_running() and not is_zombie)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def kill_tree(pid: int) -> None:
-    """Kill a process that this script started with all its descendants, and wait for their end."""
-    family = find_family(pid)
-    kill_processes(family)
-    left = wait_until_gone(family, KILL_WAIT_SECONDS)
-    if left:
-        raise PretrainError(f"Processes {[process.pid for process in left]} outlive SIGKILL.")
-
-
-def read_records(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Return the JSON objects in a file from a byte on, and where its last whole line ends.
-
-    A line that a crash has torn is left out, also where the next writer has gone on in it.
-    """
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read()
-    except FileNotFoundError:
-        return [], offset
-    whole = data.rfind(b"\n") + 1
-    records = []
-    for line in data[:whole].splitlines():
-        for text in (line, line[max(0, line.rfind(b'{"')) :]):
-            with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(text)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    records.append(record)
-                    break
-    return records, offset + whole
-
-
-class StepWatch:
-    """Follows what one start adds to metrics.jsonl.
-
-    Attributes:
-        begin: Steps done before it, None while it has not said so.
-        last: The last step that it logged, None while there is none.
-    """
-
-    def __init__(self, metrics: Path) -> None:
-        self.begin: int | None = None
-        self.last: int | None = None
-        self._path = metrics
-        self._offset = metrics.stat().st_size if metrics.is_file() else 0
-
-    def read(self) -> None:
-        """Take in what is new."""
-        records, self._offset = read_records(self._path, self._offset)
-        for record in records:
-            if record.get("event") in ("start", "resume"):
-                self.begin = record["step"]
-            elif "loss" in record:
-                self.last = record["step"]
-
-
-def phase_of(paths: RunPaths, watch: StepWatch) -> str:
-    """Return what a start was doing when it was killed, by what it has left."""
-    if watch.begin is None:
-        return "starting"
-    names = [path.name for path in paths.checkpoints.iterdir()]
-    saving = [name for name in names if name.startswith(SAVING_PREFIX)]
-    if any((paths.checkpoints / name / MANIFEST_FILE).is_file() for name in saving):
-        return "committing"
-    if any("deleted" not in name for name in saving):
-        return "saving"
-    if saving:
-        return "deleting"
-    states = {entry.state for entry in Journal(paths.journal).latest().values()}
-    archives = any(name.endswith(ARCHIVE_SUFFIX) for name in names)
-    if archives or states & {UploadState.ARCHIVING, UploadState.UPLOADING}:
-        return "uploading"
-    return "training"
-
-
-def tail(output: Path) -> str:
-    """Return the last lines that a start has written."""
-    lines = output.read_text("utf-8", errors="replace").splitlines()
-    return "\n".join(f"  {printable(line)}" for line in lines[-TAIL_LINES:])
-
-
-# Comparing two runs.
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What was compared, and every place where the two differ.
-
-    Attributes:
-        what: The name of the thing.
-        extent: How much of it there was.
-        differences: Where they differ; empty: bit by bit the same.
-    """
-
-    what: str
-    extent: str
-    differences: tuple[str, ...] = ()
-
-
-def values_by_step(path: Path, key: str) -> dict[int, set[str]]:
-    """Return every value that a file of JSON lines has for a step, exactly as JSON text.
-
-    What was trained again after a kill occurs more than once; a set with two values is a step that
-    did not repeat itself.
-    """
-    values: dict[int, set[str]] = {}
-    for record in read_records(path)[0]:
-        if key in record and "event" not in record:
-            values.setdefault(record["step"], set()).add(json.dumps(record[key]))
-    return values
-
-
-def compare_values(
-    what: str,
-    straight: Mapping[int, set[str]],
-    other: Mapping[int, set[str]],
-    steps: Sequence[int] | None,
-) -> Comparison:
-    """Compare one value a step.
-
-    Args:
-        what: Its name.
-        straight: Values of the straight run.
-        other: Values of the other run.
-        steps: Steps that both must have; None: those that both happen to have.
-    """
-    wanted = sorted(straight.keys() & other.keys()) if steps is None else steps
-    differences = []
-    for step in wanted:
-        left, right = straight.get(step, set()), other.get(step, set())
-        if not left or not right:
-            differences.append(f"step {step} is missing in the {INTERRUPTED if left else STRAIGHT}")
-        elif left != right or len(left) > 1:
-            differences.append(f"step {step}: {_join(left)} and {_join(right)}")
-    return Comparison(what, f"{len(wanted)} steps", tuple(differences))
-
-
-def _join(values: set[str]) -> str:
-    return " / ".join(sorted(values))
-
-
-def compare_logs(straight: Path, other: Path, steps: int) -> list[Comparison]:
-    """Compare batches and metrics of two log directories, step by step."""
-    every = range(1, steps + 1)
-    found = []
-    if records_batches():
-        left, right = (values_by_step(logs / BATCHES_FILE, "crc32c") for logs in (straight, other))
-        found.append(compare_values("batches (crc32c)", left, right, every))
-    for key in COMPARED_METRICS:
-        left, right = (
-            values_by_step(logs / "metrics.jsonl", key) for logs in (straight, other)
-        )  # fmt: skip
-        wanted = None if key == "validation_loss" else every
-        found.append(compare_values(key, left, right, wanted))
-    curves = [read_metrics(logs / "metrics.jsonl").series("loss")[0] for logs in (straight, other)]
-    wrong = [
-        f"the {name} run's curve has steps {steps_of}"
-        for name, steps_of in zip((STRAIGHT, INTERRUPTED), curves, strict=True)
-        if steps_of != list(every)
-    ]
-    return [*found, Comparison("curve", "each step once, in order", tuple(wrong))]
-
-
-def records_batches() -> bool:
-    """Tell whether this version of train.py can write down what each step trained on."""
-    return any(item.name == "record_batches" for item in dataclasses.fields(TrainingConfig))
-
-
-def compare_checkpoints(straight: Path, other: Path) -> list[Comparison]:
-    """Compare every tensor, number and random state of two checkpoints, and their data positions.
-
-    Raises:
-        CheckpointError: One of them does not verify.
-    """
-    left, right = verify_checkpoint(straight), verify_checkpoint(other)
-    names = sorted(
-        name for name in left.files.keys() | right.files.keys() if name.endswith(TENSOR_SUFFIXES)
-    )
-    found = []
-    for name in [*names, DATA_STATE_FILE]:
-        paths = [checkpoint / name for checkpoint in (straight, other)]
-        missing = [str(path) for path in paths if not path.is_file()]
-        if missing:
-            found.append(Comparison(name, "-", tuple(f"{path} is missing" for path in missing)))
-            continue
-        values = [_load(path) for path in paths]
-        if name.startswith(RANDOM_STATES_PREFIX):
-            for value in values:
-                # Accelerate's count of micro-steps begins at 0 in each process; nothing needs it.
-                value.pop("step", None)
-        extent = f"{_count_leaves(values[0])} values"
-        found.append(Comparison(name, extent, tuple(_differences(values[0], values[1], ""))))
-    return found
-
-
-def _load(path: Path) -> Any:
-    """Return what a file of a verified checkpoint holds."""
-    if path.suffix == ".json":
-        return read_json(path)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    from accelerate.utils import load
-
-    return load(path, map_location="cpu", mmap=True)
-
-
-def _count_leaves(value: Any) -> int:
-    children = _children(value)
-    return 1 if children is None else sum(map(_count_leaves, children.values()))
-
-
-def _children(value: Any) -> Mapping[Any, Any] | None:
-    if isinstance(value, Mapping):
-        return value
-    return dict(enumerate(value)) if isinstance(value, (list, tuple)) else None
-
-
-def _differences(left: Any, right: Any, where: str) -> Iterator[str]:
-    """Name everything in which two nested values differ, bit by bit."""
-    parts, others = _children(left), _children(right)
-    if parts is not None and others is not None:
-        for key in sorted({*parts, *others}, key=str):
-            if key not in parts or key not in others:
-                yield f"{where}/{key} is only in one of them"
-            else:
-                yield from _differences(parts[key], others[key], f"{where}/{key}")
-    elif type(left) is not type(right) or not _have_same_bits(left, right):
-        yield where or "/"
-
-
-def _have_same_bits(left: Any, right: Any) -> bool:
-    """Tell whether two values of one type are the same; NaN is NaN, 0.0 is not -0.0."""
-    import numpy as np
-    import torch
-
-    if isinstance(left, torch.Tensor):
-        if (left.dtype, left.shape) != (right.dtype, right.shape):
-            return False
-        pair = (
-            value.detach().contiguous().reshape(-1).view(torch.uint8) for value in (left, right)
-        )
-        return torch.equal(*pair)
-    if isinstance(left, np.ndarray):
-        same_kind = (left.dtype, left.shape) == (right.dtype, right.shape)
-        return same_kind and left.tobytes() == right.tobytes()
-    return repr(left) == repr(right) if isinstance(left, float) else bool(left == right)
-
-
-# The proof.
 
 
 @dataclass
@@ -681,8 +197,6 @@ class Proof:
         finally:
             if self._args.use_bucket and not self._args.keep:
                 self._empty_bucket()
-        if not records_batches():
-            self._report.notes.append("batches: this version has no record_batches; not compared")
         return self._report
 
     def _settings(self, name: str) -> list[str]:
@@ -703,8 +217,7 @@ class Proof:
             settings.append("checkpoint_uri=")  # watching changes nothing: nor does uploading
         elif not args.use_bucket:
             settings.append(f"checkpoint_uri={work / 'bucket'}")
-        if records_batches():
-            settings.append("record_batches=true")
+        settings.append("record_batches=true")
         return settings
 
     def _build_config(self, name: str) -> TrainingConfig:
@@ -934,16 +447,6 @@ class Proof:
             shutil.rmtree(uri, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def killed_at_exit(running: Running) -> Iterator[None]:
-    """Leave no process behind, whatever happens in between."""
-    try:
-        yield
-    finally:
-        if running.poll() is None:
-            kill_tree(running.pid)
-
-
 # The command.
 
 
@@ -992,26 +495,6 @@ def require_usable(args: argparse.Namespace) -> None:
         overrides = dict(parse_assignment(text) for text in args.set)
         if not get_training_config(args.config, overrides).checkpoint_uri:
             raise UsageError("--use-bucket: the configuration has no checkpoint_uri.")
-
-
-@contextlib.contextmanager
-def open_work_folder(args: argparse.Namespace) -> Iterator[Path]:
-    """Give `--workdir` or a temporary folder; remove it unless `--keep` is set by then.
-
-    Raises:
-        UsageError: The folder is not empty.
-    """
-    work: Path = args.workdir or Path(tempfile.mkdtemp(prefix="crashes-"))
-    work.mkdir(parents=True, exist_ok=True)
-    if any(work.iterdir()):
-        raise UsageError(f"{work} is not empty: --workdir wants a folder of its own.")
-    try:
-        yield work.resolve()
-    finally:
-        if args.keep:
-            log.info("Kept: %s", work)
-        else:
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -1064,29 +547,6 @@ def print_report(report: Report) -> None:
 
 def _shown(value: object) -> str:
     return "-" if value is None else str(value)
-
-
-def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows with the keys of the first as columns: a table, or plain lines in a pipe."""
-    if not rows:
-        return
-    columns = list(rows[0])
-    if not sys.stdout.isatty():
-        print(title)
-        table_rows = [columns, *([str(row[key]) for key in columns] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*table_rows, strict=True)]
-        for cells in table_rows:
-            padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-            print(f"  {'  '.join(padded)}".rstrip())
-        return
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(str(row[key]) for key in columns))
-    get_console().print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,30 +49,8 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import get_training_config, parse_assignment
-from scripts.prove_resume import (
-    BATCHES_FILE,
-    POLL_SECONDS,
-    CommandLauncher,
-    ForkServer,
-    Launcher,
-    Running,
-    StepWatch,
-    compare_checkpoints,
-    compare_logs,
-    find_family,
-    kill_processes,
-    kill_tree,
-    killed_at_exit,
-    open_work_folder,
-    phase_of,
-    print_table,
-    records_batches,
-    tail,
-    values_by_step,
-    wait_until_gone,
-)
 from utils.checkpoint_store import verify_checkpoint
-from utils.console import configure_logging, format_duration, run_command
+from utils.console import configure_logging, format_duration, print_table, run_command
 from utils.errors import CheckpointError, ExitCode, PretrainError, UsageError
 from utils.journal import Journal, UploadState
 from utils.layout import (
@@ -87,6 +65,23 @@ from utils.layout import (
     read_manifest,
 )
 from utils.metadata import printable, read_remote_checkpoints
+from utils.run_comparison import BATCHES_FILE, compare_checkpoints, compare_logs, values_by_step
+from utils.started_runs import (
+    POLL_SECONDS,
+    CommandLauncher,
+    ForkServer,
+    Launcher,
+    Running,
+    StepWatch,
+    find_family,
+    kill_processes,
+    kill_tree,
+    killed_at_exit,
+    open_work_folder,
+    phase_of,
+    tail,
+    wait_until_gone,
+)
 from utils.storage import TEMPORARY_PREFIX, open_bucket
 
 SAVE_STEPS, KEEP_CHECKPOINTS = 2, 3
@@ -407,7 +402,7 @@ class Campaign:
             f"run_name={name}",
             f"keep_checkpoints={self._steps if is_straight else KEEP_CHECKPOINTS}",
             f"checkpoint_uri={'' if is_straight else self._work / 'bucket'}",
-            *(["record_batches=true"] if records_batches() else []),
+            "record_batches=true",
         ]
 
     def _overrides(self, name: str) -> dict[str, Any]:

@@ -68,9 +68,10 @@ LAYERS: list[set[str]] = [
         "utils.gpu_findings",
         "utils.run_status",
         "utils.shard_inspection",
+        "utils.started_runs",
         "utils.uploader",
     },
-    {"utils.download", "utils.run_saving"},
+    {"utils.download", "utils.run_comparison", "utils.run_saving"},
     {"utils.checkpoint_utils", "utils.corpus", "utils.evaluation", "utils.resume"},
     {"utils.preflight", "utils.run_start"},
     {"utils.training_run"},
@@ -82,9 +83,9 @@ LAYERS: list[set[str]] = [
         "scripts.monitor_training",
         "scripts.prepare_data",
         "scripts.prove_resume",
+        "scripts.soak",
         "scripts.upload_manager",
     },
-    {"scripts.soak"},  # the proof of prove_resume, hundreds of times
 ]
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 

@@ -2,7 +2,7 @@
 
     checkpoint directory (committed) -> restore, uploader
 
-A checkpoint is complete when its manifest is there; deleting one removes the manifest first. No
+A checkpoint is complete when its manifest is there; deleting one takes its name away first. No
 torch here.
 """
 
@@ -38,6 +38,8 @@ from utils.layout import (
 from utils.metadata import find_best, is_verified_in, read_local_checkpoints
 from utils.retention import Action, CheckpointFacts, plan_retention
 from utils.storage import crc32c_of_file, fsync_directory, join_uri
+
+LOCK_SECONDS = 3.0
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,8 @@ def hold_output_directory(paths: RunPaths) -> Iterator[None]:
     owner = paths.lock.with_suffix(".owner")
     lock = FileLock(paths.lock)
     try:
-        lock.acquire(timeout=0)
+        # A trainer that was just killed holds it until the last of its threads has ended.
+        lock.acquire(timeout=LOCK_SECONDS)
     except Timeout as exc:
         holder = owner.read_text("utf-8").strip() if owner.is_file() else "unknown process"
         raise LockedError(
@@ -139,13 +142,16 @@ def set_aside(checkpoint: Path, directory: Path) -> Path:
 
 
 def delete_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint, its manifest first, so that no half of it ever looks complete."""
-    (checkpoint / MANIFEST_FILE).unlink(missing_ok=True)
-    fsync_directory(checkpoint)
-    # The name is freed in one step; what a crash leaves under the new one is a leftover.
+    """Delete a checkpoint; its name goes first, so that no half of it ever looks complete.
+
+    Taking the name away is one step. What a crash leaves behind it is a leftover, which the next
+    start removes.
+    """
     doomed = checkpoint.with_name(f"{SAVING_PREFIX}deleted-{checkpoint.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
+    fsync_directory(checkpoint.parent)
+    (doomed / MANIFEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(doomed)
 
 

@@ -12,9 +12,9 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import ExitCode, PretrainError
 
@@ -116,6 +116,29 @@ class LiveLine:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows with the keys of the first as columns: a table, or plain lines in a pipe."""
+    if not rows:
+        return
+    columns = list(rows[0])
+    if not sys.stdout.isatty():
+        print(title)
+        table_rows = [columns, *([str(row[key]) for key in columns] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*table_rows, strict=True)]
+        for cells in table_rows:
+            padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            print(f"  {'  '.join(padded)}".rstrip())
+        return
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(row[key]) for key in columns))
+    get_console().print(table)
 
 
 def format_bytes(count: float | None) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from scripts import soak
-from scripts.prove_resume import ForkServer, Launcher, Running
 from scripts.soak import (
     ANCHORS,
     ENVIRONMENT,
@@ -23,6 +22,7 @@ from scripts.soak import (
     plan_kills,
 )
 from utils.layout import find_checkpoints, read_json
+from utils.started_runs import ForkServer, Launcher, Running
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks train.py")
 
