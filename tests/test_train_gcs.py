@@ -15,6 +15,7 @@ from tests.gcs_server import FakeGcsServer, Fault
 from utils.checkpoint_store import verify_checkpoint
 from utils.errors import ExitCode
 from utils.layout import find_checkpoints
+from utils.metadata import read_metrics
 from utils.transports import find_gsutil
 
 Train = Callable[..., int]
@@ -56,6 +57,34 @@ def test_data_and_checkpoints_travel_through_gcs(
         unpack_and_verify(server, name, tmp_path / f"unpacked-{name}")
     left = set(server.list_objects("runs"))
     assert left == {f"a/Checkpoints/{n}{s}" for n in names for s in (".tar.gz", ".json")}
+
+
+def test_a_new_machine_goes_on_from_gs(
+    run_train: Train, server: FakeGcsServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = (*GCS, "upload_transport=python", "save_steps=2", "logging_steps=1")
+    straight = (*settings, "checkpoint_uri=")
+    assert run_train("--max-steps", "6", folder="straight", settings=straight) == 0
+    assert run_train("--max-steps", "6", "--stop-after", "4", settings=settings) == 0
+    server.add_fault(Fault("reset", operation="download", name="step4", times=1, after_bytes=5000))
+    words = ("--max-steps", "6", "--resume", "gs://runs/a/latest")
+    capsys.readouterr()
+    assert run_train(*words, folder="new", settings=settings) == 0
+    assert "Resumed from checkpoints/checkpoint-epoch0-step4-files0" in capsys.readouterr().out
+    curves = [
+        dict(zip(*read_metrics(tmp_path / folder / "logs/metrics.jsonl").series("loss"),
+                 strict=True))
+        for folder in ("straight", "new")
+    ]  # fmt: skip
+    assert curves[1] == {step: curves[0][step] for step in (5, 6)}
+    # One that was cut off in the bucket is passed over for the one before.
+    name = "a/Checkpoints/checkpoint-epoch0-step6-files0.tar.gz"
+    server.put_object("runs", name, server.read_object("runs", name)[:-5000])
+    words = ("--max-steps", "6", "--resume", "latest")
+    assert run_train(*words, folder="third", settings=settings) == 0
+    told = capsys.readouterr().out
+    assert "step6-files0" in told
+    assert "Resumed from checkpoints/checkpoint-epoch0-step4-files0" in told
 
 
 def test_transient_errors_of_the_bucket_do_not_stop_the_run(

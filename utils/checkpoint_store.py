@@ -151,6 +151,9 @@ def delete_checkpoint(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
     fsync_directory(checkpoint.parent)
+    if doomed.is_symlink():  # what it points to belongs to somebody else
+        doomed.unlink()
+        return
     (doomed / MANIFEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(doomed)
 

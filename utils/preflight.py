@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import shutil
 import tempfile
@@ -188,6 +189,8 @@ def check_disk(config: TrainingConfig, counts: ParameterCounts) -> Finding:
     folder = RunPaths.of(config).checkpoints.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Finding("disk", "fail", f"{folder} cannot be written. Set output_dir elsewhere.")
     free = shutil.disk_usage(folder).free
     text = f"{copies} x {format_bytes(one)} for checkpoints, {format_bytes(free)} free in {folder}"
     if free >= copies * one:
@@ -316,17 +319,18 @@ def describe_run(
 ) -> dict[str, str]:
     """Return what a start says of itself before it begins."""
     ranks = accelerator.num_processes
+    text_of_ranks = f"{ranks} rank{'s' if ranks > 1 else ''}"
     samples, accumulation = config.resolve_batch(ranks)
     tokens = samples * config.sequence_length
     total = tokens * config.max_steps
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts = {
-        "device": f"{name}, {accelerator.mixed_precision} mixed precision, {ranks} ranks",
+        "device": f"{name}, {accelerator.mixed_precision} mixed precision, {text_of_ranks}",
         "model": f"{config.model}: {counts.total:,} parameters, "
         f"{counts.without_embedding:,} without embeddings",
         "step": f"{tokens:,} tokens: {config.per_device_train_batch_size} samples x "
-        f"{config.sequence_length} tokens x {accumulation} accumulated x {ranks} ranks",
+        f"{config.sequence_length} tokens x {accumulation} accumulated x {text_of_ranks}",
         "run": f"steps {step} to {config.max_steps}, {total:,} tokens in all, "
         f"{total / counts.total:.1f} tokens per parameter",
         "checkpoint": f"about {format_bytes(estimate_checkpoint_bytes(counts.total))}, every "

@@ -171,11 +171,17 @@ def _require_same_config(
         )
     for change in changes.free:
         log.info("Changed since the checkpoint: %s.", change)
+        if change.startswith("max_steps:") and config.lr_scheduler_type != "constant":
+            log.info(
+                "The schedule is now: warm-up to step %d, then %s to %.3g at step %d.",
+                config.warmup_steps, config.lr_scheduler_type,
+                config.learning_rate * config.min_lr_rate, config.max_steps,
+            )  # fmt: skip
     if guarded and not accept:
         raise ConfigError(
             f"{checkpoint.name} was trained with another configuration: {'; '.join(guarded)}. "
-            "Put it back, go on all the same with --accept-config-change, or begin anew with "
-            "--fresh."
+            "Put it back, go on all the same with --accept-config-change, begin anew with --fresh, "
+            "or give this run folders of its own with --set run_name=NAME."
         )
     for change in guarded:
         log.warning("Changed since the checkpoint, as accepted: %s.", change)

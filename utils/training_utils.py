@@ -135,11 +135,20 @@ class ParameterCounts:
 
 
 def count_parameters(model_config: Any) -> ParameterCounts:
-    """Return the parameter counts of a model config, from a model without memory."""
+    """Return the parameter counts of a model config, from a model without memory.
+
+    Raises:
+        ConfigError: No model can be built from it.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+    except Exception as exc:  # whatever a wrong value meets first
+        raise ConfigError(
+            f"No model can be built with these model_overrides: {type(exc).__name__}: {exc}"
+        ) from exc
     total = sum(parameter.numel() for parameter in model.parameters())
     embeddings = {
         id(module.weight): module.weight.numel()

@@ -194,6 +194,16 @@ def test_a_deletion_killed_at_its_rename_has_not_begun(tmp_path: Path) -> None:
     assert steps(tmp_path) == [50]
 
 
+def test_a_link_is_deleted_and_what_it_points_to_stays(tmp_path: Path) -> None:
+    elsewhere = make_checkpoint(tmp_path / "elsewhere", 50)
+    (tmp_path / "here").mkdir()
+    link = tmp_path / "here" / elsewhere.name
+    link.symlink_to(elsewhere)
+    delete_checkpoint(link)
+    assert list((tmp_path / "here").iterdir()) == []
+    verify_checkpoint(elsewhere)
+
+
 def test_a_deleted_checkpoint_is_gone(tmp_path: Path) -> None:
     delete_checkpoint(make_checkpoint(tmp_path, 50))
     assert list(tmp_path.iterdir()) == []
