@@ -324,6 +324,7 @@ class SavingBench:
             "intermediate_size": 2048, "vocab_size": VOCABULARY,
         }  # fmt: skip
         overrides: dict[str, Any] = {f"model_overrides.{k}": v for k, v in shape.items()}
+        overrides["global_batch_size"] = 1
         if on_gpu:
             overrides = {"model": "refocused-1.2b", "sequence_length": 2048,
                          "per_device_train_batch_size": 8, "global_batch_size": 16}  # fmt: skip
@@ -344,6 +345,8 @@ class SavingBench:
         self.step()
         size = 3 * Snapshot.size_of(list(self.state.core_model.state_dict().values())) + 2**20
         self.saver.prepare(size, available_memory())
+        while self.saver._writer is not None and not self.saver._writer.is_ready():
+            time.sleep(0.1)
         self.parameters = sum(p.numel() for p in self.state.core_model.parameters())
 
     def synchronize(self) -> None:

@@ -57,6 +57,7 @@ class CheckpointSaver:
         self._background = background
         self._snapshot: Snapshot | None = None
         self._writer: WriterProcess | None = None
+        self._can_start_writer = True
         self._warming: threading.Thread | None = None
         self._thread: threading.Thread | None = None
 
@@ -96,11 +97,12 @@ class CheckpointSaver:
         self._start_writer()
 
     def _start_writer(self) -> None:
-        if self._snapshot is None or self._writer is not None:
+        if self._snapshot is None or self._writer is not None or not self._can_start_writer:
             return
         try:
             self._writer = WriterProcess(self._snapshot.block)
         except WriterGoneError as exc:
+            self._can_start_writer = False
             log.warning("No process for writing checkpoints (%s): a thread does it.", exc)
 
     @property

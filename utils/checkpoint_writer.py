@@ -27,6 +27,7 @@ from utils.layout import Manifest
 from utils.snapshot import HostBlock, TensorSlot, map_leaves
 
 NICENESS = 10
+AUTOGROUP_FILE = Path("/proc/self/autogroup")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -147,12 +148,21 @@ def _live_no_longer_than(parent: int) -> None:
         sys.exit()
 
 
+def _step_back() -> None:
+    """Take only the cores that training leaves."""
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)
+    # Linux may schedule each session as a group, and then niceness counts within one alone; the
+    # group of this session has its own (man 7 sched, "The autogroup feature").
+    with contextlib.suppress(OSError):
+        AUTOGROUP_FILE.write_text(str(NICENESS))
+
+
 def main(argv: list[str]) -> None:
     """Entry of the process: CONNECTION BLOCK SIZE PARENT, numbers all of them."""
     connection, block, size, parent = map(int, argv)
     _live_no_longer_than(parent)
-    with contextlib.suppress(OSError):
-        os.nice(NICENESS)
+    _step_back()
     torch.set_num_threads(1)
     with contextlib.suppress(BrokenPipeError):
         serve(Connection(connection), HostBlock(block, size))

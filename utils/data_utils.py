@@ -24,6 +24,7 @@ from utils.shard_index import ShardFacts
 PREFETCHED_STEPS = 4
 SEARCH_BLOCK = 1024
 POLL_SECONDS = 0.1
+CLOSE_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ class BatchLoader:
             while True:
                 self._ready.get_nowait()
         self._reader.cache.close()  # first: the thread may wait for a bucket that does not answer
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)  # a daemon: it may wait for such a bucket for ever
 
     def _wait(self) -> list[torch.Tensor] | BaseException | None:
         """Return the next item, or None where a stop comes before it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -115,7 +116,8 @@ class RunSaving:
         """Say what the grace period is enough for."""
         uploader = self._uploader
         if uploader is None:
-            log.info("%.0f s of grace: saving on this disk; uploading is off.", remaining_seconds)
+            seconds = max(0.0, remaining_seconds)
+            log.info("%.0f s of grace: saving on this disk; uploading is off.", seconds)
             return
         pending = [(path.name, read_manifest(path).total_bytes) for path in uploader.pending_paths]
         plan = plan_grace(
@@ -128,13 +130,21 @@ class RunSaving:
         log.info("%s", plan.describe())
         uploader.newest_first = True
 
-    def finish(self, live: LiveLine, upload_seconds: float, *, is_leaving: bool) -> ExitCode:
+    def finish(
+        self,
+        live: LiveLine,
+        upload_seconds: float,
+        *,
+        is_leaving: bool,
+        must_leave: Callable[[], bool] = lambda: False,
+    ) -> ExitCode:
         """Wait for the save in progress and for uploads; say what is not in the bucket.
 
         Args:
             live: Shows what is waited for.
             upload_seconds: How long to wait for uploads.
             is_leaving: Whether a request to stop ends this start: then what is left is normal.
+            must_leave: Asked once a second; a request that came in the meantime ends the wait.
 
         Raises:
             SaveError: The last save failed.
@@ -152,8 +162,9 @@ class RunSaving:
             log.info("Waiting up to %s for %d uploads.", format_duration(upload_seconds),
                      len(uploader.pending))  # fmt: skip
         left = uploader.drain(
-            upload_seconds, lambda names: live.show(f"uploading {', '.join(names)}")
+            upload_seconds, lambda names: live.show(f"uploading {', '.join(names)}"), must_leave
         )
+        is_leaving = is_leaving or must_leave()
         self.apply_retention()
         missing = [*left, *uploader.failures]
         if is_leaving:

@@ -15,15 +15,17 @@ when it is whole, and what a killed process left is removed at the next start. N
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
 import platform
+import queue
 import re
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ TEMPORARY_NAME = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-\d+\.(npz|tokens)"
 FIRST_RETRY_SECONDS = 1.0
 LONGEST_RETRY_SECONDS = 60.0
 GIVE_UP_SECONDS = 1800.0
+CLOSE_SECONDS = 2.0
 
 Tokens = np.ndarray[Any, Any]
 
@@ -126,6 +129,58 @@ def _require_in_vocabulary(tokens: Tokens, name: str, vocab_size: int) -> None:
         )
 
 
+class _LoaderThreads:
+    """Threads for downloads.
+
+    They are daemons: neither closing nor the end of the process waits for a bucket that does not
+    answer, as they would with a ThreadPoolExecutor.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Future[Tokens], Callable[[], Tokens]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def submit(self, load: Callable[[int], Tokens], shard: int) -> Future[Tokens]:
+        """Have a shard loaded."""
+        future: Future[Tokens] = Future()
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("the shard cache is closed")
+            if len(self._threads) < DOWNLOAD_THREADS:
+                thread = threading.Thread(target=self._work, name="shard-cache", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+            self._queue.put((future, functools.partial(load, shard)))
+        return future
+
+    def close(self) -> None:
+        """Cancel what has not begun; wait a little for what has."""
+        with self._lock:
+            self._is_closed = True
+            with contextlib.suppress(queue.Empty):
+                while (item := self._queue.get_nowait()) is not None:
+                    item[0].cancel()
+            for _ in self._threads:
+                self._queue.put(None)
+        end = time.monotonic() + CLOSE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            future, load = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(load())
+            except BaseException as exc:  # noqa: BLE001 - raised where the tokens are asked for
+                future.set_exception(exc)
+
+
 class ShardCache:
     """Decoded shards of one or several buckets.
 
@@ -151,7 +206,7 @@ class ShardCache:
         self._wanted: frozenset[int] = frozenset()
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._pool = ThreadPoolExecutor(DOWNLOAD_THREADS, thread_name_prefix="shard-cache")
+        self._pool = _LoaderThreads()
         self._remove_leftovers()
 
     def require_room_for(self, shards: Sequence[int], what: str) -> None:
@@ -200,7 +255,7 @@ class ShardCache:
     def close(self) -> None:
         """Stop background work and unmap everything."""
         self._closing.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
         self._open.clear()
 
     def _release(self) -> None:

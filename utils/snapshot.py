@@ -80,6 +80,7 @@ class HostBlock:
     def __init__(self, descriptor: int, size: int, kind: str = "memory") -> None:
         self.descriptor, self.size, self.kind = descriptor, size, kind
         self._pinned_at: int | None = None
+        self._tensors: dict[TensorSlot, torch.Tensor] = {}
         try:
             self._map = mmap.mmap(descriptor, size)
         except (OSError, ValueError):
@@ -120,16 +121,22 @@ class HostBlock:
 
     def tensor(self, slot: TensorSlot) -> torch.Tensor:
         """Return the tensor of a slot, with a storage of its own over the block's bytes."""
-        if slot.count == 0:
-            return torch.empty(slot.shape, dtype=slot.dtype)
-        flat = torch.frombuffer(self._map, dtype=slot.dtype, count=slot.count, offset=slot.offset)
-        return flat.view(slot.shape)
+        tensor = self._tensors.get(slot)
+        if tensor is None:
+            tensor = torch.empty(0, dtype=slot.dtype)
+            if slot.count:
+                tensor = torch.frombuffer(
+                    self._map, dtype=slot.dtype, count=slot.count, offset=slot.offset
+                )
+            tensor = self._tensors[slot] = tensor.view(slot.shape)
+        return tensor
 
     def close(self) -> None:
         """Give the memory back, or leave it to the last tensor that still uses it."""
         if self._pinned_at is not None:
             _cuda_runtime().cudaHostUnregister(self._pinned_at)
             self._pinned_at = None
+        self._tensors.clear()
         with contextlib.suppress(BufferError):
             self._map.close()
         with contextlib.suppress(OSError):

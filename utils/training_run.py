@@ -55,6 +55,7 @@ from utils.training_utils import (
 
 BAD_STEP_SPAN = 1000
 SNAPSHOT_MARGIN_BYTES = 2**20
+LEAVING_SHARE = 0.1  # of the grace period, for ending threads and releasing what is held
 
 log = logging.getLogger("train")
 
@@ -494,7 +495,7 @@ class TrainingRun:
         reason, requested_at = self.stop.reason, self.stop.requested_at
         upload_seconds = self.config.upload_deadline_seconds
         if reason is not None and self._failure is None and requested_at is not None:
-            leave_at = requested_at + self.config.grace_seconds
+            leave_at = requested_at + (1 - LEAVING_SHARE) * self.config.grace_seconds
             if self._saving is not None:
                 self._saving.plan_leaving(leave_at - time.monotonic(), self._snapshot_bytes())
             self.save()
@@ -507,7 +508,12 @@ class TrainingRun:
         try:
             if self._saving is not None:
                 with contextlib.closing(LiveLine(enabled=True)) as live:
-                    code = self._saving.finish(live, upload_seconds, is_leaving=reason is not None)
+                    code = self._saving.finish(
+                        live,
+                        upload_seconds,
+                        is_leaving=reason is not None,
+                        must_leave=self._is_grace_over,
+                    )
         finally:
             # A launcher ends all ranks once one has left with another code than 0.
             if reason is not None:
@@ -516,7 +522,9 @@ class TrainingRun:
             raise failure
         step = self.state.progress.step
         self._outcome = "done" if step >= self.config.max_steps else "stopped"
-        if self._outcome == "done":
+        if code is not ExitCode.DONE:
+            reason = self.stop.reason  # it may have come while uploads were waited for
+        if self._outcome == "done" and (code is ExitCode.DONE or reason is None):
             log.info("Done: step %d of %d.", step, self.config.max_steps)
         elif reason is not None:
             what = "saved" if step else "nothing was trained yet"
@@ -527,6 +535,12 @@ class TrainingRun:
         else:
             log.info("Ended after step %d as asked. Go on with --resume latest.", step)
         return code
+
+    def _is_grace_over(self) -> bool:
+        """Tell whether a request to stop came and its time is over."""
+        requested_at = self.stop.requested_at if self.stop.reason is not None else None
+        seconds = (1 - LEAVING_SHARE) * self.config.grace_seconds
+        return requested_at is not None and time.monotonic() >= requested_at + seconds
 
     def _shared_failure(self) -> PretrainError | None:
         """Return this rank's failure; on the main process that of any rank."""

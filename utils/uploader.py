@@ -45,8 +45,13 @@ from utils.transports import Transport
 MAX_ATTEMPTS = 5
 FIRST_BACKOFF_SECONDS = 1.0
 BACKOFF_FACTOR = 4.0
+CLOSE_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
+
+
+class _ClosingError(Exception):
+    """The uploader was closed while an archive was being made."""
 
 
 class Uploader:
@@ -123,17 +128,23 @@ class Uploader:
         """Names of what is queued or in flight, in order."""
         return [path.name for path in self.pending_paths]
 
-    def drain(self, deadline_seconds: float, on_wait: Callable[[list[str]], None]) -> list[str]:
+    def drain(
+        self,
+        deadline_seconds: float,
+        on_wait: Callable[[list[str]], None],
+        must_leave: Callable[[], bool] = lambda: False,
+    ) -> list[str]:
         """Wait until all is uploaded or the deadline is over; return what is still pending.
 
         Args:
             deadline_seconds: How long to wait at most.
             on_wait: Called about once a second with the names still pending.
+            must_leave: Asked as often; once it says so, the deadline is over.
         """
         end = time.monotonic() + deadline_seconds
         while pending := self.pending:
             remaining = end - time.monotonic()
-            if remaining <= 0:
+            if remaining <= 0 or must_leave():
                 break
             on_wait(pending)
             with self._changed:
@@ -147,7 +158,7 @@ class Uploader:
             self._queue.clear()
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join(timeout=5.0)
+            self._thread.join(CLOSE_SECONDS)  # a daemon: it may wait for a bucket for ever
         self._transport.close()
 
     def _work(self) -> None:
@@ -167,6 +178,8 @@ class Uploader:
         try:
             manifest = read_manifest(checkpoint)
             self._upload_with_retries(checkpoint, manifest)
+        except _ClosingError:  # no failure: the journal says where it was
+            log.debug("The archive of %s is made at the next start.", checkpoint.name)
         except PretrainError as exc:
             self._fail(checkpoint, str(exc))
         except Exception as exc:  # noqa: BLE001 - a worker that dies would lose the queue silently
@@ -184,7 +197,8 @@ class Uploader:
                 log.warning(
                     "Upload of %s failed, trying again in %.0f s: %s", checkpoint.name, delay, exc
                 )
-                self._closing.wait(delay)
+                if self._closing.wait(delay):
+                    raise StorageError(f"{exc} ({attempt} attempts)") from exc
                 delay *= BACKOFF_FACTOR
             else:
                 return
@@ -254,6 +268,8 @@ class Uploader:
             with archive.open("wb") as file:
                 return write_archive(checkpoint, manifest, file, self._closing.is_set)
         except OSError as exc:
+            if self._closing.is_set():
+                raise _ClosingError from exc
             raise StorageError(f"{archive} cannot be written: {exc.strerror or exc}.") from exc
 
     def _verify(self, name: str, info: ArchiveInfo) -> None:

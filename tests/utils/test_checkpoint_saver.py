@@ -114,6 +114,9 @@ def test_the_writer_is_niced_and_in_a_session_of_its_own(saver: CheckpointSaver)
     process = wait_for_writer(saver)
     assert process.nice() >= checkpoint_saver.WriterProcess.__init__.__globals__["NICENESS"]
     assert os.getsid(process.pid) == process.pid  # Ctrl-C in the terminal does not reach it
+    group = Path(f"/proc/{process.pid}/autogroup")
+    if group.is_file():  # the session is scheduled as a group, which has a niceness of its own
+        assert group.read_text().split()[-1] == str(process.nice())
     saver.close()
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
