@@ -2,6 +2,8 @@
 VENV ?= venv
 export VENV
 BIN = $(VENV)/bin
+# The models of the tests are too small to gain from threads.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 CODE = train.py debug_gpu.py configs utils scripts tests
 
 .PHONY: setup format check-format lint types test check check-all bench soak
@@ -23,12 +25,12 @@ types: setup
 	$(BIN)/mypy
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not gsutil and not browser"
+	$(PYTEST) -n 2 --dist loadfile -m "not slow and not gpu and not gsutil and not browser"
 
 check: check-format lint types test
 
 check-all: check-format lint types
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: setup
 	$(BIN)/python scripts/benchmark.py
