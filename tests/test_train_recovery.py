@@ -356,6 +356,9 @@ def test_a_save_that_is_due_while_one_is_written_is_skipped_or_waited_for(
     assert len(saved) < 5
     assert "is not saved: the save before it is still being written" in capsys.readouterr().out
     assert_same_end(tmp_path, "wait", "skip")
+    words = ("--max-steps", "9", "--stop-after", "4")
+    assert run_train(*words, folder="ended", settings=skip) == 0
+    assert steps(tmp_path, "ended")[-1] == 4
 
 
 def test_a_bucket_that_is_down_fills_no_disk_and_loses_neither_newest_nor_best(

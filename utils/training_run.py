@@ -435,20 +435,20 @@ class TrainingRun:
         )  # fmt: skip
         return improved
 
-    def save(self) -> None:
+    def save(self, *, is_last: bool = False) -> None:
         """Begin to save a checkpoint; training goes on while it is written.
 
         A save that is due while the one before is still being written waits or is skipped, as
-        `save_overlap` says; a state that is saved already is not saved twice.
+        `save_overlap` says; the last one of a start always waits. A state that is saved already is
+        not saved twice.
         """
         self._judge(newest=True)
         step = self.state.progress.step
         if step == self._saved_step or self._rollback_from is not None:
             return
         started = time.perf_counter()
-        is_last = self.stop.reason is not None or step >= self.config.max_steps
         if self.stop.any_rank(self._saving is not None and self._saving.is_busy):
-            if self.config.save_overlap == "skip" and not self.stop.any_rank(is_last):
+            if self.config.save_overlap == "skip" and not is_last:
                 log.warning(
                     "Step %d is not saved: the save before it is still being written.", step
                 )
@@ -487,21 +487,20 @@ class TrainingRun:
                 self._fail(failure)
 
     def finish(self) -> ExitCode:
-        """Save what a stop left unsaved, wait for uploads, and return the exit code.
+        """Save what is not saved yet, wait for uploads, and return the exit code.
 
         Raises:
             PretrainError: What ended this start before its time; the state is saved.
         """
         reason, requested_at = self.stop.reason, self.stop.requested_at
         upload_seconds = self.config.upload_deadline_seconds
+        leave_at = math.inf
         if reason is not None and self._failure is None and requested_at is not None:
             leave_at = requested_at + (1 - LEAVING_SHARE) * self.config.grace_seconds
             if self._saving is not None:
                 self._saving.plan_leaving(leave_at - time.monotonic(), self._snapshot_bytes())
-            self.save()
-            upload_seconds = max(0.0, leave_at - time.monotonic())
-        elif reason is not None:
-            self.save()
+        self.save(is_last=True)
+        upload_seconds = max(0.0, min(upload_seconds, leave_at - time.monotonic()))
         self._live.close()
         failure = self._shared_failure()
         code = ExitCode.DONE
