@@ -145,6 +145,10 @@ def train(args: argparse.Namespace) -> int:
             checkpoint_store.remove_leftovers(paths.checkpoints)
         else:
             configure_logging("warning", quiet=True, main_process=False)
+        # Once more: another trainer may have held the directory until now.
+        plan = ranks.compute_on_main(
+            lambda: preflight.plan_run(config, paths, args.resume, fresh=args.fresh)
+        )
         hold_bucket(stack, config, plan.identity.run_id)
         preflight.log_facts(facts, findings)
         stop = stack.enter_context(StopRequest())

@@ -270,6 +270,21 @@ def test_lost_random_states_are_refused_unless_accepted(
     assert "random states are seeded anew from (seed, step, rank)" in capsys.readouterr().out
 
 
+def test_a_new_machine_takes_the_branch_and_not_the_higher_steps_that_it_left(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("save_steps=1", "keep_checkpoints=9")
+    assert run_train("--max-steps", "4", settings=settings) == 0
+    words = ("--max-steps", "4", "--resume", "2", "--stop-after", "3")
+    assert run_train(*words, settings=settings) == 0
+    assert read_manifest(directory(tmp_path) / name(3)).forks == ((0, 0), (1, 2))
+    bucket = tmp_path / "run" / "bucket"
+    capsys.readouterr()
+    words = ("--max-steps", "4", "--resume", f"{bucket}/latest")
+    assert run_train(*words, folder="new", settings=("checkpoint_uri=",)) == 0
+    assert f"Resumed from checkpoints/{name(3)}" in capsys.readouterr().out
+
+
 # Saving and uploading under difficulties.
 
 
@@ -301,6 +316,15 @@ def test_a_save_that_fails_does_not_end_the_run(
     told = capsys.readouterr().out
     assert f"{name(4)} could not be saved: No space left on device" in told
     assert not list(directory(tmp_path).glob(".saving-*"))
+
+
+def test_a_failed_last_save_is_tried_once_more(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FailingSave(monkeypatch, {1})
+    settings = ("save_steps=9", "background_save=false")
+    assert run_train("--max-steps", "3", settings=settings) == 0
+    assert steps(tmp_path) == [3]
 
 
 def test_a_failed_save_is_tried_again_in_a_minute(
@@ -554,6 +578,26 @@ def test_rollback_goes_back_and_on_behind_the_bad_samples(
     # Steps 5 and 6 saw, the second time, what 7 and 8 would have seen.
     state = read_json(directory(tmp_path) / name(10) / "data_state.json")
     assert state["sample_index"] == 48
+
+
+def test_a_rollback_sets_a_damaged_checkpoint_aside(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = BadLosses(monkeypatch, {6: float("nan")})
+    forward = bad.__call__
+
+    def damage_first(*args: Any) -> torch.Tensor:
+        if bad.calls == 5 * 4:
+            flip_bit(directory(tmp_path) / name(4) / "model.safetensors")
+        return forward(*args)
+
+    monkeypatch.setattr(training_utils, "forward_loss", damage_first)
+    settings = (*EVERY_STEP, "bad_step=rollback", "save_steps=2", "background_save=false")
+    assert run_train("--max-steps", "8", settings=settings) == 0
+    assert (directory(tmp_path) / "set-aside" / name(4)).is_dir()
+    assert steps(tmp_path)[-3:] == [4, 6, 8]
+    for step in steps(tmp_path):
+        verify_checkpoint(directory(tmp_path) / name(step))
 
 
 def test_rollback_and_skip_are_bounded(

@@ -117,7 +117,7 @@ def collect_files(
     step, epoch, files = state.progress.step, data_state.epoch, data_state.files_consumed
     return CheckpointFiles(
         CheckpointName(step, epoch, files),
-        Manifest(identity.run_id, step, identity.branch, len(random_states)),
+        Manifest(identity.run_id, step, identity.branch, len(random_states), forks=identity.forks),
         weights,
         pickles,
         documents={

@@ -177,35 +177,52 @@ class RunIdentity:
     Attributes:
         run_id: Id of the run.
         branch: How often it was resumed from an older checkpoint than its newest.
-        forks: The steps at which those branches began; what the branch before did behind such a
-            step is not part of this one.
+        forks: The branches that it comes from, oldest first and itself last, as (branch, step at
+            which it began); empty for a run that never branched. What a branch did behind the step
+            where the next one left it is not part of this one.
     """
 
     run_id: str
     branch: int = 0
-    forks: tuple[int, ...] = ()
+    forks: tuple[tuple[int, int], ...] = ()
 
-    def fork(self, step: int) -> RunIdentity:
-        """Return the identity of a new branch that begins at `step`."""
-        return RunIdentity(self.run_id, self.branch + 1, (*self.forks, step))
+    def fork(self, step: int, taken: Iterable[int] = ()) -> RunIdentity:
+        """Return the identity of a new branch that begins at `step`.
+
+        Args:
+            step: Where it leaves this one.
+            taken: Branch numbers that the run has used already.
+        """
+        branch = max([self.branch, *taken]) + 1
+        forks = self.forks or ((self.branch, 0),)
+        return RunIdentity(self.run_id, branch, (*forks, (branch, step)))
 
     def includes(self, other: RunIdentity, step: int) -> bool:
         """Tell whether a checkpoint that `other` wrote at `step` is part of this branch."""
-        if other.run_id != self.run_id or other.branch > self.branch:
+        if other.run_id != self.run_id:
             return False
-        # Forks are the last ones; a branch of which no fork is known keeps what it has.
-        since = self.forks[max(0, len(self.forks) - (self.branch - other.branch)) :]
-        return step <= min(since, default=step)
+        line = [branch for branch, _ in self.forks] or [self.branch]
+        if other.branch not in line:
+            return False
+        later = self.forks[line.index(other.branch) + 1 :]
+        return all(step <= begin for _, begin in later)
 
     def to_json(self) -> dict[str, Any]:
         """Return the identity as it is written."""
-        return {"run_id": self.run_id, "branch": self.branch, "forks": list(self.forks)}
+        return {"run_id": self.run_id, "branch": self.branch, "forks": _plain(self.forks)}
 
     @classmethod
     def from_json(cls, value: Any) -> RunIdentity:
         """Return the identity in `value`; raises the errors of a malformed JSON value."""
-        forks = tuple(int(step) for step in value.get("forks", []))
-        return cls(str(value["run_id"]), int(value["branch"]), forks)
+        return cls(str(value["run_id"]), int(value["branch"]), _parse_forks(value))
+
+
+def _plain(forks: tuple[tuple[int, int], ...]) -> list[list[int]]:
+    return [list(fork) for fork in forks]
+
+
+def _parse_forks(value: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((int(branch), int(step)) for branch, step in value.get("forks", []))
 
 
 @dataclass(frozen=True)
@@ -226,7 +243,7 @@ class Manifest:
         branch: How often the run was resumed from an older checkpoint than its newest.
         world_size: Ranks of the run; each has a random state file.
         files: Every other file of the checkpoint.
-        forks: The steps at which the run's branches began.
+        forks: Of `RunIdentity`.
     """
 
     run_id: str
@@ -234,7 +251,7 @@ class Manifest:
     branch: int
     world_size: int
     files: dict[str, FileEntry] = field(default_factory=dict)
-    forks: tuple[int, ...] = ()
+    forks: tuple[tuple[int, int], ...] = ()
 
     @property
     def identity(self) -> RunIdentity:
@@ -248,7 +265,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as it is written."""
-        return {"format": MANIFEST_FORMAT, **asdict(self), "forks": list(self.forks)}
+        return {"format": MANIFEST_FORMAT, **asdict(self), "forks": _plain(self.forks)}
 
     @classmethod
     def from_json(cls, value: object, source: str) -> Manifest:
@@ -270,7 +287,7 @@ class Manifest:
                 branch=int(value["branch"]),
                 world_size=int(value["world_size"]),
                 files=files,
-                forks=tuple(int(step) for step in value.get("forks", [])),
+                forks=_parse_forks(value),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise CheckpointError(f"{source} is not a usable manifest: {exc}.") from exc

@@ -202,23 +202,27 @@ def read_local_checkpoint(path: Path, upload: JournalEntry | None = None) -> Che
     )
 
 
-def read_remote_checkpoints(bucket: Bucket) -> list[CheckpointView]:
+def read_remote_checkpoints(bucket: Bucket, newest: int | None = None) -> list[CheckpointView]:
     """Return the checkpoints of a run's bucket that have a card, by step.
 
     One whose archive is missing says so in `problem`.
+
+    Args:
+        bucket: The run's bucket.
+        newest: Read only the cards of so many highest steps; None for all.
     """
     objects = {
         info.name.removeprefix(f"{REMOTE_FOLDER}/"): info
         for info in bucket.list(f"{REMOTE_FOLDER}/")
     }
+    found = (parse_checkpoint_name(name.removesuffix(".json")) for name in objects
+             if name.endswith(".json"))  # fmt: skip
+    names = sorted(name for name in found if name is not None)
     views = []
-    for object_name in objects:
-        name = parse_checkpoint_name(object_name.removesuffix(".json"))
-        if name is None or not object_name.endswith(".json"):
-            continue
+    for name in names[-newest:] if newest else names:
         archive = objects.get(f"{name}{ARCHIVE_SUFFIX}")
         views.append(_read_card(bucket, name, archive.size if archive else None))
-    return sorted(views, key=lambda view: view.name)
+    return views
 
 
 def _read_card(bucket: Bucket, name: CheckpointName, archive_bytes: int | None) -> CheckpointView:

@@ -32,7 +32,7 @@ from utils.errors import (
     StorageError,
 )
 from utils.estimates import estimate_checkpoint_bytes, estimate_training_memory
-from utils.layout import REMOTE_FOLDER, RunPaths
+from utils.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.machine import available_memory
 from utils.metadata import read_remote_checkpoints
 from utils.resume import Plan, plan_start
@@ -269,6 +269,24 @@ def _advise(exc: StorageError, action: str, uri: str) -> str:
     return f"{exc} Check the network and the name of the bucket."
 
 
+def plan_run(config: TrainingConfig, paths: RunPaths, resume: str | None, *, fresh: bool) -> Plan:
+    """Return where a run may begin, from its directory and its bucket; reads only.
+
+    Raises:
+        UsageError: There is no such checkpoint to resume from.
+        StorageError: The bucket is needed and cannot be read.
+    """
+    return plan_start(
+        paths,
+        resume=resume,
+        fresh=fresh,
+        bucket_uri=config.checkpoint_uri and join_uri(config.checkpoint_uri, config.run_name),
+        open_bucket=lambda uri: open_bucket(
+            uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS
+        ),
+    )
+
+
 def check_start(
     config: TrainingConfig,
     paths: RunPaths,
@@ -285,22 +303,19 @@ def check_start(
         UsageError: There is no such checkpoint to resume from.
         DataError: The data are there but do not fit the model or cannot be used.
     """
-    uri = config.checkpoint_uri and join_uri(config.checkpoint_uri, config.run_name)
-    plan = plan_start(
-        paths,
-        resume=resume,
-        fresh=fresh,
-        bucket_uri=uri,
-        open_bucket=lambda uri: open_bucket(
-            uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS
-        ),
-    )
+    resuming: list[Finding] = []
+    try:
+        plan = plan_run(config, paths, resume, fresh=fresh)
+    except StorageError as exc:
+        plan = Plan(RunIdentity(new_run_id()))
+        resuming = [Finding("resume", "fail", f"The bucket's checkpoints cannot be read: {exc}")]
     run_id = plan.identity.run_id if plan.candidates else None
     # Data first: what is wrong with them is told before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config)
     set_special_tokens(config, sources, model_config)
     findings = [
+        *resuming,
         *data,
         check_memory(config, model_config, counts, precision),
         check_snapshot(config, counts),

@@ -43,6 +43,8 @@ from utils.storage import Bucket, is_gcs_uri, open_bucket
 
 log = logging.getLogger(__name__)
 
+READ_CARDS = 50  # each is a request; older ones are named
+
 OpenBucket = Callable[[str], Bucket]
 
 
@@ -76,6 +78,7 @@ class Plan:
         walks_back: Whether the next candidate may be taken where one cannot be used.
         is_older: Whether the candidate is known not to be the newest of its run.
         fresh: Whether what is there is set aside.
+        known: Other identities that were seen in the bucket.
     """
 
     identity: RunIdentity
@@ -83,6 +86,7 @@ class Plan:
     walks_back: bool = False
     is_older: bool = False
     fresh: bool = False
+    known: tuple[RunIdentity, ...] = ()
 
     @property
     def step(self) -> int:
@@ -155,7 +159,7 @@ def plan_start(
             raise UsageError(f"--resume {resume}: there is no such directory or bucket.")
         manifest = read_manifest(path)
         name = parse_checkpoint_name(path.name) or CheckpointName(manifest.step, 0, 0)
-        return Plan(manifest.identity, (Candidate(name, manifest.identity, path),))
+        return _plan_local(Candidate(name, manifest.identity, path), [], bucket_uri, open_bucket)
     if resume == "latest":
         return _plan_latest(paths, bucket_uri, open_bucket)
     local = _local_candidates(paths.checkpoints)
@@ -173,8 +177,21 @@ def plan_start(
     found = next((one for one in local if one.name == chosen.name), None)
     if found is None:
         raise CheckpointError(f"{chosen.name} cannot be used: {chosen.problem}.")
-    ahead = any(_is_ahead(one, found) for one in local)
-    return Plan(found.identity, (found,), is_older=ahead)
+    return _plan_local(found, local, bucket_uri, open_bucket)
+
+
+def _plan_local(
+    found: Candidate, local: list[Candidate], bucket_uri: str, open_bucket: OpenBucket
+) -> Plan:
+    """Return a plan for a checkpoint of this machine; newer ones may be in the bucket alone."""
+    remote = _read_bucket_or_warn(open_bucket, bucket_uri) if bucket_uri else []
+    others = [*local, *(one for _, one in remote)]
+    return Plan(
+        found.identity,
+        (found,),
+        is_older=any(_is_ahead(one, found) for one in others),
+        known=tuple(one.identity for one in others),
+    )
 
 
 def _is_ahead(one: Candidate, other: Candidate) -> bool:
@@ -198,7 +215,7 @@ def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[tuple[CheckpointView
     """Return what a bucket has with a usable card, by step."""
     bucket = open_bucket(uri)
     try:
-        views = read_remote_checkpoints(bucket)
+        views = read_remote_checkpoints(bucket, newest=READ_CARDS)
     finally:
         bucket.close()
     found = []
@@ -236,15 +253,16 @@ def _plan_named(which: str, remote: list[tuple[CheckpointView, Candidate]], wher
     chosen = select_checkpoint(which, [view for view, _ in remote])
     found = next(candidate for view, candidate in remote if view is chosen)
     ahead = any(_is_ahead(one, found) for one in candidates)
-    return Plan(found.identity, (found,), is_older=ahead)
+    known = tuple(one.identity for one in candidates)
+    return Plan(found.identity, (found,), is_older=ahead, known=known)
 
 
 def _plan_latest(paths: RunPaths, bucket_uri: str, open_bucket: OpenBucket) -> Plan:
     directory = paths.checkpoints
     local = _local_candidates(directory)
-    remote: list[Candidate] = []
-    if bucket_uri and _bucket_may_have_newer(local, bucket_uri, open_bucket):
-        remote = [one for _, one in _read_bucket_or_warn(open_bucket, bucket_uri)]
+    # Where nothing is here, a bucket that cannot be read must not look like one that is empty.
+    read = _read_bucket_or_warn if local else _read_bucket
+    remote = [one for _, one in read(open_bucket, bucket_uri)] if bucket_uri else []
     recorded = read_run_identity(paths)
     if recorded is not None and any(
         one.identity.run_id == recorded.run_id for one in (*local, *remote)
@@ -267,28 +285,6 @@ def _plan_latest(paths: RunPaths, bucket_uri: str, open_bucket: OpenBucket) -> P
         log.info("There is no checkpoint in %s yet: starting at step 0.", where)
         return Plan(RunIdentity(new_run_id()))
     return Plan(identity, _order([*local, *remote], identity), walks_back=True)
-
-
-def _bucket_may_have_newer(local: list[Candidate], uri: str, open_bucket: OpenBucket) -> bool:
-    """Tell by names alone whether the bucket has a later step, or local ones may need help."""
-    if not local:
-        return True
-    newest = max(one.name.step for one in local)
-    try:
-        bucket = open_bucket(uri)
-        try:
-            names = [
-                parse_checkpoint_name(info.name.removeprefix(f"{REMOTE_FOLDER}/")[: -len(".json")])
-                for info in bucket.list(f"{REMOTE_FOLDER}/")
-                if info.name.endswith(".json")
-            ]
-        finally:
-            bucket.close()
-    except StorageError as exc:
-        log.warning("The checkpoints in %s cannot be listed: %s", uri, exc)
-        return False
-    # The same step counts too: the bucket's copy helps where the local one is damaged.
-    return any(name is not None and name.step >= newest for name in names)
 
 
 def _local_candidates(directory: Path) -> list[Candidate]:
@@ -340,6 +336,7 @@ def obtain(
         return candidate.path, verify_checkpoint(
             candidate.path, forgive_random_states=forgive_random_states
         )
+    _make_way(candidate, paths)
     bucket = open_bucket(candidate.bucket_uri)
     try:
         path = download_checkpoint(
@@ -350,9 +347,24 @@ def obtain(
     return path, read_manifest(path)
 
 
+def _make_way(candidate: Candidate, paths: RunPaths) -> None:
+    """Set aside what has the name of a checkpoint to be downloaded and is not the same."""
+    taken = paths.checkpoints / str(candidate.name)
+    if not taken.exists():
+        return
+    try:
+        if verify_checkpoint(taken).identity == candidate.identity:
+            return
+    except CheckpointError as exc:
+        log.debug("%s", exc)
+    log.warning("%s was set aside as %s: its name is needed for %s.",
+                taken, set_aside(taken, paths.checkpoints), candidate)  # fmt: skip
+
+
 def discard(candidate: Candidate, paths: RunPaths, reason: str) -> None:
     """Set a checkpoint aside that cannot be used; call it under the lock of the directory."""
-    if candidate.path is None or candidate.path.parent != paths.checkpoints:
+    own = paths.checkpoints.resolve()
+    if candidate.path is None or candidate.path.resolve().parent != own:
         log.warning("%s Trying the one before.", reason)
         return
     moved = set_aside(candidate.path, paths.checkpoints)
@@ -366,7 +378,9 @@ def resolve_start(plan: Plan, paths: RunPaths, checkpoint: Path, manifest: Manif
     checkpoint that was named and is not the newest begins a new branch.
     """
     identity = plan.identity
-    others = [one for one in _local_candidates(paths.checkpoints) if one.path != checkpoint]
+    here = checkpoint.resolve()
+    local = _local_candidates(paths.checkpoints)
+    others = [one for one in local if one.path is not None and one.path.resolve() != here]
     if not plan.walks_back:
         ahead = (
             one.identity.run_id == manifest.run_id and one.name.step > manifest.step
@@ -374,17 +388,39 @@ def resolve_start(plan: Plan, paths: RunPaths, checkpoint: Path, manifest: Manif
         )
         identity = manifest.identity
         if plan.is_older or any(ahead):
-            identity = identity.fork(manifest.step)
+            identity = identity.fork(manifest.step, _branches_taken(plan, paths, manifest.run_id))
     obsolete = {str(name): "its manifest cannot be read" for name in find_checkpoints(
         paths.checkpoints)}  # fmt: skip
-    obsolete.pop(checkpoint.name, None)
+    if here.parent == paths.checkpoints.resolve():
+        obsolete.pop(checkpoint.name, None)
     for one in others:
         del obsolete[str(one.name)]
-        if one.identity.run_id != identity.run_id:
+        if one.name.step == manifest.step:
+            obsolete[str(one.name)] = "the one that is resumed has its step"
+        elif one.identity.run_id != identity.run_id:
             obsolete[str(one.name)] = f"it is of another run, {one.identity.run_id}"
         elif one.name.step > manifest.step or not identity.includes(one.identity, one.name.step):
             obsolete[str(one.name)] = "it is not part of this branch"
     return Start(identity, checkpoint, manifest, obsolete)
+
+
+def _branches_taken(plan: Plan, paths: RunPaths, run_id: str) -> set[int]:
+    """Return the branch numbers of a run that are known here or in the plan."""
+    known = [
+        *_local_candidates(paths.checkpoints),
+        *_local_candidates(paths.set_aside),
+        *plan.candidates,
+    ]
+    identities = [*(one.identity for one in known), *plan.known]
+    recorded = read_run_identity(paths)
+    if recorded is not None:
+        identities.append(recorded)
+    return {
+        branch
+        for identity in identities
+        if identity.run_id == run_id
+        for branch in (identity.branch, *(fork[0] for fork in identity.forks))
+    }
 
 
 def fresh_start(plan: Plan, paths: RunPaths) -> Start:

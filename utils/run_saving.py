@@ -7,6 +7,7 @@ Everything that follows a commit happens in the saver's thread; training waits f
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 from configs.training_config import TrainingConfig
 from utils.checkpoint_files import CheckpointFiles
 from utils.checkpoint_saver import CheckpointSaver
-from utils.checkpoint_store import apply_retention, verify_checkpoint
+from utils.checkpoint_store import apply_retention, set_aside, verify_checkpoint
 from utils.console import LiveLine, format_duration
 from utils.errors import CheckpointError, ExitCode, SaveError
 from utils.grace import describe_outcome, plan_grace
@@ -119,7 +120,10 @@ class RunSaving:
             seconds = max(0.0, remaining_seconds)
             log.info("%.0f s of grace: saving on this disk; uploading is off.", seconds)
             return
-        pending = [(path.name, read_manifest(path).total_bytes) for path in uploader.pending_paths]
+        pending = []
+        for path in uploader.pending_paths:
+            with contextlib.suppress(CheckpointError):  # one that was given up is gone
+                pending.append((path.name, read_manifest(path).total_bytes))
         plan = plan_grace(
             remaining_seconds,
             self._saver.last_seconds,
@@ -151,10 +155,9 @@ class RunSaving:
         """
         while not self._saver.wait(0.5):
             live.show("writing the checkpoint")
-        if self._saver.failure is not None:
-            raise self._saver.failure
         uploader, saved = self._uploader, self._saver.last_committed
         if uploader is None:
+            self._require_saved()
             if is_leaving and saved is not None:
                 log.info("Saved %s on this disk; uploading is off.", saved)
             return ExitCode.DONE
@@ -171,11 +174,16 @@ class RunSaving:
             log.info(
                 "%s", describe_outcome(str(saved) if saved else None, uploader.verified, missing)
             )
+        self._require_saved()
         if not missing:
             return ExitCode.DONE
         if not is_leaving:
             self._report_missing(left, missing)
         return ExitCode.NOT_VERIFIED
+
+    def _require_saved(self) -> None:
+        if self._saver.failure is not None:
+            raise self._saver.failure
 
     def _report_missing(self, left: list[str], missing: list[str]) -> None:
         for name in left:
@@ -198,7 +206,8 @@ class RunSaving:
                 if self._identity.includes(manifest.identity, name.step):
                     return path, manifest
             except CheckpointError as exc:
-                log.warning("%s Trying the one before.", exc)
+                moved = set_aside(path, self._paths.checkpoints)  # its name will be needed
+                log.warning("%s It was set aside as %s; trying the one before.", exc, moved)
         return None
 
     def apply_retention(self) -> None:

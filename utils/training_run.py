@@ -500,6 +500,11 @@ class TrainingRun:
             if self._saving is not None:
                 self._saving.plan_leaving(leave_at - time.monotonic(), self._snapshot_bytes())
         self.save(is_last=True)
+        self._wait_for_saver()
+        if self.stop.any_rank(self._saving is not None and self._saving.failure is not None):
+            log.info("Saving once more.")
+            self._saved_step = -1
+            self.save(is_last=True)
         upload_seconds = max(0.0, min(upload_seconds, leave_at - time.monotonic()))
         self._live.close()
         failure = self._shared_failure()

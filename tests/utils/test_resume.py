@@ -212,7 +212,7 @@ def test_an_older_checkpoint_begins_a_branch_and_later_ones_are_set_aside(
     assert steps(old_run.checkpoints) == [10, 20, 30]
     start = begin(planned, old_run)
     assert start.checkpoint == old_run.checkpoints / name(20)
-    assert start.identity == RunIdentity(RUN_ID, 1, (20,))
+    assert start.identity == RunIdentity(RUN_ID, 1, ((0, 0), (1, 20)))
     assert start.obsolete == {name(30): "it is not part of this branch"}
     assert steps(old_run.checkpoints) == [10, 20]
     verify_checkpoint(old_run.set_aside / name(30))
@@ -227,7 +227,7 @@ def test_a_branch_that_was_left_is_not_the_latest_although_its_steps_are_higher(
     upload_all(old_run.checkpoints, tmp_path / "bucket")
     begin(plan(old_run, "10"), old_run)
     checkpoint = make_checkpoint(old_run.checkpoints, 15)
-    change_manifest(checkpoint, branch=1, forks=[10])
+    change_manifest(checkpoint, branch=1, forks=[[0, 0], [1, 10]])
     planned = plan(old_run, bucket_uri=str(tmp_path / "bucket"))
     assert [(one.name.step, one.path is None) for one in planned.candidates] == [
         (15, False), (10, False), (10, True),
@@ -240,9 +240,45 @@ def test_a_branch_that_was_left_is_not_the_latest_although_its_steps_are_higher(
     assert plan(elsewhere, bucket_uri=str(tmp_path / "bucket")).step == 15
 
 
+def test_two_branches_from_the_same_place_are_two(old_run: RunPaths, tmp_path: Path) -> None:
+    first = begin(plan(old_run, "20"), old_run).identity
+    left = make_checkpoint(old_run.checkpoints, 25)
+    change_manifest(left, **first.to_json())
+    upload_all(old_run.checkpoints, tmp_path / "bucket")
+    second = begin(plan(old_run, "20"), old_run).identity
+    assert (first.branch, second.branch) == (1, 2)
+    planned = plan(old_run, bucket_uri=str(tmp_path / "bucket"))
+    assert planned.step == 20  # not 25, which belongs to the branch that was left
+    # The branch that was left goes on from its end when that is asked for.
+    assert begin(plan(old_run, str(old_run.set_aside / name(25))), old_run).identity == first
+
+
+def test_a_checkpoint_may_be_named_by_its_whole_path(old_run: RunPaths) -> None:
+    path = (old_run.checkpoints / name(30)).absolute()
+    start = begin(plan(old_run, str(path)), old_run)
+    assert (start.identity, start.obsolete) == (RunIdentity(RUN_ID), {})
+    elsewhere = old_run.checkpoints.parent / "elsewhere" / name(30)
+    elsewhere.parent.mkdir()
+    path.rename(elsewhere)
+    make_checkpoint(old_run.checkpoints, 30)
+    start = begin(plan(old_run, str(elsewhere)), old_run)
+    assert start.obsolete == {name(30): "the one that is resumed has its step"}
+
+
+def test_newer_ones_in_the_bucket_alone_make_a_branch_too(
+    old_run: RunPaths, tmp_path: Path
+) -> None:
+    upload_all(old_run.checkpoints, tmp_path / "bucket")
+    (old_run.checkpoints / name(30)).rename(tmp_path / "gone")
+    bucket_uri = str(tmp_path / "bucket")
+    start = begin(plan(old_run, "20", bucket_uri=bucket_uri), old_run)
+    assert start.identity == RunIdentity(RUN_ID, 1, ((0, 0), (1, 20)))
+    assert plan(old_run, bucket_uri=bucket_uri).step == 20
+
+
 def test_branches_are_counted_on(old_run: RunPaths) -> None:
     change_manifest(old_run.checkpoints / name(20), branch=3)
-    assert begin(plan(old_run, "20"), old_run).identity == RunIdentity(RUN_ID, 4, (20,))
+    assert begin(plan(old_run, "20"), old_run).identity == RunIdentity(RUN_ID, 4, ((3, 0), (4, 20)))
 
 
 def test_resume_from_another_directory_goes_on_with_that_run(
@@ -325,7 +361,9 @@ def test_a_machine_that_has_nothing_resumes_from_the_bucket(
     assert verify_checkpoint(start.checkpoint).run_id == RUN_ID
     # One that was named and is not the newest of the run begins a branch.
     is_latest = resume.endswith("latest")
-    assert start.identity == RunIdentity(RUN_ID, *(() if is_latest else (1, (step,))))
+    assert start.identity == (
+        RunIdentity(RUN_ID) if is_latest else RunIdentity(RUN_ID, 1, ((0, 0), (1, step)))
+    )
     assert steps(empty.checkpoints) == [step]
     # What came from the bucket is not owed to it.
     assert Journal(empty.journal).latest()[name(step)].state is UploadState.VERIFIED
@@ -344,6 +382,25 @@ def test_the_bucket_mends_a_damaged_latest(old_run: RunPaths, bucket: Path) -> N
     assert start.checkpoint == old_run.checkpoints / name(30)
     verify_checkpoint(start.checkpoint)
     assert (old_run.set_aside / name(30)).is_dir()
+
+
+def test_the_bucket_is_nearer_than_the_next_one_here(old_run: RunPaths, bucket: Path) -> None:
+    (old_run.checkpoints / name(20)).rename(bucket / "gone")
+    (old_run.checkpoints / name(30)).rename(bucket / "gone too")
+    damage(make_checkpoint(old_run.checkpoints, 40))
+    start = begin(plan(old_run, bucket_uri=str(bucket)), old_run)
+    assert start.checkpoint == old_run.checkpoints / name(30)
+
+
+def test_a_name_that_another_run_has_here_is_freed_for_the_download(
+    empty: RunPaths, bucket: Path
+) -> None:
+    foreign = make_checkpoint(empty.checkpoints, 30)
+    change_manifest(foreign, run_id=OTHER_RUN)
+    start = begin(plan(empty, f"{bucket}/latest"), empty)
+    assert start.checkpoint == empty.checkpoints / name(30)
+    assert verify_checkpoint(start.checkpoint).run_id == RUN_ID
+    assert verify_checkpoint(empty.set_aside / name(30)).run_id == OTHER_RUN
 
 
 def test_a_later_step_in_the_bucket_is_later(old_run: RunPaths, bucket: Path) -> None:
@@ -394,6 +451,10 @@ def test_a_bucket_that_is_down_does_not_stop_what_is_here(
     assert "cannot be listed" in caplog.text
     with pytest.raises(StorageError):
         plan(old_run, "gs://down/latest", open_bucket=open_bucket)
+    # With nothing here it must not look like a run that has not begun.
+    empty = RunPaths(Path("/nowhere"), old_run.logs, old_run.cache)
+    with pytest.raises(StorageError):
+        plan(empty, bucket_uri="/down", open_bucket=open_bucket)
 
 
 @pytest.mark.parametrize(
