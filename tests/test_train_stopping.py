@@ -781,7 +781,7 @@ def test_a_second_signal_leaves_at_once_and_the_next_start_recovers(
         assert code == ExitCode.SIGNAL_BASE + second
         assert f"Second {second.name}: leaving at once." in trainer.errors
     left = {"hanging-step": [], "save": [f".saving-{name_of(4)}"]}
-    left["upload"] = [f"{name_of(4)}{ARCHIVE_SUFFIX}"]
+    left["upload"] = [f".saving-{name_of(4)}{ARCHIVE_SUFFIX}"]
     assert trainer.leftovers == left[gate]
     assert trainer.steps == ([] if gate == "save" else [4])
     assert trainer.lease.exists()

@@ -122,7 +122,7 @@ def remove_leftovers(directory: Path) -> None:
         if path.name.startswith(SAVING_PREFIX) and path.is_dir():
             log.info("Removing %s, left by an interrupted save.", path.name)
             shutil.rmtree(path, ignore_errors=True)
-        elif parse_checkpoint_name(path.name.removesuffix(ARCHIVE_SUFFIX)) and path.is_file():
+        elif path.name.startswith(SAVING_PREFIX) and path.name.endswith(ARCHIVE_SUFFIX):
             log.info("Removing %s, left by an interrupted upload.", path.name)
             path.unlink()
         elif parse_checkpoint_name(path.name) and not (path / MANIFEST_FILE).is_file():

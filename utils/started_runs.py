@@ -323,7 +323,12 @@ def phase_of(paths: RunPaths, watch: StepWatch) -> str:
     if watch.begin is None:
         return "starting"
     names = [path.name for path in paths.checkpoints.iterdir()]
-    saving = [name for name in names if name.startswith(SAVING_PREFIX)]
+    archives = any(name.endswith(ARCHIVE_SUFFIX) for name in names)
+    saving = [
+        name
+        for name in names
+        if name.startswith(SAVING_PREFIX) and not name.endswith(ARCHIVE_SUFFIX)
+    ]
     if any((paths.checkpoints / name / MANIFEST_FILE).is_file() for name in saving):
         return "committing"
     if any("deleted" not in name for name in saving):
@@ -331,7 +336,6 @@ def phase_of(paths: RunPaths, watch: StepWatch) -> str:
     if saving:
         return "deleting"
     states = {entry.state for entry in Journal(paths.journal).latest().values()}
-    archives = any(name.endswith(ARCHIVE_SUFFIX) for name in names)
     if archives or states & {UploadState.ARCHIVING, UploadState.UPLOADING}:
         return "uploading"
     return "training"

@@ -31,6 +31,7 @@ from utils.layout import (
     ARCHIVE_SUFFIX,
     MANIFEST_FILE,
     METADATA_FILE,
+    SAVING_PREFIX,
     Manifest,
     archive_object,
     card_object,
@@ -206,7 +207,7 @@ class Uploader:
     def _upload_once(self, checkpoint: Path, manifest: Manifest, attempt: int) -> None:
         name = checkpoint.name
         self._require_own_prefix(name, manifest)
-        archive = checkpoint.with_name(f"{name}{ARCHIVE_SUFFIX}")
+        archive = checkpoint.with_name(f"{SAVING_PREFIX}{name}{ARCHIVE_SUFFIX}")
         uri = join_uri(self._transport.uri, archive_object(name))
         try:
             self._record(manifest, name, UploadState.ARCHIVING, attempt=attempt)

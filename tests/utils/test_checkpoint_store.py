@@ -102,7 +102,8 @@ def test_what_a_crash_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, 50)
     make_checkpoint(tmp_path, 60).rename(tmp_path / f".saving-{name(60)}")
     (tmp_path / f".saving-deleted-{name(10)}").mkdir()
-    (tmp_path / f"{name(50)}.tar.gz").write_bytes(b"half an archive")
+    (tmp_path / f".saving-{name(50)}.tar.gz").write_bytes(b"half an archive")
+    (tmp_path / f"{name(40)}.tar.gz").write_bytes(b"fetched by hand")
     incomplete = make_checkpoint(tmp_path, 70)
     (incomplete / "manifest.json").unlink()
     others = ["uploads.jsonl", ".lock", "notes.txt", "mine.tar.gz", "set-aside/x"]
@@ -112,7 +113,8 @@ def test_what_a_crash_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
 
     remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        checkpoint.name, "uploads.jsonl", ".lock", "notes.txt", "mine.tar.gz", "set-aside",
+        checkpoint.name, f"{name(40)}.tar.gz", "uploads.jsonl", ".lock", "notes.txt",
+        "mine.tar.gz", "set-aside",
     }  # fmt: skip
     verify_checkpoint(checkpoint)
     assert {path.name for path in (tmp_path / "set-aside").iterdir()} == {"x", name(70)}
