@@ -4,7 +4,7 @@ export VENV
 BIN = $(VENV)/bin
 # The models of the tests are too small to gain from threads.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-CODE = train.py debug_gpu.py configs utils scripts tests
+CODE = train.py debug_gpu.py configs utils benchmarks scripts tests
 
 .PHONY: setup format check-format lint types test check check-all bench soak
 
@@ -35,6 +35,7 @@ check-all: check-format lint types
 bench: setup
 	$(BIN)/python scripts/benchmark.py
 
-# Hundreds of kills and resumes; SOAK="--quick" for a dozen, --help for more.
+# Hundreds of kills and resumes, hundreds of uploads; SOAK="--quick" for a dozen, --help for more.
 soak: setup
 	$(BIN)/python scripts/soak.py $(SOAK)
+	$(BIN)/python scripts/soak_uploads.py $(SOAK)

@@ -129,13 +129,14 @@ def train(args: argparse.Namespace) -> int:
         trackers = tracking.build_trackers(config, paths.metrics)
         accelerator = build_accelerator(config, precision, trackers, paths.logs)
         ranks.connect_host_group()
-        plan, sources, findings = ranks.compute_on_main(
+        checks = ranks.compute_on_main(
             lambda: preflight.check_start(
                 config, paths, model_config, counts, precision, args.resume, fresh=args.fresh
             )
         )
+        sources, findings = checks.sources, checks.findings
         preflight.set_special_tokens(config, sources, model_config)
-        facts = preflight.describe_run(config, counts, sources, accelerator, plan.step)
+        facts = preflight.describe_run(config, counts, sources, accelerator, checks.plan.step)
         if args.dry_run or any(finding.status == "fail" for finding in findings):
             return preflight.report(config, facts, findings, dry_run=args.dry_run)
 
@@ -159,7 +160,7 @@ def train(args: argparse.Namespace) -> int:
         )
         run = TrainingRun(
             config, paths, model_config, sources, plan, accelerator, stop, consent,
-            background_upload=not args.no_background_upload,
+            transport=checks.transport, background_upload=not args.no_background_upload,
         )  # fmt: skip
         stack.enter_context(run)
         return loop(run, config, args.stop_after)

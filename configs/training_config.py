@@ -26,7 +26,9 @@ PROJECT_PLACEHOLDER = "{project}"
 
 LR_SCHEDULER_TYPES = ("cosine", "linear", "constant")
 SAVE_FORMATS = ("safetensors", "bin")
-UPLOAD_TRANSPORTS = ("auto", "directory", "gsutil", "python")
+UPLOAD_TRANSPORTS = ("auto", "python", "gcloud", "gsutil", "directory")
+UPLOAD_COMPRESSIONS = ("fast", "small", "none")
+_UPLOAD_LIMITS = ("upload_max_mbps", "upload_stall_seconds")
 REPORT_TARGETS = ("tensorboard", "wandb")
 MAX_SEED = 2**63 - 1
 BAD_SHARD_POLICIES = ("stop", "skip")
@@ -221,7 +223,21 @@ class TrainingConfig:
     """safetensors (model.safetensors) or bin (pytorch_model.bin)."""
 
     upload_transport: str = "auto"
-    """How archives travel: auto, directory, gsutil or python."""
+    """How archives travel: python (google-cloud-storage), gcloud, gsutil, or directory. auto takes
+    the first of these that can write, read and delete in the bucket."""
+
+    upload_compression: str = "fast"
+    """Of archives: fast, small, or none."""
+
+    upload_streams: int = 4
+    """Connections of one upload by python, each of which sends parts of 32 MiB. 1: one resumable
+    upload without parts, which needs no right to delete."""
+
+    upload_max_mbps: float | None = None
+    """Megabits per second that uploads may take. null: as fast as it goes."""
+
+    upload_stall_seconds: float = 120.0
+    """An upload that makes no progress for so long is ended and tried again."""
 
     upload_deadline_seconds: float = 600.0
     """How long the end of a start waits for uploads."""
@@ -238,7 +254,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for key in ("max_steps", "per_device_train_batch_size", "save_steps", "logging_steps"):
             self._require_at_least(key, 1)
-        for key in ("keep_checkpoints", "max_unverified", "shuffle_window_shards"):
+        for key in (
+            "keep_checkpoints",
+            "max_unverified",
+            "shuffle_window_shards",
+            "upload_streams",
+        ):
             self._require_at_least(key, 1)
         for key in (
             "global_batch_size",
@@ -262,7 +283,7 @@ class TrainingConfig:
         self._require_between("min_lr_rate", 0.0, 1.0)
         self._require_below_one("adam_beta1")
         self._require_below_one("adam_beta2")
-        for key in ("learning_rate", "adam_epsilon", "spike_sigma"):
+        for key in ("learning_rate", "adam_epsilon", "spike_sigma", *_UPLOAD_LIMITS):
             value = getattr(self, key)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{key} must be above 0, got {value}.")
@@ -273,6 +294,7 @@ class TrainingConfig:
         self._require_one_of("lr_scheduler_type", LR_SCHEDULER_TYPES)
         self._require_one_of("save_format", SAVE_FORMATS)
         self._require_one_of("upload_transport", UPLOAD_TRANSPORTS)
+        self._require_one_of("upload_compression", UPLOAD_COMPRESSIONS)
         self._require_one_of("log_level", LOG_LEVELS)
         self._require_one_of("bad_shard", BAD_SHARD_POLICIES)
         self._require_one_of("bad_step", BAD_STEP_POLICIES)

@@ -52,6 +52,7 @@ from configs.training_config import get_training_config, parse_assignment
 from utils.checkpoint_store import verify_checkpoint
 from utils.console import configure_logging, format_duration, print_table, run_command
 from utils.errors import CheckpointError, ExitCode, PretrainError, UsageError
+from utils.findings import Finding, count_findings, note_finding
 from utils.journal import Journal, UploadState
 from utils.layout import (
     ARCHIVE_SUFFIX,
@@ -65,7 +66,7 @@ from utils.layout import (
     read_manifest,
 )
 from utils.metadata import printable, read_remote_checkpoints
-from utils.run_comparison import BATCHES_FILE, compare_checkpoints, compare_logs, values_by_step
+from utils.run_comparison import compare_checkpoints, compare_logs, values_by_step
 from utils.started_runs import (
     POLL_SECONDS,
     CommandLauncher,
@@ -128,21 +129,6 @@ MISSES_ALLOWED = 30
 FAILURES_ALLOWED = 3
 
 log = logging.getLogger("soak")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that must not be.
-
-    Attributes:
-        kind: One of FINDINGS.
-        kill: Number of the kill before it.
-        text: What it is.
-    """
-
-    kind: str
-    kill: int
-    text: str
 
 
 @dataclass
@@ -209,7 +195,7 @@ class Results:
 
     def count(self, kind: str) -> int:
         """Return how many findings of a kind there are."""
-        return sum(finding.kind == kind for finding in self.findings)
+        return count_findings(self.findings, kind)
 
 
 @dataclass(frozen=True)
@@ -441,7 +427,7 @@ class Campaign:
             self._checksums[name.step] = tensor_checksums(self._straight.checkpoints / str(name))
         for key in ("loss", "grad_norm", "learning_rate"):
             self._logged[key] = values_by_step(self._straight.metrics, key)
-        self._logged["crc32c"] = values_by_step(self._straight.logs / BATCHES_FILE, "crc32c")
+        self._logged["crc32c"] = values_by_step(self._straight.batches, "crc32c")
         log.info(
             "%s to the first step, %.0f ms a step with its saves.",
             format_duration(self._startup_seconds), self._step_seconds * 1e3,
@@ -593,10 +579,7 @@ class Campaign:
 
     def _find(self, kind: str, text: str) -> None:
         assert kind in FINDINGS
-        if any(finding.text == text for finding in self.results.findings):
-            return  # what stays on disk is found after every kill
-        self.results.findings.append(Finding(kind, len(self.results.kills), text))
-        log.error("%s after kill %d: %s", kind, len(self.results.kills), text)
+        note_finding(self.results.findings, Finding(kind, len(self.results.kills), text))
 
     def _check_start(self, current: Round, watch: StepWatch) -> None:
         """Look at where a start has begun, and whether it has tidied up."""
@@ -657,7 +640,7 @@ class Campaign:
     def _compare_logged(self, current: Round) -> None:
         """Compare every value that this round has logged with the straight run's."""
         for key, straight in self._logged.items():
-            file = current.paths.logs / BATCHES_FILE if key == "crc32c" else current.paths.metrics
+            file = current.paths.batches if key == "crc32c" else current.paths.metrics
             for step, values in values_by_step(file, key).items():
                 if values != straight.get(step):
                     self._find(
@@ -940,7 +923,7 @@ def print_results(results: Results) -> None:
     if results.skipped:
         print(f"No system call kills: {results.skipped}.")
     for finding in results.findings:
-        print(f"{finding.kind} after kill {finding.kill}: {finding.text}")
+        print(f"{finding.kind} after kill {finding.after}: {finding.text}")
     print(f"seed {results.seed}: {len(results.findings)} findings.")
 
 

@@ -1,20 +1,26 @@
-"""See and finish the uploads of a run's checkpoints.
+"""See, finish, check and use the uploads of a run's checkpoints.
 
-    status        every checkpoint, here and in the bucket, and what the journal says of it
-    list          the checkpoints on this machine
-    upload NAME   upload one (a name, a step number, latest or best)
-    upload-all    upload everything that is not verified in the bucket
+    status              every checkpoint, here and in the bucket; the queue; the last errors
+    list [--remote]     the checkpoints on this machine, or in the bucket
+    upload NAME         upload one (a name, a step number, latest or best)
+    upload-all          upload everything that is not verified in the bucket
+    retry               upload what failed, also what failed for good
+    verify [--deep]     hold journal, directory and bucket together; --deep reads every byte
+    download NAME       bring one back: verified, unpacked, committed
+    prune --remote      delete old checkpoints from the bucket, after a look and a question
 
-No torch is loaded. An upload by this command is recorded in the same journal as the trainer's.
+No torch is loaded. What this command does is recorded in the same journal as the trainer's uploads.
+Exit codes: 0 done, 1 the bucket failed, 2 usage, 4 not everything is verified in the bucket.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +28,50 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig, get_training_config, parse_assignment
-from utils.checkpoint_store import verify_checkpoint
-from utils.console import (
-    configure_logging,
-    format_bytes,
-    get_console,
-    run_command,
+from utils.archive_reading import read_card
+from utils.checkpoint_store import require_no_trainer, retention_decisions, verify_checkpoint
+from utils.console import LiveLine, configure_logging, format_bytes, print_table, run_command
+from utils.download import download_checkpoint
+from utils.errors import (
+    CheckpointError,
+    ExitCode,
+    PretrainError,
+    StorageError,
+    UploadError,
+    UsageError,
 )
-from utils.errors import ExitCode, PretrainError, UploadError, UsageError
 from utils.journal import Journal, UploadState
-from utils.layout import RunPaths
+from utils.layout import (
+    REMOTE_FOLDER,
+    CheckpointName,
+    RunIdentity,
+    RunPaths,
+    parse_checkpoint_name,
+)
 from utils.metadata import (
     CheckpointView,
-    find_best,
-    is_verified_in,
+    printable,
     read_local_checkpoints,
-    read_remote_checkpoints,
     select_checkpoint,
+    to_json_text,
 )
-from utils.storage import join_uri, open_bucket
-from utils.transports import build_transport
+from utils.progress import ProgressDisplay
+from utils.pruning import delete_all, plan_bucket
+from utils.remote_checkpoints import choose_remote, list_remote, read_cards
+from utils.resume import read_run_identity
+from utils.retention import Action, Decision
+from utils.storage import Bucket, join_uri, open_bucket
+from utils.transports import TransportOptions, probe_transport
+from utils.upload_status import build_queue, build_rows, last_errors
 from utils.uploader import Uploader, find_unfinished
+from utils.verification import CheckpointReport, Orphan, Verifier, find_unconfirmed
 
+WAIT_LINE_SECONDS = 30.0
 LISTING_RETRY_SECONDS = 5.0
+READING_RETRY_SECONDS = 60.0
+NUMBERS = ("step", "size", "bytes", "place", "attempts")
+
+log = logging.getLogger(__name__)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,6 +79,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", default="test", help="the run's configuration (default: test)")
     common.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--debug", action="store_true", help="debug log lines and tracebacks")
     parser = argparse.ArgumentParser(
         prog="upload_manager.py",
@@ -59,194 +87,469 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (("status", "here, in the bucket, journal"), ("list", "on this machine")):
-        command = commands.add_parser(name, parents=[common], help=text)
-        command.add_argument("--json", action="store_true", help="print JSON")
-    upload = commands.add_parser("upload", parents=[common], help="upload one checkpoint")
-    upload.add_argument("name", metavar="NAME", help="a name, a step number, latest or best")
-    commands.add_parser("upload-all", parents=[common], help="upload all that is not verified")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, parents=[common], help=text)
+
+    add("status", "here, in the bucket, queue, errors")
+    add("list", "the checkpoints").add_argument(
+        "--remote", action="store_true", help="those in the bucket"
+    )
+    which = "a name, a step number, latest or best"
+    add("upload", "upload one checkpoint").add_argument("name", metavar="NAME", help=which)
+    add("upload-all", "upload all that is not verified in the bucket")
+    add("retry", "upload what failed")
+    verify = add("verify", "compare journal, directory and bucket")
+    verify.add_argument("names", nargs="*", metavar="NAME", help="a name, a step number or latest")
+    verify.add_argument("--deep", action="store_true", help="read every byte, here and there")
+    download = add("download", "bring a checkpoint back from the bucket")
+    download.add_argument("name", metavar="NAME", help=which)
+    download.add_argument("--to", metavar="DIR", help="directory (default: the run's checkpoints)")
+    prune = add("prune", "delete old checkpoints from the bucket")
+    prune.add_argument("--remote", action="store_true", help="in the bucket; needed")
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="newest to keep")
+    prune.add_argument("--keep-every", type=int, metavar="STEPS", help="keep multiples of it too")
+    prune.add_argument("--run", metavar="RUN", help="run id, where the bucket holds several")
+    prune.add_argument("--dry-run", action="store_true", help="only show what would go")
+    prune.add_argument("--yes", action="store_true", help="do not ask")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do one command; return the exit code."""
     config = get_training_config(args.config, dict(parse_assignment(text) for text in args.set))
-    configure_logging("debug" if args.debug else "info")
-    paths = RunPaths.of(config)
-    if args.command == "status":
-        return show_status(config, paths, as_json=args.json)
-    if args.command == "list":
-        return show_list(paths, as_json=args.json)
-    journal = Journal(paths.journal)
-    if args.command == "upload":
-        view = select_checkpoint(args.name, read_local_checkpoints(paths.checkpoints))
-        assert view.path is not None
-        return upload(config, journal, [view.path])
-    uri = join_uri(config.checkpoint_uri, config.run_name)
-    unfinished = find_unfinished(paths.checkpoints, journal, uri)
-    if not unfinished:
-        print("Everything on this machine is verified in the bucket.")
-        return ExitCode.DONE
-    return upload(config, journal, unfinished)
+    configure_logging("debug" if args.debug else "info", stderr=args.json)
+    command = {
+        "status": show_status,
+        "list": show_list,
+        "upload": upload_one,
+        "upload-all": upload_all,
+        "retry": retry_failed,
+        "verify": verify_uploads,
+        "download": download,
+        "prune": prune_remote,
+    }[args.command]
+    return command(config, RunPaths.of(config), args)
 
 
-def upload(config: TrainingConfig, journal: Journal, checkpoints: list[Path]) -> int:
-    """Upload checkpoints one after the other; return the exit code.
+def print_json(value: object) -> None:
+    """Print a command's result as JSON."""
+    print(to_json_text(value, indent=1))
+
+
+def require_uri(config: TrainingConfig) -> str:
+    """Return the run's bucket.
 
     Raises:
-        UsageError: The configuration names no bucket.
-        UploadError: Not all could be verified in the bucket.
+        UsageError: The configuration names none.
     """
     if not config.checkpoint_uri:
         raise UsageError("checkpoint_uri is empty: --set checkpoint_uri=gs://... or a directory.")
-    transport = build_transport(
-        join_uri(config.checkpoint_uri, config.run_name),
-        config.upload_transport,
-        config.gcs_user_project or None,
-    )
-    with Uploader(transport, journal, background=False) as uploader:
-        for checkpoint in checkpoints:
-            verify_checkpoint(checkpoint)
-            uploader.submit(checkpoint)
-    if uploader.failures:
-        raise UploadError(
-            f"{len(uploader.failures)} of {len(checkpoints)} checkpoints were not uploaded: "
-            f"{', '.join(uploader.failures)}."
-        )
-    return ExitCode.DONE
+    return join_uri(config.checkpoint_uri, config.run_name)
 
 
-def show_list(paths: RunPaths, *, as_json: bool) -> int:
-    """Print the checkpoints on this machine."""
-    rows = collect_rows(read_local_checkpoints(paths.checkpoints), [])
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return ExitCode.DONE
-    if not rows:
-        print(f"No checkpoints in {paths.checkpoints} yet.")
-        return ExitCode.DONE
-    print_table(f"Checkpoints in {paths.checkpoints}", rows, ["checkpoint", "size", "state"])
-    return ExitCode.DONE
+@contextlib.contextmanager
+def opened_bucket(
+    config: TrainingConfig, retry_seconds: float = READING_RETRY_SECONDS
+) -> Iterator[Bucket]:
+    """Open the run's bucket for a while."""
+    bucket = open_bucket(require_uri(config), config.gcs_user_project or None, retry_seconds)
+    with contextlib.closing(bucket):
+        yield bucket
 
 
-def show_status(config: TrainingConfig, paths: RunPaths, *, as_json: bool) -> int:
-    """Print every checkpoint here and in the bucket, then the last errors."""
-    local = read_local_checkpoints(paths.checkpoints)
+def find_identity(paths: RunPaths) -> RunIdentity | None:
+    """Return the run and branch of this machine, None where it has none."""
+    recorded = read_run_identity(paths)
+    if recorded is not None:
+        return recorded
+    manifests = [view.manifest for view in read_local_checkpoints(paths.checkpoints)]
+    known = [manifest.identity for manifest in manifests if manifest is not None]
+    return known[-1] if known else None
+
+
+# status, list
+
+
+def show_status(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
+    """Print every checkpoint here and in the bucket, the queue, then the last errors."""
+    uri = join_uri(config.checkpoint_uri, config.run_name) if config.checkpoint_uri else ""
+    journal = Journal(paths.journal)
+    entries = list(journal.entries())
+    uploads = {entry.checkpoint: entry for entry in entries}
+    local = read_local_checkpoints(paths.checkpoints, uploads)
     remote, problem = read_remote(config)
-    rows = collect_rows(local, remote, join_uri(config.checkpoint_uri, config.run_name), problem)
-    if as_json:
-        print(json.dumps({"checkpoints": rows, "bucket_problem": problem}, indent=1))
-        return ExitCode.DONE
-    uri = join_uri(config.checkpoint_uri, config.run_name) if config.checkpoint_uri else "-"
-    if rows:
-        columns = ["checkpoint", "step", "size", "local", "bucket", "state", "note"]
-        print_table(f"Uploads from {paths.checkpoints} to {uri}", rows, columns)
+    identity = find_identity(paths)
+    decisions: list[Decision] = []
+    if identity is not None:
+        decisions = retention_decisions(
+            paths.checkpoints, config, run_id=identity.run_id, is_uploading_on=bool(uri)
+        )
+    owed = find_unfinished(paths.checkpoints, journal, uri) if uri else []
+    result: dict[str, Any] = {
+        "run_id": identity.run_id if identity else None,
+        "directory": str(paths.checkpoints),
+        "bucket": uri or None,
+        "bucket_problem": problem,
+        "checkpoints": build_rows(
+            local, remote, uri=uri, bucket_problem=problem, decisions=decisions
+        ),
+        "queue": build_queue([path.name for path in owed], uploads),
+        "errors": last_errors(entries, uploads),
+    }
+    if args.json:
+        print_json(result)
     else:
-        print(f"No checkpoints in {paths.checkpoints}, none in {uri}.")
-    unfinished = [row for row in rows if row["local"] == "yes" and row["state"] != "verified"]
-    print(f"{len(unfinished)} not verified in the bucket." if rows else "")
-    for row in unfinished:
-        if row["error"]:
-            print(f"  {row['checkpoint']}: {row['error']}")
-    if problem:
-        print(f"The bucket could not be read: {problem}")
+        print_status(result)
     return ExitCode.DONE
+
+
+def print_status(result: dict[str, Any]) -> None:
+    """Print what `status` found."""
+    rows, bucket = result["checkpoints"], result["bucket"] or "no bucket"
+    if rows:
+        columns = ["checkpoint", "step", "size", "local", "bucket", "state", "progress", "kept",
+                   "note"]  # fmt: skip
+        title = f"Uploads from {result['directory']} to {bucket}"
+        print_table(title, rows, columns, NUMBERS)
+    else:
+        print(f"No checkpoints in {result['directory']}, none in {bucket}.")
+    if result["bucket"]:
+        print(f"{len(result['queue'])} not verified in the bucket.")
+    columns = ["place", "checkpoint", "state", "attempts", "next try"]
+    print_table("Queue", result["queue"], columns, NUMBERS)
+    if result["errors"]:
+        print("Last errors")
+        for row in result["errors"]:
+            tries = f" ({row['attempts']} attempts)" if row["attempts"] else ""
+            print(f"  {row['time']}  {row['checkpoint']}{tries}: {row['error']}")
+    if result["bucket_problem"]:
+        print(f"The bucket could not be read: {printable(result['bucket_problem'])}")
 
 
 def read_remote(config: TrainingConfig) -> tuple[list[CheckpointView], str | None]:
     """Return the checkpoints in the bucket, or none and why it could not be read."""
-    if not config.checkpoint_uri:
-        return [], "checkpoint_uri is empty"
     try:
-        bucket = open_bucket(
-            join_uri(config.checkpoint_uri, config.run_name),
-            config.gcs_user_project or None,
-            LISTING_RETRY_SECONDS,
-        )
-        try:
-            return read_remote_checkpoints(bucket), None
-        finally:
-            bucket.close()
+        with opened_bucket(config, LISTING_RETRY_SECONDS) as bucket:
+            return read_cards(bucket, list_remote(bucket)), None
     except PretrainError as exc:
         return [], str(exc)
 
 
-def collect_rows(
-    local: Sequence[CheckpointView],
-    remote: Sequence[CheckpointView],
-    uri: str = "",
-    problem: str | None = "the bucket was not read",
-) -> list[dict[str, Any]]:
-    """Return one row a checkpoint, by step, from what is here and what is in the bucket.
+def show_list(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
+    """Print the checkpoints on this machine, or those in the bucket."""
+    where = str(paths.checkpoints)
+    if args.remote:
+        where = require_uri(config)
+        with opened_bucket(config, LISTING_RETRY_SECONDS) as bucket:
+            rows = build_rows([], read_cards(bucket, list_remote(bucket)), bucket_problem=None)
+    else:
+        rows = build_rows(read_local_checkpoints(paths.checkpoints), [])
+    if args.json:
+        print_json(rows)
+    elif rows:
+        columns = ["checkpoint", "step", "size", "state", "note"]
+        print_table(f"Checkpoints in {where}", rows, columns, NUMBERS)
+    else:
+        print(f"No checkpoints in {where} yet.")
+    return ExitCode.DONE
 
-    Args:
-        local: Checkpoints on this machine.
-        remote: Checkpoints in the bucket.
-        uri: The bucket.
-        problem: Why the bucket could not be read, None where it was.
+
+# upload, upload-all, retry
+
+
+def upload_one(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
+    """Upload the checkpoint that the user names."""
+    view = select_checkpoint(args.name, read_local_checkpoints(paths.checkpoints))
+    assert view.path is not None
+    return upload_and_report(config, paths, [view.path], args)
+
+
+def upload_all(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
+    """Upload what the journal has not as verified, or the bucket does not have as it says."""
+    journal = Journal(paths.journal)
+    owed = find_unfinished(paths.checkpoints, journal, require_uri(config))
+    owed += find_lost(config, paths, journal)
+    return upload_and_report(config, paths, sorted(owed, key=step_of), args)
+
+
+def find_lost(config: TrainingConfig, paths: RunPaths, journal: Journal) -> list[Path]:
+    """Return the checkpoints here that are verified by the journal alone."""
+    try:
+        with opened_bucket(config, LISTING_RETRY_SECONDS) as bucket:
+            lost = find_unconfirmed(
+                paths.checkpoints, journal.latest(), bucket, list_remote(bucket)
+            )
+    except StorageError as exc:
+        log.warning("The bucket cannot be read (%s): the journal alone decides.", exc)
+        return []
+    for checkpoint, problem in lost.items():
+        log.warning("%s is uploaded again: %s.", checkpoint.name, problem.rstrip("."))
+    return list(lost)
+
+
+def retry_failed(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
+    """Upload what the journal has as failed."""
+    failed = [entry.checkpoint for entry in Journal(paths.journal).latest().values()
+              if entry.state is UploadState.FAILED]  # fmt: skip
+    here = {str(view.name): view.path for view in read_local_checkpoints(paths.checkpoints)}
+    for name in failed:
+        if name not in here:
+            log.warning("%s failed and is no longer here.", printable(name))
+    paths_here = [path for name, path in here.items() if name in failed and path is not None]
+    return upload_and_report(config, paths, paths_here, args)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint directory."""
+    name = parse_checkpoint_name(checkpoint.name)
+    return name.step if name is not None else 0
+
+
+def upload_and_report(
+    config: TrainingConfig, paths: RunPaths, checkpoints: list[Path], args: argparse.Namespace
+) -> int:
+    """Upload checkpoints, those that are damaged left out, and print what became of them.
+
+    Raises:
+        UploadError: Not all could be verified in the bucket.
     """
-    here = {view.name: view for view in local}
-    there = {view.name: view for view in remote}
-    best = find_best(local) or find_best(remote)
-    rows = []
-    for name in sorted(here.keys() | there.keys()):
-        view, card = here.get(name), there.get(name)
-        upload = view.upload if view else None
-        notes = [
-            "latest" if local and name == local[-1].name else "",
-            "best" if best is not None and name == best.name else "",
-            (view.problem if view else None) or (card.problem if card else None) or "",
-        ]
-        size = view.total_bytes if view else card.archive_bytes if card else None
-        rows.append(
+    require_uri(config)
+    failures, sound = {}, []
+    for checkpoint in checkpoints:
+        try:
+            verify_checkpoint(checkpoint)
+        except CheckpointError as exc:
+            failures[checkpoint.name] = str(exc)
+        else:
+            sound.append(checkpoint)
+    if sound:
+        failures |= upload(config, Journal(paths.journal), sound, is_shown=not args.json)
+    verified = [path.name for path in checkpoints if path.name not in failures]
+    if args.json:
+        print_json({"verified": verified, "failed": failures})
+    elif not checkpoints:
+        print("Nothing is left to upload.")
+    elif verified:
+        print(f"{len(verified)} verified in the bucket.")
+    if failures:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in failures.items())
+        raise UploadError(
+            f"{len(failures)} of {len(checkpoints)} checkpoints were not uploaded:{reasons}"
+        )
+    return ExitCode.DONE
+
+
+def upload(
+    config: TrainingConfig, journal: Journal, checkpoints: list[Path], *, is_shown: bool
+) -> dict[str, str]:
+    """Upload checkpoints one after the other; return name -> error of those that failed."""
+    require_uri(config)
+    wanted = TransportOptions.of(config, journal.path.parent)
+    if wanted.name in ("auto", "python"):  # which one works, and whether it may make parts
+        wanted = probe_transport(wanted, REMOTE_FOLDER, LISTING_RETRY_SECONDS).options
+    uploader = Uploader(wanted, journal, compression=config.upload_compression)
+    line = LiveLine(enabled=is_shown, plain_seconds=WAIT_LINE_SECONDS)
+    with uploader, contextlib.closing(line) as live:
+        for checkpoint in checkpoints:
+            uploader.submit(checkpoint)
+        uploader.drain(math.inf, live.show)
+    return uploader.failures
+
+
+# verify
+
+
+def verify_uploads(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
+    """Say of each checkpoint what is right and what is wrong with its upload."""
+    identity = find_identity(paths)
+    with opened_bucket(config) as bucket, ProgressDisplay(enabled=args.deep) as display:
+        verifier = Verifier(
+            paths.checkpoints,
+            Journal(paths.journal).latest(),
+            bucket,
+            list_remote(bucket),
+            run_id=identity.run_id if identity else None,
+            deep=args.deep,
+            on_progress=display.update,
+        )
+        known = verifier.names()
+        names = [choose_name(text, known) for text in args.names] or known
+        reports, orphans = verifier.split([verifier.check(name) for name in names])
+    if args.names:
+        orphans = []
+    if args.json:
+        print_json(
             {
-                "checkpoint": str(name),
-                "step": name.step,
-                "size": format_bytes(size),
-                "bytes": size,
-                "local": "yes" if view else "no",
-                "bucket": "yes" if card else "no",
-                "state": _describe_state(view, card, uri, problem),
-                "error": str(upload.details.get("error", "")) if upload else "",
-                "note": ", ".join(note for note in notes if note),
+                "checkpoints": [report_row(report) for report in reports],
+                "orphans": [vars(orphan) for orphan in orphans],
             }
         )
-    return rows
+    else:
+        print_reports(reports, orphans)
+    is_verified = all(report.is_verified for report in reports)
+    return ExitCode.DONE if is_verified else ExitCode.NOT_VERIFIED
 
 
-def _describe_state(
-    view: CheckpointView | None, card: CheckpointView | None, uri: str, problem: str | None
-) -> str:
-    """Say where a checkpoint stands; what the journal says is held against the bucket."""
-    entry = view.upload if view else None
-    if view is None or view.path is None or entry is None:
-        return "verified" if card else "not queued"
-    if entry.state is not UploadState.VERIFIED:
-        return str(entry.state.value)
-    if uri and not is_verified_in(uri, view.path, entry):
-        return "not in this bucket"
-    size = entry.details.get("bytes")
-    if problem is None and (card is None or card.archive_bytes != size):
-        return "missing in bucket" if card is None else "damaged in bucket"
-    return "verified"
+def choose_name(text: str, known: Sequence[CheckpointName]) -> CheckpointName:
+    """Return the checkpoint that a user means, also one that is nowhere.
+
+    Raises:
+        UsageError: It is no name, and no step of a known one.
+    """
+    if text == "latest" and known:
+        return known[-1]
+    found = [name for name in known if str(name.step) == text]
+    name = parse_checkpoint_name(text) or (found[-1] if found else None)
+    if name is None:
+        raise UsageError(
+            f"There is no checkpoint {printable(text)!r}. "
+            f"The newest are: {', '.join(map(str, known[-5:])) or 'none yet'}."
+        )
+    return name
 
 
-def print_table(title: str, rows: list[dict[str, Any]], columns: list[str]) -> None:
-    """Print rows as a table; plain columns where the output is not a terminal."""
-    from rich.table import Table
+def report_row(report: CheckpointReport) -> dict[str, Any]:
+    """Return a report as JSON has it."""
+    return {
+        "checkpoint": str(report.name),
+        "run_id": report.run_id,
+        "local": report.is_local,
+        "verified": report.is_verified,
+        "right": report.right,
+        "wrong": report.wrong,
+    }
 
-    print(title)
-    if not sys.stdout.isatty():
-        widths = {c: max(len(c), *(len(str(row[c])) for row in rows)) for c in columns}
-        for row in [{c: c for c in columns}, *rows]:
-            print("  ".join(str(row[c]).ljust(widths[c]) for c in columns).rstrip())
-        return
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="right" if column in ("step", "size") else "left")
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    get_console().print(table)
+
+def print_reports(reports: Sequence[CheckpointReport], orphans: Sequence[Orphan]) -> None:
+    """Print what `verify` found."""
+    for report in reports:
+        print(f"{report.name}: {'verified' if report.is_verified else 'NOT verified'}")
+        for line in report.right:
+            print(f"  ok     {printable(line)}")
+        for line in report.wrong:
+            print(f"  wrong  {printable(line, 1000)}")
+    if orphans:
+        print("Also in the bucket:")
+        for orphan in orphans:
+            print(f"  {printable(orphan.object_name)}: {printable(orphan.problem)}")
+    wrong = sum(not report.is_verified for report in reports)
+    print(f"{len(reports) - wrong} verified, {wrong} not.")
+
+
+# download
+
+
+def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
+    """Bring a checkpoint from the bucket into the run's directory or another one."""
+    directory = Path(args.to) if args.to else paths.checkpoints
+    is_own = directory.resolve() == paths.checkpoints.resolve()
+    if is_own:
+        require_no_trainer(paths)
+    identity = find_identity(paths)
+    with opened_bucket(config) as bucket, ProgressDisplay(enabled=not args.json) as display:
+        chosen = parse_checkpoint_name(args.name) or choose_remote(bucket, args.name, identity)
+        name = str(chosen)
+        if is_own and identity is not None:
+            require_same_run(bucket, name, identity.run_id)
+        was_here = (directory / name).exists()
+        journal = Journal(paths.journal) if is_own else None
+        path = download_checkpoint(bucket, name, directory, journal, display.update)
+    if args.json:
+        print_json({"checkpoint": name, "path": str(path), "downloaded": not was_here})
+    else:
+        print(f"{path} is {'already here' if was_here else 'complete'}: every file verified.")
+    return ExitCode.DONE
+
+
+def require_same_run(bucket: Bucket, name: str, run_id: str) -> None:
+    """Refuse to put another run's checkpoint among this run's.
+
+    Raises:
+        CheckpointError: It is of another run.
+    """
+    found = read_card(bucket, name).manifest.run_id
+    if found != run_id:
+        raise CheckpointError(
+            f"{name} in {bucket.uri} is of run {printable(found)}, the run here is {run_id}. "
+            "Nothing was downloaded. Choose another directory: --to DIR."
+        )
+
+
+# prune
+
+
+def prune_remote(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
+    """Delete old checkpoints from the bucket."""
+    if not args.remote:
+        raise UsageError("prune deletes in the bucket: say so with --remote.")
+    if args.keep < 1 or (args.keep_every is not None and args.keep_every < 1):
+        raise UsageError("--keep and --keep-every must be at least 1.")
+    if not (args.yes or args.dry_run or (sys.stdin.isatty() and not args.json)):
+        raise UsageError("prune asks before it deletes, which needs a terminal: add --yes.")
+    recorded = RunIdentity(args.run) if args.run else find_identity(paths)
+    journal = Journal(paths.journal)
+    with opened_bucket(config) as bucket:
+        listing = list_remote(bucket)
+        views = {str(view.name): view for view in read_cards(bucket, listing)}
+        decisions = plan_bucket(
+            bucket,
+            listing,
+            list(views.values()),
+            recorded,
+            is_under_way={name for name, one in journal.latest().items() if one.state.is_pending},
+            keep=args.keep,
+            keep_every_steps=args.keep_every,
+        )
+        doomed = [views[one.name] for one in decisions if one.action is Action.DELETE]
+        result: dict[str, Any] = {
+            "checkpoints": [prune_row(views[one.name], one) for one in decisions],
+            "notes": bucket.deletion_notes() if doomed else [],
+            "deleted": [],
+            "failed": {},
+        }
+        if not args.json:
+            print_plan(bucket.uri, result, len(doomed))
+        if doomed and not args.dry_run and (args.yes or is_confirmed(len(doomed), bucket.uri)):
+            result["deleted"], result["failed"] = delete_all(bucket, doomed, listing, journal)
+    if args.json:
+        print_json(result)
+    if result["failed"]:
+        reasons = "".join(f"\n  {name}: {text}" for name, text in result["failed"].items())
+        raise StorageError(f"{len(result['failed'])} could not be deleted:{reasons}")
+    return ExitCode.DONE
+
+
+def prune_row(view: CheckpointView, decision: Decision) -> dict[str, Any]:
+    """Return what becomes of a checkpoint, and why."""
+    return {
+        "checkpoint": decision.name,
+        "step": view.name.step,
+        "size": format_bytes(view.archive_bytes),
+        "bytes": view.archive_bytes,
+        "action": decision.action.value,
+        "reason": printable(decision.reason),
+    }
+
+
+def print_plan(uri: str, result: dict[str, Any], num_doomed: int) -> None:
+    """Print what `prune` is about to do."""
+    rows = result["checkpoints"]
+    columns = ["checkpoint", "step", "size", "action", "reason"]
+    print_table(f"Checkpoints in {uri}", rows, columns, NUMBERS)
+    freed = sum(row["bytes"] or 0 for row in rows if row["action"] == Action.DELETE.value)
+    print(f"{num_doomed} to delete, {format_bytes(freed)}.")
+    for note in result["notes"]:
+        print(f"  {printable(note)}")
+
+
+def is_confirmed(count: int, uri: str) -> bool:
+    """Ask the person at the terminal."""
+    answer = input(f"Delete {count} checkpoints from {uri}? Type yes: ")
+    if answer.strip().lower() in ("y", "yes"):
+        return True
+    print("Nothing was deleted.")
+    return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from scripts import prepare_data
+from tests.gcs_server import FakeGcsServer
 
 TINY = (
     "warmup_steps=2",
@@ -60,3 +63,35 @@ def run_train(
             logging.getLogger().removeHandler(handler)
             handler.close()
     logging.captureWarnings(capture=False)
+
+
+@pytest.fixture
+def gcs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unclosed_sockets: None
+) -> Iterator[FakeGcsServer]:
+    """A server with the bucket `runs`, which the google-cloud-storage client talks to."""
+    from google.cloud.storage import retry
+
+    # The client's own pauses between attempts are 1, 2, 4, ... s.
+    fast = retry.DEFAULT_RETRY.with_delay(initial=0.01, maximum=0.05)
+    monkeypatch.setattr(retry, "DEFAULT_RETRY", fast)
+    with FakeGcsServer(tmp_path / "gcs") as server:
+        for key, value in server.client_environment().items():
+            monkeypatch.setenv(key, value)
+        server.create_bucket("runs")
+        yield server
+
+
+@pytest.fixture
+def unclosed_sockets(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Forgive the client that after an error it leaves sockets to the garbage collector.
+
+    They are collected here, so that no later test gets the warning.
+    """
+    request.applymarker(pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"))
+    gc.disable()  # all that the test makes stays in the youngest generation, quick to collect
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect(0)
+    gc.enable()

@@ -87,6 +87,22 @@ def test_a_new_machine_goes_on_from_gs(
     assert "Resumed from checkpoints/checkpoint-epoch0-step4-files0" in told
 
 
+def test_a_bucket_whose_requests_the_project_pays_for_gives_back_what_it_has(
+    run_train: Train, server: FakeGcsServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.create_bucket("paid", writable=True, requester_pays=True)
+    settings = ("data_uri=gs://corpus/data", "checkpoint_uri=gs://paid/a",
+                "gcs_user_project=payer", "upload_transport=python")  # fmt: skip
+    words = ("--max-steps", "3")
+    assert run_train(*words, "--stop-after", "2", settings=settings) == 0
+    capsys.readouterr()
+    assert run_train(*words, folder="another", settings=settings) == ExitCode.PREFLIGHT
+    assert "holds checkpoints of another run" in capsys.readouterr().err
+    assert run_train(*words, "--resume", "latest", folder="new", settings=settings) == 0
+    told = capsys.readouterr().out
+    assert "Resumed from checkpoints/checkpoint-epoch0-step2-files0" in told
+
+
 def test_transient_errors_of_the_bucket_do_not_stop_the_run(
     run_train: Train, server: FakeGcsServer
 ) -> None:

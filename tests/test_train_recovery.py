@@ -23,7 +23,6 @@ from utils.checkpoint_store import verify_checkpoint
 from utils.errors import ExitCode, TransientStorageError
 from utils.layout import find_checkpoints, read_json, read_manifest, write_json
 from utils.metadata import read_metrics
-from utils.transports import BucketTransport
 
 Train = Callable[..., int]
 EVERY_STEP = ("logging_steps=1", "record_batches=true")
@@ -389,18 +388,14 @@ def test_a_bucket_that_is_down_fills_no_disk_and_loses_neither_newest_nor_best(
     run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    put = BucketTransport.put
+    def down(*_: object) -> None:
+        raise TransientStorageError("503 Service Unavailable")
 
-    def down(self: BucketTransport, object_name: str, path: Path) -> None:
-        if object_name.endswith((".tar.gz", ".json")):
-            raise TransientStorageError("503 Service Unavailable")
-        put(self, object_name, path)
-
-    monkeypatch.setattr(BucketTransport, "put", down)
-    monkeypatch.setattr("utils.uploader.FIRST_BACKOFF_SECONDS", 0.01)
     settings = ("save_steps=1", "keep_checkpoints=2", "max_unverified=3",
                 "upload_deadline_seconds=0")  # fmt: skip
-    assert run_train("--max-steps", "12", settings=settings) == ExitCode.NOT_VERIFIED
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.uploader.run_in_process", down)
+        assert run_train("--max-steps", "12", settings=settings) == ExitCode.NOT_VERIFIED
     kept = steps(tmp_path)
     assert kept[-2:] == [11, 12]
     assert 5 <= len(kept) <= 7  # 2 newest, 3 that wait, at most the best and the one in flight
@@ -408,7 +403,6 @@ def test_a_bucket_that_is_down_fills_no_disk_and_loses_neither_newest_nor_best(
     best = views[12]["validation_metrics"]["best_validation_loss"]
     assert best in [view["validation_metrics"]["validation_loss"] for view in views.values()]
     assert "without an upload: more than 3 wait for the bucket" in capsys.readouterr().out
-    monkeypatch.setattr(BucketTransport, "put", put)
     more = ("save_steps=1", "keep_checkpoints=2")
     assert run_train("--max-steps", "13", "--resume", "latest", settings=more) == 0
     cards = {path.stem for path in (tmp_path / "run/bucket/Checkpoints").glob("checkpoint-*.json")}
@@ -526,6 +520,38 @@ def test_skip_leaves_bad_steps_out_and_goes_on(
     assert max(curve.values()) < 10
     events = read_metrics(tmp_path / "run/logs/metrics.jsonl").events
     assert [event["step"] for event in events if event["event"] == "bad_step"] == [3, 5]
+
+
+def read_strict_json(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_an_interval_of_bad_steps_alone_has_no_loss_and_is_resumed(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BadLosses(monkeypatch, {3: float("nan")})
+    settings = (*EVERY_STEP, "bad_step=skip")
+    words = ("--max-steps", "5")
+    assert run_train(*words, "--stop-after", "3", settings=settings) == 0
+    monkeypatch.undo()
+    for last, more in ((3, []), (5, ["--resume", "latest"])):
+        if more:
+            assert run_train(*words, *more, settings=settings) == 0
+        checkpoint = directory(tmp_path) / name(last)
+        history = read_strict_json((checkpoint / "training_metrics.json").read_text())
+        metadata = read_strict_json((checkpoint / "metadata.json").read_text())
+        for known in (history, metadata):
+            assert [loss is None for loss in known["loss_history"]][:3] == [False, False, True]
+            assert len(known["loss_history"]) == last
+        assert history["grad_norms"][2] is None
+        assert (metadata["current_loss"] is None) == (last == 3)
+        assert metadata["validation_metrics"]["loss_trend"] in ("improving", "flat", "worsening")
+    for line in (tmp_path / "run/logs/metrics.jsonl").read_text().splitlines():
+        read_strict_json(line)
+    assert losses(tmp_path)[0] == [1, 2, 4, 5]
 
 
 def test_spikes_are_the_same_after_a_resume(

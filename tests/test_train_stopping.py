@@ -143,29 +143,28 @@ def hold_save() -> None:
 def hold_upload() -> None:
     gate = Gate("upload")
 
-    def wrap(put: Any) -> Any:
-        def held(transport: Any, object_name: str, path: Path) -> None:
-            if object_name.endswith(ARCHIVE_SUFFIX):
-                gate()
-            put(transport, object_name, path)
+    def wrap(run_in_process: Any) -> Any:
+        def held(*arguments: Any) -> Any:
+            gate()
+            return run_in_process(*arguments)
 
         return held
 
-    replace("utils.transports", "BucketTransport.put", wrap)
+    replace("utils.uploader", "run_in_process", wrap)
 
 
-def interrupt_archive() -> None:
-    """Begin to archive only once the uploader is being closed."""
+def interrupt_upload() -> None:
+    """Begin to upload only once the uploader is being closed."""
 
-    def wrap(write_archive: Any) -> Any:
-        def late(checkpoint: Path, manifest: Any, file: Any, is_closing: Any) -> Any:
-            while not is_closing():
+    def wrap(run_in_process: Any) -> Any:
+        def late(job: Any, on_progress: Any, must_end: Any) -> Any:
+            while not must_end():
                 time.sleep(0.005)
-            return write_archive(checkpoint, manifest, file, is_closing)
+            return run_in_process(job, on_progress, must_end)
 
         return late
 
-    replace("utils.uploader", "write_archive", wrap)
+    replace("utils.uploader", "run_in_process", wrap)
 
 
 def hold_evaluation() -> None:
@@ -666,7 +665,7 @@ def test_no_grace_period_saves_and_leaves_the_upload_to_the_next_start(
 
 
 def test_an_archive_that_the_end_interrupts_is_no_failure(start: Start) -> None:
-    trainer = start(hooks=[("interrupt_archive",), ("hold_step", 2)], settings=("grace_seconds=0",))
+    trainer = start(hooks=[("interrupt_upload",), ("hold_step", 2)], settings=("grace_seconds=0",))
     trainer.wait_at("step")
     trainer.stop()
     trainer.let_go("step")
@@ -780,12 +779,12 @@ def test_a_second_signal_leaves_at_once_and_the_next_start_recovers(
     else:
         assert code == ExitCode.SIGNAL_BASE + second
         assert f"Second {second.name}: leaving at once." in trainer.errors
-    left = {"hanging-step": [], "save": [f".saving-{name_of(4)}"]}
-    left["upload"] = [f".saving-{name_of(4)}{ARCHIVE_SUFFIX}"]
+    left = {"hanging-step": [], "save": [f".saving-{name_of(4)}"], "upload": []}
     assert trainer.leftovers == left[gate]
     assert trainer.steps == ([] if gate == "save" else [4])
     assert trainer.lease.exists()
     again = assert_goes_on(start, straight)
+    assert not list(again.paths.checkpoints.glob(".uploading-*"))
     for name in left[gate]:
         assert f"Removing {name}, left by an interrupted" in again.output
     # The dead trainer's hold on the bucket is not waited for.

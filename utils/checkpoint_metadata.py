@@ -27,18 +27,19 @@ def build_metadata(
     """Return what `metadata.json` says of the state as it is."""
     progress = state.progress
     losses = progress.history["loss_history"]
+    recent = losses[-HISTORY_LIMIT:]
     best = progress.best_validation_loss
     return {
         "step": progress.step,
         "epoch": data_state.epoch,
         "current_loss": losses[-1] if losses else None,
         "best_loss": progress.best_loss,
-        "loss_history": losses[-HISTORY_LIMIT:],
+        "loss_history": recent,
         "learning_rates": progress.history["learning_rates"][-HISTORY_LIMIT:],
         "validation_metrics": {
             "current_avg_loss": losses[-1] if losses else None,
             "steps_since_best": progress.step - progress.best_loss_step,
-            "loss_trend": loss_trend(losses),
+            "loss_trend": loss_trend([loss for loss in recent if loss is not None]),
             "validation_loss": progress.validation_loss,
             "perplexity": _perplexity(progress.validation_loss),
             "best_validation_loss": best,

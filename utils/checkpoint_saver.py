@@ -131,10 +131,8 @@ class CheckpointSaver:
         self._commit(files.name, lambda folder: write_files(files, folder), started)
 
     def _stage(self, files: CheckpointFiles, free_memory: int) -> CheckpointFiles | None:
-        if self._warming is not None:
-            self._warming.join()
-            self._warming = None
         for attempt in range(2):
+            self._finish_warming()  # of the block that this attempt writes to
             if self._snapshot is not None:
                 try:
                     staged = self._snapshot.stage(files.tensors)
@@ -163,10 +161,14 @@ class CheckpointSaver:
         self.wait()
         self._release()
 
-    def _release(self) -> None:
+    def _finish_warming(self) -> None:
+        """Wait until nothing writes zeros into the block any more."""
         if self._warming is not None:
             self._warming.join()
             self._warming = None
+
+    def _release(self) -> None:
+        self._finish_warming()
         if self._writer is not None:
             self._writer.close()
             self._writer = None

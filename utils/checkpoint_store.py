@@ -28,6 +28,7 @@ from utils.layout import (
     RANDOM_STATES_PREFIX,
     SAVING_PREFIX,
     SET_ASIDE_FOLDER,
+    UPLOAD_LOCK_PREFIX,
     FileEntry,
     Manifest,
     RunPaths,
@@ -36,7 +37,7 @@ from utils.layout import (
     read_manifest,
 )
 from utils.metadata import find_best, is_verified_in, read_local_checkpoints
-from utils.retention import Action, CheckpointFacts, plan_retention
+from utils.retention import Action, CheckpointFacts, Decision, plan_retention
 from utils.storage import crc32c_of_file, fsync_directory, join_uri
 
 LOCK_SECONDS = 3.0
@@ -96,22 +97,48 @@ def hold_output_directory(paths: RunPaths) -> Iterator[None]:
         LockedError: A live process holds it; the message names it.
     """
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
-    owner = paths.lock.with_suffix(".owner")
     lock = FileLock(paths.lock)
     try:
         # A trainer that was just killed holds it until the last of its threads has ended.
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout as exc:
-        holder = owner.read_text("utf-8").strip() if owner.is_file() else "unknown process"
         raise LockedError(
-            f"{paths.checkpoints} is in use by another trainer ({holder}). "
+            f"{paths.checkpoints} is in use by another trainer ({_read_owner(paths)}). "
             "Wait for it, or choose another --set output_dir or run_name."
         ) from exc
     try:
-        owner.write_text(f"process {os.getpid()} on {platform.node()}\n", "utf-8")
+        _owner_file(paths).write_text(f"process {os.getpid()} on {platform.node()}\n", "utf-8")
         yield
     finally:
         lock.release()
+
+
+def require_no_trainer(paths: RunPaths) -> None:
+    """Refuse while a trainer works in the output directory; nothing is held afterwards.
+
+    Raises:
+        LockedError: A live process holds it; the message names it.
+    """
+    if not paths.lock.exists():
+        return
+    lock = FileLock(paths.lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as exc:
+        raise LockedError(
+            f"{paths.checkpoints} is in use by a trainer ({_read_owner(paths)}). "
+            "Wait for it, or choose another directory: --to DIR."
+        ) from exc
+    lock.release()
+
+
+def _owner_file(paths: RunPaths) -> Path:
+    return paths.lock.with_suffix(".owner")
+
+
+def _read_owner(paths: RunPaths) -> str:
+    owner = _owner_file(paths)
+    return owner.read_text("utf-8").strip() if owner.is_file() else "unknown process"
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -125,10 +152,21 @@ def remove_leftovers(directory: Path) -> None:
         elif path.name.startswith(SAVING_PREFIX) and path.name.endswith(ARCHIVE_SUFFIX):
             log.info("Removing %s, left by an interrupted upload.", path.name)
             path.unlink()
+        elif path.name.startswith(UPLOAD_LOCK_PREFIX):
+            _remove_lock(path)
         elif parse_checkpoint_name(path.name) and not (path / MANIFEST_FILE).is_file():
             # A deletion stopped between its manifest and its name, or a copy by hand is not whole.
             log.warning("%s is incomplete. It was set aside as %s.", path,
                         set_aside(path, directory))  # fmt: skip
+
+
+def _remove_lock(path: Path) -> None:
+    """Remove the lock of an upload, unless it is going on."""
+    lock = FileLock(path)
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=0)
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def set_aside(checkpoint: Path, directory: Path) -> Path:
@@ -158,10 +196,10 @@ def delete_checkpoint(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def apply_retention(
-    directory: Path, journal: Journal, config: TrainingConfig, *, run_id: str, is_uploading_on: bool
-) -> list[str]:
-    """Delete the checkpoints that the retention rules give up; return their names."""
+def retention_decisions(
+    directory: Path, config: TrainingConfig, *, run_id: str, is_uploading_on: bool
+) -> list[Decision]:
+    """Return what the retention rules say of each checkpoint of the run, oldest first."""
     views = [
         view
         for view in read_local_checkpoints(directory)
@@ -181,14 +219,24 @@ def apply_retention(
                 is_uploading=upload in (UploadState.ARCHIVING, UploadState.UPLOADING),
             )
         )
-    deleted = []
-    for decision in plan_retention(
+    return plan_retention(
         facts,
         keep_checkpoints=config.keep_checkpoints,
         max_unverified=config.max_unverified,
         is_uploading_on=is_uploading_on,
         keep_every_steps=config.keep_every_steps,
-    ):
+    )
+
+
+def apply_retention(
+    directory: Path, journal: Journal, config: TrainingConfig, *, run_id: str, is_uploading_on: bool
+) -> list[str]:
+    """Delete the checkpoints that the retention rules give up; return their names."""
+    decisions = retention_decisions(
+        directory, config, run_id=run_id, is_uploading_on=is_uploading_on
+    )
+    deleted = []
+    for decision in decisions:
         if decision.action is Action.KEEP:
             continue
         if decision.action is Action.SUPERSEDE:

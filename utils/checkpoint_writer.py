@@ -11,9 +11,7 @@ progress with it and the next start finds leftovers, never a late checkpoint.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 from multiprocessing.connection import Connection, Pipe
@@ -23,12 +21,9 @@ import torch
 
 from configs.training_config import PROJECT_DIRECTORY
 from utils.checkpoint_files import CheckpointFiles, write_files
+from utils.child_process import live_no_longer_than, step_back
 from utils.layout import Manifest
 from utils.snapshot import HostBlock, TensorSlot, map_leaves
-
-NICENESS = 10
-AUTOGROUP_FILE = Path("/proc/self/autogroup")
-_PR_SET_PDEATHSIG = 1
 
 
 class WriterGoneError(Exception):
@@ -37,14 +32,7 @@ class WriterGoneError(Exception):
 
 def fill_slots(files: CheckpointFiles, block: HostBlock) -> CheckpointFiles:
     """Return the files with the tensors of `block` in place of their slots."""
-    tensors: dict[TensorSlot, torch.Tensor] = {}
-
-    def find(slot: TensorSlot) -> torch.Tensor:
-        if slot not in tensors:
-            tensors[slot] = block.tensor(slot)
-        return tensors[slot]
-
-    return files.with_tensors(map_leaves(files.tensors, TensorSlot, find))
+    return files.with_tensors(map_leaves(files.tensors, TensorSlot, block.tensor))
 
 
 class WriterProcess:
@@ -139,30 +127,11 @@ def serve(connection: Connection, block: HostBlock) -> None:
         connection.send(answer)
 
 
-def _live_no_longer_than(parent: int) -> None:
-    """Have the kernel end this process with the trainer (Linux; elsewhere it hears the hang-up)."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit()
-
-
-def _step_back() -> None:
-    """Take only the cores that training leaves."""
-    with contextlib.suppress(OSError):
-        os.nice(NICENESS)
-    # Linux may schedule each session as a group, and then niceness counts within one alone; the
-    # group of this session has its own (man 7 sched, "The autogroup feature").
-    with contextlib.suppress(OSError):
-        AUTOGROUP_FILE.write_text(str(NICENESS))
-
-
 def main(argv: list[str]) -> None:
     """Entry of the process: CONNECTION BLOCK SIZE PARENT, numbers all of them."""
     connection, block, size, parent = map(int, argv)
-    _live_no_longer_than(parent)
-    _step_back()
+    live_no_longer_than(parent)
+    step_back()
     torch.set_num_threads(1)
     with contextlib.suppress(BrokenPipeError):
         serve(Connection(connection), HostBlock(block, size))

@@ -11,8 +11,9 @@ import argparse
 import logging
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 NOISY_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "google", "matplotlib")
+
+log = logging.getLogger(__name__)
 
 _shared_consoles: dict[bool, Console] = {}
 
@@ -67,7 +70,7 @@ def configure_logging(
     if file is not None and main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
         file_handler = logging.FileHandler(file, encoding="utf-8")
-        file_handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        file_handler.setFormatter(_HarmlessFormatter(LOG_FORMAT))
         root.addHandler(file_handler)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -86,18 +89,38 @@ def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
             log_time_format="%H:%M:%S",
             markup=False,
         )
+        handler.setFormatter(_HarmlessFormatter("%(message)s"))
     else:
         handler = logging.StreamHandler(stream)
         handler.setLevel(level)
-        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        handler.setFormatter(_HarmlessFormatter(LOG_FORMAT))
     return handler
 
 
-class LiveLine:
-    """One line at the bottom of a terminal that follows the run; nothing where there is none."""
+class _HarmlessFormatter(logging.Formatter):
+    """Log lines may quote names and errors that came from outside."""
 
-    def __init__(self, *, enabled: bool = True) -> None:
+    def format(self, record: logging.LogRecord) -> str:
+        return without_control_characters(super().format(record))
+
+
+def without_control_characters(text: str) -> str:
+    """Return text that cannot steer a terminal; its lines stay lines."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+class LiveLine:
+    """One line at the bottom of a terminal that follows what goes on.
+
+    Args:
+        enabled: False shows nothing anywhere.
+        plain_seconds: Without a terminal, log the line this often; None does not.
+    """
+
+    def __init__(self, *, enabled: bool = True, plain_seconds: float | None = None) -> None:
         self._live: Live | None = None
+        self._plain_seconds = plain_seconds if enabled else None
+        self._plain_at = time.monotonic()
         if enabled and sys.stdout.isatty():
             from rich.live import Live
 
@@ -110,6 +133,11 @@ class LiveLine:
             from rich.text import Text
 
             self._live.update(Text(text, style="bold"))
+        elif self._plain_seconds is not None:
+            now = time.monotonic()
+            if now - self._plain_at >= self._plain_seconds:
+                self._plain_at = now
+                log.info("%s", text)
 
     def close(self) -> None:
         """Remove the line."""
@@ -118,11 +146,23 @@ class LiveLine:
             self._live = None
 
 
-def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows with the keys of the first as columns: a table, or plain lines in a pipe."""
+def print_table(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] | None = None,
+    right_aligned: Collection[str] = (),
+) -> None:
+    """Print rows: a table, or plain lines in a pipe.
+
+    Args:
+        title: Shown above.
+        rows: Values by column.
+        columns: Those to show; None for the keys of the first row.
+        right_aligned: Columns of numbers.
+    """
     if not rows:
         return
-    columns = list(rows[0])
+    columns = list(rows[0]) if columns is None else columns
     if not sys.stdout.isatty():
         print(title)
         table_rows = [columns, *([str(row[key]) for key in columns] for row in rows)]
@@ -132,12 +172,18 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
             print(f"  {'  '.join(padded)}".rstrip())
         return
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for column in columns:
-        table.add_column(column)
+        table.add_column(
+            column,
+            justify="right" if column in right_aligned else "left",
+            overflow="fold",
+            no_wrap=column == columns[0],  # it names the row
+        )
     for row in rows:
-        table.add_row(*(str(row[key]) for key in columns))
+        table.add_row(*(Text(str(row[key])) for key in columns))
     get_console().print(table)
 
 
@@ -189,4 +235,4 @@ def _report(message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     sys.stdout.flush()
-    print(message, file=sys.stderr)
+    print(without_control_characters(message), file=sys.stderr)

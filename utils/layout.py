@@ -35,8 +35,10 @@ METRICS_HISTORY_FILE = "training_metrics.json"
 TRAINING_CONFIG_FILE = "training_config.json"
 DATA_STATE_FILE = "data_state.json"
 RANDOM_STATES_PREFIX = "random_states_"
+BATCHES_FILE = "batches.jsonl"
 REMOTE_FOLDER = "Checkpoints"
 ARCHIVE_SUFFIX = ".tar.gz"
+UPLOAD_LOCK_PREFIX = ".uploading-"
 SAVING_PREFIX = ".saving-"
 SET_ASIDE_FOLDER = "set-aside"
 MANIFEST_FORMAT = 1
@@ -133,7 +135,7 @@ class RunPaths:
     @property
     def batches(self) -> Path:
         """Checksums of each step's tokens, where `record_batches` asks for them."""
-        return self.logs / "batches.jsonl"
+        return self.logs / BATCHES_FILE
 
     @property
     def train_log(self) -> Path:

@@ -221,11 +221,20 @@ def read_remote_checkpoints(bucket: Bucket, newest: int | None = None) -> list[C
     views = []
     for name in names[-newest:] if newest else names:
         archive = objects.get(f"{name}{ARCHIVE_SUFFIX}")
-        views.append(_read_card(bucket, name, archive.size if archive else None))
+        views.append(read_remote_checkpoint(bucket, name, archive.size if archive else None))
     return views
 
 
-def _read_card(bucket: Bucket, name: CheckpointName, archive_bytes: int | None) -> CheckpointView:
+def read_remote_checkpoint(
+    bucket: Bucket, name: CheckpointName, archive_bytes: int | None
+) -> CheckpointView:
+    """Return one checkpoint of a bucket as far as its card can be read.
+
+    Args:
+        bucket: The run's bucket.
+        name: The checkpoint's name.
+        archive_bytes: Size of its archive in the bucket, None where there is none.
+    """
     object_name = f"{REMOTE_FOLDER}/{name}.json"
     problem = None if archive_bytes is not None else "its archive is not in the bucket"
     try:
@@ -348,7 +357,7 @@ def append_metrics(path: Path, record: dict[str, Any]) -> None:
     A torn last line, left by a crash, is closed first: it would swallow this record.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"time": utc_now(), **record}) + "\n"
+    line = to_json_text({"time": utc_now(), **record}, indent=None) + "\n"
     with path.open("ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)

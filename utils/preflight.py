@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +33,11 @@ from utils.estimates import estimate_checkpoint_bytes, estimate_training_memory
 from utils.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.machine import available_memory
 from utils.metadata import read_remote_checkpoints
-from utils.resume import Plan, plan_start
+from utils.resume import READ_CARDS, Plan, plan_start
 from utils.shard_index import DataSource, build_shard_index
 from utils.storage import is_gcs_uri, join_uri, open_bucket
 from utils.training_utils import ParameterCounts
-from utils.transports import build_transport
+from utils.transports import TransportOptions, probe_transport
 
 PROBE_RETRY_SECONDS = 4.0
 MEMORY_RESERVE = 0.95
@@ -181,11 +179,19 @@ def check_snapshot(config: TrainingConfig, counts: ParameterCounts) -> Finding:
     )
 
 
-def check_disk(config: TrainingConfig, counts: ParameterCounts) -> Finding:
-    """Compare the space that checkpoints take with what is free."""
+def check_disk(
+    config: TrainingConfig, counts: ParameterCounts, transport: TransportOptions | None = None
+) -> Finding:
+    """Compare the space that checkpoints take with what is free.
+
+    Args:
+        config: The run's configuration.
+        counts: Its model's parameters.
+        transport: The way to the bucket; gsutil's needs room for an archive.
+    """
     one = estimate_checkpoint_bytes(counts.total)
-    # The newest, the best, one being written and one archive.
-    copies = config.keep_checkpoints + 3
+    has_archive = transport is not None and transport.name == "gsutil"
+    copies = config.keep_checkpoints + 2 + has_archive  # the best, and one being written
     folder = RunPaths.of(config).checkpoints.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -193,60 +199,50 @@ def check_disk(config: TrainingConfig, counts: ParameterCounts) -> Finding:
         return Finding("disk", "fail", f"{folder} cannot be written. Set output_dir elsewhere.")
     free = shutil.disk_usage(folder).free
     text = f"{copies} x {format_bytes(one)} for checkpoints, {format_bytes(free)} free in {folder}"
-    if free >= copies * one:
+    waiting = config.max_unverified if transport is not None else 0
+    if free >= (copies + waiting) * one:
         return Finding("disk", "ok", text)
+    if free >= copies * one:
+        text += f"; {waiting} more have no room while the bucket cannot be reached"
+        return Finding("disk", "warn", text)
     return Finding(
         "disk", "fail", f"{text}. Free some, lower keep_checkpoints, or set output_dir elsewhere."
     )
 
 
-def check_upload(config: TrainingConfig, run_id: str | None) -> list[Finding]:
-    """Write, read and delete a small object by the real transport; look for another run's objects.
+def check_upload(
+    config: TrainingConfig, run_id: str | None, scratch: Path
+) -> tuple[TransportOptions | None, list[Finding]]:
+    """Return the transport that can write, read and delete a small object, and what was found.
 
     Args:
         config: The run's configuration.
         run_id: The run that goes on, None for a new one.
+        scratch: Directory for a local archive, where the transport needs one.
     """
     if not config.checkpoint_uri:
-        return [Finding("upload", "warn", "checkpoint_uri is empty: nothing will be uploaded")]
-    uri = join_uri(config.checkpoint_uri, config.run_name)
+        return None, [Finding("upload", "warn", "checkpoint_uri is empty: nothing is uploaded")]
+    wanted = TransportOptions.of(config, scratch)
     try:
-        transport = build_transport(
-            uri, config.upload_transport, config.gcs_user_project or None, PROBE_RETRY_SECONDS
-        )
+        probe = probe_transport(wanted, REMOTE_FOLDER, PROBE_RETRY_SECONDS)
     except StorageError as exc:
-        return [Finding("upload", "fail", str(exc))]
-    probe, token = f"{REMOTE_FOLDER}/.probe-{secrets.token_hex(4)}", secrets.token_bytes(16)
+        return None, [Finding("upload", "fail", _advise(exc, "write", wanted.uri))]
+    return probe.options, [
+        Finding("upload", "ok", f"{wanted.uri} can be written by {probe.options.name}"),
+        *(Finding("upload", "warn", warning) for warning in probe.warnings),
+        *_check_owner(config, wanted.uri, run_id),
+    ]
+
+
+def _check_owner(config: TrainingConfig, uri: str, run_id: str | None) -> list[Finding]:
+    bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
     try:
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(token)
-            file.flush()
-            transport.put(probe, Path(file.name))
-        if transport.read(probe) != token:
-            raise StorageError(f"{uri}: what was written could not be read back.")
-    except StorageError as exc:
-        return [Finding("upload", "fail", _advise(exc, "write", uri))]
-    else:
-        found = [Finding("upload", "ok", f"{uri} can be written by {transport.name}")]
-        return [*found, *_check_delete(transport.delete, probe, uri), *_check_owner(uri, run_id)]
-    finally:
-        transport.close()
-
-
-def _check_delete(delete: Callable[[str], None], probe: str, uri: str) -> list[Finding]:
-    try:
-        delete(probe)
-    except StorageError as exc:
-        return [Finding("upload", "warn", f"{uri}: objects cannot be deleted ({exc})")]
-    return []
-
-
-def _check_owner(uri: str, run_id: str | None) -> list[Finding]:
-    try:
-        remote = read_remote_checkpoints(open_bucket(uri, None, PROBE_RETRY_SECONDS))
+        remote = read_remote_checkpoints(bucket, newest=READ_CARDS)
     except StorageError as exc:
         log.debug("The bucket's checkpoints cannot be listed: %s", exc)
         return []
+    finally:
+        bucket.close()
     owners = {view.manifest.run_id for view in remote if view.manifest} - {run_id}
     if not owners:
         return []
@@ -287,6 +283,23 @@ def plan_run(config: TrainingConfig, paths: RunPaths, resume: str | None, *, fre
     )
 
 
+@dataclass(frozen=True)
+class StartChecks:
+    """What is known before a start.
+
+    Attributes:
+        plan: Where to begin.
+        sources: The sources of data that can be read.
+        findings: What was found, good and bad.
+        transport: The way to the bucket that works; None for none.
+    """
+
+    plan: Plan
+    sources: list[DataSource]
+    findings: list[Finding]
+    transport: TransportOptions | None
+
+
 def check_start(
     config: TrainingConfig,
     paths: RunPaths,
@@ -296,8 +309,8 @@ def check_start(
     resume: str | None,
     *,
     fresh: bool,
-) -> tuple[Plan, list[DataSource], list[Finding]]:
-    """Return where to begin, the sources of data that can be read, and all findings.
+) -> StartChecks:
+    """Return what is known before a start.
 
     Raises:
         UsageError: There is no such checkpoint to resume from.
@@ -314,15 +327,16 @@ def check_start(
     sources, data = read_data(config)
     require_vocabulary(sources, model_config)
     set_special_tokens(config, sources, model_config)
+    transport, uploading = check_upload(config, run_id, paths.checkpoints)
     findings = [
         *resuming,
         *data,
         check_memory(config, model_config, counts, precision),
         check_snapshot(config, counts),
-        check_disk(config, counts),
-        *check_upload(config, run_id),
+        check_disk(config, counts, transport),
+        *uploading,
     ]
-    return plan, sources, findings
+    return StartChecks(plan, sources, findings, transport)
 
 
 def describe_run(

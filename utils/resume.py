@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.archive_reading import OnProgress
 from utils.checkpoint_store import set_aside, verify_checkpoint
-from utils.download import OnProgress, download_checkpoint
+from utils.download import download_checkpoint
 from utils.errors import CheckpointError, StorageError, UsageError
 from utils.journal import Journal
 from utils.layout import (
@@ -68,6 +69,9 @@ class Candidate:
         return f"{self.name} in {self.bucket_uri}" if self.path is None else str(self.path)
 
 
+RemoteCandidate = tuple[CheckpointView, Candidate]
+
+
 @dataclass(frozen=True)
 class Plan:
     """Where a start may begin; nothing has been changed yet.
@@ -79,6 +83,7 @@ class Plan:
         is_older: Whether the candidate is known not to be the newest of its run.
         fresh: Whether what is there is set aside.
         known: Other identities that were seen in the bucket.
+        searched: Where a checkpoint was looked for in vain, "" where none was.
     """
 
     identity: RunIdentity
@@ -87,6 +92,7 @@ class Plan:
     is_older: bool = False
     fresh: bool = False
     known: tuple[RunIdentity, ...] = ()
+    searched: str = ""
 
     @property
     def step(self) -> int:
@@ -138,14 +144,14 @@ def plan_start(
     Args:
         paths: The run's directories.
         resume: latest, best, a step, a name, a path, or one of these behind a bucket's URI; None
-            to begin at step 0.
+            to begin at step 0. Only a name or a path may be of another run than `latest`.
         fresh: Set what is there aside.
         bucket_uri: The bucket that the run uploads to, "" for none.
         open_bucket: Opens a bucket for reading.
 
     Raises:
         UsageError: There is no such checkpoint, or it is not clear which one is meant.
-        StorageError: The bucket that was named cannot be read.
+        StorageError: The bucket that is needed cannot be read.
     """
     if resume is None:
         return Plan(RunIdentity(new_run_id()), fresh=fresh)
@@ -159,33 +165,21 @@ def plan_start(
             raise UsageError(f"--resume {resume}: there is no such directory or bucket.")
         manifest = read_manifest(path)
         name = parse_checkpoint_name(path.name) or CheckpointName(manifest.step, 0, 0)
-        return _plan_local(Candidate(name, manifest.identity, path), [], bucket_uri, open_bucket)
-    if resume == "latest":
-        return _plan_latest(paths, bucket_uri, open_bucket)
+        remote = _read_bucket_or_warn(open_bucket, bucket_uri) if bucket_uri else []
+        found = Candidate(name, manifest.identity, path)
+        return _plan_local(found, [one for _, one in remote])
     local = _local_candidates(paths.checkpoints)
-    views = read_local_checkpoints(paths.checkpoints)
-    try:
-        chosen = select_checkpoint(resume, views)
-    except UsageError:
-        if not bucket_uri:
-            raise
-        remote = _read_bucket_or_warn(open_bucket, bucket_uri)
-        if not remote:
-            raise
-        where = f"{paths.checkpoints} or {bucket_uri}"
-        return _plan_named(resume, remote, where)
-    found = next((one for one in local if one.name == chosen.name), None)
-    if found is None:
-        raise CheckpointError(f"{chosen.name} cannot be used: {chosen.problem}.")
-    return _plan_local(found, local, bucket_uri, open_bucket)
+    # Where nothing is here, a bucket that cannot be read must not look like one that is empty.
+    read = _read_bucket_or_warn if local else _read_bucket
+    remote = read(open_bucket, bucket_uri) if bucket_uri else []
+    if resume == "latest":
+        where = f"{paths.checkpoints} or {bucket_uri}" if bucket_uri else str(paths.checkpoints)
+        return _plan_latest(paths, local, [one for _, one in remote], where)
+    return _plan_chosen(resume, paths, local, remote)
 
 
-def _plan_local(
-    found: Candidate, local: list[Candidate], bucket_uri: str, open_bucket: OpenBucket
-) -> Plan:
+def _plan_local(found: Candidate, others: Sequence[Candidate]) -> Plan:
     """Return a plan for a checkpoint of this machine; newer ones may be in the bucket alone."""
-    remote = _read_bucket_or_warn(open_bucket, bucket_uri) if bucket_uri else []
-    others = [*local, *(one for _, one in remote)]
     return Plan(
         found.identity,
         (found,),
@@ -211,7 +205,7 @@ def _parse_bucket_name(resume: str) -> tuple[str, str] | None:
     return (base, which) if is_bucket else None
 
 
-def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[tuple[CheckpointView, Candidate]]:
+def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[RemoteCandidate]:
     """Return what a bucket has with a usable card, by step."""
     bucket = open_bucket(uri)
     try:
@@ -227,9 +221,7 @@ def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[tuple[CheckpointView
     return found
 
 
-def _read_bucket_or_warn(
-    open_bucket: OpenBucket, uri: str
-) -> list[tuple[CheckpointView, Candidate]]:
+def _read_bucket_or_warn(open_bucket: OpenBucket, uri: str) -> list[RemoteCandidate]:
     try:
         return _read_bucket(open_bucket, uri)
     except StorageError as exc:
@@ -237,17 +229,14 @@ def _read_bucket_or_warn(
         return []
 
 
-def _plan_named(which: str, remote: list[tuple[CheckpointView, Candidate]], where: str) -> Plan:
-    """Return a plan for a checkpoint of a bucket."""
+def _plan_named(which: str, remote: Sequence[RemoteCandidate], where: str) -> Plan:
+    """Return a plan for a checkpoint of a bucket; only a full name says which run is meant."""
     candidates = [candidate for _, candidate in remote]
+    if candidates and parse_checkpoint_name(which) is None:
+        _require_one_run(candidates, where)
     if which == "latest":
         if not candidates:
             raise UsageError(f"There is no complete checkpoint in {where}.")
-        run_ids = sorted({candidate.identity.run_id for candidate in candidates})
-        if len(run_ids) > 1:
-            raise UsageError(
-                f"{where} holds checkpoints of several runs ({', '.join(run_ids)}): name one."
-            )
         identity = _newest_branch(candidates)
         return Plan(identity, _order(candidates, identity), walks_back=True)
     chosen = select_checkpoint(which, [view for view, _ in remote])
@@ -257,34 +246,72 @@ def _plan_named(which: str, remote: list[tuple[CheckpointView, Candidate]], wher
     return Plan(found.identity, (found,), is_older=ahead, known=known)
 
 
-def _plan_latest(paths: RunPaths, bucket_uri: str, open_bucket: OpenBucket) -> Plan:
-    directory = paths.checkpoints
-    local = _local_candidates(directory)
-    # Where nothing is here, a bucket that cannot be read must not look like one that is empty.
-    read = _read_bucket_or_warn if local else _read_bucket
-    remote = [one for _, one in read(open_bucket, bucket_uri)] if bucket_uri else []
-    recorded = read_run_identity(paths)
-    if recorded is not None and any(
-        one.identity.run_id == recorded.run_id for one in (*local, *remote)
-    ):
-        identity = recorded
-    elif local:
-        newest = max(local, key=lambda one: one.name)
-        identity = _newest_branch(
-            [one for one in (*local, *remote) if one.identity.run_id == newest.identity.run_id]
+def _require_one_run(candidates: Iterable[Candidate], where: str) -> str:
+    """Return the run of all candidates, at least one.
+
+    Raises:
+        UsageError: They are of several runs.
+    """
+    run_ids = sorted({one.identity.run_id for one in candidates})
+    if len(run_ids) > 1:
+        raise UsageError(
+            f"{where} holds checkpoints of several runs ({', '.join(run_ids)}): name one."
         )
-    elif remote:
-        run_ids = sorted({one.identity.run_id for one in remote})
-        if len(run_ids) > 1:
-            raise UsageError(
-                f"{bucket_uri} holds checkpoints of several runs ({', '.join(run_ids)}): name one."
-            )
-        identity = _newest_branch(remote)
-    else:
-        where = f"{directory} or {bucket_uri}" if bucket_uri else str(directory)
-        log.info("There is no checkpoint in %s yet: starting at step 0.", where)
-        return Plan(RunIdentity(new_run_id()))
+    return run_ids[0]
+
+
+def _plan_chosen(
+    which: str,
+    paths: RunPaths,
+    local: Sequence[Candidate],
+    remote: Sequence[RemoteCandidate],
+) -> Plan:
+    """Return a plan for a name, or for a step or the best of the run that `latest` goes on with."""
+    views = read_local_checkpoints(paths.checkpoints)
+    others = [*local, *(one for _, one in remote)]
+    if others and parse_checkpoint_name(which) is None:
+        run_id = _find_identity(paths, local, [one for _, one in remote]).run_id
+        # One whose manifest cannot be read is of this run as far as anyone knows.
+        views = [view for view in views if view.manifest is None or view.manifest.run_id == run_id]
+        remote = [pair for pair in remote if pair[1].identity.run_id == run_id]
+    try:
+        chosen = select_checkpoint(which, views)
+    except UsageError:
+        if not remote:
+            raise
+        return _plan_named(which, remote, remote[0][1].bucket_uri)
+    found = next((one for one in local if one.name == chosen.name), None)
+    if found is None:
+        raise CheckpointError(f"{chosen.name} cannot be used: {chosen.problem}.")
+    return _plan_local(found, others)
+
+
+def _plan_latest(
+    paths: RunPaths, local: Sequence[Candidate], remote: Sequence[Candidate], where: str
+) -> Plan:
+    if not local and not remote:
+        return Plan(RunIdentity(new_run_id()), searched=where)
+    identity = _find_identity(paths, local, remote)
     return Plan(identity, _order([*local, *remote], identity), walks_back=True)
+
+
+def _find_identity(
+    paths: RunPaths, local: Sequence[Candidate], remote: Sequence[Candidate]
+) -> RunIdentity:
+    """Return the run and branch that `latest` goes on with; there is at least one candidate.
+
+    Raises:
+        UsageError: Nothing is here, and the bucket holds several runs.
+    """
+    both = [*local, *remote]
+    recorded = read_run_identity(paths)
+    if recorded is not None and any(one.identity.run_id == recorded.run_id for one in both):
+        return recorded
+    if local:
+        run_id = max(local, key=lambda one: one.name).identity.run_id
+    else:
+        run_id = _require_one_run(remote, remote[0].bucket_uri)
+    return _newest_branch([one for one in both if one.identity.run_id == run_id])
 
 
 def _local_candidates(directory: Path) -> list[Candidate]:
@@ -425,6 +452,8 @@ def _branches_taken(plan: Plan, paths: RunPaths, run_id: str) -> set[int]:
 
 def fresh_start(plan: Plan, paths: RunPaths) -> Start:
     """Return the start of a new run at step 0."""
+    if plan.searched:
+        log.info("There is no checkpoint in %s yet: starting at step 0.", plan.searched)
     names = find_checkpoints(paths.checkpoints)
     return Start(plan.identity, obsolete={str(name): "a new run begins" for name in names})
 

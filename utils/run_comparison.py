@@ -12,19 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoint_store import verify_checkpoint
-from utils.layout import (
-    DATA_STATE_FILE,
-    RANDOM_STATES_PREFIX,
-    read_json,
-)
+from utils.layout import BATCHES_FILE, DATA_STATE_FILE, RANDOM_STATES_PREFIX, read_json
 from utils.metadata import read_metrics
 from utils.started_runs import read_records
 
 COMPARED_METRICS = ("loss", "grad_norm", "learning_rate", "validation_loss")
 TENSOR_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl")
 STRAIGHT, INTERRUPTED = "straight", "interrupted"  # what the two runs are called
-BATCHES_FILE = "batches.jsonl"
-SHOWN_DIFFERENCES = 5
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,6 @@ from utils.errors import CheckpointError, ExitCode, SaveError
 from utils.grace import describe_outcome, plan_grace
 from utils.journal import Journal
 from utils.layout import (
-    CheckpointName,
     Manifest,
     RunIdentity,
     RunPaths,
@@ -32,8 +32,7 @@ from utils.layout import (
     read_manifest,
 )
 from utils.machine import available_memory
-from utils.storage import join_uri
-from utils.transports import build_transport
+from utils.transports import TransportOptions
 from utils.uploader import Uploader, find_unfinished
 
 RETRY_SECONDS = 60.0
@@ -50,6 +49,7 @@ class RunSaving:
         paths: Its directories.
         identity: Run and branch that it writes to.
         device: Where the state's tensors are.
+        transport: The way to the bucket; None uploads nothing.
         background_upload: False uploads before `save` returns.
     """
 
@@ -60,13 +60,14 @@ class RunSaving:
         identity: RunIdentity,
         device: torch.device,
         *,
+        transport: TransportOptions | None = None,
         background_upload: bool = True,
     ) -> None:
         self._config, self._paths, self._identity = config, paths, identity
         self._journal = Journal(paths.journal)
         self._uploader: Uploader | None = None
-        if config.checkpoint_uri:
-            self._uploader = self._build_uploader(background_upload)
+        if transport is not None:
+            self._uploader = self._build_uploader(transport)
         self._waits_for_uploads = not background_upload
         self._saver = CheckpointSaver(
             paths.checkpoints, device, self._after_commit, background=config.background_save
@@ -87,6 +88,8 @@ class RunSaving:
         self._saver.save(files, _usable_memory())
         if self._waits_for_uploads:
             self._saver.wait()
+            if self._uploader is not None:
+                self._uploader.drain(math.inf, log.debug)
 
     def fence(self) -> None:
         """Call before the optimizer changes the state."""
@@ -132,7 +135,6 @@ class RunSaving:
             sorted(pending, key=lambda item: item[0]),
         )
         log.info("%s", plan.describe())
-        uploader.newest_first = True
 
     def finish(
         self,
@@ -164,12 +166,10 @@ class RunSaving:
         if uploader.pending:
             log.info("Waiting up to %s for %d uploads.", format_duration(upload_seconds),
                      len(uploader.pending))  # fmt: skip
-        left = uploader.drain(
-            upload_seconds, lambda names: live.show(f"uploading {', '.join(names)}"), must_leave
-        )
+        left = uploader.drain(upload_seconds, live.show, must_leave)
         is_leaving = is_leaving or must_leave()
         self.apply_retention()
-        missing = [*left, *uploader.failures]
+        missing = list(dict.fromkeys([*left, *uploader.failures]))
         if is_leaving:
             log.info(
                 "%s", describe_outcome(str(saved) if saved else None, uploader.verified, missing)
@@ -212,13 +212,15 @@ class RunSaving:
 
     def apply_retention(self) -> None:
         """Let go of the checkpoints that the retention rules give up."""
-        apply_retention(
+        deleted = apply_retention(
             self._paths.checkpoints,
             self._journal,
             self._config,
             run_id=self._identity.run_id,
             is_uploading_on=self._uploader is not None,
         )
+        if self._uploader is not None:
+            self._uploader.forget(deleted)
 
     def close(self) -> None:
         """Let a save in progress finish, then stop every thread and process."""
@@ -226,24 +228,19 @@ class RunSaving:
         if self._uploader is not None:
             self._uploader.close()
 
-    @property
-    def last_committed(self) -> CheckpointName | None:
-        """The newest checkpoint that this start has committed."""
-        return self._saver.last_committed
-
     def _after_commit(self, checkpoint: Path) -> None:
         if self._uploader is not None:
             self._uploader.submit(checkpoint)
         self.apply_retention()
 
-    def _build_uploader(self, background: bool) -> Uploader:
-        config = self._config
-        transport = build_transport(
-            join_uri(config.checkpoint_uri, config.run_name),
-            config.upload_transport,
-            config.gcs_user_project or None,
+    def _build_uploader(self, transport: TransportOptions) -> Uploader:
+        self._journal.compact()
+        uploader = Uploader(
+            transport,
+            self._journal,
+            compression=self._config.upload_compression,
+            sweeps=True,
         )
-        uploader = Uploader(transport, self._journal, background=background)
         for checkpoint in find_unfinished(self._paths.checkpoints, self._journal, transport.uri):
             uploader.submit(checkpoint)
         return uploader

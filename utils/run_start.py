@@ -20,6 +20,7 @@ from utils.console import LiveLine, format_bytes
 from utils.data_state import DataState
 from utils.errors import CheckpointError, ConfigError, StorageError, UnreadableCheckpointError
 from utils.layout import TRAINING_CONFIG_FILE, Manifest, RunPaths, read_json
+from utils.storage import open_bucket
 from utils.training_utils import TrainState
 
 log = logging.getLogger("train")
@@ -73,7 +74,7 @@ def begin(
     if not plan.candidates:
         return Beginning(resume.fresh_start(plan, paths))
     for candidate in plan.candidates:
-        found = ranks.compute_on_main(lambda c=candidate: _obtain(plan, c, paths, consent))  # type: ignore[misc]
+        found = ranks.compute_on_main(lambda c=candidate: _obtain(plan, c, paths, config, consent))  # type: ignore[misc]
         if found is None:
             continue
         checkpoint, manifest = found
@@ -93,7 +94,11 @@ def begin(
 
 
 def _obtain(
-    plan: resume.Plan, candidate: resume.Candidate, paths: RunPaths, consent: Consent
+    plan: resume.Plan,
+    candidate: resume.Candidate,
+    paths: RunPaths,
+    config: TrainingConfig,
+    consent: Consent,
 ) -> tuple[Path, Manifest] | None:
     """Return a verified directory; None where it cannot be used and the next may be tried."""
     live = LiveLine(enabled=True)
@@ -105,7 +110,11 @@ def _obtain(
         if candidate.path is None:
             log.info("Bringing %s.", candidate)
         return resume.obtain(
-            candidate, paths, on_progress=show, forgive_random_states=consent.missing_random_state
+            candidate,
+            paths,
+            on_progress=show,
+            forgive_random_states=consent.missing_random_state,
+            open_bucket=lambda uri: open_bucket(uri, config.gcs_user_project or None),
         )
     except (CheckpointError, StorageError) as exc:
         if not plan.walks_back:

@@ -206,8 +206,8 @@ class RunWatcher:
         problems = self._read_files()
         record = self._last_record("loss")
         metrics = Metrics.of({**record, **self._last_record("validation_loss")})
-        if metrics.loss is not None and not math.isfinite(metrics.loss):
-            problems.append(f"the loss of step {record['step']} is {metrics.loss}")
+        if "loss" in record and (metrics.loss is None or not math.isfinite(metrics.loss)):
+            problems.append(f"the loss of step {record['step']} is not finite")
         events, silent_seconds = self._metrics.events, self._silent_seconds()
         starts = [event for event in events if event["event"] in START_EVENTS]
         start = starts[-1] if starts else {}

@@ -253,6 +253,16 @@ def wait_until_gone(family: Sequence[psutil.Process], seconds: float) -> list[ps
     return left
 
 
+def find_marked(variable: str, value: str) -> list[psutil.Process]:
+    """Return every process that was started, by whomever, with this environment variable."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(variable) == value:
+                found.append(process)
+    return found
+
+
 def _is_running(process: psutil.Process) -> bool:
     try:
         # A zombie whose other threads still end (one waits for the disk) holds its files and locks.

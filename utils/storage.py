@@ -17,11 +17,13 @@ import base64
 import contextlib
 import os
 import shutil
+import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import google_crc32c
 
@@ -41,9 +43,14 @@ from utils.errors import (
 
 READ_BLOCK_BYTES = 4 * 2**20
 TEMPORARY_PREFIX = ".tmp-"
+STREAM_SUFFIX = ".part"
 CONNECT_TIMEOUT_SECONDS = 10.0
 READ_TIMEOUT_SECONDS = 60.0
 DEFAULT_RETRY_SECONDS = 120.0
+POOL_CONNECTIONS = 32
+SEND_BLOCK_BYTES = 256 * 1024
+SYNC_BYTES = 64 * 2**20
+STREAM_CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,56 @@ class ObjectInfo:
         name: Name relative to the bucket's prefix, with `/` separators.
         size: Bytes.
         crc32c: Base64 checksum, or None where the bucket keeps none (directories).
-        generation: The object's generation on gs://, None for directories.
+        generation: What tells versions of it apart: its generation on gs://, the time of its last
+            change (ns) in a directory; None where unknown.
     """
 
     name: str
     size: int
     crc32c: str | None = None
     generation: int | None = None
+
+
+class Meter:
+    """Counts bytes on their way to a bucket and holds them to a rate; threads may share one.
+
+    Args:
+        bytes_per_second: The rate; None for as fast as it goes.
+    """
+
+    def __init__(self, bytes_per_second: float | None = None) -> None:
+        self.sent = 0
+        """Bytes so far, with those that had to be sent again."""
+        self.signs_of_life = 0
+        """Changes while something is done that sends no bytes of its own."""
+        self._rate = bytes_per_second
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+
+    def pass_on(self, count: int) -> None:
+        """Count bytes that are about to be sent; wait until the rate allows them."""
+        with self._lock:
+            self.sent += count
+            if self._rate is None:
+                return
+            now = time.monotonic()
+            self._free_at = max(now, self._free_at) + count / self._rate
+            wait = self._free_at - now
+        time.sleep(wait)
+
+    def count(self, count: int) -> None:
+        """Count bytes that another process has sent."""
+        with self._lock:
+            self.sent += count
+
+    def show_life(self) -> None:
+        """Say that something is going on."""
+        with self._lock:
+            self.signs_of_life += 1
+
+
+WriteStream = Callable[[IO[bytes]], object]
+"""Writes an object's bytes into the binary file that it is given."""
 
 
 class Bucket(Protocol):
@@ -88,6 +138,21 @@ class Bucket(Protocol):
 
     def put_file(self, name: str, path: Path) -> ObjectInfo:
         """Upload the file and return what the bucket then holds under `name`."""
+
+    def put_stream(self, name: str, write: WriteStream, expected: ObjectInfo | None) -> None:
+        """Write what `write` writes, where the bucket still holds `expected`; whole or not at all.
+
+        Args:
+            name: Object name.
+            write: Called once.
+            expected: From `stat`; None where there is to be no object.
+
+        Raises:
+            ConflictError: Another version is there, or none; it was not changed.
+        """
+
+    def copy(self, name: str, target: str) -> None:
+        """Copy an object within the bucket; the bytes do not leave it."""
 
     def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
         """Write a small object."""
@@ -120,6 +185,9 @@ class Bucket(Protocol):
             ConflictError: Another version is there; it was left.
         """
 
+    def deletion_notes(self) -> Sequence[str]:
+        """Say what the bucket does with objects that are deleted, a sentence each."""
+
     def close(self) -> None:
         """Release connections."""
 
@@ -134,12 +202,13 @@ def crc32c_of_bytes(data: bytes) -> str:
     return encode_crc32c(google_crc32c.value(data))
 
 
-def crc32c_of_file(path: Path) -> str:
-    """Return the base64 crc32c of a file's bytes."""
+def crc32c_of_file(path: Path, on_block: Callable[[], None] = lambda: None) -> str:
+    """Return the base64 crc32c of a file's bytes; `on_block` is called now and then."""
     checksum = 0
     with path.open("rb") as file:
         while block := file.read(READ_BLOCK_BYTES):
             checksum = google_crc32c.extend(checksum, block)
+            on_block()
     return encode_crc32c(checksum)
 
 
@@ -170,7 +239,10 @@ def normalize_uri(uri: str) -> str:
 
 
 def open_bucket(
-    uri: str, user_project: str | None = None, retry_seconds: float = DEFAULT_RETRY_SECONDS
+    uri: str,
+    user_project: str | None = None,
+    retry_seconds: float = DEFAULT_RETRY_SECONDS,
+    meter: Meter | None = None,
 ) -> Bucket:
     """Return the bucket behind a URI.
 
@@ -178,15 +250,16 @@ def open_bucket(
         uri: `gs://bucket/prefix` or a directory.
         user_project: Project that pays for requests (requester-pays buckets).
         retry_seconds: How long a gs:// operation is retried on transient errors.
+        meter: Told of all bytes that are sent.
 
     Raises:
         UsageError: The URI is empty or of an unknown scheme.
     """
     if is_gcs_uri(uri):
-        return GcsBucket(uri, user_project, retry_seconds)
+        return GcsBucket(uri, user_project, retry_seconds, meter or Meter())
     if not uri or "://" in uri:
         raise UsageError(f"{uri!r} is not a bucket: use gs://bucket/prefix or a directory.")
-    return DirectoryBucket(Path(uri))
+    return DirectoryBucket(Path(uri), meter)
 
 
 class DirectoryBucket:
@@ -197,9 +270,10 @@ class DirectoryBucket:
     version within the same millisecond may both succeed where it has no `flock`.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, meter: Meter | None = None) -> None:
         self.root = root.expanduser().absolute()
         self.uri = str(self.root)
+        self._meter = meter or Meter()
 
     def _path(self, name: str) -> Path:
         pure = PurePosixPath(name)
@@ -226,17 +300,18 @@ class DirectoryBucket:
                 yield info
 
     def stat(self, name: str) -> ObjectInfo | None:
-        """Return the object's size, or None; directories keep no checksum."""
+        """Return the object's size and time, or None; directories keep no checksum."""
         path = self._path(name)
         with contextlib.suppress(ObjectNotFoundError), self._mapped_errors(name):
             if path.is_file():
-                return ObjectInfo(name, path.stat().st_size)
+                facts = path.stat()
+                return ObjectInfo(name, facts.st_size, None, facts.st_mtime_ns)
         return None
 
     def crc32c(self, name: str) -> str:
         """Return the checksum of the file's bytes, read from the directory."""
         with self._mapped_errors(name):
-            return crc32c_of_file(self._path(name))
+            return crc32c_of_file(self._path(name), self._meter.show_life)
 
     def read_bytes(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """Return the object's bytes, or `length` of them from `start`."""
@@ -269,6 +344,44 @@ class DirectoryBucket:
                 temporary.unlink(missing_ok=True)
         return ObjectInfo(name, target.stat().st_size, crc32c_of_file(target))
 
+    def put_stream(self, name: str, write: WriteStream, expected: ObjectInfo | None) -> None:
+        """Write into a temporary file, sync it, rename it where `expected` is still there.
+
+        The temporary name belongs to the object: what a killed writer left is written over.
+        """
+        target = self._path(name)
+        temporary = self._temporary(target)
+        with self._mapped_errors(name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = temporary.open("wb")
+        metered: Any = _MeteredFile(file, self._meter)
+        sink: Any = _StreamSink(metered, lambda: self._mapped_errors(name))
+        try:
+            write(sink)
+            with self._mapped_errors(name):
+                file.close()
+                with _alone_in(target.parent):
+                    if _version(self.stat(name)) != _version(expected):
+                        raise ConflictError(f"{target} was changed by another process.")
+                    self._commit(temporary, target)
+        finally:
+            with contextlib.suppress(OSError):
+                file.close()
+            temporary.unlink(missing_ok=True)
+
+    def copy(self, name: str, target: str) -> None:
+        """Copy an object within the directory."""
+        self.put_file(target, self._path(name))
+
+    def remove_unfinished(self, folder: str, keep: frozenset[str]) -> None:
+        """Remove what killed streams left in a folder, but for the objects in `keep`."""
+        spared = {self._temporary(self._path(name)).name for name in keep}
+        with self._mapped_errors(folder):
+            directory = self._path(folder)
+            for path in directory.glob(f"{TEMPORARY_PREFIX}*{STREAM_SUFFIX}"):
+                if path.name not in spared:
+                    path.unlink(missing_ok=True)
+
     def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
         """Write a small object."""
         target = self._path(name)
@@ -290,6 +403,7 @@ class DirectoryBucket:
     def put_bytes_if(self, name: str, data: bytes, expected: ObjectInfo | None) -> ObjectInfo:
         """Write a small object where the directory still holds `expected`."""
         target = self._path(name)
+        self._meter.pass_on(len(data))
         with self._mapped_errors(name):
             target.parent.mkdir(parents=True, exist_ok=True)
             with _alone_in(target.parent):
@@ -316,8 +430,16 @@ class DirectoryBucket:
                     self._require_version(name, expected)
                     target.unlink()
 
+    def deletion_notes(self) -> Sequence[str]:
+        """Say that a directory keeps nothing."""
+        return ["A directory: what is deleted is gone at once."]
+
     def close(self) -> None:
         """Nothing to release."""
+
+    @staticmethod
+    def _temporary(target: Path) -> Path:
+        return target.with_name(f"{TEMPORARY_PREFIX}{target.name}{STREAM_SUFFIX}")
 
     def _require_version(self, name: str, expected: ObjectInfo) -> None:
         try:
@@ -387,9 +509,58 @@ def _alone_in(directory: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def _version(info: ObjectInfo | None) -> tuple[int, int | None] | None:
+    return None if info is None else (info.size, info.generation)
+
+
 def _raise_unless_gone(error: OSError) -> None:
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error
+
+
+class _MeteredFile:
+    """A binary file that is written to in blocks, each of them metered.
+
+    It is synced on the way: what is metered has arrived, but for the last bytes, and one sync at
+    the end would take long without a sign of life.
+    """
+
+    def __init__(self, file: IO[bytes], meter: Meter) -> None:
+        self._file, self._meter = file, meter
+        self._unsynced = 0
+
+    def write(self, data: bytes) -> int:
+        view = memoryview(data)
+        for start in range(0, len(view), SEND_BLOCK_BYTES):
+            block = view[start : start + SEND_BLOCK_BYTES]
+            self._meter.pass_on(len(block))
+            self._file.write(block)
+            self._unsynced += len(block)
+        if self._unsynced >= SYNC_BYTES:
+            self._unsynced = 0
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return len(view)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+class _StreamSink:
+    """What a stream is written into: its errors are the bucket's, those of the writer pass by."""
+
+    def __init__(
+        self, file: IO[bytes], mapped_errors: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> None:
+        self._file, self._mapped_errors = file, mapped_errors
+
+    def write(self, data: bytes) -> int:
+        with self._mapped_errors():
+            return self._file.write(data)
+
+    def flush(self) -> None:
+        with self._mapped_errors():
+            self._file.flush()
 
 
 class GcsBucket:
@@ -399,13 +570,15 @@ class GcsBucket:
     there are none; `STORAGE_EMULATOR_HOST` is honoured by the client itself.
     """
 
-    def __init__(self, uri: str, user_project: str | None, retry_seconds: float) -> None:
+    def __init__(
+        self, uri: str, user_project: str | None, retry_seconds: float, meter: Meter
+    ) -> None:
         bucket_name, _, prefix = uri.removeprefix("gs://").partition("/")
         if not bucket_name:
             raise UsageError(f"{uri!r} names no bucket: use gs://bucket/prefix.")
         self.uri = uri.rstrip("/")
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        self._client = _build_gcs_client()
+        self._client = _build_gcs_client(meter)
         self._bucket = self._client.bucket(bucket_name, user_project=user_project)
         self._options = _gcs_request_options(retry_seconds)
 
@@ -463,6 +636,52 @@ class GcsBucket:
             blob.upload_from_filename(str(path), checksum="crc32c", **self._options)
         return self._info(blob)
 
+    def put_stream(self, name: str, write: WriteStream, expected: ObjectInfo | None) -> None:
+        """Write as one resumable upload, chunk by chunk."""
+        with self._mapped_errors(name):
+            writer = self._bucket.blob(self._prefix + name).open(
+                "wb",
+                chunk_size=STREAM_CHUNK_BYTES,
+                ignore_flush=True,
+                if_generation_match=_generation(expected),
+                checksum="crc32c",
+                **self._options,
+            )
+        sink: Any = _StreamSink(writer, lambda: self._mapped_errors(name))
+        try:
+            write(sink)
+            with self._mapped_errors(name):
+                writer.close()
+        except BaseException:
+            # Or the garbage collector would close it: send the rest, and commit. (`terminate` of
+            # version 3.17 asks the wrong address; the service drops the session after a week.)
+            writer._buffer.close()  # noqa: SLF001
+            raise
+
+    def compose(
+        self, name: str, parts: Sequence[ObjectInfo], expected: ObjectInfo | None
+    ) -> ObjectInfo:
+        """Join up to 32 objects of the bucket to one, where it still holds `expected`."""
+        with self._mapped_errors(name):
+            blob = self._bucket.blob(self._prefix + name)
+            blob.compose(
+                [self._bucket.blob(self._prefix + part.name) for part in parts],
+                if_source_generation_match=[part.generation for part in parts],
+                if_generation_match=_generation(expected),
+                **self._options,
+            )
+        return self._info(blob)
+
+    def copy(self, name: str, target: str) -> None:
+        """Copy an object within the bucket."""
+        with self._mapped_errors(name):
+            source = self._bucket.blob(self._prefix + name)
+            token, *_ = (blob := self._bucket.blob(self._prefix + target)).rewrite(
+                source, **self._options
+            )
+            while token is not None:
+                token, *_ = blob.rewrite(source, token=token, **self._options)
+
     def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
         """Write a small object."""
         with self._mapped_errors(name):
@@ -508,6 +727,15 @@ class GcsBucket:
             if self.stat(name) is not None:  # none: gone before, or the first answer was lost
                 raise
 
+    def deletion_notes(self) -> Sequence[str]:
+        """Say what the bucket's settings do with objects that are deleted."""
+        try:
+            with self._mapped_errors(""):
+                self._bucket.reload(**self._options)
+        except StorageError as exc:
+            return [f"The settings of {self.uri} cannot be read: {exc}"]
+        return _describe_deletion(self._bucket)
+
     def close(self) -> None:
         """Close the client's connections."""
         self._client.close()
@@ -535,7 +763,41 @@ def _generation(expected: ObjectInfo | None) -> int:
     return expected.generation
 
 
-def _build_gcs_client() -> Any:
+def _describe_deletion(bucket: Any) -> list[str]:
+    """Say what the settings of a bucket do with objects that are deleted."""
+    notes = []
+    if bucket.retention_period:
+        lock = "locked" if bucket.retention_policy_locked else "not locked"
+        notes.append(
+            f"Retention policy ({lock}): objects younger than {_days(bucket.retention_period)} "
+            "cannot be deleted."
+        )
+    if bucket.default_event_based_hold:
+        notes.append("New objects are held: none can be deleted until its hold is released.")
+    if bucket.object_retention_mode:
+        notes.append("Objects may have a retention of their own, until which they stay.")
+    soft_delete = bucket.soft_delete_policy.retention_duration_seconds
+    if soft_delete:
+        notes.append(
+            f"Soft deletion: what is deleted can be restored for {_days(soft_delete)}, and is paid "
+            "for until then."
+        )
+    if bucket.versioning_enabled:
+        notes.append(
+            "Object versioning: what is deleted stays as an older version, and is paid for."
+        )
+    rules = list(bucket.lifecycle_rules)
+    if rules:
+        actions = sorted({str(rule.get("action", {}).get("type")) for rule in rules})
+        notes.append(f"Lifecycle rules: {len(rules)} ({', '.join(actions)}).")
+    return notes or ["What is deleted is gone at once: no retention, soft deletion or versions."]
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / 86400:g} days"
+
+
+def _build_gcs_client(meter: Meter) -> Any:
     # Or the client's first use asks for the bucket's own metadata in a thread nobody waits for.
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     import google.auth
@@ -543,12 +805,53 @@ def _build_gcs_client() -> Any:
     from google.cloud import storage
 
     if os.environ.get("STORAGE_EMULATOR_HOST"):
-        return storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT", "emulator"))
-    try:
-        credentials, project = google.auth.default(scopes=storage.Client.SCOPE[:1])
-    except google.auth.exceptions.DefaultCredentialsError:
-        return storage.Client.create_anonymous_client()
-    return storage.Client(project=project or "none", credentials=credentials)
+        client = storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT", "emulator"))
+    else:
+        try:
+            credentials, project = google.auth.default(scopes=storage.Client.SCOPE[:1])
+            client = storage.Client(project=project or "none", credentials=credentials)
+        except google.auth.exceptions.DefaultCredentialsError:
+            client = storage.Client.create_anonymous_client()
+    adapter = _build_adapter(meter)
+    for scheme in ("https://", "http://"):
+        client._http.mount(scheme, adapter)  # noqa: SLF001 - its session, there is no other way
+    return client
+
+
+class _MeteredBody:
+    """The body of a request, read block by block as it is sent."""
+
+    def __init__(self, data: bytes, meter: Meter) -> None:
+        self._data, self._meter, self._position = memoryview(data), meter, 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def read(self, size: int = SEND_BLOCK_BYTES) -> bytes:
+        block = self._data[self._position : self._position + size]
+        self._position += len(block)
+        self._meter.pass_on(len(block))
+        return bytes(block)
+
+
+def _build_adapter(meter: Meter) -> Any:
+    """Return what sends the bodies of requests in blocks.
+
+    A body that is sent in one call has to be gone within the timeout, so that a slow line would
+    look like a dead one. In blocks, the timeout is for each of them.
+    """
+    from requests.adapters import HTTPAdapter
+
+    class Adapter(HTTPAdapter):  # type: ignore[misc]
+        def init_poolmanager(self, *args: Any, **kwargs: Any) -> Any:
+            return super().init_poolmanager(*args, blocksize=SEND_BLOCK_BYTES, **kwargs)
+
+        def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(request.body, bytes):
+                request.body = _MeteredBody(request.body, meter)
+            return super().send(request, *args, **kwargs)
+
+    return Adapter(pool_maxsize=POOL_CONNECTIONS)
 
 
 def _gcs_request_options(retry_seconds: float) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from configs.training_config import TrainingConfig
-from utils import checkpoint_utils, ranks, resume, run_start, tracking
+from utils import bad_steps, checkpoint_utils, ranks, resume, run_start, tracking
 from utils.console import LiveLine, format_duration
 from utils.data_state import DataState
 from utils.data_utils import BatchLoader, SampleReader, ValidationData
@@ -52,8 +52,9 @@ from utils.training_utils import (
     set_determinism,
     train_step,
 )
+from utils.transports import TransportOptions
 
-BAD_STEP_SPAN = 1000
+WAIT_LINE_SECONDS = 30.0
 SNAPSHOT_MARGIN_BYTES = 2**20
 LEAVING_SHARE = 0.1  # of the grace period, for ending threads and releasing what is held
 
@@ -72,6 +73,7 @@ class TrainingRun:
         accelerator: This process among the ranks.
         stop: Asked between two steps.
         consent: What is accepted that a resume would refuse.
+        transport: The way to the bucket; None uploads nothing.
         background_upload: False uploads within `save`.
     """
 
@@ -86,6 +88,7 @@ class TrainingRun:
         stop: StopRequest,
         consent: Consent,
         *,
+        transport: TransportOptions | None = None,
         background_upload: bool = True,
     ) -> None:
         self.config, self.paths, self.stop = config, paths, stop
@@ -115,7 +118,7 @@ class TrainingRun:
             for name in sources[0].index.tokenizer_files
             if self._is_main
         }
-        self._background_upload = background_upload
+        self._transport, self._background_upload = transport, background_upload
         self._saving: RunSaving | None = None
         self._loader: BatchLoader | None = None
         self._live = LiveLine(enabled=False)
@@ -167,6 +170,7 @@ class TrainingRun:
                 self.paths,
                 self.start.identity,
                 self._accelerator.device,
+                transport=self._transport,
                 background_upload=self._background_upload,
             )
             self._saving.prepare(self._snapshot_bytes())
@@ -296,15 +300,7 @@ class TrainingRun:
 
     def _handle_bad_step(self, verdict: Verdict) -> None:
         config, progress = self.config, self.state.progress
-        behind = (progress.step - verdict.step) * self._global_batch
-        record = {
-            "step": verdict.step,
-            "kind": verdict.kind,
-            "loss": verdict.loss if math.isfinite(verdict.loss) else None,
-            "grad_norm": verdict.grad_norm if math.isfinite(verdict.grad_norm) else None,
-            "policy": config.bad_step,
-            "sample_index": progress.sample_index - behind - self._global_batch,
-        }
+        record = bad_steps.describe(verdict, progress, config.bad_step)
         progress.bad_steps.append(record)
         if self._is_main:
             append_metrics(self.paths.metrics, {"event": "bad_step", **record})
@@ -312,27 +308,17 @@ class TrainingRun:
             "Step %d is bad: %s (loss %.4g, gradient norm %.4g). Its update is left out.",
             verdict.step, verdict.kind, verdict.loss, verdict.grad_norm,
         )  # fmt: skip
-        recent = [bad for bad in progress.bad_steps if bad["step"] > verdict.step - BAD_STEP_SPAN]
-        if config.bad_step != "stop" and len(recent) > config.max_bad_steps:
-            self._fail(DivergenceError(
-                f"{len(recent)} of the last {BAD_STEP_SPAN} steps were bad (max_bad_steps is "
-                f"{config.max_bad_steps}). Lower learning_rate, or resume from an older "
-                "checkpoint."
-            ))  # fmt: skip
-        elif config.bad_step == "stop":
-            self._fail(DivergenceError(
-                f"Step {verdict.step} was bad: {verdict.kind} loss or gradients. Its update was "
-                "left out and the state is saved. Go on behind its samples with --resume latest, "
-                "and let later ones pass with --set bad_step=skip or rollback."
-            ))  # fmt: skip
+        error = bad_steps.find_divergence(verdict, progress, config)
+        if error is not None:
+            self._fail(error)
         elif config.bad_step == "rollback":
             self._rollback_from = verdict
 
     def _roll_back(self, verdict: Verdict) -> None:
         """Bring back the newest checkpoint and go on behind the samples of the bad step."""
         self._rollback_from = None
-        state, bad_steps = self.state, self.state.progress.bad_steps
-        position = bad_steps[-1]["sample_index"] + self._global_batch
+        state, known = self.state, self.state.progress.bad_steps
+        position = known[-1]["sample_index"] + self._global_batch
         if self._loader is not None:
             self._loader.close()
             self._loader = None
@@ -354,7 +340,7 @@ class TrainingRun:
         checkpoint_utils.restore_state(state, saved, self.config)
         skipped = position - state.progress.sample_index
         state.progress.sample_index = position
-        state.progress.bad_steps = bad_steps
+        state.progress.bad_steps = known
         self._saved_step = state.progress.step
         tracking.record_rollback(accelerator, self.paths.logs, state.progress.step)
         self._reader = self._build_reader()
@@ -492,31 +478,29 @@ class TrainingRun:
         Raises:
             PretrainError: What ended this start before its time; the state is saved.
         """
-        reason, requested_at = self.stop.reason, self.stop.requested_at
-        upload_seconds = self.config.upload_deadline_seconds
-        leave_at = math.inf
-        if reason is not None and self._failure is None and requested_at is not None:
-            leave_at = requested_at + (1 - LEAVING_SHARE) * self.config.grace_seconds
-            if self._saving is not None:
-                self._saving.plan_leaving(leave_at - time.monotonic(), self._snapshot_bytes())
+        leave_at = math.inf if self._failure is not None else self._leave_at()
+        reason = self.stop.reason
+        if leave_at < math.inf and self._saving is not None:
+            self._saving.plan_leaving(leave_at - time.monotonic(), self._snapshot_bytes())
         self.save(is_last=True)
         self._wait_for_saver()
         if self.stop.any_rank(self._saving is not None and self._saving.failure is not None):
             log.info("Saving once more.")
             self._saved_step = -1
             self.save(is_last=True)
-        upload_seconds = max(0.0, min(upload_seconds, leave_at - time.monotonic()))
+        left = leave_at - time.monotonic()
+        upload_seconds = max(0.0, min(self.config.upload_deadline_seconds, left))
         self._live.close()
         failure = self._shared_failure()
         code = ExitCode.DONE
         try:
             if self._saving is not None:
-                with contextlib.closing(LiveLine(enabled=True)) as live:
+                with contextlib.closing(LiveLine(plain_seconds=WAIT_LINE_SECONDS)) as live:
                     code = self._saving.finish(
                         live,
                         upload_seconds,
                         is_leaving=reason is not None,
-                        must_leave=self._is_grace_over,
+                        must_leave=lambda: time.monotonic() >= self._leave_at(),
                     )
         finally:
             # A launcher ends all ranks once one has left with another code than 0.
@@ -540,11 +524,12 @@ class TrainingRun:
             log.info("Ended after step %d as asked. Go on with --resume latest.", step)
         return code
 
-    def _is_grace_over(self) -> bool:
-        """Tell whether a request to stop came and its time is over."""
+    def _leave_at(self) -> float:
+        """Return the `time.monotonic()` by which a request wants the end; infinite without one."""
         requested_at = self.stop.requested_at if self.stop.reason is not None else None
-        seconds = (1 - LEAVING_SHARE) * self.config.grace_seconds
-        return requested_at is not None and time.monotonic() >= requested_at + seconds
+        if requested_at is None:
+            return math.inf
+        return requested_at + (1 - LEAVING_SHARE) * self.config.grace_seconds
 
     def _shared_failure(self) -> PretrainError | None:
         """Return this rank's failure; on the main process that of any rank."""

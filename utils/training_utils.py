@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from configs.training_config import TrainingConfig
 from utils.errors import ConfigError
+from utils.metadata import number
 from utils.step_guard import GOOD, StepGuard
 
 log = logging.getLogger(__name__)
@@ -223,7 +224,7 @@ class Progress:
         best_loss: Lowest logged training loss.
         best_loss_step: Step of it.
         best_validation_loss: Lowest validation loss.
-        validation_loss: Newest validation loss.
+        validation_loss: Newest validation loss, None where it is not finite.
         validation_step: Step of it.
         bad_steps: Steps whose update was left out, and why, oldest first.
         history: Every logged metric: `training_metrics.json`.
@@ -251,11 +252,11 @@ class Progress:
     )
 
     def add_metrics(self, record: dict[str, Any]) -> None:
-        """Take one training record into the histories."""
+        """Take one training record into the histories; what is not finite is None there."""
         self.history["steps"].append(self.step)
-        self.history["loss_history"].append(record["loss"])
+        self.history["loss_history"].append(number(record["loss"]))
         self.history["learning_rates"].append(record["learning_rate"])
-        self.history["grad_norms"].append(record["grad_norm"])
+        self.history["grad_norms"].append(number(record["grad_norm"]))
         self.history["tokens_per_second"].append(record["tokens_per_second"])
         best = self.best_loss
         if math.isfinite(record["loss"]) and (best is None or record["loss"] < best):
@@ -263,8 +264,10 @@ class Progress:
 
     def add_validation(self, loss: float) -> bool:
         """Take one evaluation into the histories; tell whether it is the best so far."""
-        self.validation_loss, self.validation_step = loss, self.step
-        self.history["validation"].append({"step": self.step, "validation_loss": loss})
+        self.validation_loss, self.validation_step = number(loss), self.step
+        self.history["validation"].append(
+            {"step": self.step, "validation_loss": self.validation_loss}
+        )
         best = self.best_validation_loss
         if not math.isfinite(loss) or (best is not None and loss >= best):
             return False

@@ -1,84 +1,183 @@
 """Ways for an archive to reach the bucket, behind one small protocol.
 
-`directory` and `python` write through `utils.storage`; `gsutil` runs the user's own gsutil with
-the user's own credentials, in a session of its own so that Ctrl-C in the terminal does not reach
-it, and with a deadline. No shell, no credentials in arguments. No torch here.
+    python     google-cloud-storage: streams, in parallel parts or as one resumable upload
+    gcloud     the `gcloud storage` command: streams through its standard input
+    gsutil     the `gsutil` command: from a local archive, so that it can resume within it
+    directory  a directory, also a mounted one: streams into it
+
+The commands use the user's own credentials. They run in a session of their own, so that Ctrl-C in
+the terminal does not reach them, and are ended when they make no progress: a stall is killed,
+slowness is not. No shell, no credentials in arguments; every write names the version that it
+replaces. No torch here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import glob
-import os
+import io
+import json
+import logging
 import re
+import secrets
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from utils.errors import (
-    AccessDeniedError,
-    ObjectNotFoundError,
-    StorageError,
-    TransientStorageError,
-)
+from configs.training_config import TrainingConfig
+from utils.errors import ObjectNotFoundError, StorageError
+from utils.layout import SAVING_PREFIX
+from utils.parallel_upload import PARTS_FOLDER, parts_prefix, put_parallel, remove_parts
 from utils.storage import (
-    DEFAULT_RETRY_SECONDS,
     Bucket,
+    DirectoryBucket,
+    GcsBucket,
+    Meter,
     ObjectInfo,
+    WriteStream,
     is_gcs_uri,
     join_uri,
     open_bucket,
 )
+from utils.watched_command import START_SECONDS, WatchedCommand
 
-GSUTIL_CALL_SECONDS = 300.0
-GSUTIL_START_SECONDS = 15.0
-GSUTIL_SLOWEST_BYTES_PER_SECOND = 1e6
+AUTO_ORDER = ("python", "gcloud", "gsutil")
+"""For gs://, by measured speed (BENCHMARKS.md); the first that works is taken."""
+STALL_SECONDS = 120.0
+RETRY_SECONDS = 60.0  # within one request; what fails then is tried again from the start
+BYTES_PER_MEGABIT = 125_000
+SMALL_BYTES = 8 * 2**20
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TransportOptions:
+    """How to upload; plain values, so that they can be sent to another process.
+
+    Attributes:
+        uri: The run's bucket.
+        name: auto, python, gcloud, gsutil or directory.
+        user_project: Project that pays for requests; None for none.
+        streams: Connections of an upload by `python`; 1 for one resumable upload without parts.
+        max_bytes_per_second: Rate limit; None for none.
+        stall_seconds: A command that makes no progress for so long is ended.
+        retry_seconds: How long one request is tried again.
+        scratch: Directory for the local archive that gsutil needs; None for the temporary one.
+    """
+
+    uri: str
+    name: str = "auto"
+    user_project: str | None = None
+    streams: int = 4
+    max_bytes_per_second: float | None = None
+    stall_seconds: float = STALL_SECONDS
+    retry_seconds: float = RETRY_SECONDS
+    scratch: str | None = None
+
+    @classmethod
+    def of(cls, config: TrainingConfig, scratch: Path | None = None) -> TransportOptions:
+        """Return what a configuration asks for; `name` may be auto."""
+        rate, name = config.upload_max_mbps, config.upload_transport
+        uri = join_uri(config.checkpoint_uri, config.run_name)
+        return cls(
+            uri,
+            "directory" if name == "auto" and not is_gcs_uri(uri) else name,
+            config.gcs_user_project or None,
+            config.upload_streams,
+            None if rate is None else rate * BYTES_PER_MEGABIT,
+            config.upload_stall_seconds,
+            scratch=None if scratch is None else str(scratch),
+        )
 
 
 class Transport(Protocol):
-    """Puts files into one bucket URI and says what is there."""
+    """Puts objects into one bucket URI and says what is there."""
 
     name: str
     uri: str
 
-    def put(self, object_name: str, path: Path) -> None:
-        """Upload a file."""
+    def put(
+        self, object_name: str, write: WriteStream, expected: ObjectInfo | None, max_bytes: int
+    ) -> None:
+        """Upload what `write` writes, where the bucket still holds `expected`.
+
+        Args:
+            object_name: The object.
+            write: Writes the bytes into the binary file that it is given.
+            expected: From `stat`; None where there is to be no object.
+            max_bytes: How much it will be at most.
+
+        Raises:
+            ConflictError: Another version is there.
+            StorageError: It could not be uploaded.
+        """
 
     def stat(self, object_name: str) -> ObjectInfo | None:
-        """Return size and crc32c of an object, or None where there is none."""
+        """Return size, crc32c and generation of an object, or None where there is none."""
 
     def read(self, object_name: str) -> bytes | None:
         """Return a small object's bytes, or None where there is none."""
 
+    def copy(self, object_name: str, target: str) -> None:
+        """Copy an object within the bucket."""
+
     def delete(self, object_name: str) -> None:
         """Remove an object; one that does not exist is no error."""
+
+    def remove_unfinished(
+        self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
+    ) -> None:
+        """Remove what interrupted uploads left in a folder.
+
+        Args:
+            folder: Where the objects are.
+            keep: Objects whose remains are of use.
+            only: The one object whose remains go; None for all.
+        """
 
     def close(self) -> None:
         """Release connections."""
 
 
+def put_bytes(
+    transport: Transport, object_name: str, data: bytes, expected: ObjectInfo | None
+) -> None:
+    """Upload a small object."""
+    transport.put(object_name, lambda sink: sink.write(data), expected, len(data))
+
+
 class BucketTransport:
     """Through `utils.storage`: a directory, or google-cloud-storage."""
 
-    def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
+    def __init__(self, bucket: Bucket, streams: int = 1) -> None:
+        self._bucket, self._streams = bucket, streams
         self.uri = bucket.uri
         self.name = "python" if is_gcs_uri(bucket.uri) else "directory"
 
-    def put(self, object_name: str, path: Path) -> None:
-        """Upload a file."""
-        self._bucket.put_file(object_name, path)
+    def put(
+        self, object_name: str, write: WriteStream, expected: ObjectInfo | None, max_bytes: int
+    ) -> None:
+        """Upload as a stream; nothing is stored on the way."""
+        bucket = self._bucket
+        if max_bytes <= SMALL_BYTES:
+            memory = io.BytesIO()
+            write(memory)
+            bucket.put_bytes_if(object_name, memory.getvalue(), expected)
+        elif isinstance(bucket, GcsBucket) and self._streams > 1:
+            put_parallel(bucket, object_name, write, expected, streams=self._streams)
+        else:
+            bucket.put_stream(object_name, write, expected)
 
     def stat(self, object_name: str) -> ObjectInfo | None:
-        """Return size and crc32c; a directory's file is read for its checksum."""
+        """Return what is there; a directory's file is read for its checksum."""
         info = self._bucket.stat(object_name)
         if info is None or info.crc32c is not None:
             return info
-        return ObjectInfo(info.name, info.size, self._bucket.crc32c(object_name), info.generation)
+        return replace(info, crc32c=self._bucket.crc32c(object_name))
 
     def read(self, object_name: str) -> bytes | None:
         """Return a small object's bytes, or None where there is none."""
@@ -87,146 +186,260 @@ class BucketTransport:
         except ObjectNotFoundError:
             return None
 
+    def copy(self, object_name: str, target: str) -> None:
+        """Copy an object within the bucket."""
+        self._bucket.copy(object_name, target)
+
     def delete(self, object_name: str) -> None:
         """Remove an object."""
         self._bucket.delete(object_name)
+
+    def remove_unfinished(
+        self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
+    ) -> None:
+        """Remove parts, or temporary files."""
+        if isinstance(self._bucket, GcsBucket):
+            prefix = f"{folder}/{PARTS_FOLDER}/" if only is None else parts_prefix(only)
+            remove_parts(self._bucket, prefix, keep)
+        elif isinstance(self._bucket, DirectoryBucket) and only is None:
+            self._bucket.remove_unfinished(folder, keep)
 
     def close(self) -> None:
         """Close the bucket."""
         self._bucket.close()
 
 
-class GsutilTransport:
-    """Through the gsutil program: about 2 s a call, every failure returns 1."""
+class _CommandTransport:
+    """What gsutil and gcloud have in common."""
 
-    name = "gsutil"
+    name: str
+    _quiet: tuple[str, ...] = ()
 
-    def __init__(
-        self, uri: str, program: str, user_project: str | None, retry_seconds: float
-    ) -> None:
-        self.uri = uri
-        self._call_seconds = min(GSUTIL_CALL_SECONDS, GSUTIL_START_SECONDS + retry_seconds)
-        self._command = [program, *(["-u", user_project] if user_project else [])]
-        if retry_seconds < GSUTIL_START_SECONDS:  # a probe: one second try, not gsutil's 23
-            self._command += ["-o", "Boto:num_retries=1", "-o", "Boto:max_retry_delay=1"]
+    def __init__(self, words: list[str], options: TransportOptions, meter: Meter) -> None:
+        self.uri = options.uri.rstrip("/")
+        self._options = options
+        self._command = WatchedCommand(words, self.uri, options.stall_seconds, meter)
 
-    def put(self, object_name: str, path: Path) -> None:
-        """Upload a file; killed when it takes longer than a very slow line would."""
-        seconds = self._call_seconds + path.stat().st_size / GSUTIL_SLOWEST_BYTES_PER_SECOND
-        self._run(["-q", "cp", "--", glob.escape(str(path)), self._object(object_name)], seconds)
-
-    def stat(self, object_name: str) -> ObjectInfo | None:
-        """Return size and crc32c as `gsutil stat` prints them."""
-        try:
-            text = self._run(["stat", self._object(object_name)]).decode("utf-8", "replace")
-        except ObjectNotFoundError:
-            return None
-        size = re.search(r"^\s*Content-Length:\s*(\d+)", text, re.MULTILINE)
-        crc32c = re.search(r"^\s*Hash \(crc32c\):\s*(\S+)", text, re.MULTILINE)
-        if size is None or crc32c is None:
-            raise StorageError(f"gsutil stat {self._object(object_name)}: no size or crc32c.")
-        return ObjectInfo(object_name, int(size[1]), crc32c[1])
+    def copy(self, object_name: str, target: str) -> None:
+        """Copy an object within the bucket."""
+        self._command.run(
+            "cp", [self._object(object_name), self._object(target)], options=self._quiet
+        )
 
     def read(self, object_name: str) -> bytes | None:
         """Return a small object's bytes, or None where there is none."""
         try:
-            return self._run(["-q", "cat", self._object(object_name)])
+            return self._command.run("cat", [self._object(object_name)], options=self._quiet)
         except ObjectNotFoundError:
             return None
 
     def delete(self, object_name: str) -> None:
         """Remove an object."""
         with contextlib.suppress(ObjectNotFoundError):
-            self._run(["-q", "rm", self._object(object_name)])
+            self._command.run("rm", [self._object(object_name)], options=self._quiet)
+
+    def remove_unfinished(
+        self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
+    ) -> None:
+        """Do nothing: these uploads leave nothing behind."""
 
     def close(self) -> None:
         """Nothing to release."""
 
     def _object(self, object_name: str) -> str:
-        return join_uri(self.uri, object_name)
-
-    def _run(self, arguments: list[str], seconds: float | None = None) -> bytes:
-        seconds = self._call_seconds if seconds is None else seconds
-        with tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(  # noqa: S603
-                [*self._command, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
+        uri = join_uri(self.uri, object_name)
+        if found := re.search(r"[][*?#]", uri):
+            raise StorageError(
+                f"{uri}: {self.name} takes {found[0]!r} for a part of a pattern or of a version. "
+                "Use another name, or --set upload_transport=python."
             )
-            try:
-                output, _ = process.communicate(timeout=seconds)
-            except subprocess.TimeoutExpired as exc:
-                _kill_session(process)
-                raise TransientStorageError(
-                    f"gsutil {_verb(arguments)} {self.uri} took longer than {seconds:.0f} s and "
-                    "was ended."
-                ) from exc
-            errors.seek(0)
-            message = errors.read().decode("utf-8", "replace")
-        if process.returncode != 0:
-            raise _gsutil_error(message, f"gsutil {_verb(arguments)} {self.uri}")
-        return output
+        return uri
 
 
-def _kill_session(process: subprocess.Popen[bytes]) -> None:
-    if hasattr(os, "killpg"):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
-    process.communicate()
+class GcloudTransport(_CommandTransport):
+    """Through `gcloud storage`: about 1 s a call."""
+
+    name = "gcloud"
+    _quiet = ("--no-user-output-enabled",)  # dots of its progress would pass for progress
+
+    def __init__(self, program: str, options: TransportOptions, meter: Meter) -> None:
+        billing = [f"--billing-project={options.user_project}"] if options.user_project else []
+        super().__init__([program, "--quiet", *billing, "storage"], options, meter)
+
+    def put(
+        self, object_name: str, write: WriteStream, expected: ObjectInfo | None, max_bytes: int
+    ) -> None:
+        """Upload as a stream; nothing is stored on the way."""
+        condition = f"--if-generation-match={_generation(expected)}"
+        words = [condition, "-", self._object(object_name)]
+        self._command.run("cp", words, options=self._quiet, write=write)
+
+    def stat(self, object_name: str) -> ObjectInfo | None:
+        """Return size, crc32c and generation as gcloud describes them."""
+        try:
+            text = self._command.run(
+                "objects describe", [self._object(object_name), "--format=json"]
+            )
+        except ObjectNotFoundError:
+            return None
+        try:
+            found = json.loads(text)
+            size, crc32c, generation = (found[k] for k in ("size", "crc32c_hash", "generation"))
+            return ObjectInfo(object_name, int(size), str(crc32c), int(generation))
+        except (ValueError, KeyError, TypeError) as exc:
+            where = self._object(object_name)
+            raise StorageError(f"gcloud describes {where} without size or crc32c.") from exc
 
 
-def _verb(arguments: list[str]) -> str:
-    return next(word for word in arguments if not word.startswith("-"))
+class GsutilTransport(_CommandTransport):
+    """Through gsutil: about 2 s a call.
+
+    An archive is stored first: gsutil resumes an upload that broke off only from a file.
+    """
+
+    name = "gsutil"
+    _quiet = ("-q",)  # but not for `stat`, which then says nothing at all
+
+    def __init__(self, program: str, options: TransportOptions, meter: Meter) -> None:
+        words = [program, *(["-u", options.user_project] if options.user_project else [])]
+        # Its own retries are short, ours follow; parts that a killed gsutil left would stay.
+        retries = 1 if options.retry_seconds < START_SECONDS else 4
+        words += ["-o", f"Boto:num_retries={retries}"]
+        words += ["-o", "GSUtil:parallel_composite_upload_threshold=0"]
+        super().__init__(words, options, meter)
+
+    def put(
+        self, object_name: str, write: WriteStream, expected: ObjectInfo | None, max_bytes: int
+    ) -> None:
+        """Upload from a local file; as a stream what is small or held to a rate."""
+        condition = ("-q", "-h", f"x-goog-if-generation-match:{_generation(expected)}")
+        target = self._object(object_name)
+        if max_bytes <= SMALL_BYTES or self._options.max_bytes_per_second is not None:
+            self._command.run("cp", ["-", target], options=condition, write=write)
+            return
+        folder = Path(self._options.scratch or tempfile.gettempdir()).resolve()
+        archive = folder / f"{SAVING_PREFIX}{PurePosixPath(object_name).name}"
+        free = shutil.disk_usage(folder).free
+        if free < max_bytes:
+            raise StorageError(
+                f"gsutil needs a local archive: up to {max_bytes} bytes in {folder}, where {free} "
+                "are free. Free some space, or use --set upload_transport=python, which needs none."
+            )
+        try:
+            with archive.open("wb") as file:
+                write(file)
+            words = ["--", glob.escape(str(archive)), target]
+            self._command.run("cp", words, options=condition, file=archive)
+        finally:
+            archive.unlink(missing_ok=True)
+
+    def stat(self, object_name: str) -> ObjectInfo | None:
+        """Return size, crc32c and generation as `gsutil stat` prints them."""
+        try:
+            text = self._command.run("stat", [self._object(object_name)]).decode("utf-8", "replace")
+        except ObjectNotFoundError:
+            return None
+        patterns = (r"Content-Length:\s*(\d+)", r"Hash \(crc32c\):\s*(\S+)", r"Generation:\s*(\d+)")
+        found = [re.search(rf"^\s*{pattern}", text, re.MULTILINE) for pattern in patterns]
+        if not all(found):
+            raise StorageError(f"gsutil stat {self._object(object_name)}: no size or crc32c.")
+        size, crc32c, generation = (match[1] for match in found if match)
+        return ObjectInfo(object_name, int(size), crc32c, int(generation))
 
 
-def _gsutil_error(message: str, call: str) -> StorageError:
-    lines = [line for line in message.splitlines() if line.strip()]
-    detail = f"{call}: {lines[-1].strip()[:300] if lines else 'failed'}"
-    if re.search(r"with no configured\s+credentials", message):  # 403, told in four lines
-        return AccessDeniedError(f"{call}: no credentials. Run: gcloud auth login")
-    if re.search(r"AccessDenied|Forbidden|\b40[13]\b|Anonymous caller|does not have", message):
-        return AccessDeniedError(detail)
-    if re.search(r"BucketNotFound|NotFoundException|No URLs matched|\b404\b", message):
-        return ObjectNotFoundError(detail)
-    return TransientStorageError(detail)
+def _generation(expected: ObjectInfo | None) -> int:
+    return 0 if expected is None else expected.generation or 0
 
 
 def find_gsutil() -> str | None:
-    """Return the gsutil program: on PATH, or beside this Python (in the virtual environment)."""
+    """Return the gsutil of the PATH, or the one that setup.sh put beside this Python."""
     beside = Path(sys.executable).with_name("gsutil")
     return shutil.which("gsutil") or (str(beside) if beside.is_file() else None)
 
 
-def build_transport(
-    uri: str,
-    transport: str = "auto",
-    user_project: str | None = None,
-    retry_seconds: float = DEFAULT_RETRY_SECONDS,
-) -> Transport:
-    """Return the transport that a configuration asks for.
-
-    `auto` is the directory itself for a directory; for gs:// gsutil where it is found, else the
-    google-cloud-storage client.
+def open_transport(options: TransportOptions, meter: Meter | None = None) -> Transport:
+    """Return a transport; `options.name` must not be auto for gs://.
 
     Raises:
-        StorageError: The transport does not fit the URI, or gsutil is not installed.
+        StorageError: It does not fit the URI, or its program is not installed.
     """
+    uri, name = options.uri, options.name
+    meter = meter or Meter(options.max_bytes_per_second)
     if not is_gcs_uri(uri):
-        if transport not in ("auto", "directory"):
-            raise StorageError(f"upload_transport {transport} needs a gs:// URI, not {uri}.")
-        return BucketTransport(open_bucket(uri))
-    if transport == "directory":
+        if name not in ("auto", "directory"):
+            raise StorageError(f"upload_transport {name} needs a gs:// URI, not {uri}.")
+        return BucketTransport(open_bucket(uri, meter=meter))
+    if name == "directory":
         raise StorageError(f"upload_transport directory needs a directory, not {uri}.")
-    program = find_gsutil()
-    if transport == "gsutil" and program is None:
-        raise StorageError(
-            "gsutil is not installed. Run: bash setup.sh (it puts gsutil into venv/), "
-            "or --set upload_transport=python."
+    if name == "python":
+        bucket = open_bucket(uri, options.user_project, options.retry_seconds, meter)
+        return BucketTransport(bucket, options.streams)
+    program = find_gsutil() if name == "gsutil" else shutil.which("gcloud")
+    if program is None:
+        hint = (
+            "Run: bash setup.sh (it puts gsutil into venv/)" if name == "gsutil" else "Install it"
         )
-    if transport in ("auto", "gsutil") and program is not None:
-        return GsutilTransport(uri.rstrip("/"), program, user_project, retry_seconds)
-    return BucketTransport(open_bucket(uri, user_project, retry_seconds))
+        raise StorageError(f"{name} is not installed. {hint}, or --set upload_transport=python.")
+    kind = GsutilTransport if name == "gsutil" else GcloudTransport
+    return kind(program, options, meter)
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe found.
+
+    Attributes:
+        options: The transport that works; with one stream where nothing can be deleted.
+        warnings: What does not work, but is not needed.
+    """
+
+    options: TransportOptions
+    warnings: tuple[str, ...] = ()
+
+
+def probe_transport(options: TransportOptions, folder: str, retry_seconds: float) -> ProbeResult:
+    """Write, read and delete a small object; `auto` takes the first transport that can.
+
+    Args:
+        options: What is asked for.
+        folder: Folder of the probe object.
+        retry_seconds: How long each request is tried again.
+
+    Raises:
+        StorageError: Nothing works; the message says why for each.
+    """
+    is_auto = options.name == "auto" and is_gcs_uri(options.uri)
+    names = AUTO_ORDER if is_auto else (options.name,)
+    errors: list[StorageError] = []
+    for name in names:
+        wanted = replace(options, name=name)
+        stall_seconds = min(options.stall_seconds, START_SECONDS + retry_seconds)
+        hasty = replace(wanted, retry_seconds=retry_seconds, stall_seconds=stall_seconds)
+        try:
+            transport = open_transport(hasty)
+            try:
+                warning = _probe(transport, folder)
+            finally:
+                transport.close()
+        except StorageError as exc:
+            log.debug("upload_transport %s does not work: %s", name, exc)
+            errors.append(exc)
+            continue
+        if warning is None:
+            return ProbeResult(wanted)
+        return ProbeResult(replace(wanted, streams=1), (warning,))
+    raise errors[0] if len(errors) == 1 else type(errors[0])(" ".join(map(str, errors)))
+
+
+def _probe(transport: Transport, folder: str) -> str | None:
+    """Return what is wrong with listing and deleting, None where nothing is."""
+    name, token = f"{folder}/.probe-{secrets.token_hex(4)}", secrets.token_bytes(16)
+    put_bytes(transport, name, token, None)
+    if transport.read(name) != token:
+        raise StorageError(f"{transport.uri}: what was written could not be read back.")
+    try:
+        transport.delete(name)
+        transport.remove_unfinished(folder, only=name)  # lists, as uploads in parts do
+    except StorageError as exc:
+        return f"{transport.uri}: objects cannot be listed and deleted ({exc})"
+    return None

@@ -132,7 +132,7 @@ def test_a_missing_file_lists_the_known_names(name: str) -> None:
         ('{"learning_rate": 1' + "0" * 400 + "}", "learning_rate must be a number, got 1000"),
         ('{"lr_scheduler_type": "cosin"}', "must be one of cosine, linear, constant; got 'cosin'."),
         ('{"save_format": "pt"}', "save_format must be one of safetensors, bin; got 'pt'."),
-        ('{"upload_transport": "ftp"}', "must be one of auto, directory, gsutil, python; got"),
+        ('{"upload_transport": "ftp"}', "one of auto, python, gcloud, gsutil, directory; got"),
         ('{"log_level": "INFO"}', "log_level must be one of debug, info, warning, error; got"),
         ('{"bf16": true, "fp16": true}', "bf16 and fp16 are both true: choose one."),
         (

@@ -34,12 +34,12 @@ class BlobWriter:
     As a context manager it removes the file, unless `finish` was called within the block.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Create the file."""
+    def __init__(self, path: Path, *, composite: bool = False) -> None:
+        """Create the file; the service keeps no MD5 of composite objects."""
         self.path = path
         self.size = 0
         self._file = path.open("wb")
-        self._md5 = hashlib.md5(usedforsecurity=False)
+        self._md5 = None if composite else hashlib.md5(usedforsecurity=False)
         self._crc32c = 0
         self._finished = False
 
@@ -55,15 +55,16 @@ class BlobWriter:
     def write(self, data: bytes) -> None:
         """Append and hash."""
         self._file.write(data)
-        self._md5.update(data)
+        if self._md5 is not None:
+            self._md5.update(data)
         self._crc32c = google_crc32c.extend(self._crc32c, data)
         self.size += len(data)
 
-    def finish(self, *, composite: bool = False) -> Blob:
-        """Close the file and return what it holds; the service keeps no MD5 of composites."""
+    def finish(self) -> Blob:
+        """Close the file and return what it holds."""
         self._file.close()
         self._finished = True
-        md5 = None if composite else base64.b64encode(self._md5.digest()).decode()
+        md5 = base64.b64encode(self._md5.digest()).decode() if self._md5 else None
         crc32c = base64.b64encode(self._crc32c.to_bytes(4, "big")).decode()
         return Blob(self.path, self.size, crc32c, md5)
 

@@ -54,12 +54,15 @@ def gsutil_environment(
     return {"BOTO_CONFIG": str(boto), "BOTO_PATH": "", **trust, **_cloudsdk(home)}
 
 
-def gcloud_environment(directory: Path, url: str) -> dict[str, str]:
-    """Set up `gcloud storage` over plain HTTP.
+def gcloud_environment(
+    directory: Path, url: str, certificate: Path | None = None
+) -> dict[str, str]:
+    """Set up `gcloud storage`.
 
     Args:
         directory: Where gcloud's configuration goes.
-        url: The server's plain URL.
+        url: The server's URL.
+        certificate: The server's certificate, where the URL is one of HTTPS.
     """
     home = directory / "gcloud"
     home.mkdir(parents=True, exist_ok=True)
@@ -68,6 +71,7 @@ def gcloud_environment(directory: Path, url: str) -> dict[str, str]:
         "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "True",
         "CLOUDSDK_STORAGE_PROCESS_COUNT": "1",
         "CLOUDSDK_STORAGE_THREAD_COUNT": "4",
+        **({} if certificate is None else {"REQUESTS_CA_BUNDLE": str(certificate)}),
         **_cloudsdk(home),
     }
 

@@ -201,10 +201,10 @@ def _join(
     call: Call, sources: list[StoredObject], fields: dict[str, Any], components: int | None
 ) -> StoredObject:
     store = call.state.store
-    with store.new_writer() as writer:
+    with store.new_writer(composite=components is not None) as writer:
         for source in sources:
             with store.open(source) as file:
                 for block in iterate_blocks(file):
                     writer.write(block)
-        blob = writer.finish(composite=components is not None)
+        blob = writer.finish()
     return store.commit(call.bucket, call.name, blob, fields, call.preconditions(), components)

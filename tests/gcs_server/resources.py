@@ -77,8 +77,9 @@ def object_resource(stored: StoredObject, base_url: str) -> dict[str, Any]:
 
 
 def bucket_resource(bucket: Bucket, base_url: str) -> dict[str, Any]:
-    """The bucket resource: one region, uniform access, no versions, no soft deletion."""
+    """The bucket resource: one region, uniform access, and the settings it was made with."""
     return {
+        **bucket.fields,
         "kind": "storage#bucket",
         "id": bucket.name,
         "name": bucket.name,

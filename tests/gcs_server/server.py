@@ -104,9 +104,12 @@ class FakeGcsServer:
         """Variables for `google.cloud.storage.Client`."""
         return environments.client_environment(self.url)
 
-    def gcloud_environment(self, directory: Path) -> dict[str, str]:
+    def gcloud_environment(self, directory: Path, *, tls: bool = False) -> dict[str, str]:
         """Variables for `gcloud storage`, whose configuration goes below `directory`."""
-        return environments.gcloud_environment(directory, self.url)
+        if not tls:
+            return environments.gcloud_environment(directory, self.url)
+        url = f"https://127.0.0.1:{self.tls_port}"
+        return environments.gcloud_environment(directory, url, self._require_tls())
 
     def gsutil_environment(
         self, directory: Path, options: Mapping[str, str] | None = None
@@ -128,6 +131,7 @@ class FakeGcsServer:
         writable: bool = True,
         without: Collection[str] = (),
         requester_pays: bool = False,
+        fields: Mapping[str, Any] | None = None,
     ) -> Bucket:
         """Make an empty bucket.
 
@@ -137,9 +141,14 @@ class FakeGcsServer:
             without: Permissions that are lacking besides, such as `storage.objects.delete`
                 (which overwriting needs too) or `storage.buckets.get`.
             requester_pays: Whether requests without a user project are refused.
+            fields: Settings that `buckets.get` tells, such as `retentionPolicy`.
         """
         return self._state.store.create_bucket(
-            name, writable=writable, without=without, requester_pays=requester_pays
+            name,
+            writable=writable,
+            without=without,
+            requester_pays=requester_pays,
+            fields=fields or {},
         )
 
     def put_object(self, bucket: str, name: str, data: bytes, **fields: Any) -> StoredObject:

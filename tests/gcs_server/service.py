@@ -114,7 +114,9 @@ class Service:
         if match.bucket:
             bucket = self.state.store.bucket(match.bucket)
             payer = request.query.get("userProject") or request.headers.get("x-goog-user-project")
-            if bucket.requester_pays and not payer:
+            # The address of a session stands for what its first request said.
+            is_session = "upload_id" in request.query
+            if bucket.requester_pays and not payer and not is_session:
                 message = "Bucket is a requester pays bucket but no user project provided."
                 raise ApiError(400, message, "UserProjectMissing")
             bucket.require(match.route.permission)

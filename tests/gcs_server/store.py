@@ -59,6 +59,8 @@ class Bucket:
     created: datetime
     permissions: frozenset[str]
     requester_pays: bool = False
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the bucket as the API writes them, such as `retentionPolicy`."""
     objects: dict[str, StoredObject] = field(default_factory=dict)
 
     def require(self, permission: str) -> None:
@@ -82,11 +84,17 @@ class Store:
         self._last_generation = 0
 
     def create_bucket(
-        self, name: str, *, writable: bool, without: Collection[str], requester_pays: bool
+        self,
+        name: str,
+        *,
+        writable: bool,
+        without: Collection[str],
+        requester_pays: bool,
+        fields: Mapping[str, Any],
     ) -> Bucket:
         """Make an empty bucket in place of any of that name."""
         permissions = READ_PERMISSIONS | (WRITE_PERMISSIONS if writable else frozenset())
-        bucket = Bucket(name, self._clock(), permissions - set(without), requester_pays)
+        bucket = Bucket(name, self._clock(), permissions - set(without), requester_pays, fields)
         with self._lock:
             self._buckets[name] = bucket
         return bucket
@@ -104,9 +112,10 @@ class Store:
             raise ApiError(404, "The specified bucket does not exist.", "NoSuchBucket")
         return found
 
-    def new_writer(self) -> BlobWriter:
+    def new_writer(self, *, composite: bool = False) -> BlobWriter:
         """A file for bytes that will become an object, or a part of one."""
-        return BlobWriter(self._directory / f"{next(self._file_numbers):08d}.blob")
+        path = self._directory / f"{next(self._file_numbers):08d}.blob"
+        return BlobWriter(path, composite=composite)
 
     def find(self, bucket: str, name: str) -> StoredObject | None:
         """The live version, if there is one."""

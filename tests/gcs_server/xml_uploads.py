@@ -105,12 +105,12 @@ def complete(call: Call) -> Response:
     minimum = call.state.minimum_part_bytes
     if any(blob.size < minimum for blob in blobs[:-1]):
         raise ApiError(400, f"A part is smaller than {minimum} bytes.", "EntityTooSmall")
-    with call.state.store.new_writer() as writer:
+    with call.state.store.new_writer(composite=True) as writer:
         for blob in blobs:
             with blob.path.open("rb") as file:
                 for block in iterate_blocks(file):
                     writer.write(block)
-        joined = writer.finish(composite=True)
+        joined = writer.finish()
     stored = call.state.store.commit(
         call.bucket, call.name, joined, upload.fields, upload.preconditions, len(blobs)
     )

@@ -230,18 +230,20 @@ def test_newest_checkpoints_are_shown_with_their_upload_states(capsys, tmp_path)
 
 def test_damaged_files_are_named_and_the_rest_is_shown(capsys, tmp_path, metrics):
     write_start(metrics, device="\x1b[31mcpu")
-    write_step(metrics, 10, loss=math.nan, learning_rate="fast", step_seconds=None)
+    write_step(metrics, 10, learning_rate="fast", step_seconds=None)
     with metrics.open("ab") as file:
-        file.write(b"\xff\xfe{\n")
+        file.write(b'{"step": 11, "loss": NaN}\n\xff\xfe{\n')
     (tmp_path / "checkpoints" / "uploads.jsonl").mkdir(parents=True)
     code, out, _ = run(capsys, "--once")
     assert code == 0
     assert "Loss: nan" in out
-    assert "the loss of step 10 is nan" in out
+    assert "the loss of step 11 is not finite" in out
     assert "1 unreadable lines" in out
     assert "uploads.jsonl cannot be read" in out
     assert "\x1b" not in out
     assert run_json(capsys)["metrics"]["loss"] is None
+    write_step(metrics, 12, loss=math.nan)  # written as null
+    assert "the loss of step 12 is not finite" in run(capsys, "--once")[1]
 
 
 def test_metrics_that_cannot_be_opened_are_a_problem(capsys, metrics):

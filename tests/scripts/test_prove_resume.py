@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,26 +19,12 @@ from utils.run_comparison import STRAIGHT, compare_checkpoints, compare_logs, va
 from utils.started_runs import ForkServer, Launcher, Running, read_records
 from utils.storage import crc32c_of_file
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks train.py")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="forks train.py"),
+    pytest.mark.usefixtures("logging_as_before"),
+]
 
 SETTINGS = [setting for setting in TINY if not setting.startswith("checkpoint_uri=")]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer({"OMP_NUM_THREADS": "1"}) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    before = list(logging.getLogger().handlers)
-    yield
-    for handler in list(logging.getLogger().handlers):
-        if handler not in before:
-            logging.getLogger().removeHandler(handler)
-            handler.close()
-    logging.captureWarnings(capture=False)
 
 
 def prove(

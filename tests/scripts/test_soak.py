@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ import pytest
 from scripts import soak
 from scripts.soak import (
     ANCHORS,
-    ENVIRONMENT,
     Campaign,
     Plan,
     find_strace,
@@ -24,18 +22,10 @@ from scripts.soak import (
 from utils.layout import find_checkpoints, read_json
 from utils.started_runs import ForkServer, Launcher, Running
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks train.py")
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    before = list(logging.getLogger().handlers)
-    yield
-    for handler in list(logging.getLogger().handlers):
-        if handler not in before:
-            logging.getLogger().removeHandler(handler)
-            handler.close()
-    logging.captureWarnings(capture=False)
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="forks train.py"),
+    pytest.mark.usefixtures("logging_as_before"),
+]
 
 
 class Vandal:
@@ -59,32 +49,31 @@ class Vandal:
 
 
 def test_ten_kills_lose_nothing_and_a_damaged_checkpoint_is_noticed(
-    sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: ForkServer, sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ForkServer(ENVIRONMENT) as server:
-        # The command makes a server of its own; loading torch once is enough here.
-        monkeypatch.setattr(soak, "ForkServer", lambda environment: _Lent(server))
-        report = tmp_path / "soak.json"
-        words = ["--kills", "10", "--syscall-kills", "0", "--steps", "30", "--json", str(report)]
-        code = soak.main([*words, "--data", str(sample_data)])
-        results = read_json(report)
-        assert results["findings"] == []
-        assert code == 0
-        assert len(results["kills"]) == 10
-        assert results["rounds"] >= 1
-        assert results["resumed"] >= 5
-        assert results["verified"] >= 10
-        assert {kill["kind"] for kill in results["kills"]} == {"random"}
+    # The command makes a server of its own; loading torch once is enough here.
+    monkeypatch.setattr(soak, "ForkServer", lambda environment: _Lent(server))
+    report = tmp_path / "soak.json"
+    words = ["--kills", "10", "--syscall-kills", "0", "--steps", "30", "--json", str(report)]
+    code = soak.main([*words, "--data", str(sample_data)])
+    results = read_json(report)
+    assert results["findings"] == []
+    assert code == 0
+    assert len(results["kills"]) == 10
+    assert results["rounds"] >= 1
+    assert results["resumed"] >= 5
+    assert results["verified"] >= 10
+    assert {kill["kind"] for kill in results["kills"]} == {"random"}
 
-        work = tmp_path / "vandal"
-        work.mkdir()
-        vandal = Vandal(server, work)
-        campaign = Campaign(work, sample_data, 20, vandal, extra=["background_save=false"])
-        found = campaign.run([Plan("random", "commit", 0.5)] * 2)
-        assert vandal.damaged
-        lost = [finding.text for finding in found.findings if finding.kind == "lost"]
-        assert any("went on from step" in text for text in lost), found.findings
-        assert any("set aside" in text and vandal.damaged in text for text in lost)
+    work = tmp_path / "vandal"
+    work.mkdir()
+    vandal = Vandal(server, work)
+    campaign = Campaign(work, sample_data, 20, vandal, extra=["background_save=false"])
+    found = campaign.run([Plan("random", "commit", 0.5)] * 2)
+    assert vandal.damaged
+    lost = [finding.text for finding in found.findings if finding.kind == "lost"]
+    assert any("went on from step" in text for text in lost), found.findings
+    assert any("set aside" in text and vandal.damaged in text for text in lost)
 
 
 class _Lent:

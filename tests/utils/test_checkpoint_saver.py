@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from utils import checkpoint_saver
 from utils.checkpoint_files import CheckpointFiles
 from utils.checkpoint_saver import CheckpointSaver
 from utils.checkpoint_store import remove_leftovers, verify_checkpoint
+from utils.child_process import NICENESS
 from utils.layout import CheckpointName, Manifest, find_checkpoints, read_json
 
 CPU = torch.device("cpu")
@@ -73,6 +74,19 @@ def wait_for_writer(saver: CheckpointSaver) -> psutil.Process:
     return psutil.Process(saver._writer.pid)
 
 
+def run_code(
+    code: str, directory: Path, within: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, which is started by the command `within`."""
+    return subprocess.run(
+        [*within, sys.executable, "-c", code, str(directory)],
+        cwd=PROJECT_DIRECTORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def value_of(checkpoint: Path) -> float:
     weights = load_file(checkpoint / "model.safetensors")["weights"]
     moments = torch.load(checkpoint / "optimizer.bin")["state"][0]["exp_avg"]
@@ -112,7 +126,7 @@ def test_what_is_saved_is_the_state_of_the_step(
 def test_the_writer_is_niced_and_in_a_session_of_its_own(saver: CheckpointSaver) -> None:
     saver.prepare(100_000, PLENTY)
     process = wait_for_writer(saver)
-    assert process.nice() >= checkpoint_saver.WriterProcess.__init__.__globals__["NICENESS"]
+    assert process.nice() >= NICENESS
     assert os.getsid(process.pid) == process.pid  # Ctrl-C in the terminal does not reach it
     group = Path(f"/proc/{process.pid}/autogroup")
     if group.is_file():  # the session is scheduled as a group, which has a niceness of its own
@@ -165,13 +179,7 @@ def test_a_full_disk_is_told_with_numbers_and_leaves_what_was_there(
         saver.close()
         """
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=PROJECT_DIRECTORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_code(code, tmp_path)
     assert result.returncode == 0, result.stderr
     first, second, third = json.loads(result.stdout)
     assert (first, third) == ("None", "None")
@@ -274,14 +282,8 @@ def test_a_small_dev_shm_does_not_matter(tmp_path: Path) -> None:
         saver.close()
         """
     )
-    mount = 'mount -t tmpfs -o size=1m none /dev/shm && exec "$0" -c "$1" "$2"'
-    result = subprocess.run(
-        [unshare, "-m", "sh", "-c", mount, sys.executable, code, str(tmp_path)],
-        cwd=PROJECT_DIRECTORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    mount = 'mount -t tmpfs -o size=1m none /dev/shm && exec "$0" "$@"'
+    result = run_code(code, tmp_path, [unshare, "-m", "sh", "-c", mount])
     if "not permitted" in result.stderr.lower():
         pytest.skip("mounting is not permitted here")
     assert result.returncode == 0, result.stderr
@@ -312,13 +314,7 @@ def test_memory_and_descriptors_do_not_grow_over_200_saves(tmp_path: Path) -> No
         saver.close()
         """
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=PROJECT_DIRECTORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_code(code, tmp_path)
     assert result.returncode == 0, result.stderr
     before, after, count = json.loads(result.stdout)
     assert count == 220

@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 
 from utils import errors
-from utils.console import format_bytes, format_duration, run_command
+from utils.console import (
+    LiveLine,
+    format_bytes,
+    format_duration,
+    print_table,
+    run_command,
+)
 from utils.errors import ExitCode, PretrainError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -107,6 +113,30 @@ def test_the_documented_codes_are_the_codes() -> None:
         "STOPPED": 75,
         "SIGNAL_BASE": 128,
     }
+
+
+def test_what_a_message_quotes_cannot_steer_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    end_with(errors.UsageError("a\x1b[2J\nb\x07\udc80"))
+    assert capsys.readouterr().err == "a?[2J\nb??\n".replace("a", "Error: a")
+    code = (
+        "from utils.console import configure_logging; import logging\n"
+        "configure_logging(); logging.info('a\\x1b[2J')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.endswith(" a?[2J\n")
+
+
+def test_a_table_in_a_pipe_shows_the_columns_that_are_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [{"name": "a", "step": 1, "x": 2}, {"name": "bb", "step": 10, "x": 3}]
+    print_table("Title", rows, ["step", "name"], ["step"])
+    print_table("Nothing", [])
+    assert capsys.readouterr().out == "Title\n  step  name\n  1     a\n  10    bb\n"
 
 
 def test_output_cut_by_head_is_no_error() -> None:
@@ -230,6 +260,21 @@ def test_the_log_file_gets_what_quiet_hides_and_only_from_the_main_process(tmp_p
     text = (tmp_path / "l/t.log").read_text("utf-8")
     assert levels(text) == ["info", "warning", "error"]
     assert text.count("a info line") == 2  # appended, by the main process alone
+
+
+def test_a_long_wait_in_a_pipe_says_so_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    now = 100.0
+    monkeypatch.setattr("utils.console.time.monotonic", lambda: now)
+    caplog.set_level("INFO")
+    live, silent = LiveLine(plain_seconds=30), LiveLine(enabled=False, plain_seconds=30)
+    for now in (101.0, 129.0, 131.0, 140.0, 162.0):  # noqa: B007 - the clock reads it
+        live.show(f"at {now:.0f}")
+        silent.show("never")
+    assert [record.message for record in caplog.records] == ["at 131", "at 162"]
+    assert capsys.readouterr().out == ""
 
 
 def test_a_terminal_gets_a_live_line_that_goes_away(tmp_path: Path) -> None:

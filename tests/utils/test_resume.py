@@ -33,8 +33,8 @@ from utils.resume import (
     resolve_start,
 )
 from utils.storage import DirectoryBucket
-from utils.transports import BucketTransport
-from utils.uploader import Uploader
+from utils.transports import TransportOptions
+from utils.upload_job import UploadJob, UploadProgress, run_job
 
 OTHER_RUN = "20260202-ffffffff"
 
@@ -72,11 +72,10 @@ def damage(checkpoint: Path) -> None:
 
 def upload_all(directory: Path, root: Path) -> None:
     """Bring every checkpoint of a directory into a directory bucket, as the trainer does."""
-    journal = Journal(directory / "uploads.jsonl")
-    uploader = Uploader(BucketTransport(DirectoryBucket(root)), journal, background=False)
     for found in find_checkpoints(directory):
-        uploader.submit(directory / str(found))
-    assert not uploader.failures
+        run_job(
+            UploadJob(str(directory / str(found)), TransportOptions(str(root))), UploadProgress()
+        )
 
 
 def plan(paths: RunPaths, resume: str | None = "latest", **options: Any) -> Plan:
@@ -166,7 +165,10 @@ def test_latest_where_there_is_none_begins_at_0_and_says_so(
     paths: RunPaths, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    assert plan(paths, bucket_uri=str(tmp_path / "bucket")).candidates == ()
+    planned = plan(paths, bucket_uri=str(tmp_path / "bucket"))
+    assert planned.candidates == ()
+    assert not caplog.text  # a start may plan twice
+    begin(planned, paths)
     assert re.search(r"no checkpoint in .*checkpoints or .*bucket yet: starting at", caplog.text)
 
 
@@ -312,10 +314,51 @@ def test_a_foreign_checkpoint_is_not_chosen_not_deleted_and_out_of_the_way(
 def test_a_foreign_checkpoint_can_be_asked_for(old_run: RunPaths) -> None:
     begin(plan(old_run), old_run)
     change_manifest(make_checkpoint(old_run.checkpoints, 90), run_id=OTHER_RUN)
-    start = begin(plan(old_run, "90"), old_run)
+    start = begin(plan(old_run, name(90)), old_run)
     assert start.identity == RunIdentity(OTHER_RUN)
     assert steps(old_run.checkpoints) == [90]
     assert begin(plan(old_run), old_run).checkpoint == old_run.checkpoints / name(90)
+
+
+@pytest.mark.parametrize("is_noted", [True, False])
+def test_best_and_a_step_are_those_of_the_run_that_latest_goes_on_with(
+    old_run: RunPaths, is_noted: bool
+) -> None:
+    if is_noted:
+        begin(plan(old_run), old_run)
+    own = old_run.checkpoints / "checkpoint-epoch0-step20-files7"
+    (old_run.checkpoints / name(20)).rename(own)
+    for step in (5, 20):  # better, and one of them at the same step
+        foreign = make_checkpoint(
+            old_run.checkpoints, step, validation_metrics={"validation_loss": 0.1}
+        )
+        change_manifest(foreign, run_id=OTHER_RUN)
+    for resume in ("best", "20"):
+        assert [one.path for one in plan(old_run, resume).candidates] == [own]
+    with pytest.raises(UsageError, match="There is no checkpoint '5'"):
+        plan(old_run, "5")
+    assert plan(old_run, name(5)).identity == RunIdentity(OTHER_RUN)
+    by_path = plan(old_run, str(old_run.checkpoints / name(20)))
+    assert by_path.identity == RunIdentity(OTHER_RUN)
+
+
+def test_the_best_of_another_run_in_the_bucket_is_passed_over(
+    old_run: RunPaths, bucket: Path, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign"
+    for step, loss in ((20, 0.1), (40, 0.2)):
+        path = make_checkpoint(foreign, step, validation_metrics={"validation_loss": loss})
+        change_manifest(path, run_id=OTHER_RUN)
+    (foreign / name(20)).rename(foreign / "checkpoint-epoch0-step20-files7")
+    upload_all(foreign, bucket)
+    (old_run.checkpoints / name(20)).rename(tmp_path / "gone")
+    for resume in ("20", name(20)):
+        (found,) = plan(old_run, resume, bucket_uri=str(bucket)).candidates
+        assert (str(found.name), found.path) == (name(20), None)
+    assert plan(old_run, "best", bucket_uri=str(bucket)).step == 30  # what is here comes first
+    with pytest.raises(UsageError, match="There is no checkpoint '40'"):
+        plan(old_run, "40", bucket_uri=str(bucket))
+    assert plan(old_run, name(40), bucket_uri=str(bucket)).identity == RunIdentity(OTHER_RUN)
 
 
 @pytest.mark.parametrize(
@@ -431,9 +474,12 @@ def test_a_bucket_of_several_runs_wants_a_name(empty: RunPaths, bucket: Path) ->
     value = read_json(card)
     value["manifest"]["run_id"] = OTHER_RUN
     write_json(card, value)
-    for resume in ("latest", f"{bucket}/latest"):
-        with pytest.raises(UsageError, match=f"several runs .*{RUN_ID}, {OTHER_RUN}"):
-            plan(empty, resume, bucket_uri=str(bucket))
+    for which in ("latest", "best", "20"):
+        for resume in (which, f"{bucket}/{which}"):
+            with pytest.raises(UsageError, match=f"several runs .*{RUN_ID}, {OTHER_RUN}"):
+                plan(empty, resume, bucket_uri=str(bucket))
+    for resume in (name(20), f"{bucket}/{name(20)}"):
+        assert plan(empty, resume, bucket_uri=str(bucket)).identity == RunIdentity(RUN_ID)
 
 
 def test_a_bucket_that_is_down_does_not_stop_what_is_here(

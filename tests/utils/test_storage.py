@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import resource
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from tests.gcs_server import FakeGcsServer, Fault
+from utils import storage
 from utils.errors import (
     AccessDeniedError,
     ConflictError,
@@ -26,6 +32,7 @@ from utils.storage import (
     Bucket,
     DirectoryBucket,
     GcsBucket,
+    Meter,
     ObjectInfo,
     crc32c_of_bytes,
     crc32c_of_file,
@@ -33,6 +40,8 @@ from utils.storage import (
     open_bucket,
 )
 
+ROOT = Path(__file__).parents[2]
+CHUNK = 256 * 1024
 HOSTILE_NAMES = ["", ".", "./", "..", "../a", "a/../b", "/etc/passwd", "a/../../b", "a\0b"]
 
 
@@ -208,6 +217,131 @@ def test_uris_are_joined_with_one_slash(parts: tuple[str, ...], expected: str) -
     assert join_uri(*parts) == expected
 
 
+# Streams.
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "STREAM_CHUNK_BYTES", CHUNK)
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+def test_a_stream_of_any_length_arrives(bucket: Bucket, small_chunks: None, size: int) -> None:
+    data = os.urandom(size)
+
+    def write_in_pieces(sink: IO[bytes]) -> None:
+        for start in range(0, size, 100_000):
+            block = data[start : start + 100_000]
+            assert sink.write(block) == len(block)
+            sink.flush()
+
+    bucket.put_stream("a/b", write_in_pieces, None)
+    assert bucket.read_bytes("a/b") == data
+    assert [info.name for info in bucket.list()] == ["a/b"]
+
+
+def test_a_stream_replaces_only_the_version_that_was_seen(
+    bucket: Bucket, small_chunks: None
+) -> None:
+    bucket.put_bytes("a", b"1")
+    stale = bucket.stat("a")
+    bucket.delete("a")
+    bucket.put_bytes("a", b"22")
+    data = os.urandom(2 * CHUNK)
+    for expected in (None, stale):
+        with pytest.raises(ConflictError):
+            bucket.put_stream("a", lambda sink: sink.write(data), expected)
+        assert bucket.read_bytes("a") == b"22"
+    bucket.put_stream("a", lambda sink: sink.write(data), bucket.stat("a"))
+    assert bucket.read_bytes("a") == data
+    seen = bucket.stat("a")
+    bucket.delete("a")
+    with pytest.raises(ConflictError):
+        bucket.put_stream("a", lambda sink: sink.write(data), seen)
+    assert [info.name for info in bucket.list()] == []
+
+
+@pytest.mark.parametrize("raised", [KeyError("mine"), FileNotFoundError(2, "x"), OSError(28, "x")])
+def test_an_error_of_who_writes_a_stream_is_not_the_buckets(
+    bucket: Bucket, small_chunks: None, raised: Exception
+) -> None:
+    bucket.put_bytes("a", b"old")
+
+    def write_some(sink: IO[bytes]) -> None:
+        sink.write(bytes(2 * CHUNK + 5))
+        raise raised
+
+    with pytest.raises(type(raised)) as caught:
+        bucket.put_stream("a", write_some, bucket.stat("a"))
+    assert caught.value is raised
+    assert bucket.read_bytes("a") == b"old"
+    if isinstance(bucket, DirectoryBucket):
+        assert [path.name for path in bucket.root.iterdir()] == ["a"]
+
+
+def test_an_object_is_copied_within_the_bucket(bucket: Bucket) -> None:
+    bucket.put_bytes("a b/c", b"data")
+    bucket.put_bytes("d/e", b"older")
+    for target in ("d/e", "f/g h"):
+        bucket.copy("a b/c", target)
+        assert bucket.read_bytes(target) == b"data"
+    with pytest.raises(ObjectNotFoundError):
+        bucket.copy("none", "x")
+    assert [info.name for info in bucket.list()] == ["a b/c", "d/e", "f/g h"]
+
+
+# A meter.
+
+
+def test_threads_that_share_a_meter_share_its_rate() -> None:
+    meter = Meter(1_000_000)
+    started = time.monotonic()
+
+    def send() -> None:
+        for _ in range(5):
+            meter.pass_on(25_000)
+
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - started >= 0.5
+    assert meter.sent == 500_000
+
+
+def test_a_meter_does_not_make_up_for_a_pause() -> None:
+    meter = Meter(1_000_000)
+    meter.pass_on(1000)
+    time.sleep(0.3)
+    started = time.monotonic()
+    meter.pass_on(200_000)
+    assert time.monotonic() - started >= 0.2
+
+
+def test_a_meter_without_rate_counts() -> None:
+    meter = Meter()
+    meter.pass_on(10**12)
+    meter.count(5)
+    meter.show_life()
+    assert (meter.sent, meter.signs_of_life) == (10**12 + 5, 1)
+
+
+@pytest.mark.parametrize("kind", ["directory", "gs"])
+def test_what_is_sent_is_held_to_the_rate(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    if kind == "gs":
+        request.getfixturevalue("gcs")
+    meter = Meter(2_000_000)
+    bucket = open_bucket("gs://runs" if kind == "gs" else str(tmp_path / "bucket"), meter=meter)
+    started = time.monotonic()
+    bucket.put_stream("a", lambda sink: sink.write(bytes(1_000_000)), None)
+    assert time.monotonic() - started >= 0.5
+    assert 1_000_000 <= meter.sent < 1_010_000
+    bucket.close()
+
+
 # A directory.
 
 
@@ -264,6 +398,10 @@ def test_a_write_that_fails_half_way_leaves_the_old_object_and_nothing_else(
         directory.put_file("a", source)
     with largest_file(50_000), pytest.raises(StorageError, match="File too large"):
         directory.put_bytes("a", bytes(100_000))
+    for size in (51_000, 100_000):  # noticed while it is closed, or before
+        seen = directory.stat("a")
+        with largest_file(50_000), pytest.raises(StorageError, match="File too large"):
+            directory.put_stream("a", lambda sink, size=size: sink.write(bytes(size)), seen)
     assert [path.name for path in directory.root.iterdir()] == ["a"]
     assert directory.read_bytes("a") == b"old"
 
@@ -288,6 +426,57 @@ def test_what_another_process_is_still_writing_is_not_listed(directory: Director
     write(directory.root / ".tmp-1234", b"half")
     write(directory.root / "a/.tmp-1234", b"half")
     assert [info.name for info in directory.list()] == ["a/b"]
+
+
+KILLED_WRITER = """
+import sys
+sys.path.insert(0, {root!r})
+from utils.storage import open_bucket
+bucket = open_bucket({uri!r})
+def write(sink):
+    sink.write(bytes(100_000))
+    sink.flush()
+    print("half", flush=True)
+    sys.stdin.read()
+bucket.put_stream("folder/a", write, bucket.stat("folder/a"))
+"""
+
+
+def test_a_killed_stream_leaves_the_old_object_and_one_file_that_is_used_again(
+    directory: DirectoryBucket,
+) -> None:
+    directory.put_bytes("folder/a", b"old")
+    script = KILLED_WRITER.format(root=str(ROOT), uri=directory.uri)
+    for _ in range(2):
+        with subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"half\n"
+            process.send_signal(signal.SIGKILL)
+        left = sorted(path.name for path in (directory.root / "folder").iterdir())
+        assert left == [".tmp-a.part", "a"]
+    assert directory.read_bytes("folder/a") == b"old"
+    assert [info.name for info in directory.list()] == ["folder/a"]
+
+    directory.put_stream("folder/a", lambda sink: sink.write(b"n"), directory.stat("folder/a"))
+    assert directory.read_bytes("folder/a") == b"n"
+    assert [path.name for path in (directory.root / "folder").iterdir()] == ["a"]
+
+
+def test_what_killed_streams_left_is_removed_but_for_what_is_of_use(
+    directory: DirectoryBucket,
+) -> None:
+    directory.put_bytes("folder/a", b"1")
+    names = [".tmp-b.part", ".tmp-c.part", ".tmp-1234", "d.part"]
+    for name in names:
+        write(directory.root / "folder" / name, b"half")
+    write(directory.root / ".tmp-e.part", b"half")
+    directory.remove_unfinished("folder", frozenset({"folder/c"}))
+    left = sorted(path.name for path in (directory.root / "folder").iterdir())
+    assert left == [".tmp-1234", ".tmp-c.part", "a", "d.part"]
+    assert (directory.root / ".tmp-e.part").exists()
+    directory.remove_unfinished("none", frozenset())
 
 
 def test_a_mounted_directory_without_rename_still_gets_its_object(
@@ -534,6 +723,14 @@ def test_bytes_that_changed_on_the_way_are_never_taken(
         remote.get_file("a", tmp_path / "back")
 
 
+def test_a_stream_whose_bytes_changed_on_the_way_has_failed(
+    gcs: FakeGcsServer, remote: Bucket, small_chunks: None
+) -> None:
+    gcs.add_fault(Fault("corrupt", operation="upload", after_bytes=20_000))
+    with pytest.raises(StorageError):
+        remote.put_stream("a", lambda sink: sink.write(os.urandom(2 * CHUNK)), None)
+
+
 def test_an_answer_lost_after_the_commit_does_not_fail_the_upload(
     gcs: FakeGcsServer, remote: Bucket, tmp_path: Path
 ) -> None:
@@ -568,6 +765,45 @@ def test_only_a_version_of_this_bucket_can_be_expected(
         with pytest.raises(StorageError, match="which version"):
             use()
     assert remote.read_bytes("a") == b"1"
+
+
+def test_a_stream_that_broke_off_is_not_finished_later(
+    gcs: FakeGcsServer, remote: Bucket, small_chunks: None
+) -> None:
+    def write_some(sink: IO[bytes]) -> None:
+        sink.write(bytes(CHUNK + 5))
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        remote.put_stream("a", write_some, None)
+    gc.collect()  # or by the writer's own end
+    assert gcs.list_objects("runs") == []
+
+
+def test_a_slow_line_is_no_dead_one(gcs: FakeGcsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    # More than the buffers of a connection hold, and slow enough to need 4 s.
+    size, rate = 8_000_000, 2_000_000
+    monkeypatch.setattr(storage, "CONNECT_TIMEOUT_SECONDS", 1.5)
+    gcs.add_fault(Fault("slow", times=None, operation="upload", bytes_per_second=rate))
+    bucket = open_bucket("gs://runs", retry_seconds=3)
+    bucket.put_bytes("a", bytes(size))
+    assert gcs.get_object("runs", "a").size == size
+    assert len(gcs.requests("upload")) == 1
+    bucket.close()
+
+
+def test_parts_are_joined_where_each_is_what_was_seen(gcs: FakeGcsServer, remote: Bucket) -> None:
+    assert isinstance(remote, GcsBucket)
+    parts = [remote.put_bytes(name, name.encode()) for name in ("b", "a")]
+    joined = remote.compose("c", parts, None)
+    assert (joined.size, joined.crc32c) == (2, crc32c_of_bytes(b"ba"))
+    assert joined == remote.stat("c")
+    with pytest.raises(ConflictError):
+        remote.compose("c", parts, None)
+    remote.put_bytes("a", b"other")
+    with pytest.raises(ConflictError):
+        remote.compose("c", parts, joined)
+    assert remote.read_bytes("c") == b"ba"
 
 
 def test_one_bucket_serves_many_threads(gcs: FakeGcsServer, remote: Bucket) -> None:

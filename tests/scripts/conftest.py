@@ -1,0 +1,29 @@
+"""What the tests of scripts/ share: train.py in forks, and logging left as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from utils.started_runs import ForkServer
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    """Starts train.py in forks of one process that has loaded torch."""
+    with ForkServer({"OMP_NUM_THREADS": "1"}) as running:
+        yield running
+
+
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
+    """Take away what a command has set up for its log lines."""
+    before = list(logging.getLogger().handlers)
+    yield
+    for handler in list(logging.getLogger().handlers):
+        if handler not in before:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+    logging.captureWarnings(capture=False)

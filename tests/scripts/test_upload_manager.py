@@ -1,0 +1,895 @@
+"""The upload manager as a user calls it: what it shows, uploads, checks, brings and deletes."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.training_config import PROJECT_DIRECTORY
+from scripts.upload_manager import main
+from tests.gcs_server import FakeGcsServer, Fault
+from tests.sample_checkpoints import RUN_ID, make_checkpoint, seal
+from utils.errors import ExitCode
+from utils.journal import Journal, UploadState
+from utils.layout import archive_object, card_object, read_json, read_manifest, write_json
+from utils.prefix_lease import LEASE_OBJECT
+from utils.storage import Bucket, crc32c_of_bytes, crc32c_of_file, open_bucket
+
+SCRIPT = PROJECT_DIRECTORY / "scripts" / "upload_manager.py"
+OTHER_RUN = "20250101-ffffffff"
+ESCAPE = "\x1b[2J"
+
+pytestmark = pytest.mark.usefixtures("logging_as_before")
+
+
+def name(step: int) -> str:
+    return f"checkpoint-epoch0-step{step}-files0"
+
+
+def make_archive(checkpoint: Path, files: Sequence[str] | None = None) -> bytes:
+    """Return a checkpoint as the uploader archives it, or with some of its files only."""
+    sink = io.BytesIO()
+    with (
+        gzip.GzipFile(fileobj=sink, mode="wb", mtime=0) as compressed,
+        tarfile.open(fileobj=compressed, mode="w|") as archive,
+    ):
+        for file in files or [*sorted(read_manifest(checkpoint).files), "manifest.json"]:
+            archive.add(checkpoint / file, f"{checkpoint.name}/{file}")
+    return sink.getvalue()
+
+
+@dataclass
+class Place:
+    """A directory with a run's checkpoints, and its bucket."""
+
+    checkpoints: Path
+    bucket: Bucket
+    capsys: pytest.CaptureFixture[str]
+    stderr: str = ""
+
+    @property
+    def journal(self) -> Journal:
+        return Journal(self.checkpoints / "uploads.jsonl")
+
+    def words(self, *arguments: str) -> list[str]:
+        transport = "python" if self.bucket.uri.startswith("gs://") else "directory"
+        settings = (f"checkpoint_uri={self.bucket.uri}", f"upload_transport={transport}")
+        return [*arguments, *(word for setting in settings for word in ("--set", setting))]
+
+    def call(self, *arguments: str) -> tuple[int, str]:
+        """Run a command; return its exit code and its output."""
+        code = main(self.words(*arguments))
+        output, self.stderr = self.capsys.readouterr()
+        return code, output
+
+    def read(self, *arguments: str) -> tuple[int, Any]:
+        """Run a command with --json; return its exit code and its result."""
+        code, output = self.call(*arguments, "--json")
+        return code, json.loads(output) if output else None
+
+    def save(self, step: int, loss: float | None = None, run_id: str = RUN_ID) -> Path:
+        metrics = {} if loss is None else {"validation_metrics": {"validation_loss": loss}}
+        checkpoint = make_checkpoint(self.checkpoints, step, **metrics)
+        if run_id != RUN_ID:
+            manifest = read_json(checkpoint / "manifest.json")
+            write_json(checkpoint / "manifest.json", {**manifest, "run_id": run_id})
+        return checkpoint
+
+    def publish(self, checkpoint: Path, archive: bytes | None = None) -> None:
+        """Put archive and card into the bucket, and the journal entry that says so."""
+        archive = archive or make_archive(checkpoint)
+        self.bucket.put_bytes(archive_object(checkpoint.name), archive)
+        card = {
+            "manifest": read_json(checkpoint / "manifest.json"),
+            "metadata": read_json(checkpoint / "metadata.json"),
+            "archive": {"size": len(archive), "crc32c": crc32c_of_bytes(archive)},
+        }
+        self.bucket.put_bytes(card_object(checkpoint.name), json.dumps(card).encode())
+        self.journal.record(
+            checkpoint.name,
+            read_manifest(checkpoint).run_id,
+            UploadState.VERIFIED,
+            bytes=len(archive),
+            crc32c=crc32c_of_bytes(archive),
+            bucket=self.bucket.uri,
+            manifest_crc32c=crc32c_of_file(checkpoint / "manifest.json"),
+        )
+
+    def publish_only(self, step: int, loss: float | None = None, run_id: str = RUN_ID) -> None:
+        """Put a checkpoint into the bucket that is on no machine any more."""
+        checkpoint = self.save(step, loss, run_id)
+        self.publish(checkpoint)
+        shutil.rmtree(checkpoint)
+
+    def forget(self) -> None:
+        """Be another machine, which has nothing but the bucket."""
+        shutil.rmtree(self.checkpoints)
+
+    def change_archive(self, step: int, data: bytes) -> None:
+        self.bucket.put_bytes(archive_object(name(step)), data)
+
+    def archive(self, step: int) -> bytes:
+        return self.bucket.read_bytes(archive_object(name(step)))
+
+    def objects(self) -> list[str]:
+        return [info.name.removeprefix("Checkpoints/") for info in self.bucket.list("Checkpoints/")]
+
+
+def build_place(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Place:
+    return Place(tmp_path / "checkpoints", open_bucket(uri, retry_seconds=5), capsys)
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Place:
+    """A run whose bucket is a directory."""
+    monkeypatch.chdir(tmp_path)
+    return build_place(str(tmp_path / "bucket"), tmp_path, capsys)
+
+
+@pytest.fixture
+def gcs_place(
+    gcs: FakeGcsServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Iterator[Place]:
+    """A run whose bucket is gs://runs/team."""
+    monkeypatch.chdir(tmp_path)
+    place = build_place("gs://runs/team", tmp_path, capsys)
+    yield place
+    place.bucket.close()
+
+
+@pytest.fixture(params=["directory", "gs"])
+def either(request: pytest.FixtureRequest) -> Place:
+    found: Place = request.getfixturevalue("place" if request.param == "directory" else "gcs_place")
+    return found
+
+
+# status, list
+
+
+def test_status_says_where_each_checkpoint_stands(either: Place) -> None:
+    either.publish_only(10)
+    either.publish(either.save(20))
+    for step in (30, 40, 50, 60):
+        either.save(step)
+    record = either.journal.record
+    record(name(30), RUN_ID, UploadState.FAILED, error="503", attempts=5, permanent=False,
+           next_try="2026-01-01T00:00:00+00:00")  # fmt: skip
+    record(name(40), RUN_ID, UploadState.UPLOADING, attempt=2, sent=100, read=250, total=1000,
+           bytes_per_second=2**20, eta_seconds=90)  # fmt: skip
+    record(name(50), RUN_ID, UploadState.QUEUED)
+
+    code, status = either.read("status")
+    assert code == ExitCode.DONE
+    rows = {row["step"]: row for row in status["checkpoints"]}
+    assert [rows[step]["state"] for step in sorted(rows)] == [
+        "verified", "verified", "failed", "uploading", "queued", "not queued",
+    ]  # fmt: skip
+    assert [row["local"] for row in status["checkpoints"]] == ["no", *["yes"] * 5]
+    assert [row["bucket"] for row in status["checkpoints"]] == ["yes", "yes", *["no"] * 4]
+    assert rows[40]["progress"] == "25%, 1.0 MiB/s, 1m30s left"
+    assert rows[40]["upload"]["percent"] == 25
+    assert rows[60]["kept"] == "latest"
+    assert rows[20]["kept"] == "goes: verified in the bucket"
+    assert rows[30]["kept"] == "not verified in the bucket yet"
+    assert [(row["checkpoint"], row["state"], row["attempts"]) for row in status["queue"]] == [
+        (name(40), "uploading", 2),
+        (name(30), "failed", 5),
+        (name(50), "queued", 0),
+        (name(60), "not queued", 0),
+    ]
+    assert status["queue"][1]["next try"] == "2026-01-01T00:00:00+00:00"
+    (error,) = status["errors"]
+    assert (error["checkpoint"], error["error"]) == (name(30), "503")
+
+    code, text = either.call("status")
+    assert code == ExitCode.DONE
+    assert "25%, 1.0 MiB/s, 1m30s left" in text
+    assert "4 not verified in the bucket." in text
+    assert f"{name(30)} (5 attempts): 503" in text
+
+
+def test_status_of_an_error_that_was_mended_is_quiet(place: Place) -> None:
+    checkpoint = place.save(10)
+    place.journal.record(name(10), RUN_ID, UploadState.FAILED, error="503", permanent=True)
+    _, status = place.read("status")
+    assert status["queue"][0]["next try"] == "never by itself: upload_manager.py retry"
+    place.publish(checkpoint)
+    _, status = place.read("status")
+    assert (status["queue"], status["errors"]) == ([], [])
+
+
+def test_status_on_a_machine_that_has_only_the_bucket_changes_nothing(either: Place) -> None:
+    either.publish_only(10)
+    either.publish_only(20)
+    either.forget()
+    code, status = either.read("status")
+    assert code == ExitCode.DONE
+    assert [row["state"] for row in status["checkpoints"]] == ["verified", "verified"]
+    assert status["checkpoints"][1]["note"] == "latest, best"
+    assert not either.checkpoints.exists()
+
+
+def test_status_without_its_bucket_shows_what_is_here(gcs_place: Place, gcs: FakeGcsServer) -> None:
+    gcs_place.publish(gcs_place.save(10))
+    gcs.add_fault(Fault("status", None, "object.list", status=403))
+    code, status = gcs_place.read("status")
+    assert code == ExitCode.DONE
+    assert "403" in status["bucket_problem"]
+    assert [(row["bucket"], row["state"]) for row in status["checkpoints"]] == [
+        ("unknown", "verified")
+    ]
+
+
+def test_status_of_an_empty_place(place: Place) -> None:
+    code, text = place.call("status")
+    assert code == ExitCode.DONE
+    assert "No checkpoints" in text
+
+
+def test_list_shows_what_is_here_or_in_the_bucket(either: Place) -> None:
+    either.publish_only(10)
+    either.save(20)
+    either.bucket.put_bytes(archive_object(name(30)), b"an upload without its card")
+    _, here = either.read("list")
+    _, there = either.read("list", "--remote")
+    assert [row["step"] for row in here] == [20]
+    assert [row["step"] for row in there] == [10]
+    assert name(10) in either.call("list", "--remote")[1]
+
+
+def test_a_list_of_a_bucket_that_is_not_there_is_an_error(
+    gcs_place: Place, gcs: FakeGcsServer
+) -> None:
+    gcs.add_fault(Fault("status", None, "object.list", status=404))
+    code, output = gcs_place.call("list", "--remote")
+    assert (code, output) == (ExitCode.UNEXPECTED, "")
+    assert gcs_place.stderr.startswith("Error: gs://runs/team")
+
+
+def test_commands_start_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from scripts.upload_manager import main\n"
+        "code = main(['status', '--json'])\n"
+        "assert 'torch' not in sys.modules and 'google.cloud' not in sys.modules\n"
+        "sys.exit(code)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["checkpoints"] == []
+
+
+# upload, upload-all, retry
+
+
+def test_upload_all_brings_what_is_owed(either: Place) -> None:
+    either.publish(either.save(10))
+    either.save(20)
+    code, result = either.read("upload-all")
+    assert code == ExitCode.DONE
+    assert result == {"verified": [name(20)], "failed": {}}
+    assert either.read("verify")[0] == ExitCode.DONE
+    _, result = either.read("upload-all")
+    assert result == {"verified": [], "failed": {}}
+
+
+def test_an_archive_without_its_card_is_ignored_and_completed_by_upload_all(either: Place) -> None:
+    checkpoint = either.save(10)
+    either.bucket.put_bytes(archive_object(name(10)), make_archive(checkpoint))
+    either.journal.record(name(10), RUN_ID, UploadState.UPLOADING)
+    assert either.read("list", "--remote")[1] == []
+    assert either.read("download", "latest", "--to", "elsewhere")[0] == ExitCode.USAGE
+    assert either.read("download", name(10), "--to", "elsewhere")[0] == ExitCode.USAGE
+    assert "was not uploaded to its end" in either.stderr
+
+    assert either.read("upload-all")[1] == {"verified": [name(10)], "failed": {}}
+    assert either.read("download", "latest", "--to", "elsewhere")[0] == ExitCode.DONE
+
+
+@pytest.mark.parametrize(
+    "damage", ["no archive", "no card", "truncated", "other bytes", "card of other files"]
+)
+def test_upload_all_does_not_trust_the_journal_alone(either: Place, damage: str) -> None:
+    either.publish(either.save(10))
+    either.publish(either.save(20))
+    archive = either.archive(10)
+    if damage == "no archive":
+        either.bucket.delete(archive_object(name(10)))
+    elif damage == "no card":
+        either.bucket.delete(card_object(name(10)))
+    elif damage == "truncated":
+        either.change_archive(10, archive[:-1])
+    elif damage == "other bytes":
+        either.change_archive(10, archive[:-1] + bytes([archive[-1] ^ 1]))
+    else:
+        change_card(either, world_size=8)
+    code, result = either.read("upload-all")
+    assert (code, result["verified"]) == (ExitCode.DONE, [name(10)])
+    assert f"{name(10)} is uploaded again" in either.stderr
+    assert either.read("verify", "--deep")[0] == ExitCode.DONE
+
+
+def test_upload_all_where_the_bucket_cannot_be_listed_trusts_the_journal(
+    gcs_place: Place, gcs: FakeGcsServer
+) -> None:
+    gcs_place.publish(gcs_place.save(10))
+    gcs.add_fault(Fault("status", None, "object.list", status=403))
+    code, result = gcs_place.read("upload-all")
+    assert (code, result["verified"]) == (ExitCode.DONE, [])
+    assert "the journal alone decides" in gcs_place.stderr
+
+
+def test_upload_takes_the_one_that_is_named(place: Place) -> None:
+    for step in (10, 20):
+        place.save(step)
+    assert place.read("upload", "10")[1] == {"verified": [name(10)], "failed": {}}
+    code, _ = place.call("upload", "../../etc")
+    assert code == ExitCode.USAGE
+    assert "There is no checkpoint '../../etc'" in place.stderr
+
+
+def test_a_damaged_checkpoint_is_said_and_does_not_stop_the_others(place: Place) -> None:
+    damaged = place.save(10)
+    place.save(20)
+    (damaged / "model.safetensors").write_bytes(b"short")
+    code, result = place.read("upload-all")
+    assert code == ExitCode.NOT_VERIFIED
+    assert result["verified"] == [name(20)]
+    assert list(result["failed"]) == [name(10)]
+    assert "1 of 2 checkpoints were not uploaded" in place.stderr
+
+
+def test_retry_takes_what_failed_alone(place: Place) -> None:
+    for step in (10, 20):
+        place.save(step)
+    place.journal.record(name(20), RUN_ID, UploadState.FAILED, error="403", permanent=True)
+    place.journal.record(name(30), RUN_ID, UploadState.FAILED, error="403")
+    assert place.read("retry")[1] == {"verified": [name(20)], "failed": {}}
+    assert f"{name(30)} failed and is no longer here" in place.stderr
+
+
+def test_uploads_without_a_bucket_are_a_usage_error(place: Place) -> None:
+    place.save(10)
+    for command in (["upload-all"], ["verify"], ["download", "latest"]):
+        code = main([*command, "--set", "checkpoint_uri="])
+        assert code == ExitCode.USAGE
+        assert "checkpoint_uri is empty" in place.capsys.readouterr().err
+
+
+# verify
+
+
+@pytest.mark.parametrize("deep", [[], ["--deep"]])
+def test_verify_of_what_is_well(either: Place, deep: list[str]) -> None:
+    either.publish_only(10)
+    either.publish(either.save(20))
+    either.bucket.put_bytes(LEASE_OBJECT, b"{}")
+    code, result = either.read("verify", *deep)
+    assert code == ExitCode.DONE
+    assert result["orphans"] == []
+    assert [row["wrong"] for row in result["checkpoints"]] == [[], []]
+    assert ("every byte" in " ".join(result["checkpoints"][1]["right"])) is bool(deep)
+    assert "2 verified, 0 not." in either.call("verify", *deep)[1]
+
+
+def change_card(place: Place, **changes: Any) -> None:
+    card = json.loads(place.bucket.read_bytes(card_object(name(10))))
+    card["manifest"] |= changes
+    place.bucket.put_bytes(card_object(name(10)), json.dumps(card).encode())
+
+
+def remove(place: Place, *objects: str) -> None:
+    for one in objects:
+        place.bucket.delete(one)
+
+
+def forget_first(place: Place) -> None:
+    place.journal.path.unlink()
+    place.publish(place.checkpoints / name(20))
+
+
+ARCHIVE, CARD, WEIGHTS = archive_object(name(10)), card_object(name(10)), "model.safetensors"
+DAMAGES: dict[str, Callable[[Place, Path], object]] = {
+    "no archive": lambda place, _: remove(place, ARCHIVE),
+    "no card": lambda place, _: remove(place, CARD),
+    "nothing": lambda place, _: remove(place, ARCHIVE, CARD),
+    "truncated": lambda place, _: place.change_archive(10, place.archive(10)[:-5]),
+    "bad card": lambda place, _: place.bucket.put_bytes(CARD, b'{"manifest": 5}'),
+    "another card": lambda place, _: change_card(place, world_size=8),
+    "another run": lambda place, _: change_card(place, run_id=OTHER_RUN),
+    "failed": lambda place, _: place.journal.record(
+        name(10), RUN_ID, UploadState.FAILED, error="503"
+    ),
+    "unknown": lambda place, _: forget_first(place),
+    "file truncated": lambda _, checkpoint: (checkpoint / WEIGHTS).write_bytes(b"short"),
+    "file gone": lambda _, checkpoint: (checkpoint / WEIGHTS).unlink(),
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        ("no archive", "a card without its archive"),
+        ("no card", "no card beside its archive"),
+        ("nothing", "bucket: not there"),
+        ("truncated", "its archive has "),
+        ("bad card", "is not a usable manifest"),
+        ("another card", "card: its manifest is not that of the files here"),
+        ("another run", f"card: it is of run {OTHER_RUN}"),
+        ("failed", "journal: failed: 503"),
+        ("unknown", "journal: nothing of it"),
+        ("file truncated", "here: model.safetensors is missing or not of "),
+        ("file gone", "here: model.safetensors is missing or not of "),
+    ],
+)
+def test_verify_says_what_is_wrong(either: Place, damage: str, expected: str) -> None:
+    checkpoint = either.save(10)
+    either.publish(checkpoint)
+    either.publish(either.save(20))
+    DAMAGES[damage](either, checkpoint)
+    code, result = either.read("verify")
+    assert code == ExitCode.NOT_VERIFIED
+    bad, good = result["checkpoints"]
+    assert (bad["checkpoint"], bad["verified"]) == (name(10), False)
+    assert any(expected in line for line in bad["wrong"]), bad["wrong"]
+    assert (good["wrong"], good["verified"]) == ([], True)
+    assert either.read("verify", "20")[0] == ExitCode.DONE
+    assert either.read("verify", name(10))[0] == ExitCode.NOT_VERIFIED
+
+
+def test_verify_misses_what_the_journal_has_as_verified_though_it_is_not_here(
+    either: Place,
+) -> None:
+    either.publish_only(10)
+    either.bucket.delete(archive_object(name(10)))
+    either.bucket.delete(card_object(name(10)))
+    code, result = either.read("verify")
+    assert code == ExitCode.NOT_VERIFIED
+    assert result["checkpoints"][0]["wrong"] == ["bucket: not there"]
+
+
+def test_verify_sees_bytes_of_a_directory_only_when_deep(place: Place) -> None:
+    place.publish(place.save(10))
+    archive = bytearray(place.archive(10))
+    archive[len(archive) // 2] ^= 1
+    place.change_archive(10, bytes(archive))
+    assert place.read("verify")[0] == ExitCode.DONE
+    code, result = place.read("verify", "--deep")
+    assert code == ExitCode.NOT_VERIFIED
+    assert "is damaged (its crc32c is" in result["checkpoints"][0]["wrong"][0]
+
+
+def test_verify_compares_the_checksum_that_a_bucket_keeps(gcs_place: Place) -> None:
+    gcs_place.publish(gcs_place.save(10))
+    archive = bytearray(gcs_place.archive(10))
+    archive[-1] ^= 1
+    gcs_place.change_archive(10, bytes(archive))
+    code, result = gcs_place.read("verify")
+    assert code == ExitCode.NOT_VERIFIED
+    assert "its archive has crc32c" in result["checkpoints"][0]["wrong"][0]
+
+
+def test_verify_deep_reads_the_files_that_are_here(place: Place) -> None:
+    checkpoint = place.save(10)
+    place.publish(checkpoint)
+    data = bytearray((checkpoint / "model.safetensors").read_bytes())
+    data[3] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(data)
+    assert place.read("verify")[0] == ExitCode.DONE
+    code, result = place.read("verify", "--deep")
+    assert code == ExitCode.NOT_VERIFIED
+    assert "model.safetensors is damaged" in result["checkpoints"][0]["wrong"][0]
+
+
+def test_an_archive_that_ends_at_a_member_is_refused_with_and_without_its_hash(
+    either: Place,
+) -> None:
+    checkpoint = either.save(10)
+    short = make_archive(checkpoint, sorted(read_manifest(checkpoint).files)[:-1])
+    either.publish(checkpoint)
+    either.change_archive(10, short)  # its size and hash are not those of the card
+    assert either.read("verify", "--deep")[0] == ExitCode.NOT_VERIFIED
+    assert either.read("download", "10", "--to", "elsewhere")[0] == ExitCode.USAGE
+    assert "is damaged" in either.stderr
+
+    either.publish(checkpoint, short)  # a card that vouches for it
+    assert either.read("verify")[0] == ExitCode.DONE
+    code, result = either.read("verify", "--deep")
+    assert code == ExitCode.NOT_VERIFIED
+    assert "'manifest.json' is not in it" in result["checkpoints"][0]["wrong"][0]
+    assert either.read("download", "10", "--to", "elsewhere")[0] == ExitCode.USAGE
+    assert "'manifest.json' is not in it" in either.stderr
+    assert not list(Path("elsewhere").iterdir())
+
+
+def test_verify_deep_writes_nothing_and_outlives_a_broken_line(
+    gcs_place: Place, gcs: FakeGcsServer, tmp_path: Path
+) -> None:
+    gcs_place.publish_only(10)
+    gcs_place.forget()
+    gcs.add_fault(Fault("status", name=f"team/{archive_object(name(10))}", status=503))
+    before = set(tmp_path.rglob("*"))
+    code, result = gcs_place.read("verify", "--deep")
+    assert (code, result["checkpoints"][0]["wrong"]) == (ExitCode.DONE, [])
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_verify_lists_what_belongs_to_no_checkpoint_of_the_run(either: Place) -> None:
+    either.publish(either.save(10))
+    either.publish_only(20, run_id=OTHER_RUN)
+    for other, data in {
+        archive_object(name(30)): b"12345",
+        card_object(name(40)): b"{}",
+        f"Checkpoints/.parts/{name(50)}.tar.gz/00001": b"123",
+        f"Checkpoints/.parts/{name(50)}.tar.gz/00002": b"45",
+        "Checkpoints/.upload-1": b"1",
+        f"Checkpoints/set-aside/branch-0/{name(10)}.json": b"{}",
+        "Checkpoints/notes.txt": b"1",
+        LEASE_OBJECT: b"{}",
+    }.items():
+        either.bucket.put_bytes(other, data)
+    code, result = either.read("verify")
+    orphans = {one["object_name"]: one["problem"] for one in result["orphans"]}
+    interrupted = "of an upload that was interrupted or goes on"
+    assert orphans == {
+        card_object(name(20)): f"of run {OTHER_RUN}",
+        archive_object(name(30)): "an archive without its card",
+        card_object(name(40)): "a card without its archive",
+        f"Checkpoints/.parts/{name(50)}.tar.gz/": f"{interrupted}: 2 objects, 5 bytes",
+        "Checkpoints/set-aside/branch-0/": "set aside, of an older branch: 1 objects, 2 bytes",
+        "Checkpoints/.upload-1": f"{interrupted}: 1 objects, 1 bytes",
+        "Checkpoints/notes.txt": "not ours: 1 objects, 1 bytes",
+    }
+    # A card claims a checkpoint that is not there.
+    assert code == ExitCode.NOT_VERIFIED
+    assert [row["checkpoint"] for row in result["checkpoints"]] == [name(10), name(40)]
+    either.bucket.delete(card_object(name(40)))
+    assert either.read("verify")[0] == ExitCode.DONE
+
+
+def test_verify_of_a_name_that_is_none(place: Place) -> None:
+    place.save(10)
+    assert place.call("verify", f"../{ESCAPE}")[0] == ExitCode.USAGE
+    assert ESCAPE not in place.stderr
+
+
+# Hostile names and contents.
+
+
+def test_nothing_from_outside_steers_the_terminal(place: Place) -> None:
+    checkpoint = place.save(10)
+    hostile = f"model{ESCAPE}.bin"
+    (checkpoint / hostile).write_bytes(b"1")
+    seal(checkpoint, 10)
+    place.publish(checkpoint)
+    (checkpoint / hostile).unlink()
+    foreign = place.save(20, run_id=f"run{ESCAPE}")
+    place.publish(foreign)
+    shutil.rmtree(foreign)
+    place.bucket.put_bytes(f"Checkpoints/{ESCAPE}.txt", b"1")
+    place.bucket.put_bytes(card_object(name(30)), json.dumps({"manifest": ESCAPE}).encode())
+    place.journal.record(f"c{ESCAPE}", RUN_ID, UploadState.FAILED, error=f"e{ESCAPE}")
+    place.journal.record(name(10), RUN_ID, UploadState.FAILED, error=f"e{ESCAPE}", next_try=ESCAPE)
+    for command in (
+        ["status"], ["list"], ["list", "--remote"], ["retry"], ["upload-all"], ["verify"],
+        ["verify", "--deep"], ["download", name(10)], ["download", "20"],
+        ["prune", "--remote", "--keep", "1", "--dry-run"],
+    ):  # fmt: skip
+        _, output = place.call(*command)
+        assert "\x1b" not in output + place.stderr, command
+        assert output + place.stderr
+
+
+@pytest.mark.parametrize("text", ["../x", "/etc/passwd", f"{name(10)}/..", f"x{ESCAPE}", "-1", ""])
+def test_names_that_are_none_are_refused(place: Place, text: str) -> None:
+    place.publish_only(10)
+    for command in ("download", "upload", "verify"):
+        code = main([*place.words(command), "--", text])
+        output, stderr = place.capsys.readouterr()
+        assert (code, output) == (ExitCode.USAGE, ""), command
+        assert "\x1b" not in stderr
+    assert not list(place.checkpoints.glob("checkpoint*"))
+
+
+# download
+
+
+@pytest.mark.parametrize(
+    ("text", "step"), [("latest", 30), ("best", 20), ("10", 10), (name(10), 10)]
+)
+def test_download_brings_the_one_that_is_meant(either: Place, text: str, step: int) -> None:
+    for saved, loss in ((10, 3.0), (20, 1.0), (30, 2.0)):
+        either.publish_only(saved, loss)
+    either.forget()
+    code, result = either.read("download", text)
+    assert code == ExitCode.DONE
+    assert result == {
+        "checkpoint": name(step), "path": f"checkpoints/{name(step)}", "downloaded": True,
+    }  # fmt: skip
+    assert either.journal.latest()[name(step)].state is UploadState.VERIFIED
+    assert either.read("verify", "--deep", str(step))[0] == ExitCode.DONE
+    code, output = either.call("download", text)
+    assert code == ExitCode.DONE
+    assert "is already here" in output
+
+
+def test_download_to_another_directory_leaves_nothing_else_there(place: Place) -> None:
+    place.publish_only(10)
+    place.forget()
+    code, _ = place.read("download", "latest", "--to", "elsewhere")
+    assert code == ExitCode.DONE
+    assert [path.name for path in Path("elsewhere").iterdir()] == [name(10)]
+    assert not place.checkpoints.exists()
+
+
+def test_download_reads_only_the_cards_that_it_needs(gcs_place: Place, gcs: FakeGcsServer) -> None:
+    for step in (10, 20, 30):
+        gcs_place.publish_only(step)
+    gcs_place.save(5)  # says which run is meant
+    for text, step in ((name(10), 10), ("20", 20), ("latest", 30)):
+        gcs.clear_requests()
+        assert gcs_place.read("download", text)[0] == ExitCode.DONE
+        read = {record.name for record in gcs.requests("object.download")}
+        assert {one for one in read if one.endswith(".json")} == {f"team/{card_object(name(step))}"}
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from utils.checkpoint_store import hold_output_directory
+from utils.layout import RunPaths
+directory = Path(sys.argv[1])
+with hold_output_directory(RunPaths(directory, directory, directory)):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_download_beside_a_trainer_goes_to_another_directory(place: Place) -> None:
+    place.publish_only(10)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(place.checkpoints)],
+        cwd=PROJECT_DIRECTORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as holder:  # fmt: skip
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert place.call("status")[0] == ExitCode.DONE
+        code, _ = place.call("download", "latest")
+        assert code == ExitCode.USAGE
+        assert f"in use by a trainer (process {holder.pid}" in place.stderr
+        assert "--to DIR" in place.stderr
+        assert place.call("download", "latest", "--to", "elsewhere")[0] == ExitCode.DONE
+        holder.kill()
+    assert place.call("download", "latest")[0] == ExitCode.DONE
+
+
+def test_download_does_not_mix_runs_or_replace_what_is_there(place: Place) -> None:
+    place.publish_only(20, run_id=OTHER_RUN)
+    place.save(10)
+    code, _ = place.call("download", name(20))
+    assert code == ExitCode.USAGE
+    assert f"is of run {OTHER_RUN}" in place.stderr
+
+    place.publish(place.checkpoints / name(10))
+    (place.checkpoints / name(10) / "model.safetensors").write_bytes(b"changed")
+    code, _ = place.call("download", name(10))
+    assert code == ExitCode.USAGE
+    assert "exists and is not what" in place.stderr
+
+
+def test_download_of_one_of_several_runs_wants_a_name(place: Place) -> None:
+    place.publish_only(10)
+    place.publish_only(20, run_id=OTHER_RUN)
+    place.forget()
+    assert place.call("download", "latest")[0] == ExitCode.USAGE
+    assert RUN_ID in place.stderr
+    assert OTHER_RUN in place.stderr
+    assert place.call("download", name(20))[0] == ExitCode.DONE
+
+
+# prune
+
+
+def fill(place: Place) -> None:
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.0), (50, 2.0)):
+        place.publish_only(step, loss)
+
+
+PRUNE = ("prune", "--remote", "--keep", "2")
+
+
+def test_prune_deletes_what_its_plan_says(either: Place) -> None:
+    fill(either)
+    either.publish_only(5, run_id=OTHER_RUN)
+    either.save(60)  # says which run is meant
+    actions = {
+        name(5): ("keep", f"of another run, {OTHER_RUN}"),
+        name(10): ("delete", "older than the newest 2"),
+        name(20): ("keep", "best"),
+        name(30): ("keep", "every 30 steps"),
+        name(40): ("keep", "newest 2"),
+        name(50): ("keep", "latest"),
+    }
+    before = either.objects()
+    code, result = either.read(*PRUNE, "--keep-every", "30", "--dry-run")
+    assert code == ExitCode.DONE
+    rows = result["checkpoints"]
+    assert {row["checkpoint"]: (row["action"], row["reason"]) for row in rows} == actions
+    assert (result["deleted"], either.objects()) == ([], before)
+
+    code, result = either.read(*PRUNE, "--keep-every", "30", "--yes")
+    assert (code, result["deleted"]) == (ExitCode.DONE, [name(10)])
+    gone = {f"{name(10)}.json", f"{name(10)}.tar.gz"}
+    assert set(before) - set(either.objects()) == gone
+    entry = either.journal.latest()[name(10)]
+    assert (entry.state, entry.run_id) == (UploadState.REMOVED, RUN_ID)
+    code, result = either.read(*PRUNE, "--keep-every", "30", "--yes")
+    assert (code, result["deleted"], result["notes"]) == (ExitCode.DONE, [], [])
+
+
+def test_prune_shows_its_plan_before_it_asks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(place)
+    place.forget()
+    before = place.objects()
+    assert place.call(*PRUNE)[0] == ExitCode.USAGE
+    assert "--yes" in place.stderr
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    for answer in ("no", ""):
+        monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
+        code, output = place.call(*PRUNE)
+        assert (code, place.objects()) == (ExitCode.DONE, before)
+        assert "2 to delete" in output
+        assert "A directory: what is deleted is gone at once." in output
+        assert "Nothing was deleted." in output
+    monkeypatch.setattr("builtins.input", lambda question: "yes")
+    assert place.call(*PRUNE)[0] == ExitCode.DONE
+    assert len(place.objects()) == len(before) - 4
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--keep", "2", "--yes"],
+        ["--remote", "--keep", "0", "--yes"],
+        ["--remote", "--keep", "-1", "--yes"],
+        ["--remote", "--keep", "1", "--keep-every", "0", "--yes"],
+        ["--remote", "--keep", "1"],
+        ["--remote", "--keep", "1", "--yes", "--set", "checkpoint_uri="],
+    ],
+)
+def test_prune_refuses_what_is_not_clear(place: Place, arguments: list[str]) -> None:
+    fill(place)
+    before = place.objects()
+    code = main([*place.words("prune"), *arguments])
+    assert (code, place.objects()) == (ExitCode.USAGE, before)
+
+
+def test_prune_does_not_count_on_damaged_ones(either: Place) -> None:
+    fill(either)
+    either.change_archive(50, either.archive(50)[:-1])
+    either.bucket.delete(archive_object(name(40)))
+    either.forget()
+    code, result = either.read("prune", "--remote", "--keep", "1", "--yes")
+    assert code == ExitCode.DONE
+    reasons = {row["step"]: row["reason"] for row in result["checkpoints"]}
+    assert reasons[30] == "latest"
+    assert reasons[50].startswith("damaged, not touched")
+    assert reasons[40].startswith("damaged, not touched")
+    assert result["deleted"] == [name(10)]
+
+
+def test_prune_leaves_other_branches_and_what_is_uploaded_now(place: Place) -> None:
+    fill(place)
+    for step, branch in ((40, 1), (30, 1)):
+        card = json.loads(place.bucket.read_bytes(card_object(name(step))))
+        card["manifest"] |= {"branch": branch, "forks": [[0, 0], [1, 20]]}
+        place.bucket.put_bytes(card_object(name(step)), json.dumps(card).encode())
+    place.journal.record(name(10), RUN_ID, UploadState.UPLOADING)
+    _, result = place.read("prune", "--remote", "--keep", "1", "--yes")
+    assert {row["step"]: row["reason"] for row in result["checkpoints"]} == {
+        10: "uploading",
+        20: "best",
+        30: "older than the newest 1",
+        40: "latest",
+        50: "of another branch",
+    }
+
+
+def test_prune_of_several_runs_wants_to_know_which(place: Place) -> None:
+    fill(place)
+    place.publish_only(60, run_id=OTHER_RUN)
+    place.publish_only(70, run_id=OTHER_RUN)
+    place.forget()
+    assert place.call(*PRUNE, "--yes")[0] == ExitCode.USAGE
+    assert "--run RUN" in place.stderr
+    _, result = place.read("prune", "--remote", "--keep", "1", "--yes", "--run", OTHER_RUN)
+    assert result["deleted"] == [name(60)]
+    _, result = place.read("prune", "--remote", "--keep", "1", "--yes", "--run", RUN_ID)
+    assert result["deleted"] == [name(10), name(30), name(40)]
+
+
+SETTINGS = {
+    "retentionPolicy": {"retentionPeriod": "604800", "isLocked": True},
+    "softDeletePolicy": {"retentionDurationSeconds": "1209600"},
+    "versioning": {"enabled": True},
+    "lifecycle": {"rule": [{"action": {"type": "Delete"}, "condition": {"age": 30}}]},
+    "defaultEventBasedHold": True,
+}
+
+
+def test_prune_says_what_the_bucket_does_with_what_is_deleted(
+    gcs_place: Place, gcs: FakeGcsServer
+) -> None:
+    def notes(**settings: Any) -> str:
+        gcs.create_bucket("runs", **settings)
+        fill(gcs_place)
+        gcs_place.forget()
+        return " ".join(gcs_place.read(*PRUNE, "--dry-run")[1]["notes"])
+
+    said = notes(fields=SETTINGS)
+    for word in ("(locked)", "7 days", "14 days", "versioning", "1 (Delete)", "held"):
+        assert word in said
+    assert "(not locked)" in notes(fields={"retentionPolicy": {"retentionPeriod": "60"}})
+    assert "gone at once" in notes()
+    assert "cannot be read" in notes(without=["storage.buckets.get"])
+
+
+def test_a_prune_that_may_not_delete_changes_nothing(gcs_place: Place, gcs: FakeGcsServer) -> None:
+    fill(gcs_place)
+    before = gcs_place.objects()
+    gcs.add_fault(
+        Fault("status", None, "object.delete", name=f"team/{archive_object(name(10))}", status=403)
+    )
+    code, result = gcs_place.read(*PRUNE, "--yes")
+    assert code == ExitCode.UNEXPECTED
+    assert result["deleted"] == [name(30)]
+    assert list(result["failed"]) == [name(10)]
+    assert "1 could not be deleted" in gcs_place.stderr
+    assert set(before) - set(gcs_place.objects()) == {f"{name(30)}.json", f"{name(30)}.tar.gz"}
+    assert gcs_place.journal.latest()[name(10)].state is UploadState.VERIFIED
+    assert gcs_place.read("verify", "10", "--deep")[0] == ExitCode.DONE
+
+
+# As a command.
+
+
+def test_as_a_command_it_ends_with_its_exit_code_and_no_traceback(place: Place) -> None:
+    place.publish(place.save(10))
+
+    def execute(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(SCRIPT), *place.words(*arguments)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert json.loads(execute("status", "--json").stdout)["checkpoints"][0]["verified"]
+    assert execute("verify", "--deep").returncode == ExitCode.DONE
+    place.bucket.delete(archive_object(name(10)))
+    assert execute("verify").returncode == ExitCode.NOT_VERIFIED
+    result = execute("download", "best")
+    assert result.returncode == ExitCode.USAGE
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("Error: There is no checkpoint 'best' in")

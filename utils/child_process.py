@@ -1,0 +1,57 @@
+"""Manners of a child process of the trainer: it steps back, and does not outlive its parent.
+
+A child that works for the trainer calls both before anything else. It needs neither torch nor the
+trainer's state for that, so this module imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+NICENESS = 10
+AUTOGROUP_FILE = Path("/proc/self/autogroup")
+_PR_SET_PDEATHSIG = 1
+
+
+def live_no_longer_than(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have the kernel end this process with its parent (Linux; elsewhere it hears the hang-up).
+
+    Args:
+        parent: Process id of the parent as it knew it; if it is gone already, this process exits.
+        number: The signal that ends it.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        sys.exit()
+
+
+def step_back() -> None:
+    """Take only the cores that training leaves."""
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)
+    # Linux may schedule each session as a group, and then niceness counts within one alone; the
+    # group of this session has its own (man 7 sched, "The autogroup feature").
+    with contextlib.suppress(OSError):
+        AUTOGROUP_FILE.write_text(str(NICENESS))
+
+
+def leads_session() -> bool:
+    """Tell whether this process leads a session of its own, which Ctrl-C elsewhere does not reach.
+
+    What such a process starts can share the session, and then ends with it.
+    """
+    return hasattr(os, "getsid") and os.getsid(0) == os.getpid() and not _has_terminal()
+
+
+def _has_terminal() -> bool:
+    with contextlib.suppress(OSError):
+        os.close(os.open("/dev/tty", os.O_RDONLY))
+        return True
+    return False
