@@ -106,15 +106,15 @@ MIN_CYCLES = 5
 ROUND_CYCLES = 20
 LONG_SHARE = 5  # one cycle in so many belongs to the long start
 SETTLED_UPLOADS, SIZE_SAMPLES = 20, 5
-GROWTH_BYTES = 8 * MEGABYTE
-POLL_SECONDS = 0.01
+GROWTH_BYTES = 4 * MEGABYTE
+POLL_SECONDS = 0.005
 SHOW_SECONDS = 0.5
 ORPHAN_SECONDS = 5.0
 SLACK_SECONDS = 90.0
 MAX_STARTS_PER_CYCLE = 8
 FAILURES_ALLOWED = 3
 NUM_TROUBLES = (0.25, 0.4, 0.25, 0.1)  # how likely 0, 1, 2 and 3 of them are in a start
-KILL_SHARE, OUTAGE_SHARE, HASTY_SHARE, EVENT_SHARE = 0.75, 0.08, 0.25, 0.5
+KILL_SHARE, OUTAGE_SHARE, HASTY_SHARE, EVENT_SHARE = 0.75, 0.08, 0.25, 0.7
 OUTAGE_SAVES = 9
 TARGETS = {"worker": 0.3, "group": 0.1, "tree": 0.2, "upload": 0.25, "SIGTERM": 0.15}
 
@@ -229,7 +229,7 @@ def draw_start(way: Way, left: int, source: random.Random) -> StartPlan:
     kill = None
     if source.random() < KILL_SHARE:
         target = source.choices(list(TARGETS), list(TARGETS.values()))[0]
-        event, nth = source.choice(REQUESTS), source.randint(1, 3 * saves)
+        event, nth = source.choice(REQUESTS), source.randint(1, 2 * saves)
         if source.random() < EVENT_SHARE:
             kill = KillPlan(target, source.uniform(0.0, 0.05), event, nth)
         else:

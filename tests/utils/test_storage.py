@@ -19,7 +19,7 @@ from typing import IO
 import pytest
 
 from tests.gcs_server import FakeGcsServer, Fault
-from utils import storage
+from utils import gcs_bucket
 from utils.errors import (
     AccessDeniedError,
     ConflictError,
@@ -222,7 +222,7 @@ def test_uris_are_joined_with_one_slash(parts: tuple[str, ...], expected: str) -
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "STREAM_CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(gcs_bucket, "STREAM_CHUNK_BYTES", CHUNK)
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
@@ -783,7 +783,7 @@ def test_a_stream_that_broke_off_is_not_finished_later(
 def test_a_slow_line_is_no_dead_one(gcs: FakeGcsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     # More than the buffers of a connection hold, and slow enough to need 4 s.
     size, rate = 8_000_000, 2_000_000
-    monkeypatch.setattr(storage, "CONNECT_TIMEOUT_SECONDS", 1.5)
+    monkeypatch.setattr(gcs_bucket, "CONNECT_TIMEOUT_SECONDS", 1.5)
     gcs.add_fault(Fault("slow", times=None, operation="upload", bytes_per_second=rate))
     bucket = open_bucket("gs://runs", retry_seconds=3)
     bucket.put_bytes("a", bytes(size))

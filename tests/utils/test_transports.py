@@ -20,7 +20,7 @@ from typing import IO, Any
 import pytest
 
 from tests.gcs_server import FakeGcsServer, Fault
-from utils import storage, transports
+from utils import gcs_bucket, transports
 from utils.errors import (
     AccessDeniedError,
     ConflictError,
@@ -59,7 +59,7 @@ def writer(data: bytes, step: int = 100_000) -> Callable[[IO[bytes]], None]:
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have an object of one MB be a large one."""
     monkeypatch.setattr(transports, "SMALL_BYTES", SMALL)
-    monkeypatch.setattr(storage, "STREAM_CHUNK_BYTES", BLOCK)
+    monkeypatch.setattr(gcs_bucket, "STREAM_CHUNK_BYTES", BLOCK)
     monkeypatch.setattr(transports, "put_parallel", partial(put_parallel, part_bytes=BLOCK))
 
 
@@ -720,7 +720,7 @@ def test_a_server_that_stalls_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     streams: int,
 ) -> None:
-    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(gcs_bucket, "READ_TIMEOUT_SECONDS", 0.3)
     way = python(streams, retry_seconds=1.0)
     cloud.add_fault(Fault("stall", times=None, operation="upload"))
     started = time.monotonic()
