@@ -35,6 +35,7 @@ from utils.errors import (
 
 TEMPORARY_PREFIX = ".tmp-"
 STREAM_SUFFIX = ".part"
+MAX_TEMPORARY_CHARACTERS = 100
 SYNC_BYTES = 64 * 2**20
 
 
@@ -110,7 +111,7 @@ class DirectoryBucket:
     def put_file(self, name: str, path: Path) -> ObjectInfo:
         """Copy the file in under a temporary name, sync it, rename it."""
         target = self._path(name)
-        temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        temporary = self._temporary(target, f"-{uuid.uuid4().hex}")
         with self._mapped_errors(name):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -150,18 +151,21 @@ class DirectoryBucket:
         self.put_file(target, self._path(name))
 
     def remove_unfinished(self, folder: str, keep: frozenset[str]) -> None:
-        """Remove what killed streams left in a folder, but for the objects in `keep`."""
-        spared = {self._temporary(self._path(name)).name for name in keep}
+        """Remove what killed writers left in a folder, but for the objects in `keep`.
+
+        Objects whose name begins with a dot are written at any time, and are left alone.
+        """
+        spared = tuple(f"{TEMPORARY_PREFIX}{PurePosixPath(name).name}" for name in keep)
         with self._mapped_errors(folder):
             directory = self._path(folder)
-            for path in directory.glob(f"{TEMPORARY_PREFIX}*{STREAM_SUFFIX}"):
-                if path.name not in spared:
+            for path in directory.glob(f"{TEMPORARY_PREFIX}[!.]*{STREAM_SUFFIX}"):
+                if not path.name.startswith(spared):
                     path.unlink(missing_ok=True)
 
     def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
         """Write a small object."""
         target = self._path(name)
-        temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        temporary = self._temporary(target, f"-{uuid.uuid4().hex}")
         with self._mapped_errors(name):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -214,8 +218,9 @@ class DirectoryBucket:
         """Nothing to release."""
 
     @staticmethod
-    def _temporary(target: Path) -> Path:
-        return target.with_name(f"{TEMPORARY_PREFIX}{target.name}{STREAM_SUFFIX}")
+    def _temporary(target: Path, mark: str = "") -> Path:
+        name = target.name[:MAX_TEMPORARY_CHARACTERS]
+        return target.with_name(f"{TEMPORARY_PREFIX}{name}{mark}{STREAM_SUFFIX}")
 
     def _require_version(self, name: str, expected: ObjectInfo) -> None:
         try:
@@ -226,7 +231,7 @@ class DirectoryBucket:
             raise ConflictError(f"{self.uri}/{name} was changed by another process.")
 
     def _create(self, target: Path, data: bytes) -> None:
-        temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        temporary = self._temporary(target, f"-{uuid.uuid4().hex}")
         try:
             temporary.write_bytes(data)
             with temporary.open("rb") as file:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -468,15 +468,38 @@ def test_what_killed_streams_left_is_removed_but_for_what_is_of_use(
     directory: DirectoryBucket,
 ) -> None:
     directory.put_bytes("folder/a", b"1")
-    names = [".tmp-b.part", ".tmp-c.part", ".tmp-1234", "d.part"]
+    names = [".tmp-b.part", ".tmp-b-12ab.part", ".tmp-c.part", ".tmp-.lease-1.part", "d.part"]
     for name in names:
         write(directory.root / "folder" / name, b"half")
     write(directory.root / ".tmp-e.part", b"half")
     directory.remove_unfinished("folder", frozenset({"folder/c"}))
     left = sorted(path.name for path in (directory.root / "folder").iterdir())
-    assert left == [".tmp-1234", ".tmp-c.part", "a", "d.part"]
+    assert left == [".tmp-.lease-1.part", ".tmp-c.part", "a", "d.part"]
     assert (directory.root / ".tmp-e.part").exists()
     directory.remove_unfinished("none", frozenset())
+
+
+@pytest.mark.parametrize("write_one", ["put_bytes", "put_file", "put_bytes_if"])
+def test_what_a_killed_small_write_leaves_is_removed(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_one: str
+) -> None:
+    write(tmp_path / "source", b"new")
+    arguments: dict[str, tuple[Any, ...]] = {
+        "put_bytes": (b"new",), "put_file": (tmp_path / "source",), "put_bytes_if": (b"new", None),
+    }  # fmt: skip
+
+    def die(*_: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill runs no clean-up
+        patch.setattr(os, "fsync", die)
+        with pytest.raises(SystemExit):
+            getattr(directory, write_one)("folder/a", *arguments[write_one])
+    assert list((directory.root / "folder").iterdir())
+    directory.remove_unfinished("folder", frozenset())
+    assert list((directory.root / "folder").iterdir()) == []
+    directory.put_bytes("folder/" + "n" * 255, b"1")  # the longest name that there can be
 
 
 def test_a_mounted_directory_without_rename_still_gets_its_object(
