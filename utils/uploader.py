@@ -196,7 +196,18 @@ class Uploader:
             on_wait(self.describe())
             with self._changed:
                 self._changed.wait(min(1.0, remaining))
+        self._forgive()
         return pending
+
+    def _forgive(self) -> None:
+        """Drop failures of checkpoints that another process has brought to the bucket since."""
+        directory = self._journal.path.parent
+        with contextlib.suppress(OSError):
+            latest = self._journal.latest() if self.failures else {}
+            for name in list(self.failures):
+                if is_verified_in(self._transport.uri, directory / name, latest.get(name)):
+                    log.info("%s was brought to the bucket by another process.", name)
+                    del self.failures[name]
 
     def close(self) -> None:
         """Stop at once; what is left stays in the journal for the next start."""

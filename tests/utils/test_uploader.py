@@ -1018,6 +1018,23 @@ def test_over_many_uploads_neither_threads_nor_files_nor_memory_grow(
     assert memory_later - memory < 100_000
 
 
+def test_a_failure_that_another_process_has_mended_is_none_any_more(
+    open_uploader: Open, performer: Performer, journal: Journal, checkpoints: list[Path]
+) -> None:
+    performer.always = AccessDeniedError("403")
+    uploader = open_uploader()
+    for path in checkpoints[:2]:
+        uploader.submit(path)
+    drain(uploader)
+    mended, failed = checkpoints[0].name, checkpoints[1].name
+    assert set(uploader.failures) == {mended, failed}
+    with open_uploader(perform=lambda *_: RESULT) as other:
+        other.submit(checkpoints[0])
+        drain(other)
+    drain(uploader)
+    assert set(uploader.failures) == {failed}
+
+
 # With retention, and a bucket that is down.
 
 
