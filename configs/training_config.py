@@ -8,6 +8,7 @@ nearest known one. No torch and no transformers here: `train.py --help` has to b
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 import sys
@@ -571,8 +572,13 @@ def _suggest(key: str, known: list[str]) -> str:
     return f" Did you mean {real}?" if real else " Known keys: see the table in README.md."
 
 
+@functools.cache
+def _type_hints() -> dict[str, Any]:
+    return typing.get_type_hints(TrainingConfig)
+
+
 def _checked_type(source: str, key: str, value: Any) -> Any:
-    expected = typing.get_type_hints(TrainingConfig)[key]
+    expected = _type_hints()[key]
     is_union = typing.get_origin(expected) in (Union, types.UnionType)
     for option in typing.get_args(expected) if is_union else (expected,):
         accepted, converted = _convert(option, value)

@@ -8,6 +8,8 @@
     upload  archive, upload and verification of 1 GB of training state by each transport (peer:
             `tar czf` and `gsutil cp` to the same server), the archive alone (peers: `tar czf`, isal
             from memory), training steps meanwhile
+    viewer  list, view and compare on 1,000 checkpoints of 10,000 logged points each (peer: the
+            interpreter's own start)
 
 Each figure is a median of interleaved runs with its spread; ratios compare runs side by side, so
 that a machine that slows down slows both. `--json` prints everything.
@@ -30,6 +32,7 @@ from benchmarks.data import measure_data
 from benchmarks.figures import RUNS, describe_machine
 from benchmarks.saving import measure_checkpoint
 from benchmarks.upload import measure_upload
+from benchmarks.viewer import measure_viewer
 from utils.console import run_command
 from utils.errors import UsageError
 
@@ -73,6 +76,7 @@ PARTS: dict[str, Callable[[Path, int], dict[str, str]]] = {
     "checkpoint": measure_checkpoint,
     "data": measure_data,
     "upload": measure_upload,
+    "viewer": measure_viewer,
 }
 
 

@@ -29,12 +29,13 @@ if __package__ in (None, ""):
 
 from configs.training_config import TrainingConfig, get_training_config, parse_assignment
 from utils.archive_reading import read_card
-from utils.checkpoint_store import require_no_trainer, retention_decisions, verify_checkpoint
+from utils.checkpoint_store import hold_output_directory, retention_decisions, verify_checkpoint
 from utils.console import LiveLine, configure_logging, format_bytes, print_table, run_command
 from utils.download import download_checkpoint
 from utils.errors import (
     CheckpointError,
     ExitCode,
+    LockedError,
     PretrainError,
     StorageError,
     UploadError,
@@ -440,14 +441,27 @@ def print_reports(reports: Sequence[CheckpointReport], orphans: Sequence[Orphan]
 # download
 
 
+@contextlib.contextmanager
+def _told_of_other_directories() -> Iterator[None]:
+    try:
+        yield
+    except LockedError as exc:
+        raise LockedError(f"{exc} Or download elsewhere: --to DIR.") from exc
+
+
 def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
     """Bring a checkpoint from the bucket into the run's directory or another one."""
     directory = Path(args.to) if args.to else paths.checkpoints
     is_own = directory.resolve() == paths.checkpoints.resolve()
-    if is_own:
-        require_no_trainer(paths)
     identity = find_identity(paths)
-    with opened_bucket(config) as bucket, ProgressDisplay(enabled=not args.json) as display:
+    # No trainer may begin meanwhile: it would take the files so far for what a crash has left.
+    held = hold_output_directory(paths) if is_own else contextlib.nullcontext()
+    with (
+        _told_of_other_directories(),
+        held,
+        opened_bucket(config) as bucket,
+        ProgressDisplay(enabled=not args.json) as display,
+    ):
         chosen = parse_checkpoint_name(args.name) or choose_remote(bucket, args.name, identity)
         name = str(chosen)
         if is_own and identity is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.layout import FileEntry, Manifest, archive_object, card_object
-from utils.storage import DirectoryBucket, crc32c_of_file
+from utils.storage import DirectoryBucket, crc32c_of_bytes, crc32c_of_file
 
 RUN_ID = "20260101-0a1b2c3d"
 
@@ -114,10 +114,11 @@ def seal(path: Path, step: int) -> Manifest:
 
 def put_remote(root: Path, checkpoint: Path) -> None:
     """Put an archive and its card into a directory bucket."""
-    bucket = DirectoryBucket(root)
+    bucket, archive = DirectoryBucket(root), b"archive"
     card = {
         "manifest": json.loads((checkpoint / "manifest.json").read_text("utf-8")),
         "metadata": json.loads((checkpoint / "metadata.json").read_text("utf-8")),
+        "archive": {"size": len(archive), "crc32c": crc32c_of_bytes(archive)},
     }
-    bucket.put_bytes(archive_object(checkpoint.name), b"archive")
+    bucket.put_bytes(archive_object(checkpoint.name), archive)
     bucket.put_bytes(card_object(checkpoint.name), json.dumps(card).encode())

@@ -644,6 +644,21 @@ def test_an_upload_beyond_the_grace_period_goes_up_at_the_next_start(
         assert f"Verified {name_of(step)} in the bucket" in again.output
 
 
+def test_a_stop_while_training_waits_for_an_upload_keeps_the_grace_period(
+    start: Start, straight: Trainer
+) -> None:
+    trainer = start(
+        "--no-background-upload", hooks=[("hold_upload",)], settings=("grace_seconds=2",)
+    )
+    trainer.wait_at("upload")
+    trainer.stop()
+    began = time.monotonic()
+    trainer.wait_for("up at the next start: ch", seconds=15.0)
+    assert time.monotonic() - began < 15.0
+    assert_stopped(trainer, [4], uploaded=[])
+    assert_goes_on(start, straight)
+
+
 def test_no_grace_period_saves_and_leaves_the_upload_to_the_next_start(
     start: Start, straight: Trainer
 ) -> None:

@@ -1,4 +1,4 @@
-"""The figures of a checkpoint for the viewer: summary, statistics, files, differences, curves.
+"""The figures of checkpoints for the viewer: summary, statistics, throughput, files, differences.
 
     checkpoint views (metadata.py) -> plain values, ready for text and for JSON
 
@@ -8,12 +8,15 @@ back as text. No torch here.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
+from utils.checkpoint_choice import parse_time
 from utils.errors import CheckpointError
-from utils.layout import METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
+from utils.layout import DATA_STATE_FILE, METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
 from utils.metadata import (
     CheckpointView,
     find_best,
@@ -21,16 +24,37 @@ from utils.metadata import (
     loss_trend,
     number,
     read_json_object,
+    to_json_text,
 )
-from utils.plots import TrainingCurves, curves_from_history, curves_from_metadata
+from utils.mfu import find_peak_flops, flops_per_token
+from utils.plots import Curves, curves_from_history, curves_from_metadata
+
+MODEL_CONFIG_FILE = "config.json"
+_SHAPE_FILES = (MODEL_CONFIG_FILE, TRAINING_CONFIG_FILE)
 
 
-def summarize_all(views: Sequence[CheckpointView]) -> list[dict[str, Any]]:
-    """Return what is shown of each checkpoint, ready for JSON."""
-    latest, best = find_latest_view(views), find_best(views)
-    return [
-        {**summarize(view), "is_latest": view is latest, "is_best": view is best} for view in views
-    ]
+def summarize_all(
+    views: Sequence[CheckpointView], now: datetime, every: Sequence[CheckpointView] | None
+) -> list[dict[str, Any]]:
+    """Return what is shown of each checkpoint, ready for JSON.
+
+    Args:
+        views: The checkpoints.
+        now: For their age.
+        every: All checkpoints there, by step; None: which one is latest or best is not known.
+    """
+    latest, best = find_latest_view(every or ()), find_best(every or ())
+    rows = []
+    for view in views:
+        row = summarize(view)
+        written = parse_time(row["timestamp"])
+        row["age_seconds"] = (now - written).total_seconds() if written else None
+        row["is_latest"] = (
+            None if every is None else latest is not None and view.name == latest.name
+        )
+        row["is_best"] = None if every is None else best is not None and view.name == best.name
+        rows.append(row)
+    return rows
 
 
 def summarize(view: CheckpointView) -> dict[str, Any]:
@@ -51,12 +75,13 @@ def summarize(view: CheckpointView) -> dict[str, Any]:
         "validation_perplexity": number(validation.get("perplexity")),
         "best_validation_loss": number(validation.get("best_validation_loss")),
         "learning_rate": number(rates[-1]) if isinstance(rates, list) and rates else None,
+        "samples_seen": number(progress.get("samples_seen")),
         "tokens_seen": number(progress.get("tokens_seen")),
         "tokens_per_second": number(progress.get("tokens_per_second")),
         "num_parameters": number(system.get("num_parameters")),
         "run_id": view.manifest.run_id if view.manifest else metadata.get("run_id"),
         "git_commit": metadata.get("git_commit"),
-        "size_bytes": view.total_bytes,
+        "size_bytes": _byte_count(view.total_bytes),
         "archive_bytes": view.archive_bytes,
         "path": str(view.path) if view.path else None,
         "upload": summarize_upload(view),
@@ -74,12 +99,17 @@ def summarize_upload(view: CheckpointView) -> dict[str, Any] | None:
     return None
 
 
+def _byte_count(value: int | None) -> int | None:
+    """Return a size from outside where it can be calculated with; JSON has integers without end."""
+    return None if number(value) is None else value
+
+
 def loss_statistics(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return length, mean, population standard deviation and trend of the kept loss history."""
     losses = numbers(metadata.get("loss_history"))
-    mean = math.fsum(losses) / len(losses) if losses else None
-    deviation = None
-    if mean is not None:
+    mean = deviation = None
+    with contextlib.suppress(OverflowError, ZeroDivisionError):
+        mean = math.fsum(losses) / len(losses)
         deviation = math.sqrt(math.fsum((loss - mean) ** 2 for loss in losses) / len(losses))
     return {
         "length": len(losses),
@@ -126,6 +156,87 @@ def check_files(view: CheckpointView) -> tuple[list[dict[str, Any]], list[str]]:
     return files, problems
 
 
+def measure_throughput(view: CheckpointView) -> dict[str, Any]:
+    """Return how fast the run was at the save, and its MFU where the device's peak is known.
+
+    The shape of the model is in the checkpoint; of one in the bucket attention is left out.
+    """
+    progress = section(view.metadata, "training_progress")
+    system = section(view.metadata, "system_info")
+    rate, parameters = (
+        number(progress.get("tokens_per_second")),
+        number(system.get("num_parameters")),
+    )
+    ranks = number(system.get("world_size"))
+    peak = find_peak_flops(str(system.get("device")), str(system.get("mixed_precision")))
+    mfu = number(progress.get("mfu"))
+    if mfu is None and rate and parameters and ranks and peak:
+        shape, config = (read_part(view, name)[0] for name in _SHAPE_FILES)
+        cost = flops_per_token(
+            parameters,
+            number(shape.get("num_hidden_layers")) or 0,
+            number(shape.get("hidden_size")) or 0,
+            number(config.get("sequence_length")) or 0,
+        )
+        mfu = rate * cost / (peak * ranks)
+    return {"tokens_per_second": rate, "mfu": mfu, "device": system.get("device")}
+
+
+def measure_between(older: CheckpointView, newer: CheckpointView) -> dict[str, Any]:
+    """Return what was seen from one checkpoint to another; None where it is not known.
+
+    `tokens_per_second` is over the time between the two saves, whatever the run did meanwhile;
+    `logged_tokens_per_second` is the mean of what was logged of its steps.
+    """
+    values: dict[str, Any] = {"from": str(older.name), "to": str(newer.name)}
+    runs = [view.manifest.run_id if view.manifest else None for view in (older, newer)]
+    is_one_run = None not in runs and runs[0] == runs[1]
+    values["problem"] = None if is_one_run else "they are of different runs, or of unknown ones"
+    before, after = summarize(older), summarize(newer)
+    written = parse_time(before["timestamp"]), parse_time(after["timestamp"])
+    seconds = (written[1] - written[0]).total_seconds() if written[0] and written[1] else None
+    tokens = _difference(before["tokens_seen"], after["tokens_seen"])
+    figures = {
+        "steps": newer.name.step - older.name.step,
+        "samples": _difference(before["samples_seen"], after["samples_seen"]),
+        "tokens": tokens,
+        "shards": _shards_between(older, newer),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if tokens is not None and seconds else None,
+        "logged_tokens_per_second": _logged_rate(older, newer),
+    }
+    return values | {key: value if is_one_run else None for key, value in figures.items()}
+
+
+def _difference(older: float | None, newer: float | None) -> float | None:
+    return None if older is None or newer is None else newer - older
+
+
+def _shards_between(older: CheckpointView, newer: CheckpointView) -> int | None:
+    """Return how many shards were wholly consumed; an epoch consumes all of them."""
+    if older.name.epoch == newer.name.epoch:
+        return newer.name.files - older.name.files
+    states = [read_part(view, DATA_STATE_FILE)[0] for view in (older, newer)]
+    shards = [state.get("shards") for state in states]
+    is_same = states[0].get("fingerprint") == states[1].get("fingerprint")
+    if not is_same or not isinstance(shards[0], list):
+        return None
+    epochs = newer.name.epoch - older.name.epoch
+    return epochs * len(shards[0]) + newer.name.files - older.name.files
+
+
+def _logged_rate(older: CheckpointView, newer: CheckpointView) -> float | None:
+    """Return the mean of the logged rates behind one checkpoint, up to another."""
+    history, _ = read_part(newer, METRICS_HISTORY_FILE)
+    steps, rates = history.get("steps"), history.get("tokens_per_second")
+    if not isinstance(steps, list) or not isinstance(rates, list):
+        return None
+    pairs = ((number(step), number(rate)) for step, rate in zip(steps, rates, strict=False))
+    first, last = older.name.step, newer.name.step
+    between = [rate for step, rate in pairs if step and rate is not None and first < step <= last]
+    return math.fsum(rate / len(between) for rate in between) if between else None
+
+
 def config_differences(
     views: Sequence[CheckpointView],
 ) -> tuple[dict[str, list[Any]], list[str]]:
@@ -138,11 +249,16 @@ def config_differences(
     if notes:
         return {}, notes
     keys = sorted(set().union(*configs))
-    differing = (key for key in keys if any(c.get(key) != configs[0].get(key) for c in configs))
-    return {key: [config.get(key) for config in configs] for key in differing}, []
+    values = {key: [config.get(key) for config in configs] for key in keys}
+    # As text: values from outside may be nested deeper than `==` can follow.
+    return {
+        key: found
+        for key, found in values.items()
+        if len({to_json_text(value, indent=None) for value in found}) > 1
+    }, []
 
 
-def read_curves(view: CheckpointView) -> tuple[TrainingCurves, str | None]:
+def read_curves(view: CheckpointView, label: str) -> tuple[Curves, str | None]:
     """Return (the curves up to a checkpoint, why they are not whole).
 
     All logged points are in training_metrics.json; metadata.json has the last ones only.
@@ -153,8 +269,8 @@ def read_curves(view: CheckpointView) -> tuple[TrainingCurves, str | None]:
     elif problem is None and not isinstance(history.get("steps"), list):
         problem = f"{METRICS_HISTORY_FILE} has no steps"
     if problem is None:
-        return curves_from_history(str(view.name), history), None
-    return curves_from_metadata(str(view.name), view.metadata), problem
+        return curves_from_history(label, history), None
+    return curves_from_metadata(label, view.metadata), problem
 
 
 def section(values: Mapping[str, Any], key: str) -> dict[str, Any]:

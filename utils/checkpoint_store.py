@@ -35,10 +35,11 @@ from utils.layout import (
     free_name,
     parse_checkpoint_name,
     read_manifest,
+    upload_lock,
 )
-from utils.metadata import find_best, is_verified_in, read_local_checkpoints
-from utils.retention import Action, CheckpointFacts, Decision, plan_retention
-from utils.storage import crc32c_of_file, fsync_directory, join_uri
+from utils.metadata import read_local_checkpoints
+from utils.retention import Action, Decision, decide_retention
+from utils.storage import crc32c_of_file, fsync_directory
 
 LOCK_SECONDS = 3.0
 
@@ -103,7 +104,7 @@ def hold_output_directory(paths: RunPaths) -> Iterator[None]:
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout as exc:
         raise LockedError(
-            f"{paths.checkpoints} is in use by another trainer ({_read_owner(paths)}). "
+            f"{paths.checkpoints} is in use by another process ({_read_owner(paths)}). "
             "Wait for it, or choose another --set output_dir or run_name."
         ) from exc
     try:
@@ -111,25 +112,6 @@ def hold_output_directory(paths: RunPaths) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def require_no_trainer(paths: RunPaths) -> None:
-    """Refuse while a trainer works in the output directory; nothing is held afterwards.
-
-    Raises:
-        LockedError: A live process holds it; the message names it.
-    """
-    if not paths.lock.exists():
-        return
-    lock = FileLock(paths.lock)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as exc:
-        raise LockedError(
-            f"{paths.checkpoints} is in use by a trainer ({_read_owner(paths)}). "
-            "Wait for it, or choose another directory: --to DIR."
-        ) from exc
-    lock.release()
 
 
 def _owner_file(paths: RunPaths) -> Path:
@@ -145,28 +127,51 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what an interrupted save, archive or deletion left behind."""
     if not directory.is_dir():
         return
+    _remove_locks(directory)
     for path in list(directory.iterdir()):
         if path.name.startswith(SAVING_PREFIX) and path.is_dir():
             log.info("Removing %s, left by an interrupted save.", path.name)
             shutil.rmtree(path, ignore_errors=True)
         elif path.name.startswith(SAVING_PREFIX) and path.name.endswith(ARCHIVE_SUFFIX):
-            log.info("Removing %s, left by an interrupted upload.", path.name)
-            path.unlink()
-        elif path.name.startswith(UPLOAD_LOCK_PREFIX):
-            _remove_lock(path)
+            name = path.name.removeprefix(SAVING_PREFIX).removesuffix(ARCHIVE_SUFFIX)
+            if not upload_lock(directory / name).exists():
+                log.info("Removing %s, left by an interrupted upload.", path.name)
+                path.unlink(missing_ok=True)
         elif parse_checkpoint_name(path.name) and not (path / MANIFEST_FILE).is_file():
             # A deletion stopped between its manifest and its name, or a copy by hand is not whole.
             log.warning("%s is incomplete. It was set aside as %s.", path,
                         set_aside(path, directory))  # fmt: skip
 
 
-def _remove_lock(path: Path) -> None:
-    """Remove the lock of an upload, unless it is going on."""
+@contextlib.contextmanager
+def hold_upload(checkpoint: Path) -> Iterator[bool]:
+    """Keep others from uploading a checkpoint, or giving it up; False where one is at it."""
+    path = upload_lock(checkpoint)
     lock = FileLock(path)
-    with contextlib.suppress(Timeout):
+    try:
         lock.acquire(timeout=0)
-        path.unlink(missing_ok=True)
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError) as exc:  # a full disk must not stop uploads
+        log.warning("%s is used without its lock: %s", checkpoint.name, exc)
+    try:
+        yield True
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)  # while it is held: who waits for it looks again
         lock.release()
+
+
+def _remove_locks(directory: Path) -> None:
+    """Remove the locks of uploads, but for those that are going on."""
+    for path in directory.glob(f"{UPLOAD_LOCK_PREFIX}*.lock"):
+        lock = FileLock(path)
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=0)
+            path.unlink(missing_ok=True)
+            lock.release()
 
 
 def set_aside(checkpoint: Path, directory: Path) -> Path:
@@ -200,32 +205,8 @@ def retention_decisions(
     directory: Path, config: TrainingConfig, *, run_id: str, is_uploading_on: bool
 ) -> list[Decision]:
     """Return what the retention rules say of each checkpoint of the run, oldest first."""
-    views = [
-        view
-        for view in read_local_checkpoints(directory)
-        if view.manifest is not None and view.manifest.run_id == run_id
-    ]
-    best = find_best(views)
-    uri = join_uri(config.checkpoint_uri, config.run_name)
-    facts = []
-    for view in views:
-        upload = view.upload.state if view.upload else None
-        facts.append(
-            CheckpointFacts(
-                str(view.name),
-                view.name.step,
-                is_best=view is best,
-                is_verified=is_verified_in(uri, directory / str(view.name), view.upload),
-                is_uploading=upload in (UploadState.ARCHIVING, UploadState.UPLOADING),
-            )
-        )
-    return plan_retention(
-        facts,
-        keep_checkpoints=config.keep_checkpoints,
-        max_unverified=config.max_unverified,
-        is_uploading_on=is_uploading_on,
-        keep_every_steps=config.keep_every_steps,
-    )
+    views = read_local_checkpoints(directory)
+    return decide_retention(views, config, run_id=run_id, is_uploading_on=is_uploading_on)
 
 
 def apply_retention(
@@ -239,10 +220,16 @@ def apply_retention(
     for decision in decisions:
         if decision.action is Action.KEEP:
             continue
-        if decision.action is Action.SUPERSEDE:
-            log.warning("Giving up %s without an upload: %s.", decision.name, decision.reason)
-            journal.record(decision.name, run_id, UploadState.SUPERSEDED, reason=decision.reason)
-        delete_checkpoint(directory / decision.name)
+        checkpoint = directory / decision.name
+        with hold_upload(checkpoint) as is_idle:
+            if not is_idle:  # its upload has begun since; it is never deleted meanwhile
+                continue
+            if decision.action is Action.SUPERSEDE:
+                log.warning("Giving up %s without an upload: %s.", decision.name, decision.reason)
+                journal.record(
+                    decision.name, run_id, UploadState.SUPERSEDED, reason=decision.reason
+                )
+            delete_checkpoint(checkpoint)
         log.info("Cleaned up %s (%s).", decision.name, decision.reason)
         deleted.append(decision.name)
     return deleted

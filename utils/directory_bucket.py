@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -30,12 +31,19 @@ from utils.errors import (
     ConflictError,
     ObjectNotFoundError,
     StorageError,
+    TransientStorageError,
     UsageError,
 )
 
 TEMPORARY_PREFIX = ".tmp-"
 STREAM_SUFFIX = ".part"
 MAX_TEMPORARY_CHARACTERS = 100
+# A full disk may be emptied, a mounted one come back.
+PASSING_ERRORS = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN")
+    if hasattr(errno, name)
+)
 SYNC_BYTES = 64 * 2**20
 
 
@@ -272,7 +280,8 @@ class DirectoryBucket:
         except PermissionError as exc:
             raise AccessDeniedError(f"{self.uri}/{name}: {exc.strerror}.") from exc
         except OSError as exc:
-            raise StorageError(f"{self.uri}/{name}: {exc.strerror or exc}.") from exc
+            kind = TransientStorageError if exc.errno in PASSING_ERRORS else StorageError
+            raise kind(f"{self.uri}/{name}: {exc.strerror or exc}.") from exc
 
 
 @contextlib.contextmanager

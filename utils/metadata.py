@@ -11,9 +11,11 @@ nothing is lost. No torch here: 1,000 checkpoints list in 0.5 s.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,16 +33,22 @@ from utils.layout import (
     Manifest,
     find_checkpoints,
     parse_checkpoint_name,
-    read_manifest,
 )
-from utils.storage import Bucket, crc32c_of_file, normalize_uri
+from utils.storage import Bucket, ObjectInfo, crc32c_of_bytes, normalize_uri
 
 HISTORY_LIMIT = 100
 MAX_JSON_BYTES = 256 * 2**20
+MAX_CARD_BYTES = 64 * 2**20
 MAX_SHOWN_CHARACTERS = 300
+MAX_DEPTH = 32
+TOO_DEEP = "(too deep)"
 
 # Raised by json and int() for what no writer of ours wrote: too deep, or infinite.
 _JSON_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+# The numbers that a history begins with, to the last comma behind them. Its name ends with a bare
+# quote, so this never matches within a JSON string.
+_LONG_HISTORY = re.compile(rb'("(?:loss_history|learning_rates)":\s*\[)[-+.,0-9eE\sNaInfityul]*,')
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class CheckpointView:
         upload: The newest journal entry about it, None where there is none.
         archive_bytes: Size of the archive in the bucket, None where unknown.
         problem: What is wrong with it, None where nothing is.
+        manifest_crc32c: Of `manifest.json` as it was read, None where it was not.
     """
 
     name: CheckpointName
@@ -64,6 +73,7 @@ class CheckpointView:
     upload: JournalEntry | None = None
     archive_bytes: int | None = None
     problem: str | None = None
+    manifest_crc32c: str | None = None
 
     @property
     def loss(self) -> float | None:
@@ -84,6 +94,8 @@ class CheckpointView:
 
 def number(value: object) -> float | None:
     """Return a finite number as float, None for anything else (booleans too)."""
+    if type(value) is float:
+        return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -94,22 +106,34 @@ def number(value: object) -> float | None:
 
 def printable(value: object, limit: int = MAX_SHOWN_CHARACTERS) -> str:
     """Return a value as one line of text that cannot steer a terminal."""
-    text = "".join(character if character.isprintable() else "?" for character in str(value))
+    try:
+        begin = str(value)[: limit + 1]
+    except RecursionError:
+        begin = TOO_DEEP
+    text = begin
+    if not begin.isprintable():
+        text = "".join(character if character.isprintable() else "?" for character in begin)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def to_json_text(value: object, *, indent: int | None = 2) -> str:
-    """Return a value as strict JSON: NaN and infinities, which JSON lacks, become null."""
-    return json.dumps(_without_nonfinite(value), indent=indent, allow_nan=False, default=str)
+    """Return a value as strict JSON.
+
+    NaN and infinities, which JSON lacks, become null; what is nested deeper than anything of ours
+    is cut.
+    """
+    return json.dumps(_plain(value, 0), indent=indent, allow_nan=False, default=str)
 
 
-def _without_nonfinite(value: object) -> object:
+def _plain(value: object, depth: int) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if depth > MAX_DEPTH:
+        return TOO_DEEP if isinstance(value, (dict, list, tuple)) else value
     if isinstance(value, dict):
-        return {str(key): _without_nonfinite(item) for key, item in value.items()}
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nonfinite(item) for item in value]
+        return [_plain(item, depth + 1) for item in value]
     return value
 
 
@@ -119,37 +143,82 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is missing, no regular file, too large, or not a JSON object.
     """
-    try:
-        facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode):
-            raise ValueError("it is no regular file")
-        if facts.st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it has {facts.st_size} bytes, the limit is {MAX_JSON_BYTES}")
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as exc:
-        raise CheckpointError(f"{path.name} is missing") from exc
-    except (OSError, ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path.name} cannot be read ({exc})") from exc
+    return _require_object(path.name, _parse_json(path.name, _read_file(path.name, str(path))))
+
+
+def _require_object(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} cannot be read (it holds no JSON object)")
+        raise CheckpointError(f"{name} cannot be read (it holds no JSON object)")
     return value
 
 
-def is_verified_in(uri: str, checkpoint: Path, entry: JournalEntry | None) -> bool:
+def _read_file(name: str, path: str) -> bytes:
+    try:
+        return _read_regular_file(path)
+    except FileNotFoundError as exc:
+        raise CheckpointError(f"{name} is missing") from exc
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{name} cannot be read ({exc})") from exc
+
+
+def _parse_json(name: str, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{name} cannot be read ({exc})") from exc
+
+
+def _read_regular_file(path: str | Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """Return a file's bytes; a pipe or a device of that name is not waited for.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no regular file, or too large.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError("it is no regular file")
+        if facts.st_size > limit:
+            raise ValueError(f"it has {facts.st_size} bytes, the limit is {limit}")
+        with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+@functools.lru_cache(maxsize=8)
+def _normalize(uri: str, directory: str) -> str:
+    """Return the one spelling of a bucket URI; a relative one depends on the current directory."""
+    del directory
+    return normalize_uri(uri)
+
+
+def is_verified_in(
+    uri: str, checkpoint: Path, entry: JournalEntry | None, manifest_crc32c: str | None = None
+) -> bool:
     """Tell whether the journal has these very files of a checkpoint as verified in this bucket.
 
     A name alone says too little: another branch may have written it, or another bucket hold it.
+
+    Args:
+        uri: The bucket.
+        checkpoint: Directory of the checkpoint.
+        entry: What the journal has of it.
+        manifest_crc32c: Of its manifest, where that has been read already.
     """
     if entry is None or entry.state is not UploadState.VERIFIED:
         return False
     if "manifest_crc32c" not in entry.details:
         return True  # the entry names no files
-    try:
-        manifest = crc32c_of_file(checkpoint / MANIFEST_FILE)
-    except OSError:
+    if entry.details.get("bucket") != _normalize(uri, os.getcwd()):  # noqa: PTH109
         return False
-    recorded = (entry.details.get("bucket"), entry.details["manifest_crc32c"])
-    return recorded == (normalize_uri(uri), manifest)
+    try:
+        found = manifest_crc32c or crc32c_of_bytes(_read_regular_file(checkpoint / MANIFEST_FILE))
+    except (OSError, ValueError):
+        return False
+    return bool(entry.details["manifest_crc32c"] == found)
 
 
 def read_local_checkpoints(
@@ -175,8 +244,15 @@ def read_local_checkpoints(
     return views
 
 
-def read_local_checkpoint(path: Path, upload: JournalEntry | None = None) -> CheckpointView:
+def read_local_checkpoint(
+    path: Path, upload: JournalEntry | None = None, *, brief: bool = False
+) -> CheckpointView:
     """Return one checkpoint directory as far as it can be read.
+
+    Args:
+        path: The directory.
+        upload: The newest journal entry about it.
+        brief: Of each history in its metadata, only the last entry: a quarter of the time.
 
     Raises:
         CheckpointError: The directory's name is not a checkpoint's.
@@ -185,8 +261,13 @@ def read_local_checkpoint(path: Path, upload: JournalEntry | None = None) -> Che
     if name is None:
         raise CheckpointError(f"{path} is not a checkpoint directory.")
     problems, manifest, metadata = [], None, {}
+    crc32c = None
+    directory = str(path)  # of 1,000 checkpoints, Path objects take as long as reading
     try:
-        manifest = read_manifest(path)
+        source = f"{directory}/{MANIFEST_FILE}"
+        data = _read_file(MANIFEST_FILE, source)
+        crc32c = crc32c_of_bytes(data)
+        manifest = Manifest.from_json(_parse_json(MANIFEST_FILE, data), source)
         if manifest.step != name.step:
             problems.append(f"its manifest is of step {manifest.step}")
     except CheckpointError as exc:
@@ -194,11 +275,14 @@ def read_local_checkpoint(path: Path, upload: JournalEntry | None = None) -> Che
     except (OverflowError, RecursionError) as exc:
         problems.append(f"{MANIFEST_FILE} cannot be read ({exc})")
     try:
-        metadata = read_json_object(path / METADATA_FILE)
+        data = _read_file(METADATA_FILE, f"{directory}/{METADATA_FILE}")
+        short = _LONG_HISTORY.sub(rb"\1", data) if brief else data
+        metadata = _require_object(METADATA_FILE, _parse_json(METADATA_FILE, short))
     except CheckpointError as exc:
         problems.append(str(exc))
+    problem = "; ".join(problems) or None
     return CheckpointView(
-        name, metadata, manifest, path, upload, problem="; ".join(problems) or None
+        name, metadata, manifest, path, upload, problem=problem, manifest_crc32c=crc32c
     )
 
 
@@ -221,30 +305,46 @@ def read_remote_checkpoints(bucket: Bucket, newest: int | None = None) -> list[C
     views = []
     for name in names[-newest:] if newest else names:
         archive = objects.get(f"{name}{ARCHIVE_SUFFIX}")
-        views.append(read_remote_checkpoint(bucket, name, archive.size if archive else None))
+        views.append(read_remote_checkpoint(bucket, name, archive))
     return views
 
 
 def read_remote_checkpoint(
-    bucket: Bucket, name: CheckpointName, archive_bytes: int | None
+    bucket: Bucket, name: CheckpointName, archive: ObjectInfo | None
 ) -> CheckpointView:
     """Return one checkpoint of a bucket as far as its card can be read.
 
     Args:
         bucket: The run's bucket.
         name: The checkpoint's name.
-        archive_bytes: Size of its archive in the bucket, None where there is none.
+        archive: What the bucket says of its archive, None where there is none.
     """
     object_name = f"{REMOTE_FOLDER}/{name}.json"
-    problem = None if archive_bytes is not None else "its archive is not in the bucket"
+    archive_bytes = None if archive is None else archive.size
     try:
-        card = json.loads(bucket.read_bytes(object_name))
+        data = bucket.read_bytes(object_name, 0, MAX_CARD_BYTES + 1)
+        if len(data) > MAX_CARD_BYTES:
+            raise ValueError(f"it has more than {MAX_CARD_BYTES} bytes")
+        card = json.loads(data)
         manifest = Manifest.from_json(card["manifest"], object_name)
         metadata = card["metadata"] if isinstance(card.get("metadata"), dict) else {}
+        problem = _archive_problem(card.get("archive"), archive)
         return CheckpointView(name, metadata, manifest, None, None, archive_bytes, problem)
     except (StorageError, CheckpointError, *_JSON_ERRORS) as exc:
         reason = f"{object_name}: {exc or type(exc).__name__}"
         return CheckpointView(name, {}, None, None, None, archive_bytes, reason)
+
+
+def _archive_problem(told: object, archive: ObjectInfo | None) -> str | None:
+    """Return what is wrong with an archive, from what its card tells and the bucket says."""
+    if archive is None:
+        return "its archive is not in the bucket"
+    if not isinstance(told, dict):
+        return "its card says nothing of its archive"
+    found = (archive.size, archive.crc32c or told.get("crc32c"))
+    if found != (told.get("size"), told.get("crc32c")):
+        return "its archive is not the one that its card tells of"
+    return None
 
 
 def find_best(views: Iterable[CheckpointView]) -> CheckpointView | None:

@@ -1,4 +1,6 @@
-"""Curves of a run -> a picture file, with matplotlib's Agg renderer (no display needed).
+"""Curves of checkpoints -> a picture file, with matplotlib's Agg renderer (no display needed).
+
+    training_metrics.json, metadata.json -> curves -> picture; text_plots.py for a terminal
 
 matplotlib is imported when something is drawn and not before: it takes longer than everything else
 the viewer does. No torch here.
@@ -8,28 +10,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import PretrainError, UsageError
-from utils.metadata import HISTORY_LIMIT, number
+from utils.metadata import HISTORY_LIMIT, number, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIZE_INCHES = (9.0, 6.5)
+WIDTH_INCHES = 9.0
+LOSS_INCHES = 4.5
+PANEL_INCHES = 1.7
 DOTS_PER_INCH = 120
 DEFAULT_SUFFIX = ".png"
 SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
+LABEL_CHARACTERS = 80
+# Nothing computed in float32 is greater, and renderers overflow long before a float64 does.
+GREATEST_VALUE = 1e39
+GREATEST_STEP = 1e15
+
+# Metric -> its name in the picture, in the order of the panels.
+METRICS = {
+    "loss": "training loss",
+    "validation_loss": "validation loss",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens/s",
+}
+LOSSES = ("loss", "validation_loss")
+HISTORY_KEYS = {
+    "loss": "loss_history",
+    "learning_rate": "learning_rates",
+    "grad_norm": "grad_norms",
+    "tokens_per_second": "tokens_per_second",
+}
 
 
 @dataclass(frozen=True)
 class Series:
     """Values over steps, of the same length; what is not finite is drawn as a gap."""
 
-    steps: Sequence[float]
-    values: Sequence[float]
+    steps: Sequence[float] = ()
+    values: Sequence[float] = ()
 
     @property
     def num_points(self) -> int:
@@ -38,48 +62,46 @@ class Series:
 
 
 @dataclass(frozen=True)
-class TrainingCurves:
-    """What one picture shows.
+class Curves:
+    """What is drawn of one checkpoint.
 
     Attributes:
-        title: Heading of the picture.
-        loss: Training loss.
-        validation: Validation loss.
-        learning_rate: Learning rate.
-        x_label: What the steps count.
+        label: What it is called in the picture.
+        series: By metric; those without a point are left out.
+        has_steps: Whether the steps are known; else entries are counted.
     """
 
-    title: str
-    loss: Series
-    validation: Series
-    learning_rate: Series
-    x_label: str = "step"
+    label: str
+    series: Mapping[str, Series] = field(default_factory=dict)
+    has_steps: bool = True
 
 
-def curves_from_history(title: str, history: Mapping[str, Any]) -> TrainingCurves:
+def curves_from_history(label: str, history: Mapping[str, Any]) -> Curves:
     """Return the curves of a `training_metrics.json`; of what is damaged, the readable points."""
-    steps, evaluations = _list(history.get("steps")), _list(history.get("validation"))
-    points = [item for item in evaluations if isinstance(item, dict)]
-    return TrainingCurves(
-        title=title,
-        loss=_series(steps, _list(history.get("loss_history"))),
-        validation=_series(
-            [item.get("step") for item in points], [item.get("validation_loss") for item in points]
-        ),
-        learning_rate=_series(steps, _list(history.get("learning_rates"))),
+    steps = _list(history.get("steps"))
+    evaluations = [item for item in _list(history.get("validation")) if isinstance(item, dict)]
+    series = {
+        metric: _series(steps, _list(history.get(key))) for metric, key in HISTORY_KEYS.items()
+    }
+    series["validation_loss"] = _series(
+        [item.get("step") for item in evaluations],
+        [item.get("validation_loss") for item in evaluations],
     )
+    return Curves(label, _with_points(series))
 
 
-def curves_from_metadata(title: str, metadata: Mapping[str, Any]) -> TrainingCurves:
+def curves_from_metadata(label: str, metadata: Mapping[str, Any]) -> Curves:
     """Return the last points as `metadata.json` keeps them; their steps are not known."""
-    losses, rates = _list(metadata.get("loss_history")), _list(metadata.get("learning_rates"))
-    return TrainingCurves(
-        title=title,
-        loss=_series(range(1, len(losses) + 1), losses),
-        validation=Series((), ()),
-        learning_rate=_series(range(1, len(rates) + 1), rates),
-        x_label=f"logged entry (of the last {HISTORY_LIMIT})",
-    )
+    series = {}
+    for metric in ("loss", "learning_rate"):
+        values = _list(metadata.get(HISTORY_KEYS[metric]))
+        series[metric] = _series(range(1, len(values) + 1), values)
+    return Curves(label, _with_points(series), has_steps=False)
+
+
+def _with_points(series: Mapping[str, Series]) -> dict[str, Series]:
+    return {metric: series[metric] for metric in METRICS
+            if metric in series and series[metric].num_points}  # fmt: skip
 
 
 def _list(value: object) -> list[Any]:
@@ -88,29 +110,68 @@ def _list(value: object) -> list[Any]:
 
 def _series(steps: Sequence[object], values: Sequence[object]) -> Series:
     """Pair steps with values; what is no number becomes a gap, a missing step drops the point."""
-    points = [(number(step), number(value)) for step, value in zip(steps, values, strict=False)]
+    points = [
+        (_number(step, GREATEST_STEP), _number(value, GREATEST_VALUE))
+        for step, value in zip(steps, values, strict=False)
+    ]
     known = [
         (step, math.nan if value is None else value) for step, value in points if step is not None
     ]
     return Series([step for step, _ in known], [value for _, value in known])
 
 
-def draw_training_curves(curves: TrainingCurves, path: Path) -> Path:
-    """Draw losses above and the learning rate below, over the same steps.
+def _number(value: object, greatest: float) -> float | None:
+    known = number(value)
+    return known if known is not None and abs(known) <= greatest else None
+
+
+def require_drawable(all_curves: Sequence[Curves]) -> None:
+    """Refuse to draw nothing.
+
+    Raises:
+        UsageError: No curve has a point.
+    """
+    if not any(curves.series for curves in all_curves):
+        labels = ", ".join(printable(curves.label) for curves in all_curves)
+        raise UsageError(f"{labels}: nothing was logged before it, so there is no curve.")
+
+
+def x_label(all_curves: Sequence[Curves]) -> str:
+    """Say what the steps of curves count."""
+    if all(curves.has_steps for curves in all_curves):
+        return "step"
+    return f"logged entry (of the last {HISTORY_LIMIT})"
+
+
+def picture_path(path: Path) -> Path:
+    """Return where a picture goes: `path`, with .png added where it has no suffix.
+
+    Raises:
+        UsageError: The suffix is of no kind of picture.
+    """
+    target = path if path.suffix else path.with_name(path.name + DEFAULT_SUFFIX)
+    if target.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--save {path}: the name must end in one of {', '.join(SUFFIXES)}.")
+    return target
+
+
+def draw_picture(all_curves: Sequence[Curves], path: Path) -> Path:
+    """Draw losses above and every other metric in a panel below, over the same steps.
+
+    Args:
+        all_curves: One or several checkpoints; each has a colour.
+        path: The file, of `picture_path`.
 
     Returns:
-        The file that was written: `path`, with .png added where it had no suffix.
+        The file that was written.
 
     Raises:
         UsageError: There is nothing to draw, or the file cannot be written.
         PretrainError: matplotlib is not installed.
     """
-    target = path if path.suffix else path.with_name(path.name + DEFAULT_SUFFIX)
-    if target.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--save {path}: the name must end in one of {', '.join(SUFFIXES)}.")
-    if not (curves.loss.num_points or curves.validation.num_points):
-        raise UsageError(f"{curves.title}: no loss was logged before it, so there is no curve.")
-    figure = _build_figure(curves)
+    target = picture_path(path)
+    require_drawable(all_curves)
+    figure = _build_figure(all_curves)
     try:
         figure.savefig(target, dpi=DOTS_PER_INCH)
     except OSError as exc:
@@ -118,34 +179,53 @@ def draw_training_curves(curves: TrainingCurves, path: Path) -> Path:
     return target
 
 
-def _build_figure(curves: TrainingCurves) -> Any:
+def _build_figure(all_curves: Sequence[Curves]) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as exc:
         raise PretrainError("matplotlib is not installed; run: pip install matplotlib") from exc
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    present = [key for key in METRICS if any(key in curves.series for curves in all_curves)]
+    losses = tuple(metric for metric in LOSSES if metric in present)
+    panels = [panel for panel in (losses, *((m,) for m in present if m not in LOSSES)) if panel]
+    heights = [LOSS_INCHES if panel == losses else PANEL_INCHES for panel in panels]
+    figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    # A `$` in a title would be read as the start of a formula.
-    losses.set_title(curves.title.replace("$", r"\$"))
-    _draw(losses, curves.loss, "training loss", "C0")
-    _draw(losses, curves.validation, "validation loss", "C1", marker="o")
-    losses.set_ylabel("loss")
-    losses.legend()
-    _draw(rates, curves.learning_rate, "learning rate", "C2")
-    rates.set_ylabel("learning rate")
-    rates.set_xlabel(curves.x_label)
-    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axes in (losses, rates):
-        axes.grid(alpha=0.3)
+    every = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, panel in zip(every, panels, strict=True):
+        _draw_panel(axes, panel, all_curves)
+    if len(all_curves) == 1:
+        every[0].set_title(_plain(all_curves[0].label))
+    if losses or len(all_curves) > 1:
+        every[0].legend(fontsize="small")
+    every[-1].set_xlabel(x_label(all_curves))
+    figure.align_ylabels()
     return figure
 
 
-def _draw(axes: Axes, series: Series, label: str, color: str, marker: str = "") -> None:
-    if series.num_points == 0:
-        return
-    # A single point has no line to be seen by.
-    values = [value if math.isfinite(value) else math.nan for value in series.values]
-    mark = marker or ("o" if series.num_points == 1 else "")
-    axes.plot(series.steps, values, color=color, marker=mark, markersize=4, label=label)
+def _draw_panel(axes: Axes, panel: Sequence[str], all_curves: Sequence[Curves]) -> None:
+    is_alone = len(all_curves) == 1
+    for index, curves in enumerate(all_curves):
+        for metric in panel:
+            series = curves.series.get(metric)
+            if series is None:
+                continue
+            is_validation = metric == "validation_loss"
+            name = METRICS[metric] if len(panel) > 1 or is_alone else ""
+            label = name if is_alone else " ".join(filter(None, (_plain(curves.label), name)))
+            color = f"C{int(is_validation)}" if is_alone else f"C{index % 10}"
+            # A single point has no line to be seen by; evaluations are far apart.
+            mark = "o" if is_validation or series.num_points == 1 else ""
+            style = "--" if is_validation and not is_alone else "-"
+            axes.plot(series.steps, series.values, color=color, linestyle=style, marker=mark,
+                      markersize=4, linewidth=1.2, label=label)  # fmt: skip
+    axes.set_ylabel("loss" if panel[0] in LOSSES else METRICS[panel[0]])
+    if panel[0] == "learning_rate":
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.grid(alpha=0.3)
+
+
+def _plain(label: str) -> str:
+    """Return text that matplotlib shows as it is: `$` would begin a formula, `_` hide a label."""
+    text = printable(label, LABEL_CHARACTERS).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

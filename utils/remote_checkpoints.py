@@ -25,6 +25,7 @@ from utils.storage import Bucket, ObjectInfo
 
 CARD_SUFFIX = ".json"
 CARDS_AT_A_TIME = 8
+NEWEST_CARDS = 50  # as many as a resume looks at
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,7 @@ def read_cards(
     """
 
     def read(name: CheckpointName) -> CheckpointView:
-        archive = listing.archives.get(name)
-        return read_remote_checkpoint(bucket, name, archive.size if archive else None)
+        return read_remote_checkpoint(bucket, name, listing.archives.get(name))
 
     with ThreadPoolExecutor(CARDS_AT_A_TIME) as pool:
         return list(pool.map(read, sorted(listing.cards if names is None else names)))
@@ -139,13 +139,9 @@ def choose_remote(bucket: Bucket, text: str, recorded: RunIdentity | None) -> Ch
     """
     listing = list_remote(bucket)
     names = listing.complete
-    if text == "latest" and recorded is not None:
-        for name in reversed(names):
-            (view,) = read_cards(bucket, listing, [name])
-            if view.problem is None and is_part_of(recorded, view):
-                return name
-    elif text in ("latest", "best"):
-        views = [view for view in read_cards(bucket, listing, names) if view.problem is None]
+    if text in ("latest", "best"):
+        read = names[-NEWEST_CARDS:] if text == "latest" else names
+        views = [view for view in read_cards(bucket, listing, read) if view.problem is None]
         identity = newest_branch(views, recorded)
         own = [view for view in views if is_part_of(identity, view)]
         best = find_best(own) if text == "best" else (own[-1] if own else None)

@@ -1,5 +1,7 @@
 """Which checkpoints to keep on this machine: a pure function of what is known about them.
 
+    journal, checkpoint directory -> facts -> decisions -> checkpoint store, upload manager, viewer
+
 Nothing is deleted before its upload is verified, unless uploading is off. The newest, the best and
 what is being uploaded are never deleted. Past `max_unverified`, the oldest unverified checkpoint
 that is none of these is given up (`superseded`), so that a dead bucket cannot fill the disk.
@@ -10,6 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+from configs.training_config import TrainingConfig
+from utils.journal import UploadState
+from utils.metadata import CheckpointView, find_best, is_verified_in
+from utils.storage import join_uri
 
 
 class Action(str, Enum):
@@ -30,6 +37,7 @@ class CheckpointFacts:
         is_best: It has the best validation loss.
         is_verified: Its archive is in the bucket, verified.
         is_uploading: It is being archived or uploaded at this moment.
+        is_removed: It was in the bucket, verified, and was removed there on purpose.
     """
 
     name: str
@@ -37,6 +45,7 @@ class CheckpointFacts:
     is_best: bool = False
     is_verified: bool = False
     is_uploading: bool = False
+    is_removed: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,10 +89,8 @@ def plan_retention(
             decision = Decision(facts.name, Action.KEEP, f"newest {keep_checkpoints}")
         elif facts.is_uploading:
             decision = Decision(facts.name, Action.KEEP, "uploading")
-        elif not is_uploading_on:
-            decision = Decision(facts.name, Action.DELETE, "uploading is off")
-        elif facts.is_verified:
-            decision = Decision(facts.name, Action.DELETE, "verified in the bucket")
+        elif (reason := _reason_to_go(facts, is_uploading_on)) is not None:
+            decision = Decision(facts.name, Action.DELETE, reason)
         else:
             decision = Decision(facts.name, Action.KEEP, "not verified in the bucket yet")
             waiting.append(facts)
@@ -92,3 +99,49 @@ def plan_retention(
         reason = f"more than {max_unverified} wait for the bucket"
         decisions[facts.name] = Decision(facts.name, Action.SUPERSEDE, reason)
     return [decisions[facts.name] for facts in ordered]
+
+
+def _reason_to_go(facts: CheckpointFacts, is_uploading_on: bool) -> str | None:
+    """Return why one that no rule keeps may be deleted, None where it may not."""
+    if not is_uploading_on:
+        return "uploading is off"
+    if facts.is_verified:
+        return "verified in the bucket"
+    return "removed from the bucket on purpose" if facts.is_removed else None
+
+
+def decide_retention(
+    views: Sequence[CheckpointView], config: TrainingConfig, *, run_id: str, is_uploading_on: bool
+) -> list[Decision]:
+    """Return what the rules say of each local checkpoint of a run, oldest first.
+
+    Args:
+        views: The checkpoints on this machine; those of other runs and damaged ones are left out.
+        config: The run's configuration.
+        run_id: The run.
+        is_uploading_on: Whether checkpoints go to a bucket at all.
+    """
+    own = [view for view in views if view.manifest is not None and view.manifest.run_id == run_id]
+    best = find_best(own)
+    uri = join_uri(config.checkpoint_uri, config.run_name)
+    facts = []
+    for view in own:
+        upload = view.upload.state if view.upload else None
+        facts.append(
+            CheckpointFacts(
+                str(view.name),
+                view.name.step,
+                is_best=view is best,
+                is_verified=view.path is not None
+                and is_verified_in(uri, view.path, view.upload, view.manifest_crc32c),
+                is_uploading=upload in (UploadState.ARCHIVING, UploadState.UPLOADING),
+                is_removed=upload is UploadState.REMOVED,
+            )
+        )
+    return plan_retention(
+        facts,
+        keep_checkpoints=config.keep_checkpoints,
+        max_unverified=config.max_unverified,
+        is_uploading_on=is_uploading_on,
+        keep_every_steps=config.keep_every_steps,
+    )

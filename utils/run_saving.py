@@ -83,13 +83,18 @@ class RunSaving:
         """Whether a checkpoint is being written."""
         return self._saver.is_busy
 
-    def save(self, files: CheckpointFiles) -> None:
-        """Begin to save; returns when training may go on, up to `fence`."""
+    def save(self, files: CheckpointFiles, must_leave: Callable[[], bool] = lambda: False) -> None:
+        """Begin to save; returns when training may go on, up to `fence`.
+
+        Args:
+            files: What to save.
+            must_leave: Ends a wait for the upload, where there is one.
+        """
         self._saver.save(files, _usable_memory())
         if self._waits_for_uploads:
             self._saver.wait()
             if self._uploader is not None:
-                self._uploader.drain(math.inf, log.debug)
+                self._uploader.drain(math.inf, log.debug, must_leave)
 
     def fence(self) -> None:
         """Call before the optimizer changes the state."""

@@ -454,7 +454,7 @@ class TrainingRun:
                 [states for states, _ in gathered],
                 self._tokenizer_files,
             )
-            self._saving.save(files)
+            self._saving.save(files, lambda: time.monotonic() >= self._leave_at())
         self._saved_at, self._saved_step = time.monotonic(), step
         seconds = time.perf_counter() - started
         self._throughput.pause(seconds)

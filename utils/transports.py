@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from configs.training_config import TrainingConfig
-from utils.errors import ObjectNotFoundError, StorageError
+from utils.errors import ObjectNotFoundError, StorageError, TransientStorageError
 from utils.layout import SAVING_PREFIX
 from utils.parallel_upload import PARTS_FOLDER, parts_prefix, put_parallel, remove_parts
 from utils.storage import (
@@ -125,8 +125,16 @@ class Transport(Protocol):
     def copy(self, object_name: str, target: str) -> None:
         """Copy an object within the bucket."""
 
-    def delete(self, object_name: str) -> None:
-        """Remove an object; one that does not exist is no error."""
+    def delete(self, object_name: str, expected: ObjectInfo | None = None) -> None:
+        """Remove an object; one that does not exist is no error.
+
+        Args:
+            object_name: The object.
+            expected: From `stat`; None for any version.
+
+        Raises:
+            ConflictError: Another version is there.
+        """
 
     def remove_unfinished(
         self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
@@ -190,9 +198,12 @@ class BucketTransport:
         """Copy an object within the bucket."""
         self._bucket.copy(object_name, target)
 
-    def delete(self, object_name: str) -> None:
+    def delete(self, object_name: str, expected: ObjectInfo | None = None) -> None:
         """Remove an object."""
-        self._bucket.delete(object_name)
+        if expected is None:
+            self._bucket.delete(object_name)
+        else:
+            self._bucket.delete_if(object_name, expected)
 
     def remove_unfinished(
         self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
@@ -233,10 +244,16 @@ class _CommandTransport:
         except ObjectNotFoundError:
             return None
 
-    def delete(self, object_name: str) -> None:
+    def delete(self, object_name: str, expected: ObjectInfo | None = None) -> None:
         """Remove an object."""
+        options, words = self._conditions(expected)
         with contextlib.suppress(ObjectNotFoundError):
-            self._command.run("rm", [self._object(object_name)], options=self._quiet)
+            words = [*words, self._object(object_name)]
+            self._command.run("rm", words, options=(*self._quiet, *options))
+
+    def _conditions(self, expected: ObjectInfo | None) -> tuple[tuple[str, ...], list[str]]:
+        """Return the (options, words) that ask for a version; none for any."""
+        raise NotImplementedError
 
     def remove_unfinished(
         self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
@@ -273,6 +290,9 @@ class GcloudTransport(_CommandTransport):
         condition = f"--if-generation-match={_generation(expected)}"
         words = [condition, "-", self._object(object_name)]
         self._command.run("cp", words, options=self._quiet, write=write)
+
+    def _conditions(self, expected: ObjectInfo | None) -> tuple[tuple[str, ...], list[str]]:
+        return (), [] if expected is None else [f"--if-generation-match={expected.generation}"]
 
     def stat(self, object_name: str) -> ObjectInfo | None:
         """Return size, crc32c and generation as gcloud describes them."""
@@ -321,7 +341,7 @@ class GsutilTransport(_CommandTransport):
         archive = folder / f"{SAVING_PREFIX}{PurePosixPath(object_name).name}"
         free = shutil.disk_usage(folder).free
         if free < max_bytes:
-            raise StorageError(
+            raise TransientStorageError(
                 f"gsutil needs a local archive: up to {max_bytes} bytes in {folder}, where {free} "
                 "are free. Free some space, or use --set upload_transport=python, which needs none."
             )
@@ -330,8 +350,17 @@ class GsutilTransport(_CommandTransport):
                 write(file)
             words = ["--", glob.escape(str(archive)), target]
             self._command.run("cp", words, options=condition, file=archive)
+        except ObjectNotFoundError as exc:
+            if archive.exists():
+                raise
+            raise TransientStorageError(f"{archive} was removed by another process.") from exc
         finally:
             archive.unlink(missing_ok=True)
+
+    def _conditions(self, expected: ObjectInfo | None) -> tuple[tuple[str, ...], list[str]]:
+        if expected is None:
+            return (), []
+        return ("-h", f"x-goog-if-generation-match:{expected.generation}"), []
 
     def stat(self, object_name: str) -> ObjectInfo | None:
         """Return size, crc32c and generation as `gsutil stat` prints them."""

@@ -178,18 +178,19 @@ class _Upload:
             assert found.archive is not None
             return self._done(found.archive, started)
         if data is not None:
-            self._make_way(found, stored)
+            self._make_way(data, found, stored)
         if stored is not None and self._measure() == _info_of(stored):
             log.info("The archive of %s is in the bucket already.", self._checkpoint.name)
         else:
             self._put(stored)
         return self._finish(started)
 
-    def _make_way(self, found: _FoundCard | None, stored: ObjectInfo | None) -> None:
+    def _make_way(self, data: bytes, found: _FoundCard | None, stored: ObjectInfo | None) -> None:
         """Deal with a card that is not this checkpoint's.
 
         Raises:
             CheckpointError: It must not be overwritten.
+            TransientStorageError: It is being changed at this moment.
         """
         where = join_uri(self._transport.uri, self._card)
         owner = found.manifest if found else None
@@ -199,24 +200,44 @@ class _Upload:
                 f"{self._manifest.run_id}, and is not overwritten. Give this run a name of its "
                 "own: --set run_name=NAME."
             )
-        if owner.identity.branch != self._manifest.identity.branch:
-            self._set_aside(owner.identity, stored, where)
-        # Before the archive: a card is never there without the archive that it describes.
-        self._transport.delete(self._card)
-
-    def _set_aside(self, owner: RunIdentity, stored: ObjectInfo | None, where: str) -> None:
-        if not _has_left(self._manifest.identity, owner):
+        branch, own = owner.identity.branch, self._manifest.identity
+        if branch != own.branch and not _has_left(own, owner.identity):
             raise CheckpointError(
-                f"{where} was written by branch {owner.branch} of this run, which is not "
-                f"one that branch {self._manifest.identity.branch} came from; it is not "
-                "overwritten. Give this branch a name of its own: --set run_name=NAME."
+                f"{where} was written by branch {branch} of this run, which is not one that branch "
+                f"{own.branch} came from; it is not overwritten. Give this branch a name of its "
+                "own: --set run_name=NAME."
             )
-        folder = f"{REMOTE_FOLDER}/{SET_ASIDE_PREFIX}/branch-{owner.branch}"
-        log.info("Setting %s of branch %d aside, in %s.", self._checkpoint.name,
-                 owner.branch, join_uri(self._transport.uri, folder))  # fmt: skip
-        for name in (self._archive, self._card):
-            if name == self._card or stored is not None:
-                self._transport.copy(name, f"{folder}/{PurePosixPath(name).name}")
+        seen = self._transport.stat(self._card)
+        if self._transport.read(self._card) != data:
+            raise TransientStorageError(f"{where} was changed by another process.")
+        is_whole = found is not None and found.is_of(stored)
+        if is_whole or branch != own.branch:
+            self._set_aside(branch, [self._archive, self._card] if is_whole else [self._card])
+        try:
+            # Before the archive: a card is never there without the archive that it describes.
+            self._transport.delete(self._card, seen)
+        except ConflictError as exc:
+            raise TransientStorageError(str(exc)) from exc
+
+    def _set_aside(self, branch: int, names: list[str]) -> None:
+        """Copy what is there to where nothing replaces it."""
+        folder = self._free_folder(f"{REMOTE_FOLDER}/{SET_ASIDE_PREFIX}/branch-{branch}")
+        log.log(
+            logging.WARNING if branch == self._manifest.identity.branch else logging.INFO,
+            "The bucket has another %s, of branch %d of this run. It is copied to %s.",
+            self._checkpoint.name, branch, join_uri(self._transport.uri, folder),
+        )  # fmt: skip
+        for name in names:
+            self._transport.copy(name, f"{folder}/{PurePosixPath(name).name}")
+
+    def _free_folder(self, folder: str) -> str:
+        """Return a folder in which this checkpoint has not been set aside yet."""
+        card, found = PurePosixPath(self._card).name, folder
+        number = 1
+        while self._transport.stat(f"{found}/{card}") is not None:
+            number += 1
+            found = f"{folder}-{number}"
+        return found
 
     def _write(self, sink: IO[bytes]) -> None:
         self._progress.read = 0

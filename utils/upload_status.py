@@ -55,6 +55,7 @@ def build_rows(
             (view.problem if view else None) or (card.problem if card else None) or "",
         ]
         size = view.total_bytes if view else card.archive_bytes if card else None
+        state = describe_state(view, card, uri, bucket_problem)
         is_under_way = entry is not None and entry.state in _UNDER_WAY
         progress = describe_progress(entry) if entry is not None and is_under_way else {}
         rows.append(
@@ -65,11 +66,11 @@ def build_rows(
                 "bytes": size,
                 "local": "yes" if view else "no",
                 "bucket": "yes" if card else "unknown" if bucket_problem else "no",
-                "state": _describe_state(view, card, uri, bucket_problem),
-                "verified": _describe_state(view, card, uri, bucket_problem) == "verified",
+                "state": state,
+                "verified": state == "verified",
                 "progress": progress.get("text", ""),
                 "upload": progress,
-                "kept": _describe_decision(kept.get(str(name))),
+                "kept": describe_decision(kept.get(str(name))),
                 "error": _error_of(entry),
                 "note": printable(", ".join(note for note in notes if note)),
             }
@@ -77,10 +78,17 @@ def build_rows(
     return rows
 
 
-def _describe_state(
+def describe_state(
     view: CheckpointView | None, card: CheckpointView | None, uri: str, problem: str | None
 ) -> str:
-    """Say where a checkpoint stands; what the journal says is held against the bucket."""
+    """Say where a checkpoint stands; what the journal says is held against the bucket.
+
+    Args:
+        view: The checkpoint on this machine, None where it is not here.
+        card: The checkpoint in the bucket, None where it is not there.
+        uri: The bucket, "" for none.
+        problem: Why the bucket could not be read, None where it was.
+    """
     entry = view.upload if view else None
     if view is None or view.path is None or entry is None:
         if card is None:
@@ -88,15 +96,16 @@ def _describe_state(
         return "verified" if card.problem is None else "damaged in bucket"
     if entry.state is not UploadState.VERIFIED:
         return str(entry.state.value)
-    if uri and not is_verified_in(uri, view.path, entry):
+    if uri and not is_verified_in(uri, view.path, entry, view.manifest_crc32c):
         return "not in this bucket"
     size = entry.details.get("bytes")
-    if problem is None and (card is None or card.archive_bytes != size):
+    if problem is None and (card is None or card.problem or card.archive_bytes != size):
         return "missing in bucket" if card is None else "damaged in bucket"
     return "verified"
 
 
-def _describe_decision(decision: Decision | None) -> str:
+def describe_decision(decision: Decision | None) -> str:
+    """Say why a checkpoint is kept on this machine, or that it goes; "" where no rule says."""
     if decision is None:
         return ""
     if decision.action is Action.KEEP:
@@ -177,7 +186,7 @@ def _describe_next_try(entry: JournalEntry | None, next_try: object) -> str:
     if entry.state is not UploadState.FAILED:
         return "now"
     if entry.details.get("permanent") is True:
-        return "never by itself: upload_manager.py retry"
+        return "at the next start, or: upload_manager.py retry"
     return printable(next_try, 40) if next_try else "at the next start"
 
 

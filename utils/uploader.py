@@ -18,24 +18,23 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from utils.checkpoint_store import hold_upload
 from utils.console import format_bytes, format_duration
 from utils.errors import PretrainError, TransientStorageError
 from utils.journal import Journal, UploadState
 from utils.layout import (
     MANIFEST_FILE,
-    UPLOAD_LOCK_PREFIX,
     Manifest,
     archive_object,
     find_checkpoints,
+    local_archive,
     parse_checkpoint_name,
     read_manifest,
 )
@@ -69,12 +68,14 @@ class _Item:
         attempts: How often it was tried.
         ready_at: When it may be tried next, on the monotonic clock.
         is_late: It has failed as often as one waits for; it is tried again, but not waited for.
+        is_elsewhere: Another process uploads it.
     """
 
     path: Path
     attempts: int = 0
     ready_at: float = 0.0
     is_late: bool = False
+    is_elsewhere: bool = False
 
     @property
     def step(self) -> int:
@@ -261,9 +262,11 @@ class Uploader:
         checkpoint = item.path
         run_id = ""
         try:
-            with self._alone(checkpoint) as is_alone:
+            with hold_upload(checkpoint) as is_alone:
                 if not is_alone:
-                    log.info("%s is being uploaded by another process.", checkpoint.name)
+                    if not item.is_elsewhere:
+                        log.info("%s is being uploaded by another process.", checkpoint.name)
+                    item.is_elsewhere = True
                     self._requeue(item, LOCKED_SECONDS)
                     return
                 item.attempts += 1
@@ -272,6 +275,8 @@ class Uploader:
                 self._upload(item, manifest)
         except InterruptedUploadError:  # no failure: the journal says where it was
             log.debug("The upload of %s goes on at the next start.", checkpoint.name)
+            with contextlib.suppress(OSError):
+                local_archive(checkpoint).unlink(missing_ok=True)  # its writer was killed
         except TransientStorageError as exc:
             self._try_later(item, run_id, str(exc))
         except OSError as exc:  # of the journal: the disk may be full
@@ -281,26 +286,6 @@ class Uploader:
         except Exception as exc:  # noqa: BLE001 - a worker that dies would lose the queue silently
             log.debug("Upload of %s failed.", checkpoint.name, exc_info=True)
             self._fail(item, run_id, f"{type(exc).__name__}: {exc}")
-
-    @contextlib.contextmanager
-    def _alone(self, checkpoint: Path) -> Iterator[bool]:
-        """Keep the uploaders of other processes from this checkpoint; False where one is at it."""
-        path = checkpoint.with_name(f"{UPLOAD_LOCK_PREFIX}{checkpoint.name}.lock")
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        except (OSError, NotImplementedError) as exc:  # a full disk must not stop uploads
-            log.warning("%s is uploaded without its lock: %s", checkpoint.name, exc)
-        try:
-            yield True
-        finally:
-            if lock.is_locked:
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)  # while it is held: who waits for it looks again
-            lock.release()
 
     def _upload(self, item: _Item, manifest: Manifest) -> None:
         checkpoint, name, uri = item.path, item.path.name, self._transport.uri

@@ -1,16 +1,28 @@
+import contextlib
+import fcntl
 import json
 import math
 import os
+import pty
+import re
+import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
 from configs.training_config import PROJECT_DIRECTORY
-from scripts.checkpoint_viewer import main, show_time
+from scripts import checkpoint_viewer as viewer
+from scripts.checkpoint_viewer import main
 from tests.sample_checkpoints import RUN_ID, make_checkpoint, make_history, put_remote, seal
+from utils import checkpoint_shelf
+from utils.checkpoint_text import show_count, show_loss, show_time
 from utils.journal import Journal, UploadState
+from utils.layout import find_checkpoints
+from utils.storage import DirectoryBucket, crc32c_of_file
 
 SCRIPT = PROJECT_DIRECTORY / "scripts" / "checkpoint_viewer.py"
 PNG_SIGNATURE = b"\x89PNG"
@@ -66,8 +78,8 @@ def test_list_shows_step_losses_time_upload_state_latest_and_best(capsys):
     assert first.startswith(" 1. checkpoint-epoch0-step50-files0 ")
     for part in ("Step: 50 ", "Loss: 6.464046", "Val: 6.564046", "Time: 2026-01-01 12:30:25"):
         assert part in first
-    assert first.endswith("Upload: verified")
-    assert second.endswith("Upload: failed (latest, best)")
+    assert first.endswith("Upload: verified Kept: newest 3")
+    assert second.endswith("Upload: failed (latest, best) Kept: latest")
 
 
 def test_damaged_and_foreign_things_are_named_and_the_rest_is_listed(capsys, two_checkpoints):
@@ -150,7 +162,8 @@ def test_view_shows_progress_position_run_upload_and_files(capsys, two_checkpoin
         "Git Commit: 0123456789abcdef0123456789abcdef01234567",
         "Parameters: 5,256,704",
         "  destination: bucket/a.tar.gz",
-        "  model.safetensors           700 B",
+        "  model.safetensors           700 B  crc32c UH9VIA==",
+        "  learning_rate: 0.004",
     ):
         assert line in out.splitlines()
     assert "State: verified (" in out
@@ -200,6 +213,12 @@ def test_compare_shows_any_number(capsys):
     assert value["config_differences"] == {}
 
 
+def test_compare_takes_what_is_no_number_for_the_same_in_both(capsys, two_checkpoints):
+    for path in two_checkpoints:
+        (path / "training_config.json").write_text('{"learning_rate": NaN}')
+    assert run_json(capsys, "compare")["config_differences"] == {}
+
+
 def test_compare_says_which_configuration_cannot_be_read(capsys, two_checkpoints):
     (two_checkpoints[1] / "training_config.json").write_text("[]")
     code, out, _ = run(capsys, "compare")
@@ -220,8 +239,13 @@ def test_plot_writes_a_picture_of_the_checkpoints_name(capsys, tmp_path):
 def test_plot_saves_where_it_is_told(capsys, tmp_path):
     value = run_json(capsys, "plot", "latest", "--save", "curve.svg")
     assert value["saved"] == "curve.svg"
-    assert value["loss_points"] == 10
-    assert value["validation_points"] == 1
+    (curves,) = value["curves"]
+    assert curves["checkpoint"] == curves["label"] == "checkpoint-epoch0-step100-files0"
+    assert list(curves["series"]) == [
+        "loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second",
+    ]  # fmt: skip
+    assert curves["series"]["loss"]["steps"] == list(range(10, 101, 10))
+    assert curves["series"]["validation_loss"]["steps"] == [100]
     assert "<svg" in (tmp_path / "curve.svg").read_text()
 
 
@@ -229,11 +253,14 @@ def test_plot_draws_what_is_left_of_a_damaged_history(capsys, two_checkpoints):
     path = two_checkpoints[1] / "training_metrics.json"
     damaged = {**make_history(100), "loss_history": [math.nan, "x", 1.0], "validation": [1, {}]}
     path.write_text(json.dumps(damaged))
-    assert run_json(capsys, "plot", "100")["loss_points"] == 1
+    (curves,) = run_json(capsys, "plot", "100")["curves"]
+    assert curves["series"]["loss"] == {"steps": [10, 20, 30], "values": [None, None, 1.0]}
     path.write_text("{")
     value = run_json(capsys, "plot", "100")
-    assert value["loss_points"] == 10
-    assert "training_metrics.json cannot be read" in value["problem"]
+    (curves,) = value["curves"]
+    assert (curves["has_steps"], len(curves["series"]["loss"]["values"])) == (False, 10)
+    assert "training_metrics.json cannot be read" in value["notes"][0]
+    assert value["saved"] is None
 
 
 def test_plot_before_the_first_logged_loss_is_an_error(capsys, tmp_path):
@@ -251,11 +278,12 @@ def test_remote_reads_the_buckets_cards(capsys, tmp_path, two_checkpoints):
     code, out, _ = run(capsys, "list", *options)
     assert code == 0
     assert "Found 1 checkpoint in bucket/my-run" in out
-    assert "Upload: in bucket (latest, best)" in out
+    assert "Upload: verified (latest, best)" in out
     code, out, _ = run(capsys, "view", "50", *options)
     assert "Archive: 7 B" in out
     assert "Loss History Length: 5" in out
-    assert run_json(capsys, "plot", "50", *options)["loss_points"] == 5
+    (curves,) = run_json(capsys, "plot", "50", *options)["curves"]
+    assert curves["series"]["loss"]["steps"] == [1, 2, 3, 4, 5]
     assert run_json(capsys, "list", "--remote")["checkpoints"] == []
 
 
@@ -279,6 +307,14 @@ def test_output_dir_and_run_name_say_where_to_look(capsys, tmp_path):
         (["list", "--remote", "--config", "no_bucket.json"], "no checkpoint_uri"),
         (["plot", "50", "--save", "a.docx"], "must end in one of"),
         (["plot", "50", "--save", "nowhere/a.png"], "cannot be written"),
+        (["plot", "--run", "nowhere"], "There is no checkpoint 'latest'"),
+        (["view", ""], "There is no checkpoint ''"),
+        (["view", "\x1b[2J"], "There is no checkpoint '?[2J'"),
+        (["list", "--last", "0"], "--last must be at least 1, got 0"),
+        (["list", "--filter", "steps>1"], "the keys are step, epoch"),
+        (["list", "--filter", "step>many"], "'many' is no number"),
+        (["list", "--filter", "time>today"], "'today' is no time"),
+        (["list", "--filter", "state>a"], "only = and != apply"),
     ],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(capsys, tmp_path, argv, message):
@@ -360,3 +396,519 @@ def test_reading_changes_no_file(capsys, tmp_path, two_checkpoints):
 
 def _snapshot(directory: Path):
     return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+# list: filters, order, the terminal
+
+
+@pytest.fixture
+def five_checkpoints(tmp_path):
+    directory = tmp_path / "checkpoints"
+    losses = {10: 5.0, 20: 3.0, 30: None, 40: 2.5, 50: 4.0}
+    for step, loss in losses.items():
+        hour = 20 - step // 10
+        validation = {"validation_loss": loss and loss + 1}
+        make_checkpoint(
+            directory,
+            step,
+            current_loss=loss,
+            validation_metrics=validation,
+            timestamp=f"2026-01-01T{hour}:00:00Z",
+        )
+    journal = Journal(directory / "uploads.jsonl")
+    journal.record("checkpoint-epoch0-step10-files0", RUN_ID, UploadState.VERIFIED)
+    return directory
+
+
+@pytest.mark.usefixtures("five_checkpoints")
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ("", [10, 20, 30, 40, 50]),
+        ("--reverse", [50, 40, 30, 20, 10]),
+        ("--sort loss", [40, 20, 50, 10, 30]),
+        ("--sort loss --reverse", [10, 50, 20, 40, 30]),
+        ("--sort validation-loss", [40, 20, 50, 10, 30]),
+        ("--sort time", [50, 40, 30, 20, 10]),
+        ("--sort size --last 2", [40, 50]),
+        ("--last 3", [30, 40, 50]),
+        ("--last 9", [10, 20, 30, 40, 50]),
+        ("--filter step>=20 --filter loss<4", [20, 40]),
+        ("--filter loss<4.5 --last 2 --sort loss", [40, 50]),
+        ("--filter state=verified", [10]),
+        ("--filter state!=verified", [20, 30, 40, 50]),
+        ("--filter kept=latest", [50]),
+        ("--filter size>1GiB", []),
+        ("--filter time>=2026-01-01T18:00:00", [10, 20]),
+    ],
+)
+def test_list_filters_sorts_and_takes_the_last(capsys, options, steps):
+    rows = run_json(capsys, "list", *options.split())["checkpoints"]
+    assert [row["step"] for row in rows] == steps
+
+
+@pytest.mark.usefixtures("five_checkpoints")
+def test_list_says_how_many_of_all_it_shows(capsys):
+    _, out, _ = run(capsys, "list", "--filter", "loss<4")
+    assert "Found 2 of 5 checkpoints in checkpoints" in out
+    _, out, _ = run(capsys, "list", "--filter", "loss<0")
+    assert "Found 0 of 5 checkpoints in checkpoints" in out
+
+
+@pytest.mark.usefixtures("two_checkpoints")
+def test_list_as_json_has_age_state_and_reason(capsys):
+    first, second = run_json(capsys, "list")["checkpoints"]
+    assert (first["state"], first["kept"]) == ("verified", "newest 3")
+    assert (second["state"], second["kept"]) == ("failed", "latest")
+    assert first["age_seconds"] > 86400
+    assert first["learning_rate"] == 0.004
+    assert (first["is_latest"], second["is_latest"], second["is_best"]) == (False, True, True)
+
+
+def test_list_tells_another_buckets_uploads_from_this_ones(capsys, two_checkpoints):
+    journal = Journal(two_checkpoints[0].parent / "uploads.jsonl")
+    manifest = crc32c_of_file(two_checkpoints[0] / "manifest.json")
+    for step, bucket in ((50, "elsewhere"), (100, "bucket")):
+        journal.record(
+            f"checkpoint-epoch0-step{step}-files0",
+            RUN_ID,
+            UploadState.VERIFIED,
+            bucket=str(Path(bucket).absolute()),
+            manifest_crc32c=manifest,
+        )
+    rows = run_json(capsys, "list")["checkpoints"]
+    assert [row["state"] for row in rows] == ["not in this bucket"] * 2  # the second: other files
+    journal.record(
+        two_checkpoints[0].name,
+        RUN_ID,
+        UploadState.VERIFIED,
+        bucket=str(Path("bucket").absolute()),
+        manifest_crc32c=manifest,
+    )
+    assert run_json(capsys, "list")["checkpoints"][0]["state"] == "verified"
+
+
+def run_in_terminal(tmp_path, *argv, columns=200, encoding="utf-8"):
+    """Run the viewer with a pseudo-terminal as its standard output."""
+    main_end, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "TERM": "xterm", "NO_COLOR": "1"}
+    environment.pop("COLUMNS", None)
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, *argv], cwd=tmp_path, env=environment, stdout=terminal,
+        stdin=terminal, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        os.close(terminal)
+        output = b""
+        with contextlib.suppress(OSError):  # EIO: the process has ended
+            while block := os.read(main_end, 65536):
+                output += block
+        os.close(main_end)
+        error = process.stderr.read().decode()
+        assert process.wait() == 0, error
+    return output.decode(encoding)
+
+
+@pytest.mark.usefixtures("two_checkpoints")
+def test_terminal_gets_a_table_that_fits_it(tmp_path):
+    wide = run_in_terminal(tmp_path, "list")
+    for text in ("\u2502", "tokens", "checkpoint-epoch0-step50-files0", "newest 3", "latest, best"):
+        assert text in wide
+    narrow = run_in_terminal(tmp_path, "list", columns=80)
+    assert "checkpoint-epoch0" not in narrow
+    assert "epoch0-step50-files0" in narrow
+    assert "Not shown in this width: tokens, size" in narrow
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", narrow)  # rich writes its headings in bold
+    assert max(len(line) for line in plain.splitlines()) <= 80
+
+
+def test_a_long_list_in_a_terminal_is_plain_columns(tmp_path, monkeypatch, capsys):
+    for step in (10, 20):
+        make_checkpoint(tmp_path / "checkpoints", step)
+    monkeypatch.setattr(viewer, "MAX_TABLE_ROWS", 1)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(viewer, "terminal_width", lambda: 300)
+    _, out, _ = run(capsys, "list")
+    lines = out.splitlines()
+    assert lines[1].split()[:2] == ["checkpoint", "step"]
+    assert lines[2].startswith("checkpoint-epoch0-step10-files0 ")
+    assert len(lines) == 4
+
+
+def test_hostile_texts_do_not_steer_a_terminal(tmp_path):
+    path = make_checkpoint(
+        tmp_path / "checkpoints",
+        50,
+        timestamp="\x1b]0;owned\x07",
+        git_commit="\x9b31m\u202e",
+        training_progress={"tokens_seen": "\x1b[2J", "max_steps": 1e308},
+    )
+    config = {"\x1b[2J": "\x1b[2J", "deep": [["\x1b"]]}
+    (path / "training_config.json").write_text(json.dumps(config))
+    seal(path, 50)
+    for command in (["list"], ["view", "50"], ["compare", "50", "50"], ["plot", "50"]):
+        output = run_in_terminal(tmp_path, *command)
+        for text in ("\x1b]", "\x1b[2J", "\x07", "\x9b", "\u202e"):
+            assert text not in output
+
+
+def test_values_that_the_output_cannot_encode_are_replaced(tmp_path):
+    make_checkpoint(tmp_path / "checkpoints", 50, run_id="\u00e9", git_commit="\u4e2d\ud800")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, SCRIPT, "view", "50"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "Git Commit: ??" in result.stdout
+
+
+# Names
+
+
+@pytest.mark.usefixtures("two_checkpoints")
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("latest", 100),
+        ("best", 100),
+        ("50", 50),
+        ("checkpoint-epoch0-step50-files0", 50),
+        ("checkpoint-epoch0-step5", 50),
+        ("epoch0-step5", 50),
+        ("step100-files0", 100),
+    ],
+)
+def test_names_may_be_abbreviated(capsys, name, step):
+    assert run_json(capsys, "view", name)["step"] == step
+    assert [row["step"] for row in run_json(capsys, "compare", name, name)["checkpoints"]] == [
+        step,
+        step,
+    ]
+
+
+@pytest.mark.usefixtures("two_checkpoints")
+def test_an_ambiguous_name_lists_what_it_fits(capsys):
+    code, _, err = run(capsys, "view", "files0")
+    assert code == 2
+    assert "'files0' fits checkpoint-epoch0-step50-files0, checkpoint-epoch0-step100-files0" in err
+
+
+# view, compare
+
+
+def test_view_shows_mfu_where_the_device_is_known(capsys, tmp_path):
+    system = {"device": "NVIDIA H100 80GB HBM3", "mixed_precision": "bf16", "world_size": 8,
+              "num_parameters": 10**9}  # fmt: skip
+    progress = {"tokens_per_second": 500_000}
+    path = make_checkpoint(
+        tmp_path / "checkpoints",
+        50,
+        config={"sequence_length": 2048},
+        system_info=system,
+        training_progress=progress,
+    )
+    (path / "config.json").write_text('{"num_hidden_layers": 24, "hidden_size": 2048}')
+    expected = 500_000 * (6e9 + 12 * 24 * 2048 * 2048) / (8 * 989e12)
+    assert run_json(capsys, "view", "50")["mfu"] == pytest.approx(expected)
+    _, out, _ = run(capsys, "view", "50")
+    assert f"MFU: {100 * expected:.1f}%" in out.splitlines()
+    (row, _) = run_json(capsys, "compare", "50", "50")["checkpoints"]
+    assert row["mfu"] == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("two_checkpoints")
+def test_view_draws_the_losses_it_has(capsys):
+    _, out, _ = run(capsys, "view", "100")
+    (line,) = (line for line in out.splitlines() if line.startswith("Loss Curve: "))
+    assert line.endswith(" 7.895204 to 5.034204")
+    assert line.split()[2][0] == "\u2588"
+
+
+def test_compare_says_what_was_seen_between(capsys, tmp_path):
+    directory = tmp_path / "checkpoints"
+    make_checkpoint(directory, 50, timestamp="2026-01-01T12:00:00Z")
+    newer = make_checkpoint(directory, 100, timestamp="2026-01-01T12:00:10Z")
+    (between,) = run_json(capsys, "compare")["between"]
+    assert between == {
+        "from": "checkpoint-epoch0-step50-files0",
+        "to": "checkpoint-epoch0-step100-files0",
+        "problem": None,
+        "steps": 50,
+        "samples": 200,
+        "tokens": 102400,
+        "shards": 0,
+        "seconds": 10,
+        "tokens_per_second": 10240,
+        "logged_tokens_per_second": 3400.5,
+    }
+    _, out, _ = run(capsys, "compare")
+    rows = {line[:20].strip(): line[20:].split() for line in out.splitlines()}
+    assert rows["Samples"] == ["200"]
+    assert rows["Tokens/s, pauses too"] == ["10,240"]
+    manifest = json.loads((newer / "manifest.json").read_text())
+    (newer / "manifest.json").write_text(json.dumps({**manifest, "run_id": "other"}))
+    (between,) = run_json(capsys, "compare")["between"]
+    assert between["tokens"] is None
+    assert "different runs" in between["problem"]
+
+
+def test_compare_counts_shards_over_epochs(capsys, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shards = {"fingerprint": "a", "shards": [["a"], ["b"], ["c"]]}
+    for step, name in ((50, "checkpoint-epoch0-step50-files2"),
+                       (100, "checkpoint-epoch2-step100-files1")):  # fmt: skip
+        path = make_checkpoint(directory, step).rename(directory / name)
+        (path / "data_state.json").write_text(json.dumps(shards))
+    (between,) = run_json(capsys, "compare")["between"]
+    assert between["shards"] == 5
+    (path / "data_state.json").write_text(json.dumps({**shards, "fingerprint": "b"}))
+    (between,) = run_json(capsys, "compare")["between"]
+    assert between["shards"] is None
+
+
+def put_weights(checkpoint, step, tensors):
+    from safetensors.torch import save_file
+
+    save_file(tensors, checkpoint / "model.safetensors")
+    seal(checkpoint, step)
+
+
+def test_compare_shows_the_drift_of_the_weights(capsys, two_checkpoints):
+    import torch
+
+    for path, step, scale in zip(two_checkpoints, (50, 100), (1.0, 2.0), strict=True):
+        layers = {f"layers.{n}.w": torch.full((4,), scale, dtype=torch.bfloat16) for n in (2, 10)}
+        put_weights(path, step, {**layers, "embed.weight": torch.ones(9)})
+    (pair,) = run_json(capsys, "compare", "--weights")["weights"]
+    assert list(pair["layers"]) == ["embed", "layers.2", "layers.10"]
+    assert pair["layers"]["layers.2"]["norm"] == 4
+    assert pair["layers"]["layers.2"]["change"] == 1
+    assert pair["total"]["num_elements"] == 17
+    _, out, _ = run(capsys, "compare", "--weights")
+    assert "Weights, [1] to [2]:" in out
+    assert ["layers.10", "4", "4", "1.000e+00", "1.00000000", "0", "0"] in [
+        line.split() for line in out.splitlines()
+    ]
+    assert run_json(capsys, "compare")["weights"] is None
+
+
+def test_weights_that_cannot_be_read_are_a_problem_of_that_pair(capsys, tmp_path, two_checkpoints):
+    (two_checkpoints[1] / "model.safetensors").write_bytes(b"weightz" * 100)
+    code, out, err = run(capsys, "compare", "--weights")
+    assert (code, err) == (0, "")
+    assert "[1] to [2]" in out
+    assert "cannot be read" in out  # that of step 50 is no safetensors file
+    put_remote(tmp_path / "bucket", two_checkpoints[0])
+    code, _, err = run(capsys, "compare", "50", "50", "--weights", "--remote")
+    assert code == 2
+    assert "upload_manager.py download checkpoint-epoch0-step50-files0" in err
+
+
+# plot
+
+
+@pytest.mark.usefixtures("two_checkpoints")
+def test_plot_in_a_terminal_is_text_and_writes_no_file(tmp_path):
+    before = _snapshot(tmp_path)
+    output = run_in_terminal(tmp_path, "plot")
+    for text in ("checkpoint-epoch0-step100-files0", "training loss over step", "gradient norm",
+                 "\u28c0"):  # fmt: skip
+        assert text in output
+    assert _snapshot(tmp_path) == before
+    output = run_in_terminal(tmp_path, "plot", "latest", "--save", "a.png")
+    assert "training loss" not in output
+    assert (tmp_path / "a.png").exists()
+
+
+@pytest.mark.usefixtures("two_checkpoints")
+def test_plot_as_text_in_ascii(capsys, tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(
+        [sys.executable, SCRIPT, "plot", "--terminal"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "     7.895 |*" in result.stdout
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_plot_draws_several_checkpoints_and_runs_in_one_picture(capsys, tmp_path, two_checkpoints):
+    make_checkpoint(tmp_path / "other" / "$_$", 20)
+    runs = ("--run", "checkpoints", "--run", "other/$_$")
+    code, out, _ = run(capsys, "plot", "--terminal", "--save", "a.svg", *runs)
+    assert code == 0
+    assert "* checkpoints: checkpoint-epoch0-step100-files0" in out
+    assert "o other/$_$: checkpoint-epoch0-step20-files0" in out
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+    value = run_json(capsys, "plot", "50", "100")
+    assert [curves["label"] for curves in value["curves"]] == [
+        path.name for path in two_checkpoints
+    ]
+    put_remote(tmp_path / "one", two_checkpoints[0])
+    put_remote(tmp_path / "two", two_checkpoints[1])
+    value = run_json(capsys, "plot", "--remote", "--run", "one", "--run", "two")
+    assert [len(curves["series"]["loss"]["values"]) for curves in value["curves"]] == [5, 10]
+
+
+def test_plot_leaves_out_curves_that_do_not_fit_the_axis(capsys, two_checkpoints):
+    (two_checkpoints[0] / "training_metrics.json").unlink()
+    code, out, _ = run(capsys, "plot", "50", "100", "--terminal")
+    assert code == 0
+    assert "Note: checkpoint-epoch0-step50-files0 is left out: its steps are not known." in out
+    assert "over step" in out
+
+
+def test_plot_survives_absurd_values(capsys, tmp_path):
+    path = make_checkpoint(tmp_path / "checkpoints", 50)
+    history = {
+        **make_history(30),
+        "steps": [1, 1e15, 1e300],
+        "loss_history": [1e308, -1e38, 1e38],
+        "learning_rates": [5e-324, 0, 1],
+        "grad_norms": [10**400, 1, 2],
+    }
+    (path / "training_metrics.json").write_text(json.dumps(history))
+    for options in (["--terminal"], ["--save", "a.png"]):
+        code, _, err = run(capsys, "plot", "50", *options)
+        assert (code, err) == (0, "")
+
+
+# Remote
+
+
+def test_remote_compares_and_plots_from_cards(capsys, tmp_path, two_checkpoints):
+    for path in two_checkpoints:
+        put_remote(tmp_path / "bucket", path)
+    value = run_json(capsys, "compare", "--remote")
+    assert [row["state"] for row in value["checkpoints"]] == ["verified", "verified"]
+    assert value["between"][0]["tokens"] == 102400
+    assert "not in the bucket's cards" in value["notes"][0]
+    code, out, _ = run(capsys, "plot", "50", "100", "--remote", "--terminal")
+    assert code == 0
+    assert "training loss over logged entry" in out
+
+
+def test_remote_reads_only_the_cards_it_shows(capsys, tmp_path, two_checkpoints, monkeypatch):
+    for path in two_checkpoints:
+        put_remote(tmp_path / "bucket", path)
+    read = []
+    original = DirectoryBucket.read_bytes
+    monkeypatch.setattr(
+        DirectoryBucket,
+        "read_bytes",
+        lambda self, name, *a: read.append(name) or original(self, name, *a),
+    )
+    assert run_json(capsys, "view", "50", "--remote")["is_best"] is None
+    assert read == ["Checkpoints/checkpoint-epoch0-step50-files0.json"]
+    assert run_json(capsys, "view", "best", "--remote")["is_best"] is True
+
+
+def test_remote_names_what_is_damaged_foreign_or_unfinished(capsys, tmp_path, two_checkpoints):
+    put_remote(tmp_path / "bucket", two_checkpoints[0])
+    folder = tmp_path / "bucket" / "Checkpoints"
+    (folder / "checkpoint-epoch0-step60-files0.json").write_text('{"manifest": ')
+    (folder / "checkpoint-epoch0-step70-files0.tar.gz").write_bytes(b"archive")
+    (folder / "\x1b[2J.json").write_text("{}")
+    (folder / "checkpoint-epoch0-step80-files0.json").mkdir()
+    with (folder / "checkpoint-epoch0-step90-files0.json").open("wb") as file:
+        file.truncate(65 * 2**20)
+    code, out, _ = run(capsys, "list", "--remote")
+    assert code == 0
+    assert "Found 3 checkpoints" in out
+    assert "step60-files0.json: " in out
+    assert "it has more than" in out
+    assert "Note: checkpoint-epoch0-step70-files0 is not listed: it has no card" in out
+    assert "Upload: damaged in bucket" in out
+    assert "\x1b" not in out
+
+
+# Damage and hostility
+
+
+def test_pipes_devices_and_directories_in_place_of_files_are_not_waited_for(
+    capsys, two_checkpoints
+):
+    checkpoint, directory = two_checkpoints[0], two_checkpoints[0].parent
+    for name in ("metadata.json", "training_config.json", "training_metrics.json"):
+        (checkpoint / name).unlink()
+        os.mkfifo(checkpoint / name)
+    (directory / "uploads.jsonl").unlink()
+    os.mkfifo(directory / "uploads.jsonl")
+    os.mkfifo(directory / "run.json")
+    (checkpoint / "data_state.json").unlink()
+    (checkpoint / "data_state.json").symlink_to("/dev/zero")
+    for argv in (["list"], ["view", "50"], ["compare", "50", "100"]):
+        code, out, err = run(capsys, *argv)
+        assert (code, err) == (0, "")
+        assert "metadata.json cannot be read (it is no regular file)" in out
+    assert run(capsys, "plot", "50")[0] == 2
+
+
+HUGE = 10**400
+# As many digits as Python reads and writes; a sum of two has one more.
+ENDLESS_FILE = '{"size": %s, "crc32c": ""}' % ("9" * 4300)  # noqa: UP031
+DEEP = "[" * 500 + "]" * 500
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("manifest.json", "files", json.dumps({"model.safetensors": {"size": HUGE, "crc32c": 1}})),
+        ("manifest.json", "files", f'{{"a": {ENDLESS_FILE}, "b": {ENDLESS_FILE}}}'),
+        ("manifest.json", "branch", "-5"),
+        ("manifest.json", "files", r'{"\u001b[2J": {"size": -1, "crc32c": "\u001b[2J"}}'),
+        ("metadata.json", "loss_history", f"[1.0, {HUGE}, 2e308, -2e308]"),
+        ("metadata.json", "loss_history", "[1.0, 1.7e308, 1.7e308]"),
+        ("metadata.json", "loss_history", DEEP),
+        ("metadata.json", "learning_rates", '[1, "\\u001b[2J", {"a": [2]}]'),
+        ("metadata.json", "timestamp", '"9999-12-31T23:59:59-23:59"'),
+        ("metadata.json", "timestamp", DEEP),
+        ("metadata.json", "run_id", DEEP),
+        ("metadata.json", "extra", DEEP),
+        ("metadata.json", "training_progress", f'{{"tokens_seen": {HUGE}, "samples_seen": 1e308}}'),
+        ("metadata.json", "system_info", '{"world_size": 0, "num_parameters": -1, "device": []}'),
+        ("metadata.json", "validation_metrics", f'{{"deep": {DEEP}, "validation_loss": "x"}}'),
+        ("training_config.json", "learning_rate", DEEP),
+        ("data_state.json", "shards", f"[{DEEP}]"),
+        ("training_metrics.json", "steps", f'[{HUGE}, "x", null, 1e308]'),
+        ("training_metrics.json", "tokens_per_second", f"[{', '.join(10 * ['1.7e308'])}]"),
+    ],
+)
+def test_absurd_values_stop_no_command(capsys, two_checkpoints, file, key, value):
+    path = two_checkpoints[1] / file
+    changed = {**json.loads(path.read_text()), key: "PLACE"}
+    path.write_text(json.dumps(changed).replace('"PLACE"', value))
+    for argv in (["list"], ["view", "100"], ["compare"], ["plot", "--terminal"]):
+        for options in ([], ["--json"]):
+            code, out, err = run(capsys, *argv, *options)
+            assert (code, err) == (0, "")
+            assert "\x1b" not in out
+            if options:
+                json.loads(out, parse_constant=pytest.fail)
+
+
+def test_absurd_numbers_do_not_fill_the_screen():
+    for show in (show_count, show_loss):
+        assert len(show(-1e308)) < 20
+
+
+def test_a_directory_that_cannot_be_read_is_one_message(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert run(capsys, "list", "--output-dir", "file")[0] == 0
+    (tmp_path / "loop").symlink_to("loop")
+    code, _, err = run(capsys, "list", "--output-dir", "loop")
+    assert code == 2
+    assert err.startswith("Error: loop cannot be read: ")
+
+
+def test_a_checkpoint_that_vanishes_meanwhile_is_left_out(capsys, monkeypatch, two_checkpoints):
+    names = find_checkpoints(two_checkpoints[0].parent)
+    shutil.rmtree(two_checkpoints[0])
+    monkeypatch.setattr(checkpoint_shelf, "find_checkpoints", lambda _: names)
+    rows = run_json(capsys, "list")["checkpoints"]
+    assert [row["step"] for row in rows] == [100]
+    code, _, err = run(capsys, "view", "50")
+    assert (code, "was deleted at this moment" in err) == (2, True)

@@ -107,9 +107,13 @@ class Place:
             manifest_crc32c=crc32c_of_file(checkpoint / "manifest.json"),
         )
 
-    def publish_only(self, step: int, loss: float | None = None, run_id: str = RUN_ID) -> None:
+    def publish_only(
+        self, step: int, loss: float | None = None, run_id: str = RUN_ID, **manifest: Any
+    ) -> None:
         """Put a checkpoint into the bucket that is on no machine any more."""
         checkpoint = self.save(step, loss, run_id)
+        path = checkpoint / "manifest.json"
+        write_json(path, {**read_json(path), **manifest})
         self.publish(checkpoint)
         shutil.rmtree(checkpoint)
 
@@ -209,7 +213,7 @@ def test_status_of_an_error_that_was_mended_is_quiet(place: Place) -> None:
     checkpoint = place.save(10)
     place.journal.record(name(10), RUN_ID, UploadState.FAILED, error="503", permanent=True)
     _, status = place.read("status")
-    assert status["queue"][0]["next try"] == "never by itself: upload_manager.py retry"
+    assert status["queue"][0]["next try"] == "at the next start, or: upload_manager.py retry"
     place.publish(checkpoint)
     _, status = place.read("status")
     assert (status["queue"], status["errors"]) == ([], [])
@@ -645,15 +649,28 @@ def test_download_to_another_directory_leaves_nothing_else_there(place: Place) -
     assert not place.checkpoints.exists()
 
 
-def test_download_reads_only_the_cards_that_it_needs(gcs_place: Place, gcs: FakeGcsServer) -> None:
+def test_download_reads_only_the_cards_that_it_needs(
+    gcs_place: Place, gcs: FakeGcsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.remote_checkpoints.NEWEST_CARDS", 2)
     for step in (10, 20, 30):
         gcs_place.publish_only(step)
     gcs_place.save(5)  # says which run is meant
-    for text, step in ((name(10), 10), ("20", 20), ("latest", 30)):
+    for text, steps in ((name(10), [10]), ("20", [20]), ("latest", [20, 30])):
         gcs.clear_requests()
         assert gcs_place.read("download", text)[0] == ExitCode.DONE
         read = {record.name for record in gcs.requests("object.download")}
-        assert {one for one in read if one.endswith(".json")} == {f"team/{card_object(name(step))}"}
+        cards = {f"team/{card_object(name(step))}" for step in steps}
+        assert {one for one in read if one.endswith(".json")} == cards
+
+
+def test_latest_is_of_the_newest_branch_in_the_bucket_whatever_this_machine_has(
+    place: Place,
+) -> None:
+    for step, branch in ((10, 0), (20, 1), (30, 1)):
+        place.publish_only(step, branch=branch, forks=[[0, 0], [1, 10]] if branch else [])
+    assert place.read("download", name(10))[0] == ExitCode.DONE
+    assert place.read("download", "latest")[1]["checkpoint"] == name(30)
 
 
 HOLDER = """
@@ -679,7 +696,7 @@ def test_download_beside_a_trainer_goes_to_another_directory(place: Place) -> No
         assert place.call("status")[0] == ExitCode.DONE
         code, _ = place.call("download", "latest")
         assert code == ExitCode.USAGE
-        assert f"in use by a trainer (process {holder.pid}" in place.stderr
+        assert f"in use by another process (process {holder.pid}" in place.stderr
         assert "--to DIR" in place.stderr
         assert place.call("download", "latest", "--to", "elsewhere")[0] == ExitCode.DONE
         holder.kill()

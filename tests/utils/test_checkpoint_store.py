@@ -18,13 +18,21 @@ from utils.checkpoint_store import (
     apply_retention,
     delete_checkpoint,
     hold_output_directory,
+    hold_upload,
     remove_leftovers,
     set_aside,
     verify_checkpoint,
 )
 from utils.errors import CheckpointError, ExitCode, LockedError
 from utils.journal import Journal, UploadState
-from utils.layout import RunPaths, find_checkpoints, read_json, write_json
+from utils.layout import (
+    RunPaths,
+    find_checkpoints,
+    local_archive,
+    read_json,
+    upload_lock,
+    write_json,
+)
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -325,3 +333,50 @@ def test_a_kept_checkpoint_still_verifies(tmp_path: Path, journal: Journal) -> N
     for step in steps(tmp_path):
         verify_checkpoint(tmp_path / name(step))
     assert steps(tmp_path)[-1] == 30
+
+
+def test_what_is_uploaded_at_this_moment_is_not_given_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = TrainingConfig(checkpoint_uri="b", keep_checkpoints=1, max_unverified=1)
+    paths = [make_checkpoint(tmp_path, step) for step in (10, 20, 30, 40)]
+    for path in paths[:2]:  # the best is the newest
+        (path / "metadata.json").write_text("{}", "utf-8")
+    journal = Journal(tmp_path / "uploads.jsonl")
+    with hold_upload(paths[0]) as is_alone:
+        assert is_alone
+        with hold_upload(paths[0]) as is_second:
+            assert not is_second
+        deleted = apply_retention(tmp_path, journal, config, run_id=RUN_ID, is_uploading_on=True)
+    assert paths[0].name not in deleted
+    assert paths[0].is_dir()
+    assert paths[1].name in deleted
+    assert paths[0].name not in journal.latest()
+    deleted = apply_retention(tmp_path, journal, config, run_id=RUN_ID, is_uploading_on=True)
+    assert paths[0].name in [*deleted, *(p.name for p in tmp_path.iterdir())]
+    assert not list(tmp_path.glob(".uploading-*"))
+
+
+def test_the_archive_of_an_upload_that_goes_on_is_no_leftover(tmp_path: Path) -> None:
+    used, left = (make_checkpoint(tmp_path, step) for step in (10, 20))
+    for path in (used, left):
+        local_archive(path).write_bytes(b"archive")
+    with hold_upload(used):
+        remove_leftovers(tmp_path)
+        assert local_archive(used).exists()
+        assert upload_lock(used).exists()
+    assert not local_archive(left).exists()
+    remove_leftovers(tmp_path)
+    assert not local_archive(used).exists()
+
+
+def test_what_was_removed_from_the_bucket_on_purpose_takes_no_place_of_those_that_wait(
+    tmp_path: Path,
+) -> None:
+    config = TrainingConfig(checkpoint_uri="b", keep_checkpoints=1, max_unverified=3)
+    paths = [make_checkpoint(tmp_path, step) for step in (10, 20, 30, 40, 50)]
+    journal = Journal(tmp_path / "uploads.jsonl")
+    for path in paths[:2]:
+        journal.record(path.name, RUN_ID, UploadState.REMOVED)
+    deleted = apply_retention(tmp_path, journal, config, run_id=RUN_ID, is_uploading_on=True)
+    assert deleted == [path.name for path in paths[:2]]

@@ -351,3 +351,39 @@ def test_series_leaves_out_what_is_no_finite_number(tmp_path):
 )
 def test_trend_compares_the_newer_half_with_the_older(losses, trend):
     assert loss_trend(losses) == trend
+
+
+def test_values_nested_beyond_any_stack_are_shown_as_such():
+    value = []
+    for _ in range(100_000):
+        value = [value]
+    assert printable(value) == "(too deep)"
+    assert to_json_text({"a": value}, indent=None).endswith('["(too deep)"' + "]" * 32 + "}")
+
+
+@pytest.mark.parametrize(
+    ("history", "kept"),
+    [
+        ("[1.5, 2e-3, -3]", [-3]),
+        ("[\n 1,\n null\n]", [None]),
+        ("[4]", [4]),
+        ("[]", []),
+        ('[1, "]", 2]', ["]", 2]),
+        ("[1, [2, 3], 4]", [[2, 3], 4]),
+    ],
+)
+def test_brief_reading_takes_the_last_of_each_history(tmp_path, history, kept):
+    path = make_checkpoint(tmp_path, 50, note='"loss_history": [1, 2]', loss_history="PLACE")
+    metadata = (path / "metadata.json").read_text().replace('"PLACE"', history)
+    (path / "metadata.json").write_text(metadata)
+    whole = read_local_checkpoint(path).metadata
+    brief = read_local_checkpoint(path, brief=True).metadata
+    assert brief == {**whole, "loss_history": kept, "learning_rates": [0.004]}
+    assert brief["note"] == '"loss_history": [1, 2]'
+
+
+def test_brief_reading_names_damage_between_the_numbers(tmp_path):
+    path = make_checkpoint(tmp_path, 50)
+    text = (path / "metadata.json").read_text()
+    (path / "metadata.json").write_text(text.replace('"loss_history": [', '"loss_history": [x, '))
+    assert "cannot be read" in read_local_checkpoint(path, brief=True).problem

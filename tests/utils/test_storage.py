@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import os
@@ -852,3 +853,15 @@ def test_the_uri_without_prefix_is_the_whole_bucket(gcs: FakeGcsServer) -> None:
     bucket.put_bytes("a", b"1")
     assert gcs.list_objects("runs") == ["a"]
     bucket.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.ENOTCONN])
+def test_what_a_directory_may_recover_from_is_worth_another_try(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(TransientStorageError):
+        directory.put_bytes("a", b"1")

@@ -66,8 +66,8 @@ class Watched:
     def copy(self, object_name: str, target: str) -> None:
         self._do("copy", object_name, target)
 
-    def delete(self, object_name: str) -> None:
-        self._do("delete", object_name)
+    def delete(self, object_name: str, expected: ObjectInfo | None = None) -> None:
+        self._do("delete", object_name, expected)
 
     def remove_unfinished(
         self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
@@ -330,7 +330,7 @@ def test_the_checkpoint_of_a_branch_that_was_left_is_set_aside_first(
     assert contents.pop(f"{aside}/{NAME}.tar.gz") == theirs[ARCHIVE]
     assert contents.pop(f"{aside}/{NAME}.json") == theirs[CARD]
     assert set(contents) == {ARCHIVE, CARD}
-    assert f"Setting {NAME} of branch 1 aside, in {place.options.uri}/{aside}." in caplog.text
+    assert f"of branch 1 of this run. It is copied to {place.options.uri}/{aside}." in caplog.text
 
 
 def test_each_branch_that_was_left_has_a_place_of_its_own(
@@ -385,10 +385,34 @@ def test_the_checkpoint_of_a_branch_that_this_one_does_not_come_from_is_refused(
 def test_the_same_step_saved_again_by_the_same_branch_is_replaced(
     place: Place, checkpoint: Path, tmp_path: Path
 ) -> None:
+    aside = f"Checkpoints/set-aside/branch-0/{NAME}"
+    uploads = [make_other(tmp_path), checkpoint, make_other(tmp_path / "again")]
+    before = []
+    for path in uploads:
+        place.upload(path, before=place.check, after=place.check)
+        before.append(place.contents())
+    place.require_uploaded(uploads[-1])
+    copies = {aside: before[0], aside.replace("branch-0", "branch-0-2"): before[1]}
+    after = place.contents()
+    suffixes = {".tar.gz": ARCHIVE, ".json": CARD}
+    assert set(after) == {ARCHIVE, CARD, *(f"{copy}{end}" for copy in copies for end in suffixes)}
+    for copy, contents in copies.items():
+        assert all(after[f"{copy}{end}"] == contents[name] for end, name in suffixes.items())
+
+
+def test_a_card_that_is_written_at_this_moment_is_neither_deleted_nor_replaced(
+    place: Place, checkpoint: Path, tmp_path: Path
+) -> None:
     place.upload(make_other(tmp_path))
-    place.upload(checkpoint, before=place.check, after=place.check)
-    place.require_uploaded(checkpoint)
-    assert set(place.contents()) == {ARCHIVE, CARD}
+    newer = b'{"newer": true}'
+
+    def write_newer(operation: str, name: str) -> None:
+        if (operation, name) == ("delete", CARD):
+            place.bucket.put_bytes(CARD, newer)
+
+    with pytest.raises(TransientStorageError):
+        place.upload(checkpoint, before=write_newer)
+    assert place.contents()[CARD] == newer
 
 
 # What goes wrong.

@@ -56,7 +56,7 @@ def test_the_queue_begins_with_what_is_under_way() -> None:
         (1, "c"), (2, "a"), (3, "b"), (4, "d"),
     ]  # fmt: skip
     assert [one["next try"] for one in queue] == [
-        "now", "in its turn", "never by itself: upload_manager.py retry", "at the next start",
+        "now", "in its turn", "at the next start, or: upload_manager.py retry", "at the next start",
     ]  # fmt: skip
     assert queue[2]["error"] == "403 ?[2J"
 

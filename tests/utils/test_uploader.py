@@ -36,6 +36,7 @@ from utils.layout import (
     archive_object,
     card_object,
     find_checkpoints,
+    local_archive,
     read_manifest,
 )
 from utils.metadata import find_best, read_local_checkpoints
@@ -980,7 +981,7 @@ def test_a_lock_that_cannot_be_had_does_not_stop_an_upload(
     uploader.submit(checkpoints[0])
     drain(uploader)
     assert uploader.verified == [NAMES[0]]
-    assert f"{NAMES[0]} is uploaded without its lock" in caplog.text
+    assert f"{NAMES[0]} is used without its lock" in caplog.text
     assert theirs.exists()
 
 
@@ -1106,3 +1107,22 @@ def test_what_is_on_its_way_is_never_deleted(
     apply_retention(directory, journal, config, run_id=RUN_ID, is_uploading_on=True)
     assert not first.exists()  # it is verified now
     assert first.name in uploader.verified
+
+
+def test_the_local_archive_of_an_upload_that_is_ended_is_removed(
+    open_uploader: Open, checkpoints: list[Path]
+) -> None:
+    begun = threading.Event()
+
+    def perform(job: UploadJob, on_progress: OnProgress, must_end: Any) -> UploadResult:
+        local_archive(checkpoints[0]).write_bytes(b"half")
+        begun.set()
+        while not must_end():
+            time.sleep(0.01)
+        raise InterruptedUploadError
+
+    uploader = open_uploader(perform=perform)
+    uploader.submit(checkpoints[0])
+    assert begun.wait(WAIT_SECONDS)
+    uploader.close()
+    assert not local_archive(checkpoints[0]).exists()

@@ -1,0 +1,49 @@
+"""Model FLOPs utilization: tokens a second as a share of what the devices can compute.
+
+Chowdhery et al. 2022 (PaLM), appendix B: a token costs 6N FLOPs for N parameters, and
+12 x layers x hidden x sequence length for attention, however much of it is computed again. Peaks
+are the dense 16-bit rates of the vendors' data sheets; a device that is not listed has no MFU. No
+torch here.
+"""
+
+from __future__ import annotations
+
+# The first that the device's name contains decides, so the longer names stand first.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A40": 150e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+SIXTEEN_BIT = ("bf16", "fp16")
+
+
+def find_peak_flops(device: str, precision: str) -> float | None:
+    """Return the FLOPs a second of one device, None where they are not known.
+
+    Args:
+        device: Its name, as the driver gives it.
+        precision: Of the run's mixed precision; only 16-bit rates are known.
+    """
+    if precision not in SIXTEEN_BIT:
+        return None
+    words = device.replace("-", " ")
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in words), None)
+
+
+def flops_per_token(
+    num_parameters: float, num_layers: float = 0, hidden_size: float = 0, sequence_length: float = 0
+) -> float:
+    """Return the FLOPs of a token, forward and backward; without a shape, attention is left out."""
+    return 6 * num_parameters + 12 * num_layers * hidden_size * sequence_length
