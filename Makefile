@@ -25,7 +25,7 @@ types: setup
 	$(BIN)/mypy
 
 test: setup
-	$(PYTEST) -n 2 --dist loadfile -m "not slow and not gpu and not gsutil and not browser"
+	$(PYTEST) -n 3 --dist loadfile -m "not slow and not gpu and not gsutil and not browser"
 
 check: check-format lint types test
 

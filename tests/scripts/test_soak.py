@@ -48,18 +48,18 @@ class Vandal:
         return self._launcher.start(words, output)
 
 
-def test_ten_kills_lose_nothing_and_a_damaged_checkpoint_is_noticed(
+def test_six_kills_lose_nothing_and_a_damaged_checkpoint_is_noticed(
     server: ForkServer, sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The command makes a server of its own; loading torch once is enough here.
     monkeypatch.setattr(soak, "ForkServer", lambda environment: _Lent(server))
     report = tmp_path / "soak.json"
-    words = ["--kills", "10", "--syscall-kills", "0", "--steps", "30", "--json", str(report)]
+    words = ["--kills", "6", "--syscall-kills", "0", "--steps", "30", "--json", str(report)]
     code = soak.main([*words, "--data", str(sample_data)])
     results = read_json(report)
     assert results["findings"] == []
     assert code == 0
-    assert len(results["kills"]) == 10
+    assert len(results["kills"]) == 6
     assert results["rounds"] >= 1
     assert results["resumed"] >= 5
     assert results["verified"] >= 10

@@ -290,6 +290,7 @@ def test_a_small_dev_shm_does_not_matter(tmp_path: Path) -> None:
     assert value_of(tmp_path / "checkpoint-epoch0-step1-files0") == 1.0
 
 
+@pytest.mark.slow
 def test_memory_and_descriptors_do_not_grow_over_200_saves(tmp_path: Path) -> None:
     """In a process of its own: what other tests leave behind comes and goes."""
     code = textwrap.dedent(

@@ -201,6 +201,7 @@ def test_a_reader_of_the_old_file_reads_it_to_its_end(journal: Journal) -> None:
     assert len(journal.path.read_bytes().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_twenty_thousand_progress_records_stay_within_the_limit(journal: Journal) -> None:
     journal.record("done", RUN, UploadState.VERIFIED, bytes=1)
     largest = 0

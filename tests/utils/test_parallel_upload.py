@@ -53,7 +53,17 @@ def test_parts_lie_beside_the_object() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "lacking"), [(1, 0), (1, 7), (2, 0), (2, 7), (32, 0), (33, 0), (33, 7), (1100, 7)]
+    ("count", "lacking"),
+    [
+        (1, 0),
+        (1, 7),
+        (2, 0),
+        (2, 7),
+        (32, 0),
+        (33, 0),
+        (33, 7),
+        pytest.param(1100, 7, marks=pytest.mark.slow),
+    ],
 )
 def test_parts_become_one_object_in_order(
     gcs: FakeGcsServer, bucket: GcsBucket, count: int, lacking: int

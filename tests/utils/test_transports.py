@@ -574,6 +574,7 @@ def test_auto_of_a_directory_is_the_directory(tmp_path: Path) -> None:
     assert list((tmp_path / "Checkpoints").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_auto_takes_gsutil_where_the_others_may_not_write(
     cloud: FakeGcsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

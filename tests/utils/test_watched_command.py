@@ -291,6 +291,7 @@ def test_a_program_that_hangs_on_a_silent_server_is_ended(
     assert server.list_objects("runs") == []
 
 
+@pytest.mark.slow
 def test_a_program_on_a_slow_line_is_left_alone(
     program: tuple[FakeGcsServer, Callable[[float], None]],
 ) -> None:
