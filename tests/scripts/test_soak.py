@@ -48,6 +48,7 @@ class Vandal:
         return self._launcher.start(words, output)
 
 
+@pytest.mark.slow
 def test_six_kills_lose_nothing_and_a_damaged_checkpoint_is_noticed(
     server: ForkServer, sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ DIRECTORY = next(way for way in WAYS if way.name == "directory")
 STEP_1 = "checkpoint-epoch0-step1-files0"
 
 
+@pytest.mark.slow
 def test_a_short_campaign_finds_nothing(tmp_path: Path) -> None:
     report = tmp_path / "soak.json"
     words = ["--cycles", "8", "--ways", "directory,python", "--json", str(report)]
