@@ -131,14 +131,21 @@ def train(args: argparse.Namespace) -> int:
         ranks.connect_host_group()
         checks = ranks.compute_on_main(
             lambda: preflight.check_start(
-                config, paths, model_config, counts, precision, args.resume, fresh=args.fresh
-            )
+                config,
+                paths,
+                model_config,
+                counts,
+                accelerator,
+                args.resume,
+                fresh=args.fresh,
+                dry_run=args.dry_run,
+            )  # fmt: skip
         )
-        sources, findings = checks.sources, checks.findings
+        sources = checks.sources
         preflight.set_special_tokens(config, sources, model_config)
         facts = preflight.describe_run(config, counts, sources, accelerator, checks.plan.step)
-        if args.dry_run or any(finding.status == "fail" for finding in findings):
-            return preflight.report(config, facts, findings, dry_run=args.dry_run)
+        if args.dry_run or any(check.status == "fail" for check in checks.checks):
+            return preflight.report(config, facts, checks.checks, dry_run=args.dry_run)
 
         if accelerator.is_main_process:
             stack.enter_context(checkpoint_store.hold_output_directory(paths))
@@ -151,7 +158,7 @@ def train(args: argparse.Namespace) -> int:
             lambda: preflight.plan_run(config, paths, args.resume, fresh=args.fresh)
         )
         hold_bucket(stack, config, plan.identity.run_id)
-        preflight.log_facts(facts, findings)
+        preflight.log_facts(facts, checks.checks)
         stop = stack.enter_context(StopRequest())
         if accelerator.is_local_main_process:
             stack.enter_context(PreemptionWatch(stop.request, metadata_address()))

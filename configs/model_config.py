@@ -32,6 +32,27 @@ class ModelPreset:
     parameters: int
 
 
+def _pythia(
+    hidden: int, layers: int, heads: int, parameters: int, vocab_size: int = 50304
+) -> ModelPreset:
+    """Return a shape of Pythia (Biderman et al. 2023, table 1, and the models' `config.json`)."""
+    return ModelPreset(
+        "gpt_neox",
+        {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": 4 * hidden,
+            "max_position_embeddings": 2048,
+            "rotary_pct": 0.25,
+            "use_parallel_residual": True,
+            "tie_word_embeddings": False,
+        },
+        parameters,
+    )
+
+
 PRESETS: dict[str, ModelPreset] = {
     # Of the two layer counts that circulate for "1.2B" (24 and 16), 24 gives 1.21e9 parameters
     # without embeddings.
@@ -65,6 +86,16 @@ PRESETS: dict[str, ModelPreset] = {
         },
         parameters=5_256_704,
     ),
+    "pythia-14m": _pythia(128, 6, 4, 14_067_712),
+    "pythia-31m": _pythia(256, 6, 8, 30_494_720),
+    "pythia-70m": _pythia(512, 6, 8, 70_426_624),
+    "pythia-160m": _pythia(768, 12, 12, 162_322_944),
+    "pythia-410m": _pythia(1024, 24, 16, 405_334_016),
+    "pythia-1b": _pythia(2048, 16, 8, 1_011_781_632),
+    "pythia-1.4b": _pythia(2048, 24, 16, 1_414_647_808),
+    "pythia-2.8b": _pythia(2560, 32, 32, 2_775_208_960),
+    "pythia-6.9b": _pythia(4096, 32, 32, 6_857_302_016, 50432),
+    "pythia-12b": _pythia(5120, 36, 40, 11_846_072_320, 50688),
 }
 
 SIZES = (

@@ -574,6 +574,12 @@ def test_dry_run_prints_the_run_and_writes_no_checkpoint(
     assert run_train("--dry-run", "--max-steps", "50") == 0
     output = capsys.readouterr().out
     assert '"max_steps": 50' in output
+    rows = [line.split()[:2] for line in output.partition("Preflight")[2].splitlines()[2:]]
+    names = (
+        "settings", "data", "tokens", "vocabulary", "memory", "saving", "disk", "upload", "step",
+        "run", "uploading",
+    )  # fmt: skip
+    assert rows == [[name, "ok"] for name in names]
     for word in ("parameters", "tokens per parameter", "128 tokens", "6,400 tokens in all", "KiB"):
         assert word in output
     assert not (tmp_path / "run" / "checkpoints").exists()

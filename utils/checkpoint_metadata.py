@@ -18,7 +18,7 @@ from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
 from utils.data_state import DataState
 from utils.layout import RunIdentity
 from utils.metadata import HISTORY_LIMIT, loss_trend
-from utils.training_utils import TrainState
+from utils.training_utils import TrainState, device_name
 
 
 def build_metadata(
@@ -29,6 +29,7 @@ def build_metadata(
     losses = progress.history["loss_history"]
     recent = losses[-HISTORY_LIMIT:]
     best = progress.best_validation_loss
+    rate = (progress.history["tokens_per_second"] or [None])[-1]
     return {
         "step": progress.step,
         "epoch": data_state.epoch,
@@ -52,7 +53,8 @@ def build_metadata(
             "tokens_seen": progress.tokens_seen,
             "samples_seen": progress.sample_index,
             "global_batch_size": progress.global_batch_size,
-            "tokens_per_second": (progress.history["tokens_per_second"] or [None])[-1],
+            "tokens_per_second": rate,
+            "mfu": state.utilization(config.sequence_length).at(rate),
         },
         "bad_steps": list(progress.bad_steps),
         "system_info": system_info(state),
@@ -76,7 +78,7 @@ def system_info(state: TrainState) -> dict[str, Any]:
         "cuda_available": torch.cuda.is_available(),
         "device_count": torch.cuda.device_count(),
         "mixed_precision": state.accelerator.mixed_precision,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "world_size": state.accelerator.num_processes,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -1,21 +1,71 @@
-"""Memory and size by formula, before anything is spent.
+"""Memory, sizes and times by formula, before anything is spent.
 
-Parameters, gradients and AdamW's two moments are float32, 4 bytes each: 16 bytes a parameter
-(Rajbhandari et al. 2020, ZeRO, section 3.1, with float32 weights in place of mixed-precision
-copies). Activations of a layer with fused attention are 34 x tokens x hidden bytes in 16-bit
-precision (Korthikanti et al. 2022, section 4.1, without its attention-score term), twice that in
-32-bit; with gradient checkpointing only each layer's input is kept. No torch here.
+Weights, gradients and AdamW's two moments are float32: 4 + 4 + 8 bytes a parameter (Rajbhandari et
+al. 2020, ZeRO, section 3.1, with float32 weights in place of mixed-precision copies). Activations
+are counted tensor by tensor, as autograd keeps them for the backward pass with fused attention; a
+test compares the count with autograd's own. Memory peaks at one of two moments, and the larger one
+is the estimate: when the gradient of the logits is formed, all activations being there; or when the
+backward pass ends, all gradients being there. No torch here.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-TRAINING_BYTES_PER_PARAMETER = 16
+WEIGHT_BYTES = 4
+MOMENT_BYTES = 8
+GRADIENT_BYTES = 4
 CHECKPOINT_BYTES_PER_PARAMETER = 12
-ACTIVATION_BYTES_PER_TOKEN_AND_HIDDEN = 34
 CHECKPOINT_OVERHEAD_BYTES = 2**20
+SIXTEEN_BIT = ("bf16", "fp16")
+
+# log-softmax, its gradient, and the gradient that goes into it, all float32.
+LOGIT_BYTES = 12
+# What libraries take with the first step (threads, kernels, workspaces), measured: BENCHMARKS.md.
+RUNTIME_BYTES = {"cpu": 40 * 10**6, "cuda": 40 * 10**6}
+# Resident over allocated memory, measured: glibc keeps what is freed between blocks in use, most
+# among activations, which come and go. On a GPU it is the allocator that is asked.
+FRAGMENTATION = {"cpu": 1.03, "cuda": 1.0}
+ACTIVATION_FRAGMENTATION = {"cpu": 1.2, "cuda": 1.0}
+
+FORWARD_SHARE = 1 / 3
+"""Of a forward and backward pass: the backward takes two products for each one of the forward."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides the memory of a model.
+
+    Attributes:
+        parameters: All of them, shared ones once.
+        embedding: Those of the token embedding and the output layer.
+        layers: Number of layers.
+        hidden: Width of the residual stream.
+        intermediate: Width within an MLP.
+        vocabulary: Number of token ids.
+    """
+
+    parameters: int
+    embedding: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model_config: Any, parameters: int, embedding: int) -> ModelShape:
+        """Return the shape of a transformers config."""
+        hidden = model_config.hidden_size
+        return cls(
+            parameters,
+            embedding,
+            model_config.num_hidden_layers,
+            hidden,
+            getattr(model_config, "intermediate_size", None) or 4 * hidden,
+            model_config.vocab_size,
+        )
 
 
 @dataclass(frozen=True)
@@ -23,40 +73,107 @@ class MemoryEstimate:
     """Bytes that training needs on one device.
 
     Attributes:
-        state: Parameters, gradients and optimizer.
-        activations: Kept for the backward pass, with the loss.
+        state: Weights and the optimizer's moments.
+        gradients: Of all weights, with their buckets where ranks exchange them.
+        casts: 16-bit copies of the weights that autocast keeps during a step.
+        activations: Kept for the backward pass.
+        logits: Of the loss and its gradient.
+        total: At the peak; less than the sum, because gradients come as activations go.
     """
 
     state: int
+    gradients: int
+    casts: int
     activations: int
+    logits: int
+    total: int
 
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.state + self.activations
+
+def activation_bytes(shape: ModelShape, precision: str) -> tuple[int, int]:
+    """Return (bytes kept of one layer, bytes of its input) for each token.
+
+    In units of the width, a GPT-NeoX layer keeps its input (float32), and in the precision of the
+    products: two normalized inputs 2, queries, keys and values 3, rotated queries and keys 2, the
+    attention's output 1 and its contiguous copy 1, and both sides of the MLP's activation function.
+    """
+    width = 2 if precision in SIXTEEN_BIT else 4
+    layer_input = 4 * shape.hidden
+    return layer_input + width * (9 * shape.hidden + 2 * shape.intermediate), layer_input
 
 
 def estimate_training_memory(
+    shape: ModelShape,
     *,
-    num_parameters: int,
-    model_config: Any,
     micro_batch: int,
     sequence_length: int,
-    precision: str,
-    gradient_checkpointing: bool,
+    precision: str = "no",
+    gradient_checkpointing: bool = False,
+    accumulation: int = 1,
+    world_size: int = 1,
+    device: str = "cpu",
 ) -> MemoryEstimate:
-    """Return the device memory of one rank that holds the whole model."""
+    """Return the memory of one rank that holds the whole model.
+
+    Args:
+        shape: Of the model.
+        micro_batch: Samples in one forward and backward.
+        sequence_length: Tokens in a sample.
+        precision: no, bf16 or fp16.
+        gradient_checkpointing: Keep the input of each layer only.
+        accumulation: Micro-steps in a step; after the first, gradients are there all the time.
+        world_size: Ranks; with more than one, gradients also lie in the buckets of DDP.
+        device: Its type, cpu or cuda; others are taken for cuda.
+    """
     tokens = micro_batch * sequence_length
-    width = 1 if precision in ("bf16", "fp16") else 2
-    hidden, layers = model_config.hidden_size, model_config.num_hidden_layers
-    per_layer = ACTIVATION_BYTES_PER_TOKEN_AND_HIDDEN * width * tokens * hidden
-    kept = 2 * width * tokens * hidden * layers + per_layer
-    activations = kept if gradient_checkpointing else per_layer * layers
-    # The logits, their float32 copy, and their gradient.
-    logits = tokens * model_config.vocab_size * (4 + 4 + 2 * width)
-    return MemoryEstimate(num_parameters * TRAINING_BYTES_PER_PARAMETER, activations + logits)
+    layer, layer_input = (tokens * count for count in activation_bytes(shape, precision))
+    activations = shape.layers * layer
+    if gradient_checkpointing:
+        activations = shape.layers * layer_input + layer
+    output_weights = shape.vocabulary * shape.hidden
+    state = shape.parameters * (WEIGHT_BYTES + MOMENT_BYTES)
+    gradients = shape.parameters * GRADIENT_BYTES
+    buckets = gradients if world_size > 1 else 0
+    # Embeddings are looked up, not multiplied: they have no copy.
+    multiplied = shape.parameters - min(shape.embedding, output_weights)
+    casts = 2 * multiplied if precision in SIXTEEN_BIT else 0
+    logits = LOGIT_BYTES * tokens * shape.vocabulary
+    # The gradient of the output layer's weights follows when two of the three are gone.
+    head = max(logits, logits // 3 + output_weights * GRADIENT_BYTES)
+    there = gradients if accumulation > 1 else 0
+    kind = "cpu" if device == "cpu" else "cuda"
+    rest, loose = FRAGMENTATION[kind], ACTIVATION_FRAGMENTATION[kind]
+    peak = max(activations * loose + (head + there) * rest, gradients * rest + layer * loose)
+    total = int(peak + (state + buckets + casts + RUNTIME_BYTES[kind]) * rest)
+    return MemoryEstimate(state, gradients + buckets, casts, activations, logits, total)
 
 
 def estimate_checkpoint_bytes(num_parameters: int) -> int:
     """Return the size of a checkpoint: weights and AdamW's two moments in float32."""
     return num_parameters * CHECKPOINT_BYTES_PER_PARAMETER + CHECKPOINT_OVERHEAD_BYTES
+
+
+def count_pauses(begin: int, end: int, *intervals: int | None) -> int:
+    """Return how many of the steps after `begin` up to `end` are the last, or due by an interval.
+
+    Args:
+        begin: Steps done.
+        end: The last step.
+        intervals: At most two; None for none.
+    """
+    if begin >= end:
+        return 0
+    first, second = (*(interval for interval in intervals if interval), 0, 0)[:2]
+    both = math.lcm(first, second)
+    due = _multiples(begin, end, first) + _multiples(begin, end, second)
+    due -= _multiples(begin, end, both)
+    is_last_due = any(interval and end % interval == 0 for interval in (first, second))
+    return due + (not is_last_due)
+
+
+def _multiples(begin: int, end: int, interval: int) -> int:
+    return end // interval - begin // interval if interval else 0
+
+
+def estimate_evaluation_seconds(samples: int, samples_per_step: int, step_seconds: float) -> float:
+    """Return the time of an evaluation that has not been measured: forward passes only."""
+    return FORWARD_SHARE * step_seconds * samples / max(1, samples_per_step)

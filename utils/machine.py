@@ -142,3 +142,24 @@ def _reclaimable(group: Path) -> int:
 def _existing_parent(path: Path) -> Path:
     path = path.absolute()
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())
+
+
+class PeakMemory:
+    """The highest resident memory of this process above what it was, on Linux; 0 elsewhere."""
+
+    def __init__(self) -> None:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        self._before = _own_memory("VmRSS")
+
+    def read(self) -> int:
+        """Return the bytes of the peak since the beginning, above the memory at the beginning."""
+        return max(0, _own_memory("VmHWM") - self._before)
+
+
+def _own_memory(key: str) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -8,6 +8,8 @@ torch here.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 # The first that the device's name contains decides, so the longer names stand first.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -27,6 +29,25 @@ PEAK_FLOPS = {
     "T4": 65e12,
 }
 SIXTEEN_BIT = ("bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """What turns a rate of tokens into a share of what the devices can compute.
+
+    Attributes:
+        flops_per_token: Of the model, forward and backward.
+        peak_flops: FLOPs a second of all devices; None where they are not known.
+    """
+
+    flops_per_token: float
+    peak_flops: float | None
+
+    def at(self, tokens_per_second: float | None) -> float | None:
+        """Return the MFU; None where the rate or the peak is not known."""
+        if tokens_per_second is None or self.peak_flops is None:
+            return None
+        return tokens_per_second * self.flops_per_token / self.peak_flops
 
 
 def find_peak_flops(device: str, precision: str) -> float | None:

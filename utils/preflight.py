@@ -8,59 +8,45 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from accelerate import Accelerator
 
 from configs.training_config import TrainingConfig
+from utils.checks import Check, print_checks, require_all
 from utils.console import format_bytes
 from utils.errors import (
     AccessDeniedError,
     DataError,
     ExitCode,
     ObjectNotFoundError,
-    PreflightError,
     StorageError,
 )
-from utils.estimates import estimate_checkpoint_bytes, estimate_training_memory
+from utils.estimates import estimate_checkpoint_bytes
+from utils.forecast import RunFacts, check_times, is_long_run, probe_step
 from utils.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
-from utils.machine import available_memory
+from utils.machine_checks import check_disk, check_memory, check_snapshot, estimate_memory
 from utils.metadata import read_remote_checkpoints
 from utils.resume import READ_CARDS, Plan, plan_start
 from utils.shard_index import DataSource, build_shard_index
 from utils.storage import is_gcs_uri, join_uri, open_bucket
-from utils.training_utils import ParameterCounts
+from utils.training_utils import ParameterCounts, device_name
 from utils.transports import TransportOptions, probe_transport
 
 PROBE_RETRY_SECONDS = 4.0
-MEMORY_RESERVE = 0.95
+USUAL_TOKENS_PER_PARAMETER = 20
+# Up to here, tokens that are seen again are worth nearly as much (Muennighoff et al. 2023).
+MANY_EPOCHS = 4
+SERIOUS_PARAMETERS = 10_000_000  # smaller models are for trying things out
+LOGGED_CHECKS = ("memory", "run", "uploading")
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one check.
-
-    Attributes:
-        check: What was checked.
-        status: ok, warn or fail.
-        message: What was found, and what to do where it is not ok.
-    """
-
-    check: str
-    status: str
-    message: str
-
-
-def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Finding]]:
+def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
     """Return the sources of a run, and a finding about each; those that failed are left out.
 
     Raises:
@@ -83,12 +69,12 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Finding]]:
                 bucket, config.file_limit, skip_bad_shards=config.bad_shard == "skip"
             )
         except StorageError as exc:
-            findings.append(Finding("data", "fail", _advise(exc, "read", uri)))
+            findings.append(Check("data", "fail", _advise(exc, "read", uri)))
             continue
         sources.append(DataSource(uri, weight, index))
         shards, tokens = len(index.training), index.training_tokens
         text = f"{shards} training shards with {tokens:,} tokens in {bucket.uri}"
-        findings.append(Finding("data", "ok", text))
+        findings.append(Check("data", "ok", text))
         bucket.close()
     return sources, findings
 
@@ -133,86 +119,9 @@ def set_special_tokens(config: TrainingConfig, sources: Sequence[DataSource], mo
         )
 
 
-def check_memory(
-    config: TrainingConfig, model_config: Any, counts: ParameterCounts, precision: str
-) -> Finding:
-    """Compare the estimated memory of training with what the device has."""
-    need = estimate_training_memory(
-        num_parameters=counts.total,
-        model_config=model_config,
-        micro_batch=config.per_device_train_batch_size,
-        sequence_length=config.sequence_length,
-        precision=precision,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
-    if torch.cuda.is_available() and not config.use_cpu:
-        available, where = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
-    else:
-        available, where = psutil.virtual_memory().available, "the CPU's memory (no GPU found)"
-    text = (
-        f"about {format_bytes(need.total)} needed ({format_bytes(need.state)} model and optimizer, "
-        f"{format_bytes(need.activations)} activations), {format_bytes(available)} free in {where}"
-    )
-    if need.total <= available * MEMORY_RESERVE:
-        return Finding("memory", "ok", text)
-    advice = "Use a GPU with more memory"
-    if need.state < available * MEMORY_RESERVE:
-        advice += (
-            ", lower per_device_train_batch_size, or set gradient_checkpointing=true "
-            "(keep the step's size with global_batch_size)"
-        )
-    else:
-        advice += ", or a smaller model (--set model=..., model_overrides.num_hidden_layers=...)"
-    return Finding("memory", "fail", f"{text}. {advice}.")
-
-
-def check_snapshot(config: TrainingConfig, counts: ParameterCounts) -> Finding:
-    """Compare the host memory that a snapshot of the state takes with what is free."""
-    need, free = estimate_checkpoint_bytes(counts.total), available_memory()
-    text = f"{format_bytes(need)} of host memory for saves in the background, {format_bytes(free)}"
-    if not config.background_save:
-        return Finding("saving", "ok", "in the foreground: training waits for each checkpoint")
-    if need <= free * MEMORY_RESERVE:
-        return Finding("saving", "ok", f"{text} free")
-    return Finding(
-        "saving", "warn", f"{text} free: they go through a file in output_dir, which is slower"
-    )
-
-
-def check_disk(
-    config: TrainingConfig, counts: ParameterCounts, transport: TransportOptions | None = None
-) -> Finding:
-    """Compare the space that checkpoints take with what is free.
-
-    Args:
-        config: The run's configuration.
-        counts: Its model's parameters.
-        transport: The way to the bucket; gsutil's needs room for an archive.
-    """
-    one = estimate_checkpoint_bytes(counts.total)
-    has_archive = transport is not None and transport.name == "gsutil"
-    copies = config.keep_checkpoints + 2 + has_archive  # the best, and one being written
-    folder = RunPaths.of(config).checkpoints.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return Finding("disk", "fail", f"{folder} cannot be written. Set output_dir elsewhere.")
-    free = shutil.disk_usage(folder).free
-    text = f"{copies} x {format_bytes(one)} for checkpoints, {format_bytes(free)} free in {folder}"
-    waiting = config.max_unverified if transport is not None else 0
-    if free >= (copies + waiting) * one:
-        return Finding("disk", "ok", text)
-    if free >= copies * one:
-        text += f"; {waiting} more have no room while the bucket cannot be reached"
-        return Finding("disk", "warn", text)
-    return Finding(
-        "disk", "fail", f"{text}. Free some, lower keep_checkpoints, or set output_dir elsewhere."
-    )
-
-
 def check_upload(
     config: TrainingConfig, run_id: str | None, scratch: Path
-) -> tuple[TransportOptions | None, list[Finding]]:
+) -> tuple[TransportOptions | None, list[Check]]:
     """Return the transport that can write, read and delete a small object, and what was found.
 
     Args:
@@ -221,20 +130,20 @@ def check_upload(
         scratch: Directory for a local archive, where the transport needs one.
     """
     if not config.checkpoint_uri:
-        return None, [Finding("upload", "warn", "checkpoint_uri is empty: nothing is uploaded")]
+        return None, [Check("upload", "warn", "checkpoint_uri is empty: nothing is uploaded")]
     wanted = TransportOptions.of(config, scratch)
     try:
         probe = probe_transport(wanted, REMOTE_FOLDER, PROBE_RETRY_SECONDS)
     except StorageError as exc:
-        return None, [Finding("upload", "fail", _advise(exc, "write", wanted.uri))]
+        return None, [Check("upload", "fail", _advise(exc, "write", wanted.uri))]
     return probe.options, [
-        Finding("upload", "ok", f"{wanted.uri} can be written by {probe.options.name}"),
-        *(Finding("upload", "warn", warning) for warning in probe.warnings),
+        Check("upload", "ok", f"{wanted.uri} can be written by {probe.options.name}"),
+        *(Check("upload", "warn", warning) for warning in probe.warnings),
         *_check_owner(config, wanted.uri, run_id),
     ]
 
 
-def _check_owner(config: TrainingConfig, uri: str, run_id: str | None) -> list[Finding]:
+def _check_owner(config: TrainingConfig, uri: str, run_id: str | None) -> list[Check]:
     bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
     try:
         remote = read_remote_checkpoints(bucket, newest=READ_CARDS)
@@ -247,7 +156,7 @@ def _check_owner(config: TrainingConfig, uri: str, run_id: str | None) -> list[F
     if not owners:
         return []
     return [
-        Finding(
+        Check(
             "upload",
             "fail",
             f"{uri}/{REMOTE_FOLDER} holds checkpoints of another run ({', '.join(sorted(owners))})"
@@ -290,13 +199,13 @@ class StartChecks:
     Attributes:
         plan: Where to begin.
         sources: The sources of data that can be read.
-        findings: What was found, good and bad.
+        checks: What was found, good and bad.
         transport: The way to the bucket that works; None for none.
     """
 
     plan: Plan
     sources: list[DataSource]
-    findings: list[Finding]
+    checks: list[Check]
     transport: TransportOptions | None
 
 
@@ -305,38 +214,94 @@ def check_start(
     paths: RunPaths,
     model_config: Any,
     counts: ParameterCounts,
-    precision: str,
+    accelerator: Accelerator,
     resume: str | None,
     *,
     fresh: bool,
+    dry_run: bool,
 ) -> StartChecks:
     """Return what is known before a start.
+
+    A small step and a short upload are measured for a dry run and before a long run.
 
     Raises:
         UsageError: There is no such checkpoint to resume from.
         DataError: The data are there but do not fit the model or cannot be used.
     """
-    resuming: list[Finding] = []
+    resuming: list[Check] = []
     try:
         plan = plan_run(config, paths, resume, fresh=fresh)
     except StorageError as exc:
         plan = Plan(RunIdentity(new_run_id()))
-        resuming = [Finding("resume", "fail", f"The bucket's checkpoints cannot be read: {exc}")]
+        resuming = [Check("resume", "fail", f"The bucket's checkpoints cannot be read: {exc}")]
     run_id = plan.identity.run_id if plan.candidates else None
     # Data first: what is wrong with them is told before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config)
     set_special_tokens(config, sources, model_config)
     transport, uploading = check_upload(config, run_id, paths.checkpoints)
-    findings = [
+    device, world_size = accelerator.device, accelerator.num_processes
+    precision = accelerator.mixed_precision
+    need = estimate_memory(config, model_config, counts, precision, device, world_size)
+    facts = RunFacts(
+        config, model_config, counts, precision, device, world_size, plan.step, sources
+    )
+    memory, times = check_memory(config, need, device), []
+    if memory.status != "fail" and (dry_run or is_long_run(facts)):
+        log.info("Measuring a small step.")
+        probe = probe_step(facts)
+        memory = check_memory(config, need, device, probe.memory_ratio if probe else None)
+        times = check_times(facts, probe, transport)
+    checks = [
         *resuming,
+        Check("settings", "ok", f"valid; {_describe_steps(facts)}"),
         *data,
-        check_memory(config, model_config, counts, precision),
+        *([check_tokens(facts)] if sources else []),
+        *([check_vocabulary(sources, model_config)] if sources else []),
+        memory,
         check_snapshot(config, counts),
         check_disk(config, counts, transport),
         *uploading,
+        *times,
     ]
-    return StartChecks(plan, sources, findings, transport)
+    return StartChecks(plan, sources, checks, transport)
+
+
+def _describe_steps(facts: RunFacts) -> str:
+    config = facts.config
+    return (
+        f"steps {facts.step} to {config.max_steps} of {facts.tokens_per_step:,} tokens, a "
+        f"checkpoint every {config.save_steps}"
+    )
+
+
+def check_tokens(facts: RunFacts) -> Check:
+    """Compare the tokens of the run with those of the data and with the model's size."""
+    wanted = facts.tokens_per_step * facts.config.max_steps
+    available = sum(source.index.training_tokens for source in facts.sources)
+    epochs, share = wanted / max(1, available), wanted / facts.counts.total
+    text = (
+        f"{wanted:,} wanted, {available:,} there: {epochs:.2f} epochs; {share:.2f} tokens per "
+        f"parameter, about {USUAL_TOKENS_PER_PARAMETER} are usual (Hoffmann et al. 2022)"
+    )
+    advice = []
+    if epochs > MANY_EPOCHS:
+        advice.append(f"more than {MANY_EPOCHS} epochs teach little new: more data would")
+    is_short = share < USUAL_TOKENS_PER_PARAMETER / 10
+    if is_short and facts.counts.total >= SERIOUS_PARAMETERS:
+        advice.append("far too few for this model: raise max_steps, or take a smaller model")
+    return Check("tokens", "warn" if advice else "ok", ". ".join([text, *advice]))
+
+
+def check_vocabulary(sources: Sequence[DataSource], model_config: Any) -> Check:
+    """Say how the ids of the data fit the model, which `require_vocabulary` has made sure of."""
+    sizes = {source.index.vocab_size for source in sources}
+    known = ", ".join(f"{size:,}" for size in sorted(size for size in sizes if size is not None))
+    if None in sizes:
+        known = f"{known or 'no index.json says how many'}; each id is checked when it is read"
+    return Check(
+        "vocabulary", "ok", f"{model_config.vocab_size:,} in the model, in the data: {known}"
+    )
 
 
 def describe_run(
@@ -352,8 +317,7 @@ def describe_run(
     samples, accumulation = config.resolve_batch(ranks)
     tokens = samples * config.sequence_length
     total = tokens * config.max_steps
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = device_name(accelerator.device)
     facts = {
         "device": f"{name}, {accelerator.mixed_precision} mixed precision, {text_of_ranks}",
         "model": f"{config.model}: {counts.total:,} parameters, "
@@ -374,19 +338,21 @@ def describe_run(
     return facts
 
 
-def log_facts(facts: dict[str, str], findings: list[Finding]) -> None:
+def log_facts(facts: dict[str, str], checks: Sequence[Check]) -> None:
     """Say what is about to begin, one log line a fact."""
     for key, text in facts.items():
         log.info("%-10s %s", key, text)
-    for finding in findings:
-        if finding.status == "warn":
-            log.warning("%s: %s", finding.check, finding.message)
+    for check in checks:
+        if check.status == "warn":
+            log.warning("%s: %s", check.name, check.message)
+        elif check.name in LOGGED_CHECKS:
+            log.info("%-10s %s", check.name, check.message)
 
 
 def report(
-    config: TrainingConfig, facts: dict[str, str], findings: list[Finding], *, dry_run: bool
+    config: TrainingConfig, facts: dict[str, str], checks: Sequence[Check], *, dry_run: bool
 ) -> int:
-    """Print facts and findings; return 0.
+    """Print facts and checks; return 0.
 
     Raises:
         PreflightError: A check failed; the message holds all reasons.
@@ -395,10 +361,6 @@ def report(
         print(json.dumps(config.to_json(), indent=2))
         for key, text in facts.items():
             print(f"{key:<10} {text}")
-        for finding in findings:
-            print(f"{finding.status:<5}{finding.check:<7} {finding.message}")
-    failed = [f"  {finding.check}: {finding.message}" for finding in findings
-              if finding.status == "fail"]  # fmt: skip
-    if failed:
-        raise PreflightError("This run cannot start here:\n" + "\n".join(failed))
+        print_checks(checks)
+    require_all(checks)
     return ExitCode.DONE

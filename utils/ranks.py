@@ -32,6 +32,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_on_this_machine() -> int:
+    """Return how many of them the launcher started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def are_ranks_connected() -> bool:
     """Tell whether there are several ranks that have met."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -45,8 +46,8 @@ from utils.snapshot import Snapshot
 from utils.step_guard import Verdict
 from utils.stopping import StopRequest
 from utils.storage import encode_crc32c, open_bucket
+from utils.throughput import RemainingTime, Throughput
 from utils.training_utils import (
-    Throughput,
     build_train_state,
     mean_loss,
     set_determinism,
@@ -113,6 +114,8 @@ class TrainingRun:
         self._buckets = [open_bucket(source.uri, user_project) for source in sources]
         self._reader = self._build_reader()
         self._validation = self._build_validation()
+        self._utilization = self.state.utilization(config.sequence_length)
+        self._remaining = RemainingTime(config, self._global_batch, self._validation.num_samples)
         self._tokenizer_files = {
             name: self._buckets[0].read_bytes(name)
             for name in sources[0].index.tokenizer_files
@@ -162,6 +165,7 @@ class TrainingRun:
             "precision": self._accelerator.mixed_precision,
             "num_parameters": sum(p.numel() for p in self.state.core_model.parameters()),
             "tokens_per_step": self.tokens_per_step,
+            **asdict(self._utilization),
         }
         tracking.start_trackers(self._accelerator, config, self.paths.logs, facts, step)
         if self._is_main:
@@ -370,13 +374,20 @@ class TrainingRun:
             "grad_norm": float(state.grad_norm.item()),
             "tokens_seen": progress.tokens_seen,
             **speed,
-            "eta_seconds": (self.config.max_steps - progress.step) * speed["step_seconds"],
+            "eta_seconds": self._eta_seconds(speed["step_seconds"]),
         }
+        mfu = self._utilization.at(speed["tokens_per_second"])
+        if mfu is not None:
+            record["mfu"] = mfu
         state.interval.zero_()
         progress.add_metrics(record)
         self._accelerator.log(record, step=progress.step)
         self._last_record = record
         log.info("Step %s", self._describe(record))
+
+    def _eta_seconds(self, newest_step_seconds: float) -> float:
+        step_seconds = self._throughput.recent_step_seconds or newest_step_seconds
+        return self._remaining.seconds(self.state.progress.step, step_seconds)
 
     def is_save_due(self) -> bool:
         """Tell whether `save_seconds` have passed, or a failed save is to be tried again."""
@@ -404,9 +415,11 @@ class TrainingRun:
             self._document_end,
             self.stop.is_agreed,
         )
-        self._throughput.pause(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._throughput.pause(seconds)
         if loss is None:
             return False
+        self._remaining.evaluation_seconds = seconds
         improved = progress.add_validation(loss)
         record = {
             "validation_loss": loss,
@@ -417,7 +430,7 @@ class TrainingRun:
         log.info(
             "Validation at step %d: loss %.4f, perplexity %.1f, best %.4f (%d samples, %s).",
             progress.step, loss, record["validation_perplexity"], progress.best_validation_loss,
-            self._validation.num_samples, format_duration(time.perf_counter() - started),
+            self._validation.num_samples, format_duration(seconds),
         )  # fmt: skip
         return improved
 
@@ -458,6 +471,7 @@ class TrainingRun:
         self._saved_at, self._saved_step = time.monotonic(), step
         seconds = time.perf_counter() - started
         self._throughput.pause(seconds)
+        self._remaining.save_seconds = seconds
         log.debug("Training waited %.1f ms for the save.", seconds * 1e3)
 
     def _wait_for_saver(self) -> None:
@@ -592,7 +606,7 @@ class TrainingRun:
         progress = self.state.progress
         best = progress.best_validation_loss
         milliseconds = record["step_seconds"] * 1e3
-        eta_seconds = (self.config.max_steps - progress.step) * record["step_seconds"]
+        eta_seconds = self._eta_seconds(record["step_seconds"])
         return (
             f"{progress.step}/{self.config.max_steps}  loss {record['loss']:.4f}  "
             f"ppl {record['perplexity']:.1f}  "

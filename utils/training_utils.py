@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import random
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from configs.training_config import TrainingConfig
 from utils.errors import ConfigError
 from utils.metadata import number
+from utils.mfu import Utilization, find_peak_flops, flops_per_token
 from utils.step_guard import GOOD, StepGuard
 
 log = logging.getLogger(__name__)
@@ -109,12 +109,17 @@ def build_model(model_config: Any, config: TrainingConfig) -> nn.Module:
         model_config, attn_implementation="sdpa", dtype=torch.float32
     )
     if config.gradient_checkpointing:
-        # The newer name is in transformers from 5.2x on, where the older one warns.
-        newer = getattr(model, "activation_checkpointing_enable", None)
-        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        enable_checkpointing(model)
     model.train()
     built: nn.Module = model
     return built
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Keep only the input of each layer for the backward pass."""
+    # The newer name is in transformers from 5.2x on, where the older one warns.
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 @dataclass(frozen=True)
@@ -307,11 +312,45 @@ class TrainState:
         """Learning rate of the coming step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def utilization(self, sequence_length: int) -> Utilization:
+        """Return what the run's MFU is computed with."""
+        model, accelerator = self.core_model, self.accelerator
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return find_utilization(
+            model.config,
+            parameters,
+            sequence_length,
+            accelerator.device,
+            accelerator.mixed_precision,
+            accelerator.num_processes,
+        )
+
     @property
     def core_model(self) -> nn.Module:
         """The model without wrappers of ranks or compilation."""
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, the type of any other device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def find_utilization(
+    model_config: Any,
+    num_parameters: int,
+    sequence_length: int,
+    device: torch.device,
+    precision: str,
+    world_size: int,
+) -> Utilization:
+    """Return the FLOPs of a token, and of all devices where their peak is known."""
+    peak = find_peak_flops(device_name(device), precision)
+    cost = flops_per_token(
+        num_parameters, model_config.num_hidden_layers, model_config.hidden_size, sequence_length
+    )
+    return Utilization(cost, None if peak is None else peak * world_size)
 
 
 def build_train_state(
@@ -442,37 +481,3 @@ def mean_loss(state: TrainState) -> float:
     """Return the mean loss of the good steps since the last logged metrics, over all ranks."""
     total, count = state.interval.tolist()
     return float(total / count) if count else math.nan
-
-
-class Throughput:
-    """Speed since the last report, with time that is not training taken out."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._paused = 0.0
-        self._steps = 0
-
-    def pause(self, seconds: float) -> None:
-        """Leave out time spent on saving and evaluating."""
-        self._paused += seconds
-
-    def step(self) -> None:
-        """Count one step."""
-        self._steps += 1
-
-    def report(self, tokens_per_step: int, data_wait_seconds: float) -> dict[str, float]:
-        """Return tokens_per_second, step_seconds and data_wait_share, and begin anew.
-
-        Args:
-            tokens_per_step: Over all ranks.
-            data_wait_seconds: Time waited for data since the last report.
-        """
-        now = time.perf_counter()
-        elapsed = max(1e-9, now - self._started - self._paused)
-        steps = max(1, self._steps)
-        self._started, self._paused, self._steps = now, 0.0, 0
-        return {
-            "tokens_per_second": steps * tokens_per_step / elapsed,
-            "step_seconds": elapsed / steps,
-            "data_wait_share": data_wait_seconds / elapsed,
-        }

@@ -57,6 +57,28 @@ def test_a_preset_has_its_shape_and_exactly_its_parameters(
     assert PRESETS[name].parameters == total
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # https://github.com/EleutherAI/pythia
+        ("pythia-14m", 14_067_712),
+        ("pythia-31m", 30_494_720),
+        ("pythia-70m", 70_426_624),
+        ("pythia-160m", 162_322_944),
+        ("pythia-410m", 405_334_016),
+        ("pythia-1b", 1_011_781_632),
+        ("pythia-1.4b", 1_414_647_808),
+        ("pythia-2.8b", 2_775_208_960),
+        ("pythia-6.9b", 6_857_302_016),
+        ("pythia-12b", 11_846_072_320),
+    ],
+)
+def test_pythia_shapes_have_the_parameters_of_the_published_models(
+    name: str, parameters: int
+) -> None:
+    assert count_parameters(build_model_config(name)).total == parameters
+    assert PRESETS[name].parameters == parameters
+
+
 def test_refocused_is_the_1_2_billion_of_its_name_without_embeddings() -> None:
     counts = count_parameters(build_model_config("refocused-1.2b"))
     assert round(counts.without_embedding / 1e9, 2) == 1.21

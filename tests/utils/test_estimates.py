@@ -1,0 +1,131 @@
+"""Estimates are held against what autograd keeps, and against what real steps take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.memory import CPU_CASES, CPU_SEQUENCE_LENGTH, GPU_CASES, measure_peak
+from configs.model_config import build_model_config
+from configs.training_config import TrainingConfig
+from utils.estimates import (
+    LOGIT_BYTES,
+    ModelShape,
+    activation_bytes,
+    count_pauses,
+    estimate_evaluation_seconds,
+    estimate_training_memory,
+)
+from utils.training_utils import build_model, forward_loss
+
+CPU_TOLERANCE, GPU_TOLERANCE = 0.15, 0.10
+SHAPE = ModelShape(10**6, 2 * 10**5, 4, 128, 512, 1000)
+
+
+def kept_bytes(layers: int, tokens: int, *, bf16: bool, gradient_checkpointing: bool) -> int:
+    """Return the bytes that autograd keeps for a backward pass, the model's own apart."""
+    config = build_model_config("neox-tiny", {"num_hidden_layers": layers})
+    training = TrainingConfig(model="neox-tiny", gradient_checkpointing=gradient_checkpointing)
+    model = build_model(config, training)
+    owned = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        forward_loss(model, torch.zeros((1, tokens), dtype=torch.int64), None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_layer_keeps_what_autograd_keeps(*, bf16: bool, gradient_checkpointing: bool) -> None:
+    # What is kept of the weights (autocast's copies) does not grow with the tokens.
+    few, many = (
+        [
+            kept_bytes(layers, tokens, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
+            for layers in (1, 3)
+        ]
+        for tokens in (64, 128)
+    )
+    of_a_token = ((many[1] - many[0]) - (few[1] - few[0])) / 2 / 64
+    config = build_model_config("neox-tiny")
+    shape = ModelShape.of(config, 0, 0)
+    layer, layer_input = activation_bytes(shape, "bf16" if bf16 else "no")
+    assert of_a_token == pytest.approx(layer_input if gradient_checkpointing else layer, rel=0.01)
+
+
+def test_gradients_count_all_the_time_where_they_are_accumulated() -> None:
+    once = estimate_training_memory(SHAPE, micro_batch=4, sequence_length=512)
+    often = estimate_training_memory(SHAPE, micro_batch=4, sequence_length=512, accumulation=2)
+    assert often.total - once.total >= once.gradients
+
+
+def test_several_ranks_have_buckets_besides_gradients() -> None:
+    one = estimate_training_memory(SHAPE, micro_batch=1, sequence_length=8)
+    two = estimate_training_memory(SHAPE, micro_batch=1, sequence_length=8, world_size=2)
+    assert two.total - one.total >= one.gradients
+
+
+def test_memory_of_the_logits_grows_with_tokens_and_vocabulary() -> None:
+    one = estimate_training_memory(SHAPE, micro_batch=2, sequence_length=512)
+    assert one.logits == LOGIT_BYTES * 1024 * SHAPE.vocabulary
+    assert one.state == 12 * SHAPE.parameters
+
+
+@given(
+    begin=st.integers(0, 60),
+    length=st.integers(0, 60),
+    first=st.integers(1, 12),
+    second=st.none() | st.integers(1, 12),
+)
+def test_pauses_are_counted_as_the_loop_makes_them(
+    begin: int, length: int, first: int, second: int | None
+) -> None:
+    end = begin + length
+    due = sum(
+        step % first == 0 or (second is not None and step % second == 0) or step == end
+        for step in range(begin + 1, end + 1)
+    )
+    assert count_pauses(begin, end, first, second) == due
+
+
+def test_an_evaluation_is_forward_passes_only() -> None:
+    assert estimate_evaluation_seconds(8, 4, 3.0) == pytest.approx(2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "micro_batch"),
+    [(preset, batch) for preset, batches in CPU_CASES.items() for batch in batches],
+)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory needs Linux")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="trains on the GPU of this machine")
+def test_the_estimate_is_within_15_percent_of_resident_memory(
+    preset: str, micro_batch: int, tmp_path: Path
+) -> None:
+    result = measure_peak(tmp_path, preset, micro_batch, CPU_SEQUENCE_LENGTH)
+    assert result["estimated"] == pytest.approx(result["measured"], rel=CPU_TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("preset", "micro_batch"),
+    [(preset, batch) for preset, batches in GPU_CASES.items() for batch in batches],
+)
+def test_the_estimate_is_within_10_percent_of_allocated_memory(
+    preset: str, micro_batch: int, tmp_path: Path
+) -> None:
+    result = measure_peak(tmp_path, preset, micro_batch, 2048)
+    assert result["estimated"] == pytest.approx(result["measured"], rel=GPU_TOLERANCE)

@@ -1,0 +1,80 @@
+"""What preflight says of data, model and memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from configs.model_config import build_model_config
+from configs.training_config import TrainingConfig
+from utils import machine_checks
+from utils.checks import Check, require_all
+from utils.errors import PreflightError
+from utils.estimates import MemoryEstimate
+from utils.forecast import RunFacts
+from utils.machine_checks import check_memory, find_free_memory
+from utils.preflight import check_tokens, check_vocabulary
+from utils.shard_index import DataSource, ShardFacts, ShardIndex
+from utils.training_utils import ParameterCounts
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+def source_of(tokens: int, vocab_size: int | None = None) -> DataSource:
+    shard = ShardFacts("train_0.npz", tokens, 1, None)
+    return DataSource("data", 1.0, ShardIndex((shard,), (), vocab_size))
+
+
+def tokens_check(parameters: int, available: int, steps: int) -> Check:
+    config = TrainingConfig(model="neox-tiny", sequence_length=100, max_steps=steps)
+    model, counts = build_model_config("neox-tiny"), ParameterCounts(parameters, 0)
+    return check_tokens(RunFacts(config, model, counts, "no", CPU, 1, 0, [source_of(available)]))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "available", "steps", "status", "text"),
+    [
+        (10**7, 10**9, 2 * 10**6, "ok", "0.20 epochs; 20.00 tokens per parameter"),
+        (10**7, 10**9, 10**5, "warn", "far too few for this model"),
+        (10**6, 10**9, 10**3, "ok", "0.10 tokens per parameter"),
+        (10**6, 10**6, 5 * 10**4, "warn", "more than 4 epochs"),
+    ],
+)
+def test_tokens_are_compared_with_the_data_and_the_model(
+    parameters: int, available: int, steps: int, status: str, text: str
+) -> None:
+    check = tokens_check(parameters, available, steps)
+    assert (check.status, text in check.message) == (status, True), check.message
+
+
+def test_an_unknown_vocabulary_of_the_data_is_said() -> None:
+    model = build_model_config("neox-tiny")
+    assert "in the data: 512" in check_vocabulary([source_of(1, 512)], model).message
+    assert "no index.json" in check_vocabulary([source_of(1)], model).message
+
+
+@pytest.mark.parametrize(
+    ("ratio", "status"), [(None, "ok"), (1.1, "ok"), (0.5, "ok"), (1.5, "fail")]
+)
+def test_a_small_step_that_takes_more_than_the_formula_says_is_believed(
+    ratio: float | None, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_checks, "available_memory", lambda: 10 * GIB)
+    need = MemoryEstimate(GIB, GIB, 0, GIB, GIB, total=8 * GIB)
+    assert check_memory(TrainingConfig(), need, CPU, ratio).status == status
+
+
+def test_ranks_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_checks, "available_memory", lambda: 10 * GIB)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    free, where = find_free_memory(CPU)
+    assert free == 5 * GIB
+    assert "for each of 2 ranks" in where
+
+
+def test_all_reasons_are_given_at_once() -> None:
+    checks = [Check("disk", "fail", "full"), Check("data", "ok", ""), Check("upload", "fail", "no")]
+    with pytest.raises(PreflightError, match="(?s)disk: full.*upload: no"):
+        require_all(checks)
+    require_all([Check("data", "warn", "")])
