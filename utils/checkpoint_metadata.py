@@ -55,6 +55,7 @@ def build_metadata(
             "tokens_per_second": (progress.history["tokens_per_second"] or [None])[-1],
         },
         "bad_steps": list(progress.bad_steps),
+        "spending": progress.spending,
         "system_info": system_info(state),
         "timestamp": datetime.now(timezone.utc).isoformat(),
         "run_id": identity.run_id,
