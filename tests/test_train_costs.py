@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.test_train_recovery import BadLosses
 from utils.layout import read_json
 from utils.metadata import MetricsLog, read_metrics
 from utils.spending import Spending
@@ -77,6 +78,17 @@ def test_going_back_to_an_older_checkpoint_loses_what_came_after(
     assert spending_of(resumed).lost.seconds == pytest.approx(lost)
     # Without a price, the time is counted all the same.
     assert spending_of(resumed).total.unpriced_seconds == spending_of(stopped).total.seconds
+
+
+def test_a_rollback_loses_what_its_checkpoint_has_not(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BadLosses(monkeypatch, {4: float("nan")})
+    settings = (*SETTINGS, "bad_step=rollback")
+    assert run_train("--max-steps", "4", settings=settings) == 0
+    last = spending_of(read_log(tmp_path).events[-1])
+    assert last.starts == 1
+    assert 0 < last.lost.seconds < last.total.seconds
 
 
 def forget_spending(path: Path) -> None:
