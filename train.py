@@ -55,6 +55,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--max-steps", type=int, metavar="N", help="length of the run and of its schedule")
     add("--stop-after", type=int, metavar="N", help="save and end this start after step N")
+    add("--hourly-price", type=float, metavar="X", help="dollars an hour of all machines together")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--resume",
@@ -98,6 +99,8 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
     overrides = dict(parse_assignment(text) for text in args.set)
     if args.max_steps is not None:
         overrides["max_steps"] = args.max_steps
+    if args.hourly_price is not None:
+        overrides["hourly_price"] = args.hourly_price
     if args.debug:
         overrides["log_level"] = "debug"
     return get_training_config(args.config, overrides)
@@ -112,6 +115,7 @@ def train(args: argparse.Namespace) -> int:
     from utils import checkpoint_store, preflight, ranks, resume, tracking
     from utils.layout import RunPaths
     from utils.preemption import PreemptionWatch, metadata_address
+    from utils.prices import find_hourly_price
     from utils.run_start import Consent
     from utils.stopping import StopRequest
     from utils.training_run import TrainingRun
@@ -123,6 +127,7 @@ def train(args: argparse.Namespace) -> int:
     precision = resolve_precision(config)
     world_size = ranks.launched_world_size()
     config.resolve_batch(world_size)
+    hourly_price = find_hourly_price(config, world_size)
     model_config = build_model_config(config.model, config.model_overrides, config.sequence_length)
     counts = count_parameters(model_config)
     with contextlib.ExitStack() as stack:
@@ -168,6 +173,7 @@ def train(args: argparse.Namespace) -> int:
         run = TrainingRun(
             config, paths, model_config, sources, plan, accelerator, stop, consent,
             transport=checks.transport, background_upload=not args.no_background_upload,
+            hourly_price=hourly_price,
         )  # fmt: skip
         stack.enter_context(run)
         return loop(run, config, args.stop_after)

@@ -246,6 +246,13 @@ class TrainingConfig:
     gcs_user_project: str = ""
     """Project that pays for requests to requester-pays buckets."""
 
+    hourly_price: float | None = None
+    """Dollars an hour of all machines of the run together. null: that of `machine_type`."""
+
+    machine_type: str = ""
+    """PROVIDER/MACHINE whose price is looked up in configs/prices, with `:spot` for the spot price.
+    Empty: the machine time is counted, dollars are not."""
+
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Where curves go besides metrics.jsonl: tensorboard, wandb."""
 
@@ -280,6 +287,8 @@ class TrainingConfig:
             self._require_at_least(key, 0)
         for key in ("upload_deadline_seconds", "grace_seconds"):
             self._require_at_least(key, 0)
+        if self.hourly_price is not None:
+            self._require_at_least("hourly_price", 0)
         self._require_between("seed", 0, MAX_SEED)
         self._require_between("min_lr_rate", 0.0, 1.0)
         self._require_below_one("adam_beta1")

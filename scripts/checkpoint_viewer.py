@@ -31,9 +31,12 @@ from utils.checkpoint_choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_c
 from utils.checkpoint_report import (
     check_files,
     config_differences,
+    costs_as_json,
     data_position,
     loss_statistics,
     measure_between,
+    measure_costs,
+    measure_storage,
     measure_throughput,
     read_curves,
     read_part,
@@ -46,6 +49,7 @@ from utils.checkpoint_text import (
     column_lines,
     compare_table,
     config_lines,
+    cost_lines,
     difference_lines,
     drift_lines,
     file_lines,
@@ -56,11 +60,13 @@ from utils.checkpoint_text import (
     progress_lines,
     run_lines,
     state_lines,
+    storage_line,
     table_lines,
     training_lines,
     upload_lines,
 )
 from utils.console import print_table, run_command
+from utils.costs import parse_hourly_price
 from utils.errors import CheckpointError, UsageError
 from utils.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE
 from utils.metadata import HISTORY_LIMIT, CheckpointView, printable, to_json_text
@@ -97,6 +103,12 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--output-dir", help="directory of the checkpoints (default: the config's)")
     common.add_argument("--run-name", help="folder of the run (default: the config's)")
     common.add_argument("--remote", action="store_true", help="read the bucket's cards instead")
+    common.add_argument(
+        "--hourly-price",
+        type=parse_hourly_price,
+        metavar="X",
+        help="dollars an hour, for the time whose price the run did not know",
+    )
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--debug", action="store_true", help="show tracebacks")
     parser = argparse.ArgumentParser(
@@ -173,15 +185,18 @@ def run_list(args: argparse.Namespace) -> None:
     if args.last is not None and args.last < 1:
         raise UsageError(f"--last must be at least 1, got {args.last}.")
     with opened_shelf(args) as shelf:
-        every = shelf.rows(shelf.read(shelf.names, brief=True))
+        every = read_rows(shelf, shelf.read(shelf.names, brief=True), args)
     rows = choose_rows(
         every, conditions, last=args.last, sort_key=args.sort, is_reversed=args.reverse
     )
+    storage = measure_storage(shelf.where, every) if args.remote else None
     if args.json:
         values = {"where": shelf.where, "checkpoints": rows, "notes": shelf.notes}
-        print(to_json_text({**values, "num_checkpoints": len(every)}))
+        print(to_json_text({**values, "num_checkpoints": len(every), "storage": storage}))
         return
     print_list(rows, len(every), shelf, is_remote=args.remote)
+    if storage is not None:
+        print(storage_line(storage))
     for note in shelf.notes:
         print(f"Note: {printable(note)}")
 
@@ -237,7 +252,7 @@ def run_view(args: argparse.Namespace) -> None:
     """Show one checkpoint."""
     with opened_shelf(args) as shelf:
         view = shelf.select(args.name)
-        (row,) = shelf.rows([view])
+        (row,) = read_rows(shelf, [view], args)
     files, problems = check_files(view)
     data_state, data_problem = read_part(view, DATA_STATE_FILE)
     config, config_problem = read_part(view, TRAINING_CONFIG_FILE)
@@ -263,6 +278,7 @@ def run_view(args: argparse.Namespace) -> None:
         "Training Metrics": training_lines(view.metadata, encoding),
         "Validation Metrics": plain_lines(section(view.metadata, "validation_metrics"), "  "),
         "Progress": progress_lines(view.metadata, throughput),
+        "Costs": cost_lines(measure_costs(view, args.hourly_price)),
         "Data Position": plain_lines(data_position(data_state), "  "),
         "Run": run_lines(row, view),
         "Upload": upload_lines(row, shelf.where if args.remote else ""),
@@ -286,8 +302,8 @@ def run_compare(args: argparse.Namespace) -> None:
             raise UsageError(f"compare needs at least two checkpoints, {len(names)} {where}.")
         chosen = [shelf.select(name) for name in names]
         rows = [
-            {**row, "mfu": measure_throughput(view)["mfu"]}
-            for row, view in zip(shelf.rows(chosen), chosen, strict=True)
+            {**row, "mfu": measure_throughput(view)["mfu"], **compared_costs(row)}
+            for row, view in zip(read_rows(shelf, chosen, args), chosen, strict=True)
         ]
     pairs = list(zip(chosen, chosen[1:], strict=False))
     between = [measure_between(*pair) for pair in pairs]
@@ -308,6 +324,12 @@ def run_compare(args: argparse.Namespace) -> None:
         print_section(f"Weights, [{index}] to [{index + 1}]", drift_lines(drift))
     problems = [f"  {row['name']}: {printable(row['problem'])}" for row in rows if row["problem"]]
     print_section("Problems", problems)
+
+
+def compared_costs(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the costs of a row that `compare` shows."""
+    costs = row["costs"] or {}
+    return {"machine_seconds": costs.get("seconds"), "dollars": costs.get("dollars")}
 
 
 def measure_weights(older: CheckpointView, newer: CheckpointView) -> dict[str, Any]:
@@ -440,6 +462,17 @@ def opened_shelf(args: argparse.Namespace, place: str | None = None) -> Iterator
     """Open the checkpoints that the options point at."""
     with open_shelf(load_config(args), is_remote=args.remote, place=place) as shelf:
         yield shelf
+
+
+def read_rows(
+    shelf: Shelf, views: Sequence[CheckpointView], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return what is shown of checkpoints, with the price of the command line in their costs."""
+    rows = shelf.rows(views)
+    if args.hourly_price is not None:
+        for row, view in zip(rows, views, strict=True):
+            row["costs"] = costs_as_json(measure_costs(view, args.hourly_price))
+    return rows
 
 
 def print_section(title: str, lines: Sequence[str]) -> None:

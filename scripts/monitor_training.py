@@ -23,6 +23,7 @@ if __package__ in (None, ""):
 
 from configs.training_config import TrainingConfig, get_training_config  # noqa: E402
 from utils.console import format_bytes, format_duration, get_console, run_command  # noqa: E402
+from utils.costs import describe_costs_so_far, parse_hourly_price  # noqa: E402
 from utils.layout import RunPaths  # noqa: E402
 from utils.machine import Gpu, Machine  # noqa: E402
 from utils.metadata import printable, to_json_text  # noqa: E402
@@ -59,6 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", help="directory of the checkpoints (default: the config's)")
     parser.add_argument("--logging-dir", help="directory of the logs (default: the config's)")
     parser.add_argument("--run-name", help="folder of the run (default: the config's)")
+    parser.add_argument(
+        "--hourly-price",
+        type=parse_hourly_price,
+        metavar="X",
+        help="dollars an hour, for the time whose price the run did not know",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -77,12 +84,12 @@ def run_monitor(args: argparse.Namespace) -> None:
         if args.logs_only:
             follow_log(LogTail(paths.train_log), args)
         elif args.once:
-            status = RunWatcher(paths).look()
+            status = RunWatcher(paths, args.hourly_price).look()
             print(status_json(status, indent=2) if args.json else "\n".join(full_view(status)))
         elif args.json or not sys.stdout.isatty():
-            repeat_lines(RunWatcher(paths), args)
+            repeat_lines(RunWatcher(paths, args.hourly_price), args)
         else:
-            show_live(RunWatcher(paths), args.refresh)
+            show_live(RunWatcher(paths, args.hourly_price), args.refresh)
     except KeyboardInterrupt:
         return  # the usual way to end it
 
@@ -257,6 +264,8 @@ def run_lines(status: RunStatus) -> list[str]:
         f"{show_milliseconds(status)} ms/step  "
         f"Data Wait: {show_figure(metrics.data_wait_share, '.1%')}  Last Record: {silent} ago",
     ]
+    if status.costs is not None:
+        lines.append(f"Cost: {describe_costs_so_far(status.costs)}")
     if len(status.loss_curve) > 1:
         first, last = status.loss_curve[0], status.loss_curve[-1]
         lines.append(f"Loss Curve: {sparkline(status.loss_curve)}  {first:.3f} to {last:.3f}")

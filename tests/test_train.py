@@ -577,7 +577,7 @@ def test_dry_run_prints_the_run_and_writes_no_checkpoint(
     rows = [line.split()[:2] for line in output.partition("Preflight")[2].splitlines()[2:]]
     names = (
         "settings", "data", "tokens", "vocabulary", "memory", "saving", "disk", "upload", "step",
-        "run", "uploading",
+        "run", "uploading", "cost",
     )  # fmt: skip
     assert rows == [[name, "ok"] for name in names]
     for word in ("parameters", "tokens per parameter", "128 tokens", "6,400 tokens in all", "KiB"):

@@ -57,6 +57,7 @@ def build_metadata(
             "mfu": state.utilization(config.sequence_length).at(rate),
         },
         "bad_steps": list(progress.bad_steps),
+        "spending": progress.spending,
         "system_info": system_info(state),
         "timestamp": datetime.now(timezone.utc).isoformat(),
         "run_id": identity.run_id,

@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from utils.checkpoint_choice import parse_time
-from utils.errors import CheckpointError
+from utils.costs import Costs, summarize_costs
+from utils.errors import CheckpointError, ConfigError
 from utils.layout import DATA_STATE_FILE, METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
 from utils.metadata import (
     CheckpointView,
@@ -28,6 +30,8 @@ from utils.metadata import (
 )
 from utils.mfu import find_peak_flops, flops_per_token
 from utils.plots import Curves, curves_from_history, curves_from_metadata
+from utils.prices import find_bucket_prices
+from utils.spending import Spending
 
 MODEL_CONFIG_FILE = "config.json"
 _SHAPE_FILES = (MODEL_CONFIG_FILE, TRAINING_CONFIG_FILE)
@@ -79,6 +83,7 @@ def summarize(view: CheckpointView) -> dict[str, Any]:
         "tokens_seen": number(progress.get("tokens_seen")),
         "tokens_per_second": number(progress.get("tokens_per_second")),
         "num_parameters": number(system.get("num_parameters")),
+        "costs": costs_as_json(measure_costs(view)),
         "run_id": view.manifest.run_id if view.manifest else metadata.get("run_id"),
         "git_commit": metadata.get("git_commit"),
         "size_bytes": _byte_count(view.total_bytes),
@@ -180,6 +185,52 @@ def measure_throughput(view: CheckpointView) -> dict[str, Any]:
         )
         mfu = rate * cost / (peak * ranks)
     return {"tokens_per_second": rate, "mfu": mfu, "device": system.get("device")}
+
+
+def measure_costs(view: CheckpointView, hourly_price: float | None = None) -> Costs | None:
+    """Return what the run had cost at the save; None where its version did not count.
+
+    Args:
+        view: The checkpoint.
+        hourly_price: For the time whose price the run did not know.
+    """
+    progress = section(view.metadata, "training_progress")
+    keys = ("tokens_seen", "tokens_per_second", "completed_steps", "max_steps")
+    tokens, rate, steps, max_steps = (number(progress.get(key)) for key in keys)
+    remaining = None
+    if tokens and rate and steps and max_steps is not None:
+        with contextlib.suppress(OverflowError, ZeroDivisionError):
+            remaining = max(0.0, max_steps - steps) * (tokens / steps) / rate
+    spending = Spending.from_json(view.metadata.get("spending"))
+    return summarize_costs(
+        spending, tokens_seen=tokens, remaining_seconds=remaining, hourly_price=hourly_price
+    )
+
+
+def costs_as_json(costs: Costs | None) -> dict[str, Any] | None:
+    """Return costs as plain values."""
+    return None if costs is None else asdict(costs)
+
+
+def measure_storage(where: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return what the archives of a bucket take, and cost by the month at its list price.
+
+    Args:
+        where: The bucket's URI.
+        rows: Of all checkpoints in it.
+
+    Returns:
+        None where there is no price for it.
+    """
+    try:
+        prices = find_bucket_prices(where)
+    except ConfigError:  # a list is no less true because a price list is wrong
+        return None
+    total = math.fsum(number(row["archive_bytes"]) or 0.0 for row in rows)
+    dollars = None if prices is None else prices.storage_dollars_a_month(total)
+    if prices is None or dollars is None:
+        return None
+    return {"archive_bytes": total, "dollars_a_month": dollars, "price_date": prices.date}
 
 
 def measure_between(older: CheckpointView, newer: CheckpointView) -> dict[str, Any]:

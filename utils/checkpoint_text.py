@@ -15,6 +15,7 @@ from typing import Any
 
 from utils.checkpoint_report import loss_statistics, numbers, section
 from utils.console import format_bytes, format_duration
+from utils.costs import Costs, format_dollars
 from utils.metadata import HISTORY_LIMIT, CheckpointView, number, printable, to_json_text
 from utils.text_plots import is_encodable, sparkline
 
@@ -53,6 +54,11 @@ def show_count(value: float | None) -> str:
 def show_share(value: float | None) -> str:
     """Return a share as a percentage."""
     return ABSENT if value is None else f"{100 * value:.1f}%"
+
+
+def show_duration(value: float | None) -> str:
+    """Return a duration."""
+    return ABSENT if value is None else format_duration(value)
 
 
 def show_size(value: object) -> str:
@@ -258,6 +264,33 @@ def progress_lines(metadata: Mapping[str, Any], throughput: Mapping[str, Any]) -
     ]
 
 
+def cost_lines(costs: Costs | None) -> list[str]:
+    """Return what the run had cost at the save; nothing where that was not counted."""
+    if costs is None:
+        return []
+    lost = format_duration(costs.lost_seconds)
+    unpriced = costs.unpriced_seconds
+    hint = f" ({format_duration(unpriced)} without a price)" if unpriced > 0 else ""
+    starts = f"{costs.starts} start{'' if costs.starts == 1 else 's'}"
+    return [
+        f"Machine Time: {format_duration(costs.seconds)} in {starts}",
+        f"Cost: {format_dollars(costs.dollars)}{hint}",
+        f"Per Million Tokens: {format_dollars(costs.dollars_per_million_tokens)}",
+        f"To the End: {format_dollars(costs.remaining_dollars)}",
+        f"Lost to Restarts: {lost}, {format_dollars(costs.lost_dollars)}",
+        f"Hourly Price: {format_dollars(costs.hourly_price)}",
+    ]
+
+
+def storage_line(storage: Mapping[str, Any]) -> str:
+    """Return what keeping the archives of a bucket costs."""
+    return (
+        f"Archives: {show_size(storage['archive_bytes'])}, about "
+        f"{format_dollars(storage['dollars_a_month'])} a month (list price of "
+        f"{printable(storage['price_date'])}, configs/prices/gcp.json)."
+    )
+
+
 def run_lines(row: Mapping[str, Any], view: CheckpointView) -> list[str]:
     """Return which run, code and machine wrote the checkpoint."""
     system = section(view.metadata, "system_info")
@@ -319,6 +352,8 @@ COMPARED: tuple[tuple[str, str, Formatter], ...] = (
     ("Tokens Seen", "tokens_seen", show_count),
     ("Tokens/s", "tokens_per_second", show_count),
     ("MFU", "mfu", show_share),
+    ("Machine Time", "machine_seconds", show_duration),
+    ("Cost", "dollars", format_dollars),
     ("Parameters", "num_parameters", show_count),
     ("Size", "size_bytes", show_size),
     ("Run ID", "run_id", show_text),
@@ -329,7 +364,7 @@ BETWEEN: tuple[tuple[str, str, Formatter], ...] = (
     ("Samples", "samples", show_count),
     ("Tokens", "tokens", show_count),
     ("Shards", "shards", show_count),
-    ("Time", "seconds", lambda value: ABSENT if value is None else format_duration(value)),
+    ("Time", "seconds", show_duration),
     ("Tokens/s, pauses too", "tokens_per_second", show_count),
     ("Tokens/s as logged", "logged_tokens_per_second", show_count),
 )

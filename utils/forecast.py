@@ -14,10 +14,13 @@ import torch
 from configs.training_config import TrainingConfig
 from utils.checks import Check
 from utils.console import format_bytes, format_duration
+from utils.costs import TOKENS_PER_UNIT, format_dollars
 from utils.estimates import count_pauses, estimate_checkpoint_bytes
 from utils.layout import REMOTE_FOLDER
 from utils.machine_checks import find_free_memory
+from utils.prices import HourlyPrice, find_bucket_prices, find_price
 from utils.shard_index import DataSource
+from utils.spending import Amount
 from utils.step_probe import StepProbe, measure_matmul_rate, measure_step
 from utils.throughput import RemainingTime
 from utils.training_utils import ParameterCounts, find_utilization
@@ -128,6 +131,7 @@ def check_times(
         f"about {_format_seconds(seconds)}, {rate:,.0f} tokens/s{share} (from {probe.samples} x "
         f"{probe.tokens} tokens through one layer and through two)"
     )
+    price = find_price(config, facts.world_size)
     evaluations = count_pauses(facts.step, config.max_steps, config.save_steps, config.eval_steps)
     run_seconds = estimate_run_seconds(facts, seconds)
     ending = f"about {format_duration(run_seconds)} for steps {facts.step} to {config.max_steps}"
@@ -135,7 +139,35 @@ def check_times(
         Check("step", "ok", text),
         Check("run", "ok", f"{ending} and {evaluations} evaluations"),
         *([] if transport is None else [_check_uploads(facts, seconds, transport)]),
+        _describe_cost(facts, run_seconds, price, transport),
     ]
+
+
+def _describe_cost(
+    facts: RunFacts,
+    run_seconds: float,
+    price: HourlyPrice | None,
+    transport: TransportOptions | None,
+) -> Check:
+    if price is None:
+        return Check("cost", "ok", "unknown: set hourly_price or machine_type")
+    dollars = Amount.of(run_seconds, price.dollars).dollars
+    tokens = (facts.config.max_steps - facts.step) * facts.tokens_per_step
+    cells = [f"about {format_dollars(dollars)} to the end"]
+    if tokens > 0:
+        each = format_dollars(dollars / tokens * TOKENS_PER_UNIT)
+        cells.append(f"{each} per million tokens")
+    cells.append(f"at {format_dollars(price.dollars)} an hour ({price.origin})")
+    prices = None if transport is None else find_bucket_prices(transport.uri)
+    size = estimate_checkpoint_bytes(facts.counts.total)
+    saves = count_pauses(facts.step, facts.config.max_steps, facts.config.save_steps)
+    stored = None if prices is None else prices.storage_dollars_a_month(saves * size)
+    if stored is not None:
+        cells.append(
+            f"{format_dollars(stored)} a month for {saves} checkpoints in the bucket, until they "
+            "are pruned"
+        )
+    return Check("cost", "ok", ", ".join(cells))
 
 
 def _check_uploads(facts: RunFacts, step_seconds: float, transport: TransportOptions) -> Check:

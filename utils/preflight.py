@@ -41,7 +41,7 @@ USUAL_TOKENS_PER_PARAMETER = 20
 # Up to here, tokens that are seen again are worth nearly as much (Muennighoff et al. 2023).
 MANY_EPOCHS = 4
 SERIOUS_PARAMETERS = 10_000_000  # smaller models are for trying things out
-LOGGED_CHECKS = ("memory", "run", "uploading")
+LOGGED_CHECKS = ("memory", "run", "uploading", "cost")
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,12 @@ from typing import Any
 
 import psutil
 
+from utils.costs import Costs, summarize_costs
 from utils.journal import Journal, JournalEntry
 from utils.layout import RunPaths, find_checkpoints
 from utils.machine import Machine, MachineProbe
 from utils.metadata import CheckpointView, MetricsLog, number, read_local_checkpoint
+from utils.spending import read_spending
 
 NEWEST_CHECKPOINTS = 5
 CURVE_RECORDS = 1000
@@ -99,6 +101,7 @@ class RunStatus:
         checkpoints: The newest ones on this machine.
         uploads: Upload state -> number of checkpoints.
         machine: Load of this machine.
+        costs: Machine time and dollars over all starts of the run.
         problems: What cannot be read, and losses that are no numbers.
     """
 
@@ -114,6 +117,7 @@ class RunStatus:
     checkpoints: list[CheckpointStatus]
     uploads: dict[str, int]
     machine: Machine
+    costs: Costs | None
     problems: list[str]
 
 
@@ -191,10 +195,15 @@ def condense(values: Sequence[float], points: int) -> list[float]:
 
 
 class RunWatcher:
-    """Looks at one run again and again, reading what is new."""
+    """Looks at one run again and again, reading what is new.
 
-    def __init__(self, paths: RunPaths) -> None:
-        self._paths = paths
+    Args:
+        paths: Where the run keeps its things.
+        hourly_price: For the time whose price the run did not know.
+    """
+
+    def __init__(self, paths: RunPaths, hourly_price: float | None = None) -> None:
+        self._paths, self._hourly_price = paths, hourly_price
         self._metrics = MetricsLog()
         self._machine = MachineProbe(paths.checkpoints)
         self._views: dict[str, CheckpointView] = {}
@@ -216,20 +225,34 @@ class RunWatcher:
         if state is RunState.NO_RUN:
             detail = f"{detail} in {self._paths.metrics}"
         max_steps = number(start.get("max_steps"))
+        eta_seconds = _remaining_seconds(record, state, silent_seconds)
         return RunStatus(
             state=state,
             detail=detail,
             start=start,
             step=self._newest_step(),
             max_steps=None if max_steps is None else int(max_steps),
-            eta_seconds=_remaining_seconds(record, state, silent_seconds),
+            eta_seconds=eta_seconds,
             silent_seconds=silent_seconds,
             metrics=metrics,
             loss_curve=self._loss_curve(),
             checkpoints=self._newest_checkpoints(problems),
             uploads=dict(Counter(entry.state.value for entry in self._uploads.values())),
             machine=self._machine.look(),
+            costs=self._measure_costs(state, metrics.tokens_seen, eta_seconds),
             problems=problems,
+        )
+
+    def _measure_costs(
+        self, state: RunState, tokens_seen: float | None, eta_seconds: float | None
+    ) -> Costs | None:
+        is_running = state is RunState.RUNNING
+        now = datetime.now(timezone.utc).timestamp() if is_running else None
+        return summarize_costs(
+            read_spending(self._metrics, now),
+            tokens_seen=tokens_seen,
+            remaining_seconds=eta_seconds,
+            hourly_price=self._hourly_price,
         )
 
     def _read_files(self) -> list[str]:

@@ -110,6 +110,7 @@ def record_rollback(accelerator: Accelerator, logs: Path, step: int) -> None:
             tracker.tracker.file_writer.add_event(Event(step=step + 1, session_log=start))
 
 
-def record_end(logs: Path, step: int, outcome: str) -> None:
-    """Note how this start ended: done, stopped or failed."""
-    append_metrics(logs / "metrics.jsonl", {"event": "end", "step": step, "outcome": outcome})
+def record_end(logs: Path, step: int, outcome: str, **facts: Any) -> None:
+    """Note how this start ended: done, stopped or failed; and facts besides."""
+    event = {"event": "end", "step": step, "outcome": outcome, **facts}
+    append_metrics(logs / "metrics.jsonl", event)

@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from configs.training_config import TrainingConfig
 from utils import bad_steps, checkpoint_utils, ranks, resume, run_start, tracking
 from utils.console import LiveLine, format_duration
+from utils.costs import describe_costs, summarize_costs
 from utils.data_state import DataState
 from utils.data_utils import BatchLoader, SampleReader, ValidationData
 from utils.errors import (
@@ -43,6 +44,7 @@ from utils.run_start import Consent
 from utils.shard_cache import ShardCache
 from utils.shard_index import DataSource
 from utils.snapshot import Snapshot
+from utils.spending import Spending, open_meter
 from utils.step_guard import Verdict
 from utils.stopping import StopRequest
 from utils.storage import encode_crc32c, open_bucket
@@ -76,6 +78,7 @@ class TrainingRun:
         consent: What is accepted that a resume would refuse.
         transport: The way to the bucket; None uploads nothing.
         background_upload: False uploads within `save`.
+        hourly_price: Dollars an hour of all machines together, None where it is not known.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class TrainingRun:
         *,
         transport: TransportOptions | None = None,
         background_upload: bool = True,
+        hourly_price: float | None = None,
     ) -> None:
         self.config, self.paths, self.stop = config, paths, stop
         self._sources, self._accelerator = tuple(sources), accelerator
@@ -122,6 +126,10 @@ class TrainingRun:
             if self._is_main
         }
         self._transport, self._background_upload = transport, background_upload
+        self._meter = open_meter(
+            paths.metrics if self._is_main else None, self.start.identity.run_id,
+            self.state.progress.step, self.state.progress.spending, hourly_price,
+        )  # fmt: skip
         self._saving: RunSaving | None = None
         self._loader: BatchLoader | None = None
         self._live = LiveLine(enabled=False)
@@ -166,6 +174,9 @@ class TrainingRun:
             "num_parameters": sum(p.numel() for p in self.state.core_model.parameters()),
             "tokens_per_step": self.tokens_per_step,
             **asdict(self._utilization),
+            "launched_at": self._meter.launched_at,
+            "hourly_price": self._meter.read().hourly_price,
+            "spending": self._meter.before.to_json(),
         }
         tracking.start_trackers(self._accelerator, config, self.paths.logs, facts, step)
         if self._is_main:
@@ -208,7 +219,10 @@ class TrainingRun:
         for bucket in self._buckets:
             bucket.close()
         if self._is_main:
-            tracking.record_end(self.paths.logs, self.state.progress.step, self._outcome)
+            spending = self._meter.read().to_json()
+            tracking.record_end(
+                self.paths.logs, self.state.progress.step, self._outcome, spending=spending
+            )
         if shortage is not None:
             raise ResourceShortageError(shortage) from error
         if error is None:
@@ -274,6 +288,7 @@ class TrainingRun:
 
     def train_step(self, batches: list[torch.Tensor]) -> int:
         """Do one optimizer update; return how many are done."""
+        self._meter.note_step()
         fence = self._saving.fence if self._saving is not None else lambda: None
         train_step(self.state, batches, self.config.max_grad_norm, self._document_end, fence)
         self.stop.nothing_to_lose = False
@@ -342,6 +357,7 @@ class TrainingRun:
             world_size=accelerator.num_processes,
         )  # fmt: skip
         checkpoint_utils.restore_state(state, saved, self.config)
+        self._meter.go_back(Spending.from_json(state.progress.spending))
         skipped = position - state.progress.sample_index
         state.progress.sample_index = position
         state.progress.bad_steps = known
@@ -458,6 +474,7 @@ class TrainingRun:
         )
         if gathered is not None and self._saving is not None:
             log.info("Saving checkpoint at step %d.", step)
+            self.state.progress.spending = self._meter.read().to_json()
             bad_shards = {shard for _, shards in gathered for shard in shards}
             files = checkpoint_utils.collect_files(
                 self.state,
@@ -524,6 +541,7 @@ class TrainingRun:
             raise failure
         step = self.state.progress.step
         self._outcome = "done" if step >= self.config.max_steps else "stopped"
+        self._log_costs()
         if code is not ExitCode.DONE:
             reason = self.stop.reason  # it may have come while uploads were waited for
         if self._outcome == "done" and (code is ExitCode.DONE or reason is None):
@@ -537,6 +555,15 @@ class TrainingRun:
         else:
             log.info("Ended after step %d as asked. Go on with --resume latest.", step)
         return code
+
+    def _log_costs(self) -> None:
+        costs = summarize_costs(
+            self._meter.read(),
+            tokens_seen=self.state.progress.tokens_seen,
+            remaining_seconds=None,
+        )
+        if costs is not None:
+            log.info("%s", describe_costs(costs))
 
     def _leave_at(self) -> float:
         """Return the `time.monotonic()` by which a request wants the end; infinite without one."""

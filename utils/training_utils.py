@@ -232,6 +232,8 @@ class Progress:
         validation_loss: Newest validation loss, None where it is not finite.
         validation_step: Step of it.
         bad_steps: Steps whose update was left out, and why, oldest first.
+        spending: What the run had taken at the save (`Spending.to_json`), None before the first
+            one; no result depends on it.
         history: Every logged metric: `training_metrics.json`.
     """
 
@@ -245,6 +247,7 @@ class Progress:
     validation_loss: float | None = None
     validation_step: int = 0
     bad_steps: list[dict[str, Any]] = field(default_factory=list)
+    spending: dict[str, Any] | None = None
     history: dict[str, list[Any]] = field(
         default_factory=lambda: {
             "steps": [],

@@ -19,7 +19,8 @@ from scripts import checkpoint_viewer as viewer
 from scripts.checkpoint_viewer import main
 from tests.sample_checkpoints import RUN_ID, make_checkpoint, make_history, put_remote, seal
 from utils import checkpoint_shelf
-from utils.checkpoint_text import show_count, show_loss, show_time
+from utils.checkpoint_report import measure_storage
+from utils.checkpoint_text import show_count, show_loss, show_time, storage_line
 from utils.journal import Journal, UploadState
 from utils.layout import find_checkpoints
 from utils.storage import DirectoryBucket, crc32c_of_file
@@ -868,6 +869,9 @@ DEEP = "[" * 500 + "]" * 500
         ("metadata.json", "timestamp", DEEP),
         ("metadata.json", "run_id", DEEP),
         ("metadata.json", "extra", DEEP),
+        ("metadata.json", "spending", DEEP),
+        ("metadata.json", "spending", f'{{"seconds": {HUGE}, "dollars": -1, "starts": {HUGE}}}'),
+        ("metadata.json", "spending", '{"seconds": 1e308, "dollars": 1e308, "hourly_price": 9e9}'),
         ("metadata.json", "training_progress", f'{{"tokens_seen": {HUGE}, "samples_seen": 1e308}}'),
         ("metadata.json", "system_info", '{"world_size": 0, "num_parameters": -1, "device": []}'),
         ("metadata.json", "validation_metrics", f'{{"deep": {DEEP}, "validation_loss": "x"}}'),
@@ -912,3 +916,65 @@ def test_a_checkpoint_that_vanishes_meanwhile_is_left_out(capsys, monkeypatch, t
     assert [row["step"] for row in rows] == [100]
     code, _, err = run(capsys, "view", "50")
     assert (code, "was deleted at this moment" in err) == (2, True)
+
+
+SPENDING = {
+    "starts": 2,
+    "seconds": 7200.0,
+    "dollars": 20.0,
+    "unpriced_seconds": 3600.0,
+    "lost_seconds": 720.0,
+    "lost_dollars": 4.0,
+    "lost_unpriced_seconds": 0.0,
+    "hourly_price": 20.0,
+}
+
+
+def test_costs_are_shown_where_the_run_counted_them(capsys, tmp_path):
+    directory = tmp_path / "checkpoints"
+    make_checkpoint(directory, 25)
+    make_checkpoint(directory, 50, spending=SPENDING)
+    assert "Cost" not in run(capsys, "view", "25")[1]
+    out = run(capsys, "view", "50")[1]
+    for line in (
+        "Machine Time: 2h00m in 2 starts",
+        "Cost: $20.00 (1h00m without a price)",
+        "Per Million Tokens: -",
+        "Lost to Restarts: 12m00s, $4.00",
+        "Hourly Price: $20.00",
+    ):
+        assert line in out.splitlines()
+    priced = run(capsys, "view", "50", "--hourly-price", "5")[1].splitlines()
+    assert "Cost: $25.00" in priced
+    assert "Per Million Tokens: $244.14" in priced
+    older, newer = run_json(capsys, "list", "--hourly-price", "5")["checkpoints"]
+    assert older["costs"] is None
+    assert (newer["costs"]["dollars"], newer["costs"]["lost_dollars"]) == (25.0, 4.0)
+    remaining = 50 * 2048 / 3400.5
+    assert newer["costs"]["remaining_seconds"] == pytest.approx(remaining)
+    assert newer["costs"]["remaining_dollars"] == pytest.approx(remaining / 3600 * 20)
+
+
+def test_compare_shows_costs(capsys, tmp_path):
+    directory = tmp_path / "checkpoints"
+    make_checkpoint(directory, 50, spending=SPENDING)
+    make_checkpoint(directory, 100, spending={**SPENDING, "seconds": 10800.0, "dollars": 17.5})
+    rows = {line.split("  ")[0]: line.split() for line in run(capsys, "compare")[1].splitlines()}
+    assert rows["Machine Time"][2:] == ["2h00m", "3h00m", "+1h00m"]
+    assert rows["Cost"][1:] == ["$20.00", "$17.50", "-$2.50"]
+
+
+def test_archives_of_a_google_bucket_have_a_price():
+    rows = [{"archive_bytes": 50 * 2**30}, {"archive_bytes": None}, {"archive_bytes": 50 * 2**30}]
+    storage = measure_storage("gs://runs/a", rows)
+    assert storage["dollars_a_month"] == pytest.approx(2.0)
+    assert "100.0 GiB, about $2.00 a month" in storage_line(storage)
+    assert measure_storage("/mnt/bucket", rows) is None
+
+
+@pytest.mark.parametrize("price", ["-1", "nan", "cheap"])
+def test_a_wrong_price_exits_with_2(capsys, price):
+    with pytest.raises(SystemExit) as caught:
+        main(["list", "--hourly-price", price])
+    assert caught.value.code == 2
+    assert "--hourly-price" in capsys.readouterr().err

@@ -412,3 +412,38 @@ def test_long_curves_are_condensed_to_means(values, points, expected):
 def test_sparkline_goes_from_lowest_to_highest_bar():
     assert sparkline([0.0, 1.0]) in ("\u2581\u2588", "_#")
     assert len(set(sparkline([3.0, 3.0, 3.0]))) == 1
+
+
+def write_priced_start(path, seconds_ago, price):
+    launched = datetime.now(timezone.utc) - timedelta(seconds=seconds_ago)
+    before = {"starts": 1, "seconds": 3600.0, "dollars": 10.0, "lost_seconds": 360.0,
+              "lost_dollars": 1.0}  # fmt: skip
+    write_start(
+        path, "resume", 10, launched_at=launched.isoformat(), hourly_price=price, spending=before
+    )  # fmt: skip
+
+
+def test_costs_of_a_running_run_count_to_now(capsys, metrics):
+    write_priced_start(metrics, 1800, 8.0)
+    write_step(metrics, 50)
+    out = run(capsys, "--once")[1]
+    assert "Cost: $14.00 so far, $136.7" in out
+    # Half an hour from the launch to the event is the way to the first step.
+    assert " per million tokens, $8.00 to the end, $5.00 lost to restarts" in out
+    costs = run_json(capsys)["costs"]
+    assert 5400 <= costs["seconds"] < 5460
+    assert costs["lost_dollars"] == pytest.approx(5.0, abs=0.01)
+    assert costs["starts"] == 2
+
+
+def test_a_price_may_be_given_to_the_monitor(capsys, metrics):
+    write_priced_start(metrics, 1800, None)
+    write_step(metrics, 50)
+    assert "Cost: $10.00 so far, 30m" in run(capsys, "--once")[1]
+    assert "Cost: $14.00 so far" in run(capsys, "--once", "--hourly-price", "8")[1]
+
+
+def test_a_run_of_an_older_version_has_its_time(capsys, metrics):
+    write_start(metrics)
+    write_step(metrics, 50)
+    assert "so far (--hourly-price X shows dollars)" in run(capsys, "--once")[1]

@@ -82,6 +82,19 @@ def test_a_rate_limit_is_the_rate_and_save_seconds_are_an_interval(
     assert "every 50.0s" in check.message  # 100 steps come before 3,600 s
 
 
+def test_a_price_gives_the_cost_of_the_run_and_of_its_checkpoints(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forecast, "measure_upload_rate", lambda options, folder: 1e9)
+    facts = facts_of(hourly_price=3.6, max_eval_samples=1)
+    message = find(check_times(facts, PROBE, OPTIONS), "cost").message
+    # 500 s of steps, a cent for ten of them; 2,048,000 tokens; 10 checkpoints of 12 GB at 2 cents.
+    assert message.startswith("about $0.50 to the end, $0.24 per million tokens, at $3.60 an hour")
+    assert "$2.24 a month for 10 checkpoints" in message
+    message = find(check_times(facts_of(), PROBE, OPTIONS), "cost").message
+    assert message.startswith("unknown")
+
+
 def test_without_a_small_step_nothing_is_promised() -> None:
     (check,) = check_times(facts_of(), None, OPTIONS)
     assert (check.name, check.status) == ("step", "warn")
