@@ -150,7 +150,7 @@ def format_long(seconds: float) -> str:
     ):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{max(1, seconds):.0f} seconds"
+    return "a second" if seconds < 1.5 else f"{seconds:.0f} seconds"
 
 
 def find_forecast_findings(forecasts: list[Forecast], *, on_gpu: bool) -> list[Finding]:

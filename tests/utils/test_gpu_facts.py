@@ -29,6 +29,7 @@ GIB = 2**30
 TINY_SHAPE = (64, 16, 1, 2, 8, 1)
 MAPPED = "0x00000000fa000000 0x00000000faffffff 0x0000000000040200\n"
 UNMAPPED = "0x0000000000000000 0x00000007ffffffff 0x000000002014220c\n"
+PORTS = "0x0000000000000000 0x000000000000007f 0x0000000000040101\n"
 NOTHING = "0x0000000000000000 0x0000000000000000 0x0000000000000000\n"
 
 
@@ -53,7 +54,7 @@ def add_pci_device(
 
 
 def test_gpus_on_the_bus_have_vendor_driver_and_address_space(tmp_path: Path) -> None:
-    add_pci_device(tmp_path, "0000:01:00.0", "0x10de", "0x030200", "nvidia", MAPPED + NOTHING)
+    add_pci_device(tmp_path, "0000:01:00.0", "0x10de", "0x030200", "nvidia", MAPPED + PORTS + NOTHING)
     add_pci_device(tmp_path, "0000:02:00.0", "0x10de", "0x030000", "vfio-pci", MAPPED + UNMAPPED)
     add_pci_device(tmp_path, "0000:02:00.1", "0x10de", "0x040300")  # its sound
     add_pci_device(tmp_path, "0000:03:00.0", "0x1002", "0x120000")  # an accelerator of AMD

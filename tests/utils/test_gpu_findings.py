@@ -488,7 +488,7 @@ def test_forecast_becomes_a_finding_where_something_is_to_be_done() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.1, "1 seconds"), (90, "90 seconds"), (600, "10 minutes"), (86400 * 3, "3 days"),
+    [(0.1, "a second"), (90, "90 seconds"), (600, "10 minutes"), (86400 * 3, "3 days"),
      (86400 * 365.25 * 20, "20 years")],
 )  # fmt: skip
 def test_long_time_is_in_its_greatest_unit(seconds: float, text: str) -> None:
