@@ -54,7 +54,9 @@ def add_pci_device(
 
 
 def test_gpus_on_the_bus_have_vendor_driver_and_address_space(tmp_path: Path) -> None:
-    add_pci_device(tmp_path, "0000:01:00.0", "0x10de", "0x030200", "nvidia", MAPPED + PORTS + NOTHING)
+    add_pci_device(
+        tmp_path, "0000:01:00.0", "0x10de", "0x030200", "nvidia", MAPPED + PORTS + NOTHING
+    )
     add_pci_device(tmp_path, "0000:02:00.0", "0x10de", "0x030000", "vfio-pci", MAPPED + UNMAPPED)
     add_pci_device(tmp_path, "0000:02:00.1", "0x10de", "0x040300")  # its sound
     add_pci_device(tmp_path, "0000:03:00.0", "0x1002", "0x120000")  # an accelerator of AMD
