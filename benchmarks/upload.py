@@ -27,7 +27,7 @@ from utils.archive import BLOCK_BYTES, LEVELS, write_archive
 from utils.errors import UsageError
 from utils.journal import Journal
 from utils.layout import archive_object, card_object, read_manifest
-from utils.storage import open_bucket
+from utils.storage import Nowhere, open_bucket
 from utils.transports import TransportOptions, find_gsutil
 from utils.upload_job import UploadJob
 from utils.upload_process import run_in_process
@@ -111,16 +111,6 @@ def _serve(folder: str, connection: Connection) -> None:
             connection.recv()
 
 
-class _Counter:
-    """Takes any bytes."""
-
-    def write(self, data: bytes) -> int:
-        return len(data)
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-
 def timed(action: Callable[[], object]) -> float:
     """Return the seconds of a call."""
     begin = time.perf_counter()
@@ -135,7 +125,7 @@ def measure_archive(checkpoint: Path, folder: Path, runs: int) -> dict[str, str]
     manifest = read_manifest(checkpoint)
     data = b"".join((checkpoint / name).read_bytes() for name in sorted(manifest.files))
     peer = folder / "peer.tar.gz"
-    nowhere: Any = _Counter()
+    nowhere: Any = Nowhere()
     results = {}
     sizes = {}
 
@@ -220,7 +210,7 @@ def measure_transports(
 
 def archive_size(checkpoint: Path) -> int:
     """Return the bytes of a checkpoint's archive."""
-    nowhere: Any = _Counter()
+    nowhere: Any = Nowhere()
     return write_archive(checkpoint, read_manifest(checkpoint), nowhere, threads=2).size
 
 

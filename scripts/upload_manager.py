@@ -29,7 +29,7 @@ if __package__ in (None, ""):
 
 from configs.training_config import TrainingConfig, get_training_config, parse_assignment
 from utils.archive_reading import read_card
-from utils.checkpoint_store import hold_output_directory, retention_decisions, verify_checkpoint
+from utils.checkpoint_store import hold_output_directory, verify_checkpoint
 from utils.console import LiveLine, configure_logging, format_bytes, print_table, run_command
 from utils.download import download_checkpoint
 from utils.errors import (
@@ -60,7 +60,7 @@ from utils.progress import ProgressDisplay
 from utils.pruning import delete_all, plan_bucket
 from utils.remote_checkpoints import choose_remote, list_remote, read_cards
 from utils.resume import read_run_identity
-from utils.retention import Action, Decision
+from utils.retention import Action, Decision, decide_retention
 from utils.storage import Bucket, join_uri, open_bucket
 from utils.transports import TransportOptions, probe_transport
 from utils.upload_status import build_queue, build_rows, last_errors
@@ -159,13 +159,20 @@ def opened_bucket(
         yield bucket
 
 
-def find_identity(paths: RunPaths) -> RunIdentity | None:
-    """Return the run and branch of this machine, None where it has none."""
+def find_identity(
+    paths: RunPaths, local: Sequence[CheckpointView] | None = None
+) -> RunIdentity | None:
+    """Return the run and branch of this machine, None where it has none.
+
+    Args:
+        paths: Where the run keeps its files.
+        local: Its checkpoints here; None reads them where they are needed.
+    """
     recorded = read_run_identity(paths)
     if recorded is not None:
         return recorded
-    manifests = [view.manifest for view in read_local_checkpoints(paths.checkpoints)]
-    known = [manifest.identity for manifest in manifests if manifest is not None]
+    views = read_local_checkpoints(paths.checkpoints) if local is None else local
+    known = [view.manifest.identity for view in views if view.manifest is not None]
     return known[-1] if known else None
 
 
@@ -180,13 +187,13 @@ def show_status(config: TrainingConfig, paths: RunPaths, args: argparse.Namespac
     uploads = {entry.checkpoint: entry for entry in entries}
     local = read_local_checkpoints(paths.checkpoints, uploads)
     remote, problem = read_remote(config)
-    identity = find_identity(paths)
+    identity = find_identity(paths, local)
     decisions: list[Decision] = []
     if identity is not None:
-        decisions = retention_decisions(
-            paths.checkpoints, config, run_id=identity.run_id, is_uploading_on=bool(uri)
+        decisions = decide_retention(
+            local, config, run_id=identity.run_id, is_uploading_on=bool(uri)
         )
-    owed = find_unfinished(paths.checkpoints, journal, uri) if uri else []
+    owed = find_unfinished(paths.checkpoints, journal, uri, uploads) if uri else []
     result: dict[str, Any] = {
         "run_id": identity.run_id if identity else None,
         "directory": str(paths.checkpoints),

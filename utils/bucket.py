@@ -209,6 +209,26 @@ def normalize_uri(uri: str) -> str:
     return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
+def metered_blocks(data: bytes, meter: Meter) -> Iterator[memoryview]:
+    """Yield data in blocks that are sent one at a time, each when the meter allows it."""
+    view = memoryview(data)
+    for start in range(0, len(view), SEND_BLOCK_BYTES):
+        block = view[start : start + SEND_BLOCK_BYTES]
+        meter.pass_on(len(block))
+        yield block
+
+
+class Nowhere:
+    """Takes any bytes and forgets them."""
+
+    def write(self, data: bytes, /) -> int:
+        """Take all of it."""
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+
 class StreamSink:
     """What a stream is written into: its errors are the bucket's, those of the writer pass by."""
 

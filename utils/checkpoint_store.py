@@ -38,7 +38,7 @@ from utils.layout import (
     upload_lock,
 )
 from utils.metadata import read_local_checkpoints
-from utils.retention import Action, Decision, decide_retention
+from utils.retention import Action, decide_retention
 from utils.storage import crc32c_of_file, fsync_directory
 
 LOCK_SECONDS = 3.0
@@ -201,21 +201,12 @@ def delete_checkpoint(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def retention_decisions(
-    directory: Path, config: TrainingConfig, *, run_id: str, is_uploading_on: bool
-) -> list[Decision]:
-    """Return what the retention rules say of each checkpoint of the run, oldest first."""
-    views = read_local_checkpoints(directory)
-    return decide_retention(views, config, run_id=run_id, is_uploading_on=is_uploading_on)
-
-
 def apply_retention(
     directory: Path, journal: Journal, config: TrainingConfig, *, run_id: str, is_uploading_on: bool
 ) -> list[str]:
     """Delete the checkpoints that the retention rules give up; return their names."""
-    decisions = retention_decisions(
-        directory, config, run_id=run_id, is_uploading_on=is_uploading_on
-    )
+    views = read_local_checkpoints(directory)
+    decisions = decide_retention(views, config, run_id=run_id, is_uploading_on=is_uploading_on)
     deleted = []
     for decision in decisions:
         if decision.action is Action.KEEP:

@@ -17,7 +17,6 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 from utils.bucket import (
-    SEND_BLOCK_BYTES,
     Meter,
     ObjectInfo,
     StreamSink,
@@ -25,6 +24,7 @@ from utils.bucket import (
     crc32c_of_bytes,
     crc32c_of_file,
     fsync_directory,
+    metered_blocks,
 )
 from utils.errors import (
     AccessDeniedError,
@@ -118,15 +118,9 @@ class DirectoryBucket:
 
     def put_file(self, name: str, path: Path) -> ObjectInfo:
         """Copy the file in under a temporary name, sync it, rename it."""
+        with self._written_aside(name) as temporary:
+            shutil.copyfile(path, temporary)
         target = self._path(name)
-        temporary = self._temporary(target, f"-{uuid.uuid4().hex}")
-        with self._mapped_errors(name):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                shutil.copyfile(path, temporary)
-                self._commit(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
         return ObjectInfo(name, target.stat().st_size, crc32c_of_file(target))
 
     def put_stream(self, name: str, write: WriteStream, expected: ObjectInfo | None) -> None:
@@ -172,15 +166,8 @@ class DirectoryBucket:
 
     def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
         """Write a small object."""
-        target = self._path(name)
-        temporary = self._temporary(target, f"-{uuid.uuid4().hex}")
-        with self._mapped_errors(name):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_bytes(data)
-                self._commit(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with self._written_aside(name) as temporary:
+            temporary.write_bytes(data)
         return ObjectInfo(name, len(data), crc32c_of_bytes(data))
 
     def read_version(self, name: str) -> tuple[bytes, ObjectInfo]:
@@ -224,6 +211,19 @@ class DirectoryBucket:
 
     def close(self) -> None:
         """Nothing to release."""
+
+    @contextlib.contextmanager
+    def _written_aside(self, name: str) -> Iterator[Path]:
+        """Give the object what is written into a temporary file; nothing where that fails."""
+        target = self._path(name)
+        temporary = self._temporary(target, f"-{uuid.uuid4().hex}")
+        with self._mapped_errors(name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                yield temporary
+                self._commit(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     @staticmethod
     def _temporary(target: Path, mark: str = "") -> Path:
@@ -320,17 +320,14 @@ class _MeteredFile:
         self._unsynced = 0
 
     def write(self, data: bytes) -> int:
-        view = memoryview(data)
-        for start in range(0, len(view), SEND_BLOCK_BYTES):
-            block = view[start : start + SEND_BLOCK_BYTES]
-            self._meter.pass_on(len(block))
+        for block in metered_blocks(data, self._meter):
             self._file.write(block)
             self._unsynced += len(block)
         if self._unsynced >= SYNC_BYTES:
             self._unsynced = 0
             self._file.flush()
             os.fsync(self._file.fileno())
-        return len(view)
+        return len(data)
 
     def flush(self) -> None:
         self._file.flush()

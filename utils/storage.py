@@ -16,9 +16,9 @@ from pathlib import Path
 from utils.bucket import (
     DEFAULT_RETRY_SECONDS,
     READ_BLOCK_BYTES,
-    SEND_BLOCK_BYTES,
     Bucket,
     Meter,
+    Nowhere,
     ObjectInfo,
     WriteStream,
     crc32c_of_bytes,
@@ -27,6 +27,7 @@ from utils.bucket import (
     fsync_directory,
     is_gcs_uri,
     join_uri,
+    metered_blocks,
     normalize_uri,
 )
 from utils.directory_bucket import TEMPORARY_PREFIX, DirectoryBucket
@@ -39,9 +40,9 @@ __all__ = [
     "DirectoryBucket",
     "GcsBucket",
     "Meter",
+    "Nowhere",
     "ObjectInfo",
     "READ_BLOCK_BYTES",
-    "SEND_BLOCK_BYTES",
     "TEMPORARY_PREFIX",
     "WriteStream",
     "crc32c_of_bytes",
@@ -50,6 +51,7 @@ __all__ = [
     "fsync_directory",
     "is_gcs_uri",
     "join_uri",
+    "metered_blocks",
     "normalize_uri",
     "open_bucket",
 ]

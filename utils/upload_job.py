@@ -24,6 +24,7 @@ from utils.errors import CheckpointError, ConflictError, StorageError, Transient
 from utils.layout import (
     METADATA_FILE,
     REMOTE_FOLDER,
+    SET_ASIDE_FOLDER,
     Manifest,
     RunIdentity,
     archive_object,
@@ -31,10 +32,9 @@ from utils.layout import (
     read_json,
     read_manifest,
 )
-from utils.storage import Meter, ObjectInfo, join_uri
+from utils.storage import Meter, Nowhere, ObjectInfo, join_uri
 from utils.transports import Transport, TransportOptions, open_transport, put_bytes
 
-SET_ASIDE_PREFIX = "set-aside"
 # A gzip stream of what does not compress grows by less than this, and so does a tar of many files.
 ARCHIVE_GROWTH = 1.01
 ARCHIVE_OVERHEAD_BYTES = 2**20
@@ -221,7 +221,7 @@ class _Upload:
 
     def _set_aside(self, branch: int, names: list[str]) -> None:
         """Copy what is there to where nothing replaces it."""
-        folder = self._free_folder(f"{REMOTE_FOLDER}/{SET_ASIDE_PREFIX}/branch-{branch}")
+        folder = self._free_folder(f"{REMOTE_FOLDER}/{SET_ASIDE_FOLDER}/branch-{branch}")
         log.log(
             logging.WARNING if branch == self._manifest.identity.branch else logging.INFO,
             "The bucket has another %s, of branch %d of this run. It is copied to %s.",
@@ -257,7 +257,7 @@ class _Upload:
 
     def _measure(self) -> ArchiveInfo:
         """Return what the archive would be."""
-        sink: Any = _Nowhere()
+        sink: Any = Nowhere()
         self._write(sink)
         assert self._info is not None
         return self._info
@@ -319,16 +319,6 @@ class _Upload:
             self._transport.remove_unfinished(REMOTE_FOLDER, keep, only)
         except StorageError as exc:
             log.warning("Parts of uploads are left in %s: %s", self._transport.uri, exc)
-
-
-class _Nowhere:
-    """Takes any bytes."""
-
-    def write(self, data: bytes) -> int:
-        return len(data)
-
-    def flush(self) -> None:
-        """Do nothing."""
 
 
 @dataclass(frozen=True)

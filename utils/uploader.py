@@ -18,7 +18,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any
 from utils.checkpoint_store import hold_upload
 from utils.console import format_bytes, format_duration
 from utils.errors import PretrainError, TransientStorageError
-from utils.journal import Journal, UploadState
+from utils.journal import Journal, JournalEntry, UploadState
 from utils.layout import (
     MANIFEST_FILE,
     Manifest,
@@ -370,15 +370,7 @@ class Uploader:
             log.error("%s was not uploaded: %s It is kept in %s.", name, self.failures[name],
                       item.path.parent)  # fmt: skip
         again = datetime.now(timezone.utc) + timedelta(seconds=seconds)
-        self._record(
-            name,
-            run_id,
-            UploadState.FAILED,
-            error=error,
-            attempts=item.attempts,
-            permanent=False,
-            next_try=again.isoformat(timespec="seconds"),
-        )
+        self._record_failure(item, run_id, error, again.isoformat(timespec="seconds"))
         self._requeue(item, seconds, is_late)
 
     def _requeue(self, item: _Item, seconds: float, is_late: bool = False) -> None:
@@ -394,16 +386,20 @@ class Uploader:
             log.warning("%s was given up while it waited for its upload.", name)
             return
         self.failures[name] = error
+        self._record_failure(item, run_id, error, None)
+        log.error("%s was not uploaded: %s It is kept in %s.", name, error, item.path.parent)
+
+    def _record_failure(self, item: _Item, run_id: str, error: str, next_try: str | None) -> None:
+        """Write down that an attempt failed; for good where there is no next one."""
         self._record(
-            name,
+            item.path.name,
             run_id,
             UploadState.FAILED,
             error=error,
             attempts=item.attempts,
-            permanent=True,
-            next_try=None,
+            permanent=next_try is None,
+            next_try=next_try,
         )
-        log.error("%s was not uploaded: %s It is kept in %s.", name, error, item.path.parent)
 
     def _record(self, name: str, run_id: str, state: UploadState, **details: Any) -> None:
         try:
@@ -483,13 +479,24 @@ def _threads() -> int:
     return max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))
 
 
-def find_unfinished(directory: Path, journal: Journal, uri: str) -> list[Path]:
+def find_unfinished(
+    directory: Path,
+    journal: Journal,
+    uri: str,
+    uploads: Mapping[str, JournalEntry] | None = None,
+) -> list[Path]:
     """Return the local checkpoints that are owed to the bucket `uri`, by step.
 
     Owed is what the journal has not as verified there or given up, also what it does not know at
     all: a crash between commit and queueing.
+
+    Args:
+        directory: Where the checkpoints lie.
+        journal: What is known of their uploads.
+        uri: The bucket.
+        uploads: Newest journal entry of each checkpoint; None reads the journal.
     """
-    latest = journal.latest()
+    latest = journal.latest() if uploads is None else uploads
     owed = []
     for name in find_checkpoints(directory):
         checkpoint, entry = directory / str(name), latest.get(str(name))

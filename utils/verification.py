@@ -41,7 +41,7 @@ from utils.layout import (
 from utils.metadata import is_verified_in
 from utils.prefix_lease import LEASE_OBJECT
 from utils.remote_checkpoints import RemoteListing
-from utils.storage import Bucket, ObjectInfo, join_uri, normalize_uri
+from utils.storage import Bucket, Nowhere, ObjectInfo, join_uri, normalize_uri
 
 GIVEN_UP = (UploadState.SUPERSEDED, UploadState.REMOVED)
 
@@ -283,7 +283,7 @@ class Verifier:
         refusal: CheckpointError | None = None
         try:
             buffered = io.BufferedReader(stream)
-            unpack_archive(card, source, buffered, lambda name: contextlib.nullcontext(_Nowhere()))
+            unpack_archive(card, source, buffered, lambda name: contextlib.nullcontext(Nowhere()))
         except CheckpointError as exc:
             refusal = exc
         stream.read_rest()
@@ -310,13 +310,6 @@ def _group(others: Iterable[ObjectInfo]) -> list[Orphan]:
         size = sum(info.size for info in infos)
         orphans.append(Orphan(name, f"{what}: {len(infos)} objects, {size} bytes"))
     return orphans
-
-
-class _Nowhere:
-    """Takes the bytes of a file and forgets them."""
-
-    def write(self, data: bytes, /) -> None:
-        pass
 
 
 class _ArchiveStream(io.RawIOBase):

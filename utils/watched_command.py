@@ -29,7 +29,7 @@ from utils.errors import (
     StorageError,
     TransientStorageError,
 )
-from utils.storage import SEND_BLOCK_BYTES, Meter, WriteStream
+from utils.storage import Meter, WriteStream, metered_blocks
 
 POLL_SECONDS = 0.5  # a look at all processes costs some ms
 START_SECONDS = 15.0
@@ -126,13 +126,10 @@ class _MeteredPipe:
         self._pipe, self._meter = pipe, meter
 
     def write(self, data: bytes) -> int:
-        view = memoryview(data)
-        for start in range(0, len(view), SEND_BLOCK_BYTES):
-            block = view[start : start + SEND_BLOCK_BYTES]
-            self._meter.pass_on(len(block))
+        for block in metered_blocks(data, self._meter):
             with self._noticing():
                 self._pipe.write(block)
-        return len(view)
+        return len(data)
 
     def flush(self) -> None:
         with self._noticing():

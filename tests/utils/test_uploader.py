@@ -15,7 +15,7 @@ import threading
 import time
 import tracemalloc
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,18 @@ def open_uploader(
     for uploader in opened:
         uploader.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "uploader"]
+
+
+def hold_first(
+    open_uploader: Open, performer: Performer, checkpoints: Sequence[Path]
+) -> tuple[Uploader, Gate]:
+    """Submit all of them; the first one is on its way, and held, when the others come."""
+    gate = performer.hold(checkpoints[0].name)
+    uploader = open_uploader()
+    for checkpoint in checkpoints:
+        uploader.submit(checkpoint)
+        gate.wait()
+    return uploader, gate
 
 
 def drain(uploader: Uploader) -> None:
@@ -302,11 +314,7 @@ def test_when_uploads_lag_behind_the_newest_and_the_best_go_first(
         )
         for step, loss in losses.items()
     }
-    gate = performer.hold(paths[10].name)
-    uploader = open_uploader()
-    for path in paths.values():
-        uploader.submit(path)
-        gate.wait()  # the first one is on its way when the others come
+    uploader, gate = hold_first(open_uploader, performer, list(paths.values()))
     assert uploader.pending[0] == paths[10].name
     gate.opened.set()
     drain(uploader)
@@ -527,11 +535,7 @@ def test_what_was_given_up_is_no_failure(
 def test_one_that_vanished_without_being_given_up_is_a_failure(
     open_uploader: Open, performer: Performer, journal: Journal, checkpoints: list[Path]
 ) -> None:
-    gate = performer.hold(NAMES[0])
-    uploader = open_uploader()
-    for checkpoint in checkpoints:
-        uploader.submit(checkpoint)
-        gate.wait()
+    uploader, gate = hold_first(open_uploader, performer, checkpoints)
     shutil.rmtree(checkpoints[1])
     gate.opened.set()
     drain(uploader)
@@ -660,11 +664,7 @@ def test_progress_is_in_the_journal_now_and_then_and_not_synced(
 def test_what_waits_is_described_too(
     open_uploader: Open, performer: Performer, checkpoints: list[Path]
 ) -> None:
-    gate = performer.hold(NAMES[0])
-    uploader = open_uploader()
-    for checkpoint in checkpoints:
-        uploader.submit(checkpoint)
-        gate.wait()
+    uploader, gate = hold_first(open_uploader, performer, checkpoints)
     assert uploader.describe() == f"uploading {NAMES[0]}, 2 waiting"
     gate.opened.set()
 
@@ -694,11 +694,7 @@ def test_the_speed_is_that_of_what_was_sent(
 def test_drain_ends_at_its_deadline_or_when_asked_and_names_what_is_pending(
     open_uploader: Open, performer: Performer, checkpoints: list[Path]
 ) -> None:
-    gate = performer.hold(NAMES[0])
-    uploader = open_uploader()
-    for checkpoint in checkpoints:
-        uploader.submit(checkpoint)
-        gate.wait()
+    uploader, gate = hold_first(open_uploader, performer, checkpoints)
     texts: list[str] = []
     assert uploader.drain(0.05, texts.append) == NAMES
     assert texts[0] == f"uploading {NAMES[0]}, 2 waiting"
@@ -718,11 +714,7 @@ def test_closing_ends_what_is_in_flight_and_the_next_start_finds_all_of_it(
     journal: Journal,
     checkpoints: list[Path],
 ) -> None:
-    gate = performer.hold(NAMES[0])
-    uploader = open_uploader()
-    for checkpoint in checkpoints:
-        uploader.submit(checkpoint)
-        gate.wait()
+    uploader, gate = hold_first(open_uploader, performer, checkpoints)
     uploader.close()
     assert [states(journal, name)[-1] for name in NAMES] == ["archiving", "queued", "queued"]
     assert find_unfinished(journal.path.parent, journal, options.uri) == checkpoints
