@@ -397,8 +397,8 @@ class MetricsLog:
     """`metrics.jsonl`, folded to the current branch.
 
     Attributes:
-        limit: How many of the newest records are kept, and about as many events; None for all. Of
-            a long file only the end is parsed then, and the events before it.
+        limit: How many of the newest records are kept, and as many events; None for all. Of a long
+            file only the end is parsed then, and the events before it.
         records: Metric records by step, oldest first; several may share a step.
         events: Records with an `event` (start, resume, rollback, bad_step, finishing, end), oldest
             first.
@@ -410,6 +410,7 @@ class MetricsLog:
     events: list[dict[str, Any]] = field(default_factory=list)
     bad_lines: int = 0
     _file: FollowedFile | None = None
+    _is_shortened: bool = False
 
     def read_new(self, path: Path) -> bool:
         """Read what was appended to the file since the last call; tell whether there was any.
@@ -421,31 +422,43 @@ class MetricsLog:
         """
         if self._file is None or self._file.path != path:
             self._file = FollowedFile(path)
-        parsed_bytes = None if self.limit is None else self.limit * RECORD_BYTES
         try:
-            num_lines, was_shortened = self._read_blocks(self._file, parsed_bytes)
-            if was_shortened and not self.records:  # all that was parsed has been taken back
+            num_lines = self._read_blocks(self._file, self.limit)
+            if self._is_shortened and not self.records:  # all that was kept has been taken back
                 self._file = FollowedFile(path)
                 self._read_blocks(self._file, None)
+                self._shorten(self.limit)
         except FileNotFoundError:
             return False
         return num_lines > 0
 
-    def _read_blocks(self, file: FollowedFile, parsed_bytes: int | None) -> tuple[int, bool]:
-        """Return (lines that were read, whether records before the end were passed over)."""
-        num_lines, was_shortened = 0, False
+    def _read_blocks(self, file: FollowedFile, limit: int | None) -> int:
+        """Take in what is new, keeping so many records; return the number of lines."""
+        num_lines = 0
         for block in file.read_new():
             if block.is_first:
                 self.records, self.events, self.bad_lines = [], [], 0
+                self._is_shortened = False
             lines = block.data.splitlines()
-            if parsed_bytes is not None and block.bytes_left > parsed_bytes:
-                was_shortened = True
+            if limit is not None and block.bytes_left > limit * RECORD_BYTES:
+                self._is_shortened = True
                 lines = [line for line in lines if b'"event"' in line]
             self.bad_lines += block.num_too_long
             num_lines += len(lines) + block.num_too_long
             for line in lines:
                 self._take(line)
-        return num_lines, was_shortened
+            self._shorten(limit)
+        return num_lines
+
+    def _shorten(self, limit: int | None) -> None:
+        """Keep the newest, at most so many."""
+        if limit is None:
+            return
+        if len(self.records) > limit:
+            self._is_shortened = True
+            del self.records[:-limit]
+        if len(self.events) > limit:
+            del self.events[:-limit]
 
     def _take(self, line: bytes) -> None:
         try:
@@ -458,10 +471,8 @@ class MetricsLog:
             return
         if "event" not in record:
             self.records.append(record)
-            _shorten(self.records, self.limit)
             return
         self.events.append(record)
-        _shorten(self.events, self.limit)
         if record["event"] in ("start", "resume", "rollback"):
             while self.records and self.records[-1]["step"] > step:
                 self.records.pop()
@@ -471,12 +482,6 @@ class MetricsLog:
         points = [(record["step"], number(record.get(key))) for record in self.records]
         known = [(step, value) for step, value in points if value is not None]
         return [step for step, _ in known], [value for _, value in known]
-
-
-def _shorten(records: list[dict[str, Any]], limit: int | None) -> None:
-    """Keep the newest, at most a quarter more than the limit."""
-    if limit is not None and len(records) > limit + limit // 4:
-        del records[:-limit]
 
 
 def read_metrics(path: Path) -> MetricsLog:

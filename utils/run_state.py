@@ -104,7 +104,9 @@ def is_process_alive(start: Mapping[str, Any]) -> bool | None:
     A process of that number which began after the record is another one.
     """
     pid = start.get("pid")
-    if not isinstance(pid, int) or start.get("hostname") != socket.gethostname():
+    if not isinstance(pid, int) or isinstance(pid, bool):
+        return None
+    if start.get("hostname") != socket.gethostname():
         return None
     try:
         process = psutil.Process(pid)
