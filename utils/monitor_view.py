@@ -217,7 +217,7 @@ def describe_start(status: RunStatus) -> str:
         f"{printable(ABSENT if ranks is None else ranks, 20)} rank{'' if ranks == 1 else 's'}",
     ]
     if isinstance(parameters, int) and 0 < parameters < 2**63:
-        cells.append(f"{parameters:,} parameters")
+        cells.append(f"{parameters / 1e6:,.1f}M parameters")
     return ", ".join(cells)
 
 

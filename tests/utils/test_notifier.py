@@ -25,7 +25,9 @@ with open(sys.argv[1], "a") as file:
 
 
 @contextmanager
-def notifier(*words: str, limit_seconds: float = 20.0, patience: float = 20.0) -> Iterator[Notifier]:
+def notifier(
+    *words: str, limit_seconds: float = 20.0, patience: float = 20.0
+) -> Iterator[Notifier]:
     running = Notifier(list(words), limit_seconds)
     try:
         yield running
