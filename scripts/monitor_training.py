@@ -193,7 +193,7 @@ def show_live(watch: Watch, refresh_seconds: float) -> None:
 
             def draw() -> None:
                 columns, rows = screen.size
-                view = build_rows(status, encoding, width=columns, notes=notes)
+                view = build_rows(status, encoding, width=columns, notes=notes, hint="q: quit")
                 screen.show(fit_rows(view, rows))
 
             draw()

@@ -24,6 +24,7 @@ from utils.text_plots import sparkline
 
 ABSENT = "-"
 WIDTH = 80
+CHECKPOINT_PREFIX = "checkpoint-"
 SPARK_WIDTH = 32
 MIN_BAR_WIDTH = 10
 MAX_BAR_WIDTH = 40
@@ -134,7 +135,12 @@ def one_line(status: RunStatus) -> str:
 
 
 def build_rows(
-    status: RunStatus, encoding: str | None, *, width: int = WIDTH, notes: Sequence[str] = ()
+    status: RunStatus,
+    encoding: str | None,
+    *,
+    width: int = WIDTH,
+    notes: Sequence[str] = (),
+    hint: str = "",
 ) -> list[Row]:
     """Return a look as rows.
 
@@ -143,10 +149,11 @@ def build_rows(
         encoding: Of the output.
         width: Columns of the output.
         notes: What the monitor has to say of itself.
+        hint: Shown beside the title.
     """
-    blank = Row("", importance=8)
+    blank, now = Row("", importance=8), datetime.now().astimezone()
     return [
-        Row(f"Training Monitor  {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}", "bold", 3),
+        Row(f"Training Monitor  {now:%Y-%m-%d %H:%M:%S %Z}  {hint}".rstrip(), "bold", 3),
         *run_rows(status, encoding, width),
         blank,
         *checkpoint_rows(status, width),
@@ -190,8 +197,8 @@ def run_rows(status: RunStatus, encoding: str | None, width: int = WIDTH) -> lis
             importance=1,
         ),
         Row(
-            f"Learning Rate: {show_figure(metrics.learning_rate, '.2e')}  "
-            f"Tokens Seen: {show_figure(metrics.tokens_seen, ',.0f')}  Last Record: {silent}",
+            f"Last Record: {silent}  Learning Rate: {show_figure(metrics.learning_rate, '.2e')}  "
+            f"Tokens Seen: {show_figure(metrics.tokens_seen, ',.0f')}",
             importance=2,
         ),
     ]
@@ -234,18 +241,23 @@ def checkpoint_rows(status: RunStatus, width: int = WIDTH) -> list[Row]:
     heading = Row(f"Checkpoints:  (uploads: {show_uploads(status)})", "bold", 1)
     if not status.checkpoints:
         return [heading, Row("  none yet", importance=5)]
-    newest_first = enumerate(reversed(status.checkpoints))
+    prefix = "" if width >= WIDTH else CHECKPOINT_PREFIX  # what all names begin with
+    names = [checkpoint.name.removeprefix(prefix) for checkpoint in status.checkpoints]
+    texts = [
+        checkpoint_text(f"{name:<{max(map(len, names))}}", checkpoint, width)
+        for name, checkpoint in zip(names, status.checkpoints, strict=True)
+    ]
     rows = [
-        Row(checkpoint_text(checkpoint, width), importance=1 if not age else min(7, 3 + age))
-        for age, checkpoint in newest_first
+        Row(text, importance=1 if not age else min(7, 3 + age))
+        for age, text in enumerate(reversed(texts))
     ]
     return [heading, *reversed(rows)]
 
 
-def checkpoint_text(checkpoint: CheckpointStatus, width: int = WIDTH) -> str:
+def checkpoint_text(name: str, checkpoint: CheckpointStatus, width: int = WIDTH) -> str:
     """Return one checkpoint's row."""
     begin = (
-        f"  {checkpoint.name:<36}  Val: {show_figure(checkpoint.validation_loss, '.4f')}  "
+        f"  {name}  Val: {show_figure(checkpoint.validation_loss, '.4f')}  "
         f"{checkpoint.upload or 'not uploaded'}"
     )
     progress = checkpoint.upload_progress

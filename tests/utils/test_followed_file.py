@@ -1,4 +1,4 @@
-"""A file is followed whatever happens to it, with bounded memory, and without waiting for a pipe."""
+"""A file is followed whatever happens to it, in bounded memory, without waiting for a pipe."""
 
 from __future__ import annotations
 

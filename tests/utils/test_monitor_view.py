@@ -82,8 +82,8 @@ def test_a_usual_run_fits_80_by_24_uncropped() -> None:
         "3.120 to 2.845",
         "Validation Loss: 2.912000  Best: 2.901200",
         "Speed: 512,345 tokens/s  602 ms/step  MFU: 41.2%  Data Wait: 0.3%",
-        "Learning Rate: 2.00e-04  Tokens Seen: 10,240,000,000  Last Record: 3s ago",
-        "  checkpoint-epoch0-step5000-files12    Val: 2.9120  uploading 43%, 1m20s left",
+        "Last Record: 3s ago  Learning Rate: 2.00e-04  Tokens Seen: 10,240,000,000",
+        "  checkpoint-epoch0-step5000-files12  Val: 2.9120  uploading 43%, 1m20s left",
         "GPU 0: 90%  61.0 GiB of 80.0 GiB  67 C  412 W  NVIDIA H100 80GB HBM3",
         "CPU: 45%  Memory: 12.0 GiB of 64.0 GiB (19%)",
         "Disk Free: 500.0 GiB of 1.8 TiB (12 days left)",
@@ -105,6 +105,12 @@ def test_what_matters_least_is_left_out_where_there_is_no_room() -> None:
 
 def test_a_wide_terminal_shows_the_rate_too() -> None:
     assert any("uploading 43%, 52.1 MiB/s, 1m20s left" in line for line in text_of(FULL, width=120))
+
+
+def test_a_narrow_terminal_still_shows_the_uploads() -> None:
+    lines = text_of(FULL, width=60)
+    assert "  epoch0-step4000-files12  Val: 2.9120  verified" in lines
+    assert "  epoch0-step5000-files12  Val: 2.9120  uploading 43%, 1m20s left" in lines
 
 
 def test_many_gpus_are_summed_up() -> None:

@@ -350,9 +350,7 @@ def test_a_full_disk_and_a_filling_one_are_told_of_a_live_run(
     clock = Clock()
     watcher = RunWatcher(paths, monotonic=clock)
     write_start(paths.metrics)
-    step = 0
-    for _ in range(60):
-        step += 1
+    for step in range(1, 61):
         write_step(paths.metrics, step)
         assert kinds(status := watcher.look()) in ([], ["disk_filling"])
         clock.seconds += 60
