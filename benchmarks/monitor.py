@@ -1,8 +1,8 @@
 """The monitor beside a run of 100,000 logged lines and 1,000 checkpoints that goes on logging.
 
-Each monitor is a process of its own, as a user starts it, in a terminal of 80 x 24 or with --json in
-a pipe. CPU time is the process's own, from its first view to the end of the watch, and the whole of
-it with the start. The peer of the start is the interpreter that does nothing, in the same run.
+Each monitor is a process of its own, as a user starts it, in a terminal of 80 x 24 or with --json
+in a pipe. CPU time is the process's own, from its first view to the end of the watch, and the whole
+of it with the start. The peer of the start is the interpreter that does nothing, in the same run.
 """
 
 from __future__ import annotations

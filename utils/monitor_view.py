@@ -40,7 +40,7 @@ STATE_STYLES = {
     RunState.STOPPED: "yellow",
     RunState.UNKNOWN: "yellow",
 }
-SEVERE_WARNINGS = ("not_finite", "upload_failed", "disk_low")
+SEVERE_WARNINGS = ("stalled", "crashed", "failed", "not_finite", "upload_failed", "disk_low")
 
 
 @dataclass(frozen=True)
@@ -349,5 +349,6 @@ def _wrap(text: str, width: int, style: str, importance: int) -> list[Row]:
         subsequent_indent="  ",
         max_lines=MAX_WARNING_ROWS,
         placeholder=" ...",
+        break_on_hyphens=False,
     )
     return [Row(line, style, importance) for line in lines]

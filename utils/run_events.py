@@ -39,7 +39,8 @@ class EventTracker:
         if name is not None:
             # Another start may have gone the same way between two looks.
             start = printable((status.start.get("time"), status.start.get("pid")))
-            holding[name, start] = f"{status.state.value}: {status.detail}"
+            told = [w.message for w in status.warnings if w.kind == status.state.value]
+            holding[name, start] = "; ".join([f"{status.state.value}: {status.detail}", *told])
         for warning in status.warnings:
             if warning.kind in EVENT_WARNINGS:
                 holding[warning.kind, warning.subject] = warning.message

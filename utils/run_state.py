@@ -79,7 +79,7 @@ def judge_run(
     limit = max(stall_seconds, FINISHING_SECONDS) if is_finishing else stall_seconds
     is_silent = silent_seconds is None or silent_seconds >= limit
     if is_alive is False:
-        return RunState.CRASHED, f"{who} is gone without an end record: killed or crashed"
+        return RunState.CRASHED, f"{who} is gone"
     if is_alive:
         if is_silent:
             return RunState.STALLED, f"{who} lives, but logs nothing"

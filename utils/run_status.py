@@ -25,7 +25,7 @@ from utils.machine import Machine, MachineProbe
 from utils.metadata import MAX_STEP, CheckpointView, MetricsLog, number, read_local_checkpoint
 from utils.run_findings import LogFindings, Metrics, UploadLog
 from utils.run_state import RunState, is_process_alive, judge_run, time_of
-from utils.run_warnings import RunWarning, judge_disk, judge_uploads
+from utils.run_warnings import RunWarning, judge_disk, judge_state, judge_uploads
 from utils.upload_status import describe_progress
 
 NEWEST_CHECKPOINTS = 5
@@ -149,7 +149,9 @@ class RunWatcher:
             self._disk.add(self._monotonic(), machine.disk_free_bytes)
         eta_seconds = _remaining_seconds(findings.newest, state, silent_seconds)
         disk_seconds = self._disk.seconds_left(interval)
-        warnings = [*findings.warnings, *self._judge_uploads(names, interval)]
+        of_state = judge_state(state.value, silent_seconds, findings.stall_seconds)
+        warnings = [of_state] if of_state is not None else []
+        warnings += [*findings.warnings, *self._judge_uploads(names, interval)]
         if state.is_live:
             size = views[-1].total_bytes if views else None
             warnings += judge_disk(machine.disk_free_bytes, disk_seconds, size, eta_seconds)

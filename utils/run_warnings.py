@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from utils.console import format_duration
 from utils.journal import JournalEntry, UploadState
 from utils.metadata import number, printable
 
@@ -31,6 +32,7 @@ FIRST_RECORD_SECONDS = 1800.0  # loading, compiling, filling the cache
 
 BAD_STEP_SPAN = 1000
 FAILED_ATTEMPTS = 5  # after so many the uploader tries only now and then
+UPLOAD_MIN_SECONDS = 60.0  # no upload is late before
 DISK_MIN_BYTES = 2**30
 DISK_CHECKPOINTS = 2  # there should be room for so many more
 DISK_DAYS_LIMIT = 1.0
@@ -124,6 +126,36 @@ def stall_seconds(pace: Pace) -> float:
     if not pace.has_begun or pace.usual_seconds is None:
         return max(seconds, FIRST_RECORD_SECONDS)
     return seconds if pace.has_evaluated else max(seconds, FIRST_EVALUATION_SECONDS)
+
+
+def judge_state(
+    state: str, silent_seconds: float | None, stall_seconds: float
+) -> RunWarning | None:
+    """Warn of a run that does not go on although nobody asked it to stop.
+
+    Args:
+        state: A value of RunState.
+        silent_seconds: Time since the last record, None where there is none.
+        stall_seconds: Of `stall_seconds`.
+    """
+    silence = "no record yet"
+    if silent_seconds is not None:
+        silence = f"no record for {format_duration(silent_seconds)}"
+    due = f"{silence}, the next was due within {format_duration(stall_seconds)}"
+    told = {
+        "stalled": (
+            due,
+            "see the end of train.log and the GPUs; py-spy dump --pid shows where it hangs; stop "
+            "it, then --resume latest",
+        ),
+        "unknown": (due, "look at the run's own machine: it hangs, is gone, or its disk is away"),
+        "crashed": (
+            "the process is gone without an end record: killed or crashed",
+            "see train.log and dmesg (memory?); --resume latest goes on from the last checkpoint",
+        ),
+        "failed": ("the run ended with an error", "see the end of train.log; then --resume latest"),
+    }
+    return RunWarning(state, *told[state]) if state in told else None
 
 
 def judge_loss(losses: Sequence[float]) -> RunWarning | None:
@@ -242,7 +274,7 @@ def judge_uploads(
         (seconds, name)
         for name, seconds in waiting_seconds.items()
         if save_interval_seconds is not None
-        and seconds > save_interval_seconds
+        and seconds > max(save_interval_seconds, UPLOAD_MIN_SECONDS)
         and name not in failures
     ]
     if late:
@@ -251,7 +283,7 @@ def judge_uploads(
             RunWarning(
                 "upload_lagging",
                 f"uploads lag: {len(late)} older than the time between saves, "
-                f"{printable(name, 80)} for {seconds / 60:,.0f} min",
+                f"{printable(name, 80)} for {format_duration(seconds)}",
                 "python scripts/upload_manager.py status; a faster line, or a larger save_steps",
             )
         )

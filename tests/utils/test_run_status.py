@@ -224,7 +224,7 @@ def test_a_compacted_journal_is_read_again_and_waits_are_not_forgotten(paths: Ru
     assert len(paths.journal.read_text().splitlines()) == 2
     after = watcher.look()
     assert after.uploads == before.uploads == {"uploading": 1, "verified": 1}
-    assert "for 9 min" in after.warnings[0].message  # the queued line is gone
+    assert "for 9m01s" in after.warnings[0].message  # the queued line is gone
 
 
 def make_fifo(path: Path) -> None:

@@ -20,6 +20,7 @@ from utils.run_warnings import (
     judge_disk,
     judge_loss,
     judge_newest,
+    judge_state,
     judge_uploads,
     measure_pace,
     stall_seconds,
@@ -122,6 +123,25 @@ def test_a_start_that_has_logged_nothing_yet_is_given_time() -> None:
     assert one.has_begun
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("running", None),
+        ("finished", None),
+        ("stopped", None),
+        ("stalled", "no record for 10m00s, the next was due within 1m00s"),
+        ("unknown", "no record for 10m00s, the next was due within 1m00s"),
+        ("crashed", "the process is gone without an end record: killed or crashed"),
+        ("failed", "the run ended with an error"),
+    ],
+)
+def test_a_run_that_does_not_go_on_is_a_warning(state: str, message: str | None) -> None:
+    warning = judge_state(state, 600.0, 60.0)
+    assert (warning and warning.message) == message
+    assert warning is None or warning.advice
+    assert "no record yet" in str(judge_state("stalled", None, 60.0))
+
+
 def test_gaps_between_two_starts_do_not_count() -> None:
     records, times = records_every(30, 20)
     later = [time + 100_000 for time in times]
@@ -156,9 +176,10 @@ def test_failed_and_lagging_uploads_are_told() -> None:
         ("upload_failed", "a"), ("upload_lagging", ""),
     ]  # fmt: skip
     assert "403?[31m" in found[0].message
-    assert "1 older than the time between saves, b for 12 min" in found[1].message
+    assert "1 older than the time between saves, b for 11m40s" in found[1].message
     assert judge_uploads({}, {"b": 500.0}, 600.0) == []
     assert judge_uploads({}, {"b": 500.0}, None) == []
+    assert judge_uploads({}, {"b": 50.0}, 5.0) == []  # a run that saves every few seconds
 
 
 @pytest.mark.parametrize(
