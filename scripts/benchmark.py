@@ -6,6 +6,8 @@
     data    reading a warm cache (peer: np.memmap), going on at sample 10^9 of 10,000 shards, the
             first batch of a cold bucket (peer: downloading the same shards), host memory
     memory  the peak of real steps against the estimate, by preset and micro-batch
+    monitor  the monitor beside a run of 100,000 logged lines: CPU of a core over a minute, bytes a
+            refresh, time to the first view (peer: the interpreter's own start)
     upload  archive, upload and verification of 1 GB of training state by each transport (peer:
             `tar czf` and `gsutil cp` to the same server), the archive alone (peers: `tar czf`, isal
             from memory), training steps meanwhile
@@ -32,6 +34,7 @@ if __package__ in (None, ""):
 from benchmarks.data import measure_data
 from benchmarks.figures import RUNS, describe_machine
 from benchmarks.memory import measure_memory
+from benchmarks.monitor import measure_monitor
 from benchmarks.saving import measure_checkpoint
 from benchmarks.upload import measure_upload
 from benchmarks.viewer import measure_viewer
@@ -78,6 +81,7 @@ PARTS: dict[str, Callable[[Path, int], dict[str, str]]] = {
     "checkpoint": measure_checkpoint,
     "data": measure_data,
     "memory": measure_memory,
+    "monitor": measure_monitor,
     "upload": measure_upload,
     "viewer": measure_viewer,
 }

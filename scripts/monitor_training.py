@@ -3,39 +3,59 @@
     logs/metrics.jsonl, journal, checkpoints/ -> a live view, plain lines in a pipe, or --json
 
 Reads only, so it may be started, stopped and run twice at any time, before, during and after a
-run. A terminal gets a view that is renewed in place, a pipe a line each time. Ctrl-C ends it.
+run, on the machine of the run or over a shared disk. A terminal gets a view that is renewed in
+place, a pipe a line each time. Ctrl-C or q ends it.
+
+--notify-command CMD runs CMD once when one of these begins to hold, also at the first look:
+  stalled      no record for long: the process hangs, or cannot be seen from here
+  crashed      the process is gone without an end record        failed   it ended with an error
+  stopped      saved on request        finished   all steps are done
+  not_finite   the loss is no number   bad_steps  a step's update was left out
+  upload_failed  a checkpoint is not in the bucket, for good or after five attempts
+CMD gets PRETRAIN_EVENT, PRETRAIN_MESSAGE, PRETRAIN_RUN and PRETRAIN_STEP in its environment and the
+same as JSON on standard input. It is split as by a shell but gets none: for pipes, sh -c '...'. It
+is ended after 30 s; the monitor goes on whatever it does.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
+import io
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig, get_training_config  # noqa: E402
-from utils.console import format_bytes, format_duration, get_console, run_command  # noqa: E402
-from utils.costs import describe_costs_so_far, parse_hourly_price  # noqa: E402
+from utils.console import run_command  # noqa: E402
+from utils.costs import parse_hourly_price  # noqa: E402
+from utils.errors import UsageError  # noqa: E402
+from utils.followed_file import FollowedFile  # noqa: E402
 from utils.layout import RunPaths  # noqa: E402
-from utils.machine import Gpu, Machine  # noqa: E402
+from utils.live_screen import (  # noqa: E402
+    Line,
+    LiveScreen,
+    can_be_renewed,
+    paint,
+    terminal_encoding,
+    wants_color,
+)
 from utils.metadata import printable, to_json_text  # noqa: E402
-from utils.run_status import CheckpointStatus, RunStatus, RunWatcher  # noqa: E402
+from utils.monitor_view import WIDTH, build_rows, fit_rows, one_line  # noqa: E402
+from utils.notifier import LIMIT_SECONDS, Notifier, parse_command  # noqa: E402
+from utils.run_events import EventTracker  # noqa: E402
+from utils.run_status import RunStatus, RunWatcher  # noqa: E402
 
 DEFAULT_REFRESH_SECONDS = 2.0
 TAIL_LINES = 20
 TAIL_BYTES = 64 * 2**10
-BAR_WIDTH = 30
-ABSENT = "-"
-SPARKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
-ASCII_SPARKS = "_.-=*#"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description="Watch a training run; changes nothing.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--refresh",
         type=_positive_seconds,
@@ -56,6 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--once", action="store_true", help="look once and exit")
     parser.add_argument("--logs-only", action="store_true", help="show and follow train.log only")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a look")
+    parser.add_argument(
+        "--notify-command", metavar="CMD", help="run CMD on a stall, crash, end, ...; see above"
+    )
     parser.add_argument("--config", default="test", help="name or .json file (default: test)")
     parser.add_argument("--output-dir", help="directory of the checkpoints (default: the config's)")
     parser.add_argument("--logging-dir", help="directory of the logs (default: the config's)")
@@ -78,20 +103,28 @@ def _positive_seconds(text: str) -> float:
 
 
 def run_monitor(args: argparse.Namespace) -> None:
-    """Show the run once, or until Ctrl-C."""
+    """Show the run once, or until Ctrl-C or q."""
     paths = RunPaths.of(load_config(args))
-    try:
-        if args.logs_only:
+    words = None if args.notify_command is None else parse_command(args.notify_command)
+    # What the output's encoding lacks is shown as ?, and no reason to end.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if args.logs_only:
+        with contextlib.suppress(KeyboardInterrupt):  # the usual way to end it
             follow_log(LogTail(paths.train_log), args)
-        elif args.once:
-            status = RunWatcher(paths, args.hourly_price).look()
-            print(status_json(status, indent=2) if args.json else "\n".join(full_view(status)))
-        elif args.json or not sys.stdout.isatty():
-            repeat_lines(RunWatcher(paths, args.hourly_price), args)
+        return
+    watch = Watch(paths, None if words is None else Notifier(words), args.hourly_price)
+    try:
+        if args.once:
+            show_once(watch, args)
+        elif args.json or not can_be_renewed():
+            repeat_lines(watch, args)
         else:
-            show_live(RunWatcher(paths, args.hourly_price), args.refresh)
+            show_live(watch, args.refresh)
     except KeyboardInterrupt:
-        return  # the usual way to end it
+        return
+    finally:
+        watch.close(LIMIT_SECONDS if args.once else None)
 
 
 def load_config(args: argparse.Namespace) -> TrainingConfig:
@@ -101,25 +134,98 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
     return get_training_config(args.config, overrides)
 
 
-def repeat_lines(watcher: RunWatcher, args: argparse.Namespace) -> None:
+class Watch:
+    """Looks at the run, and has the user told of what begins.
+
+    Args:
+        paths: Of the run.
+        notifier: Runs the user's command, None where there is none.
+        hourly_price: For the time whose price the run did not know.
+    """
+
+    def __init__(
+        self, paths: RunPaths, notifier: Notifier | None, hourly_price: float | None
+    ) -> None:
+        self._watcher = RunWatcher(paths, hourly_price)
+        self._events, self._notifier = EventTracker(), notifier
+
+    def look(self) -> RunStatus:
+        """Return the state of the run now."""
+        status = self._watcher.look()
+        if self._notifier is not None:
+            for event in self._events.take(status):
+                self._notifier.tell(event)
+        return status
+
+    def complaints(self) -> list[str]:
+        """Return what went wrong with the user's command since the last call."""
+        if self._notifier is None:
+            return []
+        return [f"--notify-command: {text}" for text in self._notifier.take_complaints()]
+
+    def complain(self) -> None:
+        """Say on standard error what went wrong with the user's command."""
+        for text in self.complaints():
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self, seconds: float | None = None) -> None:
+        """Wait a moment for the user's command, or so many seconds."""
+        if self._notifier is not None:
+            self._notifier.close(*([] if seconds is None else [seconds]))
+            self.complain()
+
+
+def show_once(watch: Watch, args: argparse.Namespace) -> None:
+    """Print one look."""
+    status = watch.look()
+    if args.json:
+        print(status_json(status, indent=2))
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+    print_lines(fit_rows(build_rows(status, output_encoding(), width=width), None))
+
+
+def repeat_lines(watch: Watch, args: argparse.Namespace) -> None:
     """Print a line, or a JSON object, at each look."""
     while True:
-        status = watcher.look()
+        status = watch.look()
         print(status_json(status) if args.json else one_line(status), flush=True)
+        watch.complain()
         time.sleep(args.refresh)
 
 
-def show_live(watcher: RunWatcher, refresh_seconds: float) -> None:
-    """Renew the whole view in place; the last one stays on the screen."""
-    from rich.live import Live
-    from rich.text import Text
+def show_live(watch: Watch, refresh_seconds: float) -> None:
+    """Renew the whole view in place; the last one stays on the terminal."""
+    encoding = output_encoding()
+    notes: list[str] = []
+    status = watch.look()
+    try:
+        with LiveScreen(encoding, has_color=wants_color()) as screen:
 
-    # Redirected, standard output would no longer tell its encoding.
-    with Live(console=get_console(), auto_refresh=False, redirect_stdout=False) as live:
-        while True:
-            text = Text("\n".join(full_view(watcher.look())), no_wrap=True, overflow="ellipsis")
-            live.update(text, refresh=True)
-            time.sleep(refresh_seconds)
+            def draw() -> None:
+                columns, rows = screen.size
+                view = build_rows(status, encoding, width=columns, notes=notes, hint="q: quit")
+                screen.show(fit_rows(view, rows))
+
+            draw()
+            while not screen.wait(refresh_seconds, draw):
+                status = watch.look()
+                now = f"{datetime.now().astimezone():%H:%M}"
+                notes = [*notes, *(f"{now} {text}" for text in watch.complaints())][-1:]
+                draw()
+    finally:
+        width = shutil.get_terminal_size().columns
+        print_lines(fit_rows(build_rows(status, encoding, width=width, notes=notes), None))
+
+
+def print_lines(lines: Sequence[Line]) -> None:
+    """Print rows as they are, with their styles where there is a terminal for them."""
+    print("\n".join(paint(line, has_color=wants_color()) for line in lines), flush=True)
+
+
+def output_encoding() -> str:
+    """Return what standard output can show."""
+    return terminal_encoding() if sys.stdout.isatty() else sys.stdout.encoding or "ascii"
 
 
 def status_json(status: RunStatus, *, indent: int | None = None) -> str:
@@ -132,224 +238,46 @@ class LogTail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._offset = 0
-        self._file_number: int | None = None
+        self._file = FollowedFile(path, TAIL_BYTES)
+        self._is_first = True
 
     def read_new(self) -> list[str]:
-        """Return the whole lines since the last call; at first the last ones of the file."""
+        """Return the whole lines since the last call; at first the last ones of the file.
+
+        Raises:
+            OSError: It is there and cannot be read.
+        """
         try:
-            with self.path.open("rb") as file:
-                facts = os.fstat(file.fileno())
-                is_first = self._file_number is None
-                if facts.st_ino != self._file_number or facts.st_size < self._offset:
-                    self._file_number, self._offset = facts.st_ino, 0
-                begin = max(self._offset, facts.st_size - TAIL_BYTES) if is_first else self._offset
-                file.seek(begin)
-                data = file.read()
+            data = b"".join(block.data for block in self._file.read_new())
         except FileNotFoundError:
             return []
-        whole = data.rfind(b"\n") + 1
-        self._offset = begin + whole
-        lines = data[:whole].decode("utf-8", "replace").split("\n")[:-1]
-        return [
-            printable(line, limit=2000) for line in (lines[-TAIL_LINES:] if is_first else lines)
-        ]
+        lines = data.decode("utf-8", "replace").split("\n")[:-1]
+        shown = lines[-TAIL_LINES:] if self._is_first else lines
+        self._is_first = False
+        return [printable(line, limit=2000) for line in shown]
 
 
 def follow_log(log: LogTail, args: argparse.Namespace) -> None:
-    """Print the end of the log, then each new line."""
-    lines = log.read_new()
-    if not lines and not args.json:
-        print(f"No log lines in {printable(log.path)} yet.", flush=True)
-    while True:
-        for line in lines:
-            print(to_json_text({"line": line}, indent=None) if args.json else line, flush=True)
-        if args.once:
-            return
-        time.sleep(args.refresh)
-        lines = log.read_new()
+    """Print the end of the log, then each new line.
 
-
-def show_figure(value: float | None, form: str) -> str:
-    """Return a number in a format, `-` for None."""
-    return ABSENT if value is None else format(value, form)
-
-
-def show_milliseconds(status: RunStatus) -> str:
-    """Return the time of a step."""
-    seconds = status.metrics.step_seconds
-    return ABSENT if seconds is None else f"{seconds * 1000:,.0f}"
-
-
-def show_eta(status: RunStatus) -> str:
-    """Return the time to the end of the run."""
-    return ABSENT if status.eta_seconds is None else format_duration(status.eta_seconds)
-
-
-def show_steps(status: RunStatus) -> str:
-    """Return the step, of how many, and the share."""
-    text = f"{show_figure(status.step, ',')} / {show_figure(status.max_steps, ',')}"
-    if status.step is None or not status.max_steps:
-        return text
-    return f"{text} ({status.step / status.max_steps:.1%})"
-
-
-def show_uploads(status: RunStatus) -> str:
-    """Return how many checkpoints are in which upload state."""
-    counts = (f"{count} {state}" for state, count in sorted(status.uploads.items()))
-    return ", ".join(counts) or "none"
-
-
-def one_line(status: RunStatus) -> str:
-    """Return a look on one line."""
-    now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    if status.step is None:
-        return f"{now} {status.state.value}: {printable(status.detail)}"
-    metrics = status.metrics
-    cells = [
-        f"{now} {status.state.value}",
-        f"step {show_steps(status)}",
-        f"loss {show_figure(metrics.loss, '.6f')}",
-        f"ppl {show_figure(metrics.perplexity, ',.2f')}",
-        f"val {show_figure(metrics.validation_loss, '.6f')}",
-        f"lr {show_figure(metrics.learning_rate, '.2e')}",
-        f"{show_figure(metrics.tokens_per_second, ',.0f')} tokens/s",
-        f"{show_milliseconds(status)} ms/step",
-        f"data wait {show_figure(metrics.data_wait_share, '.1%')}",
-        f"ETA {show_eta(status)}",
-        f"uploads: {show_uploads(status)}",
-        *(printable(problem) for problem in status.problems),
-    ]
-    return "  ".join(cells)
-
-
-def full_view(status: RunStatus) -> list[str]:
-    """Return a look as lines for a terminal of 80 columns and 24 lines."""
-    lines = [
-        f"Training Monitor  {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}",
-        "=" * 60,
-        *run_lines(status),
-        "",
-        "Checkpoints:",
-        "-" * 30,
-        *checkpoint_lines(status),
-        "",
-        "Machine:",
-        "-" * 30,
-        *machine_lines(status.machine),
-    ]
-    if status.problems:
-        lines += ["", "Problems:", *(f"  {printable(problem)}" for problem in status.problems)]
-    return lines
-
-
-def run_lines(status: RunStatus) -> list[str]:
-    """Return state, progress, losses and speed."""
-    lines = [f"State: {status.state.value} ({printable(status.detail)})"]
-    if status.step is None:
-        return lines
-    metrics = status.metrics
-    silent = ABSENT if status.silent_seconds is None else format_duration(status.silent_seconds)
-    best = show_figure(metrics.best_validation_loss, ".6f")
-    lines += [
-        describe_start(status.start),
-        f"Step: {show_steps(status)}  {progress_bar(status)}  ETA: {show_eta(status)}",
-        f"Loss: {show_figure(metrics.loss, '.6f')}  "
-        f"Perplexity: {show_figure(metrics.perplexity, ',.2f')}  "
-        f"Gradient Norm: {show_figure(metrics.grad_norm, '.3f')}",
-        f"Validation Loss: {show_figure(metrics.validation_loss, '.6f')}  Best: {best}",
-        f"Learning Rate: {show_figure(metrics.learning_rate, '.2e')}  "
-        f"Tokens Seen: {show_figure(metrics.tokens_seen, ',.0f')}",
-        f"Speed: {show_figure(metrics.tokens_per_second, ',.0f')} tokens/s  "
-        f"{show_milliseconds(status)} ms/step  "
-        f"Data Wait: {show_figure(metrics.data_wait_share, '.1%')}  Last Record: {silent} ago",
-    ]
-    if status.costs is not None:
-        lines.append(f"Cost: {describe_costs_so_far(status.costs)}")
-    if len(status.loss_curve) > 1:
-        first, last = status.loss_curve[0], status.loss_curve[-1]
-        lines.append(f"Loss Curve: {sparkline(status.loss_curve)}  {first:.3f} to {last:.3f}")
-    return lines
-
-
-def describe_start(start: dict[str, Any]) -> str:
-    """Return which run it is and what it runs on."""
-    ranks = start.get("world_size")
-    parameters = start.get("num_parameters")
-    cells = [
-        f"Run: {printable(start.get('run_id', ABSENT))}",
-        f"on {printable(start.get('device', ABSENT))}",
-        f"precision {printable(start.get('precision', ABSENT))}",
-        f"{printable(ABSENT if ranks is None else ranks)} rank{'' if ranks == 1 else 's'}",
-    ]
-    if isinstance(parameters, int):
-        cells.append(f"{parameters:,} parameters")
-    return ", ".join(cells)
-
-
-def progress_bar(status: RunStatus) -> str:
-    """Return the share of the steps as a bar."""
-    share = min(1.0, (status.step or 0) / status.max_steps) if status.max_steps else 0.0
-    filled = max(0, round(share * BAR_WIDTH))
-    return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}]"
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """Return the values as a row of bars, lowest to highest."""
-    bars = SPARKS
+    Raises:
+        UsageError: The log cannot be read.
+    """
     try:
-        bars.encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        bars = ASCII_SPARKS
-    low, high = min(values), max(values)
-    scale = (len(bars) - 1) / (high - low) if high > low else 0.0
-    return "".join(bars[round((value - low) * scale)] for value in values)
-
-
-def checkpoint_lines(status: RunStatus) -> list[str]:
-    """Return the newest checkpoints with their upload states."""
-    if not status.checkpoints:
-        return ["  none yet"]
-    lines = [checkpoint_line(checkpoint) for checkpoint in status.checkpoints]
-    return [*lines, f"  Uploads: {show_uploads(status)}"]
-
-
-def checkpoint_line(checkpoint: CheckpointStatus) -> str:
-    """Return one checkpoint's line."""
-    cells = [
-        f"  {checkpoint.name:<36}",
-        f"Val: {show_figure(checkpoint.validation_loss, '.4f')}",
-        f"Upload: {checkpoint.upload or ABSENT}",
-    ]
-    for trouble in (checkpoint.upload_error, checkpoint.problem):
-        if trouble:
-            cells.append(f"({printable(trouble, limit=120)})")
-    return "  ".join(cells)
-
-
-def machine_lines(machine: Machine) -> list[str]:
-    """Return the load of CPU, memory, disk and GPUs."""
-    memory = machine.memory_used_bytes / machine.memory_total_bytes
-    lines = [
-        f"CPU: {machine.cpu_percent:.0f}%  "
-        f"Memory: {format_bytes(machine.memory_used_bytes)} of "
-        f"{format_bytes(machine.memory_total_bytes)} ({memory:.0%})  "
-        f"Disk Free: {format_bytes(machine.disk_free_bytes)} of "
-        f"{format_bytes(machine.disk_total_bytes)}",
-        *(gpu_line(gpu) for gpu in machine.gpus),
-    ]
-    return [*lines, f"GPU: {printable(machine.gpu_note)}"] if machine.gpu_note else lines
-
-
-def gpu_line(gpu: Gpu) -> str:
-    """Return the load of one GPU."""
-    return (
-        f"GPU {gpu.index}: {printable(gpu.name)}  "
-        f"{show_figure(gpu.utilization_percent, '.0f')}%  "
-        f"{format_bytes(gpu.memory_used_bytes)} of {format_bytes(gpu.memory_total_bytes)}  "
-        f"{show_figure(gpu.temperature_celsius, '.0f')} C  "
-        f"{show_figure(gpu.power_watts, '.0f')} W"
-    )
+        lines = log.read_new()
+        if not lines and not args.json:
+            print(f"No log lines in {printable(log.path)} yet.", flush=True)
+        while True:
+            for line in lines:
+                print(to_json_text({"line": line}, indent=None) if args.json else line, flush=True)
+            if args.once:
+                return
+            time.sleep(args.refresh)
+            lines = log.read_new()
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise UsageError(f"{log.path} cannot be read: {exc.strerror or exc}.") from exc
 
 
 if __name__ == "__main__":

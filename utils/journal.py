@@ -140,7 +140,7 @@ class Journal:
     def entries(self) -> Iterator[JournalEntry]:
         """Yield every readable line, oldest first."""
         for line in self._read_lines():
-            entry = _parse(line)
+            entry = parse_entry(line)
             if entry is not None:
                 yield entry
 
@@ -206,7 +206,7 @@ class Journal:
             with contextlib.suppress(OSError):
                 self._bytes_after_compaction = self.path.stat().st_size
             return
-        unreadable = sum(1 for line in lines if line.strip() and _parse(line) is None)
+        unreadable = sum(1 for line in lines if line.strip() and parse_entry(line) is None)
         log.log(
             logging.WARNING if unreadable else logging.DEBUG,
             "%s was compacted from %d to %d lines; %d could not be read and were dropped.",
@@ -224,7 +224,7 @@ def _lines_to_keep(lines: list[bytes]) -> list[bytes]:
     """Return the lines that readers still need, in their order."""
     needed: dict[tuple[str, str], int] = {}
     for number, line in enumerate(lines):
-        entry = _parse(line)
+        entry = parse_entry(line)
         if entry is None:
             continue
         needed[entry.checkpoint, "newest"] = number
@@ -233,7 +233,8 @@ def _lines_to_keep(lines: list[bytes]) -> list[bytes]:
     return [lines[number] for number in sorted(set(needed.values()))]
 
 
-def _parse(line: bytes) -> JournalEntry | None:
+def parse_entry(line: bytes) -> JournalEntry | None:
+    """Return the entry that a line of the journal holds, None where it holds none."""
     try:
         value = json.loads(line)
         return JournalEntry(

@@ -9,6 +9,7 @@ No torch here.
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Load of this machine; the disk is the one that holds the checkpoints."""
+    """Load of this machine; the disk is the one that holds the checkpoints, None if unreadable."""
 
     cpu_percent: float
     memory_used_bytes: int
     memory_total_bytes: int
-    disk_free_bytes: int
-    disk_total_bytes: int
+    disk_free_bytes: int | None
+    disk_total_bytes: int | None
     gpus: list[Gpu]
     gpu_note: str | None
 
@@ -57,7 +58,8 @@ class MachineProbe:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._has_cpu_baseline = False
+        psutil.cpu_percent()  # what follows is measured from here
+        self._cpu_wait_until: float | None = time.monotonic() + FIRST_CPU_SECONDS
         self._gpu_note: str | None = None
         self._nvml: Any = None
         try:
@@ -71,17 +73,20 @@ class MachineProbe:
             self._gpu_note = f"none ({exc})"
 
     def look(self) -> Machine:
-        """Return the load now; the first look takes a moment to measure the CPU."""
-        interval = None if self._has_cpu_baseline else FIRST_CPU_SECONDS
-        self._has_cpu_baseline = True
+        """Return the load now; the first look may wait a moment to measure the CPU."""
+        if self._cpu_wait_until is not None:
+            time.sleep(max(0.0, self._cpu_wait_until - time.monotonic()))
+            self._cpu_wait_until = None
         memory = psutil.virtual_memory()
-        disk = psutil.disk_usage(str(_existing_parent(self._directory)))
+        disk = None
+        with contextlib.suppress(OSError):  # no right to look, or a share that is gone
+            disk = psutil.disk_usage(str(_existing_parent(self._directory)))
         return Machine(
-            cpu_percent=psutil.cpu_percent(interval),
+            cpu_percent=psutil.cpu_percent(),
             memory_used_bytes=memory.total - memory.available,
             memory_total_bytes=memory.total,
-            disk_free_bytes=disk.free,
-            disk_total_bytes=disk.total,
+            disk_free_bytes=disk and disk.free,
+            disk_total_bytes=disk and disk.total,
             gpus=self._read_gpus(),
             gpu_note=self._gpu_note,
         )

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import CheckpointError, StorageError, UsageError
+from utils.followed_file import FollowedFile
 from utils.journal import Journal, JournalEntry, UploadState, utc_now
 from utils.layout import (
     ARCHIVE_SUFFIX,
@@ -41,6 +42,8 @@ MAX_JSON_BYTES = 256 * 2**20
 MAX_CARD_BYTES = 64 * 2**20
 MAX_SHOWN_CHARACTERS = 300
 MAX_DEPTH = 32
+MAX_STEP = 2**63
+RECORD_BYTES = 512  # of a line of metrics.jsonl, at most
 TOO_DEEP = "(too deep)"
 
 # Raised by json and int() for what no writer of ours wrote: too deep, or infinite.
@@ -394,39 +397,75 @@ class MetricsLog:
     """`metrics.jsonl`, folded to the current branch.
 
     Attributes:
+        limit: How many of the newest records are kept, and as many events; None for all. Of a long
+            file only the end is parsed then, and the events before it.
         records: Metric records by step, oldest first; several may share a step.
-        events: Records with an `event` (start, resume, rollback, bad_step, end), oldest first.
+        events: Records with an `event` (start, resume, rollback, bad_step, finishing, end), oldest
+            first.
         bad_lines: Lines that could not be read.
     """
 
+    limit: int | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     bad_lines: int = 0
-    _offset: int = 0
-    _file_number: int | None = None
+    _file: FollowedFile | None = None
+    _is_shortened: bool = False
 
     def read_new(self, path: Path) -> bool:
-        """Read what was appended to the file since the last call; tell whether there was any."""
+        """Read what was appended to the file since the last call; tell whether there was any.
+
+        What is known stays when the file is gone.
+
+        Raises:
+            OSError: It is there and cannot be read.
+        """
+        if self._file is None or self._file.path != path:
+            self._file = FollowedFile(path)
         try:
-            with path.open("rb") as file:
-                facts = os.fstat(file.fileno())
-                if facts.st_size < self._offset or facts.st_ino != self._file_number:
-                    self.records, self.events, self.bad_lines, self._offset = [], [], 0, 0
-                    self._file_number = facts.st_ino
-                file.seek(self._offset)
-                data = file.read()
+            num_lines = self._read_blocks(self._file, self.limit)
+            if self._is_shortened and not self.records:  # all that was kept has been taken back
+                self._file = FollowedFile(path)
+                self._read_blocks(self._file, None)
+                self._shorten(self.limit)
         except FileNotFoundError:
             return False
-        whole = data.rfind(b"\n") + 1  # a line without its end is still being written
-        self._offset += whole
-        for line in data[:whole].splitlines():
-            self._take(line)
-        return whole > 0
+        return num_lines > 0
+
+    def _read_blocks(self, file: FollowedFile, limit: int | None) -> int:
+        """Take in what is new, keeping so many records; return the number of lines."""
+        num_lines = 0
+        for block in file.read_new():
+            if block.is_first:
+                self.records, self.events, self.bad_lines = [], [], 0
+                self._is_shortened = False
+            lines = block.data.splitlines()
+            if limit is not None and block.bytes_left > limit * RECORD_BYTES:
+                self._is_shortened = True
+                lines = [line for line in lines if b'"event"' in line]
+            self.bad_lines += block.num_too_long
+            num_lines += len(lines) + block.num_too_long
+            for line in lines:
+                self._take(line)
+            self._shorten(limit)
+        return num_lines
+
+    def _shorten(self, limit: int | None) -> None:
+        """Keep the newest, at most so many."""
+        if limit is None:
+            return
+        if len(self.records) > limit:
+            self._is_shortened = True
+            del self.records[:-limit]
+        if len(self.events) > limit:
+            del self.events[:-limit]
 
     def _take(self, line: bytes) -> None:
         try:
             record = json.loads(line)
             step = record["step"] = int(record["step"])
+            if abs(step) >= MAX_STEP:
+                raise OverflowError
         except _JSON_ERRORS:
             self.bad_lines += 1
             return
@@ -435,7 +474,8 @@ class MetricsLog:
             return
         self.events.append(record)
         if record["event"] in ("start", "resume", "rollback"):
-            self.records = [kept for kept in self.records if kept["step"] <= step]
+            while self.records and self.records[-1]["step"] > step:
+                self.records.pop()
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Return (steps, values) of one metric; what is no finite number is left out."""

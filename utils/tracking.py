@@ -110,6 +110,14 @@ def record_rollback(accelerator: Accelerator, logs: Path, step: int) -> None:
             tracker.tracker.file_writer.add_event(Event(step=step + 1, session_log=start))
 
 
+def record_finishing(logs: Path, step: int) -> None:
+    """Note that what follows is saving and uploading: no record is to be expected for a while."""
+    try:
+        append_metrics(logs / "metrics.jsonl", {"event": "finishing", "step": step})
+    except OSError as exc:
+        log.warning("The end of training at step %d could not be noted: %s", step, exc)
+
+
 def record_end(logs: Path, step: int, outcome: str, **facts: Any) -> None:
     """Note how this start ended: done, stopped or failed; and facts besides."""
     event = {"event": "end", "step": step, "outcome": outcome, **facts}

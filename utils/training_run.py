@@ -509,6 +509,8 @@ class TrainingRun:
         Raises:
             PretrainError: What ended this start before its time; the state is saved.
         """
+        if self._is_main:
+            tracking.record_finishing(self.paths.logs, self.state.progress.step)
         leave_at = math.inf if self._failure is not None else self._leave_at()
         reason = self.stop.reason
         if leave_at < math.inf and self._saving is not None:

@@ -1,24 +1,30 @@
 import contextlib
+import fcntl
 import json
 import math
 import os
 import pty
+import re
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
+import time
 from datetime import datetime, timedelta, timezone
 
 import pytest
 
 from configs.training_config import PROJECT_DIRECTORY
-from scripts.monitor_training import LogTail, main, sparkline
+from scripts.monitor_training import LogTail, main
 from tests.sample_checkpoints import RUN_ID, make_checkpoint
+from tests.sample_logs import write_start, write_step
 from utils import machine
 from utils.journal import Journal, UploadState
+from utils.live_screen import ENTER, LEAVE, count_cells
 from utils.metadata import append_metrics
-from utils.run_status import RunState, condense, is_process_alive, judge_run
 
 SCRIPT = PROJECT_DIRECTORY / "scripts" / "monitor_training.py"
 
@@ -39,40 +45,6 @@ def dead_pid():
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
     return process.pid
-
-
-def write_start(path, event="start", step=0, pid=None, **changes):
-    record = {
-        "event": event,
-        "step": step,
-        "run_id": RUN_ID,
-        "max_steps": 100,
-        "world_size": 1,
-        "device": "cpu",
-        "precision": "no",
-        "num_parameters": 5256704,
-        "tokens_per_step": 2048,
-        "pid": os.getpid() if pid is None else pid,
-        "hostname": socket.gethostname(),
-    }
-    append_metrics(path, {**record, **changes})
-
-
-def write_step(path, step, loss=5.0, **changes):
-    record = {
-        "step": step,
-        "epoch": 0,
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "learning_rate": 0.004,
-        "grad_norm": 1.25,
-        "tokens_seen": step * 2048,
-        "tokens_per_second": 3400.0,
-        "step_seconds": 0.602,
-        "data_wait_share": 0.003,
-        "eta_seconds": 3600.0,
-    }
-    append_metrics(path, {**record, **changes})
 
 
 def run(capsys, *argv):
@@ -105,52 +77,6 @@ def interrupt(process):
     return process.wait(timeout=20)
 
 
-START = {"event": "start", "pid": 7, "hostname": "far"}
-
-
-@pytest.mark.parametrize(
-    ("events", "is_alive", "silent_seconds", "state"),
-    [
-        ([], None, None, RunState.NO_RUN),
-        ([{"event": "note"}], None, 1.0, RunState.NO_RUN),
-        ([START], True, 9999.0, RunState.RUNNING),
-        ([START], False, 1.0, RunState.STOPPED),
-        ([START], None, 1.0, RunState.RUNNING),
-        ([START], None, 9999.0, RunState.UNKNOWN),
-        ([START], None, None, RunState.UNKNOWN),
-        ([START, {"event": "end", "outcome": "done"}], True, 1.0, RunState.FINISHED),
-        ([START, {"event": "end", "outcome": "stopped"}], False, 1.0, RunState.STOPPED),
-        ([START, {"event": "end", "outcome": "failed"}], False, 1.0, RunState.FAILED),
-        ([START, {"event": "end"}], False, 1.0, RunState.FAILED),
-        (
-            [{"event": "end", "outcome": "stopped"}, {**START, "event": "resume"}],
-            True,
-            1.0,
-            "running",
-        ),
-    ],
-)
-def test_state_follows_from_events_and_process(events, is_alive, silent_seconds, state):
-    found, detail = judge_run(events, is_alive=is_alive, silent_seconds=silent_seconds)
-    assert found == state
-    assert detail
-
-
-def test_process_is_known_by_number_host_and_age(dead_pid):
-    now = datetime.now(timezone.utc)
-    here = {"pid": os.getpid(), "hostname": socket.gethostname(), "time": now.isoformat()}
-    assert is_process_alive(here) is True
-    assert is_process_alive({**here, "pid": dead_pid}) is False
-    # Recorded long before this process began: the number has been given out again.
-    old = (now - timedelta(days=365)).isoformat()
-    assert is_process_alive({**here, "time": old}) is False
-    assert is_process_alive({**here, "time": "nonsense"}) is True
-    assert is_process_alive({**here, "hostname": "elsewhere"}) is None
-    for pid in (None, "7", -1, 2**70):
-        assert not is_process_alive({**here, "pid": pid})
-    assert is_process_alive({}) is None
-
-
 def test_nothing_there_is_no_run_and_no_error(capsys):
     code, out, err = run(capsys, "--once")
     assert (code, err) == (0, "")
@@ -168,8 +94,8 @@ def test_running_run_shows_progress_losses_speed_and_eta(capsys, metrics):
     assert code == 0
     for part in (
         f"State: running (process {os.getpid()} on {socket.gethostname()})",
-        f"Run: {RUN_ID}, on cpu, precision no, 1 rank, 5,256,704 parameters",
-        "Step: 50 / 100 (50.0%)  [###############...............]  ETA: ",
+        f"Run: {RUN_ID}, on cpu, precision no, 1 rank, 5.3M parameters",
+        "Step: 50 / 100 (50.0%)  [####################....................]  ETA: ",
         "Loss: 5.500000  Perplexity: 244.69  Gradient Norm: 1.250",
         "Validation Loss: 5.600000  Best: 5.500000",
         "Learning Rate: 4.00e-03  Tokens Seen: 102,400",
@@ -195,7 +121,7 @@ def test_process_gone_without_an_end_record_is_said(capsys, metrics, dead_pid):
     write_step(metrics, 10)
     code, out, _ = run(capsys, "--once")
     assert code == 0
-    assert "State: stopped" in out
+    assert "State: crashed" in out
     assert "is gone without an end record" in out
 
 
@@ -222,10 +148,10 @@ def test_newest_checkpoints_are_shown_with_their_upload_states(capsys, tmp_path)
     assert code == 0
     lines = [line for line in out.splitlines() if "checkpoint-epoch0" in line]
     assert len(lines) == 5
-    assert "Upload: failed  (403 no)" in lines[-1]
+    assert "Val: 5.9489  failed  (403 no)" in lines[-1]
     assert "metadata.json cannot be read" in lines[-2]
-    assert "Upload: verified" in lines[-3]
-    assert "Uploads: 1 failed, 1 verified" in out
+    assert "verified" in lines[-3]
+    assert "Checkpoints:  (uploads: 1 failed, 1 verified)" in out
 
 
 def test_damaged_files_are_named_and_the_rest_is_shown(capsys, tmp_path, metrics):
@@ -359,31 +285,242 @@ def test_logs_only_follows_until_ctrl_c(tmp_path):
         assert process.stderr.read() == ""
 
 
-def test_terminal_gets_a_view_renewed_in_place_until_ctrl_c(tmp_path, metrics):
+class Terminal:
+    """The monitor on a pseudo-terminal of its own, as its controlling terminal."""
+
+    def __init__(self, cwd, *argv, size=(24, 80), **environment):
+        self.ours, theirs = pty.openpty()
+        self.resize(*size)
+        self.mode = termios.tcgetattr(theirs)
+        inherited = {key: value for key, value in os.environ.items()
+                     if key not in ("COLUMNS", "LINES", "NO_COLOR", "LC_ALL")}  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, SCRIPT, "--refresh", "0.05", *argv],
+            cwd=cwd,
+            env={**inherited, "TERM": "xterm", **environment},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        self.theirs, self.unread = theirs, b""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.ours)
+        os.close(self.theirs)
+
+    def resize(self, rows, columns):
+        fcntl.ioctl(self.ours, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def type(self, keys):
+        os.write(self.ours, keys)
+
+    def read_until(self, wanted):
+        """Return what is shown up to this; the rest is for the next call."""
+        end = time.monotonic() + 20
+        while wanted not in self.unread:
+            ready = select.select([self.ours], [], [], max(0, end - time.monotonic()))[0]
+            assert ready, f"{wanted!r} did not appear in {self.unread!r}"
+            self.unread += os.read(self.ours, 65536)
+        shown, found, self.unread = self.unread.partition(wanted)
+        return shown + found
+
+    def assert_left(self, code=0):
+        """It has ended, and the terminal is as it was."""
+        shown = self.read_until(LEAVE.encode())
+        assert self.process.wait(timeout=20) == code
+        assert termios.tcgetattr(self.theirs) == self.mode
+        shown += self.unread
+        while select.select([self.ours], [], [], 0)[0]:
+            shown += os.read(self.ours, 65536)
+        return shown
+
+
+@pytest.mark.parametrize(
+    ("leave", "code"),
+    [
+        (lambda terminal: terminal.type(b"q"), 0),
+        (lambda terminal: terminal.type(b"\x03"), 0),  # Ctrl-C
+        (lambda terminal: terminal.process.terminate(), 143),
+    ],
+    ids=["q", "ctrl-c", "sigterm"],
+)
+def test_terminal_gets_a_view_renewed_in_place_and_is_given_back(tmp_path, metrics, leave, code):
     write_start(metrics)
     write_step(metrics, 10)
-    ours, theirs = pty.openpty()
-    try:
-        with monitor(cwd=tmp_path, stdout=theirs) as process:
-            shown = _read_until(ours, b"Step: 10 / 100")
-            assert b"Training Monitor" in shown
-            write_step(metrics, 20)
-            _read_until(ours, b"Step: 20 / 100")
-            assert interrupt(process) == 0
-            assert process.stderr.read() == ""
-            # The cursor that the view hid is shown again.
-            _read_until(ours, b"\x1b[?25h")
-    finally:
-        os.close(ours)
-        os.close(theirs)
+    with Terminal(tmp_path) as terminal:
+        shown = terminal.read_until(b"Step: 10 / 100")
+        assert ENTER.encode() in shown
+        assert b"Training Monitor" in shown
+        write_step(metrics, 20)
+        shown = terminal.read_until(b"Step: 20 / 100")
+        leave(terminal)
+        shown = terminal.assert_left(code)
+        # The last view stays where the user was before.
+        assert b"Step: 20 / 100" in shown[shown.rindex(LEAVE.encode()) :]
+        assert b"Traceback" not in shown
 
 
-def _read_until(descriptor, wanted):
-    shown = b""
-    while wanted not in shown:
-        assert select.select([descriptor], [], [], 20)[0], f"{wanted!r} did not appear in {shown!r}"
-        shown += os.read(descriptor, 65536)
-    return shown
+def test_only_rows_that_changed_are_written(tmp_path, metrics):
+    write_start(metrics)
+    write_step(metrics, 10)
+    with Terminal(tmp_path) as terminal:
+        terminal.read_until(b"Disk Free:")
+        write_step(metrics, 20)
+        shown = terminal.read_until(b"Step: 20 / 100")
+        assert b"Training Monitor" not in shown or len(shown) < 3000
+        assert b"Run:" not in shown
+        assert b"\x1b[2J" not in shown
+        assert len(shown) < 3000
+        terminal.resize(24, 60)
+        terminal.read_until(b"\x1b[2J")
+        rows = screen_rows(terminal.read_until(b"Disk Free:"))
+        assert max(count_cells(row) for row in rows) <= 60
+
+
+def screen_rows(shown):
+    """Return the rows of a redraw, without escape sequences."""
+    text = shown.decode()
+    return [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", row) for row in re.split(r"\x1b\[\d+H", text)]
+
+
+def test_ctrl_z_gives_the_terminal_back_until_it_goes_on(tmp_path, metrics):
+    write_start(metrics)
+    write_step(metrics, 10)
+    with Terminal(tmp_path) as terminal:
+        terminal.read_until(b"Step: 10 / 100")
+        # An orphaned process group is not stopped by SIGTSTP (POSIX), so it goes on at once here.
+        os.kill(terminal.process.pid, signal.SIGTSTP)
+        terminal.read_until(LEAVE.encode())
+        terminal.read_until(ENTER.encode())
+        terminal.read_until(b"Step: 10 / 100")
+        terminal.type(b"q")
+        terminal.assert_left()
+
+
+def test_colours_can_be_switched_off(tmp_path, metrics):
+    write_start(metrics)
+    write_step(metrics, 10)
+    with Terminal(tmp_path, NO_COLOR="1") as terminal:
+        shown = terminal.read_until(b"Step: 10")
+        assert b"State: running" in shown
+        assert b"\x1b[32m" not in shown
+
+
+def test_a_terminal_in_the_c_locale_gets_ascii(tmp_path, metrics):
+    write_start(metrics, device="caf\u00e9")
+    for step in (10, 20):
+        write_step(metrics, step, loss=10.0 - step / 10)
+    with Terminal(tmp_path, LANG="C", LC_ALL="C") as terminal:
+        shown = terminal.read_until(b"Disk Free:")
+    assert b"\x1b[32mState: running" in shown
+    assert b"Loss Curve: #_  9.000 to 8.000" in shown
+    assert b"on caf?," in shown
+    assert shown.isascii()
+
+
+def test_a_dumb_terminal_gets_lines(tmp_path, metrics):
+    write_start(metrics)
+    write_step(metrics, 10)
+    with Terminal(tmp_path, TERM="dumb") as terminal:
+        shown = terminal.read_until(b"loss 5.000000")
+        assert b"\x1b" not in shown
+        terminal.type(b"\x03")
+        assert terminal.process.wait(timeout=20) == 0
+
+
+def recorder(path):
+    """Return a --notify-command that writes down what it gets."""
+    path.write_text('#!/bin/sh\necho "$PRETRAIN_EVENT $PRETRAIN_STEP" >> "$0.out"\n')
+    path.chmod(0o755)
+    return str(path), path.with_name(f"{path.name}.out")
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_the_notify_command_is_run_once_in_each_mode(capsys, tmp_path, metrics, form):
+    command, out = recorder(tmp_path / "notify me")
+    write_start(metrics)
+    write_step(metrics, 100)
+    append_metrics(metrics, {"event": "end", "step": 100, "outcome": "done"})
+    code, _, err = run(capsys, "--once", "--notify-command", f"'{command}'", *form)
+    assert (code, err) == (0, "")
+    assert out.read_text() == "finished 100\n"
+
+
+def test_the_notify_command_follows_a_run_through_a_pipe(tmp_path, metrics, dead_pid):
+    command, out = recorder(tmp_path / "notify")
+    with monitor("--notify-command", command, cwd=tmp_path) as process:
+        process.stdout.readline()
+        write_start(metrics)
+        write_step(metrics, 10)
+        next(line for line in process.stdout if "step 10 / 100" in line)
+        with metrics.open("a") as file:
+            file.write('{"step": 20, "loss": NaN}\n')
+        next(line for line in process.stdout if "is not finite" in line)
+        write_start(metrics, "resume", 20, pid=dead_pid)
+        for _ in range(3):  # it is told once
+            next(line for line in process.stdout if " crashed " in line)
+        assert interrupt(process) == 0
+        assert process.stderr.read() == ""
+    assert out.read_text() == "not_finite 20\ncrashed 20\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("false", "exit code 1"),
+        ("sleep 60", None),
+    ],
+)
+def test_a_notify_command_that_fails_or_hangs_holds_nothing_up(
+    tmp_path, metrics, dead_pid, command, complaint
+):
+    write_start(metrics, pid=dead_pid)
+    with monitor("--notify-command", command, cwd=tmp_path) as process:
+        for _ in range(5):
+            assert "crashed" in process.stdout.readline()
+        if complaint is not None:
+            assert complaint in process.stderr.readline()
+        assert interrupt(process) == 0
+
+
+def test_a_failing_notify_command_shows_in_the_view(tmp_path, metrics, dead_pid):
+    write_start(metrics, pid=dead_pid)
+    with Terminal(tmp_path, "--notify-command", "false") as terminal:
+        terminal.read_until(b"--notify-command: false for crashed: exit code 1")
+
+
+@pytest.mark.parametrize("command", ["", "echo 'open"])
+def test_a_notify_command_that_is_none_is_one_message(capsys, command):
+    code, out, err = run(capsys, "--once", "--notify-command", command)
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: --notify-command")
+
+
+def test_json_has_warnings_with_what_to_do(capsys, tmp_path, metrics):
+    write_start(metrics)
+    write_step(metrics, 10, grad_norm=11.5, mfu=0.41)
+    append_metrics(metrics, {"event": "bad_step", "step": 11, "kind": "spike", "policy": "skip"})
+    value = run_json(capsys)
+    assert value["metrics"]["mfu"] == 0.41
+    assert [warning["kind"] for warning in value["warnings"]] == ["gradient_norm", "bad_steps"]
+    assert all(warning["advice"] for warning in value["warnings"])
+    assert value["stall_seconds"] > 0
+    assert value["disk_seconds_left"] is None
+
+
+def test_logs_only_of_something_else_is_one_message(capsys, tmp_path):
+    (tmp_path / "logs").mkdir()
+    os.mkfifo(tmp_path / "logs" / "train.log")
+    code, out, err = run(capsys, "--logs-only", "--once")
+    assert (code, out) == (2, "")
+    assert err == "Error: logs/train.log cannot be read: it is no regular file.\n"
 
 
 def test_monitor_does_not_load_torch(tmp_path):
@@ -394,24 +531,6 @@ def test_monitor_does_not_load_torch(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
-
-
-@pytest.mark.parametrize(
-    ("values", "points", "expected"),
-    [
-        ([], 4, []),
-        ([1.0, 2.0], 4, [1.0, 2.0]),
-        ([1.0, 3.0, 5.0, 7.0], 2, [2.0, 6.0]),
-        ([1.0, 2.0, 3.0], 2, [1.0, 2.5]),
-    ],
-)
-def test_long_curves_are_condensed_to_means(values, points, expected):
-    assert condense(values, points) == expected
-
-
-def test_sparkline_goes_from_lowest_to_highest_bar():
-    assert sparkline([0.0, 1.0]) in ("\u2581\u2588", "_#")
-    assert len(set(sparkline([3.0, 3.0, 3.0]))) == 1
 
 
 def write_priced_start(path, seconds_ago, price):

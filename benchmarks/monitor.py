@@ -1,0 +1,208 @@
+"""The monitor beside a run of 100,000 logged lines and 1,000 checkpoints that goes on logging.
+
+Each monitor is a process of its own, as a user starts it, in a terminal of 80 x 24 or with --json
+in a pipe. CPU time is the process's own, from its first view to the end of the watch, and the whole
+of it with the start. The peer of the start is the interpreter that does nothing, in the same run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import pty
+import select
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.figures import spread
+from benchmarks.viewer import write_checkpoints
+from configs.training_config import PROJECT_DIRECTORY
+from utils.metadata import append_metrics
+
+NUM_LINES = 100_000
+LOGGING_STEPS = 10
+APPEND_SECONDS = 1.0
+WATCH_SECONDS = 60.0
+REFRESH_SECONDS = 2.0
+ROWS, COLUMNS = 24, 80
+MONITOR = (sys.executable, str(PROJECT_DIRECTORY / "scripts" / "monitor_training.py"),
+           "--refresh", str(REFRESH_SECONDS))  # fmt: skip
+FORMS = {"terminal": (), "--json": ("--json",)}
+FIRST_VIEW = b"Disk Free:"  # the last row of the view
+
+
+def measure_monitor(folder: Path, runs: int) -> dict[str, str]:
+    """Measure start, CPU time and bytes of the monitor in both forms."""
+    write_checkpoints(folder / "checkpoints")
+    write_log(folder / "logs" / "metrics.jsonl")
+    starts: dict[str, list[float]] = {name: [] for name in ("the interpreter alone", *FORMS)}
+    for number in range(runs + 1):
+        measured = {"the interpreter alone": _time_interpreter()}
+        for form in FORMS:
+            with open_monitor(folder, form) as watched:
+                measured[form] = watched.read_first_view()
+        if number:  # the first is a warm-up
+            for name, value in measured.items():
+                starts[name].append(value)
+    figures = {
+        f"start to first view, {name}": spread(values, " s") for name, values in starts.items()
+    }
+    with _appending(folder / "logs" / "metrics.jsonl"):
+        for form in FORMS:
+            with open_monitor(folder, form) as watched:
+                figures.update(_watch(watched, form))
+    return figures
+
+
+def _watch(watched: Watched, form: str) -> dict[str, str]:
+    """Let a monitor watch for a while; return what it took."""
+    watched.read_first_view()
+    process = psutil.Process(watched.process.pid)
+    before, begin = _cpu_seconds(process), time.perf_counter()
+    refreshes = watched.read_for(WATCH_SECONDS)
+    seconds, after = time.perf_counter() - begin, _cpu_seconds(process)
+    sizes = sorted(refreshes)
+    return {
+        f"CPU of a core over {seconds:.0f} s, {form}": f"{(after - before) / seconds:.2%}",
+        f"the same with the start, {form}": f"{after / seconds:.2%}",
+        f"bytes a refresh, {form}": spread([float(size) for size in sizes] or [0.0]),
+        f"resident memory, {form}": f"{process.memory_info().rss / 2**20:.0f} MiB",
+    }
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+@dataclass
+class Watched:
+    """A monitor and the end of its output."""
+
+    process: subprocess.Popen[bytes]
+    output: int
+    first_view: bytes
+    began: float
+
+    def read_first_view(self) -> float:
+        """Wait for the first view; return the seconds since the start."""
+        shown = b""
+        while self.first_view not in shown:
+            data = os.read(self.output, 2**16)
+            if not data:
+                raise subprocess.CalledProcessError(self.process.wait(), self.process.args)
+            shown += data
+        return time.perf_counter() - self.began
+
+    def read_for(self, seconds: float) -> list[int]:
+        """Read for a while; return the bytes of each refresh: what comes without a pause."""
+        sizes: list[int] = []
+        end = time.perf_counter() + seconds
+        last = 0.0
+        while (left := end - time.perf_counter()) > 0:
+            if select.select([self.output], [], [], left)[0]:
+                now, size = time.perf_counter(), len(os.read(self.output, 2**16))
+                if now - last > REFRESH_SECONDS / 4:
+                    sizes.append(0)
+                sizes[-1] += size
+                last = now
+        return sizes
+
+
+@contextmanager
+def open_monitor(folder: Path, form: str) -> Iterator[Watched]:
+    """Start a monitor, in a terminal or a pipe; end it."""
+    is_terminal = form == "terminal"
+    ours, theirs = pty.openpty() if is_terminal else os.pipe()
+    if is_terminal:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    environment = {key: value for key, value in os.environ.items()
+                   if key not in ("COLUMNS", "LINES")}  # fmt: skip
+    began = time.perf_counter()
+    process = subprocess.Popen(  # noqa: S603
+        (*MONITOR, *FORMS[form]),
+        cwd=folder,
+        env={**environment, "TERM": "xterm"},
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+    )
+    os.close(theirs)
+    try:
+        yield Watched(process, ours, FIRST_VIEW if is_terminal else b"\n", began)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def _time_interpreter() -> float:
+    begin = time.perf_counter()
+    subprocess.run((sys.executable, "-c", "pass"), check=True)  # noqa: S603
+    return time.perf_counter() - begin
+
+
+def write_log(path: Path) -> None:
+    """Write the log of a run that has just logged its last line; its process is this one."""
+    path.parent.mkdir(parents=True)
+    now = datetime.now(timezone.utc)
+    start = {
+        "event": "start", "step": 0, "run_id": "20260101-0a1b2c3d", "branch": 0, "world_size": 8,
+        "max_steps": 2 * NUM_LINES * LOGGING_STEPS, "device": "cuda:0", "precision": "bf16",
+        "num_parameters": 1_311_000_000, "tokens_per_step": 10**6, "pid": os.getpid(),
+        "hostname": platform.node(),
+    }  # fmt: skip
+    append_metrics(path, start)
+    with path.open("a", encoding="utf-8") as file:
+        for number in range(1, NUM_LINES + 1):
+            moment = now - timedelta(seconds=NUM_LINES - number)
+            line = {"time": moment.isoformat(timespec="seconds"), **_record(number)}
+            file.write(json.dumps(line) + "\n")
+
+
+def _record(number: int) -> dict[str, Any]:
+    """Return a record; some of them are of an evaluation."""
+    step = number * LOGGING_STEPS
+    loss = 2.5 + 8 / (1 + step / 1000)
+    if number % 50 == 0:
+        return {"step": step, "validation_loss": loss, "validation_perplexity": 12.182493960703473,
+                "best_validation_loss": loss}  # fmt: skip
+    return {
+        "step": step, "epoch": 0, "loss": loss, "perplexity": 12.182493960703473,
+        "learning_rate": 1e-4 + loss / 1e7, "grad_norm": 1 + loss / 7, "tokens_seen": step * 10**6,
+        "tokens_per_second": 3e5 + step / 7, "step_seconds": 0.1 + loss / 1e5,
+        "mfu": 0.4 + loss / 1e4, "data_wait_share": 0.003, "eta_seconds": 123456.7,
+    }  # fmt: skip
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[None]:
+    """Append a line a second, as a run does."""
+    ending = threading.Event()
+
+    def append() -> None:
+        number = NUM_LINES
+        while not ending.wait(APPEND_SECONDS):
+            number += 1
+            append_metrics(path, _record(number))
+
+    thread = threading.Thread(target=append)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()

@@ -1,0 +1,65 @@
+"""How long a disk lasts, from how fast its free space falls while somebody watches.
+
+    free bytes at each look -> lows of the first and the second half -> seconds until it is full
+
+Checkpoints come and go: free space falls with each save and rises when retention lets go of an old
+one. Two looks, or a line through all of them, would take the last save for a trend. So the lowest
+free space of the first half of the watch is compared with that of the second half: what comes back
+has the same lows. This needs a watch that holds some saves in each half; before that, and while
+the lows do not fall, nothing is said. Nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+SLOT_SECONDS = 60.0
+NUM_SLOTS = 1440  # a day
+MIN_WATCH_SECONDS = 600.0
+SAVES_IN_WATCH = 4
+NOISE_BYTES = 16 * 2**20
+MAX_SECONDS = 365 * 86400.0
+
+
+class DiskTrend:
+    """The lows of a disk's free space over the last day at most."""
+
+    def __init__(self) -> None:
+        self._lows: deque[tuple[float, int]] = deque(maxlen=NUM_SLOTS)  # (seconds, bytes) of each
+
+    def add(self, seconds: float, free_bytes: int) -> None:
+        """Take a look into account.
+
+        Args:
+            seconds: Of a clock that never goes back.
+            free_bytes: What is free at that moment.
+        """
+        if self._lows and self._lows[-1][0] // SLOT_SECONDS == seconds // SLOT_SECONDS:
+            if free_bytes < self._lows[-1][1]:
+                self._lows[-1] = (seconds, free_bytes)
+        else:
+            self._lows.append((seconds, free_bytes))
+
+    def seconds_left(self, save_interval_seconds: float | None = None) -> float | None:
+        """Return the time until the disk is full at the pace so far.
+
+        Args:
+            save_interval_seconds: Time between two checkpoints, None where it is not known.
+
+        Returns:
+            None while the watch is too short, the lows do not fall, or it lasts over a year.
+        """
+        if not self._lows:
+            return None
+        first, last = self._lows[0][0], self._lows[-1][0]
+        needed = max(MIN_WATCH_SECONDS, SAVES_IN_WATCH * (save_interval_seconds or 0.0))
+        if last - first < needed:
+            return None
+        middle = (first + last) / 2
+        older = min((low for low in self._lows if low[0] <= middle), key=lambda low: low[1])
+        newer = min((low for low in self._lows if low[0] > middle), key=lambda low: low[1])
+        fall = older[1] - newer[1]
+        if fall < NOISE_BYTES:
+            return None
+        seconds = newer[1] * (newer[0] - older[0]) / fall
+        return seconds if seconds <= MAX_SECONDS else None

@@ -1,0 +1,119 @@
+"""A file that others append to: its whole lines, then those that came since.
+
+    metrics.jsonl, journal, train.log -> blocks of whole lines -> whoever follows
+
+A line without its end is still being written: it comes when it is whole. A file that was replaced,
+cut or emptied is read again from its start. Memory is bounded whatever the file holds; a pipe or a
+device of that name is not waited for. Nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+BLOCK_BYTES = 2**20
+MARK_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some whole lines of a file, in order.
+
+    Attributes:
+        data: The lines, each with its line break.
+        is_first: The file is another one than at the last call: forget what came from that.
+        bytes_left: From the end of these lines to the end of the file.
+        num_too_long: Lines, longer than a block, that were left out before these.
+    """
+
+    data: bytes
+    is_first: bool = False
+    bytes_left: int = 0
+    num_too_long: int = 0
+
+
+class FollowedFile:
+    """Reads what is new in one file.
+
+    Args:
+        path: The file; it need not be there yet.
+        tail_bytes: Of a file that is there at the first call, only so much of the end is read, from
+            the next line on. None for all.
+    """
+
+    def __init__(self, path: Path, tail_bytes: int | None = None) -> None:
+        self.path = path
+        self._tail_bytes = tail_bytes
+        self._file_number: tuple[int, int] | None = None
+        self._offset = 0
+        self._mark = b""  # what stood before the offset: a file that was cut may have grown again
+        self._is_in_long_line = False
+
+    def read_new(self) -> Iterator[Block]:
+        """Yield what is new; a file that is another one yields at least one block.
+
+        Raises:
+            OSError: It is missing, cannot be read, or is no regular file.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            facts = os.fstat(descriptor)
+            if stat.S_ISDIR(facts.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.path))
+            if not stat.S_ISREG(facts.st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file", str(self.path))
+            if self._is_another(descriptor, facts):
+                self._begin(facts)
+                yield Block(b"", is_first=True, bytes_left=facts.st_size - self._offset)
+            yield from self._read_blocks(descriptor, facts.st_size)
+        finally:
+            os.close(descriptor)
+
+    def _is_another(self, descriptor: int, facts: os.stat_result) -> bool:
+        if self._file_number != (facts.st_dev, facts.st_ino) or facts.st_size < self._offset:
+            return True
+        begin = self._offset - len(self._mark)
+        return os.pread(descriptor, len(self._mark), begin) != self._mark
+
+    def _begin(self, facts: os.stat_result) -> None:
+        tail = self._tail_bytes if self._file_number is None else None
+        self._file_number = (facts.st_dev, facts.st_ino)
+        self._offset = 0 if tail is None else max(0, facts.st_size - tail)
+        self._mark = b""
+        self._is_in_long_line = self._offset > 0  # the rest of a line that began before
+
+    def _read_blocks(self, descriptor: int, size: int) -> Iterator[Block]:
+        num_too_long = 0
+        while self._offset < size:
+            data = os.pread(descriptor, BLOCK_BYTES, self._offset)
+            if not data:
+                return
+            if self._is_in_long_line:
+                self._skip_to_next_line(data)
+                continue
+            whole = data.rfind(b"\n") + 1
+            if whole:
+                self._advance(data[:whole])
+                yield Block(data[:whole], False, max(0, size - self._offset), num_too_long)
+                num_too_long = 0
+            elif len(data) < BLOCK_BYTES:
+                break
+            else:
+                num_too_long += 1
+                self._is_in_long_line = True
+        if num_too_long:
+            yield Block(b"", False, max(0, size - self._offset), num_too_long)
+
+    def _skip_to_next_line(self, data: bytes) -> None:
+        end = data.find(b"\n") + 1
+        self._is_in_long_line = not end
+        self._advance(data[:end] if end else data)
+
+    def _advance(self, data: bytes) -> None:
+        self._offset += len(data)
+        self._mark = (self._mark + data[-MARK_BYTES:])[-MARK_BYTES:]
