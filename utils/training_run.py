@@ -39,6 +39,7 @@ from utils.metadata import append_metrics
 from utils.mixture import build_order
 from utils.run_saving import RunSaving
 from utils.run_start import Consent
+from utils.sampling import Sampler
 from utils.shard_cache import ShardCache
 from utils.shard_index import DataSource
 from utils.snapshot import Snapshot
@@ -118,6 +119,8 @@ class TrainingRun:
             for name in sources[0].index.tokenizer_files
             if self._is_main
         }
+        self._sampler = Sampler(config, self._tokenizer_files, paths.samples)
+        self._notes = tracking.Notes(accelerator, self.state.progress.step)
         self._transport, self._background_upload = transport, background_upload
         self._saving: RunSaving | None = None
         self._loader: BatchLoader | None = None
@@ -154,8 +157,6 @@ class TrainingRun:
             resume.commit_start(self.start, self.paths)
         config, step = self.config, self.state.progress.step
         facts = {
-            "run_id": self.start.identity.run_id,
-            "branch": self.start.identity.branch,
             "max_steps": config.max_steps,
             "world_size": self._accelerator.num_processes,
             "device": str(self._accelerator.device),
@@ -163,7 +164,10 @@ class TrainingRun:
             "num_parameters": sum(p.numel() for p in self.state.core_model.parameters()),
             "tokens_per_step": self.tokens_per_step,
         }
-        tracking.start_trackers(self._accelerator, config, self.paths.logs, facts, step)
+        tracking.start_trackers(
+            self._accelerator, config, self.paths.logs, self.start.identity, facts, step,
+            self.state.progress.history,
+        )  # fmt: skip
         if self._is_main:
             self._saving = RunSaving(
                 config,
@@ -172,6 +176,7 @@ class TrainingRun:
                 self._accelerator.device,
                 transport=self._transport,
                 background_upload=self._background_upload,
+                tell=self._notes.add,
             )
             self._saving.prepare(self._snapshot_bytes())
         self._live = LiveLine(enabled=self._is_main)
@@ -203,8 +208,9 @@ class TrainingRun:
             self._saving.close()
         for bucket in self._buckets:
             bucket.close()
-        if self._is_main:
-            tracking.record_end(self.paths.logs, self.state.progress.step, self._outcome)
+        step = self.state.progress.step
+        self._notes.write(step, is_last=True)
+        tracking.record_end(self._accelerator, self.paths.logs, step, self._outcome)
         if shortage is not None:
             raise ResourceShortageError(shortage) from error
         if error is None:
@@ -271,6 +277,7 @@ class TrainingRun:
     def train_step(self, batches: list[torch.Tensor]) -> int:
         """Do one optimizer update; return how many are done."""
         fence = self._saving.fence if self._saving is not None else lambda: None
+        self._notes.write(self.state.progress.step)
         train_step(self.state, batches, self.config.max_grad_norm, self._document_end, fence)
         self.stop.nothing_to_lose = False
         if self.config.record_batches:
@@ -303,7 +310,7 @@ class TrainingRun:
         record = bad_steps.describe(verdict, progress, config.bad_step)
         progress.bad_steps.append(record)
         if self._is_main:
-            append_metrics(self.paths.metrics, {"event": "bad_step", **record})
+            tracking.record_event(self.paths.logs, {"event": "bad_step", **record})
         log.warning(
             "Step %d is bad: %s (loss %.4g, gradient norm %.4g). Its update is left out.",
             verdict.step, verdict.kind, verdict.loss, verdict.grad_norm,
@@ -404,6 +411,8 @@ class TrainingRun:
             self._document_end,
             self.stop.is_agreed,
         )
+        evaluated = time.perf_counter()
+        self._write_samples()
         self._throughput.pause(time.perf_counter() - started)
         if loss is None:
             return False
@@ -417,9 +426,15 @@ class TrainingRun:
         log.info(
             "Validation at step %d: loss %.4f, perplexity %.1f, best %.4f (%d samples, %s).",
             progress.step, loss, record["validation_perplexity"], progress.best_validation_loss,
-            self._validation.num_samples, format_duration(time.perf_counter() - started),
+            self._validation.num_samples, format_duration(evaluated - started),
         )  # fmt: skip
         return improved
+
+    def _write_samples(self) -> None:
+        """Have the main process write sample texts; other ranks wait at their next agreement."""
+        if self._is_main and self.stop.reason is None:
+            samples = self._sampler.write(self.state, lambda: self.stop.reason is not None)
+            tracking.log_samples(self._accelerator, samples, self.state.progress.step)
 
     def save(self, *, is_last: bool = False) -> None:
         """Begin to save a checkpoint; training goes on while it is written.

@@ -1,0 +1,136 @@
+"""Curves, texts and hyperparameters of a run as TensorBoard shows them.
+
+    metrics, texts of a run -> event file -> TensorBoard
+
+Each run has a folder, and each branch of it: `--fresh` begins a curve beside the old one. The
+starts of a run share its folder, one event file each, and make one curve. TensorBoard has two
+loaders. One drops what lies behind the step of a `START` record; the other drops, for each tag,
+what is not before the next step that it reads. So a start begins with that record, and within a tag
+steps only grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.event_file import EventFile
+from utils.metadata import printable, to_json_text
+from utils.run_tracker import RunStart, RunTracker, group_metrics
+
+FOLDER = "tensorboard"
+# What the HPARAMS tab compares runs by.
+METRICS = ("validation/best_loss", "validation/loss", "train/loss")
+MAX_LINE = 2000
+
+
+class TensorBoardTracker(RunTracker):
+    """Writes the event file of one start.
+
+    Args:
+        logs: The run's log directory.
+    """
+
+    name = "tensorboard"
+
+    def __init__(self, logs: Path) -> None:
+        super().__init__()
+        self._logs = logs
+        self._start: RunStart | None = None
+        self._file: EventFile | None = None
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return "TensorBoard"
+
+    def _begin(self, start: RunStart) -> None:
+        self._start = start
+        self._open()
+
+    def _open(self) -> EventFile | None:
+        """Return the file of this start; one that could not be made before is tried again."""
+        start = self._start
+        if self._file is None and start is not None:
+            self._file = file = EventFile(self._logs / FOLDER / start.curve)
+            file.purge_from(start.step + 1)
+            for step, values in start.missing:
+                file.add(_scalars(values), step)
+            experiment, session, _ = _hyperparameters(start)
+            file.add(experiment)
+            file.add(session)
+            # One step on, so that another start from here takes it back.
+            file.add(_text("configuration", describe_configuration(start)), start.step + 1)
+        return self._file
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        if file := self._open():
+            file.add(_scalars(values), step)
+
+    def _log_lines(self, title: str, lines: Sequence[str], step: int) -> None:
+        if file := self._open():
+            file.add(_text(title, _as_code("\n".join(lines))), step)
+
+    def _log_samples(self, samples: Sequence[tuple[str, str]], step: int) -> None:
+        if file := self._open():
+            texts = [f"{_as_code(prompt or '(end of text)')}\n\ngoes on with\n\n{_as_code(text)}"
+                     for prompt, text in samples]  # fmt: skip
+            file.add(_text("samples", "\n\n---\n\n".join(texts)), step)
+
+    def _roll_back(self, step: int) -> None:
+        if file := self._open():
+            file.purge_from(step + 1)
+
+    def _end(self, outcome: str) -> None:
+        file, start = self._file, self._start
+        self._start = self._file = None
+        if file is None or start is None:
+            return
+        try:
+            if outcome == "done":
+                file.add(_hyperparameters(start)[2])
+        finally:
+            file.close()
+
+
+def describe_configuration(start: RunStart) -> str:
+    """Return what a start was given, as a table in Markdown."""
+    rows = [f"Start at step {start.step}.", "", "| key | value |", "|---|---|"]
+    for key, value in {**start.facts, **start.config.to_json()}.items():
+        text = value if isinstance(value, str) else to_json_text(value, indent=None)
+        shown = printable(text, MAX_LINE).replace("`", "'").replace("|", "\\|")
+        rows.append(f"| {key} | {f'`{shown}`' if shown else ''} |")
+    return "\n".join(rows)
+
+
+def _as_code(text: str) -> str:
+    """Return text as a code block of Markdown, which takes nothing in it for anything else."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
+
+
+def _scalars(values: Mapping[str, Any]) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    return Summary(
+        value=[
+            Summary.Value(tag=tag, simple_value=value)
+            for tag, value in group_metrics(values).items()
+        ]
+    )
+
+
+def _text(tag: str, markdown: str) -> Any:
+    from torch.utils.tensorboard import summary
+
+    build: Any = summary.text
+    return build(tag, markdown)
+
+
+def _hyperparameters(start: RunStart) -> tuple[Any, Any, Any]:
+    """Return the summaries that declare the names, begin a session, and end it."""
+    from torch.utils.tensorboard import summary
+
+    build: Any = summary.hparams
+    experiment, session, end = build(dict(start.hyperparameters), dict.fromkeys(METRICS, 0.0))
+    return experiment, session, end
