@@ -47,7 +47,11 @@ class EventFile:
         self._file = self.path.open("xb", buffering=0)
         self._records = RecordWriter(self)
         self._lock = threading.Lock()
-        self._add(file_version=FILE_VERSION)
+        try:
+            self._add(file_version=FILE_VERSION)
+        except BaseException:
+            self.discard()
+            raise
 
     def purge_from(self, step: int) -> None:
         """Take back what earlier starts have at `step` and behind it."""
@@ -68,6 +72,11 @@ class EventFile:
     def close(self) -> None:
         """Close the file; whatever comes later is an error."""
         self._file.close()
+
+    def discard(self) -> None:
+        """Close the file and remove it."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
 
     def write(self, record: bytes) -> None:
         """Write the bytes of a record: all of them or none."""

@@ -111,7 +111,7 @@ def stream_tokens(
             else:
                 new = seen[-1:]
             logits = _next_logits(model, torch.tensor([new], device=device), cache)
-            if bool(torch.isnan(logits).any()):
+            if not math.isfinite(float(logits.max())):
                 return  # weights that are broken have no text
             token = choose_token(logits, sampling, generator)
             if token in end_ids:
@@ -130,8 +130,9 @@ def choose_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Gene
     """
     if sampling.temperature == 0:
         return int(logits.argmax().item())
-    # Shifted to a highest of 0 before the division: a temperature near 0 does not overflow.
-    ordered, tokens = torch.sort(logits - logits.max(), descending=True, stable=True)
+    # In float64, with 0 as the highest: no temperature is too near 0 for the division.
+    shifted = (logits - logits.max()).double()
+    ordered, tokens = torch.sort(shifted, descending=True, stable=True)
     probabilities = torch.softmax(ordered / sampling.temperature, dim=0)
     if sampling.top_k:
         probabilities[sampling.top_k :] = 0

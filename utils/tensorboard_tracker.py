@@ -53,15 +53,13 @@ class TensorBoardTracker(RunTracker):
         """Return the file of this start; one that could not be made before is tried again."""
         start = self._start
         if self._file is None and start is not None:
-            self._file = file = EventFile(self._logs / FOLDER / start.curve)
-            file.purge_from(start.step + 1)
-            for step, values in start.missing:
-                file.add(_scalars(values), step)
-            experiment, session, _ = _hyperparameters(start)
-            file.add(experiment)
-            file.add(session)
-            # One step on, so that another start from here takes it back.
-            file.add(_text("configuration", describe_configuration(start)), start.step + 1)
+            file = EventFile(self._logs / FOLDER / start.curve)
+            try:
+                _introduce(start, file)
+            except BaseException:
+                file.discard()
+                raise
+            self._file = file
         return self._file
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
@@ -92,6 +90,18 @@ class TensorBoardTracker(RunTracker):
                 file.add(_hyperparameters(start)[2])
         finally:
             file.close()
+
+
+def _introduce(start: RunStart, file: EventFile) -> None:
+    """Write what comes before the first metrics of a start."""
+    file.purge_from(start.step + 1)
+    for step, values in start.missing:
+        file.add(_scalars(values), step)
+    experiment, session, _ = _hyperparameters(start)
+    file.add(experiment)
+    file.add(session)
+    # One step on, so that another start from here takes it back.
+    file.add(_text("configuration", describe_configuration(start)), start.step + 1)
 
 
 def describe_configuration(start: RunStart) -> str:

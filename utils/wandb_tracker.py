@@ -21,7 +21,7 @@ from utils.metadata import printable
 from utils.run_tracker import RunStart, RunTracker, group_metrics
 
 PROJECT = "neox-pretrain"
-INIT_SECONDS = 60.0
+INIT_SECONDS = 30.0
 FINISH_SECONDS = 60.0
 EVENT_COLUMNS = ["event"]
 SAMPLE_COLUMNS = ["step", "prompt", "text"]
@@ -63,6 +63,7 @@ class WandbTracker(RunTracker):
                 raise
             reason = printable(exc) or type(exc).__name__
             log.warning("W&B cannot be reached (%s): this start is kept offline.", reason)
+            _import_wandb().teardown()  # else its service still holds the id of this run
             self._inner = self._init(start, "offline")
         run = self._inner.tracker
         self._inner.store_init_configuration({**start.config.to_json(), "start": dict(start.facts)})
@@ -77,7 +78,7 @@ class WandbTracker(RunTracker):
         """Return Accelerate's tracker with a run that has begun."""
         from accelerate.tracking import WandBTracker
 
-        wandb: Any = importlib.import_module("wandb")
+        wandb = _import_wandb()
         wished = {
             "silent": True,
             "console": "off",  # wandb would put itself between us and the terminal
@@ -128,15 +129,23 @@ class WandbTracker(RunTracker):
 
 
 def find_mode() -> str | None:
-    """Return the mode to ask wandb for: None where it finds its own, offline without a login."""
-    if os.environ.get("WANDB_MODE"):
+    """Return the mode to ask wandb for: None where it finds its own, offline without a login.
+
+    Without one, wandb would ask the terminal for a key.
+    """
+    settings = _import_wandb().setup().settings
+    if settings.mode not in ("online", "shared"):
         return None
-    wandb: Any = importlib.import_module("wandb")
-    settings = wandb.setup().settings
-    if settings.mode != "online" or settings.api_key or _has_login(settings.base_url):
+    if settings.api_key or _has_login(settings.base_url):
         return None
     log.info("No login for W&B was found (wandb login, or WANDB_API_KEY).")
     return "offline"
+
+
+def _import_wandb() -> Any:
+    # Its own telemetry reports to its makers, also from a run that is offline.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    return importlib.import_module("wandb")
 
 
 def _has_login(base_url: str) -> bool:
