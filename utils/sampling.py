@@ -75,7 +75,7 @@ class Sampler:
             samples = self._sample(state, should_stop)
         except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception; memory is short
             log.debug("Sampling failed.", exc_info=True)
-            self._give_up(printable(exc) or type(exc).__name__)
+            self._give_up(printable(exc) or type(exc).__name__, logging.WARNING)
             return []
         step = state.progress.step
         for sample in samples:
@@ -112,8 +112,8 @@ class Sampler:
             samples.append(Sample(prompt, printable_lines(self._tokenizer.decode(tokens))))
         return samples
 
-    def _give_up(self, reason: str) -> None:
-        log.warning("No sample texts in this start: %s.", reason.rstrip("."))
+    def _give_up(self, reason: str, level: int = logging.INFO) -> None:
+        log.log(level, "No sample texts in this start: %s.", reason.rstrip("."))
         self._prompts = []
 
 

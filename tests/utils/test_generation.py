@@ -1,4 +1,4 @@
-"""Texts of a model: the same with and without a cache, by seed, and without a trace in the model."""
+"""Texts of a model: the same with and without a cache, by seed, and no trace in the model."""
 
 from __future__ import annotations
 
