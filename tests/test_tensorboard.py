@@ -90,7 +90,8 @@ def tensorboard(logs: Path, *words: str) -> Iterator[str]:
 def ask(address: str, path: str, body: Any = None, **query: str) -> Any:
     url = f"{address}/data/{path}?{urllib.parse.urlencode(query)}"
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data), timeout=30) as answer:
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
 
 

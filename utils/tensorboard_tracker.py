@@ -11,6 +11,7 @@ steps only grow.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from utils.run_tracker import RunStart, RunTracker, group_metrics
 FOLDER = "tensorboard"
 # What the HPARAMS tab compares runs by.
 METRICS = ("validation/best_loss", "validation/loss", "train/loss")
+COMPARED = ("learning_rate", "max_steps", "num_parameters", "seed", "tokens_per_step")
 MAX_LINE = 2000
 
 
@@ -87,7 +89,7 @@ class TensorBoardTracker(RunTracker):
             return
         try:
             if outcome == "done":
-                file.add(_hyperparameters(start)[2])
+                file.add(_session_end())
         finally:
             file.close()
 
@@ -97,9 +99,8 @@ def _introduce(start: RunStart, file: EventFile) -> None:
     file.purge_from(start.step + 1)
     for step, values in start.missing:
         file.add(_scalars(values), step)
-    experiment, session, _ = _hyperparameters(start)
-    file.add(experiment)
-    file.add(session)
+    file.add(_experiment(start))
+    file.add(_session(start))
     # One step on, so that another start from here takes it back.
     file.add(_text("configuration", describe_configuration(start)), start.step + 1)
 
@@ -137,10 +138,48 @@ def _text(tag: str, markdown: str) -> Any:
     return build(tag, markdown)
 
 
-def _hyperparameters(start: RunStart) -> tuple[Any, Any, Any]:
-    """Return the summaries that declare the names, begin a session, and end it."""
-    from torch.utils.tensorboard import summary
+def _experiment(start: RunStart) -> Any:
+    """Return the summary that declares the names of hyperparameters and metrics."""
+    from tensorboard.plugins.hparams import api_pb2, metadata
 
-    build: Any = summary.hparams
-    experiment, session, end = build(dict(start.hyperparameters), dict.fromkeys(METRICS, 0.0))
-    return experiment, session, end
+    infos = []
+    for name, value in start.hyperparameters.items():
+        kind = "DATA_TYPE_STRING" if isinstance(value, str) else "DATA_TYPE_FLOAT64"
+        # Those that differ between runs come first in the table; these are the ones to compare.
+        info = {"name": name, "type": kind, "differs": name in COMPARED}
+        infos.append(api_pb2.HParamInfo(**info))
+    metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in METRICS]
+    experiment = api_pb2.Experiment(hparam_infos=infos, metric_infos=metrics)
+    return _plugin_summary(metadata.EXPERIMENT_TAG, experiment=experiment)
+
+
+def _session(start: RunStart) -> Any:
+    """Return the summary that has the values of a run's hyperparameters."""
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    session = plugin_data_pb2.SessionStartInfo(start_time_secs=time.time())
+    for name, value in start.hyperparameters.items():
+        if isinstance(value, str):
+            session.hparams[name].string_value = value
+        else:
+            session.hparams[name].number_value = value
+    return _plugin_summary(metadata.SESSION_START_INFO_TAG, session_start_info=session)
+
+
+def _session_end() -> Any:
+    """Return the summary that says that a run is done."""
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+    status = api_pb2.Status.Value("STATUS_SUCCESS")
+    end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
+    return _plugin_summary(metadata.SESSION_END_INFO_TAG, session_end_info=end)
+
+
+def _plugin_summary(tag: str, **content: Any) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    data = plugin_data_pb2.HParamsPluginData(**content)
+    value = Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(data))
+    value.tensor.CopyFrom(metadata.NULL_TENSOR)
+    return Summary(value=[value])
