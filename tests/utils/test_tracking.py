@@ -214,14 +214,25 @@ def test_a_board_that_could_not_begin_begins_later(
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(2, 2.0)]
 
 
+@pytest.mark.parametrize("records", [0, 2])
 def test_a_full_disk_at_the_start_and_the_end_of_a_run_is_told_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, records: int
 ) -> None:
     def fail(*_: Any) -> None:
         raise FULL
 
+    left = records
+    whole = EventFile.write
+
+    def write(self: EventFile, record: bytes) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise FULL
+        whole(self, record)
+
     monkeypatch.setattr(tracking, "append_metrics", fail)
-    monkeypatch.setattr(EventFile, "write", fail)
+    monkeypatch.setattr(EventFile, "write", write)
     config = TrainingConfig()
     accelerator: Any = SimpleNamespace(
         is_main_process=True, trackers=build_trackers(config, tmp_path / "metrics.jsonl"),
