@@ -160,6 +160,13 @@ class TrainingConfig:
     max_eval_samples: int | None = None
     """Validation samples used, from the first. null: all."""
 
+    sample_prompts: list[str] = field(default_factory=lambda: ["", "The", "In the year"])
+    """Beginnings of texts that the model writes at each evaluation; an empty one begins a new text.
+    []: none."""
+
+    sample_tokens: int = 64
+    """Tokens of each of these texts at most. 0: none are written."""
+
     seed: int = 42
     """Seed of the weights, of dropout and of the sample order."""
 
@@ -283,7 +290,13 @@ class TrainingConfig:
                 self._require_at_least(key, 1)
         self._require_at_least("sequence_length", 2)
         self._require_at_least("spike_window", 2)
-        for key in ("warmup_steps", "weight_decay", "max_grad_norm", "max_bad_steps"):
+        for key in (
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "max_bad_steps",
+            "sample_tokens",
+        ):
             self._require_at_least(key, 0)
         for key in ("upload_deadline_seconds", "grace_seconds"):
             self._require_at_least(key, 0)

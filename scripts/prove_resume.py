@@ -205,6 +205,7 @@ class Proof:
         settings = [
             f"save_steps={max(1, args.steps // 8)}",
             "report_to=[]",
+            "sample_tokens=0",
             f"cache_dir={work / 'cache'}",
             *args.set,
             f"output_dir={work / 'checkpoints'}",

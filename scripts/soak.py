@@ -103,6 +103,7 @@ SETTINGS = (
     "eval_steps=null",
     f"save_steps={SAVE_STEPS}",
     "report_to=[]",
+    "sample_tokens=0",
     "use_cpu=true",
 )
 # One thread each: starts of a tiny model gain nothing from more, and share the machine better.

@@ -21,6 +21,7 @@ TINY = (
     "model_overrides.vocab_size=512",
     "sequence_length=32",
     "max_eval_samples=6",
+    "sample_tokens=0",
     "checkpoint_uri=bucket",
 )
 

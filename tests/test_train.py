@@ -633,11 +633,13 @@ def test_curves_do_not_go_back_in_time_after_a_resume(run_train: Train, tmp_path
     for uploaded in (tmp_path / "run" / "bucket" / "Checkpoints").glob("*-step5-*"):
         uploaded.unlink()
     assert run_train("--max-steps", "9", "--resume", "latest", settings=settings) == 0
-    events = EventAccumulator(str(tmp_path / "run" / "logs" / "tensorboard"))
+    (folder,) = (tmp_path / "run" / "logs" / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder))
     events.Reload()
-    for tag in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
+    tags = ("train/loss", "train/learning_rate", "train/grad_norm", "speed/tokens_per_second")
+    for tag in tags:
         assert [event.step for event in events.Scalars(tag)] == list(range(1, 10))
-    assert [event.step for event in events.Scalars("validation_loss")] == [3, 6, 9]
+    assert [event.step for event in events.Scalars("validation/loss")] == [3, 6, 9]
     metrics = read_metrics(tmp_path / "run/logs/metrics.jsonl")
     assert metrics.series("loss")[0] == list(range(1, 10))
 

@@ -6,7 +6,7 @@
         set-aside/                              older branches, damaged and foreign checkpoints
         uploads.jsonl  run.json  .lock
     logging_dir/[run_name/]
-        metrics.jsonl  train.log  evaluations.jsonl  tensorboard/
+        metrics.jsonl  samples.jsonl  train.log  evaluations.jsonl  tensorboard/
     bucket/[run_name/]Checkpoints/
         NAME.tar.gz  NAME.json
 
@@ -136,6 +136,11 @@ class RunPaths:
     def batches(self) -> Path:
         """Checksums of each step's tokens, where `record_batches` asks for them."""
         return self.logs / BATCHES_FILE
+
+    @property
+    def samples(self) -> Path:
+        """Texts that the model wrote at its evaluations, one JSON object a line."""
+        return self.logs / "samples.jsonl"
 
     @property
     def train_log(self) -> Path:

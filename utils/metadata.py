@@ -119,6 +119,15 @@ def printable(value: object, limit: int = MAX_SHOWN_CHARACTERS) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def printable_lines(text: str) -> str:
+    """Return a text of several lines that cannot steer a terminal."""
+    lines = text.expandtabs(4).split("\n")
+    return "\n".join(
+        "".join(character if character.isprintable() else "?" for character in line)
+        for line in lines
+    )
+
+
 def to_json_text(value: object, *, indent: int | None = 2) -> str:
     """Return a value as strict JSON.
 

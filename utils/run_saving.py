@@ -20,7 +20,7 @@ from configs.training_config import TrainingConfig
 from utils.checkpoint_files import CheckpointFiles
 from utils.checkpoint_saver import CheckpointSaver
 from utils.checkpoint_store import apply_retention, set_aside, verify_checkpoint
-from utils.console import LiveLine, format_duration
+from utils.console import LiveLine, format_bytes, format_duration
 from utils.errors import CheckpointError, ExitCode, SaveError
 from utils.grace import describe_outcome, plan_grace
 from utils.journal import Journal
@@ -37,6 +37,7 @@ from utils.uploader import Uploader, find_unfinished
 
 RETRY_SECONDS = 60.0
 MEMORY_SHARE = 0.9
+Tell = Callable[[str, str, int | None], None]
 
 log = logging.getLogger("train")
 
@@ -51,6 +52,7 @@ class RunSaving:
         device: Where the state's tensors are.
         transport: The way to the bucket; None uploads nothing.
         background_upload: False uploads before `save` returns.
+        tell: Called with what happens to checkpoints: title, line, step it belongs to (None: now).
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class RunSaving:
         *,
         transport: TransportOptions | None = None,
         background_upload: bool = True,
+        tell: Tell = lambda title, line, step: None,
     ) -> None:
         self._config, self._paths, self._identity = config, paths, identity
+        self._tell = tell
         self._journal = Journal(paths.journal)
         self._uploader: Uploader | None = None
         if transport is not None:
@@ -116,6 +120,7 @@ class RunSaving:
             return False
         if self._failed_at is None:
             self._failed_at = time.monotonic()
+            self._tell("checkpoints", str(self.failure), None)
         if time.monotonic() - self._failed_at < RETRY_SECONDS:
             return False
         self._failed_at = None
@@ -234,6 +239,11 @@ class RunSaving:
             self._uploader.close()
 
     def _after_commit(self, checkpoint: Path) -> None:
+        size = format_bytes(read_manifest(checkpoint).total_bytes)
+        seconds = format_duration(self._saver.last_seconds or 0.0)
+        saved = self._saver.last_committed
+        self._tell("checkpoints", f"{checkpoint.name} saved: {size} in {seconds}",
+                   saved.step if saved else None)  # fmt: skip
         if self._uploader is not None:
             self._uploader.submit(checkpoint)
         self.apply_retention()
@@ -245,6 +255,7 @@ class RunSaving:
             self._journal,
             compression=self._config.upload_compression,
             sweeps=True,
+            tell=lambda line: self._tell("uploads", line, None),
         )
         for checkpoint in find_unfinished(self._paths.checkpoints, self._journal, transport.uri):
             uploader.submit(checkpoint)

@@ -41,6 +41,7 @@ from utils.metadata import append_metrics
 from utils.mixture import build_order
 from utils.run_saving import RunSaving
 from utils.run_start import Consent
+from utils.sampling import Sampler
 from utils.shard_cache import ShardCache
 from utils.shard_index import DataSource
 from utils.snapshot import Snapshot
@@ -125,6 +126,8 @@ class TrainingRun:
             for name in sources[0].index.tokenizer_files
             if self._is_main
         }
+        self._sampler = Sampler(config, self._tokenizer_files, paths.samples)
+        self._notes = tracking.Notes(accelerator, self.state.progress.step)
         self._transport, self._background_upload = transport, background_upload
         self._meter = open_meter(
             paths.metrics if self._is_main else None, self.start.identity.run_id,
@@ -165,8 +168,6 @@ class TrainingRun:
             resume.commit_start(self.start, self.paths)
         config, step = self.config, self.state.progress.step
         facts = {
-            "run_id": self.start.identity.run_id,
-            "branch": self.start.identity.branch,
             "max_steps": config.max_steps,
             "world_size": self._accelerator.num_processes,
             "device": str(self._accelerator.device),
@@ -178,7 +179,10 @@ class TrainingRun:
             "hourly_price": self._meter.read().hourly_price,
             "spending": self._meter.before.to_json(),
         }
-        tracking.start_trackers(self._accelerator, config, self.paths.logs, facts, step)
+        tracking.start_trackers(
+            self._accelerator, config, self.paths.logs, self.start.identity, facts, step,
+            self.state.progress.history,
+        )  # fmt: skip
         if self._is_main:
             self._saving = RunSaving(
                 config,
@@ -187,6 +191,7 @@ class TrainingRun:
                 self._accelerator.device,
                 transport=self._transport,
                 background_upload=self._background_upload,
+                tell=self._notes.add,
             )
             self._saving.prepare(self._snapshot_bytes())
         self._live = LiveLine(enabled=self._is_main)
@@ -218,11 +223,11 @@ class TrainingRun:
             self._saving.close()
         for bucket in self._buckets:
             bucket.close()
-        if self._is_main:
-            spending = self._meter.read().to_json()
-            tracking.record_end(
-                self.paths.logs, self.state.progress.step, self._outcome, spending=spending
-            )
+        step, spending = self.state.progress.step, self._meter.read().to_json()
+        self._notes.write(step, is_last=True)
+        tracking.record_end(
+            self._accelerator, self.paths.logs, step, self._outcome, spending=spending
+        )
         if shortage is not None:
             raise ResourceShortageError(shortage) from error
         if error is None:
@@ -290,6 +295,7 @@ class TrainingRun:
         """Do one optimizer update; return how many are done."""
         self._meter.note_step()
         fence = self._saving.fence if self._saving is not None else lambda: None
+        self._notes.write(self.state.progress.step)
         train_step(self.state, batches, self.config.max_grad_norm, self._document_end, fence)
         self.stop.nothing_to_lose = False
         if self.config.record_batches:
@@ -322,7 +328,7 @@ class TrainingRun:
         record = bad_steps.describe(verdict, progress, config.bad_step)
         progress.bad_steps.append(record)
         if self._is_main:
-            append_metrics(self.paths.metrics, {"event": "bad_step", **record})
+            tracking.record_event(self.paths.logs, {"event": "bad_step", **record})
         log.warning(
             "Step %d is bad: %s (loss %.4g, gradient norm %.4g). Its update is left out.",
             verdict.step, verdict.kind, verdict.loss, verdict.grad_norm,
@@ -432,10 +438,11 @@ class TrainingRun:
             self.stop.is_agreed,
         )
         seconds = time.perf_counter() - started
-        self._throughput.pause(seconds)
+        self._write_samples()
+        self._throughput.pause(time.perf_counter() - started)
         if loss is None:
             return False
-        self._remaining.evaluation_seconds = seconds
+        self._remaining.evaluation_seconds = time.perf_counter() - started
         improved = progress.add_validation(loss)
         record = {
             "validation_loss": loss,
@@ -449,6 +456,12 @@ class TrainingRun:
             self._validation.num_samples, format_duration(seconds),
         )  # fmt: skip
         return improved
+
+    def _write_samples(self) -> None:
+        """Have the main process write sample texts; other ranks wait at their next agreement."""
+        if self._is_main and self.stop.reason is None:
+            samples = self._sampler.write(self.state, lambda: self.stop.reason is not None)
+            tracking.log_samples(self._accelerator, samples, self.state.progress.step)
 
     def save(self, *, is_last: bool = False) -> None:
         """Begin to save a checkpoint; training goes on while it is written.

@@ -94,6 +94,7 @@ class Uploader:
             the one that holds the bucket's lease.
         first_backoff_seconds: Mean wait before the second attempt; the next are 4 times longer.
         perform: Does one upload; in a process of its own by default.
+        tell: Called in the worker's thread with a line about each upload that ended.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Uploader:
         sweeps: bool = False,
         first_backoff_seconds: float = FIRST_BACKOFF_SECONDS,
         perform: Perform | None = None,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.failures: dict[str, str] = {}
         """Checkpoint name -> why it is not in the bucket."""
@@ -114,6 +116,7 @@ class Uploader:
         """Speed of the last upload that was verified, None before one was."""
         self._transport, self._journal = transport, journal
         self._compression, self._sweeps = compression, sweeps
+        self._tell = tell
         self._backoff, self._perform = first_backoff_seconds, perform or run_in_process
         self._queue: list[_Item] = []
         self._active: _Item | None = None
@@ -326,6 +329,8 @@ class Uploader:
             bytes_per_second=round(speed),
         )
         self._succeed(item)
+        self._tell(f"{name} uploaded and verified: {format_bytes(result.size)} in "
+                   f"{format_duration(result.seconds)}")  # fmt: skip
         log.info(
             "Verified %s in the bucket (crc32c %s): %s in %s.",
             name, result.crc32c, format_bytes(result.size), format_duration(result.seconds),
@@ -364,11 +369,13 @@ class Uploader:
         if not is_late:
             seconds = _jittered(self._backoff * BACKOFF_FACTOR ** (item.attempts - 1))
             log.warning("Upload of %s failed, trying again in %.0f s: %s", name, seconds, error)
+            self._tell(f"{name}: upload failed, trying again in {seconds:.0f} s: {error}")
         else:
             seconds = _jittered(LATER_SECONDS)
             self.failures[name] = f"{error} ({item.attempts} attempts)"
             log.error("%s was not uploaded: %s It is kept in %s.", name, self.failures[name],
                       item.path.parent)  # fmt: skip
+            self._tell(f"{name} was not uploaded: {self.failures[name]}")
         again = datetime.now(timezone.utc) + timedelta(seconds=seconds)
         self._record_failure(item, run_id, error, again.isoformat(timespec="seconds"))
         self._requeue(item, seconds, is_late)
@@ -388,6 +395,7 @@ class Uploader:
         self.failures[name] = error
         self._record_failure(item, run_id, error, None)
         log.error("%s was not uploaded: %s It is kept in %s.", name, error, item.path.parent)
+        self._tell(f"{name} was not uploaded: {error}")
 
     def _record_failure(self, item: _Item, run_id: str, error: str, next_try: str | None) -> None:
         """Write down that an attempt failed; for good where there is no next one."""

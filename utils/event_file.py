@@ -1,0 +1,105 @@
+"""A TensorBoard event file: each record is with the operating system before `write` returns.
+
+    scalars, texts, hyperparameters -> Event -> events.out.tfevents.* -> TensorBoard
+
+torch's SummaryWriter hands records to a thread, whose death (a full disk) costs a traceback in the
+terminal and every later record. Here a record is one `write`: a killed process tears at most the
+last one, and a record that does not fit on the disk is cut away again, so that later ones can be
+read. Files sort in the order of the starts, whatever the clocks of their machines say: TensorBoard
+reads them by name, and what it reads later takes back what an earlier start had from that step on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+FILE_VERSION = "brain.Event:2"  # from this one on TensorBoard obeys `purge_from`
+_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
+
+# A summary is a protocol buffer, of `torch.utils.tensorboard.summary`.
+
+
+class EventFile:
+    """A new event file in a directory; safe from several threads.
+
+    Args:
+        directory: Made if it is not there.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        seconds = max(int(time.time()), _newest(directory) + 1)
+        self.path = directory / (
+            f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}"
+        )
+        self._file = self.path.open("xb", buffering=0)
+        self._records = RecordWriter(self)
+        self._lock = threading.Lock()
+        try:
+            self._add(file_version=FILE_VERSION)
+        except BaseException:
+            self.discard()
+            raise
+
+    def purge_from(self, step: int) -> None:
+        """Take back what earlier starts have at `step` and behind it."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        self._add(step=step, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, summary: Any, step: int = 0, seconds: float | None = None) -> None:
+        """Write a summary.
+
+        Args:
+            summary: A Summary, with any number of values.
+            step: Where in the curve it belongs.
+            seconds: Time of it, since the epoch; now by default.
+        """
+        self._add(seconds, step=step, summary=summary)
+
+    def close(self) -> None:
+        """Close the file; whatever comes later is an error."""
+        self._file.close()
+
+    def discard(self) -> None:
+        """Close the file and remove it."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    def write(self, record: bytes) -> None:
+        """Write the bytes of a record: all of them or none."""
+        end = os.fstat(self._file.fileno()).st_size
+        view = memoryview(record)
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+                self._file.seek(end)
+            raise
+
+    def _add(self, seconds: float | None = None, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        event = Event(wall_time=time.time() if seconds is None else seconds, **content)
+        with self._lock:
+            self._records.write(event.SerializeToString())
+
+
+def _newest(directory: Path) -> int:
+    """Return the time in the name of the newest event file, 0 where there is none."""
+    names = (_NAME.match(path.name) for path in directory.iterdir())
+    return max((int(match.group(1)) for match in names if match), default=0)

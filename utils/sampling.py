@@ -1,0 +1,142 @@
+"""The texts that a run writes at each evaluation, so that people see what the model has learned.
+
+    prompts, tokenizer of the data -> generation -> samples.jsonl, TensorBoard, W&B
+
+A look, and no more: it changes nothing of the training (see `utils/generation.py`), and what goes
+wrong here is said once and ends the looking, never the run. The main process alone does it.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import DistributedType
+
+from configs.training_config import TrainingConfig
+from utils.errors import UsageError
+from utils.generation import Sampling, generate
+from utils.metadata import append_metrics, printable, printable_lines
+from utils.training_utils import TrainState
+
+TEMPERATURE = 0.8
+TOP_P = 0.95
+TOKENIZER_FILE = "tokenizer.json"
+# Ranks hold parts of the weights: a forward of one rank alone would wait for the others.
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text of the model.
+
+    Attributes:
+        prompt: What it was given.
+        text: What it wrote, without the prompt; no character of it can steer a terminal.
+    """
+
+    prompt: str
+    text: str
+
+
+class Sampler:
+    """Writes a text for each prompt of a configuration.
+
+    Args:
+        config: `sample_prompts`, `sample_tokens` and `seed`.
+        tokenizer_files: The data's tokenizer: file name -> bytes; empty where they have none.
+        path: `samples.jsonl`.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, tokenizer_files: Mapping[str, bytes], path: Path
+    ) -> None:
+        self._prompts = config.sample_prompts if config.sample_tokens else []
+        self._sampling = Sampling(config.sample_tokens, TEMPERATURE, top_p=TOP_P, seed=config.seed)
+        self._files, self._path = tokenizer_files, path
+        self._tokenizer: Any = None
+
+    def write(self, state: TrainState, should_stop: Callable[[], bool]) -> list[Sample]:
+        """Return the texts of the model as it is, and append them to `samples.jsonl`.
+
+        Args:
+            state: Left as it is, bit for bit.
+            should_stop: Asked before each token; once it says so, there are no texts.
+        """
+        if not self._prompts:
+            return []
+        try:
+            samples = self._sample(state, should_stop)
+        except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception; memory is short
+            log.debug("Sampling failed.", exc_info=True)
+            self._give_up(printable(exc) or type(exc).__name__, logging.WARNING)
+            return []
+        step = state.progress.step
+        for sample in samples:
+            log.debug("Sample at step %d: %s -> %s", step, printable(repr(sample.prompt)),
+                      printable(repr(sample.text)))  # fmt: skip
+        try:
+            for sample in samples:
+                append_metrics(self._path, {"step": step, **asdict(sample)})
+        except OSError as exc:
+            log.warning("%s cannot be written: %s.", self._path, exc.strerror or exc)
+        return samples
+
+    def _sample(self, state: TrainState, should_stop: Callable[[], bool]) -> list[Sample]:
+        if state.accelerator.distributed_type in SHARDED:
+            self._give_up("each rank holds a part of the weights only")
+            return []
+        if self._tokenizer is None and not self._files:
+            self._give_up("the data come without a tokenizer")
+            return []
+        self._tokenizer = self._tokenizer or load_tokenizer(self._files)
+        samples = []
+        for prompt in self._prompts:
+            end = self._tokenizer.eos_token_id
+            ids = self._tokenizer(prompt)["input_ids"] or _begin_of_text(self._tokenizer)
+            tokens = generate(
+                state.core_model,
+                ids,
+                self._sampling,
+                end_ids=() if end is None else (end,),
+                should_stop=should_stop,
+            )
+            if should_stop():
+                return []
+            samples.append(Sample(prompt, printable_lines(self._tokenizer.decode(tokens))))
+        return samples
+
+    def _give_up(self, reason: str, level: int = logging.INFO) -> None:
+        log.log(level, "No sample texts in this start: %s.", reason.rstrip("."))
+        self._prompts = []
+
+
+def load_tokenizer(files: Mapping[str, bytes]) -> Any:
+    """Return the transformers tokenizer that files hold; nothing is looked up elsewhere."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    fast_class: Any = PreTrainedTokenizerFast
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+        for name, data in files.items():
+            (Path(folder) / Path(name).name).write_bytes(data)
+        if set(files) == {TOKENIZER_FILE}:  # nothing says of which class it is
+            return fast_class(tokenizer_file=str(Path(folder) / TOKENIZER_FILE))
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _begin_of_text(tokenizer: Any) -> list[int]:
+    """Return what stands before a text in the data: the token that ends the one before.
+
+    Raises:
+        UsageError: The tokenizer has no such token.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return [token]
+    raise UsageError("an empty prompt needs a tokenizer with an end-of-text token")
