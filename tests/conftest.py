@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from scripts import prepare_data
 from tests.gcs_server import FakeGcsServer
@@ -29,9 +31,14 @@ TINY = (
 @pytest.fixture(scope="session")
 def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory bucket with the sample text, tokenized with a small vocabulary."""
-    directory = tmp_path_factory.mktemp("bucket") / "data"
-    arguments = ["--sample", "--vocab-size", "512", "--output", str(directory), "--quiet"]
-    assert prepare_data.main(arguments) == 0
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # once for all processes of the tests
+        base = base.parent
+    directory = base / "bucket" / "data"
+    with FileLock(base / "bucket.lock"):
+        if not (directory / "index.json").exists():
+            arguments = ["--sample", "--vocab-size", "512", "--output", str(directory), "--quiet"]
+            assert prepare_data.main(arguments) == 0
     return directory
 
 

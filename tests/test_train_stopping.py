@@ -913,6 +913,7 @@ def test_out_of_host_memory_is_one_message_after_the_save_and_its_upload(start: 
     assert trainer.steps == trainer.uploaded == [2]
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_at_the_same_step_and_one_goes_on(
     start: Start, straight: Trainer, data: Path, tmp_path: Path
 ) -> None:

@@ -190,6 +190,7 @@ def test_a_torn_line_hides_no_whole_one(tmp_path: Path) -> None:
     assert path.read_bytes()[offset:] == lines[-1].encode()
 
 
+@pytest.mark.slow
 def test_a_run_with_another_seed_is_found_out_and_leaves_nothing_in_the_users_bucket(
     server: ForkServer,
     sample_data: Path,

@@ -114,7 +114,14 @@ def open_way(request: pytest.FixtureRequest, tmp_path: Path, kind: str, **fields
     return Way(open_transport(options), open_bucket(uri), scratch)
 
 
-@pytest.fixture(params=["directory", "python-4", "python-1", "gcloud", "gsutil"])
+@pytest.fixture(
+    params=[
+        "directory",
+        "python-4",
+        "python-1",
+        *(pytest.param(name, marks=pytest.mark.gsutil) for name in ("gcloud", "gsutil")),
+    ]
+)
 def way(request: pytest.FixtureRequest, tmp_path: Path, small_units: None) -> Iterator[Way]:
     opened = open_way(request, tmp_path, request.param)
     yield opened

@@ -648,10 +648,12 @@ def test_progress_is_in_the_journal_now_and_then_and_not_synced(
 
     monkeypatch.setattr(uploader_module, "PROGRESS_SECONDS", 0.05)
     performer.script[NAMES[1]] = [progress]
+    began = time.monotonic()
     uploader.submit(checkpoints[1])
     drain(uploader)
+    most = 3 + (time.monotonic() - began) / 0.05  # the first, the stage's, the last
     entries = [e for e in journal.entries() if e.checkpoint == NAMES[1] and "sent" in e.details]
-    assert 3 <= len(entries) <= 8
+    assert 3 <= len(entries) <= most
     last = entries[-1]
     assert last.state is UploadState.UPLOADING
     expected = {"stage": "uploading", "sent": 1500, "read": 4000, "total": 4000, "attempt": 1}
@@ -980,6 +982,7 @@ def test_a_lock_that_cannot_be_had_does_not_stop_an_upload(
 # For a long time.
 
 
+@pytest.mark.slow
 def test_over_many_uploads_neither_threads_nor_files_nor_memory_grow(
     open_uploader: Open,
     options: TransportOptions,
