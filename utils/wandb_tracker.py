@@ -22,7 +22,7 @@ from utils.run_tracker import RunStart, RunTracker, group_metrics
 
 PROJECT = "neox-pretrain"
 INIT_SECONDS = 30.0
-FINISH_SECONDS = 60.0
+FINISH_SECONDS = 15.0  # a stop has a grace period; what is left is for `wandb sync`
 EVENT_COLUMNS = ["event"]
 SAMPLE_COLUMNS = ["step", "prompt", "text"]
 

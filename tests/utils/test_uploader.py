@@ -324,6 +324,25 @@ def test_when_uploads_lag_behind_the_newest_and_the_best_go_first(
 # What fails for now.
 
 
+def test_the_end_of_every_attempt_is_told(
+    open_uploader: Open, performer: Performer, checkpoints: list[Path]
+) -> None:
+    told: list[str] = []
+    performer.script[NAMES[0]] = [DOWN]
+    performer.script[NAMES[1]] = [AccessDeniedError("403 Forbidden.")]
+    performer.script[NAMES[2]] = [DOWN] * MAX_ATTEMPTS
+    uploader = open_uploader(tell=told.append)
+    for checkpoint in checkpoints:
+        uploader.submit(checkpoint)
+        assert uploader.drain(WAIT_SECONDS, lambda _: None) == []
+    uploader.close()
+    assert told[0] == f"{NAMES[0]}: upload failed, trying again in 0 s: 503 Backend Error"
+    assert told[1].startswith(f"{NAMES[0]} uploaded and verified: 2.0 MiB in ")
+    assert told[2] == f"{NAMES[1]} was not uploaded: 403 Forbidden."
+    assert told[-1] == f"{NAMES[2]} was not uploaded: 503 Backend Error (5 attempts)"
+    assert len(told) == 3 + MAX_ATTEMPTS
+
+
 def test_what_fails_twice_and_then_does_not_leaves_no_failure(
     open_uploader: Open, performer: Performer, journal: Journal, checkpoints: list[Path]
 ) -> None:
