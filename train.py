@@ -143,7 +143,7 @@ def train(args: argparse.Namespace) -> int:
                 accelerator,
                 args.resume,
                 fresh=args.fresh,
-                dry_run=args.dry_run,
+                measures=args.dry_run and not args.quiet,
             )  # fmt: skip
         )
         sources = checks.sources

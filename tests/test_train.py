@@ -235,6 +235,7 @@ def test_two_ranks_follow_the_curve_of_one(
     assert run_train("--max-steps", "9", "--resume", "latest", folder="two", settings=settings) == 0
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_75_and_the_next_start_goes_on(
     run_train: Train, tmp_path: Path, sample_data: Path
 ) -> None:
@@ -594,6 +595,7 @@ def test_training_connects_to_nothing(run_train: Train, monkeypatch: pytest.Monk
     assert run_train("--max-steps", "2") == 0
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_curve(run_train: Train, tmp_path: Path) -> None:
     settings = ("logging_steps=1", "model_overrides.num_hidden_layers=2")
     assert run_train("--max-steps", "3", folder="kept", settings=settings) == 0

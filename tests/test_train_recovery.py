@@ -91,7 +91,9 @@ def small_data(tmp_path: Path) -> Path:
 # The same tokens and losses, however often it is interrupted.
 
 
-@pytest.mark.parametrize("stops", [[2], [3, 8], [1, 7, 13]])
+@pytest.mark.parametrize(
+    "stops", [*(pytest.param(s, marks=pytest.mark.slow) for s in ([2], [3, 8])), [1, 7, 13]]
+)
 def test_resumed_any_number_of_times_also_in_the_second_epoch(
     run_train: Train, tmp_path: Path, small_data: Path, stops: list[int]
 ) -> None:
@@ -110,6 +112,7 @@ def test_resumed_any_number_of_times_also_in_the_second_epoch(
     assert_same_end(tmp_path, "straight", "run")
 
 
+@pytest.mark.slow
 def test_one_then_two_then_one_process_see_the_same_tokens(
     run_train: Train, tmp_path: Path, small_data: Path
 ) -> None:
@@ -462,7 +465,7 @@ def test_a_bad_step_stops_the_run_saved_and_it_goes_on_behind_it(
     assert len({crc for found in batches(tmp_path).values() for crc in found}) == 6
 
 
-@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("on_device", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_bad_step_changes_nothing_but_the_schedule(
     on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,11 +218,19 @@ def check_start(
     resume: str | None,
     *,
     fresh: bool,
-    dry_run: bool,
+    measures: bool,
 ) -> StartChecks:
     """Return what is known before a start.
 
-    A small step and a short upload are measured for a dry run and before a long run.
+    Args:
+        config: The run's configuration.
+        paths: Its directories.
+        model_config: transformers config of the model.
+        counts: Its parameters.
+        accelerator: This process among the ranks.
+        resume: What to go on from, as the user says it; None for nothing.
+        fresh: Whether to set an old run aside.
+        measures: Measure a small step and a short upload, as before a long run in any case.
 
     Raises:
         UsageError: There is no such checkpoint to resume from.
@@ -247,7 +255,7 @@ def check_start(
         config, model_config, counts, precision, device, world_size, plan.step, sources
     )
     memory, times = check_memory(config, need, device), []
-    if memory.status != "fail" and (dry_run or is_long_run(facts)):
+    if memory.status != "fail" and (measures or is_long_run(facts)):
         log.info("Measuring a small step.")
         probe = probe_step(facts)
         memory = check_memory(config, need, device, probe.memory_ratio if probe else None)

@@ -92,6 +92,7 @@ def proven(
     return work, value, launcher.starts
 
 
+@pytest.mark.slow
 def test_two_kills_one_resume_from_the_bucket_and_no_difference(
     proven: tuple[Path, dict[str, object], int],
 ) -> None:
@@ -116,6 +117,7 @@ def test_two_kills_one_resume_from_the_bucket_and_no_difference(
     assert compared["batches (crc32c)"] == "16 steps"
 
 
+@pytest.mark.slow
 def test_one_changed_number_is_found_wherever_it_is(
     proven: tuple[Path, dict[str, object], int], tmp_path: Path
 ) -> None:
@@ -151,6 +153,7 @@ def test_one_changed_number_is_found_wherever_it_is(
     }
 
 
+@pytest.mark.slow
 def test_one_changed_loss_or_missing_step_is_found(
     proven: tuple[Path, dict[str, object], int], tmp_path: Path
 ) -> None:

@@ -263,6 +263,7 @@ def test_no_room_at_all_writes_while_training_waits_and_says_so(
     assert len(recorder.committed) == 1
 
 
+@pytest.mark.slow
 def test_a_small_dev_shm_does_not_matter(tmp_path: Path) -> None:
     """As in a container: 1 MB of /dev/shm, a snapshot of 24 MB."""
     unshare = shutil.which("unshare")

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,8 @@ def test_a_server_that_stalls_is_left_and_the_next_attempt_succeeds(
     with pytest.raises(TransientStorageError, match="no progress"):
         run_in_process(UploadJob(str(checkpoint), options))
     assert fault.fired == 1
-    result = run_in_process(UploadJob(str(checkpoint), options))
+    patient = replace(options, stall_seconds=60.0)  # a busy machine starts a process slowly
+    result = run_in_process(UploadJob(str(checkpoint), patient))
     assert gcs.get_object("runs", f"a/{ARCHIVE}").size == result.size
 
 

@@ -229,7 +229,10 @@ def test_where_the_system_counts_no_bytes_its_work_is_progress(
 
 
 @pytest.fixture(
-    params=["gcloud", "gsutil", pytest.param("gsutil from a file", marks=pytest.mark.gsutil)]
+    params=[
+        pytest.param(name, marks=pytest.mark.gsutil)
+        for name in ("gcloud", "gsutil", "gsutil from a file")
+    ]
 )
 def program(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
