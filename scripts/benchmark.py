@@ -5,6 +5,7 @@
             saves against the same run with none, host memory
     data    reading a warm cache (peer: np.memmap), going on at sample 10^9 of 10,000 shards, the
             first batch of a cold bucket (peer: downloading the same shards), host memory
+    forecast  expected against real time of a run, before it begins and after 20 steps
     memory  the peak of real steps against the estimate, by preset and micro-batch
     monitor  the monitor beside a run of 100,000 logged lines: CPU of a core over a minute, bytes a
             refresh, time to the first view (peer: the interpreter's own start)
@@ -33,6 +34,7 @@ if __package__ in (None, ""):
 
 from benchmarks.data import measure_data
 from benchmarks.figures import RUNS, describe_machine
+from benchmarks.forecast import measure_forecast
 from benchmarks.memory import measure_memory
 from benchmarks.monitor import measure_monitor
 from benchmarks.saving import measure_checkpoint
@@ -80,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
 PARTS: dict[str, Callable[[Path, int], dict[str, str]]] = {
     "checkpoint": measure_checkpoint,
     "data": measure_data,
+    "forecast": measure_forecast,
     "memory": measure_memory,
     "monitor": measure_monitor,
     "upload": measure_upload,
