@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from configs.training_config import TrainingConfig
@@ -32,6 +33,8 @@ LONG_RUN_SECONDS = 900.0
 STEP_EFFICIENCY = 0.4
 # Compressing and checking an archive, bytes a second of one core: BENCHMARKS.md.
 ARCHIVE_BYTES_PER_SECOND = 250e6
+BUSY_SECONDS = 0.3
+BUSY_CPU_SHARE = 0.25
 LATE_SHARE = 1.0
 BUSY_SHARE = 0.5
 
@@ -107,8 +110,16 @@ def estimate_run_seconds(facts: RunFacts, step_seconds: float) -> float:
     return remaining.seconds(facts.step, step_seconds)
 
 
+def measure_busy_share() -> float:
+    """Return the share of this machine's CPUs that is in use, watched for a moment."""
+    return float(psutil.cpu_percent(BUSY_SECONDS)) / 100
+
+
 def check_times(
-    facts: RunFacts, probe: StepProbe | None, transport: TransportOptions | None
+    facts: RunFacts,
+    probe: StepProbe | None,
+    transport: TransportOptions | None,
+    busy_share: float = 0.0,
 ) -> list[Check]:
     """Return what is expected of steps, run and uploads.
 
@@ -116,6 +127,7 @@ def check_times(
         facts: Of the run.
         probe: Of `probe_step`.
         transport: The way to the bucket; None uploads nothing.
+        busy_share: Of the CPUs, before the small step.
     """
     if probe is None:
         text = "unknown: not even a small step fits into the memory, so none was measured"
@@ -131,12 +143,17 @@ def check_times(
         f"about {_format_seconds(seconds)}, {rate:,.0f} tokens/s{share} (from {probe.samples} x "
         f"{probe.tokens} tokens through one layer and through two)"
     )
+    is_busy = facts.device.type == "cpu" and busy_share > BUSY_CPU_SHARE
+    if is_busy:
+        text += (
+            f"; other processes take {busy_share:.0%} of the CPU now: without them it is quicker"
+        )
     price = find_price(config, facts.world_size)
     evaluations = count_pauses(facts.step, config.max_steps, config.save_steps, config.eval_steps)
     run_seconds = estimate_run_seconds(facts, seconds)
     ending = f"about {format_duration(run_seconds)} for steps {facts.step} to {config.max_steps}"
     return [
-        Check("step", "ok", text),
+        Check("step", "warn" if is_busy else "ok", text),
         Check("run", "ok", f"{ending} and {evaluations} evaluations"),
         *([] if transport is None else [_check_uploads(facts, seconds, transport)]),
         _describe_cost(facts, run_seconds, price, transport),

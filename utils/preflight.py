@@ -26,7 +26,7 @@ from utils.errors import (
     StorageError,
 )
 from utils.estimates import estimate_checkpoint_bytes
-from utils.forecast import RunFacts, check_times, is_long_run, probe_step
+from utils.forecast import RunFacts, check_times, is_long_run, measure_busy_share, probe_step
 from utils.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.machine_checks import check_disk, check_memory, check_snapshot, estimate_memory
 from utils.metadata import read_remote_checkpoints
@@ -257,9 +257,10 @@ def check_start(
     memory, times = check_memory(config, need, device), []
     if memory.status != "fail" and (measures or is_long_run(facts)):
         log.info("Measuring a small step.")
+        busy_share = measure_busy_share()
         probe = probe_step(facts)
         memory = check_memory(config, need, device, probe.memory_ratio if probe else None)
-        times = check_times(facts, probe, transport)
+        times = check_times(facts, probe, transport, busy_share)
     checks = [
         *resuming,
         Check("settings", "ok", f"valid; {_describe_steps(facts)}"),
@@ -333,7 +334,7 @@ def describe_run(
         "step": f"{tokens:,} tokens: {config.per_device_train_batch_size} samples x "
         f"{config.sequence_length} tokens x {accumulation} accumulated x {text_of_ranks}",
         "run": f"steps {step} to {config.max_steps}, {total:,} tokens in all, "
-        f"{total / counts.total:.1f} tokens per parameter",
+        f"{total / counts.total:.2f} tokens per parameter",
         "checkpoint": f"about {format_bytes(estimate_checkpoint_bytes(counts.total))}, every "
         f"{config.save_steps} steps",
     }
