@@ -32,6 +32,7 @@ UPLOAD_COMPRESSIONS = ("fast", "small", "none")
 _UPLOAD_LIMITS = ("upload_max_mbps", "upload_stall_seconds")
 REPORT_TARGETS = ("tensorboard", "wandb")
 MAX_SEED = 2**63 - 1
+MAX_HOURLY_PRICE = 1e9
 BAD_SHARD_POLICIES = ("stop", "skip")
 BAD_STEP_POLICIES = ("stop", "skip", "rollback")
 SAVE_OVERLAP_POLICIES = ("wait", "skip")
@@ -301,7 +302,7 @@ class TrainingConfig:
         for key in ("upload_deadline_seconds", "grace_seconds"):
             self._require_at_least(key, 0)
         if self.hourly_price is not None:
-            self._require_at_least("hourly_price", 0)
+            self._require_between("hourly_price", 0, MAX_HOURLY_PRICE)
         self._require_between("seed", 0, MAX_SEED)
         self._require_between("min_lr_rate", 0.0, 1.0)
         self._require_below_one("adam_beta1")
@@ -339,6 +340,9 @@ class TrainingConfig:
         for key, value in self.model_overrides.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"model_overrides.{key} must be a finite number, got {value}.")
+        for prompt in self.sample_prompts:
+            if not _is_text(prompt):
+                raise ConfigError(f"sample_prompts: {prompt!a} is no text that can be encoded.")
         if self.bf16 and self.fp16:
             raise ConfigError("bf16 and fp16 are both true: choose one.")
         if self.global_batch_size and self.gradient_accumulation_steps:
@@ -415,6 +419,14 @@ class TrainingConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values."""
         return asdict(self)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_mixture(sources: list[dict[str, Any]]) -> None:

@@ -96,7 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _positive_seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds <= 86400:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 86400, got {text}")
     return seconds
@@ -109,6 +112,8 @@ def run_monitor(args: argparse.Namespace) -> None:
     # What the output's encoding lacks is shown as ?, and no reason to end.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    if args.logs_only and words is not None:
+        raise UsageError("--notify-command needs a look at the run: leave --logs-only out.")
     if args.logs_only:
         with contextlib.suppress(KeyboardInterrupt):  # the usual way to end it
             follow_log(LogTail(paths.train_log), args)

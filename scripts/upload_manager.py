@@ -41,7 +41,7 @@ from utils.errors import (
     UploadError,
     UsageError,
 )
-from utils.journal import Journal, UploadState
+from utils.journal import Journal, JournalEntry, UploadState
 from utils.layout import (
     REMOTE_FOLDER,
     CheckpointName,
@@ -182,10 +182,20 @@ def find_identity(
 def show_status(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
     """Print every checkpoint here and in the bucket, the queue, then the last errors."""
     uri = join_uri(config.checkpoint_uri, config.run_name) if config.checkpoint_uri else ""
-    journal = Journal(paths.journal)
-    entries = list(journal.entries())
+    journal, problems = Journal(paths.journal), []
+    entries: list[JournalEntry] = []
+    local: list[CheckpointView] = []
+    try:
+        entries = list(journal.entries())
+    except OSError as exc:
+        problems.append(f"{paths.journal} cannot be read: {exc.strerror or exc}")
     uploads = {entry.checkpoint: entry for entry in entries}
-    local = read_local_checkpoints(paths.checkpoints, uploads)
+    try:
+        local = read_local_checkpoints(paths.checkpoints, uploads)
+        if paths.checkpoints.exists() and not paths.checkpoints.is_dir():
+            problems.append(f"{paths.checkpoints} is no directory")
+    except OSError as exc:
+        problems.append(f"{paths.checkpoints} cannot be read: {exc.strerror or exc}")
     remote, problem = read_remote(config)
     identity = find_identity(paths, local)
     decisions: list[Decision] = []
@@ -193,12 +203,13 @@ def show_status(config: TrainingConfig, paths: RunPaths, args: argparse.Namespac
         decisions = decide_retention(
             local, config, run_id=identity.run_id, is_uploading_on=bool(uri)
         )
-    owed = find_unfinished(paths.checkpoints, journal, uri, uploads) if uri else []
+    owed = find_unfinished(paths.checkpoints, journal, uri, uploads) if uri and local else []
     result: dict[str, Any] = {
         "run_id": identity.run_id if identity else None,
         "directory": str(paths.checkpoints),
         "bucket": uri or None,
         "bucket_problem": problem,
+        "problems": problems,
         "checkpoints": build_rows(
             local, remote, uri=uri, bucket_problem=problem, decisions=decisions
         ),
@@ -231,6 +242,8 @@ def print_status(result: dict[str, Any]) -> None:
         for row in result["errors"]:
             tries = f" ({row['attempts']} attempts)" if row["attempts"] else ""
             print(f"  {row['time']}  {row['checkpoint']}{tries}: {row['error']}")
+    for text in result["problems"]:
+        print(printable(text))
     if result["bucket_problem"]:
         print(f"The bucket could not be read: {printable(result['bucket_problem'])}")
 

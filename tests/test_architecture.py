@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
         "utils.console",
         "utils.documents",
         "utils.ranks",
+        "utils.regular_file",
     },
     {
         "utils.bucket",

@@ -669,6 +669,44 @@ def test_metadata_holds_what_the_viewer_shows(run_train: Train, tmp_path: Path) 
     json.dumps(metadata)
 
 
+def test_a_dry_run_beside_checkpoints_says_what_a_start_wants_and_checks_the_rest(
+    run_train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_train("--max-steps", "4", settings=("save_steps=2",)) == 0
+    capsys.readouterr()
+    assert run_train("--dry-run", "--max-steps", "8") == ExitCode.PREFLIGHT
+    captured = capsys.readouterr()
+    assert "Go on with --resume latest" in captured.err
+    assert "another run" not in captured.err
+    assert "steps 4 to 8" in captured.out
+    assert run_train("--dry-run", "--max-steps", "8", "--resume", "latest") == 0
+    # Nothing is left to do, so nothing is measured.
+    capsys.readouterr()
+    assert run_train("--dry-run", "--max-steps", "4", "--resume", "latest") == 0
+    assert "one layer" not in capsys.readouterr().out
+
+
+def test_a_loss_that_was_measured_at_another_step_is_not_a_checkpoints(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from utils.training_run import TrainingRun
+
+    evaluate = TrainingRun.evaluate
+
+    def at_5_only(run: Any) -> bool:
+        return evaluate(run) if run.state.progress.step == 5 else False
+
+    monkeypatch.setattr(TrainingRun, "evaluate", at_5_only)
+    assert run_train("--max-steps", "10", settings=("save_steps=5",)) == 0
+    names = ("checkpoint-epoch0-step5-files0", LAST)
+    metrics = [
+        read_json(checkpoint(tmp_path, "run", name) / "metadata.json")["validation_metrics"]
+        for name in names
+    ]
+    assert metrics[0]["validation_loss"] == metrics[1]["best_validation_loss"]
+    assert metrics[1]["validation_loss"] is metrics[1]["perplexity"] is None
+
+
 def test_help_and_wrong_arguments_do_not_load_torch() -> None:
     code = (
         "import sys, train\n"

@@ -29,6 +29,9 @@ def build_metadata(
     losses = progress.history["loss_history"]
     recent = losses[-HISTORY_LIMIT:]
     best = progress.best_validation_loss
+    # A save on request does not evaluate: an older loss is not that of this state.
+    is_measured = progress.validation_step == progress.step
+    validation_loss = progress.validation_loss if is_measured else None
     rate = (progress.history["tokens_per_second"] or [None])[-1]
     return {
         "step": progress.step,
@@ -41,8 +44,8 @@ def build_metadata(
             "current_avg_loss": losses[-1] if losses else None,
             "steps_since_best": progress.step - progress.best_loss_step,
             "loss_trend": loss_trend([loss for loss in recent if loss is not None]),
-            "validation_loss": progress.validation_loss,
-            "perplexity": _perplexity(progress.validation_loss),
+            "validation_loss": validation_loss,
+            "perplexity": _perplexity(validation_loss),
             "best_validation_loss": best,
         },
         "training_progress": {

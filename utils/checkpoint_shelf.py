@@ -30,13 +30,13 @@ from utils.layout import (
     validate_run_name,
 )
 from utils.metadata import (
-    MAX_JSON_BYTES,
     CheckpointView,
     find_best,
     printable,
     read_json_object,
     read_local_checkpoint,
 )
+from utils.regular_file import MAX_BYTES
 from utils.remote_checkpoints import RemoteListing, list_remote, read_cards
 from utils.retention import decide_retention
 from utils.storage import Bucket, join_uri, open_bucket
@@ -134,7 +134,7 @@ class LocalShelf(Shelf):
     def _read_journal(self, path: Path) -> dict[str, JournalEntry]:
         try:
             facts = path.stat()
-            if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_JSON_BYTES:
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_BYTES:
                 raise OSError("it is no regular file, or too large")
             return Journal(path).latest()
         except FileNotFoundError:

@@ -38,10 +38,13 @@ from utils.layout import (
     upload_lock,
 )
 from utils.metadata import read_local_checkpoints
+from utils.regular_file import read_regular_file
 from utils.retention import Action, decide_retention
 from utils.storage import crc32c_of_file, fsync_directory
 
 LOCK_SECONDS = 3.0
+
+MAX_OWNER_BYTES = 1000
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +122,10 @@ def _owner_file(paths: RunPaths) -> Path:
 
 
 def _read_owner(paths: RunPaths) -> str:
-    owner = _owner_file(paths)
-    return owner.read_text("utf-8").strip() if owner.is_file() else "unknown process"
+    try:
+        return read_regular_file(_owner_file(paths), MAX_OWNER_BYTES).decode("utf-8").strip()
+    except (OSError, ValueError):
+        return "unknown process"
 
 
 def remove_leftovers(directory: Path) -> None:

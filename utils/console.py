@@ -225,9 +225,19 @@ def run_command(
     except BrokenPipeError:  # the reader of our output has left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
-    except Exception as exc:  # noqa: BLE001 - the one place that turns a bug into a message
-        _report(f"Unexpected error: {type(exc).__name__}: {exc} (--debug shows where)", debug)
+    except OSError as exc:
+        if exc.filename is None:
+            return _report_unexpected(exc, debug)
+        # No bug of ours: a file that cannot be used.
+        _report(f"Error: {exc.filename}: {exc.strerror or exc}", debug)
         return ExitCode.UNEXPECTED
+    except Exception as exc:  # noqa: BLE001 - the one place that turns a bug into a message
+        return _report_unexpected(exc, debug)
+
+
+def _report_unexpected(exc: Exception, debug: bool) -> int:
+    _report(f"Unexpected error: {type(exc).__name__}: {exc} (--debug shows where)", debug)
+    return ExitCode.UNEXPECTED
 
 
 def _report(message: str, debug: bool) -> None:

@@ -143,7 +143,10 @@ def format_dollars(dollars: float | None) -> str:
 
 def parse_hourly_price(text: str) -> float:
     """Return the value of `--hourly-price`, for argparse."""
-    price = read_price(float(text))
+    try:
+        price = read_price(float(text))
+    except ValueError:
+        price = None
     if price is None:
         raise argparse.ArgumentTypeError(f"must be dollars an hour, 0 or more, got {text}")
     return price

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from utils.console import format_bytes
+
 NEW_CHECKPOINT = "the new checkpoint"
 NEW_FATES = {
     True: "it reaches the bucket in time.",
@@ -68,11 +70,11 @@ class GracePlan:
         save = "unknown time" if self.save_seconds is None else _seconds(self.save_seconds)
         speed = "an unknown speed"
         if self.upload_bytes_per_second is not None and new.seconds is not None:
-            speed = f"{_size(self.upload_bytes_per_second)}/s, {_seconds(new.seconds)}"
+            speed = f"{format_bytes(self.upload_bytes_per_second)}/s, {_seconds(new.seconds)}"
         remaining = max(0.0, self.grace_seconds)  # the last step may have taken more than all of it
         parts = [
             f"{remaining:.0f} s of grace: save checkpoint ({save}), then upload it "
-            f"({_size(new.num_bytes)} at {speed}): {self._fate(new)}"
+            f"({format_bytes(new.num_bytes)} at {speed}): {self._fate(new)}"
         ]
         for arrives, text in PENDING_FATES.items():
             names = [
@@ -154,11 +156,3 @@ def describe_outcome(saved_name: str | None, verified: Sequence[str], left: Sequ
 
 def _seconds(seconds: float) -> str:
     return f"about {max(1, round(seconds))} s"
-
-
-def _size(num_bytes: float) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= factor:
-            value = num_bytes / factor
-            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
-    return f"{num_bytes:.0f} bytes"

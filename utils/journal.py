@@ -13,6 +13,7 @@ one at that moment reads it to its end. No torch here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from utils.regular_file import read_regular_file
 from utils.storage import fsync_directory
 
 COMPACT_BYTES = 2**20
@@ -172,6 +174,8 @@ class Journal:
 
     def _append(self, line: bytes, *, sync: bool) -> int:
         """Append a line; return the size of the file."""
+        if self.path.exists() and not self.path.is_file():
+            raise OSError(errno.EINVAL, "it is no regular file", str(self.path))
         with self.path.open("ab+") as file:
             end = file.seek(0, os.SEEK_END)
             if end:
@@ -215,7 +219,7 @@ class Journal:
 
     def _read_lines(self) -> list[bytes]:
         try:
-            return self.path.read_bytes().splitlines()
+            return read_regular_file(self.path).splitlines()
         except FileNotFoundError:
             return []
 

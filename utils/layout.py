@@ -28,6 +28,7 @@ from typing import Any
 
 from configs.training_config import TrainingConfig
 from utils.errors import CheckpointError, UsageError
+from utils.regular_file import read_regular_file
 
 MANIFEST_FILE = "manifest.json"
 METADATA_FILE = "metadata.json"
@@ -314,7 +315,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     path = checkpoint / MANIFEST_FILE
     try:
-        return Manifest.from_json(json.loads(path.read_text("utf-8")), str(path))
+        return Manifest.from_json(json.loads(read_regular_file(path)), str(path))
     except FileNotFoundError as exc:
         raise CheckpointError(f"{checkpoint} is incomplete: it has no {MANIFEST_FILE}.") from exc
     except (OSError, ValueError, RecursionError) as exc:
@@ -324,12 +325,19 @@ def read_manifest(checkpoint: Path) -> Manifest:
 def find_checkpoints(directory: Path) -> list[CheckpointName]:
     """Return the committed checkpoints of a directory, by step, without verifying them."""
     try:
-        entries = [entry.name for entry in os.scandir(directory) if entry.is_dir()]
+        entries = [entry.name for entry in os.scandir(directory) if _is_directory(entry)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     names = (parse_checkpoint_name(entry) for entry in entries)
     base = str(directory)  # of 1,000 checkpoints, Path objects would take longer than the disk
     return sorted(n for n in names if n and _is_file(f"{base}/{n}/{MANIFEST_FILE}"))
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of symbolic links
+        return False
 
 
 def _is_file(path: str) -> bool:
@@ -348,7 +356,7 @@ def local_archive(checkpoint: Path) -> Path:
 
 def read_json(path: Path) -> Any:
     """Return a JSON file's value."""
-    return json.loads(path.read_text("utf-8"))
+    return json.loads(read_regular_file(path))
 
 
 def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,10 +34,10 @@ from utils.layout import (
     find_checkpoints,
     parse_checkpoint_name,
 )
+from utils.regular_file import read_regular_file
 from utils.storage import Bucket, ObjectInfo, crc32c_of_bytes, normalize_uri
 
 HISTORY_LIMIT = 100
-MAX_JSON_BYTES = 256 * 2**20
 MAX_CARD_BYTES = 64 * 2**20
 MAX_SHOWN_CHARACTERS = 300
 MAX_DEPTH = 32
@@ -166,10 +165,12 @@ def _require_object(name: str, value: object) -> dict[str, Any]:
 
 def _read_file(name: str, path: str) -> bytes:
     try:
-        return _read_regular_file(path)
+        return read_regular_file(path)
     except FileNotFoundError as exc:
         raise CheckpointError(f"{name} is missing") from exc
-    except (OSError, ValueError) as exc:
+    except OSError as exc:
+        raise CheckpointError(f"{name} cannot be read ({exc.strerror or exc})") from exc
+    except ValueError as exc:  # a zero byte in the path
         raise CheckpointError(f"{name} cannot be read ({exc})") from exc
 
 
@@ -178,26 +179,6 @@ def _parse_json(name: str, data: bytes) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as exc:
         raise CheckpointError(f"{name} cannot be read ({exc})") from exc
-
-
-def _read_regular_file(path: str | Path, limit: int = MAX_JSON_BYTES) -> bytes:
-    """Return a file's bytes; a pipe or a device of that name is not waited for.
-
-    Raises:
-        OSError: It cannot be read.
-        ValueError: It is no regular file, or too large.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise ValueError("it is no regular file")
-        if facts.st_size > limit:
-            raise ValueError(f"it has {facts.st_size} bytes, the limit is {limit}")
-        with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(descriptor)
 
 
 @functools.lru_cache(maxsize=8)
@@ -227,7 +208,7 @@ def is_verified_in(
     if entry.details.get("bucket") != _normalize(uri, os.getcwd()):  # noqa: PTH109
         return False
     try:
-        found = manifest_crc32c or crc32c_of_bytes(_read_regular_file(checkpoint / MANIFEST_FILE))
+        found = manifest_crc32c or crc32c_of_bytes(read_regular_file(checkpoint / MANIFEST_FILE))
     except (OSError, ValueError):
         return False
     return bool(entry.details["manifest_crc32c"] == found)
@@ -409,8 +390,8 @@ class MetricsLog:
         limit: How many of the newest records are kept, and as many events; None for all. Of a long
             file only the end is parsed then, and the events before it.
         records: Metric records by step, oldest first; several may share a step.
-        events: Records with an `event` (start, resume, rollback, bad_step, finishing, end), oldest
-            first.
+        events: Records with an `event` (start, resume, rollback, bad_step, evaluating, finishing,
+            end), oldest first.
         bad_lines: Lines that could not be read.
     """
 

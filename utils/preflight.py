@@ -24,13 +24,14 @@ from utils.errors import (
     ExitCode,
     ObjectNotFoundError,
     StorageError,
+    UsageError,
 )
 from utils.estimates import estimate_checkpoint_bytes
 from utils.forecast import RunFacts, check_times, is_long_run, measure_busy_share, probe_step
 from utils.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.machine_checks import check_disk, check_memory, check_snapshot, estimate_memory
 from utils.metadata import read_remote_checkpoints
-from utils.resume import READ_CARDS, Plan, plan_start
+from utils.resume import READ_CARDS, Plan, plan_start, require_startable
 from utils.shard_index import DataSource, build_shard_index
 from utils.storage import is_gcs_uri, join_uri, open_bucket
 from utils.training_utils import ParameterCounts, device_name
@@ -238,10 +239,14 @@ def check_start(
     """
     resuming: list[Check] = []
     try:
+        require_startable(paths, resume=resume, fresh=fresh)
+    except UsageError as exc:  # a dry run; everything else is checked as if it went on
+        resume, resuming = "latest", [Check("start", "fail", str(exc))]
+    try:
         plan = plan_run(config, paths, resume, fresh=fresh)
     except StorageError as exc:
         plan = Plan(RunIdentity(new_run_id()))
-        resuming = [Check("resume", "fail", f"The bucket's checkpoints cannot be read: {exc}")]
+        resuming += [Check("resume", "fail", f"The bucket's checkpoints cannot be read: {exc}")]
     run_id = plan.identity.run_id if plan.candidates else None
     # Data first: what is wrong with them is told before anything is written to the other bucket.
     sources, data = read_data(config)
@@ -255,7 +260,9 @@ def check_start(
         config, model_config, counts, precision, device, world_size, plan.step, sources
     )
     memory, times = check_memory(config, need, device), []
-    if memory.status != "fail" and (measures or is_long_run(facts)):
+    if memory.status == "fail":
+        times = [Check("step", "warn", "not measured: it does not fit into the memory")]
+    elif plan.step < config.max_steps and (measures or is_long_run(facts)):
         log.info("Measuring a small step.")
         busy_share = measure_busy_share()
         probe = probe_step(facts)
@@ -331,7 +338,7 @@ def describe_run(
         "device": f"{name}, {accelerator.mixed_precision} mixed precision, {text_of_ranks}",
         "model": f"{config.model}: {counts.total:,} parameters, "
         f"{counts.without_embedding:,} without embeddings",
-        "step": f"{tokens:,} tokens: {config.per_device_train_batch_size} samples x "
+        "step": f"{tokens:,} tokens: {config.per_device_train_batch_size} x "
         f"{config.sequence_length} tokens x {accumulation} accumulated x {text_of_ranks}",
         "run": f"steps {step} to {config.max_steps}, {total:,} tokens in all, "
         f"{total / counts.total:.2f} tokens per parameter",

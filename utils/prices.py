@@ -19,12 +19,14 @@ from typing import Any
 from configs.training_config import CONFIG_DIRECTORY, TrainingConfig
 from utils.errors import ConfigError
 from utils.metadata import number, printable
+from utils.regular_file import read_regular_file
 
 PRICE_DIRECTORY = CONFIG_DIRECTORY / "prices"
 SPOT_SUFFIXES = (":spot", "-spot")
 CURRENCY = "USD"
 GIGABYTE = 2**30  # what Google Cloud Storage and S3 bill as a GB
 MAX_PRICE = 1e9
+MAX_LIST_BYTES = 2**20
 
 _TEXT_KEYS = ("provider", "currency", "date", "source", "note")
 _PRICE_KEYS = ("storage_gb_month", "egress_gb")
@@ -120,7 +122,7 @@ def find_price(
         )
     count = max(1, math.ceil(world_size / machine.gpus)) if machine.gpus else 1
     kind = "spot price" if is_spot else "list price"
-    return HourlyPrice(count * price, f"{count} x {name}, {kind} of {machine.date}")
+    return HourlyPrice(count * price, f"{count} x {printable(name)}, {kind} of {machine.date}")
 
 
 def find_hourly_price(
@@ -153,7 +155,7 @@ def read_price_list(path: Path) -> PriceList:
     """
     where = _show(path)
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(read_regular_file(path, MAX_LIST_BYTES))
     except (OSError, ValueError, RecursionError) as exc:
         raise ConfigError(f"{where}: cannot be read: {printable(exc)}.") from exc
     values = _require_object(where, values, (*_TEXT_KEYS, *_PRICE_KEYS, "operations", "machines"))
@@ -172,8 +174,8 @@ def read_price_list(path: Path) -> PriceList:
         raise ConfigError(f"{where}: machines must be an object that holds at least one.")
     return PriceList(
         provider=path.stem,
-        date=values["date"],
-        source=values["source"],
+        date=printable(values["date"]),
+        source=printable(values["source"]),
         machines={name: _read_machine(where, name, value) for name, value in machines.items()},
         storage_gb_month=_optional_price(where, values, "storage_gb_month"),
         egress_gb=_optional_price(where, values, "egress_gb"),
@@ -215,7 +217,7 @@ def _require_text(where: str, values: Mapping[str, Any], key: str) -> str:
     value = values.get(key)
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{where}: {key} must be a text, got {printable(value)}.")
-    return value
+    return printable(value)
 
 
 def _require_price(where: str, values: Mapping[str, Any], key: str) -> float:

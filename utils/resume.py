@@ -10,7 +10,6 @@ later branch left its own.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from utils.layout import (
     find_checkpoints,
     new_run_id,
     parse_checkpoint_name,
+    read_json,
     read_manifest,
     write_json,
 )
@@ -477,7 +477,7 @@ def read_run_identity(paths: RunPaths) -> RunIdentity | None:
     It decides between checkpoints that are there; without it they decide themselves.
     """
     try:
-        value = json.loads(paths.run_file.read_text("utf-8"))
+        value = read_json(paths.run_file)
         return RunIdentity.from_json(value)
     except FileNotFoundError:
         return None

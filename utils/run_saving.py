@@ -174,8 +174,9 @@ class RunSaving:
                 log.info("Saved %s on this disk; uploading is off.", saved)
             return ExitCode.DONE
         if uploader.pending:
-            log.info("Waiting up to %s for %d uploads.", format_duration(upload_seconds),
-                     len(uploader.pending))  # fmt: skip
+            count = len(uploader.pending)
+            log.info("Waiting up to %s for %d upload%s.", format_duration(upload_seconds), count,
+                     "" if count == 1 else "s")  # fmt: skip
         left = uploader.drain(upload_seconds, live.show, must_leave)
         is_leaving = is_leaving or must_leave()
         self.apply_retention()

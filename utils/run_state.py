@@ -54,6 +54,7 @@ def judge_run(
     silent_seconds: float | None,
     stall_seconds: float,
     has_records: bool = False,
+    is_evaluating: bool = False,
 ) -> tuple[RunState, str]:
     """Return (state, what it rests on) from the events of metrics.jsonl, oldest first.
 
@@ -63,6 +64,7 @@ def judge_run(
         silent_seconds: Time since the last record of any kind, None where there is none.
         stall_seconds: After so long without a record a run has stalled.
         has_records: Whether there are any metric records.
+        is_evaluating: Whether an evaluation has begun and left no record yet.
     """
     known = (*START_EVENTS, "finishing", "end")
     last = next((event for event in reversed(events) if event["event"] in known), None)
@@ -83,7 +85,8 @@ def judge_run(
     if is_alive:
         if is_silent:
             return RunState.STALLED, f"{who} lives, but logs nothing"
-        return RunState.RUNNING, f"{who}, saving and uploading its last" if is_finishing else who
+        doing = ", saving and uploading its last" if is_finishing else ""
+        return RunState.RUNNING, f"{who}{doing or (', evaluating' if is_evaluating else '')}"
     if is_silent:
         return RunState.UNKNOWN, f"{who} cannot be seen from here and is silent: stalled or crashed"
     return RunState.RUNNING, f"{who}, as its records say; it cannot be seen from here"

@@ -145,6 +145,7 @@ class RunWatcher:
             silent_seconds=silent_seconds,
             stall_seconds=findings.stall_seconds,
             has_records=bool(self._metrics.records),
+            is_evaluating=self._is_evaluating(),
         )
         if state is RunState.NO_RUN:
             detail = f"{detail} in {self._paths.metrics}"
@@ -190,6 +191,14 @@ class RunWatcher:
             problems=problems,
         )
 
+    def _is_evaluating(self) -> bool:
+        """Tell whether the newest event is an evaluation whose result is not there yet."""
+        records, events = self._metrics.records, self._metrics.events
+        if not events or events[-1]["event"] != "evaluating":
+            return False
+        last = records[-1] if records else {"step": 0}
+        return last["step"] <= events[-1]["step"] and "validation_loss" not in last
+
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), timezone.utc)
 
@@ -202,10 +211,10 @@ class RunWatcher:
             has_grown = log.read_new(path)
             if (log.records or log.events) and not path.exists():
                 problems.append(f"{path} is gone; what it held is shown")
-            if has_grown:
+            if has_grown or not (log.records or log.events):  # grown, or emptied
                 self._findings = None
-                if not is_first:
-                    self._grew_at = self._monotonic()
+            if has_grown and not is_first:
+                self._grew_at = self._monotonic()
         except OSError as exc:
             problems.append(f"{path} cannot be read: {exc.strerror or exc}")
         if log.bad_lines:

@@ -78,9 +78,12 @@ class Sampler:
             self._give_up(printable(exc) or type(exc).__name__, logging.WARNING)
             return []
         step = state.progress.step
-        for sample in samples:
-            log.debug("Sample at step %d: %s -> %s", step, printable(repr(sample.prompt)),
-                      printable(repr(sample.text)))  # fmt: skip
+        for number, sample in enumerate(samples):
+            level = logging.DEBUG if number else logging.INFO
+            log.log(
+                level, "Sample at step %d: %s -> %s", step,
+                printable(repr(sample.prompt)), printable(repr(sample.text)),
+            )  # fmt: skip
         try:
             for sample in samples:
                 append_metrics(self._path, {"step": step, **asdict(sample)})

@@ -27,6 +27,7 @@ START_EVENTS = ("start", "resume")
 SECONDS_PER_HOUR = 3600.0
 # Above these a figure is no measurement of anything: it is from a damaged or foreign file.
 MAX_SECONDS, MAX_DOLLARS = 1e10, 1e12
+MAX_LAUNCH_SECONDS = 86400.0  # from the launch of a process to its first record
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ def read_spending(log: MetricsLog, now: float | None = None) -> Spending | None:
     launched = started if launched is None else launched
     if launched is None:
         return before
+    if started is not None and started - launched > MAX_LAUNCH_SECONDS:
+        launched = started  # a clock that was set in between
     newest = [*log.records[-1:], *later]
     times = [now, started, *(_epoch_seconds(record.get("time")) for record in newest)]
     until = max((moment for moment in times if moment is not None), default=launched)

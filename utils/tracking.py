@@ -235,6 +235,11 @@ def record_rollback(accelerator: Accelerator, logs: Path, step: int) -> None:
         tracker.roll_back(step)
 
 
+def record_evaluating(logs: Path, step: int) -> None:
+    """Note that an evaluation has begun: the next record may take longer than between steps."""
+    record_event(logs, {"event": "evaluating", "step": step})
+
+
 def record_finishing(logs: Path, step: int) -> None:
     """Note that what follows is saving and uploading: no record is to be expected for a while."""
     record_event(logs, {"event": "finishing", "step": step})

@@ -430,6 +430,9 @@ class TrainingRun:
         if self._rollback_from or (measured and progress.validation_loss is not None):
             return False
         started = time.perf_counter()
+        if self._is_main:
+            tracking.record_evaluating(self.paths.logs, progress.step)
+            self._live.show(f"{progress.step}/{self.config.max_steps}  evaluating")
         loss = evaluate(
             self.state,
             self._validation,

@@ -300,3 +300,8 @@ def test_any_json_value_gives_a_usable_configuration_or_names_its_key(
     kept = getattr(config, key)
     assert not isinstance(kept, float) or math.isfinite(kept)
     assert config.resolve_batch(1)[0] >= 1
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match="sample_prompts"):
+        TrainingConfig(sample_prompts=["The", "\ud800x"])

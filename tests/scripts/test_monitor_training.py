@@ -17,14 +17,16 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.training_config import PROJECT_DIRECTORY, get_training_config
 from scripts.monitor_training import LogTail, main
 from tests.sample_checkpoints import RUN_ID, make_checkpoint
 from tests.sample_logs import write_start, write_step
 from utils import machine
 from utils.journal import Journal, UploadState
+from utils.layout import RunPaths
 from utils.live_screen import ENTER, LEAVE, count_cells
 from utils.metadata import append_metrics
+from utils.run_status import RunWatcher
 
 SCRIPT = PROJECT_DIRECTORY / "scripts" / "monitor_training.py"
 
@@ -566,3 +568,33 @@ def test_a_run_of_an_older_version_has_its_time(capsys, metrics):
     write_start(metrics)
     write_step(metrics, 50)
     assert "so far (--hourly-price X shows dollars)" in run(capsys, "--once")[1]
+
+
+def test_an_evaluation_is_said_until_its_result_is_there(capsys, metrics):
+    write_start(metrics)
+    write_step(metrics, 50)
+    append_metrics(metrics, {"event": "evaluating", "step": 50})
+    assert ", evaluating)" in run(capsys, "--once")[1]
+    append_metrics(metrics, {"step": 50, "validation_loss": 3.0})
+    assert "evaluating" not in run(capsys, "--once")[1]
+
+
+def test_a_log_that_was_emptied_shows_no_old_figures(metrics, tmp_path):
+    write_start(metrics)
+    write_step(metrics, 50)
+    watcher = RunWatcher(RunPaths.of(get_training_config("test", {})))
+    assert watcher.look().step == 50
+    metrics.write_text("")
+    status = watcher.look()
+    assert (status.state.value, status.step, status.metrics.loss) == ("no run", None, None)
+
+
+def test_logs_only_and_a_command_contradict_each_other(capsys):
+    assert run(capsys, "--logs-only", "--notify-command", "true")[0] == 2
+
+
+@pytest.mark.parametrize("words", [("--refresh", "abc"), ("--hourly-price", "abc")])
+def test_wrong_numbers_are_told_in_plain_words(capsys, words):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "must be" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from utils.grace import NEW_CHECKPOINT, GracePlan, describe_outcome, plan_grace
 
-MB = 10**6
+MB, MIB = 10**6, 2**20
 NEW = NEW_CHECKPOINT
 
 
@@ -81,26 +81,26 @@ def test_what_is_planned_fits_and_nothing_is_left_out(
     ("arguments", "line"),
     [
         (
-            (30, 2.2, 16_200 * MB, 180 * MB),
-            "30 s of grace: save checkpoint (about 2 s), then upload it (16.2 GB at 180 MB/s, "
+            (30, 2.2, 16_200 * MIB, 180 * MIB),
+            "30 s of grace: save checkpoint (about 2 s), then upload it (15.8 GiB at 180.0 MiB/s, "
             "about 90 s): it will not reach the bucket in time; it stays on this disk and goes up "
             "at the next start.",
         ),
         (
             (30, 0.1, 900, 1500, [("A", 1200), ("B", 400), ("C", 10**6)]),
-            "30 s of grace: save checkpoint (about 1 s), then upload it (900 bytes at 1.5 kB/s, "
+            "30 s of grace: save checkpoint (about 1 s), then upload it (900 B at 1.5 KiB/s, "
             "about 1 s): it reaches the bucket in time. Pending, in time: B, A. Pending, up at the "
             "next start: C.",
         ),
         (
-            (600, None, 5 * MB, None, [("A", MB)]),
-            "600 s of grace: save checkpoint (unknown time), then upload it (5.0 MB at an unknown "
+            (600, None, 5 * MIB, None, [("A", MIB)]),
+            "600 s of grace: save checkpoint (unknown time), then upload it (5.0 MiB at an unknown "
             "speed): whether it reaches the bucket in time is unknown; if not, it stays on this "
             "disk and goes up at the next start. Pending, end unknown: A.",
         ),
         (
-            (30, 45, 5 * MB, 5 * MB),
-            "30 s of grace: save checkpoint (about 45 s), then upload it (5.0 MB at 5.0 MB/s, "
+            (30, 45, 5 * MIB, 5 * MIB),
+            "30 s of grace: save checkpoint (about 45 s), then upload it (5.0 MiB at 5.0 MiB/s, "
             "about 1 s): the save itself will not end in time; what was saved before is safe.",
         ),
     ],

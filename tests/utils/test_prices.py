@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,23 @@ def test_machines_are_counted_from_ranks(
 def test_the_users_own_price_decides() -> None:
     config = TrainingConfig(machine_type="no/such", hourly_price=2.5)
     assert find_hourly_price(config, 8) == 2.5
+
+
+def test_a_file_that_is_none_is_one_error_and_no_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "aaa.json")
+    write(tmp_path, price_list())
+    with pytest.raises(ConfigError, match="no regular file"):
+        read_price_list(tmp_path / "aaa.json")
+    with pytest.raises(ConfigError, match="in no list"):
+        find_price(TrainingConfig(machine_type="other/box"), 1, tmp_path)
+
+
+def test_what_a_list_says_does_not_steer_a_terminal(tmp_path: Path) -> None:
+    machine = {"gpu": "H100", "gpus": 1, "hourly": 1.0, "date": "\x1b[31mRED\x07"}
+    write(tmp_path, price_list(machines={"box\x1b[2J": machine}))
+    price = find_price(TrainingConfig(machine_type="mine/box\x1b[2J"), 1, tmp_path)
+    assert price is not None
+    assert price.origin.isprintable()
 
 
 def test_a_price_says_where_it_is_from(tmp_path: Path) -> None:

@@ -93,6 +93,13 @@ def test_a_running_start_counts_to_now() -> None:
     assert found == spent(80)
 
 
+def test_a_clock_that_was_set_after_the_launch_makes_no_years() -> None:
+    log = log_of(start(-1.7e9, time=at(5)), step(1, 100))
+    spending = read_spending(log)
+    assert spending is not None
+    assert spending.total.seconds == pytest.approx(95)
+
+
 def test_a_start_that_ended_says_so_itself() -> None:
     end = {"event": "end", "step": 2, "time": at(500), "spending": spent(123, 4).to_json()}
     assert read_spending(log_of(start(0), step(1, 50), end)) == spent(123, 4)
