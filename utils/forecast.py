@@ -184,6 +184,9 @@ def _describe_cost(
             f"{format_dollars(stored)} a month for {saves} checkpoints in the bucket, until they "
             "are pruned"
         )
+    if price.gpus and facts.device.type != "cuda":
+        cells.append("but the time is that of this machine, which has no such GPU")
+        return Check("cost", "warn", ", ".join(cells))
     return Check("cost", "ok", ", ".join(cells))
 
 

@@ -91,10 +91,12 @@ class HourlyPrice:
     Attributes:
         dollars: An hour.
         origin: Where that is from, for people.
+        gpus: Of all those machines; 0 where that is not known.
     """
 
     dollars: float
     origin: str
+    gpus: int = 0
 
 
 def find_price(
@@ -122,7 +124,8 @@ def find_price(
         )
     count = max(1, math.ceil(world_size / machine.gpus)) if machine.gpus else 1
     kind = "spot price" if is_spot else "list price"
-    return HourlyPrice(count * price, f"{count} x {printable(name)}, {kind} of {machine.date}")
+    origin = f"{count} x {printable(name)}, {kind} of {machine.date}"
+    return HourlyPrice(count * price, origin, count * machine.gpus)
 
 
 def find_hourly_price(

@@ -95,6 +95,12 @@ def test_a_price_gives_the_cost_of_the_run_and_of_its_checkpoints(
     assert message.startswith("unknown")
 
 
+def test_the_price_of_a_gpu_on_a_machine_without_one_is_said() -> None:
+    check = find(check_times(facts_of(machine_type="gcp/g2-standard-4"), PROBE, None), "cost")
+    assert check.status == "warn"
+    assert "no such GPU" in check.message
+
+
 def test_without_a_small_step_nothing_is_promised() -> None:
     (check,) = check_times(facts_of(), None, OPTIONS)
     assert (check.name, check.status) == ("step", "warn")
