@@ -63,20 +63,27 @@ def test_run_test_trains_saves_uploads_and_says_how_to_look_at_it(project: Path)
     shown = [line.strip() for line in first.stdout.splitlines() if line.startswith("  ")]
     assert "tensorboard --logdir logs" in shown
 
-    # Every command that it names works, and a second start goes on from the first.
-    for line in shown:
+    for line in shown:  # every command that it names works
         if line.startswith("python "):
             words = line.split()[1:]
             result = subprocess.run(
                 [sys.executable, *words], cwd=project, capture_output=True, text=True, check=False
             )
             assert result.returncode == 0, (line, result.stderr)
+
+
+@pytest.mark.slow
+@needs_environment
+def test_run_test_goes_on_where_it_stopped(project: Path) -> None:
+    first = bash(project, "run.sh", "test", "2", *SMALL)
+    assert first.returncode == 0, first.stderr
     second = bash(project, "run.sh", "test", "3", *SMALL)
     assert second.returncode == 0, second.stderr
     assert "Resumed from" in second.stdout
     assert find_checkpoints(project / "checkpoints")[-1].step == 3
 
 
+@pytest.mark.slow
 @needs_environment
 def test_run_production_says_within_seconds_what_this_machine_lacks(project: Path) -> None:
     # Nothing answers there, neither the client nor gsutil: no test talks to a real bucket.

@@ -116,7 +116,10 @@ def test_an_old_checkpoint_is_resumed(run_train: Train, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--hourly-price", "-1"), "command line: hourly_price must be at least 0, got -1.0"),
+        (
+            ("--hourly-price", "-1"),
+            "command line: hourly_price must be between 0 and 1000000000.0, got -1.0",
+        ),
         (("--set", "machine_type=gcp/a2-highgpu-1x"), "Did you mean gcp/a2-highgpu-"),
     ],
 )

@@ -577,7 +577,7 @@ def test_a_stop_during_a_step_saves_that_step_and_is_quick(start: Start, straigh
     print(f"SIGTERM to exit: {time.monotonic() - began:.2f} s")
     assert_stopped(trainer, [4, 6])
     assert trainer.leftovers == []
-    plan = r"(27|26) s of grace: save checkpoint \(about \d s\), then upload it \(1\.\d MB at "
+    plan = r"(27|26) s of grace: save checkpoint \(about \d s\), then upload it \(1\.\d MiB at "
     plan += r".*/s, about \d s\): it reaches the bucket in time\."
     assert re.fullmatch(plan, plan_of(trainer))
     assert f"Saved {name_of(6)}, verified in the bucket." in trainer.output
@@ -671,7 +671,7 @@ def test_no_grace_period_saves_and_leaves_the_upload_to_the_next_start(
     trainer.end()
     # What is in flight when the process leaves may still arrive.
     assert_stopped(trainer, [2], uploaded=trainer.uploaded)
-    plan = "0 s of grace: save checkpoint (unknown time), then upload it (1.5 MB at an unknown "
+    plan = "0 s of grace: save checkpoint (unknown time), then upload it (1.5 MiB at an unknown "
     plan += "speed): it will not reach the bucket in time; it stays on this disk and goes up at "
     assert plan_of(trainer) == f"{plan}the next start."
     outcome = f"Saved {name_of(2)} on this disk. Not in the bucket, up at the next start: "
@@ -697,7 +697,7 @@ def test_a_stop_during_the_last_wait_for_uploads_keeps_the_grace_period(
     settings = ("grace_seconds=0.1", "save_steps=100")
     trainer = start(hooks=[("hold_upload",)], settings=settings)
     trainer.wait_at("upload")
-    trainer.wait_for("Waiting up to 10m00s for 1 uploads.")
+    trainer.wait_for("Waiting up to 10m00s for 1 upload.")
     trainer.stop()
     trainer.wait_for("up at the next start: ch", seconds=5.0)
     trainer.let_go("upload")

@@ -119,10 +119,19 @@ def kill_directory(path: Path) -> None:
         (flip_a_bit, "corrupt", f"{STEP_1} in the bucket: the archive is"),
         (swap_the_content, "corrupt", f"{STEP_1} in the bucket: the archive cannot be unpacked"),
         (lose_a_checkpoint, "lost", f"{STEP_1} is gone, one of the newest 3 or the best"),
-        (lose_an_archive, "unverified", f"{STEP_1}: the journal has it, the bucket has not"),
-        (give_one_up, "lost", f"{STEP_1} was given up, although it was verified"),
-        (leave_a_part, "leftover", f"Checkpoints/.parts/{STEP_1}.tar.gz/00000 is left"),
-        (leave_a_process, "leftover", "Processes outlive their start"),
+        *(
+            pytest.param(*values, marks=pytest.mark.slow)
+            for values in [
+                (
+                    lose_an_archive,
+                    "unverified",
+                    f"{STEP_1}: the journal has it, the bucket has not",
+                ),
+                (give_one_up, "lost", f"{STEP_1} was given up, although it was verified"),
+                (leave_a_part, "leftover", f"Checkpoints/.parts/{STEP_1}.tar.gz/00000 is left"),
+                (leave_a_process, "leftover", "Processes outlive their start"),
+            ]
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")

@@ -26,7 +26,7 @@ def mixture(sources: list[list[int]], weights: list[float], seed: int = 0) -> Mi
     return order
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(SOURCES, st.lists(st.floats(0.05, 10), min_size=4, max_size=4), st.integers(0, 99))
 def test_each_source_gives_its_own_samples_in_its_own_order(
     sources: list[list[int]], weights: list[float], seed: int

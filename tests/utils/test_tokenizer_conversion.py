@@ -89,8 +89,12 @@ NO_PREFIX = {
         ("bpe", {"model_type": "bpe"}),
         ("llama", LLAMA),
         ("seed_003", SEED_003),
-        ("unigram_symbols", {"model_type": "unigram", "user_defined_symbols": ["<sep>"]}),
-        ("gemma", NO_PREFIX),
+        pytest.param(
+            "unigram_symbols",
+            {"model_type": "unigram", "user_defined_symbols": ["<sep>"]},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("gemma", NO_PREFIX, marks=pytest.mark.slow),
     ],
 )
 def test_sentencepiece_loads_offline_and_encodes_identically(
