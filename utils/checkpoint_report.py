@@ -28,7 +28,7 @@ from utils.metadata import (
     read_json_object,
     to_json_text,
 )
-from utils.mfu import find_peak_flops, flops_per_token
+from utils.mfu import Utilization, find_peak_flops, flops_per_token
 from utils.plots import Curves, curves_from_history, curves_from_metadata
 from utils.prices import find_bucket_prices
 from utils.spending import Spending
@@ -183,7 +183,7 @@ def measure_throughput(view: CheckpointView) -> dict[str, Any]:
             number(shape.get("hidden_size")) or 0,
             number(config.get("sequence_length")) or 0,
         )
-        mfu = rate * cost / (peak * ranks)
+        mfu = Utilization(cost, peak * ranks).at(rate)
     return {"tokens_per_second": rate, "mfu": mfu, "device": system.get("device")}
 
 

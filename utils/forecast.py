@@ -19,6 +19,7 @@ from utils.costs import TOKENS_PER_UNIT, format_dollars
 from utils.estimates import count_pauses, estimate_checkpoint_bytes
 from utils.layout import REMOTE_FOLDER
 from utils.machine_checks import find_free_memory
+from utils.mfu import Utilization
 from utils.prices import HourlyPrice, find_bucket_prices, find_price
 from utils.shard_index import DataSource
 from utils.spending import Amount
@@ -74,6 +75,14 @@ class RunFacts:
         return self.samples_per_step * self.config.sequence_length
 
     @property
+    def utilization(self) -> Utilization:
+        """What the run's MFU is computed with."""
+        return find_utilization(
+            self.model_config, self.counts.total, self.config.sequence_length, self.device,
+            self.precision, self.world_size,
+        )  # fmt: skip
+
+    @property
     def evaluation_samples(self) -> int:
         """Samples of one evaluation."""
         if not self.sources:
@@ -85,12 +94,8 @@ class RunFacts:
 
 def is_long_run(facts: RunFacts) -> bool:
     """Tell whether the rest of a run is long enough to measure a small step first."""
-    utilization = find_utilization(
-        facts.model_config, facts.counts.total, facts.config.sequence_length,
-        facts.device, facts.precision, facts.world_size,
-    )  # fmt: skip
     steps = facts.config.max_steps - facts.step
-    flops = steps * facts.tokens_per_step * utilization.flops_per_token
+    flops = steps * facts.tokens_per_step * facts.utilization.flops_per_token
     rate = STEP_EFFICIENCY * measure_matmul_rate(facts.device, facts.precision)
     return flops / (rate * facts.world_size) > LONG_RUN_SECONDS
 
@@ -134,10 +139,7 @@ def check_times(
         return [Check("step", "warn", text)]
     config, seconds = facts.config, probe.step_seconds
     rate = facts.tokens_per_step / seconds
-    utilization = find_utilization(
-        facts.model_config, facts.counts.total, config.sequence_length, facts.device,
-        facts.precision, facts.world_size,
-    ).at(rate)  # fmt: skip
+    utilization = facts.utilization.at(rate)
     share = "" if utilization is None else f", MFU {utilization:.1%}"
     text = (
         f"about {_format_seconds(seconds)}, {rate:,.0f} tokens/s{share} (from {probe.samples} x "

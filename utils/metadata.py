@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ MAX_DEPTH = 32
 MAX_STEP = 2**63
 RECORD_BYTES = 512  # of a line of metrics.jsonl, at most
 TOO_DEEP = "(too deep)"
+START_EVENTS = ("start", "resume")
 
 # Raised by json and int() for what no writer of ours wrote: too deep, or infinite.
 _JSON_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -103,6 +105,17 @@ def number(value: object) -> float | None:
     try:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
+        return None
+
+
+def epoch_seconds(value: object) -> float | None:
+    """Return an ISO 8601 time in seconds since 1970, None where it is none."""
+    if not isinstance(value, str):
+        return None
+    try:
+        moment = datetime.fromisoformat(value)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    except (ValueError, OverflowError):
         return None
 
 

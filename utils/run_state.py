@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from enum import Enum
 from typing import Any
 
 import psutil
 
-from utils.metadata import printable
+from utils.metadata import START_EVENTS, epoch_seconds, printable
 
-START_EVENTS = ("start", "resume")
 CLOCK_SLACK_SECONDS = 60.0
 FINISHING_SECONDS = 3600.0  # without a record, while the last checkpoint is saved and uploaded
 
@@ -126,8 +124,4 @@ def is_process_alive(start: Mapping[str, Any]) -> bool | None:
 
 def time_of(record: Mapping[str, Any]) -> float | None:
     """Return the time of a record in seconds since 1970, None where it has none."""
-    try:
-        moment = datetime.fromisoformat(record["time"])
-        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
+    return epoch_seconds(record.get("time"))

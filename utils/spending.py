@@ -21,9 +21,8 @@ from typing import Any
 
 import psutil
 
-from utils.metadata import MetricsLog, number, read_metrics
+from utils.metadata import START_EVENTS, MetricsLog, epoch_seconds, number, read_metrics
 
-START_EVENTS = ("start", "resume")
 SECONDS_PER_HOUR = 3600.0
 # Above these a figure is no measurement of anything: it is from a damaged or foreign file.
 MAX_SECONDS, MAX_DOLLARS = 1e10, 1e12
@@ -156,15 +155,15 @@ def read_spending(log: MetricsLog, now: float | None = None) -> Spending | None:
         return ended[-1]
     before = Spending.from_json(start.get("spending")) or Spending()
     price = read_price(start.get("hourly_price"))
-    started = _epoch_seconds(start.get("time"))
-    launched = _epoch_seconds(start.get("launched_at"))
+    started = epoch_seconds(start.get("time"))
+    launched = epoch_seconds(start.get("launched_at"))
     launched = started if launched is None else launched
     if launched is None:
         return before
     if started is not None and started - launched > MAX_LAUNCH_SECONDS:
         launched = started  # a clock that was set in between
     newest = [*log.records[-1:], *later]
-    times = [now, started, *(_epoch_seconds(record.get("time")) for record in newest)]
+    times = [now, started, *(epoch_seconds(record.get("time")) for record in newest)]
     until = max((moment for moment in times if moment is not None), default=launched)
     lost = before.lost
     if before.starts and started is not None:
@@ -272,7 +271,7 @@ def measure_age(log: MetricsLog) -> float:
     It begins with this process, but not before the last record in the log: that was still another
     start's time.
     """
-    seen = [_epoch_seconds(record.get("time")) for record in log.records[-1:] + log.events[-1:]]
+    seen = [epoch_seconds(record.get("time")) for record in log.records[-1:] + log.events[-1:]]
     return limit_age(
         time.time(), psutil.Process().create_time(), time.monotonic(),
         [moment for moment in seen if moment is not None],
@@ -290,14 +289,3 @@ def limit_age(now: float, created: float, uptime: float, seen: list[float]) -> f
     """
     past = [now - moment for moment in seen if moment <= now]
     return max(0.0, min([now - created, uptime, *past]))
-
-
-def _epoch_seconds(value: object) -> float | None:
-    """Return an ISO 8601 time in seconds since 1970, None where it is none."""
-    if not isinstance(value, str):
-        return None
-    try:
-        moment = datetime.fromisoformat(value)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-    except (ValueError, OverflowError):
-        return None
