@@ -18,6 +18,8 @@ from utils.console import configure_logging, run_command
 from utils.errors import UsageError
 
 if TYPE_CHECKING:
+    from utils.checkpoint_writer import WriterProcess
+    from utils.layout import RunPaths
     from utils.training_run import TrainingRun
 
 # Training opens no connection but to its bucket.
@@ -110,10 +112,31 @@ def train(args: argparse.Namespace) -> int:
     """Do what the command line asks for; return the exit code."""
     config = load_config(args)
     configure_logging(config.log_level, quiet=args.quiet)
-    # torch and transformers take seconds to load; a wrong argument should not wait for them.
-    from configs.model_config import build_model_config
-    from utils import checkpoint_store, preflight, ranks, resume, tracking
+    # torch and transformers take seconds to load: what needs neither does not wait for them.
+    from utils import resume
+    from utils.checkpoint_writer import starting_early
     from utils.layout import RunPaths
+    from utils.libraries import load_libraries
+
+    paths = RunPaths.of(config)
+    if not args.dry_run:
+        resume.require_startable(paths, resume=args.resume, fresh=args.fresh)
+    is_main_rank = os.environ.get("RANK", "0") == "0"
+    writes = config.background_save and is_main_rank and not args.dry_run
+    with starting_early(is_wanted=writes) as writer:
+        load_libraries()
+        return start(args, config, paths, writer)
+
+
+def start(
+    args: argparse.Namespace,
+    config: TrainingConfig,
+    paths: RunPaths,
+    writer: WriterProcess | None,
+) -> int:
+    """Build a run and let it loop; return the exit code."""
+    from configs.model_config import build_model_config
+    from utils import checkpoint_store, preflight, ranks, tracking
     from utils.preemption import PreemptionWatch, metadata_address
     from utils.prices import find_hourly_price
     from utils.run_start import Consent
@@ -121,9 +144,6 @@ def train(args: argparse.Namespace) -> int:
     from utils.training_run import TrainingRun
     from utils.training_utils import build_accelerator, count_parameters, resolve_precision
 
-    paths = RunPaths.of(config)
-    if not args.dry_run:
-        resume.require_startable(paths, resume=args.resume, fresh=args.fresh)
     precision = resolve_precision(config)
     world_size = ranks.launched_world_size()
     config.resolve_batch(world_size)
@@ -134,18 +154,10 @@ def train(args: argparse.Namespace) -> int:
         trackers = tracking.build_trackers(config, paths.metrics)
         accelerator = build_accelerator(config, precision, trackers, paths.logs)
         ranks.connect_host_group()
-        checks = ranks.compute_on_main(
-            lambda: preflight.check_start(
-                config,
-                paths,
-                model_config,
-                counts,
-                accelerator,
-                args.resume,
-                fresh=args.fresh,
-                measures=args.dry_run and not args.quiet,
-            )  # fmt: skip
-        )
+        checks = ranks.compute_on_main(lambda: preflight.check_start(
+            config, paths, model_config, counts, accelerator, args.resume,
+            fresh=args.fresh, measures=args.dry_run and not args.quiet,
+        ))  # fmt: skip
         sources = checks.sources
         preflight.set_special_tokens(config, sources, model_config)
         facts = preflight.describe_run(config, counts, sources, accelerator, checks.plan.step)
@@ -173,7 +185,7 @@ def train(args: argparse.Namespace) -> int:
         run = TrainingRun(
             config, paths, model_config, sources, plan, accelerator, stop, consent,
             transport=checks.transport, background_upload=not args.no_background_upload,
-            hourly_price=hourly_price,
+            hourly_price=hourly_price, writer=writer,
         )  # fmt: skip
         stack.enter_context(run)
         return loop(run, config, args.stop_after)

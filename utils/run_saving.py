@@ -20,6 +20,7 @@ from configs.training_config import TrainingConfig
 from utils.checkpoint_files import CheckpointFiles
 from utils.checkpoint_saver import CheckpointSaver
 from utils.checkpoint_store import apply_retention, set_aside, verify_checkpoint
+from utils.checkpoint_writer import WriterProcess
 from utils.console import LiveLine, format_bytes, format_duration
 from utils.errors import CheckpointError, ExitCode, SaveError
 from utils.grace import describe_outcome, plan_grace
@@ -53,6 +54,7 @@ class RunSaving:
         transport: The way to the bucket; None uploads nothing.
         background_upload: False uploads before `save` returns.
         tell: Called with what happens to checkpoints: title, line, step it belongs to (None: now).
+        writer: A writer process that has been started already.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class RunSaving:
         transport: TransportOptions | None = None,
         background_upload: bool = True,
         tell: Tell = lambda title, line, step: None,
+        writer: WriterProcess | None = None,
     ) -> None:
         self._config, self._paths, self._identity = config, paths, identity
         self._tell = tell
@@ -74,8 +77,9 @@ class RunSaving:
             self._uploader = self._build_uploader(transport)
         self._waits_for_uploads = not background_upload
         self._saver = CheckpointSaver(
-            paths.checkpoints, device, self._after_commit, background=config.background_save
-        )
+            paths.checkpoints, device, self._after_commit, background=config.background_save,
+            writer=writer,
+        )  # fmt: skip
         self._failed_at: float | None = None
 
     def prepare(self, snapshot_bytes: int) -> None:

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 
 from configs.training_config import TrainingConfig
 from utils import bad_steps, checkpoint_utils, ranks, resume, run_start, tracking
+from utils.checkpoint_writer import WriterProcess
 from utils.console import LiveLine, format_duration
 from utils.costs import describe_costs, summarize_costs
 from utils.data_state import DataState
@@ -80,6 +81,7 @@ class TrainingRun:
         transport: The way to the bucket; None uploads nothing.
         background_upload: False uploads within `save`.
         hourly_price: Dollars an hour of all machines together, None where it is not known.
+        writer: A process for writing checkpoints that has been started already.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class TrainingRun:
         transport: TransportOptions | None = None,
         background_upload: bool = True,
         hourly_price: float | None = None,
+        writer: WriterProcess | None = None,
     ) -> None:
         self.config, self.paths, self.stop = config, paths, stop
         self._sources, self._accelerator = tuple(sources), accelerator
@@ -129,6 +132,7 @@ class TrainingRun:
         self._sampler = Sampler(config, self._tokenizer_files, paths.samples)
         self._notes = tracking.Notes(accelerator, self.state.progress.step)
         self._transport, self._background_upload = transport, background_upload
+        self._early_writer = writer
         self._meter = open_meter(
             paths.metrics if self._is_main else None, self.start.identity.run_id,
             self.state.progress.step, self.state.progress.spending, hourly_price,
@@ -192,6 +196,7 @@ class TrainingRun:
                 transport=self._transport,
                 background_upload=self._background_upload,
                 tell=self._notes.add,
+                writer=self._early_writer,
             )
             self._saving.prepare(self._snapshot_bytes())
         self._live = LiveLine(enabled=self._is_main)
