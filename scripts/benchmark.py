@@ -9,6 +9,8 @@
     memory  the peak of real steps against the estimate, by preset and micro-batch
     monitor  the monitor beside a run of 100,000 logged lines: CPU of a core over a minute, bytes a
             refresh, time to the first view (peer: the interpreter's own start)
+    startup  from `python train.py` to the end of the first step, and where the seconds go (peer: a
+            script that imports the model class, builds the same model and does one step)
     upload  archive, upload and verification of 1 GB of training state by each transport (peer:
             `tar czf` and `gsutil cp` to the same server), the archive alone (peers: `tar czf`, isal
             from memory), training steps meanwhile
@@ -38,6 +40,7 @@ from benchmarks.forecast import measure_forecast
 from benchmarks.memory import measure_memory
 from benchmarks.monitor import measure_monitor
 from benchmarks.saving import measure_checkpoint
+from benchmarks.startup import measure_startup
 from benchmarks.upload import measure_upload
 from benchmarks.viewer import measure_viewer
 from utils.console import run_command
@@ -85,6 +88,7 @@ PARTS: dict[str, Callable[[Path, int], dict[str, str]]] = {
     "forecast": measure_forecast,
     "memory": measure_memory,
     "monitor": measure_monitor,
+    "startup": measure_startup,
     "upload": measure_upload,
     "viewer": measure_viewer,
 }
