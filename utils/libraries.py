@@ -2,7 +2,7 @@
 
 torch, transformers and accelerate make hundreds of thousands of objects while they are imported,
 nearly all of which stay for good. Python's garbage collector would look through all of them again
-and again in search of garbage: a quarter of the time of the imports (BENCHMARKS.md, "Startup").
+and again in search of garbage: up to a quarter of the imports' time (BENCHMARKS.md, "Startup").
 """
 
 from __future__ import annotations
