@@ -114,12 +114,13 @@ def train(args: argparse.Namespace) -> int:
     from configs.model_config import build_model_config
     from utils import checkpoint_store, preflight, ranks, resume, tracking
     from utils.layout import RunPaths
+    from utils.model_building import count_parameters
     from utils.preemption import PreemptionWatch, metadata_address
     from utils.prices import find_hourly_price
     from utils.run_start import Consent
     from utils.stopping import StopRequest
     from utils.training_run import TrainingRun
-    from utils.training_utils import build_accelerator, count_parameters, resolve_precision
+    from utils.training_utils import build_accelerator, resolve_precision
 
     paths = RunPaths.of(config)
     if not args.dry_run:

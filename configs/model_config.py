@@ -98,6 +98,9 @@ PRESETS: dict[str, ModelPreset] = {
     "pythia-12b": _pythia(5120, 36, 40, 11_846_072_320, 50688),
 }
 
+PLAIN_HEADS = ("gpt2", "gpt_neox", "llama", "mistral", "olmo2", "qwen2", "qwen3")
+"""Model types whose logits are `last_hidden_state @ output weights`, and nothing more."""
+
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -120,6 +123,13 @@ def get_preset(name: str) -> ModelPreset:
     near = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise ConfigError(f"model {name!r} is no known preset ({', '.join(PRESETS)}).{hint}")
+
+
+def is_loss_chunked(model_type: str, loss_implementation: str) -> bool:
+    """Tell whether a run of `loss_implementation` has the logits of a chunk of tokens only."""
+    if loss_implementation == "auto":
+        return model_type in PLAIN_HEADS
+    return loss_implementation == "chunked"
 
 
 def build_model_config(

@@ -37,6 +37,7 @@ BAD_SHARD_POLICIES = ("stop", "skip")
 BAD_STEP_POLICIES = ("stop", "skip", "rollback")
 SAVE_OVERLAP_POLICIES = ("wait", "skip")
 FAILED_SAVE_POLICIES = ("continue", "stop")
+LOSS_IMPLEMENTATIONS = ("auto", "chunked", "model")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 RENAMED_KEYS = {
@@ -210,6 +211,10 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    loss_implementation: str = "auto"
+    """chunked: the logits of a chunk of tokens at a time, their gradients formed at once. model: as
+    the model does it. auto: chunked where the model's output layer is a plain product."""
+
     torch_compile: bool = False
     """Compile the model with torch.compile."""
 
@@ -319,6 +324,7 @@ class TrainingConfig:
         self._require_one_of("save_format", SAVE_FORMATS)
         self._require_one_of("upload_transport", UPLOAD_TRANSPORTS)
         self._require_one_of("upload_compression", UPLOAD_COMPRESSIONS)
+        self._require_one_of("loss_implementation", LOSS_IMPLEMENTATIONS)
         self._require_one_of("log_level", LOG_LEVELS)
         self._require_one_of("bad_shard", BAD_SHARD_POLICIES)
         self._require_one_of("bad_step", BAD_STEP_POLICIES)

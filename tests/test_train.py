@@ -107,7 +107,8 @@ def test_stock_loaders_read_a_checkpoint(
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from utils.training_utils import build_model, build_optimizer, build_scheduler
+    from utils.model_building import build_model
+    from utils.training_utils import build_optimizer, build_scheduler
 
     assert run_train("--max-steps", "10", settings=(f"save_format={save_format}",)) == 0
     directory = checkpoint(tmp_path, "run")
@@ -137,9 +138,9 @@ def test_stock_loaders_read_a_checkpoint(
 def test_a_step_equals_a_plain_pytorch_step() -> None:
     from accelerate.state import AcceleratorState, GradientState
 
+    from utils.model_building import build_model
     from utils.training_utils import (
         build_accelerator,
-        build_model,
         build_train_state,
         learning_rate_factor,
         set_determinism,

@@ -31,10 +31,11 @@ from utils.forecast import RunFacts, check_times, is_long_run, measure_busy_shar
 from utils.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.machine_checks import check_disk, check_memory, check_snapshot, estimate_memory
 from utils.metadata import read_remote_checkpoints
+from utils.model_building import ParameterCounts
 from utils.resume import READ_CARDS, Plan, plan_start, require_startable
 from utils.shard_index import DataSource, build_shard_index
 from utils.storage import is_gcs_uri, join_uri, open_bucket
-from utils.training_utils import ParameterCounts, device_name
+from utils.training_utils import device_name
 from utils.transports import TransportOptions, probe_transport
 
 PROBE_RETRY_SECONDS = 4.0

@@ -19,17 +19,18 @@ from typing import Any
 
 import torch
 
+from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
 from utils.estimates import ModelShape, estimate_training_memory
 from utils.machine import PeakMemory
 from utils.mfu import flops_per_token
-from utils.training_utils import (
+from utils.model_building import (
+    LossModel,
     ParameterCounts,
-    build_optimizer,
     count_parameters,
     enable_checkpointing,
-    forward_loss,
 )
+from utils.training_utils import build_optimizer, forward_loss
 
 PROBE_SECONDS = 8.0
 GROWING_SHARE = 0.25  # of that, for finding the size
@@ -98,10 +99,22 @@ def measure_step(
     """
     small = _with_layers(model_config, 2)
     shape = ModelShape.of(small, *_both_counts(small))
+
+    def estimate(size: Size) -> int:
+        return estimate_training_memory(
+            shape,
+            micro_batch=size[0],
+            sequence_length=size[1],
+            precision=precision,
+            gradient_checkpointing=config.gradient_checkpointing,
+            device=device.type,
+            is_loss_chunked=is_loss_chunked(small.model_type, config.loss_implementation),
+        ).total
+
     fitting = [
         size
         for size in _growing_sizes(config.per_device_train_batch_size, config.sequence_length)
-        if _estimate(config, shape, precision, device, size) <= MEMORY_SHARE * available_bytes
+        if estimate(size) <= MEMORY_SHARE * available_bytes
     ]
     if not fitting:
         return None
@@ -127,7 +140,7 @@ def measure_step(
     _, accumulation = config.resolve_batch(world_size)
     passes = accumulation * (rest + model_config.num_hidden_layers * layer * cost[0] / cost[1])
     seconds = passes + update / shape.parameters * counts.total
-    estimated = _estimate(config, shape, precision, device, sizes[-1])
+    estimated = estimate(sizes[-1])
     is_seen = measured > 0 and estimated >= JUDGED_BYTES
     return StepProbe(seconds, *sizes[-1], measured / estimated if is_seen else None)
 
@@ -157,19 +170,6 @@ def _growing_sizes(micro_batch: int, length: int) -> Iterator[Size]:
         yield samples, length
         samples *= 2
     yield micro_batch, length
-
-
-def _estimate(
-    config: TrainingConfig, shape: ModelShape, precision: str, device: torch.device, size: Size
-) -> int:
-    return estimate_training_memory(
-        shape,
-        micro_batch=size[0],
-        sequence_length=size[1],
-        precision=precision,
-        gradient_checkpointing=config.gradient_checkpointing,
-        device=device.type,
-    ).total
 
 
 def _find_sizes(model: _SmallModel, fitting: list[Size]) -> list[Size]:
@@ -231,7 +231,7 @@ class _SmallModel:
                 tensor.fill_(CONSTANT_WEIGHT)
         if config.gradient_checkpointing:
             enable_checkpointing(model)
-        self._model = model.train()
+        self._model = LossModel(model.train(), config.loss_implementation)
         self._optimizer = build_optimizer(model, config)
         self._device, self._dtype = device, _dtype(precision)
 
