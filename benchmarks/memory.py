@@ -86,7 +86,12 @@ def _train(folder: Path, values: dict[str, Any]) -> dict[str, int]:
     )
 
     config = TrainingConfig(**values)
-    model_config = build_model_config(config.model, config.model_overrides, config.sequence_length)
+    model_config = build_model_config(
+        config.model,
+        config.model_overrides,
+        config.sequence_length,
+        config.pad_vocab_to_multiple_of,
+    )
     counts = count_parameters(model_config)
     precision = resolve_precision(config)
     accelerator = build_accelerator(config, precision, [], folder)

@@ -138,6 +138,7 @@ LAYERS: list[set[str]] = [
         "utils.corpus",
         "utils.evaluation",
         "utils.forecast",
+        "utils.micro_batch",
         "utils.resume",
         "utils.run_status",
     },

@@ -41,6 +41,7 @@ MATMULS = 4
 MEMORY_SHARE = 0.7
 JUDGED_BYTES = 256 * 2**20
 CONSTANT_WEIGHT = 0.02
+SPARE_SHARE = 0.05
 
 Size = tuple[int, int]
 """Samples, and tokens in each."""
@@ -145,6 +146,38 @@ def measure_step(
     return StepProbe(seconds, *sizes[-1], measured / estimated if is_seen else None)
 
 
+def try_step(
+    config: TrainingConfig, model_config: Any, precision: str, device: torch.device
+) -> bool:
+    """Tell whether two updates of the whole model fit into the memory of a GPU, with some to spare.
+
+    Args:
+        config: The run's configuration, with the micro-batch in question.
+        model_config: transformers config of the model.
+        precision: no, bf16 or fp16.
+        device: The GPU.
+    """
+    size = (config.per_device_train_batch_size, config.sequence_length)
+    model = ballast = None
+    try:
+        spare = int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+        ballast = torch.empty(spare, dtype=torch.uint8, device=device)
+        with torch.random.fork_rng([device]):
+            model = _SmallModel(config, model_config, precision, device)
+            for _ in range(2):  # the second one has the optimizer's moments there
+                model.run_pass(size)
+                model.run_pass(size)  # accumulated
+                model.time_update()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        del ballast
+        if model is not None:
+            model.free()
+        torch.cuda.empty_cache()
+    return True
+
+
 def _with_layers(model_config: Any, count: int) -> Any:
     small = copy.deepcopy(model_config)
     small.num_hidden_layers = count
@@ -230,7 +263,7 @@ class _SmallModel:
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.fill_(CONSTANT_WEIGHT)
         if config.gradient_checkpointing:
-            enable_checkpointing(model)
+            enable_checkpointing(model, config.gradient_checkpointing_policy)
         self._model = LossModel(model.train(), config.loss_implementation)
         self._optimizer = build_optimizer(model, config)
         self._device, self._dtype = device, _dtype(precision)
