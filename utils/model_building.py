@@ -43,8 +43,8 @@ def build_model(model_config: Any, config: TrainingConfig) -> Any:
         raise ConfigError(f"attn_implementation {config.attn_implementation}: {reason}") from exc
     if config.fp8:
         use_float8(model)
-    if config.gradient_checkpointing:
-        enable_checkpointing(model, config.gradient_checkpointing_policy)
+    if config.checkpointing_policy:
+        enable_checkpointing(model, config.checkpointing_policy)
     model.train()
     return model
 
