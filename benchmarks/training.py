@@ -1,4 +1,4 @@
-"""Training speed: train.py against transformers.Trainer and a plain PyTorch loop; where time goes."""
+"""Training speed: train.py against transformers.Trainer and a plain PyTorch loop."""
 
 from __future__ import annotations
 
