@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
-GPU_SHAPE = {
+GPU_SHAPE: dict[str, Any] = {
     "model": "refocused-1.2b", "sequence_length": 2048, "per_device_train_batch_size": 8,
     "global_batch_size": 16,
 }  # fmt: skip

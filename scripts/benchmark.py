@@ -12,11 +12,13 @@
     memory  the peak of real steps against the estimate, by preset and micro-batch
     monitor  the monitor beside a run of 100,000 logged lines: CPU of a core over a minute, bytes a
             refresh, time to the first view (peer: the interpreter's own start)
+    profile  where the time of a step goes, by operator, and the share of matrix products
     train   tokens a second of train.py with everything on (peers: transformers.Trainer, a plain
             PyTorch loop), test preset and 70M; on a GPU the 1.2B preset, also compiled
     upload  archive, upload and verification of 1 GB of training state by each transport (peer:
             `tar czf` and `gsutil cp` to the same server), the archive alone (peers: `tar czf`, isal
             from memory), training steps meanwhile
+    variants  what compilation, padding, recomputing, the loss and float8 are worth, one by one
     viewer  list, view and compare on 1,000 checkpoints of 10,000 logged points each (peer: the
             interpreter's own start)
 
@@ -44,9 +46,11 @@ from benchmarks.loop_parts import measure_loop
 from benchmarks.loss import measure_loss
 from benchmarks.memory import measure_memory
 from benchmarks.monitor import measure_monitor
+from benchmarks.profiling import measure_profile
 from benchmarks.saving import measure_checkpoint
 from benchmarks.training import measure_train
 from benchmarks.upload import measure_upload
+from benchmarks.variants import measure_variants
 from benchmarks.viewer import measure_viewer
 from utils.console import run_command
 from utils.errors import UsageError
@@ -95,8 +99,10 @@ PARTS: dict[str, Callable[[Path, int], dict[str, str]]] = {
     "loss": measure_loss,
     "memory": measure_memory,
     "monitor": measure_monitor,
+    "profile": measure_profile,
     "train": measure_train,
     "upload": measure_upload,
+    "variants": measure_variants,
     "viewer": measure_viewer,
 }
 

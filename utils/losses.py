@@ -82,15 +82,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = (targets != IGNORED).sum()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if is_trained else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if is_trained else None
+        weight_grad: torch.Tensor | None = None
         for first in range(0, len(hidden), chunk):
             part = slice(first, first + chunk)
             logits = hidden[part] @ weight.t()
             losses, logits_grad = cross_entropy(logits, targets[part], count, is_trained)
             total += losses
-            if logits_grad is not None and hidden_grad is not None and weight_grad is not None:
+            if logits_grad is not None and hidden_grad is not None:
                 torch.mm(logits_grad, weight, out=hidden_grad[part])
-                _add_product(weight_grad, logits_grad.t(), hidden[part])
+                weight_grad = _add_product(weight_grad, logits_grad.t(), hidden[part])
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total / count
@@ -100,9 +100,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         (grad,) = grads
+        if grad.device.type == "cuda" or grad.item() != 1:  # a GPU would have to be waited for
+            hidden_grad, weight_grad = hidden_grad.mul_(grad), weight_grad.mul_(grad)
         return (
-            hidden_grad * grad.to(hidden_grad.dtype),
-            weight_grad.mul_(grad).to(ctx.weight_dtype),
+            hidden_grad,
+            weight_grad.to(ctx.weight_dtype),
             None,
             None,
             None,
@@ -132,9 +134,12 @@ def chunk_cross_entropy(
     return loss, grad.to(logits.dtype)
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add `left @ right` to a float32 total; 16-bit products are rounded before they are added."""
+def _add_product(
+    total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor
+) -> torch.Tensor:
+    """Return a float32 total with `left @ right` added; 16-bit products are rounded before."""
+    if total is None:
+        return (left @ right).float()
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
+        return total.addmm_(left, right)
+    return total.add_(left @ right)
