@@ -49,7 +49,7 @@ def is_product(name: str) -> bool:
 
 
 def profile_steps(folder: Path, settings: dict[str, Any]) -> dict[str, float]:
-    """Return seconds by operator (on a GPU: by kernel), over `STEPS` steps of a run's train step."""
+    """Return seconds by operator (on a GPU: by kernel) over `STEPS` train steps of a run."""
     import torch
     from accelerate.state import AcceleratorState, GradientState
     from torch.profiler import ProfilerActivity, profile

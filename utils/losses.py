@@ -67,7 +67,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forms the gradients in the forward pass; the backward pass scales them."""
+    """Forms the gradients in the forward pass; the one backward pass scales them in place."""
 
     @staticmethod
     def forward(
