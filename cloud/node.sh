@@ -66,19 +66,22 @@ trap 'rm -rf "$RANK_CODES"' EXIT
 rank='trap : TERM INT HUP; code=0; "$@" || code=$?
 echo "$code" >"$RANK_CODES/${RANK:-0}"; exit "$code"'
 
-# In a session of its own, because some schedulers signal all of ours: ranks take a second SIGTERM
-# for "leave at once".
-setsid "${launch[@]}" bash -c "$rank" rank python "${words[@]}" &
-launcher=$!
+launcher=
 asked=
 woken=
 forward() {
     woken=1
-    [ -n "$asked" ] && return
-    asked=1
-    kill -TERM "$launcher" 2>/dev/null || true
+    if [ -n "$launcher" ] && [ -z "$asked" ]; then
+        asked=1
+        kill -TERM "$launcher" 2>/dev/null || true
+    fi
 }
 trap forward TERM INT
+# In a session of its own, because some schedulers signal all of ours: ranks take a second SIGTERM
+# for "leave at once".
+setsid "${launch[@]}" bash -c "$rank" rank python "${words[@]}" &
+launcher=$!
+[ -z "$woken" ] || forward # it came before there was anyone to tell
 
 code=0
 while :; do

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,36 +180,55 @@ def test_the_help_is_the_top_of_the_file(bash: Callable[..., Any]) -> None:
     assert [name for name in variables - {"RANK"} if name not in result.stdout] == []
 
 
+# Notes every SIGTERM, says when it is ready, and leaves with 1 once the file GO is there.
+PATIENT_LAUNCHER = f"""exec {sys.executable} -c '
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: open(os.environ["NOTES"], "a").write("got\\n"))
+print("ready", flush=True)
+while not os.path.exists(os.environ["GO"]): time.sleep(0.05)
+time.sleep(0.3)  # for a signal that should not come
+sys.exit(1)
+'"""
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait until a condition holds; fail when the process ends or a minute passes before."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_however_many_signals_come_ranks_get_one(path: Path, tmp_path: Path) -> None:
     # Two signals to a rank mean "leave at once".
-    body = """trap 'echo got >>"$NOTES"' TERM
-echo ready; read -r line <"$GATE" || read -r line <"$GATE" || read -r line <"$GATE"; exit 1"""
-    program(path, "torchrun", body)
-    gate, notes = tmp_path / "gate", tmp_path / "notes"
-    os.mkfifo(gate)
+    program(path, "torchrun", PATIENT_LAUNCHER)
+    notes, go = tmp_path / "notes", tmp_path / "go"
     process = subprocess.Popen(
         ["bash", str(NODE), "--config", "test"],
-        env=environment(path, GATE=str(gate), NOTES=str(notes)),
+        env=environment(path, NOTES=str(notes), GO=str(go)),
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    with gate.open("w") as opened:  # the launcher reads
-        for _ in range(3):
-            os.killpg(process.pid, signal.SIGTERM)  # all of the step, as some schedulers do
-        while not notes.exists():
-            assert process.poll() is None
-        opened.write("go\n")
-    out, _ = process.communicate(timeout=60)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGTERM)  # all of the step, as some schedulers do
+        wait_for(notes.exists, process)
+        os.killpg(process.pid, signal.SIGTERM)
+        go.touch()
+        out, _ = process.communicate(timeout=60)
+    finally:
+        go.touch()
+        process.kill()
     assert notes.read_text() == "got\n"
     assert process.returncode == 1, out
 
 
 SRUN = """
-while [ "${1#--}" != "$1" ]; do echo "srun $1" >>"$NOTES"; shift; done
-trap 'echo "srun got TERM" >>"$NOTES"' TERM
+while [ "${1#--}" != "$1" ]; do echo "srun $1" >>"$CLUSTER"; shift; done
+trap 'echo "srun got TERM" >>"$CLUSTER"' TERM
 for SLURM_NODEID in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do
     export SLURM_NODEID; "$@" & pids+=($!)
 done
@@ -217,23 +237,23 @@ worst=0
 for pid in "${pids[@]}"; do wait "$pid" || { code=$?; [ $code -le $worst ] || worst=$code; }; done
 exit $worst"""
 SCONTROL = """
-echo "scontrol $*" >>"$NOTES"
+echo "scontrol $*" >>"$CLUSTER"
 case "$*" in
 "show hostnames "*) echo "${FIRST_HOST:-host7}"; seq -f host%g 8 20000 ;;
 "show job "*) echo "   JobState=${STATE:-RUNNING} Reason=None"; seq 20000 ;;
 esac"""
 SCANCEL = """
-echo "scancel $*" >>"$NOTES"
+echo "scancel $*" >>"$CLUSTER"
 [ "$1" = --signal=TERM ] && kill -TERM $(cat "$PIDS")"""
 
 
 @pytest.fixture
 def slurm(path: Path, tmp_path: Path) -> dict[str, str]:
-    """A cluster of two nodes on this machine; what it was asked for is in the file NOTES."""
+    """A cluster of two nodes on this machine; what it was asked for is in the file CLUSTER."""
     for name, body in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         program(path, name, body)
     return {
-        "NOTES": str(tmp_path / "notes"), "PIDS": str(tmp_path / "pids"),
+        "CLUSTER": str(tmp_path / "cluster"), "PIDS": str(tmp_path / "pids"),
         "SLURM_SUBMIT_DIR": str(PROJECT_DIRECTORY), "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NODELIST": "host[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "2",
     }  # fmt: skip
@@ -263,7 +283,7 @@ def test_slurm_requeues_what_a_restart_can_mend(
         **slurm, STATE=state, SLURM_RESTART_COUNT=restarts,
     )  # fmt: skip
     assert result.returncode == code, result.stderr
-    notes = Path(slurm["NOTES"]).read_text().splitlines()
+    notes = Path(slurm["CLUSTER"]).read_text().splitlines()
     assert ("scontrol requeue 4711" in notes) == requeued
     assert "scontrol show hostnames host[7-8]" in notes
     assert "srun --kill-on-bad-exit=0" in notes
@@ -288,27 +308,28 @@ def test_slurm_gives_every_node_its_number_and_the_first_ones_address(
 def test_slurm_passes_its_signal_to_the_nodes_and_not_to_srun(
     path: Path, tmp_path: Path, slurm: dict[str, str]
 ) -> None:
-    body = """trap 'code=75' TERM
-echo ready; while [ -z "${code:-}" ]; do read -r -t 1 line <>"$GATE"; done
-echo "$code" >"$RANK_CODES/0"; exit 1"""
-    program(path, "torchrun", body)
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
+    program(path, "torchrun", PATIENT_LAUNCHER)
+    signals, go, notes = tmp_path / "signals", tmp_path / "go", Path(slurm["CLUSTER"])
     process = subprocess.Popen(
         ["bash", str(CLOUD / "slurm.sbatch"), "--config", "test"],
-        env=environment(path, **slurm, GATE=str(gate)),
+        env=environment(path, **slurm, NOTES=str(signals), GO=str(go)),
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
-    process.send_signal(signal.SIGTERM)  # --signal=B:TERM reaches the batch script alone
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, out
-    notes = Path(slurm["NOTES"]).read_text()
-    assert "scancel --signal=TERM 4711" in notes
-    assert "srun got TERM" not in notes
-    assert "scontrol requeue 4711" in notes
+    try:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
+        process.send_signal(signal.SIGTERM)  # --signal=B:TERM reaches the batch script alone
+        wait_for(lambda: signals.exists() and signals.read_text() == "got\n" * 2, process)
+        go.touch()
+        process.communicate(timeout=60)
+    finally:
+        go.touch()
+        process.kill()
+    assert signals.read_text() == "got\n" * 2
+    assert "scancel --signal=TERM 4711" in notes.read_text()
+    assert "srun got TERM" not in notes.read_text()
+    assert "scontrol requeue 4711" in notes.read_text()
 
 
 def test_slurm_wants_the_projects_folder(
@@ -478,7 +499,7 @@ def test_two_machines_on_slurm_train_stop_on_its_signal_and_go_on(
     out, _ = process.communicate(timeout=120)
     assert process.returncode == ExitCode.STOPPED, "".join(seen) + out
     assert "Second SIGTERM" not in out
-    assert "scontrol requeue 4711" in Path(slurm["NOTES"]).read_text()
+    assert "scontrol requeue 4711" in Path(slurm["CLUSTER"]).read_text()
     (saved,) = find_checkpoints(project / "checkpoints")[-1:]
     assert (project / "bucket" / "Checkpoints" / f"{saved}.tar.gz").is_file()
     again = start("--max-steps=100000", f"--stop-after={saved.step + 2}")
