@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from configs.model_config import get_preset
+from configs.model_config import get_preset, is_loss_chunked
 from configs.training_config import TrainingConfig
 from utils.console import format_bytes
 from utils.diagnosis import NOTE, PROBLEM, Finding
@@ -127,6 +127,9 @@ def _needed_bytes(
         gradient_checkpointing=checkpointing,
         accumulation=max(1, samples // micro_batch),
         device=device,
+        is_loss_chunked=is_loss_chunked(
+            get_preset(config.model).model_type, config.loss_implementation
+        ),
     ).total
 
 

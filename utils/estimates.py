@@ -23,6 +23,11 @@ SIXTEEN_BIT = ("bf16", "fp16")
 
 # log-softmax, its gradient, and the gradient that goes into it, all float32.
 LOGIT_BYTES = 12
+# Logits of a chunk, where they are not there for all tokens at once. On a CPU they should stay near
+# its caches; a GPU wants large products. Logits and logarithms in float32, or 2 + 4 + 2 bytes.
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+CHUNK_LOGIT_BYTES = 8
+MIN_CHUNK_TOKENS = 64
 # What libraries take with the first step (threads, kernels, workspaces), measured: BENCHMARKS.md.
 RUNTIME_BYTES = {"cpu": 40 * 10**6, "cuda": 40 * 10**6}
 # Resident over allocated memory, measured: glibc keeps what is freed between blocks in use, most
@@ -89,6 +94,17 @@ class MemoryEstimate:
     total: int
 
 
+def chunk_tokens(vocabulary: int, device: str) -> int:
+    """Return how many tokens' logits are there at a time in a loss that is formed in chunks.
+
+    Args:
+        vocabulary: Number of token ids.
+        device: Its type, cpu or cuda; others are taken for cuda.
+    """
+    elements = CHUNK_ELEMENTS["cpu" if device == "cpu" else "cuda"]
+    return max(MIN_CHUNK_TOKENS, elements // vocabulary)
+
+
 def activation_bytes(shape: ModelShape, precision: str) -> tuple[int, int]:
     """Return (bytes kept of one layer, bytes of its input) for each token.
 
@@ -111,6 +127,7 @@ def estimate_training_memory(
     accumulation: int = 1,
     world_size: int = 1,
     device: str = "cpu",
+    is_loss_chunked: bool = True,
 ) -> MemoryEstimate:
     """Return the memory of one rank that holds the whole model.
 
@@ -123,6 +140,7 @@ def estimate_training_memory(
         accumulation: Micro-steps in a step; after the first, gradients are there all the time.
         world_size: Ranks; with more than one, gradients also lie in the buckets of DDP.
         device: Its type, cpu or cuda; others are taken for cuda.
+        is_loss_chunked: Whether the logits of all tokens are never there at once.
     """
     tokens = micro_batch * sequence_length
     layer, layer_input = (tokens * count for count in activation_bytes(shape, precision))
@@ -136,9 +154,16 @@ def estimate_training_memory(
     # Embeddings are looked up, not multiplied: they have no copy.
     multiplied = shape.parameters - min(shape.embedding, output_weights)
     casts = 2 * multiplied if precision in SIXTEEN_BIT else 0
-    logits = LOGIT_BYTES * tokens * shape.vocabulary
-    # The gradient of the output layer's weights follows when two of the three are gone.
-    head = max(logits, logits // 3 + output_weights * GRADIENT_BYTES)
+    if is_loss_chunked:
+        chunk = min(tokens, chunk_tokens(shape.vocabulary, device))
+        width = 2 if precision in SIXTEEN_BIT else 4
+        logits = CHUNK_LOGIT_BYTES * chunk * shape.vocabulary
+        # The gradients of the output layer's weights and inputs are formed meanwhile.
+        head = logits + output_weights * GRADIENT_BYTES + width * tokens * shape.hidden
+    else:
+        logits = LOGIT_BYTES * tokens * shape.vocabulary
+        # The gradient of the output layer's weights follows when two of the three are gone.
+        head = max(logits, logits // 3 + output_weights * GRADIENT_BYTES)
     there = gradients if accumulation > 1 else 0
     kind = "cpu" if device == "cpu" else "cuda"
     rest, loose = FRAGMENTATION[kind], ACTIVATION_FRAGMENTATION[kind]

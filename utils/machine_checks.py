@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
 from utils import ranks
 from utils.checks import Check
@@ -20,7 +21,7 @@ from utils.estimates import (
 )
 from utils.layout import RunPaths
 from utils.machine import available_memory
-from utils.training_utils import ParameterCounts
+from utils.model_building import ParameterCounts
 from utils.transports import TransportOptions
 
 MEMORY_RESERVE = 0.95
@@ -46,6 +47,7 @@ def estimate_memory(
         accumulation=accumulation,
         world_size=world_size,
         device=device.type,
+        is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),
     )
 
 

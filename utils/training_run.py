@@ -22,6 +22,7 @@ import google_crc32c
 import torch
 from accelerate import Accelerator
 
+from configs.model_config import known_vocab_size
 from configs.training_config import TrainingConfig
 from utils import bad_steps, checkpoint_utils, ranks, resume, run_start, tracking
 from utils.console import LiveLine, format_duration
@@ -113,7 +114,7 @@ class TrainingRun:
         self._skip_bad_shards = config.bad_shard == "skip"
         self._bad_shards: tuple[int, ...] = ()
         self._document_end = model_config.eos_token_id if config.mask_documents else None
-        self._vocab_size = model_config.vocab_size
+        self._vocab_size = known_vocab_size(model_config)
         self.start = self._begin(plan, consent)
         user_project = config.gcs_user_project or None
         self._buckets = [open_bucket(source.uri, user_project) for source in sources]

@@ -8,7 +8,7 @@ import pytest
 
 from configs.model_config import PRESETS, build_model_config, get_preset
 from utils.errors import ConfigError
-from utils.training_utils import count_parameters
+from utils.model_building import count_parameters
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from utils.estimates import (
     estimate_evaluation_seconds,
     estimate_training_memory,
 )
-from utils.training_utils import build_model, forward_loss
+from utils.model_building import LossModel, build_model
+from utils.training_utils import forward_loss
 
 CPU_TOLERANCE, GPU_TOLERANCE = 0.15, 0.10
 SHAPE = ModelShape(10**6, 2 * 10**5, 4, 128, 512, 1000)
@@ -30,7 +31,7 @@ def kept_bytes(layers: int, tokens: int, *, bf16: bool, gradient_checkpointing: 
     """Return the bytes that autograd keeps for a backward pass, the model's own apart."""
     config = build_model_config("neox-tiny", {"num_hidden_layers": layers})
     training = TrainingConfig(model="neox-tiny", gradient_checkpointing=gradient_checkpointing)
-    model = build_model(config, training)
+    model = LossModel(build_model(config, training))
     owned = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -79,7 +80,7 @@ def test_several_ranks_have_buckets_besides_gradients() -> None:
 
 
 def test_memory_of_the_logits_grows_with_tokens_and_vocabulary() -> None:
-    one = estimate_training_memory(SHAPE, micro_batch=2, sequence_length=512)
+    one = estimate_training_memory(SHAPE, micro_batch=2, sequence_length=512, is_loss_chunked=False)
     assert one.logits == LOGIT_BYTES * 1024 * SHAPE.vocabulary
     assert one.state == 12 * SHAPE.parameters
 
