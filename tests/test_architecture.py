@@ -47,7 +47,6 @@ LAYERS: list[set[str]] = [
     {
         "utils.checkpoint_files",
         "utils.driver_facts",
-        "utils.estimates",
         "utils.gpu_types",
         "utils.host_facts",
         "utils.metadata",

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from configs.model_config import get_preset
 from utils.estimates import (
+    CHUNK_LOGIT_BYTES,
     FORWARD_SHARE,
     GRADIENT_BYTES,
     MOMENT_BYTES,
@@ -32,6 +33,7 @@ from utils.estimates import (
     WEIGHT_BYTES,
     ModelShape,
     activation_bytes,
+    chunk_tokens,
     estimate_training_memory,
 )
 from utils.gpu_types import GpuType
@@ -45,8 +47,11 @@ STRATEGIES = {
     "hsdp": "FSDP2 within a machine, all-reduce between machines",
 }
 CHECKPOINTING = ("none", "selective", "full")
-"""Activation checkpointing: none, of every second layer, of every layer."""
+"""Activation checkpointing: none; selective keeps what products and attention give; full keeps the
+input of each layer."""
 
+SELECTIVE_SHARE = 0.15
+"""Of a forward pass, computed again with selective checkpointing: little work, bound by memory."""
 GATHERED_BYTES = 2  # 16-bit weights on their way
 USABLE_MEMORY = 0.9  # the rest: CUDA context, NCCL's buffers, fragmentation
 HALF_EFFICIENCY_WIDTH = 1024
@@ -184,11 +189,19 @@ def layer_parameters(shape: ModelShape) -> float:
 
 def kept_activations(shape: ModelShape, tokens: int, checkpointing: str) -> int:
     """Return the bytes kept for the backward pass, apart from the logits."""
-    layer, layer_input = (tokens * count for count in activation_bytes(shape, "bf16"))
-    if checkpointing == "none":
-        return shape.layers * layer
-    checkpointed = shape.layers if checkpointing == "full" else shape.layers // 2
-    return checkpointed * layer_input + (shape.layers - checkpointed) * layer + layer
+    layer, layer_input = activation_bytes(shape, "bf16")
+    # Queries, keys and values, the attention's output, its projection, both results of the MLP.
+    products = layer_input + 2 * (6 * shape.hidden + shape.intermediate)
+    kept = {"none": layer, "selective": products, "full": layer_input}[checkpointing]
+    # With checkpointing one layer at a time is there as a whole.
+    return tokens * (shape.layers * kept + (0 if checkpointing == "none" else layer))
+
+
+def loss_bytes(shape: ModelShape, tokens: int) -> int:
+    """Return what the loss takes: logits of a chunk, gradients of output weights and inputs."""
+    logits = CHUNK_LOGIT_BYTES * min(tokens, chunk_tokens(shape.vocabulary, "cuda"))
+    output_weights = shape.vocabulary * shape.hidden
+    return logits * shape.vocabulary + output_weights * GRADIENT_BYTES + 2 * tokens * shape.hidden
 
 
 def device_memory(
@@ -196,7 +209,7 @@ def device_memory(
 ) -> DeviceMemory:
     """Return what one GPU holds; for `ddp` it is the estimate of utils/estimates.py.
 
-    The peak is at one of two moments: with all activations and the gradient of the logits, or at
+    The peak is at one of two moments: with all activations and the loss, or at
     the end of the backward pass with all gradients.
     """
     shape, shards = job.shape, job.shards
@@ -209,7 +222,7 @@ def device_memory(
         world_size=job.gpus,
         device="cuda",
     )
-    parameters, output = shape.parameters, shape.vocabulary * shape.hidden
+    parameters = shape.parameters
     tokens = micro_batch * job.sequence_length
     activations = kept_activations(shape, tokens, checkpointing)
     moments = parameters * MOMENT_BYTES // shards
@@ -228,9 +241,8 @@ def device_memory(
             + formed * 2 * layer_parameters(shape)
         )
         late += formed * shape.embedding
-    head = max(whole.logits, whole.logits // 3 + output * GRADIENT_BYTES)
     there = gradients if accumulation > 1 else 0
-    peak = max(activations + head + there, gradients + late)
+    peak = max(activations + loss_bytes(shape, tokens) + there, gradients + late)
     state = weights + moments
     total = int(peak + state + buckets + gathered + RUNTIME_BYTES["cuda"])
     return DeviceMemory(state, gradients + buckets, gathered, activations, total)
@@ -314,7 +326,7 @@ def plan_step(
     tokens = micro_batch * job.sequence_length
     both = tokens * job.flops_per_token / (job.gpu.peak_flops * efficiency)
     forward = FORWARD_SHARE * both
-    again = {"none": 0.0, "selective": forward / 2, "full": forward}[checkpointing]
+    again = {"none": 0.0, "selective": SELECTIVE_SHARE * forward, "full": forward}[checkpointing]
     backward = both - forward + again
     updated = job.shape.parameters / (1 if job.strategy == "ddp" else job.shards)
     optimizer = OPTIMIZER_BYTES * updated / job.gpu.memory_bytes_per_second

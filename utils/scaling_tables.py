@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from utils import scaling_run as run
 from utils.errors import UsageError
-from utils.estimates import LOGIT_BYTES, estimate_checkpoint_bytes
+from utils.estimates import estimate_checkpoint_bytes
 from utils.gpu_types import GIB, GPU_TYPES, GpuType
 from utils.scaling import (
     CHECKPOINTING,
@@ -24,6 +24,7 @@ from utils.scaling import (
     device_memory,
     fits,
     kept_activations,
+    loss_bytes,
     sent_bytes,
     shape_of_preset,
     smallest_memory,
@@ -130,13 +131,13 @@ def state_table() -> Rows:
 
 
 def activations_table() -> Rows:
-    """Activations of one sample, GiB, by checkpointing, and the logits of its loss."""
-    rows: Rows = [["model", *CHECKPOINTING, "logits"]]
+    """Activations of one sample, GiB, by checkpointing, and what its loss takes."""
+    rows: Rows = [["model", *CHECKPOINTING, "loss"]]
     for model in MODELS:
         shape = shape_of_preset(model)
         kept = [kept_activations(shape, SEQUENCE_LENGTH, kind) / GIB for kind in CHECKPOINTING]
-        logits = LOGIT_BYTES * SEQUENCE_LENGTH * shape.vocabulary / GIB
-        rows.append([model, *(f"{value:.2f}" for value in (*kept, logits))])
+        loss = loss_bytes(shape, SEQUENCE_LENGTH) / GIB
+        rows.append([model, *(f"{value:.2f}" for value in (*kept, loss))])
     return rows
 
 
