@@ -126,6 +126,7 @@ LAYERS: list[set[str]] = [
     {"utils.uploader"},
     {
         "utils.download",
+        "utils.machine_sharing",
         "utils.pruning",
         "utils.stand_in_trainer",
         "utils.tracking",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import yaml
 import train
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
 from utils.errors import ExitCode
-from utils.layout import find_checkpoints
+from utils.layout import find_checkpoints, read_manifest
 
 CLOUD = PROJECT_DIRECTORY / "cloud"
 NODE = CLOUD / "node.sh"
@@ -507,3 +508,46 @@ def test_two_machines_on_slurm_train_stop_on_its_signal_and_go_on(
     assert again.returncode == 0, out
     assert f"(step {saved.step})" in out
     assert find_checkpoints(project / "checkpoints")[-1].step == saved.step + 2
+
+
+@pytest.mark.slow
+def test_machines_that_share_nothing_but_the_bucket_go_on_to_the_same_bits(
+    path: Path, tmp_path: Path, sample_data: Path
+) -> None:
+    def run(folders: tuple[str, str], bucket: str, *more: str) -> str:
+        words = [*TINY, f"--set=data_uri={sample_data}", f"--set=checkpoint_uri={bucket}", *more]
+        processes = []
+        for rank, folder in enumerate(folders):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            variables = {
+                "NUM_NODES": "2", "NODE_RANK": str(rank), "GPUS": "1", "MAIN_PORT": "29731",
+                "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            processes.append(
+                subprocess.Popen(
+                    ["bash", str(NODE), *words],
+                    cwd=tmp_path / folder,
+                    env=environment(path, **variables),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        outs = [process.communicate(timeout=120)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outs
+        return outs[0]
+
+    def weights(folder: str) -> str:
+        (newest,) = find_checkpoints(tmp_path / folder / "checkpoints")[-1:]
+        assert newest.step == 4
+        manifest = read_manifest(tmp_path / folder / "checkpoints" / str(newest))
+        return manifest.files["model.safetensors"].crc32c
+
+    run(("shared", "shared"), str(tmp_path / "one"))
+    run(("a", "b"), str(tmp_path / "two"), "--stop-after=2")
+    shutil.rmtree(tmp_path / "a")  # a new machine in its place
+    out = run(("a", "b"), str(tmp_path / "two"))
+    assert "Downloaded checkpoint-epoch0-step2" in out
+    assert "to 1 machines that do not see it" in out
+    assert weights("a") == weights("shared")
+    assert list((tmp_path / "b" / "checkpoints").iterdir()) == []
