@@ -350,6 +350,8 @@ def test_slurms_lines_stand_first_and_leave_time_for_the_save() -> None:
     seconds = int(next(o for o in options if o.startswith("--signal=B:TERM@")).split("@")[1])
     grace = int(re.findall(r"GRACE_SECONDS:-(\d+)", "\n".join(lines))[0])
     assert grace < seconds
+    wait = int(re.findall(r"--wait=(\d+)", "\n".join(lines))[0])
+    assert wait > TrainingConfig().upload_deadline_seconds
 
 
 def test_skypilot_launches_every_node_with_its_number(

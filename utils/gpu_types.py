@@ -1,5 +1,7 @@
 """GPUs and the machines they stand in, for plans on paper: memory, speeds, links, a price.
 
+    kind of GPU, bytes, number of GPUs -> seconds that a collective takes
+
 Peak FLOPs are those of utils/mfu.py. The other figures are of data sheets, less what collective
 benchmarks usually lose; each is an assumption that a plan states, and that options override.
 Nothing here asks a device. No torch here.
@@ -8,12 +10,15 @@ Nothing here asks a device. No torch here.
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 
 from utils.errors import UsageError
 from utils.mfu import find_peak_flops
 
 GIB = 2**30
+LINK_HOP_SECONDS = 2e-6
+NETWORK_HOP_SECONDS = 10e-6
 
 
 @dataclass(frozen=True)
@@ -79,3 +84,36 @@ def find_gpu_type(name: str) -> GpuType:
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(f"GPU {name!r} is not known ({', '.join(GPU_TYPES)}).{hint}")
     return found
+
+
+def hop_seconds(gpus: int, gpu: GpuType) -> float:
+    """Return the latency of a ring through all GPUs, once around."""
+    machines = math.ceil(gpus / gpu.gpus_per_machine)
+    between = machines if machines > 1 else 0
+    return (gpus - 1 - max(0, between - 1)) * LINK_HOP_SECONDS + between * NETWORK_HOP_SECONDS
+
+
+def ring_speed(gpus: int, gpu: GpuType) -> float:
+    """Return the bytes a second that each GPU of a ring sends: all cards of a machine together."""
+    if gpus <= gpu.gpus_per_machine:
+        return gpu.link_bytes_per_second
+    return min(gpu.link_bytes_per_second, gpu.network_bytes_per_second)
+
+
+def gather_seconds(num_bytes: float, gpus: int, gpu: GpuType) -> float:
+    """Return the time of an all-gather or a reduce-scatter of a message of so many bytes."""
+    if gpus == 1:
+        return 0.0
+    sent = num_bytes * (gpus - 1) / gpus
+    return sent / ring_speed(gpus, gpu) + hop_seconds(gpus, gpu)
+
+
+def reduce_seconds(num_bytes: float, gpus: int, gpu: GpuType) -> float:
+    """Return the time of an all-reduce: bandwidth of a ring, latency of a tree between machines."""
+    if gpus == 1:
+        return 0.0
+    sent = 2 * num_bytes * (gpus - 1) / gpus
+    machines = math.ceil(gpus / gpu.gpus_per_machine)
+    inside = min(gpus, gpu.gpus_per_machine) - 1
+    hops = inside * LINK_HOP_SECONDS + math.ceil(math.log2(machines)) * NETWORK_HOP_SECONDS
+    return sent / ring_speed(gpus, gpu) + 2 * hops

@@ -36,7 +36,7 @@ from utils.estimates import (
     chunk_tokens,
     estimate_training_memory,
 )
-from utils.gpu_types import GpuType
+from utils.gpu_types import NETWORK_HOP_SECONDS, GpuType, gather_seconds, reduce_seconds
 from utils.mfu import flops_per_token
 
 STRATEGIES = {
@@ -57,8 +57,6 @@ USABLE_MEMORY = 0.9  # the rest: CUDA context, NCCL's buffers, fragmentation
 HALF_EFFICIENCY_WIDTH = 1024
 """Width of the model at which products reach half of the GPU's efficiency."""
 BUCKET_BYTES = {"ddp": 25 * 2**20, "zero1": 200 * 2**20}
-LINK_HOP_SECONDS = 2e-6
-NETWORK_HOP_SECONDS = 10e-6
 OPTIMIZER_BYTES = 32
 """Read and written by the gradient norm and AdamW, for each parameter that a GPU updates."""
 MAX_MICRO_BATCH = 64
@@ -251,39 +249,6 @@ def device_memory(
 def fits(job: Job, memory: DeviceMemory) -> bool:
     """Tell whether a GPU has that much memory to give."""
     return memory.total <= USABLE_MEMORY * job.gpu.memory_bytes
-
-
-def hop_seconds(gpus: int, gpu: GpuType) -> float:
-    """Return the latency of a ring through all GPUs, once around."""
-    machines = math.ceil(gpus / gpu.gpus_per_machine)
-    between = machines if machines > 1 else 0
-    return (gpus - 1 - max(0, between - 1)) * LINK_HOP_SECONDS + between * NETWORK_HOP_SECONDS
-
-
-def ring_speed(gpus: int, gpu: GpuType) -> float:
-    """Return the bytes a second that each GPU of a ring sends: all cards of a machine together."""
-    if gpus <= gpu.gpus_per_machine:
-        return gpu.link_bytes_per_second
-    return min(gpu.link_bytes_per_second, gpu.network_bytes_per_second)
-
-
-def gather_seconds(num_bytes: float, gpus: int, gpu: GpuType) -> float:
-    """Return the time of an all-gather or a reduce-scatter of a message of so many bytes."""
-    if gpus == 1:
-        return 0.0
-    sent = num_bytes * (gpus - 1) / gpus
-    return sent / ring_speed(gpus, gpu) + hop_seconds(gpus, gpu)
-
-
-def reduce_seconds(num_bytes: float, gpus: int, gpu: GpuType) -> float:
-    """Return the time of an all-reduce: bandwidth of a ring, latency of a tree between machines."""
-    if gpus == 1:
-        return 0.0
-    sent = 2 * num_bytes * (gpus - 1) / gpus
-    machines = math.ceil(gpus / gpu.gpus_per_machine)
-    inside = min(gpus, gpu.gpus_per_machine) - 1
-    hops = inside * LINK_HOP_SECONDS + math.ceil(math.log2(machines)) * NETWORK_HOP_SECONDS
-    return sent / ring_speed(gpus, gpu) + 2 * hops
 
 
 def sent_bytes(job: Job, accumulation: int) -> float:

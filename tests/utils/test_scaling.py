@@ -13,7 +13,7 @@ from configs.training_config import PROJECT_DIRECTORY
 from utils import scaling_run as run
 from utils.errors import ConfigError, UsageError
 from utils.estimates import ModelShape, estimate_training_memory
-from utils.gpu_types import GIB, GPU_TYPES, find_gpu_type
+from utils.gpu_types import GIB, GPU_TYPES, find_gpu_type, gather_seconds, reduce_seconds
 from utils.mfu import find_peak_flops
 from utils.model_building import count_parameters
 from utils.scaling import (
@@ -25,11 +25,9 @@ from utils.scaling import (
     candidate_plans,
     device_memory,
     fits,
-    gather_seconds,
     kept_activations,
     layer_parameters,
     plan_step,
-    reduce_seconds,
     sent_bytes,
     shape_of_preset,
 )
