@@ -444,6 +444,11 @@ class TrainingConfig:
         return None if self.max_files in (None, -1) else self.max_files
 
     @property
+    def checkpointing_policy(self) -> str:
+        """How activations are recomputed: full, selective, or empty for not at all."""
+        return self.gradient_checkpointing_policy if self.gradient_checkpointing else ""
+
+    @property
     def eval_batch_size(self) -> int:
         """Samples in one forward of an evaluation on one rank."""
         return self.per_device_eval_batch_size or self.per_device_train_batch_size

@@ -10,6 +10,7 @@ section 3.2), so nothing is computed twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - as everybody names it
 
 from utils.estimates import chunk_tokens
+
+ChunkLoss = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor | None]
+]
 
 IGNORED = -100
 """A target that no loss is taken of."""
@@ -32,7 +37,11 @@ def next_token_targets(input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    chunk: int | None = None,
+    cross_entropy: ChunkLoss | None = None,
 ) -> torch.Tensor:
     """Return the mean cross entropy of `hidden @ weight.T`, a float32 scalar.
 
@@ -43,6 +52,7 @@ def linear_cross_entropy(
         weight: [vocabulary, width].
         targets: int64 [tokens]; `IGNORED` where there is none. One token at least has a target.
         chunk: Tokens whose logits are there at a time; None chooses.
+        cross_entropy: `chunk_cross_entropy`, or that compiled.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -50,7 +60,9 @@ def linear_cross_entropy(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     chunk = chunk or chunk_tokens(len(weight), device)
     with torch.autocast(device, enabled=False):
-        loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk)  # type: ignore[no-untyped-call]
+        loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, targets, chunk, cross_entropy or chunk_cross_entropy
+        )
     return loss
 
 
@@ -59,7 +71,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        chunk: int,
+        cross_entropy: ChunkLoss,
     ) -> torch.Tensor:
         is_trained = any(ctx.needs_input_grad[:2])
         count = (targets != IGNORED).sum()
@@ -69,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, len(hidden), chunk):
             part = slice(first, first + chunk)
             logits = hidden[part] @ weight.t()
-            losses, logits_grad = _cross_entropy(logits, targets[part], count, is_trained)
+            losses, logits_grad = cross_entropy(logits, targets[part], count, is_trained)
             total += losses
             if logits_grad is not None and hidden_grad is not None and weight_grad is not None:
                 torch.mm(logits_grad, weight, out=hidden_grad[part])
@@ -88,10 +105,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_grad.mul_(grad).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
 
 
-def _cross_entropy(
+def chunk_cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor, is_trained: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return a chunk's summed loss, and its gradient over the logits divided by `count`.

@@ -21,7 +21,12 @@ from torch.utils.checkpoint import (
 from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
 from utils.errors import ConfigError
-from utils.losses import linear_cross_entropy, next_token_targets
+from utils.losses import (
+    ChunkLoss,
+    chunk_cross_entropy,
+    linear_cross_entropy,
+    next_token_targets,
+)
 
 
 def build_model(model_config: Any, config: TrainingConfig) -> Any:
@@ -43,8 +48,8 @@ def build_model(model_config: Any, config: TrainingConfig) -> Any:
         raise ConfigError(f"attn_implementation {config.attn_implementation}: {reason}") from exc
     if config.fp8:
         use_float8(model)
-    if config.gradient_checkpointing:
-        enable_checkpointing(model, config.gradient_checkpointing_policy)
+    if config.checkpointing_policy:
+        enable_checkpointing(model, config.checkpointing_policy)
     model.train()
     return model
 
@@ -128,21 +133,25 @@ def _fits_float8(part: nn.Module) -> bool:
     return isinstance(part, nn.Linear) and not (part.in_features % 16 or part.out_features % 16)
 
 
-def compile_model(model: Any, *, by_layer: bool) -> None:
-    """Have a model of transformers compiled at its next call.
+def compile_model(model: LossModel, *, by_layer: bool) -> None:
+    """Have a model compiled at its next call.
 
     Args:
         model: Changed in place; names of weights stay as they are.
         by_layer: Compile one layer and use it for all, which is quicker to start.
     """
-    for part in find_layers(model) if by_layer else [model.base_model]:
+    for part in find_layers(model) if by_layer else [model.core.base_model]:
         part.compile()
+    if next(model.parameters()).device.type == "cuda":
+        # Its steps over a chunk become one; a CPU's own softmax is as good.
+        model.cross_entropy = torch.compile(chunk_cross_entropy)
 
 
-def undo_compilation(model: nn.Module) -> None:
+def undo_compilation(model: LossModel) -> None:
     """Take back what `compile_model` did."""
     for part in model.modules():
         part._compiled_call_impl = None
+    model.cross_entropy = chunk_cross_entropy
 
 
 class LossModel(nn.Module):
@@ -157,6 +166,7 @@ class LossModel(nn.Module):
     def __init__(self, core: Any, implementation: str = "auto") -> None:
         super().__init__()
         self.core = core
+        self.cross_entropy: ChunkLoss = chunk_cross_entropy
         self._is_chunked = is_loss_chunked(core.config.model_type, implementation)
 
     def forward(
@@ -177,7 +187,10 @@ class LossModel(nn.Module):
             return loss
         hidden = core.base_model(**inputs).last_hidden_state
         weight = core.get_output_embeddings().weight
-        return linear_cross_entropy(hidden.flatten(0, 1), weight, next_token_targets(input_ids))
+        targets = next_token_targets(input_ids)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), weight, targets, cross_entropy=self.cross_entropy
+        )
 
 
 @dataclass(frozen=True)

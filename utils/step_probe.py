@@ -107,7 +107,7 @@ def measure_step(
             micro_batch=size[0],
             sequence_length=size[1],
             precision=precision,
-            gradient_checkpointing=config.gradient_checkpointing,
+            gradient_checkpointing=config.checkpointing_policy,
             device=device.type,
             is_loss_chunked=is_loss_chunked(small.model_type, config.loss_implementation),
         ).total
@@ -262,8 +262,8 @@ class _SmallModel:
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.fill_(CONSTANT_WEIGHT)
-        if config.gradient_checkpointing:
-            enable_checkpointing(model, config.gradient_checkpointing_policy)
+        if config.checkpointing_policy:
+            enable_checkpointing(model, config.checkpointing_policy)
         self._model = LossModel(model.train(), config.loss_implementation)
         self._optimizer = build_optimizer(model, config)
         self._device, self._dtype = device, _dtype(precision)

@@ -345,7 +345,7 @@ def _compile(state: TrainState, config: TrainingConfig) -> None:
     shape = (config.per_device_train_batch_size, config.sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     document_end = 0 if config.mask_documents else None
-    compile_model(model.core, by_layer=config.use_regional_compilation)
+    compile_model(model, by_layer=config.use_regional_compilation)
     started = time.perf_counter()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -354,7 +354,7 @@ def _compile(state: TrainState, config: TrainingConfig) -> None:
         if isinstance(exc, torch.OutOfMemoryError):
             raise
         log.debug("torch.compile failed.", exc_info=True)
-        undo_compilation(model.core)
+        undo_compilation(model)
         reason = str(exc).strip().splitlines() or [type(exc).__name__]
         log.warning("torch.compile does not work here, training goes on without: %s", reason[0])
     else:

@@ -81,12 +81,12 @@ def test_selective_recomputing_repeats_no_product() -> None:
 def test_compilation_is_of_layers_or_of_the_model_and_can_be_taken_back() -> None:
     model = built()
     names = list(model.core.state_dict())
-    compile_model(model.core, by_layer=True)
+    compile_model(model, by_layer=True)
     assert [part._compiled_call_impl is not None for part in find_layers(model.core)] == [True] * 2
     assert model.core.base_model._compiled_call_impl is None
-    undo_compilation(model.core)
+    undo_compilation(model)
     assert not any(part._compiled_call_impl for part in model.modules())
-    compile_model(model.core, by_layer=False)
+    compile_model(model, by_layer=False)
     assert model.core.base_model._compiled_call_impl is not None
     assert list(model.core.state_dict()) == names
 
