@@ -25,7 +25,6 @@ from dataclasses import dataclass
 
 from configs.model_config import get_preset
 from utils.estimates import (
-    CHUNK_LOGIT_BYTES,
     FORWARD_SHARE,
     GRADIENT_BYTES,
     MOMENT_BYTES,
@@ -33,7 +32,6 @@ from utils.estimates import (
     WEIGHT_BYTES,
     ModelShape,
     activation_bytes,
-    chunk_tokens,
     estimate_training_memory,
 )
 from utils.gpu_types import NETWORK_HOP_SECONDS, GpuType, gather_seconds, reduce_seconds
@@ -115,6 +113,7 @@ class DeviceMemory:
         gradients: With their buckets.
         gathered: 16-bit weights, and gradients before they are reduced.
         activations: Kept for the backward pass.
+        loss: What forming it takes, with its gradients.
         total: At the peak; less than the sum, because gradients come as activations go.
     """
 
@@ -122,6 +121,7 @@ class DeviceMemory:
     gradients: int
     gathered: int
     activations: int
+    loss: int
     total: int
 
 
@@ -185,23 +185,6 @@ def layer_parameters(shape: ModelShape) -> float:
     return (shape.parameters - shape.embedding) / shape.layers
 
 
-def kept_activations(shape: ModelShape, tokens: int, checkpointing: str) -> int:
-    """Return the bytes kept for the backward pass, apart from the logits."""
-    layer, layer_input = activation_bytes(shape, "bf16")
-    # Queries, keys and values, the attention's output, its projection, both results of the MLP.
-    products = layer_input + 2 * (6 * shape.hidden + shape.intermediate)
-    kept = {"none": layer, "selective": products, "full": layer_input}[checkpointing]
-    # With checkpointing one layer at a time is there as a whole.
-    return tokens * (shape.layers * kept + (0 if checkpointing == "none" else layer))
-
-
-def loss_bytes(shape: ModelShape, tokens: int) -> int:
-    """Return what the loss takes: logits of a chunk, gradients of output weights and inputs."""
-    logits = CHUNK_LOGIT_BYTES * min(tokens, chunk_tokens(shape.vocabulary, "cuda"))
-    output_weights = shape.vocabulary * shape.hidden
-    return logits * shape.vocabulary + output_weights * GRADIENT_BYTES + 2 * tokens * shape.hidden
-
-
 def device_memory(
     job: Job, micro_batch: int, checkpointing: str, accumulation: int
 ) -> DeviceMemory:
@@ -216,13 +199,13 @@ def device_memory(
         micro_batch=micro_batch,
         sequence_length=job.sequence_length,
         precision="bf16",
+        gradient_checkpointing="" if checkpointing == "none" else checkpointing,
         accumulation=accumulation,
         world_size=job.gpus,
         device="cuda",
     )
     parameters = shape.parameters
     tokens = micro_batch * job.sequence_length
-    activations = kept_activations(shape, tokens, checkpointing)
     moments = parameters * MOMENT_BYTES // shards
     late = tokens * activation_bytes(shape, "bf16")[0]
     if job.strategy in ("ddp", "zero1") or job.gpus == 1:
@@ -239,11 +222,14 @@ def device_memory(
             + formed * 2 * layer_parameters(shape)
         )
         late += formed * shape.embedding
+    # Logits of a chunk, and the gradients of the output layer's weights and inputs.
+    loss = whole.logits + shape.vocabulary * shape.hidden * GRADIENT_BYTES
+    loss += GATHERED_BYTES * tokens * shape.hidden
     there = gradients if accumulation > 1 else 0
-    peak = max(activations + loss_bytes(shape, tokens) + there, gradients + late)
+    peak = max(whole.activations + loss + there, gradients + late)
     state = weights + moments
     total = int(peak + state + buckets + gathered + RUNTIME_BYTES["cuda"])
-    return DeviceMemory(state, gradients + buckets, gathered, activations, total)
+    return DeviceMemory(state, gradients + buckets, gathered, whole.activations, loss, total)
 
 
 def fits(job: Job, memory: DeviceMemory) -> bool:

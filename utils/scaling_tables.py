@@ -23,8 +23,6 @@ from utils.scaling import (
     best_plan,
     device_memory,
     fits,
-    kept_activations,
-    loss_bytes,
     sent_bytes,
     shape_of_preset,
     smallest_memory,
@@ -134,10 +132,10 @@ def activations_table() -> Rows:
     """Activations of one sample, GiB, by checkpointing, and what its loss takes."""
     rows: Rows = [["model", *CHECKPOINTING, "loss"]]
     for model in MODELS:
-        shape = shape_of_preset(model)
-        kept = [kept_activations(shape, SEQUENCE_LENGTH, kind) / GIB for kind in CHECKPOINTING]
-        loss = loss_bytes(shape, SEQUENCE_LENGTH) / GIB
-        rows.append([model, *(f"{value:.2f}" for value in (*kept, loss))])
+        job = job_of(model, GPU_TYPES["H100"], 1, "ddp")
+        found = [device_memory(job, 1, kind, 1) for kind in CHECKPOINTING]
+        kept = [memory.activations for memory in found]
+        rows.append([model, *(f"{value / GIB:.2f}" for value in (*kept, found[0].loss))])
     return rows
 
 

@@ -25,7 +25,6 @@ from utils.scaling import (
     candidate_plans,
     device_memory,
     fits,
-    kept_activations,
     layer_parameters,
     plan_step,
     sent_bytes,
@@ -67,7 +66,7 @@ def test_every_gpu_has_a_peak() -> None:
 @pytest.mark.parametrize("model", ["pythia-160m", "refocused-1.2b", "pythia-6.9b"])
 @pytest.mark.parametrize("gpus", [1, 64])
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_ddp_and_one_gpu_take_the_memory_of_the_estimates(
     model: str, gpus: int, accumulation: int, checkpointing: str
 ) -> None:
@@ -77,7 +76,7 @@ def test_ddp_and_one_gpu_take_the_memory_of_the_estimates(
         micro_batch=2,
         sequence_length=2048,
         precision="bf16",
-        gradient_checkpointing="full" if checkpointing == "full" else "",
+        gradient_checkpointing="" if checkpointing == "none" else checkpointing,
         accumulation=accumulation,
         world_size=gpus,
         device="cuda",
@@ -111,7 +110,8 @@ def test_weights_gradients_and_moments_are_divided_as_the_paper_divides_them() -
 
 def test_checkpointing_keeps_less_and_computes_more() -> None:
     # A token of a layer: 4 x 100 and 2 x (9 x 100 + 2 x 400) = 3800 bytes; its input 400.
-    assert [kept_activations(SMALL, 10, kind) for kind in CHECKPOINTING] == [
+    ten = dataclasses.replace(job("ddp", 1), sequence_length=10)
+    assert [device_memory(ten, 1, kind, 1).activations for kind in CHECKPOINTING] == [
         4 * 38_000,
         4 * (4_000 + 20 * (6 * 100 + 400)) + 38_000,
         4 * 4_000 + 38_000,
