@@ -96,6 +96,8 @@ PRESETS: dict[str, ModelPreset] = {
     "pythia-2.8b": _pythia(2560, 32, 32, 2_775_208_960),
     "pythia-6.9b": _pythia(4096, 32, 32, 6_857_302_016, 50432),
     "pythia-12b": _pythia(5120, 36, 40, 11_846_072_320, 50688),
+    # Black et al. 2022, table 1: the same kind of layers.
+    "gpt-neox-20b": _pythia(6144, 44, 64, 20_554_567_680, 50432),
 }
 
 UNPADDED_KEY = "unpadded_vocab_size"

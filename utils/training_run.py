@@ -38,6 +38,7 @@ from utils.errors import (
 )
 from utils.evaluation import evaluate
 from utils.layout import RunPaths
+from utils.machine_sharing import on_every_machine
 from utils.metadata import append_metrics
 from utils.mixture import build_order
 from utils.run_saving import RunSaving
@@ -359,10 +360,11 @@ class TrainingRun:
             return
         checkpoint, manifest = found
         accelerator = self._accelerator
-        saved = checkpoint_utils.read_checkpoint(
-            checkpoint, manifest, rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )  # fmt: skip
+        with on_every_machine(checkpoint, manifest, self.paths.checkpoints) as here:
+            saved = checkpoint_utils.read_checkpoint(
+                here, manifest, rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )  # fmt: skip
         checkpoint_utils.restore_state(state, saved, self.config)
         self._meter.go_back(Spending.from_json(state.progress.spending))
         skipped = position - state.progress.sample_index
