@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads of a product that wait for each other sleep. Where they spin, as is the default, any other
+# process on their cores (an upload, say) makes steps on a CPU several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 LEASE_RETRY_SECONDS = 10.0
 
@@ -137,23 +140,34 @@ def start(
     """Build a run and let it loop; return the exit code."""
     from configs.model_config import build_model_config
     from utils import checkpoint_store, preflight, ranks, tracking
+    from utils.micro_batch import resolve_micro_batch
+    from utils.model_building import count_parameters
     from utils.preemption import PreemptionWatch, metadata_address
     from utils.prices import find_hourly_price
     from utils.run_start import Consent
     from utils.stopping import StopRequest
     from utils.training_run import TrainingRun
-    from utils.training_utils import build_accelerator, count_parameters, resolve_precision
+    from utils.training_utils import build_accelerator, resolve_precision
 
     precision = resolve_precision(config)
     world_size = ranks.launched_world_size()
     config.resolve_batch(world_size)
     hourly_price = find_hourly_price(config, world_size)
-    model_config = build_model_config(config.model, config.model_overrides, config.sequence_length)
+    model_config = build_model_config(
+        config.model,
+        config.model_overrides,
+        config.sequence_length,
+        config.pad_vocab_to_multiple_of,
+    )
     counts = count_parameters(model_config)
     with contextlib.ExitStack() as stack:
         trackers = tracking.build_trackers(config, paths.metrics)
         accelerator = build_accelerator(config, precision, trackers, paths.logs)
         ranks.connect_host_group()
+        config = resolve_micro_batch(
+            config, model_config, counts, precision, accelerator.device, world_size
+        )
+        _, accelerator.gradient_accumulation_steps = config.resolve_batch(world_size)
         checks = ranks.compute_on_main(lambda: preflight.check_start(
             config, paths, model_config, counts, accelerator, args.resume,
             fresh=args.fresh, measures=args.dry_run and not args.quiet,

@@ -73,20 +73,25 @@ def _train(folder: Path, values: dict[str, Any]) -> dict[str, int]:
     """Return the peak of a few steps above what was there before the model, and the estimate."""
     import torch
 
-    from configs.model_config import build_model_config
+    from configs.model_config import build_model_config, is_loss_chunked
     from configs.training_config import TrainingConfig
     from utils.estimates import ModelShape, estimate_training_memory
     from utils.machine import PeakMemory
+    from utils.model_building import count_parameters
     from utils.training_utils import (
         build_accelerator,
         build_train_state,
-        count_parameters,
         resolve_precision,
         train_step,
     )
 
     config = TrainingConfig(**values)
-    model_config = build_model_config(config.model, config.model_overrides, config.sequence_length)
+    model_config = build_model_config(
+        config.model,
+        config.model_overrides,
+        config.sequence_length,
+        config.pad_vocab_to_multiple_of,
+    )
     counts = count_parameters(model_config)
     precision = resolve_precision(config)
     accelerator = build_accelerator(config, precision, [], folder)
@@ -96,9 +101,10 @@ def _train(folder: Path, values: dict[str, Any]) -> dict[str, int]:
         micro_batch=config.per_device_train_batch_size,
         sequence_length=config.sequence_length,
         precision=precision,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=config.checkpointing_policy,
         accumulation=accumulation,
         device=device.type,
+        is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),
     )
     generator = torch.Generator().manual_seed(config.seed)
     shape = (samples // accumulation, config.sequence_length)

@@ -15,7 +15,8 @@ from configs.model_config import build_model_config
 from configs.training_config import get_training_config
 from utils.layout import find_checkpoints, read_json
 from utils.metadata import read_metrics
-from utils.training_utils import build_model, document_positions, forward_loss
+from utils.model_building import LossModel, build_model
+from utils.training_utils import document_positions, forward_loss
 
 Train = Callable[..., int]
 
@@ -199,7 +200,9 @@ def test_documents_do_not_see_each_other_when_they_are_masked() -> None:
         plain = model(input_ids=packed, use_cache=False).logits
     torch.testing.assert_close(masked, alone, rtol=0, atol=1e-5)
     assert not torch.allclose(plain, alone, atol=1e-3)
-    assert forward_loss(model, packed, 0).item() != forward_loss(model, packed, None).item()
+    loss_model = LossModel(model)
+    masked_loss = forward_loss(loss_model, packed, 0).item()
+    assert masked_loss != forward_loss(loss_model, packed, None).item()
 
 
 def test_masked_training_runs_and_needs_an_end_of_text_id(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from configs.model_config import get_preset
+from configs.model_config import get_preset, is_loss_chunked
 from configs.training_config import TrainingConfig
 from utils.console import format_bytes
 from utils.diagnosis import NOTE, PROBLEM, Finding
@@ -124,9 +124,12 @@ def _needed_bytes(
         micro_batch=micro_batch,
         sequence_length=config.sequence_length,
         precision=precision,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=config.gradient_checkpointing_policy if checkpointing else "",
         accumulation=max(1, samples // micro_batch),
         device=device,
+        is_loss_chunked=is_loss_chunked(
+            get_preset(config.model).model_type, config.loss_implementation
+        ),
     ).total
 
 

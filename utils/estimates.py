@@ -23,6 +23,11 @@ SIXTEEN_BIT = ("bf16", "fp16")
 
 # log-softmax, its gradient, and the gradient that goes into it, all float32.
 LOGIT_BYTES = 12
+# Logits of a chunk, where they are not there for all tokens at once. On a CPU they should stay near
+# its caches; a GPU wants large products. Logits and logarithms in float32, or 2 + 4 + 2 bytes.
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+CHUNK_LOGIT_BYTES = 8
+MIN_CHUNK_TOKENS = 64
 # What libraries take with the first step (threads, kernels, workspaces), measured: BENCHMARKS.md.
 RUNTIME_BYTES = {"cpu": 40 * 10**6, "cuda": 40 * 10**6}
 # Resident over allocated memory, measured: glibc keeps what is freed between blocks in use, most
@@ -89,6 +94,17 @@ class MemoryEstimate:
     total: int
 
 
+def chunk_tokens(vocabulary: int, device: str) -> int:
+    """Return how many tokens' logits are there at a time in a loss that is formed in chunks.
+
+    Args:
+        vocabulary: Number of token ids.
+        device: Its type, cpu or cuda; others are taken for cuda.
+    """
+    elements = CHUNK_ELEMENTS["cpu" if device == "cpu" else "cuda"]
+    return max(MIN_CHUNK_TOKENS, elements // vocabulary)
+
+
 def activation_bytes(shape: ModelShape, precision: str) -> tuple[int, int]:
     """Return (bytes kept of one layer, bytes of its input) for each token.
 
@@ -101,16 +117,27 @@ def activation_bytes(shape: ModelShape, precision: str) -> tuple[int, int]:
     return layer_input + width * (9 * shape.hidden + 2 * shape.intermediate), layer_input
 
 
+def selective_bytes(shape: ModelShape, precision: str) -> int:
+    """Return the bytes kept of one layer for each token where only products and attention are kept.
+
+    In units of the width: queries, keys and values 3, the attention's output 1 and its projection
+    1, and the two results of the MLP, besides the layer's input (float32).
+    """
+    width = 2 if precision in SIXTEEN_BIT else 4
+    return 4 * shape.hidden + width * (6 * shape.hidden + shape.intermediate)
+
+
 def estimate_training_memory(
     shape: ModelShape,
     *,
     micro_batch: int,
     sequence_length: int,
     precision: str = "no",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: str = "",
     accumulation: int = 1,
     world_size: int = 1,
     device: str = "cpu",
+    is_loss_chunked: bool = True,
 ) -> MemoryEstimate:
     """Return the memory of one rank that holds the whole model.
 
@@ -119,16 +146,20 @@ def estimate_training_memory(
         micro_batch: Samples in one forward and backward.
         sequence_length: Tokens in a sample.
         precision: no, bf16 or fp16.
-        gradient_checkpointing: Keep the input of each layer only.
+        gradient_checkpointing: full: keep the input of each layer only; selective: also what
+            products and attention give; empty: keep everything.
         accumulation: Micro-steps in a step; after the first, gradients are there all the time.
         world_size: Ranks; with more than one, gradients also lie in the buckets of DDP.
         device: Its type, cpu or cuda; others are taken for cuda.
+        is_loss_chunked: Whether the logits of all tokens are never there at once.
     """
     tokens = micro_batch * sequence_length
     layer, layer_input = (tokens * count for count in activation_bytes(shape, precision))
     activations = shape.layers * layer
     if gradient_checkpointing:
-        activations = shape.layers * layer_input + layer
+        kept = tokens * selective_bytes(shape, precision)
+        kept = layer_input if gradient_checkpointing == "full" else kept
+        activations = shape.layers * kept + layer
     output_weights = shape.vocabulary * shape.hidden
     state = shape.parameters * (WEIGHT_BYTES + MOMENT_BYTES)
     gradients = shape.parameters * GRADIENT_BYTES
@@ -136,9 +167,16 @@ def estimate_training_memory(
     # Embeddings are looked up, not multiplied: they have no copy.
     multiplied = shape.parameters - min(shape.embedding, output_weights)
     casts = 2 * multiplied if precision in SIXTEEN_BIT else 0
-    logits = LOGIT_BYTES * tokens * shape.vocabulary
-    # The gradient of the output layer's weights follows when two of the three are gone.
-    head = max(logits, logits // 3 + output_weights * GRADIENT_BYTES)
+    if is_loss_chunked:
+        chunk = min(tokens, chunk_tokens(shape.vocabulary, device))
+        width = 2 if precision in SIXTEEN_BIT else 4
+        logits = CHUNK_LOGIT_BYTES * chunk * shape.vocabulary
+        # The gradients of the output layer's weights and inputs are formed meanwhile.
+        head = logits + output_weights * GRADIENT_BYTES + width * tokens * shape.hidden
+    else:
+        logits = LOGIT_BYTES * tokens * shape.vocabulary
+        # The gradient of the output layer's weights follows when two of the three are gone.
+        head = max(logits, logits // 3 + output_weights * GRADIENT_BYTES)
     there = gradients if accumulation > 1 else 0
     kind = "cpu" if device == "cpu" else "cuda"
     rest, loose = FRAGMENTATION[kind], ACTIVATION_FRAGMENTATION[kind]

@@ -35,7 +35,7 @@ def evaluate(
     if data.num_samples == 0:
         return None
     # The bare model: a wrapper's forward may talk to ranks that have one batch less.
-    accelerator, model = state.accelerator, state.core_model
+    accelerator, model = state.accelerator, state.loss_model
     total = torch.zeros((), dtype=torch.float64)
     batches = data.batches(batch_size, accelerator.process_index, accelerator.num_processes)
     model.eval()

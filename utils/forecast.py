@@ -20,12 +20,13 @@ from utils.estimates import count_pauses, estimate_checkpoint_bytes
 from utils.layout import REMOTE_FOLDER
 from utils.machine_checks import find_free_memory
 from utils.mfu import Utilization
+from utils.model_building import ParameterCounts
 from utils.prices import HourlyPrice, find_bucket_prices, find_price
 from utils.shard_index import DataSource
 from utils.spending import Amount
 from utils.step_probe import StepProbe, measure_matmul_rate, measure_step
 from utils.throughput import RemainingTime
-from utils.training_utils import ParameterCounts, find_utilization
+from utils.training_utils import find_utilization
 from utils.transports import TransportOptions
 from utils.upload_rate import measure_upload_rate
 

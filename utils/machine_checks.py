@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
 from utils import ranks
 from utils.checks import Check
@@ -20,7 +21,7 @@ from utils.estimates import (
 )
 from utils.layout import RunPaths
 from utils.machine import available_memory
-from utils.training_utils import ParameterCounts
+from utils.model_building import ParameterCounts
 from utils.transports import TransportOptions
 
 MEMORY_RESERVE = 0.95
@@ -42,10 +43,11 @@ def estimate_memory(
         micro_batch=config.per_device_train_batch_size,
         sequence_length=config.sequence_length,
         precision=precision,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=config.checkpointing_policy,
         accumulation=accumulation,
         world_size=world_size,
         device=device.type,
+        is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),
     )
 
 

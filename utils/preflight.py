@@ -15,6 +15,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from configs.model_config import known_vocab_size
 from configs.training_config import TrainingConfig
 from utils.checks import Check, print_checks, require_all
 from utils.console import format_bytes
@@ -31,10 +32,11 @@ from utils.forecast import RunFacts, check_times, is_long_run, measure_busy_shar
 from utils.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.machine_checks import check_disk, check_memory, check_snapshot, estimate_memory
 from utils.metadata import read_remote_checkpoints
+from utils.model_building import ParameterCounts
 from utils.resume import READ_CARDS, Plan, plan_start, require_startable
 from utils.shard_index import DataSource, build_shard_index
 from utils.storage import is_gcs_uri, join_uri, open_bucket
-from utils.training_utils import ParameterCounts, device_name
+from utils.training_utils import device_name
 from utils.transports import TransportOptions, probe_transport
 
 PROBE_RETRY_SECONDS = 4.0
@@ -88,11 +90,11 @@ def require_vocabulary(sources: Sequence[DataSource], model_config: Any) -> None
             with different tokenizers.
     """
     for source in sources:
-        vocab_size = source.index.vocab_size
-        if vocab_size is not None and vocab_size > model_config.vocab_size:
+        vocab_size, known = source.index.vocab_size, known_vocab_size(model_config)
+        if vocab_size is not None and vocab_size > known:
             raise DataError(
                 f"The data were made with a vocabulary of {vocab_size}, the model has "
-                f"{model_config.vocab_size}. Set model_overrides.vocab_size={vocab_size}, or "
+                f"{known}. Set model_overrides.vocab_size={vocab_size}, or "
                 "prepare the data with a smaller vocabulary."
             )
     hashes = {s.uri: s.index.tokenizer_hash for s in sources if s.index.tokenizer_hash}
@@ -315,9 +317,9 @@ def check_vocabulary(sources: Sequence[DataSource], model_config: Any) -> Check:
     known = ", ".join(f"{size:,}" for size in sorted(size for size in sizes if size is not None))
     if None in sizes:
         known = f"{known or 'no index.json says how many'}; each id is checked when it is read"
-    return Check(
-        "vocabulary", "ok", f"{model_config.vocab_size:,} in the model, in the data: {known}"
-    )
+    size, padded = known_vocab_size(model_config), model_config.vocab_size
+    padding = f" (padded to {padded:,})" if padded > size else ""
+    return Check("vocabulary", "ok", f"{size:,} in the model{padding}, in the data: {known}")
 
 
 def describe_run(

@@ -19,17 +19,18 @@ from typing import Any
 
 import torch
 
+from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
 from utils.estimates import ModelShape, estimate_training_memory
 from utils.machine import PeakMemory
 from utils.mfu import flops_per_token
-from utils.training_utils import (
+from utils.model_building import (
+    LossModel,
     ParameterCounts,
-    build_optimizer,
     count_parameters,
     enable_checkpointing,
-    forward_loss,
 )
+from utils.training_utils import build_optimizer, forward_loss
 
 PROBE_SECONDS = 8.0
 GROWING_SHARE = 0.25  # of that, for finding the size
@@ -40,6 +41,7 @@ MATMULS = 4
 MEMORY_SHARE = 0.7
 JUDGED_BYTES = 256 * 2**20
 CONSTANT_WEIGHT = 0.02
+SPARE_SHARE = 0.05
 
 Size = tuple[int, int]
 """Samples, and tokens in each."""
@@ -108,10 +110,22 @@ def measure_step(
     """
     small = _with_layers(model_config, 2)
     shape = ModelShape.of(small, *_both_counts(small))
+
+    def estimate(size: Size) -> int:
+        return estimate_training_memory(
+            shape,
+            micro_batch=size[0],
+            sequence_length=size[1],
+            precision=precision,
+            gradient_checkpointing=config.checkpointing_policy,
+            device=device.type,
+            is_loss_chunked=is_loss_chunked(small.model_type, config.loss_implementation),
+        ).total
+
     fitting = [
         size
         for size in _growing_sizes(config.per_device_train_batch_size, config.sequence_length)
-        if _estimate(config, shape, precision, device, size) <= MEMORY_SHARE * available_bytes
+        if estimate(size) <= MEMORY_SHARE * available_bytes
     ]
     if not fitting:
         return None
@@ -137,9 +151,41 @@ def measure_step(
     _, accumulation = config.resolve_batch(world_size)
     passes = accumulation * (rest + model_config.num_hidden_layers * layer * cost[0] / cost[1])
     seconds = passes + update / shape.parameters * counts.total
-    estimated = _estimate(config, shape, precision, device, sizes[-1])
+    estimated = estimate(sizes[-1])
     is_seen = measured > 0 and estimated >= JUDGED_BYTES
     return StepProbe(seconds, *sizes[-1], measured / estimated if is_seen else None)
+
+
+def try_step(
+    config: TrainingConfig, model_config: Any, precision: str, device: torch.device
+) -> bool:
+    """Tell whether two updates of the whole model fit into the memory of a GPU, with some to spare.
+
+    Args:
+        config: The run's configuration, with the micro-batch in question.
+        model_config: transformers config of the model.
+        precision: no, bf16 or fp16.
+        device: The GPU.
+    """
+    size = (config.per_device_train_batch_size, config.sequence_length)
+    model = ballast = None
+    try:
+        spare = int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+        ballast = torch.empty(spare, dtype=torch.uint8, device=device)
+        with torch.random.fork_rng([device]):
+            model = _SmallModel(config, model_config, precision, device)
+            for _ in range(2):  # the second one has the optimizer's moments there
+                model.run_pass(size)
+                model.run_pass(size)  # accumulated
+                model.time_update()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        del ballast
+        if model is not None:
+            model.free()
+        torch.cuda.empty_cache()
+    return True
 
 
 def _with_layers(model_config: Any, count: int) -> Any:
@@ -167,19 +213,6 @@ def _growing_sizes(micro_batch: int, length: int) -> Iterator[Size]:
         yield samples, length
         samples *= 2
     yield micro_batch, length
-
-
-def _estimate(
-    config: TrainingConfig, shape: ModelShape, precision: str, device: torch.device, size: Size
-) -> int:
-    return estimate_training_memory(
-        shape,
-        micro_batch=size[0],
-        sequence_length=size[1],
-        precision=precision,
-        gradient_checkpointing=config.gradient_checkpointing,
-        device=device.type,
-    ).total
 
 
 def _find_sizes(model: _SmallModel, fitting: list[Size]) -> list[Size]:
@@ -239,9 +272,9 @@ class _SmallModel:
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.fill_(CONSTANT_WEIGHT)
-        if config.gradient_checkpointing:
-            enable_checkpointing(model)
-        self._model = model.train()
+        if config.checkpointing_policy:
+            enable_checkpointing(model, config.checkpointing_policy)
+        self._model = LossModel(model.train(), config.loss_implementation)
         self._optimizer = build_optimizer(model, config)
         self._device, self._dtype = device, _dtype(precision)
 

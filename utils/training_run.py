@@ -22,6 +22,7 @@ import google_crc32c
 import torch
 from accelerate import Accelerator
 
+from configs.model_config import known_vocab_size
 from configs.training_config import TrainingConfig
 from utils import bad_steps, checkpoint_utils, ranks, resume, run_start, tracking
 from utils.checkpoint_writer import WriterProcess
@@ -38,6 +39,7 @@ from utils.errors import (
 )
 from utils.evaluation import evaluate
 from utils.layout import RunPaths
+from utils.machine_sharing import on_every_machine
 from utils.metadata import append_metrics
 from utils.mixture import build_order
 from utils.run_saving import RunSaving
@@ -116,7 +118,7 @@ class TrainingRun:
         self._skip_bad_shards = config.bad_shard == "skip"
         self._bad_shards: tuple[int, ...] = ()
         self._document_end = model_config.eos_token_id if config.mask_documents else None
-        self._vocab_size = model_config.vocab_size
+        self._vocab_size = known_vocab_size(model_config)
         self.start = self._begin(plan, consent)
         user_project = config.gcs_user_project or None
         self._buckets = [open_bucket(source.uri, user_project) for source in sources]
@@ -363,10 +365,11 @@ class TrainingRun:
             return
         checkpoint, manifest = found
         accelerator = self._accelerator
-        saved = checkpoint_utils.read_checkpoint(
-            checkpoint, manifest, rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )  # fmt: skip
+        with on_every_machine(checkpoint, manifest, self.paths.checkpoints) as here:
+            saved = checkpoint_utils.read_checkpoint(
+                here, manifest, rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )  # fmt: skip
         checkpoint_utils.restore_state(state, saved, self.config)
         self._meter.go_back(Spending.from_json(state.progress.spending))
         skipped = position - state.progress.sample_index

@@ -3,8 +3,8 @@
     batches -> train step -> train state
 
 A step is one optimizer update: `accumulation` forward and backward passes (micro-steps), one clip,
-one AdamW update, one move of the schedule. The labels are the input ids, because the model shifts
-them inside. Nothing here waits for the device but `mean_loss`, which is asked for at logging steps.
+one AdamW update, one move of the schedule. Nothing here waits for the device but `mean_loss`, which
+is asked for at logging steps.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import random
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,10 @@ from configs.training_config import TrainingConfig
 from utils.errors import ConfigError
 from utils.metadata import number
 from utils.mfu import Utilization, find_peak_flops, flops_per_token
+from utils.model_building import LossModel, build_model, compile_model, undo_compilation
 from utils.step_guard import GOOD, StepGuard
+
+COMPILED_FOLDER = "torch_compile"
 
 log = logging.getLogger(__name__)
 
@@ -96,72 +100,10 @@ def set_determinism(config: TrainingConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(mode=True)
         torch.backends.cudnn.benchmark = False
-    elif torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-
-
-def build_model(model_config: Any, config: TrainingConfig) -> nn.Module:
-    """Return the model with fresh float32 weights, drawn from the seed on the CPU."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_config(
-        model_config, attn_implementation="sdpa", dtype=torch.float32
-    )
-    if config.gradient_checkpointing:
-        enable_checkpointing(model)
-    model.train()
-    built: nn.Module = model
-    return built
-
-
-def enable_checkpointing(model: Any) -> None:
-    """Keep only the input of each layer for the backward pass."""
-    # The newer name is in transformers from 5.2x on, where the older one warns.
-    newer = getattr(model, "activation_checkpointing_enable", None)
-    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Numbers of parameters.
-
-    Attributes:
-        total: All of them, shared ones once.
-        embedding: Those of the token embedding and the output layer.
-    """
-
-    total: int
-    embedding: int
-
-    @property
-    def without_embedding(self) -> int:
-        """Parameters apart from the embedding and the output layer."""
-        return self.total - self.embedding
-
-
-def count_parameters(model_config: Any) -> ParameterCounts:
-    """Return the parameter counts of a model config, from a model without memory.
-
-    Raises:
-        ConfigError: No model can be built from it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config)
-    except Exception as exc:  # whatever a wrong value meets first
-        raise ConfigError(
-            f"No model can be built with these model_overrides: {type(exc).__name__}: {exc}"
-        ) from exc
-    total = sum(parameter.numel() for parameter in model.parameters())
-    embeddings = {
-        id(module.weight): module.weight.numel()
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())
-        if module is not None
-    }
-    return ParameterCounts(total, sum(embeddings.values()))
+    if torch.cuda.is_available():
+        tf32 = not config.full_determinism if config.tf32 is None else config.tf32
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -329,10 +271,16 @@ class TrainState:
         )
 
     @property
-    def core_model(self) -> nn.Module:
-        """The model without wrappers of ranks or compilation."""
-        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+    def loss_model(self) -> LossModel:
+        """The loss model without wrappers of ranks or compilation."""
+        model: LossModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model
+
+    @property
+    def core_model(self) -> nn.Module:
+        """The model of transformers."""
+        core: nn.Module = self.loss_model.core
+        return core
 
 
 def device_name(device: torch.device) -> str:
@@ -360,13 +308,11 @@ def build_train_state(
     accelerator: Accelerator, model_config: Any, config: TrainingConfig
 ) -> TrainState:
     """Return a train state at step 0."""
-    model = build_model(model_config, config)
+    model = LossModel(build_model(model_config, config), config.loss_implementation)
     if accelerator.device.type != "cpu":
         model.to(accelerator.device)
     optimizer = build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, config)
-    if config.torch_compile:
-        model.compile()
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     device = accelerator.device
     guard = StepGuard(
@@ -376,7 +322,7 @@ def build_train_state(
         checks_gradients=accelerator.scaler is None,
         on_device=device.type == "cuda" and accelerator.scaler is None,
     )
-    return TrainState(
+    state = TrainState(
         accelerator,
         prepared_model,
         prepared_optimizer,
@@ -386,6 +332,34 @@ def build_train_state(
         interval=torch.zeros(2, device=device),
         grad_norm=torch.zeros((), device=device),
     )
+    if config.torch_compile:
+        _compile(state, config)
+    return state
+
+
+def _compile(state: TrainState, config: TrainingConfig) -> None:
+    """Compile the model on a micro-batch of its own; where that fails, go on without."""
+    cache = Path(config.cache_dir).resolve() / COMPILED_FOLDER
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    model, device = state.loss_model, state.accelerator.device
+    shape = (config.per_device_train_batch_size, config.sequence_length)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+    document_end = 0 if config.mask_documents else None
+    compile_model(model, by_layer=config.use_regional_compilation)
+    started = time.perf_counter()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.autograd.backward(forward_loss(model, tokens, document_end))
+    except Exception as exc:
+        if isinstance(exc, torch.OutOfMemoryError):
+            raise
+        log.debug("torch.compile failed.", exc_info=True)
+        undo_compilation(model)
+        reason = str(exc).strip().splitlines() or [type(exc).__name__]
+        log.warning("torch.compile does not work here, training goes on without: %s", reason[0])
+    else:
+        log.info("Compiled in %.1f s.", time.perf_counter() - started)
+    model.zero_grad(set_to_none=True)
 
 
 def document_positions(input_ids: torch.Tensor, document_end: int) -> torch.Tensor:
@@ -406,14 +380,12 @@ def forward_loss(
     """Return the mean loss of a micro-batch, a scalar.
 
     Args:
-        model: A causal language model of transformers.
+        model: A `LossModel`, wrapped or not.
         input_ids: int64 [micro-batch, sequence_length] on the model's device.
         document_end: End-of-text id where attention must not cross documents, else None.
     """
-    extra = {}
-    if document_end is not None:
-        extra["position_ids"] = document_positions(input_ids, document_end)
-    loss: torch.Tensor = model(input_ids=input_ids, labels=input_ids, use_cache=False, **extra).loss
+    positions = None if document_end is None else document_positions(input_ids, document_end)
+    loss: torch.Tensor = model(input_ids, positions)
     return loss
 
 

@@ -12,9 +12,9 @@ from configs.training_config import TrainingConfig
 from utils import forecast, upload_rate
 from utils.errors import StorageError
 from utils.forecast import RunFacts, check_times, estimate_run_seconds, is_long_run
+from utils.model_building import ParameterCounts
 from utils.shard_index import DataSource, ShardFacts, ShardIndex
 from utils.step_probe import StepProbe
-from utils.training_utils import ParameterCounts
 from utils.transports import Transport, TransportOptions
 from utils.upload_rate import measure_upload_rate
 

@@ -13,9 +13,9 @@ from utils.errors import PreflightError
 from utils.estimates import MemoryEstimate
 from utils.forecast import RunFacts
 from utils.machine_checks import check_memory, find_free_memory
+from utils.model_building import ParameterCounts
 from utils.preflight import check_tokens, check_vocabulary
 from utils.shard_index import DataSource, ShardFacts, ShardIndex
-from utils.training_utils import ParameterCounts
 
 CPU = torch.device("cpu")
 GIB = 2**30

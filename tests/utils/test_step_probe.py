@@ -8,8 +8,8 @@ import torch
 from configs.model_config import build_model_config
 from configs.training_config import TrainingConfig
 from utils import step_probe
+from utils.model_building import count_parameters
 from utils.step_probe import StepProbe, _extrapolate, _growing_sizes, measure_step
-from utils.training_utils import count_parameters
 
 CPU = torch.device("cpu")
 OVERRIDES = {

@@ -1,0 +1,235 @@
+"""The model of a run: built from its config, made to return its loss, counted.
+
+model config -> transformers model -> loss model -> train step
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from configs.model_config import is_loss_chunked
+from configs.training_config import TrainingConfig
+from utils.errors import ConfigError
+from utils.losses import (
+    ChunkLoss,
+    chunk_cross_entropy,
+    linear_cross_entropy,
+    next_token_targets,
+)
+
+
+def build_model(model_config: Any, config: TrainingConfig) -> Any:
+    """Return the model of transformers with fresh float32 weights, drawn from the seed on the CPU.
+
+    Raises:
+        ConfigError: The attention or fp8 that is asked for needs a package that is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_config(
+            model_config, attn_implementation=config.attn_implementation, dtype=torch.float32
+        )
+    except (ImportError, ValueError) as exc:
+        if config.attn_implementation == "sdpa":
+            raise
+        reason = str(exc).strip().splitlines()[0]
+        raise ConfigError(f"attn_implementation {config.attn_implementation}: {reason}") from exc
+    if config.fp8:
+        use_float8(model)
+    if config.checkpointing_policy:
+        enable_checkpointing(model, config.checkpointing_policy)
+    model.train()
+    return model
+
+
+def find_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the transformer layers of a model of transformers, first to last."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
+def enable_checkpointing(model: nn.Module, policy: str = "full") -> None:
+    """Have the layers recompute activations in the backward pass.
+
+    The checkpoint lies within the layer's call, so that a compiled layer is compiled with it.
+
+    Args:
+        model: A model of transformers.
+        policy: full keeps the layers' inputs alone; selective also what products and attention
+            give, which is most of the work and, with fused attention, half of the memory.
+    """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if policy == "selective":
+        options["context_fn"] = functools.partial(
+            create_selective_checkpoint_contexts, _keep_products
+        )
+    for layer in find_layers(model):
+        layer.forward = _recomputed(layer.forward, options)
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    # A function of its own and not a partial one, which torch.compile would not look into.
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **inputs: Any) -> Any:
+        return checkpoint(forward, *args, **options, **inputs)
+
+    return recomputed
+
+
+KEPT_OPERATIONS = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "addmm",
+        "bmm",
+        "mm",
+        "_scaled_mm",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+)
+
+
+def _keep_products(_context: Any, operation: Any, *_args: Any, **_options: Any) -> CheckpointPolicy:
+    if operation in KEPT_OPERATIONS:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def use_float8(model: nn.Module) -> None:
+    """Have the layers' products made in float8, scaled by row; weights stay float32.
+
+    Raises:
+        ConfigError: torchao is not installed.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as exc:
+        raise ConfigError("fp8 needs the package torchao: pip install torchao.") from exc
+    layers = {id(part) for layer in find_layers(model) for part in layer.modules()}
+    convert_to_float8_training(
+        model,
+        config=Float8LinearConfig.from_recipe_name("rowwise"),
+        module_filter_fn=lambda part, _name: id(part) in layers and _fits_float8(part),
+    )
+
+
+def _fits_float8(part: nn.Module) -> bool:
+    """Tell whether a linear layer's shape is one that float8 products take."""
+    return isinstance(part, nn.Linear) and not (part.in_features % 16 or part.out_features % 16)
+
+
+def compile_model(model: LossModel, *, by_layer: bool) -> None:
+    """Have a model compiled at its next call.
+
+    Args:
+        model: Changed in place; names of weights stay as they are.
+        by_layer: Compile one layer and use it for all, which is quicker to start.
+    """
+    for part in find_layers(model) if by_layer else [model.core.base_model]:
+        part.compile()
+    if next(model.parameters()).device.type == "cuda":
+        # Its steps over a chunk become one; a CPU's own softmax is as good.
+        model.cross_entropy = torch.compile(chunk_cross_entropy)
+
+
+def undo_compilation(model: LossModel) -> None:
+    """Take back what `compile_model` did."""
+    for part in model.modules():
+        part._compiled_call_impl = None
+    model.cross_entropy = chunk_cross_entropy
+
+
+class LossModel(nn.Module):
+    """A causal language model that returns its loss; what ranks, precision and compilation wrap.
+
+    Args:
+        core: A causal language model of transformers.
+        implementation: chunked: without the logits of all tokens at once. model: as the model does
+            it. auto: chunked where the model's output layer is known to be a plain product.
+    """
+
+    def __init__(self, core: Any, implementation: str = "auto") -> None:
+        super().__init__()
+        self.core = core
+        self.cross_entropy: ChunkLoss = chunk_cross_entropy
+        self._is_chunked = is_loss_chunked(core.config.model_type, implementation)
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the mean loss over all tokens that have a next one: float32, a scalar.
+
+        Args:
+            input_ids: int64 [samples, tokens].
+            position_ids: int64 of the same shape; None counts from 0.
+        """
+        core: Any = self.core
+        inputs = {"input_ids": input_ids, "use_cache": False}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        if not self._is_chunked:
+            loss: torch.Tensor = core(labels=input_ids, **inputs).loss
+            return loss
+        hidden = core.base_model(**inputs).last_hidden_state
+        weight = core.get_output_embeddings().weight
+        targets = next_token_targets(input_ids)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), weight, targets, cross_entropy=self.cross_entropy
+        )
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters.
+
+    Attributes:
+        total: All of them, shared ones once.
+        embedding: Those of the token embedding and the output layer.
+    """
+
+    total: int
+    embedding: int
+
+    @property
+    def without_embedding(self) -> int:
+        """Parameters apart from the embedding and the output layer."""
+        return self.total - self.embedding
+
+
+def count_parameters(model_config: Any) -> ParameterCounts:
+    """Return the parameter counts of a model config, from a model without memory.
+
+    Raises:
+        ConfigError: No model can be built from it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+    except Exception as exc:  # whatever a wrong value meets first
+        raise ConfigError(
+            f"No model can be built with these model_overrides: {type(exc).__name__}: {exc}"
+        ) from exc
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = {
+        id(module.weight): module.weight.numel()
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+    }
+    return ParameterCounts(total, sum(embeddings.values()))
