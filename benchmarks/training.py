@@ -12,6 +12,7 @@ from benchmarks.contestants import OURS, PLAIN, TRAINER
 from benchmarks.figures import spread
 from configs.training_config import PROJECT_DIRECTORY
 
+COMPILED = "compiled"
 PREPARE = (sys.executable, str(PROJECT_DIRECTORY / "scripts" / "prepare_data.py"))
 
 EVERYTHING_ON = {
@@ -40,10 +41,7 @@ GPU_SHAPE: dict[str, Any] = {
 }  # fmt: skip
 GPU_CASES: dict[str, dict[str, Any]] = {
     "1.2B": {"first_step": 5, "last_step": 25, "settings": GPU_SHAPE},
-    "1.2B compiled": {
-        "first_step": 5, "last_step": 25, "settings": {**GPU_SHAPE, "torch_compile": True},
-    },
-}  # fmt: skip
+}
 
 
 def measure_train(folder: Path, runs: int) -> dict[str, str]:
@@ -66,20 +64,23 @@ def _measure_case(
     settings = {**EVERYTHING_ON, **task["settings"], "data_uri": str(data)}
     steps = task["last_step"] - task["first_step"]
     tokens = steps * settings["global_batch_size"] * settings["sequence_length"]
-    rates: dict[str, list[float]] = {OURS: [], PLAIN: [], TRAINER: []}
+    contestants = {OURS: OURS, COMPILED: OURS, PLAIN: PLAIN, TRAINER: TRAINER}
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(runs):
         for name, known in rates.items():
             work = folder / f"{case}-{name}-{number}".replace(" ", "-")
             work.mkdir()
-            result = run_contestant(name, {**task, "settings": settings, "folder": str(work)})
+            own = {**settings, "torch_compile": True} if name == COMPILED else settings
+            words = {**task, "settings": own, "folder": str(work)}
+            result = run_contestant(contestants[name], words)
             known.append(tokens / result["seconds"])
             _remove(work)
-    ours = rates[OURS]
-    return {
-        f"{case}: tokens/s of train.py, everything on": spread(ours),
-        f"{case}: against transformers.Trainer": _ratios(ours, rates[TRAINER]),
-        f"{case}: against a plain PyTorch loop": _ratios(ours, rates[PLAIN]),
-    }
+    found = {}
+    for name, what in ((OURS, "train.py"), (COMPILED, "train.py, compiled")):
+        found[f"{case}: tokens/s of {what}"] = spread(rates[name])
+        found[f"{case}: {what} / Trainer"] = _ratios(rates[name], rates[TRAINER])
+        found[f"{case}: {what} / plain loop"] = _ratios(rates[name], rates[PLAIN])
+    return found
 
 
 def run_contestant(name: str, task: dict[str, Any]) -> dict[str, float]:
