@@ -38,6 +38,7 @@ BAD_STEP_POLICIES = ("stop", "skip", "rollback")
 SAVE_OVERLAP_POLICIES = ("wait", "skip")
 FAILED_SAVE_POLICIES = ("continue", "stop")
 LOSS_IMPLEMENTATIONS = ("auto", "chunked", "model")
+SHARDINGS = ("none", "fsdp2")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 RENAMED_KEYS = {
@@ -218,6 +219,14 @@ class TrainingConfig:
     torch_compile: bool = False
     """Compile the model with torch.compile."""
 
+    sharding: str = "none"
+    """How several ranks hold the state: none, each all of it (DDP), or fsdp2, each its part of
+    weights, gradients and optimizer (torch's fully_shard). `accelerate launch` may say so too."""
+
+    reshard_after_forward: bool = True
+    """With fsdp2: gather a layer's weights again for its backward pass. false: keep them in
+    between, for more memory and a third less traffic."""
+
     full_determinism: bool = False
     """Deterministic kernels on GPUs too, at some cost in speed."""
 
@@ -325,6 +334,7 @@ class TrainingConfig:
         self._require_one_of("upload_transport", UPLOAD_TRANSPORTS)
         self._require_one_of("upload_compression", UPLOAD_COMPRESSIONS)
         self._require_one_of("loss_implementation", LOSS_IMPLEMENTATIONS)
+        self._require_one_of("sharding", SHARDINGS)
         self._require_one_of("log_level", LOG_LEVELS)
         self._require_one_of("bad_shard", BAD_SHARD_POLICIES)
         self._require_one_of("bad_step", BAD_STEP_POLICIES)

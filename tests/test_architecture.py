@@ -51,6 +51,7 @@ LAYERS: list[set[str]] = [
         "utils.metadata",
         "utils.model_building",
         "utils.shard_index",
+        "utils.sharding",
         "utils.snapshot",
         "utils.step_guard",
         "utils.torch_facts",

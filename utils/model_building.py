@@ -31,6 +31,13 @@ def build_model(model_config: Any, config: TrainingConfig) -> nn.Module:
     return built
 
 
+def find_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the transformer layers of a model of transformers, first to last."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
 def enable_checkpointing(model: Any) -> None:
     """Keep only the input of each layer for the backward pass."""
     # The newer name is in transformers from 5.2x on, where the older one warns.

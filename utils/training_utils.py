@@ -30,7 +30,14 @@ from configs.training_config import TrainingConfig
 from utils.errors import ConfigError
 from utils.metadata import number
 from utils.mfu import Utilization, find_peak_flops, flops_per_token
-from utils.model_building import LossModel, build_model
+from utils.model_building import LossModel, build_model, find_layers
+from utils.sharding import (
+    is_sharded,
+    reduce_gradients,
+    resolve_sharding,
+    shard_model,
+    whole_scalar,
+)
 from utils.step_guard import GOOD, StepGuard
 
 log = logging.getLogger(__name__)
@@ -227,7 +234,7 @@ class TrainState:
 
     Attributes:
         accelerator: Ranks, precision and devices.
-        model: As prepared by Accelerate.
+        model: As prepared by Accelerate, or sharded.
         optimizer: As prepared by Accelerate.
         scheduler: The plain schedule over the plain optimizer.
         progress: Counters and histories.
@@ -273,6 +280,11 @@ class TrainState:
         return model
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of weights and moments: all of them call each forward."""
+        return is_sharded(self.model)
+
+    @property
     def core_model(self) -> nn.Module:
         """The model of transformers."""
         core: nn.Module = self.loss_model.core
@@ -305,13 +317,20 @@ def build_train_state(
 ) -> TrainState:
     """Return a train state at step 0."""
     model = LossModel(build_model(model_config, config), config.loss_implementation)
-    if accelerator.device.type != "cpu":
+    how = resolve_sharding(config, accelerator.num_processes)
+    if how is not None:
+        layers, precision = find_layers(model.core), accelerator.mixed_precision
+        shard_model(model, layers, accelerator.device, precision, how)
+    elif accelerator.device.type != "cpu":
         model.to(accelerator.device)
     optimizer = build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, config)
     if config.torch_compile:
         model.core.compile()
-    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    if how is not None:
+        prepared_model, prepared_optimizer = model, accelerator.prepare_optimizer(optimizer)
+    else:
+        prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     device = accelerator.device
     guard = StepGuard(
         device,
@@ -380,13 +399,15 @@ def train_step(
     for input_ids in batches:
         input_ids = input_ids.to(accelerator.device, non_blocking=True)
         with accelerator.accumulate(model):
+            reduce_gradients(model, now=accelerator.sync_gradients)
             loss = forward_loss(model, input_ids, document_end)
             accelerator.backward(loss)
             step_loss += loss.detach().float() / len(batches)
     step_loss = accelerator.reduce(step_loss, "mean")
-    state.grad_norm = accelerator.clip_grad_norm_(
+    norm = accelerator.clip_grad_norm_(
         model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf
     )
+    state.grad_norm = whole_scalar(norm)
     code = state.guard.judge(progress.step + 1, step_loss, state.grad_norm)
     good = code == GOOD
     state.interval += torch.stack([torch.where(good, step_loss, 0.0), good.float()])
