@@ -94,7 +94,7 @@ def write_files(files: CheckpointFiles, directory: Path) -> Manifest:
     for name, value in files.pickles.items():
         torch.save(value, directory / name)
     written = [*files.raw, *files.documents, *files.weights, *files.pickles]
-    manifest = replace(files.manifest, files=_sync(directory, written))
+    manifest = replace(files.manifest, files=sync_files(directory, written))
     if not files.is_part:
         seal(directory, manifest)
     return manifest
@@ -115,7 +115,7 @@ def _to_plain(value: Any) -> object:
     return numbers if math.isfinite(numbers) else None
 
 
-def _sync(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+def sync_files(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     """Sync files of a directory and return their sizes and checksums."""
     files = {}
     for name in sorted(names):

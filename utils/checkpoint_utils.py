@@ -5,16 +5,15 @@
 The files are those that stock `Accelerator.load_state` and `AutoModelForCausalLM.from_pretrained`
 read, plus our own. The main process writes alone; random states of all ranks are gathered to it.
 Where the state is sharded, each rank writes its rows of weights and moments into files of its own
-(`utils/parts.py`), and the main one the rest. Both kinds are brought back at any number of ranks,
-sharded or not; a sharded rank reads its own rows alone.
+(`utils/state_files.py`), and the main one the rest. Both kinds are brought back at any number of
+ranks, sharded or not; a sharded rank reads its own rows alone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -39,30 +38,26 @@ from utils.layout import (
     RunIdentity,
     read_json,
 )
-from utils.parts import (
-    MODEL_PREFIX,
-    OPTIMIZER_PREFIX,
-    LoadedTensors,
-    Part,
-    PartFiles,
-    TensorReader,
-    WholeFile,
-    find_part_files,
-    part_file,
-    part_header,
-    read_tensors,
+from utils.parts import Part
+from utils.state_files import (
+    BIN_WEIGHTS_FILE,
+    OPTIMIZER_FILE,
+    OPTIMIZER_REST_FILE,
+    SAFE_WEIGHTS_FILE,
+    as_sharded,
+    mapped_errors,
+    part_files,
+    read_optimizer,
+    read_weights,
+    require_file,
+    restore_rows,
+    split_optimizer,
 )
-from utils.sharding import is_part, like_parameter, local_tensor
 from utils.training_utils import Progress, TrainState
 
-OPTIMIZER_FILE = "optimizer.bin"
-OPTIMIZER_REST_FILE = "optimizer_rest.bin"
-"""With sharded state: what `optimizer.bin` has besides the tensors that ranks hold parts of."""
 SCHEDULER_FILE = "scheduler.bin"
 SCHEDULER_BACKUP_FILE = "scheduler_state.pt"
 SCALER_FILE = "scaler.pt"
-SAFE_WEIGHTS_FILE = "model.safetensors"
-BIN_WEIGHTS_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -121,7 +116,7 @@ def collect_files(
     weights: dict[str, dict[str, torch.Tensor]] = {}
     pickles: dict[str, Any] = {}
     if state.is_sharded:
-        pickles[OPTIMIZER_REST_FILE] = _split_optimizer(state.optimizer.state_dict())[1]
+        pickles[OPTIMIZER_REST_FILE] = split_optimizer(state.optimizer.state_dict())[1]
     elif config.save_format == "safetensors":
         weights[SAFE_WEIGHTS_FILE] = _without_shared(model.state_dict())
     else:
@@ -165,62 +160,14 @@ def collect_part(
         identity: Run id and branch.
         rest: Of `collect_files`, on the main process; None on the others.
     """
-    part = _part_of(state)
+    part = Part(state.accelerator.process_index, state.accelerator.num_processes)
     step, epoch, consumed = state.progress.step, data_state.epoch, data_state.files_consumed
     files = rest or CheckpointFiles(
         CheckpointName(step, epoch, consumed),
         Manifest(identity.run_id, step, identity.branch, part.count, forks=identity.forks),
     )
-    moments, _ = _split_optimizer(state.optimizer.state_dict())
-    weights, headers = {}, {}
-    for prefix, tensors in (
-        (MODEL_PREFIX, _without_second_names(state.core_model)),
-        (OPTIMIZER_PREFIX, moments),
-    ):
-        name = part_file(prefix, part)
-        held = _held_rows(tensors, part)
-        weights[name] = {key: local_tensor(tensor).contiguous() for key, tensor in held.items()}
-        headers[name] = part_header({key: tuple(held[key].shape) for key in held}, part)
+    weights, headers = part_files(state.core_model, state.optimizer.state_dict(), part)
     return replace(files, weights=weights, headers=headers, is_part=True)
-
-
-def _part_of(state: TrainState) -> Part:
-    return Part(state.accelerator.process_index, state.accelerator.num_processes)
-
-
-def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the sharded tensors of an optimizer's state, as INDEX.NAME, and all the rest."""
-    moments, rest = {}, {}
-    for index, values in state["state"].items():
-        moments.update({f"{index}.{key}": v for key, v in values.items() if is_part(v)})
-        rest[index] = {key: value for key, value in values.items() if not is_part(value)}
-    return moments, {**state, "state": rest}
-
-
-def _join_optimizer(moments: Mapping[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
-    """Return the state of an optimizer; what `_split_optimizer` does, undone."""
-    state: dict[int, dict[str, Any]] = {index: dict(v) for index, v in rest["state"].items()}
-    for name in sorted(moments):
-        index, _, key = name.partition(".")
-        state[int(index)][key] = moments[name]
-    return {**rest, "state": state}
-
-
-def _without_second_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return a model's weights by their first names: tied ones have several."""
-    found: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        found.setdefault(id(tensor), (name, tensor))
-    return dict(found.values())
-
-
-def _held_rows(tensors: Mapping[str, torch.Tensor], part: Part) -> dict[str, torch.Tensor]:
-    """Return the tensors that this rank writes rows of: if it has any; rank 0 whole tensors too."""
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if (local_tensor(tensor).numel() if is_part(tensor) else part.rank == 0)
-    }
 
 
 def _without_shared(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -298,9 +245,8 @@ def read_checkpoint(
     part = Part(rank, world_size) if is_sharded else None
 
     def read(name: str, load: Callable[[Path], Any]) -> Any:
-        if name not in manifest.files:
-            raise UnreadableCheckpointError(f"{checkpoint.name}: {name} is not in its manifest.")
-        with _mapped_errors(checkpoint, name):
+        require_file(checkpoint, manifest, name)
+        with mapped_errors(checkpoint, name):
             return load(checkpoint / name)
 
     def load_random_state() -> Any:
@@ -313,12 +259,11 @@ def read_checkpoint(
                 return None
             raise
 
-    weights, optimizer = _read_state(checkpoint, manifest, part)
     return SavedState(
         checkpoint.name,
         manifest,
-        weights,
-        optimizer,
+        weights=read_weights(checkpoint, manifest, part),
+        optimizer=read_optimizer(checkpoint, manifest, part),
         scheduler=read(SCHEDULER_FILE, load_tensors),
         scaler=read(SCALER_FILE, load_tensors) if SCALER_FILE in manifest.files else None,
         metrics=read(METRICS_HISTORY_FILE, read_json),
@@ -326,76 +271,6 @@ def read_checkpoint(
         random_state=load_random_state(),
         part=part,
     )
-
-
-@contextlib.contextmanager
-def _mapped_errors(checkpoint: Path, name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as exc:  # torch.load, safetensors and json raise many families
-        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-        raise UnreadableCheckpointError(
-            f"{checkpoint.name}: {name} cannot be read: {reason}"
-        ) from exc
-
-
-def _read_state(
-    checkpoint: Path, manifest: Manifest, part: Part | None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return weights and the optimizer's state, whole or the rows of a part."""
-
-    def parts_of(prefix: str) -> list[Path]:
-        with _mapped_errors(checkpoint, f"{prefix}-part-*"):
-            return [checkpoint / name for name in find_part_files(manifest.files, prefix)]
-
-    model_parts, optimizer_parts = parts_of(MODEL_PREFIX), parts_of(OPTIMIZER_PREFIX)
-    is_safe = SAFE_WEIGHTS_FILE in manifest.files
-    weights_name = SAFE_WEIGHTS_FILE if is_safe else BIN_WEIGHTS_FILE
-    optimizer_name = OPTIMIZER_REST_FILE if optimizer_parts else OPTIMIZER_FILE
-    for name in [optimizer_name] if model_parts else [weights_name, optimizer_name]:
-        if name not in manifest.files:
-            raise UnreadableCheckpointError(f"{checkpoint.name}: {name} is not in its manifest.")
-    with contextlib.ExitStack() as stack:
-        with _mapped_errors(checkpoint, f"{MODEL_PREFIX}-part-*" if model_parts else weights_name):
-            reader: TensorReader
-            if model_parts:
-                reader = PartFiles(model_parts, stack)
-            elif is_safe:
-                reader = WholeFile(checkpoint / weights_name, stack)
-            else:
-                reader = LoadedTensors(_load_on_host(checkpoint / weights_name, part))
-            weights = read_tensors(reader, part)
-        with _mapped_errors(checkpoint, optimizer_name):
-            optimizer = _load_on_host(checkpoint / optimizer_name, part)
-        if part is not None and not optimizer_parts:
-            optimizer = _rows_of_optimizer(optimizer, part)
-        if optimizer_parts:
-            with _mapped_errors(checkpoint, f"{OPTIMIZER_PREFIX}-part-*"):
-                moments = read_tensors(PartFiles(optimizer_parts, stack), part)
-                optimizer = _join_optimizer(moments, optimizer)
-    return weights, optimizer
-
-
-def _rows_of_optimizer(optimizer: dict[str, Any], part: Part) -> dict[str, Any]:
-    """Return an optimizer's state with the rows of a part in place of whole tensors."""
-
-    def rows(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return (value[slice(*part.rows(len(value)))] if value.dim() else value).clone()
-
-    state = {
-        index: {key: rows(value) for key, value in values.items()}
-        for index, values in optimizer["state"].items()
-    }
-    return {**optimizer, "state": state}
-
-
-def _load_on_host(path: Path, part: Part | None = None) -> Any:
-    """Return a pickle's value; for a rank that takes rows of it, mapped and not read."""
-    if part is None:
-        return load_tensors(path, map_location="cpu")
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def restore_state(state: TrainState, saved: SavedState, config: TrainingConfig) -> None:
@@ -413,9 +288,9 @@ def restore_state(state: TrainState, saved: SavedState, config: TrainingConfig) 
             _restore_weights(state.core_model, saved.weights)
             state.optimizer.load_state_dict(saved.optimizer)
         else:
-            _restore_rows(state.core_model, saved.weights)
+            restore_rows(state.core_model, saved.weights)
             parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-            state.optimizer.load_state_dict(_as_sharded(saved.optimizer, parameters))
+            state.optimizer.load_state_dict(as_sharded(saved.optimizer, parameters))
         state.scheduler.load_state_dict(saved.scheduler)
         if state.accelerator.scaler is not None and saved.scaler is not None:
             state.accelerator.scaler.load_state_dict(saved.scaler)
@@ -437,39 +312,6 @@ def _restore_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -
     missing = [name for name in found.missing_keys if memory[name].data_ptr() not in given]
     if missing or found.unexpected_keys:
         raise ValueError(f"missing weights {missing}, unexpected {found.unexpected_keys}")
-
-
-def _restore_rows(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> None:
-    """Bring this rank's rows into a sharded model."""
-    own = _without_second_names(model)
-    missing, unexpected = sorted(set(own) - set(rows)), sorted(set(rows) - set(own))
-    if missing or unexpected:
-        raise ValueError(f"missing weights {missing}, unexpected {unexpected}")
-    for name, tensor in own.items():
-        local = local_tensor(tensor.detach())
-        if local.shape != rows[name].shape:
-            raise ValueError(
-                f"{name}: rows of shape {list(rows[name].shape)}, this rank has "
-                f"{list(local.shape)} of {list(tensor.shape)}"
-            )
-        local.copy_(rows[name])
-
-
-def _as_sharded(optimizer: dict[str, Any], parameters: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Return an optimizer's state of rows as one of tensors that are sharded as the weights are."""
-
-    def convert(value: Any, parameter: torch.Tensor) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.dim():
-            return value
-        if value.shape != local_tensor(parameter).shape:
-            raise ValueError(f"moments of shape {list(value.shape)} for {list(parameter.shape)}")
-        return like_parameter(value, parameter)
-
-    state = {
-        index: {key: convert(value, parameters[index]) for key, value in values.items()}
-        for index, values in optimizer["state"].items()
-    }
-    return {**optimizer, "state": state}
 
 
 def _restore_progress(state: TrainState, metrics: Mapping[str, Any]) -> None:

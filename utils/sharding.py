@@ -130,15 +130,16 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def reduce_gradients(model: nn.Module, *, now: bool) -> None:
-    """Have a sharded model's next backward pass exchange gradients, or keep them; others: nothing.
+def reduce_each_backward(model: nn.Module) -> None:
+    """Have a sharded model's backward passes reduce gradients at once; others are left alone.
 
-    Accelerate does this for models that it has wrapped itself.
+    Accelerate would keep them to the last micro-step, whole, on every rank: four bytes a weight,
+    which is the memory that sharding is there to save.
     """
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
+        model.set_requires_gradient_sync(True)
 
 
 def is_part(tensor: torch.Tensor) -> bool:

@@ -33,7 +33,7 @@ from utils.mfu import Utilization, find_peak_flops, flops_per_token
 from utils.model_building import LossModel, build_model, find_layers
 from utils.sharding import (
     is_sharded,
-    reduce_gradients,
+    reduce_each_backward,
     resolve_sharding,
     shard_model,
     whole_scalar,
@@ -80,10 +80,11 @@ def build_accelerator(
         logs: The run's log directory.
 
     Raises:
-        ConfigError: The batch cannot be divided over the ranks.
+        ConfigError: The batch or the state cannot be divided over the ranks as it is asked for.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     _, accumulation = config.resolve_batch(world_size)
+    resolve_sharding(config, world_size)
     return Accelerator(
         cpu=config.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         mixed_precision=precision,
@@ -399,7 +400,7 @@ def train_step(
     for input_ids in batches:
         input_ids = input_ids.to(accelerator.device, non_blocking=True)
         with accelerator.accumulate(model):
-            reduce_gradients(model, now=accelerator.sync_gradients)
+            reduce_each_backward(model)
             loss = forward_loss(model, input_ids, document_end)
             accelerator.backward(loss)
             step_loss += loss.detach().float() / len(batches)
