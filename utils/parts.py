@@ -69,7 +69,7 @@ def find_part_files(names: Iterable[str], prefix: str) -> list[str]:
 
 
 def part_header(shapes: Mapping[str, tuple[int, ...]], part: Part) -> dict[str, str]:
-    """Return the header of a part's file.
+    """Return the header of a part's file: one entry, safetensors writes several in any order.
 
     Args:
         shapes: Of the whole tensors that the file has rows of.
@@ -82,7 +82,7 @@ def part_header(shapes: Mapping[str, tuple[int, ...]], part: Part) -> dict[str, 
         }
         for name, shape in shapes.items()
     }
-    return {"format": "pt", "DCP_VERSION": "1.0", OFFSETS_HEADER: json.dumps(info)}
+    return {OFFSETS_HEADER: json.dumps(info)}
 
 
 class TensorReader(Protocol):
