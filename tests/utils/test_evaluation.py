@@ -20,7 +20,7 @@ LENGTH = 4
 
 
 class MeanToken(nn.Module):
-    """A model whose loss is the mean of its tokens, and that notes how it was called."""
+    """A model whose loss is the mean of its tokens and one, and that notes how it was called."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class MeanToken(nn.Module):
         if len(self.calls) == self.fails_at:
             raise RuntimeError("out of memory")
         self.calls.append((len(input_ids), self.training, torch.is_grad_enabled()))
-        return input_ids.double().mean()
+        return input_ids.double().mean() + 1
 
 
 def state_of(
@@ -87,7 +87,7 @@ def test_all_ranks_ask_equally_often_and_their_losses_add_up_to_the_mean(
     assert len(set(asked)) == 1
     assert asked[0] == -(-num_samples // (world_size * batch_size))
     assert seen == num_samples or (is_sharded and seen > num_samples)
-    assert total == pytest.approx((LENGTH * num_samples - 1) / 2)
+    assert total == pytest.approx((LENGTH * num_samples - 1) / 2 + 1)
 
 
 @pytest.mark.parametrize("batches_before", [0, 1, 2])

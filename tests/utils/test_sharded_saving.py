@@ -182,11 +182,18 @@ def test_a_writer_of_a_start_that_has_ended_writes_beside_and_is_cleaned_up(
     ranks: Ranks, tmp_path: Path
 ) -> None:
     folder = tmp_path / "checkpoints"
-    late = Meeting("99999999", lambda answer: None)  # of rank 1 on a machine that was cut off
-    saver = CheckpointSaver(folder, CPU, pytest.fail, meeting=late)
-    saver.save(part_of(1, 1, 50.0), PLENTY)
+    late = CheckpointSaver(  # of rank 1, on a machine that was cut off
+        folder, CPU, pytest.fail, background=False, meeting=Meeting("99999999", lambda answer: None)
+    )
+    gather = ranks.savers[1]._meeting.gather  # type: ignore[union-attr]
+
+    def gather_late(answer: Manifest | str) -> Any:
+        late.save(part_of(1, 1, 50.0), PLENTY)  # when this start's rank 1 has written
+        return gather(answer)
+
+    ranks.savers[1]._meeting = Meeting(TOKEN, gather_late)
     ranks.save(1, 1.0)
-    saver.close()
+    late.close()
     (committed,) = find_checkpoints(folder)
     rows = load_file(folder / str(committed) / "model-part-1.safetensors")["rows"]
     assert set(rows.tolist()) == {2.0}
