@@ -47,6 +47,7 @@ ATTENTION_IMPLEMENTATIONS = (
 )
 CHECKPOINTING_POLICIES = ("full", "selective")
 LOSS_IMPLEMENTATIONS = ("auto", "chunked", "model")
+SHARDINGS = ("none", "fsdp2")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 RENAMED_KEYS = {
@@ -254,6 +255,14 @@ class TrainingConfig:
     """With torch_compile: compile one layer and use it for all (quick to start). false: the whole
     model."""
 
+    sharding: str = "none"
+    """How several ranks hold the state: none, each all of it (DDP), or fsdp2, each its part of
+    weights, gradients and optimizer (torch's fully_shard). `accelerate launch` may say so too."""
+
+    reshard_after_forward: bool = True
+    """With fsdp2: gather a layer's weights again for its backward pass. false: keep them in
+    between, for more memory and a third less traffic."""
+
     full_determinism: bool = False
     """Deterministic kernels on GPUs too, at some cost in speed."""
 
@@ -364,6 +373,7 @@ class TrainingConfig:
         self._require_one_of("attn_implementation", ATTENTION_IMPLEMENTATIONS)
         self._require_one_of("gradient_checkpointing_policy", CHECKPOINTING_POLICIES)
         self._require_one_of("loss_implementation", LOSS_IMPLEMENTATIONS)
+        self._require_one_of("sharding", SHARDINGS)
         self._require_one_of("log_level", LOG_LEVELS)
         self._require_one_of("bad_shard", BAD_SHARD_POLICIES)
         self._require_one_of("bad_step", BAD_STEP_POLICIES)

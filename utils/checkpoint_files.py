@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ class CheckpointFiles:
         documents: Objects for JSON; a tensor in them becomes a list of numbers, an object with
             `to_json` what that returns.
         raw: Bytes that are written as they are.
+        headers: Safetensors headers of `weights`, where they are not the usual one.
+        is_part: Whether other ranks write the rest of the checkpoint into the same directory; the
+            manifest then comes when all have written.
     """
 
     name: CheckpointName
@@ -49,6 +53,8 @@ class CheckpointFiles:
     pickles: dict[str, Any] = field(default_factory=dict)
     documents: dict[str, Any] = field(default_factory=dict)
     raw: dict[str, bytes] = field(default_factory=dict)
+    headers: dict[str, dict[str, str]] = field(default_factory=dict)
+    is_part: bool = False
 
     @property
     def tensors(self) -> tuple[Any, Any, Any]:
@@ -62,16 +68,19 @@ class CheckpointFiles:
 
 
 def write_files(files: CheckpointFiles, directory: Path) -> Manifest:
-    """Write a checkpoint into `directory`, replacing what is there; return its manifest.
+    """Write a checkpoint, or a rank's part of one, into `directory`; return its manifest.
 
-    Every file is synced and hashed from what was written; the manifest comes last.
+    Every file is synced and hashed from what was written; the manifest comes last. That of a part
+    names its own files, and is not written: `seal` does that for all parts. A whole checkpoint
+    replaces what is in the directory.
 
     Raises:
         OSError: The disk is full or cannot be written. safetensors and torch raise errors of
             their own for that.
     """
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    if not files.is_part:
+        shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=files.is_part)
     for name, data in files.raw.items():
         (directory / name).write_bytes(data)
     for name, document in files.documents.items():
@@ -81,13 +90,20 @@ def write_files(files: CheckpointFiles, directory: Path) -> Manifest:
     for name, weights in files.weights.items():
         from safetensors.torch import save_file
 
-        save_file(weights, str(directory / name), metadata={"format": "pt"})
+        save_file(weights, str(directory / name), files.headers.get(name, {"format": "pt"}))
     for name, value in files.pickles.items():
         torch.save(value, directory / name)
-    manifest = replace(files.manifest, files=_seal(directory))
+    written = [*files.raw, *files.documents, *files.weights, *files.pickles]
+    manifest = replace(files.manifest, files=sync_files(directory, written))
+    if not files.is_part:
+        seal(directory, manifest)
+    return manifest
+
+
+def seal(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest of a directory whose files are all there, and sync the directory."""
     write_json(directory / MANIFEST_FILE, manifest.to_json())
     fsync_directory(directory)
-    return manifest
 
 
 def _to_plain(value: Any) -> object:
@@ -99,11 +115,12 @@ def _to_plain(value: Any) -> object:
     return numbers if math.isfinite(numbers) else None
 
 
-def _seal(directory: Path) -> dict[str, FileEntry]:
-    """Sync every file of a directory and return its size and checksum."""
+def sync_files(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Sync files of a directory and return their sizes and checksums."""
     files = {}
-    for path in sorted(directory.iterdir()):
+    for name in sorted(names):
+        path = directory / name
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[path.name] = FileEntry(path.stat().st_size, crc32c_of_file(path))
+        files[name] = FileEntry(path.stat().st_size, crc32c_of_file(path))
     return files

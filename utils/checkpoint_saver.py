@@ -4,6 +4,9 @@
 
 Training waits for the snapshot alone. One snapshot is written at a time; the caller asks `is_busy`
 before it takes the next. A save that fails leaves what was there intact and is kept in `failure`.
+
+Where ranks hold parts of the state, each has a saver, and their writers write into one directory.
+The savers meet when all have written, or failed to: the main one then seals and commits, or not.
 """
 
 from __future__ import annotations
@@ -13,20 +16,39 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from utils.checkpoint_files import CheckpointFiles, write_files
+from utils.checkpoint_files import CheckpointFiles, seal, write_files
 from utils.checkpoint_writer import WriterGoneError, WriterProcess, fill_slots
 from utils.console import format_bytes, format_duration
 from utils.errors import SaveError
-from utils.layout import SAVING_PREFIX, CheckpointName
+from utils.layout import SAVING_PREFIX, CheckpointName, Manifest
 from utils.snapshot import HostBlock, Snapshot
 from utils.storage import fsync_directory
 
+VISIBLE_SECONDS = 30.0
+LOOK_SECONDS = 0.05
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the savers of all ranks meet, once a save, each in its saver's thread.
+
+    Attributes:
+        token: The same for all savers of a start, and of no other one: part of the name of the
+            directory that they write into, so that a writer of a start that has ended on another
+            machine, and does not know it yet, never writes into a checkpoint of this one.
+        gather: Returns what all ranks brought, on the main one; None on the others. It fails where
+            a rank has gone.
+    """
+
+    token: str
+    gather: Callable[[Manifest | str], list[Manifest | str] | None]
 
 
 class CheckpointSaver:
@@ -39,6 +61,7 @@ class CheckpointSaver:
         background: False writes within `save`, without a snapshot.
         writer: A writer process that has been started already, for the first snapshot; whoever
             made it closes it too.
+        meeting: Of the savers of all ranks, where each saves a part; None: this one saves it all.
     """
 
     def __init__(
@@ -49,6 +72,7 @@ class CheckpointSaver:
         *,
         background: bool = True,
         writer: WriterProcess | None = None,
+        meeting: Meeting | None = None,
     ) -> None:
         self.failure: SaveError | None = None
         """Why the last save failed, None when it did not."""
@@ -57,7 +81,7 @@ class CheckpointSaver:
         self.last_seconds: float | None = None
         """From the beginning of the last committed save to its commit."""
         self._directory, self._device, self._on_commit = directory, device, on_commit
-        self._background = background
+        self._background, self._meeting = background, meeting
         self._snapshot: Snapshot | None = None
         self._early_writer = writer
         self._writer: WriterProcess | None = None
@@ -194,26 +218,31 @@ class CheckpointSaver:
         assert self._snapshot is not None
         snapshot, writer = self._snapshot, self._writer
 
-        def write(folder: Path) -> None:
+        def write(folder: Path) -> Manifest:
             snapshot.wait()
             if writer is not None and writer.is_ready():
                 try:
-                    writer.write(files, folder)
+                    return writer.write(files, folder)
                 except WriterGoneError as exc:
                     log.warning("%s: a thread writes %s instead.", exc, files.name)
                     writer.close()
                     self._writer = None
-                else:
-                    return
-            write_files(fill_slots(files, snapshot.block), folder)
+            return write_files(fill_slots(files, snapshot.block), folder)
 
         self._commit(files.name, write, started)
 
-    def _commit(self, name: CheckpointName, write: Callable[[Path], Any], started: float) -> None:
+    def _commit(
+        self, name: CheckpointName, write: Callable[[Path], Manifest], started: float
+    ) -> None:
         target = self._directory / str(name)
         temporary = self._directory / f"{SAVING_PREFIX}{name}"
         try:
-            write(temporary)
+            if self._meeting is None:
+                write(temporary)
+            else:
+                temporary = temporary.with_name(f"{temporary.name}.{self._meeting.token}")
+                if not _write_together(write, temporary, self._meeting):
+                    return  # the main rank commits
             temporary.rename(target)
             fsync_directory(self._directory)
         except Exception as exc:  # noqa: BLE001 - torch and safetensors have errors of their own
@@ -239,3 +268,55 @@ class CheckpointSaver:
             f"{name} could not be saved: {reason} ({free} free in {self._directory}). Older "
             "checkpoints are intact."
         )
+
+
+def _write_together(write: Callable[[Path], Manifest], directory: Path, meeting: Meeting) -> bool:
+    """Write this rank's part and meet the others; on the main rank seal the whole, return True.
+
+    No rank goes on before all have ended their writing: whoever removes the directory after a
+    failure has it alone.
+
+    Raises:
+        OSError: A rank could not write its part, or its files are not seen here.
+    """
+    answer: Manifest | str
+    try:
+        answer = write(directory)
+    except Exception as exc:  # noqa: BLE001 - told to the main rank, which tells the user
+        log.debug("Writing a part failed.", exc_info=True)
+        answer = getattr(exc, "strerror", None) or str(exc).strip() or type(exc).__name__
+    answers = meeting.gather(answer)
+    if answers is None:
+        return False
+    failures = [
+        f"rank {rank}: {a}" for rank, a in enumerate(answers) if not isinstance(a, Manifest)
+    ]
+    if failures:
+        raise OSError("; ".join(failures))
+    parts = [answer for answer in answers if isinstance(answer, Manifest)]
+    manifest = replace(
+        parts[0], files={name: entry for part in parts for name, entry in part.files.items()}
+    )
+    _require_visible(directory, manifest)
+    seal(directory, manifest)
+    return True
+
+
+def _require_visible(directory: Path, manifest: Manifest) -> None:
+    """Wait a little until every file is seen here: other machines have written some of them.
+
+    Raises:
+        OSError: One is not, or has another size.
+    """
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    for name, entry in manifest.files.items():
+        while True:
+            path = directory / name
+            if path.is_file() and path.stat().st_size == entry.size:
+                break
+            if time.monotonic() > deadline:
+                raise OSError(
+                    f"{name}, which another rank has written, is not seen by the main one: all "
+                    "ranks need the same output_dir"
+                )
+            time.sleep(LOOK_SECONDS)

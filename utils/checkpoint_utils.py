@@ -4,6 +4,9 @@
 
 The files are those that stock `Accelerator.load_state` and `AutoModelForCausalLM.from_pretrained`
 read, plus our own. The main process writes alone; random states of all ranks are gathered to it.
+Where the state is sharded, each rank writes its rows of weights and moments into files of its own
+(`utils/state_files.py`), and the main one the rest. Both kinds are brought back at any number of
+ranks, sharded or not; a sharded rank reads its own rows alone.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +38,26 @@ from utils.layout import (
     RunIdentity,
     read_json,
 )
+from utils.parts import Part
+from utils.state_files import (
+    BIN_WEIGHTS_FILE,
+    OPTIMIZER_FILE,
+    OPTIMIZER_REST_FILE,
+    SAFE_WEIGHTS_FILE,
+    as_sharded,
+    mapped_errors,
+    part_files,
+    read_optimizer,
+    read_weights,
+    require_file,
+    restore_rows,
+    split_optimizer,
+)
 from utils.training_utils import Progress, TrainState
 
-OPTIMIZER_FILE = "optimizer.bin"
 SCHEDULER_FILE = "scheduler.bin"
 SCHEDULER_BACKUP_FILE = "scheduler_state.pt"
 SCALER_FILE = "scaler.pt"
-SAFE_WEIGHTS_FILE = "model.safetensors"
-BIN_WEIGHTS_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -84,7 +99,7 @@ def collect_files(
     random_states: Sequence[dict[str, Any]],
     tokenizer_files: Mapping[str, bytes],
 ) -> CheckpointFiles:
-    """Return what a checkpoint of the state as it is consists of.
+    """Return what a checkpoint of the state as it is consists of, without parts of sharded state.
 
     Tensors are the live ones: the caller copies or writes them before the next update. Everything
     else is captured here.
@@ -98,12 +113,16 @@ def collect_files(
         tokenizer_files: File name -> bytes, copied in so that `AutoTokenizer` loads.
     """
     model: Any = state.core_model
-    weights, pickles = {}, {}
-    if config.save_format == "safetensors":
+    weights: dict[str, dict[str, torch.Tensor]] = {}
+    pickles: dict[str, Any] = {}
+    if state.is_sharded:
+        pickles[OPTIMIZER_REST_FILE] = split_optimizer(state.optimizer.state_dict())[1]
+    elif config.save_format == "safetensors":
         weights[SAFE_WEIGHTS_FILE] = _without_shared(model.state_dict())
     else:
         pickles[BIN_WEIGHTS_FILE] = model.state_dict()
-    pickles[OPTIMIZER_FILE] = state.optimizer.state_dict()
+    if not state.is_sharded:
+        pickles[OPTIMIZER_FILE] = state.optimizer.state_dict()
     pickles[SCHEDULER_FILE] = state.scheduler.state_dict()
     pickles[SCHEDULER_BACKUP_FILE] = {
         "step": state.progress.step,
@@ -128,6 +147,27 @@ def collect_files(
         },
         raw={**_model_files(model), **tokenizer_files},
     )
+
+
+def collect_part(
+    state: TrainState, data_state: DataState, identity: RunIdentity, rest: CheckpointFiles | None
+) -> CheckpointFiles:
+    """Return the files that this rank writes of a checkpoint of sharded state.
+
+    Args:
+        state: What to save.
+        data_state: Position in the data.
+        identity: Run id and branch.
+        rest: Of `collect_files`, on the main process; None on the others.
+    """
+    part = Part(state.accelerator.process_index, state.accelerator.num_processes)
+    step, epoch, consumed = state.progress.step, data_state.epoch, data_state.files_consumed
+    files = rest or CheckpointFiles(
+        CheckpointName(step, epoch, consumed),
+        Manifest(identity.run_id, step, identity.branch, part.count, forks=identity.forks),
+    )
+    weights, headers = part_files(state.core_model, state.optimizer.state_dict(), part)
+    return replace(files, weights=weights, headers=headers, is_part=True)
 
 
 def _without_shared(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -163,7 +203,10 @@ def _model_files(model: Any) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class SavedState:
-    """What the files of a checkpoint hold, in host memory, not yet brought into a train state."""
+    """What the files of a checkpoint hold, in host memory, not yet brought into a train state.
+
+    Weights and the optimizer's tensors are whole, or the rows of `part`.
+    """
 
     name: str
     manifest: Manifest
@@ -174,6 +217,7 @@ class SavedState:
     metrics: dict[str, Any]
     data_state: DataState
     random_state: dict[str, Any] | None
+    part: Part | None = None
 
 
 def read_checkpoint(
@@ -183,6 +227,7 @@ def read_checkpoint(
     rank: int,
     world_size: int,
     accept_missing_random_state: bool = False,
+    is_sharded: bool = False,
 ) -> SavedState:
     """Return what a verified checkpoint holds for one rank.
 
@@ -192,21 +237,17 @@ def read_checkpoint(
         rank: This process.
         world_size: All processes now.
         accept_missing_random_state: Return None for random states that cannot be read.
+        is_sharded: Read this rank's rows of weights and moments only.
 
     Raises:
         UnreadableCheckpointError: A file is missing or cannot be read.
     """
+    part = Part(rank, world_size) if is_sharded else None
 
     def read(name: str, load: Callable[[Path], Any]) -> Any:
-        if name not in manifest.files:
-            raise UnreadableCheckpointError(f"{checkpoint.name}: {name} is not in its manifest.")
-        try:
+        require_file(checkpoint, manifest, name)
+        with mapped_errors(checkpoint, name):
             return load(checkpoint / name)
-        except Exception as exc:  # torch.load, safetensors and json raise many families
-            reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-            raise UnreadableCheckpointError(
-                f"{checkpoint.name}: {name} cannot be read: {reason}"
-            ) from exc
 
     def load_random_state() -> Any:
         if world_size != manifest.world_size:
@@ -218,27 +259,18 @@ def read_checkpoint(
                 return None
             raise
 
-    if SAFE_WEIGHTS_FILE in manifest.files:
-        from safetensors.torch import load_file
-
-        weights = read(SAFE_WEIGHTS_FILE, load_file)
-    else:
-        weights = read(BIN_WEIGHTS_FILE, _load_on_host)
     return SavedState(
         checkpoint.name,
         manifest,
-        weights,
-        optimizer=read(OPTIMIZER_FILE, _load_on_host),
+        weights=read_weights(checkpoint, manifest, part),
+        optimizer=read_optimizer(checkpoint, manifest, part),
         scheduler=read(SCHEDULER_FILE, load_tensors),
         scaler=read(SCALER_FILE, load_tensors) if SCALER_FILE in manifest.files else None,
         metrics=read(METRICS_HISTORY_FILE, read_json),
         data_state=read(DATA_STATE_FILE, lambda path: DataState.from_json(read_json(path))),
         random_state=load_random_state(),
+        part=part,
     )
-
-
-def _load_on_host(path: Path) -> Any:
-    return load_tensors(path, map_location="cpu")
 
 
 def restore_state(state: TrainState, saved: SavedState, config: TrainingConfig) -> None:
@@ -252,8 +284,13 @@ def restore_state(state: TrainState, saved: SavedState, config: TrainingConfig) 
         CheckpointError: It does not fit this model or optimizer.
     """
     try:
-        _restore_weights(state.core_model, saved.weights)
-        state.optimizer.load_state_dict(saved.optimizer)
+        if saved.part is None:
+            _restore_weights(state.core_model, saved.weights)
+            state.optimizer.load_state_dict(saved.optimizer)
+        else:
+            restore_rows(state.core_model, saved.weights)
+            parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+            state.optimizer.load_state_dict(as_sharded(saved.optimizer, parameters))
         state.scheduler.load_state_dict(saved.scheduler)
         if state.accelerator.scaler is not None and saved.scaler is not None:
             state.accelerator.scaler.load_state_dict(saved.scaler)

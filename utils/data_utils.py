@@ -261,6 +261,11 @@ class ValidationData:
         available = (int(self._ends[-1]) if len(shards) else 0) // sequence_length
         self.num_samples = available if max_samples is None else min(available, max_samples)
 
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in a sample."""
+        return self._length
+
     def batches(self, batch_size: int, rank: int, world_size: int) -> Iterator[torch.Tensor]:
         """Yield this rank's share as int64 tensors of at most [batch_size, sequence_length]."""
         mine = range(rank, self.num_samples, world_size)

@@ -138,8 +138,10 @@ def estimate_training_memory(
     world_size: int = 1,
     device: str = "cpu",
     is_loss_chunked: bool = True,
+    is_sharded: bool = False,
+    reshards: bool = True,
 ) -> MemoryEstimate:
-    """Return the memory of one rank that holds the whole model.
+    """Return the memory of one rank.
 
     Args:
         shape: Of the model.
@@ -152,6 +154,8 @@ def estimate_training_memory(
         world_size: Ranks; with more than one, gradients also lie in the buckets of DDP.
         device: Its type, cpu or cuda; others are taken for cuda.
         is_loss_chunked: Whether the logits of all tokens are never there at once.
+        is_sharded: Whether each rank holds a part of weights, gradients and moments only.
+        reshards: With that, whether a layer's gathered weights are let go after its forward.
     """
     tokens = micro_batch * sequence_length
     layer, layer_input = (tokens * count for count in activation_bytes(shape, precision))
@@ -167,6 +171,9 @@ def estimate_training_memory(
     # Embeddings are looked up, not multiplied: they have no copy.
     multiplied = shape.parameters - min(shape.embedding, output_weights)
     casts = 2 * multiplied if precision in SIXTEEN_BIT else 0
+    if is_sharded and world_size > 1:
+        state, gradients = state // world_size, gradients // world_size
+        casts, buckets = _gathered_bytes(shape, precision, reshards=reshards)
     if is_loss_chunked:
         chunk = min(tokens, chunk_tokens(shape.vocabulary, device))
         width = 2 if precision in SIXTEEN_BIT else 4
@@ -183,6 +190,19 @@ def estimate_training_memory(
     peak = max(activations * loose + (head + there) * rest, gradients * rest + layer * loose)
     total = int(peak + (state + buckets + casts + RUNTIME_BYTES[kind]) * rest)
     return MemoryEstimate(state, gradients + buckets, casts, activations, logits, total)
+
+
+def _gathered_bytes(shape: ModelShape, precision: str, *, reshards: bool) -> tuple[int, int]:
+    """Return (gathered weights, gradients on their way) of a rank that holds a part.
+
+    What is in no layer is gathered all the time; of the layers two at a time, the next one being
+    fetched, or all of them. Gradients of a layer, or of the rest, are there in the precision of the
+    products and once more in float32, to be reduced.
+    """
+    width = 2 if precision in SIXTEEN_BIT else WEIGHT_BYTES
+    layer = (shape.parameters - shape.embedding) // max(1, shape.layers)
+    gathered = shape.embedding + layer * (min(2, shape.layers) if reshards else shape.layers)
+    return width * gathered, (width + GRADIENT_BYTES) * max(layer, shape.embedding)
 
 
 def estimate_checkpoint_bytes(num_parameters: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -34,9 +33,11 @@ def evaluate(
     """
     if data.num_samples == 0:
         return None
-    # The bare model: a wrapper's forward may talk to ranks that have one batch less.
+    # The bare model: the forward of DDP talks to ranks that may have one batch less. That of a
+    # sharded model does so in every layer: a rank without a batch takes part with one of no weight.
     accelerator, model = state.accelerator, state.loss_model
     total = torch.zeros((), dtype=torch.float64)
+    empty = torch.zeros((1, data.sequence_length), dtype=torch.int64)
     batches = data.batches(batch_size, accelerator.process_index, accelerator.num_processes)
     model.eval()
     try:
@@ -45,9 +46,13 @@ def evaluate(
             for _ in range(math.ceil(data.num_samples / (accelerator.num_processes * batch_size))):
                 if should_stop is not None and should_stop():
                     return None
-                for input_ids in itertools.islice(batches, 1):
-                    input_ids = input_ids.to(accelerator.device, non_blocking=True)
-                    loss = forward_loss(model, input_ids, document_end)
+                found = next(batches, None)
+                if found is None and not state.is_sharded:
+                    continue
+                input_ids = empty if found is None else found
+                input_ids = input_ids.to(accelerator.device, non_blocking=True)
+                loss = forward_loss(model, input_ids, document_end)
+                if found is not None:
                     total += loss.double().cpu() * len(input_ids)
     finally:
         model.train()

@@ -22,6 +22,7 @@ from utils.estimates import (
 from utils.layout import RunPaths
 from utils.machine import available_memory
 from utils.model_building import ParameterCounts
+from utils.sharding import resolve_sharding
 from utils.transports import TransportOptions
 
 MEMORY_RESERVE = 0.95
@@ -38,6 +39,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Return what training takes on one device."""
     _, accumulation = config.resolve_batch(world_size)
+    how = resolve_sharding(config, world_size)
     return estimate_training_memory(
         ModelShape.of(model_config, counts.total, counts.embedding),
         micro_batch=config.per_device_train_batch_size,
@@ -48,6 +50,8 @@ def estimate_memory(
         world_size=world_size,
         device=device.type,
         is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),
+        is_sharded=how is not None,
+        reshards=how is None or how.reshard_after_forward,
     )
 
 
@@ -93,6 +97,9 @@ def check_memory(
             "(keep the step's size with global_batch_size)"
         )
     else:
+        world_size = ranks.launched_world_size()
+        if world_size > 1 and resolve_sharding(config, world_size) is None:
+            advice += ", share the state among the ranks (--set sharding=fsdp2)"
         advice += ", or a smaller model (--set model=..., model_overrides.num_hidden_layers=...)"
     return Check("memory", "fail", f"{text}. {advice}.")
 

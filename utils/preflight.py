@@ -35,6 +35,7 @@ from utils.metadata import read_remote_checkpoints
 from utils.model_building import ParameterCounts
 from utils.resume import READ_CARDS, Plan, plan_start, require_startable
 from utils.shard_index import DataSource, build_shard_index
+from utils.sharding import resolve_sharding
 from utils.storage import is_gcs_uri, join_uri, open_bucket
 from utils.training_utils import device_name
 from utils.transports import TransportOptions, probe_transport
@@ -347,6 +348,10 @@ def describe_run(
         "checkpoint": f"about {format_bytes(estimate_checkpoint_bytes(counts.total))}, every "
         f"{config.save_steps} steps",
     }
+    how = resolve_sharding(config, ranks)
+    if how is not None:
+        layers = "gathered twice a step" if how.reshard_after_forward else "kept to the backward"
+        facts["sharding"] = f"FSDP2 over {text_of_ranks} ({how.source}), layers are {layers}"
     if sources:
         available = sum(source.index.training_tokens for source in sources)
         facts["data"] = f"{available:,} tokens, {total / max(1, available):.2f} epochs"

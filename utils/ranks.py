@@ -97,12 +97,24 @@ def broadcast_from_main(value: T) -> T:
     return compute_on_main(lambda: value)
 
 
-def gather_to_main(value: T) -> list[T] | None:
-    """Return every rank's value on rank 0, None on the others; all ranks call this."""
+def gather_to_main(value: T, group: Any | None = None) -> list[T] | None:
+    """Return every rank's value on rank 0, None on the others; all ranks call this.
+
+    Args:
+        value: Anything that can be pickled.
+        group: Of `new_host_group`, for calls from another thread; None: the host group.
+    """
     if not are_ranks_connected():
         return [value]
     gathered: list[Any] | None = None
     if is_main_rank():
         gathered = [None] * torch.distributed.get_world_size()
-    torch.distributed.gather_object(value, gathered, dst=0, group=host_group())
+    torch.distributed.gather_object(value, gathered, dst=0, group=group or host_group())
     return gathered
+
+
+def new_host_group() -> Any | None:
+    """Return another group like the host group, for a thread of its own; all ranks call this."""
+    if not are_ranks_connected():
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=HOST_TIMEOUT)

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from configs.training_config import TrainingConfig
+from utils import ranks
 from utils.checkpoint_files import CheckpointFiles
-from utils.checkpoint_saver import CheckpointSaver
+from utils.checkpoint_saver import CheckpointSaver, Meeting
 from utils.checkpoint_store import apply_retention, set_aside, verify_checkpoint
 from utils.checkpoint_writer import WriterProcess
 from utils.console import LiveLine, format_bytes, format_duration
@@ -46,6 +47,9 @@ log = logging.getLogger("train")
 class RunSaving:
     """The checkpoints of one start of a run, on its main process.
 
+    With sharded state every rank has one, without a way to the bucket on the others: it writes the
+    rank's part, and the main one's commits.
+
     Args:
         config: The run's configuration.
         paths: Its directories.
@@ -55,6 +59,7 @@ class RunSaving:
         background_upload: False uploads before `save` returns.
         tell: Called with what happens to checkpoints: title, line, step it belongs to (None: now).
         writer: A writer process that has been started already.
+        meeting: Of all ranks' savers, where the state is sharded.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class RunSaving:
         background_upload: bool = True,
         tell: Tell = lambda title, line, step: None,
         writer: WriterProcess | None = None,
+        meeting: Meeting | None = None,
     ) -> None:
         self._config, self._paths, self._identity = config, paths, identity
         self._tell = tell
@@ -77,14 +83,19 @@ class RunSaving:
             self._uploader = self._build_uploader(transport)
         self._waits_for_uploads = not background_upload
         self._saver = CheckpointSaver(
-            paths.checkpoints, device, self._after_commit, background=config.background_save,
+            paths.checkpoints,
+            device,
+            self._after_commit,
+            background=config.background_save,
             writer=writer,
-        )  # fmt: skip
+            meeting=meeting,
+        )
         self._failed_at: float | None = None
+        self._sharers = 1 if meeting is None else ranks.ranks_on_this_machine()
 
     def prepare(self, snapshot_bytes: int) -> None:
         """Make room for snapshots before the first one is due."""
-        self._saver.prepare(snapshot_bytes, _usable_memory())
+        self._saver.prepare(snapshot_bytes, self._usable_memory())
 
     @property
     def is_busy(self) -> bool:
@@ -98,7 +109,7 @@ class RunSaving:
             files: What to save.
             must_leave: Ends a wait for the upload, where there is one.
         """
-        self._saver.save(files, _usable_memory())
+        self._saver.save(files, self._usable_memory())
         if self._waits_for_uploads:
             self._saver.wait()
             if self._uploader is not None:
@@ -266,6 +277,5 @@ class RunSaving:
             uploader.submit(checkpoint)
         return uploader
 
-
-def _usable_memory() -> int:
-    return int(available_memory() * MEMORY_SHARE)
+    def _usable_memory(self) -> int:
+        return int(available_memory() * MEMORY_SHARE) // self._sharers

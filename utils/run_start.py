@@ -19,7 +19,7 @@ from utils.checkpoint_utils import SavedState, read_checkpoint, restore_state
 from utils.console import LiveLine, format_bytes
 from utils.data_state import DataState
 from utils.errors import CheckpointError, ConfigError, StorageError, UnreadableCheckpointError
-from utils.layout import TRAINING_CONFIG_FILE, Manifest, RunPaths, read_json
+from utils.layout import SAVING_PREFIX, TRAINING_CONFIG_FILE, Manifest, RunPaths, read_json
 from utils.machine_sharing import on_every_machine
 from utils.storage import open_bucket
 from utils.training_utils import TrainState
@@ -98,6 +98,35 @@ def begin(
     )
 
 
+def require_shared_directory(directory: Path, token: str) -> None:
+    """Refuse to go on where not every rank sees what the main one writes; every rank calls this.
+
+    Args:
+        directory: Where checkpoints lie.
+        token: The same on every rank, and of no other start.
+
+    Raises:
+        CheckpointError: On the main process.
+    """
+    probe = directory / f"{SAVING_PREFIX}shared.{token}"
+    if ranks.is_main_rank():
+        probe.mkdir(parents=True, exist_ok=True)
+    ranks.broadcast_from_main(None)
+    seen = ranks.gather_to_main(probe.is_dir())
+    if ranks.is_main_rank():
+        probe.rmdir()
+
+    def judge() -> None:
+        blind = [rank for rank, sees in enumerate(seen or []) if not sees]
+        if blind:
+            raise CheckpointError(
+                f"Rank {blind[0]} does not see output_dir {directory} of rank 0. Sharded state is "
+                "saved by all ranks into one directory: put it on a disk that all machines share."
+            )
+
+    ranks.compute_on_main(judge)
+
+
 def _obtain(
     plan: resume.Plan,
     candidate: resume.Candidate,
@@ -149,6 +178,7 @@ def _read(
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             accept_missing_random_state=consent.missing_random_state,
+            is_sharded=state.is_sharded,
         )
     except UnreadableCheckpointError as exc:
         failure = str(exc)

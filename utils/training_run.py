@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from accelerate import Accelerator
 from configs.model_config import known_vocab_size
 from configs.training_config import TrainingConfig
 from utils import bad_steps, checkpoint_utils, ranks, resume, run_start, tracking
+from utils.checkpoint_saver import Meeting
 from utils.checkpoint_writer import WriterProcess
 from utils.console import LiveLine, format_duration
 from utils.costs import describe_costs, summarize_costs
@@ -47,6 +49,7 @@ from utils.run_start import Consent
 from utils.sampling import Sampler
 from utils.shard_cache import ShardCache
 from utils.shard_index import DataSource
+from utils.sharding import local_tensor
 from utils.snapshot import Snapshot
 from utils.spending import Spending, open_meter
 from utils.step_guard import Verdict
@@ -189,6 +192,7 @@ class TrainingRun:
             self._accelerator, config, self.paths.logs, self.start.identity, facts, step,
             self.state.progress.history,
         )  # fmt: skip
+        meeting = self._arrange_meeting() if self.state.is_sharded else None
         if self._is_main:
             self._saving = RunSaving(
                 config,
@@ -199,11 +203,28 @@ class TrainingRun:
                 background_upload=self._background_upload,
                 tell=self._notes.add,
                 writer=self._early_writer,
+                meeting=meeting,
             )
+        elif meeting is not None:
+            self._saving = RunSaving(
+                config, self.paths, self.start.identity, self._accelerator.device, meeting=meeting
+            )
+        if self._saving is not None:
             self._saving.prepare(self._snapshot_bytes())
         self._live = LiveLine(enabled=self._is_main)
         self._throughput = Throughput()
         return self
+
+    def _arrange_meeting(self) -> Meeting:
+        """Return where the savers of all ranks meet: a group of their own, for their threads.
+
+        Raises:
+            CheckpointError: The ranks do not see the same output directory.
+        """
+        token = ranks.broadcast_from_main(secrets.token_hex(4))
+        run_start.require_shared_directory(self.paths.checkpoints, token)
+        group = ranks.new_host_group()
+        return Meeting(token, lambda answer: ranks.gather_to_main(answer, group))
 
     def __exit__(
         self,
@@ -248,8 +269,8 @@ class TrainingRun:
             log.error("%s", exc)
 
     def _snapshot_bytes(self) -> int:
-        """Return the size of a snapshot: weights and two moments, and what is small."""
-        tensors = list(self.state.core_model.state_dict().values())
+        """Return the size of this rank's snapshot: weights and two moments, and what is small."""
+        tensors = [local_tensor(t) for t in self.state.core_model.state_dict().values()]
         return 3 * Snapshot.size_of(tensors) + 64 * len(tensors) + SNAPSHOT_MARGIN_BYTES
 
     @property
@@ -368,7 +389,7 @@ class TrainingRun:
         with on_every_machine(checkpoint, manifest, self.paths.checkpoints) as here:
             saved = checkpoint_utils.read_checkpoint(
                 here, manifest, rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
+                world_size=accelerator.num_processes, is_sharded=state.is_sharded,
             )  # fmt: skip
         checkpoint_utils.restore_state(state, saved, self.config)
         self._meter.go_back(Spending.from_json(state.progress.spending))
@@ -496,7 +517,8 @@ class TrainingRun:
         gathered = ranks.gather_to_main(
             (checkpoint_utils.capture_random_state(self.state), sorted(self._reader.bad_shards))
         )
-        if gathered is not None and self._saving is not None:
+        files = None
+        if gathered is not None:
             log.info("Saving checkpoint at step %d.", step)
             self.state.progress.spending = self._meter.read().to_json()
             bad_shards = {shard for _, shards in gathered for shard in shards}
@@ -508,6 +530,11 @@ class TrainingRun:
                 [states for states, _ in gathered],
                 self._tokenizer_files,
             )
+        if self.state.is_sharded:
+            files = checkpoint_utils.collect_part(
+                self.state, self._data_state(), self.start.identity, files
+            )
+        if files is not None and self._saving is not None:
             self._saving.save(files, lambda: time.monotonic() >= self._leave_at())
         self._saved_at, self._saved_step = time.monotonic(), step
         seconds = time.perf_counter() - started
@@ -537,7 +564,7 @@ class TrainingRun:
             tracking.record_finishing(self.paths.logs, self.state.progress.step)
         leave_at = math.inf if self._failure is not None else self._leave_at()
         reason = self.stop.reason
-        if leave_at < math.inf and self._saving is not None:
+        if leave_at < math.inf and self._is_main and self._saving is not None:
             self._saving.plan_leaving(leave_at - time.monotonic(), self._snapshot_bytes())
         self.save(is_last=True)
         self._wait_for_saver()
@@ -551,7 +578,7 @@ class TrainingRun:
         failure = self._shared_failure()
         code = ExitCode.DONE
         try:
-            if self._saving is not None:
+            if self._is_main and self._saving is not None:
                 with contextlib.closing(LiveLine(plain_seconds=WAIT_LINE_SECONDS)) as live:
                     code = self._saving.finish(
                         live,

@@ -28,10 +28,24 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from configs.training_config import TrainingConfig
+from utils import ranks
 from utils.errors import ConfigError
 from utils.metadata import number
 from utils.mfu import Utilization, find_peak_flops, flops_per_token
-from utils.model_building import LossModel, build_model, compile_model, undo_compilation
+from utils.model_building import (
+    LossModel,
+    build_model,
+    compile_model,
+    find_layers,
+    undo_compilation,
+)
+from utils.sharding import (
+    is_sharded,
+    reduce_each_backward,
+    resolve_sharding,
+    shard_model,
+    whole_scalar,
+)
 from utils.step_guard import GOOD, StepGuard
 
 COMPILED_FOLDER = "torch_compile"
@@ -76,10 +90,11 @@ def build_accelerator(
         logs: The run's log directory.
 
     Raises:
-        ConfigError: The batch cannot be divided over the ranks.
+        ConfigError: The batch or the state cannot be divided over the ranks as it is asked for.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     _, accumulation = config.resolve_batch(world_size)
+    resolve_sharding(config, world_size)
     return Accelerator(
         cpu=config.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         mixed_precision=precision,
@@ -231,7 +246,7 @@ class TrainState:
 
     Attributes:
         accelerator: Ranks, precision and devices.
-        model: As prepared by Accelerate.
+        model: As prepared by Accelerate, or sharded.
         optimizer: As prepared by Accelerate.
         scheduler: The plain schedule over the plain optimizer.
         progress: Counters and histories.
@@ -277,6 +292,11 @@ class TrainState:
         return model
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of weights and moments: all of them call each forward."""
+        return is_sharded(self.model)
+
+    @property
     def core_model(self) -> nn.Module:
         """The model of transformers."""
         core: nn.Module = self.loss_model.core
@@ -309,11 +329,18 @@ def build_train_state(
 ) -> TrainState:
     """Return a train state at step 0."""
     model = LossModel(build_model(model_config, config), config.loss_implementation)
-    if accelerator.device.type != "cpu":
+    how = resolve_sharding(config, accelerator.num_processes)
+    if how is not None:
+        layers, precision = find_layers(model.core), accelerator.mixed_precision
+        shard_model(model, layers, accelerator.device, precision, how)
+    elif accelerator.device.type != "cpu":
         model.to(accelerator.device)
     optimizer = build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, config)
-    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    if how is not None:
+        prepared_model, prepared_optimizer = model, accelerator.prepare_optimizer(optimizer)
+    else:
+        prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     device = accelerator.device
     guard = StepGuard(
         device,
@@ -347,6 +374,7 @@ def _compile(state: TrainState, config: TrainingConfig) -> None:
     document_end = 0 if config.mask_documents else None
     compile_model(model, by_layer=config.use_regional_compilation)
     started = time.perf_counter()
+    reason = ""
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.autograd.backward(forward_loss(model, tokens, document_end))
@@ -354,9 +382,10 @@ def _compile(state: TrainState, config: TrainingConfig) -> None:
         if isinstance(exc, torch.OutOfMemoryError):
             raise
         log.debug("torch.compile failed.", exc_info=True)
+        reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+        log.warning("torch.compile does not work here, training goes on without: %s", reason)
+    if ranks.any_rank(bool(reason)):  # all ranks compute alike
         undo_compilation(model)
-        reason = str(exc).strip().splitlines() or [type(exc).__name__]
-        log.warning("torch.compile does not work here, training goes on without: %s", reason[0])
     else:
         log.info("Compiled in %.1f s.", time.perf_counter() - started)
     model.zero_grad(set_to_none=True)
@@ -410,13 +439,15 @@ def train_step(
     for input_ids in batches:
         input_ids = input_ids.to(accelerator.device, non_blocking=True)
         with accelerator.accumulate(model):
+            reduce_each_backward(model)
             loss = forward_loss(model, input_ids, document_end)
             accelerator.backward(loss)
             step_loss += loss.detach().float() / len(batches)
     step_loss = accelerator.reduce(step_loss, "mean")
-    state.grad_norm = accelerator.clip_grad_norm_(
+    norm = accelerator.clip_grad_norm_(
         model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf
     )
+    state.grad_norm = whole_scalar(norm)
     code = state.guard.judge(progress.step + 1, step_loss, state.grad_norm)
     good = code == GOOD
     state.interval += torch.stack([torch.where(good, step_loss, 0.0), good.float()])

@@ -1,6 +1,6 @@
 """How far the weights moved from one checkpoint to the next, layer by layer.
 
-    model.safetensors or pytorch_model.bin of two checkpoints -> norm, change, cosine, NaN a layer
+    weights of two checkpoints, whole or in parts -> norm, change, cosine, NaN a layer
 
 Files are loaded only where they are what their manifest says, by crc32c, and pickles with
 `weights_only`. Tensors are read one at a time from memory maps and summed in blocks of float64, so
@@ -15,7 +15,7 @@ import math
 import pickle
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from utils.errors import CheckpointError, PretrainError
 from utils.layout import Manifest
 from utils.metadata import printable
+from utils.parts import MODEL_PREFIX, PartFiles, find_part_files
 from utils.storage import crc32c_of_file
 
 if TYPE_CHECKING:
@@ -192,6 +193,16 @@ class _Weights(contextlib.ExitStack):
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         super().__init__()
+        self._read: Callable[[str], torch.Tensor]
+        self._file = path / f"{MODEL_PREFIX}-part-*"
+        with _mapped_errors(self._file):
+            parts = [path / part for part in find_part_files(manifest.files, MODEL_PREFIX)]
+            for part in parts:
+                require_intact(part, manifest)
+            if parts:
+                reader = PartFiles(parts, self)
+                self.names, self._read = set(reader.names), reader.read
+                return
         name = next((name for name in WEIGHT_FILES if name in manifest.files), None)
         if name is None:
             raise CheckpointError(f"{path.name} has no weights ({' or '.join(WEIGHT_FILES)}).")

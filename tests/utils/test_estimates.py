@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from configs.model_config import build_model_config
 from configs.training_config import TrainingConfig
 from utils.estimates import (
     LOGIT_BYTES,
+    MemoryEstimate,
     ModelShape,
     activation_bytes,
     count_pauses,
@@ -74,6 +76,22 @@ def test_several_ranks_have_buckets_besides_gradients() -> None:
     one = estimate_training_memory(SHAPE, micro_batch=1, sequence_length=8)
     two = estimate_training_memory(SHAPE, micro_batch=1, sequence_length=8, world_size=2)
     assert two.total - one.total >= one.gradients
+
+
+def test_sharded_ranks_hold_a_part_of_the_state_and_gather_two_layers() -> None:
+    def estimate(**options: Any) -> MemoryEstimate:
+        return estimate_training_memory(SHAPE, micro_batch=1, sequence_length=8, **options)
+
+    whole, eight = estimate(world_size=8), estimate(world_size=8, is_sharded=True)
+    assert eight.state == whole.state // 8
+    layer = (SHAPE.parameters - SHAPE.embedding) // SHAPE.layers
+    assert eight.casts == 4 * (SHAPE.embedding + 2 * layer)  # float32: gathered as they are
+    half = estimate(world_size=8, is_sharded=True, precision="bf16")
+    assert half.casts == eight.casts // 2
+    kept = estimate(world_size=8, is_sharded=True, reshards=False)
+    assert kept.casts - eight.casts == 4 * layer * (SHAPE.layers - 2)
+    assert eight.total < whole.total
+    assert estimate(is_sharded=True) == estimate()  # one rank has nothing to share
 
 
 def test_memory_of_the_logits_grows_with_tokens_and_vocabulary() -> None:

@@ -20,7 +20,7 @@ LENGTH = 4
 
 
 class MeanToken(nn.Module):
-    """A model whose loss is the mean of its tokens, and that notes how it was called."""
+    """A model whose loss is the mean of its tokens and one, and that notes how it was called."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         super().__init__()
@@ -31,17 +31,19 @@ class MeanToken(nn.Module):
         if len(self.calls) == self.fails_at:
             raise RuntimeError("out of memory")
         self.calls.append((len(input_ids), self.training, torch.is_grad_enabled()))
-        return input_ids.double().mean()
+        return input_ids.double().mean() + 1
 
 
-def state_of(model: MeanToken, rank: int = 0, world_size: int = 1) -> Any:
+def state_of(
+    model: MeanToken, rank: int = 0, world_size: int = 1, *, is_sharded: bool = False
+) -> Any:
     accelerator = SimpleNamespace(
         process_index=rank,
         num_processes=world_size,
         device=torch.device("cpu"),
         reduce=lambda tensor, how: tensor,
     )
-    return SimpleNamespace(accelerator=accelerator, loss_model=model)
+    return SimpleNamespace(accelerator=accelerator, loss_model=model, is_sharded=is_sharded)
 
 
 def open_data(directory: Path, num_samples: int) -> ValidationData:
@@ -55,8 +57,9 @@ def open_data(directory: Path, num_samples: int) -> ValidationData:
 
 @pytest.mark.parametrize("num_samples", [1, 5, 8, 9, 13])
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 4), (2, 1), (2, 2), (3, 4), (4, 3)])
+@pytest.mark.parametrize("is_sharded", [False, True])
 def test_all_ranks_ask_equally_often_and_their_losses_add_up_to_the_mean(
-    tmp_path: Path, num_samples: int, world_size: int, batch_size: int
+    tmp_path: Path, num_samples: int, world_size: int, batch_size: int, is_sharded: bool
 ) -> None:
     asked, total, seen = [0] * world_size, 0.0, 0
     data = open_data(tmp_path, num_samples)
@@ -68,18 +71,23 @@ def test_all_ranks_ask_equally_often_and_their_losses_add_up_to_the_mean(
             return False
 
         loss = evaluate(
-            state_of(model, rank, world_size), data, batch_size, should_stop=should_stop
+            state_of(model, rank, world_size, is_sharded=is_sharded),
+            data,
+            batch_size,
+            should_stop=should_stop,
         )
         assert loss is not None
         total += loss
+        if is_sharded:  # no rank may be missing in a forward
+            assert len(model.calls) == asked[rank]
         seen += sum(count for count, _, _ in model.calls)
         assert {(training, grad) for _, training, grad in model.calls} <= {(False, False)}
         assert model.training
     data.close()
     assert len(set(asked)) == 1
     assert asked[0] == -(-num_samples // (world_size * batch_size))
-    assert seen == num_samples
-    assert total == pytest.approx((LENGTH * num_samples - 1) / 2)
+    assert seen == num_samples or (is_sharded and seen > num_samples)
+    assert total == pytest.approx((LENGTH * num_samples - 1) / 2 + 1)
 
 
 @pytest.mark.parametrize("batches_before", [0, 1, 2])

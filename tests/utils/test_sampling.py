@@ -54,7 +54,10 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 def state_of(kind: DistributedType = DistributedType.NO) -> Any:
     accelerator = SimpleNamespace(distributed_type=kind, autocast=contextlib.nullcontext)
     return SimpleNamespace(
-        accelerator=accelerator, core_model=None, progress=SimpleNamespace(step=40)
+        accelerator=accelerator,
+        core_model=None,
+        is_sharded=False,
+        progress=SimpleNamespace(step=40),
     )
 
 

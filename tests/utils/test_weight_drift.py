@@ -20,6 +20,7 @@ from tests.sample_checkpoints import seal
 from utils import weight_drift
 from utils.errors import CheckpointError
 from utils.layout import FileEntry
+from utils.parts import Part, part_file, part_header
 from utils.weight_drift import WEIGHT_FILES, layer_of, measure_drift
 
 SAFE, PICKLE = WEIGHT_FILES
@@ -65,6 +66,28 @@ def test_norm_change_and_cosine(tmp_path: Path, file: str, dtype: torch.dtype) -
     assert layer["cosine"] == 0
     assert report["total"] == layer
     assert report["problems"] == []
+
+
+def test_weights_in_parts_are_compared_with_whole_ones(tmp_path: Path) -> None:
+    older = {"l.0.w": torch.arange(10.0).view(5, 2), "l.0.b": torch.ones(3)}
+    newer = {name: tensor * 1.5 for name, tensor in older.items()}
+    whole = measure(tmp_path / "whole", older, newer)
+    path = tmp_path / "parts" / "checkpoint-epoch0-step2-files0"
+    path.mkdir(parents=True)
+    for part in (Part(0, 2), Part(1, 2)):
+        rows = {name: t[slice(*part.rows(len(t)))].contiguous() for name, t in newer.items()}
+        header = part_header({name: tuple(t.shape) for name, t in newer.items()}, part)
+        save_file(rows, path / part_file("model", part), header)
+    manifest = seal(path, 2)
+    before = write(tmp_path / "one", 1, older)
+    assert measure_drift(*before, path, manifest).to_json() == whole
+    damaged = path / part_file("model", Part(1, 2))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="part-00002-of-00002.safetensors is not what its"):
+        measure_drift(*before, path, manifest)
+    del manifest.files[damaged.name]
+    with pytest.raises(CheckpointError, match="of 2 parts of model there are only"):
+        measure_drift(*before, path, manifest)
 
 
 def test_small_steps_of_float64_are_seen(tmp_path: Path) -> None:

@@ -1,0 +1,336 @@
+"""Ranks that hold parts of the state: the curve of one process, checkpoints that move both ways."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from scripts import consolidate_checkpoint
+from tests.test_train import differences, launch, load
+from tests.test_train_recovery import batches
+from utils.checkpoint_store import verify_checkpoint
+from utils.layout import find_checkpoints, read_json, read_manifest
+from utils.metadata import read_metrics
+from utils.parts import Part
+from utils.state_files import read_optimizer, read_weights
+
+Train = Callable[..., int]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+FSDP2 = "sharding=fsdp2"
+# Rows that no number of ranks divides evenly: 515, 33, 66, and 1 in no bias of some ranks.
+SETTINGS = (
+    "logging_steps=1",
+    "record_batches=true",
+    "checkpoint_uri=",
+    "global_batch_size=8",
+    "per_device_train_batch_size=1",
+    "model_overrides.vocab_size=515",
+    "model_overrides.hidden_size=33",
+    "model_overrides.num_attention_heads=3",
+    "model_overrides.intermediate_size=66",
+    "model_overrides.rotary_pct=0.5",
+    "max_eval_samples=7",
+)
+
+
+def checkpoint(tmp_path: Path, step: int, folder: str = "run") -> Path:
+    return tmp_path / folder / "checkpoints" / f"checkpoint-epoch0-step{step}-files0"
+
+
+def curves(tmp_path: Path, folder: str) -> dict[str, tuple[list[int], list[float]]]:
+    metrics = read_metrics(tmp_path / folder / "logs/metrics.jsonl")
+    return {key: metrics.series(key) for key in ("loss", "grad_norm")}
+
+
+def assert_same_curve(tmp_path: Path, left: str, right: str) -> None:
+    one, other = curves(tmp_path, left), curves(tmp_path, right)
+    for key in one:
+        assert one[key][0] == other[key][0]
+        np.testing.assert_allclose(one[key][1], other[key][1], rtol=0, atol=1e-4)
+    assert batches(tmp_path, left) == batches(tmp_path, right)
+
+
+def assert_near(left: Path, right: Path, tolerance: float = 1e-4) -> None:
+    """Two checkpoints, each whole or in parts, hold nearly the same weights and moments."""
+    one, other = (read_weights(path, read_manifest(path)) for path in (left, right))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=tolerance)
+    first, second = (read_optimizer(path, read_manifest(path)) for path in (left, right))
+    assert first["param_groups"] == second["param_groups"]
+    assert list(first["state"]) == list(second["state"])
+    for index, values in first["state"].items():
+        assert list(values) == list(second["state"][index]) == ["step", "exp_avg", "exp_avg_sq"]
+        for key, tensor in values.items():
+            torch.testing.assert_close(tensor, second["state"][index][key], rtol=0, atol=tolerance)
+
+
+@pytest.fixture
+def run_ranks(sample_data: Path, tmp_path: Path) -> Callable[..., str]:
+    """Call train.py under torchrun; return what it printed."""
+
+    def run(
+        count: int,
+        *words: str,
+        folder: str = "run",
+        settings: tuple[str, ...] = (),
+        program: Path | None = None,
+        expected: int | None = 0,
+    ) -> str:
+        options = [f"--set={s}" for s in (f"data_uri={sample_data}", *SETTINGS, *settings)]
+        command = launch(tmp_path / folder, *words, program=(*TORCHRUN, str(count))) + options
+        if program is not None:
+            command = [str(program) if word.endswith("/train.py") else word for word in command]
+        result = subprocess.run(
+            command, cwd=tmp_path / folder, capture_output=True, text=True, check=False, timeout=300
+        )
+        output = result.stdout + result.stderr
+        assert expected is None or result.returncode == expected, output
+        return output
+
+    return run
+
+
+def test_two_ranks_share_the_state_and_one_goes_on(
+    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
+) -> None:
+    settings = (*SETTINGS, "save_steps=3")
+    assert run_train("--max-steps", "6", folder="one", settings=settings) == 0
+    told = run_ranks(2, "--max-steps", "6", "--stop-after", "3", settings=(FSDP2, "save_steps=3"))
+    assert "FSDP2 over 2 ranks (sharding=fsdp2)" in told
+    saved = checkpoint(tmp_path, 3)
+    manifest = verify_checkpoint(saved)
+    assert manifest.world_size == 2
+    assert {name for name in manifest.files if "part" in name or "random" in name} == {
+        "model-part-00001-of-00002.safetensors",
+        "model-part-00002-of-00002.safetensors",
+        "optimizer-part-00001-of-00002.safetensors",
+        "optimizer-part-00002-of-00002.safetensors",
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }
+    assert not {"model.safetensors", "optimizer.bin"} & set(manifest.files)
+    rows = [
+        load_file(saved / f"model-part-0000{rank}-of-00002.safetensors")["lm_head.weight"]
+        for rank in (1, 2)
+    ]
+    assert [len(part) for part in rows] == [258, 257]
+    assert_near(saved, checkpoint(tmp_path, 3, "one"))
+    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
+    assert_same_curve(tmp_path, "one", "run")
+    assert_near(checkpoint(tmp_path, 6), checkpoint(tmp_path, 6, "one"))
+
+
+@pytest.mark.slow
+def test_the_curve_is_that_of_one_process_at_any_number_of_ranks(
+    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
+) -> None:
+    assert run_train("--max-steps", "8", folder="one", settings=(*SETTINGS, "save_steps=4")) == 0
+    for count in (2, 4):
+        for name, settings in (("ddp", ()), ("fsdp", (FSDP2, "gradient_checkpointing=true"))):
+            folder = f"{name}-{count}"
+            run_ranks(
+                count, "--max-steps", "8", folder=folder, settings=(*settings, "save_steps=4")
+            )
+            assert_same_curve(tmp_path, "one", folder)
+            assert_near(checkpoint(tmp_path, 8, folder), checkpoint(tmp_path, 8, "one"))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_moves_between_any_ranks_sharded_or_not(
+    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
+) -> None:
+    last = ("--max-steps", "12")
+    assert run_train(*last, folder="one", settings=(*SETTINGS, "save_steps=100")) == 0
+    run_ranks(4, *last, "--stop-after", "2", settings=(FSDP2,))
+    on = (*last, "--resume", "latest")
+    told = run_ranks(2, *on, "--stop-after", "4", settings=(FSDP2,))
+    assert "was written by 4 ranks, now there are 2" in told
+    assert run_train(*on, "--stop-after", "6", settings=SETTINGS) == 0
+    run_ranks(4, *on, "--stop-after", "8", settings=(FSDP2,))
+    run_ranks(4, *on, "--stop-after", "10")  # from parts into DDP
+    told = run_ranks(4, *on, settings=(FSDP2, "reshard_after_forward=false"))  # and back
+    assert "random states are seeded anew" not in told
+    assert_same_curve(tmp_path, "one", "run")
+    assert_near(checkpoint(tmp_path, 12), checkpoint(tmp_path, 12, "one"))
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_is_the_same_to_the_bit(
+    run_ranks: Callable[..., str], tmp_path: Path
+) -> None:
+    settings = (FSDP2, "save_steps=3", "model_overrides.hidden_dropout=0.1")
+    run_ranks(2, "--max-steps", "6", folder="straight", settings=settings)
+    run_ranks(2, "--max-steps", "6", "--stop-after", "3", settings=settings)
+    run_ranks(2, "--max-steps", "6", "--resume", "latest", settings=settings)
+    assert curves(tmp_path, "straight") == curves(tmp_path, "run")
+    one, other = checkpoint(tmp_path, 6, "straight"), checkpoint(tmp_path, 6)
+    names = sorted(read_manifest(one).files)
+    assert names == sorted(read_manifest(other).files)
+    for name in names:
+        if "part" in name:
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+        elif name.startswith(("optimizer", "random", "scheduler.")):
+            left, right = load(one / name), load(other / name)
+            left.pop("step", None), right.pop("step", None)  # micro-steps of a process
+            assert not differences(left, right), name
+
+
+def test_parts_put_together_are_what_one_process_wrote(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three ranks read a checkpoint of one and write what they hold; put together, to the bit."""
+    from dataclasses import replace
+
+    from safetensors.torch import save_file
+
+    from utils.checkpoint_files import seal, sync_files
+    from utils.parts import part_file, part_header
+
+    settings = (*SETTINGS, "save_steps=2")
+    assert run_train("--max-steps", "4", "--stop-after", "2", settings=settings) == 0
+    one = checkpoint(tmp_path, 2)
+    manifest = read_manifest(one)
+    parts = tmp_path / "parts" / one.name
+    shutil.copytree(one, parts)
+    (parts / "model.safetensors").unlink()
+    whole = load(one / "optimizer.bin")
+    shapes = {
+        "model": {key: tuple(t.shape) for key, t in read_weights(one, manifest).items()},
+        "optimizer": {
+            f"{index}.{key}": tuple(value.shape)
+            for index, values in whole["state"].items()
+            for key, value in values.items()
+            if value.dim()
+        },
+    }
+    for part in (Part(rank, 3) for rank in range(3)):
+        moments = read_optimizer(one, manifest, part)["state"]
+        held = {
+            "model": read_weights(one, manifest, part),
+            "optimizer": {
+                f"{index}.{key}": value
+                for index, values in moments.items()
+                for key, value in values.items()
+                if value.dim()
+            },
+        }
+        for prefix, tensors in held.items():
+            kept = {key: tensor for key, tensor in tensors.items() if tensor.numel()}
+            header = part_header({key: shapes[prefix][key] for key in kept}, part)
+            save_file(kept, str(parts / part_file(prefix, part)), header)
+    rest = {i: {"step": values["step"]} for i, values in whole["state"].items()}
+    torch.save({**whole, "state": rest}, parts / "optimizer_rest.bin")
+    (parts / "optimizer.bin").unlink()
+    (parts / "manifest.json").unlink()
+    names = [path.name for path in parts.iterdir()]
+    seal(parts, replace(manifest, files=sync_files(parts, names)))
+
+    words = [str(parts), "--output", str(tmp_path / "whole"), "--json"]
+    capsys.readouterr()
+    assert consolidate_checkpoint.main(words) == 0
+    made = Path(json.loads(capsys.readouterr().out)["path"])
+    again = verify_checkpoint(made)
+    assert again.files.keys() == manifest.files.keys()
+    assert again.identity == manifest.identity
+    for name in manifest.files.keys() - {"optimizer.bin"}:
+        assert (made / name).read_bytes() == (one / name).read_bytes(), name
+    assert not differences(load(made / "optimizer.bin"), whole)
+    AutoModelForCausalLM.from_pretrained(made)
+    assert run_train("--max-steps", "4", "--resume", str(made), folder="b", settings=settings) == 0
+    assert run_train("--max-steps", "4", "--resume", "latest", settings=settings) == 0
+    assert not differences(*(
+        load_file(checkpoint(tmp_path, 4, folder) / "model.safetensors") for folder in ("run", "b")
+    ))  # fmt: skip
+
+    assert consolidate_checkpoint.main(words) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert consolidate_checkpoint.main([str(one)]) == 2
+    assert "is not in parts" in capsys.readouterr().err
+
+
+DYING = """
+import os, signal, sys
+sys.path.insert(0, {project!r})
+import train
+from utils import checkpoint_saver
+
+together, saves = checkpoint_saver._write_together, []
+
+def dying(write, directory, meeting):
+    saves.append(directory)
+    if os.environ["RANK"] == {rank!r} and len(saves) == 2:
+        write(directory)  # all of it is there
+        os.kill(os.getpid(), signal.SIGKILL)
+    return together(write, directory, meeting)
+
+checkpoint_saver._write_together = dying
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_during_a_save_leaves_the_one_before(
+    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path, rank: int
+) -> None:
+    program = tmp_path / "dying.py"
+    project = str(Path(__file__).resolve().parents[1])
+    program.write_text(textwrap.dedent(DYING.format(project=project, rank=str(rank))))
+    settings = (FSDP2, "save_steps=2")
+    told = run_ranks(2, "--max-steps", "6", settings=settings, program=program, expected=1)
+    assert f"exitcode  : {-signal.SIGKILL}" in told
+    directory = checkpoint(tmp_path, 2).parent
+    assert [name.step for name in find_checkpoints(directory)] == [2]
+    settings = (*SETTINGS, "save_steps=100")
+    assert run_train("--max-steps", "6", folder="one", settings=settings) == 0
+    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
+    assert not list(directory.glob(".saving-*"))
+    assert_same_curve(tmp_path, "one", "run")
+    verify_checkpoint(checkpoint(tmp_path, 6))
+
+
+@pytest.mark.slow
+def test_a_bad_step_is_rolled_back_by_all_ranks(
+    run_ranks: Callable[..., str], tmp_path: Path
+) -> None:
+    program = tmp_path / "bad.py"
+    project = str(Path(__file__).resolve().parents[1])
+    program.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {project!r})
+        import torch, train
+        from utils import training_utils
+
+        forward, calls = training_utils.forward_loss, []
+
+        def spoiled(model, input_ids, document_end):
+            loss = forward(model, input_ids, document_end)
+            calls.append(loss.requires_grad)
+            # Four micro-steps a step: one of step 4, once.
+            return loss * torch.nan if sum(calls) == 15 and loss.requires_grad else loss
+
+        training_utils.forward_loss = spoiled
+        sys.exit(train.main())
+    """)
+    )
+    settings = (FSDP2, "save_steps=2", "bad_step=rollback", "keep_checkpoints=9")
+    told = run_ranks(2, "--max-steps", "6", settings=settings, program=program)
+    assert "Rolled back to checkpoint-epoch0-step2-files0 (step 2)" in told
+    assert [name.step for name in find_checkpoints(checkpoint(tmp_path, 6).parent)] == [2, 4, 6]
+    metadata = read_json(checkpoint(tmp_path, 6) / "metadata.json")
+    assert [step["step"] for step in metadata["bad_steps"]] == [4]
+    assert np.isfinite(curves(tmp_path, "run")["loss"][1]).all()
