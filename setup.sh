@@ -63,6 +63,10 @@ if ! command -v gsutil >/dev/null 2>&1 && [ ! -x "$bin/gsutil" ]; then
     fi
 fi
 
+# The project's bytecode too, as pip does for packages: the first start need not, nor one that cannot
+# write here.
+"$bin/python" -m compileall -q train.py debug_gpu.py configs utils scripts || true
+
 fingerprint "$requirements" >"$(stamp "$requirements")"
 fingerprint requirements.txt >"$(stamp requirements.txt)" # the others include it
 echo "setup.sh: done. Activate with: source $bin/activate"

@@ -18,12 +18,17 @@ from utils.console import configure_logging, run_command
 from utils.errors import UsageError
 
 if TYPE_CHECKING:
+    from utils.checkpoint_writer import WriterProcess
+    from utils.layout import RunPaths
     from utils.training_run import TrainingRun
 
 # Training opens no connection but to its bucket.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads of a product that wait for each other sleep. Where they spin, as is the default, any other
+# process on their cores (an upload, say) makes steps on a CPU several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 LEASE_RETRY_SECONDS = 10.0
 
@@ -110,10 +115,32 @@ def train(args: argparse.Namespace) -> int:
     """Do what the command line asks for; return the exit code."""
     config = load_config(args)
     configure_logging(config.log_level, quiet=args.quiet)
-    # torch and transformers take seconds to load; a wrong argument should not wait for them.
-    from configs.model_config import build_model_config
-    from utils import checkpoint_store, preflight, ranks, resume, tracking
+    # torch and transformers take seconds to load: what needs neither does not wait for them.
+    from utils import resume
+    from utils.checkpoint_writer import starting_early
     from utils.layout import RunPaths
+    from utils.libraries import load_libraries
+
+    paths = RunPaths.of(config)
+    if not args.dry_run:
+        resume.require_startable(paths, resume=args.resume, fresh=args.fresh)
+    is_main_rank = os.environ.get("RANK", "0") == "0"
+    writes = config.background_save and is_main_rank and not args.dry_run
+    with starting_early(is_wanted=writes) as writer:
+        load_libraries()
+        return start(args, config, paths, writer)
+
+
+def start(
+    args: argparse.Namespace,
+    config: TrainingConfig,
+    paths: RunPaths,
+    writer: WriterProcess | None,
+) -> int:
+    """Build a run and let it loop; return the exit code."""
+    from configs.model_config import build_model_config
+    from utils import checkpoint_store, preflight, ranks, tracking
+    from utils.micro_batch import resolve_micro_batch
     from utils.model_building import count_parameters
     from utils.preemption import PreemptionWatch, metadata_address
     from utils.prices import find_hourly_price
@@ -122,31 +149,29 @@ def train(args: argparse.Namespace) -> int:
     from utils.training_run import TrainingRun
     from utils.training_utils import build_accelerator, resolve_precision
 
-    paths = RunPaths.of(config)
-    if not args.dry_run:
-        resume.require_startable(paths, resume=args.resume, fresh=args.fresh)
     precision = resolve_precision(config)
     world_size = ranks.launched_world_size()
     config.resolve_batch(world_size)
     hourly_price = find_hourly_price(config, world_size)
-    model_config = build_model_config(config.model, config.model_overrides, config.sequence_length)
+    model_config = build_model_config(
+        config.model,
+        config.model_overrides,
+        config.sequence_length,
+        config.pad_vocab_to_multiple_of,
+    )
     counts = count_parameters(model_config)
     with contextlib.ExitStack() as stack:
         trackers = tracking.build_trackers(config, paths.metrics)
         accelerator = build_accelerator(config, precision, trackers, paths.logs)
         ranks.connect_host_group()
-        checks = ranks.compute_on_main(
-            lambda: preflight.check_start(
-                config,
-                paths,
-                model_config,
-                counts,
-                accelerator,
-                args.resume,
-                fresh=args.fresh,
-                measures=args.dry_run and not args.quiet,
-            )  # fmt: skip
+        config = resolve_micro_batch(
+            config, model_config, counts, precision, accelerator.device, world_size
         )
+        _, accelerator.gradient_accumulation_steps = config.resolve_batch(world_size)
+        checks = ranks.compute_on_main(lambda: preflight.check_start(
+            config, paths, model_config, counts, accelerator, args.resume,
+            fresh=args.fresh, measures=args.dry_run and not args.quiet,
+        ))  # fmt: skip
         sources = checks.sources
         preflight.set_special_tokens(config, sources, model_config)
         facts = preflight.describe_run(config, counts, sources, accelerator, checks.plan.step)
@@ -174,7 +199,7 @@ def train(args: argparse.Namespace) -> int:
         run = TrainingRun(
             config, paths, model_config, sources, plan, accelerator, stop, consent,
             transport=checks.transport, background_upload=not args.no_background_upload,
-            hourly_price=hourly_price,
+            hourly_price=hourly_price, writer=writer,
         )  # fmt: skip
         stack.enter_context(run)
         return loop(run, config, args.stop_after)

@@ -86,7 +86,12 @@ def _train(folder: Path, values: dict[str, Any]) -> dict[str, int]:
     )
 
     config = TrainingConfig(**values)
-    model_config = build_model_config(config.model, config.model_overrides, config.sequence_length)
+    model_config = build_model_config(
+        config.model,
+        config.model_overrides,
+        config.sequence_length,
+        config.pad_vocab_to_multiple_of,
+    )
     counts = count_parameters(model_config)
     precision = resolve_precision(config)
     accelerator = build_accelerator(config, precision, [], folder)
@@ -96,7 +101,7 @@ def _train(folder: Path, values: dict[str, Any]) -> dict[str, int]:
         micro_batch=config.per_device_train_batch_size,
         sequence_length=config.sequence_length,
         precision=precision,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=config.checkpointing_policy,
         accumulation=accumulation,
         device=device.type,
         is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),

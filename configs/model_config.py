@@ -96,7 +96,12 @@ PRESETS: dict[str, ModelPreset] = {
     "pythia-2.8b": _pythia(2560, 32, 32, 2_775_208_960),
     "pythia-6.9b": _pythia(4096, 32, 32, 6_857_302_016, 50432),
     "pythia-12b": _pythia(5120, 36, 40, 11_846_072_320, 50688),
+    # Black et al. 2022, table 1: the same kind of layers.
+    "gpt-neox-20b": _pythia(6144, 44, 64, 20_554_567_680, 50432),
 }
+
+UNPADDED_KEY = "unpadded_vocab_size"
+"""In the config of a model whose vocabulary is padded: the number of ids that mean something."""
 
 PLAIN_HEADS = ("gpt2", "gpt_neox", "llama", "mistral", "olmo2", "qwen2", "qwen3")
 """Model types whose logits are `last_hidden_state @ output weights`, and nothing more."""
@@ -132,8 +137,17 @@ def is_loss_chunked(model_type: str, loss_implementation: str) -> bool:
     return loss_implementation == "chunked"
 
 
+def known_vocab_size(model_config: Any) -> int:
+    """Return how many token ids mean something; those above only pad the vocabulary."""
+    size: int = getattr(model_config, UNPADDED_KEY, None) or model_config.vocab_size
+    return size
+
+
 def build_model_config(
-    name: str, overrides: Mapping[str, Any] | None = None, sequence_length: int | None = None
+    name: str,
+    overrides: Mapping[str, Any] | None = None,
+    sequence_length: int | None = None,
+    pad_vocab_to_multiple_of: int | None = None,
 ) -> PretrainedConfig:
     """Return the transformers config of a preset.
 
@@ -141,6 +155,8 @@ def build_model_config(
         name: A key of `PRESETS`.
         overrides: Values that replace the preset's.
         sequence_length: Tokens in a sample; must fit the model's positions.
+        pad_vocab_to_multiple_of: Round the size of the vocabulary up; the config then also has
+            `unpadded_vocab_size`.
 
     Raises:
         ConfigError: An unknown preset or key, or values that do not fit each other.
@@ -169,7 +185,17 @@ def build_model_config(
             f"sequence_length {sequence_length} is above the {positions} positions of {name}. "
             f"Lower it, or set model_overrides.max_position_embeddings={sequence_length}."
         )
+    if pad_vocab_to_multiple_of:
+        _pad_vocabulary(config, pad_vocab_to_multiple_of)
     return config
+
+
+def _pad_vocabulary(config: PretrainedConfig, multiple: int) -> None:
+    size = config.vocab_size
+    padded = -(-size // multiple) * multiple
+    if padded != size:
+        config.vocab_size = padded
+        setattr(config, UNPADDED_KEY, size)
 
 
 def _first_line(exc: Exception) -> str:

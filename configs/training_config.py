@@ -30,6 +30,7 @@ SAVE_FORMATS = ("safetensors", "bin")
 UPLOAD_TRANSPORTS = ("auto", "python", "gcloud", "gsutil", "directory")
 UPLOAD_COMPRESSIONS = ("fast", "small", "none")
 _UPLOAD_LIMITS = ("upload_max_mbps", "upload_stall_seconds")
+AUTO = "auto"
 REPORT_TARGETS = ("tensorboard", "wandb")
 MAX_SEED = 2**63 - 1
 MAX_HOURLY_PRICE = 1e9
@@ -37,6 +38,14 @@ BAD_SHARD_POLICIES = ("stop", "skip")
 BAD_STEP_POLICIES = ("stop", "skip", "rollback")
 SAVE_OVERLAP_POLICIES = ("wait", "skip")
 FAILED_SAVE_POLICIES = ("continue", "stop")
+ATTENTION_IMPLEMENTATIONS = (
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+    "eager",
+)
+CHECKPOINTING_POLICIES = ("full", "selective")
 LOSS_IMPLEMENTATIONS = ("auto", "chunked", "model")
 SHARDINGS = ("none", "fsdp2")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -93,7 +102,11 @@ class TrainingConfig:
     """Samples in a step over all ranks. null: micro-batch x accumulation x ranks."""
 
     per_device_train_batch_size: int = 1
-    """Samples in one forward and backward of one rank (the micro-batch)."""
+    """Samples in one forward and backward of one rank (the micro-batch). auto: the most that fit
+    into the memory, with `global_batch_size` kept."""
+
+    auto_find_batch_size: bool = False
+    """What `per_device_train_batch_size: auto` stands for."""
 
     per_device_eval_batch_size: int | None = None
     """Samples in one forward of an evaluation. null: as for training."""
@@ -209,15 +222,38 @@ class TrainingConfig:
     fp16: bool | None = None
     """float16 mixed precision with a loss scaler. null: on a GPU without bfloat16."""
 
+    tf32: bool | None = None
+    """TF32 for float32 products on GPUs that have it. null: as true, unless full_determinism."""
+
+    fp8: bool = False
+    """The layers' products in float8 with a scale for each row (torchao; Hopper, Ada or newer)."""
+
+    attn_implementation: str = "sdpa"
+    """sdpa (torch's own, flash where it can), flash_attention_2, flash_attention_3 (packages of
+    their own), flex_attention, or eager."""
+
+    pad_vocab_to_multiple_of: int | None = None
+    """Round the vocabulary up: GPUs multiply multiples of 64 or 128 faster. The ids above it are
+    never targets and never generated. null: as the model has it."""
+
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    gradient_checkpointing_policy: str = "full"
+    """full: keep the input of each layer alone (about a third more time); selective: keep the
+    results of products and attention too, recompute the rest (a few percent more time)."""
 
     loss_implementation: str = "auto"
     """chunked: the logits of a chunk of tokens at a time, their gradients formed at once. model: as
     the model does it. auto: chunked where the model's output layer is a plain product."""
 
     torch_compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile with torch.compile; what is compiled is kept in `cache_dir`. Where that fails, a
+    warning says why and the run goes on without."""
+
+    use_regional_compilation: bool = True
+    """With torch_compile: compile one layer and use it for all (quick to start). false: the whole
+    model."""
 
     sharding: str = "none"
     """How several ranks hold the state: none, each all of it (DDP), or fsdp2, each its part of
@@ -299,6 +335,7 @@ class TrainingConfig:
             "max_eval_samples",
             "cache_limit_bytes",
             "keep_every_steps",
+            "pad_vocab_to_multiple_of",
             "save_seconds",
         ):
             if getattr(self, key) is not None:
@@ -333,6 +370,8 @@ class TrainingConfig:
         self._require_one_of("save_format", SAVE_FORMATS)
         self._require_one_of("upload_transport", UPLOAD_TRANSPORTS)
         self._require_one_of("upload_compression", UPLOAD_COMPRESSIONS)
+        self._require_one_of("attn_implementation", ATTENTION_IMPLEMENTATIONS)
+        self._require_one_of("gradient_checkpointing_policy", CHECKPOINTING_POLICIES)
         self._require_one_of("loss_implementation", LOSS_IMPLEMENTATIONS)
         self._require_one_of("sharding", SHARDINGS)
         self._require_one_of("log_level", LOG_LEVELS)
@@ -361,6 +400,18 @@ class TrainingConfig:
                 raise ConfigError(f"sample_prompts: {prompt!a} is no text that can be encoded.")
         if self.bf16 and self.fp16:
             raise ConfigError("bf16 and fp16 are both true: choose one.")
+        self._check_batch()
+
+    def _check_batch(self) -> None:
+        if self.auto_find_batch_size and not self.global_batch_size:
+            raise ConfigError(
+                "per_device_train_batch_size auto needs global_batch_size, the samples of a step."
+            )
+        if self.auto_find_batch_size and self.gradient_accumulation_steps:
+            raise ConfigError(
+                "per_device_train_batch_size auto finds gradient_accumulation_steps too: leave it "
+                "out."
+            )
         if self.global_batch_size and self.gradient_accumulation_steps:
             micro = self.per_device_train_batch_size * self.gradient_accumulation_steps
             if self.global_batch_size % micro:
@@ -401,6 +452,11 @@ class TrainingConfig:
     def file_limit(self) -> int | None:
         """Number of training shards to use, None for all."""
         return None if self.max_files in (None, -1) else self.max_files
+
+    @property
+    def checkpointing_policy(self) -> str:
+        """How activations are recomputed: full, selective, or empty for not at all."""
+        return self.gradient_checkpointing_policy if self.gradient_checkpointing else ""
 
     @property
     def eval_batch_size(self) -> int:
@@ -480,6 +536,8 @@ GUARDED_KEYS = (
     "max_files",
     "bf16",
     "fp16",
+    "fp8",
+    "pad_vocab_to_multiple_of",
 )
 
 
@@ -611,6 +669,9 @@ def _apply(
         merged[parent] = {**merged.get(parent, {}), child: value}
         return
     known = {item.name: item for item in fields(TrainingConfig)}
+    if key == "per_device_train_batch_size":
+        merged["auto_find_batch_size"] = value == AUTO
+        value = 1 if value == AUTO else value
     if key not in known:
         raise ConfigError(f"{source}: unknown key {key!r}.{_suggest(key, list(known))}")
     merged[key] = _checked_type(source, key, value)

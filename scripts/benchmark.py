@@ -6,12 +6,21 @@
     data    reading a warm cache (peer: np.memmap), going on at sample 10^9 of 10,000 shards, the
             first batch of a cold bucket (peer: downloading the same shards), host memory
     forecast  expected against real time of a run, before it begins and after 20 steps
+    loop    what train.py adds around the model in a step, in microseconds by part
+    loss    memory and time of the loss of 50,257 words without the logits of all tokens (peers: all
+            logits at once, as transformers does it; torch's linear_cross_entropy)
     memory  the peak of real steps against the estimate, by preset and micro-batch
     monitor  the monitor beside a run of 100,000 logged lines: CPU of a core over a minute, bytes a
             refresh, time to the first view (peer: the interpreter's own start)
+    profile  where the time of a step goes, by operator, and the share of matrix products
+    startup  from `python train.py` to the end of the first step, and where the seconds go (peer: a
+            script that imports the model class, builds the same model and does one step)
+    train   tokens a second of train.py with everything on (peers: transformers.Trainer, a plain
+            PyTorch loop), test preset and 70M; on a GPU the 1.2B preset, also compiled
     upload  archive, upload and verification of 1 GB of training state by each transport (peer:
             `tar czf` and `gsutil cp` to the same server), the archive alone (peers: `tar czf`, isal
             from memory), training steps meanwhile
+    variants  what compilation, padding, recomputing, the loss and float8 are worth, one by one
     viewer  list, view and compare on 1,000 checkpoints of 10,000 logged points each (peer: the
             interpreter's own start)
 
@@ -35,10 +44,16 @@ if __package__ in (None, ""):
 from benchmarks.data import measure_data
 from benchmarks.figures import RUNS, describe_machine
 from benchmarks.forecast import measure_forecast
+from benchmarks.loop_parts import measure_loop
+from benchmarks.loss import measure_loss
 from benchmarks.memory import measure_memory
 from benchmarks.monitor import measure_monitor
+from benchmarks.profiling import measure_profile
 from benchmarks.saving import measure_checkpoint
+from benchmarks.startup import measure_startup
+from benchmarks.training import measure_train
 from benchmarks.upload import measure_upload
+from benchmarks.variants import measure_variants
 from benchmarks.viewer import measure_viewer
 from utils.console import run_command
 from utils.errors import UsageError
@@ -83,9 +98,15 @@ PARTS: dict[str, Callable[[Path, int], dict[str, str]]] = {
     "checkpoint": measure_checkpoint,
     "data": measure_data,
     "forecast": measure_forecast,
+    "loop": measure_loop,
+    "loss": measure_loss,
     "memory": measure_memory,
     "monitor": measure_monitor,
+    "profile": measure_profile,
+    "startup": measure_startup,
+    "train": measure_train,
     "upload": measure_upload,
+    "variants": measure_variants,
     "viewer": measure_viewer,
 }
 

@@ -13,12 +13,12 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 from utils.errors import UsageError
 from utils.layout import CheckpointName
-from utils.metadata import number, printable
+from utils.metadata import number, parse_time, printable
 
 SHOWN_NAMES = 5
 NUMBER_KEYS = {
@@ -101,19 +101,6 @@ def parse_quantity(text: str) -> float | None:
         base = 1024 if match[3] else 1000
         return number(float(match[1]) * base ** _EXPONENTS[match[2].lower()])
     except ValueError:
-        return None
-
-
-def parse_time(value: object) -> datetime | None:
-    """Return an ISO 8601 time, in UTC where it names no zone; None for anything else."""
-    try:
-        # Python 3.10 does not read the suffix Z.
-        text = str(value)
-        moment = datetime.fromisoformat(text.removesuffix("Z") + "+00:00" * text.endswith("Z"))
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=timezone.utc)
-        return moment.astimezone(timezone.utc)
-    except (ValueError, OverflowError):
         return None
 
 

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from utils.checkpoint_choice import parse_time
 from utils.costs import Costs, summarize_costs
 from utils.errors import CheckpointError, ConfigError
 from utils.layout import DATA_STATE_FILE, METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
@@ -25,6 +24,7 @@ from utils.metadata import (
     find_latest_view,
     loss_trend,
     number,
+    parse_time,
     read_json_object,
     to_json_text,
 )

@@ -60,6 +60,8 @@ class CheckpointSaver:
         on_commit: Called in the saver's thread with each committed checkpoint.
         background: False writes within `save`, without a snapshot.
         meeting: Of the savers of all ranks, where each saves a part; None: this one saves it all.
+        writer: A writer process that has been started already, for the first snapshot; whoever
+            made it closes it too.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class CheckpointSaver:
         *,
         background: bool = True,
         meeting: Meeting | None = None,
+        writer: WriterProcess | None = None,
     ) -> None:
         self.failure: SaveError | None = None
         """Why the last save failed, None when it did not."""
@@ -80,13 +83,14 @@ class CheckpointSaver:
         self._directory, self._device, self._on_commit = directory, device, on_commit
         self._background, self._meeting = background, meeting
         self._snapshot: Snapshot | None = None
+        self._early_writer = writer
         self._writer: WriterProcess | None = None
         self._can_start_writer = True
         self._warming: threading.Thread | None = None
         self._thread: threading.Thread | None = None
 
     def prepare(self, size: int, free_memory: int) -> None:
-        """Make room for snapshots and start the writer process; call it in the main thread.
+        """Make room for snapshots and have a writer process; call it in the main thread.
 
         Args:
             size: Bytes of a snapshot.
@@ -123,11 +127,21 @@ class CheckpointSaver:
     def _start_writer(self) -> None:
         if self._snapshot is None or self._writer is not None or not self._can_start_writer:
             return
+        early, self._early_writer = self._early_writer, None
+        writer = None
         try:
-            self._writer = WriterProcess(self._snapshot.block)
+            writer = early or WriterProcess()
+            writer.attach(self._snapshot.block)
         except WriterGoneError as exc:
+            if writer is not None:
+                writer.close()
+            if early is not None:
+                self._start_writer()
+                return
             self._can_start_writer = False
             log.warning("No process for writing checkpoints (%s): a thread does it.", exc)
+        else:
+            self._writer = writer
 
     @property
     def is_busy(self) -> bool:

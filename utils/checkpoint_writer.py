@@ -6,24 +6,34 @@ It is a process and not a thread because pickling, hashing and JSON hold the int
 training loop needs; it is niced because it should take only the cores that training leaves. It
 cannot commit: the trainer renames what it has written, so a trainer that dies takes a save in
 progress with it and the next start finds leftovers, never a late checkpoint.
+
+It needs torch, which takes a second to load. So a run starts it before it loads its own libraries,
+which take one core alone, and hands it the memory later; nothing here loads torch until then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from configs.training_config import PROJECT_DIRECTORY
-from utils.checkpoint_files import CheckpointFiles, write_files
 from utils.child_process import live_no_longer_than, step_back
 from utils.layout import Manifest
-from utils.snapshot import HostBlock, TensorSlot, map_leaves
+from utils.libraries import no_collections
+
+if TYPE_CHECKING:
+    from utils.checkpoint_files import CheckpointFiles
+    from utils.snapshot import HostBlock
+
+
+FILE_FOLLOWS = b"\0"  # an open file cannot be sent alone
 
 
 class WriterGoneError(Exception):
@@ -32,24 +42,23 @@ class WriterGoneError(Exception):
 
 def fill_slots(files: CheckpointFiles, block: HostBlock) -> CheckpointFiles:
     """Return the files with the tensors of `block` in place of their slots."""
+    from utils.snapshot import TensorSlot, map_leaves
+
     return files.with_tensors(map_leaves(files.tensors, TensorSlot, block.tensor))
 
 
 class WriterProcess:
     """The trainer's side: starts the process and talks to it.
 
-    Args:
-        block: Where the snapshots are.
-
     Raises:
         WriterGoneError: It cannot be started on this system.
     """
 
-    def __init__(self, block: HostBlock) -> None:
+    def __init__(self) -> None:
         self._is_ready = False
         self._connection, theirs = Pipe()
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        arguments = [theirs.fileno(), block.descriptor, block.size, os.getpid()]
+        arguments = [theirs.fileno(), os.getpid()]
         try:
             self._process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-m", "utils.checkpoint_writer", *map(str, arguments)],
@@ -58,7 +67,7 @@ class WriterProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), block.descriptor),
+                pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # Ctrl-C in the terminal is for the trainer alone
             )
         except (OSError, ValueError, AttributeError) as exc:
@@ -67,8 +76,22 @@ class WriterProcess:
         finally:
             theirs.close()
 
+    def attach(self, block: HostBlock) -> None:
+        """Hand over the memory where the snapshots are; once, before anything else.
+
+        Raises:
+            WriterGoneError: The process has ended.
+        """
+        try:
+            descriptor = self._connection.fileno()
+            with socket.fromfd(descriptor, socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+                socket.send_fds(channel, [FILE_FOLLOWS], [block.descriptor])
+            self._connection.send(block.size)
+        except OSError as exc:
+            raise WriterGoneError(f"the writer process has ended: {exc}") from exc
+
     def is_ready(self) -> bool:
-        """Tell whether it has started: it takes seconds to load torch."""
+        """Tell whether it has loaded torch and has the memory: that can take seconds."""
         try:
             if not self._is_ready and self._connection.poll():
                 self._connection.recv()
@@ -111,8 +134,44 @@ class WriterProcess:
         self._process.wait()
 
 
-def serve(connection: Connection, block: HostBlock) -> None:
+@contextlib.contextmanager
+def starting_early(*, is_wanted: bool) -> Iterator[WriterProcess | None]:
+    """Hold a writer process that has no memory yet; None where none is wanted or can be had."""
+    writer = None
+    if is_wanted:
+        with contextlib.suppress(WriterGoneError):  # the saver tries again, and tells the user
+            writer = WriterProcess()
+    try:
+        yield writer
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def receive_block(connection: Connection) -> HostBlock:
+    """Wait for the memory that `attach` sends.
+
+    Raises:
+        EOFError: The trainer has hung up.
+        OSError: It cannot be mapped.
+    """
+    from utils.snapshot import HostBlock
+
+    with socket.fromfd(connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+        _, descriptors, _, _ = socket.recv_fds(channel, len(FILE_FOLLOWS), 1)
+    if not descriptors:
+        raise EOFError
+    return HostBlock(descriptors[0], connection.recv())
+
+
+def serve(connection: Connection) -> None:
     """Write what is asked for until the trainer hangs up."""
+    from utils.checkpoint_files import write_files
+
+    try:
+        block = receive_block(connection)
+    except EOFError:
+        return
     connection.send(None)  # ready
     while True:
         try:
@@ -128,13 +187,15 @@ def serve(connection: Connection, block: HostBlock) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Entry of the process: CONNECTION BLOCK SIZE PARENT, numbers all of them."""
-    connection, block, size, parent = map(int, argv)
+    """Entry of the process: CONNECTION PARENT, numbers both of them."""
+    connection, parent = map(int, argv)
     live_no_longer_than(parent)
     step_back()
+    with no_collections():
+        import torch
     torch.set_num_threads(1)
     with contextlib.suppress(BrokenPipeError):
-        serve(Connection(connection), HostBlock(block, size))
+        serve(Connection(connection))
 
 
 if __name__ == "__main__":

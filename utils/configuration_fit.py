@@ -124,7 +124,7 @@ def _needed_bytes(
         micro_batch=micro_batch,
         sequence_length=config.sequence_length,
         precision=precision,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=config.gradient_checkpointing_policy if checkpointing else "",
         accumulation=max(1, samples // micro_batch),
         device=device,
         is_loss_chunked=is_loss_chunked(

@@ -117,13 +117,23 @@ def activation_bytes(shape: ModelShape, precision: str) -> tuple[int, int]:
     return layer_input + width * (9 * shape.hidden + 2 * shape.intermediate), layer_input
 
 
+def selective_bytes(shape: ModelShape, precision: str) -> int:
+    """Return the bytes kept of one layer for each token where only products and attention are kept.
+
+    In units of the width: queries, keys and values 3, the attention's output 1 and its projection
+    1, and the two results of the MLP, besides the layer's input (float32).
+    """
+    width = 2 if precision in SIXTEEN_BIT else 4
+    return 4 * shape.hidden + width * (6 * shape.hidden + shape.intermediate)
+
+
 def estimate_training_memory(
     shape: ModelShape,
     *,
     micro_batch: int,
     sequence_length: int,
     precision: str = "no",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: str = "",
     accumulation: int = 1,
     world_size: int = 1,
     device: str = "cpu",
@@ -138,7 +148,8 @@ def estimate_training_memory(
         micro_batch: Samples in one forward and backward.
         sequence_length: Tokens in a sample.
         precision: no, bf16 or fp16.
-        gradient_checkpointing: Keep the input of each layer only.
+        gradient_checkpointing: full: keep the input of each layer only; selective: also what
+            products and attention give; empty: keep everything.
         accumulation: Micro-steps in a step; after the first, gradients are there all the time.
         world_size: Ranks; with more than one, gradients also lie in the buckets of DDP.
         device: Its type, cpu or cuda; others are taken for cuda.
@@ -150,7 +161,9 @@ def estimate_training_memory(
     layer, layer_input = (tokens * count for count in activation_bytes(shape, precision))
     activations = shape.layers * layer
     if gradient_checkpointing:
-        activations = shape.layers * layer_input + layer
+        kept = tokens * selective_bytes(shape, precision)
+        kept = layer_input if gradient_checkpointing == "full" else kept
+        activations = shape.layers * kept + layer
     output_weights = shape.vocabulary * shape.hidden
     state = shape.parameters * (WEIGHT_BYTES + MOMENT_BYTES)
     gradients = shape.parameters * GRADIENT_BYTES

@@ -15,15 +15,29 @@ import contextlib
 import os
 import re
 import socket
+import struct
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+
 FILE_VERSION = "brain.Event:2"  # from this one on TensorBoard obeys `purge_from`
 _NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
 
-# A summary is a protocol buffer, of `torch.utils.tensorboard.summary`.
+# TensorBoard's own RecordWriter does what is done here; importing it imports all of TensorBoard.
+
+
+def frame_record(data: bytes) -> bytes:
+    """Return the bytes of a record in a file, as TensorFlow's record_writer.h describes them."""
+    length = struct.pack("<Q", len(data))
+    return length + _masked_crc32c(length) + data + _masked_crc32c(data)
+
+
+def _masked_crc32c(data: bytes) -> bytes:
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 class EventFile:
@@ -37,15 +51,12 @@ class EventFile:
     """
 
     def __init__(self, directory: Path) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
         directory.mkdir(parents=True, exist_ok=True)
         seconds = max(int(time.time()), _newest(directory) + 1)
         self.path = directory / (
             f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}"
         )
         self._file = self.path.open("xb", buffering=0)
-        self._records = RecordWriter(self)
         self._lock = threading.Lock()
         try:
             self._add(file_version=FILE_VERSION)
@@ -96,7 +107,7 @@ class EventFile:
 
         event = Event(wall_time=time.time() if seconds is None else seconds, **content)
         with self._lock:
-            self._records.write(event.SerializeToString())
+            self.write(frame_record(event.SerializeToString()))
 
 
 def _newest(directory: Path) -> int:

@@ -97,8 +97,9 @@ def is_long_run(facts: RunFacts) -> bool:
     """Tell whether the rest of a run is long enough to measure a small step first."""
     steps = facts.config.max_steps - facts.step
     flops = steps * facts.tokens_per_step * facts.utilization.flops_per_token
-    rate = STEP_EFFICIENCY * measure_matmul_rate(facts.device, facts.precision)
-    return flops / (rate * facts.world_size) > LONG_RUN_SECONDS
+    needed = flops / LONG_RUN_SECONDS / facts.world_size / STEP_EFFICIENCY
+    # A short run is known by the first product already: this is part of every start.
+    return measure_matmul_rate(facts.device, facts.precision, enough=needed) < needed
 
 
 def probe_step(facts: RunFacts) -> StepProbe | None:

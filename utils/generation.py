@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from configs.model_config import known_vocab_size
 from utils.errors import UsageError
 
 
@@ -84,7 +85,8 @@ def stream_tokens(
 
     Args:
         model: A causal language model of transformers, without wrappers of ranks. It is called
-            beside torch.compile, which would compile it anew for each length.
+            beside torch.compile, which would compile it anew for each length. Ids that only pad
+            its vocabulary are never chosen.
         prompt: Token ids, at least one. Of a prompt that is longer than the model's context the
             end is used.
         sampling: How tokens are chosen.
@@ -95,7 +97,8 @@ def stream_tokens(
         UsageError: The prompt is empty or holds ids that the model does not have.
     """
     config: Any = model.config
-    _require_known_ids(prompt, config.vocab_size)
+    vocab_size = known_vocab_size(config)
+    _require_known_ids(prompt, vocab_size)
     context = getattr(config, "max_position_embeddings", None) or math.inf
     generator = torch.Generator().manual_seed(sampling.seed)
     device = next(model.parameters()).device
@@ -110,7 +113,7 @@ def stream_tokens(
                 new = seen
             else:
                 new = seen[-1:]
-            logits = _next_logits(model, torch.tensor([new], device=device), cache)
+            logits = _next_logits(model, torch.tensor([new], device=device), cache)[:vocab_size]
             if not math.isfinite(float(logits.max())):
                 return  # weights that are broken have no text
             token = choose_token(logits, sampling, generator)
@@ -164,23 +167,25 @@ def _new_cache(config: Any) -> Any:
 
 def _next_logits(model: nn.Module, input_ids: torch.Tensor, cache: Any) -> torch.Tensor:
     """Return the logits of the token behind `input_ids`: float32 [vocabulary] on the CPU."""
-    # `forward` and not a call: see `stream_tokens`. Mixed precision is in `forward`. no_grad holds
-    # within this call alone: between two tokens the caller's own mode is as it was.
+    # no_grad holds within this call alone: between two tokens the caller's own mode is as it was.
     with torch.no_grad():
-        output = model.forward(
-            input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits: torch.Tensor = output.logits[0, -1].float().cpu()
     return logits
 
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode, and every part of it back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Put the model into eval mode, and every part of it back into its own mode afterwards.
+
+    What is compiled runs as it is written meanwhile.
+    """
+    modes = [(module, module.training, module._compiled_call_impl) for module in model.modules()]
     model.eval()
+    for module, _, _ in modes:
+        module._compiled_call_impl = None
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, training, compiled in modes:
+            module.training, module._compiled_call_impl = training, compiled

@@ -10,6 +10,7 @@ section 3.2), so nothing is computed twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - as everybody names it
 
 from utils.estimates import chunk_tokens
+
+ChunkLoss = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor | None]
+]
 
 IGNORED = -100
 """A target that no loss is taken of."""
@@ -32,7 +37,11 @@ def next_token_targets(input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    chunk: int | None = None,
+    cross_entropy: ChunkLoss | None = None,
 ) -> torch.Tensor:
     """Return the mean cross entropy of `hidden @ weight.T`, a float32 scalar.
 
@@ -43,6 +52,7 @@ def linear_cross_entropy(
         weight: [vocabulary, width].
         targets: int64 [tokens]; `IGNORED` where there is none. One token at least has a target.
         chunk: Tokens whose logits are there at a time; None chooses.
+        cross_entropy: `chunk_cross_entropy`, or that compiled.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -50,30 +60,37 @@ def linear_cross_entropy(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     chunk = chunk or chunk_tokens(len(weight), device)
     with torch.autocast(device, enabled=False):
-        loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk)  # type: ignore[no-untyped-call]
+        loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, targets, chunk, cross_entropy or chunk_cross_entropy
+        )
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forms the gradients in the forward pass; the backward pass scales them."""
+    """Forms the gradients in the forward pass; the one backward pass scales them in place."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        chunk: int,
+        cross_entropy: ChunkLoss,
     ) -> torch.Tensor:
         is_trained = any(ctx.needs_input_grad[:2])
         count = (targets != IGNORED).sum()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if is_trained else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if is_trained else None
+        weight_grad: torch.Tensor | None = None
         for first in range(0, len(hidden), chunk):
             part = slice(first, first + chunk)
             logits = hidden[part] @ weight.t()
-            losses, logits_grad = _cross_entropy(logits, targets[part], count, is_trained)
+            losses, logits_grad = cross_entropy(logits, targets[part], count, is_trained)
             total += losses
-            if logits_grad is not None and hidden_grad is not None and weight_grad is not None:
+            if logits_grad is not None and hidden_grad is not None:
                 torch.mm(logits_grad, weight, out=hidden_grad[part])
-                _add_product(weight_grad, logits_grad.t(), hidden[part])
+                weight_grad = _add_product(weight_grad, logits_grad.t(), hidden[part])
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total / count
@@ -83,15 +100,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         (grad,) = grads
+        if grad.device.type == "cuda" or grad.item() != 1:  # a GPU would have to be waited for
+            hidden_grad, weight_grad = hidden_grad.mul_(grad), weight_grad.mul_(grad)
         return (
-            hidden_grad * grad.to(hidden_grad.dtype),
-            weight_grad.mul_(grad).to(ctx.weight_dtype),
+            hidden_grad,
+            weight_grad.to(ctx.weight_dtype),
+            None,
             None,
             None,
         )
 
 
-def _cross_entropy(
+def chunk_cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor, is_trained: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return a chunk's summed loss, and its gradient over the logits divided by `count`.
@@ -114,9 +134,12 @@ def _cross_entropy(
     return loss, grad.to(logits.dtype)
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add `left @ right` to a float32 total; 16-bit products are rounded before they are added."""
+def _add_product(
+    total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor
+) -> torch.Tensor:
+    """Return a float32 total with `left @ right` added; 16-bit products are rounded before."""
+    if total is None:
+        return (left @ right).float()
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
+        return total.addmm_(left, right)
+    return total.add_(left @ right)

@@ -45,7 +45,7 @@ def estimate_memory(
         micro_batch=config.per_device_train_batch_size,
         sequence_length=config.sequence_length,
         precision=precision,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=config.checkpointing_policy,
         accumulation=accumulation,
         world_size=world_size,
         device=device.type,

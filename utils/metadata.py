@@ -108,15 +108,23 @@ def number(value: object) -> float | None:
         return None
 
 
-def epoch_seconds(value: object) -> float | None:
-    """Return an ISO 8601 time in seconds since 1970, None where it is none."""
-    if not isinstance(value, str):
-        return None
+def parse_time(value: object) -> datetime | None:
+    """Return an ISO 8601 time, in UTC where it names no zone; None for anything else."""
     try:
-        moment = datetime.fromisoformat(value)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+        # Python 3.10 does not read the suffix Z.
+        text = str(value)
+        moment = datetime.fromisoformat(text.removesuffix("Z") + "+00:00" * text.endswith("Z"))
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=timezone.utc)
+        return moment.astimezone(timezone.utc)
     except (ValueError, OverflowError):
         return None
+
+
+def epoch_seconds(value: object) -> float | None:
+    """Return an ISO 8601 time in seconds since 1970, None where it is none."""
+    moment = parse_time(value) if isinstance(value, str) else None
+    return None if moment is None else moment.timestamp()
 
 
 def printable(value: object, limit: int = MAX_SHOWN_CHARACTERS) -> str:

@@ -5,30 +5,53 @@ model config -> transformers model -> loss model -> train step
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
 from utils.errors import ConfigError
-from utils.losses import linear_cross_entropy, next_token_targets
+from utils.losses import (
+    ChunkLoss,
+    chunk_cross_entropy,
+    linear_cross_entropy,
+    next_token_targets,
+)
 
 
-def build_model(model_config: Any, config: TrainingConfig) -> nn.Module:
-    """Return the model with fresh float32 weights, drawn from the seed on the CPU."""
+def build_model(model_config: Any, config: TrainingConfig) -> Any:
+    """Return the model of transformers with fresh float32 weights, drawn from the seed on the CPU.
+
+    Raises:
+        ConfigError: The attention or fp8 that is asked for needs a package that is not installed.
+    """
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_config(
-        model_config, attn_implementation="sdpa", dtype=torch.float32
-    )
-    if config.gradient_checkpointing:
-        enable_checkpointing(model)
+    try:
+        model: Any = AutoModelForCausalLM.from_config(
+            model_config, attn_implementation=config.attn_implementation, dtype=torch.float32
+        )
+    except (ImportError, ValueError) as exc:
+        if config.attn_implementation == "sdpa":
+            raise
+        reason = str(exc).strip().splitlines()[0]
+        raise ConfigError(f"attn_implementation {config.attn_implementation}: {reason}") from exc
+    if config.fp8:
+        use_float8(model)
+    if config.checkpointing_policy:
+        enable_checkpointing(model, config.checkpointing_policy)
     model.train()
-    built: nn.Module = model
-    return built
+    return model
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:
@@ -38,11 +61,97 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Keep only the input of each layer for the backward pass."""
-    # The newer name is in transformers from 5.2x on, where the older one warns.
-    newer = getattr(model, "activation_checkpointing_enable", None)
-    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+def enable_checkpointing(model: nn.Module, policy: str = "full") -> None:
+    """Have the layers recompute activations in the backward pass.
+
+    The checkpoint lies within the layer's call, so that a compiled layer is compiled with it.
+
+    Args:
+        model: A model of transformers.
+        policy: full keeps the layers' inputs alone; selective also what products and attention
+            give, which is most of the work and, with fused attention, half of the memory.
+    """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if policy == "selective":
+        options["context_fn"] = functools.partial(
+            create_selective_checkpoint_contexts, _keep_products
+        )
+    for layer in find_layers(model):
+        layer.forward = _recomputed(layer.forward, options)
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    # A function of its own and not a partial one, which torch.compile would not look into.
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **inputs: Any) -> Any:
+        return checkpoint(forward, *args, **options, **inputs)
+
+    return recomputed
+
+
+KEPT_OPERATIONS = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "addmm",
+        "bmm",
+        "mm",
+        "_scaled_mm",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+)
+
+
+def _keep_products(_context: Any, operation: Any, *_args: Any, **_options: Any) -> CheckpointPolicy:
+    if operation in KEPT_OPERATIONS:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def use_float8(model: nn.Module) -> None:
+    """Have the layers' products made in float8, scaled by row; weights stay float32.
+
+    Raises:
+        ConfigError: torchao is not installed.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as exc:
+        raise ConfigError("fp8 needs the package torchao: pip install torchao.") from exc
+    layers = {id(part) for layer in find_layers(model) for part in layer.modules()}
+    convert_to_float8_training(
+        model,
+        config=Float8LinearConfig.from_recipe_name("rowwise"),
+        module_filter_fn=lambda part, _name: id(part) in layers and _fits_float8(part),
+    )
+
+
+def _fits_float8(part: nn.Module) -> bool:
+    """Tell whether a linear layer's shape is one that float8 products take."""
+    return isinstance(part, nn.Linear) and not (part.in_features % 16 or part.out_features % 16)
+
+
+def compile_model(model: LossModel, *, by_layer: bool) -> None:
+    """Have a model compiled at its next call.
+
+    Args:
+        model: Changed in place; names of weights stay as they are.
+        by_layer: Compile one layer and use it for all, which is quicker to start.
+    """
+    for part in find_layers(model) if by_layer else [model.core.base_model]:
+        part.compile()
+    if next(model.parameters()).device.type == "cuda":
+        # Its steps over a chunk become one; a CPU's own softmax is as good.
+        model.cross_entropy = torch.compile(chunk_cross_entropy)
+
+
+def undo_compilation(model: LossModel) -> None:
+    """Take back what `compile_model` did."""
+    for part in model.modules():
+        part._compiled_call_impl = None
+    model.cross_entropy = chunk_cross_entropy
 
 
 class LossModel(nn.Module):
@@ -57,6 +166,7 @@ class LossModel(nn.Module):
     def __init__(self, core: Any, implementation: str = "auto") -> None:
         super().__init__()
         self.core = core
+        self.cross_entropy: ChunkLoss = chunk_cross_entropy
         self._is_chunked = is_loss_chunked(core.config.model_type, implementation)
 
     def forward(
@@ -77,7 +187,10 @@ class LossModel(nn.Module):
             return loss
         hidden = core.base_model(**inputs).last_hidden_state
         weight = core.get_output_embeddings().weight
-        return linear_cross_entropy(hidden.flatten(0, 1), weight, next_token_targets(input_ids))
+        targets = next_token_targets(input_ids)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), weight, targets, cross_entropy=self.cross_entropy
+        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from configs.model_config import known_vocab_size
 from configs.training_config import TrainingConfig
 from utils.checks import Check, print_checks, require_all
 from utils.console import format_bytes
@@ -90,11 +91,11 @@ def require_vocabulary(sources: Sequence[DataSource], model_config: Any) -> None
             with different tokenizers.
     """
     for source in sources:
-        vocab_size = source.index.vocab_size
-        if vocab_size is not None and vocab_size > model_config.vocab_size:
+        vocab_size, known = source.index.vocab_size, known_vocab_size(model_config)
+        if vocab_size is not None and vocab_size > known:
             raise DataError(
                 f"The data were made with a vocabulary of {vocab_size}, the model has "
-                f"{model_config.vocab_size}. Set model_overrides.vocab_size={vocab_size}, or "
+                f"{known}. Set model_overrides.vocab_size={vocab_size}, or "
                 "prepare the data with a smaller vocabulary."
             )
     hashes = {s.uri: s.index.tokenizer_hash for s in sources if s.index.tokenizer_hash}
@@ -317,9 +318,9 @@ def check_vocabulary(sources: Sequence[DataSource], model_config: Any) -> Check:
     known = ", ".join(f"{size:,}" for size in sorted(size for size in sizes if size is not None))
     if None in sizes:
         known = f"{known or 'no index.json says how many'}; each id is checked when it is read"
-    return Check(
-        "vocabulary", "ok", f"{model_config.vocab_size:,} in the model, in the data: {known}"
-    )
+    size, padded = known_vocab_size(model_config), model_config.vocab_size
+    padding = f" (padded to {padded:,})" if padded > size else ""
+    return Check("vocabulary", "ok", f"{size:,} in the model{padding}, in the data: {known}")
 
 
 def describe_run(

@@ -21,6 +21,7 @@ from utils import ranks
 from utils.checkpoint_files import CheckpointFiles
 from utils.checkpoint_saver import CheckpointSaver, Meeting
 from utils.checkpoint_store import apply_retention, set_aside, verify_checkpoint
+from utils.checkpoint_writer import WriterProcess
 from utils.console import LiveLine, format_bytes, format_duration
 from utils.errors import CheckpointError, ExitCode, SaveError
 from utils.grace import describe_outcome, plan_grace
@@ -58,6 +59,7 @@ class RunSaving:
         background_upload: False uploads before `save` returns.
         tell: Called with what happens to checkpoints: title, line, step it belongs to (None: now).
         meeting: Of all ranks' savers, where the state is sharded.
+        writer: A writer process that has been started already.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class RunSaving:
         background_upload: bool = True,
         tell: Tell = lambda title, line, step: None,
         meeting: Meeting | None = None,
+        writer: WriterProcess | None = None,
     ) -> None:
         self._config, self._paths, self._identity = config, paths, identity
         self._tell = tell
@@ -80,12 +83,9 @@ class RunSaving:
             self._uploader = self._build_uploader(transport)
         self._waits_for_uploads = not background_upload
         self._saver = CheckpointSaver(
-            paths.checkpoints,
-            device,
-            self._after_commit,
-            background=config.background_save,
-            meeting=meeting,
-        )
+            paths.checkpoints, device, self._after_commit, background=config.background_save,
+            meeting=meeting, writer=writer,
+        )  # fmt: skip
         self._failed_at: float | None = None
         self._sharers = 1 if meeting is None else ranks.ranks_on_this_machine()
 

@@ -20,6 +20,7 @@ from utils.console import LiveLine, format_bytes
 from utils.data_state import DataState
 from utils.errors import CheckpointError, ConfigError, StorageError, UnreadableCheckpointError
 from utils.layout import SAVING_PREFIX, TRAINING_CONFIG_FILE, Manifest, RunPaths, read_json
+from utils.machine_sharing import on_every_machine
 from utils.storage import open_bucket
 from utils.training_utils import TrainState
 
@@ -78,10 +79,14 @@ def begin(
         if found is None:
             continue
         checkpoint, manifest = found
-        saved = _read(plan, candidate, checkpoint, manifest, paths, state, consent)
-        if saved is None:
-            continue
-        _require_same_config(checkpoint, saved, config, global_batch, accept=consent.config_change)
+        with on_every_machine(
+            checkpoint, manifest, paths.checkpoints,
+            forgive_random_states=consent.missing_random_state,
+        ) as here:  # fmt: skip
+            saved = _read(plan, candidate, here, manifest, paths, state, consent)
+            if saved is None:
+                continue
+            _require_same_config(here, saved, config, global_batch, accept=consent.config_change)
         restore_state(state, saved, config)
         start = ranks.compute_on_main(
             lambda c=checkpoint, m=manifest: resume.resolve_start(plan, paths, c, m)  # type: ignore[misc]
@@ -183,7 +188,7 @@ def _read(
     if failures[0] is None:
         rank = next(number for number, text in enumerate(failures) if text)
         raise CheckpointError(
-            f"Rank {rank}: {failures[rank]} Every rank has to see the same output_dir."
+            f"Rank {rank}: {failures[rank]} All ranks of a machine need the same output_dir."
         )
     if not plan.walks_back:
         raise UnreadableCheckpointError(failures[0])

@@ -103,13 +103,14 @@ class Sampler:
         for prompt in self._prompts:
             end = self._tokenizer.eos_token_id
             ids = self._tokenizer(prompt)["input_ids"] or _begin_of_text(self._tokenizer)
-            tokens = generate(
-                state.core_model,
-                ids,
-                self._sampling,
-                end_ids=() if end is None else (end,),
-                should_stop=should_stop,
-            )
+            with state.accelerator.autocast():
+                tokens = generate(
+                    state.core_model,
+                    ids,
+                    self._sampling,
+                    end_ids=() if end is None else (end,),
+                    should_stop=should_stop,
+                )
             if should_stop():
                 return []
             samples.append(Sample(prompt, printable_lines(self._tokenizer.decode(tokens))))

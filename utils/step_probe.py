@@ -41,6 +41,7 @@ MATMULS = 4
 MEMORY_SHARE = 0.7
 JUDGED_BYTES = 256 * 2**20
 CONSTANT_WEIGHT = 0.02
+SPARE_SHARE = 0.05
 
 Size = tuple[int, int]
 """Samples, and tokens in each."""
@@ -64,8 +65,16 @@ class StepProbe:
     memory_ratio: float | None
 
 
-def measure_matmul_rate(device: torch.device, precision: str) -> float:
-    """Return the FLOPs a second of a square matrix product, the best of a few."""
+def measure_matmul_rate(
+    device: torch.device, precision: str, enough: float = float("inf")
+) -> float:
+    """Return the FLOPs a second of a square matrix product, the best of a few.
+
+    Args:
+        device: Where to multiply.
+        precision: no, bf16 or fp16.
+        enough: FLOPs a second; once they are reached, nothing more is measured.
+    """
     size = MATMUL_SIZE["cpu" if device.type == "cpu" else "cuda"]
     dtype = _dtype(precision) or torch.float32
     left = torch.full((size, size), CONSTANT_WEIGHT, device=device, dtype=dtype)
@@ -74,6 +83,8 @@ def measure_matmul_rate(device: torch.device, precision: str) -> float:
         begin = _now(device)
         left @ left
         best = min(best, _now(device) - begin)
+        if 2 * size**3 / best >= enough:
+            break
     return 2 * size**3 / best
 
 
@@ -106,7 +117,7 @@ def measure_step(
             micro_batch=size[0],
             sequence_length=size[1],
             precision=precision,
-            gradient_checkpointing=config.gradient_checkpointing,
+            gradient_checkpointing=config.checkpointing_policy,
             device=device.type,
             is_loss_chunked=is_loss_chunked(small.model_type, config.loss_implementation),
         ).total
@@ -143,6 +154,38 @@ def measure_step(
     estimated = estimate(sizes[-1])
     is_seen = measured > 0 and estimated >= JUDGED_BYTES
     return StepProbe(seconds, *sizes[-1], measured / estimated if is_seen else None)
+
+
+def try_step(
+    config: TrainingConfig, model_config: Any, precision: str, device: torch.device
+) -> bool:
+    """Tell whether two updates of the whole model fit into the memory of a GPU, with some to spare.
+
+    Args:
+        config: The run's configuration, with the micro-batch in question.
+        model_config: transformers config of the model.
+        precision: no, bf16 or fp16.
+        device: The GPU.
+    """
+    size = (config.per_device_train_batch_size, config.sequence_length)
+    model = ballast = None
+    try:
+        spare = int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+        ballast = torch.empty(spare, dtype=torch.uint8, device=device)
+        with torch.random.fork_rng([device]):
+            model = _SmallModel(config, model_config, precision, device)
+            for _ in range(2):  # the second one has the optimizer's moments there
+                model.run_pass(size)
+                model.run_pass(size)  # accumulated
+                model.time_update()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        del ballast
+        if model is not None:
+            model.free()
+        torch.cuda.empty_cache()
+    return True
 
 
 def _with_layers(model_config: Any, count: int) -> Any:
@@ -229,8 +272,8 @@ class _SmallModel:
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.fill_(CONSTANT_WEIGHT)
-        if config.gradient_checkpointing:
-            enable_checkpointing(model)
+        if config.checkpointing_policy:
+            enable_checkpointing(model, config.checkpointing_policy)
         self._model = LossModel(model.train(), config.loss_implementation)
         self._optimizer = build_optimizer(model, config)
         self._device, self._dtype = device, _dtype(precision)

@@ -21,6 +21,9 @@ from utils.metadata import printable, to_json_text
 from utils.run_tracker import RunStart, RunTracker, group_metrics
 
 FOLDER = "tensorboard"
+# Protocol buffers are filled in here: what TensorBoard and torch have for it imports all of
+# TensorBoard, at every start. A test compares.
+
 # What the HPARAMS tab compares runs by.
 METRICS = ("validation/best_loss", "validation/loss", "train/loss")
 COMPARED = ("learning_rate", "max_steps", "num_parameters", "seed", "tokens_per_step")
@@ -132,15 +135,20 @@ def _scalars(values: Mapping[str, Any]) -> Any:
 
 
 def _text(tag: str, markdown: str) -> Any:
-    from torch.utils.tensorboard import summary
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 
-    build: Any = summary.text
-    return build(tag, markdown)
+    tensor = TensorProto(
+        dtype="DT_STRING",
+        string_val=[markdown.encode()],
+        tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
+    )
+    return _plugin_summary(f"{tag}/text_summary", "text", b"", tensor)
 
 
 def _experiment(start: RunStart) -> Any:
     """Return the summary that declares the names of hyperparameters and metrics."""
-    from tensorboard.plugins.hparams import api_pb2, metadata
+    from tensorboard.plugins.hparams import api_pb2
 
     infos = []
     for name, value in start.hyperparameters.items():
@@ -150,12 +158,12 @@ def _experiment(start: RunStart) -> Any:
         infos.append(api_pb2.HParamInfo(**info))
     metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in METRICS]
     experiment = api_pb2.Experiment(hparam_infos=infos, metric_infos=metrics)
-    return _plugin_summary(metadata.EXPERIMENT_TAG, experiment=experiment)
+    return _hyperparameters("experiment", experiment=experiment)
 
 
 def _session(start: RunStart) -> Any:
     """Return the summary that has the values of a run's hyperparameters."""
-    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+    from tensorboard.plugins.hparams import plugin_data_pb2
 
     session = plugin_data_pb2.SessionStartInfo(start_time_secs=time.time())
     for name, value in start.hyperparameters.items():
@@ -163,23 +171,33 @@ def _session(start: RunStart) -> Any:
             session.hparams[name].string_value = value
         else:
             session.hparams[name].number_value = value
-    return _plugin_summary(metadata.SESSION_START_INFO_TAG, session_start_info=session)
+    return _hyperparameters("session_start_info", session_start_info=session)
 
 
 def _session_end() -> Any:
     """Return the summary that says that a run is done."""
-    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+    from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
     status = api_pb2.Status.Value("STATUS_SUCCESS")
     end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
-    return _plugin_summary(metadata.SESSION_END_INFO_TAG, session_end_info=end)
+    return _hyperparameters("session_end_info", session_end_info=end)
 
 
-def _plugin_summary(tag: str, **content: Any) -> Any:
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+def _hyperparameters(name: str, **content: Any) -> Any:
+    """Return a summary for the HPARAMS tab, which reads nothing but its metadata."""
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.plugins.hparams import plugin_data_pb2
 
     data = plugin_data_pb2.HParamsPluginData(**content)
-    value = Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(data))
-    value.tensor.CopyFrom(metadata.NULL_TENSOR)
-    return Summary(value=[value])
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=0)])
+    empty = TensorProto(dtype="DT_FLOAT", tensor_shape=shape)
+    return _plugin_summary(f"_hparams_/{name}", "hparams", data.SerializeToString(), empty)
+
+
+def _plugin_summary(tag: str, plugin: str, content: bytes, tensor: Any) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+    data = SummaryMetadata.PluginData(plugin_name=plugin, content=content)
+    metadata = SummaryMetadata(plugin_data=data)
+    return Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=tensor)])

@@ -23,9 +23,11 @@ import google_crc32c
 import torch
 from accelerate import Accelerator
 
+from configs.model_config import known_vocab_size
 from configs.training_config import TrainingConfig
 from utils import bad_steps, checkpoint_utils, ranks, resume, run_start, tracking
 from utils.checkpoint_saver import Meeting
+from utils.checkpoint_writer import WriterProcess
 from utils.console import LiveLine, format_duration
 from utils.costs import describe_costs, summarize_costs
 from utils.data_state import DataState
@@ -39,6 +41,7 @@ from utils.errors import (
 )
 from utils.evaluation import evaluate
 from utils.layout import RunPaths
+from utils.machine_sharing import on_every_machine
 from utils.metadata import append_metrics
 from utils.mixture import build_order
 from utils.run_saving import RunSaving
@@ -83,6 +86,7 @@ class TrainingRun:
         transport: The way to the bucket; None uploads nothing.
         background_upload: False uploads within `save`.
         hourly_price: Dollars an hour of all machines together, None where it is not known.
+        writer: A process for writing checkpoints that has been started already.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class TrainingRun:
         transport: TransportOptions | None = None,
         background_upload: bool = True,
         hourly_price: float | None = None,
+        writer: WriterProcess | None = None,
     ) -> None:
         self.config, self.paths, self.stop = config, paths, stop
         self._sources, self._accelerator = tuple(sources), accelerator
@@ -116,7 +121,7 @@ class TrainingRun:
         self._skip_bad_shards = config.bad_shard == "skip"
         self._bad_shards: tuple[int, ...] = ()
         self._document_end = model_config.eos_token_id if config.mask_documents else None
-        self._vocab_size = model_config.vocab_size
+        self._vocab_size = known_vocab_size(model_config)
         self.start = self._begin(plan, consent)
         user_project = config.gcs_user_project or None
         self._buckets = [open_bucket(source.uri, user_project) for source in sources]
@@ -132,6 +137,7 @@ class TrainingRun:
         self._sampler = Sampler(config, self._tokenizer_files, paths.samples)
         self._notes = tracking.Notes(accelerator, self.state.progress.step)
         self._transport, self._background_upload = transport, background_upload
+        self._early_writer = writer
         self._meter = open_meter(
             paths.metrics if self._is_main else None, self.start.identity.run_id,
             self.state.progress.step, self.state.progress.spending, hourly_price,
@@ -197,6 +203,7 @@ class TrainingRun:
                 background_upload=self._background_upload,
                 tell=self._notes.add,
                 meeting=meeting,
+                writer=self._early_writer,
             )
         elif meeting is not None:
             self._saving = RunSaving(
@@ -379,10 +386,11 @@ class TrainingRun:
             return
         checkpoint, manifest = found
         accelerator = self._accelerator
-        saved = checkpoint_utils.read_checkpoint(
-            checkpoint, manifest, rank=accelerator.process_index,
-            world_size=accelerator.num_processes, is_sharded=state.is_sharded,
-        )  # fmt: skip
+        with on_every_machine(checkpoint, manifest, self.paths.checkpoints) as here:
+            saved = checkpoint_utils.read_checkpoint(
+                here, manifest, rank=accelerator.process_index,
+                world_size=accelerator.num_processes, is_sharded=state.is_sharded,
+            )  # fmt: skip
         checkpoint_utils.restore_state(state, saved, self.config)
         self._meter.go_back(Spending.from_json(state.progress.spending))
         skipped = position - state.progress.sample_index

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import random
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,13 @@ from configs.training_config import TrainingConfig
 from utils.errors import ConfigError
 from utils.metadata import number
 from utils.mfu import Utilization, find_peak_flops, flops_per_token
-from utils.model_building import LossModel, build_model, find_layers
+from utils.model_building import (
+    LossModel,
+    build_model,
+    compile_model,
+    find_layers,
+    undo_compilation,
+)
 from utils.sharding import (
     is_sharded,
     reduce_each_backward,
@@ -39,6 +46,8 @@ from utils.sharding import (
     whole_scalar,
 )
 from utils.step_guard import GOOD, StepGuard
+
+COMPILED_FOLDER = "torch_compile"
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +114,10 @@ def set_determinism(config: TrainingConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(mode=True)
         torch.backends.cudnn.benchmark = False
-    elif torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    if torch.cuda.is_available():
+        tf32 = not config.full_determinism if config.tf32 is None else config.tf32
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -326,8 +336,6 @@ def build_train_state(
         model.to(accelerator.device)
     optimizer = build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, config)
-    if config.torch_compile:
-        model.core.compile()
     if how is not None:
         prepared_model, prepared_optimizer = model, accelerator.prepare_optimizer(optimizer)
     else:
@@ -340,7 +348,7 @@ def build_train_state(
         checks_gradients=accelerator.scaler is None,
         on_device=device.type == "cuda" and accelerator.scaler is None,
     )
-    return TrainState(
+    state = TrainState(
         accelerator,
         prepared_model,
         prepared_optimizer,
@@ -350,6 +358,35 @@ def build_train_state(
         interval=torch.zeros(2, device=device),
         grad_norm=torch.zeros((), device=device),
     )
+    if config.torch_compile:
+        _compile(state, config)
+    return state
+
+
+def _compile(state: TrainState, config: TrainingConfig) -> None:
+    """Compile the model on a micro-batch of its own; where that fails, go on without."""
+    cache = Path(config.cache_dir).resolve() / COMPILED_FOLDER
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    model, device = state.loss_model, state.accelerator.device
+    shape = (config.per_device_train_batch_size, config.sequence_length)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+    document_end = 0 if config.mask_documents else None
+    # The hooks that gather a sharded layer's weights stand between the layers.
+    compile_model(model, by_layer=config.use_regional_compilation or state.is_sharded)
+    started = time.perf_counter()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.autograd.backward(forward_loss(model, tokens, document_end))
+    except Exception as exc:
+        if isinstance(exc, torch.OutOfMemoryError):
+            raise
+        log.debug("torch.compile failed.", exc_info=True)
+        undo_compilation(model)
+        reason = str(exc).strip().splitlines() or [type(exc).__name__]
+        log.warning("torch.compile does not work here, training goes on without: %s", reason[0])
+    else:
+        log.info("Compiled in %.1f s.", time.perf_counter() - started)
+    model.zero_grad(set_to_none=True)
 
 
 def document_positions(input_ids: torch.Tensor, document_end: int) -> torch.Tensor:

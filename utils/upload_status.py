@@ -15,7 +15,14 @@ from typing import Any
 
 from utils.console import format_bytes, format_duration
 from utils.journal import JournalEntry, UploadState
-from utils.metadata import CheckpointView, find_best, is_verified_in, number, printable
+from utils.metadata import (
+    CheckpointView,
+    epoch_seconds,
+    find_best,
+    is_verified_in,
+    number,
+    printable,
+)
 from utils.retention import Action, Decision
 
 STALE_SECONDS = 60.0
@@ -125,7 +132,9 @@ def describe_progress(entry: JournalEntry, now: datetime | None = None) -> dict[
     sent, size = number(details.get("sent")), number(details.get("size"))
     done, all_bytes = (sent, size) if size else (read, total)  # the archive's size may be unknown
     percent = min(100.0, 100 * done / all_bytes) if done is not None and all_bytes else None
-    age = _age_seconds(entry.time, now or datetime.now(timezone.utc))
+    written = epoch_seconds(entry.time)
+    now = now or datetime.now(timezone.utc)
+    age = None if written is None else max(0.0, now.timestamp() - written)
     words = [
         entry.state.value if percent is None else f"{percent:.0f}%",
         "" if rate is None else f"{format_bytes(rate)}/s",
@@ -144,13 +153,6 @@ def describe_progress(entry: JournalEntry, now: datetime | None = None) -> dict[
         "age_seconds": age,
         "text": ", ".join(word for word in words if word),
     }
-
-
-def _age_seconds(time: str, now: datetime) -> float | None:
-    try:
-        return max(0.0, (now - datetime.fromisoformat(time)).total_seconds())
-    except (ValueError, TypeError, OverflowError):
-        return None
 
 
 def build_queue(owed: Sequence[str], uploads: Mapping[str, JournalEntry]) -> list[dict[str, Any]]:

@@ -70,6 +70,7 @@ def test_a_preset_has_its_shape_and_exactly_its_parameters(
         ("pythia-2.8b", 2_775_208_960),
         ("pythia-6.9b", 6_857_302_016),
         ("pythia-12b", 11_846_072_320),
+        ("gpt-neox-20b", 20_554_567_680),
     ],
 )
 def test_pythia_shapes_have_the_parameters_of_the_published_models(

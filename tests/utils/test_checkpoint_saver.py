@@ -24,6 +24,7 @@ from utils import checkpoint_saver
 from utils.checkpoint_files import CheckpointFiles
 from utils.checkpoint_saver import CheckpointSaver
 from utils.checkpoint_store import remove_leftovers, verify_checkpoint
+from utils.checkpoint_writer import starting_early
 from utils.child_process import NICENESS
 from utils.layout import CheckpointName, Manifest, find_checkpoints, read_json
 
@@ -150,6 +151,40 @@ def test_a_writer_that_dies_costs_no_checkpoint(
         saver.wait()
     assert len(recorder.committed) == 4
     assert "a thread writes" in caplog.text
+
+
+def test_a_writer_that_was_started_early_writes(tmp_path: Path, recorder: Recorder) -> None:
+    with starting_early(is_wanted=True) as writer:
+        assert writer is not None
+        saver = CheckpointSaver(tmp_path, CPU, recorder, writer=writer)
+        saver.prepare(100_000, PLENTY)
+        process = wait_for_writer(saver)
+        assert process.pid == writer.pid
+        saver.save(make_files(1, 1.0), PLENTY)
+        saver.close()
+        assert not psutil.pid_exists(process.pid)
+    assert value_of(tmp_path / recorder.committed[0]) == 1.0
+
+
+def test_an_early_writer_that_has_died_is_replaced(tmp_path: Path, recorder: Recorder) -> None:
+    with starting_early(is_wanted=True) as writer:
+        assert writer is not None
+        psutil.Process(writer.pid).kill()
+        psutil.wait_procs([psutil.Process(writer.pid)], timeout=10)
+        saver = CheckpointSaver(tmp_path, CPU, recorder, writer=writer)
+        saver.prepare(100_000, PLENTY)
+        assert saver._writer is not None
+        assert saver._writer.pid != writer.pid
+        saver.close()
+
+
+def test_an_early_writer_that_is_never_used_ends() -> None:
+    with starting_early(is_wanted=True) as writer:  # preflight refuses
+        assert writer is not None
+        assert psutil.pid_exists(writer.pid)
+    assert not psutil.pid_exists(writer.pid)
+    with starting_early(is_wanted=False) as none:
+        assert none is None
 
 
 def test_a_full_disk_is_told_with_numbers_and_leaves_what_was_there(
@@ -361,3 +396,22 @@ def test_a_trainer_that_is_killed_takes_the_save_in_progress_with_it(tmp_path: P
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-epoch0-step1-files0"]
     assert value_of(tmp_path / "checkpoint-epoch0-step1-files0") == 1.0
+
+
+def test_a_trainer_that_is_killed_early_takes_its_writer_with_it() -> None:
+    code = (
+        "import time\n"
+        "from utils.checkpoint_writer import WriterProcess\n"
+        "print(WriterProcess().pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=PROJECT_DIRECTORY, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    writer = psutil.Process(int(process.stdout.readline()))
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    psutil.wait_procs([writer], timeout=10)
+    assert not writer.is_running()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import CPU_CASES, CPU_SEQUENCE_LENGTH, GPU_CASES, measure_peak
 from configs.model_config import build_model_config
@@ -21,6 +22,7 @@ from utils.estimates import (
     count_pauses,
     estimate_evaluation_seconds,
     estimate_training_memory,
+    selective_bytes,
 )
 from utils.model_building import LossModel, build_model
 from utils.training_utils import forward_loss
@@ -29,44 +31,39 @@ CPU_TOLERANCE, GPU_TOLERANCE = 0.15, 0.10
 SHAPE = ModelShape(10**6, 2 * 10**5, 4, 128, 512, 1000)
 
 
-def kept_bytes(layers: int, tokens: int, *, bf16: bool, gradient_checkpointing: bool) -> int:
-    """Return the bytes that autograd keeps for a backward pass, the model's own apart."""
+def kept_bytes(layers: int, tokens: int, *, bf16: bool, policy: str) -> int:
+    """Return the bytes that are allocated in a forward pass and still there behind it."""
     config = build_model_config("neox-tiny", {"num_hidden_layers": layers})
-    training = TrainingConfig(model="neox-tiny", gradient_checkpointing=gradient_checkpointing)
+    training = TrainingConfig(
+        model="neox-tiny",
+        gradient_checkpointing=bool(policy),
+        gradient_checkpointing_policy=policy or "full",
+    )
     model = LossModel(build_model(config, training))
-    owned = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
-
     with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched,
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
-        forward_loss(model, torch.zeros((1, tokens), dtype=torch.int64), None)
-    return sum(storage.nbytes() for storage in kept.values())
+        loss = forward_loss(model, torch.zeros((1, tokens), dtype=torch.int64), None)
+    assert loss.requires_grad
+    return sum(event.self_cpu_memory_usage for event in watched.key_averages())
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_a_layer_keeps_what_autograd_keeps(*, bf16: bool, gradient_checkpointing: bool) -> None:
+@pytest.mark.parametrize("policy", ["", "full", "selective"])
+def test_a_layer_keeps_what_autograd_keeps(policy: str, *, bf16: bool) -> None:
     # What is kept of the weights (autocast's copies) does not grow with the tokens.
     few, many = (
-        [
-            kept_bytes(layers, tokens, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
-            for layers in (1, 3)
-        ]
+        [kept_bytes(layers, tokens, bf16=bf16, policy=policy) for layers in (1, 3)]
         for tokens in (64, 128)
     )
     of_a_token = ((many[1] - many[0]) - (few[1] - few[0])) / 2 / 64
     config = build_model_config("neox-tiny")
     shape = ModelShape.of(config, 0, 0)
-    layer, layer_input = activation_bytes(shape, "bf16" if bf16 else "no")
-    assert of_a_token == pytest.approx(layer_input if gradient_checkpointing else layer, rel=0.01)
+    precision = "bf16" if bf16 else "no"
+    layer, layer_input = activation_bytes(shape, precision)
+    wanted = {"": layer, "full": layer_input, "selective": selective_bytes(shape, precision)}
+    assert of_a_token == pytest.approx(wanted[policy], rel=0.01)
 
 
 def test_gradients_count_all_the_time_where_they_are_accumulated() -> None:

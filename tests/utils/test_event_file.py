@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import signal
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from configs.training_config import PROJECT_DIRECTORY
-from utils.event_file import EventFile
+from utils.event_file import EventFile, frame_record
 
 
 def scalar(value: float) -> Summary:
@@ -106,3 +108,10 @@ def test_several_threads_write_whole_records(tmp_path: Path) -> None:
         thread.join()
     file.close()
     assert sorted(step for step, _ in read(tmp_path)) == list(range(1600))
+
+
+@pytest.mark.parametrize("data", [b"", b"a", bytes(range(256)) * 300])
+def test_a_record_is_framed_as_tensorboard_does_it(data: bytes) -> None:
+    expected = io.BytesIO()
+    RecordWriter(expected).write(data)
+    assert frame_record(data) == expected.getvalue()

@@ -458,7 +458,7 @@ def test_production_fits_as_it_is_or_with_settings_or_not() -> None:
     config = get_training_config("production")
     assert (forecast(config, 140).fits, forecast(config, 140).settings) == (True, ())
     assert forecast(config, 30).settings == ("gradient_checkpointing=true",)
-    large = replace(config, per_device_train_batch_size=32)
+    large = replace(config, per_device_train_batch_size=64)
     two = ("gradient_checkpointing=true", "per_device_train_batch_size=1")
     assert forecast(large, 40).settings == two
     assert not forecast(config, 16).fits
@@ -469,7 +469,7 @@ def test_gradient_checkpointing_that_is_on_is_not_proposed() -> None:
     config = replace(
         get_training_config("production"),
         gradient_checkpointing=True,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=64,
     )
     assert forecast(config, 40).settings == ("per_device_train_batch_size=1",)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -51,7 +52,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 def state_of(kind: DistributedType = DistributedType.NO) -> Any:
-    accelerator = SimpleNamespace(distributed_type=kind)
+    accelerator = SimpleNamespace(distributed_type=kind, autocast=contextlib.nullcontext)
     return SimpleNamespace(
         accelerator=accelerator,
         core_model=None,

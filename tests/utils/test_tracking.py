@@ -21,7 +21,12 @@ from utils.event_file import EventFile
 from utils.layout import RunIdentity
 from utils.metadata import read_metrics
 from utils.run_tracker import RunStart, RunTracker, group_metrics
-from utils.tensorboard_tracker import TensorBoardTracker, describe_configuration
+from utils.tensorboard_tracker import (
+    TensorBoardTracker,
+    _session_end,
+    _text,
+    describe_configuration,
+)
 from utils.tracking import Notes, build_trackers, find_hyperparameters, metrics_of
 from utils.wandb_tracker import WandbTracker
 
@@ -286,6 +291,19 @@ def test_a_rollback_takes_the_curve_back(tmp_path: Path) -> None:
     events = read(tmp_path / "tensorboard" / IDENTITY.run_id)
     found = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert found == [(1, 0), (2, 0), (3, 1)]
+
+
+def test_texts_and_hyperparameters_are_what_the_libraries_would_write() -> None:
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+    from torch.utils.tensorboard import summary
+
+    assert _text("samples", "caf\u00e9") == summary.text("samples", "caf\u00e9")
+    (value,) = _session_end().value
+    data = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
+    assert data.HasField("session_end_info")
+    assert value.tag == metadata.SESSION_END_INFO_TAG
+    assert value.metadata == metadata.create_summary_metadata(data)
+    assert value.tensor == metadata.NULL_TENSOR
 
 
 def test_the_configuration_cannot_break_its_table() -> None:

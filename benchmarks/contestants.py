@@ -1,0 +1,184 @@
+"""Trainers that are timed against each other, each in a process of its own: one JSON line out.
+
+    python -m benchmarks.contestants ours|plain|trainer JSON
+
+All train the same model from the same shards in the same batches and precision. `ours` is train.py
+with everything on: data from a bucket, metrics, TensorBoard, checkpoints, uploads. `plain` is a
+PyTorch loop with nothing but the step. `trainer` is `transformers.Trainer` without saves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+OURS, PLAIN, TRAINER = "ours", "plain", "trainer"
+
+
+class Clock:
+    """Notes the time at the end of the steps that begin and end the measurement."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.first, self.last = task["first_step"], task["last_step"]
+        self._times: dict[int, float] = {}
+
+    def note(self, step: int) -> None:
+        """Take the end of a step."""
+        if step in (self.first, self.last):
+            _wait_for_device()
+            self._times[step] = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """From the end of the first of the two steps to the end of the last."""
+        return self._times[self.last] - self._times[self.first]
+
+
+def run_ours(task: dict[str, Any], clock: Clock) -> None:
+    """Run train.py; its clock stands in the loop, so saves and metrics count."""
+    import train
+    from utils.training_run import TrainingRun
+
+    step = TrainingRun.train_step
+
+    def timed(self: TrainingRun, batches: list[Any]) -> int:
+        done = step(self, batches)
+        clock.note(done)
+        return done
+
+    TrainingRun.train_step = timed  # type: ignore[method-assign]
+    words = [f"--set={key}={json.dumps(value)}" for key, value in task["settings"].items()]
+    # One step more: what the last one brings (metrics, a save) is in the measured time.
+    code = train.main(["--config", "test", "--quiet", "--max-steps", str(clock.last + 1), *words])
+    if code:
+        raise SystemExit(code)
+
+
+def run_plain(task: dict[str, Any], clock: Clock) -> None:
+    """Run a loop that does the step and nothing else."""
+    import torch
+
+    model, device, dtype = _build_model(task)
+    settings = task["settings"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    samples = _read_samples(task, clock.last)
+    micro_batch = settings["per_device_train_batch_size"]
+    accumulation = settings["global_batch_size"] // micro_batch
+    place = 0
+    for step in range(1, clock.last + 1):
+        for _ in range(accumulation):
+            batch = samples[place : place + micro_batch].to(device)
+            place += micro_batch
+            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            (loss / accumulation).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        clock.note(step)
+
+
+def run_trainer(task: dict[str, Any], clock: Clock) -> None:
+    """Run transformers.Trainer."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model, device, dtype = _build_model(task)
+    settings = task["settings"]
+    samples = _read_samples(task, clock.last)
+    micro_batch = settings["per_device_train_batch_size"]
+
+    class Note(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            clock.note(state.global_step)
+
+    arguments = TrainingArguments(
+        output_dir=task["folder"],
+        max_steps=clock.last,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=settings["global_batch_size"] // micro_batch,
+        learning_rate=1e-3,
+        max_grad_norm=1.0,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        logging_steps=settings["logging_steps"],
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+        bf16=dtype is not None,
+        torch_compile=settings.get("torch_compile", False),
+        gradient_checkpointing=False,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in samples]
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Note()])
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer.train()
+
+
+def _build_model(task: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Return (model, device, dtype of mixed precision or None)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from configs.model_config import build_model_config
+
+    settings = task["settings"]
+    overrides = {
+        key.removeprefix("model_overrides."): value
+        for key, value in settings.items()
+        if key.startswith("model_overrides.")
+    }
+    config = build_model_config(settings["model"], overrides, settings["sequence_length"])
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", dtype=torch.float32
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device), device, torch.bfloat16 if device.type == "cuda" else None
+
+
+def _read_samples(task: dict[str, Any], steps: int) -> Any:
+    """Return int64 [samples, sequence_length], as many as the run takes, in host memory."""
+    import numpy as np
+    import torch
+
+    settings = task["settings"]
+    shards = sorted(Path(settings["data_uri"]).glob("train_*.npz"))
+    tokens = np.concatenate([np.load(shard)["input_ids"].ravel() for shard in shards])
+    length = settings["sequence_length"]
+    wanted = steps * settings["global_batch_size"]
+    tokens = np.resize(tokens, wanted * length).astype(np.int64)
+    return torch.from_numpy(tokens.reshape(wanted, length))
+
+
+def _wait_for_device() -> None:
+    torch = sys.modules["torch"]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+CONTESTANTS = {OURS: run_ours, PLAIN: run_plain, TRAINER: run_trainer}
+
+
+def main() -> None:
+    """Time one contestant; print its seconds, and the peak of the GPU's memory."""
+    name, task = sys.argv[1], json.loads(sys.argv[2])
+    clock = Clock(task)
+    os.chdir(task["folder"])
+    CONTESTANTS[name](task, clock)
+    torch = sys.modules["torch"]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    print(json.dumps({"seconds": clock.seconds, "peak_bytes": peak}))
+
+
+if __name__ == "__main__":
+    main()

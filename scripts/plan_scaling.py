@@ -1,0 +1,262 @@
+"""What training a preset takes on many GPUs: memory, time, traffic, money, by formula.
+
+    plan_scaling.py --model pythia-6.9b --gpus 64                  every strategy on 64 H100
+    plan_scaling.py --model pythia-12b --gpus 8 64 512 --gpu A100 --strategy fsdp hsdp
+    plan_scaling.py --table time                                   a table of docs/SCALING.md
+    plan_scaling.py --write                                        all tables, into docs/SCALING.md
+
+Nothing is measured: docs/SCALING.md has the formulas. `train.py --dry-run` measures
+a step on the machine at hand: the MFU of one GPU, as a share, is the --efficiency to give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs.training_config import PROJECT_DIRECTORY
+from utils import scaling_run
+from utils.console import format_bytes, format_duration, print_table, run_command
+from utils.errors import UsageError
+from utils.estimates import estimate_checkpoint_bytes
+from utils.gpu_types import GPU_TYPES, GpuType, find_gpu_type
+from utils.metadata import to_json_text
+from utils.scaling import (
+    CHECKPOINTING,
+    STRATEGIES,
+    Job,
+    best_plan,
+    fits,
+    plan_step,
+    sent_bytes,
+    shape_of_preset,
+    smallest_memory,
+)
+from utils.scaling_tables import TABLES, format_time, to_markdown, write_tables
+
+DOCUMENT = PROJECT_DIRECTORY / "docs" / "SCALING.md"
+MAX_GPUS = 2**20
+NUMBERS = ("GPUs", "memory", "micro-batch", "step", "MFU %", "waits %", "GB sent", "days", "$")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        prog="plan_scaling.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default="refocused-1.2b", metavar="PRESET", help="(default: %(default)s)")
+    add("--gpus", type=int, nargs="+", default=[8], metavar="N", help="(default: 8)")
+    add("--gpu", default="H100", metavar="NAME", help=f"{', '.join(GPU_TYPES)} (default: H100)")
+    add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="S",
+        help=f"{', '.join(STRATEGIES)} (default: all)")  # fmt: skip
+    add("--global-batch", type=int, default=1024, metavar="N", help="samples in a step (1024)")
+    add("--sequence-length", type=int, default=2048, metavar="N", help="tokens in a sample (2048)")
+    add("--micro-batch", type=int, metavar="N", help="of a GPU (default: the fastest that fits)")
+    add("--checkpointing", choices=CHECKPOINTING, help="of activations (default: the fastest)")
+    add("--reduce-bytes", type=int, choices=(2, 4), default=4, help="of a reduced gradient (4)")
+    add("--tokens", type=float, metavar="N", help="of the run (default: 20 a parameter)")
+    add("--efficiency", type=float, metavar="X", help="share of the peak in compute, 0 to 1")
+    add("--network-gbps", type=float, metavar="X", help="gigabits a second of a machine's network")
+    add("--price", type=float, metavar="X", help="dollars for an hour of one GPU")
+    add("--json", action="store_true", help="print JSON")
+    add("--table", choices=TABLES, metavar="NAME", help=f"print one: {', '.join(TABLES)}")
+    add("--write", action="store_true", help="write all tables into docs/SCALING.md")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a plan or a table."""
+    if args.write:
+        DOCUMENT.write_text(write_tables(DOCUMENT.read_text("utf-8")), "utf-8")
+        print(f"Wrote the tables of {DOCUMENT.relative_to(PROJECT_DIRECTORY)}.")
+        return 0
+    if args.table:
+        print(to_markdown(TABLES[args.table]()), end="")
+        return 0
+    gpu = _gpu(args)
+    _require_counts(args)
+    records = [
+        _describe(args, gpu, gpus, strategy) for gpus in args.gpus for strategy in args.strategy
+    ]
+    facts = _describe_run(args, gpu)
+    if args.json:
+        print(to_json_text({"model": args.model, "gpu": dataclasses.asdict(gpu), "run": facts,
+                            "plans": records}))  # fmt: skip
+        return 0
+    print_table(
+        f"{args.model} on {gpu.name}, {args.global_batch} samples of {args.sequence_length} tokens "
+        "in a step (estimates)",
+        [_row(record) for record in records],
+        right_aligned=NUMBERS,
+    )
+    print()
+    for line in _lines(facts):
+        print(line)
+    return 0
+
+
+def _gpu(args: argparse.Namespace) -> GpuType:
+    """Return the GPU with what the command line says of it."""
+    gpu = find_gpu_type(args.gpu)
+    for name, low in (("efficiency", 0.0), ("network_gbps", 0.0), ("price", -1e-9), ("tokens", 0)):
+        value = getattr(args, name)
+        if value is not None and not low < value < 1e18:
+            raise UsageError(f"--{name.replace('_', '-')} must be above 0, got {value}.")
+    if args.efficiency is not None and args.efficiency > 1:
+        raise UsageError(f"--efficiency is a share of the peak, 0 to 1, got {args.efficiency}.")
+    if args.network_gbps is not None:
+        gpu = dataclasses.replace(gpu, network_bytes_per_second=args.network_gbps * 1e9 / 8)
+    if args.price is not None:
+        gpu = dataclasses.replace(gpu, hourly_price=args.price, price_source="--price")
+    return gpu
+
+
+def _require_counts(args: argparse.Namespace) -> None:
+    """Refuse what is no number of GPUs, samples or tokens.
+
+    Raises:
+        UsageError: The message names option, value and limit.
+    """
+    for gpus in args.gpus:
+        if not 1 <= gpus <= MAX_GPUS:
+            raise UsageError(f"--gpus must be 1 to {MAX_GPUS}, got {gpus}.")
+        if args.global_batch < 1 or args.global_batch % gpus:
+            raise UsageError(
+                f"--global-batch {args.global_batch} cannot be shared by {gpus} GPUs evenly."
+            )
+        share = args.global_batch // gpus
+        if args.micro_batch is not None and (args.micro_batch < 1 or share % args.micro_batch):
+            raise UsageError(
+                f"--micro-batch {args.micro_batch} does not divide the {share} samples of a GPU."
+            )
+    if not 1 <= args.sequence_length <= 2**24:
+        raise UsageError(f"--sequence-length must be 1 to {2**24}, got {args.sequence_length}.")
+
+
+def _describe(args: argparse.Namespace, gpu: GpuType, gpus: int, strategy: str) -> dict[str, Any]:
+    """Return one plan as a record."""
+    job = Job(
+        shape_of_preset(args.model), gpu, gpus, strategy, args.global_batch, args.sequence_length,
+        args.reduce_bytes,
+    )  # fmt: skip
+    record: dict[str, Any] = {"gpus": gpus, "strategy": strategy}
+    if args.micro_batch or args.checkpointing:
+        plan = plan_step(job, args.micro_batch or 1, args.checkpointing or "none", args.efficiency)
+        if not fits(job, plan.memory):
+            return {**record, "fits": False, "memory_bytes": plan.memory.total}
+    else:
+        best = best_plan(job, args.efficiency)
+        if best is None:
+            return {**record, "fits": False, "memory_bytes": smallest_memory(job).total}
+        plan = best
+    seconds = _tokens(args) / plan.tokens_per_second
+    return {
+        **record,
+        "fits": True,
+        "memory_bytes": plan.memory.total,
+        "exposed_share": max(0.0, plan.exposed_share),
+        "sent_bytes": sent_bytes(job, plan.accumulation),
+        "run_seconds": seconds,
+        "gpu_hours": seconds / 3600 * gpus,
+        "dollars": seconds / 3600 * gpus * gpu.hourly_price,
+        **{key: value for key, value in dataclasses.asdict(plan).items() if key != "memory"},
+    }
+
+
+def _tokens(args: argparse.Namespace) -> float:
+    if args.tokens is not None:
+        return float(args.tokens)
+    return float(scaling_run.TOKENS_PER_PARAMETER * shape_of_preset(args.model).parameters)
+
+
+def _row(record: dict[str, Any]) -> dict[str, str]:
+    row = {
+        "strategy": record["strategy"],
+        "GPUs": str(record["gpus"]),
+        "memory": format_bytes(record["memory_bytes"]),
+    }
+    if not record["fits"]:
+        empty = dict.fromkeys(("micro-batch", "checkpointing", *NUMBERS[3:]), "-")
+        return {**row, **empty, "checkpointing": "does not fit"}
+    return {
+        **row,
+        "micro-batch": f"{record['micro_batch']} x {record['accumulation']}",
+        "checkpointing": record["checkpointing"],
+        "step": format_duration(record["step_seconds"]),
+        "MFU %": f"{100 * record['mfu']:.0f}",
+        "waits %": f"{100 * record['exposed_share']:.0f}",
+        "GB sent": f"{record['sent_bytes'] / 1e9:.1f}",
+        "days": f"{record['run_seconds'] / 86400:.1f}",
+        "$": f"{record['dollars']:,.0f}",
+    }
+
+
+def _describe_run(args: argparse.Namespace, gpu: GpuType) -> dict[str, Any]:
+    """Return what holds for the run, whatever the strategy."""
+    parameters, tokens = shape_of_preset(args.model).parameters, _tokens(args)
+    loss = scaling_run.expected_loss(parameters, tokens)
+    critical = scaling_run.critical_batch_tokens(loss)
+    batch = args.global_batch * args.sequence_length
+    gpus = max(args.gpus)
+    machines = Job(shape_of_preset(args.model), gpu, gpus, "ddp").machines
+    pause = scaling_run.pause_seconds(parameters, 1)
+    savings = {
+        kind: dataclasses.asdict(
+            scaling_run.plan_saving(
+                parameters, pause, scaling_run.failure_seconds(gpus, machines, spot=spot), 1
+            )
+        )
+        for kind, spot in (("reserved", False), ("spot", True))
+    }
+    return {
+        "parameters": parameters,
+        "tokens": tokens,
+        "expected_loss": loss,
+        "batch_tokens": batch,
+        "critical_batch_tokens": critical,
+        "batch_overhead": scaling_run.batch_overhead(batch, critical),
+        "checkpoint_bytes": estimate_checkpoint_bytes(parameters),
+        "shards": scaling_run.data_objects(tokens),
+        "gpus": gpus,
+        "machines": machines,
+        "saving": savings,
+    }
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    """Return the facts of the run as text."""
+    spot, reserved = facts["saving"]["spot"], facts["saving"]["reserved"]
+    return [
+        f"Tokens: {facts['tokens'] / 1e9:.1f} B in {facts['shards']} shards; expected loss "
+        f"{facts['expected_loss']:.2f} (Hoffmann 2022).",
+        f"Batch: {facts['batch_tokens'] / 1e6:.2f} M tokens; critical "
+        f"{facts['critical_batch_tokens'] / 1e6:.2f} M (McCandlish 2018, Kaplan 2020): "
+        f"{facts['batch_overhead']:.2f} times the tokens of a small batch.",
+        f"Checkpoint: {format_bytes(facts['checkpoint_bytes'])}, uploaded by one machine in "
+        f"{format_time(reserved['upload_seconds'])}.",
+        f"On {facts['gpus']} GPUs in {facts['machines']} machines a failure in "
+        f"{format_time(reserved['failure_seconds'])}: save every "
+        f"{format_time(reserved['interval_seconds'])}, {100 * reserved['lost_share']:.1f}% "
+        f"lost; on spot machines in {format_time(spot['failure_seconds'])}: every "
+        f"{format_time(spot['interval_seconds'])}, {100 * spot['lost_share']:.1f}% lost.",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; return the exit code."""
+    return run_command(run, parse_arguments(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

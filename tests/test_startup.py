@@ -1,0 +1,123 @@
+"""A start up to its first step: what it loads, when, and what it does meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.training_config import PROJECT_DIRECTORY
+from tests.conftest import TINY
+from utils.errors import ExitCode
+
+# What a start does without before its first step, and whom it is for.
+NOT_NEEDED = {
+    "matplotlib": "the viewer's curves as pictures",
+    "pandas": "data preparation, through datasets",
+    "pyarrow": "data preparation",
+    "datasets": "data preparation",
+    "sklearn": "nobody: transformers tries it for metrics",
+    "scipy": "nobody: transformers tries it for speech and vision",
+    "wandb": "report_to=wandb",
+    "tensorflow": "nobody: TensorBoard tries it",
+    "tensorboard.summary": "TensorBoard's plugins; the event file needs their messages alone",
+    "torch.utils.tensorboard": "SummaryWriter, which is not used; it loads the plugins too",
+    "absl": "flags of TensorBoard's plugins",
+    "fsspec": "remote files of TensorBoard's plugins, and data preparation",
+    "google.cloud": "gs:// alone",
+    "google.auth": "gs:// alone",
+    "grpc": "nobody: some clients of Google would",
+    "requests": "gs:// alone",
+    "deepspeed": "a launch with DeepSpeed",
+    "torch._inductor.compile_fx": "torch_compile",
+    "networkx": "torch.compile's partitioner",
+    "rich": "tables of the commands that read",
+    "pytest": "tests",
+}
+
+# In place of train.loop: one step, then what there is by now.
+CHILD = """
+import gc, json, os, sys
+import train
+
+def look(run, config, stop_after):
+    for batches in run.batches(1):
+        run.train_step(batches)
+    saver = run._saving._saver
+    print(json.dumps({
+        "modules": sorted(sys.modules),
+        "frozen": gc.get_freeze_count(),
+        "collects": gc.isenabled(),
+        "early_writer": run._early_writer is not None and saver._writer is run._early_writer,
+    }))
+    return 0
+
+train.loop = look
+code = train.main(sys.argv[1:])
+sys.stdout.flush()
+os._exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def first_step(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process looks like that has just done its first step."""
+    words = [f"--set={value}" for value in (*TINY, f"data_uri={sample_data}")]
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD, "--quiet", *words],
+        cwd=tmp_path_factory.mktemp("start"),
+        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    state: dict[str, Any] = json.loads(result.stdout)
+    return state
+
+
+def test_what_a_first_step_does_not_need_is_not_loaded(first_step: dict[str, Any]) -> None:
+    loaded = {name: NOT_NEEDED[name] for name in NOT_NEEDED if name in first_step["modules"]}
+    assert not loaded
+    assert "transformers.models.gpt_neox.modeling_gpt_neox" in first_step["modules"]
+
+
+def test_the_collector_leaves_the_libraries_alone_and_is_on(first_step: dict[str, Any]) -> None:
+    assert first_step["frozen"] > 200_000
+    assert first_step["collects"]
+
+
+def test_the_writer_process_of_the_run_is_the_one_that_was_started_first(
+    first_step: dict[str, Any],
+) -> None:
+    assert first_step["early_writer"]
+
+
+def test_a_start_that_is_refused_for_its_checkpoints_does_not_wait_for_torch(
+    tmp_path: Path,
+) -> None:
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-epoch0-step2-files0"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    code = (
+        "import sys, train\n"
+        "code = train.main(['--set', 'data_uri=data'])\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.exit(code)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == ExitCode.USAGE, result.stderr
+    assert "--resume latest" in result.stderr
+    assert "--fresh" in result.stderr

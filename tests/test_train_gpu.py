@@ -1,0 +1,136 @@
+"""What only a GPU shows: no waiting within a step, compiled kernels, float8, memory of the loss."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.model_config import build_model_config
+from configs.training_config import PROJECT_DIRECTORY, get_training_config
+from utils import training_utils
+
+TINY = {
+    "model_overrides.num_hidden_layers": 2, "model_overrides.hidden_size": 64,
+    "model_overrides.intermediate_size": 256, "sequence_length": 64, "global_batch_size": 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def _own_accelerator() -> Iterator[None]:
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def build_state(folder: Path, **settings: Any) -> Any:
+    config = get_training_config("test", {**TINY, "cache_dir": str(folder), **settings})
+    model_config = build_model_config(
+        config.model, config.model_overrides, config.sequence_length,
+        config.pad_vocab_to_multiple_of,
+    )  # fmt: skip
+    training_utils.set_determinism(config)
+    precision = training_utils.resolve_precision(config)
+    accelerator = training_utils.build_accelerator(config, precision, [], folder)
+    return training_utils.build_train_state(accelerator, model_config, config)
+
+
+def train(state: Any, steps: int, accumulation: int = 4) -> list[float]:
+    generator = torch.Generator().manual_seed(2)
+    losses = []
+    for _ in range(steps):
+        batches = [
+            torch.randint(0, 4096, (1, 64), generator=generator) for _ in range(accumulation)
+        ]
+        if state.accelerator.device.type == "cuda":
+            batches = [batch.pin_memory() for batch in batches]
+        training_utils.train_step(state, batches, 1.0)
+        losses.append(state.interval)
+    return [total.item() for total, _ in losses]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_own_accelerator")
+@pytest.mark.parametrize("settings", [{}, {"torch_compile": True}])
+def test_a_step_never_waits_for_the_device(tmp_path: Path, settings: dict[str, Any]) -> None:
+    state = build_state(tmp_path, **settings)
+    train(state, 3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(3):
+            batches = [
+                torch.randint(0, 4096, (1, 64), generator=generator).pin_memory() for _ in range(4)
+            ]
+            training_utils.train_step(state, batches, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_own_accelerator")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"torch_compile": True},
+        {"torch_compile": True, "use_regional_compilation": False},
+        {"gradient_checkpointing": True, "gradient_checkpointing_policy": "selective",
+         "torch_compile": True},
+        {"fp8": True, "torch_compile": True},
+    ],
+)  # fmt: skip
+def test_every_kind_of_step_trains_as_the_plain_one(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    if settings.get("fp8"):
+        pytest.importorskip("torchao", reason="fp8 needs torchao")
+    plain = train(build_state(tmp_path), 4)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    other = train(build_state(tmp_path, **settings), 4)
+    assert other == pytest.approx(plain, rel=2e-2)
+
+
+FLOAT8 = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tests.test_train_gpu import build_state, train
+state = build_state(Path(sys.argv[2]), use_cpu=True, fp8=sys.argv[3] == "fp8")
+names = {type(part).__name__ for part in state.core_model.gpt_neox.layers.modules()}
+assert ("Float8Linear" in names) == (sys.argv[3] == "fp8"), names
+assert type(state.core_model.get_output_embeddings()).__name__ == "Linear"
+assert not any("Float8" in type(value).__name__ for value in state.core_model.state_dict().values())
+print(train(state, 4)[-1])
+"""
+
+
+@pytest.mark.slow
+def test_float8_products_train_on_a_cpu_too(tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "torchao"]
+    installed = subprocess.run(  # noqa: S603
+        [*words, "--target", str(packages)], check=False, capture_output=True, text=True
+    )
+    if installed.returncode:
+        pytest.skip(f"torchao cannot be installed here: {installed.stderr[-200:]}")
+    losses = []
+    for kind in ("plain", "fp8"):
+        words = [sys.executable, "-W", "ignore", "-c", FLOAT8, str(packages), str(tmp_path), kind]
+        run = subprocess.run(  # noqa: S603
+            words, cwd=PROJECT_DIRECTORY, check=False, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        losses.append(float(run.stdout.split()[-1]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[0] != losses[1]

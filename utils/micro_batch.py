@@ -1,0 +1,97 @@
+"""The largest micro-batch that fits, for `per_device_train_batch_size: auto`.
+
+    samples of a rank in a step, memory of the device -> micro-batch, accumulation
+
+The samples of a step stay what `global_batch_size` says: a candidate divides them. The formula
+says where to begin; on a GPU a step of the real model is then tried, with memory for gradients and
+moments taken, and the next smaller one until it fits. A CPU gives no such error: there the formula
+decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+
+from configs.training_config import TrainingConfig
+from utils import ranks
+from utils.console import format_bytes
+from utils.errors import ConfigError, ResourceShortageError
+from utils.machine_checks import MEMORY_RESERVE, estimate_memory, find_free_memory
+from utils.model_building import ParameterCounts
+from utils.step_probe import try_step
+
+log = logging.getLogger("train")
+
+# A formula that is too high must not keep a larger micro-batch from being tried.
+FORMULA_MARGIN = 1.3
+
+
+def resolve_micro_batch(
+    config: TrainingConfig,
+    model_config: Any,
+    counts: ParameterCounts,
+    precision: str,
+    device: torch.device,
+    world_size: int,
+) -> TrainingConfig:
+    """Return the configuration with the largest micro-batch that fits on every rank.
+
+    Args:
+        config: With `auto_find_batch_size`; another one comes back as it is.
+        model_config: transformers config of the model.
+        counts: Its parameters.
+        precision: no, bf16 or fp16.
+        device: Of this rank.
+        world_size: All ranks; all of them call this.
+
+    Raises:
+        ConfigError: The samples of a step cannot be divided over the ranks.
+        ResourceShortageError: Not even one sample fits.
+    """
+    if not config.auto_find_batch_size or config.global_batch_size is None:
+        return config
+    samples, rest = divmod(config.global_batch_size, world_size)
+    if rest:
+        raise ConfigError(
+            f"global_batch_size {config.global_batch_size} is no multiple of {world_size} ranks. "
+            "Change it."
+        )
+    free, where = find_free_memory(device)
+
+    def with_size(size: int) -> TrainingConfig:
+        return dataclasses.replace(config, per_device_train_batch_size=size)
+
+    def estimate(size: int) -> int:
+        need = estimate_memory(with_size(size), model_config, counts, precision, device, world_size)
+        return need.total
+
+    def fits(size: int) -> bool:
+        need = estimate(size)
+        if device.type != "cuda":
+            return need <= MEMORY_RESERVE * free
+        return need <= FORMULA_MARGIN * free and try_step(
+            with_size(size), model_config, precision, device
+        )
+
+    own = next((size for size in divisors(samples) if fits(size)), 0)
+    size = min(ranks.broadcast_from_main(ranks.gather_to_main(own) or [own]))
+    if size == 0:
+        raise ResourceShortageError(
+            f"Not even one sample of {config.sequence_length} tokens fits into {where}: about "
+            f"{format_bytes(estimate(1))} are needed, {format_bytes(free)} are free. Set "
+            "gradient_checkpointing=true, lower sequence_length, or choose a smaller model."
+        )
+    log.info(
+        "Micro-batch: %d samples, the most that fit into %s; %d of them in a step on each rank.",
+        size, where, samples // size,
+    )  # fmt: skip
+    return with_size(size)
+
+
+def divisors(number: int) -> list[int]:
+    """Return what divides a number, largest first."""
+    return [divisor for divisor in range(number, 0, -1) if number % divisor == 0]
