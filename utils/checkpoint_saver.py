@@ -59,9 +59,9 @@ class CheckpointSaver:
         device: Where the state's tensors are.
         on_commit: Called in the saver's thread with each committed checkpoint.
         background: False writes within `save`, without a snapshot.
+        meeting: Of the savers of all ranks, where each saves a part; None: this one saves it all.
         writer: A writer process that has been started already, for the first snapshot; whoever
             made it closes it too.
-        meeting: Of the savers of all ranks, where each saves a part; None: this one saves it all.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class CheckpointSaver:
         on_commit: Callable[[Path], None],
         *,
         background: bool = True,
-        writer: WriterProcess | None = None,
         meeting: Meeting | None = None,
+        writer: WriterProcess | None = None,
     ) -> None:
         self.failure: SaveError | None = None
         """Why the last save failed, None when it did not."""

@@ -22,6 +22,7 @@ from utils.console import format_bytes
 from utils.errors import ConfigError, ResourceShortageError
 from utils.machine_checks import MEMORY_RESERVE, estimate_memory, find_free_memory
 from utils.model_building import ParameterCounts
+from utils.sharding import resolve_sharding
 from utils.step_probe import try_step
 
 log = logging.getLogger("train")
@@ -71,7 +72,8 @@ def resolve_micro_batch(
 
     def fits(size: int) -> bool:
         need = estimate(size)
-        if device.type != "cuda":
+        # A step of one rank alone says nothing of ranks that share the state.
+        if device.type != "cuda" or resolve_sharding(config, world_size) is not None:
             return need <= MEMORY_RESERVE * free
         return need <= FORMULA_MARGIN * free and try_step(
             with_size(size), model_config, precision, device

@@ -58,8 +58,8 @@ class RunSaving:
         transport: The way to the bucket; None uploads nothing.
         background_upload: False uploads before `save` returns.
         tell: Called with what happens to checkpoints: title, line, step it belongs to (None: now).
-        writer: A writer process that has been started already.
         meeting: Of all ranks' savers, where the state is sharded.
+        writer: A writer process that has been started already.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class RunSaving:
         transport: TransportOptions | None = None,
         background_upload: bool = True,
         tell: Tell = lambda title, line, step: None,
-        writer: WriterProcess | None = None,
         meeting: Meeting | None = None,
+        writer: WriterProcess | None = None,
     ) -> None:
         self._config, self._paths, self._identity = config, paths, identity
         self._tell = tell
@@ -83,13 +83,9 @@ class RunSaving:
             self._uploader = self._build_uploader(transport)
         self._waits_for_uploads = not background_upload
         self._saver = CheckpointSaver(
-            paths.checkpoints,
-            device,
-            self._after_commit,
-            background=config.background_save,
-            writer=writer,
-            meeting=meeting,
-        )
+            paths.checkpoints, device, self._after_commit, background=config.background_save,
+            meeting=meeting, writer=writer,
+        )  # fmt: skip
         self._failed_at: float | None = None
         self._sharers = 1 if meeting is None else ranks.ranks_on_this_machine()
 

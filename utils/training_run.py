@@ -202,8 +202,8 @@ class TrainingRun:
                 transport=self._transport,
                 background_upload=self._background_upload,
                 tell=self._notes.add,
-                writer=self._early_writer,
                 meeting=meeting,
+                writer=self._early_writer,
             )
         elif meeting is not None:
             self._saving = RunSaving(

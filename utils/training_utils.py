@@ -372,7 +372,8 @@ def _compile(state: TrainState, config: TrainingConfig) -> None:
     shape = (config.per_device_train_batch_size, config.sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     document_end = 0 if config.mask_documents else None
-    compile_model(model, by_layer=config.use_regional_compilation)
+    # The hooks that gather a sharded layer's weights stand between the layers.
+    compile_model(model, by_layer=config.use_regional_compilation or state.is_sharded)
     started = time.perf_counter()
     reason = ""
     try:
