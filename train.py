@@ -118,7 +118,7 @@ def train(args: argparse.Namespace) -> int:
     from utils import checkpoint_store, preflight, ranks, resume, tracking
     from utils.layout import RunPaths
     from utils.micro_batch import resolve_micro_batch
-    from utils.model_building import count_parameters
+    from utils.model_building import count_parameters, require_kernels
     from utils.preemption import PreemptionWatch, metadata_address
     from utils.prices import find_hourly_price
     from utils.run_start import Consent
@@ -143,6 +143,7 @@ def train(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         trackers = tracking.build_trackers(config, paths.metrics)
         accelerator = build_accelerator(config, precision, trackers, paths.logs)
+        require_kernels(config, model_config, precision, accelerator.device)
         ranks.connect_host_group()
         config = resolve_micro_batch(
             config, model_config, counts, precision, accelerator.device, world_size

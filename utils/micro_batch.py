@@ -20,6 +20,7 @@ from configs.training_config import TrainingConfig
 from utils import ranks
 from utils.console import format_bytes
 from utils.errors import ConfigError, ResourceShortageError
+from utils.estimates import GRADIENT_BYTES
 from utils.machine_checks import MEMORY_RESERVE, estimate_memory, find_free_memory
 from utils.model_building import ParameterCounts
 from utils.step_probe import try_step
@@ -28,6 +29,7 @@ log = logging.getLogger("train")
 
 # A formula that is too high must not keep a larger micro-batch from being tried.
 FORMULA_MARGIN = 1.3
+LARGEST_MICRO_BATCH = 2**16
 
 
 def resolve_micro_batch(
@@ -61,6 +63,8 @@ def resolve_micro_batch(
             "Change it."
         )
     free, where = find_free_memory(device)
+    # Ranks exchange gradients in copies of them, which a trial on one rank does not have.
+    buckets = GRADIENT_BYTES * counts.total if world_size > 1 else 0
 
     def with_size(size: int) -> TrainingConfig:
         return dataclasses.replace(config, per_device_train_batch_size=size)
@@ -74,7 +78,7 @@ def resolve_micro_batch(
         if device.type != "cuda":
             return need <= MEMORY_RESERVE * free
         return need <= FORMULA_MARGIN * free and try_step(
-            with_size(size), model_config, precision, device
+            with_size(size), model_config, precision, device, buckets
         )
 
     own = next((size for size in divisors(samples) if fits(size)), 0)
@@ -93,5 +97,6 @@ def resolve_micro_batch(
 
 
 def divisors(number: int) -> list[int]:
-    """Return what divides a number, largest first."""
-    return [divisor for divisor in range(number, 0, -1) if number % divisor == 0]
+    """Return what divides a number, largest first, up to `LARGEST_MICRO_BATCH`."""
+    largest = min(number, LARGEST_MICRO_BATCH)
+    return [divisor for divisor in range(largest, 0, -1) if number % divisor == 0]

@@ -51,6 +51,29 @@ def test_each_rank_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(monkeypatch, 2**40, world_size=5)
 
 
+def test_samples_without_number_are_divided_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert micro_batch.divisors(12) == [12, 6, 4, 3, 2, 1]
+    assert micro_batch.divisors(10**18)[0] == 65536
+    assert micro_batch.divisors(1000003) == [1]  # prime
+    assert resolve(monkeypatch, 2**60, 10**18).per_device_train_batch_size == 65536
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_trial_on_a_gpu_leaves_room_for_the_buckets_of_ranks(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    monkeypatch.setattr(micro_batch, "find_free_memory", lambda device: (2**40, "a GPU"))
+    monkeypatch.setattr(micro_batch, "try_step", lambda *args: tried.append(args[-1]) or True)
+    config = get_training_config("test", {"per_device_train_batch_size": "auto"})
+    model_config = build_model_config(config.model)
+    counts = count_parameters(model_config)
+    micro_batch.resolve_micro_batch(
+        config, model_config, counts, "bf16", torch.device("cuda"), world_size
+    )
+    assert tried == [4 * counts.total * (world_size > 1)]
+
+
 def test_what_does_not_fit_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ResourceShortageError, match="Not even one sample of 512 tokens fits"):
         resolve(monkeypatch, 10**6)
