@@ -11,11 +11,12 @@ import argparse
 import contextlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.training_config import TrainingConfig, get_training_config, parse_assignment
 from utils.console import configure_logging, run_command
-from utils.errors import UsageError
+from utils.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from utils.training_run import TrainingRun
@@ -29,6 +30,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 LEASE_RETRY_SECONDS = 10.0
+COMPILED_FOLDER = "torch_compile"
 
 EPILOG = """exit codes:
   0      done and all verified in the bucket (also after --stop-after and --dry-run)
@@ -113,6 +115,8 @@ def train(args: argparse.Namespace) -> int:
     """Do what the command line asks for; return the exit code."""
     config = load_config(args)
     configure_logging(config.log_level, quiet=args.quiet)
+    if config.torch_compile and not args.dry_run:
+        keep_compiled(config)
     # torch and transformers take seconds to load; a wrong argument should not wait for them.
     from configs.model_config import build_model_config
     from utils import checkpoint_store, preflight, ranks, resume, tracking
@@ -192,6 +196,25 @@ def train(args: argparse.Namespace) -> int:
         )  # fmt: skip
         stack.enter_context(run)
         return loop(run, config, args.stop_after)
+
+
+def keep_compiled(config: TrainingConfig) -> None:
+    """Have torch.compile keep its results in `cache_dir`, where the user has not said otherwise.
+
+    It has to be said before transformers is loaded, which settles on a folder of its own.
+
+    Raises:
+        ConfigError: The folder cannot be made.
+    """
+    folder = Path(config.cache_dir).resolve() / COMPILED_FOLDER
+    folder = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(
+            f"torch.compile cannot keep its results in {folder}: {exc.strerror}. Set cache_dir "
+            "elsewhere, or torch_compile=false."
+        ) from exc
 
 
 def hold_bucket(stack: contextlib.ExitStack, config: TrainingConfig, run_id: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from configs.training_config import TrainingConfig
 from utils import ranks
 from utils.console import format_bytes
-from utils.errors import ConfigError, ResourceShortageError
+from utils.errors import ConfigError, PreflightError
 from utils.estimates import GRADIENT_BYTES
 from utils.machine_checks import MEMORY_RESERVE, estimate_memory, find_free_memory
 from utils.model_building import ParameterCounts
@@ -52,7 +52,7 @@ def resolve_micro_batch(
 
     Raises:
         ConfigError: The samples of a step cannot be divided over the ranks.
-        ResourceShortageError: Not even one sample fits.
+        PreflightError: Not even one sample fits.
     """
     if not config.auto_find_batch_size or config.global_batch_size is None:
         return config
@@ -84,7 +84,7 @@ def resolve_micro_batch(
     own = next((size for size in divisors(samples) if fits(size)), 0)
     size = min(ranks.broadcast_from_main(ranks.gather_to_main(own) or [own]))
     if size == 0:
-        raise ResourceShortageError(
+        raise PreflightError(
             f"Not even one sample of {config.sequence_length} tokens fits into {where}: about "
             f"{format_bytes(estimate(1))} are needed, {format_bytes(free)} are free. Set "
             "gradient_checkpointing=true, lower sequence_length, or choose a smaller model."

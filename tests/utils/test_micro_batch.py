@@ -8,7 +8,7 @@ import torch
 from configs.model_config import build_model_config
 from configs.training_config import TrainingConfig, get_training_config
 from utils import micro_batch
-from utils.errors import ConfigError, ResourceShortageError
+from utils.errors import ConfigError, PreflightError
 from utils.model_building import count_parameters
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_a_trial_on_a_gpu_leaves_room_for_the_buckets_of_ranks(
 
 
 def test_what_does_not_fit_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ResourceShortageError, match="Not even one sample of 512 tokens fits"):
+    with pytest.raises(PreflightError, match="Not even one sample of 512 tokens fits"):
         resolve(monkeypatch, 10**6)
 
 
