@@ -635,6 +635,15 @@ def test_torch_compile_gives_the_same_curve(run_train: Train, tmp_path: Path) ->
     assert not [name for name in load_file(saved) if "_orig_mod" in name]
 
 
+def test_attention_that_cannot_train_here_is_refused_before_anything_is_written(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("use_cpu=true", "attn_implementation=flex_attention")
+    assert run_train("--max-steps", "1", settings=settings) == ExitCode.USAGE
+    assert "flex_attention trains on a CUDA GPU only" in capsys.readouterr().err
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
 def test_the_folder_of_what_is_compiled_is_the_users_or_in_cache_dir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,10 +89,12 @@ def resolve_micro_batch(
             f"{format_bytes(estimate(1))} are needed, {format_bytes(free)} are free. Set "
             "gradient_checkpointing=true, lower sequence_length, or choose a smaller model."
         )
-    log.info(
-        "Micro-batch: %d samples, the most that fit into %s; %d of them in a step on each rank.",
-        size, where, samples // size,
-    )  # fmt: skip
+    if ranks.is_main_rank():
+        log.info(
+            "Micro-batch: %d samples, the most that fit into %s; %d of them in a step on each "
+            "rank.",
+            size, where, samples // size,
+        )  # fmt: skip
     return with_size(size)
 
 

@@ -74,6 +74,16 @@ def test_a_trial_on_a_gpu_leaves_room_for_the_buckets_of_ranks(
     assert tried == [4 * counts.total * (world_size > 1)]
 
 
+@pytest.mark.parametrize("is_main", [True, False])
+def test_one_rank_tells_of_it(
+    is_main: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(micro_batch.ranks, "is_main_rank", lambda: is_main)
+    with caplog.at_level("INFO", logger="train"):
+        resolve(monkeypatch, 2**40)
+    assert caplog.text.count("Micro-batch: 24 samples") == is_main
+
+
 def test_what_does_not_fit_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PreflightError, match="Not even one sample of 512 tokens fits"):
         resolve(monkeypatch, 10**6)
