@@ -11,11 +11,12 @@ import argparse
 import contextlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.training_config import TrainingConfig, get_training_config, parse_assignment
 from utils.console import configure_logging, run_command
-from utils.errors import UsageError
+from utils.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from utils.checkpoint_writer import WriterProcess
@@ -31,6 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 LEASE_RETRY_SECONDS = 10.0
+COMPILED_FOLDER = "torch_compile"
 
 EPILOG = """exit codes:
   0      done and all verified in the bucket (also after --stop-after and --dry-run)
@@ -124,6 +126,8 @@ def train(args: argparse.Namespace) -> int:
     paths = RunPaths.of(config)
     if not args.dry_run:
         resume.require_startable(paths, resume=args.resume, fresh=args.fresh)
+    if config.torch_compile and not args.dry_run:
+        keep_compiled(config)
     is_main_rank = os.environ.get("RANK", "0") == "0"
     writes = config.background_save and is_main_rank and not args.dry_run
     with starting_early(is_wanted=writes) as writer:
@@ -141,7 +145,7 @@ def start(
     from configs.model_config import build_model_config
     from utils import checkpoint_store, preflight, ranks, tracking
     from utils.micro_batch import resolve_micro_batch
-    from utils.model_building import count_parameters
+    from utils.model_building import count_parameters, require_kernels
     from utils.preemption import PreemptionWatch, metadata_address
     from utils.prices import find_hourly_price
     from utils.run_start import Consent
@@ -163,6 +167,7 @@ def start(
     with contextlib.ExitStack() as stack:
         trackers = tracking.build_trackers(config, paths.metrics)
         accelerator = build_accelerator(config, precision, trackers, paths.logs)
+        require_kernels(config, model_config, precision, accelerator.device)
         ranks.connect_host_group()
         config = resolve_micro_batch(
             config, model_config, counts, precision, accelerator.device, world_size
@@ -203,6 +208,25 @@ def start(
         )  # fmt: skip
         stack.enter_context(run)
         return loop(run, config, args.stop_after)
+
+
+def keep_compiled(config: TrainingConfig) -> None:
+    """Have torch.compile keep its results in `cache_dir`, where the user has not said otherwise.
+
+    It has to be said before transformers is loaded, which settles on a folder of its own.
+
+    Raises:
+        ConfigError: The folder cannot be made.
+    """
+    folder = Path(config.cache_dir).resolve() / COMPILED_FOLDER
+    folder = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(
+            f"torch.compile cannot keep its results in {folder}: {exc.strerror}. Set cache_dir "
+            "elsewhere, or torch_compile=false."
+        ) from exc
 
 
 def hold_bucket(stack: contextlib.ExitStack, config: TrainingConfig, run_id: str) -> None:

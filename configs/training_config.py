@@ -558,15 +558,17 @@ def compare_configs(old: Mapping[str, Any], new: TrainingConfig) -> ConfigChange
     """Return the differences between a checkpoint's configuration and the current one.
 
     A longer run is a free change, a shorter one is not: its schedule would have ended before.
-    Keys that only one version of this project knows are left out.
+    Keys that only one version of this project knows are left out; but a guarded one that the
+    checkpoint's version did not know had its default, which is to do without.
     """
     free: list[str] = []
     guarded: list[str] = []
+    known = {**{key: getattr(TrainingConfig(), key) for key in GUARDED_KEYS}, **old}
     for key, value in new.to_json().items():
-        if key not in old or old[key] == value:
+        if key not in known or known[key] == value:
             continue
-        change = f"{key}: {json.dumps(old[key])} -> {json.dumps(value)}"
-        shorter = key == "max_steps" and value < old[key]
+        change = f"{key}: {json.dumps(known[key])} -> {json.dumps(value)}"
+        shorter = key == "max_steps" and value < known[key]
         (guarded if key in GUARDED_KEYS or shorter else free).append(change)
     return ConfigChanges(tuple(free), tuple(guarded))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from configs.model_config import build_model_config
 from configs.training_config import PROJECT_DIRECTORY, config_from_json, get_training_config
 from tests.conftest import TINY
-from utils.errors import ExitCode, StorageError
+from utils.errors import ConfigError, ExitCode, StorageError
 from utils.layout import find_checkpoints, read_json, read_manifest
 from utils.metadata import read_metrics
 
@@ -631,6 +633,44 @@ def test_torch_compile_gives_the_same_curve(run_train: Train, tmp_path: Path) ->
     np.testing.assert_allclose(*curves, rtol=0, atol=1e-5)
     saved = tmp_path / "compiled/checkpoints/checkpoint-epoch0-step3-files0/model.safetensors"
     assert not [name for name in load_file(saved) if "_orig_mod" in name]
+
+
+def test_attention_that_cannot_train_here_is_refused_before_anything_is_written(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("use_cpu=true", "attn_implementation=flex_attention")
+    assert run_train("--max-steps", "1", settings=settings) == ExitCode.USAGE
+    assert "flex_attention trains on a CUDA GPU only" in capsys.readouterr().err
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_the_folder_of_what_is_compiled_is_the_users_or_in_cache_dir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = get_training_config("test", {"cache_dir": str(tmp_path / "a b")})
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    train.keep_compiled(config)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    train.keep_compiled(config)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "a b/torch_compile")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/compiled"))
+    with pytest.raises(ConfigError, match="file/compiled: Not a directory. Set cache_dir"):
+        train.keep_compiled(config)
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_kept_in_the_cache_directory(sample_data: Path, tmp_path: Path) -> None:
+    words = [sys.executable, str(PROJECT_DIRECTORY / "train.py"), "--max-steps", "1"]
+    for setting in (*TINY, f"data_uri={sample_data}", "use_cpu=true", "torch_compile=true"):
+        words += ["--set", setting]
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+    told = subprocess.run(  # noqa: S603
+        words, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    assert "Compiled in" in told
+    assert any((tmp_path / "cache/torch_compile").rglob("*.so"))
 
 
 def test_curves_do_not_go_back_in_time_after_a_resume(run_train: Train, tmp_path: Path) -> None:

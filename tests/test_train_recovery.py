@@ -221,7 +221,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_none_is_moved(
     assert run_train(*words, settings=other) == 2
     assert "--accept-config-change" in capsys.readouterr().err
     assert run_train(*words, "--accept-config-change", settings=other) == 2
-    assert f"{name(4)} does not fit this model" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{name(4)} does not fit this model" in told
+    assert "size mismatch for " in told
     assert steps(tmp_path) == [2, 4]
     assert not (directory(tmp_path) / "set-aside").exists()
 

@@ -298,7 +298,9 @@ def restore_state(state: TrainState, saved: SavedState, config: TrainingConfig) 
         _restore_settings(state, config)
         _restore_random_state(state, saved, config)
     except Exception as exc:  # load_state_dict raises many families
-        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        # load_state_dict has a title, and its first finding in the line below.
+        lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]) or type(exc).__name__
         raise CheckpointError(
             f"{saved.name} does not fit this model or configuration: {reason}"
         ) from exc

@@ -55,19 +55,22 @@ def linear_cross_entropy(
         cross_entropy: `chunk_cross_entropy`, or that compiled.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    is_cast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if is_cast else hidden.dtype
     chunk = chunk or chunk_tokens(len(weight), device)
     with torch.autocast(device, enabled=False):
         loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, targets, chunk, cross_entropy or chunk_cross_entropy
+            hidden, weight, targets, chunk, cross_entropy or chunk_cross_entropy, dtype
         )
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forms the gradients in the forward pass; the one backward pass scales them in place."""
+    """Forms the gradients in the forward pass; the one backward pass scales them.
+
+    What is formed here no loss scaler has seen: in float16 a gradient divided by the number of
+    tokens would be 0, so that division is left to the backward pass, which has float32.
+    """
 
     @staticmethod
     def forward(
@@ -77,49 +80,64 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         chunk: int,
         cross_entropy: ChunkLoss,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         is_trained = any(ctx.needs_input_grad[:2])
+        ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
         count = (targets != IGNORED).sum()
+        is_small = dtype == torch.float16
+        divisor = torch.ones_like(count) if is_small else count
+        scale = _float16_scale(hidden, chunk) if is_small and is_trained else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if is_trained else None
         weight_grad: torch.Tensor | None = None
         for first in range(0, len(hidden), chunk):
             part = slice(first, first + chunk)
             logits = hidden[part] @ weight.t()
-            losses, logits_grad = cross_entropy(logits, targets[part], count, is_trained)
+            losses, logits_grad = cross_entropy(logits, targets[part], divisor, is_trained)
             total += losses
             if logits_grad is not None and hidden_grad is not None:
                 torch.mm(logits_grad, weight, out=hidden_grad[part])
-                weight_grad = _add_product(weight_grad, logits_grad.t(), hidden[part])
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.weight_dtype = weight.dtype
+                inputs = hidden[part] if scale is None else hidden[part] * scale.to(dtype)
+                weight_grad = _add_product(weight_grad, logits_grad.t(), inputs)
+        ctx.save_for_backward(hidden_grad, weight_grad, count, scale)
         return total / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
+        hidden_grad, weight_grad, count, scale = ctx.saved_tensors
         (grad,) = grads
-        if grad.device.type == "cuda" or grad.item() != 1:  # a GPU would have to be waited for
+        # First to the inputs' float32: the factor may be one that 16 bits do not hold.
+        hidden_grad = hidden_grad.to(ctx.dtypes[0])
+        if scale is not None:
+            hidden_grad = hidden_grad.mul_(grad / count)
+            weight_grad = weight_grad.mul_(grad / (count * scale))
+        elif grad.device.type == "cuda" or grad.item() != 1:  # a GPU would have to be waited for
             hidden_grad, weight_grad = hidden_grad.mul_(grad), weight_grad.mul_(grad)
-        return (
-            hidden_grad,
-            weight_grad.to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-        )
+        return hidden_grad, weight_grad.to(ctx.dtypes[1]), None, None, None, None
+
+
+def _float16_scale(hidden: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Return a power of two with which no sum over a chunk's tokens passes the largest float16.
+
+    A logit's gradient is at most 1 before it is divided by the number of tokens.
+    """
+    largest = hidden.abs().amax().float() * min(chunk, len(hidden))
+    room = torch.finfo(torch.float16).max / largest
+    return torch.exp2(torch.log2(room).floor()).clamp(max=1.0)
 
 
 def chunk_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor, is_trained: bool
+    logits: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor, is_trained: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a chunk's summed loss, and its gradient over the logits divided by `count`.
+    """Return a chunk's summed loss, and its gradient over the logits divided by `divisor`.
 
     Args:
         logits: [tokens, vocabulary].
         targets: int64 [tokens].
-        count: Targets of all chunks.
+        divisor: The number of targets of all chunks, or 1.
         is_trained: Whether the gradient is wanted.
     """
     known = targets != IGNORED
@@ -130,7 +148,7 @@ def chunk_cross_entropy(
         return loss, None
     grad = logs.exp_()
     grad.scatter_add_(1, places, grad.new_full(places.shape, -1.0))
-    grad.mul_((known / count).unsqueeze(1))
+    grad.mul_((known / divisor).unsqueeze(1))
     return loss, grad.to(logits.dtype)
 
 

@@ -19,7 +19,8 @@ import torch
 from configs.training_config import TrainingConfig
 from utils import ranks
 from utils.console import format_bytes
-from utils.errors import ConfigError, ResourceShortageError
+from utils.errors import ConfigError, PreflightError
+from utils.estimates import GRADIENT_BYTES
 from utils.machine_checks import MEMORY_RESERVE, estimate_memory, find_free_memory
 from utils.model_building import ParameterCounts
 from utils.sharding import resolve_sharding
@@ -29,6 +30,7 @@ log = logging.getLogger("train")
 
 # A formula that is too high must not keep a larger micro-batch from being tried.
 FORMULA_MARGIN = 1.3
+LARGEST_MICRO_BATCH = 2**16
 
 
 def resolve_micro_batch(
@@ -51,7 +53,7 @@ def resolve_micro_batch(
 
     Raises:
         ConfigError: The samples of a step cannot be divided over the ranks.
-        ResourceShortageError: Not even one sample fits.
+        PreflightError: Not even one sample fits.
     """
     if not config.auto_find_batch_size or config.global_batch_size is None:
         return config
@@ -62,6 +64,8 @@ def resolve_micro_batch(
             "Change it."
         )
     free, where = find_free_memory(device)
+    # Ranks exchange gradients in copies of them, which a trial on one rank does not have.
+    buckets = GRADIENT_BYTES * counts.total if world_size > 1 else 0
 
     def with_size(size: int) -> TrainingConfig:
         return dataclasses.replace(config, per_device_train_batch_size=size)
@@ -76,24 +80,27 @@ def resolve_micro_batch(
         if device.type != "cuda" or resolve_sharding(config, world_size) is not None:
             return need <= MEMORY_RESERVE * free
         return need <= FORMULA_MARGIN * free and try_step(
-            with_size(size), model_config, precision, device
+            with_size(size), model_config, precision, device, buckets
         )
 
     own = next((size for size in divisors(samples) if fits(size)), 0)
     size = min(ranks.broadcast_from_main(ranks.gather_to_main(own) or [own]))
     if size == 0:
-        raise ResourceShortageError(
+        raise PreflightError(
             f"Not even one sample of {config.sequence_length} tokens fits into {where}: about "
             f"{format_bytes(estimate(1))} are needed, {format_bytes(free)} are free. Set "
             "gradient_checkpointing=true, lower sequence_length, or choose a smaller model."
         )
-    log.info(
-        "Micro-batch: %d samples, the most that fit into %s; %d of them in a step on each rank.",
-        size, where, samples // size,
-    )  # fmt: skip
+    if ranks.is_main_rank():
+        log.info(
+            "Micro-batch: %d samples, the most that fit into %s; %d of them in a step on each "
+            "rank.",
+            size, where, samples // size,
+        )  # fmt: skip
     return with_size(size)
 
 
 def divisors(number: int) -> list[int]:
-    """Return what divides a number, largest first."""
-    return [divisor for divisor in range(number, 0, -1) if number % divisor == 0]
+    """Return what divides a number, largest first, up to `LARGEST_MICRO_BATCH`."""
+    largest = min(number, LARGEST_MICRO_BATCH)
+    return [divisor for divisor in range(largest, 0, -1) if number % divisor == 0]

@@ -6,6 +6,7 @@ model config -> transformers model -> loss model -> train step
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,10 @@ from utils.losses import (
     next_token_targets,
 )
 
+GPU_ATTENTIONS = ("flash_attention_2", "flash_attention_3", "flex_attention")
+FLOAT8_CAPABILITY = (8, 9)
+FLOAT8_PACKAGE = "fp8 needs the package torchao: pip install torchao."
+
 
 def build_model(model_config: Any, config: TrainingConfig) -> Any:
     """Return the model of transformers with fresh float32 weights, drawn from the seed on the CPU.
@@ -35,23 +40,71 @@ def build_model(model_config: Any, config: TrainingConfig) -> Any:
     Raises:
         ConfigError: The attention or fp8 that is asked for needs a package that is not installed.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: Any = AutoModelForCausalLM.from_config(
-            model_config, attn_implementation=config.attn_implementation, dtype=torch.float32
-        )
-    except (ImportError, ValueError) as exc:
-        if config.attn_implementation == "sdpa":
-            raise
-        reason = str(exc).strip().splitlines()[0]
-        raise ConfigError(f"attn_implementation {config.attn_implementation}: {reason}") from exc
+    model = build_core(model_config, config.attn_implementation)
     if config.fp8:
         use_float8(model)
     if config.checkpointing_policy:
         enable_checkpointing(model, config.checkpointing_policy)
     model.train()
     return model
+
+
+def build_core(model_config: Any, attention: str) -> Any:
+    """Return the model of transformers in float32, on the device of the context.
+
+    Raises:
+        ConfigError: The attention needs a package that is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(
+            model_config, attn_implementation=attention, dtype=torch.float32
+        )
+    except (ImportError, ValueError) as exc:
+        if attention == "sdpa":
+            raise
+        reason = str(exc).strip().splitlines()[0]
+        raise ConfigError(f"attn_implementation {attention}: {reason}") from exc
+
+
+def require_kernels(
+    config: TrainingConfig, model_config: Any, precision: str, device: torch.device
+) -> None:
+    """Check, before anything is spent, that attention and products can be made here.
+
+    Args:
+        config: The run's configuration.
+        model_config: transformers config of the model.
+        precision: no, bf16 or fp16.
+        device: Where the run is trained.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    attention = config.attn_implementation
+    if attention in GPU_ATTENTIONS and device.type != "cuda":
+        raise ConfigError(
+            f"attn_implementation {attention} trains on a CUDA GPU only, this is {device.type}. "
+            "Set it to sdpa."
+        )
+    if attention.startswith("flash") and precision == "no":
+        raise ConfigError(f"attn_implementation {attention} needs bf16 or fp16. Or set it to sdpa.")
+    if attention != "sdpa":
+        with torch.device("meta"):
+            build_core(model_config, attention)
+    if config.fp8:
+        _require_float8(precision, device)
+
+
+def _require_float8(precision: str, device: torch.device) -> None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        raise ConfigError(f"fp8 needs a GPU with float8 (Ada, Hopper or newer), this is {name}.")
+    if precision != "bf16":
+        raise ConfigError("fp8 needs bf16: its products give bfloat16.")
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(FLOAT8_PACKAGE)
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:
@@ -119,7 +172,7 @@ def use_float8(model: nn.Module) -> None:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as exc:
-        raise ConfigError("fp8 needs the package torchao: pip install torchao.") from exc
+        raise ConfigError(FLOAT8_PACKAGE) from exc
     layers = {id(part) for layer in find_layers(model) for part in layer.modules()}
     convert_to_float8_training(
         model,

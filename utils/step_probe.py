@@ -27,6 +27,7 @@ from utils.mfu import flops_per_token
 from utils.model_building import (
     LossModel,
     ParameterCounts,
+    build_core,
     count_parameters,
     enable_checkpointing,
 )
@@ -157,7 +158,11 @@ def measure_step(
 
 
 def try_step(
-    config: TrainingConfig, model_config: Any, precision: str, device: torch.device
+    config: TrainingConfig,
+    model_config: Any,
+    precision: str,
+    device: torch.device,
+    other_bytes: int = 0,
 ) -> bool:
     """Tell whether two updates of the whole model fit into the memory of a GPU, with some to spare.
 
@@ -166,12 +171,13 @@ def try_step(
         model_config: transformers config of the model.
         precision: no, bf16 or fp16.
         device: The GPU.
+        other_bytes: What training takes besides, and the trial does not.
     """
     size = (config.per_device_train_batch_size, config.sequence_length)
     model = ballast = None
     try:
         spare = int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
-        ballast = torch.empty(spare, dtype=torch.uint8, device=device)
+        ballast = torch.empty(spare + other_bytes, dtype=torch.uint8, device=device)
         with torch.random.fork_rng([device]):
             model = _SmallModel(config, model_config, precision, device)
             for _ in range(2):  # the second one has the optimizer's moments there
@@ -261,13 +267,9 @@ class _SmallModel:
     def __init__(
         self, config: TrainingConfig, small: Any, precision: str, device: torch.device
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
         # Random weights would take seconds.
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                small, attn_implementation="sdpa", dtype=torch.float32
-            )
+            model = build_core(small, config.attn_implementation)
         model.to_empty(device=device)
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):

@@ -48,8 +48,6 @@ from utils.sharding import (
 )
 from utils.step_guard import GOOD, StepGuard
 
-COMPILED_FOLDER = "torch_compile"
-
 log = logging.getLogger(__name__)
 
 
@@ -366,8 +364,6 @@ def build_train_state(
 
 def _compile(state: TrainState, config: TrainingConfig) -> None:
     """Compile the model on a micro-batch of its own; where that fails, go on without."""
-    cache = Path(config.cache_dir).resolve() / COMPILED_FOLDER
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     model, device = state.loss_model, state.accelerator.device
     shape = (config.per_device_train_batch_size, config.sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from configs.training_config import (
     PROJECT_DIRECTORY,
     TrainingConfig,
+    compare_configs,
     config_from_json,
     find_config_file,
     get_training_config,
@@ -305,3 +306,13 @@ def test_any_json_value_gives_a_usable_configuration_or_names_its_key(
 def test_a_prompt_that_is_no_text_is_refused() -> None:
     with pytest.raises(ConfigError, match="sample_prompts"):
         TrainingConfig(sample_prompts=["The", "\ud800x"])
+
+
+def test_a_guarded_key_that_a_checkpoint_does_not_know_had_its_default() -> None:
+    config = get_training_config("test", {"pad_vocab_to_multiple_of": 64, "tf32": True})
+    known = config.to_json()
+    old = {k: v for k, v in known.items() if k not in ("pad_vocab_to_multiple_of", "fp8", "tf32")}
+    changes = compare_configs(old, config)
+    assert changes.guarded == ("pad_vocab_to_multiple_of: null -> 64",)
+    assert changes.free == ()
+    assert compare_configs({**old, "gone": 1}, get_training_config("test")).guarded == ()

@@ -61,6 +61,46 @@ def test_under_autocast_the_products_are_16_bit_and_the_gradients_float32() -> N
         assert tensor.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("scale", "inputs_scale"), [(1.0, 1.0), (2.0**16, 1.0), (2.0**24, 1.0), (2.0**16, 100.0)]
+)
+def test_in_float16_no_gradient_is_too_small_or_too_large(
+    scale: float, inputs_scale: float
+) -> None:
+    # 16,384 tokens: divided by their number, most gradients of logits are no float16. And all have
+    # the same target: a sum over the tokens is none either.
+    tokens, vocabulary = 16384, 128
+    hidden, weight, targets = random_inputs(tokens, 8, vocabulary)
+    hidden, targets = (hidden + 1) * inputs_scale, torch.where(targets == IGNORED, IGNORED, 7)
+    weight *= 0.02 / inputs_scale
+    exact = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    torch.autograd.backward(F.cross_entropy(exact[0] @ exact[1].t(), targets))
+    inputs = [tensor.float().requires_grad_() for tensor in (hidden, weight)]
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(inputs[0], inputs[1], targets, 8192)
+    torch.autograd.backward(loss * scale)
+    for ours, wanted in zip(inputs, exact, strict=True):
+        assert ours.grad is not None
+        assert wanted.grad is not None
+        error = (ours.grad.double() / scale - wanted.grad).norm() / wanted.grad.norm()
+        assert error < 2e-3
+
+
+def test_a_factor_that_bfloat16_does_not_hold_is_applied_in_float32() -> None:
+    hidden, weight, targets = random_inputs(64, 16, 211)
+    gradients = []
+    for factor in (1.0, 1 / 3):
+        inputs = [tensor.float().requires_grad_() for tensor in (hidden, weight)]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(inputs[0], inputs[1], targets)
+        torch.autograd.backward(loss * factor)
+        gradients.append([tensor.grad for tensor in inputs])
+    for whole, third in zip(*gradients, strict=True):
+        assert whole is not None
+        assert third is not None
+        torch.testing.assert_close(third * 3, whole, rtol=1e-6, atol=1e-9)
+
+
 def test_a_loss_without_gradients_keeps_nothing() -> None:
     hidden, weight, targets = (tensor for tensor in random_inputs(64, 16, 211))
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from configs.model_config import build_model_config
 from configs.training_config import TrainingConfig, get_training_config
 from utils import micro_batch
-from utils.errors import ConfigError, ResourceShortageError
+from utils.errors import ConfigError, PreflightError
 from utils.model_building import count_parameters
 
 CPU = torch.device("cpu")
@@ -51,8 +51,41 @@ def test_each_rank_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(monkeypatch, 2**40, world_size=5)
 
 
+def test_samples_without_number_are_divided_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert micro_batch.divisors(12) == [12, 6, 4, 3, 2, 1]
+    assert micro_batch.divisors(10**18)[0] == 65536
+    assert micro_batch.divisors(1000003) == [1]  # prime
+    assert resolve(monkeypatch, 2**60, 10**18).per_device_train_batch_size == 65536
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_trial_on_a_gpu_leaves_room_for_the_buckets_of_ranks(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    monkeypatch.setattr(micro_batch, "find_free_memory", lambda device: (2**40, "a GPU"))
+    monkeypatch.setattr(micro_batch, "try_step", lambda *args: tried.append(args[-1]) or True)
+    config = get_training_config("test", {"per_device_train_batch_size": "auto"})
+    model_config = build_model_config(config.model)
+    counts = count_parameters(model_config)
+    micro_batch.resolve_micro_batch(
+        config, model_config, counts, "bf16", torch.device("cuda"), world_size
+    )
+    assert tried == [4 * counts.total * (world_size > 1)]
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_one_rank_tells_of_it(
+    is_main: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(micro_batch.ranks, "is_main_rank", lambda: is_main)
+    with caplog.at_level("INFO", logger="train"):
+        resolve(monkeypatch, 2**40)
+    assert caplog.text.count("Micro-batch: 24 samples") == is_main
+
+
 def test_what_does_not_fit_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ResourceShortageError, match="Not even one sample of 512 tokens fits"):
+    with pytest.raises(PreflightError, match="Not even one sample of 512 tokens fits"):
         resolve(monkeypatch, 10**6)
 
 

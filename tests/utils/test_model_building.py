@@ -19,6 +19,7 @@ from utils.model_building import (
     build_model,
     compile_model,
     find_layers,
+    require_kernels,
     undo_compilation,
 )
 
@@ -161,6 +162,43 @@ def test_trying_the_compiler_draws_no_random_number_and_leaves_no_gradient(
 def test_attention_that_is_not_installed_is_a_plain_error() -> None:
     with pytest.raises(ConfigError, match=r"attn_implementation flash_attention_2: .*installed"):
         built(attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision", "device", "reason"),
+    [
+        ({"attn_implementation": "flex_attention"}, "no", "cpu", "flex_attention trains on a CUDA"),
+        ({"attn_implementation": "flash_attention_2"}, "bf16", "cpu", "this is cpu. Set it to sdp"),
+        ({"attn_implementation": "flash_attention_2"}, "no", "cuda", "needs bf16 or fp16"),
+        ({"attn_implementation": "flash_attention_3"}, "bf16", "cuda", "3: .*installed"),
+        ({"fp8": True}, "bf16", "cpu", r"float8 \(Ada, Hopper or newer\), this is cpu"),
+        ({"fp8": True}, "bf16", "old", "this is an old GPU"),
+        ({"fp8": True}, "fp16", "cuda", "fp8 needs bf16"),
+        ({"fp8": True}, "bf16", "cuda", "fp8 needs the package torchao"),
+    ],
+)
+def test_what_the_device_cannot_do_is_refused_before_anything_is_built(
+    settings: dict[str, Any],
+    precision: str,
+    device: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capability = (7, 5) if device == "old" else (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = TrainingConfig(model="neox-tiny", model_overrides=SHAPE, **settings)
+    kind = torch.device("cpu" if device == "cpu" else "cuda")
+    with pytest.raises(ConfigError, match=reason):
+        require_kernels(config, build_model_config("neox-tiny", SHAPE), precision, kind)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_of_torch_itself_is_never_refused(attention: str) -> None:
+    config = TrainingConfig(model="neox-tiny", model_overrides=SHAPE, attn_implementation=attention)
+    model_config = build_model_config("neox-tiny", SHAPE)
+    require_kernels(config, model_config, "no", torch.device("cpu"))
 
 
 def test_fp8_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
