@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Threads of a product that wait for each other sleep. Where they spin, as is the default, any other
-# process on their cores (an upload, say) makes steps on a CPU several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait for each other spin for a moment and then sleep. Spinning as long as is the
+# default makes steps on a CPU several times slower where another process wants their cores.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 LEASE_RETRY_SECONDS = 10.0
 COMPILED_FOLDER = "torch_compile"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ GPU_CASES: dict[str, dict[str, Any]] = {
 
 def measure_profile(folder: Path, runs: int) -> dict[str, str]:
     """Profile a few steps of each case; `runs` is not used."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py has it
     import torch
 
     found: dict[str, str] = {}
