@@ -86,15 +86,13 @@ def _measure_case(
 
 def run_contestant(name: str, task: dict[str, Any]) -> dict[str, float]:
     """Return what one contestant printed: `seconds` and `peak_bytes`."""
+    # One cache for all runs: what compilation takes is not what is compared here.
+    compiled = Path(task["folder"]).parent / "compiled"
     output = subprocess.run(  # noqa: S603
         [sys.executable, "-m", "benchmarks.contestants", name, json.dumps(task)],
         check=True,
         cwd=PROJECT_DIRECTORY,
-        # One cache for all runs: what compilation takes is not what is compared here.
-        env={
-            **os.environ,
-            "TORCHINDUCTOR_CACHE_DIR": str(Path(task["folder"]).parent / "compiled"),
-        },
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(compiled)},
         stdout=subprocess.PIPE,
     ).stdout
     result: dict[str, float] = json.loads(output.splitlines()[-1])

@@ -1,6 +1,6 @@
 """Prove on your own configuration that kill -9 and --resume change nothing.
 
-    a short run, straight ------------------------------------------------\
+    a short run, straight ------------------------------------------------+
     the same run: killed, resumed, killed, resumed, ..., once from the bucket -> the same bits
 
 The second run is killed by SIGKILL at random instants between its first step and its end, and
