@@ -563,7 +563,8 @@ def compare_configs(old: Mapping[str, Any], new: TrainingConfig) -> ConfigChange
     """
     free: list[str] = []
     guarded: list[str] = []
-    known = {**{key: getattr(TrainingConfig(), key) for key in GUARDED_KEYS}, **old}
+    defaults = TrainingConfig()
+    known = {**{key: getattr(defaults, key) for key in GUARDED_KEYS}, **old}
     for key, value in new.to_json().items():
         if key not in known or known[key] == value:
             continue

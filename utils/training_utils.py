@@ -90,7 +90,7 @@ def build_accelerator(
     Raises:
         ConfigError: The batch or the state cannot be divided over the ranks as it is asked for.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = ranks.launched_world_size()
     _, accumulation = config.resolve_batch(world_size)
     resolve_sharding(config, world_size)
     return Accelerator(
