@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -212,17 +213,19 @@ def test_modal_retries_what_a_restart_can_mend(
     assert modal_app.volume.commits == 1
 
 
-PATIENT = (
-    'trap "echo TERM >>notes; exit 75" TERM; touch ready; while :; do read -t 0.1 <>fifo; done'
-)
+PATIENT = """
+trap 'read -t 0.5 <>fifo; echo saved >notes; exit 75' TERM
+touch ready
+while :; do read -t 0.1 <>fifo; done"""
 
 
 @pytest.mark.parametrize("woken", [subprocess.TimeoutExpired("", 0.0), KeyboardInterrupt()])
-def test_a_start_is_asked_to_save_once(
+def test_a_start_is_asked_to_save_once_and_waited_for(
     woken: BaseException, modal_app: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time is up, or Modal takes the container."""
     os.mkfifo(tmp_path / "fifo")
+    asked: list[int] = []
 
     class Process(subprocess.Popen[bytes]):
         waits = 0
@@ -235,6 +238,10 @@ def test_a_start_is_asked_to_save_once(
                 assert self.poll() is None
             raise woken
 
+        def send_signal(self, sig: int) -> None:
+            asked.append(sig)
+            super().send_signal(sig)
+
     monkeypatch.setattr(modal_app.subprocess, "Popen", Process)
     command = ["bash", "-c", PATIENT]
     if isinstance(woken, KeyboardInterrupt):
@@ -242,7 +249,8 @@ def test_a_start_is_asked_to_save_once(
             modal_app.run_until(command, tmp_path, os.environ, 100.0)
     else:
         assert modal_app.run_until(command, tmp_path, os.environ, 100.0) == 75
-    assert (tmp_path / "notes").read_text() == "TERM\n"
+    assert (tmp_path / "notes").read_text() == "saved\n"
+    assert asked == [signal.SIGTERM]
 
 
 def test_what_does_not_stop_leaves_no_rank_behind(
