@@ -8,10 +8,11 @@ measured. No torch here.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from configs.model_config import PRESETS
+from utils.errors import ConfigError
 from utils.estimates import estimate_checkpoint_bytes
 from utils.gpu_types import GIB, GPU_TYPES, GpuType
 from utils.prices import PRICE_DIRECTORY, read_price_list
@@ -72,7 +73,12 @@ RUNS = (
 
 def find_runs() -> list[RentedRun]:
     """Return the runs whose preset there is."""
-    return [run for run in RUNS if run.model in PRESETS]
+    found = []
+    for run in RUNS:
+        with contextlib.suppress(ConfigError):
+            shape_of_preset(run.model)
+            found.append(run)
+    return found
 
 
 def find_prices(names: tuple[str, ...], provider: str) -> list[float]:
