@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -375,6 +375,22 @@ def test_a_run_goes_on_from_the_volume_when_its_container_is_gone(
     log = (tmp_path / "runs" / "first" / "logs" / "first" / "train.log").read_text()
     assert f"step {newest}" in log
     assert (bucket / f"checkpoint-epoch0-step{steps}-files0.tar.gz").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_gpu")
+def test_a_checkpoint_of_the_volume_writes_is_evaluated_and_exported(
+    modal_app: ModuleType, run_train: Callable[..., int]
+) -> None:
+    volume = modal_app.volume.root
+    settings = (f"checkpoint_uri={volume}/checkpoints", "run_name=first", "save_steps=2")
+    assert run_train("--max-steps", "2", settings=settings) == 0
+    modal_app.generate("first", "The", max_tokens=3)
+    modal_app.evaluate("first", options="--max-tokens 500")
+    modal_app.export("first")
+    for _, words in modal_app.use_checkpoint.calls:
+        assert modal_app.use_checkpoint.function(*words) == 0, words
+    assert (volume / "exports" / "first" / "config.json").is_file()
 
 
 CHECK = """
