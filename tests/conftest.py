@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -47,25 +47,56 @@ def run_train(
     sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., int]]:
     """Call train.py in this process, in a directory of its own, with a very small model."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    import train
 
     def run(*arguments: str, folder: str = "run", settings: tuple[str, ...] = ()) -> int:
         directory = tmp_path / folder
         directory.mkdir(exist_ok=True)
         monkeypatch.chdir(directory)
-        words = list(arguments)
-        for setting in (*TINY, f"data_uri={sample_data}", *settings):
-            words += ["--set", setting]
-        try:
-            return train.main(words)
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-            PartialState._reset_state()
+        return _train(sample_data, arguments, settings)
 
     yield run
+    _forget_log_handlers()
+
+
+@pytest.fixture(scope="session")
+def trained_run(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of 4 steps, a checkpoint every 2; tests leave it as it is.
+
+    Its bucket is the folder `bucket` in it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    directory = base / "trained"
+    with FileLock(base / "trained.lock"):
+        if not (directory / "done").exists():
+            directory.mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(directory)
+                words = ("--config", "test", "--max-steps", "4", "--quiet")
+                assert _train(sample_data, words, ("save_steps=2", "report_to=[]")) == 0
+            _forget_log_handlers()
+            (directory / "done").touch()
+    return directory
+
+
+def _train(sample_data: Path, arguments: Sequence[str], settings: Sequence[str]) -> int:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    import train
+
+    words = list(arguments)
+    for setting in (*TINY, f"data_uri={sample_data}", *settings):
+        words += ["--set", setting]
+    try:
+        return train.main(words)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+
+
+def _forget_log_handlers() -> None:
     for handler in list(logging.getLogger().handlers):
         if type(handler).__module__.startswith(("logging", "rich")):
             logging.getLogger().removeHandler(handler)

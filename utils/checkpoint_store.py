@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,13 +49,20 @@ MAX_OWNER_BYTES = 1000
 log = logging.getLogger(__name__)
 
 
-def verify_checkpoint(checkpoint: Path, *, forgive_random_states: bool = False) -> Manifest:
+def verify_checkpoint(
+    checkpoint: Path,
+    *,
+    forgive_random_states: bool = False,
+    is_wanted: Callable[[str], bool] = lambda name: True,
+) -> Manifest:
     """Return the manifest after comparing every file with it.
 
     Args:
         checkpoint: Its directory.
         forgive_random_states: Damaged random states are no error; the manifest that is returned
             does not name them.
+        is_wanted: Tells of a file's name whether the file is needed; those that are not are not
+            read, and the manifest that is returned does not name them.
 
     Raises:
         CheckpointError: The checkpoint is incomplete or a file is not what was written.
@@ -66,8 +73,9 @@ def verify_checkpoint(checkpoint: Path, *, forgive_random_states: bool = False) 
         raise CheckpointError(f"{checkpoint.name}: its manifest is of step {manifest.step}.")
     if not manifest.files:
         raise CheckpointError(f"{checkpoint.name}: its manifest names no files.")
-    usable = dict(manifest.files)
-    for name, entry in manifest.files.items():
+    wanted = {name: entry for name, entry in manifest.files.items() if is_wanted(name)}
+    usable = dict(wanted)
+    for name, entry in wanted.items():
         try:
             _verify_file(checkpoint, name, entry)
         except CheckpointError as exc:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from utils.errors import UsageError
 from utils.layout import (
@@ -21,7 +22,7 @@ from utils.layout import (
     parse_checkpoint_name,
 )
 from utils.metadata import CheckpointView, find_best, printable, read_remote_checkpoint
-from utils.storage import Bucket, ObjectInfo
+from utils.storage import Bucket, ObjectInfo, is_gcs_uri
 
 CARD_SUFFIX = ".json"
 CARDS_AT_A_TIME = 8
@@ -66,6 +67,23 @@ def list_remote(bucket: Bucket) -> RemoteListing:
         else:
             listing.others.append(info)
     return listing
+
+
+def parse_remote_name(text: str) -> tuple[str, str] | None:
+    """Return (bucket URI, which) of `URI/[Checkpoints/]WHICH`, None where it is something else.
+
+    Raises:
+        UsageError: It begins with gs:// and names no checkpoint.
+    """
+    base, _, which = text.rstrip("/").rpartition("/")
+    base = base.removesuffix(f"/{REMOTE_FOLDER}").rstrip("/")
+    which = which.removesuffix(ARCHIVE_SUFFIX)
+    if is_gcs_uri(text):
+        if not is_gcs_uri(f"{base}/"):
+            raise UsageError(f"{text}: say gs://BUCKET[/PREFIX]/latest or /NAME.")
+        return base, which
+    is_bucket = bool(base) and (Path(base) / REMOTE_FOLDER).is_dir() and not Path(text).is_dir()
+    return (base, which) if is_bucket else None
 
 
 def read_cards(

@@ -21,7 +21,6 @@ from utils.download import download_checkpoint
 from utils.errors import CheckpointError, StorageError, UsageError
 from utils.journal import Journal
 from utils.layout import (
-    ARCHIVE_SUFFIX,
     REMOTE_FOLDER,
     CheckpointName,
     Manifest,
@@ -40,7 +39,8 @@ from utils.metadata import (
     read_remote_checkpoints,
     select_checkpoint,
 )
-from utils.storage import Bucket, is_gcs_uri, open_bucket
+from utils.remote_checkpoints import parse_remote_name
+from utils.storage import Bucket, open_bucket
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def plan_start(
     """
     if resume is None:
         return Plan(RunIdentity(new_run_id()), fresh=fresh)
-    named = _parse_bucket_name(resume)
+    named = parse_remote_name(resume)
     if named is not None:
         uri, which = named
         return _plan_named(which, _read_bucket(open_bucket, uri), f"{uri}/{REMOTE_FOLDER}")
@@ -190,19 +190,6 @@ def _plan_local(found: Candidate, others: Sequence[Candidate]) -> Plan:
 
 def _is_ahead(one: Candidate, other: Candidate) -> bool:
     return one.identity.run_id == other.identity.run_id and one.name.step > other.name.step
-
-
-def _parse_bucket_name(resume: str) -> tuple[str, str] | None:
-    """Return (bucket URI, which) of `URI/[Checkpoints/]WHICH`, None where it is something else."""
-    base, _, which = resume.rstrip("/").rpartition("/")
-    base = base.removesuffix(f"/{REMOTE_FOLDER}").rstrip("/")
-    which = which.removesuffix(ARCHIVE_SUFFIX)
-    if is_gcs_uri(resume):
-        if not is_gcs_uri(f"{base}/"):
-            raise UsageError(f"--resume {resume}: say gs://BUCKET[/PREFIX]/latest or /NAME.")
-        return base, which
-    is_bucket = bool(base) and (Path(base) / REMOTE_FOLDER).is_dir() and not Path(resume).is_dir()
-    return (base, which) if is_bucket else None
 
 
 def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[RemoteCandidate]:

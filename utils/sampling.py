@@ -9,7 +9,6 @@ wrong here is said once and ends the looking, never the run. The main process al
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +17,13 @@ from typing import Any
 from accelerate.utils import DistributedType
 
 from configs.training_config import TrainingConfig
-from utils.errors import UsageError
 from utils.generation import Sampling, generate
 from utils.metadata import append_metrics, printable, printable_lines
+from utils.tokenizer_loading import begin_of_text, load_tokenizer
 from utils.training_utils import TrainState
 
 TEMPERATURE = 0.8
 TOP_P = 0.95
-TOKENIZER_FILE = "tokenizer.json"
 # Ranks hold parts of the weights: a forward of one rank alone would wait for the others.
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -102,7 +100,7 @@ class Sampler:
         samples = []
         for prompt in self._prompts:
             end = self._tokenizer.eos_token_id
-            ids = self._tokenizer(prompt)["input_ids"] or _begin_of_text(self._tokenizer)
+            ids = self._tokenizer(prompt)["input_ids"] or begin_of_text(self._tokenizer)
             with state.accelerator.autocast():
                 tokens = generate(
                     state.core_model,
@@ -119,28 +117,3 @@ class Sampler:
     def _give_up(self, reason: str, level: int = logging.INFO) -> None:
         log.log(level, "No sample texts in this start: %s.", reason.rstrip("."))
         self._prompts = []
-
-
-def load_tokenizer(files: Mapping[str, bytes]) -> Any:
-    """Return the transformers tokenizer that files hold; nothing is looked up elsewhere."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    fast_class: Any = PreTrainedTokenizerFast
-    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
-        for name, data in files.items():
-            (Path(folder) / Path(name).name).write_bytes(data)
-        if set(files) == {TOKENIZER_FILE}:  # nothing says of which class it is
-            return fast_class(tokenizer_file=str(Path(folder) / TOKENIZER_FILE))
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _begin_of_text(tokenizer: Any) -> list[int]:
-    """Return what stands before a text in the data: the token that ends the one before.
-
-    Raises:
-        UsageError: The tokenizer has no such token.
-    """
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return [token]
-    raise UsageError("an empty prompt needs a tokenizer with an end-of-text token")

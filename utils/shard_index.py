@@ -20,7 +20,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -208,7 +208,7 @@ def _from_index(value: Any, bucket: Bucket) -> ShardIndex:
             tuple(s for s in shards if is_validation_shard(s.name)),
             value.get("vocab_size"),
             value.get("summary", {}).get("unigram_entropy_nats"),
-            _find_tokenizer_files(named),
+            find_tokenizer_files(named),
             value.get("tokenizer_sha256"),
             value.get("eos_token_id"),
         )
@@ -222,7 +222,8 @@ _TOKENIZER_FILE = re.compile(
 )
 
 
-def _find_tokenizer_files(names: Any) -> tuple[str, ...]:
+def find_tokenizer_files(names: Iterable[str]) -> tuple[str, ...]:
+    """Return those of some file names that are a tokenizer's, sorted."""
     return tuple(sorted(name for name in names if _TOKENIZER_FILE.fullmatch(name)))
 
 
@@ -247,7 +248,7 @@ def _from_headers(bucket: Bucket, max_files: int | None, *, skip_bad_shards: boo
     return ShardIndex(
         tuple(f for f in facts if not is_validation_shard(f.name)),
         tuple(f for f in facts if is_validation_shard(f.name)),
-        tokenizer_files=_find_tokenizer_files(info.name for info in objects),
+        tokenizer_files=find_tokenizer_files(info.name for info in objects),
     )
 
 

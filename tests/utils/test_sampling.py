@@ -14,8 +14,9 @@ from accelerate.utils import DistributedType
 
 from configs.training_config import TrainingConfig
 from utils import sampling
-from utils.sampling import Sample, Sampler, load_tokenizer
+from utils.sampling import Sample, Sampler
 from utils.tokenization import build_tokenizer
+from utils.tokenizer_loading import load_tokenizer
 
 FILES = {"tokenizer.json": b"{}"}
 

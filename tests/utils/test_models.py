@@ -1,0 +1,158 @@
+"""A model is found wherever it is, and loaded as it was trained (model_finding, model_loading)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from configs.training_config import TrainingConfig, get_training_config
+from tests.gcs_server import FakeGcsServer
+from utils.errors import CheckpointError, UsageError
+from utils.layout import read_manifest
+from utils.model_finding import find_model
+from utils.model_loading import ModelSource, load_model
+
+
+@pytest.fixture
+def config(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingConfig:
+    """The configuration of the run, and an empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    return get_training_config("test", {"output_dir": str(trained_run / "checkpoints")})
+
+
+def newest(trained_run: Path) -> Path:
+    return max((trained_run / "checkpoints").glob("*step4-*"))
+
+
+@pytest.mark.parametrize("text", ["latest", "best", "4", "name", "path", "ending"])
+def test_a_checkpoint_is_found_by_every_name(
+    text: str, trained_run: Path, config: TrainingConfig
+) -> None:
+    path = newest(trained_run)
+    words = {"name": path.name, "path": str(path), "ending": path.name[-12:]}
+    found = find_model(words.get(text, text), config)
+    assert (found.name, found.step, found.location) == (path.name, 4, str(path))
+
+
+@pytest.mark.parametrize("text", ["latest", "2", "bucket/latest", "bucket/Checkpoints/NAME.tar.gz"])
+def test_what_is_in_the_bucket_alone_is_downloaded_once(
+    text: str, trained_run: Path, config: TrainingConfig, tmp_path: Path
+) -> None:
+    bucket = trained_run / "bucket"
+    config = replace(config, output_dir="nothing", checkpoint_uri=str(bucket))
+    text = text.replace("bucket", str(bucket)).replace("NAME", newest(trained_run).name)
+    stages: list[str] = []
+    found = find_model(text, config, lambda stage, done, total: stages.append(stage))
+    assert found.step == (2 if text == "2" else 4)
+    assert found.directory is not None
+    assert found.directory.is_relative_to("cache/models")
+    assert stages
+    stages.clear()
+    assert find_model(text, config, lambda stage, done, total: stages.append(stage)) == found
+    assert not stages
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_folder_of_a_bucket_is_downloaded(
+    trained_run: Path, config: TrainingConfig, gcs: FakeGcsServer
+) -> None:
+    for path in newest(trained_run).iterdir():
+        if path.name in ("config.json", "model.safetensors", "tokenizer.json"):
+            gcs.put_object("runs", f"exports/small/{path.name}", path.read_bytes())
+    found = find_model("gs://runs/exports/small", config)
+    assert (found.name, found.manifest) == ("small", None)
+    loaded = load_model(found, device="cpu")
+    assert loaded.tokenizer is not None
+    with pytest.raises(UsageError, match=r"holds no config\.json"):
+        find_model("gs://runs/exports", config)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("7", "no checkpoint '7'"),
+        ("no/such/directory", "no such directory"),
+        ("../x", "no such directory"),
+        ("texts", "neither a checkpoint"),
+        ("gs://runs", "say gs://"),
+    ],
+)
+def test_what_is_no_model_is_refused(
+    text: str, words: str, config: TrainingConfig, tmp_path: Path
+) -> None:
+    config = replace(config, checkpoint_uri="")
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(UsageError, match=words):
+        find_model(text, config)
+
+
+def test_any_other_word_is_a_name_on_the_hub(
+    config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = find_model("someone/some-model", config)
+    assert found.directory is None
+    with pytest.raises(UsageError, match=r"someone/some-model is no checkpoint or directory here"):
+        load_model(found, device="cpu")
+
+
+def test_a_loaded_checkpoint_is_the_one_that_stock_transformers_loads(trained_run: Path) -> None:
+    path = newest(trained_run)
+    loaded = load_model(ModelSource(path.name, str(path), read_manifest(path)), device="cpu")
+    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = torch.arange(24).reshape(2, 12)
+    assert not loaded.model.training
+    assert torch.equal(loaded.model(ids).logits, stock(ids).logits)
+    assert loaded.tokenizer.decode(loaded.tokenizer("the end")["input_ids"]) == "the end"
+    assert (loaded.vocab_size, loaded.context) == (512, 512)
+    half = load_model(loaded.source, device="cpu", dtype="bfloat16")
+    assert half.model.dtype == torch.bfloat16
+
+
+def copy_of(path: Path, folder: Path) -> ModelSource:
+    shutil.copytree(path, folder / path.name)
+    return ModelSource(path.name, str(folder / path.name), read_manifest(path))
+
+
+def test_only_the_files_of_the_model_are_verified(trained_run: Path, tmp_path: Path) -> None:
+    source = copy_of(newest(trained_run), tmp_path)
+    (tmp_path / source.name / "optimizer.bin").write_bytes(b"damaged")
+    load_model(source, device="cpu")
+    weights = tmp_path / source.name / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        load_model(source, device="cpu")
+
+
+def test_a_model_that_transformers_would_complete_at_random_is_refused(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    source = copy_of(newest(trained_run), tmp_path)
+    folder = tmp_path / source.name
+    (folder / "manifest.json").unlink()
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "num_hidden_layers": 2}))
+    with pytest.raises(CheckpointError, match="has no weights for"):
+        load_model(ModelSource("folder", str(folder)), device="cpu")
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("raise SystemExit('it was run')")
+    values = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_model(ModelSource("own", str(tmp_path)), device="cpu")
+
+
+def test_a_device_that_is_not_there_is_refused(trained_run: Path) -> None:
+    path = newest(trained_run)
+    with pytest.raises(UsageError, match="--device warp"):
+        load_model(ModelSource(path.name, str(path), read_manifest(path)), device="warp")
