@@ -128,7 +128,7 @@ LAYERS: list[set[str]] = [
         "utils.upload_job",
         "utils.wandb_tracker",
     },
-    {"utils.upload_process"},
+    {"utils.cloud_tables", "utils.upload_process"},
     {"utils.uploader"},
     {
         "utils.download",
@@ -191,6 +191,7 @@ WITHOUT_TORCH = [
     "utils.checkpoint_text",
     "utils.checkpoint_writer",
     "utils.child_process",
+    "utils.cloud_tables",
     "utils.costs",
     "utils.data_state",
     "utils.download",
