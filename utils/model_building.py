@@ -5,6 +5,7 @@ model config -> transformers model -> loss model -> train step
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -105,6 +106,16 @@ def _require_float8(precision: str, device: torch.device) -> None:
         raise ConfigError("fp8 needs bf16: its products give bfloat16.")
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(FLOAT8_PACKAGE)
+
+
+def with_layers(model_config: Any, count: int) -> Any:
+    """Return a model config of so many layers that is like another one, which stays as it is."""
+    small = copy.deepcopy(model_config)
+    small.num_hidden_layers = count
+    for name in ("layer_types", "attention_layers"):  # lists with an entry for each layer
+        if isinstance(getattr(small, name, None), list):
+            setattr(small, name, getattr(small, name)[:count])
+    return small
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:
@@ -277,7 +288,7 @@ def count_parameters(model_config: Any) -> ParameterCounts:
             model = AutoModelForCausalLM.from_config(model_config)
     except Exception as exc:  # whatever a wrong value meets first
         raise ConfigError(
-            f"No model can be built with these model_overrides: {type(exc).__name__}: {exc}"
+            f"No model can be built of these values: {type(exc).__name__}: {exc}"
         ) from exc
     total = sum(parameter.numel() for parameter in model.parameters())
     embeddings = {
