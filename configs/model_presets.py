@@ -59,7 +59,6 @@ def _llama(
             "hidden_size": hidden,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": heads,
             "intermediate_size": intermediate,
             "max_position_embeddings": 1024,
             "tie_word_embeddings": True,

@@ -113,9 +113,7 @@ def test_smaller_presets_have_the_shapes_of_their_families(
     ("name", "wanted"),
     [("nano-xs", 746e3), ("nano-s", 1.6e6), ("nano-ds", 2.8e6), ("nano-l", 4.8e6), ("gpt2", 124e6)],
 )
-def test_presets_are_within_2_percent_of_what_their_names_promise(
-    name: str, wanted: float
-) -> None:
+def test_presets_are_within_2_percent_of_what_their_names_promise(name: str, wanted: float) -> None:
     assert PRESETS[name].parameters == pytest.approx(wanted, rel=0.02)
 
 

@@ -68,7 +68,9 @@ def test_overrides_win_whatever_name_a_size_has(tmp_path: Path) -> None:
     assert build_model_config(path, sequence_length=64).n_positions == 64
     with pytest.raises(ConfigError, match="sequence_length 65 is above the 64 positions"):
         build_model_config(path, sequence_length=65)
-    rope = write(tmp_path, {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
+    rope = write(
+        tmp_path, {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    )
     assert build_model_config(rope, {"rope_theta": 5e5}).rope_parameters["rope_theta"] == 5e5
     older = write(tmp_path, {**LLAMA, "rope_theta": 1e6, "rope_scaling": None})
     assert build_model_config(older).rope_parameters["rope_theta"] == 1e6
@@ -146,7 +148,9 @@ def test_changes_of_a_model_are_named_and_versions_are_none(tmp_path: Path) -> N
     config = build_model_config(write(tmp_path, GPT2), pad_vocab_to_multiple_of=100)
     saved = json.loads(config.to_json_string(use_diff=False))
     older = {k: v for k, v in saved.items() if k not in ("reorder_and_upcast_attn", "n_inner")}
-    assert describe_model_changes({**older, "n_inner": 64, "transformers_version": "4"}, config) == []
+    assert (
+        describe_model_changes({**older, "n_inner": 64, "transformers_version": "4"}, config) == []
+    )
     assert describe_model_changes({**saved, "n_layer": 3, "eos_token_id": 5}, config) == [
         "n_layer: 3 -> 2"
     ]
