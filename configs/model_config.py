@@ -214,7 +214,7 @@ def _checked_values(path: str, found: dict[str, Any]) -> tuple[str, dict[str, An
     return model_type, kept
 
 
-def describe_model_changes(before: Mapping[str, Any], config: Any) -> list[str] | None:
+def describe_model_changes(before: Any, config: Any) -> list[str] | None:
     """Return how a model differs from that of a checkpoint, as `key: old -> new`.
 
     What a version of transformers adds, and what the data decide, is no difference.
@@ -226,8 +226,9 @@ def describe_model_changes(before: Mapping[str, Any], config: Any) -> list[str] 
     Returns:
         None where the checkpoint's cannot be understood.
     """
-    after = config.to_dict()
-    values = dict(before)
+    if not isinstance(before, Mapping):
+        return None
+    after, values = config.to_dict(), dict(before)
     unpadded = values.pop(UNPADDED_KEY, None)
     model_type = values.pop("model_type", None)
     if model_type != config.model_type:

@@ -76,9 +76,7 @@ def check_resumed(
     assert run_family(family, "--resume", "latest", settings=settings, **values) == 0
     last = checkpoint(tmp_path, "run")
     assert_same_to_the_bit(checkpoint(tmp_path, "straight"), last)
-    found = losses(tmp_path, "run")
-    assert found == losses(tmp_path, "straight")
-    assert found[-1] < found[0]
+    assert losses(tmp_path, "run") == losses(tmp_path, "straight")
     model, info = AutoModelForCausalLM.from_pretrained(last, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.config.model_type == FAMILIES[family]["model_type"]

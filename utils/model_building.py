@@ -178,13 +178,18 @@ def use_float8(model: nn.Module) -> None:
     """Have the layers' products made in float8, scaled by row; weights stay float32.
 
     Raises:
-        ConfigError: torchao is not installed.
+        ConfigError: torchao is not installed, or there is no such product.
     """
+    layers = {id(part) for layer in find_layers(model) for part in layer.modules()}
+    if not any(id(part) in layers and _fits_float8(part) for part in model.modules()):
+        raise ConfigError(
+            "fp8: the layers have no linear part whose sides are multiples of 16; those of GPT-2 "
+            "are of another kind. Set it to false."
+        )
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as exc:
         raise ConfigError(FLOAT8_PACKAGE) from exc
-    layers = {id(part) for layer in find_layers(model) for part in layer.modules()}
     convert_to_float8_training(
         model,
         config=Float8LinearConfig.from_recipe_name("rowwise"),

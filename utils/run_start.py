@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.model_config import describe_model_changes, find_dropouts
 from configs.training_config import ConfigChanges, TrainingConfig, compare_configs
@@ -221,7 +222,7 @@ def _require_same_config(
     model_config = state.core_model.config
     changes = judge_changes(
         compare_configs(read_json(checkpoint / TRAINING_CONFIG_FILE), config),
-        describe_model_changes(read_json(checkpoint / CONFIG_FILE), model_config),
+        describe_model_changes(_read_model(checkpoint), model_config),
         draws=bool(find_dropouts(model_config)),
         compiles=config.torch_compile,
     )
@@ -247,6 +248,14 @@ def _require_same_config(
         )
     for change in guarded:
         log.warning("Changed since the checkpoint, as accepted: %s.", change)
+
+
+def _read_model(checkpoint: Path) -> Any:
+    """Return what a checkpoint says of its model; None where that cannot be read."""
+    try:
+        return read_json(checkpoint / CONFIG_FILE)
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def judge_changes(

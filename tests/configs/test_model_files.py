@@ -158,7 +158,9 @@ def test_changes_of_a_model_are_named_and_versions_are_none(tmp_path: Path) -> N
         "unpadded_vocab_size: null -> 512"
     ]
     assert describe_model_changes(LLAMA, config) == ["model_type: llama -> gpt2"]
-    assert describe_model_changes({**saved, "n_layer": "x"}, config) is None
+    for damaged in ({**saved, "n_layer": "x"}, {**saved, "n_layer": 10**9}, [], None):
+        assert describe_model_changes(damaged, config) is None
+    assert describe_model_changes({"model_type": "\x1b[2J"}, config) == ["model_type: ?[2J -> gpt2"]
 
 
 def test_dropout_is_found_by_any_name_and_no_preset_has_it(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from configs.model_config import build_model_config
 from configs.model_presets import PRESETS
 from configs.training_config import TrainingConfig
 from tests.sample_models import FAMILIES, write_model
+from utils.errors import ConfigError
 from utils.estimates import ModelShape, activation_bytes, attention_widths, selective_bytes
 from utils.model_building import LossModel, build_model, count_parameters, find_layers
 from utils.step_probe import measure_step
@@ -200,3 +201,9 @@ def test_a_step_of_a_small_preset_lowers_its_loss(name: str) -> None:
 )
 def test_a_step_of_a_larger_preset_lowers_its_loss(name: str) -> None:
     one_step(name, 8)
+
+
+def test_fp8_is_not_taken_for_layers_without_linear_parts(tmp_path: Path) -> None:
+    config = build_model_config(write_model(tmp_path, "gpt2"))
+    with pytest.raises(ConfigError, match="those of GPT-2 are of another kind"):
+        build_model(config, TrainingConfig(fp8=True))
