@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.memory import CPU_SEQUENCE_LENGTH, measure_peak
 from configs.model_config import build_model_config
 from configs.model_presets import PRESETS
 from configs.training_config import TrainingConfig
@@ -23,6 +24,7 @@ from utils.training_utils import build_optimizer, find_utilization, forward_loss
 TOKENS = torch.arange(48).reshape(2, 24)
 # Wide enough for what does not grow with the width to be small.
 WIDE = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 8}
+CPU_TOLERANCE = 0.15
 CASES = [
     ("gpt2", {}),
     ("gpt2", {"activation_function": "gelu_pytorch_tanh"}),
@@ -207,3 +209,11 @@ def test_fp8_is_not_taken_for_layers_without_linear_parts(tmp_path: Path) -> Non
     config = build_model_config(write_model(tmp_path, "gpt2"))
     with pytest.raises(ConfigError, match="those of GPT-2 are of another kind"):
         build_model(config, TrainingConfig(fp8=True))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory needs Linux")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="trains on the GPU of this machine")
+def test_the_estimate_of_a_llama_is_within_15_percent_of_resident_memory(tmp_path: Path) -> None:
+    result = measure_peak(tmp_path, "tinystories", 2, CPU_SEQUENCE_LENGTH)
+    assert result["estimated"] == pytest.approx(result["measured"], rel=CPU_TOLERANCE)
