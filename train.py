@@ -146,11 +146,12 @@ def start(
     writer: WriterProcess | None,
 ) -> int:
     """Build a run and let it loop; return the exit code."""
-    from configs.model_config import build_model_config
+    from configs.model_config import build_model_config, is_model_file
     from utils import checkpoint_store, preflight, ranks, tracking
     from utils.host_memory import keep_freed_memory
     from utils.micro_batch import resolve_micro_batch
     from utils.model_building import count_parameters, require_kernels
+    from utils.model_check import require_language_model
     from utils.preemption import PreemptionWatch, metadata_address
     from utils.prices import find_hourly_price
     from utils.run_start import Consent
@@ -169,6 +170,12 @@ def start(
         config.pad_vocab_to_multiple_of,
     )
     counts = count_parameters(model_config)
+    if is_model_file(config.model):
+        require_language_model(
+            model_config,
+            attention=config.attn_implementation,
+            mask_documents=config.mask_documents,
+        )
     with contextlib.ExitStack() as stack:
         trackers = tracking.build_trackers(config, paths.metrics)
         accelerator = build_accelerator(config, precision, trackers, paths.logs)
@@ -186,7 +193,9 @@ def start(
         ))  # fmt: skip
         sources = checks.sources
         preflight.set_special_tokens(config, sources, model_config)
-        facts = preflight.describe_run(config, counts, sources, accelerator, checks.plan.step)
+        facts = preflight.describe_run(
+            config, model_config, counts, sources, accelerator, checks.plan.step
+        )
         if args.dry_run or any(check.status == "fail" for check in checks.checks):
             return preflight.report(config, facts, checks.checks, dry_run=args.dry_run)
 

@@ -88,7 +88,7 @@ def _describe(known: list[dict[str, float]], *, on_gpu: bool) -> str:
 
 
 def _flops_per_token() -> float:
-    from configs.model_config import PRESETS
+    from configs.model_presets import PRESETS
     from utils.mfu import flops_per_token
 
     preset = PRESETS[GPU_SHAPE["model"]]

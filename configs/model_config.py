@@ -1,104 +1,36 @@
-"""Named model presets -> transformers config objects.
+"""A model's name or file, and overrides -> a transformers config object.
 
-A preset is a model type of transformers and the values that make its shape; everything else keeps
-that type's defaults. transformers is imported only when a config object is built.
+    preset or JSON file -> model type and values -> overrides, padded vocabulary -> config object
+
+A file is any `config.json` of transformers. It is data: what it says is taken if the model type's
+config class has a field of that name; code that it refers to is never run. transformers is imported
+only when a config object is built.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
+import json
+import logging
+import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from configs.model_presets import PRESETS, ModelPreset
 from utils.errors import ConfigError
+from utils.regular_file import read_regular_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class ModelPreset:
-    """A model type and its shape.
-
-    Attributes:
-        model_type: `model_type` of the transformers config class.
-        values: Keyword arguments of that class.
-        parameters: Number of parameters with embeddings, for its own vocabulary.
-    """
-
-    model_type: str
-    values: Mapping[str, Any]
-    parameters: int
-
-
-def _pythia(
-    hidden: int, layers: int, heads: int, parameters: int, vocab_size: int = 50304
-) -> ModelPreset:
-    """Return a shape of Pythia (Biderman et al. 2023, table 1, and the models' `config.json`)."""
-    return ModelPreset(
-        "gpt_neox",
-        {
-            "vocab_size": vocab_size,
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": 4 * hidden,
-            "max_position_embeddings": 2048,
-            "rotary_pct": 0.25,
-            "use_parallel_residual": True,
-            "tie_word_embeddings": False,
-        },
-        parameters,
-    )
-
-
-PRESETS: dict[str, ModelPreset] = {
-    # Of the two layer counts that circulate for "1.2B" (24 and 16), 24 gives 1.21e9 parameters
-    # without embeddings.
-    "refocused-1.2b": ModelPreset(
-        "gpt_neox",
-        {
-            "vocab_size": 50257,
-            "hidden_size": 2048,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "intermediate_size": 8192,
-            "max_position_embeddings": 2048,
-            "rotary_pct": 0.25,
-            "use_parallel_residual": True,
-            "tie_word_embeddings": False,
-        },
-        parameters=1_414_455_296,
-    ),
-    "neox-tiny": ModelPreset(
-        "gpt_neox",
-        {
-            "vocab_size": 4096,
-            "hidden_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "intermediate_size": 1024,
-            "max_position_embeddings": 512,
-            "rotary_pct": 0.25,
-            "use_parallel_residual": True,
-            "tie_word_embeddings": False,
-        },
-        parameters=5_256_704,
-    ),
-    "pythia-14m": _pythia(128, 6, 4, 14_067_712),
-    "pythia-31m": _pythia(256, 6, 8, 30_494_720),
-    "pythia-70m": _pythia(512, 6, 8, 70_426_624),
-    "pythia-160m": _pythia(768, 12, 12, 162_322_944),
-    "pythia-410m": _pythia(1024, 24, 16, 405_334_016),
-    "pythia-1b": _pythia(2048, 16, 8, 1_011_781_632),
-    "pythia-1.4b": _pythia(2048, 24, 16, 1_414_647_808),
-    "pythia-2.8b": _pythia(2560, 32, 32, 2_775_208_960),
-    "pythia-6.9b": _pythia(4096, 32, 32, 6_857_302_016, 50432),
-    "pythia-12b": _pythia(5120, 36, 40, 11_846_072_320, 50688),
-    # Black et al. 2022, table 1: the same kind of layers.
-    "gpt-neox-20b": _pythia(6144, 44, 64, 20_554_567_680, 50432),
-}
+FILE_SUFFIX = ".json"
+MAX_FILE_BYTES = 2**20
+MAX_SHOWN_CHARACTERS = 60
 
 UNPADDED_KEY = "unpadded_vocab_size"
 """In the config of a model whose vocabulary is padded: the number of ids that mean something."""
@@ -111,10 +43,42 @@ SIZES = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
     "intermediate_size",
     "max_position_embeddings",
 )
 """Keys of a model config that are counts; transformers itself lets 0 and less pass."""
+
+LARGEST = {"num_hidden_layers": 10_000}
+LARGEST_SIZE = 2**31 - 1
+NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers")
+
+# Common names of what some types call otherwise, besides those of their own `attribute_map`.
+OTHER_NAMES = {"intermediate_size": "n_inner"}
+
+# Older names -> where they lie in `rope_parameters`.
+ROPE_KEYS = {
+    "rope_theta": "rope_theta",
+    "rotary_emb_base": "rope_theta",
+    "partial_rotary_factor": "partial_rotary_factor",
+    "rotary_pct": "partial_rotary_factor",
+}
+
+# Of a saved model, not of its shape; some would have another dtype, or other outputs than a loss.
+IGNORED_KEYS = (
+    "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "is_encoder_decoder",
+    "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+    "torch_dtype", "transformers_version", "trust_remote_code", "use_cache",
+)  # fmt: skip
+
+# What the data decide (`set_special_tokens`), besides.
+DATA_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def is_model_file(name: str) -> bool:
+    """Tell whether a `model` is a file and no preset."""
+    return name.endswith(FILE_SUFFIX)
 
 
 def get_preset(name: str) -> ModelPreset:
@@ -127,7 +91,10 @@ def get_preset(name: str) -> ModelPreset:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"model {name!r} is no known preset ({', '.join(PRESETS)}).{hint}")
+    raise ConfigError(
+        f"model {name!r} is no known preset ({', '.join(PRESETS)}), and no path that ends in "
+        f"{FILE_SUFFIX}.{hint}"
+    )
 
 
 def is_loss_chunked(model_type: str, loss_implementation: str) -> bool:
@@ -143,42 +110,51 @@ def known_vocab_size(model_config: Any) -> int:
     return size
 
 
+def find_dropouts(model_config: Any) -> dict[str, float]:
+    """Return what a model drops while it is trained: key -> share, none of 0."""
+    return {
+        key: float(value)
+        for key, value in sorted(model_config.to_dict().items())
+        if ("dropout" in key or "pdrop" in key or "drop_rate" in key)
+        and not key.startswith(("classifier", "summary"))
+        and isinstance(value, (int, float))
+        and value > 0
+    }
+
+
 def build_model_config(
     name: str,
     overrides: Mapping[str, Any] | None = None,
     sequence_length: int | None = None,
     pad_vocab_to_multiple_of: int | None = None,
 ) -> PretrainedConfig:
-    """Return the transformers config of a preset.
+    """Return the transformers config of a preset or a file.
 
     Args:
-        name: A key of `PRESETS`.
-        overrides: Values that replace the preset's.
+        name: A key of `PRESETS`, or a path that ends in .json, relative to the current directory.
+        overrides: Values that replace the preset's or the file's.
         sequence_length: Tokens in a sample; must fit the model's positions.
         pad_vocab_to_multiple_of: Round the size of the vocabulary up; the config then also has
             `unpadded_vocab_size`.
 
     Raises:
-        ConfigError: An unknown preset or key, or values that do not fit each other.
+        ConfigError: An unknown preset or key, a file that is no causal language model's, or values
+            that do not fit each other.
     """
-    preset = get_preset(name)
-    from transformers import AutoConfig
-
-    values = {**preset.values, **(overrides or {})}
-    known = AutoConfig.for_model(preset.model_type).to_dict().keys() | preset.values.keys()
-    for key in overrides or {}:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"model_overrides.{key} is no key of {preset.model_type}.{hint}")
-    for key in SIZES:
-        if isinstance(values.get(key), int) and values[key] < 1:
-            raise ConfigError(f"model_overrides.{key} must be at least 1, got {values[key]}.")
-    try:
-        config: PretrainedConfig = AutoConfig.for_model(preset.model_type, **values)
-        config.use_cache = True
-    except Exception as exc:  # strict dataclasses of transformers raise their own family
-        raise ConfigError(f"model_overrides do not fit {name}: {_first_line(exc)}") from exc
+    overrides = overrides or {}
+    if is_model_file(name):
+        model_type, values = read_model_file(name)
+    else:
+        preset = get_preset(name)
+        model_type, values = preset.model_type, dict(preset.values)
+    values = _named_by_class(model_type, values, name)
+    changed = _named_by_class(model_type, overrides, "model_overrides")
+    _require_known(model_type, overrides)
+    for key, part in ROPE_KEYS.items():
+        if key in changed and isinstance(values.get("rope_parameters"), Mapping):
+            values["rope_parameters"] = {**values["rope_parameters"], part: changed.pop(key)}
+    values |= changed
+    config = _build(model_type, values, name, overrides)
     positions = getattr(config, "max_position_embeddings", None)
     if sequence_length and positions and sequence_length > positions:
         raise ConfigError(
@@ -190,12 +166,217 @@ def build_model_config(
     return config
 
 
+def read_model_file(path: str) -> tuple[str, dict[str, Any]]:
+    """Return (model type, values) of a `config.json`; values that no model type of it has are gone.
+
+    Raises:
+        ConfigError: It cannot be read, is no JSON object, needs code of its own, or its type is no
+            causal language model of transformers.
+    """
+    try:
+        text = read_regular_file(path, MAX_FILE_BYTES)
+        found = json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except OSError as exc:
+        raise ConfigError(f"model {path}: cannot be read: {exc.strerror or exc}.") from exc
+    except (ValueError, RecursionError) as exc:  # a UnicodeDecodeError is a ValueError
+        raise ConfigError(f"model {path}: not valid JSON: {_shown(_first_line(exc))}.") from exc
+    if not isinstance(found, dict):
+        raise ConfigError(f"model {path}: must hold one JSON object, as config.json does.")
+    return _checked_values(path, found)
+
+
+def _checked_values(path: str, found: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    model_type = found.pop("model_type", None)
+    if found.get("auto_map") or found.get("trust_remote_code"):
+        raise ConfigError(
+            f"model {path}: it needs code of its own (auto_map), which is never run. Only models "
+            "that transformers has itself can be trained."
+        )
+    if not isinstance(model_type, str):
+        raise ConfigError(f"model {path}: it has no model_type, such as llama or gpt2.")
+    known = _causal_types()
+    if model_type not in known:
+        near = difflib.get_close_matches(model_type, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"model {path}: model_type {_shown(model_type)} is no causal language model of "
+            f"transformers.{hint}"
+        )
+    fields = _known_keys(model_type)
+    unknown = sorted(key for key in found if key not in fields and key not in IGNORED_KEYS)
+    if unknown and os.environ.get("RANK", "0") == "0":
+        names = ", ".join(_shown(key) for key in unknown[:10])
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        log.warning("model %s: %s are no keys of %s and left out%s.", path, names, model_type, more)
+    kept = {k: v for k, v in found.items() if k in fields and k not in IGNORED_KEYS}
+    # A padding id's row of the embedding would never be trained, and in other data it is a word.
+    kept.pop("pad_token_id", None)
+    return model_type, kept
+
+
+def describe_model_changes(before: Any, config: Any) -> list[str] | None:
+    """Return how a model differs from that of a checkpoint, as `key: old -> new`.
+
+    What a version of transformers adds, and what the data decide, is no difference.
+
+    Args:
+        before: The checkpoint's `config.json`.
+        config: The model's.
+
+    Returns:
+        None where the checkpoint's cannot be understood.
+    """
+    if not isinstance(before, Mapping):
+        return None
+    after, values = config.to_dict(), dict(before)
+    unpadded = values.pop(UNPADDED_KEY, None)
+    model_type = values.pop("model_type", None)
+    if model_type != config.model_type:
+        return [f"model_type: {_shown(str(model_type))} -> {config.model_type}"]
+    fields = _known_keys(model_type)
+    values = {k: v for k, v in values.items() if k in fields and k not in IGNORED_KEYS}
+    try:
+        old = _build(model_type, values, "the checkpoint's model", {}).to_dict()
+    except ConfigError:
+        return None
+    old[UNPADDED_KEY], after[UNPADDED_KEY] = unpadded, after.get(UNPADDED_KEY)
+    passed = {*IGNORED_KEYS, *DATA_KEYS}
+    return [
+        f"{key}: {_shown(json.dumps(old[key], default=str))} -> "
+        f"{_shown(json.dumps(after[key], default=str))}"
+        for key in sorted(old.keys() & after.keys() - passed)
+        if old[key] != after[key]
+    ]
+
+
+@functools.cache
+def _causal_types() -> frozenset[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@functools.cache
+def _known_keys(model_type: str) -> frozenset[str]:
+    """Return what a config of that type may say."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type)
+    keys = {key for key in config.to_dict() if not key.startswith("_")}
+    keys |= set(_own_names(model_type))
+    if "rope_parameters" in keys:
+        keys |= {*ROPE_KEYS, "rope_scaling"}
+    return frozenset(keys - {"model_type"})
+
+
+@functools.cache
+def _own_names(model_type: str) -> dict[str, str]:
+    """Return common name -> name in the config class, where they are not the same."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type)
+    own = config.to_dict()
+    others = {key: name for key, name in OTHER_NAMES.items() if name in own and key not in own}
+    return {**config.attribute_map, **others}
+
+
+def _named_by_class(model_type: str, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return values by the names of the config class itself."""
+    names = _own_names(model_type)
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = names.get(key, key)
+        if name in found and found[name] != value:
+            common = next(common for common, own in names.items() if own == name)
+            raise ConfigError(
+                f"model {source}: {common} and {name} mean the same and have two values."
+            )
+        found[name] = value
+    return found
+
+
+def _require_known(model_type: str, overrides: Mapping[str, Any]) -> None:
+    known = _known_keys(model_type) | {"model_type"}  # which transformers refuses itself
+    for key in overrides:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"model_overrides.{key} is no key of {model_type}.{hint}")
+
+
+def _build(
+    model_type: str, values: dict[str, Any], name: str, overrides: Mapping[str, Any]
+) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    source = "model_overrides do not fit" if overrides else "its values do not fit each other in"
+    _require_sizes(model_type, values, name, overrides)
+    try:
+        defaults = AutoConfig.for_model(model_type)
+        vocabulary = values.get("vocab_size", getattr(defaults, "vocab_size", None)) or 0
+        for key in DATA_KEYS[:2]:  # those of another vocabulary mean nothing in this one
+            known = values.get(key, getattr(defaults, key, None))
+            if key not in overrides and isinstance(known, int) and known >= vocabulary:
+                values[key] = None
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
+        config.use_cache = True
+        config.dtype = None
+        if getattr(config, "pad_token_id", None) is not None and "pad_token_id" not in overrides:
+            with contextlib.suppress(Exception):  # of the few types that must have one
+                config.pad_token_id = None
+    except Exception as exc:  # strict dataclasses of transformers raise their own family
+        raise ConfigError(f"{source} {name}: {_shown(_first_line(exc), 300)}") from exc
+    for key in NEEDED:
+        if not isinstance(getattr(config, key, None), int):
+            raise ConfigError(
+                f"model {name}: {model_type} has no {key}. Only models of text alone are trained."
+            )
+    heads, pairs = (
+        getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value")
+    )
+    if isinstance(heads, int) and isinstance(pairs, int) and heads % pairs:
+        raise ConfigError(
+            f"model {name}: num_attention_heads {heads} is no multiple of num_key_value_heads "
+            f"{pairs}."
+        )
+    return config
+
+
+def _require_sizes(
+    model_type: str, values: Mapping[str, Any], name: str, overrides: Mapping[str, Any]
+) -> None:
+    """Refuse sizes that no model has, before a config class counts up to one."""
+    names = _own_names(model_type)
+    for key in SIZES:
+        own = names.get(key, key)
+        size = values.get(own)
+        if not isinstance(size, int) or 1 <= size <= LARGEST.get(key, LARGEST_SIZE):
+            continue
+        word = f"at most {LARGEST.get(key, LARGEST_SIZE)}" if size > 0 else "at least 1"
+        said = next((k for k in (key, own) if k in overrides), None)
+        where = f"model_overrides.{said}" if said else f"model {name}: {own}"
+        raise ConfigError(f"{where} must be {word}, got {_shown(str(size))}.")
+
+
 def _pad_vocabulary(config: PretrainedConfig, multiple: int) -> None:
     size = config.vocab_size
     padded = -(-size // multiple) * multiple
     if padded != size:
         config.vocab_size = padded
         setattr(config, UNPADDED_KEY, size)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _shown(text: str, limit: int = MAX_SHOWN_CHARACTERS) -> str:
+    """Return a text of a file as a terminal may see it."""
+    shown = "".join(c if c.isprintable() else "?" for c in text[:limit])
+    return shown.encode("utf-8", "replace").decode("utf-8") + ("..." if len(text) > limit else "")
 
 
 def _first_line(exc: Exception) -> str:

@@ -68,10 +68,11 @@ class TrainingConfig:
     """
 
     model: str = "refocused-1.2b"
-    """Name of a preset in `configs/model_config.py`."""
+    """Name of a preset in `configs/model_presets.py`, or the path of a model's JSON file."""
 
     model_overrides: dict[str, Any] = field(default_factory=dict)
-    """Values that replace the preset's, by their name in the transformers config class."""
+    """Values that replace the preset's or the file's, by their name in the transformers config
+    class."""
 
     data_uri: str | list[dict[str, Any]] = ""
     """Bucket of the NPZ shards: `gs://bucket/prefix` or a directory; or a mixture: a list of

@@ -15,6 +15,7 @@ from configs.training_config import PROJECT_DIRECTORY
 # each other. A module of this project that is in no layer fails the test.
 LAYERS: list[set[str]] = [
     {"utils.errors"},
+    {"configs.model_presets", "utils.regular_file"},
     {
         "configs.training_config",
         "configs.model_config",
@@ -24,7 +25,6 @@ LAYERS: list[set[str]] = [
         "utils.host_memory",
         "utils.libraries",
         "utils.ranks",
-        "utils.regular_file",
     },
     {
         "utils.bucket",
@@ -72,6 +72,7 @@ LAYERS: list[set[str]] = [
         "utils.generation",
         "utils.grace",
         "utils.machine",
+        "utils.model_check",
         "utils.notifier",
         "utils.plots",
         "utils.preemption",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from configs.model_config import PRESETS
+from configs.model_presets import PRESETS
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
 from tests.test_architecture import module_files
 

@@ -179,8 +179,8 @@ def measure_throughput(view: CheckpointView) -> dict[str, Any]:
         shape, config = (read_part(view, name)[0] for name in _SHAPE_FILES)
         cost = flops_per_token(
             parameters,
-            number(shape.get("num_hidden_layers")) or 0,
-            number(shape.get("hidden_size")) or 0,
+            number(shape.get("num_hidden_layers", shape.get("n_layer"))) or 0,
+            number(shape.get("hidden_size", shape.get("n_embd"))) or 0,
             number(config.get("sequence_length")) or 0,
         )
         mfu = Utilization(cost, peak * ranks).at(rate)

@@ -9,10 +9,15 @@ a larger model on a GPU often exceeds. `train.py --dry-run` says more. No torch 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
-from configs.model_config import get_preset, is_loss_chunked
+from configs.model_config import (
+    build_model_config,
+    get_preset,
+    is_loss_chunked,
+    is_model_file,
+)
 from configs.training_config import TrainingConfig
 from utils.console import format_bytes
 from utils.diagnosis import NOTE, PROBLEM, Finding
@@ -78,7 +83,9 @@ def forecast_run(
     settings = next((settings for settings, needed in variants if needed <= limit), None)
     samples, _ = config.resolve_batch(1)
     shape = _shape(config)
-    each = flops_per_token(shape.parameters, shape.layers, shape.hidden, config.sequence_length)
+    each = flops_per_token(
+        shape.parameters, shape.layers, shape.attention_width, config.sequence_length
+    )
     flops = each * samples * config.sequence_length * config.max_steps
     return Forecast(
         configuration=name,
@@ -104,32 +111,46 @@ def _variants(config: TrainingConfig) -> Iterator[tuple[tuple[str, ...], bool, i
 
 def _shape(config: TrainingConfig) -> ModelShape:
     """Return the sizes of a model."""
+    if is_model_file(config.model):
+        return _shape_of_file(config)
     preset = get_preset(config.model)
-    values = SimpleNamespace(**{**preset.values, **config.model_overrides})
-    embedding = 2 * values.vocab_size * values.hidden_size
-    parameters = preset.parameters
-    if config.model_overrides:
-        # Attention (4 h^2) and feed-forward matrices; norms are left out.
-        layer = 4 * values.hidden_size**2 + 2 * values.hidden_size * values.intermediate_size
-        parameters = embedding + values.num_hidden_layers * layer
-    return ModelShape.of(values, parameters, embedding)
+    values = SimpleNamespace(
+        model_type=preset.model_type, **{**preset.values, **config.model_overrides}
+    )
+    tables = 1 if values.tie_word_embeddings else 2
+    embedding = tables * values.vocab_size * values.hidden_size
+    shape = ModelShape.of(values, preset.parameters, embedding)
+    if not config.model_overrides:
+        return shape
+    # Matrices of attention and feed-forward; norms, biases and positions are left out.
+    attention = 2 * (shape.attention_width + shape.key_width)
+    layer = shape.hidden * (attention + (2 + shape.is_gated) * shape.intermediate)
+    return replace(shape, parameters=embedding + shape.layers * layer)
+
+
+def _shape_of_file(config: TrainingConfig) -> ModelShape:
+    """Return the sizes of a file's model, which only transformers knows."""
+    from utils.model_building import count_parameters
+
+    model_config = build_model_config(config.model, config.model_overrides)
+    counts = count_parameters(model_config)
+    return ModelShape.of(model_config, counts.total, counts.embedding)
 
 
 def _needed_bytes(
     config: TrainingConfig, precision: str, device: str, checkpointing: bool, micro_batch: int
 ) -> int:
     samples, _ = config.resolve_batch(1)
+    shape = _shape(config)
     return estimate_training_memory(
-        _shape(config),
+        shape,
         micro_batch=micro_batch,
         sequence_length=config.sequence_length,
         precision=precision,
         gradient_checkpointing=config.gradient_checkpointing_policy if checkpointing else "",
         accumulation=max(1, samples // micro_batch),
         device=device,
-        is_loss_chunked=is_loss_chunked(
-            get_preset(config.model).model_type, config.loss_implementation
-        ),
+        is_loss_chunked=is_loss_chunked(shape.kind, config.loss_implementation),
     ).total
 
 

@@ -39,6 +39,15 @@ FORWARD_SHARE = 1 / 3
 """Of a forward and backward pass: the backward takes two products for each one of the forward."""
 
 
+PLAIN_MLPS = (
+    "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt",
+    "nemotron", "opt", "phi", "starcoder2", "xglm",
+)  # fmt: skip
+"""Model types whose MLP has two matrices; that of all others has a gate besides."""
+STEPWISE_ACTIVATIONS = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")
+"""Activation functions that transformers computes in several steps, each of which is kept."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What decides the memory of a model.
@@ -50,6 +59,10 @@ class ModelShape:
         hidden: Width of the residual stream.
         intermediate: Width within an MLP.
         vocabulary: Number of token ids.
+        kind: Model type of transformers, which decides what a layer keeps.
+        queries: Width of all heads' queries together; None: `hidden`.
+        keys: Width of all heads' keys together, and of their values; None: `hidden`.
+        mlp_tensors: Of the MLP's inner width, kept for the backward pass.
     """
 
     parameters: int
@@ -58,19 +71,63 @@ class ModelShape:
     hidden: int
     intermediate: int
     vocabulary: int
+    kind: str = "gpt_neox"
+    queries: int | None = None
+    keys: int | None = None
+    mlp_tensors: int = 2
 
     @classmethod
     def of(cls, model_config: Any, parameters: int, embedding: int) -> ModelShape:
         """Return the shape of a transformers config."""
         hidden = model_config.hidden_size
+        inner = (getattr(model_config, key, None) for key in ("intermediate_size", "n_inner"))
         return cls(
             parameters,
             embedding,
             model_config.num_hidden_layers,
             hidden,
-            getattr(model_config, "intermediate_size", None) or 4 * hidden,
+            next((size for size in inner if isinstance(size, int)), 4 * hidden),
             model_config.vocab_size,
+            model_config.model_type,
+            *attention_widths(model_config),
+            _mlp_tensors(model_config),
         )
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has three matrices: one of its inner results is a gate."""
+        return self.kind not in PLAIN_MLPS
+
+    @property
+    def attention_width(self) -> int:
+        """Width of queries, and of what attention gives."""
+        return self.hidden if self.queries is None else self.queries
+
+    @property
+    def key_width(self) -> int:
+        """Width of keys, and of values."""
+        return self.hidden if self.keys is None else self.keys
+
+
+def attention_widths(model_config: Any) -> tuple[int, int]:
+    """Return (width of the queries, width of the keys) of all heads of a layer together."""
+    hidden, heads = model_config.hidden_size, getattr(model_config, "num_attention_heads", None)
+    if not isinstance(heads, int):  # a model without attention
+        return hidden, hidden
+    head = getattr(model_config, "head_dim", None) or hidden // heads
+    pairs = getattr(model_config, "num_key_value_heads", None) or heads
+    return head * heads, head * pairs
+
+
+def _mlp_tensors(model_config: Any) -> int:
+    """Return how many tensors of its inner width an MLP keeps.
+
+    Both sides of the activation function; with a gate also the other factor and the product; and
+    five where the function is computed step by step.
+    """
+    named = (getattr(model_config, key, None) for key in ("hidden_act", "activation_function"))
+    steps = 3 if next((name for name in named if name), "") in STEPWISE_ACTIVATIONS else 0
+    return (2 if model_config.model_type in PLAIN_MLPS else 4) + steps
 
 
 @dataclass(frozen=True)
@@ -108,23 +165,44 @@ def chunk_tokens(vocabulary: int, device: str) -> int:
 def activation_bytes(shape: ModelShape, precision: str) -> tuple[int, int]:
     """Return (bytes kept of one layer, bytes of its input) for each token.
 
-    In units of the width, a GPT-NeoX layer keeps its input (float32), and in the precision of the
-    products: two normalized inputs 2, queries, keys and values 3, rotated queries and keys 2, the
-    attention's output 1 and its contiguous copy 1, and both sides of the MLP's activation function.
+    In units of the width, and but for float32 in the precision of the products, a layer keeps
+    besides its MLP's inner tensors:
+
+    - GPT-NeoX: its input (float32), two normalized inputs 2, queries, keys and values 3, rotated
+      queries and keys 2, the attention's output 1 and its contiguous copy 1.
+    - GPT-2: its input and that of the MLP (float32), normalized inputs 2, queries, keys and values
+      3, the attention's output 1.
+    - Llama and most others: these two inputs and both of them normalized (float32), both times
+      their weight 2 (5 in 16 bits: each product casts its own), rotated queries and keys, values,
+      the attention's output. OLMo 2 normalizes results instead; Qwen 3 queries and keys besides.
     """
-    width = 2 if precision in SIXTEEN_BIT else 4
-    layer_input = 4 * shape.hidden
-    return layer_input + width * (9 * shape.hidden + 2 * shape.intermediate), layer_input
+    is_short = precision in SIXTEEN_BIT
+    width = 2 if is_short else 4
+    hidden, heads = shape.hidden, shape.attention_width + shape.key_width
+    layer_input = 4 * hidden
+    products = (5 * width if is_short else 2 * width) * hidden
+    if shape.kind == "gpt_neox":
+        kept = layer_input + width * 9 * hidden
+    elif shape.kind == "gpt2":
+        kept = 2 * layer_input + width * 6 * hidden
+    elif shape.kind in ("olmo2", "olmo3"):
+        kept = 4 * layer_input + products + (8 + 2 * width) * heads
+    else:
+        kept = 4 * layer_input + products + 2 * width * heads
+        kept += (4 + width) * heads if shape.kind.startswith("qwen3") else 0
+    return kept + width * shape.mlp_tensors * shape.intermediate, layer_input
 
 
 def selective_bytes(shape: ModelShape, precision: str) -> int:
     """Return the bytes kept of one layer for each token where only products and attention are kept.
 
-    In units of the width: queries, keys and values 3, the attention's output 1 and its projection
-    1, and the two results of the MLP, besides the layer's input (float32).
+    Queries, keys, values, the attention's output and its projection, and the results of the MLP's
+    two or three products, besides the layer's input (float32).
     """
     width = 2 if precision in SIXTEEN_BIT else 4
-    return 4 * shape.hidden + width * (6 * shape.hidden + shape.intermediate)
+    attention = 2 * (shape.attention_width + shape.key_width) + shape.hidden
+    inner = (1 + shape.is_gated) * shape.intermediate
+    return 4 * shape.hidden + width * (attention + inner + shape.hidden)
 
 
 def estimate_training_memory(
@@ -168,8 +246,8 @@ def estimate_training_memory(
     state = shape.parameters * (WEIGHT_BYTES + MOMENT_BYTES)
     gradients = shape.parameters * GRADIENT_BYTES
     buckets = gradients if world_size > 1 else 0
-    # Embeddings are looked up, not multiplied: they have no copy.
-    multiplied = shape.parameters - min(shape.embedding, output_weights)
+    # An embedding is looked up, not multiplied: it has no copy, unless it is the output layer too.
+    multiplied = shape.parameters - max(0, shape.embedding - output_weights)
     casts = 2 * multiplied if precision in SIXTEEN_BIT else 0
     if is_sharded and world_size > 1:
         state, gradients = state // world_size, gradients // world_size

@@ -5,6 +5,7 @@ model config -> transformers model -> loss model -> train step
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -107,6 +108,16 @@ def _require_float8(precision: str, device: torch.device) -> None:
         raise ConfigError(FLOAT8_PACKAGE)
 
 
+def with_layers(model_config: Any, count: int) -> Any:
+    """Return a model config of so many layers that is like another one, which stays as it is."""
+    small = copy.deepcopy(model_config)
+    small.num_hidden_layers = count
+    for name in ("layer_types", "attention_layers"):  # lists with an entry for each layer
+        if isinstance(getattr(small, name, None), list):
+            setattr(small, name, getattr(small, name)[:count])
+    return small
+
+
 def find_layers(model: nn.Module) -> list[nn.Module]:
     """Return the transformer layers of a model of transformers, first to last."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -167,13 +178,18 @@ def use_float8(model: nn.Module) -> None:
     """Have the layers' products made in float8, scaled by row; weights stay float32.
 
     Raises:
-        ConfigError: torchao is not installed.
+        ConfigError: torchao is not installed, or there is no such product.
     """
+    layers = {id(part) for layer in find_layers(model) for part in layer.modules()}
+    if not any(id(part) in layers and _fits_float8(part) for part in model.modules()):
+        raise ConfigError(
+            "fp8: the layers have no linear part whose sides are multiples of 16; those of GPT-2 "
+            "are of another kind. Set it to false."
+        )
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as exc:
         raise ConfigError(FLOAT8_PACKAGE) from exc
-    layers = {id(part) for layer in find_layers(model) for part in layer.modules()}
     convert_to_float8_training(
         model,
         config=Float8LinearConfig.from_recipe_name("rowwise"),
@@ -277,7 +293,7 @@ def count_parameters(model_config: Any) -> ParameterCounts:
             model = AutoModelForCausalLM.from_config(model_config)
     except Exception as exc:  # whatever a wrong value meets first
         raise ConfigError(
-            f"No model can be built with these model_overrides: {type(exc).__name__}: {exc}"
+            f"No model can be built of these values: {type(exc).__name__}: {exc}"
         ) from exc
     total = sum(parameter.numel() for parameter in model.parameters())
     embeddings = {

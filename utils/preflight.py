@@ -15,7 +15,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from configs.model_config import known_vocab_size
+from configs.model_config import find_dropouts, known_vocab_size
 from configs.training_config import TrainingConfig
 from utils.checks import Check, print_checks, require_all
 from utils.console import format_bytes
@@ -325,6 +325,7 @@ def check_vocabulary(sources: Sequence[DataSource], model_config: Any) -> Check:
 
 def describe_run(
     config: TrainingConfig,
+    model_config: Any,
     counts: ParameterCounts,
     sources: Sequence[DataSource],
     accelerator: Accelerator,
@@ -348,6 +349,10 @@ def describe_run(
         "checkpoint": f"about {format_bytes(estimate_checkpoint_bytes(counts.total))}, every "
         f"{config.save_steps} steps",
     }
+    dropouts = find_dropouts(model_config)
+    if dropouts:
+        shares = ", ".join(f"{key} {share:g}" for key, share in dropouts.items())
+        facts["dropout"] = f"{shares}; pre-training is usually done with 0"
     how = resolve_sharding(config, ranks)
     if how is not None:
         layers = "gathered twice a step" if how.reshard_after_forward else "kept to the backward"

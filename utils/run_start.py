@@ -12,10 +12,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from configs.training_config import TrainingConfig, compare_configs
+from configs.model_config import describe_model_changes, find_dropouts
+from configs.training_config import ConfigChanges, TrainingConfig, compare_configs
 from utils import ranks, resume
-from utils.checkpoint_utils import SavedState, read_checkpoint, restore_state
+from utils.checkpoint_utils import CONFIG_FILE, SavedState, read_checkpoint, restore_state
 from utils.console import LiveLine, format_bytes
 from utils.data_state import DataState
 from utils.errors import CheckpointError, ConfigError, StorageError, UnreadableCheckpointError
@@ -25,6 +27,9 @@ from utils.storage import open_bucket
 from utils.training_utils import TrainState
 
 log = logging.getLogger("train")
+
+_MODEL_KEYS = ("model:", "model_overrides:", "pad_vocab_to_multiple_of:")
+_DRAWING_KEYS = ("torch_compile:", "attn_implementation:", "use_regional_compilation:")
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,9 @@ def begin(
             saved = _read(plan, candidate, here, manifest, paths, state, consent)
             if saved is None:
                 continue
-            _require_same_config(here, saved, config, global_batch, accept=consent.config_change)
+            _require_same_config(
+                here, saved, state, config, global_batch, accept=consent.config_change
+            )
         restore_state(state, saved, config)
         start = ranks.compute_on_main(
             lambda c=checkpoint, m=manifest: resume.resolve_start(plan, paths, c, m)  # type: ignore[misc]
@@ -199,14 +206,26 @@ def _read(
 
 
 def _require_same_config(
-    checkpoint: Path, saved: SavedState, config: TrainingConfig, global_batch: int, *, accept: bool
+    checkpoint: Path,
+    saved: SavedState,
+    state: TrainState,
+    config: TrainingConfig,
+    global_batch: int,
+    *,
+    accept: bool,
 ) -> None:
     """List what differs from the checkpoint's configuration; refuse what trains differently.
 
     Raises:
         ConfigError: There is such a difference, and it was not accepted.
     """
-    changes = compare_configs(read_json(checkpoint / TRAINING_CONFIG_FILE), config)
+    model_config = state.core_model.config
+    changes = judge_changes(
+        compare_configs(read_json(checkpoint / TRAINING_CONFIG_FILE), config),
+        describe_model_changes(_read_model(checkpoint), model_config),
+        draws=bool(find_dropouts(model_config)),
+        compiles=config.torch_compile,
+    )
     guarded = list(changes.guarded)
     batch = saved.metrics["progress"]["global_batch_size"]
     if batch not in (0, global_batch):
@@ -229,6 +248,41 @@ def _require_same_config(
         )
     for change in guarded:
         log.warning("Changed since the checkpoint, as accepted: %s.", change)
+
+
+def _read_model(checkpoint: Path) -> Any:
+    """Return what a checkpoint says of its model; None where that cannot be read."""
+    try:
+        return read_json(checkpoint / CONFIG_FILE)
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def judge_changes(
+    changes: ConfigChanges, of_model: list[str] | None, *, draws: bool, compiles: bool
+) -> ConfigChanges:
+    """Return changes of a configuration, judged by the model that it comes to.
+
+    Args:
+        changes: As the configurations name them.
+        of_model: Of `describe_model_changes`; None where they are not known. Another name of the
+            same model is a free change, the same name of another model is none.
+        draws: Whether the model has dropout, whose random numbers depend on how it is computed.
+        compiles: Whether it is compiled now.
+    """
+    free, guarded = list(changes.free), list(changes.guarded)
+    named = [change for change in guarded if change.startswith(_MODEL_KEYS)]
+    if of_model == []:
+        guarded = [change for change in guarded if change not in named]
+        free += named
+    elif of_model and not named:
+        guarded += [f"the model's {change}" for change in of_model]
+    if draws:
+        keys = _DRAWING_KEYS if compiles else (*_DRAWING_KEYS[:2],)
+        drawn = [change for change in free if change.startswith(keys)]
+        free = [change for change in free if change not in drawn]
+        guarded += [f"{change} (dropout draws other numbers)" for change in drawn]
+    return ConfigChanges(tuple(free), tuple(guarded))
 
 
 def place_in_data(

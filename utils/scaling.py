@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from configs.model_config import get_preset
 from utils.estimates import (
@@ -101,7 +102,9 @@ class Job:
     def flops_per_token(self) -> float:
         """Of the model, forward and backward."""
         shape = self.shape
-        return flops_per_token(shape.parameters, shape.layers, shape.hidden, self.sequence_length)
+        return flops_per_token(
+            shape.parameters, shape.layers, shape.attention_width, self.sequence_length
+        )
 
 
 @dataclass(frozen=True)
@@ -167,17 +170,10 @@ def shape_of_preset(name: str) -> ModelShape:
         ConfigError: There is no such preset.
     """
     preset = get_preset(name)
-    values = preset.values
-    hidden, vocabulary = values["hidden_size"], values["vocab_size"]
-    tables = 1 if values["tie_word_embeddings"] else 2
-    return ModelShape(
-        preset.parameters,
-        tables * vocabulary * hidden,
-        values["num_hidden_layers"],
-        hidden,
-        values["intermediate_size"],
-        vocabulary,
-    )
+    values = SimpleNamespace(model_type=preset.model_type, **preset.values)
+    tables = 1 if values.tie_word_embeddings else 2
+    embedding = tables * values.vocab_size * values.hidden_size
+    return ModelShape.of(values, preset.parameters, embedding)
 
 
 def layer_parameters(shape: ModelShape) -> float:

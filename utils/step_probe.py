@@ -10,7 +10,6 @@ Weights are a constant: kernels take the same time for any numbers. No random st
 
 from __future__ import annotations
 
-import copy
 import gc
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import torch
 
 from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
-from utils.estimates import ModelShape, estimate_training_memory
+from utils.estimates import ModelShape, attention_widths, estimate_training_memory
 from utils.machine import PeakMemory
 from utils.mfu import flops_per_token
 from utils.model_building import (
@@ -30,6 +29,7 @@ from utils.model_building import (
     build_core,
     count_parameters,
     enable_checkpointing,
+    with_layers,
 )
 from utils.training_utils import build_optimizer, forward_loss
 
@@ -109,7 +109,7 @@ def measure_step(
         available_bytes: Free memory of the device.
         world_size: Ranks, which share the samples of a step.
     """
-    small = _with_layers(model_config, 2)
+    small = with_layers(model_config, 2)
     shape = ModelShape.of(small, *_both_counts(small))
 
     def estimate(size: Size) -> int:
@@ -138,7 +138,7 @@ def measure_step(
         two_layers, update = [two.time_pass(size) for size in sizes], two.time_update()
         measured = peak.read()
         two.free()
-        one = _SmallModel(config, _with_layers(model_config, 1), precision, device)
+        one = _SmallModel(config, with_layers(model_config, 1), precision, device)
         one_layer = [one.time_pass(size) for size in sizes]
         one.free()
     layers = [max(0.0, b - a) for a, b in zip(one_layer, two_layers, strict=True)]
@@ -192,15 +192,6 @@ def try_step(
             model.free()
         torch.cuda.empty_cache()
     return True
-
-
-def _with_layers(model_config: Any, count: int) -> Any:
-    small = copy.deepcopy(model_config)
-    small.num_hidden_layers = count
-    for name in ("layer_types", "attention_layers"):  # lists with an entry for each layer
-        if isinstance(getattr(small, name, None), list):
-            setattr(small, name, getattr(small, name)[:count])
-    return small
 
 
 def _both_counts(model_config: Any) -> tuple[int, int]:
@@ -313,8 +304,8 @@ class _SmallModel:
 
 
 def _layer_flops(model_config: Any, counts: ParameterCounts, tokens: int) -> float:
-    layers, hidden = model_config.num_hidden_layers, model_config.hidden_size
-    return flops_per_token(counts.without_embedding, layers, hidden, tokens)
+    layers, (width, _) = model_config.num_hidden_layers, attention_widths(model_config)
+    return flops_per_token(counts.without_embedding, layers, width, tokens)
 
 
 def _dtype(precision: str) -> torch.dtype | None:

@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from configs.training_config import TrainingConfig
 from utils import ranks
 from utils.errors import ConfigError
+from utils.estimates import attention_widths
 from utils.metadata import number
 from utils.mfu import Utilization, find_peak_flops, flops_per_token
 from utils.model_building import (
@@ -317,7 +318,10 @@ def find_utilization(
     """Return the FLOPs of a token, and of all devices where their peak is known."""
     peak = find_peak_flops(device_name(device), precision)
     cost = flops_per_token(
-        num_parameters, model_config.num_hidden_layers, model_config.hidden_size, sequence_length
+        num_parameters,
+        model_config.num_hidden_layers,
+        attention_widths(model_config)[0],
+        sequence_length,
     )
     return Utilization(cost, None if peak is None else peak * world_size)
 

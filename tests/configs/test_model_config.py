@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from configs.model_config import PRESETS, build_model_config, get_preset
+from configs.model_config import build_model_config, get_preset
+from configs.model_presets import PRESETS
 from utils.errors import ConfigError
 from utils.model_building import count_parameters
 
@@ -78,6 +79,47 @@ def test_pythia_shapes_have_the_parameters_of_the_published_models(
 ) -> None:
     assert count_parameters(build_model_config(name)).total == parameters
     assert PRESETS[name].parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "shape", "total"),
+    [  # layers, width, heads, inner width, ids, positions
+        ("gpt2", "gpt2", (12, 768, 12, 3072, 50257, 1024), 124_439_808),
+        ("llama-138m", "llama", (12, 768, 12, 3072, 32000, 1024), 137_841_408),
+        ("llama-350m", "llama", (24, 1024, 16, 4096, 32000, 1024), 435_471_360),
+        ("llama-700m", "llama", (32, 1280, 20, 5120, 32000, 1024), 879_904_000),
+        ("tinystories", "llama", (6, 512, 8, 1344, 10000, 1024), 28_924_416),
+        ("nano-xs", "gpt_neox", (4, 96, 4, 384, 1500, 256), 735_552),
+        ("nano-s", "gpt_neox", (6, 128, 4, 512, 1500, 256), 1_573_888),
+        ("nano-ds", "gpt_neox", (12, 128, 4, 512, 1500, 256), 2_763_520),
+        ("nano-m", "gpt_neox", (6, 192, 6, 768, 1500, 256), 3_245_568),
+        ("nano-l", "gpt_neox", (6, 240, 6, 960, 1500, 256), 4_886_400),
+    ],
+)
+def test_smaller_presets_have_the_shapes_of_their_families(
+    name: str, model_type: str, shape: tuple[int, ...], total: int
+) -> None:
+    config = build_model_config(name)
+    inner = config.n_inner if model_type == "gpt2" else config.intermediate_size
+    assert config.model_type == model_type
+    assert shape == (
+        config.num_hidden_layers, config.hidden_size, config.num_attention_heads, inner,
+        config.vocab_size, config.max_position_embeddings,
+    )  # fmt: skip
+    assert count_parameters(config).total == PRESETS[name].parameters == total
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("nano-xs", 746e3), ("nano-s", 1.6e6), ("nano-ds", 2.8e6), ("nano-l", 4.8e6), ("gpt2", 124e6)],
+)
+def test_presets_are_within_2_percent_of_what_their_names_promise(name: str, wanted: float) -> None:
+    assert PRESETS[name].parameters == pytest.approx(wanted, rel=0.02)
+
+
+def test_every_preset_has_as_many_parameters_as_it_says() -> None:
+    for name, preset in PRESETS.items():
+        assert count_parameters(build_model_config(name)).total == preset.parameters, name
 
 
 def test_refocused_is_the_1_2_billion_of_its_name_without_embeddings() -> None:
