@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,16 +68,10 @@ class HubTarget:
 
     def require_free(self) -> None:
         """Refuse a Hub that cannot be reached, no token, or a repository that has files."""
-        from huggingface_hub.errors import RepositoryNotFoundError
-
         api = self._api()
         with self._mapped_errors():
             api.whoami()
-            try:
-                names = [one.rfilename for one in api.repo_info(self.repository).siblings or ()]
-            except RepositoryNotFoundError:
-                return
-        names = [name for name in names if name != _KEPT]
+            names = [name for name in self._names_there(api) if name != _KEPT]
         if names and not self.overwrite:
             raise UsageError(
                 f"{self.location} holds {printable(names[0])} already ({len(names)} files). Choose "
@@ -90,22 +85,32 @@ class HubTarget:
             yield staged
 
     def publish(self, staged: Path, on_progress: OnProgress) -> None:
-        """Commit the files; those of an earlier model that this one does not have are removed."""
+        """Commit the files at once; those of an earlier model that this one lacks are removed."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
         api = self._api()
-        new = {path.name for path in staged.iterdir()}
+        paths = sorted(staged.iterdir())
+        new = {path.name for path in paths}
+        operations: list[Any] = [CommitOperationAdd(path.name, str(path)) for path in paths]
         with self._mapped_errors():
             api.create_repo(self.repository, private=self.is_private or None, exist_ok=True)
-            there = api.list_repo_files(self.repository) if self.is_whole else []
+            there = self._names_there(api) if self.is_whole else []
             stale = [name for name in there if is_export_file(name) and name not in new]
-            api.upload_folder(
-                repo_id=self.repository,
-                folder_path=str(staged),
-                commit_message=COMMIT_MESSAGE,
-                delete_patterns=stale or None,
-            )
+            operations += [CommitOperationDelete(name) for name in stale]
+            # One commit and not upload_folder, which may make several of a large folder.
+            api.create_commit(self.repository, operations, commit_message=COMMIT_MESSAGE)
+
+    def _names_there(self, api: Any) -> list[str]:
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        try:
+            return [one.rfilename for one in api.repo_info(self.repository).siblings or ()]
+        except RepositoryNotFoundError:
+            return []
 
     def _api(self) -> Any:
         import huggingface_hub
+        from huggingface_hub.utils import disable_progress_bars
 
         # Its retries without a network, each said twice: the error at the end says it once.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -114,6 +119,8 @@ class HubTarget:
                 f"{self.location} needs a token: set HF_TOKEN, or run `hf auth login`. One that "
                 "may write comes from https://huggingface.co/settings/tokens."
             )
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         return huggingface_hub.HfApi()
 
     @contextlib.contextmanager
@@ -123,7 +130,7 @@ class HubTarget:
         except Exception as exc:  # huggingface_hub, its HTTP client and hf_xet: many families
             status = getattr(getattr(exc, "response", None), "status_code", None)
             lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-            reason = printable(lines[0]) if lines else type(exc).__name__
+            reason = printable(" ".join(lines[:2])).rstrip(".") or type(exc).__name__
             if status in (401, 403):
                 raise AccessDeniedError(
                     f"{self.location}: the token is not valid or may not write there ({reason})."
