@@ -212,7 +212,8 @@ class BucketTarget:
                 f"--output {printable(self.location)} holds {printable(names[0])} already "
                 f"({len(names)} objects). Choose another one, or add --overwrite."
             )
-        problem = None if self.name else _why_no_export(names)
+        # An upload that was interrupted has no config.json: the same command goes on.
+        problem = None if self.name else _why_foreign(names)
         if problem:
             raise UsageError(
                 f"--output {printable(self.location)} {problem}: not replaced. Choose another one."
@@ -262,7 +263,9 @@ def _why_no_folder(path: Path) -> str | None:
     entries = list(path.iterdir())
     if any(entry.is_dir() for entry in entries):
         return "has folders in it"
-    return _why_no_export(entry.name for entry in entries)
+    names = sorted(entry.name for entry in entries)
+    missing = None if CONFIG_FILE in names else f"holds no {CONFIG_FILE}"
+    return _why_foreign(names) or missing
 
 
 def _why_no_file(path: Path) -> str | None:
@@ -273,10 +276,7 @@ def _why_no_file(path: Path) -> str | None:
     return None if is_gguf else "is no GGUF file"
 
 
-def _why_no_export(names: Iterable[str]) -> str | None:
+def _why_foreign(names: Iterable[str]) -> str | None:
     """Return why names are not those of an exported model, which may be replaced."""
-    found = sorted(names)
-    foreign = [name for name in found if not is_export_file(name)]
-    if foreign:
-        return f"holds {printable(foreign[0])}, which no exported model has"
-    return None if CONFIG_FILE in found else f"holds no {CONFIG_FILE}"
+    foreign = next((name for name in names if not is_export_file(name)), None)
+    return f"holds {printable(foreign)}, which no exported model has" if foreign else None
