@@ -176,9 +176,8 @@ def show(name: str, target: ExportTarget, report: ExportReport) -> None:
     """Print what was made of a model."""
     size = format_bytes(sum(entry.size for entry in report.files.values()))
     print(f"{printable(name)} -> {printable(target.location)}")
-    print(
-        f"  {report.parameters:,} parameters in {report.dtype}, {len(report.files)} files, {size}"
-    )
+    files = "1 file" if len(report.files) == 1 else f"{len(report.files)} files"
+    print(f"  {report.parameters:,} parameters in {report.dtype}, {files}, {size}")
     if report.removed_rows:
         print(
             f"  vocabulary {report.vocab_size:,}: {report.removed_rows} rows that only padded it "

@@ -366,6 +366,8 @@ def _dtype_name(model: Any) -> str:
 
 
 def _reason(exc: BaseException) -> str:
-    text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+    text = str(exc)
+    if isinstance(exc, OSError):  # NumPy says only how much it could write
+        text = exc.strerror or f"the disk is full or fails ({text})"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return printable(lines[0]) if lines else type(exc).__name__

@@ -116,10 +116,7 @@ def test_query_key_and_value_of_gpt_neox_stand_one_after_the_other(
 
 
 def test_a_tied_gpt_neox_has_the_output_that_llama_cpp_wants(gguf: Any, tmp_path: Path) -> None:
-    source = make_model("gpt_neox", tmp_path / "made")
-    config = json.loads((tmp_path / "made" / "config.json").read_text())
-    config["tie_word_embeddings"] = True
-    (tmp_path / "made" / "config.json").write_text(json.dumps(config))
+    source = make_model("gpt_neox, tied", tmp_path / "made")
     export(source, tmp_path / "out", GGUF)
     names = [t.name for t in gguf.GGUFReader(tmp_path / "out" / "small.gguf").tensors]
     assert "output.weight" in names
@@ -289,7 +286,6 @@ def test_tokens_have_their_types_and_ids_without_one_are_unused() -> None:
         read_tokenizer(tokenizer, size - 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "llama, tied"])
 def test_transformers_reads_the_same_model(gguf: Any, kind: str, tmp_path: Path) -> None:
     source = make_model(kind, tmp_path / "made")
@@ -308,7 +304,7 @@ def test_transformers_reads_the_same_model(gguf: Any, kind: str, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["trained", "gpt_neox", "gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["trained", "gpt_neox", "gpt_neox, tied", "gpt2", "llama"])
 def test_llama_cpp_computes_the_same_model(
     gguf: Any, kind: str, trained_run: Path, tmp_path: Path
 ) -> None:
