@@ -125,7 +125,7 @@ def test_an_exported_folder_takes_another_data_type(trained_run: Path, tmp_path:
     assert export(ModelSource("16", str(tmp_path / "16")), tmp_path / "again").dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2", "llama"])
 def test_rows_that_padded_the_vocabulary_are_left_out(kind: str, tmp_path: Path) -> None:
     source = make_model(kind, tmp_path / "padded", unpadded=90)
     padded = load_model(source, device="cpu").model
@@ -139,7 +139,7 @@ def test_rows_that_padded_the_vocabulary_are_left_out(kind: str, tmp_path: Path)
     assert "unpadded_vocab_size" not in config
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox, tied", "llama, tied"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox, tied"])
 def test_tied_weights_are_in_the_file_once_and_stay_tied(kind: str, tmp_path: Path) -> None:
     export(make_model(kind, tmp_path / "padded", unpadded=90), tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
