@@ -113,8 +113,19 @@ def find_objects(uri: str) -> Found:
     raise UsageError(f"{uri}: nothing is there.")
 
 
-def put_tree(source: Path, bucket: Bucket, on_progress: OnProgress | None = None) -> TransferReport:
+def put_tree(
+    source: Path,
+    bucket: Bucket,
+    on_progress: OnProgress | None = None,
+    last_name: str = LAST_NAME,
+) -> TransferReport:
     """Copy a file, or everything below a directory, into a bucket.
+
+    Args:
+        source: The file or directory.
+        bucket: Where to.
+        on_progress: Told of the bytes done.
+        last_name: Copied when all others are there.
 
     Raises:
         UsageError: There is nothing to copy, or a name is refused.
@@ -137,7 +148,7 @@ def put_tree(source: Path, bucket: Bucket, on_progress: OnProgress | None = None
             )
         return True
 
-    return _transfer("Uploading", put, sizes, on_progress)
+    return _transfer("Uploading", put, sizes, on_progress, last_name)
 
 
 def get_tree(
@@ -242,10 +253,11 @@ def _transfer(
     copy: Callable[[str], bool],
     sizes: dict[str, int],
     on_progress: OnProgress | None,
+    last_name: str = LAST_NAME,
 ) -> TransferReport:
-    """Copy in parallel, `index.json` last; the first failure ends it."""
+    """Copy in parallel, `last_name` last; the first failure ends it."""
     total = sum(sizes.values())
-    last = [name for name in sizes if PurePosixPath(name).name == LAST_NAME]
+    last = [name for name in sizes if PurePosixPath(name).name == last_name]
     done_bytes = num_copied = 0
     with ThreadPoolExecutor(TRANSFER_THREADS, "transfer") as pool:
         for names in ([name for name in sizes if name not in set(last)], last):
