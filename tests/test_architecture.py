@@ -57,6 +57,7 @@ LAYERS: list[set[str]] = [
         "utils.sharding",
         "utils.snapshot",
         "utils.step_guard",
+        "utils.token_choice",
         "utils.torch_facts",
         "utils.transports",
     },

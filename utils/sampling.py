@@ -17,8 +17,9 @@ from typing import Any
 from accelerate.utils import DistributedType
 
 from configs.training_config import TrainingConfig
-from utils.generation import Sampling, generate
+from utils.generation import generate
 from utils.metadata import append_metrics, printable, printable_lines
+from utils.token_choice import Sampling
 from utils.tokenizer_loading import begin_of_text, load_tokenizer
 from utils.training_utils import TrainState
 
