@@ -17,9 +17,10 @@ from typing import Any
 from accelerate.utils import DistributedType
 
 from configs.training_config import TrainingConfig
-from utils.generation import Sampling, generate
+from utils.generation import generate
 from utils.metadata import append_metrics, printable, printable_lines
-from utils.tokenizer_loading import begin_of_text, load_tokenizer
+from utils.token_choice import Sampling
+from utils.tokenizer_loading import encode_prompt, load_tokenizer
 from utils.training_utils import TrainState
 
 TEMPERATURE = 0.8
@@ -100,7 +101,7 @@ class Sampler:
         samples = []
         for prompt in self._prompts:
             end = self._tokenizer.eos_token_id
-            ids = self._tokenizer(prompt)["input_ids"] or begin_of_text(self._tokenizer)
+            ids = encode_prompt(self._tokenizer, prompt)
             with state.accelerator.autocast():
                 tokens = generate(
                     state.core_model,

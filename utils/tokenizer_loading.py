@@ -40,6 +40,15 @@ def load_tokenizer_from(directory: Path) -> Any | None:
     return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
 
 
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the token ids that a model goes on from; of no text what stands before a text.
+
+    Raises:
+        UsageError: There is no text, and the tokenizer has no token that stands before one.
+    """
+    return list(tokenizer(prompt)["input_ids"]) or begin_of_text(tokenizer)
+
+
 def begin_of_text(tokenizer: Any) -> list[int]:
     """Return what stands before a text in the data: the token that ends the one before.
 

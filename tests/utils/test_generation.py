@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from utils.errors import UsageError
-from utils.generation import Sampling, choose_token, generate, stream_tokens
+from utils.generation import generate, stream_tokens
+from utils.token_choice import Sampling, choose_token
 
 VOCAB, CONTEXT = 61, 24
 PROMPT = [5, 17, 3, 44]

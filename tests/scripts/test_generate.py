@@ -1,0 +1,300 @@
+"""scripts/generate.py: texts of a finished run, on a terminal, in a pipe, as JSON, in a session."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from configs.training_config import PROJECT_DIRECTORY
+from scripts import generate
+from utils.errors import ResourceShortageError
+from utils.generation import Batch
+from utils.text_stream import TextStream
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Iterator[Run]:  # fmt: skip
+    """Run the command on the newest checkpoint; return exit code, output and error output."""
+    from tests.conftest import _forget_log_handlers
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    where = ("latest", "--output-dir", str(trained_run / "checkpoints"), "--device", "cpu")
+
+    def call(*words: str, stdin: str | None = None) -> tuple[int, str, str]:
+        if stdin is not None:
+            monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = generate.main([*where, *words])
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    yield call
+    _forget_log_handlers()
+
+
+def texts_of(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_greedy_tokens_are_those_of_transformers(run: Run, trained_run: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = max((trained_run / "checkpoints").glob("*step4-*"))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    prompts = ["The end of", "In", "One hundred years", "a b c d e f"]
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    code, output, _ = run(*words, "--temperature", "0", "--max-tokens", "24", "--json")
+    assert code == 0
+    for prompt, text in zip(prompts, texts_of(output), strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
+            pad_token_id=0,
+        )[0, ids.shape[1] :].tolist()  # fmt: skip
+        end = model.generation_config.eos_token_id
+        assert text["token_ids"] == (made[: made.index(end)] if end in made else made)
+        assert text["text"] == tokenizer.decode(text["token_ids"])
+        assert (text["prompt"], text["prompt_tokens"]) == (prompt, ids.shape[1])
+        assert text["tokens"] == len(text["token_ids"])
+        assert 0 < text["first_token_seconds"] <= text["seconds"]
+
+
+def test_a_text_appears_as_it_is_made(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    made: list[int] = []
+    step, show = Batch.step, generate._show_piece
+
+    def watched_step(self: Batch) -> Any:
+        made.append(len("".join(shown)))
+        return step(self)
+
+    def watched_show(piece: str) -> None:
+        shown.append(piece)
+        show(piece)
+
+    monkeypatch.setattr(Batch, "step", watched_step)
+    monkeypatch.setattr(generate, "_show_piece", watched_show)
+    code, output, errors = run("--prompt", "The", "--max-tokens", "12", "--seed", "3")
+    assert code == 0
+    assert output == f"The{generate.without_control_characters(''.join(shown))}\n"
+    assert len(set(made)) > 8  # there is more of it at nearly every step
+    assert "float32 on cpu" in errors
+    assert "12 tokens; prompt: " in errors
+    assert "tokens/s" in errors
+    shown.clear()
+    again = run("--prompt", "The", "--max-tokens", "12", "--seed", "3", "--no-stream")
+    assert again[1] == output
+    assert len(shown) == 1
+
+
+def test_several_texts_come_in_the_order_of_their_prompts(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("The\nIn the year of\na\n")
+    words = ("--prompts-file", "prompts.txt", "--num-samples", "2", "--max-tokens", "6")
+    code, output, errors = run(*words, "--batch-size", "4", "--json")
+    texts = texts_of(output)
+    assert code == 0
+    assert [text["prompt"] for text in texts] == ["The"] * 2 + ["In the year of"] * 2 + ["a"] * 2
+    assert [(text["sample"], text["seed"]) for text in texts] == [(0, 0), (1, 1)] * 3
+    assert "in 6 texts" in errors
+    expected = "".join(
+        f"--- {n} of 6\n{text['prompt']}{generate.without_control_characters(text['text'])}\n"
+        for n, text in enumerate(texts, start=1)
+    )
+    assert run(*words, "--batch-size", "4")[1] == expected
+    assert run(*words, "--batch-size", "1")[1] == expected  # each as it is made
+
+
+def test_no_text_steers_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TextStream, "push", lambda self, token: "\x1b]0;x\x07\r\n")
+    for words in ((), ("--no-stream",)):
+        _, output, _ = run("--prompt", "\x1b[31mred", "--max-tokens", "1", *words)
+        assert output == "?[31mred?]0;x??\n\n"
+    _, output, _ = run("--prompt", "a", "--max-tokens", "1", "--json")
+    assert texts_of(output)[0]["text"] == "\x1b]0;x\x07\r\n"
+    assert "\x1b" not in output
+
+
+def test_a_terminal_sees_which_part_is_the_prompt(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "_has_colours", lambda: True)
+    _, output, _ = run("--prompt", "The", "--max-tokens", "0")
+    assert output == "\x1b[1mThe\x1b[0m\n"
+
+
+def test_stop_texts_and_end_tokens(run: Run) -> None:
+    words = ("--prompt", "The", "--max-tokens", "40", "--json")
+    whole = texts_of(run(*words)[1])[0]["text"]
+    begin = whole.index("\n")
+    text = texts_of(run(*words, "--stop", "\\n", "--stop", "zzz")[1])[0]
+    assert (text["text"], text["finish_reason"]) == (whole[:begin], "stop_text")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "Give --prompt TEXT"),
+        (("--prompts-file", "none.txt"), "none.txt cannot be read"),
+        (("--interactive", "--json"), "--json needs"),
+    ],
+)
+def test_wrong_words_are_told_before_a_model_is_looked_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr(generate, "find_from", lambda args: pytest.fail("looked for"))
+    code, output, errors = run(*words)
+    assert (code, output) == (2, "")
+    assert errors.startswith("Error: ")
+    assert message in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--temperature", "-1"), "temperature must be"),
+        (("--batch-size", "0"), "batch_size must be"),
+        (("--num-samples", "2", "--temperature", "0"), "temperature above 0"),
+        (("--stop", ""), "must not be empty"),
+    ],
+)
+def test_wrong_values_are_told(run: Run, words: tuple[str, ...], message: str) -> None:
+    code, output, errors = run("--prompt", "The", *words)
+    assert (code, output) == (2, "")
+    assert message in errors
+
+
+def test_a_shortage_of_memory_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Batch) -> None:
+        raise ResourceShortageError("too large")
+
+    monkeypatch.setattr(Batch, "step", fail)
+    code, _, errors = run("--prompt", "The")
+    assert code == 1
+    assert "Error: too large" in errors
+
+
+def test_ctrl_c_ends_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(3, monkeypatch)
+    code, output, errors = run("--prompt", "The")
+    assert code == 130
+    assert output.startswith("The")
+    assert output.endswith("\n")
+    assert "tokens/s" in errors
+    assert errors.endswith("Interrupted.\n")
+
+
+def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, made = Batch.step, [0]
+
+    def interrupted(self: Batch) -> Any:
+        made[0] += 1
+        if made[0] == steps + 1:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", interrupted)
+
+
+def test_a_session_answers_line_by_line(run: Run) -> None:
+    alone = run("--prompt", "The", "--max-tokens", "9")[1]
+    code, output, errors = run(
+        "--interactive", "--max-tokens", "9",
+        stdin="The\n\n/set seed 0\n/set top-p 0.95\nThe\n//x\n/quit\nThe\n",
+    )  # fmt: skip
+    assert code == 0
+    assert output.startswith(alone * 2 + "/x")
+    assert errors.count("tokens/s") == 3
+    assert "; seed 0" in errors
+    assert "; seed 1" in errors
+    assert "top_p=0.95" in errors
+    # The end of the input ends it too; a text that a command begins with has its own seed.
+    code, output, _ = run("--interactive", "--max-tokens", "9", stdin="The\nThe\n")
+    assert code == 0
+    assert output.startswith(alone)
+    assert output != alone * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/help", "Ctrl-C ends a text"),
+        ("/nothing", "/nothing is no command"),
+        ("/set temperature warm", "warm is no number for temperature"),
+        ("/set top_p 2", "top_p must be"),
+        ("/set colour 2", "colour is none of max_tokens"),
+        ("/set temperature", "Say /set NAME VALUE"),
+        ("a\udcff", "is no UTF-8"),
+    ],
+)
+def test_a_session_goes_on_after_a_mistake(run: Run, line: str, message: str) -> None:
+    code, output, errors = run("--interactive", "--max-tokens", "2", stdin=f"{line}\nThe\n")
+    assert code == 0
+    assert message in errors
+    assert output.startswith("The")
+
+
+def test_ctrl_c_ends_a_text_and_not_the_session(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(3, monkeypatch)
+    code, output, errors = run("--interactive", "--max-tokens", "6", stdin="One\nTwo\n")
+    assert code == 0
+    assert "The text was ended." in errors
+    assert output.splitlines()[0].startswith("One")
+    assert "\nTwo" in output
+
+
+def test_ctrl_c_between_texts_ends_the_session(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(marker: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    assert run("--interactive")[0] == 130
+
+
+def test_a_terminal_without_a_prompt_begins_a_session(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda marker: "/quit")
+    code, output, errors = run()
+    assert (code, output) == (0, "")
+    assert "/help" in errors
+
+
+@pytest.mark.slow
+def test_signals_in_a_process_of_its_own(trained_run: Path, tmp_path: Path) -> None:
+    script = PROJECT_DIRECTORY / "scripts" / "generate.py"
+    where = ["latest", "--output-dir", str(trained_run / "checkpoints"), "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, str(script), *where, "--interactive", "--max-tokens", "100000",
+         "--ignore-eos"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("One\n")
+    process.stdin.flush()
+    assert process.stdout.read(12).startswith("One")  # it writes
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate("/set max_tokens 3\nTwo\n", timeout=60)
+    assert process.returncode == 0
+    assert "The text was ended." in errors
+    assert "\nTwo" in output
