@@ -161,7 +161,7 @@ LAYERS: list[set[str]] = [
         "utils.run_events",
         "utils.run_start",
     },
-    {"utils.training_run"},
+    {"utils.model_arguments", "utils.training_run"},
     {
         "train",
         "debug_gpu",
@@ -204,6 +204,7 @@ WITHOUT_TORCH = [
     "utils.metadata",
     "utils.mfu",
     "utils.mixture",
+    "utils.model_arguments",
     "utils.model_finding",
     "utils.model_loading",
     "utils.monitor_view",
