@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import os
 import re
 import shutil
 import sys
@@ -158,6 +159,8 @@ def whole_number(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measure the models that the command line names; what is done is kept, whatever comes next."""
     configure_logging("debug" if args.debug else "warning", stderr=True)
+    if not sys.stderr.isatty():  # the bars of the libraries, which read this when they are loaded
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if args.plot is not None:
         args.plot = picture_path(args.plot)
     config = read_configuration(args)
@@ -278,8 +281,8 @@ class Session:
                     self._note(f"{loaded.source.name}, {task}", exc)
                     continue
                 for evaluation in found:
-                    append_evaluation(self._log, evaluation)
                     self.evaluations.append(evaluation)
+                    append_evaluation(self._log, evaluation)
         del loaded
         _free_memory()
 

@@ -8,10 +8,12 @@ or, for tasks of one's own, from local files.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,15 +106,16 @@ def run_harness(
             batch_size=batch_size,
             max_length=loaded.context,
         )
-        found = simple_evaluate(
-            model=model,
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=BOOTSTRAP_ROUNDS,
-            log_samples=False,
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is the result
+            found = simple_evaluate(
+                model=model,
+                tasks=list(tasks),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=manager,
+                bootstrap_iters=BOOTSTRAP_ROUNDS,
+                log_samples=False,
+            )
     except PretrainError:
         raise
     except Exception as exc:  # whatever a task, its data or the network meets first
