@@ -129,3 +129,13 @@ def test_what_is_not_known_is_none(model: Any, stream: TokenStream) -> None:
     assert TextScore(5000.0, 5, 0, 1.0).perplexity is None
     assert TextScore(5000.0, 5, 0, 0.0).to_values()["tokens_per_second"] is None
     assert score_text(model, stream, [], batch_size=2) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.parametrize("document_end", [None, END])
+def test_a_gpu_finds_what_a_cpu_finds(stream: TokenStream, document_end: int | None) -> None:
+    windows = list(covering_windows(82, 16))
+    wanted = measure(build_small_model(), stream, windows, document_end=document_end)
+    found = measure(build_small_model().to("cuda"), stream, windows, document_end=document_end)
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-3)
