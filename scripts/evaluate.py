@@ -93,7 +93,11 @@ def add_text_options(group: argparse._ArgumentGroup) -> None:
     """Add what says which text is measured, and how."""
     add = group.add_argument
     add("--perplexity", action="store_true", help="also where tasks are named")
-    add("--data", metavar="URI", help="shards (default: those of the model's own run)")
+    add(
+        "--data",
+        metavar="URI",
+        help="shards (default: those of the model's run, of a mixture the first source)",
+    )
     add("--split", choices=SPLITS, default=SPLITS[0], help=f"(default: {SPLITS[0]})")
     add("--max-tokens", type=positive_number, metavar="N", help="only so many, the first")
     add(

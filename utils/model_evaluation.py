@@ -9,6 +9,7 @@ was validated on, unless the plan says it.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from utils.errors import CheckpointError, DataError, UsageError
 from utils.evaluation_log import Evaluation, weights_id
 from utils.harness import run_harness
 from utils.layout import TRAINING_CONFIG_FILE, RunPaths
-from utils.metadata import read_json_object
+from utils.metadata import printable, read_json_object
 from utils.model_loading import LoadedModel, ModelSource
 from utils.shard_cache import ShardCache
 from utils.shard_index import ShardFacts, ShardIndex, build_shard_index, fingerprint_shards
@@ -27,9 +28,12 @@ from utils.storage import Bucket, open_bucket
 from utils.task_data import Questions
 from utils.token_bytes import ByteCounter
 from utils.token_stream import TokenStream, covering_windows, training_windows
+from utils.tokenizer_loading import load_tokenizer
 
 LONGEST_WINDOW = 2048
 SPLITS = ("validation", "training")
+
+log = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, int, int | None], None]
 Measure = Callable[[LoadedModel, OnProgress], list[Evaluation]]
@@ -109,6 +113,7 @@ class Evaluator:
     def __init__(self, plan: Plan, config: TrainingConfig) -> None:
         self._plan, self._config = plan, config
         self._opened: dict[str, tuple[Bucket, ShardIndex]] = {}
+        self._pieces: dict[str, dict[int, str]] = {}
 
     def measures(self) -> list[tuple[str, Measure]]:
         """Return (name, function) of each measure; each can fail without the others."""
@@ -135,6 +140,7 @@ class Evaluator:
         length = choose_length(plan, run, loaded.context)
         is_masked = run.mask_documents if plan.mask_documents is None else plan.mask_documents
         uri, shards = self._find_shards(plan, run)
+        self._require_same_tokens(uri, loaded)
         with self._open_stream(uri, shards, loaded, plan.max_tokens) as stream:
             if plan.is_like_training:
                 windows = training_windows(stream.num_tokens, length, run.max_eval_samples)
@@ -179,6 +185,38 @@ class Evaluator:
                 f"{uri} holds no {plan.split} shards; --split {other} takes the others.{make}"
             )
         return uri, shards
+
+    def _require_same_tokens(self, uri: str, loaded: LoadedModel) -> None:
+        """Refuse shards of another tokenizer than the model's: their ids mean other texts.
+
+        Raises:
+            UsageError: They are.
+        """
+        pieces = self._find_pieces(uri)
+        if loaded.tokenizer is None or not pieces:
+            return
+        own = {token: piece for piece, token in loaded.tokenizer.get_vocab().items()}
+        other = next((token for token in own.keys() & pieces if own[token] != pieces[token]), None)
+        if other is not None:
+            raise UsageError(
+                f"{uri} was made with another tokenizer than {loaded.source.name}: token {other} "
+                f"is {printable(repr(pieces[other]), 40)} there, and "
+                f"{printable(repr(own[other]), 40)} to the model. Prepare the text with the "
+                "model's tokenizer."
+            )
+
+    def _find_pieces(self, uri: str) -> dict[int, str]:
+        """Return the pieces of the tokenizer that shards bring along; empty where there is none."""
+        if uri not in self._pieces:
+            bucket, index = self._open(uri)
+            files = {name: bucket.read_bytes(name) for name in index.tokenizer_files}
+            try:
+                vocabulary = load_tokenizer(files).get_vocab() if files else {}
+            except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception
+                log.warning("The tokenizer of %s cannot be read: %s", uri, printable(exc))
+                vocabulary = {}
+            self._pieces[uri] = {token: piece for piece, token in vocabulary.items()}
+        return self._pieces[uri]
 
     def _open(self, uri: str) -> tuple[Bucket, ShardIndex]:
         if uri not in self._opened:
@@ -259,6 +297,7 @@ class Evaluator:
             "data": data_uri,
             "device": str(loaded.device),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "attention": getattr(loaded.model.config, "_attn_implementation", None),
             "batch_size": self._plan.batch_size,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -176,6 +176,31 @@ def test_a_measure_that_fails_does_not_keep_the_others(
     (kept,) = read_evaluations(tmp_path / "logs" / "evaluations.jsonl").evaluations
     assert (kept.task, kept.step, kept.weights) == ("validation", None, None)
     assert kept.values["bits_per_byte"] is None
+    words = ("--perplexity", "--sequence-length", "4096", "--lambada", LAMBADA, "--limit", "2")
+    code, out, err = run("latest", *words)
+    assert code == 2
+    assert "the model sees 512" in err
+    assert f"lambada of {LAMBADA}" in out
+
+
+def test_shards_of_another_tokenizer_are_refused(
+    run: Run, sample_data: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample_data, data)
+    text = (data / "tokenizer.json").read_text("utf-8")
+    tokenizer = json.loads(text)
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = (piece for piece, token in vocabulary.items() if token in (40, 41))
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (data / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    code, _, err = run("latest", "--data", str(data))
+    assert code == 2
+    assert "was made with another tokenizer than checkpoint-epoch0-step4-files0: token 4" in err
+    (data / "tokenizer.json").write_text("{", "utf-8")
+    code, _, err = run("latest", "--data", str(data), "--max-tokens", "64")
+    assert code == 0
+    assert "cannot be read" in err
 
 
 def test_data_without_validation_shards_say_what_to_do(
