@@ -55,7 +55,6 @@ from utils.task_data import HELLASWAG, LAMBADA, read_questions
 
 ALL = "all"
 CHART_WIDTH = 78
-DEFAULT_BATCH_SIZE = 8
 _RANGE = re.compile(r"(?=.*\d)(\d{0,12})-(\d{0,12})")
 
 
@@ -81,9 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--batch-size",
         type=positive_number,
-        default=DEFAULT_BATCH_SIZE,
         metavar="N",
-        help=f"samples or answers in one forward (default: {DEFAULT_BATCH_SIZE})",
+        help="samples or answers in one forward (default: as many as are quick)",
     )
     add("--plot", type=Path, metavar="F", help="draw the main figures over steps: PNG, SVG, PDF")
     return parser

@@ -31,6 +31,11 @@ from utils.token_stream import TokenStream, covering_windows, training_windows
 from utils.tokenizer_loading import load_tokenizer
 
 LONGEST_WINDOW = 2048
+FORWARD_TOKENS = {"cpu": 8192}
+MAX_FORWARD_TOKENS = 32768
+ANSWERS = 32
+# The harness holds the logits of all tokens of a batch.
+HARNESS_ANSWERS = 8
 SPLITS = ("validation", "training")
 
 log = logging.getLogger(__name__)
@@ -73,7 +78,7 @@ class Plan:
         tasks_path: A directory with more of its tasks.
         num_fewshot: Of `run_harness`.
         limit: Questions of each task, None for all.
-        batch_size: Samples or continuations in one forward.
+        batch_size: Samples or continuations in one forward; None for as many as are quick.
     """
 
     text: TextPlan | None = None
@@ -82,7 +87,11 @@ class Plan:
     tasks_path: Path | None = None
     num_fewshot: int | None = None
     limit: int | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
+
+    def text_batch(self, length: int, device: str) -> int:
+        """Return the windows of so many tokens that one forward takes on a type of device."""
+        return self.batch_size or max(1, FORWARD_TOKENS.get(device, MAX_FORWARD_TOKENS) // length)
 
 
 @dataclass(frozen=True)
@@ -144,16 +153,18 @@ class Evaluator:
         with self._open_stream(uri, shards, loaded, plan.max_tokens) as stream:
             if plan.is_like_training:
                 windows = training_windows(stream.num_tokens, length, run.max_eval_samples)
+                total = None
             else:
                 windows = covering_windows(stream.num_tokens, length, plan.stride)
+                total = stream.num_tokens - 1
             score = score_text(
                 loaded.model,
                 stream,
                 windows,
-                batch_size=self._plan.batch_size,
+                batch_size=self._plan.text_batch(length, loaded.device.type),
                 document_end=_document_end(loaded, is_masked=is_masked),
                 counter=None if loaded.tokenizer is None else ByteCounter(loaded.tokenizer),
-                on_progress=lambda done: on_progress(loaded.source.name, done, stream.num_tokens),
+                on_progress=lambda done: on_progress(loaded.source.name, done, total),
             )
             if score is None:
                 raise DataError(f"{uri} has too few {plan.split} tokens ({stream.num_tokens}).")
@@ -257,7 +268,7 @@ class Evaluator:
                 loaded.require_tokenizer(),
                 questions,
                 context_size=loaded.context,
-                batch_size=self._plan.batch_size,
+                batch_size=self._plan.batch_size or ANSWERS,
                 on_progress=lambda done, total: on_progress(
                     f"{loaded.source.name} {task}", done, total
                 ),
@@ -275,7 +286,7 @@ class Evaluator:
             tasks_path=plan.tasks_path,
             num_fewshot=plan.num_fewshot,
             limit=plan.limit,
-            batch_size=plan.batch_size,
+            batch_size=plan.batch_size or HARNESS_ANSWERS,
         )
         return [
             self._evaluation(loaded, result.task, result.values, result.what) for result in results
@@ -298,7 +309,6 @@ class Evaluator:
             "device": str(loaded.device),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "attention": getattr(loaded.model.config, "_attn_implementation", None),
-            "batch_size": self._plan.batch_size,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
