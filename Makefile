@@ -4,7 +4,7 @@ export VENV
 BIN = $(VENV)/bin
 # The models of the tests are too small to gain from threads.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-CODE = train.py debug_gpu.py configs utils benchmarks scripts tests
+CODE = train.py debug_gpu.py configs utils benchmarks scripts cloud tests
 
 .PHONY: setup format check-format lint types test check check-all bench soak
 

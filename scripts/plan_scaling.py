@@ -3,7 +3,7 @@
     plan_scaling.py --model pythia-6.9b --gpus 64                  every strategy on 64 H100
     plan_scaling.py --model pythia-12b --gpus 8 64 512 --gpu A100 --strategy fsdp hsdp
     plan_scaling.py --table time                                   a table of docs/SCALING.md
-    plan_scaling.py --write                                        all tables, into docs/SCALING.md
+    plan_scaling.py --write              all tables, into docs/SCALING.md and docs/CLOUD.md
 
 Nothing is measured: docs/SCALING.md has the formulas. `train.py --dry-run` measures
 a step on the machine at hand: the MFU of one GPU, as a share, is the --efficiency to give.
@@ -22,7 +22,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import PROJECT_DIRECTORY
-from utils import scaling_run
+from utils import cloud_tables, scaling_run
 from utils.console import format_bytes, format_duration, print_table, run_command
 from utils.errors import UsageError
 from utils.estimates import estimate_checkpoint_bytes
@@ -42,6 +42,7 @@ from utils.scaling import (
 from utils.scaling_tables import TABLES, format_time, to_markdown, write_tables
 
 DOCUMENT = PROJECT_DIRECTORY / "docs" / "SCALING.md"
+CLOUD_DOCUMENT = PROJECT_DIRECTORY / "docs" / "CLOUD.md"
 MAX_GPUS = 2**20
 NUMBERS = ("GPUs", "memory", "micro-batch", "step", "MFU %", "waits %", "GB sent", "days", "$")
 
@@ -70,7 +71,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--price", type=float, metavar="X", help="dollars for an hour of one GPU")
     add("--json", action="store_true", help="print JSON")
     add("--table", choices=TABLES, metavar="NAME", help=f"print one: {', '.join(TABLES)}")
-    add("--write", action="store_true", help="write all tables into docs/SCALING.md")
+    add("--write", action="store_true", help="write all tables into docs/SCALING.md and CLOUD.md")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -78,8 +79,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Print a plan or a table."""
     if args.write:
-        DOCUMENT.write_text(write_tables(DOCUMENT.read_text("utf-8")), "utf-8")
-        print(f"Wrote the tables of {DOCUMENT.relative_to(PROJECT_DIRECTORY)}.")
+        for page, tables in ((DOCUMENT, TABLES), (CLOUD_DOCUMENT, cloud_tables.TABLES)):
+            page.write_text(write_tables(page.read_text("utf-8"), tables), "utf-8")
+            print(f"Wrote the tables of {page.relative_to(PROJECT_DIRECTORY)}.")
         return 0
     if args.table:
         print(to_markdown(TABLES[args.table]()), end="")

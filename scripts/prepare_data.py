@@ -131,6 +131,12 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
         help="what a document is in a text file (default: file)",
     )
     group.add_argument(
+        "--document-separator",
+        default="",
+        metavar="TEXT",
+        help="what stands between documents in a text file, such as '<|endoftext|>'",
+    )
+    group.add_argument(
         "--text-column",
         default="text",
         metavar="NAME",
@@ -365,8 +371,8 @@ def _file_sources(
                 )
             )
         else:
-            names = (arguments.document_per, arguments.text_column)
-            sources.append(FileSource(tuple(group), *names))
+            how = (arguments.document_per, arguments.text_column, arguments.document_separator)
+            sources.append(FileSource(tuple(group), *how))
     return sources
 
 

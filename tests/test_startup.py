@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -42,17 +43,24 @@ NOT_NEEDED = {
 
 # In place of train.loop: one step, then what there is by now.
 CHILD = """
-import gc, json, os, sys
+import gc, json, os, resource, sys
 import train
 
 def look(run, config, stop_after):
     for batches in run.batches(1):
         run.train_step(batches)
     saver = run._saving._saver
+    torch = sys.modules["torch"]
+    faults = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(64 * 2**20 // 4)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     print(json.dumps({
         "modules": sorted(sys.modules),
         "frozen": gc.get_freeze_count(),
         "collects": gc.isenabled(),
+        "page_faults": faults,
         "early_writer": run._early_writer is not None and saver._writer is run._early_writer,
     }))
     return 0
@@ -96,6 +104,19 @@ def test_the_writer_process_of_the_run_is_the_one_that_was_started_first(
     first_step: dict[str, Any],
 ) -> None:
     assert first_step["early_writer"]
+
+
+def test_large_tensors_are_in_huge_pages(first_step: dict[str, Any]) -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this kernel gives no huge pages")
+    small_pages = 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+    assert first_step["page_faults"][0] < small_pages / 4
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_a_step_gets_the_memory_that_the_one_before_freed(first_step: dict[str, Any]) -> None:
+    assert first_step["page_faults"][1] < 10
 
 
 def test_a_start_that_is_refused_for_its_checkpoints_does_not_wait_for_torch(

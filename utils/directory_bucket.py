@@ -44,6 +44,13 @@ PASSING_ERRORS = frozenset(
     for name in ("ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN")
     if hasattr(errno, name)
 )
+# A mounted bucket that has no such call at all; anything else it says is a failure.
+UNSUPPORTED_ERRORS = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL")
+    if hasattr(errno, name)
+)
+UNSUPPORTED_RENAME_ERRORS = UNSUPPORTED_ERRORS | {errno.EXDEV, errno.EEXIST}
 SYNC_BYTES = 64 * 2**20
 
 
@@ -243,7 +250,7 @@ class DirectoryBucket:
         try:
             temporary.write_bytes(data)
             with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+                _sync(file)
             try:
                 os.link(temporary, target)  # unlike a rename, it replaces nothing
             except FileExistsError:
@@ -261,14 +268,17 @@ class DirectoryBucket:
     @staticmethod
     def _commit(temporary: Path, target: Path) -> None:
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+            _sync(file)
         try:
             temporary.replace(target)
-        except PermissionError:
-            raise
-        except OSError:
-            # Some mounted buckets cannot rename; the caller's checksum still guards the copy.
+        except OSError as exc:
+            # Only where there is no rename: on a full disk a copy would destroy what it replaces.
+            if exc.errno not in UNSUPPORTED_RENAME_ERRORS:
+                raise
+            # A reader may see half of it; the caller's checksum still guards the copy.
             shutil.copyfile(temporary, target)
+            with target.open("rb") as file:
+                _sync(file)
         fsync_directory(target.parent)
 
     @contextlib.contextmanager
@@ -299,6 +309,15 @@ def _alone_in(directory: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def _sync(file: IO[bytes]) -> None:
+    """Make a file durable, where the file system knows what that is."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as exc:
+        if exc.errno not in UNSUPPORTED_ERRORS:
+            raise
+
+
 def _version(info: ObjectInfo | None) -> tuple[int, int | None] | None:
     return None if info is None else (info.size, info.generation)
 
@@ -326,7 +345,7 @@ class _MeteredFile:
         if self._unsynced >= SYNC_BYTES:
             self._unsynced = 0
             self._file.flush()
-            os.fsync(self._file.fileno())
+            _sync(self._file)
         return len(data)
 
     def flush(self) -> None:

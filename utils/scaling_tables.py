@@ -9,7 +9,7 @@ between `<!-- table NAME -->` and `<!-- end NAME -->`; a test compares. No torch
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from utils import scaling_run as run
 from utils.errors import UsageError
@@ -346,13 +346,13 @@ def to_markdown(rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def write_tables(document: str) -> str:
+def write_tables(document: str, tables: Mapping[str, Callable[[], Rows]] = TABLES) -> str:
     """Return the document with every table as the simulator makes it now.
 
     Raises:
         UsageError: A table has no place in the document.
     """
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         place = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not place.search(document):
             raise UsageError(f"The document has no <!-- table {name} --> ... <!-- end {name} -->.")

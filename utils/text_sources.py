@@ -14,6 +14,7 @@ does not grow with it. What cannot be read is a `DataError` that names the file 
 from __future__ import annotations
 
 import ast
+import codecs
 import gzip
 import hashlib
 import io
@@ -39,6 +40,7 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
 COMPRESSION_SUFFIXES = (".gz", ".zst")
+LINE_ENDS = b"\r\n"
 READ_BLOCK_BYTES = 2**20
 PART_BYTES = 2**20
 CUT_SEARCH_BYTES = 2**16
@@ -172,6 +174,9 @@ class FileSource:
     text_column: str = "text"
     """Key of the text in JSONL records and Parquet rows."""
 
+    document_separator: str = ""
+    """What stands between the documents of a text file, in place of `document_per`."""
+
     holds_tokens = False
 
     def documents(self) -> Iterator[str]:
@@ -186,6 +191,8 @@ class FileSource:
                 yield from _parquet_documents(path, self.text_column)
             elif kind in JSONL_SUFFIXES:
                 yield from _jsonl_documents(path, self.text_column)
+            elif self.document_separator:
+                yield from _separated_documents(path, self.document_separator.encode())
             elif self.document_per == "line":
                 yield from _line_documents(path)
             else:
@@ -194,6 +201,8 @@ class FileSource:
     def fingerprint(self) -> str:
         """Return a hash over the bytes of the files and how they are read."""
         options = [self.document_per, self.text_column, *map(kind_of, self.paths)]
+        if self.document_separator:
+            options.append(self.document_separator)
         return _hash_files(json.dumps(options), self.paths)
 
 
@@ -270,6 +279,34 @@ def _whole_document(path: Path) -> Iterator[str]:
             start, encoding = start + cut, "utf-8"
             data = data[cut:] + file.read(PART_BYTES + 1 - len(data) + cut)
         yield _decode(data, encoding, path, start)
+
+
+def _separated_documents(path: Path, separator: bytes) -> Iterator[str]:
+    """Yield what stands between separators, without the line ends around it; nothing is empty."""
+    with _read_errors(path), _open_decompressed(path) as file:
+        head = file.read(len(codecs.BOM_UTF8))
+        data = head.removeprefix(codecs.BOM_UTF8)
+        start, is_open = len(head) - len(data), False
+        while block := file.read(PART_BYTES):
+            *whole, data = (data + block).split(separator)
+            for document in whole:
+                yield from _piece(document, path, start, is_open=is_open)
+                start, is_open = start + len(document) + len(separator), False
+            while len(data) > PART_BYTES + len(separator):
+                cut = _find_cut(data[:PART_BYTES])
+                text = data[:cut] if is_open else data[:cut].lstrip(LINE_ENDS)
+                yield OpenText(_decode(text, "utf-8", path, start + cut - len(text)))
+                data, start, is_open = data[cut:], start + cut, True
+        yield from _piece(data, path, start, is_open=is_open)
+
+
+def _piece(data: bytes, path: Path, start: int, *, is_open: bool) -> Iterator[str]:
+    """Yield a document, or the end of one; `is_open`: it has begun."""
+    text = data if is_open else data.lstrip(LINE_ENDS)
+    start += len(data) - len(text)
+    text = text.rstrip(LINE_ENDS)
+    if text or is_open:
+        yield _decode(text, "utf-8", path, start)
 
 
 def _find_cut(data: bytes) -> int:

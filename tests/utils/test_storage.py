@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -503,15 +503,61 @@ def test_what_a_killed_small_write_leaves_is_removed(
     directory.put_bytes("folder/" + "n" * 255, b"1")  # the longest name that there can be
 
 
-def test_a_mounted_directory_without_rename_still_gets_its_object(
-    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
+def failing(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "replace", refuse)
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EEXIST])
+def test_a_mounted_directory_without_rename_still_gets_its_object(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    synced = []
+    monkeypatch.setattr(os, "replace", failing(number))
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
     directory.put_bytes("a", b"1")
     assert [path.name for path in directory.root.iterdir()] == ["a"]
+    assert directory.read_bytes("a") == b"1"
+    assert (directory.root / "a").stat().st_ino in synced  # the copy, too
+    before = directory.stat("a")
+    directory.put_stream("a", lambda sink: sink.write(b"22"), before)
+    assert directory.read_bytes("a") == b"22"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_rename_that_fails_leaves_what_was_there(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    directory.put_bytes("a", b"1")
+    monkeypatch.setattr(os, "replace", failing(number))
+    with pytest.raises(TransientStorageError):
+        directory.put_bytes("a", b"2")
+    assert [path.name for path in directory.root.iterdir()] == ["a"]
+    assert directory.read_bytes("a") == b"1"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL, errno.ENOTSUP])
+def test_a_mounted_directory_without_sync_or_locks_still_gets_its_objects(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", failing(number))
+    monkeypatch.setattr(fcntl, "flock", failing(number))
+    monkeypatch.setattr("utils.directory_bucket.SYNC_BYTES", 1)
+    before = directory.put_bytes_if("a", b"1", None)
+    directory.put_bytes_if("a", b"2", before)
+    directory.put_stream("b", lambda sink: sink.write(b"333"), None)
+    assert (directory.read_bytes("a"), directory.read_bytes("b")) == (b"2", b"333")
+
+
+def test_a_sync_that_fails_is_no_object(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory.put_bytes("a", b"1")
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(TransientStorageError):
+        directory.put_bytes("a", b"2")
     assert directory.read_bytes("a") == b"1"
 
 

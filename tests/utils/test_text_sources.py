@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from utils.documents import OpenText
 from utils.errors import DataError, ExitCode, UsageError
 from utils.text_sources import FileSource, HubSource, SampleSource, find_files
 
@@ -106,6 +107,42 @@ def test_unreadable_file_is_named_with_the_reason(
 
     assert str(path) in str(caught.value)
     assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_text_file_is_cut_where_the_separator_stands(tmp_path: Path) -> None:
+    path = tmp_path / "stories.txt"
+    end = "<|endoftext|>"
+    path.write_bytes(
+        f"\ufeffOne day.\n\nThe end.\n{end}\nTwo.{end}{end}\n{end}\r\n d\u00e9j\u00e0\n".encode()
+    )
+
+    assert read(path, document_separator=end) == ["One day.\n\nThe end.", "Two.", " d\u00e9j\u00e0"]
+    assert (
+        FileSource((path,), document_separator=end).fingerprint()
+        != FileSource((path,)).fingerprint()
+    )
+
+
+def test_a_separator_is_found_wherever_blocks_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "stories.txt"
+    stories = ["a" * 5, "b\n" * 40 + "b", "\u00e9" * 30, "c"]
+    path.write_bytes("<end>".join(stories).encode())
+    for block in range(6, 40):
+        monkeypatch.setattr("utils.text_sources.PART_BYTES", block)
+        parts = read(path, document_separator="<end>")
+        assert "".join(parts) == "".join(stories)
+        closed = [not isinstance(part, OpenText) for part in parts]
+        assert sum(closed) == len(stories)
+        assert any(isinstance(part, OpenText) for part in parts)
+
+
+def test_what_is_not_utf8_is_named_by_its_byte(tmp_path: Path) -> None:
+    path = tmp_path / "stories.txt"
+    path.write_bytes(b"one<end>\ntw\xffo<end>")
+    with pytest.raises(DataError, match=r"byte 11 is not UTF-8"):
+        read(path, document_separator="<end>")
 
 
 def test_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
