@@ -11,9 +11,10 @@ there, too. Every token of the validation shards but the first is predicted exac
 are one stream, cut into windows of --sequence-length tokens, each beginning with the last token of
 the one before. During training the stream is cut into samples whose first token has no loss, what
 fills no sample is left out, and max_eval_samples may end it: its numbers differ a little.
---like-training measures them so. --stride 1 to --sequence-length gives each token more context.
-Losses are summed in float64. Bits per byte: nats / ln 2 over the UTF-8 bytes of the text that the
-predicted tokens stand for, by the model's own tokenizer; special tokens have none.
+--like-training measures them so (in the precision of --dtype). A --stride below --sequence-length
+gives each token more context, and takes so much longer. Losses are summed in float64. Bits per
+byte: nats / ln 2 over the UTF-8 bytes of the text that the predicted tokens stand for, by the
+model's own tokenizer; special tokens have none.
 
 HellaSwag (acc_norm: by log-likelihood for each character of the ending) and last words (LAMBADA)
 are scored as EleutherAI's lm-evaluation-harness does it; --tasks runs that harness itself

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,22 @@ def test_the_viewer_shows_what_was_measured(
     assert "hellaswag.acc" in (tmp_path / "e.svg").read_text()
     assert checkpoint_viewer.main(["plot", *drawn, *where, "--terminal"]) == 0
     assert "validation.loss over step" in capsys.readouterr().out
+
+
+def test_evaluations_that_cannot_be_read_hide_nothing_else(
+    trained_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    os.mkfifo(tmp_path / "logs" / "evaluations.jsonl")
+    where = ["--output-dir", str(trained_run / "checkpoints")]
+    assert checkpoint_viewer.main(["view", "latest", *where]) == 0
+    out = capsys.readouterr().out
+    assert "Current Loss" in out
+    assert "  evaluations.jsonl cannot be read" in out
 
 
 @pytest.mark.parametrize(
