@@ -3,7 +3,7 @@
     list                  all of them: losses, tokens, size, age, state in the bucket, why kept
     view NAME             one of them: metrics, throughput, configuration, files with hashes
     compare [NAME ...]    several side by side; --weights: how far each layer moved
-    plot [NAME ...]       curves, in the terminal or as a picture
+    plot [NAME ...]       curves, in the terminal or as a picture; --evaluation: of evaluate.py
 
 NAME is a checkpoint's name, a step number, latest, best, or what a name begins or ends with as
 long as it fits only one (epoch0-step50-files0). Reads only; torch is loaded by --weights alone. A
@@ -68,11 +68,15 @@ from utils.checkpoint_text import (
 from utils.console import print_table, run_command
 from utils.costs import parse_hourly_price
 from utils.errors import CheckpointError, UsageError
-from utils.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE
+from utils.evaluation_log import metric_names, metric_points, of_weights, read_evaluations
+from utils.evaluation_text import chart_lines as evaluation_charts
+from utils.evaluation_text import evaluation_lines, series
+from utils.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE, RunPaths
 from utils.metadata import HISTORY_LIMIT, CheckpointView, printable, to_json_text
 from utils.plots import (
     METRICS,
     Curves,
+    draw_panels,
     draw_picture,
     picture_path,
     require_drawable,
@@ -144,6 +148,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="draw NAME of this directory of checkpoints (with --remote: of this bucket URI) "
         "instead of the config's; repeat it for several runs in one picture",
+    )
+    plot.add_argument(
+        "--evaluation",
+        action="append",
+        metavar="TASK.FIGURE",
+        help="draw a figure of evaluate.py over the steps of all checkpoints that have it, "
+        "such as validation.loss or hellaswag.acc_norm; repeat it for several",
     )
     plot.add_argument(
         "--save",
@@ -257,7 +268,10 @@ def run_view(args: argparse.Namespace) -> None:
     data_state, data_problem = read_part(view, DATA_STATE_FILE)
     config, config_problem = read_part(view, TRAINING_CONFIG_FILE)
     throughput = measure_throughput(view)
-    problems += [text for text in (view.problem, data_problem, config_problem) if text]
+    evaluations = read_evaluations(RunPaths.of(load_config(args)).evaluations)
+    measured = of_weights(evaluations.evaluations, view.manifest)
+    found = (view.problem, data_problem, config_problem, evaluations.problem)
+    problems += [text for text in found if text]
     if args.json:
         details = {
             **throughput,
@@ -265,6 +279,7 @@ def run_view(args: argparse.Namespace) -> None:
             "metadata": view.metadata,
             "config": config,
             "data_position": data_position(data_state),
+            "evaluations": [{"time": one.time, **one.to_json()} for one in measured],
             "files": files,
             "problems": problems,
         }
@@ -277,6 +292,7 @@ def run_view(args: argparse.Namespace) -> None:
         "": state_lines(view),
         "Training Metrics": training_lines(view.metadata, encoding),
         "Validation Metrics": plain_lines(section(view.metadata, "validation_metrics"), "  "),
+        "Evaluations": evaluation_lines(measured),
         "Progress": progress_lines(view.metadata, throughput),
         "Costs": cost_lines(measure_costs(view, args.hourly_price)),
         "Data Position": plain_lines(data_position(data_state), "  "),
@@ -365,6 +381,9 @@ def run_plot(args: argparse.Namespace) -> None:
     is_text = args.terminal or (args.save is None and sys.stdout.isatty() and not args.json)
     if args.save is not None:
         args.save = picture_path(args.save)
+    if args.evaluation:
+        plot_evaluations(args, is_text=is_text)
+        return
     found = find_curves(args)
     all_curves, notes = keep_comparable([curves for _, curves, _ in found])
     notes = [f"{curves.label}: {problem}; drawn from metadata.json (last {HISTORY_LIMIT} only)"
@@ -381,6 +400,48 @@ def run_plot(args: argparse.Namespace) -> None:
         print(f"Note: {printable(note)}.")
     if is_text:
         print("\n".join(chart_lines(all_curves, sys.stdout.encoding)))
+    if saved is not None:
+        print(f"Plot saved to {printable(saved)}")
+
+
+def plot_evaluations(args: argparse.Namespace, *, is_text: bool) -> None:
+    """Draw figures of evaluate.py over the steps of checkpoints.
+
+    Raises:
+        UsageError: Checkpoints are named too, or nothing has such a figure.
+    """
+    if args.names or args.run or args.remote:
+        raise UsageError(
+            "--evaluation draws all checkpoints of the run: it takes no NAME or --run."
+        )
+    log = read_evaluations(RunPaths.of(load_config(args)).evaluations)
+    drawn = [metric_points(log.evaluations, name) for name in args.evaluation]
+    for points in drawn:
+        if not points.steps:
+            known = ", ".join(metric_names(log.evaluations)) or "none yet; evaluate.py makes some"
+            raise UsageError(f"--evaluation {printable(points.name)}: known are {known}.")
+    notes = [
+        f"{points.name}: {points.num_other} left out, measured in another way or of another run"
+        for points in drawn
+        if points.num_other
+    ]
+    notes += [log.problem] if log.problem else []
+    path = args.save
+    if path is None and not is_text and not args.json:
+        path = Path(f"{drawn[0].name}.png".replace("/", "_"))
+    saved = None
+    if path is not None:
+        saved = draw_panels({points.name: series(points) for points in drawn}, path)
+    if args.json:
+        values = [vars(points) for points in drawn]
+        picture = None if saved is None else str(saved)
+        print(to_json_text({"evaluations": values, "saved": picture, "notes": notes}))
+        return
+    for note in notes:
+        print(f"Note: {printable(note)}.")
+    if is_text:
+        width = min(terminal_width(), CHART_WIDTH)
+        print("\n".join(evaluation_charts(drawn, sys.stdout.encoding, width)))
     if saved is not None:
         print(f"Plot saved to {printable(saved)}")
 

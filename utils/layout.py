@@ -144,6 +144,11 @@ class RunPaths:
         return self.logs / "samples.jsonl"
 
     @property
+    def evaluations(self) -> Path:
+        """What evaluate.py measured, one JSON object a line."""
+        return self.logs / "evaluations.jsonl"
+
+    @property
     def train_log(self) -> Path:
         """The log lines of every start of this run."""
         return self.logs / "train.log"

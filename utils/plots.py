@@ -171,7 +171,38 @@ def draw_picture(all_curves: Sequence[Curves], path: Path) -> Path:
     """
     target = picture_path(path)
     require_drawable(all_curves)
-    figure = _build_figure(all_curves)
+    return _save(_build_figure(all_curves), target)
+
+
+def draw_panels(panels: Mapping[str, Series], path: Path, title: str = "") -> Path:
+    """Draw series over the same steps, each in a panel of its own, their points marked.
+
+    Args:
+        panels: By name.
+        path: The file, of `picture_path`.
+        title: Above all.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UsageError: There is nothing to draw, or the file cannot be written.
+        PretrainError: matplotlib is not installed.
+    """
+    target = picture_path(path)
+    if not any(series.num_points for series in panels.values()):
+        raise UsageError("There is nothing to draw: no figure of a checkpoint is known.")
+    figure, every = _new_figure([LOSS_INCHES / 1.5] * len(panels))
+    for axes, (name, series) in zip(every, panels.items(), strict=True):
+        axes.plot(series.steps, series.values, marker="o", markersize=4, linewidth=1.2)
+        axes.set_ylabel(_plain(name))
+        axes.grid(alpha=0.3)
+    every[0].set_title(_plain(title))
+    every[-1].set_xlabel("step")
+    return _save(figure, target)
+
+
+def _save(figure: Any, target: Path) -> Path:
     try:
         figure.savefig(target, dpi=DOTS_PER_INCH)
     except OSError as exc:
@@ -179,19 +210,25 @@ def draw_picture(all_curves: Sequence[Curves], path: Path) -> Path:
     return target
 
 
-def _build_figure(all_curves: Sequence[Curves]) -> Any:
+def _new_figure(heights: Sequence[float]) -> tuple[Any, Any]:
+    """Return (a figure, its axes one below the other)."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as exc:
         raise PretrainError("matplotlib is not installed; run: pip install matplotlib") from exc
+    figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    every = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
+    return figure, every[:, 0]
+
+
+def _build_figure(all_curves: Sequence[Curves]) -> Any:
     present = [key for key in METRICS if any(key in curves.series for curves in all_curves)]
     losses = tuple(metric for metric in LOSSES if metric in present)
     panels = [panel for panel in (losses, *((m,) for m in present if m not in LOSSES)) if panel]
     heights = [LOSS_INCHES if panel == losses else PANEL_INCHES for panel in panels]
-    figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    every = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    figure, every = _new_figure(heights)
     for axes, panel in zip(every, panels, strict=True):
         _draw_panel(axes, panel, all_curves)
     if len(all_curves) == 1:

@@ -29,12 +29,17 @@ class ProgressDisplay:
     Args:
         enabled: False shows nothing.
         clock: Seconds, for the time between two lines.
+        unit: What is counted instead of bytes.
     """
 
     def __init__(
-        self, *, enabled: bool = True, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        enabled: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        unit: str = "",
     ) -> None:
-        self._enabled = enabled
+        self._enabled, self._unit = enabled, unit
         self._clock = clock
         self._lock = threading.Lock()
         self._bars: Progress | None = None
@@ -50,8 +55,11 @@ class ProgressDisplay:
             self._bars = progress.Progress(
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(),
-                progress.DownloadColumn(),
-                progress.TransferSpeedColumn(),
+                *(
+                    (progress.MofNCompleteColumn(), progress.TextColumn(self._unit))
+                    if self._unit
+                    else (progress.DownloadColumn(), progress.TransferSpeedColumn())
+                ),
                 progress.TimeElapsedColumn(),
                 console=get_console(stderr=True),
             )
@@ -85,10 +93,11 @@ class ProgressDisplay:
 
     def _line(self, stage: str, done_bytes: int, total_bytes: int | None) -> str:
         seconds = self._clock() - self._started[stage]
-        speed = f", {format_bytes(done_bytes / seconds)}/s" if seconds > 0 else ""
+        speed = f", {self._show(done_bytes / seconds)}/s" if seconds > 0 else ""
         if not total_bytes:
-            return f"{stage}: {format_bytes(done_bytes)}{speed}"
+            return f"{stage}: {self._show(done_bytes)}{speed}"
         share = f"{done_bytes / total_bytes:.0%}"
-        return (
-            f"{stage}: {format_bytes(done_bytes)} of {format_bytes(total_bytes)} ({share}){speed}"
-        )
+        return f"{stage}: {self._show(done_bytes)} of {self._show(total_bytes)} ({share}){speed}"
+
+    def _show(self, count: float) -> str:
+        return f"{count:,.0f} {self._unit}" if self._unit else format_bytes(count)

@@ -158,7 +158,11 @@ def describe_shard_changes(old: Sequence[ShardFacts], new: Sequence[ShardFacts])
 
 
 def build_shard_index(
-    bucket: Bucket, max_files: int | None = None, *, skip_bad_shards: bool = False
+    bucket: Bucket,
+    max_files: int | None = None,
+    *,
+    skip_bad_shards: bool = False,
+    is_trained: bool = True,
 ) -> ShardIndex:
     """Return what the shards of a bucket hold.
 
@@ -166,6 +170,7 @@ def build_shard_index(
         bucket: Where the shards are.
         max_files: Use only so many training shards, the first by name.
         skip_bad_shards: Leave out shards whose headers cannot be read, with a warning.
+        is_trained: There have to be training shards.
 
     Raises:
         DataError: There are no training shards, or `index.json` is not usable.
@@ -177,7 +182,7 @@ def build_shard_index(
         index = _from_headers(bucket, max_files, skip_bad_shards=skip_bad_shards)
     except (ValueError, RecursionError) as exc:
         raise DataError(f"{bucket.uri}/{INDEX_OBJECT} is not usable: {exc}.") from exc
-    if not index.training:
+    if not index.training and is_trained:
         raise DataError(
             f"{bucket.uri} holds no training shards (*.npz that do not begin with val_)."
         )

@@ -49,3 +49,13 @@ def test_nothing_is_shown_when_it_is_not_enabled(caplog: pytest.LogCaptureFixtur
         clock.now += 60
         progress.update("Tokenizing", 1, 2)
     assert caplog.messages == []
+
+
+def test_other_things_than_bytes_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    clock = Clock()
+    with ProgressDisplay(clock=clock, unit="tokens") as progress:
+        progress.update("step 4", 0, 20_000)
+        clock.now += 8
+        progress.update("step 4", 16_000, 20_000)
+    assert caplog.messages == ["step 4: 16,000 tokens of 20,000 tokens (80%), 2,000 tokens/s"]

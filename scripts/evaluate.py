@@ -1,0 +1,350 @@
+"""Measure trained models: loss, perplexity, bits per byte, HellaSwag, last words, any task.
+
+    python scripts/evaluate.py latest                        validation shards of its run
+    python scripts/evaluate.py all --plot losses.png         every checkpoint; 100-500: those steps
+    python scripts/evaluate.py latest best exported/ --data gs://bucket/data --stride 256
+    python scripts/evaluate.py latest --hellaswag hellaswag_val.jsonl --lambada lambada_test.jsonl
+    python scripts/evaluate.py latest --tasks arc_easy,piqa --limit 100
+
+Without a task, loss and perplexity are measured; with tasks only where --data or --perplexity is
+there, too. Every token of the validation shards but the first is predicted exactly once: the shards
+are one stream, cut into windows of --sequence-length tokens, each beginning with the last token of
+the one before. During training the stream is cut into samples whose first token has no loss, what
+fills no sample is left out, and max_eval_samples may end it: its numbers differ a little.
+--like-training measures them so (in the precision of --dtype). A --stride below --sequence-length
+gives each token more context, and takes so much longer. Losses are summed in float64. Bits per
+byte: nats / ln 2 over the UTF-8 bytes of the text that the predicted tokens stand for, by the
+model's own tokenizer; special tokens have none.
+
+HellaSwag (acc_norm: by log-likelihood for each character of the ending) and last words (LAMBADA)
+are scored as EleutherAI's lm-evaluation-harness does it; --tasks runs that harness itself
+(pip install "lm-eval[hf]"). Every result is appended to logs/evaluations.jsonl, and
+checkpoint_viewer.py view NAME shows it. A model that cannot be measured does not keep the others
+from it. Exit codes: 0 done, 1 something failed, 2 usage, or a model or data that cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs.training_config import TrainingConfig
+from utils.checkpoint_shelf import open_shelf
+from utils.console import configure_logging, print_table, run_command
+from utils.errors import DataError, ExitCode, PretrainError, StorageError, UsageError
+from utils.evaluation_log import Evaluation, append_evaluation, metric_points
+from utils.evaluation_text import chart_lines, series, tables
+from utils.harness import require_harness
+from utils.layout import RunPaths
+from utils.metadata import printable, to_json_text
+from utils.model_arguments import add_model_arguments, find_from, load_found, read_configuration
+from utils.model_evaluation import SPLITS, Evaluator, Plan, TextPlan
+from utils.plots import draw_panels, picture_path
+from utils.progress import ProgressDisplay
+from utils.task_data import HELLASWAG, LAMBADA, read_questions
+
+ALL = "all"
+CHART_WIDTH = 78
+_RANGE = re.compile(r"(?=.*\d)(\d{0,12})-(\d{0,12})")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(run, build_parser().parse_args(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_arguments(parser, several=True)
+    for action in parser._actions:
+        if action.dest == "models":
+            action.help = f"{action.help}; all: every checkpoint; A-B: those of these steps"
+    add_text_options(parser.add_argument_group("loss and perplexity"))
+    add_task_options(parser.add_argument_group("tasks"))
+    add = parser.add_argument
+    add(
+        "--batch-size",
+        type=positive_number,
+        metavar="N",
+        help="samples or answers in one forward (default: as many as are quick)",
+    )
+    add("--plot", type=Path, metavar="F", help="draw the main figures over steps: PNG, SVG, PDF")
+    return parser
+
+
+def add_text_options(group: argparse._ArgumentGroup) -> None:
+    """Add what says which text is measured, and how."""
+    add = group.add_argument
+    add("--perplexity", action="store_true", help="also where tasks are named")
+    add(
+        "--data",
+        metavar="URI",
+        help="shards (default: those of the model's run, of a mixture the first source)",
+    )
+    add("--split", choices=SPLITS, default=SPLITS[0], help=f"(default: {SPLITS[0]})")
+    add("--max-tokens", type=positive_number, metavar="N", help="only so many, the first")
+    add(
+        "--sequence-length",
+        type=positive_number,
+        metavar="N",
+        help="tokens that the model sees at once (default: as in its run, else at most 2048)",
+    )
+    add(
+        "--stride",
+        type=positive_number,
+        metavar="N",
+        help="from one window to the next (default: the sequence length)",
+    )
+    add(
+        "--mask-documents",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="attention stays within documents (default: as in the model's run)",
+    )
+    add("--like-training", action="store_true", help="the samples of a run's own evaluations")
+
+
+def add_task_options(group: argparse._ArgumentGroup) -> None:
+    """Add what says which tasks are measured."""
+    add = group.add_argument
+    formats = {HELLASWAG: "JSONL of its own format", LAMBADA: "JSONL with text, or a text a line"}
+    for task, text in formats.items():
+        add(
+            f"--{task}",
+            nargs="?",
+            const="",
+            metavar="FILE",
+            help=f"{text}; no file: from the Hub, through `datasets`",
+        )
+    add("--tasks", metavar="A,B", help="tasks of lm-evaluation-harness")
+    add("--tasks-path", type=Path, metavar="DIR", help="YAML files of more of its tasks")
+    add(
+        "--num-fewshot",
+        type=whole_number,
+        metavar="N",
+        help="examples before a question of --tasks",
+    )
+    add("--limit", type=positive_number, metavar="N", help="only so many questions of each task")
+
+
+def positive_number(text: str) -> int:
+    """Return a whole number of an option, at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def whole_number(text: str) -> int:
+    """Return a whole number of an option, at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure the models that the command line names; what is done is kept, whatever comes next."""
+    configure_logging("debug" if args.debug else "warning", stderr=True)
+    if not sys.stderr.isatty():  # the bars of the libraries, which read this when they are loaded
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if args.plot is not None:
+        args.plot = picture_path(args.plot)
+    config = read_configuration(args)
+    plan = build_plan(args)
+    names = choose_models(args.models, config)
+    session = Session(args, config)
+    try:
+        with contextlib.closing(Evaluator(plan, config)) as evaluator:
+            for name in names:
+                session.measure(name, evaluator)
+    finally:
+        session.show()
+    return session.exit_code
+
+
+def build_plan(args: argparse.Namespace) -> Plan:
+    """Return what is measured; the questions of tasks are read already.
+
+    Raises:
+        UsageError: Options do not fit each other, or a file cannot be used.
+    """
+    fixed = [args.stride, args.sequence_length, args.max_tokens]
+    if args.like_training and (any(fixed) or args.split != SPLITS[0]):
+        raise UsageError(
+            "--like-training is what the run did: it takes no --stride, --sequence-length, "
+            "--max-tokens or --split."
+        )
+    if args.tasks_path is not None and not args.tasks_path.is_dir():
+        raise UsageError(f"--tasks-path {printable(str(args.tasks_path))} is no directory.")
+    tasks = [task.strip() for task in (args.tasks or "").split(",") if task.strip()]
+    if tasks:
+        require_harness()
+    given = {task: getattr(args, task) for task in (HELLASWAG, LAMBADA)}
+    questions = {
+        task: read_questions(task, source, args.limit)
+        for task, source in given.items()
+        if source is not None
+    }
+    is_text = not (tasks or questions) or args.perplexity or args.data or args.like_training
+    text = TextPlan(
+        args.data,
+        args.split,
+        args.sequence_length,
+        args.stride,
+        args.max_tokens,
+        args.mask_documents,
+        args.like_training,
+    )
+    return Plan(
+        text if is_text else None,
+        questions,
+        tasks,
+        args.tasks_path,
+        args.num_fewshot,
+        args.limit,
+        args.batch_size,
+    )
+
+
+def choose_models(texts: Sequence[str], config: TrainingConfig) -> list[str]:
+    """Return the models that are meant: `all` and ranges of steps become names.
+
+    Raises:
+        UsageError: There are no such checkpoints.
+    """
+    names: list[str] = []
+    for text in texts:
+        match = _RANGE.fullmatch(text)
+        if (text != ALL and match is None) or Path(text).is_dir():
+            names.append(text)
+            continue
+        first, last = (match[1], match[2]) if match is not None else ("", "")
+        with open_shelf(config) as shelf:
+            found = [
+                str(name)
+                for name in shelf.names
+                if int(first or 0) <= name.step and (not last or name.step <= int(last))
+            ]
+        if not found:
+            raise UsageError(f"{printable(text)}: there is no such checkpoint in {shelf.where}.")
+        names += found
+    return list(dict.fromkeys(names))
+
+
+class Session:
+    """One call of the command: what was measured, what failed, and where it is kept.
+
+    Args:
+        args: The command line.
+        config: Of the run.
+    """
+
+    def __init__(self, args: argparse.Namespace, config: TrainingConfig) -> None:
+        self._args, self._log = args, RunPaths.of(config).evaluations
+        self.evaluations: list[Evaluation] = []
+        self.problems: list[dict[str, str]] = []
+        self.exit_code = int(ExitCode.DONE)
+
+    def measure(self, name: str, evaluator: Evaluator) -> None:
+        """Measure one model; each result is written when it is there.
+
+        Raises:
+            DataError: The data cannot be used, by no other model either.
+            StorageError: They cannot be read.
+        """
+        try:
+            loaded = load_found(self._args, find_from(self._args, name))
+        except PretrainError as exc:
+            self._note(name, exc)
+            return
+        with ProgressDisplay(enabled=not self._args.json, unit="done") as display:
+            for task, measure in evaluator.measures():
+                try:
+                    found = measure(loaded, display.update)
+                except (DataError, StorageError):
+                    raise
+                except PretrainError as exc:
+                    self._note(f"{loaded.source.name}, {task}", exc)
+                    continue
+                for evaluation in found:
+                    self.evaluations.append(evaluation)
+                    append_evaluation(self._log, evaluation)
+        del loaded
+        _free_memory()
+
+    def _note(self, name: str, exc: PretrainError) -> None:
+        """Keep what is wrong with a model, and say it now: others may take long."""
+        self.problems.append({"model": name, "problem": str(exc)})
+        self.exit_code = max(self.exit_code, int(exc.exit_code))
+        print(f"{printable(name)}: {printable(str(exc), 1000)}", file=sys.stderr)
+
+    def show(self) -> None:
+        """Print the results, and draw them where a picture is asked for."""
+        args = self._args
+        drawn = [metric_points(self.evaluations, name) for name in self._main_metrics()]
+        saved = None
+        if args.plot is not None and any(points.steps for points in drawn):
+            saved = draw_panels(
+                {points.name: series(points) for points in drawn if points.steps}, args.plot
+            )
+        if args.json:
+            print(
+                to_json_text(
+                    {
+                        "evaluations": [found.to_json() for found in self.evaluations],
+                        "problems": self.problems,
+                        "saved": None if saved is None else str(saved),
+                        "log": str(self._log),
+                    }
+                )
+            )
+            return
+        for title, rows in tables(self.evaluations):
+            print_table(title, rows, right_aligned=[key for key in rows[0] if key != "model"])
+        if sys.stdout.isatty():
+            width = min(shutil.get_terminal_size().columns, CHART_WIDTH)
+            several = [points for points in drawn if len(points.steps) > 1]
+            print("\n".join(chart_lines(several, sys.stdout.encoding, width)))
+        if saved is not None:
+            print(f"Plot saved to {printable(str(saved))}")
+        elif args.plot is not None:
+            print("Nothing to draw: no figure of a checkpoint.", file=sys.stderr)
+        if self.evaluations:
+            print(f"Kept in {printable(str(self._log))}")
+
+    def _main_metrics(self) -> list[str]:
+        names = {
+            f"{found.task}.{found.main_metric}": None
+            for found in self.evaluations
+            if found.main_metric is not None
+        }
+        return list(names)
+
+
+def _free_memory() -> None:
+    """Give back what a model took, before the next one is loaded."""
+    gc.collect()
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,332 @@
+"""evaluate.py on the checkpoints of a real run, as users call it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scripts import checkpoint_viewer, evaluate
+from tests.small_models import TASK_FILES, plain_losses
+from utils.errors import UsageError
+from utils.evaluation_log import read_evaluations
+from utils.model_evaluation import Evaluator
+from utils.model_loading import load_model
+
+HELLASWAG, LAMBADA = (str(TASK_FILES / f"{name}.jsonl") for name in ("hellaswag", "lambada"))
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(
+    trained_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    logging_as_before: None,
+) -> Run:
+    """Call evaluate.py in a folder of its own, on the run's checkpoints: (code, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str, output_dir: Path = trained_run / "checkpoints") -> tuple[int, str, str]:
+        code = evaluate.main([*words, "--output-dir", str(output_dir), "--device", "cpu"])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return call
+
+
+def first_tokens(data: Path, count: int) -> list[int]:
+    with np.load(data / "val_00000.npz") as shard:
+        return list(shard["input_ids"].reshape(-1)[:count].astype(int).tolist())
+
+
+def test_the_loss_of_a_checkpoint_is_that_of_a_plain_loop(
+    run: Run, trained_run: Path, sample_data: Path, tmp_path: Path
+) -> None:
+    code, out, _ = run("latest", "--max-tokens", "200", "--json")
+    assert code == 0
+    (found,) = json.loads(out)["evaluations"]
+    loaded = load_model(evaluate.find_from(_words(trained_run), "latest"), device="cpu")
+    tokens = first_tokens(sample_data, 200)
+    losses = plain_losses(loaded.model, tokens, 32)  # sequence_length of the run
+    values = found["values"]
+    expected = math.fsum(losses) / len(losses)
+    assert values["tokens"] == 199
+    assert values["loss"] == pytest.approx(expected, rel=1e-6)
+    assert values["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+    text = loaded.tokenizer.decode(tokens[1:], skip_special_tokens=True)
+    assert values["bytes"] == len(text.encode())
+    assert values["bits_per_byte"] == pytest.approx(
+        math.fsum(losses) / math.log(2) / len(text.encode()), rel=1e-6
+    )
+    assert found["what"]["sequence_length"] == 32
+    assert found["step"] == 4
+    (kept,) = read_evaluations(tmp_path / "logs" / "evaluations.jsonl").evaluations
+    assert kept.to_json() == found
+
+
+def _words(trained_run: Path) -> Any:
+    where = ["--output-dir", str(trained_run / "checkpoints")]
+    return evaluate.build_parser().parse_args(["latest", *where, "--json"])
+
+
+def test_like_training_gives_the_numbers_of_training(run: Run, trained_run: Path) -> None:
+    code, out, _ = run("all", "--like-training", "--json")
+    assert code == 0
+    found = json.loads(out)["evaluations"]
+    assert [one["step"] for one in found] == [2, 4]
+    for one in found:
+        metadata = json.loads(
+            (trained_run / "checkpoints" / one["model"] / "metadata.json").read_text()
+        )
+        expected = metadata["validation_metrics"]["validation_loss"]
+        assert one["values"]["loss"] == pytest.approx(expected, rel=1e-6)
+        assert one["values"]["tokens"] == 6 * 31  # max_eval_samples of the run
+
+
+def test_tables_and_a_picture_of_several_checkpoints(run: Run, tmp_path: Path) -> None:
+    words = ("--hellaswag", HELLASWAG, "--lambada", LAMBADA, "--limit", "4", "--perplexity")
+    code, out, _ = run("all", *words, "--max-tokens", "100", "--plot", "figures")
+    assert code == 0
+    for title in ("validation of ", f"hellaswag of {HELLASWAG}", f"lambada of {LAMBADA}"):
+        assert title in out
+    assert out.count("checkpoint-epoch0-step2-files0  2") == 3
+    assert (tmp_path / "figures.png").stat().st_size > 10_000
+    assert "Plot saved to figures.png" in out
+
+
+def test_the_viewer_shows_what_was_measured(
+    run: Run, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("all", "--max-tokens", "100", "--hellaswag", HELLASWAG, "--perplexity")[0] == 0
+    where = ["--output-dir", str(trained_run / "checkpoints")]
+    assert checkpoint_viewer.main(["view", "latest", *where]) == 0
+    out = capsys.readouterr().out
+    assert "Evaluations:" in out
+    assert f"  hellaswag of {HELLASWAG}:" in out
+    assert out.count("acc_norm") == 1  # that of the other checkpoint is its own
+    assert checkpoint_viewer.main(["view", "2", *where, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["evaluations"]
+    assert [(one["task"], one["step"]) for one in found] == [("hellaswag", 2), ("validation", 2)]
+    drawn = ["--evaluation", "validation.loss", "--evaluation", "hellaswag.acc_norm"]
+    assert checkpoint_viewer.main(["plot", *drawn, *where, "--save", "e.svg", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["steps"] for one in found["evaluations"]] == [[2, 4], [2, 4]]
+    assert found["saved"] == "e.svg"
+    assert "hellaswag.acc" in (tmp_path / "e.svg").read_text()
+    assert checkpoint_viewer.main(["plot", *drawn, *where, "--terminal"]) == 0
+    assert "validation.loss over step" in capsys.readouterr().out
+
+
+def test_evaluations_that_cannot_be_read_hide_nothing_else(
+    trained_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    os.mkfifo(tmp_path / "logs" / "evaluations.jsonl")
+    where = ["--output-dir", str(trained_run / "checkpoints")]
+    assert checkpoint_viewer.main(["view", "latest", *where]) == 0
+    out = capsys.readouterr().out
+    assert "Current Loss" in out
+    assert "  evaluations.jsonl cannot be read" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--evaluation", "arc.acc"], "--evaluation arc.acc: known are none yet; evaluate.py"),
+        (["latest", "--evaluation", "a.b"], "it takes no NAME"),
+    ],
+)
+def test_a_figure_that_is_not_there_is_said(
+    run: Run, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checkpoint_viewer.main(["plot", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_does_not_keep_the_others(
+    run: Run, trained_run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(trained_run / "checkpoints", copy)
+    weights = next(copy.glob("*step2-*")) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    code, out, err = run("2", "7", "4", "--max-tokens", "64", output_dir=copy)
+    assert code == 2
+    assert "step4-files0" in out
+    assert "step2-files0" not in out
+    first, second = (line for line in err.splitlines() if line[:3] in ("2: ", "7: "))
+    assert "model.safetensors is damaged" in first
+    assert "There is no checkpoint" in second
+
+
+def test_a_measure_that_fails_does_not_keep_the_others(
+    run: Run, trained_run: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    source = next((trained_run / "checkpoints").glob("*step4-*"))
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(source / name, bare)
+    data = json.loads((source / "training_config.json").read_text())["data_uri"]
+    words = ("--data", data, "--max-tokens", "64", "--hellaswag", HELLASWAG)
+    code, out, err = run(str(bare), *words)
+    assert code == 2
+    assert "bare, hellaswag: bare has no tokenizer" in err
+    assert "512 tokens at once" in out  # all that the model sees, as no run says otherwise
+    assert "bits/byte" in out
+    (kept,) = read_evaluations(tmp_path / "logs" / "evaluations.jsonl").evaluations
+    assert (kept.task, kept.step, kept.weights) == ("validation", None, None)
+    assert kept.values["bits_per_byte"] is None
+    words = ("--perplexity", "--sequence-length", "4096", "--lambada", LAMBADA, "--limit", "2")
+    code, out, err = run("latest", *words)
+    assert code == 2
+    assert "the model sees 512" in err
+    assert f"lambada of {LAMBADA}" in out
+
+
+def test_shards_of_another_tokenizer_are_refused(
+    run: Run, sample_data: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample_data, data)
+    text = (data / "tokenizer.json").read_text("utf-8")
+    tokenizer = json.loads(text)
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = (piece for piece, token in vocabulary.items() if token in (40, 41))
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (data / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    code, _, err = run("latest", "--data", str(data))
+    assert code == 2
+    assert "was made with another tokenizer than checkpoint-epoch0-step4-files0: token 4" in err
+    (data / "tokenizer.json").write_text("{", "utf-8")
+    code, _, err = run("latest", "--data", str(data), "--max-tokens", "64")
+    assert code == 0
+    assert "cannot be read" in err
+
+
+def test_data_without_validation_shards_say_what_to_do(
+    run: Run, sample_data: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train_00000.npz", "train_00001.npz"):
+        shutil.copy(sample_data / name, data)
+    code, _, err = run("2", "4", "--data", str(data))
+    assert code == 2
+    assert "holds no validation shards; --split training" in err
+    assert "prepare_data.py" in err
+    assert err.count("Error") == 1
+    assert run("2", "--data", str(data), "--split", "training", "--max-tokens", "64")[0] == 0
+
+
+def test_only_validation_shards_are_enough(run: Run, sample_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    shutil.copy(sample_data / "val_00000.npz", tmp_path / "data")
+    assert run("2", "--data", "data", "--max-tokens", "64")[0] == 0
+    code, _, err = run("2", "--data", "data", "--split", "training")
+    assert (code, "holds no training shards; --split validation" in err) == (2, True)
+
+
+def test_a_bad_shard_is_named_and_what_is_done_is_kept(
+    run: Run, sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(sample_data / "val_00000.npz", data / "val_a.npz")
+    np.savez(data / "val_b.npz", input_ids=np.array([5, 100_000]))
+    code, out, err = run("2", "4", "--data", str(data))
+    assert code == 2
+    assert "val_b.npz: token id 100000 is outside the vocabulary" in err
+    assert out == ""
+
+    real = Evaluator.measures
+
+    def measures(self: Evaluator) -> Any:
+        def interrupt(*_: object) -> Any:
+            raise KeyboardInterrupt
+
+        return [*real(self), ("later", interrupt)]
+
+    monkeypatch.setattr(Evaluator, "measures", measures)
+    code, out, err = run("4", "2", "--max-tokens", "64")
+    assert code == 130
+    assert "step4-files0" in out
+    assert "Interrupted." in err
+    log = read_evaluations(tmp_path / "logs" / "evaluations.jsonl")
+    assert [one.step for one in log.evaluations] == [4]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--like-training", "--stride", "4"], "--like-training is what the run did"),
+        (["--like-training", "--split", "training"], "--like-training is what the run did"),
+        (["--plot", "x.docx"], "must end in one of"),
+        (["--tasks", "a", "--tasks-path", "missing"], "--tasks-path missing is no directory"),
+        (["--hellaswag", "missing.jsonl"], "missing.jsonl: there is no such file"),
+        (["--stride", "33"], "--stride 33 would leave tokens out: 32 is the most"),
+        (["--sequence-length", "4096"], "--sequence-length 4096: the model sees 512 tokens"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "missing"], "no validation shards"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    run: Run, words: list[str], told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "missing").mkdir() if words == ["--data", "missing"] else None
+    code, out, err = run("latest", *words)
+    assert (code, out) == (2 if "nowhere" not in words else code, "")
+    assert code != 0
+    assert told in err
+
+
+def test_without_the_harness_nothing_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "lm_eval" else real(name, *more),
+    )
+    code, _, err = run("latest", "--tasks", "arc_easy")
+    assert code == 2
+    assert 'pip install "lm-eval' in err
+
+
+@pytest.mark.parametrize(
+    ("texts", "steps"),
+    [
+        (["all"], [2, 4]),
+        (["3-"], [4]),
+        (["-3"], [2]),
+        (["2-2", "all"], [2, 4]),
+        (["0-100", "other"], [2, 4, None]),
+    ],
+)
+def test_models_are_chosen_by_steps(
+    trained_run: Path, texts: list[str], steps: list[int | None]
+) -> None:
+    config = evaluate.read_configuration(_words(trained_run))
+    names = evaluate.choose_models(texts, config)
+    assert [
+        f"-step{step}-" in name or step is None for name, step in zip(names, steps, strict=True)
+    ]
+    with pytest.raises(UsageError, match="5-9: there is no such checkpoint"):
+        evaluate.choose_models(["5-9"], config)
