@@ -33,6 +33,7 @@ LAYERS: list[set[str]] = [
         "utils.estimates",
         "utils.event_file",
         "utils.findings",
+        "utils.flat_partition",
         "utils.followed_file",
         "utils.layout",
         "utils.live_screen",
@@ -60,6 +61,7 @@ LAYERS: list[set[str]] = [
         "utils.torch_facts",
         "utils.transports",
     },
+    {"utils.deepspeed_engine"},
     {
         "utils.archive",
         "utils.archive_reading",

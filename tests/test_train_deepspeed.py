@@ -29,7 +29,9 @@ def test_two_ranks_divide_the_state_and_one_goes_on(
 ) -> None:
     settings = (*SETTINGS, "save_steps=3")
     assert run_train("--max-steps", "6", folder="one", settings=settings) == 0
-    told = run_ranks(2, "--max-steps", "6", "--stop-after", "3", settings=(sharding, "save_steps=3"))
+    told = run_ranks(
+        2, "--max-steps", "6", "--stop-after", "3", settings=(sharding, "save_steps=3")
+    )
     print(told)
     saved = checkpoint(tmp_path, 3)
     manifest = verify_checkpoint(saved)

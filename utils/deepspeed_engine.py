@@ -31,14 +31,13 @@ from torch import nn
 
 from configs.training_config import TrainingConfig
 from utils.errors import ConfigError
+from utils.estimates import ZERO_BUCKET_ELEMENTS
 from utils.flat_partition import FlatGroup, Fragment
 from utils.parts import RowRanges
 from utils.sharding import FSDP2_FILE, Sharding
 
 PACKAGE = "deepspeed>=0.19.8"
 """The oldest that this was tried with; it has `compute_grad_norm`."""
-# Elements that are reduced at once; the engine's own choice takes 1 to 2 GB.
-BUCKET_ELEMENTS = 50_000_000
 MASTER = "master"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -375,8 +374,8 @@ def _engine_config(stage: int, micro_batch: int, *, half: bool) -> dict[str, Any
         "gradient_accumulation_steps": 1,  # the train step divides the loss and tells the last
         "zero_optimization": {
             "stage": stage,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "reduce_bucket_size": ZERO_BUCKET_ELEMENTS,
+            "allgather_bucket_size": ZERO_BUCKET_ELEMENTS,
             # It waits for the device in each backward pass.
             "overlap_comm": False,
             "compute_grad_norm": False,
@@ -394,12 +393,17 @@ def _engine_config(stage: int, micro_batch: int, *, half: bool) -> dict[str, Any
 def _initialize(
     model: nn.Module, optimizer: torch.optim.AdamW, config: dict[str, Any], device: torch.device
 ) -> Any:
-    """Return DeepSpeed's engine; its own log lines are left out."""
+    """Return DeepSpeed's engine; what it tells of itself is left out."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Of torch, for calls that DeepSpeed makes in each step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    import deepspeed
+    logging.disable(logging.WARNING)
+    try:
+        import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # importing it has set it anew
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        # It would be compiled at the start, for inference on CPUs.
+        deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    finally:
+        logging.disable(logging.NOTSET)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
