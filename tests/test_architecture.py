@@ -195,6 +195,7 @@ WITHOUT_TORCH = [
     "utils.checks",
     "utils.estimates",
     "utils.findings",
+    "utils.flat_partition",
     "utils.gpu_types",
     "utils.grace",
     "utils.journal",
