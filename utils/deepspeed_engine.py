@@ -16,7 +16,7 @@ each micro-step, in float32, and only the rank's part of them is kept.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import logging
 import math
 import os
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from packaging.version import Version
 from torch import nn
 
 from configs.training_config import TrainingConfig
@@ -36,7 +37,7 @@ from utils.flat_partition import FlatGroup, Fragment
 from utils.parts import RowRanges
 from utils.sharding import FSDP2_FILE, Sharding
 
-PACKAGE = "deepspeed>=0.19.8"
+OLDEST_VERSION = "0.19.8"
 """The oldest that this was tried with; it has `compute_grad_norm`."""
 MASTER = "master"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -53,9 +54,14 @@ def require_deepspeed(config: TrainingConfig, how: Sharding, precision: str) -> 
     Raises:
         ConfigError: The package is missing, or a setting does not go with it.
     """
-    if importlib.util.find_spec("deepspeed") is None:
+    try:
+        version = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    if version is None or Version(version) < Version(OLDEST_VERSION):
+        found = f"{version} is installed" if version else "which is not installed"
         raise ConfigError(
-            f"{how.source} needs DeepSpeed, which is not installed: pip install '{PACKAGE}'. "
+            f"{how.source} needs DeepSpeed, {found}: pip install 'deepspeed>={OLDEST_VERSION}'. "
             f"Without it: {FSDP2_FILE}, or --set sharding=fsdp2."
         )
     if precision == "fp16":
@@ -152,7 +158,7 @@ class ZeroEngine:
             if known != found:
                 raise ConfigError(
                     "This version of DeepSpeed divides weights in a way that is not known here. "
-                    f"Use {PACKAGE.replace('>', '=')}, or sharding=fsdp2."
+                    f"Install {OLDEST_VERSION}, or use sharding=fsdp2."
                 )
 
     @property

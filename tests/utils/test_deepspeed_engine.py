@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,9 +65,20 @@ def test_rows_of_another_model_are_refused() -> None:
         deepspeed_engine._elements(torch.zeros(3, 4), layout, fragment)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"sharding=zero2 needs DeepSpeed.*pip install 'deeps"):
+@pytest.mark.parametrize(
+    ("version", "reason"), [(None, "which is not installed"), ("0.16.9", "0.16.9 is installed")]
+)
+def test_a_package_that_is_missing_or_old_is_named(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, reason: str
+) -> None:
+    def find(name: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", find)
+    expected = rf"sharding=zero2 needs DeepSpeed, {reason}: pip install 'deepspeed>="
+    with pytest.raises(ConfigError, match=expected):
         require_deepspeed(TrainingConfig(), ZERO2, "no")
 
 
@@ -80,7 +92,25 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_it_cannot_do_is_refused(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, bool], precision: str, message: str
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0+cu128")
     with pytest.raises(ConfigError, match=message):
         require_deepspeed(TrainingConfig(**settings), ZERO2, precision)  # type: ignore[arg-type]
     require_deepspeed(TrainingConfig(), ZERO2, "bf16")
+
+
+def test_another_layout_than_the_known_one_is_refused() -> None:
+    """What DeepSpeed says of each weight's place has to agree with what is counted here."""
+    engine = deepspeed_engine.ZeroEngine.__new__(deepspeed_engine.ZeroEngine)
+    engine._rank, engine._groups = 0, [FlatGroup(((5, 3), (7,)), 12, 2)]
+
+    def held(numel: int | None) -> SimpleNamespace:
+        address = SimpleNamespace(start=0, numel=numel)
+        mapping = None if numel is None else SimpleNamespace(lp_fragment_address=address)
+        return SimpleNamespace(_hp_mapping=mapping)
+
+    engine._parameters = [[held(12), held(None)]]
+    engine._require_known_layout()
+    for other in ([held(8), held(None)], [held(12), held(4)]):
+        engine._parameters = [other]
+        with pytest.raises(ConfigError, match="divides weights in a way that is not known here"):
+            engine._require_known_layout()
