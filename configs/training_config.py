@@ -47,7 +47,7 @@ ATTENTION_IMPLEMENTATIONS = (
 )
 CHECKPOINTING_POLICIES = ("full", "selective")
 LOSS_IMPLEMENTATIONS = ("auto", "chunked", "model")
-SHARDINGS = ("none", "fsdp2")
+SHARDINGS = ("none", "fsdp2", "zero1", "zero2")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 RENAMED_KEYS = {
@@ -258,7 +258,8 @@ class TrainingConfig:
 
     sharding: str = "none"
     """How several ranks hold the state: none, each all of it (DDP), or fsdp2, each its part of
-    weights, gradients and optimizer (torch's fully_shard). `accelerate launch` may say so too."""
+    weights, gradients and optimizer (torch's fully_shard), or zero1, zero2, whole weights and its
+    part of the optimizer, with 2 of gradients too (DeepSpeed). `accelerate launch` may say so."""
 
     reshard_after_forward: bool = True
     """With fsdp2: gather a layer's weights again for its backward pass. false: keep them in

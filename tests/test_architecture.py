@@ -34,6 +34,7 @@ LAYERS: list[set[str]] = [
         "utils.estimates",
         "utils.event_file",
         "utils.findings",
+        "utils.flat_partition",
         "utils.followed_file",
         "utils.layout",
         "utils.live_screen",
@@ -63,6 +64,7 @@ LAYERS: list[set[str]] = [
         "utils.torch_facts",
         "utils.transports",
     },
+    {"utils.deepspeed_engine"},
     {
         "utils.archive",
         "utils.archive_reading",
@@ -228,6 +230,7 @@ WITHOUT_TORCH = [
     "utils.gguf_file",
     "utils.gguf_model",
     "utils.gguf_tokenizer",
+    "utils.flat_partition",
     "utils.gpu_types",
     "utils.grace",
     "utils.harness",

@@ -38,7 +38,7 @@ from utils.layout import (
     RunIdentity,
     read_json,
 )
-from utils.parts import Part
+from utils.parts import Part, RowChoice
 from utils.state_files import (
     BIN_WEIGHTS_FILE,
     OPTIMIZER_FILE,
@@ -47,6 +47,7 @@ from utils.state_files import (
     as_sharded,
     mapped_errors,
     part_files,
+    ranged_files,
     read_optimizer,
     read_weights,
     require_file,
@@ -115,13 +116,15 @@ def collect_files(
     model: Any = state.core_model
     weights: dict[str, dict[str, torch.Tensor]] = {}
     pickles: dict[str, Any] = {}
-    if state.is_sharded:
+    if state.zero is not None:
+        pickles[OPTIMIZER_REST_FILE] = state.zero.optimizer_rest()
+    elif state.is_sharded:
         pickles[OPTIMIZER_REST_FILE] = split_optimizer(state.optimizer.state_dict())[1]
     elif config.save_format == "safetensors":
         weights[SAFE_WEIGHTS_FILE] = _without_shared(model.state_dict())
     else:
         pickles[BIN_WEIGHTS_FILE] = model.state_dict()
-    if not state.is_sharded:
+    if state.row_choice is None:
         pickles[OPTIMIZER_FILE] = state.optimizer.state_dict()
     pickles[SCHEDULER_FILE] = state.scheduler.state_dict()
     pickles[SCHEDULER_BACKUP_FILE] = {
@@ -166,7 +169,11 @@ def collect_part(
         CheckpointName(step, epoch, consumed),
         Manifest(identity.run_id, step, identity.branch, part.count, forks=identity.forks),
     )
-    weights, headers = part_files(state.core_model, state.optimizer.state_dict(), part)
+    if state.zero is not None:
+        held = state.zero.held_rows()
+        weights, headers = ranged_files(held.weights, held.moments, held.shapes, held.rows, part)
+    else:
+        weights, headers = part_files(state.core_model, state.optimizer.state_dict(), part)
     return replace(files, weights=weights, headers=headers, is_part=True)
 
 
@@ -217,7 +224,7 @@ class SavedState:
     metrics: dict[str, Any]
     data_state: DataState
     random_state: dict[str, Any] | None
-    part: Part | None = None
+    part: RowChoice | None = None
 
 
 def read_checkpoint(
@@ -227,7 +234,7 @@ def read_checkpoint(
     rank: int,
     world_size: int,
     accept_missing_random_state: bool = False,
-    is_sharded: bool = False,
+    part: RowChoice | None = None,
 ) -> SavedState:
     """Return what a verified checkpoint holds for one rank.
 
@@ -237,12 +244,11 @@ def read_checkpoint(
         rank: This process.
         world_size: All processes now.
         accept_missing_random_state: Return None for random states that cannot be read.
-        is_sharded: Read this rank's rows of weights and moments only.
+        part: Read these rows of weights and moments only; None: all.
 
     Raises:
         UnreadableCheckpointError: A file is missing or cannot be read.
     """
-    part = Part(rank, world_size) if is_sharded else None
 
     def read(name: str, load: Callable[[Path], Any]) -> Any:
         require_file(checkpoint, manifest, name)
@@ -284,7 +290,9 @@ def restore_state(state: TrainState, saved: SavedState, config: TrainingConfig) 
         CheckpointError: It does not fit this model or optimizer.
     """
     try:
-        if saved.part is None:
+        if state.zero is not None:
+            state.zero.restore(saved.weights, saved.optimizer)
+        elif saved.part is None:
             _restore_weights(state.core_model, saved.weights)
             state.optimizer.load_state_dict(saved.optimizer)
         else:

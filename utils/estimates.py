@@ -17,6 +17,8 @@ from typing import Any
 WEIGHT_BYTES = 4
 MOMENT_BYTES = 8
 GRADIENT_BYTES = 4
+# Elements that DeepSpeed reduces or gathers at once; its own choice takes 1 to 2 GB.
+ZERO_BUCKET_ELEMENTS = 50_000_000
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 CHECKPOINT_OVERHEAD_BYTES = 2**20
 SIXTEEN_BIT = ("bf16", "fp16")
@@ -218,6 +220,7 @@ def estimate_training_memory(
     is_loss_chunked: bool = True,
     is_sharded: bool = False,
     reshards: bool = True,
+    zero_stage: int = 0,
 ) -> MemoryEstimate:
     """Return the memory of one rank.
 
@@ -234,6 +237,7 @@ def estimate_training_memory(
         is_loss_chunked: Whether the logits of all tokens are never there at once.
         is_sharded: Whether each rank holds a part of weights, gradients and moments only.
         reshards: With that, whether a layer's gathered weights are let go after its forward.
+        zero_stage: Of DeepSpeed, where ranks hold whole weights and parts of the rest; 0: not.
     """
     tokens = micro_batch * sequence_length
     layer, layer_input = (tokens * count for count in activation_bytes(shape, precision))
@@ -252,6 +256,9 @@ def estimate_training_memory(
     if is_sharded and world_size > 1:
         state, gradients = state // world_size, gradients // world_size
         casts, buckets = _gathered_bytes(shape, precision, reshards=reshards)
+    if zero_stage and world_size > 1:
+        state, gradients, buckets = _zero_bytes(shape, precision, zero_stage, world_size)
+        casts = casts if zero_stage == 1 else 0
     if is_loss_chunked:
         chunk = min(tokens, chunk_tokens(shape.vocabulary, device))
         width = 2 if precision in SIXTEEN_BIT else 4
@@ -281,6 +288,24 @@ def _gathered_bytes(shape: ModelShape, precision: str, *, reshards: bool) -> tup
     layer = (shape.parameters - shape.embedding) // max(1, shape.layers)
     gathered = shape.embedding + layer * (min(2, shape.layers) if reshards else shape.layers)
     return width * gathered, (width + GRADIENT_BYTES) * max(layer, shape.embedding)
+
+
+def _zero_bytes(
+    shape: ModelShape, precision: str, stage: int, world_size: int
+) -> tuple[int, int, int]:
+    """Return (state, gradients, gradients on their way) of a rank under DeepSpeed's ZeRO.
+
+    Whole weights, in 16 bits with stage 2; in float32 a part of the weights and of both moments. Of
+    gradients all with stage 1, a part with stage 2; a bucket of them is being reduced, in float32
+    too, and before it the largest tensor's has been formed.
+    """
+    width = 2 if precision in SIXTEEN_BIT and stage == 2 else WEIGHT_BYTES
+    parts = shape.parameters * (WEIGHT_BYTES + MOMENT_BYTES) // world_size
+    gradients = shape.parameters * GRADIENT_BYTES // (world_size if stage == 2 else 1)
+    largest = shape.vocabulary * shape.hidden
+    bucket = max(min(ZERO_BUCKET_ELEMENTS, shape.parameters), largest)
+    state = width * shape.parameters + parts
+    return state, gradients, (width + GRADIENT_BYTES) * bucket + width * largest
 
 
 def estimate_checkpoint_bytes(num_parameters: int) -> int:

@@ -50,8 +50,9 @@ def estimate_memory(
         world_size=world_size,
         device=device.type,
         is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),
-        is_sharded=how is not None,
+        is_sharded=how is not None and not how.zero_stage,
         reshards=how is None or how.reshard_after_forward,
+        zero_stage=0 if how is None else how.zero_stage,
     )
 
 

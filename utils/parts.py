@@ -47,6 +47,28 @@ class Part:
         size = -(-length // self.count)
         return min(self.rank * size, length), min((self.rank + 1) * size, length)
 
+    def rows_of(self, name: str, length: int) -> tuple[int, int]:
+        """Return the rows of a tensor: those of any other one of its length."""
+        return self.rows(length)
+
+
+@dataclass(frozen=True)
+class RowRanges:
+    """Rows of each tensor, where they are not those that fully_shard gives a rank.
+
+    Attributes:
+        ranges: (first, one behind the last) by name; tensors that are not named are whole.
+    """
+
+    ranges: Mapping[str, tuple[int, int]]
+
+    def rows_of(self, name: str, length: int) -> tuple[int, int]:
+        """Return the rows of a tensor."""
+        return self.ranges.get(name, (0, length))
+
+
+RowChoice = Part | RowRanges
+
 
 def part_file(prefix: str, part: Part) -> str:
     """Return the name of the file with a rank's part."""
@@ -68,7 +90,7 @@ def find_part_files(names: Iterable[str], prefix: str) -> list[str]:
     return found
 
 
-def part_header(shapes: Mapping[str, tuple[int, ...]], part: Part) -> dict[str, str]:
+def part_header(shapes: Mapping[str, tuple[int, ...]], part: RowChoice) -> dict[str, str]:
     """Return the header of a part's file: one entry, safetensors writes several in any order.
 
     Args:
@@ -77,7 +99,9 @@ def part_header(shapes: Mapping[str, tuple[int, ...]], part: Part) -> dict[str, 
     """
     info = {
         name: {
-            "saved_offsets": [part.rows(shape[0])[0], *[0] * (len(shape) - 1)] if shape else [],
+            "saved_offsets": [part.rows_of(name, shape[0])[0], *[0] * (len(shape) - 1)]
+            if shape
+            else [],
             "shape": list(shape),
         }
         for name, shape in shapes.items()
@@ -214,12 +238,12 @@ class LoadedTensors:
         return tensor if rows is None else tensor[slice(*rows)].clone()
 
 
-def read_tensors(reader: TensorReader, part: Part | None) -> dict[str, torch.Tensor]:
+def read_tensors(reader: TensorReader, part: RowChoice | None) -> dict[str, torch.Tensor]:
     """Return all tensors, whole or, of those with rows, the rows of a part."""
     found = {}
     for name in reader.names:
         shape = reader.shape(name)
-        rows = part.rows(shape[0]) if part is not None and shape else None
+        rows = part.rows_of(name, shape[0]) if part is not None and shape else None
         found[name] = reader.read(name, rows)
     return found
 

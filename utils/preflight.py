@@ -356,7 +356,10 @@ def describe_run(
     how = resolve_sharding(config, ranks)
     if how is not None:
         layers = "gathered twice a step" if how.reshard_after_forward else "kept to the backward"
-        facts["sharding"] = f"FSDP2 over {text_of_ranks} ({how.source}), layers are {layers}"
+        kind, detail = "FSDP2", f"layers are {layers}"
+        if how.zero_stage:
+            kind, detail = f"DeepSpeed ZeRO-{how.zero_stage}", "each rank has whole weights"
+        facts["sharding"] = f"{kind} over {text_of_ranks} ({how.source}), {detail}"
     if sources:
         available = sum(source.index.training_tokens for source in sources)
         facts["data"] = f"{available:,} tokens, {total / max(1, available):.2f} epochs"

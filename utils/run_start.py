@@ -185,7 +185,7 @@ def _read(
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             accept_missing_random_state=consent.missing_random_state,
-            is_sharded=state.is_sharded,
+            part=state.row_choice,
         )
     except UnreadableCheckpointError as exc:
         failure = str(exc)

@@ -1,4 +1,4 @@
-"""Sharded state: each rank holds its rows of every weight, gradient and moment (FSDP2).
+"""Sharded state: what is asked for; each rank holds its rows of weights and moments (FSDP2).
 
     loss model on the CPU -> fully_shard, layer by layer -> train step
 
@@ -7,12 +7,14 @@ here and not through `Accelerator.prepare`: that refuses CPUs, and maps the opti
 by the address of their memory, which weights without a row on a rank share. Launched by `torchrun`
 or `accelerate launch`, on CPUs or GPUs, it is the same code. Weights are drawn on the CPU, whole,
 by each rank, so that they are those of one process; a layer goes to the device when it is sharded.
+DeepSpeed's ZeRO is asked for here too, and built in `utils/deepspeed_engine.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +25,13 @@ from configs.training_config import TrainingConfig
 from utils.errors import ConfigError
 
 FSDP2_FILE = "configs/accelerate/fsdp2.yaml"
+DEEPSPEED_FILE = "configs/accelerate/deepspeed.yaml"
+_USES_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+_ZERO_STAGES = {"zero1": 1, "zero2": 2}
 _SIXTEEN_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _YES = ("true", "1", "yes")
 # Accelerate's variables of strategies that would be ignored here -> what to do.
 _REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": f"DeepSpeed is not supported: use {FSDP2_FILE}, which shards as "
-    "ZeRO stage 3 does, or as stage 2 with reshard_after_forward=false",
     "ACCELERATE_USE_MEGATRON_LM": f"Megatron-LM is not supported: use {FSDP2_FILE}",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config is not supported: leave it out",
 }
@@ -46,10 +49,12 @@ class Sharding:
     Attributes:
         reshard_after_forward: Whether a layer's weights are let go between forward and backward.
         source: Who asked for it, to be told.
+        zero_stage: Of DeepSpeed, 1 or 2; 0 is FSDP2.
     """
 
     reshard_after_forward: bool
     source: str
+    zero_stage: int = 0
 
 
 def resolve_sharding(
@@ -70,6 +75,10 @@ def resolve_sharding(
     sharding = _launched_sharding(environment)
     if sharding is None and config.sharding == "fsdp2":
         sharding = Sharding(config.reshard_after_forward, "sharding=fsdp2")
+    elif sharding is None and config.sharding in _ZERO_STAGES:
+        sharding = Sharding(
+            False, f"sharding={config.sharding}", zero_stage=_ZERO_STAGES[config.sharding]
+        )
     if sharding is None or world_size == 1:
         return None
     if config.save_format != "safetensors":
@@ -91,8 +100,46 @@ def _launched_sharding(environment: Mapping[str, str]) -> Sharding | None:
         refused += [advice for name, advice in _REFUSED_BY_FSDP.items() if name in chosen]
     if refused:
         raise ConfigError(f"accelerate launch: {refused[0]}.")
+    if _USES_DEEPSPEED in chosen:
+        return _launched_deepspeed(environment)
     reshards = environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in _YES
     return Sharding(reshards, "accelerate launch") if uses_fsdp else None
+
+
+def _launched_deepspeed(environment: Mapping[str, str]) -> Sharding:
+    """Return the stage of DeepSpeed that `accelerate launch` asks for.
+
+    Raises:
+        ConfigError: Something would be ignored, or is not supported.
+    """
+
+    def asked(name: str, default: str = "none") -> str:
+        return environment.get(f"ACCELERATE_DEEPSPEED_{name}", default).lower()
+
+    stage = asked("ZERO_STAGE", "2")
+    reason = ""
+    if asked("CONFIG_FILE") != "none":
+        reason = f"deepspeed_config_file is not read: set zero_stage as {DEEPSPEED_FILE} does"
+    elif {asked("OFFLOAD_OPTIMIZER_DEVICE"), asked("OFFLOAD_PARAM_DEVICE")} != {"none"}:
+        reason = "offloading with DeepSpeed is not supported: set both offload devices to none"
+    elif stage == "3":
+        reason = f"zero_stage 3 is not supported: {FSDP2_FILE} divides weights as it does"
+    elif stage not in ("1", "2"):
+        reason = f"zero_stage must be 1 or 2, got {stage}"
+    if reason:
+        raise ConfigError(f"accelerate launch: {reason}.")
+    return Sharding(False, "accelerate launch", zero_stage=int(stage))
+
+
+@contextlib.contextmanager
+def deepspeed_hidden() -> Iterator[None]:
+    """Keep a launch with DeepSpeed from an Accelerator: it would step within `backward`."""
+    value = os.environ.pop(_USES_DEEPSPEED, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[_USES_DEEPSPEED] = value
 
 
 def shard_model(

@@ -27,6 +27,7 @@ from utils.parts import (
     LoadedTensors,
     Part,
     PartFiles,
+    RowChoice,
     TensorReader,
     WholeFile,
     find_part_files,
@@ -63,6 +64,30 @@ def part_files(
         held = _held_rows(tensors, part)
         files[name] = {key: local_tensor(tensor).contiguous() for key, tensor in held.items()}
         headers[name] = part_header({key: tuple(held[key].shape) for key in held}, part)
+    return files, headers
+
+
+def ranged_files(
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    rows: RowChoice,
+    part: Part,
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, str]]]:
+    """Return (tensors, headers) of the files that a rank writes, by file name, of any rows.
+
+    Args:
+        weights: The rank's rows, by name.
+        moments: The same of the optimizer, as INDEX.NAME.
+        shapes: Of the whole tensors of both.
+        rows: Where the rows of both belong.
+        part: Which file is this rank's.
+    """
+    files, headers = {}, {}
+    for prefix, held in ((MODEL_PREFIX, weights), (OPTIMIZER_PREFIX, moments)):
+        name = part_file(prefix, part)
+        files[name] = held
+        headers[name] = part_header({key: shapes[key] for key in held}, rows)
     return files, headers
 
 
@@ -134,7 +159,7 @@ def find_parts(checkpoint: Path, manifest: Manifest, prefix: str) -> list[Path]:
 
 
 def read_weights(
-    checkpoint: Path, manifest: Manifest, part: Part | None = None
+    checkpoint: Path, manifest: Manifest, part: RowChoice | None = None
 ) -> dict[str, torch.Tensor]:
     """Return the weights: whole, or the rows of a part.
 
@@ -158,7 +183,7 @@ def read_weights(
 
 
 def read_optimizer(
-    checkpoint: Path, manifest: Manifest, part: Part | None = None
+    checkpoint: Path, manifest: Manifest, part: RowChoice | None = None
 ) -> dict[str, Any]:
     """Return the optimizer's state dict, its tensors whole or the rows of a part.
 
@@ -176,23 +201,23 @@ def read_optimizer(
         return _join_optimizer(read_tensors(PartFiles(parts, stack), part), state)
 
 
-def _load_pickle(path: Path, part: Part | None) -> Any:
+def _load_pickle(path: Path, part: RowChoice | None) -> Any:
     """Return a pickle's value; for a rank that takes rows of it, mapped and not read."""
     if part is None:
         return load_tensors(path, map_location="cpu")
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
-def _rows_of_optimizer(optimizer: dict[str, Any], part: Part) -> dict[str, Any]:
+def _rows_of_optimizer(optimizer: dict[str, Any], part: RowChoice) -> dict[str, Any]:
     """Return an optimizer's state with the rows of a part in place of whole tensors."""
 
-    def rows(value: Any) -> Any:
+    def rows(name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return (value[slice(*part.rows(len(value)))] if value.dim() else value).clone()
+        return (value[slice(*part.rows_of(name, len(value)))] if value.dim() else value).clone()
 
     state = {
-        index: {key: rows(value) for key, value in values.items()}
+        index: {key: rows(f"{index}.{key}", value) for key, value in values.items()}
         for index, values in optimizer["state"].items()
     }
     return {**optimizer, "state": state}

@@ -192,7 +192,7 @@ class TrainingRun:
             self._accelerator, config, self.paths.logs, self.start.identity, facts, step,
             self.state.progress.history,
         )  # fmt: skip
-        meeting = self._arrange_meeting() if self.state.is_sharded else None
+        meeting = self._arrange_meeting() if self.state.row_choice is not None else None
         if self._is_main:
             self._saving = RunSaving(
                 config,
@@ -270,6 +270,8 @@ class TrainingRun:
 
     def _snapshot_bytes(self) -> int:
         """Return the size of this rank's snapshot: weights and two moments, and what is small."""
+        if self.state.zero is not None:
+            return self.state.zero.state_bytes() + SNAPSHOT_MARGIN_BYTES
         tensors = [local_tensor(t) for t in self.state.core_model.state_dict().values()]
         return 3 * Snapshot.size_of(tensors) + 64 * len(tensors) + SNAPSHOT_MARGIN_BYTES
 
@@ -389,7 +391,7 @@ class TrainingRun:
         with on_every_machine(checkpoint, manifest, self.paths.checkpoints) as here:
             saved = checkpoint_utils.read_checkpoint(
                 here, manifest, rank=accelerator.process_index,
-                world_size=accelerator.num_processes, is_sharded=state.is_sharded,
+                world_size=accelerator.num_processes, part=state.row_choice,
             )  # fmt: skip
         checkpoint_utils.restore_state(state, saved, self.config)
         self._meter.go_back(Spending.from_json(state.progress.spending))
@@ -530,7 +532,7 @@ class TrainingRun:
                 [states for states, _ in gathered],
                 self._tokenizer_files,
             )
-        if self.state.is_sharded:
+        if self.state.row_choice is not None:
             files = checkpoint_utils.collect_part(
                 self.state, self._data_state(), self.start.identity, files
             )

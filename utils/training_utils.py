@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from configs.training_config import TrainingConfig
 from utils import ranks
+from utils.deepspeed_engine import ZeroEngine, require_deepspeed
 from utils.errors import ConfigError
 from utils.estimates import attention_widths
 from utils.metadata import number
@@ -40,7 +41,9 @@ from utils.model_building import (
     find_layers,
     undo_compilation,
 )
+from utils.parts import Part, RowChoice
 from utils.sharding import (
+    deepspeed_hidden,
     is_sharded,
     reduce_each_backward,
     resolve_sharding,
@@ -93,16 +96,20 @@ def build_accelerator(
     """
     world_size = ranks.launched_world_size()
     _, accumulation = config.resolve_batch(world_size)
-    resolve_sharding(config, world_size)
-    return Accelerator(
-        cpu=config.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
-        mixed_precision=precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=accumulation, adjust_scheduler=False, sync_with_dataloader=False
-        ),
-        project_config=ProjectConfiguration(logging_dir=str(logs)),
-        log_with=list(trackers) or None,
-    )
+    how = resolve_sharding(config, world_size)
+    if how is not None and how.zero_stage:
+        require_deepspeed(config, how, precision)
+    cpu = config.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    with deepspeed_hidden():
+        return Accelerator(
+            cpu=cpu,
+            mixed_precision=precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=accumulation, adjust_scheduler=False, sync_with_dataloader=False
+            ),
+            project_config=ProjectConfiguration(logging_dir=str(logs)),
+            log_with=list(trackers) or None,
+        )
 
 
 def set_determinism(config: TrainingConfig) -> None:
@@ -245,8 +252,8 @@ class TrainState:
 
     Attributes:
         accelerator: Ranks, precision and devices.
-        model: As prepared by Accelerate, or sharded.
-        optimizer: As prepared by Accelerate.
+        model: As prepared by Accelerate, or sharded, or DeepSpeed's engine.
+        optimizer: As prepared by Accelerate, or `zero`.
         scheduler: The plain schedule over the plain optimizer.
         progress: Counters and histories.
         guard: Judges each step before the optimizer may use it.
@@ -254,6 +261,7 @@ class TrainState:
             ranks, and their number: on the device, float32, shape [2].
         grad_norm: Norm of the last step's gradients before clipping, on the device.
         last_learning_rate: Learning rate of the last step.
+        zero: DeepSpeed's engine, where it divides the state.
     """
 
     accelerator: Accelerator
@@ -265,6 +273,7 @@ class TrainState:
     interval: torch.Tensor
     grad_norm: torch.Tensor
     last_learning_rate: float = 0.0
+    zero: ZeroEngine | None = None
 
     @property
     def learning_rate(self) -> float:
@@ -287,6 +296,9 @@ class TrainState:
     @property
     def loss_model(self) -> LossModel:
         """The loss model without wrappers of ranks or compilation."""
+        if self.zero is not None:
+            whole: LossModel = self.zero.engine.module
+            return whole
         model: LossModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model
 
@@ -294,6 +306,15 @@ class TrainState:
     def is_sharded(self) -> bool:
         """Whether ranks hold parts of weights and moments: all of them call each forward."""
         return is_sharded(self.model)
+
+    @property
+    def row_choice(self) -> RowChoice | None:
+        """The rows of the state that this rank restores; None where it holds, and saves, all."""
+        if self.zero is not None:
+            return self.zero.wanted_rows()
+        accelerator = self.accelerator
+        own = Part(accelerator.process_index, accelerator.num_processes)
+        return own if self.is_sharded else None
 
     @property
     def core_model(self) -> nn.Module:
@@ -332,15 +353,23 @@ def build_train_state(
     """Return a train state at step 0."""
     model = LossModel(build_model(model_config, config), config.loss_implementation)
     how = resolve_sharding(config, accelerator.num_processes)
-    if how is not None:
+    is_fsdp = how is not None and not how.zero_stage
+    if how is not None and is_fsdp:
         layers, precision = find_layers(model.core), accelerator.mixed_precision
         shard_model(model, layers, accelerator.device, precision, how)
     elif accelerator.device.type != "cpu":
         model.to(accelerator.device)
     optimizer = build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, config)
-    if how is not None:
-        prepared_model, prepared_optimizer = model, accelerator.prepare_optimizer(optimizer)
+    zero: ZeroEngine | None = None
+    prepared_model: Any = model
+    prepared_optimizer: Any = optimizer
+    if is_fsdp:
+        prepared_optimizer = accelerator.prepare_optimizer(optimizer)
+    elif how is not None:
+        size = config.per_device_train_batch_size
+        zero = ZeroEngine(model, model.core, optimizer, accelerator, how, size)
+        prepared_model, prepared_optimizer = zero.engine, zero
     else:
         prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     device = accelerator.device
@@ -360,6 +389,7 @@ def build_train_state(
         guard,
         interval=torch.zeros(2, device=device),
         grad_norm=torch.zeros((), device=device),
+        zero=zero,
     )
     if config.torch_compile:
         _compile(state, config)
@@ -378,7 +408,11 @@ def _compile(state: TrainState, config: TrainingConfig) -> None:
     reason = ""
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.autograd.backward(forward_loss(model, tokens, document_end))
+            loss = forward_loss(model, tokens, document_end)
+            if state.zero is None:
+                torch.autograd.backward(loss)
+            else:  # its hooks, which would reduce gradients, are left out
+                torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     except Exception as exc:
         if isinstance(exc, torch.OutOfMemoryError):
             raise
@@ -439,16 +473,19 @@ def train_step(
     step_loss = torch.zeros((), device=accelerator.device)
     for input_ids in batches:
         input_ids = input_ids.to(accelerator.device, non_blocking=True)
-        with accelerator.accumulate(model):
-            reduce_each_backward(model)
+        with accelerator.accumulate(*([] if state.zero else [model])):
+            if state.zero is None:
+                reduce_each_backward(model)
+            else:
+                state.zero.begin_micro_step(is_last=accelerator.sync_gradients)
             loss = forward_loss(model, input_ids, document_end)
-            accelerator.backward(loss)
+            if state.zero is None:
+                accelerator.backward(loss)
+            else:
+                state.zero.backward(loss / len(batches))
             step_loss += loss.detach().float() / len(batches)
     step_loss = accelerator.reduce(step_loss, "mean")
-    norm = accelerator.clip_grad_norm_(
-        model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf
-    )
-    state.grad_norm = whole_scalar(norm)
+    state.grad_norm = _clip(state, max_grad_norm if max_grad_norm > 0 else math.inf)
     code = state.guard.judge(progress.step + 1, step_loss, state.grad_norm)
     good = code == GOOD
     state.interval += torch.stack([torch.where(good, step_loss, 0.0), good.float()])
@@ -461,6 +498,13 @@ def train_step(
     progress.global_batch_size = samples
     progress.sample_index += samples
     progress.tokens_seen += samples * batches[0].shape[1]
+
+
+def _clip(state: TrainState, max_norm: float) -> torch.Tensor:
+    """Scale the gradients down to a norm; return what it was."""
+    if state.zero is not None:
+        return state.zero.clip(max_norm)
+    return whole_scalar(state.accelerator.clip_grad_norm_(state.model.parameters(), max_norm))
 
 
 def _update(state: TrainState, code: torch.Tensor) -> None:

@@ -96,6 +96,24 @@ def test_sharded_ranks_hold_a_part_of_the_state_and_gather_two_layers() -> None:
     assert estimate(is_sharded=True) == estimate()  # one rank has nothing to share
 
 
+def test_zero_keeps_whole_weights_and_divides_the_rest() -> None:
+    def estimate(stage: int, **options: Any) -> MemoryEstimate:
+        return estimate_training_memory(
+            SHAPE, micro_batch=1, sequence_length=8, world_size=8, zero_stage=stage, **options
+        )
+
+    ddp, one, two = estimate(0), estimate(1), estimate(2)
+    parameters = SHAPE.parameters
+    assert ddp.state == 12 * parameters
+    assert one.state == two.state == 4 * parameters + 12 * parameters // 8
+    assert one.gradients - two.gradients == 4 * parameters - 4 * parameters // 8
+    half = estimate(2, precision="bf16")
+    assert half.state == two.state - 2 * parameters  # weights in 16 bits
+    assert half.casts == 0
+    assert estimate(1, precision="bf16").casts == estimate(0, precision="bf16").casts
+    assert half.total < two.total < one.total < ddp.total
+
+
 def test_memory_of_the_logits_grows_with_tokens_and_vocabulary() -> None:
     one = estimate_training_memory(SHAPE, micro_batch=2, sequence_length=512, is_loss_chunked=False)
     assert one.logits == LOGIT_BYTES * 1024 * SHAPE.vocabulary

@@ -18,6 +18,7 @@ from utils.parts import (
     LoadedTensors,
     Part,
     PartFiles,
+    RowRanges,
     WholeFile,
     find_part_files,
     part_file,
@@ -90,6 +91,26 @@ def test_whole_tensors_are_read_as_rows_too(tmp_path: Path, kind: str) -> None:
             assert torch.equal(found["matrix"], TENSORS["matrix"][slice(*part.rows(13))])
             assert torch.equal(found["scalar"], TENSORS["scalar"])
         assert torch.equal(read_tensors(reader, None)["matrix"], TENSORS["matrix"])
+
+
+def test_any_rows_are_written_and_read(tmp_path: Path) -> None:
+    """Ranks whose rows are not those of fully_shard; a tensor that is not named is read whole."""
+    ranges = [
+        {"matrix": (0, 5), "vector": (0, 4)},
+        {"matrix": (5, 13), "row": (0, 1)},
+    ]
+    paths = []
+    for rank, rows in enumerate(ranges):
+        held = {name: TENSORS[name][slice(*ends)].contiguous() for name, ends in rows.items()}
+        shapes = {name: tuple(TENSORS[name].shape) for name in held}
+        paths.append(tmp_path / part_file("model", Part(rank, 2)))
+        save_file(held, str(paths[-1]), part_header(shapes, RowRanges(rows)))
+    with contextlib.ExitStack() as stack:
+        reader = PartFiles(paths, stack)
+        found = read_tensors(reader, RowRanges({"matrix": (4, 7), "row": (0, 0)}))
+        assert torch.equal(found["matrix"], TENSORS["matrix"][4:7])
+        assert torch.equal(found["row"], TENSORS["row"][:0])
+        assert torch.equal(found["vector"], TENSORS["vector"])
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
 from utils.errors import ConfigError
-from utils.sharding import FSDP2_FILE, Sharding, resolve_sharding
+from utils.sharding import (
+    DEEPSPEED_FILE,
+    FSDP2_FILE,
+    Sharding,
+    deepspeed_hidden,
+    resolve_sharding,
+)
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+ZERO = "ACCELERATE_DEEPSPEED_"
 
 
 @pytest.mark.parametrize(
@@ -26,6 +35,14 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
             Sharding(False, "sharding=fsdp2"),
         ),
         ({}, FSDP2, Sharding(True, "accelerate launch")),
+        ({"sharding": "zero1"}, {}, Sharding(False, "sharding=zero1", zero_stage=1)),
+        ({"sharding": "zero2"}, {}, Sharding(False, "sharding=zero2", zero_stage=2)),
+        ({}, DEEPSPEED, Sharding(False, "accelerate launch", zero_stage=2)),
+        (
+            {"sharding": "fsdp2"},
+            {**DEEPSPEED, f"{ZERO}ZERO_STAGE": "1"},
+            Sharding(False, "accelerate launch", zero_stage=1),
+        ),
         (
             {"sharding": "fsdp2"},
             {**FSDP2, "FSDP_RESHARD_AFTER_FORWARD": "false"},
@@ -45,7 +62,11 @@ def test_what_is_asked_for(
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported: use configs/acc"),
+        ({**DEEPSPEED, f"{ZERO}ZERO_STAGE": "3"}, "zero_stage 3 is not supported: configs/acc"),
+        ({**DEEPSPEED, f"{ZERO}ZERO_STAGE": "0"}, "zero_stage must be 1 or 2, got 0"),
+        ({**DEEPSPEED, f"{ZERO}CONFIG_FILE": "ds.json"}, "deepspeed_config_file is not read"),
+        ({**DEEPSPEED, f"{ZERO}OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offloading with DeepSpeed"),
+        ({**DEEPSPEED, f"{ZERO}OFFLOAD_PARAM_DEVICE": "nvme"}, "offloading with DeepSpeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "a parallelism_config is not supported"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP of version 1 is not supported"),
@@ -73,3 +94,23 @@ def test_accelerates_configuration_asks_for_it(monkeypatch: pytest.MonkeyPatch) 
     environment = prepare_multi_gpu_env(args)
     assert args.use_fsdp
     assert resolve_sharding(TrainingConfig(), 2, environment) == Sharding(True, "accelerate launch")
+
+
+def test_accelerates_configuration_asks_for_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = PROJECT_DIRECTORY / DEEPSPEED_FILE
+    words = ["--config_file", str(file), "--num_processes", "2", str(Path("train.py"))]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    args.deepspeed_fields_from_accelerate_config = ""  # what launch_command does
+    _, environment = prepare_deepspeed_cmd_env(args)
+    assert args.use_deepspeed
+    expected = Sharding(False, "accelerate launch", zero_stage=2)
+    assert resolve_sharding(TrainingConfig(), 2, environment) == expected
+
+
+def test_an_accelerator_does_not_see_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with deepspeed_hidden():
+        assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
+    assert os.environ["ACCELERATE_USE_DEEPSPEED"] == "true"

@@ -1,0 +1,278 @@
+"""DeepSpeed ZeRO: the curve of one process, and checkpoints that go to any other strategy."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_train import differences, load
+from tests.test_train_sharded import (
+    FSDP2,
+    SETTINGS,
+    assert_near,
+    assert_same_curve,
+    checkpoint,
+    curves,
+    run_ranks,
+)
+from utils.checkpoint_store import verify_checkpoint
+from utils.errors import ExitCode
+from utils.layout import find_checkpoints, read_json, read_manifest
+from utils.state_files import read_optimizer, read_weights
+
+__all__ = ["run_ranks"]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None,
+        reason="DeepSpeed, which is optional, is not installed",
+    ),
+]
+Train = Callable[..., int]
+ZERO1, ZERO2 = "sharding=zero1", "sharding=zero2"
+PROJECT = str(Path(__file__).resolve().parents[1])
+
+
+def write_program(path: Path, text: str) -> Path:
+    """Write a train.py that something is done to first."""
+    begin = f"import sys\nsys.path.insert(0, {PROJECT!r})\nimport torch, train\n"
+    path.write_text(begin + textwrap.dedent(text) + "\nsys.exit(train.main())\n")
+    return path
+
+
+@pytest.mark.parametrize("sharding", [ZERO1, ZERO2])
+def test_two_ranks_divide_the_state_and_one_goes_on(
+    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path, sharding: str
+) -> None:
+    settings = (*SETTINGS, "save_steps=3")
+    assert run_train("--max-steps", "6", folder="one", settings=settings) == 0
+    own = (sharding, "save_steps=3", "background_save=false")
+    told = run_ranks(2, "--max-steps", "6", "--stop-after", "3", settings=own)
+    assert f"DeepSpeed ZeRO-{sharding[-1]} over 2 ranks ({sharding})" in told
+    saved = checkpoint(tmp_path, 3)
+    manifest = verify_checkpoint(saved)
+    assert manifest.world_size == 2
+    assert {name for name in manifest.files if "part" in name or "random" in name} == {
+        "model-part-00001-of-00002.safetensors",
+        "model-part-00002-of-00002.safetensors",
+        "optimizer-part-00001-of-00002.safetensors",
+        "optimizer-part-00002-of-00002.safetensors",
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }
+    assert_near(saved, checkpoint(tmp_path, 3, "one"), 1e-5)
+    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
+    assert_same_curve(tmp_path, "one", "run")
+    assert_near(checkpoint(tmp_path, 6), checkpoint(tmp_path, 6, "one"))
+
+
+def test_the_curve_is_that_of_one_process_at_any_number_of_ranks(
+    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
+) -> None:
+    assert run_train("--max-steps", "8", folder="one", settings=(*SETTINGS, "save_steps=4")) == 0
+    for count, sharding in ((2, ZERO2), (4, ZERO1), (4, ZERO2)):
+        folder = f"{sharding[9:]}-{count}"
+        settings = (sharding, "save_steps=4", "gradient_checkpointing=true")
+        run_ranks(count, "--max-steps", "8", folder=folder, settings=settings)
+        assert_same_curve(tmp_path, "one", folder)
+        assert_near(checkpoint(tmp_path, 8, folder), checkpoint(tmp_path, 8, "one"))
+
+
+def test_tensors_larger_than_a_bucket_and_layers_of_one_bucket(
+    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
+) -> None:
+    assert run_train("--max-steps", "4", folder="one", settings=(*SETTINGS, "save_steps=4")) == 0
+    program = write_program(
+        tmp_path / "small.py",
+        """
+        from utils import deepspeed_engine
+        deepspeed_engine.ZERO_BUCKET_ELEMENTS = 4000  # the embedding has 16,995
+        """,
+    )
+    for sharding in (ZERO1, ZERO2):
+        folder = sharding[9:]
+        settings = (sharding, "save_steps=4")
+        run_ranks(2, "--max-steps", "4", folder=folder, settings=settings, program=program)
+        assert_same_curve(tmp_path, "one", folder)
+
+
+def test_a_checkpoint_moves_between_all_strategies(
+    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
+) -> None:
+    last = ("--max-steps", "12")
+    assert run_train(*last, folder="one", settings=(*SETTINGS, "save_steps=100")) == 0
+    run_ranks(4, *last, "--stop-after", "2", settings=(ZERO2,))
+    on = (*last, "--resume", "latest")
+    told = run_ranks(2, *on, "--stop-after", "4", settings=(FSDP2,))
+    assert "was written by 4 ranks, now there are 2" in told
+    run_ranks(2, *on, "--stop-after", "6", settings=(ZERO1,))  # from parts of fully_shard
+    run_ranks(2, *on, "--stop-after", "8")  # DDP
+    run_ranks(4, *on, "--stop-after", "10", settings=(ZERO2,))  # from whole tensors
+    assert run_train(*on, settings=SETTINGS) == 0
+    assert_same_curve(tmp_path, "one", "run")
+    assert_near(checkpoint(tmp_path, 12), checkpoint(tmp_path, 12, "one"))
+
+
+@pytest.mark.parametrize("options", [(ZERO1,), (ZERO2,), (ZERO2, "bf16=true")])
+def test_stopped_and_resumed_is_the_same_to_the_bit(
+    run_ranks: Callable[..., str], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    settings = (*options, "save_steps=3", "model_overrides.hidden_dropout=0.1")
+    run_ranks(2, "--max-steps", "6", folder="straight", settings=settings)
+    run_ranks(2, "--max-steps", "6", "--stop-after", "3", settings=settings)
+    run_ranks(2, "--max-steps", "6", "--resume", "latest", settings=settings)
+    assert curves(tmp_path, "straight") == curves(tmp_path, "run")
+    one, other = checkpoint(tmp_path, 6, "straight"), checkpoint(tmp_path, 6)
+    names = sorted(read_manifest(one).files)
+    assert names == sorted(read_manifest(other).files)
+    for name in names:
+        if "part" in name:
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+        elif name.startswith(("optimizer", "random", "scheduler.")):
+            left, right = load(one / name), load(other / name)
+            left.pop("step", None), right.pop("step", None)  # micro-steps of a process
+            assert not differences(left, right), name
+
+
+def test_sixteen_bit_weights_have_float32_originals(
+    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
+) -> None:
+    """The first weights are those of one process exactly: nothing was rounded on the way."""
+    still = ("learning_rate=1e-30", "weight_decay=0", "save_steps=1", "bf16=true")
+    assert run_train("--max-steps", "1", folder="one", settings=(*SETTINGS, *still)) == 0
+    run_ranks(2, "--max-steps", "1", settings=(ZERO2, *still))
+    one, two = checkpoint(tmp_path, 1, "one"), checkpoint(tmp_path, 1)
+    weights = [read_weights(path, read_manifest(path)) for path in (one, two)]
+    for name, tensor in weights[0].items():  # a step of 1e-30 was made
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-20)
+    assert {tensor.dtype for tensor in weights[1].values()} == {torch.float32}
+
+    settings = ("bf16=true", "save_steps=100")
+    assert run_train("--max-steps", "8", folder="a", settings=(*SETTINGS, *settings)) == 0
+    for sharding, tolerance in ((ZERO1, 1e-3), (ZERO2, 1e-2)):
+        folder = sharding[9:]
+        run_ranks(2, "--max-steps", "8", folder=folder, settings=(sharding, *settings))
+        expected, found = (curves(tmp_path, name)["loss"][1] for name in ("a", folder))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+# Micro-step 15 of the first start is one of step 4, on the rank where it happens.
+SPOILED = """
+from utils import training_utils, training_run
+
+forward, calls = training_utils.forward_loss, []
+
+def spoiled(model, input_ids, document_end):
+    loss = forward(model, input_ids, document_end)
+    calls.append(loss.requires_grad)
+    return loss * torch.nan if sum(calls) == 15 and loss.requires_grad else loss
+
+training_utils.forward_loss = spoiled
+"""
+# The way of a GPU: the optimizer obeys on the device; every wait for it is counted.
+ON_DEVICE = """
+import os
+from torch.utils._python_dispatch import TorchDispatchMode
+
+step, counts = training_run.train_step, []
+
+class Waits(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+def watched(state, *words):
+    state.guard.on_device = True
+    with Waits() as waits:
+        step(state, *words)
+    counts.append(waits.found)
+    if len(counts) == 6 and os.environ["RANK"] == "0":
+        print("WAITS", counts, flush=True)
+
+training_run.train_step = watched
+"""
+
+
+@pytest.mark.parametrize("sharding", [ZERO1, ZERO2])
+def test_a_bad_step_is_rolled_back_by_all_ranks(
+    run_ranks: Callable[..., str], tmp_path: Path, sharding: str
+) -> None:
+    program = write_program(tmp_path / "bad.py", SPOILED)
+    settings = (sharding, "save_steps=2", "bad_step=rollback", "keep_checkpoints=9")
+    told = run_ranks(2, "--max-steps", "6", settings=settings, program=program)
+    assert "Rolled back to checkpoint-epoch0-step2-files0 (step 2)" in told
+    assert [name.step for name in find_checkpoints(checkpoint(tmp_path, 6).parent)] == [2, 4, 6]
+    metadata = read_json(checkpoint(tmp_path, 6) / "metadata.json")
+    assert [step["step"] for step in metadata["bad_steps"]] == [4]
+    assert np.isfinite(curves(tmp_path, "run")["loss"][1]).all()
+
+
+@pytest.mark.parametrize("options", [(ZERO1,), (ZERO2,), (ZERO2, "bf16=true")])
+def test_a_step_waits_no_more_than_ddps_and_a_bad_one_changes_nothing(
+    run_ranks: Callable[..., str], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Step 4 of 6 is bad, obeyed on the device: it leaves weights and moments as step 3 did."""
+    settings = (*options, "save_steps=1", "bad_step=skip", "keep_checkpoints=9")
+    both = write_program(tmp_path / "both.py", SPOILED + ON_DEVICE)
+    waits = []
+    for folder, how in (("ddp", settings[len(options) :]), ("device", settings)):
+        told = run_ranks(2, "--max-steps", "6", folder=folder, settings=how, program=both)
+        waits.append(next(line for line in told.splitlines() if line.startswith("WAITS")))
+    assert waits[0] == waits[1]  # those of transformers and the loss on a CPU
+    assert "Step 4 is bad: non-finite" in told
+    three, four, five = (checkpoint(tmp_path, step, "device") for step in (3, 4, 5))
+    for read in (read_weights, read_optimizer):
+        states = [read(path, read_manifest(path)) for path in (three, four, five)]
+        for state in states:
+            state.pop("param_groups", None)  # the schedule goes on
+        assert not differences(states[0], states[1])
+        assert differences(states[1], states[2])
+
+    host = write_program(tmp_path / "host.py", SPOILED)
+    run_ranks(2, "--max-steps", "6", folder="host", settings=settings, program=host)
+    assert curves(tmp_path, "host") == curves(tmp_path, "device")
+
+
+def test_the_launchers_words_are_enough(
+    run_ranks: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without `sharding`, as `accelerate launch` starts it; and a request to stop saves."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    program = write_program(
+        tmp_path / "stopped.py",
+        f"""
+        import os
+        from utils import training_run
+
+        step = training_run.train_step
+
+        def stopped(state, *words):
+            step(state, *words)
+            if state.progress.step == 3 and os.environ["RANK"] == "0":
+                os.kill(os.getpid(), {int(signal.SIGTERM)})
+
+        training_run.train_step = stopped
+        """,
+    )
+    told = run_ranks(2, "--max-steps", "6", program=program, expected=None)
+    assert "DeepSpeed ZeRO-2 over 2 ranks (accelerate launch)" in told
+    assert f"exitcode  : {int(ExitCode.STOPPED)}" in told
+    saved = checkpoint(tmp_path, 3)
+    assert verify_checkpoint(saved).world_size == 2
+    config = json.loads((saved / "training_config.json").read_text())
+    assert config["sharding"] == "none"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    told = run_ranks(2, "--max-steps", "6", "--resume", "latest", expected=1)
+    assert "zero_stage 3 is not supported" in told
