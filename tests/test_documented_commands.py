@@ -114,7 +114,7 @@ def folder(tmp_path: Path, sample_data: Path) -> Path:
     lines = [json.dumps({"text": story}) for story in stories]
     (tmp_path / "wikitext" / "train.jsonl").write_text("\n".join(lines))
     make_gpt2(tmp_path / "gpt2", sample_data)
-    questions = PROJECT_DIRECTORY / "tests" / "scripts" / "questions" / "hellaswag.jsonl"
+    questions = PROJECT_DIRECTORY / "tests" / "task_files" / "hellaswag.jsonl"
     shutil.copy(questions, tmp_path / "hellaswag_val.jsonl")
     return tmp_path
 
