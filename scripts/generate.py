@@ -139,8 +139,6 @@ def run(args: argparse.Namespace) -> None:
     prompts = find_prompts(args)
     source = find_from(args)
     load_libraries()
-    from transformers.utils import logging as transformers_logging
-
     from utils.text_generation import TextGenerator
     from utils.token_choice import Sampling
 
@@ -152,8 +150,6 @@ def run(args: argparse.Namespace) -> None:
         args.seed,
         args.repetition_penalty,
     )
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
     loaded = load_found(args, source)
     _say(f"{loaded.source.name}: {str(loaded.model.dtype)[6:]} on {loaded.device}")
     generator = TextGenerator(

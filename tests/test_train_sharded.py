@@ -23,6 +23,7 @@ from tests.test_train_recovery import batches
 from utils.checkpoint_store import verify_checkpoint
 from utils.layout import find_checkpoints, read_json, read_manifest
 from utils.metadata import read_metrics
+from utils.model_loading import ModelSource, load_model
 from utils.parts import Part
 from utils.state_files import read_optimizer, read_weights
 
@@ -127,6 +128,8 @@ def test_two_ranks_share_the_state_and_one_goes_on(
         for rank in (1, 2)
     ]
     assert [len(part) for part in rows] == [258, 257]
+    loaded = load_model(ModelSource(saved.name, str(saved), manifest), device="cpu")
+    assert torch.equal(loaded.model.lm_head.weight.detach(), torch.cat(rows))
     assert_near(saved, checkpoint(tmp_path, 3, "one"))
     assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
     assert_same_curve(tmp_path, "one", "run")

@@ -229,6 +229,7 @@ def run_out_of_gpu_memory(number: int) -> None:
 
 def limit_memory(number: int, spare_bytes: int) -> None:
     """Let the process have only so much more memory from a step on."""
+    taken: list[bytearray] = []
 
     def wrap(train_step: Any) -> Any:
         def limited(state: Any, *arguments: Any) -> None:
@@ -236,6 +237,11 @@ def limit_memory(number: int, spare_bytes: int) -> None:
                 pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
                 limit = pages * resource.getpagesize() + spare_bytes
                 resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+                # What earlier steps have left free within the process is taken too.
+                with contextlib.suppress(MemoryError):
+                    while True:
+                        taken.append(bytearray(2**20))
+                del taken[-(spare_bytes // 2**20) :]
             train_step(state, *arguments)
 
         return limited

@@ -14,7 +14,6 @@ import json
 import logging
 import shutil
 import stat
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers.utils.logging import disable_progress_bar
 
 from configs.model_config import UNPADDED_KEY
 from utils.checkpoint_files import sync_files
@@ -118,8 +116,6 @@ def export_model(
     is_gguf = options.format == "gguf"
     if is_gguf:
         require_gguf()
-    if not sys.stderr.isatty():
-        disable_progress_bar()
     loaded = load_model(
         source,
         device=options.device,

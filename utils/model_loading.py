@@ -128,6 +128,7 @@ def load_model(
         UsageError: There is no such model, device or tokenizer.
     """
     load_libraries()
+    _without_bars()
     target = choose_device(device)
     model = _load_weights(source, dtype, attention)
     try:
@@ -136,6 +137,13 @@ def load_model(
         raise UsageError(f"{source.name} cannot be put on {target}: {_first_line(exc)}") from exc
     found = load_named_tokenizer(tokenizer) if tokenizer else _load_own_tokenizer(source)
     return LoadedModel(source, model, found)
+
+
+def _without_bars() -> None:
+    """Turn transformers' own progress bars off: they are finished in a moment, and say less."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def choose_device(name: str) -> torch.device:
