@@ -620,12 +620,18 @@ def test_gradient_checkpointing_gives_the_same_curve(run_train: Train, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler
-def test_torch_compile_gives_the_same_curve(run_train: Train, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(  # torch's own compiler; as errors they would end the compilation
+    "ignore:`torch.jit:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
+def test_torch_compile_gives_the_same_curve(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = ("logging_steps=1",)
     assert run_train("--max-steps", "3", folder="eager", settings=settings) == 0
     settings += ("torch_compile=true",)
     assert run_train("--max-steps", "3", folder="compiled", settings=settings) == 0
+    assert "Compiled in " in capsys.readouterr().out
     curves = [
         read_metrics(tmp_path / folder / "logs/metrics.jsonl").series("loss")[1]
         for folder in ("eager", "compiled")
