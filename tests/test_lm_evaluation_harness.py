@@ -167,14 +167,20 @@ def test_last_words_are_those_of_the_harness(found: dict[str, dict[str, float]])
     assert 0.2 < ours["acc"] < 1.0
 
 
-def test_the_harness_alone_loads_the_folder_and_finds_the_same(
+def test_the_harness_alone_loads_what_was_exported_and_finds_the_same(
     found: dict[str, dict[str, float]],
     model: Path,
     tasks: Path,
     environment: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    words = ["--model", "hf", "--model_args", f"pretrained={model},dtype=float32"]
+    exported = tmp_path / "exported"
+    script = PROJECT_DIRECTORY / "scripts" / "export_model.py"
+    subprocess.run(
+        [sys.executable, str(script), str(model), "--output", str(exported)],
+        cwd=tmp_path, env=environment, capture_output=True, check=True, timeout=LIMIT_SECONDS,
+    )  # fmt: skip
+    words = ["--model", "hf", "--model_args", f"pretrained={exported},dtype=float32"]
     words += ["--tasks", "local_hellaswag,local_lambada", "--include_path", str(tasks)]
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", *words, "--device", "cpu", "--batch_size", "1",
