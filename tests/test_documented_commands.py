@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.model_presets import PRESETS
+from configs.training_config import PROJECT_DIRECTORY, get_training_config
 
 SECTION = "## Coming from ..."
 COMMAND = re.compile(r"(?:python|torchrun|bash) [^`]+")
@@ -91,6 +92,18 @@ def test_the_command_line_knows_every_word_of_it(command: str) -> None:
         known = module.build_parser().parse_args(arguments)
     config = getattr(known, "config", None) or "test"
     assert (PROJECT_DIRECTORY / "configs" / f"{config}.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [*parts_of_readme().values(), blocks_of_tutorial()],
+    ids=lambda words: words[-2][:40],
+)
+def test_the_tokenizer_has_as_many_tokens_as_the_model(commands: list[str]) -> None:
+    config = next(one.split("--config ")[1].split()[0] for one in commands if "train.py" in one)
+    preset = PRESETS[get_training_config(config).model]
+    sizes = {size for one in commands for size in re.findall(r"--vocab-size (\d+)", one)}
+    assert sizes == {str(preset.values["vocab_size"])}
 
 
 @pytest.fixture
