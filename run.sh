@@ -70,6 +70,10 @@ Look at it:
   python scripts/upload_manager.py status --config $config
   python scripts/monitor_training.py --once --config $config
   tensorboard --logdir logs
+Use it:
+  python scripts/generate.py latest --config $config --prompt "The"
+  python scripts/evaluate.py latest --config $config
+  python scripts/export_model.py latest --config $config --output my-model
 EOF
 fi
 exit "$code"

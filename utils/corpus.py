@@ -39,6 +39,7 @@ from utils.storage import Bucket
 from utils.text_sources import Source
 from utils.token_files import TokenFileSource
 from utils.tokenization import EncodingCache, Tokenizer
+from utils.tokenizer_conversion import END_OF_TEXT
 
 DEFAULT_SHARD_TOKENS = 50_000_000
 DEFAULT_VALIDATION_FRACTION = 0.05
@@ -297,15 +298,35 @@ def _train_tokenizer(reading: Reading, options: CorpusOptions) -> Tokenizer:
     documents = reading.documents("Training the tokenizer")
     # Held-out text stays unseen: not even the tokenizer learns from it.
     texts = (str(item.content) for item in documents if item.split == TRAINING)
-    tokenizer = tokenization.build_tokenizer(texts, options.vocab_size, options.special_tokens)
+    tokenizer = tokenization.build_tokenizer(
+        _told_of_markers(texts), options.vocab_size, options.special_tokens
+    )
     _logger.info("Tokenizer trained: %d tokens.", tokenizer.vocab_size)
     if tokenizer.vocab_size < options.vocab_size:
         _logger.warning(
-            "The text gives a vocabulary of %d tokens only, not %d: set vocab_size to that.",
+            "The text gives a vocabulary of %d tokens only, not %d. A model for it: "
+            "--set model_overrides.vocab_size=%d.",
             tokenizer.vocab_size,
             options.vocab_size,
+            tokenizer.vocab_size,
         )
     return tokenizer
+
+
+def _told_of_markers(texts: Iterable[str]) -> Iterator[str]:
+    """Pass texts on; warn at the end where they spell the end-of-text token out."""
+    count = 0
+    for text in texts:
+        count += text.count(END_OF_TEXT)
+        yield text
+    if count:
+        _logger.warning(
+            "The text has %s in it, %d times, as characters like any other. Where it separates "
+            "documents: --document-separator '%s'.",
+            END_OF_TEXT,
+            count,
+            END_OF_TEXT,
+        )
 
 
 def _even_shard_tokens(tokens: Sequence[TokenizedDocument]) -> int:

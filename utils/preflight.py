@@ -345,7 +345,7 @@ def describe_run(
         "step": f"{tokens:,} tokens: {config.per_device_train_batch_size} x "
         f"{config.sequence_length} tokens x {accumulation} accumulated x {text_of_ranks}",
         "run": f"steps {step} to {config.max_steps}, {total:,} tokens in all, "
-        f"{total / counts.total:.2f} tokens per parameter",
+        f"{total / counts.total:.2g} tokens per parameter",
         "checkpoint": f"about {format_bytes(estimate_checkpoint_bytes(counts.total))}, every "
         f"{config.save_steps} steps",
     }

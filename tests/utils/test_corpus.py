@@ -653,3 +653,16 @@ def test_interrupted_preparation_into_gcs_goes_on_with_the_same_bytes(
 
     assert stored == contents(tmp_path / "straight")
     assert not any("train_00003" in name for name in uploaded)
+
+
+def test_an_end_of_text_spelled_out_in_the_text_is_told(
+    tmp_path: Path, texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "stories.txt"
+    path.write_text("\n<|endoftext|>\n".join(texts))
+    prepare(FileSource((path,)), tmp_path / "one")
+    assert "The text has <|endoftext|> in it, " in caplog.text
+    assert "--document-separator '<|endoftext|>'" in caplog.text
+    caplog.clear()
+    prepare(FileSource((path,), document_separator="<|endoftext|>"), tmp_path / "many")
+    assert "--document-separator" not in caplog.text
