@@ -106,8 +106,9 @@ def is_loss_chunked(model_type: str, loss_implementation: str) -> bool:
 
 def known_vocab_size(model_config: Any) -> int:
     """Return how many token ids mean something; those above only pad the vocabulary."""
-    size: int = getattr(model_config, UNPADDED_KEY, None) or model_config.vocab_size
-    return size
+    size: int = model_config.vocab_size
+    unpadded: Any = getattr(model_config, UNPADDED_KEY, None)  # a foreign file may say anything
+    return unpadded if type(unpadded) is int and 0 < unpadded <= size else size
 
 
 def find_dropouts(model_config: Any) -> dict[str, float]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
+from configs.model_config import known_vocab_size
 from configs.training_config import TrainingConfig, get_training_config
 from tests.gcs_server import FakeGcsServer
 from utils.errors import CheckpointError, UsageError
@@ -150,6 +153,44 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UsageError, match="cannot be loaded"):
         load_model(ModelSource("own", str(tmp_path)), device="cpu")
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_nobody_is_asked_whether_to_run_it(
+    part: str, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(prompt: str = "") -> str:
+        raise SystemExit("it was asked")
+
+    monkeypatch.setattr("builtins.input", ask)
+    source = copy_of(newest(trained_run), tmp_path)
+    folder = tmp_path / source.name
+    if part == "model":
+        values = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
+        (folder / "config.json").write_text(json.dumps(values))
+        with pytest.raises(UsageError, match="cannot be loaded"):
+            load_model(ModelSource("own", str(folder)), device="cpu")
+    else:
+        values = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(values))
+        load_model(ModelSource("own", str(folder)), device="cpu")
+
+
+def test_names_of_a_foreign_file_do_not_steer_the_terminal(
+    trained_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = copy_of(newest(trained_run), tmp_path)
+    path = tmp_path / source.name / "model.safetensors"
+    save_file({**load_file(path), "evil\x1b[31m": torch.zeros(1)}, path, metadata={"format": "pt"})
+    load_model(ModelSource("folder", str(path.parent)), device="cpu")
+    logging.getLogger("transformers").warning("evil \x1b[31m")
+    assert "\x1b" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("size", ["\x1b[31m", -5, 0, 10**9, 7.5, True])
+def test_a_vocabulary_that_cannot_be_is_not_believed(size: object) -> None:
+    config = GPTNeoXConfig(vocab_size=512, unpadded_vocab_size=size)
+    assert known_vocab_size(config) == 512
 
 
 def test_a_device_that_is_not_there_is_refused(trained_run: Path) -> None:
