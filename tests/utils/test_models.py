@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from configs.model_config import known_vocab_size
 from configs.training_config import TrainingConfig, get_training_config
 from tests.gcs_server import FakeGcsServer
+from utils.download import download_checkpoint
 from utils.errors import CheckpointError, UsageError
 from utils.layout import read_manifest
 from utils.model_finding import find_model
@@ -60,6 +65,28 @@ def test_what_is_in_the_bucket_alone_is_downloaded_once(
     assert find_model(text, config, lambda stage, done, total: stages.append(stage)) == found
     assert not stages
     assert not (tmp_path / "nothing").exists()
+
+
+def test_two_commands_download_one_model_one_after_the_other(
+    trained_run: Path, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, inside, most = str(trained_run / "bucket"), [0], [0]
+    both = threading.Barrier(2)
+
+    def download(*args: Any) -> Path:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)  # broken, because only one of them is here
+        path = download_checkpoint(*args)
+        inside[0] -= 1
+        return path
+
+    monkeypatch.setattr("utils.model_finding.download_checkpoint", download)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda _: find_model(f"{uri}/latest", config), range(2)))
+    assert found[0] == found[1]
+    assert most == [1]
 
 
 def test_a_folder_of_a_bucket_is_downloaded(
