@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import shutil
@@ -25,6 +26,7 @@ from utils.errors import CheckpointError, UsageError
 from utils.layout import read_manifest
 from utils.model_finding import find_model
 from utils.model_loading import ModelSource, load_model
+from utils.tokenizer_loading import load_tokenizer_from
 
 
 @pytest.fixture
@@ -200,18 +202,25 @@ def test_nobody_is_asked_whether_to_run_it(
     else:
         values = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
         (folder / "tokenizer_config.json").write_text(json.dumps(values))
-        load_model(ModelSource("own", str(folder)), device="cpu")
+        (folder / "config.json").unlink()
+        with pytest.raises(ValueError, match="custom code"):
+            load_tokenizer_from(folder)
 
 
 def test_names_of_a_foreign_file_do_not_steer_the_terminal(
-    trained_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = copy_of(newest(trained_run), tmp_path)
     path = tmp_path / source.name / "model.safetensors"
     save_file({**load_file(path), "evil\x1b[31m": torch.zeros(1)}, path, metadata={"format": "pt"})
+    handlers = logging.getLogger("transformers").handlers
+    handler = next(one for one in handlers if type(one) is logging.StreamHandler)
+    shown = io.StringIO()
+    monkeypatch.setattr(handler, "stream", shown)
     load_model(ModelSource("folder", str(path.parent)), device="cpu")
-    logging.getLogger("transformers").warning("evil \x1b[31m")
-    assert "\x1b" not in "".join(capfd.readouterr())
+    logging.getLogger("transformers").warning("quoted: \x1b[31m")
+    assert shown.getvalue().endswith("quoted: ?[31m\n")
+    assert "evil" not in shown.getvalue()
 
 
 @pytest.mark.parametrize("size", ["\x1b[31m", -5, 0, 10**9, 7.5, True])
