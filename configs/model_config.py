@@ -106,8 +106,9 @@ def is_loss_chunked(model_type: str, loss_implementation: str) -> bool:
 
 def known_vocab_size(model_config: Any) -> int:
     """Return how many token ids mean something; those above only pad the vocabulary."""
-    size: int = getattr(model_config, UNPADDED_KEY, None) or model_config.vocab_size
-    return size
+    size: int = model_config.vocab_size
+    unpadded: Any = getattr(model_config, UNPADDED_KEY, None)  # a foreign file may say anything
+    return unpadded if type(unpadded) is int and 0 < unpadded <= size else size
 
 
 def find_dropouts(model_config: Any) -> dict[str, float]:
@@ -177,7 +178,11 @@ def read_model_file(path: str) -> tuple[str, dict[str, Any]]:
         text = read_regular_file(path, MAX_FILE_BYTES)
         found = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except OSError as exc:
-        raise ConfigError(f"model {path}: cannot be read: {exc.strerror or exc}.") from exc
+        reason = exc.strerror or exc
+        raise ConfigError(
+            f"model {path}: cannot be read: {reason}. To go on with a run whose file is gone, name "
+            "the config.json of its newest checkpoint."
+        ) from exc
     except (ValueError, RecursionError) as exc:  # a UnicodeDecodeError is a ValueError
         raise ConfigError(f"model {path}: not valid JSON: {_shown(_first_line(exc))}.") from exc
     if not isinstance(found, dict):

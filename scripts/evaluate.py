@@ -42,7 +42,7 @@ if __package__ in (None, ""):
 from configs.training_config import TrainingConfig
 from utils.checkpoint_shelf import open_shelf
 from utils.console import configure_logging, print_table, run_command
-from utils.errors import DataError, ExitCode, PretrainError, StorageError, UsageError
+from utils.errors import DataError, ExitCode, PretrainError, SaveError, StorageError, UsageError
 from utils.evaluation_log import Evaluation, append_evaluation, metric_points
 from utils.evaluation_text import chart_lines, series, tables
 from utils.harness import require_harness
@@ -261,6 +261,7 @@ class Session:
         self.evaluations: list[Evaluation] = []
         self.problems: list[dict[str, str]] = []
         self.exit_code = int(ExitCode.DONE)
+        self._num_kept = 0
 
     def measure(self, name: str, evaluator: Evaluator) -> None:
         """Measure one model; each result is written when it is there.
@@ -285,9 +286,18 @@ class Session:
                     continue
                 for evaluation in found:
                     self.evaluations.append(evaluation)
-                    append_evaluation(self._log, evaluation)
+                    self._keep(evaluation)
         del loaded
         _free_memory()
+
+    def _keep(self, evaluation: Evaluation) -> None:
+        """Append an evaluation to the log; one that cannot be written is shown all the same."""
+        try:
+            append_evaluation(self._log, evaluation)
+            self._num_kept += 1
+        except OSError as exc:
+            reason = f"{self._log} cannot be written: {exc.strerror or exc}."
+            self._note(f"{evaluation.model}, {evaluation.task}", SaveError(reason))
 
     def _note(self, name: str, exc: PretrainError) -> None:
         """Keep what is wrong with a model, and say it now: others may take long."""
@@ -326,7 +336,7 @@ class Session:
             print(f"Plot saved to {printable(str(saved))}")
         elif args.plot is not None:
             print("Nothing to draw: no figure of a checkpoint.", file=sys.stderr)
-        if self.evaluations:
+        if self._num_kept:
             print(f"Kept in {printable(str(self._log))}")
 
     def _main_metrics(self) -> list[str]:

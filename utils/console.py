@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
 
+_NO_HOME = "Could not determine home directory."  # of Path.expanduser, which has no type for it
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 NOISY_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "google", "matplotlib")
 
@@ -231,6 +232,11 @@ def run_command(
         # No bug of ours: a file that cannot be used.
         _report(f"Error: {exc.filename}: {exc.strerror or exc}", debug)
         return ExitCode.UNEXPECTED
+    except RuntimeError as exc:
+        if str(exc) != _NO_HOME:
+            return _report_unexpected(exc, debug)
+        _report("Error: A path begins with ~NAME, and this machine has no such user.", debug)
+        return ExitCode.USAGE
     except Exception as exc:  # noqa: BLE001 - the one place that turns a bug into a message
         return _report_unexpected(exc, debug)
 

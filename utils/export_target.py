@@ -156,6 +156,7 @@ class DiskTarget:
 
     def publish(self, staged: Path, on_progress: OnProgress) -> None:
         """Rename what is staged, which is synced already, to the target."""
+        self.require_free()  # something may have come there while the model was written
         replaced = self._beside("replaced")
         if self.is_file:
             (staged / self.path.name).replace(self.path)
@@ -227,6 +228,7 @@ class BucketTarget:
 
     def publish(self, staged: Path, on_progress: OnProgress) -> None:
         """Upload the files, each verified, `config.json` last."""
+        self.require_free()  # something may have come there while the model was written
         new = {path.name for path in staged.iterdir()}
         there = self._names_there() if self.name is None else []
         # While files of two models are there, it is no model.
@@ -264,8 +266,15 @@ def _why_no_folder(path: Path) -> str | None:
     if any(entry.is_dir() for entry in entries):
         return "has folders in it"
     names = sorted(entry.name for entry in entries)
-    missing = None if CONFIG_FILE in names else f"holds no {CONFIG_FILE}"
-    return _why_foreign(names) or missing
+    foreign = _why_foreign(names)
+    if foreign is None and CONFIG_FILE not in names:
+        return f"holds no {CONFIG_FILE}"
+    # Any project may have a config.json beside its README.md.
+    return foreign or (None if any(map(_is_weights, names)) else "holds no weights of a model")
+
+
+def _is_weights(name: str) -> bool:
+    return name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def _why_no_file(path: Path) -> str | None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from configs.model_config import UNPADDED_KEY
+from configs.model_config import UNPADDED_KEY, known_vocab_size
 from utils.checkpoint_files import sync_files
 from utils.console import format_bytes
 from utils.errors import SaveError, UsageError
@@ -155,14 +155,14 @@ def remove_padding(model: Any) -> int:
 
     Tied weights stay tied.
     """
-    known: int | None = getattr(model.config, UNPADDED_KEY, None)
-    if known is None:
+    if not hasattr(model.config, UNPADDED_KEY):
         return 0
+    known = known_vocab_size(model.config)
     removed: int = model.config.vocab_size - known
     if removed > 0:
         model.resize_token_embeddings(known, mean_resizing=False)
     delattr(model.config, UNPADDED_KEY)
-    return max(removed, 0)
+    return removed
 
 
 def _export_folder(

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from configs.training_config import TrainingConfig
 from utils.archive_reading import read_card
 from utils.checkpoint_shelf import open_shelf
 from utils.download import download_checkpoint
-from utils.errors import UsageError
+from utils.errors import StorageError, UsageError
 from utils.layout import (
     MANIFEST_FILE,
     RunPaths,
@@ -38,6 +41,8 @@ MODELS_FOLDER = "models"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 OnProgress = Callable[[str, int, int | None], None]
+
+log = logging.getLogger(__name__)
 
 
 def find_model(
@@ -111,7 +116,8 @@ def _from_bucket(
         # An archive that another one has replaced under the same name is another directory.
         checksum = read_card(bucket, name).archive.crc32c
         directory = models / _short_hash(f"{uri}\n{checksum}")
-        path = download_checkpoint(bucket, name, directory, None, on_progress)
+        with _alone_in(directory):
+            path = download_checkpoint(bucket, name, directory, None, on_progress)
     return _from_directory(path)
 
 
@@ -125,8 +131,32 @@ def _from_bucket_folder(uri: str, models: Path, on_progress: OnProgress) -> Mode
                 f"{uri.rstrip('/')}/latest, or its name there."
             )
         directory = models / _short_hash(uri) / uri.rstrip("/").rpartition("/")[2]
-        get_tree(found, directory, on_progress)
+        with _alone_in(directory.parent):
+            get_tree(found, directory, on_progress)
     return _from_directory(directory)
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Wait until no other command downloads to a directory; it then finds what came there.
+
+    Raises:
+        StorageError: The cache cannot be written.
+    """
+    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("Another command downloads the same model: waiting for it.")
+            lock.acquire()
+    except OSError as exc:
+        raise StorageError(f"{directory} cannot be written: {exc.strerror or exc}.") from exc
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _short_hash(text: str) -> str:

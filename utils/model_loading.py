@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.model_config import known_vocab_size
 from utils.checkpoint_store import verify_checkpoint
+from utils.console import without_control_characters
 from utils.errors import CheckpointError, UsageError
 from utils.layout import RANDOM_STATES_PREFIX, Manifest
 from utils.libraries import load_libraries
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_TABLE_TITLE = "LOAD REPORT"
 _NOT_OF_THE_MODEL = (OPTIMIZER_PREFIX, RANDOM_STATES_PREFIX)
 
 log = logging.getLogger(__name__)
@@ -128,7 +130,7 @@ def load_model(
         UsageError: There is no such model, device or tokenizer.
     """
     load_libraries()
-    _without_bars()
+    _quiet_transformers()
     target = choose_device(device)
     model = _load_weights(source, dtype, attention)
     try:
@@ -139,11 +141,26 @@ def load_model(
     return LoadedModel(source, model, found)
 
 
-def _without_bars() -> None:
-    """Turn transformers' own progress bars off: they are finished in a moment, and say less."""
+def _quiet_transformers() -> None:
+    """Leave out what transformers says itself where we say it, and make the rest harmless.
+
+    Its progress bars are finished in a moment; its table of weights that do not fit has names as a
+    file gives them, control characters too.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(_make_harmless)  # a second time changes nothing
+
+
+def _make_harmless(record: logging.LogRecord) -> bool:
+    """Take control characters from a log line that quotes a model's files; tell whether to show it.
+
+    The logger's level would leave out the table too, but some of its code asks for that level.
+    """
+    record.msg, record.args = without_control_characters(record.getMessage()), ()
+    return _TABLE_TITLE not in record.msg
 
 
 def choose_device(name: str) -> torch.device:
@@ -182,7 +199,7 @@ def load_named_tokenizer(name: str) -> Any:
         elif path.is_dir():
             found = load_tokenizer_from(path)
         else:
-            found = AutoTokenizer.from_pretrained(name)
+            found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
         raise UsageError(f"--tokenizer {printable(name)}: {_first_line(exc)}") from exc
     if found is None:
@@ -195,7 +212,7 @@ def _load_own_tokenizer(source: ModelSource) -> Any:
 
     try:
         if source.directory is None:
-            return AutoTokenizer.from_pretrained(source.location)
+            return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
         return load_tokenizer_from(source.directory)
     except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
         log.warning("The tokenizer of %s cannot be loaded: %s", source.name, _first_line(exc))
@@ -211,7 +228,11 @@ def _load_weights(source: ModelSource, dtype: str, attention: str) -> Any:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            source.location,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            trust_remote_code=False,  # left out, transformers asks on a terminal
         )
     except Exception as exc:  # transformers, safetensors and huggingface_hub raise many families
         if source.directory is None:
@@ -219,7 +240,7 @@ def _load_weights(source: ModelSource, dtype: str, attention: str) -> Any:
                 f"{source.name} is no checkpoint or directory here, and the Hugging Face Hub does "
                 f"not give it: {_first_line(exc)}"
             ) from exc
-        raise UsageError(f"{source.name} cannot be loaded: {_first_line(exc)}") from exc
+        raise UsageError(f"{source.name} cannot be loaded: {_why(exc)}") from exc
     # Foreign folders may hold buffers that newer versions of a model no longer have.
     return _require_all_weights(source.name, model, {**report, "unexpected_keys": ()})
 
@@ -234,9 +255,11 @@ def _load_checkpoint(checkpoint: Path, dtype: str, attention: str) -> Any:
     manifest = verify_checkpoint(checkpoint, is_wanted=_is_of_the_model)
     weights = read_weights(checkpoint, manifest)
     try:
-        config = AutoConfig.from_pretrained(str(checkpoint), local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            str(checkpoint), local_files_only=True, trust_remote_code=False
+        )
         with torch.device("meta"):
-            kind: Any = type(AutoModelForCausalLM.from_config(config))
+            kind: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         model, report = kind.from_pretrained(
             None,
             config=config,
@@ -246,7 +269,7 @@ def _load_checkpoint(checkpoint: Path, dtype: str, attention: str) -> Any:
             output_loading_info=True,
         )
     except Exception as exc:  # whatever a wrong config meets first
-        raise CheckpointError(f"{checkpoint.name} cannot be loaded: {_first_line(exc)}") from exc
+        raise CheckpointError(f"{checkpoint.name} cannot be loaded: {_why(exc)}") from exc
     return _require_all_weights(checkpoint.name, model, report)
 
 
@@ -266,6 +289,12 @@ def _require_all_weights(name: str, model: Any, report: dict[str, Any]) -> Any:
             shown = ", ".join(printable(str(one)) for one in found[:3])
             raise CheckpointError(f"{name} {problem} {shown} ({len(found)} in all).")
     return model
+
+
+def _why(exc: BaseException) -> str:
+    if "ignore_mismatched_sizes" in str(exc):  # it refers to the table that is left out
+        return "its weights have other shapes than its config says."
+    return _first_line(exc)
 
 
 def _first_line(exc: BaseException) -> str:

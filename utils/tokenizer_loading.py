@@ -37,7 +37,10 @@ def load_tokenizer_from(directory: Path) -> Any | None:
     fast_class: Any = PreTrainedTokenizerFast
     if found == (TOKENIZER_FILE,):  # nothing says of which class it is
         return fast_class(tokenizer_file=str(directory / TOKENIZER_FILE))
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    # Left out, transformers asks on a terminal whether to run a folder's code.
+    return AutoTokenizer.from_pretrained(
+        str(directory), local_files_only=True, trust_remote_code=False
+    )
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:

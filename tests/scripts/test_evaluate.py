@@ -175,6 +175,16 @@ def test_a_model_that_cannot_be_loaded_does_not_keep_the_others(
     assert "There is no checkpoint" in second
 
 
+def test_a_log_that_cannot_be_written_does_not_end_the_evaluation(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file where the directory should be")
+    code, out, err = run("all", "--max-tokens", "40")
+    assert code == 1
+    names = {line.split()[0] for line in out.splitlines() if " checkpoint-" in line}
+    assert len(names) > 1
+    assert err.count("evaluations.jsonl cannot be written") == len(names)
+    assert "Kept in" not in out
+
+
 def test_a_measure_that_fails_does_not_keep_the_others(
     run: Run, trained_run: Path, tmp_path: Path
 ) -> None:

@@ -91,6 +91,15 @@ def test_a_bug_is_one_line_too(
     assert captured.err.count("\n") == 1
 
 
+def test_the_home_of_nobody_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    def command(args: argparse.Namespace) -> None:
+        Path("~no-such-user-here/model").expanduser()
+
+    assert run_command(command, argparse.Namespace()) == 2
+    shown = capsys.readouterr().err
+    assert shown == "Error: A path begins with ~NAME, and this machine has no such user.\n"
+
+
 def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
     assert end_with(errors.ConfigError("what failed"), debug=True) == ExitCode.USAGE
     shown = capsys.readouterr().err

@@ -87,6 +87,45 @@ def test_what_is_no_exported_model_is_never_replaced(
     assert sorted(path.rglob("*")) == before
 
 
+def test_a_config_and_a_readme_of_another_project_are_never_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "project"
+    path.mkdir()
+    for name in ("config.json", "README.md", "vocab.txt"):
+        (path / name).write_text("mine")
+    with pytest.raises(UsageError, match="holds no weights of a model: not replaced"):
+        export(disk(path, overwrite=True), NEW)
+    assert set(read(path).values()) == {"mine"}
+
+
+@pytest.mark.parametrize("name", ["model", "model.gguf"])
+def test_what_came_while_the_model_was_written_is_not_replaced(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    target = disk(path)
+    target.require_free()
+    with target.staging() as staged:
+        (staged / ("config.json" if name == "model" else name)).write_text("new")
+        if name == "model":
+            path.mkdir()
+        mine = path / "thesis.txt" if path.is_dir() else path
+        mine.write_text("mine")
+        with pytest.raises(UsageError, match="is there already"):
+            target.publish(staged, lambda stage, done, total: None)
+    assert mine.read_text() == "mine"
+
+
+def test_what_came_into_a_bucket_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    bucket = DirectoryBucket(tmp_path / "bucket")
+    target = BucketTarget(bucket, "gs://runs/model", tmp_path / "scratch", None, overwrite=False)
+    target.require_free()
+    with target.staging() as staged:
+        (staged / "config.json").write_text("new")
+        (tmp_path / "bucket").mkdir(exist_ok=True)
+        (tmp_path / "bucket" / "config.json").write_text("mine")
+        with pytest.raises(UsageError, match=r"holds config\.json already"):
+            target.publish(staged, lambda stage, done, total: None)
+    assert (tmp_path / "bucket" / "config.json").read_text() == "mine"
+
+
 def test_a_file_is_replaced_only_by_a_file_of_its_kind(tmp_path: Path) -> None:
     path = tmp_path / "small.gguf"
     export(disk(path), {"small.gguf": "GGUF 1"})

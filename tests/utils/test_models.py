@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
+from configs.model_config import known_vocab_size
 from configs.training_config import TrainingConfig, get_training_config
 from tests.gcs_server import FakeGcsServer
+from utils.download import download_checkpoint
 from utils.errors import CheckpointError, UsageError
 from utils.layout import read_manifest
 from utils.model_finding import find_model
 from utils.model_loading import ModelSource, load_model
+from utils.tokenizer_loading import load_tokenizer_from
 
 
 @pytest.fixture
@@ -57,6 +67,28 @@ def test_what_is_in_the_bucket_alone_is_downloaded_once(
     assert find_model(text, config, lambda stage, done, total: stages.append(stage)) == found
     assert not stages
     assert not (tmp_path / "nothing").exists()
+
+
+def test_two_commands_download_one_model_one_after_the_other(
+    trained_run: Path, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, inside, most = str(trained_run / "bucket"), [0], [0]
+    both = threading.Barrier(2)
+
+    def download(*args: Any) -> Path:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)  # broken, because only one of them is here
+        path = download_checkpoint(*args)
+        inside[0] -= 1
+        return path
+
+    monkeypatch.setattr("utils.model_finding.download_checkpoint", download)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda _: find_model(f"{uri}/latest", config), range(2)))
+    assert found[0] == found[1]
+    assert most == [1]
 
 
 def test_a_folder_of_a_bucket_is_downloaded(
@@ -150,6 +182,51 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UsageError, match="cannot be loaded"):
         load_model(ModelSource("own", str(tmp_path)), device="cpu")
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_nobody_is_asked_whether_to_run_it(
+    part: str, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(prompt: str = "") -> str:
+        raise SystemExit("it was asked")
+
+    monkeypatch.setattr("builtins.input", ask)
+    source = copy_of(newest(trained_run), tmp_path)
+    folder = tmp_path / source.name
+    if part == "model":
+        values = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
+        (folder / "config.json").write_text(json.dumps(values))
+        with pytest.raises(UsageError, match="cannot be loaded"):
+            load_model(ModelSource("own", str(folder)), device="cpu")
+    else:
+        values = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(values))
+        (folder / "config.json").unlink()
+        with pytest.raises(ValueError, match="custom code"):
+            load_tokenizer_from(folder)
+
+
+def test_names_of_a_foreign_file_do_not_steer_the_terminal(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = copy_of(newest(trained_run), tmp_path)
+    path = tmp_path / source.name / "model.safetensors"
+    save_file({**load_file(path), "evil\x1b[31m": torch.zeros(1)}, path, metadata={"format": "pt"})
+    handlers = logging.getLogger("transformers").handlers
+    handler = next(one for one in handlers if type(one) is logging.StreamHandler)
+    shown = io.StringIO()
+    monkeypatch.setattr(handler, "stream", shown)
+    load_model(ModelSource("folder", str(path.parent)), device="cpu")
+    logging.getLogger("transformers").warning("quoted: \x1b[31m")
+    assert shown.getvalue().endswith("quoted: ?[31m\n")
+    assert "evil" not in shown.getvalue()
+
+
+@pytest.mark.parametrize("size", ["\x1b[31m", -5, 0, 10**9, 7.5, True])
+def test_a_vocabulary_that_cannot_be_is_not_believed(size: object) -> None:
+    config = GPTNeoXConfig(vocab_size=512, unpadded_vocab_size=size)
+    assert known_vocab_size(config) == 512
 
 
 def test_a_device_that_is_not_there_is_refused(trained_run: Path) -> None:
