@@ -212,7 +212,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         if path.is_file():
             loaded = fast_class(tokenizer_file=str(path))
         else:
-            loaded = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+            where = str(path) if path.is_dir() else name
+            loaded = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         where = "" if path.exists() else " There is no such file or directory here either."
