@@ -31,9 +31,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # default makes steps on a CPU several times slower where another process wants their cores.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# torch takes tensors of 2 MiB and more in huge pages, where Linux has them: each step makes its
-# activations and gradients anew, and faults for every 4 KiB of them take up to a tenth of it.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 LEASE_RETRY_SECONDS = 10.0
 COMPILED_FOLDER = "torch_compile"

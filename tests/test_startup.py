@@ -106,14 +106,6 @@ def test_the_writer_process_of_the_run_is_the_one_that_was_started_first(
     assert first_step["early_writer"]
 
 
-def test_large_tensors_are_in_huge_pages(first_step: dict[str, Any]) -> None:
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.exists() or "[never]" in setting.read_text():
-        pytest.skip("this kernel gives no huge pages")
-    small_pages = 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
-    assert first_step["page_faults"][0] < small_pages / 4
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_a_step_gets_the_memory_that_the_one_before_freed(first_step: dict[str, Any]) -> None:
     assert first_step["page_faults"][1] < 10

@@ -127,8 +127,8 @@ def require_startable(paths: RunPaths, *, resume: str | None, fresh: bool) -> No
     if existing and resume is None and not fresh:
         raise UsageError(
             f"{paths.checkpoints} already holds checkpoints up to step {existing[-1].step}. "
-            "Go on with --resume latest, set them aside and begin anew with --fresh, or give "
-            "another run a name: --set run_name=NAME."
+            "Go on with --resume latest, set them aside and begin anew with --fresh, or name "
+            "this one: --set run_name=NAME."
         )
 
 
