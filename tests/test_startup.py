@@ -52,7 +52,7 @@ def look(run, config, stop_after):
     saver = run._saving._saver
     torch = sys.modules["torch"]
     faults = []
-    for _ in range(2):
+    for _ in range(6):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(64 * 2**20 // 4)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -108,7 +108,8 @@ def test_the_writer_process_of_the_run_is_the_one_that_was_started_first(
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_a_step_gets_the_memory_that_the_one_before_freed(first_step: dict[str, Any]) -> None:
-    assert first_step["page_faults"][1] < 10
+    # Of several: a thread of the run may take a piece of the memory that was just freed.
+    assert min(first_step["page_faults"][1:]) < 10
 
 
 def test_a_start_that_is_refused_for_its_checkpoints_does_not_wait_for_torch(
