@@ -26,7 +26,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.training_config import TrainingConfig, get_training_config
+from configs.training_config import TrainingConfig
 from utils.checkpoint_choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
 from utils.checkpoint_report import (
     check_files,
@@ -42,7 +42,7 @@ from utils.checkpoint_report import (
     read_part,
     section,
 )
-from utils.checkpoint_shelf import Shelf, open_shelf
+from utils.checkpoint_shelf import Shelf, open_shelf, run_config
 from utils.checkpoint_text import (
     RIGHT_ALIGNED,
     between_lines,
@@ -513,9 +513,7 @@ def chart_lines(all_curves: Sequence[Curves], encoding: str | None) -> list[str]
 
 def load_config(args: argparse.Namespace) -> TrainingConfig:
     """Return the configuration that the options name."""
-    given = {"output_dir": args.output_dir, "run_name": args.run_name}
-    overrides = {key: value for key, value in given.items() if value is not None}
-    return get_training_config(args.config, overrides)
+    return run_config(args.config, args.output_dir, args.run_name)
 
 
 @contextlib.contextmanager

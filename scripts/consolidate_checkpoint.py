@@ -19,8 +19,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.training_config import get_training_config
-from utils.checkpoint_shelf import open_shelf
+from utils.checkpoint_shelf import open_shelf, run_config
 from utils.console import format_bytes, run_command
 from utils.layout import MANIFEST_FILE, read_manifest
 from utils.metadata import printable, to_json_text
@@ -72,12 +71,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path:
     path = Path(args.name)
     if (path / MANIFEST_FILE).is_file():
         return path
-    overrides = {
-        key: value
-        for key, value in (("output_dir", args.output_dir), ("run_name", args.run_name))
-        if value is not None
-    }
-    with open_shelf(get_training_config(args.config, overrides)) as shelf:
+    with open_shelf(run_config(args.config, args.output_dir, args.run_name)) as shelf:
         return Path(shelf.where) / str(shelf.select(args.name).name)
 
 

@@ -55,6 +55,19 @@ def curves(tmp_path: Path, folder: str) -> dict[str, tuple[list[int], list[float
     return {key: metrics.series(key) for key in ("loss", "grad_norm")}
 
 
+def assert_same_bits(one: Path, other: Path) -> None:
+    """Compare two checkpoints in parts: weights, moments, random states, schedule."""
+    names = sorted(read_manifest(one).files)
+    assert names == sorted(read_manifest(other).files)
+    for name in names:
+        if "part" in name:
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+        elif name.startswith(("optimizer", "random", "scheduler.")):
+            left, right = load(one / name), load(other / name)
+            left.pop("step", None), right.pop("step", None)  # micro-steps of a process
+            assert not differences(left, right), name
+
+
 def assert_same_curve(tmp_path: Path, left: str, right: str) -> None:
     one, other = curves(tmp_path, left), curves(tmp_path, right)
     for key in one:
@@ -179,16 +192,7 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
     run_ranks(2, "--max-steps", "6", "--stop-after", "3", settings=settings)
     run_ranks(2, "--max-steps", "6", "--resume", "latest", settings=settings)
     assert curves(tmp_path, "straight") == curves(tmp_path, "run")
-    one, other = checkpoint(tmp_path, 6, "straight"), checkpoint(tmp_path, 6)
-    names = sorted(read_manifest(one).files)
-    assert names == sorted(read_manifest(other).files)
-    for name in names:
-        if "part" in name:
-            assert (one / name).read_bytes() == (other / name).read_bytes(), name
-        elif name.startswith(("optimizer", "random", "scheduler.")):
-            left, right = load(one / name), load(other / name)
-            left.pop("step", None), right.pop("step", None)  # micro-steps of a process
-            assert not differences(left, right), name
+    assert_same_bits(checkpoint(tmp_path, 6, "straight"), checkpoint(tmp_path, 6))
 
 
 def test_parts_put_together_are_what_one_process_wrote(

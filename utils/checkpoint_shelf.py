@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from configs.training_config import TrainingConfig
+from configs.training_config import TrainingConfig, get_training_config
 from utils.checkpoint_choice import choose_name
 from utils.checkpoint_report import summarize_all
 from utils.errors import CheckpointError, UsageError
@@ -211,6 +211,21 @@ class RemoteShelf(Shelf):
         for view, row in zip(views, rows, strict=True):
             row["state"] = describe_state(None, view, self._bucket.uri, None)
             row["kept"] = ""
+
+
+def run_config(name: str, output_dir: str | None, run_name: str | None) -> TrainingConfig:
+    """Return the configuration that says where a run's checkpoints and its bucket are.
+
+    Args:
+        name: Of a configuration, or a file.
+        output_dir: In place of the configuration's; None leaves it.
+        run_name: The same.
+
+    Raises:
+        ConfigError: A file or value is wrong.
+    """
+    given = {"output_dir": output_dir, "run_name": run_name}
+    return get_training_config(name, {k: v for k, v in given.items() if v is not None})
 
 
 @contextlib.contextmanager

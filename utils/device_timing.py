@@ -14,8 +14,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from utils.diagnosis import ask, first_line
+from utils.diagnosis import ask
 from utils.driver_facts import read_moment
+from utils.errors import first_line
 from utils.mfu import find_peak_flops, flops_per_token
 from utils.torch_facts import Torch, TorchGpu
 

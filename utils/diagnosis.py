@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from utils.child_process import live_no_longer_than
+from utils.errors import first_line
 
 PROBLEM, NOTE, OK = "problem", "note", "ok"
 END_SECONDS = 5.0
@@ -64,12 +65,6 @@ def ask(question: Callable[..., T], *args: object) -> T | None:
     except Exception as exc:  # noqa: BLE001 - whatever it is, the next question is asked
         log.debug("No answer: %s: %s", type(exc).__name__, exc)
         return None
-
-
-def first_line(value: object) -> str:
-    """Return the first line that says something, the type's name where none does."""
-    lines = [line.strip() for line in str(value).splitlines() if line.strip()]
-    return lines[0] if lines else type(value).__name__
 
 
 def run_apart(

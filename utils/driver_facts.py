@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 
-from utils.diagnosis import ask, first_line
+from utils.diagnosis import ask
+from utils.errors import first_line
 
 # Bits of NVML's clock event reasons that say more than "idle".
 THROTTLE_REASONS = {

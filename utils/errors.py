@@ -134,3 +134,9 @@ class ConflictError(StorageError):
 
 class TransientStorageError(StorageError):
     """The operation may succeed when it is tried again."""
+
+
+def first_line(value: object) -> str:
+    """Return the first line that says something, the type's name where none does."""
+    lines = [line.strip() for line in str(value).splitlines() if line.strip()]
+    return lines[0] if lines else type(value).__name__

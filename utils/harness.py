@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import PretrainError, UsageError
-from utils.metadata import number, printable
+from utils.metadata import number, printable, reason_of
 from utils.model_loading import LoadedModel
 
 BOOTSTRAP_ROUNDS = 1000
@@ -119,7 +119,7 @@ def run_harness(
     except PretrainError:
         raise
     except Exception as exc:  # whatever a task, its data or the network meets first
-        raise UsageError(f"lm-evaluation-harness {version}: {_first_line(exc)}") from exc
+        raise UsageError(f"lm-evaluation-harness {version}: {reason_of(exc)}") from exc
     return [_result(task, found, version, limit) for task in found["results"]]
 
 
@@ -147,8 +147,3 @@ def harness_values(row: Mapping[str, Any]) -> dict[str, float | None]:
         name = base if filtered == "none" else f"{base} ({filtered})"
         values[f"{name}{suffix}"] = number(value)
     return values
-
-
-def _first_line(exc: BaseException) -> str:
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return printable(lines[0]) if lines else type(exc).__name__

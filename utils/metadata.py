@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from utils.errors import CheckpointError, StorageError, UsageError
+from utils.errors import CheckpointError, StorageError, UsageError, first_line
 from utils.followed_file import FollowedFile
 from utils.journal import Journal, JournalEntry, UploadState, utc_now
 from utils.layout import (
@@ -137,6 +137,11 @@ def printable(value: object, limit: int = MAX_SHOWN_CHARACTERS) -> str:
     if not begin.isprintable():
         text = "".join(character if character.isprintable() else "?" for character in begin)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def reason_of(exc: BaseException) -> str:
+    """Return what an error of a library says, in one line that no terminal obeys."""
+    return printable(first_line(exc))
 
 
 def printable_lines(text: str) -> str:

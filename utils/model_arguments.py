@@ -12,8 +12,8 @@ import argparse
 from configs.training_config import (
     ATTENTION_IMPLEMENTATIONS,
     TrainingConfig,
-    get_training_config,
 )
+from utils.checkpoint_shelf import run_config
 from utils.model_finding import find_model
 from utils.model_loading import DTYPES, LoadedModel, ModelSource, load_model
 from utils.progress import ProgressDisplay
@@ -76,12 +76,7 @@ def read_configuration(args: argparse.Namespace) -> TrainingConfig:
     Raises:
         ConfigError: A file or value is wrong.
     """
-    overrides = {
-        key: value
-        for key, value in (("output_dir", args.output_dir), ("run_name", args.run_name))
-        if value is not None
-    }
-    return get_training_config(args.config, overrides)
+    return run_config(args.config, args.output_dir, args.run_name)
 
 
 def find_from(args: argparse.Namespace, text: str | None = None) -> ModelSource:

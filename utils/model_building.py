@@ -22,7 +22,7 @@ from torch.utils.checkpoint import (
 
 from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
-from utils.errors import ConfigError
+from utils.errors import ConfigError, first_line
 from utils.losses import (
     ChunkLoss,
     chunk_cross_entropy,
@@ -65,8 +65,7 @@ def build_core(model_config: Any, attention: str) -> Any:
     except (ImportError, ValueError) as exc:
         if attention == "sdpa":
             raise
-        reason = str(exc).strip().splitlines()[0]
-        raise ConfigError(f"attn_implementation {attention}: {reason}") from exc
+        raise ConfigError(f"attn_implementation {attention}: {first_line(exc)}") from exc
 
 
 def require_kernels(

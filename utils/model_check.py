@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from configs.model_config import DATA_KEYS
-from utils.errors import ConfigError
+from utils.errors import ConfigError, first_line
 from utils.model_building import build_core, find_layers, with_layers
 
 TRIED_LAYERS = 2
@@ -47,7 +47,7 @@ def require_language_model(
         model = _small_model(model_config, "eager" if attention == "eager" else "sdpa")
         one, other = (_logits(model, _tokens(place)) for place in (None, HALF))
     except Exception as exc:  # whatever a family of models does with values it was not made for
-        reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+        reason = first_line(exc)
         if "scaled_dot_product_attention" in reason:
             reason = "transformers has only attn_implementation=eager for it."
         raise ConfigError(f"A {name} of these values cannot be trained: {reason}") from exc

@@ -21,7 +21,7 @@ from utils.console import without_control_characters
 from utils.errors import CheckpointError, UsageError
 from utils.layout import RANDOM_STATES_PREFIX, Manifest
 from utils.libraries import load_libraries
-from utils.metadata import printable
+from utils.metadata import printable, reason_of
 from utils.parts import OPTIMIZER_PREFIX
 from utils.tokenizer_loading import load_tokenizer_from
 
@@ -136,7 +136,7 @@ def load_model(
     try:
         model = model.to(target).eval()
     except RuntimeError as exc:  # also out of memory
-        raise UsageError(f"{source.name} cannot be put on {target}: {_first_line(exc)}") from exc
+        raise UsageError(f"{source.name} cannot be put on {target}: {reason_of(exc)}") from exc
     found = load_named_tokenizer(tokenizer) if tokenizer else _load_own_tokenizer(source)
     return LoadedModel(source, model, found)
 
@@ -177,7 +177,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as exc:
-        raise UsageError(f"--device {printable(name)}: {_first_line(exc)}") from exc
+        raise UsageError(f"--device {printable(name)}: {reason_of(exc)}") from exc
     if not has.get(device.type, device.type == "cpu"):
         raise UsageError(f"--device {name}: torch finds no such device. debug_gpu.py says why.")
     return device
@@ -201,7 +201,7 @@ def load_named_tokenizer(name: str) -> Any:
         else:
             found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
-        raise UsageError(f"--tokenizer {printable(name)}: {_first_line(exc)}") from exc
+        raise UsageError(f"--tokenizer {printable(name)}: {reason_of(exc)}") from exc
     if found is None:
         raise UsageError(f"--tokenizer {printable(name)}: no tokenizer is there.")
     return found
@@ -215,7 +215,7 @@ def _load_own_tokenizer(source: ModelSource) -> Any:
             return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
         return load_tokenizer_from(source.directory)
     except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
-        log.warning("The tokenizer of %s cannot be loaded: %s", source.name, _first_line(exc))
+        log.warning("The tokenizer of %s cannot be loaded: %s", source.name, reason_of(exc))
         return None
 
 
@@ -238,7 +238,7 @@ def _load_weights(source: ModelSource, dtype: str, attention: str) -> Any:
         if source.directory is None:
             raise UsageError(
                 f"{source.name} is no checkpoint or directory here, and the Hugging Face Hub does "
-                f"not give it: {_first_line(exc)}"
+                f"not give it: {reason_of(exc)}"
             ) from exc
         raise UsageError(f"{source.name} cannot be loaded: {_why(exc)}") from exc
     # Foreign folders may hold buffers that newer versions of a model no longer have.
@@ -294,9 +294,4 @@ def _require_all_weights(name: str, model: Any, report: dict[str, Any]) -> Any:
 def _why(exc: BaseException) -> str:
     if "ignore_mismatched_sizes" in str(exc):  # it refers to the table that is left out
         return "its weights have other shapes than its config says."
-    return _first_line(exc)
-
-
-def _first_line(exc: BaseException) -> str:
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return printable(lines[0]) if lines else type(exc).__name__
+    return reason_of(exc)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate.utils import load as load_tensors
 
-from utils.errors import UnreadableCheckpointError
+from utils.errors import UnreadableCheckpointError, first_line
 from utils.layout import Manifest
 from utils.parts import (
     MODEL_PREFIX,
@@ -132,9 +132,8 @@ def mapped_errors(checkpoint: Path, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as exc:  # torch.load, safetensors and json raise many families
-        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise UnreadableCheckpointError(
-            f"{checkpoint.name}: {name} cannot be read: {reason}"
+            f"{checkpoint.name}: {name} cannot be read: {first_line(exc)}"
         ) from exc
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UsageError
-from utils.metadata import printable
+from utils.metadata import printable, reason_of
 from utils.regular_file import read_regular_file
 
 HELLASWAG, LAMBADA = "hellaswag", "lambada"
@@ -122,7 +122,7 @@ def _load_from_hub(task: str) -> Iterator[tuple[str, Any]]:
         found = datasets.load_dataset(name, configuration, split=split)
     except Exception as exc:  # many families, most of them of a network that is not there
         raise UsageError(
-            f"--{task}: {name} cannot be loaded ({_first_line(exc)}). Name a file of it: "
+            f"--{task}: {name} cannot be loaded ({reason_of(exc).rstrip('.')}). Name a file of it: "
             f"--{task} FILE.jsonl."
         ) from exc
     for number, record in enumerate(found):
@@ -177,8 +177,3 @@ def parse_last_word(record: Mapping[str, Any]) -> LastWord:
         raise ValueError("its text is empty or no text")
     context, _, word = text.rpartition(" ")
     return LastWord(context, f" {word}")
-
-
-def _first_line(exc: BaseException) -> str:
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return printable(lines[0].rstrip(".")) if lines else type(exc).__name__

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from utils.documents import Content, OpenText
-from utils.errors import DataError, UsageError
+from utils.errors import DataError, UsageError, first_line
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -498,8 +498,7 @@ class HubSource:
                 self.name, self.configuration, split=self.split, streaming=self.streaming
             )
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as exc:
-            reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-            raise DataError(f"{self._place}: cannot be loaded ({reason}).") from exc
+            raise DataError(f"{self._place}: cannot be loaded ({first_line(exc)}).") from exc
 
     def _open_saved(self, datasets: Any) -> Any:
         """Return what `save_to_disk` wrote; it is memory-mapped, so streaming changes nothing."""

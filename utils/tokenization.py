@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from utils.documents import Document, OpenText, TokenArray, TokenizedDocument
-from utils.errors import UsageError
+from utils.errors import UsageError, first_line
 from utils.tokenizer_conversion import (
     END_OF_TEXT,
     END_TOKENS,
@@ -215,9 +215,10 @@ def load_tokenizer(name: str) -> Tokenizer:
             where = str(path) if path.is_dir() else name
             loaded = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
-        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-        where = "" if path.exists() else " There is no such file or directory here either."
-        raise UsageError(f"--tokenizer {name}: cannot be loaded ({reason}).{where}") from exc
+        hint = "" if path.exists() else " There is no such file or directory here either."
+        raise UsageError(
+            f"--tokenizer {name}: cannot be loaded ({first_line(exc)}).{hint}"
+        ) from exc
     if not getattr(loaded, "is_fast", False):
         raise UsageError(f"--tokenizer {name}: has no tokenizer.json (a slow tokenizer).")
     eos_token = loaded.eos_token or _find_end_token(loaded.get_vocab(), name)

@@ -11,7 +11,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.diagnosis import ask, first_line
+from utils.diagnosis import ask
+from utils.errors import first_line
 
 BF16_CAPABILITY = (8, 0)
 FP16_CAPABILITY = (5, 3)

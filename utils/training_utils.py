@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from configs.training_config import TrainingConfig
 from utils import ranks
 from utils.deepspeed_engine import ZeroEngine, require_deepspeed
-from utils.errors import ConfigError
+from utils.errors import ConfigError, first_line
 from utils.estimates import attention_widths
 from utils.metadata import number
 from utils.mfu import Utilization, find_peak_flops, flops_per_token
@@ -417,7 +417,7 @@ def _compile(state: TrainState, config: TrainingConfig) -> None:
         if isinstance(exc, torch.OutOfMemoryError):
             raise
         log.debug("torch.compile failed.", exc_info=True)
-        reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+        reason = first_line(exc)
         log.warning("torch.compile does not work here, training goes on without: %s", reason)
     if ranks.any_rank(bool(reason)):  # all ranks compute alike
         undo_compilation(model)
