@@ -1,10 +1,13 @@
-"""Trainers that are timed against each other, each in a process of its own: one JSON line out.
+"""Trainers that are timed against each other, each in a process of its own: JSON lines out.
 
     python -m benchmarks.contestants ours|plain|trainer JSON
 
 All train the same model from the same shards in the same batches and precision. `ours` is train.py
 with everything on: data from a bucket, metrics, TensorBoard, checkpoints, uploads. `plain` is a
 PyTorch loop with nothing but the step. `trainer` is `transformers.Trainer` without saves.
+
+Each says a line when it is warm and at the end of each turn of `turn_steps` steps, and then waits
+for a line of standard input (`benchmarks/turns.py`); where that is closed, it goes on at once.
 """
 
 from __future__ import annotations
@@ -21,22 +24,26 @@ OURS, PLAIN, TRAINER = "ours", "plain", "trainer"
 
 
 class Clock:
-    """Notes the time at the end of the steps that begin and end the measurement."""
+    """Takes the time of the steps behind `first_step` up to `last_step`, turn by turn."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.first, self.last = task["first_step"], task["last_step"]
-        self._times: dict[int, float] = {}
+        self._turn_steps = task.get("turn_steps", self.last - self.first)
+        self._begin = 0.0
+        self.seconds = 0.0
+        """Of all turns so far."""
 
     def note(self, step: int) -> None:
-        """Take the end of a step."""
-        if step in (self.first, self.last):
-            _wait_for_device()
-            self._times[step] = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """From the end of the first of the two steps to the end of the last."""
-        return self._times[self.last] - self._times[self.first]
+        """Take the end of a step; at the end of a turn, wait for the next one."""
+        if not self.first <= step <= self.last or (step - self.first) % self._turn_steps:
+            return
+        _wait_for_device()
+        taken = time.perf_counter() - self._begin if step > self.first else 0.0
+        self.seconds += taken
+        print(json.dumps({"turn_seconds": taken}), file=sys.__stdout__, flush=True)
+        if step < self.last:
+            sys.stdin.readline()
+        self._begin = time.perf_counter()
 
 
 def run_ours(task: dict[str, Any], clock: Clock) -> None:

@@ -123,6 +123,18 @@ def find_dropouts(model_config: Any) -> dict[str, float]:
     }
 
 
+def require_few_layers(model_config: Any) -> None:
+    """Refuse a config that counts layers up to what no machine ends to build.
+
+    Raises:
+        ConfigError: It has more than any model.
+    """
+    for key, largest in LARGEST.items():
+        size = getattr(model_config, key, None)
+        if isinstance(size, int) and size > largest:
+            raise ConfigError(f"{key} must be at most {largest}, got {_shown(str(size))}.")
+
+
 def build_model_config(
     name: str,
     overrides: Mapping[str, Any] | None = None,

@@ -98,7 +98,7 @@ def add_text_options(group: argparse._ArgumentGroup) -> None:
         help="shards (default: those of the model's run, of a mixture the first source)",
     )
     add("--split", choices=SPLITS, default=SPLITS[0], help=f"(default: {SPLITS[0]})")
-    add("--max-tokens", type=positive_number, metavar="N", help="only so many, the first")
+    add("--max-tokens", type=plural_number, metavar="N", help="only so many, the first")
     add(
         "--sequence-length",
         type=positive_number,
@@ -148,6 +148,14 @@ def positive_number(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def plural_number(text: str) -> int:
+    """Return a whole number of an option, at least 2: the first token is not predicted."""
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {value}")
     return value
 
 

@@ -37,6 +37,7 @@ LAYERS: list[set[str]] = [
         "utils.flat_partition",
         "utils.followed_file",
         "utils.layout",
+        "utils.cpu_products",
         "utils.live_screen",
         "utils.mfu",
         "utils.progress",

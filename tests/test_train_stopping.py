@@ -8,6 +8,7 @@ fraction of the time. Hooks run in the fork before train.py does: most of them h
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,12 +80,16 @@ class Gate:
         self._reached = Path.cwd() / f"at-{name}"
         self._open = Path.cwd() / f"go-{name}"
 
+    @property
+    def is_open(self) -> bool:
+        return self._open.exists()
+
     def reach(self) -> None:
         self._reached.touch()
 
     def __call__(self) -> None:
         self.reach()
-        while not self._open.exists():
+        while not self.is_open:
             time.sleep(0.005)
 
 
@@ -261,6 +267,25 @@ def without_writer() -> None:
         return refuse
 
     replace("utils.checkpoint_writer", "WriterProcess.__init__", wrap)
+
+
+def use_terminal() -> None:
+    """Take a terminal as input and output, one that goes away at the gate `hang-up`."""
+    master, slave = os.openpty()
+    gate = Gate("hang-up")
+    if os.fork() == 0:
+        with open(1, "wb", buffering=0) as output:
+            os.close(slave)
+            os.set_blocking(master, False)
+            while not gate.is_open:
+                if select.select([master], [], [], 0.01)[0]:
+                    output.write(os.read(master, 65536))
+        os._exit(0)
+    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+    for target in range(3):
+        os.dup2(slave, target)
+    os.close(master)
+    os.close(slave)
 
 
 def leave_quickly() -> None:
@@ -850,6 +875,24 @@ def metadata_server() -> Iterator[Metadata]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.mark.parametrize("words", [(), ("--quiet",)])
+def test_a_terminal_that_goes_away_stops_the_run_saved(
+    start: Start, straight: Trainer, words: tuple[str, ...]
+) -> None:
+    trainer = start(*words, hooks=[("use_terminal",), ("hold_step", 6)])
+    trainer.wait_at("step")
+    trainer.let_go("hang-up")
+    output = Path(f"/proc/{trainer.pid}/fd/1")  # the terminal, and then nowhere
+    wait_until(lambda: output.readlink() == Path(os.devnull), lambda: str(trainer))
+    trainer.send(signal.SIGHUP)  # as a shell passes it on
+    trainer.let_go("step")
+    assert trainer.end() == ExitCode.STOPPED
+    assert trainer.steps == trainer.uploaded == [4, 6]
+    assert trainer.leftovers == []
+    assert "Stopped by SIGHUP" in trainer.paths.train_log.read_text()
+    assert_goes_on(start, straight)
 
 
 def test_a_preemption_notice_saves_and_a_signal_after_it_is_no_second_one(

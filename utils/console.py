@@ -8,8 +8,10 @@ A terminal gets colours and a live line, a pipe gets plain lines. Every command 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
+import select
 import sys
 import time
 import traceback
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _NO_HOME = "Could not determine home directory."  # of Path.expanduser, which has no type for it
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
+STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 NOISY_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "google", "matplotlib")
 
 log = logging.getLogger(__name__)
@@ -78,6 +81,20 @@ def configure_logging(
     logging.captureWarnings(capture=True)
 
 
+def leave_closed_outputs() -> None:
+    """Send to nowhere what nobody can read any more: a terminal or a pipe that is gone.
+
+    Each write to it would fail, and what has to be done needs no reader.
+    """
+    poll = select.poll()
+    for descriptor in (STANDARD_OUTPUT, STANDARD_ERROR):
+        poll.register(descriptor, 0)  # hang-ups and errors are told in any case
+    for descriptor, _ in poll.poll(0):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
 def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty():
@@ -95,7 +112,17 @@ def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
         handler = logging.StreamHandler(stream)
         handler.setLevel(level)
         handler.setFormatter(_HarmlessFormatter(LOG_FORMAT))
+    ordinary = handler.handleError
+    handler.handleError = functools.partial(_leave_output, ordinary)  # type: ignore[method-assign]
     return handler
+
+
+def _leave_output(ordinary: Callable[[logging.LogRecord], None], record: logging.LogRecord) -> None:
+    """Go on without an output that nobody reads; a log line that is wrong is told as ever."""
+    if isinstance(sys.exc_info()[1], OSError):
+        leave_closed_outputs()
+    else:
+        ordinary(record)
 
 
 class _HarmlessFormatter(logging.Formatter):

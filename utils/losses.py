@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - as everybody names it
 
+from utils.cpu_products import linear
 from utils.estimates import chunk_tokens
 
 ChunkLoss = Callable[
@@ -94,11 +95,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad: torch.Tensor | None = None
         for first in range(0, len(hidden), chunk):
             part = slice(first, first + chunk)
-            logits = hidden[part] @ weight.t()
+            logits = linear(hidden[part], weight)
             losses, logits_grad = cross_entropy(logits, targets[part], divisor, is_trained)
             total += losses
             if logits_grad is not None and hidden_grad is not None:
-                torch.mm(logits_grad, weight, out=hidden_grad[part])
+                hidden_grad[part] = linear(logits_grad, weight.t())
                 inputs = hidden[part] if scale is None else hidden[part] * scale.to(dtype)
                 weight_grad = _add_product(weight_grad, logits_grad.t(), inputs)
         ctx.save_for_backward(hidden_grad, weight_grad, count, scale)
@@ -142,11 +143,12 @@ def chunk_cross_entropy(
     """
     known = targets != IGNORED
     places = targets.clamp(min=0).unsqueeze(1)
-    logs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-    loss = torch.where(known, -logs.gather(1, places).squeeze(1), 0.0).sum()
+    grad = torch.softmax(logits, dim=1, dtype=torch.float32)
+    # The likeliest word's probability is exp(its logit - log sum exp): no less than 1 / vocabulary.
+    log_sum = logits.amax(dim=1).float() - grad.amax(dim=1).log()
+    loss = torch.where(known, log_sum - logits.gather(1, places).squeeze(1), 0.0).sum()
     if not is_trained:
         return loss, None
-    grad = logs.exp_()
     grad.scatter_add_(1, places, grad.new_full(places.shape, -1.0))
     grad.mul_((known / divisor).unsqueeze(1))
     return loss, grad.to(logits.dtype)

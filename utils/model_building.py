@@ -22,6 +22,7 @@ from torch.utils.checkpoint import (
 
 from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
+from utils.cpu_products import product_operations
 from utils.errors import ConfigError, first_line
 from utils.losses import (
     ChunkLoss,
@@ -152,7 +153,7 @@ def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callabl
     return recomputed
 
 
-KEPT_OPERATIONS = frozenset(
+KEPT_OPERATIONS = product_operations() | frozenset(
     getattr(torch.ops.aten, name).default
     for name in (
         "addmm",

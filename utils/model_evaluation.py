@@ -24,7 +24,7 @@ from utils.metadata import printable, read_json_object
 from utils.model_loading import LoadedModel, ModelSource
 from utils.shard_cache import ShardCache
 from utils.shard_index import ShardFacts, ShardIndex, build_shard_index, fingerprint_shards
-from utils.storage import Bucket, open_bucket
+from utils.storage import Bucket, is_gcs_uri, open_bucket
 from utils.task_data import Questions
 from utils.token_bytes import ByteCounter
 from utils.token_stream import TokenStream, covering_windows, training_windows
@@ -185,6 +185,8 @@ class Evaluator:
             raise UsageError("Which data the model was made with is not known: name some, --data.")
         _, index = self._open(uri)
         shards = index.validation if plan.split == SPLITS[0] else index.training
+        if not (index.validation or index.training):
+            raise DataError(f"{uri} holds no shards (*.npz).")
         if not shards:
             other = "validation" if plan.split == SPLITS[1] else "training"
             make = (
@@ -231,6 +233,8 @@ class Evaluator:
 
     def _open(self, uri: str) -> tuple[Bucket, ShardIndex]:
         if uri not in self._opened:
+            if not is_gcs_uri(uri) and not Path(uri).is_dir():
+                raise DataError(f"{uri} does not exist.")
             bucket = open_bucket(uri, self._config.gcs_user_project or None)
             try:
                 index = build_shard_index(bucket, is_trained=False)

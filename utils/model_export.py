@@ -288,21 +288,27 @@ def _export_gguf(
 
 
 def _write_tokenizer(loaded: LoadedModel, staged: Path, *, is_own: bool) -> None:
-    """Copy the tokenizer's files as they are, where they say of which class it is."""
+    """Copy the tokenizer's files where they say of which class it is; name the model's context."""
     if loaded.tokenizer is None:
         return
     directory = loaded.source.directory
     names = find_tokenizer_files(p.name for p in directory.iterdir()) if directory else ()
-    if is_own and directory is not None and TOKENIZER_CONFIG_FILE in names:
+    is_copied = is_own and TOKENIZER_CONFIG_FILE in names
+    if is_copied and directory is not None:
         for name in names:
             shutil.copyfile(directory / name, staged / name)
-        return
-    loaded.tokenizer.save_pretrained(str(staged))
+    else:
+        loaded.tokenizer.save_pretrained(str(staged))
     path = staged / TOKENIZER_CONFIG_FILE
     settings = json.loads(path.read_text("utf-8"))
-    if settings.get("tokenizer_class") == _CLASS_OF_V5:
+    changed: dict[str, Any] = {}
+    if not is_copied and settings.get("tokenizer_class") == _CLASS_OF_V5:
         # The name by which transformers 4 knows it, too.
-        write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if loaded.context is not None and loaded.tokenizer.model_max_length > loaded.context:
+        changed["model_max_length"] = loaded.context
+    if changed:
+        write_json(path, {**settings, **changed}, indent=2)
 
 
 def _set_special_ids(model: Any, tokenizer: Any) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.model_config import known_vocab_size
+from configs.model_config import known_vocab_size, require_few_layers
 from utils.checkpoint_store import verify_checkpoint
 from utils.console import without_control_characters
 from utils.errors import CheckpointError, UsageError
@@ -222,11 +222,12 @@ def _load_own_tokenizer(source: ModelSource) -> Any:
 def _load_weights(source: ModelSource, dtype: str, attention: str) -> Any:
     if source.manifest is not None and source.directory is not None:
         return _load_checkpoint(source.directory, dtype, attention)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     # Its retries without a network, each said twice: the error at the end says it once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
+        require_few_layers(AutoConfig.from_pretrained(source.location, trust_remote_code=False))
         model, report = AutoModelForCausalLM.from_pretrained(
             source.location,
             dtype=dtype,

@@ -44,6 +44,7 @@ PROBE_RETRY_SECONDS = 4.0
 USUAL_TOKENS_PER_PARAMETER = 20
 # Up to here, tokens that are seen again are worth nearly as much (Muennighoff et al. 2023).
 MANY_EPOCHS = 4
+LEAST_VOCABULARY_SHARE = 0.5  # of the model's that the data's is
 SERIOUS_PARAMETERS = 10_000_000  # smaller models are for trying things out
 LOGGED_CHECKS = ("memory", "run", "uploading", "cost")
 
@@ -273,7 +274,7 @@ def check_start(
         times = check_times(facts, probe, transport, busy_share)
     checks = [
         *resuming,
-        Check("settings", "ok", f"valid; {_describe_steps(facts)}"),
+        check_settings(facts),
         *data,
         *([check_tokens(facts)] if sources else []),
         *([check_vocabulary(sources, model_config)] if sources else []),
@@ -286,11 +287,20 @@ def check_start(
     return StartChecks(plan, sources, checks, transport)
 
 
-def _describe_steps(facts: RunFacts) -> str:
+def check_settings(facts: RunFacts) -> Check:
+    """Say what the steps are, and whether the learning rate has the time to rise."""
     config = facts.config
-    return (
-        f"steps {facts.step} to {config.max_steps} of {facts.tokens_per_step:,} tokens, a "
+    text = (
+        f"valid; steps {facts.step} to {config.max_steps} of {facts.tokens_per_step:,} tokens, a "
         f"checkpoint every {config.save_steps}"
+    )
+    if config.warmup_steps < config.max_steps:
+        return Check("settings", "ok", text)
+    return Check(
+        "settings",
+        "warn",
+        f"{text}. The learning rate is still rising when the run ends: warmup_steps is "
+        f"{config.warmup_steps}, max_steps {config.max_steps}",
     )
 
 
@@ -320,7 +330,16 @@ def check_vocabulary(sources: Sequence[DataSource], model_config: Any) -> Check:
         known = f"{known or 'no index.json says how many'}; each id is checked when it is read"
     size, padded = known_vocab_size(model_config), model_config.vocab_size
     padding = f" (padded to {padded:,})" if padded > size else ""
-    return Check("vocabulary", "ok", f"{size:,} in the model{padding}, in the data: {known}")
+    text = f"{size:,} in the model{padding}, in the data: {known}"
+    largest = max((size for size in sizes if size is not None), default=0)
+    if None in sizes or largest >= size * LEAST_VOCABULARY_SHARE:
+        return Check("vocabulary", "ok", text)
+    return Check(
+        "vocabulary",
+        "warn",
+        f"{text}. The other ids never come: model_overrides.vocab_size={largest} makes the model "
+        "smaller and faster",
+    )
 
 
 def describe_run(

@@ -1,4 +1,4 @@
-"""Stopping on request: the first SIGINT or SIGTERM asks, the second leaves at once.
+"""Stopping on request: the first SIGINT or SIGTERM asks, the second leaves at once; SIGHUP asks.
 
     signal, preemption notice -> reason -> asked for at each safe point, ranks agree -> save, leave
 
@@ -9,6 +9,9 @@ Python runs the handlers of signals in the main thread, between two of its own i
 signals in quick succession as one. While that thread sits in a C call (a collective that hangs, a
 wait for the GPU) a handler would never run. So the handlers here do nothing, and what acts is a
 small thread that reads the byte which the interpreter writes at once for every signal.
+
+A terminal that goes away sends SIGHUP, and its shell and the kernel may send it again: it never
+counts as the second signal. Where it was ignored at the start (nohup), it stays ignored.
 """
 
 from __future__ import annotations
@@ -24,17 +27,17 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from utils import ranks
+from utils.console import STANDARD_ERROR, leave_closed_outputs
 from utils.errors import ExitCode
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LEAVE_AFTER_SECONDS = 5.0
 
-STANDARD_ERROR = 2
 WAKE = b"\0"  # no signal has this number
 
 
 class StopRequest:
-    """Catches SIGINT and SIGTERM while it is entered, and takes other requests to stop.
+    """Catches SIGINT, SIGTERM and SIGHUP while it is entered, and takes other requests to stop.
 
     Args:
         leave_after_seconds: How long a run that has nothing to lose may take from the request to
@@ -73,7 +76,8 @@ class StopRequest:
             self._writer.fileno(), warn_on_full_buffer=False
         )
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, _do_nothing)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, _do_nothing)
         _entered.append(self)
         return self
 
@@ -146,7 +150,12 @@ class StopRequest:
                     self._take_signal(signal.Signals(number))
 
     def _take_signal(self, number: signal.Signals) -> None:
-        self._num_signals += 1
+        if number != signal.SIGHUP:
+            self._num_signals += 1
+        else:
+            leave_closed_outputs()
+            if self._reason is not None:
+                return
         if self._num_signals > 1:
             _say(f"\nSecond {number.name}: leaving at once.\n")
             os._exit(ExitCode.SIGNAL_BASE + number)

@@ -26,6 +26,7 @@ from utils.tokenizer_loading import encode_prompt
 
 STOP_TEXT = "stop_text"
 WINDOW_BATCHES = 32
+MOST_SAMPLES = 100_000
 """Prompts of so many batches are sorted by length together: texts come before all are done."""
 
 OnPiece = Callable[[str], None]
@@ -137,8 +138,8 @@ class TextGenerator:
         Raises:
             UsageError: A prompt is one that the model or its tokenizer cannot read.
         """
-        if samples < 1:
-            raise UsageError(f"num_samples must be at least 1, got {samples}.")
+        if not 1 <= samples <= MOST_SAMPLES:
+            raise UsageError(f"num_samples must be 1 to {MOST_SAMPLES}, got {samples}.")
         if samples > 1 and sampling.is_greedy:
             raise UsageError("Several samples of a prompt need a temperature above 0.")
         seeds = [replace(sampling, seed=sampling.seed + number) for number in range(samples)]

@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from configs.training_config import TrainingConfig
 from utils import ranks
+from utils.cpu_products import use_cpu_products
 from utils.deepspeed_engine import ZeroEngine, require_deepspeed
 from utils.errors import ConfigError, first_line
 from utils.estimates import attention_widths
@@ -352,6 +353,8 @@ def build_train_state(
 ) -> TrainState:
     """Return a train state at step 0."""
     model = LossModel(build_model(model_config, config), config.loss_implementation)
+    if accelerator.device.type == "cpu":
+        use_cpu_products(model)
     how = resolve_sharding(config, accelerator.num_processes)
     is_fsdp = how is not None and not how.zero_stage
     if how is not None and is_fsdp:

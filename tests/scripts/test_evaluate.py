@@ -293,7 +293,7 @@ def test_a_bad_shard_is_named_and_what_is_done_is_kept(
         (["--stride", "33"], "--stride 33 would leave tokens out: 32 is the most"),
         (["--sequence-length", "4096"], "--sequence-length 4096: the model sees 512 tokens"),
         (["--data", "nowhere"], "nowhere"),
-        (["--data", "missing"], "no validation shards"),
+        (["--data", "missing"], "holds no shards"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -340,3 +340,17 @@ def test_models_are_chosen_by_steps(
     ]
     with pytest.raises(UsageError, match="5-9: there is no such checkpoint"):
         evaluate.choose_models(["5-9"], config)
+
+
+def test_data_that_are_not_there_are_named(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("2", "--data", "nosuch")
+    assert (code, "nosuch does not exist" in err) == (2, True)
+    (tmp_path / "empty").mkdir()
+    code, _, err = run("2", "--data", "empty")
+    assert (code, "empty holds no shards" in err) == (2, True)
+
+
+def test_one_token_is_too_few(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.build_parser().parse_args(["latest", "--max-tokens", "1"])
+    assert "--max-tokens: must be at least 2, got 1" in capsys.readouterr().err

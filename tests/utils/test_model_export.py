@@ -98,8 +98,11 @@ def test_an_exported_checkpoint_is_the_checkpoint(trained_run: Path, tmp_path: P
         "README.md", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (Path(source.location) / name).read_bytes()
+    one, other = (tmp_path / "out" / "tokenizer.json", Path(source.location) / "tokenizer.json")
+    assert one.read_bytes() == other.read_bytes()
+    one, other = (folder / "tokenizer_config.json" for folder in (tmp_path / "out", other.parent))
+    context = {"model_max_length": loaded.context}
+    assert json.loads(one.read_text()) == json.loads(other.read_text()) | context
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
     text = "".join(path.read_text() for path in (tmp_path / "out").glob("*.json"))
     assert str(trained_run) not in text + (tmp_path / "out" / "README.md").read_text()
@@ -189,6 +192,15 @@ def test_ids_outside_the_vocabulary_are_not_named(tmp_path: Path) -> None:
     export(ModelSource("made", str(tmp_path / "made")), tmp_path / "out")
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (generation.eos_token_id, generation.bos_token_id) == (3, None)
+
+
+def test_a_tokenizer_that_reads_less_than_the_model_stays_so(tmp_path: Path) -> None:
+    source = make_model("gpt2", tmp_path / "made")
+    write_tokenizer(tmp_path / "made", "PreTrainedTokenizerFast")
+    path = tmp_path / "made" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 5}))
+    export(source, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").read_bytes() == path.read_bytes()
 
 
 def test_a_tokenizer_that_says_no_class_gets_one(tmp_path: Path) -> None:

@@ -102,9 +102,13 @@ def test_widths_of_attention_are_those_of_its_heads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_flops_of_a_token_are_those_that_torch_counts(tmp_path: Path, family: str) -> None:
+def test_flops_of_a_token_are_those_that_torch_counts(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
+    # It does not know oneDNN's products.
+    monkeypatch.setattr("utils.cpu_products.is_onednn_faster", lambda: False)
     config = build_model_config(write_model(tmp_path, family, tie_word_embeddings=True))
     core = build_model(config, TrainingConfig(attn_implementation="eager"))
     with FlopCounterMode(display=False) as counter:

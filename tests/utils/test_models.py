@@ -176,6 +176,12 @@ def test_a_model_that_transformers_would_complete_at_random_is_refused(
         load_model(ModelSource("folder", str(folder)), device="cpu")
 
 
+def test_more_layers_than_a_model_has_are_not_built(tmp_path: Path) -> None:
+    GPTNeoXConfig(num_hidden_layers=10_001).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="num_hidden_layers must be at most 10000, got 10001"):
+        load_model(ModelSource("made", str(tmp_path)), device="cpu")
+
+
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text("raise SystemExit('it was run')")
     values = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}

@@ -14,7 +14,7 @@ from utils.estimates import MemoryEstimate
 from utils.forecast import RunFacts
 from utils.machine_checks import check_memory, find_free_memory
 from utils.model_building import ParameterCounts
-from utils.preflight import check_tokens, check_vocabulary
+from utils.preflight import check_settings, check_tokens, check_vocabulary
 from utils.shard_index import DataSource, ShardFacts, ShardIndex
 
 CPU = torch.device("cpu")
@@ -52,6 +52,26 @@ def test_an_unknown_vocabulary_of_the_data_is_said() -> None:
     model = build_model_config("neox-tiny")
     assert "in the data: 512" in check_vocabulary([source_of(1, 512)], model).message
     assert "no index.json" in check_vocabulary([source_of(1)], model).message
+
+
+@pytest.mark.parametrize(
+    ("sizes", "status"), [((512,), "ok"), ((256,), "ok"), ((255,), "warn"), ((255, None), "ok")]
+)
+def test_a_vocabulary_that_the_data_hardly_use_is_told(
+    sizes: tuple[int | None, ...], status: str
+) -> None:
+    model = build_model_config("neox-tiny", {"vocab_size": 512})
+    check = check_vocabulary([source_of(1, size) for size in sizes], model)
+    advice = "model_overrides.vocab_size=255" in check.message
+    assert (check.status, advice) == (status, status == "warn"), check.message
+
+
+@pytest.mark.parametrize(("max_steps", "status"), [(11, "ok"), (10, "warn"), (3, "warn")])
+def test_a_run_that_ends_within_its_warm_up_is_told(max_steps: int, status: str) -> None:
+    config = TrainingConfig(model="neox-tiny", max_steps=max_steps, warmup_steps=10)
+    model, counts = build_model_config("neox-tiny"), ParameterCounts(1, 0)
+    check = check_settings(RunFacts(config, model, counts, "no", CPU, 1, 0, [source_of(1)]))
+    assert (check.status, "still rising" in check.message) == (status, status == "warn")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from utils import stopping
 from utils.errors import ExitCode
 from utils.stopping import SIGNALS, StopRequest
 
+SECOND = (signal.SIGINT, signal.SIGTERM)
+
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -93,6 +95,25 @@ def test_the_first_signal_after_another_request_does_not_leave(
     assert stop.reason == "preemption notice"
     expected = "\nSIGTERM: stopping already (preemption notice). Once more leaves at once.\n"
     assert capfd.readouterr().err == expected
+
+
+def test_a_terminal_that_goes_away_is_no_second_signal() -> None:
+    with StopRequest() as stop:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+            assert stop.is_agreed()
+        assert stop.reason == "SIGHUP"
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_agreed()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_stop_wished_by_another_rank_has_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +238,7 @@ def test_a_process_that_obeys_ends_with_its_own_code(trainers: Trainers) -> None
     assert process.returncode == ExitCode.STOPPED
 
 
-@pytest.mark.parametrize("second", SIGNALS)
+@pytest.mark.parametrize("second", SECOND)
 def test_the_second_signal_leaves_a_c_call_at_once_with_its_number(
     trainers: Trainers, second: signal.Signals
 ) -> None:

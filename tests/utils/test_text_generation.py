@@ -16,7 +16,7 @@ from utils.errors import ResourceShortageError, UsageError
 from utils.generation import Batch, generate
 from utils.layout import read_manifest
 from utils.model_loading import LoadedModel, ModelSource, load_model
-from utils.text_generation import Speed, Text, TextGenerator, find_end_ids
+from utils.text_generation import MOST_SAMPLES, Speed, Text, TextGenerator, find_end_ids
 from utils.token_choice import Sampling
 
 PROMPTS = ["The end", "", "a", "In the year of our", "x" * 30, "One more"]
@@ -181,8 +181,9 @@ def test_what_cannot_be_done_is_refused(loaded: LoadedModel) -> None:
     with pytest.raises(UsageError, match="has no tokenizer"):
         TextGenerator(LoadedModel(loaded.source, loaded.model, None))
     generator = TextGenerator(loaded)
-    with pytest.raises(UsageError, match="num_samples must be"):
-        generator.plan(["a"], SAMPLING, 0)
+    for samples in (0, MOST_SAMPLES + 1):
+        with pytest.raises(UsageError, match="num_samples must be"):
+            generator.plan(["a"], SAMPLING, samples)
     with pytest.raises(UsageError, match="temperature above 0"):
         generator.plan(["a"], GREEDY, 2)
     with pytest.raises(UsageError, match="is no UTF-8"):

@@ -1,0 +1,113 @@
+"""Matrix products of a model in float32 on a CPU: by oneDNN where it beats the default library.
+
+    inputs, weights -> inputs @ weights.T; gradient of the inputs the same way
+
+torch has oneDNN and MKL built in, and makes float32 products with MKL alone. On AMD's processors
+with AVX-512, MKL stays behind: oneDNN takes 0.55 to 0.95 of its time for outputs and gradients of
+inputs (BENCHMARKS.md, "Matrix products"). For gradients of weights it does not. Which one is
+taken depends on the processor alone, so that a run that goes on has the same results.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812 - as everybody names it
+
+CPU_INFO = Path("/proc/cpuinfo")
+AMD = "AuthenticAMD"
+
+
+@functools.cache
+def is_onednn_faster() -> bool:
+    """Tell whether this processor is one where oneDNN was measured to be faster."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not product_operations():
+        return False
+    try:
+        return AMD in CPU_INFO.read_text()
+    except OSError:
+        return False
+
+
+def product_operations() -> frozenset[Any]:
+    """Return the operator that oneDNN's products are; none where torch was built without it."""
+    # What torch.compile calls for linear layers; no function with a documented name does it.
+    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return frozenset() if operator is None else frozenset({operator.default})
+
+
+def linear(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return `inputs @ weight.T + bias` without a gradient of its own.
+
+    Args:
+        inputs: [..., width].
+        weight: [outputs, width], of any strides.
+        bias: [outputs].
+    """
+    if not _is_for_onednn(inputs, weight):
+        return F.linear(inputs, weight, bias)
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    return product
+
+
+def _is_for_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        inputs.device.type == "cpu"
+        and inputs.dtype == weight.dtype == torch.float32
+        and is_onednn_faster()
+    )
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return linear(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        (grad,) = grads
+        wants_inputs, wants_weight, wants_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            linear(grad, weight.t()) if wants_inputs else None,
+            rows.t() @ inputs.flatten(0, -2) if wants_weight else None,
+            rows.sum(0) if wants_bias else None,
+        )
+
+
+class CpuLinear(nn.Linear):
+    """A linear layer whose products `linear` makes; in other precisions it is as ever."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as torch names it
+        """Return `input @ weight.T + bias`, [..., outputs]."""
+        if torch.is_autocast_enabled("cpu") or not _is_for_onednn(input, self.weight):
+            return super().forward(input)
+        product: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            input, self.weight, self.bias
+        )
+        return product
+
+
+def use_cpu_products(model: nn.Module) -> None:
+    """Have a model's linear layers made by `linear`, where that is worth it here.
+
+    Args:
+        model: Changed in place; names and weights stay as they are.
+    """
+    if not is_onednn_faster():
+        return
+    for part in model.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = CpuLinear
