@@ -297,10 +297,9 @@ class TrainState:
     @property
     def loss_model(self) -> LossModel:
         """The loss model without wrappers of ranks or compilation."""
-        if self.zero is not None:
-            whole: LossModel = self.zero.engine.module
-            return whole
-        model: LossModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model: Any = self.model
+        while not isinstance(model, LossModel):  # Accelerate's own way imports DeepSpeed, 2 s
+            model = getattr(model, "_orig_mod", None) or model.module
         return model
 
     @property
