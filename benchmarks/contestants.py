@@ -64,6 +64,8 @@ def run_ours(task: dict[str, Any], clock: Clock) -> None:
     code = train.main(["--config", "test", "--quiet", "--max-steps", str(clock.last + 1), *words])
     if code:
         raise SystemExit(code)
+    if "torch.compile does not work" in Path("logs/train.log").read_text("utf-8"):
+        raise SystemExit("It was not compiled.")
 
 
 def run_plain(task: dict[str, Any], clock: Clock) -> None:

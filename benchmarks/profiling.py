@@ -9,7 +9,18 @@ from typing import Any
 STEPS = 5
 WARM_STEPS = 3
 SHOWN = 12
-PRODUCTS = ("mm", "linear_pointwise", "gemm", "matmul", "flash", "attention", "cutlass", "nvjet", "xmma", "wgmma")
+PRODUCTS = (
+    "mm",
+    "linear_pointwise",
+    "gemm",
+    "matmul",
+    "flash",
+    "attention",
+    "cutlass",
+    "nvjet",
+    "xmma",
+    "wgmma",
+)
 
 CASES: dict[str, dict[str, Any]] = {
     "test preset": {"sequence_length": 512, "global_batch_size": 4},

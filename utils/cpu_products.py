@@ -51,18 +51,20 @@ def linear(
         weight: [outputs, width], of any strides.
         bias: [outputs].
     """
-    if not _is_for_onednn(inputs, weight):
-        return F.linear(inputs, weight, bias)
+    if is_onednn_faster() and _can_onednn(inputs, weight):
+        return _by_onednn(inputs, weight, bias)
+    return F.linear(inputs, weight, bias)
+
+
+def _can_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    return inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32
+
+
+def _by_onednn(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
     return product
-
-
-def _is_for_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    return (
-        inputs.device.type == "cpu"
-        and inputs.dtype == weight.dtype == torch.float32
-        and is_onednn_faster()
-    )
 
 
 class _Product(torch.autograd.Function):
@@ -71,7 +73,7 @@ class _Product(torch.autograd.Function):
         ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.save_for_backward(inputs, weight)
-        return linear(inputs, weight, bias)
+        return _by_onednn(inputs, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -81,18 +83,18 @@ class _Product(torch.autograd.Function):
         wants_inputs, wants_weight, wants_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         return (
-            linear(grad, weight.t()) if wants_inputs else None,
+            _by_onednn(grad, weight.t()) if wants_inputs else None,
             rows.t() @ inputs.flatten(0, -2) if wants_weight else None,
             rows.sum(0) if wants_bias else None,
         )
 
 
 class CpuLinear(nn.Linear):
-    """A linear layer whose products `linear` makes; in other precisions it is as ever."""
+    """A linear layer whose products oneDNN makes; in other precisions it is as ever."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as torch names it
         """Return `input @ weight.T + bias`, [..., outputs]."""
-        if torch.is_autocast_enabled("cpu") or not _is_for_onednn(input, self.weight):
+        if torch.is_autocast_enabled("cpu") or not _can_onednn(input, self.weight):
             return super().forward(input)
         product: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
             input, self.weight, self.bias
@@ -101,7 +103,7 @@ class CpuLinear(nn.Linear):
 
 
 def use_cpu_products(model: nn.Module) -> None:
-    """Have a model's linear layers made by `linear`, where that is worth it here.
+    """Have oneDNN make the products of a model's linear layers, where that is worth it here.
 
     Args:
         model: Changed in place; names and weights stay as they are.

@@ -352,7 +352,7 @@ def build_train_state(
 ) -> TrainState:
     """Return a train state at step 0."""
     model = LossModel(build_model(model_config, config), config.loss_implementation)
-    if accelerator.device.type == "cpu":
+    if accelerator.device.type == "cpu" and not config.torch_compile:  # which makes its own
         use_cpu_products(model)
     how = resolve_sharding(config, accelerator.num_processes)
     is_fsdp = how is not None and not how.zero_stage
