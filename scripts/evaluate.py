@@ -32,7 +32,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--batch-size",
-        type=positive_number,
+        type=at_least(1),
         metavar="N",
         help="samples or answers in one forward (default: as many as are quick)",
     )
@@ -98,16 +98,17 @@ def add_text_options(group: argparse._ArgumentGroup) -> None:
         help="shards (default: those of the model's run, of a mixture the first source)",
     )
     add("--split", choices=SPLITS, default=SPLITS[0], help=f"(default: {SPLITS[0]})")
-    add("--max-tokens", type=plural_number, metavar="N", help="only so many, the first")
+    # The first token is not predicted.
+    add("--max-tokens", type=at_least(2), metavar="N", help="only so many, the first")
     add(
         "--sequence-length",
-        type=positive_number,
+        type=at_least(1),
         metavar="N",
         help="tokens that the model sees at once (default: as in its run, else at most 2048)",
     )
     add(
         "--stride",
-        type=positive_number,
+        type=at_least(1),
         metavar="N",
         help="from one window to the next (default: the sequence length)",
     )
@@ -136,35 +137,23 @@ def add_task_options(group: argparse._ArgumentGroup) -> None:
     add("--tasks-path", type=Path, metavar="DIR", help="YAML files of more of its tasks")
     add(
         "--num-fewshot",
-        type=whole_number,
+        type=at_least(0),
         metavar="N",
         help="examples before a question of --tasks",
     )
-    add("--limit", type=positive_number, metavar="N", help="only so many questions of each task")
+    add("--limit", type=at_least(1), metavar="N", help="only so many questions of each task")
 
 
-def positive_number(text: str) -> int:
-    """Return a whole number of an option, at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    """Return what reads a whole number of an option, `least` or more."""
 
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
 
-def plural_number(text: str) -> int:
-    """Return a whole number of an option, at least 2: the first token is not predicted."""
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, got {value}")
-    return value
-
-
-def whole_number(text: str) -> int:
-    """Return a whole number of an option, at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
+    return whole_number
 
 
 def run(args: argparse.Namespace) -> int:

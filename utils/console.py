@@ -251,7 +251,7 @@ def run_command(
         _report("Interrupted.", debug)
         return ExitCode.SIGNAL_BASE + 2
     except BrokenPipeError:  # the reader of our output has left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_closed_outputs()
         return ExitCode.DONE
     except OSError as exc:
         if exc.filename is None:

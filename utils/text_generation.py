@@ -26,8 +26,8 @@ from utils.tokenizer_loading import encode_prompt
 
 STOP_TEXT = "stop_text"
 WINDOW_BATCHES = 32
-MOST_SAMPLES = 100_000
 """Prompts of so many batches are sorted by length together: texts come before all are done."""
+MOST_SAMPLES = 100_000
 
 OnPiece = Callable[[str], None]
 
