@@ -226,9 +226,38 @@ def _checked_values(path: str, found: dict[str, Any]) -> tuple[str, dict[str, An
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         log.warning("model %s: %s are no keys of %s and left out%s.", path, names, model_type, more)
     kept = {k: v for k, v in found.items() if k in fields and k not in IGNORED_KEYS}
+    _drop_older_keys(kept)
     # A padding id's row of the embedding would never be trained, and in other data it is a word.
     kept.pop("pad_token_id", None)
     return model_type, kept
+
+
+def with_older_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `config.json` with the keys by which transformers 4 knows rotary embeddings, too.
+
+    Without them it takes a model for one with the default base and share, and says nothing.
+    """
+    rope = values.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" not in rope:
+        return dict(values)
+    is_neox = str(values.get("model_type")).startswith("gpt_neox")
+    base, share = (
+        ("rotary_emb_base", "rotary_pct") if is_neox else ("rope_theta", "partial_rotary_factor")
+    )
+    older = {base: rope["rope_theta"]}
+    if "partial_rotary_factor" in rope:
+        older[share] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default":
+        moved = ROPE_KEYS.values()
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key not in moved}
+    return {**values, **older}
+
+
+def _drop_older_keys(values: dict[str, Any]) -> None:
+    """Remove what `with_older_keys` adds: `rope_parameters` say the same."""
+    if isinstance(values.get("rope_parameters"), Mapping):
+        for key in (*ROPE_KEYS, "rope_scaling"):
+            values.pop(key, None)
 
 
 def describe_model_changes(before: Any, config: Any) -> list[str] | None:
@@ -252,6 +281,7 @@ def describe_model_changes(before: Any, config: Any) -> list[str] | None:
         return [f"model_type: {_shown(str(model_type))} -> {config.model_type}"]
     fields = _known_keys(model_type)
     values = {k: v for k, v in values.items() if k in fields and k not in IGNORED_KEYS}
+    _drop_older_keys(values)
     try:
         old = _build(model_type, values, "the checkpoint's model", {}).to_dict()
     except ConfigError:

@@ -65,7 +65,7 @@ LAYERS: list[set[str]] = [
         "utils.torch_facts",
         "utils.transports",
     },
-    {"utils.deepspeed_engine"},
+    {"utils.deepspeed_engine", "utils.tokenizer_loading"},
     {
         "utils.archive",
         "utils.archive_reading",
@@ -109,7 +109,6 @@ LAYERS: list[set[str]] = [
         "utils.token_files",
         "utils.run_tracker",
         "utils.tokenization",
-        "utils.tokenizer_loading",
         "utils.transfer",
         "utils.training_utils",
         "utils.upload_rate",

@@ -11,6 +11,7 @@ ranks, sharded or not; a sharded rank reads its own rows alone.
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from accelerate.utils import load as load_tensors
 
+from configs.model_config import with_older_keys
 from configs.training_config import TrainingConfig
 from utils.checkpoint_files import CheckpointFiles
 from utils.checkpoint_metadata import build_metadata
@@ -201,7 +203,8 @@ def _progress_document(state: TrainState) -> dict[str, Any]:
 
 
 def _model_files(model: Any) -> dict[str, bytes]:
-    files = {CONFIG_FILE: model.config.to_json_string()}
+    values = with_older_keys(json.loads(model.config.to_json_string()))
+    files = {CONFIG_FILE: f"{json.dumps(values, indent=2, sort_keys=True)}\n"}
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         files[GENERATION_CONFIG_FILE] = generation_config.to_json_string()

@@ -10,7 +10,6 @@ same model gives the same bytes.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import stat
@@ -21,8 +20,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers.utils import CONFIG_NAME
 
-from configs.model_config import UNPADDED_KEY, known_vocab_size
+from configs.model_config import UNPADDED_KEY, known_vocab_size, with_older_keys
 from utils.checkpoint_files import sync_files
 from utils.console import format_bytes
 from utils.errors import SaveError, UsageError
@@ -31,16 +31,22 @@ from utils.layout import FileEntry, write_json
 from utils.metadata import printable, read_json_object
 from utils.model_card import CONFIG_KEYS, CardFacts, build_card
 from utils.model_loading import LoadedModel, ModelSource, load_model
-from utils.shard_index import find_tokenizer_files
 from utils.storage import crc32c_of_bytes, fsync_directory
-from utils.tokenizer_conversion import TOKENIZER_CONFIG_FILE
+from utils.tokenizer_loading import (
+    build_files,
+    find_misreading,
+    read_tokenizer_json,
+    with_template_of,
+    write_files,
+)
 
 FORMATS = ("hf", "gguf")
 CARD_FILE = "README.md"
 DEFAULT_SHARD_SIZE = "5GB"
 CHECK_SEQUENCES, CHECK_TOKENS = 2, 32
 PROBE_TEXT = "The quick brown fox: 3.14,  two spaces\tand\na na\u00efve line."
-_CLASS_OF_V5 = "TokenizersBackend"
+# What other programs read in place of a tokenizer.json.
+_OTHER_FORMS = ("tokenizer.model", "vocab.json", "merges.txt")
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 OnProgress = Callable[[str, int, int | None], None]
@@ -173,7 +179,9 @@ def _export_folder(
         model.save_pretrained(str(staged), max_shard_size=options.max_shard_size)
     except ValueError as exc:  # also a generation config that contradicts itself
         raise UsageError(f"{loaded.source.name} cannot be exported: {_reason(exc)}") from exc
-    _write_tokenizer(loaded, staged, is_own=options.tokenizer is None)
+    config = staged / CONFIG_NAME
+    write_json(config, with_older_keys(read_json_object(config)), indent=2)
+    _write_tokenizer(loaded, staged, options.tokenizer)
     card = staged / CARD_FILE
     card.write_text(build_card(_card_facts(loaded)), "utf-8")
     for path in staged.iterdir():  # safetensors lets nobody but the owner read its files
@@ -239,13 +247,24 @@ def compare_folder(
         raise SaveError(
             f"What was written is not the model: its logits differ by up to {difference:.3g}."
         )
-    if tokenizer is not None and _behaviour(read) != _behaviour(tokenizer):
-        raise SaveError("What was written is not the tokenizer: it has other tokens.")
+    if tokenizer is not None:
+        _compare_tokenizer(folder, read, tokenizer)
     return len(found), difference
 
 
+def _compare_tokenizer(folder: Path, read: Any, tokenizer: Any) -> None:
+    if _behaviour(read) != _behaviour(tokenizer):
+        raise SaveError("What was written is not the tokenizer: it has other tokens.")
+    text = find_misreading(folder) if getattr(tokenizer, "is_fast", False) else None
+    if text is not None:
+        raise SaveError(
+            f"What was written is not the tokenizer: for this type of model, transformers reads "
+            f"{printable(repr(text), 80)} in another way."
+        )
+
+
 def _behaviour(tokenizer: Any) -> tuple[Any, ...]:
-    special = [getattr(tokenizer, key, None) for key in _SPECIAL]
+    special = [getattr(tokenizer, key, None) for key in _SPECIAL[:2]]
     return (len(tokenizer), tokenizer(PROBE_TEXT).input_ids, *special)
 
 
@@ -287,37 +306,42 @@ def _export_gguf(
     return compare_gguf(loaded.model, dtype, path) if options.is_checked else None
 
 
-def _write_tokenizer(loaded: LoadedModel, staged: Path, *, is_own: bool) -> None:
-    """Copy the tokenizer's files where they say of which class it is; name the model's context."""
-    if loaded.tokenizer is None:
+def _write_tokenizer(loaded: LoadedModel, staged: Path, name: str | None) -> None:
+    """Write the `tokenizer.json`, and settings for it that name the model's context.
+
+    Others put before a prompt, and after it, what the file says: here as the model's data have it.
+    """
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
         return
+    if loaded.context is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, loaded.context)
+    if not getattr(tokenizer, "is_fast", False):
+        tokenizer.save_pretrained(str(staged))
+        return
+    content = read_tokenizer_json(name or loaded.source.location)
+    if content is not None:
+        content = with_template_of(tokenizer, content)
+    write_files(build_files(tokenizer, content), staged)
     directory = loaded.source.directory
-    names = find_tokenizer_files(p.name for p in directory.iterdir()) if directory else ()
-    is_copied = is_own and TOKENIZER_CONFIG_FILE in names
-    if is_copied and directory is not None:
-        for name in names:
-            shutil.copyfile(directory / name, staged / name)
-    else:
-        loaded.tokenizer.save_pretrained(str(staged))
-    path = staged / TOKENIZER_CONFIG_FILE
-    settings = json.loads(path.read_text("utf-8"))
-    changed: dict[str, Any] = {}
-    if not is_copied and settings.get("tokenizer_class") == _CLASS_OF_V5:
-        # The name by which transformers 4 knows it, too.
-        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if loaded.context is not None and loaded.tokenizer.model_max_length > loaded.context:
-        changed["model_max_length"] = loaded.context
-    if changed:
-        write_json(path, {**settings, **changed}, indent=2)
+    if name is None and directory is not None:
+        for file in _OTHER_FORMS:
+            if (directory / file).is_file():
+                shutil.copyfile(directory / file, staged / file)
 
 
 def _set_special_ids(model: Any, tokenizer: Any) -> None:
     """Let configs name the tokenizer's special tokens, and none outside the vocabulary."""
+    tokenizer_end = getattr(tokenizer, "eos_token_id", None)
     for config in (model.config, model.generation_config):
         for key in _SPECIAL:
             old = getattr(config, key, None)
             known = [one for one in _as_list(old) if one < model.config.vocab_size]
             own = getattr(tokenizer, key, None)
+            if key == "pad_token_id" and config is model.config and own == tokenizer_end:
+                own = (
+                    None  # an embedding's row of padding is never trained, and this one ends texts
+                )
             if own is not None and own < model.config.vocab_size and own not in known:
                 setattr(config, key, own)
             elif known != _as_list(old):

@@ -23,7 +23,7 @@ from utils.layout import RANDOM_STATES_PREFIX, Manifest
 from utils.libraries import load_libraries
 from utils.metadata import printable, reason_of
 from utils.parts import OPTIMIZER_PREFIX
-from utils.tokenizer_loading import load_tokenizer_from
+from utils.tokenizer_loading import begin_like_data, find_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +138,7 @@ def load_model(
     except RuntimeError as exc:  # also out of memory
         raise UsageError(f"{source.name} cannot be put on {target}: {reason_of(exc)}") from exc
     found = load_named_tokenizer(tokenizer) if tokenizer else _load_own_tokenizer(source)
-    return LoadedModel(source, model, found)
+    return LoadedModel(source, model, begin_like_data(found, _begin_id(model)))
 
 
 def _quiet_transformers() -> None:
@@ -189,17 +189,8 @@ def load_named_tokenizer(name: str) -> Any:
     Raises:
         UsageError: There is none.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    path, fast_class = Path(name).expanduser(), PreTrainedTokenizerFast
-    found: Any = None
     try:
-        if path.is_file():
-            found = fast_class(tokenizer_file=str(path))
-        elif path.is_dir():
-            found = load_tokenizer_from(path)
-        else:
-            found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        found = find_tokenizer(name)
     except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
         raise UsageError(f"--tokenizer {printable(name)}: {reason_of(exc)}") from exc
     if found is None:
@@ -207,13 +198,15 @@ def load_named_tokenizer(name: str) -> Any:
     return found
 
 
-def _load_own_tokenizer(source: ModelSource) -> Any:
-    from transformers import AutoTokenizer
+def _begin_id(model: Any) -> int | None:
+    """Return the token before a text, as the model's config has it from the data."""
+    found = getattr(model.config, "bos_token_id", None)
+    return found if isinstance(found, int) else None
 
+
+def _load_own_tokenizer(source: ModelSource) -> Any:
     try:
-        if source.directory is None:
-            return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
-        return load_tokenizer_from(source.directory)
+        return find_tokenizer(source.location)
     except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
         log.warning("The tokenizer of %s cannot be loaded: %s", source.name, reason_of(exc))
         return None
@@ -269,6 +262,9 @@ def _load_checkpoint(checkpoint: Path, dtype: str, attention: str) -> Any:
             attn_implementation=attention,
             output_loading_info=True,
         )
+        # A checkpoint has the names that weights have in memory. With this note, transformers would
+        # save them so again, and not under the names by which every version of it knows them.
+        vars(model).pop("_weight_conversions", None)
     except Exception as exc:  # whatever a wrong config meets first
         raise CheckpointError(f"{checkpoint.name} cannot be loaded: {_why(exc)}") from exc
     return _require_all_weights(checkpoint.name, model, report)

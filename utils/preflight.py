@@ -110,12 +110,14 @@ def require_vocabulary(sources: Sequence[DataSource], model_config: Any) -> None
 def set_special_tokens(config: TrainingConfig, sources: Sequence[DataSource], model: Any) -> None:
     """Give the model config the data's end-of-text id, unless the configuration has its own.
 
+    Where the data do not say it, there is none: a class default is an ordinary token of theirs.
+
     Raises:
         DataError: `mask_documents` is on and nobody knows that id.
     """
     known = next((s.index.eos_token_id for s in sources if s.index.eos_token_id is not None), None)
     for key in ("bos_token_id", "eos_token_id"):
-        if known is not None and key not in config.model_overrides:
+        if key not in config.model_overrides:
             setattr(model, key, known)
     if config.mask_documents and known is None and "eos_token_id" not in config.model_overrides:
         raise DataError(

@@ -20,7 +20,7 @@ from configs.training_config import TrainingConfig
 from utils.generation import generate
 from utils.metadata import append_metrics, printable, printable_lines
 from utils.token_choice import Sampling
-from utils.tokenizer_loading import encode_prompt, load_tokenizer
+from utils.tokenizer_loading import begin_like_data, encode_prompt, load_tokenizer
 from utils.training_utils import TrainState
 
 TEMPERATURE = 0.8
@@ -97,7 +97,9 @@ class Sampler:
         if self._tokenizer is None and not self._files:
             self._give_up("the data come without a tokenizer")
             return []
-        self._tokenizer = self._tokenizer or load_tokenizer(self._files)
+        if self._tokenizer is None:
+            config: Any = state.core_model.config
+            self._tokenizer = begin_like_data(load_tokenizer(self._files), config.bos_token_id)
         samples = []
         for prompt in self._prompts:
             end = self._tokenizer.eos_token_id

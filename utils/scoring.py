@@ -19,6 +19,7 @@ from configs.model_config import is_loss_chunked
 from utils.errors import ResourceShortageError, UsageError
 from utils.estimates import chunk_tokens
 from utils.losses import IGNORED
+from utils.tokenizer_loading import encode_text
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def encode_request(tokenizer: Any, context: str, continuation: str) -> Request:
     continuation, context = context[len(bare) :] + continuation, bare
     if not context:
         return _encode_alone(tokenizer, continuation)
-    begin = _encode(tokenizer, context)
-    tokens = _encode(tokenizer, context + continuation)
+    begin = encode_text(tokenizer, context)
+    tokens = encode_text(tokenizer, context + continuation)
     return _require_tokens(Request(tuple(begin), tuple(tokens[len(begin) :])), continuation)
 
 
@@ -143,13 +144,6 @@ def _token_before(tokenizer: Any) -> int | None:
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     found: int | None = begin if begin is not None else end
     return found
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    before = _token_before(tokenizer)
-    if before is not None and text.startswith(tokenizer.decode([before])):
-        return list(tokenizer.encode(text, add_special_tokens=False))
-    return list(tokenizer.encode(text))
 
 
 def _require_tokens(request: Request, text: str) -> Request:

@@ -221,15 +221,21 @@ def _from_index(value: Any, bucket: Bucket) -> ShardIndex:
         raise ValueError(f"{type(exc).__name__} {exc}") from exc
 
 
-_TOKENIZER_FILE = re.compile(
-    r"(tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json"
-    r"|vocab\.json|merges\.txt|tokenizer\.model|chat_template\.jinja)"
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
 )
 
 
 def find_tokenizer_files(names: Iterable[str]) -> tuple[str, ...]:
     """Return those of some file names that are a tokenizer's, sorted."""
-    return tuple(sorted(name for name in names if _TOKENIZER_FILE.fullmatch(name)))
+    return tuple(sorted(name for name in names if name in TOKENIZER_FILES))
 
 
 def _from_headers(bucket: Bucket, max_files: int | None, *, skip_bad_shards: bool) -> ShardIndex:

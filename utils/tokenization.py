@@ -30,14 +30,25 @@ import numpy.typing as npt
 
 from utils.documents import Document, OpenText, TokenArray, TokenizedDocument
 from utils.errors import UsageError, first_line
+from utils.metadata import printable
+from utils.shard_index import find_tokenizer_files
 from utils.tokenizer_conversion import (
     END_OF_TEXT,
     END_TOKENS,
     IMPOSSIBLE_SCORE,
+    PLAIN_CLASS,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     convert_tokenizer,
     is_convertible,
+)
+from utils.tokenizer_loading import (
+    begin_like_data,
+    build_files,
+    find_misreading,
+    find_tokenizer,
+    read_tokenizer_json,
+    write_files,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +61,8 @@ BATCH_CHARACTERS = 2**20
 BATCH_PIECES = 2**14
 # Part of every key of the token cache: raise it when the same text would get other ids.
 ENCODING_FORMAT = 1
+# Part of a given tokenizer's fingerprint: raise it when the same files would give other ids.
+READING = b"tokenizer.json decides"
 # A longer document is encoded in pieces: an encoding takes about 100 times the text's memory,
 # and one piece keeps one core busy only.
 PIECE_CHARACTERS = 2**16
@@ -175,11 +188,12 @@ def build_tokenizer(
         "bos_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
         "eos_token": END_OF_TEXT,
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": END_OF_TEXT,  # batches need one
+        "tokenizer_class": PLAIN_CLASS,
         "unk_token": END_OF_TEXT,
     }
     if special_tokens:
-        settings["extra_special_tokens"] = list(special_tokens)
+        settings["additional_special_tokens"] = list(special_tokens)
     files = {
         TOKENIZER_FILE: backend.to_str(pretty=True).encode("utf-8"),
         TOKENIZER_CONFIG_FILE: (json.dumps(settings, indent=2) + "\n").encode("utf-8"),
@@ -188,54 +202,62 @@ def build_tokenizer(
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return an existing tokenizer, as `AutoTokenizer` understands it.
+    """Return an existing tokenizer: its `tokenizer.json` byte for byte, and settings for it.
 
     Args:
         name: A directory, a `tokenizer.json`, a name on the Hugging Face hub, a SentencePiece
             model (.model), `tiktoken:NAME` or a .tiktoken file.
 
     Raises:
-        UsageError: There is none, it has no `tokenizer.json`, or no end token.
+        UsageError: There is none, it has no `tokenizer.json` or no end token, or `AutoTokenizer`
+            would read what is written in another way.
     """
     path = Path(name).expanduser()
     if is_convertible(str(path)):
         return Tokenizer(*convert_tokenizer(str(path)))
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UsageError(f"--tokenizer {name}: no such file or directory.")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     # Its retries without a network, each said twice: the error at the end says it once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     loaded: Any
-    fast_class: Any = PreTrainedTokenizerFast
     try:
-        if path.is_file():
-            loaded = fast_class(tokenizer_file=str(path))
-        else:
-            where = str(path) if path.is_dir() else name
-            loaded = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        loaded, content = find_tokenizer(name), read_tokenizer_json(name)
     except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
         hint = "" if path.exists() else " There is no such file or directory here either."
         raise UsageError(
             f"--tokenizer {name}: cannot be loaded ({first_line(exc)}).{hint}"
         ) from exc
     if not getattr(loaded, "is_fast", False):
-        raise UsageError(f"--tokenizer {name}: has no tokenizer.json (a slow tokenizer).")
-    eos_token = loaded.eos_token or _find_end_token(loaded.get_vocab(), name)
-    loaded.eos_token = eos_token
-    vocab_size = max(loaded.get_vocab().values()) + 1
-    return Tokenizer(_saved_files(loaded), vocab_size, loaded.convert_tokens_to_ids(eos_token))
+        raise UsageError(f"--tokenizer {name}: has no tokenizer.json.")
+    loaded.eos_token = loaded.eos_token or _find_end_token(loaded.get_vocab(), name)
+    end = loaded.convert_tokens_to_ids(loaded.eos_token)
+    files = build_files(begin_like_data(loaded, end), content)
+    _require_read_alike(files, name)
+    return Tokenizer(files, max(loaded.get_vocab().values()) + 1, end)
+
+
+def _require_read_alike(files: dict[str, bytes], name: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+        write_files(files, Path(folder))
+        text = find_misreading(Path(folder))
+    if text is not None:
+        raise UsageError(
+            f"--tokenizer {name}: transformers reads {printable(repr(text), 80)} in another way "
+            f"than its {TOKENIZER_FILE}. A model trained on those ids would be given others later."
+        )
 
 
 def fingerprint_tokenizer(name: str) -> str:
     """Return a hash of a tokenizer's local files; of its name where it comes from the hub."""
     path = Path(name).expanduser()
     digest = hashlib.sha256()
+    if not is_convertible(str(path)):
+        digest.update(READING)
     if path.is_file():
         digest.update(path.read_bytes())
     elif path.is_dir():
-        for file in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
-            digest.update((path / file).read_bytes() if (path / file).is_file() else b"")
+        for file in find_tokenizer_files(one.name for one in path.iterdir()):
+            digest.update((path / file).read_bytes())
     else:
         digest.update(name.encode())
     return digest.hexdigest()
@@ -249,12 +271,6 @@ def _find_end_token(vocabulary: dict[str, int], name: str) -> str:
         f"--tokenizer {name}: no end-of-text token, which separates the documents. Set eos_token "
         f"in its {TOKENIZER_CONFIG_FILE}, or add {END_OF_TEXT} to it."
     )
-
-
-def _saved_files(loaded: Any) -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
-        loaded.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def encode_documents(

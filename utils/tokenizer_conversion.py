@@ -38,6 +38,8 @@ TIKTOKEN_SUFFIX = ".tiktoken"
 SENTENCEPIECE_SUFFIX = ".model"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+# The class that both transformers 4 and 5 build from a tokenizer.json alone.
+PLAIN_CLASS = "PreTrainedTokenizerFast"
 END_OF_TEXT = "<|endoftext|>"
 END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
@@ -150,8 +152,10 @@ def _import(module: str, name: str) -> Any:
 def _finish(backend: tokenizers.Tokenizer, settings: dict[str, str], eos_token: str) -> Conversion:
     config = {
         "clean_up_tokenization_spaces": False,
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": eos_token,
+        "tokenizer_class": PLAIN_CLASS,
         **settings,
+        "bos_token": eos_token,  # what stands before a text in the data
         "eos_token": eos_token,
     }
     files = {
@@ -179,7 +183,8 @@ def _find_difference(
     return None
 
 
-def _random_probes(words: Sequence[str]) -> Iterator[str]:
+def random_probes(words: Sequence[str]) -> Iterator[str]:
+    """Yield texts of up to 12 of these words, the same ones each time."""
     generator = random.Random(0)
     for _ in range(NUM_RANDOM_PROBES):
         yield "".join(generator.choices(words, k=generator.randint(1, 12)))
@@ -252,11 +257,11 @@ def _convert_encoding(encoding: Any, name: str) -> Conversion:
         [AddedToken(token, normalized=False, special=True) for token in special]
     )
     words = [token.decode("utf-8", "ignore") for token in encoding._mergeable_ranks]
-    probes = [*PROBES, *_random_probes(words)]
+    probes = [*PROBES, *random_probes(words)]
     different = _find_difference(backend, encoding.encode_ordinary, probes)
     if different is not None:
         raise _refuse(name, "encoding", different)
-    return _finish(backend, {"bos_token": eos_token, "unk_token": eos_token}, eos_token)
+    return _finish(backend, {"unk_token": eos_token}, eos_token)
 
 
 def _vocabulary_of(
@@ -337,7 +342,7 @@ def _convert_sentencepiece(content: bytes, name: str) -> Conversion:
             "model with --eos_id set."
         )
     words = [piece.text.replace(SPACE, " ") for piece in pieces if piece.type in (NORMAL, 4)]
-    probes = [*PROBES, *_random_probes(words)]
+    probes = [*PROBES, *random_probes(words)]
     different: str | None = ""
     for prepends_first_only in (False, True):
         backend = _build_sentencepiece_backend(model, pieces, prepends_first_only)
@@ -352,7 +357,7 @@ def _convert_sentencepiece(content: bytes, name: str) -> Conversion:
             break
     if different is not None:
         raise _refuse(name, "SentencePiece model", different)
-    roles = {"bos": processor.bos_id(), "unk": processor.unk_id(), "pad": processor.pad_id()}
+    roles = {"unk": processor.unk_id(), "pad": processor.pad_id()}
     settings = {f"{role}_token": pieces[n].text for role, n in roles.items() if n >= 0}
     return _finish(backend, settings, pieces[processor.eos_id()].text)
 

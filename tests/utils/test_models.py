@@ -208,7 +208,11 @@ def test_nobody_is_asked_whether_to_run_it(
     else:
         values = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
         (folder / "tokenizer_config.json").write_text(json.dumps(values))
-        (folder / "config.json").unlink()
+        tokenizer = load_tokenizer_from(folder)
+        assert tokenizer is not None
+        assert tokenizer("a").input_ids  # its tokenizer.json needs no code
+        for name in ("tokenizer.json", "config.json"):
+            (folder / name).unlink()
         with pytest.raises(ValueError, match="custom code"):
             load_tokenizer_from(folder)
 

@@ -30,7 +30,7 @@ class Tokenizer:
     def __init__(self, text: str = "text") -> None:
         self.text = text
 
-    def __call__(self, prompt: str) -> dict[str, list[int]]:
+    def __call__(self, prompt: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in prompt]}
 
     def decode(self, tokens: list[int]) -> str:
@@ -56,7 +56,7 @@ def state_of(kind: DistributedType = DistributedType.NO) -> Any:
     accelerator = SimpleNamespace(distributed_type=kind, autocast=contextlib.nullcontext)
     return SimpleNamespace(
         accelerator=accelerator,
-        core_model=None,
+        core_model=SimpleNamespace(config=SimpleNamespace(bos_token_id=7)),
         is_sharded=False,
         progress=SimpleNamespace(step=40),
     )
