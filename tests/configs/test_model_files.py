@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
-from configs.model_config import build_model_config, describe_model_changes, find_dropouts
+from configs.model_config import (
+    build_model_config,
+    describe_model_changes,
+    find_dropouts,
+    with_older_keys,
+)
 from utils.errors import ConfigError
 from utils.model_building import build_core, count_parameters
 
@@ -22,6 +27,9 @@ GPT2 = {
     "model_type": "gpt2", "vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64,
     "n_positions": 64,
 }  # fmt: skip
+
+
+ROTARY = ("rotary_pct", "rotary_emb_base", "rope_theta", "partial_rotary_factor", "rope_scaling")
 
 
 def write(folder: Path, values: Any, name: str = "config.json") -> str:
@@ -38,6 +46,40 @@ def test_a_saved_config_comes_back_as_it_was(tmp_path: Path, values: dict[str, A
     assert again.to_dict() == config.to_dict()
     assert (again.hidden_size, again.num_hidden_layers, again.vocab_size) == (32, 2, 512)
     assert describe_model_changes(json.loads((tmp_path / "config.json").read_text()), again) == []
+
+
+SCALING = {"rope_type": "linear", "factor": 4.0}
+NEOX = {
+    "model_type": "gpt_neox", "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "intermediate_size": 64, "rotary_pct": 0.5, "rotary_emb_base": 5e4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "older"),
+    [
+        (NEOX, {"rotary_pct": 0.5, "rotary_emb_base": 5e4}),
+        ({**LLAMA, "rope_theta": 5e5}, {"rope_theta": 5e5}),
+        (
+            {**LLAMA, "rope_theta": 5e5, "rope_scaling": SCALING},
+            {"rope_theta": 5e5, "rope_scaling": SCALING},
+        ),
+        (GPT2, {}),
+    ],
+    ids=["gpt_neox", "llama", "scaled", "gpt2"],
+)
+def test_a_written_config_says_rotary_embeddings_in_the_words_of_both_generations(
+    tmp_path: Path, values: dict[str, Any], older: dict[str, Any]
+) -> None:
+    config = build_model_config(write(tmp_path, values))
+    written = with_older_keys(json.loads(config.to_json_string()))
+    assert {key: value for key, value in written.items() if key in ROTARY} == older
+    again = build_model_config(write(tmp_path, written))
+    assert again.to_dict() == config.to_dict()
+    assert describe_model_changes(written, again) == []
+    if older:  # an override wins over both
+        other = build_model_config(str(tmp_path / "config.json"), {"rope_theta": 123.0})
+        assert other.rope_parameters["rope_theta"] == 123.0
 
 
 def test_what_a_file_says_of_a_saved_model_leaves_a_float32_training_alone(tmp_path: Path) -> None:

@@ -109,6 +109,14 @@ def test_an_exported_checkpoint_is_the_checkpoint(trained_run: Path, tmp_path: P
     assert str(trained_run) not in text + (tmp_path / "out" / "README.md").read_text()
 
 
+def test_weights_of_an_export_have_the_names_of_the_hub(trained_run: Path, tmp_path: Path) -> None:
+    export(newest(trained_run), tmp_path / "out")
+    with safe_open(str(tmp_path / "out" / "model.safetensors"), "pt") as file:
+        names = set(file.keys())
+    assert "embed_out.weight" in names  # transformers 5 calls it lm_head in memory
+    assert "lm_head.weight" not in names
+
+
 def test_the_same_model_gives_the_same_bytes(trained_run: Path, tmp_path: Path) -> None:
     first = export(newest(trained_run), tmp_path / "1")
     second = export(newest(trained_run), tmp_path / "2", replace(OPTIONS, is_checked=False))
