@@ -13,11 +13,13 @@ import pytest
 from accelerate.utils import DistributedType
 
 from configs.training_config import TrainingConfig
+from tests.utils.test_tokenizer_loading import write_tokenizer
 from utils import sampling
 from utils.sampling import Sample, Sampler
 from utils.tokenization import build_tokenizer
 from utils.tokenizer_loading import load_tokenizer
 
+SETTINGS = b'{"eos_token": "</s>", "bos_token": "<s>"}'
 FILES = {"tokenizer.json": b"{}"}
 
 
@@ -79,6 +81,27 @@ def test_each_prompt_gets_a_text_and_a_line(tmp_path: Path, prompts: list[list[i
     assert [(line["step"], line["prompt"], line["text"]) for line in lines] == [
         (40, "", "text"), (40, "ab", "text"),
     ]  # fmt: skip
+
+
+def test_a_prompt_begins_like_the_data_and_does_not_end(
+    tmp_path: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = write_tokenizer(tmp_path, {"eos_token": "</s>", "bos_token": "<s>"}, "<s> $A </s>")
+    monkeypatch.setattr(sampling, "load_tokenizer", load_tokenizer)
+
+    def generate(model: Any, ids: list[int], *_: Any, **options: Any) -> list[int]:
+        prompts.append(ids)
+        return [5]
+
+    monkeypatch.setattr(sampling, "generate", generate)
+    state = state_of()
+    state.core_model.config.bos_token_id = 2
+    files = {"tokenizer.json": content, "tokenizer_config.json": SETTINGS}
+
+    Sampler(config(sample_prompts=["fox", ""]), files, tmp_path / "x").write(state, lambda: False)
+
+    plain = load_tokenizer(files)("fox", add_special_tokens=False).input_ids
+    assert prompts == [[2, *plain], [2]]
 
 
 def test_a_text_cannot_steer_a_terminal(
