@@ -20,7 +20,11 @@ from utils.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from utils.checkpoint_writer import WriterProcess
+    from utils.checks import Check
     from utils.layout import RunPaths
+    from utils.prefix_lease import PrefixLease
+    from utils.preflight import StartChecks
+    from utils.resume import Plan
     from utils.training_run import TrainingRun
 
 # Training opens no connection but to its bucket.
@@ -144,7 +148,8 @@ def start(
 ) -> int:
     """Build a run and let it loop; return the exit code."""
     from configs.model_config import build_model_config, is_model_file
-    from utils import checkpoint_store, preflight, ranks, tracking
+    from utils import preflight, ranks, tracking
+    from utils.forecast import RunFacts
     from utils.host_memory import keep_freed_memory
     from utils.micro_batch import resolve_micro_batch
     from utils.model_building import count_parameters, require_kernels
@@ -184,30 +189,27 @@ def start(
             config, model_config, counts, precision, accelerator.device, world_size
         )
         _, accelerator.gradient_accumulation_steps = config.resolve_batch(world_size)
-        checks = ranks.compute_on_main(lambda: preflight.check_start(
+        found = ranks.compute_on_main(lambda: preflight.check_start(
             config, paths, model_config, counts, accelerator, args.resume,
             fresh=args.fresh, measures=args.dry_run and not args.quiet,
         ))  # fmt: skip
-        sources = checks.sources
-        preflight.set_special_tokens(config, sources, model_config)
-        facts = preflight.describe_run(
-            config, model_config, counts, sources, accelerator, checks.plan.step
-        )
-        if args.dry_run or any(check.status == "fail" for check in checks.checks):
-            return preflight.report(config, facts, checks.checks, dry_run=args.dry_run)
+        preflight.set_special_tokens(config, found.sources, model_config)
 
-        if accelerator.is_main_process:
-            stack.enter_context(checkpoint_store.hold_output_directory(paths))
-            configure_logging(config.log_level, quiet=args.quiet, file=paths.train_log)
-            checkpoint_store.remove_leftovers(paths.checkpoints)
-        else:
+        def describe(step: int) -> tuple[dict[str, str], list[Check]]:
+            facts = RunFacts(
+                config, model_config, counts, accelerator.mixed_precision, accelerator.device,
+                world_size, step, found.sources,
+            )  # fmt: skip
+            checks = ranks.compute_on_main(lambda: preflight.complete_checks(facts, found))
+            return preflight.describe_run(facts), checks
+
+        if args.dry_run or any(check.status == "fail" for check in found.checks):
+            return preflight.report(config, *describe(found.step), dry_run=args.dry_run)
+
+        if not accelerator.is_main_process:
             configure_logging("warning", quiet=True, main_process=False)
-        # Once more: another trainer may have held the directory until now.
-        plan = ranks.compute_on_main(
-            lambda: preflight.plan_run(config, paths, args.resume, fresh=args.fresh)
-        )
-        hold_bucket(stack, config, plan.identity.run_id)
-        preflight.log_facts(facts, checks.checks)
+        plan = ranks.compute_on_main(lambda: hold_and_plan(stack, args, config, paths, found))
+        preflight.log_facts(*describe(plan.step))
         stop = stack.enter_context(StopRequest())
         if accelerator.is_local_main_process:
             stack.enter_context(PreemptionWatch(stop.request, metadata_address()))
@@ -215,8 +217,8 @@ def start(
             args.accept_data_change, args.accept_config_change, args.accept_missing_random_state
         )
         run = TrainingRun(
-            config, paths, model_config, sources, plan, accelerator, stop, consent,
-            transport=checks.transport, background_upload=not args.no_background_upload,
+            config, paths, model_config, found.sources, plan, accelerator, stop, consent,
+            transport=found.transport, background_upload=not args.no_background_upload,
             hourly_price=hourly_price, writer=writer,
         )  # fmt: skip
         stack.enter_context(run)
@@ -242,19 +244,43 @@ def keep_compiled(config: TrainingConfig) -> None:
         ) from exc
 
 
-def hold_bucket(stack: contextlib.ExitStack, config: TrainingConfig, run_id: str) -> None:
-    """Hold the run's bucket prefix on the main process, so that a second trainer refuses."""
-    from utils import ranks
+def hold_and_plan(
+    stack: contextlib.ExitStack,
+    args: argparse.Namespace,
+    config: TrainingConfig,
+    paths: RunPaths,
+    found: StartChecks,
+) -> Plan:
+    """Hold the run's directory and bucket, then decide where to begin; for the main process.
+
+    In this order: until both are held, another trainer may save, upload or finish there. What
+    `found` says of that was true before the wait, and decides nothing.
+    """
+    from utils import checkpoint_store, preflight
+
+    stack.enter_context(checkpoint_store.hold_output_directory(paths))
+    configure_logging(config.log_level, quiet=args.quiet, file=paths.train_log)
+    checkpoint_store.remove_leftovers(paths.checkpoints)
+    lease = hold_bucket(stack, config, found.run_id)
+    plan = preflight.decide_start(config, paths, args.resume, fresh=args.fresh)
+    if lease is not None:
+        lease.run_id = plan.identity.run_id
+    return plan
+
+
+def hold_bucket(
+    stack: contextlib.ExitStack, config: TrainingConfig, run_id: str
+) -> PrefixLease | None:
+    """Hold the run's bucket prefix, so that a second trainer refuses; None without a bucket."""
     from utils.prefix_lease import hold_prefix
     from utils.storage import join_uri, open_bucket
 
-    def hold() -> None:
-        uri = join_uri(config.checkpoint_uri, config.run_name)
-        bucket = open_bucket(uri, config.gcs_user_project or None, LEASE_RETRY_SECONDS)
-        stack.callback(bucket.close)
-        stack.enter_context(hold_prefix(bucket, run_id))
-
-    ranks.compute_on_main(hold if config.checkpoint_uri else lambda: None)
+    if not config.checkpoint_uri:
+        return None
+    uri = join_uri(config.checkpoint_uri, config.run_name)
+    bucket = open_bucket(uri, config.gcs_user_project or None, LEASE_RETRY_SECONDS)
+    stack.callback(bucket.close)
+    return stack.enter_context(hold_prefix(bucket, run_id))
 
 
 def loop(run: TrainingRun, config: TrainingConfig, stop_after: int | None) -> int:

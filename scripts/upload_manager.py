@@ -21,6 +21,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ from utils.metadata import (
 )
 from utils.progress import ProgressDisplay
 from utils.pruning import delete_all, plan_bucket
-from utils.remote_checkpoints import choose_remote, list_remote, read_cards
+from utils.remote_checkpoints import RemoteListing, choose_remote, list_remote, read_cards
 from utils.resume import read_run_identity
 from utils.retention import Action, Decision, decide_retention
 from utils.storage import Bucket, join_uri, open_bucket
@@ -473,7 +474,6 @@ def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) 
     """Bring a checkpoint from the bucket into the run's directory or another one."""
     directory = Path(args.to) if args.to else paths.checkpoints
     is_own = directory.resolve() == paths.checkpoints.resolve()
-    identity = find_identity(paths)
     # No trainer may begin meanwhile: it would take the files so far for what a crash has left.
     held = hold_output_directory(paths) if is_own else contextlib.nullcontext()
     with (
@@ -482,6 +482,7 @@ def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) 
         opened_bucket(config) as bucket,
         ProgressDisplay(enabled=not args.json) as display,
     ):
+        identity = find_identity(paths)  # once held: a trainer may have been here until now
         chosen = parse_checkpoint_name(args.name) or choose_remote(bucket, args.name, identity)
         name = str(chosen)
         if is_own and identity is not None:
@@ -521,23 +522,12 @@ def prune_remote(config: TrainingConfig, paths: RunPaths, args: argparse.Namespa
         raise UsageError("--keep and --keep-every must be at least 1.")
     if not (args.yes or args.dry_run or (sys.stdin.isatty() and not args.json)):
         raise UsageError("prune asks before it deletes, which needs a terminal: add --yes.")
-    recorded = RunIdentity(args.run) if args.run else find_identity(paths)
     journal = Journal(paths.journal)
     with opened_bucket(config) as bucket:
-        listing = list_remote(bucket)
-        views = {str(view.name): view for view in read_cards(bucket, listing)}
-        decisions = plan_bucket(
-            bucket,
-            listing,
-            list(views.values()),
-            recorded,
-            is_under_way={name for name, one in journal.latest().items() if one.state.is_pending},
-            keep=args.keep,
-            keep_every_steps=args.keep_every,
-        )
-        doomed = [views[one.name] for one in decisions if one.action is Action.DELETE]
+        plan = plan_prune(bucket, paths, journal, args)
+        doomed = plan.doomed
         result: dict[str, Any] = {
-            "checkpoints": [prune_row(views[one.name], one) for one in decisions],
+            "checkpoints": [prune_row(plan.views[one.name], one) for one in plan.decisions],
             "notes": bucket.deletion_notes() if doomed else [],
             "deleted": [],
             "failed": {},
@@ -545,13 +535,63 @@ def prune_remote(config: TrainingConfig, paths: RunPaths, args: argparse.Namespa
         if not args.json:
             print_plan(bucket.uri, result, len(doomed))
         if doomed and not args.dry_run and (args.yes or is_confirmed(len(doomed), bucket.uri)):
-            result["deleted"], result["failed"] = delete_all(bucket, doomed, listing, journal)
+            if not args.yes:  # a trainer may have gone on, or begun a branch, before the answer
+                plan = plan_prune(bucket, paths, journal, args)
+                doomed = plan.still_doomed(doomed)
+            deleted = delete_all(bucket, doomed, plan.listing, journal)
+            result["deleted"], result["failed"] = deleted
     if args.json:
         print_json(result)
     if result["failed"]:
         reasons = "".join(f"\n  {name}: {text}" for name, text in result["failed"].items())
         raise StorageError(f"{len(result['failed'])} could not be deleted:{reasons}")
     return ExitCode.DONE
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What prune makes of a bucket as it is at one moment.
+
+    Attributes:
+        listing: What lies there.
+        views: The checkpoints by name.
+        decisions: What becomes of each.
+    """
+
+    listing: RemoteListing
+    views: dict[str, CheckpointView]
+    decisions: list[Decision]
+
+    @property
+    def doomed(self) -> list[CheckpointView]:
+        """The checkpoints to delete."""
+        return [self.views[one.name] for one in self.decisions if one.action is Action.DELETE]
+
+    def still_doomed(self, confirmed: Sequence[CheckpointView]) -> list[CheckpointView]:
+        """Return those of a plan before that this one would delete too; say why not the others."""
+        names = {str(view.name) for view in confirmed}
+        for one in self.decisions:
+            if one.name in names and one.action is not Action.DELETE:
+                log.warning("%s is kept after all: %s.", one.name, printable(one.reason))
+        return [view for view in self.doomed if str(view.name) in names]
+
+
+def plan_prune(
+    bucket: Bucket, paths: RunPaths, journal: Journal, args: argparse.Namespace
+) -> PrunePlan:
+    """Return what to delete of a bucket as it is now; nothing is changed."""
+    listing = list_remote(bucket)
+    views = {str(view.name): view for view in read_cards(bucket, listing)}
+    decisions = plan_bucket(
+        bucket,
+        listing,
+        list(views.values()),
+        RunIdentity(args.run) if args.run else find_identity(paths),
+        is_under_way={name for name, one in journal.latest().items() if one.state.is_pending},
+        keep=args.keep,
+        keep_every_steps=args.keep_every,
+    )
+    return PrunePlan(listing, views, decisions)
 
 
 def prune_row(view: CheckpointView, decision: Decision) -> dict[str, Any]:

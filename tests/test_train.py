@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,8 +21,14 @@ from safetensors.torch import load_file
 
 import train
 from configs.model_config import build_model_config
-from configs.training_config import PROJECT_DIRECTORY, config_from_json, get_training_config
+from configs.training_config import (
+    PROJECT_DIRECTORY,
+    TrainingConfig,
+    config_from_json,
+    get_training_config,
+)
 from tests.conftest import TINY
+from utils import preflight
 from utils.errors import ConfigError, ExitCode, StorageError
 from utils.layout import find_checkpoints, read_json, read_manifest
 from utils.metadata import read_metrics
@@ -441,6 +448,27 @@ def test_resume_latest_without_checkpoints_begins_at_0_and_says_so(
 ) -> None:
     assert run_train("--max-steps", "1", "--resume", "latest") == 0
     assert "starting at step 0" in capsys.readouterr().out
+
+
+def test_what_a_predecessor_uploads_during_the_checks_is_resumed_and_not_refused(
+    run_train: Train,
+    trained_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    read_data = preflight.read_data
+
+    def read_slowly(config: TrainingConfig) -> Any:
+        shutil.copytree(trained_run / "bucket", tmp_path / "run/bucket")
+        return read_data(config)
+
+    monkeypatch.setattr(preflight, "read_data", read_slowly)
+    words = ("--max-steps", "4", "--resume", "latest")
+    assert run_train(*words, settings=("save_steps=2", "report_to=[]")) == 0
+    output = capsys.readouterr().out
+    assert "Resumed from checkpoints/checkpoint-epoch0-step4-files0 (step 4)." in output
+    assert "run        steps 4 to 4, " in output
 
 
 def test_every_checkpoint_is_in_the_bucket_and_old_ones_leave_this_machine(

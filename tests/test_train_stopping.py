@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import importlib
 import json
 import os
@@ -214,6 +215,31 @@ def hold_lease(heartbeat_seconds: float) -> None:
         return held
 
     replace("utils.prefix_lease", "hold_prefix", wrap)
+
+
+def beat_rarely() -> None:
+    """Hold the bucket with a heart that does not beat within a test, and watch others closely."""
+
+    def wrap(hold_prefix: Any) -> Any:
+        return functools.partial(hold_prefix, heartbeat_seconds=300)
+
+    replace("utils.prefix_lease", "hold_prefix", wrap)
+    replace("utils.prefix_lease", "POLLS_PER_WATCH", lambda polls: 10_000)
+
+
+def wait_for_directory() -> None:
+    """Wait for the output directory as long as it takes; tell when the wait begins."""
+    gate = Gate("directory")
+
+    def wrap(hold_output_directory: Any) -> Any:
+        def held(*arguments: Any) -> Any:
+            gate.reach()
+            return hold_output_directory(*arguments)
+
+        return held
+
+    replace("utils.checkpoint_store", "hold_output_directory", wrap)
+    replace("utils.checkpoint_store", "LOCK_SECONDS", lambda seconds: PATIENCE_SECONDS)
 
 
 def run_out_of_gpu_memory(number: int) -> None:
@@ -934,6 +960,91 @@ def test_of_two_trainers_on_one_prefix_one_trains_and_the_other_names_it(
     winner.let_go("step")
     assert winner.end() == 0
     assert winner.steps == [3]
+
+
+def test_a_new_run_that_waited_for_the_bucket_is_refused_what_came_there(
+    start: Start, tmp_path: Path
+) -> None:
+    settings = (f"checkpoint_uri={tmp_path / 'shared'}", "max_steps=3")
+    first = start(folder="first", settings=settings, hooks=[("beat_rarely",), ("hold_step", 2)])
+    first.wait_at("step")
+    second = start(folder="second", settings=settings, hooks=[("beat_rarely",)])
+    second.wait_for("Waiting up to 600 s to see whether that trainer is alive.")
+    first.let_go("step")
+    assert first.end() == 0
+    assert second.end() == ExitCode.PREFLIGHT, str(second)
+    assert "shared/Checkpoints holds checkpoints of another run" in second.errors
+    assert "Step 1/" not in second.output
+    assert second.steps == []
+    without_a_wait = start(folder="third", settings=settings)
+    assert without_a_wait.end() == ExitCode.PREFLIGHT
+    assert without_a_wait.errors == second.errors
+    assert [path.suffix for path in (tmp_path / "shared/Checkpoints").iterdir()].count(".gz") == 1
+
+
+def test_a_replacement_that_waited_goes_on_from_what_its_predecessor_saved_last(
+    start: Start, straight: Trainer, tmp_path: Path
+) -> None:
+    settings = (f"checkpoint_uri={tmp_path / 'shared'}",)
+    first = start(folder="first", settings=settings, hooks=[("beat_rarely",), ("hold_step", 7)])
+    first.wait_at("step")
+    first.wait_for(f"Verified {name_of(4)}")
+    second = start(*GO_ON, folder="second", settings=settings, hooks=[("beat_rarely",)])
+    second.wait_for("Waiting up to 600 s to see whether that trainer is alive.")
+    first.stop()
+    first.let_go("step")
+    assert first.end() == ExitCode.STOPPED
+    assert first.steps == [4, 7]
+    assert second.end() == 0, str(second)
+    assert_replaced(second, straight, step=7)
+
+
+def test_a_replacement_of_a_killed_trainer_goes_on_from_what_it_saved_last(
+    start: Start, straight: Trainer, tmp_path: Path
+) -> None:
+    settings = (f"checkpoint_uri={tmp_path / 'shared'}",)
+    first = start(folder="first", settings=settings, hooks=[("hold_step", 10), ("hold_save",)])
+    first.wait_at("save")
+    second = start(*GO_ON, folder="second", settings=settings, hooks=[("hold_lease", 30)])
+    second.wait_at("lease")
+    first.let_go("save")
+    first.wait_for(f"Verified {name_of(8)}")
+    first.send(signal.SIGKILL)
+    assert first.end() == -signal.SIGKILL
+    second.let_go("lease")
+    assert second.end() == 0, str(second)
+    assert "There is no checkpoint" not in second.output
+    assert_replaced(second, straight, step=8)
+
+
+def assert_replaced(trainer: Trainer, straight: Trainer, *, step: int) -> None:
+    """Check that a trainer in a new folder began at a step of its predecessor, and its end."""
+    assert trainer.steps == sorted({step, 8, STEPS})
+    assert f"Resumed from checkpoints/{name_of(step)} (step {step})." in trainer.output
+    assert find_line(trainer, "^run ").startswith(f"run        steps {step} to {STEPS}, ")
+    record = json.loads(trainer.paths.metrics.read_text("utf-8").splitlines()[0])
+    assert (record["event"], record["step"]) == ("resume", step)
+    weights = [t.paths.checkpoints / name_of(STEPS) for t in (trainer, straight)]
+    one, other = ((path / "model.safetensors").read_bytes() for path in weights)
+    assert one == other
+
+
+def test_a_new_run_that_waited_for_the_directory_does_not_begin_beside_what_came_there(
+    start: Start,
+) -> None:
+    settings = ("checkpoint_uri=", "max_steps=3")
+    first = start(settings=settings, hooks=[("hold_step", 2)])
+    first.wait_at("step")
+    second = start(settings=settings, hooks=[("wait_for_directory",)])
+    second.wait_at("directory")
+    first.let_go("step")
+    assert first.end() == 0
+    assert second.end() == ExitCode.USAGE, str(second)
+    assert "checkpoints already holds checkpoints up to step 3." in second.errors
+    for way in ("--resume latest", "--fresh"):
+        assert way in second.errors
+    assert second.steps == [3]
+    assert not second.paths.set_aside.exists()
 
 
 def test_out_of_gpu_memory_is_one_message_after_the_save_and_its_upload(

@@ -39,7 +39,7 @@ from utils.layout import (
 )
 from utils.metadata import read_local_checkpoints
 from utils.regular_file import read_regular_file
-from utils.retention import Action, decide_retention
+from utils.retention import Action, Decision, decide_retention
 from utils.storage import crc32c_of_file, fsync_directory
 
 LOCK_SECONDS = 3.0
@@ -218,15 +218,19 @@ def apply_retention(
     directory: Path, journal: Journal, config: TrainingConfig, *, run_id: str, is_uploading_on: bool
 ) -> list[str]:
     """Delete the checkpoints that the retention rules give up; return their names."""
-    views = read_local_checkpoints(directory)
-    decisions = decide_retention(views, config, run_id=run_id, is_uploading_on=is_uploading_on)
+
+    def decide() -> list[Decision]:
+        views = read_local_checkpoints(directory)
+        return decide_retention(views, config, run_id=run_id, is_uploading_on=is_uploading_on)
+
     deleted = []
-    for decision in decisions:
+    for decision in decide():
         if decision.action is Action.KEEP:
             continue
         checkpoint = directory / decision.name
         with hold_upload(checkpoint) as is_idle:
-            if not is_idle:  # its upload has begun since; it is never deleted meanwhile
+            # Its upload may have begun since, which is never disturbed, or have ended.
+            if not is_idle or decision not in decide():
                 continue
             if decision.action is Action.SUPERSEDE:
                 log.warning("Giving up %s without an upload: %s.", decision.name, decision.reason)

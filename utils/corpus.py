@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from utils import shard_writer, tokenization
 from utils.corpus_output import (
+    Claim,
     ShardLog,
     claim_output,
     describe_tokenizer,
@@ -160,12 +161,10 @@ def prepare_corpus(
         tuple(source.fingerprint() for source in validation_sources),
     )
     fingerprint = _fingerprint(contents, options)
-    index = shard_writer.read_json(bucket, INDEX_FILE)
-    if index and index.get("source_fingerprint") == fingerprint and is_intact(bucket, index):
-        if bucket.stat(PARTIAL_INDEX_FILE):
-            bucket.delete(PARTIAL_INDEX_FILE)
-        return Preparation(index, is_new=False)
-    partial, stale = claim_output(bucket, index, fingerprint, overwrite)
+    found = _look_at_output(bucket, fingerprint, overwrite)
+    if isinstance(found, Preparation):
+        return found
+    partial = found.partial
     tokenizer = partial and read_tokenizer(bucket, partial)
     # Even shards are cut by the number of all tokens, so those begin again.
     finished = None
@@ -187,9 +186,13 @@ def prepare_corpus(
         tokenizer = _train_tokenizer(reading, options)
         if token_cache is not None:
             token_cache.put(_training_key(contents, options), _pack_tokenizer(tokenizer))
+        # Training takes minutes: another command may have come first with this output.
+        found = _look_at_output(bucket, fingerprint, overwrite)
+        if isinstance(found, Preparation):
+            return found
     log = ShardLog(bucket, fingerprint, tokenizer)
     if finished is None:
-        log.begin(stale)
+        log.begin(found.stale)
     tokens = _tokenize(reading, tokenizer, finished, token_cache)
     shard_tokens = options.shard_tokens
     if shard_tokens is None:
@@ -204,6 +207,20 @@ def prepare_corpus(
     shard_writer.put_json(bucket, INDEX_FILE, index)
     bucket.delete(PARTIAL_INDEX_FILE)
     return Preparation(index, is_new=True)
+
+
+def _look_at_output(bucket: Bucket, fingerprint: str, overwrite: bool) -> Preparation | Claim:
+    """Return the corpus where the output holds it whole, else what writing there has to know.
+
+    Raises:
+        UsageError: It holds something else.
+    """
+    index = shard_writer.read_json(bucket, INDEX_FILE)
+    if index and index.get("source_fingerprint") == fingerprint and is_intact(bucket, index):
+        if bucket.stat(PARTIAL_INDEX_FILE):
+            bucket.delete(PARTIAL_INDEX_FILE)
+        return Preparation(index, is_new=False)
+    return claim_output(bucket, index, fingerprint, overwrite)
 
 
 class _Contents(NamedTuple):

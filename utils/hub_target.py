@@ -88,6 +88,7 @@ class HubTarget:
         """Commit the files at once; those of an earlier model that this one lacks are removed."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+        self.require_free()  # something may have come there while the model was written
         api = self._api()
         paths = sorted(staged.iterdir())
         new = {path.name for path in paths}

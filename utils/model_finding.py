@@ -110,40 +110,44 @@ def _from_bucket(
     uri: str, which: str, models: Path, config: TrainingConfig, on_progress: OnProgress
 ) -> ModelSource:
     bucket = open_bucket(uri, config.gcs_user_project or None)
+    is_name = parse_checkpoint_name(which) is not None
     with contextlib.closing(bucket):
-        is_name = parse_checkpoint_name(which) is not None
-        name = which if is_name else str(choose_remote(bucket, which, None))
-        # An archive that another one has replaced under the same name is another directory.
-        checksum = read_card(bucket, name).archive.crc32c
-        directory = models / _short_hash(f"{uri}\n{checksum}")
-        with _alone_in(directory):
-            path = download_checkpoint(bucket, name, directory, None, on_progress)
-    return _from_directory(path)
+        while True:
+            name = which if is_name else str(choose_remote(bucket, which, None))
+            # An archive that another one has replaced under the same name is another directory.
+            checksum = read_card(bucket, name).archive.crc32c
+            directory = models / _short_hash(f"{uri}\n{checksum}")
+            with _alone_in(directory) as has_waited:
+                if not has_waited:  # else the bucket may hold something else by now
+                    path = download_checkpoint(bucket, name, directory, None, on_progress)
+                    return _from_directory(path)
 
 
 def _from_bucket_folder(uri: str, models: Path, on_progress: OnProgress) -> ModelSource:
     """Return a folder of transformers that lies in a bucket as single files."""
-    found = find_objects(uri)
-    with contextlib.closing(found.bucket):
-        if not any(info.name == CONFIG_FILE for info in found.objects):
-            raise UsageError(
-                f"{uri} holds no {CONFIG_FILE}: it is no exported model. A checkpoint is "
-                f"{uri.rstrip('/')}/latest, or its name there."
-            )
-        directory = models / _short_hash(uri) / uri.rstrip("/").rpartition("/")[2]
-        with _alone_in(directory.parent):
-            get_tree(found, directory, on_progress)
-    return _from_directory(directory)
+    directory = models / _short_hash(uri) / uri.rstrip("/").rpartition("/")[2]
+    while True:
+        found = find_objects(uri)
+        with contextlib.closing(found.bucket):
+            if not any(info.name == CONFIG_FILE for info in found.objects):
+                raise UsageError(
+                    f"{uri} holds no {CONFIG_FILE}: it is no exported model. A checkpoint is "
+                    f"{uri.rstrip('/')}/latest, or its name there."
+                )
+            with _alone_in(directory.parent) as has_waited:
+                if not has_waited:  # else the bucket may hold something else by now
+                    get_tree(found, directory, on_progress)
+                    return _from_directory(directory)
 
 
 @contextlib.contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Wait until no other command downloads to a directory; it then finds what came there.
+def _alone_in(directory: Path) -> Iterator[bool]:
+    """Wait until no other command downloads to a directory; tell whether that took a wait.
 
     Raises:
         StorageError: The cache cannot be written.
     """
-    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+    lock, has_waited = FileLock(directory.with_name(f".{directory.name}.lock")), False
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -151,10 +155,11 @@ def _alone_in(directory: Path) -> Iterator[None]:
         except Timeout:
             log.info("Another command downloads the same model: waiting for it.")
             lock.acquire()
+            has_waited = True
     except OSError as exc:
         raise StorageError(f"{directory} cannot be written: {exc.strerror or exc}.") from exc
     try:
-        yield
+        yield has_waited
     finally:
         lock.release()
 

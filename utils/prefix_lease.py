@@ -132,7 +132,8 @@ def hold_prefix(
     Args:
         bucket: The run's bucket; it stays open as long as the lease is held. How long it retries is
             also how long the release may take when it is down.
-        run_id: The run.
+        run_id: The run, as far as it is known: only who holds the prefix can decide which one
+            goes on, and then sets the lease's `run_id`.
         heartbeat_seconds: How often the lease is written anew.
         on_wait: Told about the wait for a holder that may be dead.
 
@@ -160,6 +161,8 @@ class PrefixLease:
         """Why the prefix is no longer held, None while it is; the run may go on or stop."""
         self.is_held = False
         """Whether this trainer has the lease; False where it may not write one."""
+        self.run_id = run_id
+        """The run that the lease names, from the next beat on where it is set anew."""
         self._bucket = bucket
         self._record = LeaseRecord(
             run_id=run_id,
@@ -299,7 +302,7 @@ class PrefixLease:
                           exc_info=True)  # fmt: skip
 
     def _beat(self) -> None:
-        self._record = replace(self._record, beat=self._record.beat + 1)
+        self._record = replace(self._record, run_id=self.run_id, beat=self._record.beat + 1)
         try:
             self._info = self._bucket.put_bytes_if(
                 LEASE_OBJECT, self._record.to_bytes(), self._info

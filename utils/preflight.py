@@ -1,7 +1,12 @@
 """Preflight: can this machine do this run with these buckets? All reasons at once, in seconds.
 
+    check_start -> directory and bucket are held -> decide_start -> restore
+
 Each check returns findings instead of raising, so that one problem does not hide the next; each
 finding says what to do. Checks that wait for a network have short limits.
+
+`check_start` comes first and reads all that can refuse a start; another trainer may still work
+there. Where the run begins is decided by `decide_start`, once nobody else does.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from utils.model_building import ParameterCounts
 from utils.resume import READ_CARDS, Plan, plan_start, require_startable
 from utils.shard_index import DataSource, build_shard_index
 from utils.sharding import resolve_sharding
+from utils.step_probe import StepProbe
 from utils.storage import is_gcs_uri, join_uri, open_bucket
 from utils.training_utils import device_name
 from utils.transports import TransportOptions, probe_transport
@@ -127,13 +133,12 @@ def set_special_tokens(config: TrainingConfig, sources: Sequence[DataSource], mo
 
 
 def check_upload(
-    config: TrainingConfig, run_id: str | None, scratch: Path
+    config: TrainingConfig, scratch: Path
 ) -> tuple[TransportOptions | None, list[Check]]:
     """Return the transport that can write, read and delete a small object, and what was found.
 
     Args:
         config: The run's configuration.
-        run_id: The run that goes on, None for a new one.
         scratch: Directory for a local archive, where the transport needs one.
     """
     if not config.checkpoint_uri:
@@ -146,27 +151,36 @@ def check_upload(
     return probe.options, [
         Check("upload", "ok", f"{wanted.uri} can be written by {probe.options.name}"),
         *(Check("upload", "warn", warning) for warning in probe.warnings),
-        *_check_owner(config, wanted.uri, run_id),
     ]
 
 
-def _check_owner(config: TrainingConfig, uri: str, run_id: str | None) -> list[Check]:
+def _find_owners(config: TrainingConfig) -> set[str]:
+    """Return the runs whose checkpoints the run's bucket holds, as far as it can be read."""
+    if not config.checkpoint_uri:
+        return set()
+    uri = join_uri(config.checkpoint_uri, config.run_name)
     bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
     try:
         remote = read_remote_checkpoints(bucket, newest=READ_CARDS)
     except StorageError as exc:
         log.debug("The bucket's checkpoints cannot be listed: %s", exc)
-        return []
+        return set()
     finally:
         bucket.close()
-    owners = {view.manifest.run_id for view in remote if view.manifest} - {run_id}
-    if not owners:
+    return {view.manifest.run_id for view in remote if view.manifest}
+
+
+def _check_owners(config: TrainingConfig, owners: set[str], plan: Plan) -> list[Check]:
+    """Return a failed check where the bucket holds checkpoints of a run that is not the plan's."""
+    others = owners - ({plan.identity.run_id} if plan.candidates else set())
+    if not others:
         return []
+    uri = join_uri(config.checkpoint_uri, config.run_name)
     return [
         Check(
             "upload",
             "fail",
-            f"{uri}/{REMOTE_FOLDER} holds checkpoints of another run ({', '.join(sorted(owners))})"
+            f"{uri}/{REMOTE_FOLDER} holds checkpoints of another run ({', '.join(sorted(others))})"
             ", which are never overwritten. Give this run a name of its own: "
             "--set run_name=NAME.",
         )
@@ -199,21 +213,56 @@ def plan_run(config: TrainingConfig, paths: RunPaths, resume: str | None, *, fre
     )
 
 
+def decide_start(
+    config: TrainingConfig, paths: RunPaths, resume: str | None, *, fresh: bool
+) -> Plan:
+    """Return where a run begins; call it once the run's directory and bucket are held.
+
+    Raises:
+        UsageError: There is no such checkpoint to resume from, or there are checkpoints and
+            neither `resume` nor `fresh`.
+        PreflightError: The bucket holds checkpoints of another run.
+        StorageError: The bucket is needed and cannot be read.
+    """
+    require_startable(paths, resume=resume, fresh=fresh)
+    owners = _find_owners(config)
+    plan = plan_run(config, paths, resume, fresh=fresh)
+    require_all(_check_owners(config, owners, plan))
+    return plan
+
+
 @dataclass(frozen=True)
-class StartChecks:
-    """What is known before a start.
+class Measurement:
+    """A small step of the run, measured.
 
     Attributes:
-        plan: Where to begin.
-        sources: The sources of data that can be read.
-        checks: What was found, good and bad.
-        transport: The way to the bucket that works; None for none.
+        probe: What it took; None where not even that fits into the memory.
+        busy_share: Share of the CPUs that others used before it.
     """
 
-    plan: Plan
+    probe: StepProbe | None
+    busy_share: float
+
+
+@dataclass(frozen=True)
+class StartChecks:
+    """What is known before a start, while another trainer may still work there.
+
+    Attributes:
+        run_id: The run that it would belong to, if it began now.
+        step: Steps that would be done before it, if it began now.
+        sources: The sources of data that can be read.
+        checks: What was found, good and bad, at whichever step it begins.
+        transport: The way to the bucket that works; None for none.
+        measurement: None where none was wanted.
+    """
+
+    run_id: str
+    step: int
     sources: list[DataSource]
     checks: list[Check]
     transport: TransportOptions | None
+    measurement: Measurement | None
 
 
 def check_start(
@@ -227,7 +276,7 @@ def check_start(
     fresh: bool,
     measures: bool,
 ) -> StartChecks:
-    """Return what is known before a start.
+    """Return what is known before a start; nothing is decided by it but a refusal.
 
     Args:
         config: The run's configuration.
@@ -248,35 +297,36 @@ def check_start(
         require_startable(paths, resume=resume, fresh=fresh)
     except UsageError as exc:  # a dry run; everything else is checked as if it went on
         resume, resuming = "latest", [Check("start", "fail", str(exc))]
+    # Before the plan, which then knows whatever a run uploads in between.
+    owners = _find_owners(config)
     try:
         plan = plan_run(config, paths, resume, fresh=fresh)
     except StorageError as exc:
         plan = Plan(RunIdentity(new_run_id()))
         resuming += [Check("resume", "fail", f"The bucket's checkpoints cannot be read: {exc}")]
-    run_id = plan.identity.run_id if plan.candidates else None
     # Data first: what is wrong with them is told before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config)
     set_special_tokens(config, sources, model_config)
-    transport, uploading = check_upload(config, run_id, paths.checkpoints)
+    transport, uploading = check_upload(config, paths.checkpoints)
     device, world_size = accelerator.device, accelerator.num_processes
     precision = accelerator.mixed_precision
     need = estimate_memory(config, model_config, counts, precision, device, world_size)
     facts = RunFacts(
         config, model_config, counts, precision, device, world_size, plan.step, sources
     )
-    memory, times = check_memory(config, need, device), []
+    memory, measurement = check_memory(config, need, device), None
+    unmeasured = []
     if memory.status == "fail":
-        times = [Check("step", "warn", "not measured: it does not fit into the memory")]
+        unmeasured = [Check("step", "warn", "not measured: it does not fit into the memory")]
     elif plan.step < config.max_steps and (measures or is_long_run(facts)):
         log.info("Measuring a small step.")
         busy_share = measure_busy_share()
         probe = probe_step(facts)
+        measurement = Measurement(probe, busy_share)
         memory = check_memory(config, need, device, probe.memory_ratio if probe else None)
-        times = check_times(facts, probe, transport, busy_share)
     checks = [
         *resuming,
-        check_settings(facts),
         *data,
         *([check_tokens(facts)] if sources else []),
         *([check_vocabulary(sources, model_config)] if sources else []),
@@ -284,9 +334,18 @@ def check_start(
         check_snapshot(config, counts),
         check_disk(config, counts, transport),
         *uploading,
-        *times,
+        *_check_owners(config, owners, plan),
+        *unmeasured,
     ]
-    return StartChecks(plan, sources, checks, transport)
+    return StartChecks(plan.identity.run_id, plan.step, sources, checks, transport, measurement)
+
+
+def complete_checks(facts: RunFacts, found: StartChecks) -> list[Check]:
+    """Return what was found of a start, and what that means from the step on where it begins."""
+    times, measured = [], found.measurement
+    if measured is not None and facts.step < facts.config.max_steps:
+        times = check_times(facts, measured.probe, found.transport, measured.busy_share)
+    return [check_settings(facts), *found.checks, *times]
 
 
 def check_settings(facts: RunFacts) -> Check:
@@ -344,33 +403,26 @@ def check_vocabulary(sources: Sequence[DataSource], model_config: Any) -> Check:
     )
 
 
-def describe_run(
-    config: TrainingConfig,
-    model_config: Any,
-    counts: ParameterCounts,
-    sources: Sequence[DataSource],
-    accelerator: Accelerator,
-    step: int,
-) -> dict[str, str]:
+def describe_run(run: RunFacts) -> dict[str, str]:
     """Return what a start says of itself before it begins."""
-    ranks = accelerator.num_processes
+    config, counts, ranks = run.config, run.counts, run.world_size
     text_of_ranks = f"{ranks} rank{'s' if ranks > 1 else ''}"
-    samples, accumulation = config.resolve_batch(ranks)
-    tokens = samples * config.sequence_length
+    _, accumulation = config.resolve_batch(ranks)
+    tokens = run.tokens_per_step
     total = tokens * config.max_steps
-    name = device_name(accelerator.device)
+    name = device_name(run.device)
     facts = {
-        "device": f"{name}, {accelerator.mixed_precision} mixed precision, {text_of_ranks}",
+        "device": f"{name}, {run.precision} mixed precision, {text_of_ranks}",
         "model": f"{config.model}: {counts.total:,} parameters, "
         f"{counts.without_embedding:,} without embeddings",
         "step": f"{tokens:,} tokens: {config.per_device_train_batch_size} x "
         f"{config.sequence_length} tokens x {accumulation} accumulated x {text_of_ranks}",
-        "run": f"steps {step} to {config.max_steps}, {total:,} tokens in all, "
+        "run": f"steps {run.step} to {config.max_steps}, {total:,} tokens in all, "
         f"{total / counts.total:.2g} tokens per parameter",
         "checkpoint": f"about {format_bytes(estimate_checkpoint_bytes(counts.total))}, every "
         f"{config.save_steps} steps",
     }
-    dropouts = find_dropouts(model_config)
+    dropouts = find_dropouts(run.model_config)
     if dropouts:
         shares = ", ".join(f"{key} {share:g}" for key, share in dropouts.items())
         facts["dropout"] = f"{shares}; pre-training is usually done with 0"
@@ -381,10 +433,10 @@ def describe_run(
         if how.zero_stage:
             kind, detail = f"DeepSpeed ZeRO-{how.zero_stage}", "each rank has whole weights"
         facts["sharding"] = f"{kind} over {text_of_ranks} ({how.source}), {detail}"
-    if sources:
-        available = sum(source.index.training_tokens for source in sources)
+    if run.sources:
+        available = sum(source.index.training_tokens for source in run.sources)
         facts["data"] = f"{available:,} tokens, {total / max(1, available):.2f} epochs"
-        entropy = sources[0].index.unigram_entropy
+        entropy = run.sources[0].index.unigram_entropy
         if entropy is not None:
             facts["entropy"] = f"{entropy:.2f} nats is the loss of knowing word frequencies alone"
     return facts

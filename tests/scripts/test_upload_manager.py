@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -18,13 +19,24 @@ from typing import Any
 import pytest
 
 from configs.training_config import PROJECT_DIRECTORY
+from scripts import upload_manager
 from scripts.upload_manager import main
 from tests.gcs_server import FakeGcsServer, Fault
 from tests.sample_checkpoints import RUN_ID, make_checkpoint, seal
+from utils.checkpoint_store import hold_output_directory
 from utils.errors import ExitCode
 from utils.journal import Journal, UploadState
-from utils.layout import archive_object, card_object, read_json, read_manifest, write_json
+from utils.layout import (
+    RunIdentity,
+    RunPaths,
+    archive_object,
+    card_object,
+    read_json,
+    read_manifest,
+    write_json,
+)
 from utils.prefix_lease import LEASE_OBJECT
+from utils.resume import write_run_identity
 from utils.storage import Bucket, crc32c_of_bytes, crc32c_of_file, open_bucket
 
 SCRIPT = PROJECT_DIRECTORY / "scripts" / "upload_manager.py"
@@ -717,6 +729,24 @@ def test_download_does_not_mix_runs_or_replace_what_is_there(place: Place) -> No
     assert "exists and is not what" in place.stderr
 
 
+def test_download_that_waited_for_a_trainer_does_not_mix_its_run(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.publish_only(20)
+    place.forget()
+
+    @contextlib.contextmanager
+    def wait_for_trainer(paths: RunPaths) -> Iterator[None]:
+        place.save(10, run_id=OTHER_RUN)
+        with hold_output_directory(paths):
+            yield
+
+    monkeypatch.setattr(upload_manager, "hold_output_directory", wait_for_trainer)
+    assert place.call("download", name(20))[0] == ExitCode.USAGE
+    assert f"is of run {RUN_ID}, the run here is {OTHER_RUN}" in place.stderr
+    assert not (place.checkpoints / name(20)).exists()
+
+
 def test_download_of_one_of_several_runs_wants_a_name(place: Place) -> None:
     place.publish_only(10)
     place.publish_only(20, run_id=OTHER_RUN)
@@ -784,6 +814,27 @@ def test_prune_shows_its_plan_before_it_asks(place: Place, monkeypatch: pytest.M
     monkeypatch.setattr("builtins.input", lambda question: "yes")
     assert place.call(*PRUNE)[0] == ExitCode.DONE
     assert len(place.objects()) == len(before) - 4
+
+
+def test_prune_plans_again_after_the_answer(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(place)
+    place.forget()
+    before = place.objects()
+
+    def resume_from_30_and_answer(question: str) -> str:
+        identity = RunIdentity(RUN_ID).fork(30, [0])
+        paths = RunPaths(place.checkpoints, place.checkpoints, place.checkpoints)
+        place.checkpoints.mkdir()
+        write_run_identity(paths, identity)
+        return "yes"
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", resume_from_30_and_answer)
+    code, output = place.call(*PRUNE)
+    assert code == ExitCode.DONE
+    # The branch that begins there has nothing newer than 30.
+    assert f"{name(30)} is kept after all: latest." in output
+    assert set(before) - set(place.objects()) == {f"{name(10)}.json", f"{name(10)}.tar.gz"}
 
 
 @pytest.mark.parametrize(

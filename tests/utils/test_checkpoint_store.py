@@ -14,6 +14,7 @@ import pytest
 
 from configs.training_config import TrainingConfig
 from tests.sample_checkpoints import RUN_ID, make_checkpoint, seal
+from utils import checkpoint_store
 from utils.checkpoint_store import (
     apply_retention,
     delete_checkpoint,
@@ -355,6 +356,24 @@ def test_what_is_uploaded_at_this_moment_is_not_given_up(
     deleted = apply_retention(tmp_path, journal, config, run_id=RUN_ID, is_uploading_on=True)
     assert paths[0].name in [*deleted, *(p.name for p in tmp_path.iterdir())]
     assert not list(tmp_path.glob(".uploading-*"))
+
+
+def test_what_was_verified_while_another_was_deleted_is_not_given_up(
+    tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20, 30, 40, 50):
+        make_checkpoint(tmp_path, step, validation_metrics={"validation_loss": 1.0 / step})
+
+    def delete(checkpoint: Path) -> None:
+        delete_checkpoint(checkpoint)
+        journal.record(name(20), RUN_ID, UploadState.VERIFIED)  # by another process
+
+    monkeypatch.setattr(checkpoint_store, "delete_checkpoint", delete)
+    assert retain(tmp_path, journal) == [name(10)]
+    assert journal.latest()[name(20)].state is UploadState.VERIFIED
+    assert retain(tmp_path, journal) == [name(20)]
+    assert journal.latest()[name(20)].state is UploadState.VERIFIED
+    assert steps(tmp_path) == [30, 40, 50]
 
 
 def test_the_archive_of_an_upload_that_goes_on_is_no_leftover(tmp_path: Path) -> None:

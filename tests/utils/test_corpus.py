@@ -229,6 +229,30 @@ def test_other_options_in_the_same_output_are_refused_unless_overwritten(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("is_same", [True, False])
+def test_an_output_that_another_command_took_meanwhile_is_looked_at_again(
+    source: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_same: bool
+) -> None:
+    train = tokenization.build_tokenizer
+    theirs = {} if is_same else {"shard_tokens": 2_000}
+
+    def train_slowly(*arguments: object) -> object:
+        monkeypatch.setattr(tokenization, "build_tokenizer", train)
+        prepare(source, tmp_path / "out", **theirs)
+        return train(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tokenization, "build_tokenizer", train_slowly)
+    bucket = FailingBucket(tmp_path / "out")
+    if is_same:
+        assert not prepare(source, bucket).is_new
+    else:
+        with pytest.raises(UsageError, match="Nothing was changed"):
+            prepare(source, bucket)
+    assert bucket.got == []
+    prepare(source, tmp_path / "straight", **theirs)
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
 def test_overwriting_with_a_broken_source_leaves_the_old_data_whole(
     source: FileSource, tmp_path: Path
 ) -> None:

@@ -151,6 +151,19 @@ def test_another_model_replaces_it_only_when_asked(hub: FakeHub, tmp_path: Path)
     assert len(hub.repositories["me/small"]) == 5
 
 
+def test_what_came_there_while_the_model_was_written_is_not_replaced(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    target = make_target(tmp_path)
+    target.require_free()
+    with target.staging() as staged:
+        (staged / "config.json").write_text("{}")
+        hub.repositories["me/small"] = {"config.json": b"theirs"}
+        with pytest.raises(UsageError, match=r"hub:me/small holds config\.json already"):
+            target.publish(staged, lambda stage, done, total: None)
+    assert (hub.repositories["me/small"], hub.commits) == ({"config.json": b"theirs"}, 0)
+
+
 def test_no_token_no_right_and_no_network_are_one_message(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +20,24 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from configs.model_config import known_vocab_size
-from configs.training_config import TrainingConfig, get_training_config
+from configs.training_config import PROJECT_DIRECTORY, TrainingConfig, get_training_config
 from tests.gcs_server import FakeGcsServer
+from tests.sample_checkpoints import make_checkpoint
+from utils.archive_reading import read_card
 from utils.download import download_checkpoint
 from utils.errors import CheckpointError, UsageError
 from utils.layout import read_manifest
 from utils.model_finding import find_model
 from utils.model_loading import ModelSource, load_model
+from utils.storage import DirectoryBucket
 from utils.tokenizer_loading import load_tokenizer_from
+from utils.transports import TransportOptions
+from utils.upload_job import UploadJob, UploadProgress, run_job
 
 
 @pytest.fixture
@@ -89,6 +100,75 @@ def test_two_commands_download_one_model_one_after_the_other(
         found = list(pool.map(lambda _: find_model(f"{uri}/latest", config), range(2)))
     assert found[0] == found[1]
     assert most == [1]
+
+
+WAITING = """
+import logging, sys
+from configs.training_config import get_training_config
+from utils.model_finding import find_model
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+sys.stdout.reconfigure(line_buffering=True)
+print(find_model(sys.argv[1], get_training_config("test")).location)
+"""
+
+
+def find_after_a_wait(text: str, folder: Path, lock: Path, meanwhile: Callable[[], None]) -> Path:
+    """Find a model in another process, which waits for this one's lock; return where it is."""
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock) as held:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WAITING, text], stdout=subprocess.PIPE, text=True,
+            cwd=folder, env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)},
+        )  # fmt: skip
+        with process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("Another command downloads the same model"):
+                    break
+            meanwhile()
+            held.release()
+            output = process.stdout.read()
+    assert process.returncode == 0, output
+    return folder / output.splitlines()[-1]
+
+
+def test_who_waited_for_a_download_looks_again_what_the_bucket_has(tmp_path: Path) -> None:
+    uri, models = str(tmp_path / "bucket"), tmp_path / "cache/models"
+    bucket = DirectoryBucket(tmp_path / "bucket")
+    old, new = (
+        make_checkpoint(tmp_path / folder, 10, current_loss=loss)
+        for folder, loss in (("old", 2.0), ("new", 1.0))
+    )
+
+    def upload(checkpoint: Path) -> None:
+        job = UploadJob(str(checkpoint), TransportOptions(uri, "directory"))
+        run_job(job, UploadProgress())
+
+    upload(old)
+    checksum = read_card(bucket, old.name).archive.crc32c
+    key = hashlib.sha256(f"{uri}\n{checksum}".encode()).hexdigest()[:16]
+
+    def replace_archive() -> None:
+        download_checkpoint(bucket, old.name, models / key, None)
+        upload(new)
+
+    found = find_after_a_wait(f"{uri}/latest", tmp_path, models / f".{key}.lock", replace_archive)
+    assert read_manifest(found) == read_manifest(new)
+    assert read_manifest(models / key / old.name) == read_manifest(old)
+
+
+def test_who_waited_for_a_folder_looks_again_what_the_bucket_has(
+    tmp_path: Path, gcs: FakeGcsServer
+) -> None:
+    def export(text: str) -> None:
+        for name in ("config.json", "model.safetensors"):
+            gcs.put_object("runs", f"exports/small/{name}", f"{text} {name}".encode())
+
+    export("old")
+    uri = "gs://runs/exports/small"
+    lock = tmp_path / f"cache/models/.{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
+    found = find_after_a_wait(uri, tmp_path, lock, lambda: export("new"))
+    assert (found / "model.safetensors").read_text() == "new model.safetensors"
 
 
 def test_a_folder_of_a_bucket_is_downloaded(

@@ -130,6 +130,13 @@ def test_the_holder_beats(bucket: Bucket) -> None:
         assert lease.lost is None
 
 
+def test_the_lease_names_the_run_that_was_chosen_once_it_was_held(bucket: Bucket) -> None:
+    with hold_prefix(bucket, "run-1", heartbeat_seconds=0.01) as lease:
+        lease.run_id = "run-2"
+        wait_until(lambda: record_in(bucket).run_id == "run-2")
+        assert lease.lost is None
+
+
 def test_the_lease_is_no_checkpoint(tmp_path: Path) -> None:
     put_remote(tmp_path / "bucket", make_checkpoint(tmp_path, 10))
     bucket = DirectoryBucket(tmp_path / "bucket")
