@@ -4,36 +4,90 @@
 #   bash setup.sh          what training needs
 #   bash setup.sh --dev    and what `make check` needs
 #
-# PYTHON=...             interpreter to use (default: python3, 3.10 or newer)
+# PYTHON=...             interpreter to use, 3.11 to 3.14 (default: python3; where that is another
+#                        version, the newest of python3.14 ... python3.11)
 # VENV=...               where the environment goes (default: venv/ beside this script)
 # TORCH_INDEX_URL=...    package index for torch alone, for example one of CPU-only builds;
 #                        other packages follow pip's own settings (PIP_INDEX_URL, pip.conf)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-venv}"
 requirements=requirements.txt
 [ "${1:-}" = "--dev" ] && requirements=requirements-dev.txt
+versions="3.14 3.13 3.12 3.11"
 
 fail() { printf 'setup.sh: %s\n' "$*" >&2; exit 2; }
 
-command -v "$PYTHON" >/dev/null 2>&1 || fail "$PYTHON is not installed. Install Python 3.10 or newer, or set PYTHON=/path/to/python."
-"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    fail "$("$PYTHON" --version) is too old: 3.10 or newer is needed. Set PYTHON=/path/to/python3.10."
+# Whether an interpreter runs (a python3.12 of pyenv may only say that it is not selected), is of one of
+# the versions, and has the module $2.
+can_use() {
+    "$1" -c "import sys, ${2:-os}
+sys.exit('%d.%d' % sys.version_info[:2] not in '$versions'.split())" >/dev/null 2>&1
+}
+
+find_python() {
+    local version candidate
+    can_use python3 && echo python3 && return
+    for version in $versions; do
+        # uv installs into ~/.local/bin, which need not be on the path.
+        for candidate in "python$version" ~/.local/bin/"python$version"; do
+            can_use "$candidate" && echo "$candidate" && return
+        done
+    done
+    return 1
+}
+
+install_command() {
+    local version
+    command -v uv >/dev/null 2>&1 && echo "uv python install 3.13" && return
+    command -v brew >/dev/null 2>&1 && echo "brew install python@3.13" && return
+    for version in $versions; do
+        if apt-cache show "python$version-venv" 2>/dev/null | grep "^Package:" >/dev/null; then
+            echo "sudo apt-get install -y python$version-venv"
+            return
+        fi
+    done
+    echo "curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv python install 3.13"
+}
+
+refuse_python() {
+    local found
+    found="$("$1" --version 2>&1)" || found="it is missing or does not run"
+    fail "$1 cannot be used ($found): Python 3.11 to 3.14 is needed." \
+        "Set PYTHON=/path/to/python, or run: $(install_command)"
+}
+
+refuse_environment() {
+    local made
+    made="$(sed -n '/^version/{s/.*= *//p;q;}' "$VENV/pyvenv.cfg" 2>/dev/null)" || true
+    fail "$VENV cannot be used (made with Python ${made:-of another kind}): a Python 3.11 to 3.14 that" \
+        "works, and pip, are needed there. Remove it and run this again: rm -r $VENV"
+}
 
 bin="$VENV/bin"
 [ -d "$VENV/Scripts" ] && bin="$VENV/Scripts" # Windows (Git Bash)
 
+has_environment=
+if [ -e "$VENV/pyvenv.cfg" ] || [ -x "$bin/python" ]; then
+    has_environment=1
+    can_use "$bin/python" pip || refuse_environment
+fi
+
 # What was installed last, by what it was installed from.
 fingerprint() { echo "$(cat constraints.txt requirements.txt "$1" setup.sh | cksum) ${TORCH_INDEX_URL:-}"; }
 stamp() { echo "$VENV/.installed-$1"; }
-if [ -x "$bin/python" ] && [ "$(cat "$(stamp "$requirements")" 2>/dev/null)" = "$(fingerprint "$requirements")" ]; then
+if [ -n "$has_environment" ] && [ "$(cat "$(stamp "$requirements")" 2>/dev/null)" = "$(fingerprint "$requirements")" ]; then
     echo "setup.sh: $VENV is up to date."
     exit 0
 fi
 
-if [ ! -x "$bin/python" ]; then
+if [ -z "$has_environment" ]; then
+    if [ -n "${PYTHON:-}" ]; then
+        can_use "$PYTHON" || refuse_python "$PYTHON"
+    else
+        PYTHON="$(find_python)" || refuse_python python3
+    fi
     echo "setup.sh: making $VENV with $("$PYTHON" --version)."
     if ! "$PYTHON" -c 'import venv, ensurepip' >/dev/null 2>&1; then
         version="$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
@@ -54,7 +108,7 @@ pip install --constraint constraints.txt --requirement "$requirements"
 # gsutil pins an old google-auth, so it gets an environment of its own inside this one.
 if ! command -v gsutil >/dev/null 2>&1 && [ ! -x "$bin/gsutil" ]; then
     echo "setup.sh: no gsutil found, installing it into $VENV."
-    if "$PYTHON" -m venv "$VENV/gsutil" &&
+    if "$bin/python" -m venv "$VENV/gsutil" &&
         "$VENV/gsutil/${bin##*/}/python" -m pip --disable-pip-version-check --quiet install gsutil; then
         ln -sf "../gsutil/${bin##*/}/gsutil" "$bin/gsutil" 2>/dev/null ||
             cp "$VENV/gsutil/${bin##*/}/gsutil" "$bin/gsutil"

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def _time_interpreter() -> float:
 def write_log(path: Path) -> None:
     """Write the log of a run that has just logged its last line; its process is this one."""
     path.parent.mkdir(parents=True)
-    now = datetime.now(timezone.utc)
+    now = datetime.now(UTC)
     start = {
         "event": "start", "step": 0, "run_id": "20260101-0a1b2c3d", "branch": 0, "world_size": 8,
         "max_steps": 2 * NUM_LINES * LOGGING_STEPS, "device": "cuda:0", "precision": "bf16",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from utils.metadata import append_metrics
 
 def ago(seconds: float) -> str:
     """Return a moment before now as records have it."""
-    moment = datetime.now(timezone.utc) - timedelta(seconds=seconds)
+    moment = datetime.now(UTC) - timedelta(seconds=seconds)
     return moment.isoformat(timespec="seconds")
 
 

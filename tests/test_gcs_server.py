@@ -18,7 +18,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def test_generation_preconditions_are_enforced(
 
 
 def test_generations_rise_when_the_clock_goes_back(tmp_path: Path) -> None:
-    now = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    now = datetime(2026, 1, 1, tzinfo=UTC)
     times = iter([now, now, now - timedelta(days=1), now])
     with FakeGcsServer(tmp_path, clock=lambda: next(times)) as server:
         server.create_bucket("runs")

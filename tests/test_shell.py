@@ -136,7 +136,102 @@ def test_an_old_python_is_refused(project: Path) -> None:
     python = fake_python(project, "version_info")
     result = bash(project, "setup.sh", PYTHON=python, VENV=str(project / "new"))
     assert result.returncode == 2
-    assert "3.10 or newer is needed" in result.stderr
+    assert "Python 3.11 to 3.14 is needed" in result.stderr
+
+
+def stand_in(path: Path, version: str) -> Path:
+    """Write an interpreter that cannot make environments; one of no version does not run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = version.replace(".", ", ")
+    path.write_text(
+        f"""#!/bin/sh
+case "{version} $*" in
+" "*) echo "not selected" >&2; exit 127 ;;
+*ensurepip*) exit 1 ;;
+*--version) echo "Python {version}" ;;
+*) exec "{sys.executable}" -c "import sys; sys.version_info = ({numbers})
+$2" ;;
+esac
+"""
+    )
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def machine(project: Path) -> dict[str, str]:
+    """The variables of a machine whose Pythons, and nothing else, are in project/programs."""
+    tools = project / "tools"
+    tools.mkdir()
+    for name in ("bash", "cat", "cksum", "dirname", "grep", "sed"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    (project / "programs").mkdir()
+    return {
+        "PATH": f"{project / 'programs'}:{tools}",
+        "PYTHON": "",
+        "VENV": str(project / "new"),
+        "HOME": str(project / "home"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("pythons", "chosen"),
+    [
+        ({"python3": "3.10.1", "python3.11": "3.11.1", "python3.12": "3.12.1"}, "3.12"),
+        ({"python3": "3.9.1", "python3.14": "", "python3.13": "3.13.1"}, "3.13"),
+        ({"python3": "", "python3.11": "3.11.1"}, "3.11"),
+        ({"python3": "3.15.1", "python3.14": "3.14.1"}, "3.14"),
+        ({"python3": "3.11.1", "python3.13": "3.13.1"}, "3.11"),
+        ({"python3": "3.10.1", "../home/.local/bin/python3.13": "3.13.1"}, "3.13"),
+    ],
+)
+def test_python3_is_taken_or_else_the_newest_python_that_works(
+    project: Path, machine: dict[str, str], pythons: dict[str, str], chosen: str
+) -> None:
+    for name, version in pythons.items():
+        stand_in(project / "programs" / name, version)
+    result = bash(project, "setup.sh", **machine)
+    assert f"making {project / 'new'} with Python {chosen}.1." in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("tool", "command"),
+    [
+        ("uv", "uv python install 3.13"),
+        ("brew", "brew install python@3.13"),
+        ("apt-cache", "sudo apt-get install -y python3.12-venv"),
+        (None, "~/.local/bin/uv python install 3.13"),
+    ],
+)
+def test_without_a_newer_python_the_command_that_installs_one_is_named(
+    project: Path, machine: dict[str, str], tool: str | None, command: str
+) -> None:
+    stand_in(project / "programs" / "python3", "3.10.1")
+    stand_in(project / "programs" / "python3.10", "3.10.1")
+    if tool is not None:
+        program = project / "programs" / tool
+        program.write_text('#!/bin/sh\n[ "$2" = python3.12-venv ] && echo "Package: $2"\n')
+        program.chmod(0o755)
+    result = bash(project, "setup.sh", **machine)
+    assert result.returncode == 2
+    assert "python3 cannot be used (Python 3.10.1)" in result.stderr
+    assert result.stderr.endswith(f"{command}\n")
+    assert not (project / "new").exists()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_environment_of_an_older_or_lost_python_is_named_and_left_as_it_is(
+    project: Path, machine: dict[str, str], is_there: bool
+) -> None:
+    python = project / "new" / "bin" / "python"
+    stand_in(python, "3.10.1") if is_there else python.parent.mkdir(parents=True)
+    (project / "new" / "pyvenv.cfg").write_text("home = /usr/bin\nversion = 3.10.1\n")
+    stand_in(project / "programs" / "python3", "3.12.1")
+    result = bash(project, "setup.sh", **machine)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"{project / 'new'} cannot be used (made with Python 3.10.1)" in result.stderr
+    assert result.stderr.endswith(f"rm -r {project / 'new'}\n")
+    assert (project / "new" / "pyvenv.cfg").is_file()
 
 
 def test_shipped_accelerate_configuration_is_one_that_accelerate_reads() -> None:

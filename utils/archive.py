@@ -68,22 +68,42 @@ class _HashingReader:
 
 
 class _HashingWriter:
-    """Passes bytes on and keeps their count and checksum."""
+    """Passes bytes on and keeps their count and checksum, until the sink fails.
+
+    The error is kept for `raise_error` and the bytes after it are dropped: igzip's writer, where it
+    meets an error at its begin, cannot be closed any more, and complains of that when it is freed.
+    """
 
     def __init__(self, sink: IO[bytes]) -> None:
         self._sink = sink
         self._size = self._checksum = 0
+        self._error: Exception | None = None
 
     def write(self, data: bytes) -> int:
+        self._keep_error(self._write, bytes(data))
+        return len(data)
+
+    def flush(self) -> None:
+        self._keep_error(self._sink.flush)
+
+    def raise_error(self) -> None:
+        """Raise what the sink raised, if it did."""
+        if self._error is not None:
+            raise self._error
+
+    def _keep_error(self, work: Callable[..., None], *arguments: bytes) -> None:
+        if self._error is None:
+            try:
+                work(*arguments)
+            except Exception as exc:  # noqa: BLE001
+                self._error = exc
+
+    def _write(self, data: bytes) -> None:
         written = self._sink.write(data)
         if written != len(data):
             raise OSError(f"short write: {written} of {len(data)} bytes")
         self._size += written
-        self._checksum = google_crc32c.extend(self._checksum, bytes(data))
-        return written
-
-    def flush(self) -> None:
-        self._sink.flush()
+        self._checksum = google_crc32c.extend(self._checksum, data)
 
     @property
     def info(self) -> ArchiveInfo:
@@ -108,11 +128,12 @@ class _StoredGzip:
 class _Positioned:
     """Knows its position, which is all that tarfile asks of a file that it cannot seek in."""
 
-    def __init__(self, sink: Any) -> None:
-        self._sink, self._position = sink, 0
+    def __init__(self, compressed: Any, writer: _HashingWriter) -> None:
+        self._compressed, self._writer, self._position = compressed, writer, 0
 
     def write(self, data: bytes) -> int:
-        self._sink.write(data)
+        self._compressed.write(data)
+        self._writer.raise_error()
         self._position += len(data)
         return len(data)
 
@@ -146,12 +167,13 @@ def write_archive(
     """
     writer = _HashingWriter(sink)
     with _open_gzip(writer, compression, threads) as compressed:
-        file: Any = _Positioned(compressed)
+        file: Any = _Positioned(compressed, writer)
         with tarfile.TarFile(
             fileobj=file, mode="w", format=tarfile.PAX_FORMAT, copybufsize=BLOCK_BYTES
         ) as archive:
             for name in [*sorted(manifest.files), MANIFEST_FILE]:
                 _add_file(archive, checkpoint, name, manifest.files.get(name), on_read)
+    writer.raise_error()
     return writer.info
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ def build_metadata(
         "bad_steps": list(progress.bad_steps),
         "spending": progress.spending,
         "system_info": system_info(state),
-        "timestamp": datetime.now(timezone.utc).isoformat(),
+        "timestamp": datetime.now(UTC).isoformat(),
         "run_id": identity.run_id,
         "git_commit": git_commit(),
     }

@@ -12,7 +12,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class Shelf:
     def rows(self, views: Sequence[CheckpointView]) -> list[dict[str, Any]]:
         """Return what is shown of checkpoints: the figures, the state in the bucket, why kept."""
         every = self._all_known()
-        rows = summarize_all(views, datetime.now(timezone.utc), every)
+        rows = summarize_all(views, datetime.now(UTC), every)
         self._add_states(views, rows)
         return rows
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from utils.checkpoint_report import loss_statistics, numbers, section
@@ -75,10 +75,9 @@ def show_time(timestamp: object) -> str:
     """Return an ISO 8601 time in UTC to the second; without a zone it is shown as it is."""
     text = printable(timestamp or ABSENT)
     try:
-        # Python 3.10 does not read the suffix Z.
-        moment = datetime.fromisoformat(text.removesuffix("Z") + "+00:00" * text.endswith("Z"))
+        moment = datetime.fromisoformat(text)
         if moment.tzinfo is not None:
-            moment = moment.astimezone(timezone.utc)
+            moment = moment.astimezone(UTC)
         return moment.strftime("%Y-%m-%d %H:%M:%S")
     except (ValueError, OverflowError):
         return text[:19]

@@ -20,8 +20,8 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from enum import Enum
+from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ LOCK_POLL_SECONDS = 0.005
 log = logging.getLogger(__name__)
 
 
-class UploadState(str, Enum):
+class UploadState(StrEnum):
     """Where a checkpoint is on its way to the bucket."""
 
     QUEUED = "queued"
@@ -83,7 +83,7 @@ class JournalEntry:
 
 def utc_now() -> str:
     """Return the current time in UTC as ISO 8601 with seconds."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class Journal:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from configs.training_config import TrainingConfig
 from utils.journal import UploadState
@@ -19,7 +19,7 @@ from utils.metadata import CheckpointView, find_best, is_verified_in
 from utils.storage import join_uri
 
 
-class Action(str, Enum):
+class Action(StrEnum):
     """What to do with a checkpoint."""
 
     KEEP = "keep"

@@ -8,7 +8,7 @@ has ceased. No torch here.
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from utils.metadata import printable
 from utils.notifier import RunEvent
@@ -53,7 +53,7 @@ class EventTracker:
                 run=printable(status.start.get("run_id", ""), 200),
                 step=status.step,
                 state=status.state.value,
-                time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
             )
             for key in new
         ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import psutil
@@ -21,7 +21,7 @@ CLOCK_SLACK_SECONDS = 60.0
 FINISHING_SECONDS = 3600.0  # without a record, while the last checkpoint is saved and uploaded
 
 
-class RunState(str, Enum):
+class RunState(StrEnum):
     """What a run is doing."""
 
     NO_RUN = "no run"

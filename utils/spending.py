@@ -15,7 +15,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ class SpendingMeter:
     def launched_at(self) -> str:
         """When this start was launched: UTC, ISO 8601."""
         moment = time.time() - (self._clock() - self._launched)
-        return datetime.fromtimestamp(moment, timezone.utc).isoformat(timespec="milliseconds")
+        return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
 
     def note_step(self) -> None:
         """Call before a step: the way to the first one of a restart is lost."""

@@ -10,7 +10,7 @@ No torch here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from utils.console import format_bytes, format_duration
@@ -133,7 +133,7 @@ def describe_progress(entry: JournalEntry, now: datetime | None = None) -> dict[
     done, all_bytes = (sent, size) if size else (read, total)  # the archive's size may be unknown
     percent = min(100.0, 100 * done / all_bytes) if done is not None and all_bytes else None
     written = epoch_seconds(entry.time)
-    now = now or datetime.now(timezone.utc)
+    now = now or datetime.now(UTC)
     age = None if written is None else max(0.0, now.timestamp() - written)
     words = [
         entry.state.value if percent is None else f"{percent:.0f}%",

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -376,7 +376,7 @@ class Uploader:
             log.error("%s was not uploaded: %s It is kept in %s.", name, self.failures[name],
                       item.path.parent)  # fmt: skip
             self._tell(f"{name} was not uploaded: {self.failures[name]}")
-        again = datetime.now(timezone.utc) + timedelta(seconds=seconds)
+        again = datetime.now(UTC) + timedelta(seconds=seconds)
         self._record_failure(item, run_id, error, again.isoformat(timespec="seconds"))
         self._requeue(item, seconds, is_late)
 

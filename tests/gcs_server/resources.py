@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -31,7 +31,7 @@ def writable_fields(resource: Mapping[str, Any]) -> dict[str, Any]:
 
 def format_time(moment: datetime) -> str:
     """RFC 3339 in UTC with milliseconds, as the service writes it."""
-    return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
 
 
 def object_etag(stored: StoredObject) -> str:

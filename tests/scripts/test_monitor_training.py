@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -536,7 +536,7 @@ def test_monitor_does_not_load_torch(tmp_path):
 
 
 def write_priced_start(path, seconds_ago, price):
-    launched = datetime.now(timezone.utc) - timedelta(seconds=seconds_ago)
+    launched = datetime.now(UTC) - timedelta(seconds=seconds_ago)
     before = {"starts": 1, "seconds": 3600.0, "dollars": 10.0, "lost_seconds": 360.0,
               "lost_dollars": 1.0}  # fmt: skip
     write_start(

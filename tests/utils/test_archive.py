@@ -8,6 +8,7 @@ import io
 import os
 import resource
 import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.training_config import PROJECT_DIRECTORY
 from tests.sample_checkpoints import make_checkpoint, seal
 from utils.archive import write_archive
 from utils.errors import CheckpointError, TransientStorageError
@@ -183,6 +185,39 @@ def test_a_sink_that_fails_at_the_very_end_is_an_error(
         lambda: write_into(Sink(room, None), checkpoint, compression=compression, threads=threads)
     )
     assert isinstance(error, OSError)
+
+
+FAILING_SINKS = """
+import io, pathlib, sys
+from utils.archive import write_archive
+from utils.layout import read_manifest
+
+class Sink(io.BytesIO):
+    def write(self, data):
+        if self.tell() + len(data) > room:
+            raise OSError("full")
+        return super().write(data)
+
+checkpoint = pathlib.Path(sys.argv[1])
+for threads in (1, 4):
+    for room in (0, 5, 1000, 3_500_000):
+        try:
+            write_archive(checkpoint, read_manifest(checkpoint), Sink(), threads=threads)
+        except OSError as exc:
+            print(exc)
+"""
+
+
+def test_nothing_complains_later_of_a_sink_that_failed(checkpoint: Path) -> None:
+    result = subprocess.run(
+        # Python below 3.13 hides what fails while a file is freed, except from developers.
+        [sys.executable, "-X", "dev", "-c", FAILING_SINKS, str(checkpoint)],
+        cwd=PROJECT_DIRECTORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (result.stdout, result.stderr) == ("full\n" * 8, "")
 
 
 @pytest.mark.parametrize("buffering", [0, 8192])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -57,7 +57,7 @@ def test_times_are_compared_across_zones(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
     monkeypatch.undo()
-    noon = datetime(2026, 1, 1, 12, tzinfo=timezone.utc)
+    noon = datetime(2026, 1, 1, 12, tzinfo=UTC)
     for text in ("2026-01-01T12:00:00Z", "2026-01-01T14:00:00+02:00", "2026-01-01T12:00:00"):
         assert parse_time(text) == noon
     time.tzset()

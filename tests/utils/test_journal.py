@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,7 @@ def test_what_is_recorded_is_read_back_by_another_process(journal: Journal) -> N
     assert written.details == {"bytes": 5, "uri": "gs://b/a\nb"}
     time = datetime.fromisoformat(written.time)
     assert time.utcoffset() == timedelta(0)
-    assert abs(datetime.now(timezone.utc) - time) < timedelta(minutes=1)
+    assert abs(datetime.now(UTC) - time) < timedelta(minutes=1)
 
 
 def test_a_journal_that_is_not_there_is_empty(journal: Journal) -> None:

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -80,7 +80,7 @@ def test_what_a_record_says_cannot_steer_a_terminal() -> None:
 
 
 def test_process_is_known_by_number_host_and_age(dead_pid: int) -> None:
-    now = datetime.now(timezone.utc)
+    now = datetime.now(UTC)
     here = {"pid": os.getpid(), "hostname": socket.gethostname(), "time": now.isoformat()}
     assert is_process_alive(here) is True
     assert is_process_alive({**here, "pid": dead_pid}) is False

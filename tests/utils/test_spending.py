@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from utils.spending import (
 )
 
 RUN = "20260101-0a1b2c3d"
-BASE = datetime(2026, 1, 1, tzinfo=timezone.utc).timestamp()
+BASE = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 
 
 def at(seconds: float) -> str:
-    return datetime.fromtimestamp(BASE + seconds, timezone.utc).isoformat()
+    return datetime.fromtimestamp(BASE + seconds, UTC).isoformat()
 
 
 def start(

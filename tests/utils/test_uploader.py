@@ -16,7 +16,7 @@ import time
 import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -382,7 +382,7 @@ def test_what_fails_for_ever_is_tried_so_often_then_kept_and_the_next_goes_on(
         "attempts": MAX_ATTEMPTS,
         "permanent": False,
     }
-    wait = datetime.fromisoformat(last.details["next_try"]) - datetime.now(timezone.utc)
+    wait = datetime.fromisoformat(last.details["next_try"]) - datetime.now(UTC)
     half = timedelta(seconds=LATER_SECONDS / 2)
     assert half - timedelta(seconds=5) < wait < 3 * half
 
