@@ -150,7 +150,8 @@ def prepare_corpus(
         token_cache: Keeps what is tokenized, for another time.
 
     Raises:
-        DataError: A source cannot be read or has no text, or a token id is outside the vocabulary.
+        DataError: A source cannot be read or has no text, a token id is outside the vocabulary, or
+            an index is there and cannot be read.
         UsageError: The tokenizer cannot be used, or the bucket holds other data.
         StorageError: The bucket cannot be read or written.
     """
@@ -160,7 +161,7 @@ def prepare_corpus(
         tuple(source.fingerprint() for source in validation_sources),
     )
     fingerprint = _fingerprint(contents, options)
-    index = shard_writer.read_json(bucket, INDEX_FILE)
+    index = shard_writer.get_old_json(bucket, INDEX_FILE, overwrite)
     if index and index.get("source_fingerprint") == fingerprint and is_intact(bucket, index):
         if bucket.stat(PARTIAL_INDEX_FILE):
             bucket.delete(PARTIAL_INDEX_FILE)

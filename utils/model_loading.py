@@ -23,6 +23,7 @@ from utils.layout import RANDOM_STATES_PREFIX, Manifest
 from utils.libraries import load_libraries
 from utils.metadata import printable, reason_of
 from utils.parts import OPTIMIZER_PREFIX
+from utils.shard_index import require_recorded_tokenizer
 from utils.tokenizer_loading import load_tokenizer_from
 
 if TYPE_CHECKING:
@@ -193,6 +194,8 @@ def load_named_tokenizer(name: str) -> Any:
 
     path, fast_class = Path(name).expanduser(), PreTrainedTokenizerFast
     found: Any = None
+    if path.exists():
+        require_recorded_tokenizer(path)
     try:
         if path.is_file():
             found = fast_class(tokenizer_file=str(path))

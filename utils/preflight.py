@@ -6,6 +6,7 @@ finding says what to do. Checks that wait for a network have short limits.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from utils.machine_checks import check_disk, check_memory, check_snapshot, estim
 from utils.metadata import read_remote_checkpoints
 from utils.model_building import ParameterCounts
 from utils.resume import READ_CARDS, Plan, plan_start, require_startable
-from utils.shard_index import DataSource, build_shard_index
+from utils.shard_index import DataSource, build_shard_index, read_tokenizer_files
 from utils.sharding import resolve_sharding
 from utils.storage import is_gcs_uri, join_uri, open_bucket
 from utils.training_utils import device_name
@@ -105,6 +106,18 @@ def require_vocabulary(sources: Sequence[DataSource], model_config: Any) -> None
             f"The sources were made with different tokenizers: {', '.join(hashes)}. Prepare them "
             "with the same one (--tokenizer)."
         )
+
+
+def require_tokenizers(config: TrainingConfig, sources: Sequence[DataSource]) -> None:
+    """Raise where a source's tokenizer is not the one that its index recorded.
+
+    Raises:
+        DataError: It is damaged, was replaced, or is gone.
+    """
+    for source in sources:
+        bucket = open_bucket(source.uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
+        with contextlib.closing(bucket):
+            read_tokenizer_files(bucket, source.index)
 
 
 def set_special_tokens(config: TrainingConfig, sources: Sequence[DataSource], model: Any) -> None:
@@ -255,6 +268,7 @@ def check_start(
     # Data first: what is wrong with them is told before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config)
+    require_tokenizers(config, sources)
     set_special_tokens(config, sources, model_config)
     transport, uploading = check_upload(config, run_id, paths.checkpoints)
     device, world_size = accelerator.device, accelerator.num_processes

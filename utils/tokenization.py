@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from utils.documents import Document, OpenText, TokenArray, TokenizedDocument
 from utils.errors import UsageError, first_line
+from utils.shard_index import require_recorded_tokenizer
 from utils.tokenizer_conversion import (
     END_OF_TEXT,
     END_TOKENS,
@@ -202,6 +203,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         return Tokenizer(*convert_tokenizer(str(path)))
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UsageError(f"--tokenizer {name}: no such file or directory.")
+    if path.exists():
+        require_recorded_tokenizer(path)
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # Its retries without a network, each said twice: the error at the end says it once.
