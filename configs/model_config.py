@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.model_presets import PRESETS, ModelPreset
 from utils.errors import ConfigError
+from utils.json_text import parse_json
 from utils.regular_file import read_regular_file
 
 if TYPE_CHECKING:
@@ -188,14 +189,14 @@ def read_model_file(path: str) -> tuple[str, dict[str, Any]]:
     """
     try:
         text = read_regular_file(path, MAX_FILE_BYTES)
-        found = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        found = parse_json(text, parse_float=_finite, parse_constant=_finite)
     except OSError as exc:
         reason = exc.strerror or exc
         raise ConfigError(
             f"model {path}: cannot be read: {reason}. To go on with a run whose file is gone, name "
             "the config.json of its newest checkpoint."
         ) from exc
-    except (ValueError, RecursionError) as exc:  # a UnicodeDecodeError is a ValueError
+    except ValueError as exc:
         raise ConfigError(f"model {path}: not valid JSON: {_shown(_first_line(exc))}.") from exc
     if not isinstance(found, dict):
         raise ConfigError(f"model {path}: must hold one JSON object, as config.json does.")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from utils.errors import ConfigError
+from utils.json_text import parse_json
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parents[1]
 CONFIG_DIRECTORY = PROJECT_DIRECTORY / "configs"
@@ -641,18 +642,18 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not separator or not key.strip():
         raise ConfigError(f"--set {text}: use key=value.")
     try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
+        value = parse_json(raw)
+    except ValueError:
         value = raw
     return key.strip(), value
 
 
 def _read_config_file(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = parse_json(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{_display_path(path)}: cannot be read: {exc}.") from exc
-    except (ValueError, RecursionError) as exc:
+    except ValueError as exc:
         raise ConfigError(f"{_display_path(path)}: not valid JSON: {exc}.") from exc
     if not isinstance(values, dict):
         raise ConfigError(f"{_display_path(path)}: must hold one JSON object.")

@@ -484,7 +484,10 @@ def inspect_data(arguments: argparse.Namespace) -> int:
     _say(arguments, content, _format_inspection(inspection))
     for shard in inspection.bad:
         print(f"{_printable(shard.name)}: {_printable(shard.problem or '')}", file=sys.stderr)
-    return ExitCode.USAGE if inspection.bad else ExitCode.DONE
+    if inspection.tokenizer_problem:
+        print(_printable(inspection.tokenizer_problem), file=sys.stderr)
+    is_good = not inspection.bad and not inspection.tokenizer_problem
+    return ExitCode.DONE if is_good else ExitCode.USAGE
 
 
 def _format_inspection(inspection: Inspection) -> str:

@@ -53,6 +53,13 @@ def save_shards(directory: Path, lengths: Sequence[int]) -> list[ShardFacts]:
     return facts
 
 
+def flip_bit(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def npy(header: str, data: bytes = b"") -> bytes:
     """Return a .npy file with a header of one's own."""
     text = header.encode("latin1") + b"\n"

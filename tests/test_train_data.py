@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from configs.model_config import build_model_config
 from configs.training_config import get_training_config
+from tests.sample_json import UNREADABLE
+from tests.sample_shards import flip_bit
 from utils.layout import find_checkpoints, read_json
 from utils.metadata import read_metrics
 from utils.model_building import LossModel, build_model
@@ -102,26 +104,93 @@ def test_sources_of_different_tokenizers_are_refused(
     assert "different tokenizers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_refused_before_anything_is_written(
+    run_train: Train,
+    tmp_path: Path,
+    own_data: Path,
+    words: tuple[str, ...],
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flip_bit(own_data / name)
+    assert run_train("--max-steps", "2", *words, settings=(f"data_uri={own_data}",)) == 2
+    message = capsys.readouterr().err
+    assert f"{own_data}/{name} is damaged or was replaced: it has crc32c" in message
+    assert "Put back the file that the data were made with" in message
+    assert "Traceback" not in message
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_a_tokenizer_that_is_damaged_after_the_checks_is_in_no_checkpoint(
+    run_train: Train,
+    tmp_path: Path,
+    own_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(
+        "utils.preflight.read_tokenizers", lambda *_: flip_bit(own_data / "tokenizer.json") or {}
+    )
+    assert run_train("--max-steps", "2", settings=(f"data_uri={own_data}",)) == 2
+    assert f"{own_data}/tokenizer.json is damaged" in capsys.readouterr().err
+    assert not find_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_a_tokenizer_that_is_gone_is_refused(
+    run_train: Train, own_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_data / "tokenizer.json").unlink()
+    assert run_train("--dry-run", settings=(f"data_uri={own_data}",)) == 2
+    assert f"{own_data}/tokenizer.json is missing, although" in capsys.readouterr().err
+
+
+def test_an_index_with_the_sha256_alone_is_held_against_the_tokenizer(
+    run_train: Train, own_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = json.loads((own_data / "index.json").read_text())
+    del index["tokenizer_crc32c"]
+    (own_data / "index.json").write_text(json.dumps(index))
+    settings = (f"data_uri={own_data}",)
+    assert run_train("--dry-run", "--fresh", settings=settings) == 0
+    flip_bit(own_data / "tokenizer.json")
+    assert run_train("--dry-run", settings=settings) == 2
+    assert "tokenizer.json is damaged or was replaced: it has sha256" in capsys.readouterr().err
+
+
+def test_a_damaged_tokenizer_of_any_source_is_refused(
+    run_train: Train, sample_data: Path, own_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip_bit(own_data / "tokenizer.json")
+    sources = [{"uri": str(sample_data), "weight": 1}, {"uri": str(own_data), "weight": 1}]
+    assert run_train("--dry-run", settings=(f"data_uri={json.dumps(sources)}",)) == 2
+    assert f"{own_data}/tokenizer.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_index_that_cannot_be_read_is_an_error(
+    run_train: Train, own_data: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_data / "index.json").write_bytes(UNREADABLE[kind])
+    assert run_train("--dry-run", settings=(f"data_uri={own_data}",)) == 2
+    assert f"{own_data}/index.json is not usable" in capsys.readouterr().err
+
+
 def test_a_bad_shard_stops_the_run_with_its_name_and_reason(
     run_train: Train, own_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage(own_data / "train_00002.npz")
+    flip_bit(own_data / "train_00002.npz")
     assert run_train("--max-steps", "20", settings=(f"data_uri={own_data}",)) == 2
     message = capsys.readouterr().err
     assert "train_00002.npz: its crc32c is" in message
     assert "Traceback" not in message
 
 
-def damage(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 def test_a_bad_shard_can_be_skipped_and_the_checkpoint_remembers_it(
     run_train: Train, tmp_path: Path, own_data: Path
 ) -> None:
-    damage(own_data / "train_00002.npz")
+    flip_bit(own_data / "train_00002.npz")
     settings = (f"data_uri={own_data}", "bad_shard=skip", "logging_steps=1")
     assert run_train("--max-steps", "20", folder="straight", settings=settings) == 0
     assert run_train("--max-steps", "20", "--stop-after", "11", settings=settings) == 0

@@ -18,6 +18,7 @@ import tokenizers
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import export_model, generate, prepare_data
 from tests.utils.test_tokenizer_loading import TEXT, write_tokenizer
+from utils.errors import ExitCode
 from utils.layout import read_json
 
 Train = Callable[..., int]
@@ -97,6 +98,22 @@ def test_shards_without_an_index_give_a_model_without_an_end_token(
         assert (found.get("bos_token_id"), found.get("eos_token_id")) == (None, None)
 
 
+def test_a_model_that_reads_tokenizers_by_rules_of_its_own_is_refused(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = prepare(tmp_path)
+    (tmp_path / "qwen2.json").write_text(json.dumps({**LLAMA, "model_type": "qwen2"}))
+
+    code = run_train(
+        "--config", "test", "--max-steps", "2",
+        settings=(f"data_uri={data}", f"model={tmp_path / 'qwen2.json'}"),
+    )  # fmt: skip
+
+    assert code == ExitCode.PREFLIGHT
+    assert "For a model of type qwen2, transformers reads" in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
 # Without their dependencies, which would bring torch once more.
 TRANSFORMERS_4 = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
 READ = """
@@ -134,7 +151,8 @@ def transformers_4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 64,
     "rope_theta": 500000.0, "rope_scaling": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,

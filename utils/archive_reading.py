@@ -10,7 +10,6 @@ bytes and files is the caller's affair. No torch here.
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import tarfile
 import time
@@ -30,6 +29,7 @@ from utils.errors import (
     StorageError,
     TransientStorageError,
 )
+from utils.json_text import FOREIGN_ERRORS, parse_json
 from utils.layout import (
     MANIFEST_FILE,
     FileEntry,
@@ -103,12 +103,12 @@ def read_card(bucket: Bucket, name: str) -> Card:
     try:
         if len(data) > MAX_CARD_BYTES:
             raise ValueError(f"it has more than {MAX_CARD_BYTES} bytes")
-        value = json.loads(data)
+        value = parse_json(data)
         manifest = Manifest.from_json(value["manifest"], where)
         return Card(name, manifest, _check_card(name, manifest, value["archive"]))
     except CheckpointError as exc:
         raise CheckpointError(f"{name} cannot be used: {exc} {_CHOOSE_ANOTHER}") from exc
-    except (ValueError, KeyError, TypeError, RecursionError) as exc:
+    except FOREIGN_ERRORS as exc:
         reason = f"no {exc}" if isinstance(exc, KeyError) else str(exc)
         raise CheckpointError(
             f"{name} cannot be used: {where} is not a usable card ({reason}). {_CHOOSE_ANOTHER}"
@@ -346,8 +346,8 @@ class _Unpacking:
 
     def _require_manifest(self) -> None:
         try:
-            found = Manifest.from_json(json.loads(bytes(self._manifest)), MANIFEST_FILE)
-        except (CheckpointError, ValueError, RecursionError) as exc:
+            found = Manifest.from_json(parse_json(bytes(self._manifest)), MANIFEST_FILE)
+        except (CheckpointError, ValueError) as exc:
             raise self._refused(f"its {MANIFEST_FILE} cannot be read ({exc})") from exc
         if found != self._card.manifest:
             raise self._refused(f"its {MANIFEST_FILE} is not that of its card")

@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from utils.costs import Costs, summarize_costs
-from utils.errors import CheckpointError, ConfigError
+from utils.errors import ConfigError
 from utils.layout import DATA_STATE_FILE, METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
 from utils.metadata import (
     CheckpointView,
@@ -25,7 +25,7 @@ from utils.metadata import (
     loss_trend,
     number,
     parse_time,
-    read_json_object,
+    read_json_part,
     to_json_text,
 )
 from utils.mfu import Utilization, find_peak_flops, flops_per_token
@@ -126,12 +126,7 @@ def loss_statistics(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_part(view: CheckpointView, name: str) -> tuple[dict[str, Any], str | None]:
     """Return (a JSON file of the checkpoint, what is wrong with it); empty for a remote one."""
-    if view.path is None:
-        return {}, None
-    try:
-        return read_json_object(view.path / name), None
-    except CheckpointError as exc:
-        return {}, str(exc)
+    return ({}, None) if view.path is None else read_json_part(view.path / name, view.manifest)
 
 
 def data_position(data_state: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,8 +314,8 @@ def read_curves(view: CheckpointView, label: str) -> tuple[Curves, str | None]:
         problem = "the whole history is in the archive"
     elif problem is None and not isinstance(history.get("steps"), list):
         problem = f"{METRICS_HISTORY_FILE} has no steps"
-    if problem is None:
-        return curves_from_history(label, history), None
+    if isinstance(history.get("steps"), list):
+        return curves_from_history(label, history), problem
     return curves_from_metadata(label, view.metadata), problem
 
 

@@ -151,7 +151,8 @@ def prepare_corpus(
         token_cache: Keeps what is tokenized, for another time.
 
     Raises:
-        DataError: A source cannot be read or has no text, or a token id is outside the vocabulary.
+        DataError: A source cannot be read or has no text, a token id is outside the vocabulary, or
+            an index is there and cannot be read.
         UsageError: The tokenizer cannot be used, or the bucket holds other data.
         StorageError: The bucket cannot be read or written.
     """
@@ -214,8 +215,9 @@ def _look_at_output(bucket: Bucket, fingerprint: str, overwrite: bool) -> Prepar
 
     Raises:
         UsageError: It holds something else.
+        DataError: What it says of itself cannot be read.
     """
-    index = shard_writer.read_json(bucket, INDEX_FILE)
+    index = shard_writer.get_old_json(bucket, INDEX_FILE, overwrite)
     if index and index.get("source_fingerprint") == fingerprint and is_intact(bucket, index):
         if bucket.stat(PARTIAL_INDEX_FILE):
             bucket.delete(PARTIAL_INDEX_FILE)

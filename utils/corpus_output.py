@@ -134,12 +134,13 @@ def claim_output(
     """Make sure that writing to the bucket harms nobody; nothing is changed here.
 
     Raises:
+        DataError: The partial index is there and cannot be read, and `overwrite` is not set.
         UsageError: The bucket holds other data and `overwrite` is not set, or shards that this
             program did not write.
     """
-    partial = shard_writer.read_json(bucket, PARTIAL_INDEX_FILE)
     if index and index.get("source_fingerprint") == fingerprint:
         return Claim(None, [INDEX_FILE])
+    partial = shard_writer.get_old_json(bucket, PARTIAL_INDEX_FILE, overwrite)
     if partial and partial.get("source_fingerprint") == fingerprint:
         return Claim(partial, [])
     listed = {name for content in (index, partial) for name in _tokenizer_files(content)}

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from utils.json_text import FOREIGN_ERRORS, parse_json
 from utils.layout import Manifest
 from utils.metadata import MAX_STEP, append_metrics, number, printable, to_json_text
 from utils.regular_file import read_regular_file
@@ -140,7 +141,7 @@ def read_evaluations(path: Path) -> EvaluationLog:
 
 def _parse(line: bytes) -> Evaluation | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         model, task = record["model"], record["task"]
         values, what, how = (record.get(key) or {} for key in ("values", "what", "how"))
         if not (isinstance(model, str) and isinstance(task, str)):
@@ -157,7 +158,7 @@ def _parse(line: bytes) -> Evaluation | None:
             _text(record.get("weights")),
             printable(record.get("time") or ""),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except FOREIGN_ERRORS:
         return None
 
 

@@ -25,6 +25,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from utils.json_text import FOREIGN_ERRORS, parse_json
 from utils.regular_file import read_regular_file
 from utils.storage import fsync_directory
 
@@ -240,7 +241,7 @@ def _lines_to_keep(lines: list[bytes]) -> list[bytes]:
 def parse_entry(line: bytes) -> JournalEntry | None:
     """Return the entry that a line of the journal holds, None where it holds none."""
     try:
-        value = json.loads(line)
+        value = parse_json(line)
         return JournalEntry(
             checkpoint=str(value.pop("checkpoint")),
             run_id=str(value.pop("run_id")),
@@ -248,5 +249,5 @@ def parse_entry(line: bytes) -> JournalEntry | None:
             time=str(value.pop("time")),
             details=value,
         )
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    except FOREIGN_ERRORS:
         return None

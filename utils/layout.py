@@ -28,6 +28,7 @@ from typing import Any
 
 from configs.training_config import TrainingConfig
 from utils.errors import CheckpointError, UsageError
+from utils.json_text import FOREIGN_ERRORS, parse_json
 from utils.regular_file import read_regular_file
 
 MANIFEST_FILE = "manifest.json"
@@ -302,7 +303,7 @@ class Manifest:
                 files=files,
                 forks=_parse_forks(value),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
+        except FOREIGN_ERRORS as exc:
             raise CheckpointError(f"{source} is not a usable manifest: {exc}.") from exc
 
 
@@ -320,10 +321,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     path = checkpoint / MANIFEST_FILE
     try:
-        return Manifest.from_json(json.loads(read_regular_file(path)), str(path))
+        return Manifest.from_json(read_json(path), str(path))
     except FileNotFoundError as exc:
         raise CheckpointError(f"{checkpoint} is incomplete: it has no {MANIFEST_FILE}.") from exc
-    except (OSError, ValueError, RecursionError) as exc:
+    except (OSError, ValueError) as exc:
         raise CheckpointError(f"{path} cannot be read: {exc}.") from exc
 
 
@@ -360,8 +361,13 @@ def local_archive(checkpoint: Path) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Return a JSON file's value."""
-    return json.loads(read_regular_file(path))
+    """Return a JSON file's value.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no JSON.
+    """
+    return parse_json(read_regular_file(path))
 
 
 def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:

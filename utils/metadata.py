@@ -25,6 +25,7 @@ from typing import Any
 from utils.errors import CheckpointError, StorageError, UsageError, first_line
 from utils.followed_file import FollowedFile
 from utils.journal import Journal, JournalEntry, UploadState, utc_now
+from utils.json_text import FOREIGN_ERRORS, parse_json
 from utils.layout import (
     ARCHIVE_SUFFIX,
     MANIFEST_FILE,
@@ -46,9 +47,6 @@ MAX_STEP = 2**63
 RECORD_BYTES = 512  # of a line of metrics.jsonl, at most
 TOO_DEEP = "(too deep)"
 START_EVENTS = ("start", "resume")
-
-# Raised by json and int() for what no writer of ours wrote: too deep, or infinite.
-_JSON_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 # The numbers that a history begins with, to the last comma behind them. Its name ends with a bare
 # quote, so this never matches within a JSON string.
@@ -181,6 +179,24 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return _require_object(path.name, _parse_json(path.name, _read_file(path.name, str(path))))
 
 
+def read_json_part(path: Path, manifest: Manifest | None) -> tuple[dict[str, Any], str | None]:
+    """Return (a JSON file of a checkpoint as far as it can be read, what is wrong with it)."""
+    try:
+        data = _read_file(path.name, str(path))
+        value = _require_object(path.name, _parse_json(path.name, data))
+    except CheckpointError as exc:
+        return {}, str(exc)
+    return value, find_damage(path.name, data, manifest)
+
+
+def find_damage(name: str, data: bytes, manifest: Manifest | None) -> str | None:
+    """Say why a file of a checkpoint is not what was written; None where nothing says so."""
+    entry = manifest.files.get(name) if manifest is not None else None
+    if entry is None or crc32c_of_bytes(data) == entry.crc32c:
+        return None
+    return f"{name} is damaged (its crc32c is not the manifest's)"
+
+
 def _require_object(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{name} cannot be read (it holds no JSON object)")
@@ -200,8 +216,8 @@ def _read_file(name: str, path: str) -> bytes:
 
 def _parse_json(name: str, data: bytes) -> Any:
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as exc:
+        return parse_json(data)
+    except ValueError as exc:
         raise CheckpointError(f"{name} cannot be read ({exc})") from exc
 
 
@@ -289,12 +305,12 @@ def read_local_checkpoint(
             problems.append(f"its manifest is of step {manifest.step}")
     except CheckpointError as exc:
         problems.append(str(exc))
-    except (OverflowError, RecursionError) as exc:
-        problems.append(f"{MANIFEST_FILE} cannot be read ({exc})")
     try:
         data = _read_file(METADATA_FILE, f"{directory}/{METADATA_FILE}")
         short = _LONG_HISTORY.sub(rb"\1", data) if brief else data
         metadata = _require_object(METADATA_FILE, _parse_json(METADATA_FILE, short))
+        damage = find_damage(METADATA_FILE, data, manifest)
+        problems += [damage] if damage else []
     except CheckpointError as exc:
         problems.append(str(exc))
     problem = "; ".join(problems) or None
@@ -342,12 +358,12 @@ def read_remote_checkpoint(
         data = bucket.read_bytes(object_name, 0, MAX_CARD_BYTES + 1)
         if len(data) > MAX_CARD_BYTES:
             raise ValueError(f"it has more than {MAX_CARD_BYTES} bytes")
-        card = json.loads(data)
+        card = parse_json(data)
         manifest = Manifest.from_json(card["manifest"], object_name)
         metadata = card["metadata"] if isinstance(card.get("metadata"), dict) else {}
         problem = _archive_problem(card.get("archive"), archive)
         return CheckpointView(name, metadata, manifest, None, None, archive_bytes, problem)
-    except (StorageError, CheckpointError, *_JSON_ERRORS) as exc:
+    except (StorageError, CheckpointError, *FOREIGN_ERRORS) as exc:
         reason = f"{object_name}: {exc or type(exc).__name__}"
         return CheckpointView(name, {}, None, None, None, archive_bytes, reason)
 
@@ -476,11 +492,11 @@ class MetricsLog:
 
     def _take(self, line: bytes) -> None:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             step = record["step"] = int(record["step"])
             if abs(step) >= MAX_STEP:
                 raise OverflowError
-        except _JSON_ERRORS:
+        except FOREIGN_ERRORS:
             self.bad_lines += 1
             return
         if "event" not in record:

@@ -23,7 +23,13 @@ from utils.layout import TRAINING_CONFIG_FILE, RunPaths
 from utils.metadata import printable, read_json_object
 from utils.model_loading import LoadedModel, ModelSource
 from utils.shard_cache import ShardCache
-from utils.shard_index import ShardFacts, ShardIndex, build_shard_index, fingerprint_shards
+from utils.shard_index import (
+    ShardFacts,
+    ShardIndex,
+    build_shard_index,
+    fingerprint_shards,
+    read_tokenizer_files,
+)
 from utils.storage import Bucket, is_gcs_uri, open_bucket
 from utils.task_data import Questions
 from utils.token_bytes import ByteCounter
@@ -222,7 +228,7 @@ class Evaluator:
         """Return the pieces of the tokenizer that shards bring along; empty where there is none."""
         if uri not in self._pieces:
             bucket, index = self._open(uri)
-            files = {name: bucket.read_bytes(name) for name in index.tokenizer_files}
+            files = read_tokenizer_files(bucket, index)
             try:
                 vocabulary = load_tokenizer(files).get_vocab() if files else {}
             except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception

@@ -23,6 +23,7 @@ from utils.layout import RANDOM_STATES_PREFIX, Manifest
 from utils.libraries import load_libraries
 from utils.metadata import printable, reason_of
 from utils.parts import OPTIMIZER_PREFIX
+from utils.shard_index import require_recorded_tokenizer
 from utils.tokenizer_loading import begin_like_data, find_tokenizer
 
 if TYPE_CHECKING:
@@ -189,6 +190,9 @@ def load_named_tokenizer(name: str) -> Any:
     Raises:
         UsageError: There is none.
     """
+    path = Path(name).expanduser()
+    if path.exists():
+        require_recorded_tokenizer(path)
     try:
         found = find_tokenizer(name)
     except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file

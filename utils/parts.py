@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from utils.json_text import parse_json
+
 if TYPE_CHECKING:
     import torch
 
@@ -173,7 +175,7 @@ class PartFiles:
         self.names = list(self._pieces)
 
     def _add(self, file: Any, source: str) -> None:
-        info = json.loads((file.metadata() or {}).get(OFFSETS_HEADER, "{}"))
+        info = parse_json((file.metadata() or {}).get(OFFSETS_HEADER, "{}"))
         for name in file.keys():  # noqa: SIM118 - not a dict
             held = tuple(file.get_slice(name).get_shape())
             shape = tuple(int(size) for size in info[name]["shape"])

@@ -34,6 +34,7 @@ from utils.errors import (
     StorageError,
     TransientStorageError,
 )
+from utils.json_text import parse_json_object
 from utils.layout import REMOTE_FOLDER
 from utils.metadata import number, printable
 from utils.storage import Bucket, ObjectInfo
@@ -90,10 +91,9 @@ class LeaseRecord:
     def from_bytes(cls, data: bytes, default_heartbeat: float) -> LeaseRecord:
         """Return what can be read of a lease that may be half written or foreign."""
         try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
-            value = None
-        value = value if isinstance(value, dict) else {}
+            value = parse_json_object(data)
+        except ValueError:
+            value = {}
         text = {key: str(value.get(key, "")) for key in ("machine", "process_start", "token")}
         pid, beat = number(value.get("pid")) or 0, number(value.get("beat")) or 0
         heartbeat = number(value.get("heartbeat_seconds")) or 0.0

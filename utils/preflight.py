@@ -11,9 +11,11 @@ there. Where the run begins is decided by `decide_start`, once nobody else does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,15 @@ from utils.estimates import estimate_checkpoint_bytes
 from utils.forecast import RunFacts, check_times, is_long_run, measure_busy_share, probe_step
 from utils.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.machine_checks import check_disk, check_memory, check_snapshot, estimate_memory
-from utils.metadata import read_remote_checkpoints
+from utils.metadata import printable, read_remote_checkpoints
 from utils.model_building import ParameterCounts
 from utils.resume import READ_CARDS, Plan, plan_start, require_startable
-from utils.shard_index import DataSource, build_shard_index
+from utils.shard_index import DataSource, build_shard_index, read_tokenizer_files
 from utils.sharding import resolve_sharding
 from utils.step_probe import StepProbe
 from utils.storage import is_gcs_uri, join_uri, open_bucket
+from utils.tokenizer_conversion import TOKENIZER_FILE
+from utils.tokenizer_loading import find_misreading, write_files
 from utils.training_utils import device_name
 from utils.transports import TransportOptions, probe_transport
 
@@ -111,6 +115,49 @@ def require_vocabulary(sources: Sequence[DataSource], model_config: Any) -> None
             f"The sources were made with different tokenizers: {', '.join(hashes)}. Prepare them "
             "with the same one (--tokenizer)."
         )
+
+
+def read_tokenizers(config: TrainingConfig, sources: Sequence[DataSource]) -> dict[str, bytes]:
+    """Return the tokenizer that checkpoints get: the first source's, file name -> bytes.
+
+    Raises:
+        DataError: It is damaged, was replaced, or is gone.
+    """
+    found = []
+    for source in sources:
+        bucket = open_bucket(source.uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
+        with contextlib.closing(bucket):
+            found.append(read_tokenizer_files(bucket, source.index))
+    return found[0] if found else {}
+
+
+def check_tokenizer(files: Mapping[str, bytes], model_config: Any, *, is_new: bool) -> list[Check]:
+    """Say where `AutoTokenizer` would read a checkpoint's tokenizer in another way than it is.
+
+    For some types of model, transformers builds a tokenizer by rules of its own. A run that has
+    begun with one is only warned.
+    """
+    if TOKENIZER_FILE not in files:
+        return []
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+        config = model_config.to_json_string().encode("utf-8")
+        write_files({**files, "config.json": config}, Path(folder))
+        try:
+            text = find_misreading(Path(folder))
+        except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
+            return [Check("tokenizer", "warn", f"It cannot be loaded: {printable(exc)}")]
+    if text is None:
+        return []
+    return [
+        Check(
+            "tokenizer",
+            "fail" if is_new else "warn",
+            f"For a model of type {model_config.model_type}, transformers reads "
+            f"{printable(repr(text), 80)} in another way than the data's {TOKENIZER_FILE}: nobody "
+            "who loads a checkpoint would get the ids that it was trained with. Train another type "
+            "of model (llama, gpt_neox), or prepare the data with the model's own tokenizer.",
+        )
+    ]
 
 
 def set_special_tokens(config: TrainingConfig, sources: Sequence[DataSource], model: Any) -> None:
@@ -307,6 +354,7 @@ def check_start(
     # Data first: what is wrong with them is told before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config)
+    tokenizer = read_tokenizers(config, sources)
     set_special_tokens(config, sources, model_config)
     transport, uploading = check_upload(config, paths.checkpoints)
     device, world_size = accelerator.device, accelerator.num_processes
@@ -330,6 +378,7 @@ def check_start(
         *data,
         *([check_tokens(facts)] if sources else []),
         *([check_vocabulary(sources, model_config)] if sources else []),
+        *check_tokenizer(tokenizer, model_config, is_new=plan.step == 0),
         memory,
         check_snapshot(config, counts),
         check_disk(config, counts, transport),

@@ -9,7 +9,6 @@ The files hold dated list prices and are meant to be edited. A provider is a fil
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from configs.training_config import CONFIG_DIRECTORY, TrainingConfig
 from utils.errors import ConfigError
+from utils.json_text import parse_json
 from utils.metadata import number, printable
 from utils.regular_file import read_regular_file
 
@@ -158,8 +158,8 @@ def read_price_list(path: Path) -> PriceList:
     """
     where = _show(path)
     try:
-        values = json.loads(read_regular_file(path, MAX_LIST_BYTES))
-    except (OSError, ValueError, RecursionError) as exc:
+        values = parse_json(read_regular_file(path, MAX_LIST_BYTES))
+    except (OSError, ValueError) as exc:
         raise ConfigError(f"{where}: cannot be read: {printable(exc)}.") from exc
     values = _require_object(where, values, (*_TEXT_KEYS, *_PRICE_KEYS, "operations", "machines"))
     for key in _TEXT_KEYS:

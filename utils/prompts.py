@@ -7,13 +7,13 @@ No torch here.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from utils.errors import UsageError
+from utils.json_text import parse_json
 from utils.metadata import printable
 
 STDIN = "-"
@@ -96,8 +96,8 @@ def _prompt_of(line: str) -> str:
         ValueError: It has none.
     """
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as exc:
+        value = parse_json(line)
+    except ValueError as exc:
         raise ValueError("it is no JSON") from exc
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")

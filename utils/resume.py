@@ -20,6 +20,7 @@ from utils.checkpoint_store import set_aside, verify_checkpoint
 from utils.download import download_checkpoint
 from utils.errors import CheckpointError, StorageError, UsageError
 from utils.journal import Journal
+from utils.json_text import FOREIGN_ERRORS
 from utils.layout import (
     REMOTE_FOLDER,
     CheckpointName,
@@ -469,7 +470,7 @@ def read_run_identity(paths: RunPaths) -> RunIdentity | None:
         return RunIdentity.from_json(value)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+    except (OSError, *FOREIGN_ERRORS) as exc:
         log.warning("%s cannot be read (%s) and is ignored.", paths.run_file, exc)
         return None
 

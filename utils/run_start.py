@@ -254,7 +254,7 @@ def _read_model(checkpoint: Path) -> Any:
     """Return what a checkpoint says of its model; None where that cannot be read."""
     try:
         return read_json(checkpoint / CONFIG_FILE)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
 
 

@@ -20,17 +20,20 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from utils.errors import DataError, ObjectNotFoundError, ShardError
-from utils.storage import Bucket, ObjectInfo
+from utils.json_text import FOREIGN_ERRORS, parse_json_object
+from utils.layout import MANIFEST_FILE, read_manifest
+from utils.storage import Bucket, DirectoryBucket, ObjectInfo, crc32c_of_bytes
+from utils.tokenizer_conversion import TOKENIZER_FILE
 
 INDEX_OBJECT = "index.json"
 INDEX_FORMAT = 1
@@ -99,6 +102,7 @@ class ShardIndex:
         unigram_entropy: Entropy of the training tokens in nats, None where unknown.
         tokenizer_files: Object names of the tokenizer's own files.
         tokenizer_hash: SHA-256 of the tokenizer, None where unknown.
+        tokenizer_checksums: Base64 crc32c of the tokenizer's files, as far as the index has them.
         eos_token_id: Id between documents, None where unknown.
     """
 
@@ -108,6 +112,7 @@ class ShardIndex:
     unigram_entropy: float | None = None
     tokenizer_files: tuple[str, ...] = ()
     tokenizer_hash: str | None = None
+    tokenizer_checksums: Mapping[str, str] = field(default_factory=dict)
     eos_token_id: int | None = None
 
     @property
@@ -176,12 +181,11 @@ def build_shard_index(
         DataError: There are no training shards, or `index.json` is not usable.
         ShardError: A shard's headers cannot be read (only where there is no index).
     """
-    try:
-        index = _from_index(json.loads(bucket.read_bytes(INDEX_OBJECT)), bucket)
-    except ObjectNotFoundError:
+    value = get_json(bucket, INDEX_OBJECT)
+    if value is None:
         index = _from_headers(bucket, max_files, skip_bad_shards=skip_bad_shards)
-    except (ValueError, RecursionError) as exc:
-        raise DataError(f"{bucket.uri}/{INDEX_OBJECT} is not usable: {exc}.") from exc
+    else:
+        index = parse_index(value, bucket)
     if not index.training and is_trained:
         raise DataError(
             f"{bucket.uri} holds no training shards (*.npz that do not begin with val_)."
@@ -194,7 +198,29 @@ def is_validation_shard(name: str) -> bool:
     return PurePosixPath(name).name.startswith(VALIDATION_PREFIX)
 
 
-def _from_index(value: Any, bucket: Bucket) -> ShardIndex:
+def get_json(bucket: Bucket, name: str) -> dict[str, Any] | None:
+    """Return a JSON object of the bucket; None where nothing of that name is there.
+
+    Raises:
+        DataError: It is there, and is no JSON object.
+        StorageError: The bucket cannot be read.
+    """
+    try:
+        data = bucket.read_bytes(name)
+    except ObjectNotFoundError:
+        return None
+    try:
+        return parse_json_object(data)
+    except ValueError as exc:
+        raise DataError(f"{bucket.uri}/{name} is not usable: {exc}.") from exc
+
+
+def parse_index(value: Mapping[str, Any], bucket: Bucket) -> ShardIndex:
+    """Return what the content of `index.json` says.
+
+    Raises:
+        DataError: It is not usable.
+    """
     try:
         if value["format"] != INDEX_FORMAT:
             raise ValueError(f"format {value['format']!r}, this version reads {INDEX_FORMAT}")
@@ -215,10 +241,12 @@ def _from_index(value: Any, bucket: Bucket) -> ShardIndex:
             value.get("summary", {}).get("unigram_entropy_nats"),
             find_tokenizer_files(named),
             value.get("tokenizer_sha256"),
+            dict(value.get("tokenizer_crc32c") or {}),
             value.get("eos_token_id"),
         )
-    except (KeyError, TypeError, AttributeError, OverflowError) as exc:
-        raise ValueError(f"{type(exc).__name__} {exc}") from exc
+    except FOREIGN_ERRORS as exc:
+        reason = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__} {exc}"
+        raise DataError(f"{bucket.uri}/{INDEX_OBJECT} is not usable: {reason}.") from exc
 
 
 TOKENIZER_FILES = (
@@ -236,6 +264,86 @@ TOKENIZER_FILES = (
 def find_tokenizer_files(names: Iterable[str]) -> tuple[str, ...]:
     """Return those of some file names that are a tokenizer's, sorted."""
     return tuple(sorted(name for name in names if name in TOKENIZER_FILES))
+
+
+def recorded_checksums(index: Mapping[str, Any]) -> dict[str, str]:
+    """Return name -> base64 crc32c of the files of data, as far as `index.json` has them.
+
+    Args:
+        index: Its content; that of another program's file says nothing.
+    """
+    shards, tokenizer = index.get("shards"), index.get("tokenizer_crc32c")
+    found = dict(tokenizer) if isinstance(tokenizer, dict) else {}
+    for shard in shards if isinstance(shards, list) else ():
+        if isinstance(shard, dict) and isinstance(shard.get("crc32c"), str):
+            found[str(shard.get("name"))] = shard["crc32c"]
+    return found
+
+
+def read_tokenizer_files(bucket: Bucket, index: ShardIndex) -> dict[str, bytes]:
+    """Return the tokenizer's files that come with data: name -> bytes, as the index recorded them.
+
+    Raises:
+        DataError: One is missing, or is not what the index recorded.
+    """
+    files = read_recorded_files(bucket, index.tokenizer_files, index.tokenizer_checksums)
+    if TOKENIZER_FILE in files and index.tokenizer_hash is not None:
+        found = hashlib.sha256(files[TOKENIZER_FILE]).hexdigest()
+        if found != index.tokenizer_hash:
+            raise _damaged(bucket, TOKENIZER_FILE, f"sha256 {found}", index.tokenizer_hash)
+    return files
+
+
+def read_recorded_files(
+    bucket: Bucket, names: Iterable[str], checksums: Mapping[str, str]
+) -> dict[str, bytes]:
+    """Return small files that come with data, as far as `checksums` has them as recorded there.
+
+    Raises:
+        DataError: One is missing, or is not what was recorded.
+    """
+    files = {}
+    for name in names:
+        try:
+            files[name] = bucket.read_bytes(name)
+        except ObjectNotFoundError as exc:
+            raise DataError(
+                f"{bucket.uri}/{name} is missing, although it is recorded there. {_REMEDY}"
+            ) from exc
+        found = crc32c_of_bytes(files[name])
+        if checksums.get(name, found) != found:
+            raise _damaged(bucket, name, f"crc32c {found}", checksums[name])
+    return files
+
+
+_REMEDY = "Put back the file that the data were made with, or prepare the data again."
+
+
+def _damaged(bucket: Bucket, name: str, found: str, said: str) -> DataError:
+    return DataError(
+        f"{bucket.uri}/{name} is damaged or was replaced: it has {found}, recorded beside it is "
+        f"{said}. {_REMEDY}"
+    )
+
+
+def require_recorded_tokenizer(path: Path) -> None:
+    """Raise where a tokenizer is not what `index.json` or `manifest.json` beside it recorded.
+
+    Args:
+        path: A directory, or a tokenizer's file in one.
+
+    Raises:
+        DataError: It is not, or `index.json` cannot be read.
+        CheckpointError: `manifest.json` cannot be read.
+    """
+    directory = path if path.is_dir() else path.parent
+    bucket = DirectoryBucket(directory)
+    checksums = recorded_checksums(get_json(bucket, INDEX_OBJECT) or {})
+    if (directory / MANIFEST_FILE).is_file():
+        files = read_manifest(directory).files
+        checksums.update({name: entry.crc32c for name, entry in files.items()})
+    names = find_tokenizer_files(checksums if path == directory else [path.name])
+    read_recorded_files(bucket, names, checksums)
 
 
 def _from_headers(bucket: Bucket, max_files: int | None, *, skip_bad_shards: bool) -> ShardIndex:

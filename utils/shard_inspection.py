@@ -10,7 +10,6 @@ a shard, whatever its size (an `attention_mask` is read whole, because its zeros
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import DataError, ShardError, UsageError
+from utils.json_text import parse_json_object
 from utils.shard_index import (
     HEADER_THREADS,
     INDEX_FORMAT,
@@ -28,14 +28,19 @@ from utils.shard_index import (
     MASK_KEY,
     SHARD_SUFFIX,
     find_token_key,
+    get_json,
     is_validation_shard,
     open_shard,
     open_stored_shard,
+    parse_index,
     read_array_blocks,
     read_array_header,
+    read_recorded_files,
     read_shard_facts,
+    read_tokenizer_files,
+    recorded_checksums,
 )
-from utils.shard_writer import PARTIAL_INDEX_FILE, put_json, read_json
+from utils.shard_writer import PARTIAL_INDEX_FILE, get_old_json, put_json
 from utils.storage import Bucket, ObjectInfo, crc32c_of_bytes, crc32c_of_file
 from utils.tokenizer_conversion import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
@@ -75,6 +80,8 @@ class Inspection:
     shards: tuple[ShardLook, ...]
     samples: dict[str, str] = field(default_factory=dict)
     """Shard name -> its first tokens as text; empty where there is no tokenizer."""
+    tokenizer_problem: str | None = None
+    """Why the tokenizer cannot be used, or None."""
 
     @property
     def bad(self) -> list[ShardLook]:
@@ -95,12 +102,13 @@ def build_index_file(
         overwrite: Replace an index that `prepare` wrote, which says more.
 
     Raises:
-        DataError: There are no shards, or some are bad; nothing is written then.
+        DataError: There are no shards, or some are bad; the index that is there cannot be read, or
+            says something else of the tokenizer. Nothing is written then.
         UsageError: A prepared corpus is there.
     """
     objects = list(bucket.list())
     names = {info.name for info in objects}
-    old = read_json(bucket, INDEX_OBJECT) if INDEX_OBJECT in names else None
+    old = get_old_json(bucket, INDEX_OBJECT, overwrite)
     if not overwrite and (PARTIAL_INDEX_FILE in names or (old and "source_fingerprint" in old)):
         raise UsageError(
             f"{bucket.uri} was made by this program, whose own index says more. Nothing was "
@@ -113,7 +121,7 @@ def build_index_file(
     _refuse_bad(bucket, looks)
     index = {
         "format": INDEX_FORMAT,
-        **_describe_stored_tokenizer(bucket, names, vocab_size),
+        **_describe_stored_tokenizer(bucket, names, vocab_size, {} if overwrite else old),
         "shards": [_entry_of(look) for look in looks],
         "summary": {
             "tokens": sum(look.tokens for look in looks),
@@ -138,12 +146,12 @@ def inspect_shards(bucket: Bucket, num_samples: int = 3, verify: bool = False) -
     """
     objects = list(bucket.list())
     names = {info.name for info in objects}
-    index = read_json(bucket, INDEX_OBJECT) if INDEX_OBJECT in names else None
+    index = get_json(bucket, INDEX_OBJECT)
     infos = [info for info in objects if info.name.endswith(SHARD_SUFFIX)]
     expected = _expected_entries(index)
     if not infos and not expected:
         raise DataError(f"{bucket.uri} holds no shards (*{SHARD_SUFFIX}).")
-    tokenizer = bucket.read_bytes(TOKENIZER_FILE) if TOKENIZER_FILE in names else None
+    tokenizer, tokenizer_problem = _read_tokenizer(bucket, index, names)
     vocab_size = _vocab_size_of(index, tokenizer)
     looks = _look_at_all(bucket, infos)
     if verify:
@@ -155,7 +163,24 @@ def inspect_shards(bucket: Bucket, num_samples: int = 3, verify: bool = False) -
               for name in missing]  # fmt: skip
     good = [look for look in looks if not look.problem][:num_samples]
     samples = _decode_samples(bucket, infos, good, tokenizer) if tokenizer else {}
-    return Inspection(bucket.uri, index is not None, vocab_size, tuple(looks), samples)
+    return Inspection(
+        bucket.uri, index is not None, vocab_size, tuple(looks), samples, tokenizer_problem
+    )
+
+
+def _read_tokenizer(
+    bucket: Bucket, index: dict[str, Any] | None, names: set[str]
+) -> tuple[bytes | None, str | None]:
+    """Return (tokenizer.json, what is wrong with the tokenizer); None where there is none."""
+    files: dict[str, bytes] = {}
+    try:
+        if index is not None:
+            files = read_tokenizer_files(bucket, parse_index(index, bucket))
+    except DataError as exc:
+        return None, str(exc)
+    if TOKENIZER_FILE in names and TOKENIZER_FILE not in files:
+        files[TOKENIZER_FILE] = bucket.read_bytes(TOKENIZER_FILE)
+    return files.get(TOKENIZER_FILE), None
 
 
 def _look_at_all(bucket: Bucket, infos: Sequence[ObjectInfo]) -> list[ShardLook]:
@@ -201,7 +226,7 @@ def _refuse_bad(bucket: Bucket, looks: Iterable[ShardLook]) -> None:
 
 
 def _describe_stored_tokenizer(
-    bucket: Bucket, names: set[str], vocab_size: int | None
+    bucket: Bucket, names: set[str], vocab_size: int | None, old: dict[str, Any] | None
 ) -> dict[str, Any]:
     known = [
         name
@@ -211,9 +236,12 @@ def _describe_stored_tokenizer(
     ]  # fmt: skip
     if TOKENIZER_FILE not in names:
         return {"vocab_size": vocab_size, "tokenizer_files": []}
-    files = {name: bucket.read_bytes(name) for name in known}
+    try:
+        files = read_recorded_files(bucket, known, recorded_checksums(old or {}))
+    except DataError as exc:
+        raise DataError(f"{exc} To record what is there now: --overwrite.") from exc
     vocabulary = _vocabulary_of(files[TOKENIZER_FILE])
-    config = _parse_object(files.get(TOKENIZER_CONFIG_FILE, b"{}"))
+    config = _parse_config(bucket, files.get(TOKENIZER_CONFIG_FILE, b"{}"))
     eos_token = config.get("eos_token")
     if isinstance(eos_token, dict):
         eos_token = eos_token.get("content")
@@ -240,12 +268,14 @@ def _build_backend(content: bytes) -> Any:
         raise DataError(f"{TOKENIZER_FILE} is not a tokenizer ({exc}).") from exc
 
 
-def _parse_object(content: bytes) -> dict[str, Any]:
+def _parse_config(bucket: Bucket, content: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return parse_json_object(content)
+    except ValueError as exc:
+        raise DataError(
+            f"{bucket.uri}/{TOKENIZER_CONFIG_FILE} cannot be read: {exc}. No index was written. "
+            "Put the right one back, or remove it."
+        ) from exc
 
 
 def _vocab_size_of(index: dict[str, Any] | None, tokenizer: bytes | None) -> int | None:

@@ -12,6 +12,7 @@ lists what an interrupted preparation has finished, so that the next one goes on
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 import zipfile
@@ -24,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from utils.documents import SPLITS, TRAINING, VALIDATION, TokenArray
-from utils.errors import StorageError
+from utils.errors import DataError, StorageError
+from utils.shard_index import get_json
 from utils.storage import Bucket, crc32c_of_file
 
 INDEX_FILE = "index.json"
@@ -34,6 +36,8 @@ SHARD_KEY = "input_ids"
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 COUNT_BLOCK_TOKENS = 2**20
 FIRST_BUFFER_TOKENS = 2**16
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -223,15 +227,26 @@ def put_json(bucket: Bucket, name: str, content: Mapping[str, Any], indent: int 
     bucket.put_bytes(name, (text + "\n").encode("utf-8"))
 
 
-def read_json(bucket: Bucket, name: str) -> dict[str, Any] | None:
-    """Return a JSON object of the bucket, or None where there is none that can be read."""
-    if bucket.stat(name) is None:
-        return None
+def get_old_json(bucket: Bucket, name: str, overwrite: bool) -> dict[str, Any] | None:
+    """Return what an output says of itself before it is written to; None where it says nothing.
+
+    Args:
+        bucket: The output.
+        name: `index.json` or `index.partial.json`.
+        overwrite: What is there and cannot be read is to be replaced: it counts as nothing.
+
+    Raises:
+        DataError: It is there and cannot be read.
+    """
     try:
-        content = json.loads(bucket.read_bytes(name))
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
+        return get_json(bucket, name)
+    except DataError as exc:
+        if overwrite:
+            log.warning("%s It is replaced.", exc)
+            return None
+        raise DataError(
+            f"{exc} Nothing was changed. Put the right one back, or give --overwrite to replace it."
+        ) from exc
 
 
 def entries_to_json(shards: Sequence[ShardEntry]) -> list[dict[str, Any]]:

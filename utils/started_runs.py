@@ -28,6 +28,7 @@ import psutil
 from configs.training_config import PROJECT_DIRECTORY
 from utils.errors import PretrainError, UsageError
 from utils.journal import Journal, UploadState
+from utils.json_text import parse_json
 from utils.layout import (
     ARCHIVE_SUFFIX,
     MANIFEST_FILE,
@@ -296,8 +297,8 @@ def read_records(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int
     records = []
     for line in data[:whole].splitlines():
         for text in (line, line[max(0, line.rfind(b'{"')) :]):
-            with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(text)
+            with contextlib.suppress(ValueError):
+                record = parse_json(text)
                 if isinstance(record, dict) and isinstance(record.get("step"), int):
                     records.append(record)
                     break

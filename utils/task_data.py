@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UsageError
+from utils.json_text import parse_json
 from utils.metadata import printable, reason_of
 from utils.regular_file import read_regular_file
 
@@ -109,8 +110,8 @@ def _read_file(task: str, path: Path) -> Iterator[tuple[str, Any]]:
             yield where, {"text": line.strip()}
             continue
         try:
-            yield where, json.loads(line)
-        except (ValueError, RecursionError) as exc:
+            yield where, parse_json(line)
+        except ValueError as exc:
             raise UsageError(f"{where} is no JSON: {printable(exc)}.") from exc
 
 

@@ -35,6 +35,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from utils.documents import Content, OpenText
 from utils.errors import DataError, UsageError, first_line
+from utils.json_text import parse_json
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -349,7 +350,7 @@ def _jsonl_documents(path: Path, column: str) -> Iterator[str]:
 
 def _text_of_record(line: bytes, column: str, place: str) -> str:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = parse_json(line.decode("utf-8-sig"))
     except ValueError as exc:
         raise DataError(f"{place}: not JSON ({exc}). One JSON object a line is needed.") from exc
     if not isinstance(record, dict):

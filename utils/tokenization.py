@@ -31,7 +31,7 @@ import numpy.typing as npt
 from utils.documents import Document, OpenText, TokenArray, TokenizedDocument
 from utils.errors import UsageError, first_line
 from utils.metadata import printable
-from utils.shard_index import find_tokenizer_files
+from utils.shard_index import find_tokenizer_files, require_recorded_tokenizer
 from utils.tokenizer_conversion import (
     END_OF_TEXT,
     END_TOKENS,
@@ -217,6 +217,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         return Tokenizer(*convert_tokenizer(str(path)))
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UsageError(f"--tokenizer {name}: no such file or directory.")
+    if path.exists():
+        require_recorded_tokenizer(path)
     # Its retries without a network, each said twice: the error at the end says it once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     loaded: Any

@@ -48,7 +48,7 @@ from utils.run_saving import RunSaving
 from utils.run_start import Consent
 from utils.sampling import Sampler
 from utils.shard_cache import ShardCache
-from utils.shard_index import DataSource
+from utils.shard_index import DataSource, read_tokenizer_files
 from utils.sharding import local_tensor
 from utils.snapshot import Snapshot
 from utils.spending import Spending, open_meter
@@ -129,11 +129,9 @@ class TrainingRun:
         self._validation = self._build_validation()
         self._utilization = self.state.utilization(config.sequence_length)
         self._remaining = RemainingTime(config, self._global_batch, self._validation.num_samples)
-        self._tokenizer_files = {
-            name: self._buckets[0].read_bytes(name)
-            for name in sources[0].index.tokenizer_files
-            if self._is_main
-        }
+        self._tokenizer_files = (
+            read_tokenizer_files(self._buckets[0], sources[0].index) if self._is_main else {}
+        )
         self._sampler = Sampler(config, self._tokenizer_files, paths.samples)
         self._notes = tracking.Notes(accelerator, self.state.progress.step)
         self._transport, self._background_upload = transport, background_upload

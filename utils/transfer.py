@@ -6,20 +6,22 @@ Whatever is already there with the same size and crc32c is not copied again, so 
 goes on where it was interrupted. A file appears whole or not at all. Within one run an upload of
 more than 8 MiB goes on inside the file after a lost connection; a new process begins that one
 file again, because the client keeps its upload session in memory only. `index.json` is copied
-last and removed first: while it is there, so is what it lists. Names that could leave the
-directory or confuse a shell or a terminal are refused before anything is changed.
+last and removed first: while it is there, so is what it lists, and a file that is not what it says
+is not copied. Names that could leave the directory or confuse a shell or a terminal are refused
+before anything is changed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from utils.errors import StorageError, UsageError
+from utils.errors import DataError, StorageError, UsageError
+from utils.shard_index import INDEX_OBJECT, get_json, recorded_checksums
 from utils.storage import (
     TEMPORARY_PREFIX,
     Bucket,
@@ -31,7 +33,7 @@ from utils.storage import (
 )
 
 TRANSFER_THREADS = 8
-LAST_NAME = "index.json"
+LAST_NAME = INDEX_OBJECT
 MAX_NAME_BYTES = 1024
 _FORBIDDEN = frozenset("*?[]#$`\"'<>|&;\\")
 
@@ -129,15 +131,19 @@ def put_tree(
 
     Raises:
         UsageError: There is nothing to copy, or a name is refused.
+        DataError: A file is not what an `index.json` among them says, or that cannot be read.
         StorageError: Something could not be copied or is not the same in the bucket.
     """
     files = {require_safe_name(name): path for name, path in _local_files(source).items()}
     stored = {info.name: info for info in bucket.list()}
     sizes = {name: path.stat().st_size for name, path in files.items()}
+    origin = DirectoryBucket(source if source.is_dir() else source.parent)
+    recorded = _find_recorded(origin, files)
 
     def put(name: str) -> bool:
         path = files[name]
         checksum = crc32c_of_file(path)
+        _require_recorded(origin, name, checksum, recorded)
         if _is_same(bucket, stored.get(name), sizes[name], checksum):
             return False
         info = bucket.put_file(name, path)
@@ -158,6 +164,7 @@ def get_tree(
 
     Raises:
         UsageError: A name is refused, or a file is where the directory should be.
+        DataError: A file is not what an `index.json` among them says, or that cannot be read.
         StorageError: Something could not be copied or is not what the bucket says.
     """
     for path in (directory, *directory.absolute().parents):
@@ -169,9 +176,12 @@ def get_tree(
         if not (root / name).parent.resolve().is_relative_to(root):
             raise UsageError(f"{directory}/{name} leads out of the directory by a link.")
 
+    recorded = _find_recorded(found.bucket, infos)
+
     def get(name: str) -> bool:
         info, path = infos[name], root / name
         checksum = info.crc32c or found.bucket.crc32c(name)
+        _require_recorded(found.bucket, name, checksum, recorded)
         is_candidate = path.is_file() and path.stat().st_size == info.size
         if is_candidate and crc32c_of_file(path) == checksum:
             return False
@@ -205,6 +215,28 @@ def remove_objects(found: Found, on_progress: OnProgress | None = None) -> None:
     _transfer("Removing", remove, sizes, on_progress)
     if isinstance(bucket, DirectoryBucket) and found.is_tree:
         _remove_empty_directories(bucket.root)
+
+
+def _find_recorded(bucket: Bucket, names: Iterable[str]) -> dict[str, str]:
+    """Return name -> crc32c of files, as far as an `index.json` among them has it."""
+    found = {}
+    for name in names:
+        path = PurePosixPath(name)
+        if path.name == INDEX_OBJECT:
+            checksums = recorded_checksums(get_json(bucket, name) or {})
+            found.update({str(path.parent / own): value for own, value in checksums.items()})
+    return found
+
+
+def _require_recorded(
+    bucket: Bucket, name: str, checksum: str, recorded: Mapping[str, str]
+) -> None:
+    if recorded.get(name, checksum) != checksum:
+        raise DataError(
+            f"{bucket.uri}/{name} is damaged or was replaced: its crc32c is {checksum}, "
+            f"{INDEX_OBJECT} beside it says {recorded[name]}. It and {INDEX_OBJECT} were not "
+            "copied. Put the right file there, or prepare the data again."
+        )
 
 
 def _is_same(bucket: Bucket, info: ObjectInfo | None, size: int, checksum: str) -> bool:

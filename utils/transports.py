@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
-import json
 import logging
 import re
 import secrets
@@ -29,6 +28,7 @@ from typing import Protocol
 
 from configs.training_config import TrainingConfig
 from utils.errors import ObjectNotFoundError, StorageError, TransientStorageError
+from utils.json_text import parse_json
 from utils.layout import SAVING_PREFIX
 from utils.parallel_upload import PARTS_FOLDER, parts_prefix, put_parallel, remove_parts
 from utils.storage import (
@@ -303,7 +303,7 @@ class GcloudTransport(_CommandTransport):
         except ObjectNotFoundError:
             return None
         try:
-            found = json.loads(text)
+            found = parse_json(text)
             size, crc32c, generation = (found[k] for k in ("size", "crc32c_hash", "generation"))
             return ObjectInfo(object_name, int(size), str(crc32c), int(generation))
         except (ValueError, KeyError, TypeError) as exc:

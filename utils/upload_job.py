@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from utils.archive import ArchiveInfo, write_archive
 from utils.errors import CheckpointError, ConflictError, StorageError, TransientStorageError
+from utils.json_text import FOREIGN_ERRORS, parse_json
 from utils.layout import (
     METADATA_FILE,
     REMOTE_FOLDER,
@@ -29,9 +30,9 @@ from utils.layout import (
     RunIdentity,
     archive_object,
     card_object,
-    read_json,
     read_manifest,
 )
+from utils.metadata import read_json_part
 from utils.storage import Meter, Nowhere, ObjectInfo, join_uri
 from utils.transports import Transport, TransportOptions, open_transport, put_bytes
 
@@ -294,9 +295,12 @@ class _Upload:
                 f"the bucket holds {found} instead of {self._info.size} bytes, crc32c "
                 f"{self._info.crc32c}."
             )
+        metadata, problem = read_json_part(self._checkpoint / METADATA_FILE, self._manifest)
+        if problem is not None:
+            raise CheckpointError(f"{self._checkpoint.name}: {problem}.")
         card = {
             "manifest": self._manifest.to_json(),
-            "metadata": read_json(self._checkpoint / METADATA_FILE),
+            "metadata": metadata,
             "archive": {"size": self._info.size, "crc32c": self._info.crc32c},
         }
         data = json.dumps(card, indent=1).encode("utf-8")
@@ -331,14 +335,14 @@ class _FoundCard:
     @classmethod
     def parse(cls, data: bytes) -> _FoundCard | None:
         try:
-            card = json.loads(data)
+            card = parse_json(data)
             manifest = Manifest.from_json(card["manifest"], "the card")
-        except (ValueError, KeyError, TypeError, RecursionError, CheckpointError):
+        except (CheckpointError, *FOREIGN_ERRORS):
             return None
         try:
             archive = card["archive"]
             return cls(manifest, ArchiveInfo(int(archive["size"]), str(archive["crc32c"])))
-        except (ValueError, KeyError, TypeError, OverflowError):
+        except FOREIGN_ERRORS:
             return cls(manifest, None)
 
     def is_of(self, stored: ObjectInfo | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 
 from scripts import checkpoint_viewer, evaluate
+from tests.sample_shards import flip_bit
 from tests.small_models import TASK_FILES, plain_losses
 from utils.errors import UsageError
 from utils.evaluation_log import read_evaluations
 from utils.model_evaluation import Evaluator
 from utils.model_loading import load_model
+from utils.storage import crc32c_of_bytes
 
 HELLASWAG, LAMBADA = (str(TASK_FILES / f"{name}.jsonl") for name in ("hellaswag", "lambada"))
 Run = Callable[..., tuple[int, str, str]]
@@ -210,6 +213,15 @@ def test_a_measure_that_fails_does_not_keep_the_others(
     assert f"lambada of {LAMBADA}" in out
 
 
+def record_tokenizer(data: Path) -> None:
+    """Write the tokenizer's checksums into the index, as whoever made the data with it would."""
+    path = data / "index.json"
+    index, tokenizer = json.loads(path.read_text("utf-8")), (data / "tokenizer.json").read_bytes()
+    index["tokenizer_crc32c"]["tokenizer.json"] = crc32c_of_bytes(tokenizer)
+    index["tokenizer_sha256"] = hashlib.sha256(tokenizer).hexdigest()
+    path.write_text(json.dumps(index), "utf-8")
+
+
 def test_shards_of_another_tokenizer_are_refused(
     run: Run, sample_data: Path, tmp_path: Path
 ) -> None:
@@ -221,13 +233,39 @@ def test_shards_of_another_tokenizer_are_refused(
     first, second = (piece for piece, token in vocabulary.items() if token in (40, 41))
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (data / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    record_tokenizer(data)
     code, _, err = run("latest", "--data", str(data))
     assert code == 2
     assert "was made with another tokenizer than checkpoint-epoch0-step4-files0: token 4" in err
     (data / "tokenizer.json").write_text("{", "utf-8")
+    record_tokenizer(data)
     code, _, err = run("latest", "--data", str(data), "--max-tokens", "64")
     assert code == 0
     assert "cannot be read" in err
+
+
+def test_data_with_a_damaged_tokenizer_are_refused(
+    run: Run, sample_data: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample_data, data)
+    flip_bit(data / "tokenizer_config.json")
+    code, out, err = run("latest", "--data", str(data), "--max-tokens", "64")
+    assert code == 2
+    assert f"{data}/tokenizer_config.json is damaged" in err
+    assert "loss" not in out
+
+
+def test_a_damaged_tokenizer_of_data_is_not_taken_for_a_model(
+    run: Run, sample_data: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample_data, data)
+    flip_bit(data / "tokenizer.json")
+    for path in (data, data / "tokenizer.json"):
+        code, _, err = run("latest", "--max-tokens", "64", "--tokenizer", str(path))
+        assert code == 2
+        assert f"{data}/tokenizer.json is damaged" in err
 
 
 def test_data_without_validation_shards_say_what_to_do(

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import pytest
 
 from scripts import prepare_data
 from tests.gcs_server import FakeGcsServer
+from tests.sample_json import UNREADABLE
+from tests.sample_shards import flip_bit
 from utils.errors import ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,6 +195,64 @@ def test_unknown_bucket_kind_and_other_data_are_exit_code_two(
     assert "gs://bucket/prefix" in capsys.readouterr().err
     assert prepare_data.main([*options, str(sample_output)]) == ExitCode.USAGE
     assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+@pytest.mark.parametrize("name", ["index.json", "index.partial.json"])
+def test_an_output_whose_index_cannot_be_read_is_kept_unless_it_is_to_be_replaced(
+    text_file: Path, tmp_path: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "o"
+    arguments = ["--input", str(text_file), "--vocab-size", "300", "--output", str(output)]
+    assert prepare_data.main([*arguments, "--quiet"]) == ExitCode.DONE
+    whole = _contents(output)
+    if name != "index.json":
+        (output / "index.json").unlink()
+    (output / name).write_bytes(UNREADABLE[kind])
+    before = _contents(output)
+
+    assert prepare_data.main(arguments) == ExitCode.USAGE
+    error = capsys.readouterr().err
+    assert f"{output}/{name} is not usable" in error
+    assert "--overwrite" in error
+    assert _contents(output) == before
+    assert prepare_data.main([*arguments, "--overwrite"]) == ExitCode.DONE
+    assert _contents(output) == whole
+
+
+def test_a_good_index_does_not_need_what_an_interruption_left(
+    text_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "o"
+    arguments = ["--input", str(text_file), "--vocab-size", "300", "--output", str(output)]
+    assert prepare_data.main([*arguments, "--quiet"]) == ExitCode.DONE
+    whole = _contents(output)
+    (output / "index.partial.json").write_bytes(UNREADABLE["torn"])
+    flip_bit(output / "tokenizer.json")
+    assert prepare_data.main([*arguments, "--quiet"]) == ExitCode.DONE
+    assert _contents(output) == whole
+
+
+def test_a_damaged_tokenizer_of_data_is_not_used_for_more(
+    text_file: Path, sample_output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample_output, data)
+    flip_bit(data / "tokenizer.json")
+    arguments = ["--input", str(text_file), "--output", str(tmp_path / "o"), "--tokenizer"]
+    for path in (data, data / "tokenizer.json"):
+        assert prepare_data.main([*arguments, str(path)]) == ExitCode.USAGE
+        assert f"{data}/tokenizer.json is damaged or was replaced" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_record_that_is_nested_without_end_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + UNREADABLE["nested deeply"] + b"\n")
+    arguments = ["--input", str(tmp_path / "a.jsonl"), "--vocab-size", "300"]
+    assert prepare_data.main([*arguments, "--output", str(tmp_path / "o")]) == ExitCode.USAGE
+    assert "a.jsonl:2: not JSON (it is nested too deeply)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -414,6 +475,87 @@ def test_shards_from_elsewhere_are_indexed_and_inspected(
     assert "b.npz: it is not a whole NPZ file" in output.err
     assert prepare_data.main(["index", str(tmp_path)]) == ExitCode.USAGE
     assert "b.npz: it is not a whole NPZ file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_index_that_cannot_be_read_is_not_written_over(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "a.npz", input_ids=np.arange(10))
+    index = tmp_path / "index.json"
+    index.write_bytes(UNREADABLE[kind])
+    for words in (["index", str(tmp_path)], ["inspect", str(tmp_path), "--verify"]):
+        assert prepare_data.main(words) == ExitCode.USAGE
+        assert f"{index} is not usable" in capsys.readouterr().err
+        assert index.read_bytes() == UNREADABLE[kind]
+    assert prepare_data.main(["index", str(tmp_path), "--overwrite"]) == ExitCode.DONE
+    assert prepare_data.main(["inspect", str(tmp_path), "--verify"]) == ExitCode.DONE
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_tokenizer_whose_settings_cannot_be_read_is_not_certified(
+    sample_output: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample_output, data)
+    (data / "index.json").unlink()
+    (data / "tokenizer_config.json").write_bytes(UNREADABLE[kind])
+    assert prepare_data.main(["index", str(data)]) == ExitCode.USAGE
+    assert f"{data}/tokenizer_config.json cannot be read" in capsys.readouterr().err
+    assert not (data / "index.json").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("options", [[], ["--verify"], ["--json"]])
+def test_inspecting_finds_a_damaged_tokenizer(
+    sample_output: Path,
+    tmp_path: Path,
+    options: list[str],
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample_output, data)
+    flip_bit(data / name)
+    assert prepare_data.main(["inspect", str(data), *options]) == ExitCode.USAGE
+    output = capsys.readouterr()
+    assert f"{data}/{name} is damaged or was replaced" in output.err
+    if options == ["--json"]:
+        assert name in json.loads(output.out)["tokenizer_problem"]
+    else:
+        assert "6 good shards, 0 bad" in output.out
+
+
+def test_an_index_again_does_not_certify_a_tokenizer_that_was_damaged(
+    sample_output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample_output, data)
+    assert prepare_data.main(["index", str(data), "--overwrite"]) == ExitCode.DONE
+    index = (data / "index.json").read_bytes()
+    text = (data / "tokenizer_config.json").read_text().replace('"eos_token"', '"sep_token"')
+    (data / "tokenizer_config.json").write_text(text)
+    assert prepare_data.main(["index", str(data)]) == ExitCode.USAGE
+    error = capsys.readouterr().err
+    assert f"{data}/tokenizer_config.json is damaged or was replaced" in error
+    assert "--overwrite" in error
+    assert (data / "index.json").read_bytes() == index
+    assert prepare_data.main(["index", str(data), "--overwrite"]) == ExitCode.DONE
+    assert (data / "index.json").read_bytes() != index
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "train_00002.npz"])
+def test_what_the_index_does_not_vouch_for_is_not_copied_with_it(
+    sample_output: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample_output, data)
+    flip_bit(data / name)
+    for words in (["put", str(data), str(tmp_path / "a")], ["get", str(data), str(tmp_path / "b")]):
+        assert prepare_data.main(words) == ExitCode.USAGE
+        assert f"{data}/{name} is damaged or was replaced" in capsys.readouterr().err
+        for left in ("index.json", name):
+            assert not Path(words[2], left).exists()
 
 
 @pytest.mark.parametrize("command", ["index", "inspect", "put", "get", "ls", "rm"])

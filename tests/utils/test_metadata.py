@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.sample_checkpoints import make_checkpoint, put_remote
+from tests.sample_checkpoints import make_checkpoint, put_remote, seal
 from utils.errors import CheckpointError, UsageError
 from utils.journal import Journal, UploadState
 from utils.layout import CheckpointName, card_object
@@ -175,11 +175,25 @@ def test_any_json_as_metadata_gives_a_view_with_usable_losses(value):
     with TemporaryDirectory() as folder:
         path = make_checkpoint(Path(folder), 50)
         (path / "metadata.json").write_text(json.dumps(value), "utf-8")
+        seal(path, 50)
         found = read_local_checkpoint(path)
     for loss in (found.loss, found.validation_loss):
         assert loss is None or math.isfinite(loss)
     assert isinstance(value, dict) == (found.problem is None)
     json.loads(to_json_text(found.metadata), parse_constant=pytest.fail)
+
+
+def test_metadata_that_are_not_those_of_the_manifest_are_shown_as_damaged(tmp_path):
+    good, bad = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20)
+    text = (bad / "metadata.json").read_text("utf-8")
+    loss = json.loads(text)["validation_metrics"]["validation_loss"]
+    (bad / "metadata.json").write_text(text.replace(str(loss), "0.1"), "utf-8")
+    for brief in (False, True):
+        sound, damaged = (read_local_checkpoint(path, brief=brief) for path in (good, bad))
+        assert sound.problem is None
+        assert damaged.problem == "metadata.json is damaged (its crc32c is not the manifest's)"
+        assert damaged.validation_loss == 0.1  # what can be read is shown
+        assert find_best([sound, damaged]) is sound
 
 
 def test_remote_checkpoints_come_from_their_cards(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.sample_checkpoints import RUN_ID, make_checkpoint
+from tests.sample_json import UNREADABLE
 from utils.checkpoint_store import verify_checkpoint
 from utils.errors import (
     CheckpointError,
@@ -108,6 +109,16 @@ def test_a_first_start_begins_at_step_0_of_a_new_run(paths: RunPaths) -> None:
     assert not paths.checkpoints.exists()  # a plan changes nothing
     assert begin(first, paths) == Start(RunIdentity(first.identity.run_id))
     assert read_run_identity(paths) == first.identity
+
+
+@pytest.mark.parametrize("value", [b'{"run_id": "x", "branch": Infinity}', *UNREADABLE.values()])
+def test_a_hint_that_cannot_be_read_is_ignored_and_said(
+    paths: RunPaths, value: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths.checkpoints.mkdir(parents=True)
+    paths.run_file.write_bytes(value)
+    assert read_run_identity(paths) is None
+    assert "run.json cannot be read" in caplog.text
 
 
 def test_a_start_beside_old_checkpoints_is_refused_with_both_ways_out(old_run: RunPaths) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.gcs_server import FakeGcsServer, Fault
-from utils.errors import AccessDeniedError, ExitCode, StorageError, UsageError
-from utils.storage import Bucket, DirectoryBucket, ObjectInfo, open_bucket
+from tests.sample_json import UNREADABLE
+from tests.sample_shards import flip_bit
+from utils.errors import AccessDeniedError, DataError, ExitCode, StorageError, UsageError
+from utils.storage import Bucket, DirectoryBucket, ObjectInfo, crc32c_of_file, open_bucket
 from utils.transfer import (
     Found,
     find_objects,
@@ -143,6 +147,49 @@ def test_the_index_is_put_last_and_removed_first(tree: Path, tmp_path: Path) -> 
     put_tree(tree, bucket)
     remove_objects(Found(bucket, tuple(bucket.list())))
     assert bucket.done[3] == bucket.done[4] == "index.json"
+
+
+@pytest.mark.parametrize("folder", ["", "sub/"])
+def test_a_file_that_its_index_does_not_vouch_for_stays_where_it_is(
+    tree: Path, target: str, tmp_path: Path, folder: str
+) -> None:
+    said = crc32c_of_file(tree / "a.npz")
+    index = {"shards": [{"name": "deep/x.npz", "crc32c": said}, {"name": "y", "crc32c": None}]}
+    (tree / folder / "deep").mkdir(exist_ok=True)
+    shutil.copy(tree / "a.npz", tree / folder / "deep" / "x.npz")
+    (tree / folder / "index.json").write_text(json.dumps(index))
+    put(tree, target)
+    flip_bit(tree / folder / "deep" / "x.npz")
+    with pytest.raises(
+        DataError, match=rf"{folder}deep/x.npz is damaged or was replaced"
+    ) as caught:
+        put(tree, target)
+    assert caught.value.exit_code == ExitCode.USAGE
+    bucket = open_bucket(target)
+    bucket.put_file(f"{folder}deep/x.npz", tree / folder / "deep" / "x.npz")
+    bucket.close()
+    with pytest.raises(DataError, match=f"{folder}deep/x.npz is damaged or was replaced"):
+        get(target, tmp_path / "back")
+    assert not (tmp_path / "back" / folder / "index.json").exists()
+    assert not (tmp_path / "back" / folder / "deep" / "x.npz").exists()
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_index_that_cannot_be_read_is_not_copied_over_a_good_one(
+    tree: Path, target: str, tmp_path: Path, kind: str
+) -> None:
+    put(tree, target)
+    get(target, tmp_path / "back")
+    before = contents(tmp_path / "back")
+    (tree / "index.json").write_bytes(UNREADABLE[kind])
+    with pytest.raises(DataError, match="index.json is not usable"):
+        put(tree, target)
+    bucket = open_bucket(target)
+    bucket.put_file("index.json", tree / "index.json")
+    bucket.close()
+    with pytest.raises(DataError, match="index.json is not usable"):
+        get(target, tmp_path / "back")
+    assert contents(tmp_path / "back") == before
 
 
 def test_an_interrupted_upload_has_no_index_and_goes_on(tree: Path, tmp_path: Path) -> None:

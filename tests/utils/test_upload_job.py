@@ -215,6 +215,19 @@ def test_the_card_is_written_only_after_the_bucket_was_asked_for_the_archive(
     assert ("stat", ARCHIVE) in asked[asked.index(("put", ARCHIVE)) : asked.index(("put", CARD))]
 
 
+def test_a_card_never_holds_metadata_that_the_manifest_does_not_vouch_for(
+    place: Place, checkpoint: Path
+) -> None:
+    def damage(operation: str, name: str) -> None:
+        if (operation, name) == ("put", ARCHIVE):
+            path = checkpoint / "metadata.json"
+            path.write_text(path.read_text("utf-8").replace('"epoch": 0', '"epoch": 1'), "utf-8")
+
+    with pytest.raises(CheckpointError, match="metadata.json is damaged"):
+        place.upload(checkpoint, after=damage)
+    assert CARD not in place.contents()
+
+
 @pytest.mark.parametrize("compression", ["fast", "small", "none"])
 def test_the_compression_that_is_asked_for_is_used(
     place: Place, checkpoint: Path, compression: str
