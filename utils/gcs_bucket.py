@@ -281,6 +281,8 @@ def _build_gcs_client(meter: Meter) -> Any:
             client = storage.Client(project=project or "none", credentials=credentials)
         except google.auth.exceptions.DefaultCredentialsError:
             client = storage.Client.create_anonymous_client()
+        except OSError as exc:
+            raise AccessDeniedError(f"The credentials cannot be read: {exc}.") from exc
     adapter = _build_adapter(meter)
     for scheme in ("https://", "http://"):
         client._http.mount(scheme, adapter)  # noqa: SLF001 - its session, there is no other way
