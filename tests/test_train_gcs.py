@@ -131,6 +131,19 @@ def test_transient_errors_of_the_bucket_do_not_stop_the_run(
     assert run_train("--max-steps", "2", settings=(*GCS, "upload_transport=python")) == 0
 
 
+@pytest.mark.parametrize(("streams", "status"), [(1, 404), (4, 410)])
+def test_a_lost_upload_session_does_not_fail_the_run(
+    run_train: Train, server: FakeGcsServer, tmp_path: Path, streams: int, status: int
+) -> None:
+    # A checkpoint of more than 8 MiB, which is sent in a resumable session.
+    size = ("model_overrides.hidden_size=256", "model_overrides.intermediate_size=1024")
+    settings = (*GCS, *size, "upload_transport=python", f"upload_streams={streams}")
+    fault = server.add_fault(Fault("lost_session", status=status))
+    assert run_train("--max-steps", "2", settings=settings) == 0
+    assert fault.fired == 1
+    unpack_and_verify(server, "checkpoint-epoch0-step2-files0", tmp_path / "unpacked")
+
+
 def test_a_bucket_that_refuses_writes_is_a_preflight_failure(
     run_train: Train, server: FakeGcsServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -293,7 +293,24 @@ class GcloudTransport(_CommandTransport):
         """Upload as a stream; nothing is stored on the way."""
         condition = f"--if-generation-match={_generation(expected)}"
         words = [condition, "-", self._object(object_name)]
-        self._command.run("cp", words, options=self._quiet, write=write)
+        try:
+            self._command.run("cp", words, options=self._quiet, write=write)
+        except ObjectNotFoundError as exc:
+            # Its words are the same where the service has lost the upload's session.
+            if not self._has_bucket():
+                raise
+            raise TransientStorageError(f"the upload's session was lost: {exc}") from exc
+
+    def _has_bucket(self) -> bool:
+        """Tell whether the bucket is there, even where it may not be looked at."""
+        bucket = self.uri.removeprefix("gs://").partition("/")[0]
+        try:
+            self._command.run("buckets describe", [f"gs://{bucket}"])
+        except ObjectNotFoundError:
+            return False
+        except StorageError as exc:
+            log.debug("%s cannot be described: %s", bucket, exc)
+        return True
 
     def _conditions(self, expected: ObjectInfo | None) -> tuple[tuple[str, ...], list[str]]:
         return (), [] if expected is None else [f"--if-generation-match={expected.generation}"]

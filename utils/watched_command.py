@@ -248,6 +248,8 @@ def _command_error(message: str, call: str) -> StorageError:
         return AccessDeniedError(f"{call}: no credentials. Run: gcloud auth login")
     if re.search(r"\b412\b|PreconditionException", message):
         return ConflictError(detail)
+    if "ResumableUploadStartOver" in message:  # gsutil's word for a lost session, with its 404
+        return TransientStorageError(detail)
     if re.search(
         r"AccessDenied|Forbidden|\b40[13]\b|Anonymous caller|does not have|[Pp]ermission", message
     ):

@@ -850,6 +850,45 @@ def test_programs_survive_faults(
     way.bucket.close()
 
 
+@pytest.mark.gsutil
+@pytest.mark.parametrize("name", ["gcloud", "gsutil"])
+@pytest.mark.parametrize("status", [404, 410])
+def test_programs_that_lose_their_session_are_worth_another_try(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str, status: int
+) -> None:
+    way = open_way(request, tmp_path, name)
+    cloud = request.getfixturevalue("cloud")
+    fault = cloud.add_fault(Fault("lost_session", times=None, status=status))
+    with pytest.raises(TransientStorageError, match=str(status)):
+        put_bytes(way.transport, "a", b"data", None)
+    assert fault.fired >= 1
+    cloud.clear_faults()
+    put_bytes(way.transport, "a", b"data", None)
+    assert cloud.read_object("runs", "my team/a") == b"data"
+    way.bucket.close()
+
+
+@pytest.mark.parametrize(
+    ("described", "error"),
+    [
+        ("HTTPError 403: Permission denied", TransientStorageError),
+        ("gs://runs not found: 404.", ObjectNotFoundError),
+    ],
+)
+def test_gcloud_says_the_same_of_a_lost_session_and_of_no_bucket(
+    recorder: Recorder, described: str, error: type[StorageError]
+) -> None:
+    script = (
+        "#!/bin/sh\n"
+        f'case "$*" in *describe*) echo "{described}" >&2;; '
+        '*) echo "gs://runs not found: 404." >&2;; esac\nexit 1\n'
+    )
+    (recorder.folder / "gcloud").write_text(script)
+    with pytest.raises(StorageError, match="not found: 404") as caught:
+        put_bytes(open_transport(TransportOptions("gs://runs/a", "gcloud")), "a", b"data", None)
+    assert type(caught.value) is error
+
+
 @pytest.mark.parametrize("name", [pytest.param("gcloud", marks=pytest.mark.gsutil), "gsutil"])
 def test_programs_give_up_in_time(
     request: pytest.FixtureRequest, tmp_path: Path, small_units: None, name: str
