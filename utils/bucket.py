@@ -217,22 +217,6 @@ def mapped_file_errors(what: str) -> Iterator[None]:
         raise map_file_error(exc, what) from exc
 
 
-def is_gcs_uri(uri: str) -> bool:
-    """Tell whether `uri` names a Google Cloud Storage bucket."""
-    return uri.startswith("gs://")
-
-
-def join_uri(uri: str, *names: str) -> str:
-    """Append object names to a bucket URI; empty names are left out."""
-    base = uri if uri.endswith("://") else uri.rstrip("/")
-    return "/".join([base, *(name.strip("/") for name in names if name)])
-
-
-def normalize_uri(uri: str) -> str:
-    """Return the one spelling of a bucket URI: directories absolute, no slash at the end."""
-    return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
-
-
 def metered_blocks(data: bytes, meter: Meter) -> Iterator[memoryview]:
     """Yield data in blocks that are sent one at a time, each when the meter allows it."""
     view = memoryview(data)

@@ -45,6 +45,7 @@ from utils.storage import (
     mapped_file_errors,
     open_bucket,
 )
+from utils.uri import require_place
 from utils.watched_command import START_SECONDS, WatchedCommand
 
 AUTO_ORDER = ("python", "gcloud", "gsutil")
@@ -434,9 +435,11 @@ def open_transport(options: TransportOptions, meter: Meter | None = None) -> Tra
     """Return a transport; `options.name` must not be auto for gs://.
 
     Raises:
+        UsageError: The URI is neither a bucket nor a directory.
         StorageError: It does not fit the URI, or its program is not installed.
     """
     uri, name = options.uri, options.name
+    require_place(uri)
     meter = meter or Meter(options.max_bytes_per_second)
     if not is_gcs_uri(uri):
         if name not in ("auto", "directory"):
