@@ -86,7 +86,7 @@ def test_a_directory_with_a_colon_in_its_name_is_a_place(
         assert call("scripts.prepare_data ls @", place) == 0
     assert "text.txt" in capsys.readouterr().out
     assert call("scripts.prepare_data put text.txt @", "gs:/bucket") == ExitCode.USAGE
-    assert "A directory of that name is ./gs:/bucket" in capsys.readouterr().err
+    assert "For a directory of that name, write ./gs:/bucket" in capsys.readouterr().err
 
 
 def test_a_run_may_use_directories_with_a_colon_in_their_names(

@@ -59,7 +59,7 @@ def find_mistake(text: str, places: str = PLACES) -> str | None:
     suggestion = "" if is_local else _suggest(name.strip().lower(), rest.replace("\\", "/"))
     message = f"{text}: did you mean {suggestion}?" if suggestion else f"{text}: give {places}."
     if os.path.lexists(text) or (not suggestion and not mark.startswith(("://", "//"))):
-        message += f" A directory of that name is ./{text}"
+        message += f" For a directory of that name, write ./{text}"
     return message
 
 

@@ -44,8 +44,10 @@ def test_an_address_of_another_kind_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["s3:/x", "C:\\data", "C:/data", "c:data", "remote:x", "gs:",
                                   "me@host:/data", "hf:me/data", ":/x"])  # fmt: skip
 def test_what_might_be_a_directory_is_refused_with_the_way_to_name_one(text: str) -> None:
-    said = f"{text}: give gs://bucket/prefix or a directory. A directory of that name is ./{text}"
-    assert find_mistake(text) == said
+    assert find_mistake(text) == (
+        f"{text}: give gs://bucket/prefix or a directory. For a directory of that name, write "
+        f"./{text}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_a_directory_that_a_mistake_has_made_is_told(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gs:" / "bucket").mkdir(parents=True)
     assert find_mistake("gs:/bucket") == (
-        "gs:/bucket: did you mean gs://bucket? A directory of that name is ./gs:/bucket"
+        "gs:/bucket: did you mean gs://bucket? For a directory of that name, write ./gs:/bucket"
     )
 
 
