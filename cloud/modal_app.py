@@ -112,6 +112,8 @@ def require_run_name(name: str) -> str:
 
 def volume_path(text: str) -> str:
     """Return a path below the volume's root, without a slash before it; '' is the root."""
+    if re.match(r"[^/]*:[/\\]|(gs|s3)//", text, re.IGNORECASE):  # gs:/bucket, s3://bucket, ...
+        refuse(f"{text!r} is no path on the volume; a bucket is gs://BUCKET[/PREFIX].")
     parts = [part for part in PurePosixPath(text).parts if part != "/"]
     if ".." in parts or not text.isprintable():
         refuse(f"{text!r} is no path on the volume.")

@@ -21,6 +21,7 @@ from typing import Any, Union
 
 from utils.errors import ConfigError
 from utils.json_text import parse_json
+from utils.uri import LOCAL_PLACES, PLACES, find_mistake
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parents[1]
 CONFIG_DIRECTORY = PROJECT_DIRECTORY / "configs"
@@ -391,6 +392,7 @@ class TrainingConfig:
     def _check_combinations(self) -> None:
         if isinstance(self.data_uri, list):
             _check_mixture(self.data_uri)
+        self._check_places()
         if self.max_files is not None and self.max_files != -1 and self.max_files < 1:
             raise ConfigError(
                 f"max_files must be at least 1, or null or -1 for all; got {self.max_files}."
@@ -404,6 +406,15 @@ class TrainingConfig:
         if self.bf16 and self.fp16:
             raise ConfigError("bf16 and fp16 are both true: choose one.")
         self._check_batch()
+
+    def _check_places(self) -> None:
+        places = [("data_uri", uri, PLACES) for uri, _ in self.data_sources]
+        places += [("checkpoint_uri", self.checkpoint_uri, PLACES)]
+        for key in ("output_dir", "logging_dir", "cache_dir"):
+            places += [(key, getattr(self, key), LOCAL_PLACES)]
+        for key, text, kinds in places:
+            if mistake := find_mistake(text, kinds):
+                raise ConfigError(f"{key} {mistake}")
 
     def _check_batch(self) -> None:
         if self.auto_find_batch_size and not self.global_batch_size:

@@ -23,6 +23,7 @@ from utils.checkpoint_shelf import open_shelf, run_config
 from utils.console import format_bytes, run_command
 from utils.layout import MANIFEST_FILE, read_manifest
 from utils.metadata import printable, to_json_text
+from utils.uri import require_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Put the named checkpoint together and say where it is."""
+    require_path(args.output, "--output")
     checkpoint = find_checkpoint(args)
     from utils.consolidation import consolidate  # loads torch
 

@@ -53,6 +53,7 @@ from utils.model_evaluation import SPLITS, Evaluator, Plan, TextPlan
 from utils.plots import draw_panels, picture_path
 from utils.progress import ProgressDisplay
 from utils.task_data import HELLASWAG, LAMBADA, read_questions
+from utils.uri import require_place
 
 ALL = "all"
 CHART_WIDTH = 78
@@ -182,6 +183,7 @@ def build_plan(args: argparse.Namespace) -> Plan:
     Raises:
         UsageError: Options do not fit each other, or a file cannot be used.
     """
+    require_place(args.data or "", "--data")
     fixed = [args.stride, args.sequence_length, args.max_tokens]
     if args.like_training and (any(fixed) or args.split != SPLITS[0]):
         raise UsageError(

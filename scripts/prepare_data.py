@@ -36,6 +36,7 @@ if __package__ in (None, ""):
 
 from utils.console import configure_logging, format_bytes, run_command
 from utils.errors import ExitCode, UsageError
+from utils.uri import require_path
 
 if TYPE_CHECKING:
     from utils.corpus import CorpusOptions, Preparation
@@ -384,6 +385,7 @@ def _open_cache(arguments: argparse.Namespace) -> TokenCache | None:
         name = NO_CACHE if _is_sample_alone(arguments) else DEFAULT_TOKEN_CACHE
     if name == NO_CACHE:
         return None
+    require_path(name, "--token-cache")
     directory = Path(name).expanduser()
     if any(path.exists() and not path.is_dir() for path in (directory, *directory.parents)):
         raise UsageError(f"--token-cache {name} is a file; a directory is needed.")
@@ -513,6 +515,7 @@ def put_data(arguments: argparse.Namespace) -> int:
     from utils.corpus_output import open_output
     from utils.transfer import put_tree
 
+    require_path(arguments.source)
     source = Path(arguments.source).expanduser()
     bucket = open_output(arguments.uri, "put")
     try:
@@ -528,6 +531,7 @@ def get_data(arguments: argparse.Namespace) -> int:
     """Copy files from a bucket or directory."""
     from utils.transfer import find_objects, get_tree
 
+    require_path(arguments.directory)
     directory = Path(arguments.directory).expanduser()
     found = find_objects(arguments.uri)
     try:

@@ -66,6 +66,7 @@ from utils.storage import Bucket, join_uri, open_bucket
 from utils.transports import TransportOptions, probe_transport
 from utils.upload_status import build_queue, build_rows, last_errors
 from utils.uploader import Uploader, find_unfinished
+from utils.uri import require_path
 from utils.verification import CheckpointReport, Orphan, Verifier, find_unconfirmed
 
 WAIT_LINE_SECONDS = 30.0
@@ -472,6 +473,7 @@ def _told_of_other_directories() -> Iterator[None]:
 
 def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
     """Bring a checkpoint from the bucket into the run's directory or another one."""
+    require_path(args.to or "", "--to")
     directory = Path(args.to) if args.to else paths.checkpoints
     is_own = directory.resolve() == paths.checkpoints.resolve()
     # No trainer may begin meanwhile: it would take the files so far for what a crash has left.

@@ -15,7 +15,7 @@ from configs.training_config import PROJECT_DIRECTORY
 # each other. A module of this project that is in no layer fails the test.
 LAYERS: list[set[str]] = [
     {"utils.errors"},
-    {"configs.model_presets", "utils.json_text", "utils.regular_file"},
+    {"configs.model_presets", "utils.json_text", "utils.regular_file", "utils.uri"},
     {
         "configs.training_config",
         "configs.model_config",

@@ -435,6 +435,24 @@ def test_lost_answer_of_a_resumable_upload_is_repaired_by_the_session(
     assert blob.generation == server.get_object("runs", "a").generation
 
 
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_lost_session_stays_lost_and_another_one_works(
+    server: FakeGcsServer, status: int
+) -> None:
+    fault = server.add_fault(Fault("lost_session", status=status))
+
+    def begin() -> str:
+        url = f"{server.url}/upload/storage/v1/b/runs/o?uploadType=resumable&name=a"
+        return requests.post(url, json={}, timeout=5).headers["Location"]
+
+    first = begin()
+    answers = [requests.put(first, data=b"data", timeout=5).status_code for _ in range(2)]
+    assert (answers, fault.fired) == ([status, 404], 1)
+    assert server.unfinished_uploads() == []
+    assert requests.put(begin(), data=b"data", timeout=5).status_code == 200
+    assert server.read_object("runs", "a") == b"data"
+
+
 def test_stall_ends_at_the_clients_timeout_or_when_released(
     server: FakeGcsServer, bucket: storage.Bucket
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.gcs_server import FakeGcsServer, Fault
+from utils import forecast
 from utils.checkpoint_store import verify_checkpoint
 from utils.errors import ExitCode
 from utils.layout import find_checkpoints
@@ -20,6 +22,24 @@ from utils.transports import find_gsutil
 
 Train = Callable[..., int]
 GCS = ("data_uri=gs://corpus/data", "checkpoint_uri=gs://runs/a")
+STAND_IN = f"""#!{sys.executable} -SE
+import os, sys, urllib.parse
+verb = next(word for word in sys.argv if word in ("cp", "cat", "stat", "rm"))
+place = os.path.join({{folder!r}}, urllib.parse.quote(sys.argv[-1], safe=""))
+if verb == "cp":
+    source = sys.stdin.buffer if sys.argv[-2] == "-" else open(sys.argv[-2], "rb")
+    with open(place, "wb") as file:
+        file.write(source.read())
+elif not os.path.exists(place):
+    sys.exit("CommandException: No URLs matched")
+elif verb == "cat":
+    with open(place, "rb") as file:
+        sys.stdout.buffer.write(file.read())
+elif verb == "stat":
+    print("Content-Length: 1", "Hash (crc32c): AAAAAA==", "Generation: 1", sep="\\n")
+else:
+    os.remove(place)
+"""
 
 
 @pytest.fixture
@@ -120,6 +140,19 @@ def test_transient_errors_of_the_bucket_do_not_stop_the_run(
     assert run_train("--max-steps", "2", settings=(*GCS, "upload_transport=python")) == 0
 
 
+@pytest.mark.parametrize(("streams", "status"), [(1, 404), (4, 410)])
+def test_a_lost_upload_session_does_not_fail_the_run(
+    run_train: Train, server: FakeGcsServer, tmp_path: Path, streams: int, status: int
+) -> None:
+    # A checkpoint of more than 8 MiB, which is sent in a resumable session.
+    size = ("model_overrides.hidden_size=256", "model_overrides.intermediate_size=1024")
+    settings = (*GCS, *size, "upload_transport=python", f"upload_streams={streams}")
+    fault = server.add_fault(Fault("lost_session", status=status))
+    assert run_train("--max-steps", "2", settings=settings) == 0
+    assert fault.fired == 1
+    unpack_and_verify(server, "checkpoint-epoch0-step2-files0", tmp_path / "unpacked")
+
+
 def test_a_bucket_that_refuses_writes_is_a_preflight_failure(
     run_train: Train, server: FakeGcsServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,3 +185,45 @@ def test_real_gsutil_uploads_what_the_run_saved(
     assert downloaded.read_bytes() == server.read_object("runs", f"a/Checkpoints/{name}.tar.gz")
     with tarfile.open(downloaded) as archive:
         assert f"{name}/manifest.json" in archive.getnames()
+
+
+def test_a_dry_run_measures_gsutil_before_there_is_any_directory(
+    run_train: Train,
+    server: FakeGcsServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    program, objects = tmp_path / "bin" / "gsutil", tmp_path / "objects"
+    for folder in (program.parent, objects):
+        folder.mkdir()
+    program.write_text(STAND_IN.format(folder=str(objects)))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    settings = (*GCS, "upload_transport=gsutil")
+    assert run_train("--max-steps", "2", "--dry-run", settings=settings) == 0
+    told = capsys.readouterr().out
+    assert "could not be measured" not in told
+    assert "of the time between two" in " ".join(told.split())
+    assert list(objects.iterdir()) == []
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.gsutil
+@pytest.mark.skipif(find_gsutil() is None, reason="gsutil is not installed")
+def test_a_long_run_by_real_gsutil_begins_in_a_fresh_directory(
+    run_train: Train,
+    server: FakeGcsServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in server.gsutil_environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(forecast, "LONG_RUN_SECONDS", 1e-9)  # any run is a long one
+    settings = (*GCS, "upload_transport=gsutil")
+    assert run_train("--max-steps", "2", settings=settings) == 0
+    measured = [line for line in capsys.readouterr().out.splitlines() if "uploading" in line]
+    assert measured
+    assert not any("could not be measured" in line for line in measured)
+    unpack_and_verify(server, "checkpoint-epoch0-step2-files0", tmp_path / "unpacked")

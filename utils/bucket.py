@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -19,9 +20,17 @@ from typing import IO, Protocol
 
 import google_crc32c
 
+from utils.errors import StorageError, TransientStorageError
+
 READ_BLOCK_BYTES = 4 * 2**20
 DEFAULT_RETRY_SECONDS = 120.0
 SEND_BLOCK_BYTES = 256 * 1024
+# A full disk may be emptied, a mounted one come back.
+PASSING_ERRORS = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN")
+    if hasattr(errno, name)
+)
 
 
 @dataclass(frozen=True)
@@ -193,20 +202,19 @@ def fsync_directory(path: Path) -> None:
             os.close(descriptor)
 
 
-def is_gcs_uri(uri: str) -> bool:
-    """Tell whether `uri` names a Google Cloud Storage bucket."""
-    return uri.startswith("gs://")
+def map_file_error(exc: OSError, what: str) -> StorageError:
+    """Return the StorageError that says whether an error of a file is worth trying again."""
+    kind = TransientStorageError if exc.errno in PASSING_ERRORS else StorageError
+    return kind(f"{what}: {exc.strerror or exc}.")
 
 
-def join_uri(uri: str, *names: str) -> str:
-    """Append object names to a bucket URI; empty names are left out."""
-    base = uri if uri.endswith("://") else uri.rstrip("/")
-    return "/".join([base, *(name.strip("/") for name in names if name)])
-
-
-def normalize_uri(uri: str) -> str:
-    """Return the one spelling of a bucket URI: directories absolute, no slash at the end."""
-    return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
+@contextlib.contextmanager
+def mapped_file_errors(what: str) -> Iterator[None]:
+    """Raise errors of files of this machine as StorageErrors; `what` begins their message."""
+    try:
+        yield
+    except OSError as exc:
+        raise map_file_error(exc, what) from exc
 
 
 def metered_blocks(data: bytes, meter: Meter) -> Iterator[memoryview]:

@@ -41,6 +41,7 @@ from utils.remote_checkpoints import RemoteListing, list_remote, read_cards
 from utils.retention import decide_retention
 from utils.storage import Bucket, join_uri, open_bucket
 from utils.upload_status import describe_decision, describe_state
+from utils.uri import require_path
 
 RETRY_SECONDS = 15.0
 NOT_READ = "it was not read"
@@ -245,6 +246,7 @@ def open_shelf(
         StorageError: The bucket cannot be listed.
     """
     if not is_remote:
+        require_path(place or "", "--run")
         yield LocalShelf(RunPaths.of(config).checkpoints if place is None else Path(place), config)
         return
     if place is None and not config.checkpoint_uri:

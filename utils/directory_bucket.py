@@ -24,26 +24,19 @@ from utils.bucket import (
     crc32c_of_bytes,
     crc32c_of_file,
     fsync_directory,
+    map_file_error,
     metered_blocks,
 )
 from utils.errors import (
     AccessDeniedError,
     ConflictError,
     ObjectNotFoundError,
-    StorageError,
-    TransientStorageError,
     UsageError,
 )
 
 TEMPORARY_PREFIX = ".tmp-"
 STREAM_SUFFIX = ".part"
 MAX_TEMPORARY_CHARACTERS = 100
-# A full disk may be emptied, a mounted one come back.
-PASSING_ERRORS = frozenset(
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN")
-    if hasattr(errno, name)
-)
 # A mounted bucket that has no such call at all; anything else it says is a failure.
 UNSUPPORTED_ERRORS = frozenset(
     getattr(errno, name)
@@ -153,7 +146,8 @@ class DirectoryBucket:
         finally:
             with contextlib.suppress(OSError):
                 file.close()
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # written over by the next one
+                temporary.unlink(missing_ok=True)
 
     def copy(self, name: str, target: str) -> None:
         """Copy an object within the directory."""
@@ -290,8 +284,7 @@ class DirectoryBucket:
         except PermissionError as exc:
             raise AccessDeniedError(f"{self.uri}/{name}: {exc.strerror}.") from exc
         except OSError as exc:
-            kind = TransientStorageError if exc.errno in PASSING_ERRORS else StorageError
-            raise kind(f"{self.uri}/{name}: {exc.strerror or exc}.") from exc
+            raise map_file_error(exc, f"{self.uri}/{name}") from exc
 
 
 @contextlib.contextmanager

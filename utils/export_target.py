@@ -26,9 +26,11 @@ from utils.metadata import printable
 from utils.shard_index import find_tokenizer_files
 from utils.storage import Bucket, fsync_directory, is_gcs_uri, open_bucket
 from utils.transfer import put_tree
+from utils.uri import require_place
 
 CONFIG_FILE = "config.json"
 GGUF_SUFFIX = ".gguf"
+EXPORT_PLACES = "a folder, a .gguf file, gs://bucket/prefix or hub:OWNER/NAME"
 GGUF_MAGIC = b"GGUF"
 _EXPORT_FILE = re.compile(
     r"config\.json|generation_config\.json|README\.md|spiece\.model|vocab\.txt"
@@ -79,6 +81,7 @@ def open_target(
     Raises:
         UsageError: It is none of these.
     """
+    require_place(output, "--output", EXPORT_PLACES)
     is_file = output.endswith(GGUF_SUFFIX)
     if is_gcs_uri(output):
         parent, _, name = output.rstrip("/").rpartition("/")
@@ -86,11 +89,8 @@ def open_target(
             raise UsageError(f"--output {printable(output)} names no object in a bucket.")
         bucket = open_bucket(parent if is_file else output, user_project)
         return BucketTarget(bucket, output, scratch, name if is_file else None, overwrite)
-    if "://" in output or not output.strip():
-        raise UsageError(
-            f"--output {printable(output)}: give a folder, a .gguf file, gs://bucket/prefix or "
-            "hub:OWNER/NAME."
-        )
+    if not output.strip():
+        raise UsageError(f"--output {printable(output)}: give {EXPORT_PLACES}.")
     return DiskTarget(Path(output).expanduser().resolve(), is_file, overwrite)
 
 

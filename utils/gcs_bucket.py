@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from utils.bucket import (
     SEND_BLOCK_BYTES,
@@ -30,6 +31,7 @@ CONNECT_TIMEOUT_SECONDS = 10.0
 READ_TIMEOUT_SECONDS = 60.0
 POOL_CONNECTIONS = 32
 STREAM_CHUNK_BYTES = 16 * 2**20
+SESSIONS = 3  # of one upload, where the service loses them
 
 
 class GcsBucket:
@@ -100,10 +102,10 @@ class GcsBucket:
 
     def put_file(self, name: str, path: Path) -> ObjectInfo:
         """Upload the file; above 8 MiB as a resumable upload."""
-        with self._mapped_errors(name):
-            blob = self._bucket.blob(self._prefix + name)
-            blob.upload_from_filename(str(path), checksum="crc32c", **self._options)
-        return self._info(blob)
+        return self._upload(
+            name,
+            lambda blob: blob.upload_from_filename(str(path), checksum="crc32c", **self._options),
+        )
 
     def put_stream(self, name: str, write: WriteStream, expected: ObjectInfo | None) -> None:
         """Write as one resumable upload, chunk by chunk."""
@@ -152,11 +154,10 @@ class GcsBucket:
                 token, *_ = blob.rewrite(source, token=token, **self._options)
 
     def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
-        """Write a small object."""
-        with self._mapped_errors(name):
-            blob = self._bucket.blob(self._prefix + name)
-            blob.upload_from_string(data, checksum="crc32c", **self._options)
-        return self._info(blob)
+        """Write an object; above 8 MiB as a resumable upload."""
+        return self._upload(
+            name, lambda blob: blob.upload_from_string(data, checksum="crc32c", **self._options)
+        )
 
     def read_version(self, name: str) -> tuple[bytes, ObjectInfo]:
         """Return a small object's bytes and their generation, both of one answer."""
@@ -168,18 +169,17 @@ class GcsBucket:
 
     def put_bytes_if(self, name: str, data: bytes, expected: ObjectInfo | None) -> ObjectInfo:
         """Write a small object where the bucket still holds the generation of `expected`."""
-        condition = {"if_generation_match": _generation(expected)}
+        options = {"if_generation_match": _generation(expected), **self._options}
         try:
-            with self._mapped_errors(name):
-                blob = self._bucket.blob(self._prefix + name)
-                blob.upload_from_string(data, checksum="crc32c", **condition, **self._options)
+            return self._upload(
+                name, lambda blob: blob.upload_from_string(data, checksum="crc32c", **options)
+            )
         except ConflictError:
             # Where the answer to the first attempt was lost, the next one meets its own object.
             found = self.stat(name)
             if found is None or (found.size, found.crc32c) != (len(data), crc32c_of_bytes(data)):
                 raise
             return found
-        return self._info(blob)
 
     def delete(self, name: str) -> None:
         """Remove the object; one that does not exist is no error."""
@@ -208,6 +208,19 @@ class GcsBucket:
     def close(self) -> None:
         """Close the client's connections."""
         self._client.close()
+
+    def _upload(self, name: str, send: Callable[[Any], None]) -> ObjectInfo:
+        """Have a blob sent, in a new session where the service has lost the one it was sent in."""
+        for number in range(1, SESSIONS + 1):
+            blob = self._bucket.blob(self._prefix + name)
+            try:
+                with self._mapped_errors(name):
+                    send(blob)
+                break
+            except TransientStorageError as exc:
+                if number == SESSIONS or "upload_id" not in _query_of(exc.__cause__):
+                    raise
+        return self._info(blob)
 
     def _info(self, blob: Any) -> ObjectInfo:
         name = blob.name.removeprefix(self._prefix)
@@ -281,6 +294,8 @@ def _build_gcs_client(meter: Meter) -> Any:
             client = storage.Client(project=project or "none", credentials=credentials)
         except google.auth.exceptions.DefaultCredentialsError:
             client = storage.Client.create_anonymous_client()
+        except OSError as exc:
+            raise AccessDeniedError(f"The credentials cannot be read: {exc}.") from exc
     adapter = _build_adapter(meter)
     for scheme in ("https://", "http://"):
         client._http.mount(scheme, adapter)  # noqa: SLF001 - its session, there is no other way
@@ -350,6 +365,9 @@ def _map_gcs_error(exc: Exception, where: str) -> StorageError:
         (auth.RefreshError, auth.InvalidOperation),  # the latter: anonymous and asked to log in
     ):
         return AccessDeniedError(detail)
+    # An upload session, a copy or the version that is being read is lost: it can be begun anew.
+    if code == 410 or (code == 404 and {"upload_id", "generation"} & _query_of(cause)):
+        return TransientStorageError(detail)
     if code == 404:
         return ObjectNotFoundError(detail)
     if code in (409, 412):
@@ -360,6 +378,12 @@ def _map_gcs_error(exc: Exception, where: str) -> StorageError:
     if isinstance(cause, (*transient, api.RetryError)):
         return TransientStorageError(detail)
     return StorageError(detail)
+
+
+def _query_of(exc: BaseException | None) -> set[str]:
+    """Return the keys in the query of the request that an error answers."""
+    request = getattr(getattr(exc, "response", None), "request", None)
+    return set(parse_qs(urlsplit(getattr(request, "url", None) or "").query))
 
 
 def _innermost_reason(exc: BaseException) -> str:

@@ -35,6 +35,7 @@ from utils.model_loading import ModelSource
 from utils.remote_checkpoints import choose_remote, parse_remote_name
 from utils.storage import is_gcs_uri, join_uri, open_bucket
 from utils.transfer import find_objects, get_tree
+from utils.uri import require_place
 
 CONFIG_FILE = "config.json"
 MODELS_FOLDER = "models"
@@ -64,6 +65,7 @@ def find_model(
         CheckpointError: It is damaged or incomplete.
         StorageError: The bucket cannot be read.
     """
+    require_place(text)
     path = Path(text).expanduser()
     if path.is_dir() and path.name not in ("", ".."):
         return _from_directory(path)

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any
 
-from utils.errors import ConflictError
+from utils.errors import ConflictError, ObjectNotFoundError, TransientStorageError
 from utils.storage import GcsBucket, ObjectInfo, WriteStream, crc32c_of_bytes
 
 PART_BYTES = 32 * 2**20
@@ -58,7 +58,7 @@ def put_parallel(
 
     Raises:
         ConflictError: Another version is there, or none; it was not changed.
-        StorageError: A part could not be written.
+        StorageError: A part could not be written; transient where one was removed meanwhile.
     """
     parts = _Parts(bucket, name, streams, part_bytes)
     with parts.pool:
@@ -69,7 +69,11 @@ def put_parallel(
         except BaseException:
             parts.abort()
             raise
-    _compose(bucket, name, parts.uploaded(), expected)
+    uploaded = parts.uploaded()
+    try:
+        _compose(bucket, name, uploaded, expected)
+    except ObjectNotFoundError as exc:  # the next try sends the parts that are not there
+        raise TransientStorageError(f"a part was removed before it was composed: {exc}") from exc
 
 
 def remove_parts(bucket: GcsBucket, prefix: str, keep: Iterable[str] = ()) -> None:

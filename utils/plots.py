@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import PretrainError, UsageError
 from utils.metadata import HISTORY_LIMIT, number, printable
+from utils.uri import require_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -147,8 +148,9 @@ def picture_path(path: Path) -> Path:
     """Return where a picture goes: `path`, with .png added where it has no suffix.
 
     Raises:
-        UsageError: The suffix is of no kind of picture.
+        UsageError: The suffix is of no kind of picture, or it is no path on this machine.
     """
+    require_path(str(path))
     target = path if path.suffix else path.with_name(path.name + DEFAULT_SUFFIX)
     if target.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--save {path}: the name must end in one of {', '.join(SUFFIXES)}.")

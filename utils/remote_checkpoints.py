@@ -23,6 +23,7 @@ from utils.layout import (
 )
 from utils.metadata import CheckpointView, find_best, printable, read_remote_checkpoint
 from utils.storage import Bucket, ObjectInfo, is_gcs_uri
+from utils.uri import require_place
 
 CARD_SUFFIX = ".json"
 CARDS_AT_A_TIME = 8
@@ -73,8 +74,10 @@ def parse_remote_name(text: str) -> tuple[str, str] | None:
     """Return (bucket URI, which) of `URI/[Checkpoints/]WHICH`, None where it is something else.
 
     Raises:
-        UsageError: It begins with gs:// and names no checkpoint.
+        UsageError: It begins with gs:// and names no checkpoint, or like an address that is not
+            supported.
     """
+    require_place(text)
     base, _, which = text.rstrip("/").rpartition("/")
     base = base.removesuffix(f"/{REMOTE_FOLDER}").rstrip("/")
     which = which.removesuffix(ARCHIVE_SUFFIX)

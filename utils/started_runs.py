@@ -36,6 +36,7 @@ from utils.layout import (
     RunPaths,
 )
 from utils.metadata import printable
+from utils.uri import require_path
 
 TRAIN = PROJECT_DIRECTORY / "train.py"
 POLL_SECONDS = 0.005
@@ -373,8 +374,9 @@ def open_work_folder(args: argparse.Namespace) -> Iterator[Path]:
     """Give `--workdir` or a temporary folder; remove it unless `--keep` is set by then.
 
     Raises:
-        UsageError: The folder is not empty.
+        UsageError: The folder is not empty, or not on this machine.
     """
+    require_path(str(args.workdir or ""), "--workdir")
     work: Path = args.workdir or Path(tempfile.mkdtemp(prefix="crashes-"))
     work.mkdir(parents=True, exist_ok=True)
     if any(work.iterdir()):

@@ -20,19 +20,20 @@ from utils.bucket import (
     Meter,
     Nowhere,
     ObjectInfo,
+    StreamSink,
     WriteStream,
     crc32c_of_bytes,
     crc32c_of_file,
     encode_crc32c,
     fsync_directory,
-    is_gcs_uri,
-    join_uri,
+    map_file_error,
+    mapped_file_errors,
     metered_blocks,
-    normalize_uri,
 )
 from utils.directory_bucket import TEMPORARY_PREFIX, DirectoryBucket
 from utils.errors import UsageError
 from utils.gcs_bucket import GcsBucket
+from utils.uri import PLACES, is_gcs_uri, join_uri, normalize_uri, require_place
 
 __all__ = [
     "Bucket",
@@ -43,6 +44,7 @@ __all__ = [
     "Nowhere",
     "ObjectInfo",
     "READ_BLOCK_BYTES",
+    "StreamSink",
     "TEMPORARY_PREFIX",
     "WriteStream",
     "crc32c_of_bytes",
@@ -51,6 +53,8 @@ __all__ = [
     "fsync_directory",
     "is_gcs_uri",
     "join_uri",
+    "map_file_error",
+    "mapped_file_errors",
     "metered_blocks",
     "normalize_uri",
     "open_bucket",
@@ -74,8 +78,9 @@ def open_bucket(
     Raises:
         UsageError: The URI is empty or of an unknown scheme.
     """
+    require_place(uri)
     if is_gcs_uri(uri):
         return GcsBucket(uri, user_project, retry_seconds, meter or Meter())
-    if not uri or "://" in uri:
-        raise UsageError(f"{uri!r} is not a bucket: use gs://bucket/prefix or a directory.")
+    if not uri:
+        raise UsageError(f"{uri!r} is no bucket: give {PLACES}.")
     return DirectoryBucket(Path(uri), meter)

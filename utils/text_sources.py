@@ -36,6 +36,7 @@ from typing import Any, BinaryIO, Protocol, cast
 from utils.documents import Content, OpenText
 from utils.errors import DataError, UsageError, first_line
 from utils.json_text import parse_json
+from utils.uri import require_path
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -243,6 +244,7 @@ def _expand(pattern: str, usable: Sequence[str], option: str) -> list[Path]:
         return _files_below(path, usable)
     if path.exists():
         return [path]
+    require_path(pattern, option)
     if not any(character in pattern for character in "*?["):
         raise UsageError(f"{option} {pattern}: no such file or directory.")
     root = Path(path.anchor)

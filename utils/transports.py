@@ -23,8 +23,9 @@ import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 from configs.training_config import TrainingConfig
 from utils.errors import ObjectNotFoundError, StorageError, TransientStorageError
@@ -37,11 +38,14 @@ from utils.storage import (
     GcsBucket,
     Meter,
     ObjectInfo,
+    StreamSink,
     WriteStream,
     is_gcs_uri,
     join_uri,
+    mapped_file_errors,
     open_bucket,
 )
+from utils.uri import require_place
 from utils.watched_command import START_SECONDS, WatchedCommand
 
 AUTO_ORDER = ("python", "gcloud", "gsutil")
@@ -66,7 +70,8 @@ class TransportOptions:
         max_bytes_per_second: Rate limit; None for none.
         stall_seconds: A command that makes no progress for so long is ended.
         retry_seconds: How long one request is tried again.
-        scratch: Directory for the local archive that gsutil needs; None for the temporary one.
+        scratch: Directory for the local archive that gsutil needs, made where it is not there; None
+            for the temporary one.
     """
 
     uri: str
@@ -289,7 +294,24 @@ class GcloudTransport(_CommandTransport):
         """Upload as a stream; nothing is stored on the way."""
         condition = f"--if-generation-match={_generation(expected)}"
         words = [condition, "-", self._object(object_name)]
-        self._command.run("cp", words, options=self._quiet, write=write)
+        try:
+            self._command.run("cp", words, options=self._quiet, write=write)
+        except ObjectNotFoundError as exc:
+            # Its words are the same where the service has lost the upload's session.
+            if not self._has_bucket():
+                raise
+            raise TransientStorageError(f"the upload's session was lost: {exc}") from exc
+
+    def _has_bucket(self) -> bool:
+        """Tell whether the bucket is there, even where it may not be looked at."""
+        bucket = self.uri.removeprefix("gs://").partition("/")[0]
+        try:
+            self._command.run("buckets describe", [f"gs://{bucket}"])
+        except ObjectNotFoundError:
+            return False
+        except StorageError as exc:
+            log.debug("%s cannot be described: %s", bucket, exc)
+        return True
 
     def _conditions(self, expected: ObjectInfo | None) -> tuple[tuple[str, ...], list[str]]:
         return (), [] if expected is None else [f"--if-generation-match={expected.generation}"]
@@ -337,17 +359,9 @@ class GsutilTransport(_CommandTransport):
         if max_bytes <= SMALL_BYTES or self._options.max_bytes_per_second is not None:
             self._command.run("cp", ["-", target], options=condition, write=write)
             return
-        folder = Path(self._options.scratch or tempfile.gettempdir()).resolve()
-        archive = folder / f"{SAVING_PREFIX}{PurePosixPath(object_name).name}"
-        free = shutil.disk_usage(folder).free
-        if free < max_bytes:
-            raise TransientStorageError(
-                f"gsutil needs a local archive: up to {max_bytes} bytes in {folder}, where {free} "
-                "are free. Free some space, or use --set upload_transport=python, which needs none."
-            )
+        archive = self._find_room(object_name, max_bytes)
         try:
-            with archive.open("wb") as file:
-                write(file)
+            _store(archive, write)
             words = ["--", glob.escape(str(archive)), target]
             self._command.run("cp", words, options=condition, file=archive)
         except ObjectNotFoundError as exc:
@@ -355,7 +369,23 @@ class GsutilTransport(_CommandTransport):
                 raise
             raise TransientStorageError(f"{archive} was removed by another process.") from exc
         finally:
-            archive.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # left over, it is no reason to upload again
+                archive.unlink(missing_ok=True)
+
+    def _find_room(self, object_name: str, max_bytes: int) -> Path:
+        """Return where the local archive of an object is to lie."""
+        scratch = self._options.scratch
+        where = scratch or "the temporary directory"
+        with mapped_file_errors(f"gsutil needs a local archive in {where}"):
+            folder = Path(scratch or tempfile.gettempdir()).resolve()
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+        if free < max_bytes:
+            raise TransientStorageError(
+                f"gsutil needs a local archive: up to {max_bytes} bytes in {folder}, where {free} "
+                "are free. Free some space, or use --set upload_transport=python, which needs none."
+            )
+        return folder / f"{SAVING_PREFIX}{PurePosixPath(object_name).name}"
 
     def _conditions(self, expected: ObjectInfo | None) -> tuple[tuple[str, ...], list[str]]:
         if expected is None:
@@ -376,6 +406,21 @@ class GsutilTransport(_CommandTransport):
         return ObjectInfo(object_name, int(size), crc32c, int(generation))
 
 
+def _store(archive: Path, write: WriteStream) -> None:
+    """Write a local archive; errors of the file are StorageErrors, those of `write` its own."""
+    mapped_errors = partial(mapped_file_errors, str(archive))
+    with mapped_errors():
+        file = archive.open("wb")
+    try:
+        sink: Any = StreamSink(file, mapped_errors)
+        write(sink)
+        with mapped_errors():
+            file.close()
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
+
+
 def _generation(expected: ObjectInfo | None) -> int:
     return 0 if expected is None else expected.generation or 0
 
@@ -390,9 +435,11 @@ def open_transport(options: TransportOptions, meter: Meter | None = None) -> Tra
     """Return a transport; `options.name` must not be auto for gs://.
 
     Raises:
+        UsageError: The URI is neither a bucket nor a directory.
         StorageError: It does not fit the URI, or its program is not installed.
     """
     uri, name = options.uri, options.name
+    require_place(uri)
     meter = meter or Meter(options.max_bytes_per_second)
     if not is_gcs_uri(uri):
         if name not in ("auto", "directory"):

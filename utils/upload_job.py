@@ -33,7 +33,7 @@ from utils.layout import (
     read_manifest,
 )
 from utils.metadata import read_json_part
-from utils.storage import Meter, Nowhere, ObjectInfo, join_uri
+from utils.storage import Meter, Nowhere, ObjectInfo, join_uri, map_file_error
 from utils.transports import Transport, TransportOptions, open_transport, put_bytes
 
 # A gzip stream of what does not compress grows by less than this, and so does a tar of many files.
@@ -147,7 +147,7 @@ def run_job(
     try:
         return _Upload(job, checkpoint, manifest, transport, progress).run()
     except OSError as exc:
-        raise StorageError(f"{checkpoint.name}: {exc.strerror or exc}.") from exc
+        raise map_file_error(exc, str(exc.filename or checkpoint.name)) from exc
     finally:
         transport.close()
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import secrets
 import time
+from dataclasses import replace
 
 from utils.errors import StorageError
 from utils.transports import Transport, TransportOptions, open_transport, put_bytes
@@ -28,7 +29,8 @@ def measure_upload_rate(options: TransportOptions, folder: str) -> float | None:
     """
     name = f"{folder}/.probe-{secrets.token_hex(4)}"
     try:
-        transport = open_transport(options)
+        # The run's own directory is not there before it begins, and not made by a dry run.
+        transport = open_transport(replace(options, scratch=None))
         try:
             return _measure(transport, name)
         finally:

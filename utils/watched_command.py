@@ -29,7 +29,7 @@ from utils.errors import (
     StorageError,
     TransientStorageError,
 )
-from utils.storage import Meter, WriteStream, metered_blocks
+from utils.storage import Meter, WriteStream, mapped_file_errors, metered_blocks
 
 POLL_SECONDS = 0.5  # a look at all processes costs some ms
 START_SECONDS = 15.0
@@ -75,7 +75,7 @@ class WatchedCommand:
             StorageError: It failed, or was ended because it made no progress.
         """
         label = f"{Path(self._words[0]).name} {verb} {self._target}"
-        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        with _open_temporary(label) as output, _open_temporary(label) as errors:
             try:
                 process = subprocess.Popen(  # noqa: S603
                     [*self._words, *options, *verb.split(), *words],
@@ -116,6 +116,11 @@ class WatchedCommand:
         finally:
             pipe.close()
         return not pipe.is_broken
+
+
+def _open_temporary(label: str) -> IO[bytes]:
+    with mapped_file_errors(f"{label}: no temporary file"):
+        return tempfile.TemporaryFile()
 
 
 class _MeteredPipe:
@@ -243,6 +248,8 @@ def _command_error(message: str, call: str) -> StorageError:
         return AccessDeniedError(f"{call}: no credentials. Run: gcloud auth login")
     if re.search(r"\b412\b|PreconditionException", message):
         return ConflictError(detail)
+    if "ResumableUploadStartOver" in message:  # gsutil's word for a lost session, with its 404
+        return TransientStorageError(detail)
     if re.search(
         r"AccessDenied|Forbidden|\b40[13]\b|Anonymous caller|does not have|[Pp]ermission", message
     ):

@@ -16,6 +16,7 @@ REASONS = {
     403: "forbidden",
     404: "notFound",
     409: "conflict",
+    410: "gone",
     411: "lengthRequired",
     412: "conditionNotMet",
     416: "requestedRangeNotSatisfiable",

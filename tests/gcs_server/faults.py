@@ -9,6 +9,9 @@
     corrupt      one bit of the byte at `after_bytes` is flipped
     lost_answer  the change is made, then the connection is closed without an answer; fires only
                  on requests that create, change or delete an object
+    lost_session the session of a resumable upload is dropped and its request answered with `status`
+                 (404 or 410), which later requests to that session get as 404; fires only on those
+                 of a session that has begun
 
 "Body bytes" are those of the request's body when it has one, else those of the answer's. These
 faults hit the content of objects on its way, up or down, and leave other requests alone (the
@@ -29,10 +32,13 @@ from typing import Literal
 
 from .errors import ConnectionCut
 
-Kind = Literal["status", "reset", "truncate", "stall", "slow", "corrupt", "lost_answer"]
+Kind = Literal[
+    "status", "reset", "truncate", "stall", "slow", "corrupt", "lost_answer", "lost_session"
+]
 CONTENT_OPERATIONS = frozenset(
     {"upload.media", "upload.multipart", "upload.chunk", "upload.xml_part", "object.download"}
 )
+SESSION_OPERATIONS = frozenset({"upload.chunk", "upload.query"})
 BODY_KINDS = frozenset({"reset", "truncate", "stall", "slow", "corrupt"})
 
 
@@ -120,6 +126,8 @@ class Fault:
             return True
 
     def _matches_operation(self, operation: str) -> bool:
+        if self.kind == "lost_session" and operation not in SESSION_OPERATIONS:
+            return False
         if operation == self.operation:
             return True
         if self.kind in BODY_KINDS and operation not in CONTENT_OPERATIONS:

@@ -14,7 +14,7 @@ from .faults import Fault, FaultPlan, Gate, RequestFaults, Target
 from .messages import Request, Response
 from .request_log import RequestLog, RequestRecord
 from .routes import Match, find_route
-from .uploads import peek_name
+from .uploads import drop_session, peek_name
 
 
 @dataclass
@@ -101,6 +101,10 @@ class Service:
     def _operate(self, exchange: Exchange) -> Response:
         fault = exchange.faults.claim("status")
         if fault is not None:
+            return _scripted_response(fault, exchange)
+        fault = exchange.faults.claim("lost_session")
+        if fault is not None:
+            drop_session(self.state, exchange.request)
             return _scripted_response(fault, exchange)
         try:
             if exchange.match is None or exchange.refusal is not None:

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .blobs import Blob, BlobWriter
-from .context import Call
+from .context import Call, State
 from .errors import ApiError, ConnectionCut
 from .messages import Request, RequestBody, Response, json_response
 from .multipart import HEAD_LIMIT_BYTES, copy_media, parse_related_head
@@ -166,11 +166,16 @@ def receive_chunk(call: Call) -> Response:
 
 def cancel_resumable(call: Call) -> Response:
     """Drop a session; the service answers 499."""
-    session = call.state.uploads.remove(call.request.query.get("upload_id", ""))
+    drop_session(call.state, call.request)
+    return Response(499)
+
+
+def drop_session(state: State, request: Request) -> None:
+    """Forget the session that a request is for, and what it has received."""
+    session = state.uploads.remove(request.query.get("upload_id", ""))
     session.begin_turn()
     if session.stored is None:
         session.writer.discard()
-    return Response(499)
 
 
 def _session(call: Call) -> UploadSession:

@@ -166,6 +166,27 @@ def test_a_part_that_changes_before_the_end_is_not_taken(
     assert NAME not in gcs.list_objects("runs")
 
 
+@pytest.mark.parametrize("count", [3, 40])
+def test_a_part_that_is_removed_before_the_end_is_sent_again(
+    gcs: FakeGcsServer, bucket: GcsBucket, count: int
+) -> None:
+    data = os.urandom(count * PART)
+
+    def write(sink: IO[bytes]) -> None:
+        sink.write(data)
+        deadline = time.monotonic() + 20
+        while f"{PREFIX}00001" not in gcs.list_objects("runs"):
+            assert time.monotonic() < deadline
+        gcs.delete_object("runs", f"{PREFIX}00001")
+
+    with pytest.raises(TransientStorageError, match="a part was removed before it was composed"):
+        put_parallel(bucket, NAME, write, None, streams=4, part_bytes=PART)
+    assert NAME not in gcs.list_objects("runs")
+    put(bucket, data)
+    assert gcs.read_object("runs", NAME) == data
+    assert parts_sent(gcs).count("00001") == 2
+
+
 def test_an_error_while_writing_comes_out(gcs: FakeGcsServer, bucket: GcsBucket) -> None:
     put_half(bucket, os.urandom(10 * PART))
     assert NAME not in gcs.list_objects("runs")

@@ -663,7 +663,7 @@ def test_facts_of_an_object_are_those_of_the_server(gcs: FakeGcsServer, remote: 
 
 
 def test_a_large_file_goes_up_and_comes_back(remote: Bucket, tmp_path: Path) -> None:
-    data = os.urandom(9 * 2**20)  # above 8 MiB: a resumable upload
+    data = os.urandom(LARGE)
     info = remote.put_file("big", write(tmp_path / "big", data))
     assert info.crc32c == crc32c_of_bytes(data)
     assert remote.get_file("big", tmp_path / "back") == info.crc32c
@@ -704,6 +704,95 @@ def test_a_refusal_is_told_apart_and_not_tried_again(
         assert len(gcs.requests()) == 1
 
 
+LARGE = 9 * 2**20  # above 8 MiB: a resumable upload
+
+
+def large_uploads(bucket: Bucket, path: Path) -> list[Callable[[], object]]:
+    data = path.read_bytes()
+    return [
+        lambda: bucket.put_file("a", path),
+        lambda: bucket.put_bytes("b", data),
+        lambda: bucket.put_bytes_if("c", data, None),
+    ]
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_lost_session_is_begun_anew(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path, status: int
+) -> None:
+    source = write(tmp_path / "source", os.urandom(LARGE))
+    for use in large_uploads(remote, source):
+        fault = gcs.add_fault(Fault("lost_session", times=2, status=status))
+        use()
+        assert fault.fired == 2
+    for name in ("a", "b", "c"):
+        assert gcs.read_object("runs", f"team/a/{name}") == source.read_bytes()
+    assert len(gcs.requests("upload.start")) == 3 * 3
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_sessions_that_are_lost_again_and_again_are_given_up_for_now(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path, status: int
+) -> None:
+    gcs.add_fault(Fault("lost_session", times=None, status=status))
+    source = write(tmp_path / "source", os.urandom(LARGE))
+    for use in large_uploads(remote, source):
+        gcs.clear_requests()
+        with pytest.raises(TransientStorageError, match=f"gs://runs/team/a.*{status}"):
+            use()
+        assert len(gcs.requests("upload.start")) == 3
+    with pytest.raises(TransientStorageError, match=f"gs://runs/team/a/d.*{status}"):
+        remote.put_stream("d", lambda sink: sink.write(source.read_bytes()), None)
+    assert gcs.list_objects("runs") == []
+
+
+@pytest.mark.parametrize("operation", ["upload.start", "upload.multipart"])
+def test_no_such_bucket_is_not_tried_again(
+    gcs: FakeGcsServer, remote: Bucket, operation: str
+) -> None:
+    gcs.add_fault(Fault("status", times=None, status=404, operation=operation))
+    data = bytes(LARGE if operation == "upload.start" else 1)
+    with pytest.raises(ObjectNotFoundError):
+        remote.put_bytes("a", data)
+    assert len(gcs.requests()) == 1
+
+
+def test_a_version_that_is_replaced_while_it_is_read_is_no_missing_object(
+    gcs: FakeGcsServer, remote: Bucket
+) -> None:
+    gcs.put_object("runs", "team/a/a", b"old" * 100_000)
+    cut = gcs.add_fault(Fault("reset", operation="object.download", after_bytes=100_000))
+    busy = gcs.add_fault(Fault("status", operation="object.download", times=None, skip=1))
+    caught: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            remote.read_bytes("a")
+        except StorageError as exc:
+            caught.append(exc)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert cut.wait_fired(20)
+    assert busy.wait_fired(20)
+    gcs.put_object("runs", "team/a/a", b"new")
+    gcs.clear_faults()
+    reader.join()
+    assert [type(exc) for exc in caught] == [TransientStorageError]
+    assert remote.read_bytes("a") == b"new"
+
+
+def test_a_copy_whose_token_is_lost_is_worth_another_try(
+    gcs: FakeGcsServer, remote: Bucket
+) -> None:
+    remote.put_bytes("a", b"1")
+    gcs.add_fault(Fault("status", status=410, operation="object.rewrite"))
+    with pytest.raises(TransientStorageError):
+        remote.copy("a", "b")
+    remote.copy("a", "b")
+    assert remote.read_bytes("b") == b"1"
+
+
 def test_a_bucket_that_may_not_be_written_is_access_denied(gcs: FakeGcsServer) -> None:
     gcs.create_bucket("locked", writable=False)
     locked = open_bucket("gs://locked/a")
@@ -730,7 +819,7 @@ def test_requester_pays_buckets_are_asked_in_the_name_of_the_project(gcs: FakeGc
     paid.close()
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
 def test_two_bad_answers_are_survived_by_every_operation(
     gcs: FakeGcsServer, remote: Bucket, tmp_path: Path, status: int
 ) -> None:

@@ -380,6 +380,80 @@ def test_an_archive_that_may_not_fit_is_refused_before_it_is_written(
         transport.put("a", lambda sink: pytest.fail("written"), None, 12345679)
 
 
+# Files of this machine that fail.
+
+
+def test_the_folder_of_a_local_archive_is_made(
+    recorder: Recorder, small_units: None, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "run" / "checkpoints"
+    transport = open_transport(TransportOptions("gs://runs", "gsutil", scratch=str(scratch)))
+    transport.put("a", writer(bytes(LARGE)), None, LARGE)
+    (call,) = recorder.calls
+    assert call["file"] == LARGE
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("scratch", "error", "message"),
+    [
+        ("a-file", StorageError, "local archive in .*a-file: File exists"),
+        ("a-file/below", StorageError, "local archive in .*a-file/below: Not a directory"),
+        ("/proc/none", StorageError, "local archive in /proc/none: No such file or directory"),
+        ("a-folder-there", StorageError, "a-folder-there/.saving-a: Is a directory"),
+        ("full", TransientStorageError, "full/.saving-a: No space left on device"),
+    ],
+)
+def test_a_local_archive_that_cannot_be_written_is_an_error_of_the_upload(
+    recorder: Recorder,
+    small_units: None,
+    tmp_path: Path,
+    scratch: str,
+    error: type[StorageError],
+    message: str,
+) -> None:
+    (tmp_path / "a-file").touch()
+    (tmp_path / "a-folder-there" / f"{SAVING_PREFIX}a").mkdir(parents=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / f"{SAVING_PREFIX}a").symlink_to("/dev/full")
+    options = TransportOptions("gs://runs", "gsutil", scratch=str(tmp_path / scratch))
+    with pytest.raises(StorageError, match=message) as caught:
+        open_transport(options).put("a", writer(bytes(LARGE)), None, LARGE)
+    assert type(caught.value) is error
+    assert not (recorder.folder / "calls.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["gsutil", "gcloud"])
+def test_a_program_that_has_no_temporary_directory_is_an_error_of_the_upload(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(StorageError, match="no temporary file: No such file or directory"):
+        open_transport(TransportOptions("gs://runs", name)).stat("a")
+
+
+def test_credentials_that_cannot_be_read_are_an_error_of_the_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+    with pytest.raises(AccessDeniedError, match="credentials cannot be read: .*Is a directory"):
+        open_transport(TransportOptions("gs://runs", "python"))
+
+
+def test_a_directory_that_is_replaced_by_a_file_is_an_error_of_the_upload(tmp_path: Path) -> None:
+    folder = tmp_path / "bucket" / "Checkpoints"
+
+    def write(sink: IO[bytes]) -> None:
+        sink.write(b"data")
+        shutil.rmtree(folder)
+        folder.touch()
+
+    transport = open_transport(TransportOptions(str(tmp_path / "bucket"), "directory"))
+    with pytest.raises(StorageError, match="Checkpoints/a: Not a directory"):
+        transport.put("Checkpoints/a", write, None, 2 * transports.SMALL_BYTES)
+
+
 # How the programs are called.
 
 
@@ -774,6 +848,45 @@ def test_programs_survive_faults(
     assert fault.fired == fault.times
     assert cloud.read_object("runs", "my team/a") == data
     way.bucket.close()
+
+
+@pytest.mark.gsutil
+@pytest.mark.parametrize("name", ["gcloud", "gsutil"])
+@pytest.mark.parametrize("status", [404, 410])
+def test_programs_that_lose_their_session_are_worth_another_try(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str, status: int
+) -> None:
+    way = open_way(request, tmp_path, name)
+    cloud = request.getfixturevalue("cloud")
+    fault = cloud.add_fault(Fault("lost_session", times=None, status=status))
+    with pytest.raises(TransientStorageError, match=str(status)):
+        put_bytes(way.transport, "a", b"data", None)
+    assert fault.fired >= 1
+    cloud.clear_faults()
+    put_bytes(way.transport, "a", b"data", None)
+    assert cloud.read_object("runs", "my team/a") == b"data"
+    way.bucket.close()
+
+
+@pytest.mark.parametrize(
+    ("described", "error"),
+    [
+        ("HTTPError 403: Permission denied", TransientStorageError),
+        ("gs://runs not found: 404.", ObjectNotFoundError),
+    ],
+)
+def test_gcloud_says_the_same_of_a_lost_session_and_of_no_bucket(
+    recorder: Recorder, described: str, error: type[StorageError]
+) -> None:
+    script = (
+        "#!/bin/sh\n"
+        f'case "$*" in *describe*) echo "{described}" >&2;; '
+        '*) echo "gs://runs not found: 404." >&2;; esac\nexit 1\n'
+    )
+    (recorder.folder / "gcloud").write_text(script)
+    with pytest.raises(StorageError, match="not found: 404") as caught:
+        put_bytes(open_transport(TransportOptions("gs://runs/a", "gcloud")), "a", b"data", None)
+    assert type(caught.value) is error
 
 
 @pytest.mark.parametrize("name", [pytest.param("gcloud", marks=pytest.mark.gsutil), "gsutil"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -549,6 +551,26 @@ def test_a_bucket_that_refuses_is_told_apart(checkpoint: Path, gcs: FakeGcsServe
     with pytest.raises(StorageError) as error:
         run_job(replace(job, transport=TransportOptions("gs://none", "python")), UploadProgress())
     assert not isinstance(error.value, TransientStorageError)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [
+        (errno.EIO, TransientStorageError),
+        (errno.ENOSPC, TransientStorageError),
+        (errno.EACCES, StorageError),
+    ],
+)
+def test_an_error_of_a_local_file_is_tried_again_where_it_may_pass(
+    place: Place, checkpoint: Path, number: int, error: type[StorageError]
+) -> None:
+    def fail(operation: str, name: str) -> None:
+        if operation == "put":
+            raise OSError(number, os.strerror(number), "scratch")
+
+    with pytest.raises(StorageError, match=f"scratch: {os.strerror(number)}") as caught:
+        place.upload(checkpoint, before=fail)
+    assert type(caught.value) is error
 
 
 @pytest.mark.parametrize("change", ["gone", "incomplete", "missing", "damaged"])

@@ -125,6 +125,7 @@ def test_a_program_that_cannot_be_started(tmp_path: Path) -> None:
         ("ERROR: (gcloud.storage.cp) HTTPError 412: At least one of", ConflictError),
         ("ServiceException: 503 Backend Error", TransientStorageError),
         ("ResumableUploadException: 429 Too Many Requests", TransientStorageError),
+        ("ResumableUploadStartOverException: 404 Not Found", TransientStorageError),
         ("503 for gs://run-404/a-412/a-403: gs://run-401/404", TransientStorageError),
         ("", TransientStorageError),
     ],
