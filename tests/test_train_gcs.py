@@ -82,10 +82,12 @@ def test_data_and_checkpoints_travel_through_gcs(
 def test_a_damaged_tokenizer_in_the_bucket_is_refused(
     run_train: Train, server: FakeGcsServer, sample_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = (sample_data / "tokenizer.json").read_bytes()
-    server.put_object("corpus", "data/tokenizer.json", data.replace(b"a", b"b", 1))
-    assert run_train("--dry-run", settings=("data_uri=gs://corpus/data",)) == 2
-    assert "gs://corpus/data/tokenizer.json is damaged" in capsys.readouterr().err
+    for path in sample_data.iterdir():
+        data = path.read_bytes()
+        damaged = data.replace(b"a", b"b", 1) if path.name == "tokenizer.json" else data
+        server.put_object("runs", f"data/{path.name}", damaged)
+    assert run_train("--dry-run", settings=("data_uri=gs://runs/data",)) == 2
+    assert "gs://runs/data/tokenizer.json is damaged" in capsys.readouterr().err
 
 
 def test_a_new_machine_goes_on_from_gs(
