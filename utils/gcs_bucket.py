@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ READ_TIMEOUT_SECONDS = 60.0
 POOL_CONNECTIONS = 32
 STREAM_CHUNK_BYTES = 16 * 2**20
 SESSIONS = 3  # of one upload, where the service loses them
+_UPLOAD_ID = re.compile(r"(upload_id=)[^&\s)'\"]+")
 
 
 class GcsBucket:
@@ -387,13 +389,17 @@ def _query_of(exc: BaseException | None) -> set[str]:
 
 
 def _innermost_reason(exc: BaseException) -> str:
-    """Return one readable line; connection errors wrap their reason several times."""
+    """Return one readable line; connection errors wrap their reason several times.
+
+    Whoever knows the address of an upload session may write to it, so logs must not have it.
+    """
     import requests
 
+    inner = exc
     if isinstance(exc, requests.exceptions.ConnectionError):
-        inner: BaseException = exc
         while inner.__cause__ or inner.__context__:
             inner = inner.__cause__ or inner.__context__ or inner
-        return f"no connection ({inner})."
-    lines = str(exc).strip().splitlines()
-    return lines[0][:300] if lines else type(exc).__name__
+    text = _UPLOAD_ID.sub(r"\1...", str(inner).strip())
+    if isinstance(exc, requests.exceptions.ConnectionError):
+        return f"no connection ({text})."
+    return text.splitlines()[0][:300] if text else type(exc).__name__

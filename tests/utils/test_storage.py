@@ -738,8 +738,9 @@ def test_sessions_that_are_lost_again_and_again_are_given_up_for_now(
     source = write(tmp_path / "source", os.urandom(LARGE))
     for use in large_uploads(remote, source):
         gcs.clear_requests()
-        with pytest.raises(TransientStorageError, match=f"gs://runs/team/a.*{status}"):
+        with pytest.raises(TransientStorageError, match=f"gs://runs/team/a.*{status}") as caught:
             use()
+        assert "upload_id=..." in str(caught.value)
         assert len(gcs.requests("upload.start")) == 3
     with pytest.raises(TransientStorageError, match=f"gs://runs/team/a/d.*{status}"):
         remote.put_stream("d", lambda sink: sink.write(source.read_bytes()), None)
