@@ -27,7 +27,11 @@ GREEDY = Sampling(8, temperature=0)
 @pytest.fixture(scope="module")
 def loaded(trained_run: Path) -> LoadedModel:
     path = max((trained_run / "checkpoints").glob("*step4-*"))
-    return load_model(ModelSource(path.name, str(path), read_manifest(path)), device="cpu")
+    loaded = load_model(ModelSource(path.name, str(path), read_manifest(path)), device="cpu")
+    # After 4 steps many tokens are as good as equally likely: rounding, which each build of torch
+    # does in its own way, must not decide between them.
+    loaded.model.double()
+    return loaded
 
 
 @pytest.fixture
@@ -88,25 +92,40 @@ def test_a_text_is_what_a_run_writes_with_the_same_seed(loaded: LoadedModel) -> 
     assert text.text == loaded.tokenizer.decode(tokens)
 
 
+def find_plain_tokens(loaded: LoadedModel) -> tuple[Text, Sampling, int]:
+    """Return a text, its sampling, and where it has three tokens of whole characters.
+
+    Nobody knows what a model says that had 4 steps, in whichever build of torch: it is looked for.
+    """
+    for seed in range(64):
+        sampling = replace(SAMPLING, max_tokens=30, seed=seed)
+        (text,) = write(loaded, ["The"], sampling)
+        if text.finish != "max_tokens":
+            continue
+        is_plain = [loaded.tokenizer.decode([token]).isascii() for token in text.token_ids]
+        for place in range(10, len(is_plain) - 2):
+            if sum(is_plain[:place]) > 7 and all(is_plain[place : place + 3]):
+                return text, sampling, place
+    raise AssertionError("no text has three such tokens")
+
+
 def test_a_stop_text_ends_a_text_and_is_no_part_of_it(loaded: LoadedModel) -> None:
-    (whole,) = write(loaded, ["The"], replace(SAMPLING, max_tokens=30))
-    assert whole.finish == "max_tokens"
-    tokens = [loaded.tokenizer.decode([token]) for token in whole.token_ids]
-    stop = tokens[10][-1:] + tokens[11] + tokens[12][:1]  # over the edges of three tokens
+    whole, sampling, place = find_plain_tokens(loaded)
+    tokens = [loaded.tokenizer.decode([token]) for token in whole.token_ids[place : place + 3]]
+    stop = tokens[0][-1:] + tokens[1] + tokens[2][:1]  # over the edges of three tokens
     generator = TextGenerator(loaded, stops=["not there", stop])
     pieces: list[str] = []
-    jobs = generator.plan(["The"], replace(SAMPLING, max_tokens=30))
+    jobs = generator.plan(["The"], sampling)
     (text,) = generator.write(jobs, pieces.append)
     assert text.finish == "stop_text"
     assert text.text == whole.text[: whole.text.index(stop)] == "".join(pieces)
     assert text.token_ids == whole.token_ids[: len(text.token_ids)]
-    assert len(text.token_ids) <= 13
+    assert len(text.token_ids) <= place + 3
     assert sum(map(bool, pieces)) > 5
-    beside = write(
-        loaded, ["The", "x"], replace(SAMPLING, max_tokens=30), stops=[stop], batch_size=2
-    )
+    (other,) = write(loaded, ["x"], sampling)
+    beside = write(loaded, ["The", "x"], sampling, stops=[stop], batch_size=2)
     assert beside[0].text == text.text
-    assert len(beside[1].token_ids) == 30
+    assert beside[1].text == other.text.split(stop)[0]
 
 
 def test_an_end_token_ends_a_text_unless_it_is_to_be_ignored(
