@@ -34,7 +34,7 @@ from utils.gpu_text import (
 )
 from utils.host_facts import Host, read_host
 from utils.host_findings import find_host_findings
-from utils.metadata import printable, to_json_text
+from utils.text import printable, to_json_text
 from utils.torch_facts import Torch, read_torch
 
 DRIVER_LIMIT_SECONDS = 60.0

@@ -126,7 +126,7 @@ def train(args: argparse.Namespace) -> int:
     from utils import resume
     from utils.checkpoint_writer import starting_early
     from utils.layout import RunPaths
-    from utils.libraries import load_libraries
+    from utils.startup import load_libraries
 
     paths = RunPaths.of(config)
     if not args.dry_run:
@@ -150,13 +150,13 @@ def start(
     from configs.model_config import build_model_config, is_model_file
     from utils import preflight, ranks, tracking
     from utils.forecast import RunFacts
-    from utils.host_memory import keep_freed_memory
     from utils.micro_batch import resolve_micro_batch
     from utils.model_building import count_parameters, require_kernels
     from utils.model_check import require_language_model
     from utils.preemption import PreemptionWatch, metadata_address
     from utils.prices import find_hourly_price
     from utils.run_start import Consent
+    from utils.startup import keep_freed_memory
     from utils.stopping import StopRequest
     from utils.training_run import TrainingRun
     from utils.training_utils import build_accelerator, resolve_precision

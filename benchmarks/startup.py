@@ -218,9 +218,9 @@ def main(argv: Sequence[str]) -> int:
     clock = Clock()
     around = clock.around
     import train
-    from utils import libraries
+    from utils import startup
 
-    around(libraries, "load_libraries", "what needs no torch", "torch, transformers, accelerate")
+    around(startup, "load_libraries", "what needs no torch", "torch, transformers, accelerate")
     start = train.start
 
     def start_timed(*args: Any, **kwargs: Any) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.figures import spread
 from configs.training_config import PROJECT_DIRECTORY
 from utils.layout import FileEntry, Manifest
-from utils.metadata import HISTORY_LIMIT
+from utils.metrics_log import HISTORY_LIMIT
 from utils.storage import crc32c_of_file
 
 NUM_CHECKPOINTS = 1000

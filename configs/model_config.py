@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from configs.model_presets import PRESETS, ModelPreset
 from utils.errors import ConfigError
-from utils.json_text import parse_json
-from utils.regular_file import read_regular_file
+from utils.files import read_regular_file
+from utils.text import parse_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from utils.errors import ConfigError
-from utils.json_text import parse_json
+from utils.text import parse_json
 from utils.uri import LOCAL_PLACES, PLACES, find_mistake
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parents[1]

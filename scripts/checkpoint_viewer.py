@@ -72,7 +72,8 @@ from utils.evaluation_log import metric_names, metric_points, of_weights, read_e
 from utils.evaluation_text import chart_lines as evaluation_charts
 from utils.evaluation_text import evaluation_lines, series
 from utils.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE, RunPaths
-from utils.metadata import HISTORY_LIMIT, CheckpointView, printable, to_json_text
+from utils.metadata import CheckpointView
+from utils.metrics_log import HISTORY_LIMIT
 from utils.plots import (
     METRICS,
     Curves,
@@ -82,6 +83,7 @@ from utils.plots import (
     require_drawable,
     x_label,
 )
+from utils.text import printable, to_json_text
 from utils.text_plots import MARKS, draw_chart
 
 # rich draws about 600 rows a second: a long list is printed as plain columns.

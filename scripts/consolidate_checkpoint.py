@@ -20,9 +20,9 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.checkpoint_shelf import open_shelf, run_config
-from utils.console import format_bytes, run_command
+from utils.console import run_command
 from utils.layout import MANIFEST_FILE, read_manifest
-from utils.metadata import printable, to_json_text
+from utils.text import format_bytes, printable, to_json_text
 from utils.uri import require_path
 
 

@@ -47,12 +47,12 @@ from utils.evaluation_log import Evaluation, append_evaluation, metric_points
 from utils.evaluation_text import chart_lines, series, tables
 from utils.harness import require_harness
 from utils.layout import RunPaths
-from utils.metadata import printable, to_json_text
 from utils.model_arguments import add_model_arguments, find_from, load_found, read_configuration
 from utils.model_evaluation import SPLITS, Evaluator, Plan, TextPlan
 from utils.plots import draw_panels, picture_path
 from utils.progress import ProgressDisplay
 from utils.task_data import HELLASWAG, LAMBADA, read_questions
+from utils.text import printable, to_json_text
 from utils.uri import require_place
 
 ALL = "all"

@@ -26,14 +26,14 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig
-from utils.console import configure_logging, format_bytes, run_command
+from utils.console import configure_logging, run_command
 from utils.errors import UsageError
 from utils.export_target import GGUF_SUFFIX, ExportTarget, open_target
 from utils.hub_target import HUB_PREFIX, HubTarget
 from utils.layout import RunPaths
-from utils.metadata import printable, to_json_text
 from utils.model_arguments import add_model_arguments, find_from, read_configuration
 from utils.progress import ProgressDisplay
+from utils.text import format_bytes, printable, to_json_text
 
 if TYPE_CHECKING:
     from utils.model_export import ExportReport

@@ -29,10 +29,10 @@ if __package__ in (None, ""):
 
 from utils.console import configure_logging, run_command, without_control_characters
 from utils.errors import PretrainError, UsageError
-from utils.libraries import load_libraries
-from utils.metadata import printable, to_json_text
 from utils.model_arguments import add_model_arguments, find_from, load_found
 from utils.prompts import read_prompts
+from utils.startup import load_libraries
+from utils.text import printable, to_json_text
 
 if TYPE_CHECKING:
     from utils.text_generation import Job, Text, TextGenerator

@@ -37,7 +37,7 @@ from configs.training_config import TrainingConfig, get_training_config  # noqa:
 from utils.console import run_command  # noqa: E402
 from utils.costs import parse_hourly_price  # noqa: E402
 from utils.errors import UsageError  # noqa: E402
-from utils.followed_file import FollowedFile  # noqa: E402
+from utils.files import FollowedFile  # noqa: E402
 from utils.layout import RunPaths  # noqa: E402
 from utils.live_screen import (  # noqa: E402
     Line,
@@ -47,11 +47,11 @@ from utils.live_screen import (  # noqa: E402
     terminal_encoding,
     wants_color,
 )
-from utils.metadata import printable, to_json_text  # noqa: E402
 from utils.monitor_view import WIDTH, build_rows, fit_rows, one_line  # noqa: E402
 from utils.notifier import LIMIT_SECONDS, Notifier, parse_command  # noqa: E402
 from utils.run_events import EventTracker  # noqa: E402
 from utils.run_status import RunStatus, RunWatcher  # noqa: E402
+from utils.text import printable, to_json_text  # noqa: E402
 
 DEFAULT_REFRESH_SECONDS = 2.0
 TAIL_LINES = 20

@@ -23,11 +23,10 @@ if __package__ in (None, ""):
 
 from configs.training_config import PROJECT_DIRECTORY
 from utils import cloud_tables, scaling_run
-from utils.console import format_bytes, format_duration, print_table, run_command
+from utils.console import print_table, run_command
 from utils.errors import UsageError
 from utils.estimates import estimate_checkpoint_bytes
 from utils.gpu_types import GPU_TYPES, GpuType, find_gpu_type
-from utils.metadata import to_json_text
 from utils.scaling import (
     CHECKPOINTING,
     STRATEGIES,
@@ -40,6 +39,7 @@ from utils.scaling import (
     smallest_memory,
 )
 from utils.scaling_tables import TABLES, format_time, to_markdown, write_tables
+from utils.text import format_bytes, format_duration, to_json_text
 
 DOCUMENT = PROJECT_DIRECTORY / "docs" / "SCALING.md"
 CLOUD_DOCUMENT = PROJECT_DIRECTORY / "docs" / "CLOUD.md"

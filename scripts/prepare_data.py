@@ -34,8 +34,9 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.console import configure_logging, format_bytes, run_command
+from utils.console import configure_logging, run_command
 from utils.errors import ExitCode, UsageError
+from utils.text import format_bytes
 from utils.uri import require_path
 
 if TYPE_CHECKING:

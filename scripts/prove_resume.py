@@ -34,7 +34,7 @@ from configs.training_config import (
     get_training_config,
     parse_assignment,
 )
-from utils.console import configure_logging, format_duration, print_table, run_command
+from utils.console import configure_logging, print_table, run_command
 from utils.errors import CheckpointError, ExitCode, PretrainError, UsageError
 from utils.journal import Journal, UploadState
 from utils.layout import (
@@ -44,7 +44,6 @@ from utils.layout import (
     new_run_id,
     parse_checkpoint_name,
 )
-from utils.metadata import printable, to_json_text
 from utils.run_comparison import (
     INTERRUPTED,
     STRAIGHT,
@@ -65,6 +64,7 @@ from utils.started_runs import (
     tail,
 )
 from utils.storage import is_gcs_uri, join_uri, open_bucket
+from utils.text import format_duration, printable, to_json_text
 
 # What the proof decides itself; checkpoint_uri too, but for --use-bucket.
 OWN_KEYS = (

@@ -50,7 +50,7 @@ if __package__ in (None, ""):
 
 from configs.training_config import get_training_config, parse_assignment
 from utils.checkpoint_store import verify_checkpoint
-from utils.console import configure_logging, format_duration, print_table, run_command
+from utils.console import configure_logging, print_table, run_command
 from utils.errors import CheckpointError, ExitCode, PretrainError, UsageError
 from utils.findings import Finding, count_findings, note_finding
 from utils.journal import Journal, UploadState
@@ -65,7 +65,7 @@ from utils.layout import (
     find_checkpoints,
     read_manifest,
 )
-from utils.metadata import printable, read_remote_checkpoints
+from utils.metadata import read_remote_checkpoints
 from utils.run_comparison import compare_checkpoints, compare_logs, values_by_step
 from utils.started_runs import (
     POLL_SECONDS,
@@ -84,6 +84,7 @@ from utils.started_runs import (
     wait_until_gone,
 )
 from utils.storage import TEMPORARY_PREFIX, open_bucket
+from utils.text import format_duration, printable
 
 SAVE_STEPS, KEEP_CHECKPOINTS = 2, 3
 # Small enough for some 20 ms a step; an epoch is 40 steps, so a round sees several.

@@ -59,14 +59,7 @@ from tests.disturbed_buckets import (
     draw_trouble,
 )
 from tests.gcs_server import FakeGcsServer
-from utils.console import (
-    LiveLine,
-    configure_logging,
-    format_bytes,
-    format_duration,
-    print_table,
-    run_command,
-)
+from utils.console import LiveLine, configure_logging, print_table, run_command
 from utils.errors import ExitCode, UsageError
 from utils.findings import Finding, count_findings, note_finding
 from utils.journal import UploadState
@@ -90,6 +83,7 @@ from utils.started_runs import (
     tail,
     wait_until_gone,
 )
+from utils.text import format_bytes, format_duration
 from utils.transports import find_gsutil
 from utils.upload_witness import KINDS, Saved, UploadWitness, Wrong
 

@@ -31,7 +31,7 @@ if __package__ in (None, ""):
 from configs.training_config import TrainingConfig, get_training_config, parse_assignment
 from utils.archive_reading import read_card
 from utils.checkpoint_store import hold_output_directory, verify_checkpoint
-from utils.console import LiveLine, configure_logging, format_bytes, print_table, run_command
+from utils.console import LiveLine, configure_logging, print_table, run_command
 from utils.download import download_checkpoint
 from utils.errors import (
     CheckpointError,
@@ -50,19 +50,14 @@ from utils.layout import (
     RunPaths,
     parse_checkpoint_name,
 )
-from utils.metadata import (
-    CheckpointView,
-    printable,
-    read_local_checkpoints,
-    select_checkpoint,
-    to_json_text,
-)
+from utils.metadata import CheckpointView, read_local_checkpoints, select_checkpoint
 from utils.progress import ProgressDisplay
 from utils.pruning import delete_all, plan_bucket
 from utils.remote_checkpoints import RemoteListing, choose_remote, list_remote, read_cards
 from utils.resume import read_run_identity
 from utils.retention import Action, Decision, decide_retention
 from utils.storage import Bucket, join_uri, open_bucket
+from utils.text import format_bytes, printable, to_json_text
 from utils.transports import TransportOptions, probe_transport
 from utils.upload_status import build_queue, build_rows, last_errors
 from utils.uploader import Uploader, find_unfinished

@@ -31,7 +31,7 @@ from tests.conftest import TINY
 from utils import preflight
 from utils.errors import ConfigError, ExitCode, StorageError
 from utils.layout import find_checkpoints, read_json, read_manifest
-from utils.metadata import read_metrics
+from utils.metrics_log import read_metrics
 
 Train = Callable[..., int]
 LAST = "checkpoint-epoch0-step10-files0"

@@ -24,7 +24,7 @@ from tests.test_train import differences, launch, load
 from tests.test_train_recovery import BadLosses
 from utils.event_file import EventFile
 from utils.layout import find_checkpoints
-from utils.metadata import read_metrics
+from utils.metrics_log import read_metrics
 from utils.sampling import Sample, Sampler
 
 Train = Callable[..., int]

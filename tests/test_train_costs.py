@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_train_recovery import BadLosses
 from utils.layout import read_json
-from utils.metadata import MetricsLog, read_metrics
+from utils.metrics_log import MetricsLog, read_metrics
 from utils.spending import Spending
 from utils.storage import crc32c_of_file
 

@@ -16,7 +16,7 @@ from configs.training_config import get_training_config
 from tests.sample_json import UNREADABLE
 from tests.sample_shards import flip_bit
 from utils.layout import find_checkpoints, read_json
-from utils.metadata import read_metrics
+from utils.metrics_log import read_metrics
 from utils.model_building import LossModel, build_model
 from utils.training_utils import document_positions, forward_loss
 

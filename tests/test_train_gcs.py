@@ -17,7 +17,7 @@ from utils import forecast
 from utils.checkpoint_store import verify_checkpoint
 from utils.errors import ExitCode
 from utils.layout import find_checkpoints
-from utils.metadata import read_metrics
+from utils.metrics_log import read_metrics
 from utils.transports import find_gsutil
 
 Train = Callable[..., int]

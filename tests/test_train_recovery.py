@@ -22,7 +22,7 @@ from utils import training_utils
 from utils.checkpoint_store import verify_checkpoint
 from utils.errors import ExitCode, TransientStorageError
 from utils.layout import find_checkpoints, read_json, read_manifest, write_json
-from utils.metadata import read_metrics
+from utils.metrics_log import read_metrics
 
 Train = Callable[..., int]
 EVERY_STEP = ("logging_steps=1", "record_batches=true")

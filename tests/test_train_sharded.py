@@ -22,7 +22,7 @@ from tests.test_train import differences, launch, load
 from tests.test_train_recovery import batches
 from utils.checkpoint_store import verify_checkpoint
 from utils.layout import find_checkpoints, read_json, read_manifest
-from utils.metadata import read_metrics
+from utils.metrics_log import read_metrics
 from utils.model_loading import ModelSource, load_model
 from utils.parts import Part
 from utils.state_files import read_optimizer, read_weights

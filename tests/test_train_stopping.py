@@ -38,7 +38,7 @@ from utils.checkpoint_store import verify_checkpoint
 from utils.errors import ExitCode
 from utils.journal import Journal, UploadState
 from utils.layout import ARCHIVE_SUFFIX, RunPaths, find_checkpoints, read_json
-from utils.metadata import read_metrics
+from utils.metrics_log import read_metrics
 from utils.mixture import build_order
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks train.py")

@@ -29,7 +29,6 @@ from utils.errors import (
     StorageError,
     TransientStorageError,
 )
-from utils.json_text import FOREIGN_ERRORS, parse_json
 from utils.layout import (
     MANIFEST_FILE,
     FileEntry,
@@ -39,6 +38,7 @@ from utils.layout import (
     require_checkpoint_name,
 )
 from utils.storage import Bucket, encode_crc32c, join_uri
+from utils.text import FOREIGN_ERRORS, parse_json
 
 MAX_ATTEMPTS = 3
 FIRST_BACKOFF_SECONDS = 1.0

@@ -12,8 +12,8 @@ from typing import Any
 
 from configs.training_config import TrainingConfig
 from utils.errors import DivergenceError
-from utils.metadata import number
 from utils.step_guard import Verdict
+from utils.text import number
 from utils.training_utils import Progress
 
 SPAN_STEPS = 1000  # `max_bad_steps` is counted over so many

@@ -18,7 +18,7 @@ from typing import Any
 
 from utils.errors import UsageError
 from utils.layout import CheckpointName
-from utils.metadata import number, parse_time, printable
+from utils.text import number, parse_time, printable
 
 SHOWN_NAMES = 5
 NUMBER_KEYS = {

@@ -17,7 +17,7 @@ import torch
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
 from utils.data_state import DataState
 from utils.layout import RunIdentity
-from utils.metadata import HISTORY_LIMIT, loss_trend
+from utils.metrics_log import HISTORY_LIMIT, loss_trend
 from utils.training_utils import TrainState, device_name
 
 

@@ -18,20 +18,13 @@ from typing import Any
 from utils.costs import Costs, summarize_costs
 from utils.errors import ConfigError
 from utils.layout import DATA_STATE_FILE, METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
-from utils.metadata import (
-    CheckpointView,
-    find_best,
-    find_latest_view,
-    loss_trend,
-    number,
-    parse_time,
-    read_json_part,
-    to_json_text,
-)
+from utils.metadata import CheckpointView, find_best, find_latest_view, read_json_part
+from utils.metrics_log import loss_trend
 from utils.mfu import Utilization, find_peak_flops, flops_per_token
 from utils.plots import Curves, curves_from_history, curves_from_metadata
 from utils.prices import find_bucket_prices
 from utils.spending import Spending
+from utils.text import number, parse_time, to_json_text
 
 MODEL_CONFIG_FILE = "config.json"
 _SHAPE_FILES = (MODEL_CONFIG_FILE, TRAINING_CONFIG_FILE)

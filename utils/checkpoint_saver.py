@@ -23,11 +23,11 @@ import torch
 
 from utils.checkpoint_files import CheckpointFiles, seal, write_files
 from utils.checkpoint_writer import WriterGoneError, WriterProcess, fill_slots
-from utils.console import format_bytes, format_duration
 from utils.errors import SaveError
 from utils.layout import SAVING_PREFIX, CheckpointName, Manifest
 from utils.snapshot import HostBlock, Snapshot
 from utils.storage import fsync_directory
+from utils.text import format_bytes, format_duration
 
 VISIBLE_SECONDS = 30.0
 LOOK_SECONDS = 0.05

@@ -20,6 +20,7 @@ from configs.training_config import TrainingConfig, get_training_config
 from utils.checkpoint_choice import choose_name
 from utils.checkpoint_report import summarize_all
 from utils.errors import CheckpointError, UsageError
+from utils.files import MAX_BYTES
 from utils.journal import Journal, JournalEntry
 from utils.layout import (
     MANIFEST_FILE,
@@ -29,17 +30,11 @@ from utils.layout import (
     parse_checkpoint_name,
     validate_run_name,
 )
-from utils.metadata import (
-    CheckpointView,
-    find_best,
-    printable,
-    read_json_object,
-    read_local_checkpoint,
-)
-from utils.regular_file import MAX_BYTES
+from utils.metadata import CheckpointView, find_best, read_json_object, read_local_checkpoint
 from utils.remote_checkpoints import RemoteListing, list_remote, read_cards
 from utils.retention import decide_retention
 from utils.storage import Bucket, join_uri, open_bucket
+from utils.text import printable
 from utils.upload_status import describe_decision, describe_state
 from utils.uri import require_path
 

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from configs.training_config import TrainingConfig
 from utils.errors import CheckpointError, LockedError
+from utils.files import read_regular_file
 from utils.journal import Journal, UploadState
 from utils.layout import (
     ARCHIVE_SUFFIX,
@@ -38,7 +39,6 @@ from utils.layout import (
     upload_lock,
 )
 from utils.metadata import read_local_checkpoints
-from utils.regular_file import read_regular_file
 from utils.retention import Action, Decision, decide_retention
 from utils.storage import crc32c_of_file, fsync_directory
 

@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from utils.checkpoint_report import loss_statistics, numbers, section
-from utils.console import format_bytes, format_duration
 from utils.costs import Costs, format_dollars
-from utils.metadata import HISTORY_LIMIT, CheckpointView, number, printable, to_json_text
+from utils.metadata import CheckpointView
+from utils.metrics_log import HISTORY_LIMIT
+from utils.text import format_bytes, format_duration, number, printable, to_json_text
 from utils.text_plots import is_encodable, sparkline
 
 ABSENT = "-"

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from configs.training_config import PROJECT_DIRECTORY
 from utils.child_process import live_no_longer_than, step_back
 from utils.layout import Manifest
-from utils.libraries import no_collections
+from utils.startup import no_collections
 
 if TYPE_CHECKING:
     from utils.checkpoint_files import CheckpointFiles

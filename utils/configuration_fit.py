@@ -19,10 +19,10 @@ from configs.model_config import (
     is_model_file,
 )
 from configs.training_config import TrainingConfig
-from utils.console import format_bytes
 from utils.diagnosis import NOTE, PROBLEM, Finding
 from utils.estimates import ModelShape, estimate_training_memory
 from utils.mfu import flops_per_token
+from utils.text import format_bytes
 
 CONFIGURATIONS = ("test", "production")
 MEMORY_RESERVE = 0.95

@@ -29,9 +29,7 @@ _NO_HOME = "Could not determine home directory."  # of Path.expanduser, which ha
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 NOISY_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "google", "matplotlib")
-
 log = logging.getLogger(__name__)
-
 _shared_consoles: dict[bool, Console] = {}
 
 
@@ -213,28 +211,6 @@ def print_table(
     for row in rows:
         table.add_row(*(Text(str(row[key])) for key in columns))
     get_console().print(table)
-
-
-def format_bytes(count: float | None) -> str:
-    """Return a size in binary units, `-` for None."""
-    if count is None:
-        return "-"
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as `1h02m`, `3m20s` or `4.2s`."""
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(int(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{rest:02d}s"
-    return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def run_command(

@@ -11,8 +11,8 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from utils.console import format_duration
 from utils.spending import MAX_DOLLARS, Amount, Spending, read_price
+from utils.text import format_duration
 
 TOKENS_PER_UNIT = 1e6
 MAX_DIGITS = 8

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.json_text import FOREIGN_ERRORS, parse_json
+from utils.files import read_regular_file
 from utils.layout import Manifest
-from utils.metadata import MAX_STEP, append_metrics, number, printable, to_json_text
-from utils.regular_file import read_regular_file
+from utils.metrics_log import MAX_STEP, append_metrics
+from utils.text import FOREIGN_ERRORS, number, parse_json, printable, to_json_text
 
 MODEL_FILES = ("model", "pytorch_model")
 # Nothing computed in float32 is greater, and what draws it overflows later.

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from utils.evaluation_log import NO_RESULTS, Evaluation, MetricPoints
-from utils.metadata import number, printable
 from utils.plots import Series
+from utils.text import number, printable
 from utils.text_plots import draw_chart
 
 ABSENT = "-"

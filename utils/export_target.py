@@ -22,9 +22,9 @@ from filelock import FileLock, Timeout
 
 from utils.errors import LockedError, SaveError, UsageError
 from utils.layout import MANIFEST_FILE
-from utils.metadata import printable
 from utils.shard_index import find_tokenizer_files
 from utils.storage import Bucket, fsync_directory, is_gcs_uri, open_bucket
+from utils.text import printable
 from utils.transfer import put_tree
 from utils.uri import require_place
 

@@ -14,7 +14,6 @@ import torch
 
 from configs.training_config import TrainingConfig
 from utils.checks import Check
-from utils.console import format_bytes, format_duration
 from utils.costs import TOKENS_PER_UNIT, format_dollars
 from utils.estimates import count_pauses, estimate_checkpoint_bytes
 from utils.layout import REMOTE_FOLDER
@@ -25,6 +24,7 @@ from utils.prices import HourlyPrice, find_bucket_prices, find_price
 from utils.shard_index import DataSource
 from utils.spending import Amount
 from utils.step_probe import StepProbe, measure_matmul_rate, measure_step
+from utils.text import format_bytes, format_duration
 from utils.throughput import RemainingTime
 from utils.training_utils import find_utilization
 from utils.transports import TransportOptions

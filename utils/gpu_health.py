@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from utils.console import format_bytes
 from utils.diagnosis import NOTE, PROBLEM, Finding
 from utils.driver_facts import Driver, DriverGpu
 from utils.host_facts import Host
+from utils.text import format_bytes
 
 # Memory that the driver itself takes, and a desktop.
 USUAL_MEMORY_BYTES = 2**30

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from utils.configuration_fit import Forecast, describe_forecast
-from utils.console import format_bytes
 from utils.device_timing import Matmul, Timing, TrainingStep
 from utils.driver_facts import Driver, DriverGpu, Link
 from utils.host_facts import SHM, Host
+from utils.text import format_bytes
 from utils.torch_facts import Torch, TorchGpu
 
 Row = tuple[str, str]

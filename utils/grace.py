@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.console import format_bytes
+from utils.text import format_bytes
 
 NEW_CHECKPOINT = "the new checkpoint"
 NEW_FATES = {

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import PretrainError, UsageError
-from utils.metadata import number, printable, reason_of
 from utils.model_loading import LoadedModel
+from utils.text import number, printable, reason_of
 
 BOOTSTRAP_ROUNDS = 1000
 INSTALL = 'pip install "lm-eval[hf]>=0.4.9"'

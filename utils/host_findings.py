@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import PurePath
 
-from utils.console import format_bytes
 from utils.diagnosis import NOTE, PROBLEM, Finding
 from utils.host_facts import SHM, Host
+from utils.text import format_bytes
 from utils.torch_facts import Torch
 
 SMALL_SHM_BYTES = 2**30

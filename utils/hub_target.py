@@ -19,7 +19,7 @@ from typing import Any
 
 from utils.errors import AccessDeniedError, StorageError, UsageError
 from utils.export_target import is_export_file, scratch_directory
-from utils.metadata import printable
+from utils.text import printable
 
 HUB_PREFIX = "hub:"
 COMMIT_MESSAGE = "Upload model"

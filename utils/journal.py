@@ -25,9 +25,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from utils.json_text import FOREIGN_ERRORS, parse_json
-from utils.regular_file import read_regular_file
+from utils.files import read_regular_file
 from utils.storage import fsync_directory
+from utils.text import FOREIGN_ERRORS, parse_json
 
 COMPACT_BYTES = 2**20
 COMPACT_GROWTH = 2

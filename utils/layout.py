@@ -28,8 +28,8 @@ from typing import Any
 
 from configs.training_config import TrainingConfig
 from utils.errors import CheckpointError, UsageError
-from utils.json_text import FOREIGN_ERRORS, parse_json
-from utils.regular_file import read_regular_file
+from utils.files import read_regular_file
+from utils.text import FOREIGN_ERRORS, parse_json
 
 MANIFEST_FILE = "manifest.json"
 METADATA_FILE = "metadata.json"

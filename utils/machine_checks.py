@@ -12,7 +12,6 @@ from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
 from utils import ranks
 from utils.checks import Check
-from utils.console import format_bytes
 from utils.estimates import (
     MemoryEstimate,
     ModelShape,
@@ -23,6 +22,7 @@ from utils.layout import RunPaths
 from utils.machine import available_memory
 from utils.model_building import ParameterCounts
 from utils.sharding import resolve_sharding
+from utils.text import format_bytes
 from utils.transports import TransportOptions
 
 MEMORY_RESERVE = 0.95

@@ -23,9 +23,9 @@ import torch
 
 from utils import ranks
 from utils.checkpoint_store import verify_checkpoint
-from utils.console import format_bytes
 from utils.errors import CheckpointError
 from utils.layout import MANIFEST_FILE, SAVING_PREFIX, Manifest
+from utils.text import format_bytes
 
 CHUNK_BYTES = 64 * 2**20
 

@@ -1,31 +1,24 @@
-"""Everything the scripts show, read from disk or bucket: checkpoints, metrics, upload states.
+"""Checkpoints as the scripts show them, read from disk or bucket.
 
-    metadata.json, metrics.jsonl, journal -> viewer, upload manager, monitor
+    manifest.json, metadata.json, journal, card -> CheckpointView -> viewer, upload manager, monitor
 
-Readers never stop at a bad file: what can be read is returned, what cannot is named in `problem`.
-What a file says may be of any type and hold terminal escapes: it passes `number` before arithmetic,
-`printable` before a terminal, `to_json_text` before `--json`. `metrics.jsonl` is append-only; a
-`resume` record in it takes back every later step, so that a curve never goes back in time while
-nothing is lost. No torch here: 1,000 checkpoints list in 0.5 s.
+Readers never stop at a bad file: what can be read is returned, what cannot is named in `problem`. No
+torch here: 1,000 checkpoints list in 0.5 s.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.errors import CheckpointError, StorageError, UsageError, first_line
-from utils.followed_file import FollowedFile
-from utils.journal import Journal, JournalEntry, UploadState, utc_now
-from utils.json_text import FOREIGN_ERRORS, parse_json
+from utils.errors import CheckpointError, StorageError, UsageError
+from utils.files import read_regular_file
+from utils.journal import Journal, JournalEntry, UploadState
 from utils.layout import (
     ARCHIVE_SUFFIX,
     MANIFEST_FILE,
@@ -36,18 +29,10 @@ from utils.layout import (
     find_checkpoints,
     parse_checkpoint_name,
 )
-from utils.regular_file import read_regular_file
 from utils.storage import Bucket, ObjectInfo, crc32c_of_bytes, normalize_uri
+from utils.text import FOREIGN_ERRORS, number, parse_json, printable
 
-HISTORY_LIMIT = 100
 MAX_CARD_BYTES = 64 * 2**20
-MAX_SHOWN_CHARACTERS = 300
-MAX_DEPTH = 32
-MAX_STEP = 2**63
-RECORD_BYTES = 512  # of a line of metrics.jsonl, at most
-TOO_DEEP = "(too deep)"
-START_EVENTS = ("start", "resume")
-
 # The numbers that a history begins with, to the last comma behind them. Its name ends with a bare
 # quote, so this never matches within a JSON string.
 _LONG_HISTORY = re.compile(rb'("(?:loss_history|learning_rates)":\s*\[)[-+.,0-9eE\sNaInfityul]*,')
@@ -92,82 +77,6 @@ class CheckpointView:
     def total_bytes(self) -> int | None:
         """Bytes of its files on disk."""
         return None if self.manifest is None else self.manifest.total_bytes
-
-
-def number(value: object) -> float | None:
-    """Return a finite number as float, None for anything else (booleans too)."""
-    if type(value) is float:
-        return value if math.isfinite(value) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def parse_time(value: object) -> datetime | None:
-    """Return an ISO 8601 time, in UTC where it names no zone; None for anything else."""
-    try:
-        moment = datetime.fromisoformat(str(value))
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=UTC)
-        return moment.astimezone(UTC)
-    except (ValueError, OverflowError):
-        return None
-
-
-def epoch_seconds(value: object) -> float | None:
-    """Return an ISO 8601 time in seconds since 1970, None where it is none."""
-    moment = parse_time(value) if isinstance(value, str) else None
-    return None if moment is None else moment.timestamp()
-
-
-def printable(value: object, limit: int = MAX_SHOWN_CHARACTERS) -> str:
-    """Return a value as one line of text that cannot steer a terminal."""
-    try:
-        begin = str(value)[: limit + 1]
-    except RecursionError:
-        begin = TOO_DEEP
-    text = begin
-    if not begin.isprintable():
-        text = "".join(character if character.isprintable() else "?" for character in begin)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def reason_of(exc: BaseException) -> str:
-    """Return what an error of a library says, in one line that no terminal obeys."""
-    return printable(first_line(exc))
-
-
-def printable_lines(text: str) -> str:
-    """Return a text of several lines that cannot steer a terminal."""
-    lines = text.expandtabs(4).split("\n")
-    return "\n".join(
-        "".join(character if character.isprintable() else "?" for character in line)
-        for line in lines
-    )
-
-
-def to_json_text(value: object, *, indent: int | None = 2) -> str:
-    """Return a value as strict JSON.
-
-    NaN and infinities, which JSON lacks, become null; what is nested deeper than anything of ours
-    is cut.
-    """
-    return json.dumps(_plain(value, 0), indent=indent, allow_nan=False, default=str)
-
-
-def _plain(value: object, depth: int) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if depth > MAX_DEPTH:
-        return TOO_DEEP if isinstance(value, (dict, list, tuple)) else value
-    if isinstance(value, dict):
-        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, depth + 1) for item in value]
-    return value
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -420,133 +329,3 @@ def select_checkpoint(text: str, views: Sequence[CheckpointView]) -> CheckpointV
         return chosen
     known = ", ".join(str(view.name) for view in views[-5:]) or "none yet"
     raise UsageError(f"There is no checkpoint {printable(text)!r}. The newest are: {known}.")
-
-
-@dataclass
-class MetricsLog:
-    """`metrics.jsonl`, folded to the current branch.
-
-    Attributes:
-        limit: How many of the newest records are kept, and as many events; None for all. Of a long
-            file only the end is parsed then, and the events before it.
-        records: Metric records by step, oldest first; several may share a step.
-        events: Records with an `event` (start, resume, rollback, bad_step, evaluating, finishing,
-            end), oldest first.
-        bad_lines: Lines that could not be read.
-    """
-
-    limit: int | None = None
-    records: list[dict[str, Any]] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    bad_lines: int = 0
-    _file: FollowedFile | None = None
-    _is_shortened: bool = False
-
-    def read_new(self, path: Path) -> bool:
-        """Read what was appended to the file since the last call; tell whether there was any.
-
-        What is known stays when the file is gone.
-
-        Raises:
-            OSError: It is there and cannot be read.
-        """
-        if self._file is None or self._file.path != path:
-            self._file = FollowedFile(path)
-        try:
-            num_lines = self._read_blocks(self._file, self.limit)
-            if self._is_shortened and not self.records:  # all that was kept has been taken back
-                self._file = FollowedFile(path)
-                self._read_blocks(self._file, None)
-                self._shorten(self.limit)
-        except FileNotFoundError:
-            return False
-        return num_lines > 0
-
-    def _read_blocks(self, file: FollowedFile, limit: int | None) -> int:
-        """Take in what is new, keeping so many records; return the number of lines."""
-        num_lines = 0
-        for block in file.read_new():
-            if block.is_first:
-                self.records, self.events, self.bad_lines = [], [], 0
-                self._is_shortened = False
-            lines = block.data.splitlines()
-            if limit is not None and block.bytes_left > limit * RECORD_BYTES:
-                self._is_shortened = True
-                lines = [line for line in lines if b'"event"' in line]
-            self.bad_lines += block.num_too_long
-            num_lines += len(lines) + block.num_too_long
-            for line in lines:
-                self._take(line)
-            self._shorten(limit)
-        return num_lines
-
-    def _shorten(self, limit: int | None) -> None:
-        """Keep the newest, at most so many."""
-        if limit is None:
-            return
-        if len(self.records) > limit:
-            self._is_shortened = True
-            del self.records[:-limit]
-        if len(self.events) > limit:
-            del self.events[:-limit]
-
-    def _take(self, line: bytes) -> None:
-        try:
-            record = parse_json(line)
-            step = record["step"] = int(record["step"])
-            if abs(step) >= MAX_STEP:
-                raise OverflowError
-        except FOREIGN_ERRORS:
-            self.bad_lines += 1
-            return
-        if "event" not in record:
-            self.records.append(record)
-            return
-        self.events.append(record)
-        if record["event"] in ("start", "resume", "rollback"):
-            while self.records and self.records[-1]["step"] > step:
-                self.records.pop()
-
-    def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Return (steps, values) of one metric; what is no finite number is left out."""
-        points = [(record["step"], number(record.get(key))) for record in self.records]
-        known = [(step, value) for step, value in points if value is not None]
-        return [step for step, _ in known], [value for _, value in known]
-
-
-def read_metrics(path: Path) -> MetricsLog:
-    """Return everything in a `metrics.jsonl`; empty where there is none."""
-    metrics = MetricsLog()
-    metrics.read_new(path)
-    return metrics
-
-
-def append_metrics(path: Path, record: dict[str, Any]) -> None:
-    """Append one record with the time; `step` is required.
-
-    A torn last line, left by a crash, is closed first: it would swallow this record.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = to_json_text({"time": utc_now(), **record}, indent=None) + "\n"
-    with path.open("ab+") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = f"\n{line}"
-        file.write(line.encode("utf-8"))
-
-
-def loss_trend(losses: Sequence[float]) -> str:
-    """Say where a loss history goes: improving, worsening, flat, or unknown below 2 entries.
-
-    The mean of the newer half is compared with that of the older half; 0.5% is flat.
-    """
-    recent = list(losses[-HISTORY_LIMIT:])
-    if len(recent) < 2:
-        return "unknown"
-    half = len(recent) // 2
-    older, newer = sum(recent[:half]) / half, sum(recent[-half:]) / half
-    change = (newer - older) / abs(older) if older else 0.0
-    if abs(change) < 0.005:
-        return "flat"
-    return "improving" if change < 0 else "worsening"

@@ -18,13 +18,13 @@ import torch
 
 from configs.training_config import TrainingConfig
 from utils import ranks
-from utils.console import format_bytes
 from utils.errors import ConfigError, PreflightError
 from utils.estimates import GRADIENT_BYTES
 from utils.machine_checks import MEMORY_RESERVE, estimate_memory, find_free_memory
 from utils.model_building import ParameterCounts
 from utils.sharding import resolve_sharding
 from utils.step_probe import try_step
+from utils.text import format_bytes
 
 log = logging.getLogger("train")
 

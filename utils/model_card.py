@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from utils.layout import Manifest
-from utils.metadata import number, printable
 from utils.parts import OPTIMIZER_PREFIX
+from utils.text import number, printable
 
 WEIGHTS_SUFFIXES = (".safetensors", "pytorch_model.bin")
 HYPERPARAMETERS = (

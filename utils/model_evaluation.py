@@ -20,7 +20,7 @@ from utils.errors import CheckpointError, DataError, UsageError
 from utils.evaluation_log import Evaluation, weights_id
 from utils.harness import run_harness
 from utils.layout import TRAINING_CONFIG_FILE, RunPaths
-from utils.metadata import printable, read_json_object
+from utils.metadata import read_json_object
 from utils.model_loading import LoadedModel, ModelSource
 from utils.shard_cache import ShardCache
 from utils.shard_index import (
@@ -32,6 +32,7 @@ from utils.shard_index import (
 )
 from utils.storage import Bucket, is_gcs_uri, open_bucket
 from utils.task_data import Questions
+from utils.text import printable
 from utils.token_bytes import ByteCounter
 from utils.token_stream import TokenStream, covering_windows, training_windows
 from utils.tokenizer_loading import load_tokenizer

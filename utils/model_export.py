@@ -24,14 +24,14 @@ from transformers.utils import CONFIG_NAME
 
 from configs.model_config import UNPADDED_KEY, known_vocab_size, with_older_keys
 from utils.checkpoint_files import sync_files
-from utils.console import format_bytes
 from utils.errors import SaveError, UsageError
 from utils.gguf_file import compare_gguf, require_gguf, write_gguf
 from utils.layout import FileEntry, write_json
-from utils.metadata import printable, read_json_object
+from utils.metadata import read_json_object
 from utils.model_card import CONFIG_KEYS, CardFacts, build_card
 from utils.model_loading import LoadedModel, ModelSource, load_model
 from utils.storage import crc32c_of_bytes, fsync_directory
+from utils.text import format_bytes, printable
 from utils.tokenizer_loading import (
     build_files,
     find_misreading,

@@ -30,10 +30,10 @@ from utils.layout import (
     read_manifest,
     validate_run_name,
 )
-from utils.metadata import printable
 from utils.model_loading import ModelSource
 from utils.remote_checkpoints import choose_remote, parse_remote_name
 from utils.storage import is_gcs_uri, join_uri, open_bucket
+from utils.text import printable
 from utils.transfer import find_objects, get_tree
 from utils.uri import require_place
 

@@ -20,10 +20,10 @@ from utils.checkpoint_store import verify_checkpoint
 from utils.console import without_control_characters
 from utils.errors import CheckpointError, UsageError
 from utils.layout import RANDOM_STATES_PREFIX, Manifest
-from utils.libraries import load_libraries
-from utils.metadata import printable, reason_of
 from utils.parts import OPTIMIZER_PREFIX
 from utils.shard_index import require_recorded_tokenizer
+from utils.startup import load_libraries
+from utils.text import printable, reason_of
 from utils.tokenizer_loading import begin_like_data, find_tokenizer
 
 if TYPE_CHECKING:

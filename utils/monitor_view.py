@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from utils.console import format_bytes
 from utils.costs import describe_costs_so_far
 from utils.live_screen import Line
 from utils.machine import Gpu, Machine
-from utils.metadata import printable
 from utils.run_state import RunState
 from utils.run_status import CheckpointStatus, RunStatus
+from utils.text import format_bytes, printable
 from utils.text_plots import sparkline
 
 ABSENT = "-"

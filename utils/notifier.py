@@ -22,7 +22,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 
 from utils.errors import UsageError
-from utils.metadata import printable
+from utils.text import printable
 
 LIMIT_SECONDS = 30.0
 LEAVE_SECONDS = 2.0

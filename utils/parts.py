@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from utils.json_text import parse_json
+from utils.text import parse_json
 
 if TYPE_CHECKING:
     import torch

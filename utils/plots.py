@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import PretrainError, UsageError
-from utils.metadata import HISTORY_LIMIT, number, printable
+from utils.metrics_log import HISTORY_LIMIT
+from utils.text import number, printable
 from utils.uri import require_path
 
 if TYPE_CHECKING:

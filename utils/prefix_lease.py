@@ -34,10 +34,9 @@ from utils.errors import (
     StorageError,
     TransientStorageError,
 )
-from utils.json_text import parse_json_object
 from utils.layout import REMOTE_FOLDER
-from utils.metadata import number, printable
 from utils.storage import Bucket, ObjectInfo
+from utils.text import number, parse_json_object, printable
 
 LEASE_OBJECT = f"{REMOTE_FOLDER}/.lease.json"
 HEARTBEAT_SECONDS = 30.0

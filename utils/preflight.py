@@ -25,7 +25,6 @@ from accelerate import Accelerator
 from configs.model_config import find_dropouts, known_vocab_size
 from configs.training_config import TrainingConfig
 from utils.checks import Check, print_checks, require_all
-from utils.console import format_bytes
 from utils.errors import (
     AccessDeniedError,
     DataError,
@@ -38,13 +37,14 @@ from utils.estimates import estimate_checkpoint_bytes
 from utils.forecast import RunFacts, check_times, is_long_run, measure_busy_share, probe_step
 from utils.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.machine_checks import check_disk, check_memory, check_snapshot, estimate_memory
-from utils.metadata import printable, read_remote_checkpoints
+from utils.metadata import read_remote_checkpoints
 from utils.model_building import ParameterCounts
 from utils.resume import READ_CARDS, Plan, plan_start, require_startable
 from utils.shard_index import DataSource, build_shard_index, read_tokenizer_files
 from utils.sharding import resolve_sharding
 from utils.step_probe import StepProbe
 from utils.storage import is_gcs_uri, join_uri, open_bucket
+from utils.text import format_bytes, printable
 from utils.tokenizer_conversion import TOKENIZER_FILE
 from utils.tokenizer_loading import find_misreading, write_files
 from utils.training_utils import device_name

@@ -17,9 +17,8 @@ from typing import Any
 
 from configs.training_config import CONFIG_DIRECTORY, TrainingConfig
 from utils.errors import ConfigError
-from utils.json_text import parse_json
-from utils.metadata import number, printable
-from utils.regular_file import read_regular_file
+from utils.files import read_regular_file
+from utils.text import number, parse_json, printable
 
 PRICE_DIRECTORY = CONFIG_DIRECTORY / "prices"
 SPOT_SUFFIXES = (":spot", "-spot")

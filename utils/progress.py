@@ -13,7 +13,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from utils.console import format_bytes, get_console
+from utils.console import get_console
+from utils.text import format_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

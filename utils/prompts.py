@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from utils.errors import UsageError
-from utils.json_text import parse_json
-from utils.metadata import printable
+from utils.text import parse_json, printable
 
 STDIN = "-"
 MAX_BYTES = 256 * 2**20

@@ -21,8 +21,9 @@ from utils.layout import (
     RunIdentity,
     parse_checkpoint_name,
 )
-from utils.metadata import CheckpointView, find_best, printable, read_remote_checkpoint
+from utils.metadata import CheckpointView, find_best, read_remote_checkpoint
 from utils.storage import Bucket, ObjectInfo, is_gcs_uri
+from utils.text import printable
 from utils.uri import require_place
 
 CARD_SUFFIX = ".json"

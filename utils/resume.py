@@ -20,7 +20,6 @@ from utils.checkpoint_store import set_aside, verify_checkpoint
 from utils.download import download_checkpoint
 from utils.errors import CheckpointError, StorageError, UsageError
 from utils.journal import Journal
-from utils.json_text import FOREIGN_ERRORS
 from utils.layout import (
     REMOTE_FOLDER,
     CheckpointName,
@@ -42,6 +41,7 @@ from utils.metadata import (
 )
 from utils.remote_checkpoints import parse_remote_name
 from utils.storage import Bucket, open_bucket
+from utils.text import FOREIGN_ERRORS
 
 log = logging.getLogger(__name__)
 

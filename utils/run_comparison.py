@@ -13,7 +13,7 @@ from typing import Any
 
 from utils.checkpoint_store import verify_checkpoint
 from utils.layout import BATCHES_FILE, DATA_STATE_FILE, RANDOM_STATES_PREFIX, read_json
-from utils.metadata import read_metrics
+from utils.metrics_log import read_metrics
 from utils.started_runs import read_records
 
 COMPARED_METRICS = ("loss", "grad_norm", "learning_rate", "validation_loss")

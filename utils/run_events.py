@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from utils.metadata import printable
 from utils.notifier import RunEvent
 from utils.run_state import RunState
 from utils.run_status import RunStatus
+from utils.text import printable
 
 EVENT_OF_STATE = {
     RunState.STALLED: "stalled",

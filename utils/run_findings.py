@@ -15,9 +15,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from utils.followed_file import FollowedFile
+from utils.files import FollowedFile
 from utils.journal import JournalEntry, parse_entry
-from utils.metadata import MetricsLog, number
+from utils.metrics_log import MetricsLog
 from utils.run_state import find_start, time_of
 from utils.run_warnings import (
     RunWarning,
@@ -28,6 +28,7 @@ from utils.run_warnings import (
     measure_pace,
     stall_seconds,
 )
+from utils.text import number
 
 CURVE_RECORDS = 1000
 CURVE_POINTS = 40

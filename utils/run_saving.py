@@ -22,7 +22,7 @@ from utils.checkpoint_files import CheckpointFiles
 from utils.checkpoint_saver import CheckpointSaver, Meeting
 from utils.checkpoint_store import apply_retention, set_aside, verify_checkpoint
 from utils.checkpoint_writer import WriterProcess
-from utils.console import LiveLine, format_bytes, format_duration
+from utils.console import LiveLine
 from utils.errors import CheckpointError, ExitCode, SaveError
 from utils.grace import describe_outcome, plan_grace
 from utils.journal import Journal
@@ -34,6 +34,7 @@ from utils.layout import (
     read_manifest,
 )
 from utils.machine import available_memory
+from utils.text import format_bytes, format_duration
 from utils.transports import TransportOptions
 from utils.uploader import Uploader, find_unfinished
 

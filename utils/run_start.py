@@ -18,12 +18,13 @@ from configs.model_config import describe_model_changes, find_dropouts
 from configs.training_config import ConfigChanges, TrainingConfig, compare_configs
 from utils import ranks, resume
 from utils.checkpoint_utils import CONFIG_FILE, SavedState, read_checkpoint, restore_state
-from utils.console import LiveLine, format_bytes
+from utils.console import LiveLine
 from utils.data_state import DataState
 from utils.errors import CheckpointError, ConfigError, StorageError, UnreadableCheckpointError
 from utils.layout import SAVING_PREFIX, TRAINING_CONFIG_FILE, Manifest, RunPaths, read_json
 from utils.machine_sharing import on_every_machine
 from utils.storage import open_bucket
+from utils.text import format_bytes
 from utils.training_utils import TrainState
 
 log = logging.getLogger("train")

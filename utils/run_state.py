@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 
-from utils.metadata import START_EVENTS, epoch_seconds, printable
+from utils.metrics_log import START_EVENTS
+from utils.text import epoch_seconds, printable
 
 CLOCK_SLACK_SECONDS = 60.0
 FINISHING_SECONDS = 3600.0  # without a record, while the last checkpoint is saved and uploaded

@@ -23,11 +23,13 @@ from utils.disk_trend import DiskTrend
 from utils.journal import JournalEntry, UploadState
 from utils.layout import MANIFEST_FILE, METADATA_FILE, RunPaths, find_checkpoints
 from utils.machine import Machine, MachineProbe
-from utils.metadata import MAX_STEP, CheckpointView, MetricsLog, number, read_local_checkpoint
+from utils.metadata import CheckpointView, read_local_checkpoint
+from utils.metrics_log import MAX_STEP, MetricsLog
 from utils.run_findings import LogFindings, Metrics, UploadLog
 from utils.run_state import RunState, is_process_alive, judge_run, time_of
 from utils.run_warnings import RunWarning, judge_disk, judge_state, judge_uploads
 from utils.spending import read_spending
+from utils.text import number
 from utils.upload_status import describe_progress
 
 NEWEST_CHECKPOINTS = 5

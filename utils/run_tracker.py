@@ -19,7 +19,7 @@ from accelerate.tracking import GeneralTracker, on_main_process
 
 from configs.training_config import TrainingConfig
 from utils.layout import RunIdentity
-from utils.metadata import printable
+from utils.text import printable
 
 SPEED = ("tokens_per_second", "step_seconds", "data_wait_share", "mfu", "eta_seconds")
 VALIDATION = {

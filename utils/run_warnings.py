@@ -14,9 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.console import format_duration
 from utils.journal import JournalEntry, UploadState
-from utils.metadata import number, printable
+from utils.text import format_duration, number, printable
 
 GRADIENT_NORM_LIMIT = 10.0
 

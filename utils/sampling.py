@@ -18,7 +18,8 @@ from accelerate.utils import DistributedType
 
 from configs.training_config import TrainingConfig
 from utils.generation import generate
-from utils.metadata import append_metrics, printable, printable_lines
+from utils.metrics_log import append_metrics
+from utils.text import printable, printable_lines
 from utils.token_choice import Sampling
 from utils.tokenizer_loading import begin_like_data, encode_prompt, load_tokenizer
 from utils.training_utils import TrainState

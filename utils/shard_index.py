@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 
 from utils.errors import DataError, ObjectNotFoundError, ShardError
-from utils.json_text import FOREIGN_ERRORS, parse_json_object
 from utils.layout import MANIFEST_FILE, read_manifest
 from utils.storage import Bucket, DirectoryBucket, ObjectInfo, crc32c_of_bytes
+from utils.text import FOREIGN_ERRORS, parse_json_object
 from utils.tokenizer_conversion import TOKENIZER_FILE
 
 INDEX_OBJECT = "index.json"

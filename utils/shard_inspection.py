@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from utils.errors import DataError, ShardError, UsageError
-from utils.json_text import parse_json_object
 from utils.shard_index import (
     HEADER_THREADS,
     INDEX_FORMAT,
@@ -42,6 +41,7 @@ from utils.shard_index import (
 )
 from utils.shard_writer import PARTIAL_INDEX_FILE, get_old_json, put_json
 from utils.storage import Bucket, ObjectInfo, crc32c_of_bytes, crc32c_of_file
+from utils.text import parse_json_object
 from utils.tokenizer_conversion import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 SAMPLE_TOKENS = 64

@@ -21,7 +21,8 @@ from typing import Any
 
 import psutil
 
-from utils.metadata import START_EVENTS, MetricsLog, epoch_seconds, number, read_metrics
+from utils.metrics_log import START_EVENTS, MetricsLog, read_metrics
+from utils.text import epoch_seconds, number
 
 SECONDS_PER_HOUR = 3600.0
 # Above these a figure is no measurement of anything: it is from a damaged or foreign file.

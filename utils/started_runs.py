@@ -28,14 +28,13 @@ import psutil
 from configs.training_config import PROJECT_DIRECTORY
 from utils.errors import PretrainError, UsageError
 from utils.journal import Journal, UploadState
-from utils.json_text import parse_json
 from utils.layout import (
     ARCHIVE_SUFFIX,
     MANIFEST_FILE,
     SAVING_PREFIX,
     RunPaths,
 )
-from utils.metadata import printable
+from utils.text import parse_json, printable
 from utils.uri import require_path
 
 TRAIN = PROJECT_DIRECTORY / "train.py"

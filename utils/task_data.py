@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UsageError
-from utils.json_text import parse_json
-from utils.metadata import printable, reason_of
-from utils.regular_file import read_regular_file
+from utils.files import read_regular_file
+from utils.text import parse_json, printable, reason_of
 
 HELLASWAG, LAMBADA = "hellaswag", "lambada"
 # Task -> (data set, configuration, split) on the Hub.

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.event_file import EventFile
-from utils.metadata import printable, to_json_text
 from utils.run_tracker import RunStart, RunTracker, group_metrics
+from utils.text import printable, to_json_text
 
 FOLDER = "tensorboard"
 # Protocol buffers are filled in here: what TensorBoard and torch have for it imports all of

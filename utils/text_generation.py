@@ -18,8 +18,8 @@ import torch
 
 from utils.errors import ResourceShortageError, UsageError
 from utils.generation import Batch, Row, evaluating, require_known_ids
-from utils.metadata import printable
 from utils.model_loading import LoadedModel
+from utils.text import printable
 from utils.text_stream import StopFinder, TextStream
 from utils.token_choice import Sampling
 from utils.tokenizer_loading import encode_prompt

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from utils.documents import Content, OpenText
 from utils.errors import DataError, UsageError, first_line
-from utils.json_text import parse_json
+from utils.text import parse_json
 from utils.uri import require_path
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")

@@ -30,8 +30,8 @@ import numpy.typing as npt
 
 from utils.documents import Document, OpenText, TokenArray, TokenizedDocument
 from utils.errors import UsageError, first_line
-from utils.metadata import printable
 from utils.shard_index import find_tokenizer_files, require_recorded_tokenizer
+from utils.text import printable
 from utils.tokenizer_conversion import (
     END_OF_TEXT,
     END_TOKENS,

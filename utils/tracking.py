@@ -23,9 +23,10 @@ from accelerate import Accelerator
 from configs.training_config import GUARDED_KEYS, TrainingConfig
 from utils.errors import ConfigError
 from utils.layout import RunIdentity
-from utils.metadata import append_metrics, number, printable, read_metrics, to_json_text
+from utils.metrics_log import append_metrics, read_metrics
 from utils.run_tracker import RunStart, RunTracker
 from utils.tensorboard_tracker import FOLDER, TensorBoardTracker
+from utils.text import number, printable, to_json_text
 from utils.wandb_tracker import WandbTracker
 
 METRICS_FILE = "metrics.jsonl"

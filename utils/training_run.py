@@ -28,7 +28,7 @@ from configs.training_config import TrainingConfig
 from utils import bad_steps, checkpoint_utils, ranks, resume, run_start, tracking
 from utils.checkpoint_saver import Meeting
 from utils.checkpoint_writer import WriterProcess
-from utils.console import LiveLine, format_duration
+from utils.console import LiveLine
 from utils.costs import describe_costs, summarize_costs
 from utils.data_state import DataState
 from utils.data_utils import BatchLoader, SampleReader, ValidationData
@@ -42,7 +42,7 @@ from utils.errors import (
 from utils.evaluation import evaluate
 from utils.layout import RunPaths
 from utils.machine_sharing import on_every_machine
-from utils.metadata import append_metrics
+from utils.metrics_log import append_metrics
 from utils.mixture import build_order
 from utils.run_saving import RunSaving
 from utils.run_start import Consent
@@ -55,6 +55,7 @@ from utils.spending import Spending, open_meter
 from utils.step_guard import Verdict
 from utils.stopping import StopRequest
 from utils.storage import encode_crc32c, open_bucket
+from utils.text import format_duration
 from utils.throughput import RemainingTime, Throughput
 from utils.training_utils import (
     build_train_state,

@@ -33,7 +33,6 @@ from utils.cpu_products import use_cpu_products
 from utils.deepspeed_engine import ZeroEngine, require_deepspeed
 from utils.errors import ConfigError, first_line
 from utils.estimates import attention_widths
-from utils.metadata import number
 from utils.mfu import Utilization, find_peak_flops, flops_per_token
 from utils.model_building import (
     LossModel,
@@ -52,6 +51,7 @@ from utils.sharding import (
     whole_scalar,
 )
 from utils.step_guard import GOOD, StepGuard
+from utils.text import number
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,6 @@ from typing import Any, Protocol
 
 from configs.training_config import TrainingConfig
 from utils.errors import ObjectNotFoundError, StorageError, TransientStorageError
-from utils.json_text import parse_json
 from utils.layout import SAVING_PREFIX
 from utils.parallel_upload import PARTS_FOLDER, parts_prefix, put_parallel, remove_parts
 from utils.storage import (
@@ -45,6 +44,7 @@ from utils.storage import (
     mapped_file_errors,
     open_bucket,
 )
+from utils.text import parse_json
 from utils.uri import require_place
 from utils.watched_command import START_SECONDS, WatchedCommand
 

@@ -21,7 +21,6 @@ from typing import IO, Any
 
 from utils.archive import ArchiveInfo, write_archive
 from utils.errors import CheckpointError, ConflictError, StorageError, TransientStorageError
-from utils.json_text import FOREIGN_ERRORS, parse_json
 from utils.layout import (
     METADATA_FILE,
     REMOTE_FOLDER,
@@ -34,6 +33,7 @@ from utils.layout import (
 )
 from utils.metadata import read_json_part
 from utils.storage import Meter, Nowhere, ObjectInfo, join_uri, map_file_error
+from utils.text import FOREIGN_ERRORS, parse_json
 from utils.transports import Transport, TransportOptions, open_transport, put_bytes
 
 # A gzip stream of what does not compress grows by less than this, and so does a tar of many files.

@@ -13,17 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from utils.console import format_bytes, format_duration
 from utils.journal import JournalEntry, UploadState
-from utils.metadata import (
-    CheckpointView,
-    epoch_seconds,
-    find_best,
-    is_verified_in,
-    number,
-    printable,
-)
+from utils.metadata import CheckpointView, find_best, is_verified_in
 from utils.retention import Action, Decision
+from utils.text import epoch_seconds, format_bytes, format_duration, number, printable
 
 STALE_SECONDS = 60.0
 SHOWN_ERRORS = 5

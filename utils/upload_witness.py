@@ -30,8 +30,8 @@ from utils.layout import (
     parse_checkpoint_name,
     read_manifest,
 )
-from utils.metadata import printable
 from utils.storage import crc32c_of_bytes, crc32c_of_file
+from utils.text import printable
 
 KINDS = {
     "corrupt": "a checkpoint, or an archive beside its card, that is not what was saved",

@@ -26,7 +26,6 @@ from types import TracebackType
 from typing import Any
 
 from utils.checkpoint_store import hold_upload
-from utils.console import format_bytes, format_duration
 from utils.errors import PretrainError, TransientStorageError
 from utils.journal import Journal, JournalEntry, UploadState
 from utils.layout import (
@@ -40,6 +39,7 @@ from utils.layout import (
 )
 from utils.metadata import CheckpointView, find_best, is_verified_in, read_local_checkpoints
 from utils.storage import crc32c_of_file, join_uri, normalize_uri
+from utils.text import format_bytes, format_duration
 from utils.transports import TransportOptions
 from utils.upload_job import ProgressReport, UploadJob, UploadResult
 from utils.upload_process import InterruptedUploadError, run_in_process

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from utils.metadata import printable
 from utils.run_tracker import RunStart, RunTracker, group_metrics
+from utils.text import printable
 
 PROJECT = "neox-pretrain"
 INIT_SECONDS = 30.0

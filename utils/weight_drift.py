@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import CheckpointError, PretrainError
 from utils.layout import Manifest
-from utils.metadata import printable
 from utils.parts import MODEL_PREFIX, PartFiles, find_part_files
 from utils.storage import crc32c_of_file
+from utils.text import printable
 
 if TYPE_CHECKING:
     import torch

@@ -25,7 +25,7 @@ from utils import machine
 from utils.journal import Journal, UploadState
 from utils.layout import RunPaths
 from utils.live_screen import ENTER, LEAVE, count_cells
-from utils.metadata import append_metrics
+from utils.metrics_log import append_metrics
 from utils.run_status import RunWatcher
 
 SCRIPT = PROJECT_DIRECTORY / "scripts" / "monitor_training.py"

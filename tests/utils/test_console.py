@@ -13,14 +13,9 @@ from pathlib import Path
 import pytest
 
 from utils import errors
-from utils.console import (
-    LiveLine,
-    format_bytes,
-    format_duration,
-    print_table,
-    run_command,
-)
+from utils.console import LiveLine, print_table, run_command
 from utils.errors import ExitCode, PretrainError
+from utils.text import format_bytes, format_duration
 
 PROJECT = Path(__file__).resolve().parents[2]
 

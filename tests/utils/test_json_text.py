@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.sample_json import UNREADABLE
-from utils.json_text import parse_json, parse_json_object
+from utils.text import parse_json, parse_json_object
 
 
 @pytest.mark.parametrize("text", [b'{"a": [1, NaN]}', '{"a": [1, NaN]}'])

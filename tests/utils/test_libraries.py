@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from utils.libraries import no_collections
+from utils.startup import no_collections
 
 
 @pytest.fixture

@@ -14,22 +14,17 @@ from utils.journal import Journal, UploadState
 from utils.layout import CheckpointName, card_object
 from utils.metadata import (
     CheckpointView,
-    MetricsLog,
-    append_metrics,
     find_best,
     find_latest_view,
-    loss_trend,
-    number,
-    printable,
     read_json_object,
     read_local_checkpoint,
     read_local_checkpoints,
-    read_metrics,
     read_remote_checkpoints,
     select_checkpoint,
-    to_json_text,
 )
+from utils.metrics_log import MetricsLog, append_metrics, loss_trend, read_metrics
 from utils.storage import DirectoryBucket
+from utils.text import number, printable, to_json_text
 
 
 def view(step, loss=None, validation_loss=None, problem=None):

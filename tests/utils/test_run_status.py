@@ -14,10 +14,10 @@ import pytest
 
 from tests.sample_checkpoints import RUN_ID, make_checkpoint
 from tests.sample_logs import ago, write_start, write_step
-from utils import followed_file, machine, run_status
+from utils import files, machine, run_status
 from utils.journal import Journal, UploadState
 from utils.layout import RunPaths
-from utils.metadata import append_metrics
+from utils.metrics_log import append_metrics
 from utils.run_findings import LogFindings, condense
 from utils.run_state import RunState, time_of
 from utils.run_status import RunStatus, RunWatcher
@@ -308,7 +308,7 @@ def test_memory_is_bounded_and_take_backs_beyond_it_are_obeyed(
     paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_status, "KEPT_RECORDS", 100)
-    monkeypatch.setattr(followed_file, "BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 2**14)
     write_start(paths.metrics)
     with paths.metrics.open("a") as file:
         for step in range(1, 2001):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.metadata import MetricsLog, append_metrics
+from utils.metrics_log import MetricsLog, append_metrics
 from utils.spending import (
     Amount,
     Spending,

@@ -19,7 +19,7 @@ from utils import tracking
 from utils.errors import ConfigError
 from utils.event_file import EventFile
 from utils.layout import RunIdentity
-from utils.metadata import read_metrics
+from utils.metrics_log import read_metrics
 from utils.run_tracker import RunStart, RunTracker, group_metrics
 from utils.tensorboard_tracker import (
     TensorBoardTracker,

@@ -1,16 +1,26 @@
-"""The large libraries, loaded once and quickly.
+"""How a process starts: its libraries loaded once and quickly, the memory it frees kept.
 
 torch, transformers and accelerate make hundreds of thousands of objects while they are imported,
 nearly all of which stay for good. Python's garbage collector would look through all of them again
 and again in search of garbage: up to a quarter of the imports' time (BENCHMARKS.md, "Startup").
+
+A training step on a CPU makes its activations and gradients anew. The C library gives large blocks
+back to the system as soon as they are freed, and trims its heap, so that each step would get
+fresh pages: a fault and a page of zeros for every 4 KiB (BENCHMARKS.md, "Memory of a step").
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import sys
 from collections.abc import Iterator
+
+# <malloc.h> of the GNU C library.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BLOCK_BYTES = 2**30
+KEPT_FREE_BYTES = 2**31 - 1
 
 
 @contextlib.contextmanager
@@ -41,3 +51,20 @@ def load_libraries() -> None:
         import accelerate  # noqa: F401
         import torch  # noqa: F401
         from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel  # noqa: F401
+
+
+def keep_freed_memory() -> bool:
+    """Have blocks up to 1 GiB reused instead of given back, and up to 2 GiB kept free for that.
+
+    Returns:
+        False where the C library is not GNU's, and nothing was changed.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    set_option = library.mallopt
+    return bool(set_option(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)) and bool(
+        set_option(M_TRIM_THRESHOLD, KEPT_FREE_BYTES)
+    )
