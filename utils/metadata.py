@@ -2,8 +2,8 @@
 
     manifest.json, metadata.json, journal, card -> CheckpointView -> viewer, upload manager, monitor
 
-Readers never stop at a bad file: what can be read is returned, what cannot is named in `problem`. No
-torch here: 1,000 checkpoints list in 0.5 s.
+Readers never stop at a bad file: what can be read is returned, what cannot is named in `problem`.
+No torch here: 1,000 checkpoints list in 0.5 s.
 """
 
 from __future__ import annotations
