@@ -267,9 +267,12 @@ def prepare(arguments: argparse.Namespace) -> int:
 def _build_request(
     arguments: argparse.Namespace,
 ) -> tuple[list[Source], list[Source], CorpusOptions]:
+    from utils.checkpoint_store import require_recorded_tokenizer
     from utils.corpus import DEFAULT_SHARD_TOKENS, CorpusOptions
 
     _refuse_unused(arguments)
+    if arguments.tokenizer is not None:
+        require_recorded_tokenizer(arguments.tokenizer)
     is_sample_alone = _is_sample_alone(arguments)
     vocab_size = arguments.vocab_size
     if vocab_size is None and arguments.tokenizer is None and is_sample_alone:

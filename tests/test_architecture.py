@@ -42,7 +42,6 @@ LAYERS: list[set[str]] = [
         "utils.sample_model",
         "utils.text_plots",
         "utils.text_stream",
-        "utils.tokenizer_conversion",
     },
     {"utils.directory_bucket", "utils.gcs_bucket"},
     {"utils.storage"},
@@ -65,6 +64,7 @@ LAYERS: list[set[str]] = [
         "utils.transports",
     },
     {"utils.deepspeed_engine", "utils.tokenizer_loading"},
+    {"utils.tokenizer_conversion"},
     {
         "utils.archive",
         "utils.archive_reading",
@@ -206,6 +206,7 @@ LAYERS: list[set[str]] = [
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 
 WITHOUT_TORCH = [
+    "utils.tokenizer_conversion",
     "debug_gpu",
     "utils.archive",
     "utils.archive_reading",

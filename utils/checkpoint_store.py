@@ -40,7 +40,14 @@ from utils.layout import (
 )
 from utils.metadata import read_local_checkpoints
 from utils.retention import Action, Decision, decide_retention
-from utils.storage import crc32c_of_file, fsync_directory
+from utils.shard_index import (
+    INDEX_OBJECT,
+    find_tokenizer_files,
+    get_json,
+    read_recorded_files,
+    recorded_checksums,
+)
+from utils.storage import DirectoryBucket, crc32c_of_file, fsync_directory
 
 LOCK_SECONDS = 3.0
 
@@ -241,3 +248,26 @@ def apply_retention(
         log.info("Cleaned up %s (%s).", decision.name, decision.reason)
         deleted.append(decision.name)
     return deleted
+
+
+def require_recorded_tokenizer(name: str) -> None:
+    """Raise where a tokenizer is not what `index.json` or `manifest.json` beside it recorded.
+
+    Args:
+        name: A directory, a tokenizer's file in one, or any other name, which is left alone.
+
+    Raises:
+        DataError: It is not, or `index.json` cannot be read.
+        CheckpointError: `manifest.json` cannot be read.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        return
+    directory = path if path.is_dir() else path.parent
+    bucket = DirectoryBucket(directory)
+    checksums = recorded_checksums(get_json(bucket, INDEX_OBJECT) or {})
+    if (directory / MANIFEST_FILE).is_file():
+        files = read_manifest(directory).files
+        checksums.update({name: entry.crc32c for name, entry in files.items()})
+    names = find_tokenizer_files(checksums if path == directory else [path.name])
+    read_recorded_files(bucket, names, checksums)

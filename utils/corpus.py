@@ -40,7 +40,7 @@ from utils.storage import Bucket
 from utils.text_sources import Source
 from utils.token_files import TokenFileSource
 from utils.tokenization import EncodingCache, Tokenizer
-from utils.tokenizer_conversion import END_OF_TEXT
+from utils.tokenizer_loading import END_OF_TEXT
 
 DEFAULT_SHARD_TOKENS = 50_000_000
 DEFAULT_VALIDATION_FRACTION = 0.05

@@ -21,10 +21,10 @@ import numpy as np
 from utils import shard_writer
 from utils.documents import SPLITS
 from utils.errors import UsageError
+from utils.shard_index import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from utils.shard_writer import INDEX_FILE, PARTIAL_INDEX_FILE, Progress, ShardEntry
 from utils.storage import Bucket, DirectoryBucket, crc32c_of_bytes, open_bucket
 from utils.tokenization import Tokenizer
-from utils.tokenizer_conversion import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 _OWN_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{5,}}\.npz")
 _logger = logging.getLogger(__name__)

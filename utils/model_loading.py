@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.model_config import known_vocab_size, require_few_layers
-from utils.checkpoint_store import verify_checkpoint
+from utils.checkpoint_store import require_recorded_tokenizer, verify_checkpoint
 from utils.console import without_control_characters
 from utils.errors import CheckpointError, UsageError
 from utils.layout import RANDOM_STATES_PREFIX, Manifest
 from utils.parts import OPTIMIZER_PREFIX
-from utils.shard_index import require_recorded_tokenizer
 from utils.startup import load_libraries
 from utils.text import printable, reason_of
 from utils.tokenizer_loading import begin_like_data, find_tokenizer
@@ -190,9 +189,7 @@ def load_named_tokenizer(name: str) -> Any:
     Raises:
         UsageError: There is none.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        require_recorded_tokenizer(path)
+    require_recorded_tokenizer(name)
     try:
         found = find_tokenizer(name)
     except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file

@@ -40,12 +40,11 @@ from utils.machine_checks import check_disk, check_memory, check_snapshot, estim
 from utils.metadata import read_remote_checkpoints
 from utils.model_building import ParameterCounts
 from utils.resume import READ_CARDS, Plan, plan_start, require_startable
-from utils.shard_index import DataSource, build_shard_index, read_tokenizer_files
+from utils.shard_index import TOKENIZER_FILE, DataSource, build_shard_index, read_tokenizer_files
 from utils.sharding import resolve_sharding
 from utils.step_probe import StepProbe
 from utils.storage import is_gcs_uri, join_uri, open_bucket
 from utils.text import format_bytes, printable
-from utils.tokenizer_conversion import TOKENIZER_FILE
 from utils.tokenizer_loading import find_misreading, write_files
 from utils.training_utils import device_name
 from utils.transports import TransportOptions, probe_transport

@@ -24,18 +24,18 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from utils.errors import DataError, ObjectNotFoundError, ShardError
-from utils.layout import MANIFEST_FILE, read_manifest
-from utils.storage import Bucket, DirectoryBucket, ObjectInfo, crc32c_of_bytes
+from utils.storage import Bucket, ObjectInfo, crc32c_of_bytes
 from utils.text import FOREIGN_ERRORS, parse_json_object
-from utils.tokenizer_conversion import TOKENIZER_FILE
 
 INDEX_OBJECT = "index.json"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 INDEX_FORMAT = 1
 TOKEN_KEYS = ("input_ids", "tokens", "arr_0")
 MASK_KEY = "attention_mask"
@@ -254,9 +254,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "merges.txt",
     "special_tokens_map.json",
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer.model",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG_FILE,
     "vocab.json",
 )
 
@@ -324,26 +324,6 @@ def _damaged(bucket: Bucket, name: str, found: str, said: str) -> DataError:
         f"{bucket.uri}/{name} is damaged or was replaced: it has {found}, recorded beside it is "
         f"{said}. {_REMEDY}"
     )
-
-
-def require_recorded_tokenizer(path: Path) -> None:
-    """Raise where a tokenizer is not what `index.json` or `manifest.json` beside it recorded.
-
-    Args:
-        path: A directory, or a tokenizer's file in one.
-
-    Raises:
-        DataError: It is not, or `index.json` cannot be read.
-        CheckpointError: `manifest.json` cannot be read.
-    """
-    directory = path if path.is_dir() else path.parent
-    bucket = DirectoryBucket(directory)
-    checksums = recorded_checksums(get_json(bucket, INDEX_OBJECT) or {})
-    if (directory / MANIFEST_FILE).is_file():
-        files = read_manifest(directory).files
-        checksums.update({name: entry.crc32c for name, entry in files.items()})
-    names = find_tokenizer_files(checksums if path == directory else [path.name])
-    read_recorded_files(bucket, names, checksums)
 
 
 def _from_headers(bucket: Bucket, max_files: int | None, *, skip_bad_shards: bool) -> ShardIndex:

@@ -26,6 +26,8 @@ from utils.shard_index import (
     INDEX_OBJECT,
     MASK_KEY,
     SHARD_SUFFIX,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
     find_token_key,
     get_json,
     is_validation_shard,
@@ -42,7 +44,6 @@ from utils.shard_index import (
 from utils.shard_writer import PARTIAL_INDEX_FILE, get_old_json, put_json
 from utils.storage import Bucket, ObjectInfo, crc32c_of_bytes, crc32c_of_file
 from utils.text import parse_json_object
-from utils.tokenizer_conversion import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 SAMPLE_TOKENS = 64
 MAX_NAMED = 20

@@ -30,19 +30,13 @@ import numpy.typing as npt
 
 from utils.documents import Document, OpenText, TokenArray, TokenizedDocument
 from utils.errors import UsageError, first_line
-from utils.shard_index import find_tokenizer_files, require_recorded_tokenizer
+from utils.shard_index import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, find_tokenizer_files
 from utils.text import printable
-from utils.tokenizer_conversion import (
+from utils.tokenizer_conversion import IMPOSSIBLE_SCORE, convert_tokenizer, is_convertible
+from utils.tokenizer_loading import (
     END_OF_TEXT,
     END_TOKENS,
-    IMPOSSIBLE_SCORE,
     PLAIN_CLASS,
-    TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE,
-    convert_tokenizer,
-    is_convertible,
-)
-from utils.tokenizer_loading import (
     begin_like_data,
     build_files,
     find_misreading,
@@ -217,8 +211,6 @@ def load_tokenizer(name: str) -> Tokenizer:
         return Tokenizer(*convert_tokenizer(str(path)))
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UsageError(f"--tokenizer {name}: no such file or directory.")
-    if path.exists():
-        require_recorded_tokenizer(path)
     # Its retries without a network, each said twice: the error at the end says it once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     loaded: Any

@@ -21,14 +21,15 @@ import base64
 import binascii
 import importlib
 import json
-import random
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.errors import UsageError
+from utils.shard_index import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from utils.tokenizer_loading import END_OF_TEXT, END_TOKENS, PLAIN_CLASS, PROBES, random_probes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -36,13 +37,6 @@ if TYPE_CHECKING:
 TIKTOKEN_PREFIX = "tiktoken:"  # noqa: S105 - not a password
 TIKTOKEN_SUFFIX = ".tiktoken"
 SENTENCEPIECE_SUFFIX = ".model"
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-# The class that both transformers 4 and 5 build from a tokenizer.json alone.
-PLAIN_CLASS = "PreTrainedTokenizerFast"
-END_OF_TEXT = "<|endoftext|>"
-END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-
 SPACE = "\u2581"
 # Types of pieces in sentencepiece_model.proto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -85,22 +79,6 @@ KNOWN_ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {
     ),
     "o200k_base": (O200K_PATTERN, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
 }
-
-PROBES = (
-    "The quick brown fox, number 12345, doesn't jump over the lazy dog's 3.14 tails!",
-    "two  spaces, three   spaces,\ttabs\tand\n\nnew lines\r\n  indented\n",
-    "D\u00e9j\u00e0 vu: na\u00efve \u00c5ngstr\u00f6m, \u00df, \ufb01ne, \u2460 and \u00bd.",
-    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u041f\u0440\u0438\u0432\u0435\u0442! "
-    "\u0627\u0644\u0633\u0644\u0627\u0645 \U0001f600\U0001f680",
-    "def f(x):\n    return {'a': [1, 2], \"b\": x ** 2}  # I'LL SEE, IT'S\n",
-    " leading and trailing ",
-    "trailing newline and spaces \n  ",
-    "x\n ",
-    "",
-    " ",
-    "a",
-)
-NUM_RANDOM_PROBES = 300
 
 
 class Conversion(NamedTuple):
@@ -181,13 +159,6 @@ def _find_difference(
         if ids != expected and not (ignore_order and sorted(ids) == sorted(expected)):
             return text
     return None
-
-
-def random_probes(words: Sequence[str]) -> Iterator[str]:
-    """Yield texts of up to 12 of these words, the same ones each time."""
-    generator = random.Random(0)
-    for _ in range(NUM_RANDOM_PROBES):
-        yield "".join(generator.choices(words, k=generator.randint(1, 12)))
 
 
 def _refuse(name: str, kind: str, text: str) -> UsageError:

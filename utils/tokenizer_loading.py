@@ -11,21 +11,41 @@ may build a tokenizer that cuts texts at other places than the `tokenizer.json` 
 from __future__ import annotations
 
 import json
+import random
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UsageError
-from utils.shard_index import TOKENIZER_FILES, find_tokenizer_files
-from utils.tokenizer_conversion import (
-    PLAIN_CLASS,
-    PROBES,
+from utils.shard_index import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
-    random_probes,
+    TOKENIZER_FILES,
+    find_tokenizer_files,
 )
 
+# The class that both transformers 4 and 5 build from a tokenizer.json alone.
+PLAIN_CLASS = "PreTrainedTokenizerFast"
+END_OF_TEXT = "<|endoftext|>"
+END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+
+
+PROBES = (
+    "The quick brown fox, number 12345, doesn't jump over the lazy dog's 3.14 tails!",
+    "two  spaces, three   spaces,\ttabs\tand\n\nnew lines\r\n  indented\n",
+    "D\u00e9j\u00e0 vu: na\u00efve \u00c5ngstr\u00f6m, \u00df, \ufb01ne, \u2460 and \u00bd.",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u041f\u0440\u0438\u0432\u0435\u0442! "
+    "\u0627\u0644\u0633\u0644\u0627\u0645 \U0001f600\U0001f680",
+    "def f(x):\n    return {'a': [1, 2], \"b\": x ** 2}  # I'LL SEE, IT'S\n",
+    " leading and trailing ",
+    "trailing newline and spaces \n  ",
+    "x\n ",
+    "",
+    " ",
+    "a",
+)
+NUM_RANDOM_PROBES = 300
 # Larger ones mean "no limit" to transformers.
 LARGEST_CONTEXT = 10**9
 _PROBE_WORDS = 1000
@@ -249,6 +269,13 @@ def find_misreading(directory: Path) -> str | None:
         if shown != backend.decode(ids, skip_special_tokens=False):
             return text
     return None
+
+
+def random_probes(words: Sequence[str]) -> Iterator[str]:
+    """Yield texts of up to 12 of these words, the same ones each time."""
+    generator = random.Random(0)
+    for _ in range(NUM_RANDOM_PROBES):
+        yield "".join(generator.choices(words, k=generator.randint(1, 12)))
 
 
 def _probes_of(backend: Any, read: Any) -> list[str]:

@@ -9,7 +9,6 @@ from transformers import AutoTokenizer
 from utils import tokenization
 from utils.errors import ExitCode, UsageError
 from utils.tokenization import (
-    END_OF_TEXT,
     Document,
     Tokenizer,
     build_tokenizer,
@@ -17,6 +16,7 @@ from utils.tokenization import (
     fingerprint_tokenizer,
     load_tokenizer,
 )
+from utils.tokenizer_loading import END_OF_TEXT
 
 TEXTS = [
     f"The {adjective} fox, number {n}, doesn't jump.\n\n    return {n}\n"
