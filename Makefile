@@ -37,5 +37,5 @@ bench: setup
 
 # Hundreds of kills and resumes, hundreds of uploads; SOAK="--quick" for a dozen, --help for more.
 soak: setup
-	$(BIN)/python scripts/soak.py $(SOAK)
-	$(BIN)/python scripts/soak_uploads.py $(SOAK)
+	$(BIN)/python tests/campaigns/soak.py $(SOAK)
+	$(BIN)/python tests/campaigns/soak_uploads.py $(SOAK)

@@ -15,15 +15,21 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from configs.training_config import get_training_config
-from utils.configuration_fit import CONFIGURATIONS, Forecast, find_forecast_findings, forecast_run
-from utils.console import LiveLine, get_console, run_command
-from utils.device_timing import Timing, find_devices, time_device
-from utils.diagnosis import NOTE, OK, PROBLEM, Broken, Finding, ask, run_apart
-from utils.driver_facts import Driver, read_driver
-from utils.driver_findings import advise_on
-from utils.gpu_findings import find_gpu_findings
-from utils.gpu_health import find_health_findings
-from utils.gpu_text import (
+from utils.base.console import LiveLine, get_console, run_command
+from utils.base.text import printable, to_json_text
+from utils.tools.diagnosis.configuration_fit import (
+    CONFIGURATIONS,
+    Forecast,
+    find_forecast_findings,
+    forecast_run,
+)
+from utils.tools.diagnosis.device_timing import Timing, find_devices, time_device
+from utils.tools.diagnosis.diagnosis import NOTE, OK, PROBLEM, Broken, Finding, ask, run_apart
+from utils.tools.diagnosis.driver_facts import Driver, read_driver
+from utils.tools.diagnosis.driver_findings import advise_on
+from utils.tools.diagnosis.gpu_findings import find_gpu_findings
+from utils.tools.diagnosis.gpu_health import find_health_findings
+from utils.tools.diagnosis.gpu_text import (
     Row,
     driver_gpu_rows,
     driver_rows,
@@ -32,10 +38,9 @@ from utils.gpu_text import (
     timing_rows,
     torch_rows,
 )
-from utils.host_facts import Host, read_host
-from utils.host_findings import find_host_findings
-from utils.text import printable, to_json_text
-from utils.torch_facts import Torch, read_torch
+from utils.tools.diagnosis.host_facts import Host, read_host
+from utils.tools.diagnosis.host_findings import find_host_findings
+from utils.tools.diagnosis.torch_facts import Torch, read_torch
 
 DRIVER_LIMIT_SECONDS = 60.0
 TORCH_LIMIT_SECONDS = 240.0  # a first import from a slow disk takes minutes

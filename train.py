@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.training_config import TrainingConfig, get_training_config, parse_assignment
-from utils.console import configure_logging, run_command
-from utils.errors import ConfigError, UsageError
+from utils.base.console import configure_logging, run_command
+from utils.base.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
-    from utils.checkpoint_writer import WriterProcess
-    from utils.checks import Check
-    from utils.layout import RunPaths
-    from utils.prefix_lease import PrefixLease
-    from utils.preflight import StartChecks
-    from utils.resume import Plan
-    from utils.training_run import TrainingRun
+    from utils.checkpoints.layout import RunPaths
+    from utils.checkpoints.writer import WriterProcess
+    from utils.run.run import TrainingRun
+    from utils.start.checks import Check
+    from utils.start.preflight import StartChecks
+    from utils.start.resume import Plan
+    from utils.uploads.lease import PrefixLease
 
 # Training opens no connection but to its bucket.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -123,10 +123,10 @@ def train(args: argparse.Namespace) -> int:
     config = load_config(args)
     configure_logging(config.log_level, quiet=args.quiet)
     # torch and transformers take seconds to load: what needs neither does not wait for them.
-    from utils import resume
-    from utils.checkpoint_writer import starting_early
-    from utils.layout import RunPaths
-    from utils.startup import load_libraries
+    from utils.base.startup import load_libraries
+    from utils.checkpoints.layout import RunPaths
+    from utils.checkpoints.writer import starting_early
+    from utils.start import resume
 
     paths = RunPaths.of(config)
     if not args.dry_run:
@@ -148,17 +148,19 @@ def start(
 ) -> int:
     """Build a run and let it loop; return the exit code."""
     from configs.model_config import build_model_config, is_model_file
-    from utils import preflight, ranks, tracking
-    from utils.forecast import RunFacts
-    from utils.micro_batch import resolve_micro_batch
-    from utils.model_building import count_parameters, require_kernels
-    from utils.model_check import require_language_model
-    from utils.preemption import PreemptionWatch, metadata_address
-    from utils.prices import find_hourly_price
-    from utils.run_start import Consent
-    from utils.startup import keep_freed_memory
-    from utils.stopping import StopRequest
-    from utils.training_run import TrainingRun
+    from utils.base import ranks
+    from utils.base.startup import keep_freed_memory
+    from utils.costs.prices import find_hourly_price
+    from utils.models.building import count_parameters, require_kernels
+    from utils.models.check import require_language_model
+    from utils.run.run import TrainingRun
+    from utils.start import preflight
+    from utils.start.forecast import RunFacts
+    from utils.start.micro_batch import resolve_micro_batch
+    from utils.start.restore import Consent
+    from utils.tracking import tracking
+    from utils.training.preemption import PreemptionWatch, metadata_address
+    from utils.training.stopping import StopRequest
     from utils.training_utils import build_accelerator, resolve_precision
 
     precision = resolve_precision(config)
@@ -256,11 +258,12 @@ def hold_and_plan(
     In this order: until both are held, another trainer may save, upload or finish there. What
     `found` says of that was true before the wait, and decides nothing.
     """
-    from utils import checkpoint_store, preflight
+    from utils.checkpoints import store
+    from utils.start import preflight
 
-    stack.enter_context(checkpoint_store.hold_output_directory(paths))
+    stack.enter_context(store.hold_output_directory(paths))
     configure_logging(config.log_level, quiet=args.quiet, file=paths.train_log)
-    checkpoint_store.remove_leftovers(paths.checkpoints)
+    store.remove_leftovers(paths.checkpoints)
     lease = hold_bucket(stack, config, found.run_id)
     plan = preflight.decide_start(config, paths, args.resume, fresh=args.fresh)
     if lease is not None:
@@ -272,8 +275,9 @@ def hold_bucket(
     stack: contextlib.ExitStack, config: TrainingConfig, run_id: str
 ) -> PrefixLease | None:
     """Hold the run's bucket prefix, so that a second trainer refuses; None without a bucket."""
-    from utils.prefix_lease import hold_prefix
-    from utils.storage import join_uri, open_bucket
+    from utils.base.uri import join_uri
+    from utils.storage.open import open_bucket
+    from utils.uploads.lease import hold_prefix
 
     if not config.checkpoint_uri:
         return None

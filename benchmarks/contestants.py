@@ -49,7 +49,7 @@ class Clock:
 def run_ours(task: dict[str, Any], clock: Clock) -> None:
     """Run train.py; its clock stands in the loop, so saves and metrics count."""
     import train
-    from utils.training_run import TrainingRun
+    from utils.run.run import TrainingRun
 
     step = TrainingRun.train_step
 

@@ -31,7 +31,7 @@ def write_shards(folder: Path, num_shards: int, tokens: int) -> None:
     """Write shards of random ids with an index, as prepare_data does."""
     import numpy as np
 
-    from utils.storage import crc32c_of_file
+    from utils.storage.bucket import crc32c_of_file
 
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -47,11 +47,11 @@ def write_shards(folder: Path, num_shards: int, tokens: int) -> None:
 
 def build_reader(uri: str, cache: Path) -> Any:
     """Return a SampleReader over a bucket, as a run builds it."""
+    from utils.data.sample_order import SampleOrder
+    from utils.data.shard_cache import ShardCache
+    from utils.data.shard_index import build_shard_index
     from utils.data_utils import SampleReader
-    from utils.sample_order import SampleOrder
-    from utils.shard_cache import ShardCache
-    from utils.shard_index import build_shard_index
-    from utils.storage import open_bucket
+    from utils.storage.open import open_bucket
 
     bucket = open_bucket(uri)
     index = build_shard_index(bucket)
@@ -108,9 +108,9 @@ def measure_warm_cache(folder: Path, runs: int) -> dict[str, str]:
 
 def measure_far_start(folder: Path, runs: int) -> dict[str, str]:
     """Time from an index of 10,000 shards to the place of sample 10^9."""
-    from utils.sample_order import SampleOrder
-    from utils.shard_index import build_shard_index
-    from utils.storage import open_bucket
+    from utils.data.sample_order import SampleOrder
+    from utils.data.shard_index import build_shard_index
+    from utils.storage.open import open_bucket
 
     folder.mkdir()
     rows = [
@@ -147,7 +147,7 @@ def serve_bucket(folder: Path) -> Iterator[Any]:
 def measure_cold_bucket(folder: Path, runs: int) -> dict[str, str]:
     """Time to the first batch of a cold gs:// bucket, and to download the shards it touches."""
     from utils.data_utils import BatchLoader
-    from utils.storage import open_bucket
+    from utils.storage.open import open_bucket
 
     write_shards(folder / "data", 1000, 2**18)
     extra = []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.figures import spread
 from configs.training_config import PROJECT_DIRECTORY
-from utils.metrics_log import read_metrics
+from utils.tracking.metrics_log import read_metrics
 
 TRAIN = (sys.executable, str(PROJECT_DIRECTORY / "train.py"))
 PREPARE = (sys.executable, str(PROJECT_DIRECTORY / "scripts" / "prepare_data.py"))

@@ -16,7 +16,7 @@ from benchmarks.figures import compare, spread
 from configs.model_config import build_model_config
 
 if TYPE_CHECKING:
-    from utils.token_choice import Sampling
+    from utils.models.token_choice import Sampling
 
 CPU_PRESET, GPU_PRESET = "pythia-70m", "refocused-1.2b"
 TOKENS = 64
@@ -51,7 +51,7 @@ def build_model(preset: str, *, on_gpu: bool) -> Any:
 
 def measure_model(model: Any, tokens: int, runs: int) -> dict[str, str]:
     """Return the figures of a model, texts of so many tokens."""
-    from utils.token_choice import Sampling
+    from utils.models.token_choice import Sampling
 
     vocab_size = model.config.vocab_size
     prompts = [
@@ -90,7 +90,7 @@ def write(model: Any, prompts: list[list[int]], sampling: Sampling) -> int:
     """Make texts as scripts/generate.py does; return the number of their tokens."""
     import torch
 
-    from utils.generation import Batch, Row, evaluating
+    from utils.models.generation import Batch, Row, evaluating
 
     rows = [Row(prompt, sampling) for prompt in prompts]
     batch = Batch(model, rows)

@@ -98,12 +98,13 @@ def run(task: dict[str, str]) -> dict[str, float]:
     from torch.optim.lr_scheduler import LambdaLR
 
     import train
-    from utils import tracking, training_utils
+    from utils import training_utils
     from utils.data_utils import BatchLoader
-    from utils.step_guard import StepGuard
-    from utils.stopping import StopRequest
-    from utils.throughput import Throughput
-    from utils.training_run import TrainingRun
+    from utils.run.run import TrainingRun
+    from utils.tracking import tracking
+    from utils.training.step_guard import StepGuard
+    from utils.training.stopping import StopRequest
+    from utils.training.throughput import Throughput
 
     clocks = Clocks()
     for owner, name, part in (

@@ -76,7 +76,7 @@ def run(kind: str) -> dict[str, float]:
     """Return the peak bytes above the inputs and their gradients, and the best time."""
     import torch
 
-    from utils.machine import PeakMemory
+    from utils.base.machine import PeakMemory
 
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
@@ -109,7 +109,7 @@ def _build(kind: str) -> Any:
     import torch
     from torch.nn import functional
 
-    from utils.losses import chunk_cross_entropy, linear_cross_entropy
+    from utils.models.losses import chunk_cross_entropy, linear_cross_entropy
 
     if kind == "chunked":
         return linear_cross_entropy

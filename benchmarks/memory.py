@@ -75,9 +75,9 @@ def _train(folder: Path, values: dict[str, Any]) -> dict[str, int]:
 
     from configs.model_config import build_model_config, is_loss_chunked
     from configs.training_config import TrainingConfig
-    from utils.estimates import ModelShape, estimate_training_memory
-    from utils.machine import PeakMemory
-    from utils.model_building import count_parameters
+    from utils.base.machine import PeakMemory
+    from utils.models.building import count_parameters
+    from utils.models.estimates import ModelShape, estimate_training_memory
     from utils.training_utils import (
         build_accelerator,
         build_train_state,

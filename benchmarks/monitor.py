@@ -31,7 +31,7 @@ import psutil
 from benchmarks.figures import spread
 from benchmarks.viewer import write_checkpoints
 from configs.training_config import PROJECT_DIRECTORY
-from utils.metrics_log import append_metrics
+from utils.tracking.metrics_log import append_metrics
 
 NUM_LINES = 100_000
 LOGGING_STEPS = 10

@@ -36,9 +36,9 @@ class SavingBench:
 
         from configs.model_config import build_model_config
         from configs.training_config import get_training_config
-        from utils.checkpoint_saver import CheckpointSaver
-        from utils.machine import available_memory
-        from utils.snapshot import Snapshot
+        from utils.base.machine import available_memory
+        from utils.checkpoints.saver import CheckpointSaver
+        from utils.checkpoints.snapshot import Snapshot
         from utils.training_utils import (
             build_accelerator,
             build_train_state,
@@ -98,10 +98,10 @@ class SavingBench:
 
     def save(self) -> float:
         """Begin to save as a run does; return the seconds that training waits."""
+        from utils.base.machine import available_memory
         from utils.checkpoint_utils import capture_random_state, collect_files
-        from utils.data_state import DataState
-        from utils.layout import RunIdentity
-        from utils.machine import available_memory
+        from utils.checkpoints.layout import RunIdentity
+        from utils.data.data_state import DataState
 
         self.number += 1
         self.state.progress.step = self.number

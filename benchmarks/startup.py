@@ -27,7 +27,7 @@ from benchmarks.figures import spread
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig, get_training_config
 
 if TYPE_CHECKING:
-    from utils.training_run import TrainingRun
+    from utils.run.run import TrainingRun
 
 TRAIN = str(PROJECT_DIRECTORY / "train.py")
 PREPARE = str(PROJECT_DIRECTORY / "scripts" / "prepare_data.py")
@@ -218,14 +218,14 @@ def main(argv: Sequence[str]) -> int:
     clock = Clock()
     around = clock.around
     import train
-    from utils import startup
+    from utils.base import startup
 
     around(startup, "load_libraries", "what needs no torch", "torch, transformers, accelerate")
     start = train.start
 
     def start_timed(*args: Any, **kwargs: Any) -> int:
-        from utils import preflight
-        from utils.training_run import TrainingRun
+        from utils.run.run import TrainingRun
+        from utils.start import preflight
 
         clock.end("the project's own modules")
         around(preflight, "check_start", "model class, counts, Accelerator", "preflight")

@@ -23,15 +23,16 @@ from typing import Any
 
 from benchmarks.figures import spread
 from benchmarks.saving import SavingBench
-from utils.archive import BLOCK_BYTES, LEVELS, write_archive
-from utils.errors import UsageError
-from utils.journal import Journal
-from utils.layout import archive_object, card_object, read_manifest
-from utils.storage import Nowhere, open_bucket
-from utils.transports import TransportOptions, find_gsutil
-from utils.upload_job import UploadJob
-from utils.upload_process import run_in_process
-from utils.uploader import Uploader
+from utils.base.errors import UsageError
+from utils.checkpoints.journal import Journal
+from utils.checkpoints.layout import archive_object, card_object, read_manifest
+from utils.storage.bucket import Nowhere
+from utils.storage.open import open_bucket
+from utils.uploads.archive import BLOCK_BYTES, LEVELS, write_archive
+from utils.uploads.job import UploadJob
+from utils.uploads.process import run_in_process
+from utils.uploads.transports import TransportOptions, find_gsutil
+from utils.uploads.uploader import Uploader
 
 MAX_RUNS = 3
 WARM_STEPS = 8

@@ -89,7 +89,7 @@ def _describe(known: list[dict[str, float]], *, on_gpu: bool) -> str:
 
 def _flops_per_token() -> float:
     from configs.model_presets import PRESETS
-    from utils.mfu import flops_per_token
+    from utils.models.mfu import flops_per_token
 
     preset = PRESETS[GPU_SHAPE["model"]]
     layers, hidden = (preset.values[key] for key in ("num_hidden_layers", "hidden_size"))
@@ -100,6 +100,6 @@ def _peak_flops() -> float:
     """Return the dense 16-bit peak; float8 is held against the same."""
     import torch
 
-    from utils.mfu import find_peak_flops
+    from utils.models.mfu import find_peak_flops
 
     return find_peak_flops(torch.cuda.get_device_name(), "bf16") or float("nan")

@@ -19,9 +19,9 @@ from typing import Any
 
 from benchmarks.figures import spread
 from configs.training_config import PROJECT_DIRECTORY
-from utils.layout import FileEntry, Manifest
-from utils.metrics_log import HISTORY_LIMIT
-from utils.storage import crc32c_of_file
+from utils.checkpoints.layout import FileEntry, Manifest
+from utils.storage.bucket import crc32c_of_file
+from utils.tracking.metrics_log import HISTORY_LIMIT
 
 NUM_CHECKPOINTS = 1000
 NUM_POINTS = 10_000

@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from configs.model_presets import PRESETS, ModelPreset
-from utils.errors import ConfigError
-from utils.files import read_regular_file
-from utils.text import parse_json
+from utils.base.errors import ConfigError
+from utils.base.files import read_regular_file
+from utils.base.text import parse_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

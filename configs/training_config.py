@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Union
 
-from utils.errors import ConfigError
-from utils.text import parse_json
-from utils.uri import LOCAL_PLACES, PLACES, find_mistake
+from utils.base.errors import ConfigError
+from utils.base.text import parse_json
+from utils.base.uri import LOCAL_PLACES, PLACES, find_mistake
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parents[1]
 CONFIG_DIRECTORY = PROJECT_DIRECTORY / "configs"

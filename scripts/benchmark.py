@@ -58,8 +58,8 @@ from benchmarks.training import measure_train
 from benchmarks.upload import measure_upload
 from benchmarks.variants import measure_variants
 from benchmarks.viewer import measure_viewer
-from utils.console import run_command
-from utils.errors import UsageError
+from utils.base.console import run_command
+from utils.base.errors import UsageError
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

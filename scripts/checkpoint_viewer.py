@@ -27,8 +27,18 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig
-from utils.checkpoint_choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
-from utils.checkpoint_report import (
+from utils.base.console import print_table, run_command
+from utils.base.errors import CheckpointError, UsageError
+from utils.base.text import printable, to_json_text
+from utils.base.text_plots import MARKS, draw_chart
+from utils.checkpoints.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE, RunPaths
+from utils.checkpoints.views import CheckpointView
+from utils.costs.costs import parse_hourly_price
+from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
+from utils.tools.evaluation.text import chart_lines as evaluation_charts
+from utils.tools.evaluation.text import evaluation_lines, series
+from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
+from utils.tools.viewer.report import (
     check_files,
     config_differences,
     costs_as_json,
@@ -42,8 +52,8 @@ from utils.checkpoint_report import (
     read_part,
     section,
 )
-from utils.checkpoint_shelf import Shelf, open_shelf, run_config
-from utils.checkpoint_text import (
+from utils.tools.viewer.shelf import Shelf, open_shelf, run_config
+from utils.tools.viewer.text import (
     RIGHT_ALIGNED,
     between_lines,
     column_lines,
@@ -65,16 +75,8 @@ from utils.checkpoint_text import (
     training_lines,
     upload_lines,
 )
-from utils.console import print_table, run_command
-from utils.costs import parse_hourly_price
-from utils.errors import CheckpointError, UsageError
-from utils.evaluation_log import metric_names, metric_points, of_weights, read_evaluations
-from utils.evaluation_text import chart_lines as evaluation_charts
-from utils.evaluation_text import evaluation_lines, series
-from utils.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE, RunPaths
-from utils.metadata import CheckpointView
-from utils.metrics_log import HISTORY_LIMIT
-from utils.plots import (
+from utils.tracking.metrics_log import HISTORY_LIMIT
+from utils.tracking.plots import (
     METRICS,
     Curves,
     draw_panels,
@@ -83,8 +85,6 @@ from utils.plots import (
     require_drawable,
     x_label,
 )
-from utils.text import printable, to_json_text
-from utils.text_plots import MARKS, draw_chart
 
 # rich draws about 600 rows a second: a long list is printed as plain columns.
 MAX_TABLE_ROWS = 100
@@ -356,7 +356,7 @@ def measure_weights(older: CheckpointView, newer: CheckpointView) -> dict[str, A
     Raises:
         UsageError: The weights are in the bucket only.
     """
-    from utils.weight_drift import DriftReport, measure_drift
+    from utils.tools.viewer.weight_drift import DriftReport, measure_drift
 
     try:
         sides = []

@@ -19,11 +19,11 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.checkpoint_shelf import open_shelf, run_config
-from utils.console import run_command
-from utils.layout import MANIFEST_FILE, read_manifest
-from utils.text import format_bytes, printable, to_json_text
-from utils.uri import require_path
+from utils.base.console import run_command
+from utils.base.text import format_bytes, printable, to_json_text
+from utils.base.uri import require_path
+from utils.checkpoints.layout import MANIFEST_FILE, read_manifest
+from utils.tools.viewer.shelf import open_shelf, run_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     """Put the named checkpoint together and say where it is."""
     require_path(args.output, "--output")
     checkpoint = find_checkpoint(args)
-    from utils.consolidation import consolidate  # loads torch
+    from utils.checkpoints.consolidation import consolidate  # loads torch
 
     target = consolidate(checkpoint, Path(args.output))
     size = read_manifest(target).total_bytes

@@ -40,20 +40,32 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig
-from utils.checkpoint_shelf import open_shelf
-from utils.console import configure_logging, print_table, run_command
-from utils.errors import DataError, ExitCode, PretrainError, SaveError, StorageError, UsageError
-from utils.evaluation_log import Evaluation, append_evaluation, metric_points
-from utils.evaluation_text import chart_lines, series, tables
-from utils.harness import require_harness
-from utils.layout import RunPaths
-from utils.model_arguments import add_model_arguments, find_from, load_found, read_configuration
-from utils.model_evaluation import SPLITS, Evaluator, Plan, TextPlan
-from utils.plots import draw_panels, picture_path
-from utils.progress import ProgressDisplay
-from utils.task_data import HELLASWAG, LAMBADA, read_questions
-from utils.text import printable, to_json_text
-from utils.uri import require_place
+from utils.base.console import configure_logging, print_table, run_command
+from utils.base.errors import (
+    DataError,
+    ExitCode,
+    PretrainError,
+    SaveError,
+    StorageError,
+    UsageError,
+)
+from utils.base.progress import ProgressDisplay
+from utils.base.text import printable, to_json_text
+from utils.base.uri import require_place
+from utils.checkpoints.layout import RunPaths
+from utils.tools.evaluation.evaluator import SPLITS, Evaluator, Plan, TextPlan
+from utils.tools.evaluation.harness import require_harness
+from utils.tools.evaluation.log import Evaluation, append_evaluation, metric_points
+from utils.tools.evaluation.task_data import HELLASWAG, LAMBADA, read_questions
+from utils.tools.evaluation.text import chart_lines, series, tables
+from utils.tools.generation.arguments import (
+    add_model_arguments,
+    find_from,
+    load_found,
+    read_configuration,
+)
+from utils.tools.viewer.shelf import open_shelf
+from utils.tracking.plots import draw_panels, picture_path
 
 ALL = "all"
 CHART_WIDTH = 78

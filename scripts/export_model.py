@@ -26,17 +26,17 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig
-from utils.console import configure_logging, run_command
-from utils.errors import UsageError
-from utils.export_target import GGUF_SUFFIX, ExportTarget, open_target
-from utils.hub_target import HUB_PREFIX, HubTarget
-from utils.layout import RunPaths
-from utils.model_arguments import add_model_arguments, find_from, read_configuration
-from utils.progress import ProgressDisplay
-from utils.text import format_bytes, printable, to_json_text
+from utils.base.console import configure_logging, run_command
+from utils.base.errors import UsageError
+from utils.base.progress import ProgressDisplay
+from utils.base.text import format_bytes, printable, to_json_text
+from utils.checkpoints.layout import RunPaths
+from utils.tools.export.hub_target import HUB_PREFIX, HubTarget
+from utils.tools.export.target import GGUF_SUFFIX, ExportTarget, open_target
+from utils.tools.generation.arguments import add_model_arguments, find_from, read_configuration
 
 if TYPE_CHECKING:
-    from utils.model_export import ExportReport
+    from utils.tools.export.export import ExportReport
 
 FORMATS = ("hf", "gguf")
 SCRATCH_FOLDER = "exports"
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     target = find_target(args, read_configuration(args))
     target.require_free()
     source = find_from(args)
-    from utils.model_export import ExportOptions, export_model  # loads torch
+    from utils.tools.export.export import ExportOptions, export_model  # loads torch
 
     options = ExportOptions(
         format=args.format,

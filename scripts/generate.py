@@ -27,16 +27,16 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.console import configure_logging, run_command, without_control_characters
-from utils.errors import PretrainError, UsageError
-from utils.model_arguments import add_model_arguments, find_from, load_found
-from utils.prompts import read_prompts
-from utils.startup import load_libraries
-from utils.text import printable, to_json_text
+from utils.base.console import configure_logging, run_command, without_control_characters
+from utils.base.errors import PretrainError, UsageError
+from utils.base.startup import load_libraries
+from utils.base.text import printable, to_json_text
+from utils.tools.generation.arguments import add_model_arguments, find_from, load_found
+from utils.tools.generation.prompts import read_prompts
 
 if TYPE_CHECKING:
-    from utils.text_generation import Job, Text, TextGenerator
-    from utils.token_choice import Sampling
+    from utils.models.token_choice import Sampling
+    from utils.tools.generation.texts import Job, Text, TextGenerator
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -139,8 +139,8 @@ def run(args: argparse.Namespace) -> None:
     prompts = find_prompts(args)
     source = find_from(args)
     load_libraries()
-    from utils.text_generation import TextGenerator
-    from utils.token_choice import Sampling
+    from utils.models.token_choice import Sampling
+    from utils.tools.generation.texts import TextGenerator
 
     sampling = Sampling(
         args.max_tokens,
@@ -281,7 +281,7 @@ class Session:
         _say("  ".join(f"{name}={value}" for name, value in asdict(self._sampling).items()))
 
     def _write(self, prompt: str) -> None:
-        from utils.text_generation import Speed
+        from utils.tools.generation.texts import Speed
 
         (job,) = self._generator.plan([prompt], self._sampling)
         self._generator.speed = Speed()

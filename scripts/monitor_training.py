@@ -34,12 +34,14 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig, get_training_config  # noqa: E402
-from utils.console import run_command  # noqa: E402
-from utils.costs import parse_hourly_price  # noqa: E402
-from utils.errors import UsageError  # noqa: E402
-from utils.files import FollowedFile  # noqa: E402
-from utils.layout import RunPaths  # noqa: E402
-from utils.live_screen import (  # noqa: E402
+from utils.base.console import run_command  # noqa: E402
+from utils.base.errors import UsageError  # noqa: E402
+from utils.base.files import FollowedFile  # noqa: E402
+from utils.base.text import printable, to_json_text  # noqa: E402
+from utils.checkpoints.layout import RunPaths  # noqa: E402
+from utils.costs.costs import parse_hourly_price  # noqa: E402
+from utils.tools.monitor.events import EventTracker  # noqa: E402
+from utils.tools.monitor.live_screen import (
     Line,
     LiveScreen,
     can_be_renewed,
@@ -47,11 +49,9 @@ from utils.live_screen import (  # noqa: E402
     terminal_encoding,
     wants_color,
 )
-from utils.monitor_view import WIDTH, build_rows, fit_rows, one_line  # noqa: E402
-from utils.notifier import LIMIT_SECONDS, Notifier, parse_command  # noqa: E402
-from utils.run_events import EventTracker  # noqa: E402
-from utils.run_status import RunStatus, RunWatcher  # noqa: E402
-from utils.text import printable, to_json_text  # noqa: E402
+from utils.tools.monitor.notifier import LIMIT_SECONDS, Notifier, parse_command  # noqa: E402
+from utils.tools.monitor.status import RunStatus, RunWatcher  # noqa: E402
+from utils.tools.monitor.view import WIDTH, build_rows, fit_rows, one_line  # noqa: E402
 
 DEFAULT_REFRESH_SECONDS = 2.0
 TAIL_LINES = 20

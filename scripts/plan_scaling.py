@@ -22,12 +22,12 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import PROJECT_DIRECTORY
-from utils import cloud_tables, scaling_run
-from utils.console import print_table, run_command
-from utils.errors import UsageError
-from utils.estimates import estimate_checkpoint_bytes
-from utils.gpu_types import GPU_TYPES, GpuType, find_gpu_type
-from utils.scaling import (
+from utils.base.console import print_table, run_command
+from utils.base.errors import UsageError
+from utils.base.text import format_bytes, format_duration, to_json_text
+from utils.costs import cloud_tables, scaling_run
+from utils.costs.gpu_types import GPU_TYPES, GpuType, find_gpu_type
+from utils.costs.scaling import (
     CHECKPOINTING,
     STRATEGIES,
     Job,
@@ -38,8 +38,8 @@ from utils.scaling import (
     shape_of_preset,
     smallest_memory,
 )
-from utils.scaling_tables import TABLES, format_time, to_markdown, write_tables
-from utils.text import format_bytes, format_duration, to_json_text
+from utils.costs.scaling_tables import TABLES, format_time, to_markdown, write_tables
+from utils.models.estimates import estimate_checkpoint_bytes
 
 DOCUMENT = PROJECT_DIRECTORY / "docs" / "SCALING.md"
 CLOUD_DOCUMENT = PROJECT_DIRECTORY / "docs" / "CLOUD.md"

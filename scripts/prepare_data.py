@@ -34,17 +34,17 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.console import configure_logging, run_command
-from utils.errors import ExitCode, UsageError
-from utils.text import format_bytes
-from utils.uri import require_path
+from utils.base.console import configure_logging, run_command
+from utils.base.errors import ExitCode, UsageError
+from utils.base.text import format_bytes
+from utils.base.uri import require_path
 
 if TYPE_CHECKING:
-    from utils.corpus import CorpusOptions, Preparation
-    from utils.progress import ProgressDisplay
-    from utils.shard_inspection import Inspection
-    from utils.text_sources import Source
-    from utils.token_cache import TokenCache
+    from utils.base.progress import ProgressDisplay
+    from utils.corpus.prepare import CorpusOptions, Preparation
+    from utils.corpus.shard_inspection import Inspection
+    from utils.corpus.text_sources import Source
+    from utils.corpus.token_cache import TokenCache
 
 SAMPLE_VOCAB_SIZE = 4096
 DEFAULT_VALIDATION_FRACTION = 0.05
@@ -237,8 +237,8 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
 
 def prepare(arguments: argparse.Namespace) -> int:
     """Prepare the corpus that the command line describes and say what came out."""
-    from utils.corpus import prepare_corpus
-    from utils.corpus_output import open_output
+    from utils.corpus.output import open_output
+    from utils.corpus.prepare import prepare_corpus
 
     start = time.monotonic()
     sources, validation_sources, options = _build_request(arguments)
@@ -267,8 +267,8 @@ def prepare(arguments: argparse.Namespace) -> int:
 def _build_request(
     arguments: argparse.Namespace,
 ) -> tuple[list[Source], list[Source], CorpusOptions]:
-    from utils.checkpoint_store import require_recorded_tokenizer
-    from utils.corpus import DEFAULT_SHARD_TOKENS, CorpusOptions
+    from utils.checkpoints.store import require_recorded_tokenizer
+    from utils.corpus.prepare import DEFAULT_SHARD_TOKENS, CorpusOptions
 
     _refuse_unused(arguments)
     if arguments.tokenizer is not None:
@@ -331,7 +331,7 @@ def _refuse_unused_token_options(arguments: argparse.Namespace, sources: Sequenc
 
 
 def _build_sources(arguments: argparse.Namespace, shard_tokens: int | None) -> list[Source]:
-    from utils.text_sources import HubSource, SampleSource
+    from utils.corpus.text_sources import HubSource, SampleSource
 
     sources: list[Source] = []
     if arguments.sample:
@@ -351,8 +351,8 @@ def _file_sources(
     option: str,
 ) -> list[Source]:
     """Return the sources behind paths; neighbours of one kind are one source."""
-    from utils.text_sources import FileSource, find_files, kind_of
-    from utils.token_files import (
+    from utils.corpus.text_sources import FileSource, find_files, kind_of
+    from utils.corpus.token_files import (
         BIN_SUFFIX,
         BLOCK_TOKENS,
         NPY_SUFFIX,
@@ -382,7 +382,7 @@ def _file_sources(
 
 
 def _open_cache(arguments: argparse.Namespace) -> TokenCache | None:
-    from utils.token_cache import TokenCache
+    from utils.corpus.token_cache import TokenCache
 
     name = arguments.token_cache
     if name is None:
@@ -451,8 +451,8 @@ def _format_summary(summary: dict[str, Any]) -> str:
 
 def write_index(arguments: argparse.Namespace) -> int:
     """Write the index of shards from elsewhere."""
-    from utils.corpus_output import open_output
-    from utils.shard_inspection import build_index_file
+    from utils.corpus.output import open_output
+    from utils.corpus.shard_inspection import build_index_file
 
     if arguments.vocab_size is not None and arguments.vocab_size < 1:
         raise UsageError(f"--vocab-size must be at least 1, got {arguments.vocab_size}.")
@@ -476,8 +476,8 @@ def inspect_data(arguments: argparse.Namespace) -> int:
     """Show what shards hold; exit code 2 where one is bad."""
     import dataclasses
 
-    from utils.shard_inspection import inspect_shards
-    from utils.storage import open_bucket
+    from utils.corpus.shard_inspection import inspect_shards
+    from utils.storage.open import open_bucket
 
     if arguments.samples < 0:
         raise UsageError(f"--samples must be at least 0, got {arguments.samples}.")
@@ -516,8 +516,8 @@ def _format_inspection(inspection: Inspection) -> str:
 
 def put_data(arguments: argparse.Namespace) -> int:
     """Copy files into a bucket or directory."""
-    from utils.corpus_output import open_output
-    from utils.transfer import put_tree
+    from utils.corpus.output import open_output
+    from utils.data.transfer import put_tree
 
     require_path(arguments.source)
     source = Path(arguments.source).expanduser()
@@ -533,7 +533,7 @@ def put_data(arguments: argparse.Namespace) -> int:
 
 def get_data(arguments: argparse.Namespace) -> int:
     """Copy files from a bucket or directory."""
-    from utils.transfer import find_objects, get_tree
+    from utils.data.transfer import find_objects, get_tree
 
     require_path(arguments.directory)
     directory = Path(arguments.directory).expanduser()
@@ -549,7 +549,7 @@ def get_data(arguments: argparse.Namespace) -> int:
 
 def list_data(arguments: argparse.Namespace) -> int:
     """List the objects below a URI."""
-    from utils.transfer import find_objects
+    from utils.data.transfer import find_objects
 
     found = find_objects(arguments.uri)
     found.bucket.close()
@@ -568,7 +568,7 @@ def list_data(arguments: argparse.Namespace) -> int:
 
 def remove_data(arguments: argparse.Namespace) -> int:
     """Delete the objects below a URI, after asking."""
-    from utils.transfer import find_objects, remove_objects
+    from utils.data.transfer import find_objects, remove_objects
 
     found = find_objects(arguments.uri)
     what = f"{len(found.objects):,} files, {format_bytes(found.num_bytes)}, in {found.bucket.uri}"
@@ -619,7 +619,7 @@ def _printable(text: str) -> str:
 
 
 def _progress(arguments: argparse.Namespace) -> ProgressDisplay:
-    from utils.progress import ProgressDisplay
+    from utils.base.progress import ProgressDisplay
 
     return ProgressDisplay(enabled=not arguments.quiet)
 

@@ -34,24 +34,27 @@ from configs.training_config import (
     get_training_config,
     parse_assignment,
 )
-from utils.console import configure_logging, print_table, run_command
-from utils.errors import CheckpointError, ExitCode, PretrainError, UsageError
-from utils.journal import Journal, UploadState
-from utils.layout import (
+from utils.base.console import configure_logging, print_table, run_command
+from utils.base.errors import CheckpointError, ExitCode, PretrainError, UsageError
+from utils.base.text import format_duration, printable, to_json_text
+from utils.base.uri import is_gcs_uri, join_uri
+from utils.checkpoints.journal import Journal, UploadState
+from utils.checkpoints.layout import (
     SAVING_PREFIX,
     RunPaths,
     find_checkpoints,
     new_run_id,
     parse_checkpoint_name,
 )
-from utils.run_comparison import (
+from utils.storage.open import open_bucket
+from utils.tools.proofs.run_comparison import (
     INTERRUPTED,
     STRAIGHT,
     Comparison,
     compare_checkpoints,
     compare_logs,
 )
-from utils.started_runs import (
+from utils.tools.proofs.started_runs import (
     POLL_SECONDS,
     CommandLauncher,
     Launcher,
@@ -63,8 +66,6 @@ from utils.started_runs import (
     phase_of,
     tail,
 )
-from utils.storage import is_gcs_uri, join_uri, open_bucket
-from utils.text import format_duration, printable, to_json_text
 
 # What the proof decides itself; checkpoint_uri too, but for --use-bucket.
 OWN_KEYS = (

@@ -29,11 +29,8 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig, get_training_config, parse_assignment
-from utils.archive_reading import read_card
-from utils.checkpoint_store import hold_output_directory, verify_checkpoint
-from utils.console import LiveLine, configure_logging, print_table, run_command
-from utils.download import download_checkpoint
-from utils.errors import (
+from utils.base.console import LiveLine, configure_logging, print_table, run_command
+from utils.base.errors import (
     CheckpointError,
     ExitCode,
     LockedError,
@@ -42,27 +39,31 @@ from utils.errors import (
     UploadError,
     UsageError,
 )
-from utils.journal import Journal, JournalEntry, UploadState
-from utils.layout import (
+from utils.base.progress import ProgressDisplay
+from utils.base.text import format_bytes, printable, to_json_text
+from utils.base.uri import join_uri, require_path
+from utils.checkpoints.journal import Journal, JournalEntry, UploadState
+from utils.checkpoints.layout import (
     REMOTE_FOLDER,
     CheckpointName,
     RunIdentity,
     RunPaths,
     parse_checkpoint_name,
 )
-from utils.metadata import CheckpointView, read_local_checkpoints, select_checkpoint
-from utils.progress import ProgressDisplay
-from utils.pruning import delete_all, plan_bucket
-from utils.remote_checkpoints import RemoteListing, choose_remote, list_remote, read_cards
-from utils.resume import read_run_identity
-from utils.retention import Action, Decision, decide_retention
-from utils.storage import Bucket, join_uri, open_bucket
-from utils.text import format_bytes, printable, to_json_text
-from utils.transports import TransportOptions, probe_transport
-from utils.upload_status import build_queue, build_rows, last_errors
-from utils.uploader import Uploader, find_unfinished
-from utils.uri import require_path
-from utils.verification import CheckpointReport, Orphan, Verifier, find_unconfirmed
+from utils.checkpoints.retention import Action, Decision, decide_retention
+from utils.checkpoints.store import hold_output_directory, verify_checkpoint
+from utils.checkpoints.views import CheckpointView, read_local_checkpoints, select_checkpoint
+from utils.remote.archive_reading import read_card
+from utils.remote.download import download_checkpoint
+from utils.remote.listing import RemoteListing, choose_remote, list_remote, read_cards
+from utils.remote.pruning import delete_all, plan_bucket
+from utils.remote.verification import CheckpointReport, Orphan, Verifier, find_unconfirmed
+from utils.start.resume import read_run_identity
+from utils.storage.bucket import Bucket
+from utils.storage.open import open_bucket
+from utils.uploads.status import build_queue, build_rows, last_errors
+from utils.uploads.transports import TransportOptions, probe_transport
+from utils.uploads.uploader import Uploader, find_unfinished
 
 WAIT_LINE_SECONDS = 30.0
 LISTING_RETRY_SECONDS = 5.0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tests.gcs_server import ApiError, FakeGcsServer, Fault
-from utils.layout import archive_object, parse_checkpoint_name
+from utils.checkpoints.layout import archive_object, parse_checkpoint_name
 
 BUCKET = "runs"
 MEGABYTE = 2**20

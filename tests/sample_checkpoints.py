@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from utils.layout import FileEntry, Manifest, archive_object, card_object
-from utils.storage import DirectoryBucket, crc32c_of_bytes, crc32c_of_file
+from utils.checkpoints.layout import FileEntry, Manifest, archive_object, card_object
+from utils.storage.bucket import crc32c_of_bytes, crc32c_of_file
+from utils.storage.directory import DirectoryBucket
 
 RUN_ID = "20260101-0a1b2c3d"
 

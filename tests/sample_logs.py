@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.sample_checkpoints import RUN_ID
-from utils.metrics_log import append_metrics
+from utils.tracking.metrics_log import append_metrics
 
 
 def ago(seconds: float) -> str:

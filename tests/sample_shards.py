@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.shard_index import ShardFacts
-from utils.storage import DirectoryBucket, crc32c_of_file
+from utils.data.shard_index import ShardFacts
+from utils.storage.bucket import crc32c_of_file
+from utils.storage.directory import DirectoryBucket
 
 INTEGER_DTYPES = ["u1", "i1", "<u2", "<i2", ">u2", ">i2", "<u4", "<i4", ">i4", "<u8", "<i8", ">u8"]
 

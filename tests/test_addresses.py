@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.errors import ExitCode
+from utils.base.errors import ExitCode
 
 COMMANDS = [
     "train --set data_uri=@",

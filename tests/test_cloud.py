@@ -19,8 +19,8 @@ import yaml
 
 import train
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
-from utils.errors import ExitCode
-from utils.layout import find_checkpoints, read_manifest
+from utils.base.errors import ExitCode
+from utils.checkpoints.layout import find_checkpoints, read_manifest
 
 CLOUD = PROJECT_DIRECTORY / "cloud"
 NODE = CLOUD / "node.sh"

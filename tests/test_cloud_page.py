@@ -14,9 +14,9 @@ import train
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import plan_scaling, prepare_data, upload_manager
 from tests.test_modal_app import modal_app
-from utils import cloud_tables
-from utils.errors import UsageError
-from utils.scaling_tables import write_tables
+from utils.base.errors import UsageError
+from utils.costs import cloud_tables
+from utils.costs.scaling_tables import write_tables
 
 __all__ = ["modal_app"]  # the fixture
 

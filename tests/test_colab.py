@@ -17,7 +17,7 @@ import pytest
 
 from configs.training_config import PROJECT_DIRECTORY, get_training_config
 from tests.conftest import TINY
-from utils.layout import find_checkpoints
+from utils.checkpoints.layout import find_checkpoints
 
 NOTEBOOK = PROJECT_DIRECTORY / "cloud" / "colab.ipynb"
 SOURCES = ("cloud", "configs", "scripts", "utils", "train.py", "debug_gpu.py", "requirements.txt",

@@ -17,10 +17,10 @@ import pytest
 import debug_gpu
 from configs.training_config import PROJECT_DIRECTORY
 from debug_gpu import Facts, find_forecasts, judge, print_findings, print_section, verdict
-from utils.device_timing import Matmul, Timing, TrainingStep
-from utils.diagnosis import Broken, Finding, run_apart
-from utils.driver_facts import Driver, DriverGpu, GpuProcess, Link
-from utils.gpu_text import (
+from utils.tools.diagnosis.device_timing import Matmul, Timing, TrainingStep
+from utils.tools.diagnosis.diagnosis import Broken, Finding, run_apart
+from utils.tools.diagnosis.driver_facts import Driver, DriverGpu, GpuProcess, Link
+from utils.tools.diagnosis.gpu_text import (
     driver_gpu_rows,
     driver_rows,
     forecast_rows,
@@ -31,8 +31,8 @@ from utils.gpu_text import (
     timing_rows,
     torch_rows,
 )
-from utils.host_facts import Host, PciGpu
-from utils.torch_facts import Torch, TorchGpu
+from utils.tools.diagnosis.host_facts import Host, PciGpu
+from utils.tools.diagnosis.torch_facts import Torch, TorchGpu
 
 SCRIPT = PROJECT_DIRECTORY / "debug_gpu.py"
 GIB = 2**30

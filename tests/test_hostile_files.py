@@ -12,7 +12,7 @@ import pytest
 from scripts import checkpoint_viewer, monitor_training, upload_manager
 from tests.sample_checkpoints import RUN_ID, make_checkpoint
 from tests.sample_logs import write_start, write_step
-from utils.journal import Journal, UploadState
+from utils.checkpoints.journal import Journal, UploadState
 
 GOOD = "checkpoint-epoch0-step20-files0"
 BAD = "checkpoint-epoch0-step10-files0"
@@ -57,7 +57,7 @@ KINDS = [make_pipe, make_loop, make_device, make_directory, make_huge, make_garb
 def _run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two checkpoints, a journal and a log; what takes too long is ended."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.machine.FIRST_CPU_SECONDS", 0.001)
+    monkeypatch.setattr("utils.base.machine.FIRST_CPU_SECONDS", 0.001)
     for step in (10, 20):
         path = make_checkpoint(tmp_path / "checkpoints", step)
         journal = Journal(tmp_path / "checkpoints" / "uploads.jsonl")

@@ -98,7 +98,7 @@ def model(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from tests.small_models import build_small_model
-    from utils.model_loading import load_named_tokenizer
+    from utils.tools.generation.loading import load_named_tokenizer
 
     tokenizer = load_named_tokenizer(str(sample_data))
     small = build_small_model(context=128)

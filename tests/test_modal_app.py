@@ -22,8 +22,8 @@ from configs.training_config import PROJECT_DIRECTORY
 from scripts import upload_manager
 from tests import stand_in_modal
 from tests.conftest import TINY
-from utils.errors import ExitCode
-from utils.prices import find_price
+from utils.base.errors import ExitCode
+from utils.costs.prices import find_price
 
 FILE = PROJECT_DIRECTORY / "cloud" / "modal_app.py"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.training_config import PROJECT_DIRECTORY
-from utils.layout import find_checkpoints
+from utils.checkpoints.layout import find_checkpoints
 
 ENVIRONMENT = Path(sys.prefix)
 needs_environment = pytest.mark.skipif(

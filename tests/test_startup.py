@@ -14,7 +14,7 @@ import pytest
 
 from configs.training_config import PROJECT_DIRECTORY
 from tests.conftest import TINY
-from utils.errors import ExitCode
+from utils.base.errors import ExitCode
 
 # What a start does without before its first step, and whom it is for.
 NOT_NEEDED = {

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.test_train import launch
-from utils.metrics_log import read_metrics
+from utils.tracking.metrics_log import read_metrics
 
 LAST = 12
 SETTINGS = (

@@ -28,10 +28,10 @@ from configs.training_config import (
     get_training_config,
 )
 from tests.conftest import TINY
-from utils import preflight
-from utils.errors import ConfigError, ExitCode, StorageError
-from utils.layout import find_checkpoints, read_json, read_manifest
-from utils.metrics_log import read_metrics
+from utils.base.errors import ConfigError, ExitCode, StorageError
+from utils.checkpoints.layout import find_checkpoints, read_json, read_manifest
+from utils.start import preflight
+from utils.tracking.metrics_log import read_metrics
 
 Train = Callable[..., int]
 LAST = "checkpoint-epoch0-step10-files0"
@@ -116,7 +116,7 @@ def test_stock_loaders_read_a_checkpoint(
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from utils.model_building import build_model
+    from utils.models.building import build_model
     from utils.training_utils import build_optimizer, build_scheduler
 
     assert run_train("--max-steps", "10", settings=(f"save_format={save_format}",)) == 0
@@ -150,7 +150,7 @@ def test_a_step_equals_a_plain_pytorch_step(
 ) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
-    from utils.model_building import build_model
+    from utils.models.building import build_model
     from utils.training_utils import (
         build_accelerator,
         build_train_state,
@@ -160,7 +160,7 @@ def test_a_step_equals_a_plain_pytorch_step(
     )
 
     if loss_implementation == "model":  # the very same products
-        monkeypatch.setattr("utils.cpu_products.is_onednn_faster", lambda: False)
+        monkeypatch.setattr("utils.models.cpu_products.is_onednn_faster", lambda: False)
     settings = {
         "model_overrides.num_hidden_layers": 2, "use_cpu": True, "max_grad_norm": 0.5,
         "loss_implementation": loss_implementation,
@@ -388,7 +388,7 @@ def test_a_new_best_and_the_clock_can_ask_for_a_save(
 
     clock = iter(range(0, 10_000, 4))  # each look at it is 4 s later
     fake = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
-    monkeypatch.setattr("utils.training_run.time", fake)
+    monkeypatch.setattr("utils.run.run.time", fake)
     timed = (*settings, "save_seconds=8")
     assert run_train("--max-steps", "6", folder="timed", settings=timed) == 0
     saved = [name.step for name in find_checkpoints(tmp_path / "timed/checkpoints")]
@@ -500,7 +500,7 @@ def test_an_upload_that_fails_is_exit_4_and_the_checkpoint_is_kept(
     def refuse(*_: object) -> None:
         raise StorageError("quota exceeded")
 
-    monkeypatch.setattr("utils.uploader.run_in_process", refuse)
+    monkeypatch.setattr("utils.uploads.uploader.run_in_process", refuse)
     assert run_train("--max-steps", "2") == ExitCode.NOT_VERIFIED
     output = capsys.readouterr().out
     assert "quota exceeded" in output
@@ -533,7 +533,7 @@ def test_a_branch_uploads_its_own_files_under_a_name_that_was_verified_before(
     settings = ("save_steps=2", "keep_checkpoints=9")
     assert run_train("--max-steps", "6", settings=settings) == 0
     # A crash between the commit of the branch's step 4 and its queueing.
-    monkeypatch.setattr("utils.uploader.Uploader.submit", lambda self, checkpoint: None)
+    monkeypatch.setattr("utils.uploads.uploader.Uploader.submit", lambda self, checkpoint: None)
     words = ("--max-steps", "6", "--resume", "2", "--stop-after", "4")
     assert run_train(*words, settings=settings) == 0
     monkeypatch.undo()
@@ -774,7 +774,7 @@ def test_a_dry_run_beside_checkpoints_says_what_a_start_wants_and_checks_the_res
 def test_a_loss_that_was_measured_at_another_step_is_not_a_checkpoints(
     run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from utils.training_run import TrainingRun
+    from utils.run.run import TrainingRun
 
     evaluate = TrainingRun.evaluate
 

@@ -22,10 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.test_train import differences, launch, load
 from tests.test_train_recovery import BadLosses
-from utils.event_file import EventFile
-from utils.layout import find_checkpoints
-from utils.metrics_log import read_metrics
-from utils.sampling import Sample, Sampler
+from utils.checkpoints.layout import find_checkpoints
+from utils.run.sample_texts import Sample, Sampler
+from utils.tracking.event_file import EventFile
+from utils.tracking.metrics_log import read_metrics
 
 Train = Callable[..., int]
 EVERY_STEP = ("logging_steps=1",)

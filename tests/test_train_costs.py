@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.test_train_recovery import BadLosses
-from utils.layout import read_json
-from utils.metrics_log import MetricsLog, read_metrics
-from utils.spending import Spending
-from utils.storage import crc32c_of_file
+from utils.checkpoints.layout import read_json
+from utils.costs.spending import Spending
+from utils.storage.bucket import crc32c_of_file
+from utils.tracking.metrics_log import MetricsLog, read_metrics
 
 Train = Callable[..., int]
 SETTINGS = ("logging_steps=1", "save_steps=2", "checkpoint_uri=")

@@ -15,9 +15,9 @@ from configs.model_config import build_model_config
 from configs.training_config import get_training_config
 from tests.sample_json import UNREADABLE
 from tests.sample_shards import flip_bit
-from utils.layout import find_checkpoints, read_json
-from utils.metrics_log import read_metrics
-from utils.model_building import LossModel, build_model
+from utils.checkpoints.layout import find_checkpoints, read_json
+from utils.models.building import LossModel, build_model
+from utils.tracking.metrics_log import read_metrics
 from utils.training_utils import document_positions, forward_loss
 
 Train = Callable[..., int]
@@ -131,7 +131,8 @@ def test_a_tokenizer_that_is_damaged_after_the_checks_is_in_no_checkpoint(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(
-        "utils.preflight.read_tokenizers", lambda *_: flip_bit(own_data / "tokenizer.json") or {}
+        "utils.start.preflight.read_tokenizers",
+        lambda *_: flip_bit(own_data / "tokenizer.json") or {},
     )
     assert run_train("--max-steps", "2", settings=(f"data_uri={own_data}",)) == 2
     assert f"{own_data}/tokenizer.json is damaged" in capsys.readouterr().err

@@ -24,10 +24,10 @@ from tests.test_train_sharded import (
     curves,
     run_ranks,
 )
-from utils.checkpoint_store import verify_checkpoint
-from utils.errors import ExitCode
-from utils.layout import find_checkpoints, read_json, read_manifest
-from utils.state_files import read_optimizer, read_weights
+from utils.base.errors import ExitCode
+from utils.checkpoints.layout import find_checkpoints, read_json, read_manifest
+from utils.checkpoints.state_files import read_optimizer, read_weights
+from utils.checkpoints.store import verify_checkpoint
 
 __all__ = ["run_ranks"]
 pytestmark = [
@@ -94,7 +94,7 @@ def test_tensors_larger_than_a_bucket_and_layers_of_one_bucket(
     program = write_program(
         tmp_path / "small.py",
         """
-        from utils import deepspeed_engine
+        from utils.training import deepspeed as deepspeed_engine
         deepspeed_engine.ZERO_BUCKET_ELEMENTS = 4000  # the embedding has 16,995
         """,
     )
@@ -158,7 +158,8 @@ def test_sixteen_bit_weights_have_float32_originals(
 
 # Micro-step 15 of the first start is one of step 4, on the rank where it happens.
 SPOILED = """
-from utils import training_utils, training_run
+from utils import training_utils
+from utils.run import run as training_run
 
 forward, calls = training_utils.forward_loss, []
 
@@ -246,7 +247,7 @@ def test_the_launchers_words_are_enough(
         tmp_path / "stopped.py",
         f"""
         import os
-        from utils import training_run
+        from utils.run import run as training_run
 
         step = training_run.train_step
 

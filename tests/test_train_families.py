@@ -17,8 +17,8 @@ from tests.conftest import TINY
 from tests.sample_models import FAMILIES, write_model
 from tests.test_train import differences, launch, load
 from tests.test_train_sharded import TORCHRUN, assert_near
-from utils.layout import read_json
-from utils.metrics_log import read_metrics
+from utils.checkpoints.layout import read_json
+from utils.tracking.metrics_log import read_metrics
 
 Train = Callable[..., int]
 SETTINGS = ("logging_steps=1", "save_steps=4", "checkpoint_uri=", "learning_rate=3e-3")

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.gcs_server import FakeGcsServer, Fault
-from utils import forecast
-from utils.checkpoint_store import verify_checkpoint
-from utils.errors import ExitCode
-from utils.layout import find_checkpoints
-from utils.metrics_log import read_metrics
-from utils.transports import find_gsutil
+from utils.base.errors import ExitCode
+from utils.checkpoints.layout import find_checkpoints
+from utils.checkpoints.store import verify_checkpoint
+from utils.start import forecast
+from utils.tracking.metrics_log import read_metrics
+from utils.uploads.transports import find_gsutil
 
 Train = Callable[..., int]
 GCS = ("data_uri=gs://corpus/data", "checkpoint_uri=gs://runs/a")

@@ -19,10 +19,10 @@ from configs.model_config import build_model_config
 from configs.training_config import get_training_config
 from tests.test_train import differences, launch, load
 from utils import training_utils
-from utils.checkpoint_store import verify_checkpoint
-from utils.errors import ExitCode, TransientStorageError
-from utils.layout import find_checkpoints, read_json, read_manifest, write_json
-from utils.metrics_log import read_metrics
+from utils.base.errors import ExitCode, TransientStorageError
+from utils.checkpoints.layout import find_checkpoints, read_json, read_manifest, write_json
+from utils.checkpoints.store import verify_checkpoint
+from utils.tracking.metrics_log import read_metrics
 
 Train = Callable[..., int]
 EVERY_STEP = ("logging_steps=1", "record_batches=true")
@@ -335,7 +335,7 @@ def test_a_failed_save_is_tried_again_in_a_minute(
     run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FailingSave(monkeypatch, {1})
-    monkeypatch.setattr("utils.run_saving.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("utils.run.saving.RETRY_SECONDS", 0.0)
     settings = ("save_steps=2", "background_save=false")
     assert run_train("--max-steps", "4", settings=settings) == 0
     assert steps(tmp_path) == [3, 4]
@@ -363,17 +363,17 @@ def test_a_save_that_is_due_while_one_is_written_is_skipped_or_waited_for(
 ) -> None:  # fmt: skip
     import time
 
-    from utils import checkpoint_saver
+    from utils.checkpoints import saver
 
-    write = checkpoint_saver.write_files
+    write = saver.write_files
 
     def slowly(*args: Any) -> Any:
         time.sleep(0.7)
         return write(*args)
 
     # The process is not ready in the first seconds: a thread writes, this slow one.
-    monkeypatch.setattr(checkpoint_saver, "write_files", slowly)
-    monkeypatch.setattr(checkpoint_saver.WriterProcess, "is_ready", lambda self: False)
+    monkeypatch.setattr(saver, "write_files", slowly)
+    monkeypatch.setattr(saver.WriterProcess, "is_ready", lambda self: False)
     settings = ("save_steps=1", "keep_checkpoints=9", "checkpoint_uri=")
     assert run_train("--max-steps", "5", folder="wait", settings=settings) == 0
     assert steps(tmp_path, "wait") == [1, 2, 3, 4, 5]
@@ -399,7 +399,7 @@ def test_a_bucket_that_is_down_fills_no_disk_and_loses_neither_newest_nor_best(
     settings = ("save_steps=1", "keep_checkpoints=2", "max_unverified=3",
                 "upload_deadline_seconds=0")  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr("utils.uploader.run_in_process", down)
+        patch.setattr("utils.uploads.uploader.run_in_process", down)
         assert run_train("--max-steps", "12", settings=settings) == ExitCode.NOT_VERIFIED
     kept = steps(tmp_path)
     assert kept[-2:] == [11, 12]

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 from scripts import consolidate_checkpoint
 from tests.test_train import differences, launch, load
 from tests.test_train_recovery import batches
-from utils.checkpoint_store import verify_checkpoint
-from utils.layout import find_checkpoints, read_json, read_manifest
-from utils.metrics_log import read_metrics
-from utils.model_loading import ModelSource, load_model
-from utils.parts import Part
-from utils.state_files import read_optimizer, read_weights
+from utils.checkpoints.layout import find_checkpoints, read_json, read_manifest
+from utils.checkpoints.state_files import read_optimizer, read_weights
+from utils.checkpoints.store import verify_checkpoint
+from utils.models.parts import Part
+from utils.tools.generation.loading import ModelSource, load_model
+from utils.tracking.metrics_log import read_metrics
 
 Train = Callable[..., int]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
@@ -203,8 +203,8 @@ def test_parts_put_together_are_what_one_process_wrote(
 
     from safetensors.torch import save_file
 
-    from utils.checkpoint_files import seal, sync_files
-    from utils.parts import part_file, part_header
+    from utils.checkpoints.files import seal, sync_files
+    from utils.models.parts import part_file, part_header
 
     settings = (*SETTINGS, "save_steps=2")
     assert run_train("--max-steps", "4", "--stop-after", "2", settings=settings) == 0
@@ -272,7 +272,7 @@ DYING = """
 import os, signal, sys
 sys.path.insert(0, {project!r})
 import train
-from utils import checkpoint_saver
+from utils.checkpoints import saver as checkpoint_saver
 
 together, saves = checkpoint_saver._write_together, []
 

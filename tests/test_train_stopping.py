@@ -34,12 +34,12 @@ import pytest
 from configs.training_config import PROJECT_DIRECTORY
 from tests.conftest import TINY
 from tests.sample_shards import save_shard
-from utils.checkpoint_store import verify_checkpoint
-from utils.errors import ExitCode
-from utils.journal import Journal, UploadState
-from utils.layout import ARCHIVE_SUFFIX, RunPaths, find_checkpoints, read_json
-from utils.metrics_log import read_metrics
-from utils.mixture import build_order
+from utils.base.errors import ExitCode
+from utils.checkpoints.journal import Journal, UploadState
+from utils.checkpoints.layout import ARCHIVE_SUFFIX, RunPaths, find_checkpoints, read_json
+from utils.checkpoints.store import verify_checkpoint
+from utils.data.mixture import build_order
+from utils.tracking.metrics_log import read_metrics
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks train.py")
 
@@ -114,7 +114,7 @@ def hold_step(number: int) -> None:
 
         return held
 
-    replace("utils.training_run", "train_step", wrap)
+    replace("utils.run.run", "train_step", wrap)
 
 
 def hang_in_step(number: int) -> None:
@@ -129,7 +129,7 @@ def hang_in_step(number: int) -> None:
 
         return hang
 
-    replace("utils.training_run", "train_step", wrap)
+    replace("utils.run.run", "train_step", wrap)
 
 
 def hold_save() -> None:
@@ -144,7 +144,7 @@ def hold_save() -> None:
 
         return held
 
-    replace("utils.checkpoint_saver", "write_files", wrap)
+    replace("utils.checkpoints.saver", "write_files", wrap)
 
 
 def hold_upload() -> None:
@@ -157,7 +157,7 @@ def hold_upload() -> None:
 
         return held
 
-    replace("utils.uploader", "run_in_process", wrap)
+    replace("utils.uploads.uploader", "run_in_process", wrap)
 
 
 def interrupt_upload() -> None:
@@ -171,7 +171,7 @@ def interrupt_upload() -> None:
 
         return late
 
-    replace("utils.uploader", "run_in_process", wrap)
+    replace("utils.uploads.uploader", "run_in_process", wrap)
 
 
 def hold_evaluation() -> None:
@@ -184,7 +184,7 @@ def hold_evaluation() -> None:
 
         return held
 
-    replace("utils.evaluation", "forward_loss", wrap)
+    replace("utils.run.evaluation", "forward_loss", wrap)
 
 
 def hang_in_bucket(answered: str) -> None:
@@ -200,7 +200,7 @@ def hang_in_bucket(answered: str) -> None:
 
         return hang
 
-    replace("utils.storage", "DirectoryBucket.fetch", wrap)
+    replace("utils.storage.open", "DirectoryBucket.fetch", wrap)
 
 
 def hold_lease(heartbeat_seconds: float) -> None:
@@ -214,7 +214,7 @@ def hold_lease(heartbeat_seconds: float) -> None:
 
         return held
 
-    replace("utils.prefix_lease", "hold_prefix", wrap)
+    replace("utils.uploads.lease", "hold_prefix", wrap)
 
 
 def beat_rarely() -> None:
@@ -223,8 +223,8 @@ def beat_rarely() -> None:
     def wrap(hold_prefix: Any) -> Any:
         return functools.partial(hold_prefix, heartbeat_seconds=300)
 
-    replace("utils.prefix_lease", "hold_prefix", wrap)
-    replace("utils.prefix_lease", "POLLS_PER_WATCH", lambda polls: 10_000)
+    replace("utils.uploads.lease", "hold_prefix", wrap)
+    replace("utils.uploads.lease", "POLLS_PER_WATCH", lambda polls: 10_000)
 
 
 def wait_for_directory() -> None:
@@ -238,8 +238,8 @@ def wait_for_directory() -> None:
 
         return held
 
-    replace("utils.checkpoint_store", "hold_output_directory", wrap)
-    replace("utils.checkpoint_store", "LOCK_SECONDS", lambda seconds: PATIENCE_SECONDS)
+    replace("utils.checkpoints.store", "hold_output_directory", wrap)
+    replace("utils.checkpoints.store", "LOCK_SECONDS", lambda seconds: PATIENCE_SECONDS)
 
 
 def run_out_of_gpu_memory(number: int) -> None:
@@ -278,21 +278,21 @@ def limit_memory(number: int, spare_bytes: int) -> None:
 
         return limited
 
-    replace("utils.training_run", "train_step", wrap)
+    replace("utils.run.run", "train_step", wrap)
 
 
 def without_writer() -> None:
     """Have a thread write checkpoints: the writer process takes seconds of two cores to start."""
 
     def wrap(start: Any) -> Any:
-        from utils.checkpoint_writer import WriterGoneError
+        from utils.checkpoints.writer import WriterGoneError
 
         def refuse(*arguments: Any) -> None:
             raise WriterGoneError("not in this test")
 
         return refuse
 
-    replace("utils.checkpoint_writer", "WriterProcess.__init__", wrap)
+    replace("utils.checkpoints.writer", "WriterProcess.__init__", wrap)
 
 
 def use_terminal() -> None:
@@ -325,7 +325,7 @@ def leave_quickly() -> None:
 
         return run
 
-    replace("utils.console", "run_command", wrap)
+    replace("utils.base.console", "run_command", wrap)
 
 
 def serve() -> None:
@@ -334,8 +334,8 @@ def serve() -> None:
     for module in (
         "train",
         "configs.model_config",
-        "utils.preflight",
-        "utils.training_run",
+        "utils.start.preflight",
+        "utils.run.run",
         "transformers.models.gpt_neox.modeling_gpt_neox",
     ):
         importlib.import_module(module)

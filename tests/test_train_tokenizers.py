@@ -17,9 +17,9 @@ import tokenizers
 
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import export_model, generate, prepare_data
-from tests.utils.test_tokenizer_loading import TEXT, write_tokenizer
-from utils.errors import ExitCode
-from utils.layout import read_json
+from tests.utils.models.test_tokenizer import TEXT, write_tokenizer
+from utils.base.errors import ExitCode
+from utils.checkpoints.layout import read_json
 
 Train = Callable[..., int]
 MARKS = "<s> $A </s>"

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
-from utils.data_state import DataState
-from utils.layout import RunIdentity
-from utils.metrics_log import HISTORY_LIMIT, loss_trend
+from utils.checkpoints.layout import RunIdentity
+from utils.data.data_state import DataState
+from utils.tracking.metrics_log import HISTORY_LIMIT, loss_trend
 from utils.training_utils import TrainState, device_name
 
 

@@ -5,8 +5,8 @@
 The files are those that stock `Accelerator.load_state` and `AutoModelForCausalLM.from_pretrained`
 read, plus our own. The main process writes alone; random states of all ranks are gathered to it.
 Where the state is sharded, each rank writes its rows of weights and moments into files of its own
-(`utils/state_files.py`), and the main one the rest. Both kinds are brought back at any number of
-ranks, sharded or not; a sharded rank reads its own rows alone.
+(`utils/checkpoints/state_files.py`), and the main one the rest. Both kinds are brought back at any
+number of ranks, sharded or not; a sharded rank reads its own rows alone.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from accelerate.utils import load as load_tensors
 
 from configs.model_config import with_older_keys
 from configs.training_config import TrainingConfig
-from utils.checkpoint_files import CheckpointFiles
+from utils.base.errors import CheckpointError, UnreadableCheckpointError
 from utils.checkpoint_metadata import build_metadata
-from utils.data_state import DataState
-from utils.errors import CheckpointError, UnreadableCheckpointError
-from utils.layout import (
+from utils.checkpoints.files import CheckpointFiles
+from utils.checkpoints.layout import (
     DATA_STATE_FILE,
     METADATA_FILE,
     METRICS_HISTORY_FILE,
@@ -40,8 +39,7 @@ from utils.layout import (
     RunIdentity,
     read_json,
 )
-from utils.parts import Part, RowChoice
-from utils.state_files import (
+from utils.checkpoints.state_files import (
     BIN_WEIGHTS_FILE,
     OPTIMIZER_FILE,
     OPTIMIZER_REST_FILE,
@@ -56,6 +54,8 @@ from utils.state_files import (
     restore_rows,
     split_optimizer,
 )
+from utils.data.data_state import DataState
+from utils.models.parts import Part, RowChoice
 from utils.training_utils import Progress, TrainState
 
 SCHEDULER_FILE = "scheduler.bin"

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.errors import ShardError
-from utils.sample_order import DataOrder, Span
-from utils.shard_cache import ShardCache
-from utils.shard_index import ShardFacts
+from utils.base.errors import ShardError
+from utils.data.sample_order import DataOrder, Span
+from utils.data.shard_cache import ShardCache
+from utils.data.shard_index import ShardFacts
 
 PREFETCHED_STEPS = 4
 SEARCH_BLOCK = 1024

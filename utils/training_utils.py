@@ -28,21 +28,22 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from configs.training_config import TrainingConfig
-from utils import ranks
-from utils.cpu_products import use_cpu_products
-from utils.deepspeed_engine import ZeroEngine, require_deepspeed
-from utils.errors import ConfigError, first_line
-from utils.estimates import attention_widths
-from utils.mfu import Utilization, find_peak_flops, flops_per_token
-from utils.model_building import (
+from utils.base import ranks
+from utils.base.errors import ConfigError, first_line
+from utils.base.text import number
+from utils.models.building import (
     LossModel,
     build_model,
     compile_model,
     find_layers,
     undo_compilation,
 )
-from utils.parts import Part, RowChoice
-from utils.sharding import (
+from utils.models.cpu_products import use_cpu_products
+from utils.models.estimates import attention_widths
+from utils.models.mfu import Utilization, find_peak_flops, flops_per_token
+from utils.models.parts import Part, RowChoice
+from utils.training.deepspeed import ZeroEngine, require_deepspeed
+from utils.training.sharding import (
     deepspeed_hidden,
     is_sharded,
     reduce_each_backward,
@@ -50,8 +51,7 @@ from utils.sharding import (
     shard_model,
     whole_scalar,
 )
-from utils.step_guard import GOOD, StepGuard
-from utils.text import number
+from utils.training.step_guard import GOOD, StepGuard
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def build_accelerator(
     Args:
         config: The run's configuration.
         precision: Of `resolve_precision`.
-        trackers: Of `utils.tracking.build_trackers`.
+        trackers: Of `utils.tracking.tracking.build_trackers`.
         logs: The run's log directory.
 
     Raises:

@@ -8,8 +8,8 @@ import pytest
 
 from configs.model_config import build_model_config, get_preset
 from configs.model_presets import PRESETS
-from utils.errors import ConfigError
-from utils.model_building import count_parameters
+from utils.base.errors import ConfigError
+from utils.models.building import count_parameters
 
 
 @pytest.mark.parametrize(

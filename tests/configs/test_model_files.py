@@ -15,8 +15,8 @@ from configs.model_config import (
     find_dropouts,
     with_older_keys,
 )
-from utils.errors import ConfigError
-from utils.model_building import build_core, count_parameters
+from utils.base.errors import ConfigError
+from utils.models.building import build_core, count_parameters
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2,

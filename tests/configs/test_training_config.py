@@ -21,7 +21,7 @@ from configs.training_config import (
     get_training_config,
     parse_assignment,
 )
-from utils.errors import ConfigError, ExitCode
+from utils.base.errors import ConfigError, ExitCode
 
 KEYS = [item.name for item in fields(TrainingConfig)]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from utils.started_runs import ForkServer
+from utils.tools.proofs.started_runs import ForkServer
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,13 @@ from configs.training_config import PROJECT_DIRECTORY
 from scripts import checkpoint_viewer as viewer
 from scripts.checkpoint_viewer import main
 from tests.sample_checkpoints import RUN_ID, make_checkpoint, make_history, put_remote, seal
-from utils import checkpoint_shelf
-from utils.checkpoint_report import measure_storage
-from utils.checkpoint_text import show_count, show_loss, show_time, storage_line
-from utils.journal import Journal, UploadState
-from utils.layout import find_checkpoints
-from utils.storage import DirectoryBucket, crc32c_of_file
+from utils.checkpoints.journal import Journal, UploadState
+from utils.checkpoints.layout import find_checkpoints
+from utils.storage.bucket import crc32c_of_file
+from utils.storage.directory import DirectoryBucket
+from utils.tools.viewer import shelf
+from utils.tools.viewer.report import measure_storage
+from utils.tools.viewer.text import show_count, show_loss, show_time, storage_line
 
 SCRIPT = PROJECT_DIRECTORY / "scripts" / "checkpoint_viewer.py"
 PNG_SIGNATURE = b"\x89PNG"
@@ -911,7 +912,7 @@ def test_a_directory_that_cannot_be_read_is_one_message(capsys, tmp_path):
 def test_a_checkpoint_that_vanishes_meanwhile_is_left_out(capsys, monkeypatch, two_checkpoints):
     names = find_checkpoints(two_checkpoints[0].parent)
     shutil.rmtree(two_checkpoints[0])
-    monkeypatch.setattr(checkpoint_shelf, "find_checkpoints", lambda _: names)
+    monkeypatch.setattr(shelf, "find_checkpoints", lambda _: names)
     rows = run_json(capsys, "list")["checkpoints"]
     assert [row["step"] for row in rows] == [100]
     code, _, err = run(capsys, "view", "50")

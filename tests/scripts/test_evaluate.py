@@ -17,11 +17,11 @@ import pytest
 from scripts import checkpoint_viewer, evaluate
 from tests.sample_shards import flip_bit
 from tests.small_models import TASK_FILES, plain_losses
-from utils.errors import UsageError
-from utils.evaluation_log import read_evaluations
-from utils.model_evaluation import Evaluator
-from utils.model_loading import load_model
-from utils.storage import crc32c_of_bytes
+from utils.base.errors import UsageError
+from utils.storage.bucket import crc32c_of_bytes
+from utils.tools.evaluation.evaluator import Evaluator
+from utils.tools.evaluation.log import read_evaluations
+from utils.tools.generation.loading import load_model
 
 HELLASWAG, LAMBADA = (str(TASK_FILES / f"{name}.jsonl") for name in ("hellaswag", "lambada"))
 Run = Callable[..., tuple[int, str, str]]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from scripts import export_model
 from tests.gcs_server import FakeGcsServer
-from utils.errors import ExitCode
+from utils.base.errors import ExitCode
 
 
 @pytest.fixture
@@ -66,7 +66,9 @@ def test_an_export_that_fails_its_check_is_nowhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     numbers = map(str, range(4))
-    monkeypatch.setattr("utils.model_export.checksum_tensors", lambda model: {"a": next(numbers)})
+    monkeypatch.setattr(
+        "utils.tools.export.export.checksum_tensors", lambda model: {"a": next(numbers)}
+    )
     for output in ("small", "gs://runs/exports/small"):
         assert export_model.main(["latest", "--output", output, *words]) == ExitCode.UNEXPECTED
         assert "What was written is not the model: a differs" in capsys.readouterr().err
@@ -114,15 +116,15 @@ def test_what_does_not_fit_is_one_message(
 def test_the_hub_gets_what_was_checked(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its protocol: tests/utils/test_hub_target.py."""
+    """Its protocol: tests/utils/tools/export/test_hub_target.py."""
     got: dict[str, Any] = {}
 
     def publish(target: Any, staged: Path, on_progress: Any) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(staged, dtype="auto")
         got.update(repository=target.repository, private=target.is_private, dtype=model.dtype)
 
-    monkeypatch.setattr("utils.hub_target.HubTarget.require_free", lambda target: None)
-    monkeypatch.setattr("utils.hub_target.HubTarget.publish", publish)
+    monkeypatch.setattr("utils.tools.export.hub_target.HubTarget.require_free", lambda target: None)
+    monkeypatch.setattr("utils.tools.export.hub_target.HubTarget.publish", publish)
     command = ["latest", "--output", "hub:me/small", "--private", "--dtype", "float16"]
     assert export_model.main([*command, *words]) == 0
     assert got == {"repository": "me/small", "private": True, "dtype": torch.float16}

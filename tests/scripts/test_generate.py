@@ -18,10 +18,10 @@ import torch
 
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import generate
-from utils.errors import ResourceShortageError
-from utils.generation import Batch
-from utils.model_loading import LoadedModel
-from utils.text_stream import TextStream
+from utils.base.errors import ResourceShortageError
+from utils.models.generation import Batch
+from utils.models.text_stream import TextStream
+from utils.tools.generation.loading import LoadedModel
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -21,12 +21,12 @@ from configs.training_config import PROJECT_DIRECTORY, get_training_config
 from scripts.monitor_training import LogTail, main
 from tests.sample_checkpoints import RUN_ID, make_checkpoint
 from tests.sample_logs import write_start, write_step
-from utils import machine
-from utils.journal import Journal, UploadState
-from utils.layout import RunPaths
-from utils.live_screen import ENTER, LEAVE, count_cells
-from utils.metrics_log import append_metrics
-from utils.run_status import RunWatcher
+from utils.base import machine
+from utils.checkpoints.journal import Journal, UploadState
+from utils.checkpoints.layout import RunPaths
+from utils.tools.monitor.live_screen import ENTER, LEAVE, count_cells
+from utils.tools.monitor.status import RunWatcher
+from utils.tracking.metrics_log import append_metrics
 
 SCRIPT = PROJECT_DIRECTORY / "scripts" / "monitor_training.py"
 

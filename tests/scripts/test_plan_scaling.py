@@ -8,7 +8,7 @@ import pytest
 
 from scripts import plan_scaling
 from scripts.plan_scaling import main
-from utils.scaling_tables import TABLES, to_markdown
+from utils.costs.scaling_tables import TABLES, to_markdown
 
 
 def test_a_plan_shows_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from scripts import prepare_data
 from tests.gcs_server import FakeGcsServer
 from tests.sample_json import UNREADABLE
 from tests.sample_shards import flip_bit
-from utils.errors import ExitCode
+from utils.base.errors import ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "prepare_data.py"

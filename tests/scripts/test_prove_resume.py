@@ -13,11 +13,16 @@ import pytest
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import prove_resume
 from tests.conftest import TINY
-from utils.errors import CheckpointError
-from utils.layout import MANIFEST_FILE, find_checkpoints, read_json, write_json
-from utils.run_comparison import STRAIGHT, compare_checkpoints, compare_logs, values_by_step
-from utils.started_runs import ForkServer, Launcher, Running, read_records
-from utils.storage import crc32c_of_file
+from utils.base.errors import CheckpointError
+from utils.checkpoints.layout import MANIFEST_FILE, find_checkpoints, read_json, write_json
+from utils.storage.bucket import crc32c_of_file
+from utils.tools.proofs.run_comparison import (
+    STRAIGHT,
+    compare_checkpoints,
+    compare_logs,
+    values_by_step,
+)
+from utils.tools.proofs.started_runs import ForkServer, Launcher, Running, read_records
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks train.py"),

@@ -23,10 +23,9 @@ from scripts import upload_manager
 from scripts.upload_manager import main
 from tests.gcs_server import FakeGcsServer, Fault
 from tests.sample_checkpoints import RUN_ID, make_checkpoint, seal
-from utils.checkpoint_store import hold_output_directory
-from utils.errors import ExitCode
-from utils.journal import Journal, UploadState
-from utils.layout import (
+from utils.base.errors import ExitCode
+from utils.checkpoints.journal import Journal, UploadState
+from utils.checkpoints.layout import (
     RunIdentity,
     RunPaths,
     archive_object,
@@ -35,9 +34,11 @@ from utils.layout import (
     read_manifest,
     write_json,
 )
-from utils.prefix_lease import LEASE_OBJECT
-from utils.resume import write_run_identity
-from utils.storage import Bucket, crc32c_of_bytes, crc32c_of_file, open_bucket
+from utils.checkpoints.store import hold_output_directory
+from utils.start.resume import write_run_identity
+from utils.storage.bucket import Bucket, crc32c_of_bytes, crc32c_of_file
+from utils.storage.open import open_bucket
+from utils.uploads.lease import LEASE_OBJECT
 
 SCRIPT = PROJECT_DIRECTORY / "scripts" / "upload_manager.py"
 OTHER_RUN = "20250101-ffffffff"
@@ -664,7 +665,7 @@ def test_download_to_another_directory_leaves_nothing_else_there(place: Place) -
 def test_download_reads_only_the_cards_that_it_needs(
     gcs_place: Place, gcs: FakeGcsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("utils.remote_checkpoints.NEWEST_CARDS", 2)
+    monkeypatch.setattr("utils.remote.listing.NEWEST_CARDS", 2)
     for step in (10, 20, 30):
         gcs_place.publish_only(step)
     gcs_place.save(5)  # says which run is meant
@@ -688,8 +689,8 @@ def test_latest_is_of_the_newest_branch_in_the_bucket_whatever_this_machine_has(
 HOLDER = """
 import sys
 from pathlib import Path
-from utils.checkpoint_store import hold_output_directory
-from utils.layout import RunPaths
+from utils.checkpoints.store import hold_output_directory
+from utils.checkpoints.layout import RunPaths
 directory = Path(sys.argv[1])
 with hold_output_directory(RunPaths(directory, directory, directory)):
     print("held", flush=True)

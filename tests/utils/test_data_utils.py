@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.sample_shards import CountingBucket, save_shard, save_shards
+from utils.base.errors import ShardError
+from utils.data.mixture import build_order
+from utils.data.sample_order import DataOrder, SampleOrder
+from utils.data.shard_cache import ShardCache
+from utils.data.shard_index import ShardFacts
 from utils.data_utils import BatchLoader, SampleReader, ValidationData, rank_positions
-from utils.errors import ShardError
-from utils.mixture import build_order
-from utils.sample_order import DataOrder, SampleOrder
-from utils.shard_cache import ShardCache
-from utils.shard_index import ShardFacts
 
 VOCABULARY = 70_000
 

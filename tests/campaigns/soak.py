@@ -1,0 +1,939 @@
+"""A campaign of crashes: kill train.py hundreds of times, resume each time, find nothing lost.
+
+    straight run ----------------------------------------------------> every checkpoint, every loss
+    round 1: start, SIGKILL, start, SIGKILL, ..., to the end --------> the same
+    round 2: ...
+
+A very small model saves every second step and uploads into a directory, so that most kills meet a
+save, a commit, a deletion or an upload. Random kills come at any instant of a start and take either
+every process of it or the main process alone, whose children then have to end by themselves.
+System call kills (strace) come at a chosen call on a file of a chosen checkpoint. After each kill:
+
+    corrupt     a committed checkpoint that does not verify, or whose tensors are not the straight
+                run's at that step
+    lost        a committed checkpoint that is gone without keep_checkpoints newer ones and an
+                upload; or a start that does not go on from the newest committed one
+    different   a step whose loss or batch is not the straight run's, a round that ends in other
+                weights, optimizer, schedule or random states, an archive that is not as its card
+    leftover    what the killed start left unfinished and the next one did not remove
+    failed      a start that ends by itself with an error, hangs, or leaves processes behind
+
+A checkpoint is committed when its directory holds manifest.json. Exit code 0 means none of these.
+Starts are forks of a process that has imported torch (Linux); under strace they are launched as a
+user does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configs.training_config import PROJECT_DIRECTORY, get_training_config, parse_assignment
+from tests.campaigns.findings import Finding, count_findings, note_finding
+from utils.base.console import configure_logging, print_table, run_command
+from utils.base.errors import CheckpointError, ExitCode, PretrainError, UsageError
+from utils.base.text import format_duration, printable
+from utils.checkpoints.journal import Journal, UploadState
+from utils.checkpoints.layout import (
+    ARCHIVE_SUFFIX,
+    MANIFEST_FILE,
+    SAVING_PREFIX,
+    CheckpointName,
+    RunPaths,
+    archive_object,
+    card_object,
+    find_checkpoints,
+    read_manifest,
+)
+from utils.checkpoints.store import verify_checkpoint
+from utils.checkpoints.views import read_remote_checkpoints
+from utils.storage.directory import TEMPORARY_PREFIX
+from utils.storage.open import open_bucket
+from utils.tools.proofs.run_comparison import compare_checkpoints, compare_logs, values_by_step
+from utils.tools.proofs.started_runs import (
+    POLL_SECONDS,
+    CommandLauncher,
+    ForkServer,
+    Launcher,
+    Running,
+    StepWatch,
+    find_family,
+    kill_processes,
+    kill_tree,
+    killed_at_exit,
+    open_work_folder,
+    phase_of,
+    tail,
+    wait_until_gone,
+)
+
+SAVE_STEPS, KEEP_CHECKPOINTS = 2, 3
+# Small enough for some 20 ms a step; an epoch is 40 steps, so a round sees several.
+SETTINGS = (
+    "warmup_steps=2",
+    "model_overrides.num_hidden_layers=1",
+    "model_overrides.hidden_size=32",
+    "model_overrides.intermediate_size=64",
+    "model_overrides.vocab_size=512",
+    "model_overrides.hidden_dropout=0.1",
+    "sequence_length=128",
+    "per_device_train_batch_size=8",
+    "global_batch_size=32",
+    "max_files=1",
+    "max_eval_samples=2",
+    "logging_steps=1",
+    "eval_steps=null",
+    f"save_steps={SAVE_STEPS}",
+    "report_to=[]",
+    "sample_tokens=0",
+    "use_cpu=true",
+)
+# One thread each: starts of a tiny model gain nothing from more, and share the machine better.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+SYSTEM_CALLS = (
+    "rename", "renameat", "renameat2", "fsync", "fdatasync", "openat", "write", "pwrite64",
+    "ftruncate", "unlink", "unlinkat", "rmdir", "close", "mkdir", "mkdirat",
+)  # fmt: skip
+TENSOR_FILES = ("model.safetensors", "pytorch_model.bin", "optimizer.bin", "scheduler.bin")
+FINDINGS = ("corrupt", "lost", "different", "leftover", "failed")
+
+WATCH_SECONDS = 0.001  # some of what is waited for lasts a few milliseconds
+START_LIMIT_SECONDS = 300.0
+# A child that was only just started may notice the end of its parent after its imports.
+ORPHAN_GRACE_SECONDS, ORPHAN_SECONDS = 0.05, 30.0
+# A kill waits for the launch of its start, its first step or its first commit, then a random time;
+# or for its first, second, ... save or archive, then a shorter one.
+ANCHORS = {"launch": 0.1, "step": 0.15, "commit": 0.2, "saving": 0.4, "archive": 0.15}
+MAX_DELAY_STEPS = 8
+TRACED_STEPS = 8
+# A kill at a system call has been missed when the run is so far past its checkpoint.
+PASSED_STEPS = 3 * SAVE_STEPS
+MISSES_ALLOWED = 30
+FAILURES_ALLOWED = 3
+
+log = logging.getLogger("soak")
+
+
+@dataclass
+class Kill:
+    """One kill that happened.
+
+    Attributes:
+        number: 1 for the first.
+        kind: random or syscall.
+        target: processes (every one of the start) or main (the main process alone).
+        phase: What the start was doing.
+        round: Number of the round.
+        begin: Steps done before the start.
+        last: The last step it logged.
+        newest: Step of the newest committed checkpoint after the kill, 0 where there is none.
+        seconds: From the launch to the kill.
+        call: The system call, empty for random kills.
+    """
+
+    number: int
+    kind: str
+    target: str
+    phase: str
+    round: int
+    begin: int | None
+    last: int | None
+    newest: int
+    seconds: float
+    call: str = ""
+
+
+@dataclass
+class Results:
+    """What a campaign has found.
+
+    Attributes:
+        seed: Seed of the plan.
+        kills: Kills that happened.
+        findings: What must not be.
+        starts: Starts of train.py in the rounds.
+        resumed: Starts that went on from a checkpoint.
+        rounds: Rounds that came to their end and were compared with the straight run.
+        verified: Checkpoints that were verified after kills.
+        missed: System call kills that never came; the start was killed all the same, as a
+            random kill, and the system call is tried again.
+        set_aside: Deletions that a kill cut in half, which the next start set aside.
+        stray_objects: Unfinished files that kills have left in the bucket's directory.
+        cycle_seconds: From one launch to the next.
+        skipped: Why system call kills were left out, empty where they were not.
+    """
+
+    seed: int
+    kills: list[Kill] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    starts: int = 0
+    resumed: int = 0
+    rounds: int = 0
+    verified: int = 0
+    missed: int = 0
+    set_aside: int = 0
+    stray_objects: int = 0
+    cycle_seconds: list[float] = field(default_factory=list)
+    skipped: str = ""
+
+    def count(self, kind: str) -> int:
+        """Return how many findings of a kind there are."""
+        return count_findings(self.findings, kind)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When the next kill comes.
+
+    Attributes:
+        kind: random or syscall.
+        anchor: What a random kill waits for first.
+        share: How much of the longest delay it then waits, 0 to 1.
+        skipped: Steps of the start that pass before a save or archive counts.
+        main_only: Whether it takes the main process alone.
+    """
+
+    kind: str
+    anchor: str = "step"
+    share: float = 0.0
+    skipped: int = 0
+    main_only: bool = False
+
+
+def plan_kills(random_kills: int, syscall_kills: int, source: random.Random) -> list[Plan]:
+    """Return the kills of a campaign in a random order."""
+    anchors = source.choices(list(ANCHORS), weights=list(ANCHORS.values()), k=random_kills)
+    plans = [
+        Plan("random", anchor, source.random(), source.randrange(8), source.random() < 0.5)
+        for anchor in anchors
+    ]
+    plans += [Plan("syscall")] * syscall_kills
+    source.shuffle(plans)
+    return plans
+
+
+@dataclass(frozen=True)
+class TracedSave:
+    """The system calls of one save, as strace saw them.
+
+    Attributes:
+        counts: System call -> how often one thread made it on the checkpoint's files; strace counts
+            by thread, too.
+        paths: Paths that it touched, with `{name}` for the checkpoint's name.
+    """
+
+    counts: dict[str, int]
+    paths: tuple[str, ...]
+
+
+def parse_trace(text: str, work: Path, name: str) -> TracedSave:
+    """Return what a trace (`strace -f -y`) says about the save and upload of one checkpoint."""
+    by_thread: Counter[tuple[str, str]] = Counter()
+    paths = set()
+    for thread, call, arguments in re.findall(r"^(\d+) +(\w+)\((.*)", text, re.MULTILINE):
+        touched = re.findall(rf'["<]({re.escape(str(work))}/[^">]*)[">]', arguments)
+        own = {path.replace(name, "{name}") for path in touched if name in path}
+        if own:
+            by_thread[call, thread] += 1
+            paths |= own
+    counts: dict[str, int] = {}
+    for (call, _), count in by_thread.items():
+        counts[call] = max(count, counts.get(call, 0))
+    return TracedSave(counts, tuple(sorted(paths)))
+
+
+def find_strace() -> tuple[list[str], str]:
+    """Return the first words of an strace command, and why there is none; one of them is empty.
+
+    No --seccomp-bpf, which would cost far less: strace 6.1 injects no signals with it.
+    """
+    program = shutil.which("strace")
+    if program is None:
+        return [], "strace is not installed"
+    probe = [program, "-f", "-qq", "-o", os.devnull, "-e", "trace=rename", sys.executable, "-c", ""]
+    result = subprocess.run(  # noqa: S603
+        probe, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    if result.returncode:
+        return [], f"strace is not permitted here: {printable(result.stderr.strip())}"
+    return [program, "-f", "-y", "-qq"], ""
+
+
+@dataclass
+class Round:
+    """One run that is killed and resumed until its end.
+
+    Attributes:
+        number: 1 for the first.
+        paths: Where it keeps its things.
+        bucket: Its bucket.
+        committed: Checkpoints that were committed after the last kill.
+        leftovers: Unfinished things after the last kill, as `find_leftovers` returns them.
+    """
+
+    number: int
+    paths: RunPaths
+    bucket: Path
+    committed: set[CheckpointName] = field(default_factory=set)
+    leftovers: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def newest(self) -> int:
+        """Step of the newest committed checkpoint, 0 where there is none."""
+        return max((name.step for name in self.committed), default=0)
+
+
+class Campaign:
+    """Carries a campaign out in one folder.
+
+    Args:
+        work: An empty folder.
+        data: Directory of the shards.
+        steps: Length of a round.
+        launcher: How train.py is started where no strace is needed.
+        seed: Seed of the plan.
+        extra: key=value words for every start.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        data: Path,
+        steps: int,
+        launcher: Launcher,
+        seed: int = 0,
+        extra: Sequence[str] = (),
+    ) -> None:
+        self._work, self._data, self._steps, self._launcher = work, data, steps, launcher
+        self._extra = extra
+        self._random = random.Random(seed)
+        self.results = Results(seed)
+        self._straight = self._paths("straight")
+        self._names: dict[int, CheckpointName] = {}
+        self._checksums: dict[int, dict[str, str]] = {}
+        self._logged: dict[str, dict[int, set[str]]] = {}
+        self._startup_seconds = self._step_seconds = 0.0
+        self._strace: list[str] = []
+        self._trace = TracedSave({}, ())
+        self._orphans: list[psutil.Process] = []
+        self._outputs = self._rounds = 0
+
+    def run(self, plans: Sequence[Plan]) -> Results:
+        """Kill as planned; then train the last round to its end."""
+        self._train_straight()
+        waiting = list(plans)
+        if any(plan.kind == "syscall" for plan in plans):
+            self._strace, self.results.skipped = find_strace()
+            if self._strace:
+                self._trace_a_save()
+            else:
+                log.warning("No system call kills: %s.", self.results.skipped)
+                waiting = [plan for plan in plans if plan.kind != "syscall"]
+        planned, began = len(waiting), time.monotonic()
+        current = self._new_round()
+        while waiting and self.results.count("failed") <= FAILURES_ALLOWED:
+            started, before = time.monotonic(), len(self.results.kills)
+            orphans, self._orphans = self._orphans, []
+            goes_on = self._cycle(current, waiting[0])
+            self._require_gone(orphans)
+            self.results.cycle_seconds.append(round(time.monotonic() - started, 3))
+            if len(self.results.kills) > before:
+                if self._was_carried_out(waiting[0]):
+                    del waiting[0]
+                self._show_progress(planned, len(waiting), time.monotonic() - began)
+            if not goes_on:
+                current = self._new_round()
+        self._train_to_the_end(current)
+        self._require_gone(self._orphans)
+        return self.results
+
+    def _was_carried_out(self, plan: Plan) -> bool:
+        """Tell whether the last kill was the planned one; a system call is tried again."""
+        if plan.kind == self.results.kills[-1].kind:
+            return True
+        self.results.missed += 1
+        return self.results.missed > MISSES_ALLOWED
+
+    # What every start has in common.
+
+    def _paths(self, name: str) -> RunPaths:
+        return RunPaths.of(get_training_config("test", self._overrides(name)))
+
+    def _settings(self, name: str) -> list[str]:
+        is_straight = name == "straight"
+        return [
+            *SETTINGS,
+            *self._extra,
+            f"data_uri={self._data}",
+            f"output_dir={self._work / 'checkpoints'}",
+            f"logging_dir={self._work / 'logs'}",
+            f"cache_dir={self._work / 'cache'}",
+            f"run_name={name}",
+            f"keep_checkpoints={self._steps if is_straight else KEEP_CHECKPOINTS}",
+            f"checkpoint_uri={'' if is_straight else self._work / 'bucket'}",
+            "record_batches=true",
+        ]
+
+    def _overrides(self, name: str) -> dict[str, Any]:
+        overrides = dict(parse_assignment(text) for text in self._settings(name))
+        return {**overrides, "max_steps": self._steps}
+
+    def _launch(
+        self, name: str, *words: str, launcher: Launcher | None = None
+    ) -> tuple[Running, Path]:
+        self._outputs += 1
+        output = self._work / f"start-{self._outputs % 100}.log"
+        command = ["--config", "test", "--max-steps", str(self._steps), *words]
+        for setting in self._settings(name):
+            command += ["--set", setting]
+        return (launcher or self._launcher).start(command, output), output
+
+    # Before the kills.
+
+    def _train_straight(self) -> None:
+        """Train without a kill; keep every checkpoint's checksums and every logged value."""
+        log.info("Straight run of %d steps in %s.", self._steps, self._work)
+        watch, started, seen = StepWatch(self._straight.metrics), time.monotonic(), 0.0
+        running, output = self._launch("straight")
+        with killed_at_exit(running):
+            while running.poll() is None:
+                watch.read()
+                if watch.last is not None and not seen:
+                    seen = time.monotonic()
+                time.sleep(POLL_SECONDS)
+        if running.wait() != ExitCode.DONE:
+            raise PretrainError(f"The straight run failed:\n{tail(output)}")
+        self._startup_seconds = seen - started
+        self._step_seconds = (time.monotonic() - seen) / self._steps
+        for name in find_checkpoints(self._straight.checkpoints):
+            self._names[name.step] = name
+            self._checksums[name.step] = tensor_checksums(self._straight.checkpoints / str(name))
+        for key in ("loss", "grad_norm", "learning_rate"):
+            self._logged[key] = values_by_step(self._straight.metrics, key)
+        self._logged["crc32c"] = values_by_step(self._straight.batches, "crc32c")
+        log.info(
+            "%s to the first step, %.0f ms a step with its saves.",
+            format_duration(self._startup_seconds), self._step_seconds * 1e3,
+        )  # fmt: skip
+
+    def _trace_a_save(self) -> None:
+        """Learn which system calls a save makes, on which paths."""
+        trace = self._work / "trace.log"
+        prefix = [*self._strace, "-o", str(trace), "-e", f"trace={','.join(SYSTEM_CALLS)}"]
+        launcher = CommandLauncher(1, prefix, ENVIRONMENT)
+        running, output = self._launch(
+            "traced", "--stop-after", str(TRACED_STEPS), launcher=launcher
+        )
+        with killed_at_exit(running):
+            code = running.wait()
+        name = str(self._names[TRACED_STEPS - SAVE_STEPS])
+        text = trace.read_text("utf-8", errors="replace").replace("/traced/", "/{run}/")
+        self._trace = parse_trace(text, self._work, name)
+        trace.unlink()
+        if code != ExitCode.DONE or not self._trace.counts:
+            raise PretrainError(f"strace shows no save (exit code {code}):\n{tail(output)}")
+        counts = ", ".join(f"{n} {call}" for call, n in sorted(self._trace.counts.items()))
+        log.info("A save and its upload: %s.", counts)
+
+    def _new_round(self) -> Round:
+        self._rounds += 1
+        name = f"round-{self._rounds}"
+        return Round(self._rounds, self._paths(name), self._work / "bucket" / name)
+
+    # One cycle: start, kill, look.
+
+    def _cycle(self, current: Round, plan: Plan) -> bool:
+        """Start and kill once; tell whether the round goes on."""
+        watch = StepWatch(current.paths.metrics)
+        if plan.kind == "random":
+            alarm = RandomAlarm(plan, current, watch, self._startup_seconds, self._step_seconds)
+            return self._start_and_kill(current, watch, alarm, self._launcher, plan.main_only)
+        target = self._choose_target(current)
+        if target is None:  # too near to the end of the round
+            self._train_to_the_end(current)
+            return False
+        trace = self._work / "kill.log"
+        trace.unlink(missing_ok=True)
+        launcher = CommandLauncher(1, self._inject(current, target, trace), ENVIRONMENT)
+        return self._start_and_kill(current, watch, CallAlarm(target, watch, trace), launcher)
+
+    def _choose_target(self, current: Round) -> Target | None:
+        """Return a call on a checkpoint that the next start will save, None where it saves none."""
+        steps = [current.newest + SAVE_STEPS * ahead for ahead in (1, 2, 3)]
+        steps = [step for step in steps if step < self._steps - PASSED_STEPS]
+        if not steps:
+            return None
+        call = self._random.choice(sorted(self._trace.counts))
+        number = self._random.randint(1, self._trace.counts[call])
+        return Target(call, number, self._names[self._random.choice(steps)])
+
+    def _inject(self, current: Round, target: Target, trace: Path) -> list[str]:
+        """Return the words of an strace that kills at a call on one checkpoint's files."""
+        fault = f"inject={target.call}:signal=SIGKILL:when={target.number}"
+        prefix = [*self._strace, "-o", str(trace), "-e", f"trace={target.call}", "-e", fault]
+        for template in self._trace.paths:
+            path = template.replace("{name}", str(target.checkpoint))
+            prefix += ["-P", path.replace("{run}", current.paths.checkpoints.name)]
+        return prefix
+
+    def _start_and_kill(
+        self,
+        current: Round,
+        watch: StepWatch,
+        alarm: RandomAlarm | CallAlarm,
+        launcher: Launcher,
+        main_only: bool = False,
+    ) -> bool:
+        """Start, kill when the alarm says so, look at what is left; tell whether it goes on."""
+        started, name = time.monotonic(), current.paths.checkpoints.name
+        running, output = self._launch(name, "--resume", "latest", launcher=launcher)
+        self.results.starts += 1
+        was_killed = self._watch_and_kill(current, running, watch, alarm, main_only)
+        code, seconds = running.wait(), round(time.monotonic() - started, 2)
+        watch.read()
+        if code == ExitCode.DONE:  # also where the kill met a process that had ended
+            self._finish(current)
+            return False
+        call = alarm.hit()
+        if not was_killed and not call:
+            self._find("failed", f"A start ended with exit code {code}:\n{tail(output)}")
+            return False
+        if was_killed and seconds > START_LIMIT_SECONDS:
+            self._find("failed", f"A start hung after step {watch.last}:\n{tail(output)}")
+        self._look(current)
+        is_there = current.paths.checkpoints.is_dir()
+        self.results.kills.append(
+            Kill(
+                number=len(self.results.kills) + 1,
+                kind="syscall" if call else "random",
+                target="main" if main_only else "processes",
+                phase=phase_of(current.paths, watch) if is_there else "starting",
+                round=current.number,
+                begin=watch.begin,
+                last=watch.last,
+                newest=current.newest,
+                seconds=seconds,
+                call=call,
+            )
+        )
+        return True
+
+    def _watch_and_kill(
+        self,
+        current: Round,
+        running: Running,
+        watch: StepWatch,
+        alarm: RandomAlarm | CallAlarm,
+        main_only: bool,
+    ) -> bool:
+        """Follow a start until its kill or its end; tell whether it was killed here."""
+        limit = time.monotonic() + START_LIMIT_SECONDS
+        was_checked = False
+        with killed_at_exit(running):
+            while running.poll() is None:
+                watch.read()
+                if watch.last is not None and not was_checked:
+                    was_checked = True
+                    self._check_start(current, watch)
+                if alarm.is_due() or time.monotonic() > limit:
+                    self._kill(running, main_only=main_only)
+                    return True
+                time.sleep(WATCH_SECONDS)
+        return False
+
+    def _kill(self, running: Running, *, main_only: bool) -> None:
+        if not main_only:
+            kill_tree(running.pid)
+            return
+        family = find_family(running.pid)
+        kill_processes(family[:1])
+        # The next start does not wait for a child that has not noticed yet: nor would a user.
+        self._orphans += wait_until_gone(family, ORPHAN_GRACE_SECONDS)
+
+    def _require_gone(self, orphans: Sequence[psutil.Process]) -> None:
+        """Find processes that live on although their trainer was killed a while ago."""
+        left = wait_until_gone(orphans, ORPHAN_SECONDS)
+        if left:
+            names = ", ".join(str(process.pid) for process in left)
+            self._find("failed", f"Processes {names} outlive their killed trainer.")
+            kill_processes(left)
+
+    # What is looked at.
+
+    def _find(self, kind: str, text: str) -> None:
+        assert kind in FINDINGS
+        note_finding(self.results.findings, Finding(kind, len(self.results.kills), text))
+
+    def _check_start(self, current: Round, watch: StepWatch) -> None:
+        """Look at where a start has begun, and whether it has tidied up."""
+        if watch.begin:
+            self.results.resumed += 1
+        if watch.begin != current.newest:
+            self._find(
+                "lost",
+                f"round {current.number} went on from step {watch.begin}, although the newest "
+                f"committed checkpoint was of step {current.newest}.",
+            )
+        left = find_leftovers(current.paths.checkpoints)
+        for name, facts in current.leftovers.items():
+            if left.get(name) == facts:
+                self._find("leftover", f"round {current.number} still has {name}.")
+
+    def _look(self, current: Round) -> None:
+        """Look at everything on disk after a kill."""
+        directory = current.paths.checkpoints
+        names = set(find_checkpoints(directory))
+        for name in sorted(names):
+            self._verify(current, directory / str(name), name.step)
+        self._find_lost(current, names)
+        current.committed = names
+        current.leftovers = find_leftovers(directory)
+        self._compare_logged(current)
+
+    def _verify(self, current: Round, checkpoint: Path, step: int) -> None:
+        self.results.verified += 1
+        try:
+            verify_checkpoint(checkpoint)
+        except CheckpointError as exc:
+            self._find("corrupt", f"round {current.number}: {exc}")
+            return
+        if checkpoint.name != str(self._names.get(step)):
+            self._find("different", f"round {current.number} has {checkpoint.name}.")
+        elif tensor_checksums(checkpoint) != self._checksums[step]:
+            self._find("corrupt", f"round {current.number}: {checkpoint.name} has other tensors.")
+
+    def _find_lost(self, current: Round, names: set[CheckpointName]) -> None:
+        """Find committed checkpoints that went without the right to."""
+        states = Journal(current.paths.journal).latest()
+        for name in sorted(current.committed - names):
+            newer = sum(other.step > name.step for other in names)
+            entry = states.get(str(name))
+            state = entry.state if entry else None
+            may_go = state in (UploadState.VERIFIED, UploadState.SUPERSEDED, UploadState.REMOVED)
+            if newer < KEEP_CHECKPOINTS or not may_go:
+                self._find(
+                    "lost",
+                    f"round {current.number}: {name} is gone, {newer} newer ones are there, the "
+                    f"journal has it as {state.value if state else 'unknown'}.",
+                )
+        for folder in current.paths.set_aside.glob("*"):
+            if (folder / MANIFEST_FILE).is_file():
+                self._find("lost", f"round {current.number}: {folder.name} was set aside.")
+
+    def _compare_logged(self, current: Round) -> None:
+        """Compare every value that this round has logged with the straight run's."""
+        for key, straight in self._logged.items():
+            file = current.paths.batches if key == "crc32c" else current.paths.metrics
+            for step, values in values_by_step(file, key).items():
+                if values != straight.get(step):
+                    self._find(
+                        "different",
+                        f"round {current.number}, step {step}: {key} {sorted(values)} instead of "
+                        f"{sorted(straight.get(step, ()))}.",
+                    )
+
+    def _train_to_the_end(self, current: Round) -> bool:
+        """Bring a round to its end without a kill; False: the round is over."""
+        watch = StepWatch(current.paths.metrics)
+        running, output = self._launch(current.paths.checkpoints.name, "--resume", "latest")
+        self.results.starts += 1
+        with killed_at_exit(running):
+            code = running.wait()
+        watch.read()
+        self._check_start(current, watch)
+        if code == ExitCode.DONE:
+            self._finish(current)
+        else:
+            self._find("failed", f"The last start ended with exit code {code}:\n{tail(output)}")
+        return False
+
+    def _finish(self, current: Round) -> None:
+        """Compare a round that came to its end with the straight run, here and in the bucket."""
+        paths, last = current.paths, str(self._names[self._steps])
+        self._look(current)
+        self.results.rounds += 1
+        self.results.set_aside += len(list(paths.set_aside.glob("*")))
+        self.results.stray_objects += sum(
+            path.name.startswith(TEMPORARY_PREFIX) for path in current.bucket.rglob("*")
+        )
+        comparisons = compare_logs(self._straight.logs, paths.logs, self._steps)
+        if not (paths.checkpoints / last / MANIFEST_FILE).is_file():
+            self._find("lost", f"round {current.number} ended without {last}.")
+        else:
+            comparisons += compare_checkpoints(
+                self._straight.checkpoints / last, paths.checkpoints / last
+            )
+        for comparison in comparisons:
+            for difference in comparison.differences:
+                self._find("different", f"round {current.number}: {comparison.what} {difference}")
+        self._look_into_bucket(current, last)
+        if not self.results.findings:  # what was found is to be looked at
+            for folder in (paths.checkpoints, paths.logs, paths.cache, current.bucket):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _look_into_bucket(self, current: Round, last: str) -> None:
+        """Compare every archive with its card, and the card with the straight run."""
+        bucket = open_bucket(str(current.bucket))
+        views = read_remote_checkpoints(bucket)
+        if last not in [str(view.name) for view in views]:
+            self._find("lost", f"round {current.number}: {last} is not in the bucket.")
+        for view in views:
+            card = json.loads(bucket.read_bytes(card_object(str(view.name))))
+            stored = bucket.crc32c(archive_object(str(view.name))) if not view.problem else ""
+            sums = {} if view.manifest is None else checksums_of(view.manifest)
+            if stored != card["archive"]["crc32c"] or sums != self._checksums.get(view.name.step):
+                self._find(
+                    "different",
+                    f"round {current.number}: {view.name} in the bucket is not what it should be "
+                    f"({view.problem or 'by its checksums'}).",
+                )
+
+    def _show_progress(self, planned: int, waiting: int, seconds: float) -> None:
+        kill, done = self.results.kills[-1], planned - waiting
+        remaining = format_duration(seconds / done * waiting) if done else "?"
+        findings = len(self.results.findings)
+        log.info(
+            "Kill %d (%s) while %s in round %d: steps %s to %s, newest committed %d, %s. %d kills "
+            "and %s to go.",
+            kill.number, kill.call or kill.target, kill.phase, kill.round, kill.begin, kill.last,
+            kill.newest, f"{findings} findings" if findings else "all well", waiting, remaining,
+        )  # fmt: skip
+
+
+class RandomAlarm:
+    """Tells when a random kill is due.
+
+    Args:
+        plan: What it waits for and how long.
+        current: The round that is killed.
+        watch: What the start logs.
+        startup_seconds: The longest delay after the launch.
+        step_seconds: A save or an archive takes about one, and that is the longest delay after its
+            beginning; after the first step or commit it is some more.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        current: Round,
+        watch: StepWatch,
+        startup_seconds: float,
+        step_seconds: float,
+    ) -> None:
+        directory = current.paths.checkpoints
+
+        def is_there(pattern: str) -> bool:
+            last = -1 if watch.last is None else watch.last
+            return last >= current.newest + plan.skipped and any(directory.glob(pattern))
+
+        self._has_come: Callable[[], bool] = {
+            "launch": lambda: True,
+            "step": lambda: watch.last is not None,
+            "commit": lambda: has_committed(current),
+            "saving": lambda: is_there(f"{SAVING_PREFIX}*"),
+            "archive": lambda: is_there(f"*{ARCHIVE_SUFFIX}"),
+        }[plan.anchor]
+        longest = {
+            "launch": startup_seconds,
+            "saving": step_seconds,
+            "archive": step_seconds,
+        }.get(plan.anchor, step_seconds * MAX_DELAY_STEPS)
+        self._delay = plan.share * longest
+        self._due: float | None = None
+
+    def is_due(self) -> bool:
+        """Tell whether the kill is due."""
+        if self._due is None and self._has_come():
+            self._due = time.monotonic() + self._delay
+        return self._due is not None and time.monotonic() >= self._due
+
+    def hit(self) -> str:
+        """Return the system call that was hit: none."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A system call to kill at.
+
+    Attributes:
+        call: Its name.
+        number: Which one of a thread's calls on the checkpoint's files, from 1.
+        checkpoint: The checkpoint.
+    """
+
+    call: str
+    number: int
+    checkpoint: CheckpointName
+
+
+class CallAlarm:
+    """Tells when strace has killed a process, or the run has passed the checkpoint without that.
+
+    Whatever else the start runs is then killed, too.
+
+    Args:
+        target: Where the kill comes.
+        watch: What the start logs.
+        trace: What strace writes.
+    """
+
+    def __init__(self, target: Target, watch: StepWatch, trace: Path) -> None:
+        self._target, self._watch, self._trace = target, watch, trace
+
+    def is_due(self) -> bool:
+        """Tell whether the rest is to be killed."""
+        passed = (self._watch.last or 0) > self._target.checkpoint.step + PASSED_STEPS
+        return passed or bool(self.hit())
+
+    def hit(self) -> str:
+        """Return the system call that was hit, empty where none was."""
+        with contextlib.suppress(FileNotFoundError):
+            if "killed by SIGKILL" in self._trace.read_text("utf-8", errors="replace"):
+                return f"{self._target.call} {self._target.number}"
+        return ""
+
+
+def has_committed(current: Round) -> bool:
+    """Tell whether a round has a newer committed checkpoint than after the last kill."""
+    names = find_checkpoints(current.paths.checkpoints)
+    return bool(names) and names[-1].step > current.newest
+
+
+def find_leftovers(directory: Path) -> dict[str, tuple[int, int]]:
+    """Return unfinished saves, deletions and archives of a directory: name -> inode and ctime.
+
+    A new one may have the name of an old one, and its inode.
+    """
+    if not directory.is_dir():
+        return {}
+    found = {}
+    for path in directory.iterdir():
+        if path.name.startswith(SAVING_PREFIX) or path.name.endswith(ARCHIVE_SUFFIX):
+            with contextlib.suppress(FileNotFoundError):  # the run that is watched may remove it
+                facts = path.stat()
+                found[path.name] = facts.st_ino, facts.st_ctime_ns
+    return found
+
+
+def tensor_checksums(checkpoint: Path) -> dict[str, str]:
+    """Return the checksums of the files whose bytes depend on the training alone."""
+    return checksums_of(read_manifest(checkpoint))
+
+
+def checksums_of(manifest: Any) -> dict[str, str]:
+    """Return the same from a manifest."""
+    return {name: manifest.files[name].crc32c for name in TENSOR_FILES if name in manifest.files}
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        prog="soak.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--kills", type=int, default=300, metavar="N", help="at random instants (default: 300)")
+    add("--syscall-kills", type=int, default=60, metavar="N", help="by strace (default: 60)")
+    add("--quick", action="store_true", help="10 random kills and 2 at system calls")
+    add("--steps", type=int, default=100, metavar="N", help="length of a round (default: 100)")
+    add("--seed", type=int, default=0, metavar="S", help="decides the plan (default: 0)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="as train.py has it")
+    add("--data", type=Path, metavar="DIR", help="shards of the sample text (default: made)")
+    add("--launch", action="store_true", help="launch each start; no forks of a loaded process")
+    add("--workdir", type=Path, metavar="DIR", help="a new or empty folder (default: a temporary)")
+    add("--keep", action="store_true", help="keep the folder; it is kept where anything was found")
+    add("--json", type=Path, metavar="FILE", help="write everything to FILE")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def prepare_sample(directory: Path) -> Path:
+    """Make the shards of the sample text."""
+    script = PROJECT_DIRECTORY / "scripts" / "prepare_data.py"
+    command = [sys.executable, str(script), "--sample", "--vocab-size", "512", "--quiet"]
+    subprocess.run([*command, "--output", str(directory)], check=True)  # noqa: S603
+    return directory
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry the campaign out and print it; 0 where nothing was found, else 1."""
+    if args.quick:
+        args.kills, args.syscall_kills = 10, 2
+    if args.kills < 0 or args.syscall_kills < 0 or args.kills + args.syscall_kills < 1:
+        raise UsageError("--kills and --syscall-kills must not be negative, nor both 0.")
+    if args.steps < 20 or args.steps % SAVE_STEPS:
+        raise UsageError(f"--steps must be at least 20 and even, got {args.steps}.")
+    configure_logging("debug" if args.debug else "info", stderr=True)
+    with contextlib.ExitStack() as stack:
+        work = stack.enter_context(open_work_folder(args))
+        data = args.data.resolve() if args.data else prepare_sample(work / "data")
+        launcher: Launcher = CommandLauncher(1, (), ENVIRONMENT)
+        if sys.platform == "linux" and not args.launch:
+            launcher = stack.enter_context(ForkServer(ENVIRONMENT))
+        campaign = Campaign(work, data, args.steps, launcher, args.seed, args.set)
+        plans = plan_kills(args.kills, args.syscall_kills, random.Random(args.seed))
+        results = campaign.run(plans)
+        args.keep = args.keep or bool(results.findings)
+    if args.json:
+        args.json.write_text(json.dumps(asdict(results), indent=1) + "\n", "utf-8")
+    print_results(results)
+    return ExitCode.UNEXPECTED if results.findings else ExitCode.DONE
+
+
+def print_results(results: Results) -> None:
+    """Print the summary of a campaign."""
+    phases = Counter(kill.phase for kill in results.kills)
+    calls = Counter(kill.call.split(" ")[0] for kill in results.kills if kill.call)
+    kinds = Counter(kill.kind for kill in results.kills)
+    figures: dict[str, object] = {
+        "kills": f"{len(results.kills)} ({kinds['random']} random, {kinds['syscall']} syscall)",
+        "starts": results.starts,
+        "resumed": results.resumed,
+        "rounds compared": results.rounds,
+        "checkpoints verified": results.verified,
+        **{kind: results.count(kind) for kind in FINDINGS},
+        "syscall kills that never came": results.missed,
+        "deletions cut in half, set aside": results.set_aside,
+        "unfinished files in the bucket": results.stray_objects,
+    }
+    if results.cycle_seconds:
+        figures["seconds a cycle, median"] = round(statistics.median(results.cycle_seconds), 2)
+    print_table("Campaign", [{"figure": key, "value": value} for key, value in figures.items()])
+    print_table("Phases", [{"killed while": p, "kills": n} for p, n in phases.most_common()])
+    print_table("System calls", [{"killed at": c, "kills": n} for c, n in calls.most_common()])
+    if results.skipped:
+        print(f"No system call kills: {results.skipped}.")
+    for finding in results.findings:
+        print(f"{finding.kind} after kill {finding.after}: {finding.text}")
+    print(f"seed {results.seed}: {len(results.findings)} findings.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; return the exit code."""
+    return run_command(run, parse_arguments(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""Names from outside are checked, manifests are read strictly, paths follow the run's name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.training_config import TrainingConfig
+from tests.sample_checkpoints import make_checkpoint
+from utils.base.errors import CheckpointError, UsageError
+from utils.checkpoints.layout import (
+    CheckpointName,
+    FileEntry,
+    Manifest,
+    RunPaths,
+    archive_object,
+    card_object,
+    find_checkpoints,
+    free_name,
+    new_run_id,
+    parse_checkpoint_name,
+    read_json,
+    read_manifest,
+    require_checkpoint_name,
+    validate_run_name,
+    write_json,
+)
+
+MANIFEST = Manifest("20260101-0a1b2c3d", 50, 2, 4, {"a.bin": FileEntry(3, "AAAAAA==")})
+
+
+@given(
+    step=st.integers(0, 10**12 - 1),
+    epoch=st.integers(0, 10**9 - 1),
+    files=st.integers(0, 10**9 - 1),
+)
+def test_a_checkpoint_name_keeps_its_numbers(step: int, epoch: int, files: int) -> None:
+    name = CheckpointName(step=step, epoch=epoch, files=files)
+    assert parse_checkpoint_name(str(name)) == name
+
+
+def test_a_checkpoint_name_is_the_one_that_users_know() -> None:
+    assert str(CheckpointName(step=500, epoch=1, files=7)) == "checkpoint-epoch1-step500-files7"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "latest",
+        "-rf",
+        "a*b",
+        "$(touch x)",
+        "checkpoint-epoch0-step1-files0\n",
+        "\ncheckpoint-epoch0-step1-files0",
+        "checkpoint-epoch0-step1-files0/..",
+        "../checkpoint-epoch0-step1-files0",
+        "/checkpoint-epoch0-step1-files0",
+        "checkpoint-epoch0-step1-files0.tar.gz",
+        "checkpoint-epoch0-step01-files0",
+        "checkpoint-epoch0-step-1-files0",
+        "checkpoint-epoch0-step\u0661-files0",
+        "checkpoint-epoch0-step1-files0\0",
+        "checkpoint-epoch0-step1",
+        "Checkpoint-epoch0-step1-files0",
+        "checkpoint-epoch0-step" + "9" * 13 + "-files0",
+    ],
+)
+def test_anything_else_is_no_checkpoint_name(text: str) -> None:
+    assert parse_checkpoint_name(text) is None
+    with pytest.raises(UsageError, match="is not a checkpoint name"):
+        require_checkpoint_name(text)
+
+
+def test_names_are_ordered_by_step_first() -> None:
+    names = [CheckpointName(9, 3, 8), CheckpointName(10, 0, 0), CheckpointName(100, 0, 0)]
+    assert sorted([names[2], names[0], names[1]]) == names
+
+
+@pytest.mark.parametrize("name", ["", "a", "run-2.1_b", "0", "A" * 100])
+def test_run_names_that_are_safe_are_taken(name: str) -> None:
+    assert validate_run_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..", ".hidden", "-rf", "a/b", "a b", "a*", "$(x)", "a\n", "\u00e4", "A" * 101, "a\0", "~"],
+)
+def test_run_names_that_could_leave_their_folder_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="run_name"):
+        validate_run_name(name)
+    with pytest.raises(UsageError, match="run_name"):
+        RunPaths.of(TrainingConfig(run_name=name))
+
+
+def test_a_run_name_adds_a_folder_to_every_path() -> None:
+    paths = RunPaths.of(TrainingConfig(output_dir="out", logging_dir="log", run_name="a"))
+    assert (paths.checkpoints, paths.logs, paths.cache) == (
+        Path("out/a"),
+        Path("log/a"),
+        Path("cache/a"),
+    )
+    assert paths.journal == Path("out/a/uploads.jsonl")
+    assert paths.lock == Path("out/a/.lock")
+    assert paths.set_aside == Path("out/a/set-aside")
+    assert paths.metrics == Path("log/a/metrics.jsonl")
+    assert paths.train_log == Path("log/a/train.log")
+    assert RunPaths.of(TrainingConfig()).checkpoints == Path("checkpoints")
+
+
+def test_objects_in_the_bucket_have_the_documented_names() -> None:
+    name = "checkpoint-epoch0-step50-files0"
+    assert archive_object(name) == f"Checkpoints/{name}.tar.gz"
+    assert card_object(name) == f"Checkpoints/{name}.json"
+
+
+def test_run_ids_are_dated_and_never_the_same() -> None:
+    ids = {new_run_id() for _ in range(100)}
+    assert len(ids) == 100
+    assert all(re.fullmatch(r"20\d{6}-[0-9a-f]{8}", run_id) for run_id in ids)
+
+
+def test_a_manifest_survives_its_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "manifest.json", MANIFEST.to_json())
+    assert read_manifest(tmp_path) == MANIFEST
+    assert MANIFEST.total_bytes == 3
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return {**MANIFEST.to_json(), **changes}
+
+
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in MANIFEST.to_json().items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        [],
+        {},
+        changed(format=2),
+        changed(format="1"),
+        without("run_id"),
+        without("step"),
+        without("branch"),
+        without("world_size"),
+        without("files"),
+        changed(step="x"),
+        changed(step=float("inf")),
+        changed(step=None),
+        changed(files=[]),
+        changed(files={"a": 5}),
+        changed(files={"a": {"size": 1}}),
+        changed(files={"a": {"size": float("nan"), "crc32c": "x"}}),
+        changed(files={"../a": {"size": 1, "crc32c": "x"}}),
+        changed(files={"/etc/passwd": {"size": 1, "crc32c": "x"}}),
+        changed(files={"a/b": {"size": 1, "crc32c": "x"}}),
+        changed(files={"..": {"size": 1, "crc32c": "x"}}),
+        changed(files={".": {"size": 1, "crc32c": "x"}}),
+        changed(files={"": {"size": 1, "crc32c": "x"}}),
+        changed(files={"a\0": {"size": 1, "crc32c": "x"}}),
+    ],
+)
+def test_a_manifest_that_is_not_ours_is_refused(tmp_path: Path, value: object) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match="not a usable manifest"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 100_000, b'{"format": 1'])
+def test_a_damaged_manifest_is_one_error(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_manifest(tmp_path)
+
+
+def test_a_checkpoint_without_manifest_is_incomplete(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is incomplete: it has no manifest\.json"):
+        read_manifest(tmp_path)
+
+
+def test_committed_checkpoints_are_found_by_step_and_nothing_else_is(tmp_path: Path) -> None:
+    for step in (100, 9, 10):
+        make_checkpoint(tmp_path, step)
+    (make_checkpoint(tmp_path, 200) / "manifest.json").unlink()
+    make_checkpoint(tmp_path, 300).rename(tmp_path / ".saving-checkpoint-epoch0-step300-files0")
+    make_checkpoint(tmp_path, 400).rename(tmp_path / "checkpoint-epoch0-step400-files0.2")
+    (tmp_path / "checkpoint-epoch0-step500-files0").write_text("a file")
+
+    assert [name.step for name in find_checkpoints(tmp_path)] == [9, 10, 100]
+
+
+def test_a_missing_directory_holds_no_checkpoints(tmp_path: Path) -> None:
+    assert find_checkpoints(tmp_path / "none") == []
+    (tmp_path / "file").write_text("")
+    assert find_checkpoints(tmp_path / "file") == []
+
+
+def test_free_names_count_up(tmp_path: Path) -> None:
+    assert free_name(tmp_path, "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a.2").mkdir()
+    assert free_name(tmp_path, "a") == tmp_path / "a.3"
+    assert free_name(tmp_path, "a", taken=["a.3"]) == tmp_path / "a.4"
+
+
+def test_json_is_synced_before_the_writer_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(
+        "os.fsync", lambda _: synced.append((tmp_path / "a.json").read_text("utf-8"))
+    )
+    write_json(tmp_path / "a.json", {"\u00e4": [1.5, None]})
+    assert read_json(tmp_path / "a.json") == {"\u00e4": [1.5, None]}
+    assert [json.loads(text) for text in synced] == [{"\u00e4": [1.5, None]}]

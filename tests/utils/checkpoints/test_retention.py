@@ -1,0 +1,151 @@
+"""Which checkpoints go: a table of every rule, and what holds whatever the facts are."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.checkpoints.retention import Action, CheckpointFacts, plan_retention
+
+LETTERS = {"keep": "k", "delete": "d", "supersede": "s"}
+
+
+def facts(step: int, marks: str) -> CheckpointFacts:
+    return CheckpointFacts(
+        f"step{step}",
+        step,
+        is_best="b" in marks,
+        is_verified="v" in marks,
+        is_uploading="u" in marks,
+    )
+
+
+def plan(
+    marks: str,
+    keep: int = 1,
+    max_unverified: int = 3,
+    is_uploading_on: bool = True,
+    every: int | None = None,
+) -> tuple[str, list[str]]:
+    """Return one letter a checkpoint and the reasons; `marks` are the facts, oldest first."""
+    checkpoints = [facts(step, word) for step, word in enumerate(marks.split())]
+    random.Random(0).shuffle(checkpoints)
+    decisions = plan_retention(
+        checkpoints,
+        keep_checkpoints=keep,
+        max_unverified=max_unverified,
+        is_uploading_on=is_uploading_on,
+        keep_every_steps=every,
+    )
+    assert [decision.name for decision in decisions] == [
+        f"step{step}" for step in range(len(checkpoints))
+    ]
+    letters = "".join(LETTERS[decision.action.value] for decision in decisions)
+    return letters, [decision.reason for decision in decisions]
+
+
+# b best, v verified, u uploading, - none of these.
+@pytest.mark.parametrize(
+    ("marks", "options", "letters"),
+    [
+        ("-", {}, "k"),
+        ("v v v v", {}, "dddk"),
+        ("v v v v", {"keep": 2}, "ddkk"),
+        ("v v v v", {"keep": 9}, "kkkk"),
+        ("vb v v v", {}, "kddk"),
+        ("v vb v v", {"keep": 2}, "dkkk"),
+        ("v v v vb", {"keep": 2}, "ddkk"),
+        ("vu v v v", {}, "kddk"),
+        ("- v v v", {}, "kddk"),
+        ("- - - v", {}, "kkkk"),
+        ("- - - - v", {}, "skkkk"),
+        ("- - - - - -", {}, "sskkkk"),
+        ("- - - - - -", {"max_unverified": 1}, "sssskk"),
+        ("- - - - - -", {"keep": 3}, "kkkkkk"),
+        ("- - - - - - -", {"keep": 3}, "skkkkkk"),
+        ("-b - - - - -", {}, "kskkkk"),
+        ("-u - - - - -", {}, "kskkkk"),
+        ("-u -u -u -u -u -", {}, "kkkkkk"),
+        ("- v - v - v - v -", {}, "sdkdkdkdk"),
+        ("- - - - v", {"is_uploading_on": False}, "ddddk"),
+        ("-b - - - -", {"is_uploading_on": False, "keep": 2}, "kddkk"),
+        ("-u - - -", {"is_uploading_on": False}, "kddk"),
+        ("v v v v v v v v", {"every": 3}, "kddkddkk"),
+        ("- - - - - - - -", {"every": 2, "max_unverified": 2}, "kskkkkkk"),
+        ("v v v v", {"every": 2, "is_uploading_on": False}, "kdkk"),
+    ],
+)
+def test_rules(marks: str, options: dict[str, int], letters: str) -> None:
+    assert plan(marks, **options)[0] == letters
+
+
+def test_every_decision_says_why() -> None:
+    marks = "- - - - - -u v -b v v"
+    letters, reasons = plan(marks, keep=2)
+    assert letters == "sskkkkdkkk"
+    assert reasons == [
+        "more than 3 wait for the bucket",
+        "more than 3 wait for the bucket",
+        "not verified in the bucket yet",
+        "not verified in the bucket yet",
+        "not verified in the bucket yet",
+        "uploading",
+        "verified in the bucket",
+        "best",
+        "newest 2",
+        "latest",
+    ]
+    assert plan("- -", is_uploading_on=False)[1] == ["uploading is off", "latest"]
+
+
+def test_no_checkpoints_need_no_decision() -> None:
+    assert plan_retention([], keep_checkpoints=1, max_unverified=1, is_uploading_on=True) == []
+
+
+@given(
+    marks=st.lists(st.sets(st.sampled_from("bvu")).map("".join), max_size=12),
+    keep=st.integers(1, 4),
+    max_unverified=st.integers(1, 4),
+    is_uploading_on=st.booleans(),
+    order=st.randoms(),
+)
+def test_what_must_never_happen_never_happens(
+    marks: list[str], keep: int, max_unverified: int, is_uploading_on: bool, order: random.Random
+) -> None:
+    checkpoints = [facts(step, word) for step, word in enumerate(marks)]
+    by_name = {checkpoint.name: checkpoint for checkpoint in checkpoints}
+    order.shuffle(checkpoints)
+    decisions = plan_retention(
+        checkpoints,
+        keep_checkpoints=keep,
+        max_unverified=max_unverified,
+        is_uploading_on=is_uploading_on,
+    )
+    assert sorted(decision.name for decision in decisions) == sorted(by_name)
+    gone = [by_name[d.name] for d in decisions if d.action is not Action.KEEP]
+    kept = [by_name[d.name] for d in decisions if d.action is Action.KEEP]
+    superseded = [by_name[d.name] for d in decisions if d.action is Action.SUPERSEDE]
+    newest = sorted(by_name.values(), key=lambda checkpoint: checkpoint.step)[-keep:]
+
+    for checkpoint in gone:
+        assert not checkpoint.is_best
+        assert not checkpoint.is_uploading
+        assert checkpoint not in newest
+    waiting = [
+        c
+        for c in by_name.values()
+        if not (c.is_best or c.is_uploading or c.is_verified or c in newest)
+    ]
+    if not is_uploading_on:
+        assert superseded == []
+        return
+    assert {c.name for c in gone if not c.is_verified} == {c.name for c in superseded}
+    assert len(superseded) == max(0, len(waiting) - max_unverified)
+    # The oldest go, and so much stays that a dead bucket cannot fill the disk.
+    kept_waiting = [c.step for c in waiting if c not in superseded]
+    assert all(c.step < step for c in superseded for step in kept_waiting)
+    special = sum(c.is_best or c.is_uploading for c in by_name.values())
+    assert len(kept) <= keep + max_unverified + special

@@ -1,0 +1,417 @@
+"""Saves in the background: exactly the state of the step, whole or not at all, nothing growing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.training_config import PROJECT_DIRECTORY
+from utils.base.child_process import NICENESS
+from utils.checkpoints import saver as checkpoint_saver
+from utils.checkpoints.files import CheckpointFiles
+from utils.checkpoints.layout import CheckpointName, Manifest, find_checkpoints, read_json
+from utils.checkpoints.saver import CheckpointSaver
+from utils.checkpoints.store import remove_leftovers, verify_checkpoint
+from utils.checkpoints.writer import starting_early
+
+CPU = torch.device("cpu")
+PLENTY = 2**40
+
+
+def make_files(step: int, value: float, numbers: int = 1000) -> CheckpointFiles:
+    weights = torch.full((numbers,), value)
+    return CheckpointFiles(
+        CheckpointName(step, 0, 0),
+        Manifest("20260101-0a1b2c3d", step, 0, 1),
+        weights={"model.safetensors": {"weights": weights}},
+        pickles={"optimizer.bin": {"state": {0: {"exp_avg": weights * 2}}, "lr": 0.5}},
+        documents={"metadata.json": {"step": step, "mean": weights[:2]}},
+        raw={"config.json": b"{}"},
+    )
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.committed: list[str] = []
+
+    def __call__(self, checkpoint: Path) -> None:
+        verify_checkpoint(checkpoint)
+        self.committed.append(checkpoint.name)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def saver(tmp_path: Path, recorder: Recorder) -> Iterator[CheckpointSaver]:
+    saver = CheckpointSaver(tmp_path, CPU, recorder)
+    yield saver
+    saver.close()
+
+
+def wait_for_writer(saver: CheckpointSaver) -> psutil.Process:
+    """Wait until the writer process has loaded torch; until then a thread writes."""
+    assert saver._writer is not None
+    deadline = time.monotonic() + 60
+    while not saver._writer.is_ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return psutil.Process(saver._writer.pid)
+
+
+def run_code(
+    code: str, directory: Path, within: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, which is started by the command `within`."""
+    return subprocess.run(
+        [*within, sys.executable, "-c", code, str(directory)],
+        cwd=PROJECT_DIRECTORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def value_of(checkpoint: Path) -> float:
+    weights = load_file(checkpoint / "model.safetensors")["weights"]
+    moments = torch.load(checkpoint / "optimizer.bin")["state"][0]["exp_avg"]
+    (value,) = set(weights.tolist())
+    assert set(moments.tolist()) == {value * 2}
+    assert read_json(checkpoint / "metadata.json")["mean"] == [value, value]
+    return float(value)
+
+
+@pytest.mark.parametrize("writer", ["process", "thread", "foreground"])
+def test_what_is_saved_is_the_state_of_the_step(
+    tmp_path: Path, recorder: Recorder, writer: str
+) -> None:
+    saver = CheckpointSaver(tmp_path, CPU, recorder, background=writer != "foreground")
+    saver.prepare(1000, PLENTY)  # too small: the first save makes it larger
+    if writer == "process":
+        wait_for_writer(saver)
+    for step in (1, 2, 3):
+        files = make_files(step, value=step / 2)
+        saver.save(files, PLENTY)
+        if writer == "process" and step == 1:
+            wait_for_writer(saver)
+        for tensor in (files.weights["model.safetensors"]["weights"],
+                       files.pickles["optimizer.bin"]["state"][0]["exp_avg"]):  # fmt: skip
+            if writer != "foreground":
+                saver.fence()
+                tensor.fill_(-1)  # training goes on
+        assert saver.wait(30)
+        assert saver.failure is None
+    saver.close()
+    assert [value_of(tmp_path / name) for name in recorder.committed] == [0.5, 1.0, 1.5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(recorder.committed)
+    assert saver.last_committed == CheckpointName(3, 0, 0)
+    assert saver.last_seconds is not None
+
+
+def test_the_writer_is_niced_and_in_a_session_of_its_own(saver: CheckpointSaver) -> None:
+    saver.prepare(100_000, PLENTY)
+    process = wait_for_writer(saver)
+    assert process.nice() >= NICENESS
+    assert os.getsid(process.pid) == process.pid  # Ctrl-C in the terminal does not reach it
+    group = Path(f"/proc/{process.pid}/autogroup")
+    if group.is_file():  # the session is scheduled as a group, which has a niceness of its own
+        assert group.read_text().split()[-1] == str(process.nice())
+    saver.close()
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_writer_that_dies_costs_no_checkpoint(
+    saver: CheckpointSaver, recorder: Recorder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver.prepare(100_000, PLENTY)
+    for step in (1, 2):
+        process = wait_for_writer(saver)
+        process.kill()
+        process.wait()
+        saver.save(make_files(step, 1.0), PLENTY)
+        saver.wait()
+        assert saver.failure is None
+        saver.save(make_files(step + 10, 2.0), PLENTY)  # and the next has a new one
+        saver.wait()
+    assert len(recorder.committed) == 4
+    assert "a thread writes" in caplog.text
+
+
+def test_a_writer_that_was_started_early_writes(tmp_path: Path, recorder: Recorder) -> None:
+    with starting_early(is_wanted=True) as writer:
+        assert writer is not None
+        saver = CheckpointSaver(tmp_path, CPU, recorder, writer=writer)
+        saver.prepare(100_000, PLENTY)
+        process = wait_for_writer(saver)
+        assert process.pid == writer.pid
+        saver.save(make_files(1, 1.0), PLENTY)
+        saver.close()
+        assert not psutil.pid_exists(process.pid)
+    assert value_of(tmp_path / recorder.committed[0]) == 1.0
+
+
+def test_an_early_writer_that_has_died_is_replaced(tmp_path: Path, recorder: Recorder) -> None:
+    with starting_early(is_wanted=True) as writer:
+        assert writer is not None
+        psutil.Process(writer.pid).kill()
+        psutil.wait_procs([psutil.Process(writer.pid)], timeout=10)
+        saver = CheckpointSaver(tmp_path, CPU, recorder, writer=writer)
+        saver.prepare(100_000, PLENTY)
+        assert saver._writer is not None
+        assert saver._writer.pid != writer.pid
+        saver.close()
+
+
+def test_an_early_writer_that_is_never_used_ends() -> None:
+    with starting_early(is_wanted=True) as writer:  # preflight refuses
+        assert writer is not None
+        assert psutil.pid_exists(writer.pid)
+    assert not psutil.pid_exists(writer.pid)
+    with starting_early(is_wanted=False) as none:
+        assert none is None
+
+
+def test_a_full_disk_is_told_with_numbers_and_leaves_what_was_there(
+    tmp_path: Path, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """RLIMIT_FSIZE makes the writer's large files fail as a full disk does, in a child of ours."""
+    code = textwrap.dedent(
+        """
+        import json, resource, signal, sys, torch
+        from pathlib import Path
+        from tests.utils.checkpoints.test_saver import *
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        saver = CheckpointSaver(Path(sys.argv[1]), CPU, lambda checkpoint: None)
+        saver.prepare(50_000_000, PLENTY)
+        wait_for_writer(saver)
+        saver.save(make_files(1, 1.0), PLENTY); saver.wait()
+        first = str(saver.failure)
+        for pid in (0, saver._writer.pid):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+        saver.save(make_files(2, 1.0, numbers=3_000_000), PLENTY); saver.wait()
+        second = str(saver.failure)
+        for pid in (0, saver._writer.pid):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        saver.save(make_files(3, 1.0, numbers=3_000_000), PLENTY); saver.wait()
+        print(json.dumps([first, second, str(saver.failure)]))
+        saver.close()
+        """
+    )
+    result = run_code(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, second, third = json.loads(result.stdout)
+    assert (first, third) == ("None", "None")
+    assert "step2" in second
+    assert "could not be saved" in second
+    assert "free in" in second
+    assert "Older checkpoints are intact" in second
+    assert [name.step for name in find_checkpoints(tmp_path)] == [1, 3]
+    for name in find_checkpoints(tmp_path):
+        verify_checkpoint(tmp_path / str(name))
+    assert not list(tmp_path.glob(".saving-*"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_really_full_disk(tmp_path: Path, recorder: Recorder) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    saver = CheckpointSaver(small, CPU, recorder)
+    try:
+        saver.prepare(50_000_000, PLENTY)
+        wait_for_writer(saver)
+        saver.save(make_files(1, 1.0), PLENTY)
+        saver.wait()
+        saver.save(make_files(2, 1.0, numbers=200_000), PLENTY)
+        saver.wait()
+        assert saver.failure is not None
+        assert "1 MiB" not in str(saver.failure)  # what is free, not the size
+        assert "could not be saved" in str(saver.failure)
+        assert [path.name for path in small.iterdir()] == recorder.committed
+        verify_checkpoint(small / recorder.committed[0])
+        saver.save(make_files(3, 1.0), PLENTY)  # there is room for a small one
+        saver.wait()
+        assert saver.failure is None
+    finally:
+        saver.close()
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_what_follows_a_commit_may_fail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(checkpoint: Path) -> None:
+        raise OSError("the journal cannot be written")
+
+    saver = CheckpointSaver(tmp_path, CPU, fail)
+    saver.save(make_files(1, 1.0), PLENTY)
+    saver.close()
+    assert saver.failure is None
+    verify_checkpoint(tmp_path / "checkpoint-epoch0-step1-files0")
+    assert "is saved, but what follows failed: the journal cannot be written" in caplog.text
+
+
+def test_too_little_memory_takes_a_file_and_says_so(
+    saver: CheckpointSaver, recorder: Recorder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver.prepare(100_000, free_memory=50_000)
+    assert "Snapshots go through a file in" in caplog.text
+    saver.save(make_files(1, 3.0), 50_000)
+    saver.wait()
+    assert value_of(tmp_path / recorder.committed[0]) == 3.0
+    assert [path.name for path in tmp_path.iterdir()] == recorder.committed
+
+
+def test_no_room_at_all_writes_while_training_waits_and_says_so(
+    saver: CheckpointSaver,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(size: int, directory: Path | None = None) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_saver.HostBlock, "allocate", refuse)
+    saver.prepare(100_000, PLENTY)
+    assert "training waits while a checkpoint is written" in caplog.text
+    saver.save(make_files(1, 3.0), PLENTY)
+    assert not saver.is_busy
+    assert len(recorder.committed) == 1
+
+
+@pytest.mark.slow
+def test_a_small_dev_shm_does_not_matter(tmp_path: Path) -> None:
+    """As in a container: 1 MB of /dev/shm, a snapshot of 24 MB."""
+    unshare = shutil.which("unshare")
+    if os.geteuid() != 0 or unshare is None:
+        pytest.skip("a mount namespace needs root and unshare")
+    code = textwrap.dedent(
+        """
+        import shutil, sys
+        from tests.utils.checkpoints.test_saver import *
+
+        assert shutil.disk_usage("/dev/shm").total <= 2**20
+        saver = CheckpointSaver(Path(sys.argv[1]), CPU, lambda checkpoint: None)
+        saver.prepare(30_000_000, PLENTY)
+        wait_for_writer(saver)
+        saver.save(make_files(1, 1.0, numbers=3_000_000), PLENTY); saver.wait()
+        assert saver.failure is None, saver.failure
+        saver.close()
+        """
+    )
+    mount = 'mount -t tmpfs -o size=1m none /dev/shm && exec "$0" "$@"'
+    result = run_code(code, tmp_path, [unshare, "-m", "sh", "-c", mount])
+    if "not permitted" in result.stderr.lower():
+        pytest.skip("mounting is not permitted here")
+    assert result.returncode == 0, result.stderr
+    assert value_of(tmp_path / "checkpoint-epoch0-step1-files0") == 1.0
+
+
+@pytest.mark.slow
+def test_memory_and_descriptors_do_not_grow_over_200_saves(tmp_path: Path) -> None:
+    """In a process of its own: what other tests leave behind comes and goes."""
+    code = textwrap.dedent(
+        """
+        import json, shutil, sys
+        from tests.utils.checkpoints.test_saver import *
+
+        recorder = Recorder()
+        saver = CheckpointSaver(Path(sys.argv[1]), CPU, recorder)
+        saver.prepare(20 * 2**20, PLENTY)
+        processes = psutil.Process(), wait_for_writer(saver)
+        files = make_files(1, 1.0, numbers=2**20)  # 8 MiB
+
+        def save(times):
+            for _ in range(times):
+                saver.save(files, PLENTY)
+                saver.wait()
+                shutil.rmtree(Path(sys.argv[1]) / recorder.committed[-1])
+            return [(p.memory_full_info().uss / 2**20, p.num_fds()) for p in processes]
+
+        print(json.dumps([save(20), save(200), len(recorder.committed)]))
+        saver.close()
+        """
+    )
+    result = run_code(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+    before, after, count = json.loads(result.stdout)
+    assert count == 220
+    for (memory, descriptors), (memory_after, descriptors_after) in zip(before, after, strict=True):
+        assert memory_after - memory < 4  # MiB; a leak of one save in ten would be 160
+        assert descriptors_after == descriptors
+
+
+TRAINER = """
+import sys, time
+from tests.utils.checkpoints.test_saver import *
+
+saver = CheckpointSaver(Path(sys.argv[1]), CPU, lambda checkpoint: None)
+saver.prepare(400_000_000, PLENTY)
+wait_for_writer(saver)
+saver.save(make_files(1, 1.0), PLENTY)
+saver.wait()
+print(saver._writer.pid, flush=True)
+saver.save(make_files(2, 2.0, numbers=30_000_000), PLENTY)
+print("saving", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_trainer_that_is_killed_takes_the_save_in_progress_with_it(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(tmp_path)],
+        cwd=PROJECT_DIRECTORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    writer = psutil.Process(int(process.stdout.readline()))
+    assert process.stdout.readline() == "saving\n"
+    while not list(tmp_path.glob(".saving-*")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    psutil.wait_procs([writer], timeout=10)
+    assert not writer.is_running()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-epoch0-step1-files0"]
+    assert value_of(tmp_path / "checkpoint-epoch0-step1-files0") == 1.0
+
+
+def test_a_trainer_that_is_killed_early_takes_its_writer_with_it() -> None:
+    code = (
+        "import time\n"
+        "from utils.checkpoints.writer import WriterProcess\n"
+        "print(WriterProcess().pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=PROJECT_DIRECTORY, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    writer = psutil.Process(int(process.stdout.readline()))
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    psutil.wait_procs([writer], timeout=10)
+    assert not writer.is_running()

@@ -1,0 +1,401 @@
+"""The checkpoint directory: what is complete is right, what is not is out of the way, one owner."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.training_config import TrainingConfig
+from tests.sample_checkpoints import RUN_ID, make_checkpoint, seal
+from utils.base.errors import CheckpointError, ExitCode, LockedError
+from utils.checkpoints import store
+from utils.checkpoints.journal import Journal, UploadState
+from utils.checkpoints.layout import (
+    RunPaths,
+    find_checkpoints,
+    local_archive,
+    read_json,
+    upload_lock,
+    write_json,
+)
+from utils.checkpoints.store import (
+    apply_retention,
+    delete_checkpoint,
+    hold_output_directory,
+    hold_upload,
+    remove_leftovers,
+    set_aside,
+    verify_checkpoint,
+)
+
+PROJECT = Path(__file__).resolve().parents[3]
+
+
+def name(step: int) -> str:
+    return f"checkpoint-epoch0-step{step}-files0"
+
+
+def steps(directory: Path) -> list[int]:
+    return [found.step for found in find_checkpoints(directory)]
+
+
+def change_manifest(checkpoint: Path, **changes: object) -> None:
+    path = checkpoint / "manifest.json"
+    write_json(path, {**read_json(path), **changes})
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def append_space(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def replace_by_link(path: Path) -> None:
+    elsewhere = path.parent.parent / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda c: os.truncate(c / "model.safetensors", 5), "has 5 bytes, its manifest says"),
+    "flipped": (lambda c: flip_bit(c / "model.safetensors"), "model.safetensors is damaged"),
+    "longer": (lambda c: append_space(c / "metadata.json"), "metadata.json has"),
+    "missing": (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "link": (lambda c: replace_by_link(c / "model.safetensors"), "model.safetensors is missing"),
+    "other step": (lambda c: change_manifest(c, step=51), "its manifest is of step 51"),
+    "no files": (lambda c: change_manifest(c, files={}), "names no files"),
+    "no manifest": (lambda c: (c / "manifest.json").unlink(), "is incomplete"),
+    "broken manifest": (lambda c: os.truncate(c / "manifest.json", 20), "cannot be read"),
+    "infinite manifest": (
+        lambda c: (c / "manifest.json").write_text('{"format": 1, "step": 1e999, "files": {}}'),
+        "not a usable manifest",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_found_and_named(tmp_path: Path, case: str) -> None:
+    checkpoint = make_checkpoint(tmp_path, 50)
+    assert verify_checkpoint(checkpoint).step == 50
+    damage, message = DAMAGE[case]
+    damage(checkpoint)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        verify_checkpoint(checkpoint)
+    assert name(50) in str(caught.value)
+
+
+def test_set_aside_loses_nothing_although_the_name_is_taken(tmp_path: Path) -> None:
+    kept = []
+    for _ in range(3):
+        kept.append(set_aside(make_checkpoint(tmp_path, 50), tmp_path).name)
+    assert kept == [name(50), f"{name(50)}.2", f"{name(50)}.3"]
+    for folder in kept:
+        verify_checkpoint(tmp_path / "set-aside" / folder)
+
+
+# What crashes leave.
+
+
+def test_what_a_crash_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, 50)
+    make_checkpoint(tmp_path, 60).rename(tmp_path / f".saving-{name(60)}")
+    (tmp_path / f".saving-deleted-{name(10)}").mkdir()
+    (tmp_path / f".saving-{name(50)}.tar.gz").write_bytes(b"half an archive")
+    (tmp_path / f"{name(40)}.tar.gz").write_bytes(b"fetched by hand")
+    incomplete = make_checkpoint(tmp_path, 70)
+    (incomplete / "manifest.json").unlink()
+    others = ["uploads.jsonl", ".lock", "notes.txt", "mine.tar.gz", "set-aside/x"]
+    for other in others:
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_text("kept")
+
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        checkpoint.name, f"{name(40)}.tar.gz", "uploads.jsonl", ".lock", "notes.txt",
+        "mine.tar.gz", "set-aside",
+    }  # fmt: skip
+    verify_checkpoint(checkpoint)
+    assert {path.name for path in (tmp_path / "set-aside").iterdir()} == {"x", name(70)}
+    remove_leftovers(tmp_path / "none")
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, call: int) -> list[str]:
+    """Let the process end before its n-th change of the file system; return what it changed."""
+    done: list[str] = []
+
+    def wrap(function: str) -> None:
+        original = getattr(os, function)
+
+        def changed(path: object, *args: object, **kwargs: object) -> object:
+            if len(done) == call:
+                raise Crash
+            done.append(f"{function} {Path(str(path)).name}")
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, function, changed)
+
+    for function in ("unlink", "rename", "rmdir"):
+        wrap(function)
+    return done
+
+
+def test_a_deletion_that_ends_anywhere_never_leaves_a_half_that_looks_whole(
+    tmp_path: Path,
+) -> None:
+    outcomes = []
+    for call in range(30):
+        directory = tmp_path / str(call)
+        kept = make_checkpoint(directory, 40)
+        checkpoint = make_checkpoint(directory, 50)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            done = crash_at(monkeypatch, call)
+            try:
+                delete_checkpoint(checkpoint)
+            except Crash:
+                outcomes.append("crash")
+            else:
+                outcomes.append("done")
+        if done:
+            assert done[0] == f"rename {name(50)}"
+        # What is found is whole; what is not goes out of the way, and the name is free again.
+        for step in steps(directory):
+            verify_checkpoint(directory / name(step))
+        remove_leftovers(directory)
+        expected = [40, 50] if call == 0 else [40]
+        assert steps(directory) == expected
+        assert not [p for p in directory.iterdir() if p.name.startswith(".saving-")]
+        if call:
+            make_checkpoint(directory, 50)
+        verify_checkpoint(kept)
+    assert outcomes.index("done") == outcomes.count("crash") >= 8
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_deletion_killed_at_its_rename_has_not_begun(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, 50)
+    code = (
+        "import sys; from pathlib import Path; from utils.checkpoints.store import "
+        "delete_checkpoint; delete_checkpoint(Path(sys.argv[1]))"
+    )
+    inject = "inject=rename,renameat,renameat2:signal=SIGKILL:when=1"
+    result = subprocess.run(
+        ["strace", "-f", "-o", tmp_path / "trace", "-e", "trace=rename,renameat,renameat2",
+         "-e", inject, sys.executable, "-c", code, checkpoint],
+        cwd=PROJECT, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    if "ptrace" in result.stderr:
+        pytest.skip(f"strace may not trace here: {result.stderr.strip()}")
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    verify_checkpoint(checkpoint)
+    assert steps(tmp_path) == [50]
+
+
+def test_a_link_is_deleted_and_what_it_points_to_stays(tmp_path: Path) -> None:
+    elsewhere = make_checkpoint(tmp_path / "elsewhere", 50)
+    (tmp_path / "here").mkdir()
+    link = tmp_path / "here" / elsewhere.name
+    link.symlink_to(elsewhere)
+    delete_checkpoint(link)
+    assert list((tmp_path / "here").iterdir()) == []
+    verify_checkpoint(elsewhere)
+
+
+def test_a_deleted_checkpoint_is_gone(tmp_path: Path) -> None:
+    delete_checkpoint(make_checkpoint(tmp_path, 50))
+    assert list(tmp_path.iterdir()) == []
+
+
+# One owner.
+
+HOLDER = """
+import sys
+from pathlib import Path
+from utils.checkpoints.store import hold_output_directory
+from utils.checkpoints.layout import RunPaths
+directory = Path(sys.argv[1])
+with hold_output_directory(RunPaths(directory, directory, directory)):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def paths_in(directory: Path) -> RunPaths:
+    return RunPaths(directory, directory, directory)
+
+
+def test_a_directory_that_a_live_process_holds_is_refused_until_it_is_gone(tmp_path: Path) -> None:
+    paths = paths_in(tmp_path / "checkpoints")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(paths.checkpoints)],
+        cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(LockedError, match=rf"in use by .*process {holder.pid} on ") as caught,
+            hold_output_directory(paths),
+        ):
+            pytest.fail("two trainers hold one directory")
+        assert str(paths.checkpoints) in str(caught.value)
+        assert "run_name" in str(caught.value)
+        assert caught.value.exit_code is ExitCode.USAGE
+        holder.kill()
+        holder.wait()
+    # The kernel has let go: a killed trainer needs no cleaning up.
+    with hold_output_directory(paths):
+        pass
+
+
+def test_a_directory_is_free_again_after_an_error(tmp_path: Path) -> None:
+    paths = paths_in(tmp_path)
+    with pytest.raises(RuntimeError), hold_output_directory(paths):
+        raise RuntimeError
+    with hold_output_directory(paths):
+        pass
+
+
+# Retention on disk.
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "uploads.jsonl")
+
+
+def retain(directory: Path, journal: Journal, *, uploading: bool = True, **keys: int) -> list[str]:
+    config = TrainingConfig(**{"keep_checkpoints": 1, "max_unverified": 2, **keys})  # type: ignore[arg-type]
+    return apply_retention(directory, journal, config, run_id=RUN_ID, is_uploading_on=uploading)
+
+
+def test_verified_checkpoints_go_and_the_rest_waits(tmp_path: Path, journal: Journal) -> None:
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.0, 50: 2.0}
+    for step, loss in losses.items():
+        make_checkpoint(
+            tmp_path, step, validation_metrics={"validation_loss": loss}, current_loss=loss
+        )
+    for step in (10, 20, 40):
+        journal.record(name(step), RUN_ID, UploadState.VERIFIED)
+    assert retain(tmp_path, journal) == [name(10), name(40)]
+    assert steps(tmp_path) == [20, 30, 50]  # the best, the unverified, the newest
+
+
+def test_a_dead_bucket_cannot_fill_the_disk(tmp_path: Path, journal: Journal) -> None:
+    for step in range(10, 70, 10):
+        make_checkpoint(tmp_path, step, validation_metrics={"validation_loss": 1.0 / step})
+        journal.record(name(step), RUN_ID, UploadState.FAILED, error="503")
+    journal.record(name(10), RUN_ID, UploadState.UPLOADING)
+    assert retain(tmp_path, journal) == [name(20), name(30)]
+    assert steps(tmp_path) == [10, 40, 50, 60]
+    latest = journal.latest()
+    assert [latest[name(step)].state for step in (20, 30)] == [UploadState.SUPERSEDED] * 2
+    assert latest[name(40)].state is UploadState.FAILED
+
+
+def test_without_uploads_only_the_newest_and_the_best_stay(
+    tmp_path: Path, journal: Journal
+) -> None:
+    for step in range(10, 60, 10):
+        make_checkpoint(tmp_path, step, validation_metrics={"validation_loss": step / 1.0})
+    assert retain(tmp_path, journal, uploading=False, keep_checkpoints=2) == [name(20), name(30)]
+    assert steps(tmp_path) == [10, 40, 50]
+
+
+def test_checkpoints_of_another_run_are_never_deleted(tmp_path: Path, journal: Journal) -> None:
+    for step in range(10, 60, 10):
+        make_checkpoint(tmp_path, step)
+        journal.record(name(step), RUN_ID, UploadState.VERIFIED)
+    for step in (20, 500):
+        foreign = tmp_path / name(step) if step == 20 else make_checkpoint(tmp_path, step)
+        change_manifest(foreign, run_id="20250101-ffffffff")
+    retain(tmp_path, journal)
+    assert steps(tmp_path) == [20, 50, 500]
+
+
+def test_a_kept_checkpoint_still_verifies(tmp_path: Path, journal: Journal) -> None:
+    for step in (10, 20, 30):
+        seal(make_checkpoint(tmp_path, step), step)
+    retain(tmp_path, journal, uploading=False)
+    for step in steps(tmp_path):
+        verify_checkpoint(tmp_path / name(step))
+    assert steps(tmp_path)[-1] == 30
+
+
+def test_what_is_uploaded_at_this_moment_is_not_given_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = TrainingConfig(checkpoint_uri="b", keep_checkpoints=1, max_unverified=1)
+    paths = [make_checkpoint(tmp_path, step) for step in (10, 20, 30, 40)]
+    for path in paths[:2]:  # the best is the newest
+        (path / "metadata.json").write_text("{}", "utf-8")
+    journal = Journal(tmp_path / "uploads.jsonl")
+    with hold_upload(paths[0]) as is_alone:
+        assert is_alone
+        with hold_upload(paths[0]) as is_second:
+            assert not is_second
+        deleted = apply_retention(tmp_path, journal, config, run_id=RUN_ID, is_uploading_on=True)
+    assert paths[0].name not in deleted
+    assert paths[0].is_dir()
+    assert paths[1].name in deleted
+    assert paths[0].name not in journal.latest()
+    deleted = apply_retention(tmp_path, journal, config, run_id=RUN_ID, is_uploading_on=True)
+    assert paths[0].name in [*deleted, *(p.name for p in tmp_path.iterdir())]
+    assert not list(tmp_path.glob(".uploading-*"))
+
+
+def test_what_was_verified_while_another_was_deleted_is_not_given_up(
+    tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20, 30, 40, 50):
+        make_checkpoint(tmp_path, step, validation_metrics={"validation_loss": 1.0 / step})
+
+    def delete(checkpoint: Path) -> None:
+        delete_checkpoint(checkpoint)
+        journal.record(name(20), RUN_ID, UploadState.VERIFIED)  # by another process
+
+    monkeypatch.setattr(store, "delete_checkpoint", delete)
+    assert retain(tmp_path, journal) == [name(10)]
+    assert journal.latest()[name(20)].state is UploadState.VERIFIED
+    assert retain(tmp_path, journal) == [name(20)]
+    assert journal.latest()[name(20)].state is UploadState.VERIFIED
+    assert steps(tmp_path) == [30, 40, 50]
+
+
+def test_the_archive_of_an_upload_that_goes_on_is_no_leftover(tmp_path: Path) -> None:
+    used, left = (make_checkpoint(tmp_path, step) for step in (10, 20))
+    for path in (used, left):
+        local_archive(path).write_bytes(b"archive")
+    with hold_upload(used):
+        remove_leftovers(tmp_path)
+        assert local_archive(used).exists()
+        assert upload_lock(used).exists()
+    assert not local_archive(left).exists()
+    remove_leftovers(tmp_path)
+    assert not local_archive(used).exists()
+
+
+def test_what_was_removed_from_the_bucket_on_purpose_takes_no_place_of_those_that_wait(
+    tmp_path: Path,
+) -> None:
+    config = TrainingConfig(checkpoint_uri="b", keep_checkpoints=1, max_unverified=3)
+    paths = [make_checkpoint(tmp_path, step) for step in (10, 20, 30, 40, 50)]
+    journal = Journal(tmp_path / "uploads.jsonl")
+    for path in paths[:2]:
+        journal.record(path.name, RUN_ID, UploadState.REMOVED)
+    deleted = apply_retention(tmp_path, journal, config, run_id=RUN_ID, is_uploading_on=True)
+    assert deleted == [path.name for path in paths[:2]]

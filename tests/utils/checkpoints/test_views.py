@@ -1,0 +1,398 @@
+import json
+import math
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.sample_checkpoints import make_checkpoint, put_remote, seal
+from utils.base.errors import CheckpointError, UsageError
+from utils.base.text import number, printable, to_json_text
+from utils.checkpoints.journal import Journal, UploadState
+from utils.checkpoints.layout import CheckpointName, card_object
+from utils.checkpoints.views import (
+    CheckpointView,
+    find_best,
+    find_latest_view,
+    read_json_object,
+    read_local_checkpoint,
+    read_local_checkpoints,
+    read_remote_checkpoints,
+    select_checkpoint,
+)
+from utils.storage.directory import DirectoryBucket
+from utils.tracking.metrics_log import MetricsLog, append_metrics, loss_trend, read_metrics
+
+
+def view(step, loss=None, validation_loss=None, problem=None):
+    metadata = {"current_loss": loss, "validation_metrics": {"validation_loss": validation_loss}}
+    return CheckpointView(CheckpointName(step, 0, 0), metadata, None, problem=problem)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1, 1.0),
+        (2.5, 2.5),
+        (True, None),
+        ("3", None),
+        (None, None),
+        (math.nan, None),
+        (math.inf, None),
+        (10**400, None),
+        ([1], None),
+    ],
+)
+def test_number_takes_finite_numbers_only(value, expected):
+    assert number(value) == expected
+
+
+def test_printable_leaves_nothing_that_steers_a_terminal():
+    text = printable("a\x1b[31m\nb\u202e\ud800c\x07")
+    assert text == "a?[31m?b??c?"
+    assert len(printable("x" * 1000)) == 300
+
+
+def test_json_text_is_strict_json():
+    value = {"nan": math.nan, "list": [math.inf, (1.5,)], "path": Path("a")}
+    parsed = json.loads(to_json_text(value), parse_constant=pytest.fail)
+    assert parsed == {"nan": None, "list": [None, [1.5]], "path": "a"}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{", "cannot be read"),
+        (b"[1]", "holds no JSON object"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"", "cannot be read"),
+        (b"[" * 200_000, "cannot be read"),
+    ],
+)
+def test_damaged_json_is_a_checkpoint_error(tmp_path, content, reason):
+    path = tmp_path / "metadata.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=reason):
+        read_json_object(path)
+
+
+def test_fifo_in_place_of_a_file_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "metadata.json")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        read_json_object(tmp_path / "metadata.json")
+
+
+def test_oversized_file_is_refused_unread(tmp_path):
+    path = tmp_path / "metadata.json"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(CheckpointError, match="the limit is"):
+        read_json_object(path)
+
+
+def test_local_checkpoints_come_by_step_with_their_newest_upload_state(tmp_path):
+    for step in (100, 50, 1000):
+        make_checkpoint(tmp_path, step)
+    journal = Journal(tmp_path / "uploads.jsonl")
+    journal.record("checkpoint-epoch0-step50-files0", "run", UploadState.QUEUED)
+    journal.record("checkpoint-epoch0-step50-files0", "run", UploadState.VERIFIED)
+    views = read_local_checkpoints(tmp_path)
+    assert [found.name.step for found in views] == [50, 100, 1000]
+    assert views[0].upload is not None
+    assert views[0].upload.state is UploadState.VERIFIED
+    assert [found.problem for found in views] == [None, None, None]
+
+
+def test_directory_that_is_not_there_has_no_checkpoints(tmp_path):
+    assert read_local_checkpoints(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("metadata.json", "{", "metadata.json cannot be read"),
+        ("metadata.json", None, "metadata.json is missing"),
+        ("manifest.json", "[]", "not a usable manifest"),
+        ("manifest.json", '{"format": 1, "step": 1e999}', "not a usable manifest"),
+        ("manifest.json", "[" * 200_000, "manifest.json cannot be read"),
+    ],
+)
+def test_damaged_checkpoint_is_listed_with_its_problem(tmp_path, name, content, reason):
+    make_checkpoint(tmp_path, 50)
+    damaged = make_checkpoint(tmp_path, 100)
+    (damaged / name).unlink()
+    if content is not None:
+        (damaged / name).write_text(content)
+    intact, broken = read_local_checkpoints(tmp_path)
+    assert intact.problem is None
+    assert reason in broken.problem
+
+
+def test_infinite_numbers_in_a_manifest_are_a_problem(tmp_path):
+    path = make_checkpoint(tmp_path, 50)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["step"] = math.inf
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert read_local_checkpoint(path).problem is not None
+
+
+def test_renamed_checkpoint_is_a_problem(tmp_path):
+    path = make_checkpoint(tmp_path, 50)
+    moved = path.rename(tmp_path / "checkpoint-epoch0-step60-files0")
+    assert "its manifest is of step 50" in read_local_checkpoint(moved).problem
+
+
+def test_other_directory_names_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="not a checkpoint directory"):
+        read_local_checkpoint(tmp_path / "checkpoint-epoch0-step1-files0.old")
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["current_loss", "validation_metrics", "validation_loss", "x"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(JSON_VALUES)
+def test_any_json_as_metadata_gives_a_view_with_usable_losses(value):
+    with TemporaryDirectory() as folder:
+        path = make_checkpoint(Path(folder), 50)
+        (path / "metadata.json").write_text(json.dumps(value), "utf-8")
+        seal(path, 50)
+        found = read_local_checkpoint(path)
+    for loss in (found.loss, found.validation_loss):
+        assert loss is None or math.isfinite(loss)
+    assert isinstance(value, dict) == (found.problem is None)
+    json.loads(to_json_text(found.metadata), parse_constant=pytest.fail)
+
+
+def test_metadata_that_are_not_those_of_the_manifest_are_shown_as_damaged(tmp_path):
+    good, bad = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20)
+    text = (bad / "metadata.json").read_text("utf-8")
+    loss = json.loads(text)["validation_metrics"]["validation_loss"]
+    (bad / "metadata.json").write_text(text.replace(str(loss), "0.1"), "utf-8")
+    for brief in (False, True):
+        sound, damaged = (read_local_checkpoint(path, brief=brief) for path in (good, bad))
+        assert sound.problem is None
+        assert damaged.problem == "metadata.json is damaged (its crc32c is not the manifest's)"
+        assert damaged.validation_loss == 0.1  # what can be read is shown
+        assert find_best([sound, damaged]) is sound
+
+
+def test_remote_checkpoints_come_from_their_cards(tmp_path):
+    bucket = tmp_path / "bucket"
+    for step in (100, 50):
+        put_remote(bucket, make_checkpoint(tmp_path / "local", step))
+    views = read_remote_checkpoints(DirectoryBucket(bucket))
+    assert [found.name.step for found in views] == [50, 100]
+    assert views[0].archive_bytes == len(b"archive")
+    assert views[0].loss == pytest.approx(6.464046)
+    assert views[0].manifest is not None
+
+
+def test_other_objects_of_the_bucket_are_not_checkpoints(tmp_path):
+    bucket = DirectoryBucket(tmp_path / "bucket")
+    put_remote(tmp_path / "bucket" / "other-run", make_checkpoint(tmp_path / "local", 50))
+    bucket.put_bytes("Checkpoints/notes.json", b"{}")
+    bucket.put_bytes("Checkpoints/checkpoint-epoch0-step5-files0.tar.gz", b"no card yet")
+    bucket.put_bytes("Checkpoints-old/checkpoint-epoch0-step6-files0.json", b"{}")
+    assert read_remote_checkpoints(bucket) == []
+
+
+@pytest.mark.parametrize("card", [b"", b"{", b"[]", b"null", b"[" * 200_000, b'{"manifest": 1}'])
+def test_damaged_card_is_listed_with_its_problem(tmp_path, card):
+    bucket = DirectoryBucket(tmp_path / "bucket")
+    put_remote(tmp_path / "bucket", make_checkpoint(tmp_path / "local", 50))
+    bucket.put_bytes(card_object("checkpoint-epoch0-step60-files0"), card)
+    intact, broken = read_remote_checkpoints(bucket)
+    assert intact.problem is None
+    assert "checkpoint-epoch0-step60-files0.json" in broken.problem
+
+
+def test_card_without_archive_says_so(tmp_path):
+    put_remote(tmp_path / "bucket", make_checkpoint(tmp_path / "local", 50))
+    (tmp_path / "bucket/Checkpoints/checkpoint-epoch0-step50-files0.tar.gz").unlink()
+    (only,) = read_remote_checkpoints(DirectoryBucket(tmp_path / "bucket"))
+    assert only.problem == "its archive is not in the bucket"
+
+
+@pytest.mark.parametrize(
+    ("views", "best"),
+    [
+        ([], None),
+        ([view(1), view(2)], None),
+        ([view(1, loss=2.0), view(2, loss=3.0)], 1),
+        ([view(1, loss=1.0, validation_loss=3.0), view(2, loss=2.0, validation_loss=2.0)], 2),
+        ([view(1, loss=1.0), view(2, loss=9.0, validation_loss=9.0)], 2),
+        ([view(1, validation_loss=2.0), view(2, validation_loss=2.0)], 2),
+        ([view(1, validation_loss=math.nan), view(2, validation_loss=5.0)], 2),
+        ([view(1, loss=1.0, problem="damaged"), view(2, loss=2.0)], 2),
+        ([view(1, loss=1.0, problem="damaged"), view(2)], 1),
+    ],
+)
+def test_best_is_the_lowest_validation_loss_and_the_newest_of_equals(views, best):
+    found = find_best(views)
+    assert (found and found.name.step) == best
+
+
+def test_latest_is_the_newest_without_a_problem():
+    assert find_latest_view([]) is None
+    assert find_latest_view([view(1), view(2, problem="damaged")]).name.step == 1
+    assert find_latest_view([view(1, problem="damaged")]).name.step == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        ("latest", 100),
+        ("best", 50),
+        ("50", 50),
+        ("checkpoint-epoch0-step100-files0", 100),
+    ],
+)
+def test_checkpoints_are_selected_by_name_step_latest_and_best(text, step):
+    views = [view(50, loss=1.0), view(100, loss=2.0)]
+    assert select_checkpoint(text, views).name.step == step
+
+
+@pytest.mark.parametrize("text", ["51", "", "best", "latest", "../x", "\x1b[31m"])
+def test_selecting_what_is_not_there_names_what_is(text):
+    with pytest.raises(UsageError, match="none yet"):
+        select_checkpoint(text, [])
+    if text not in ("best", "latest"):
+        with pytest.raises(UsageError, match="checkpoint-epoch0-step50-files0"):
+            select_checkpoint(text, [view(50, loss=1.0)])
+
+
+def test_resume_takes_back_every_later_step(tmp_path):
+    path = tmp_path / "logs" / "metrics.jsonl"
+    append_metrics(path, {"event": "start", "step": 0})
+    for step in (10, 20, 30):
+        append_metrics(path, {"step": step, "loss": float(step)})
+    append_metrics(path, {"event": "resume", "step": 20})
+    append_metrics(path, {"step": 30, "loss": 300.0})
+    metrics = read_metrics(path)
+    assert metrics.series("loss") == ([10, 20, 30], [10.0, 20.0, 300.0])
+    assert [event["event"] for event in metrics.events] == ["start", "resume"]
+
+
+def test_reading_goes_on_where_it_stopped(tmp_path):
+    path, metrics = tmp_path / "metrics.jsonl", MetricsLog()
+    assert not metrics.read_new(path)
+    append_metrics(path, {"step": 1, "loss": 1.0})
+    assert metrics.read_new(path)
+    assert not metrics.read_new(path)
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert not metrics.read_new(path)
+    with path.open("a") as file:
+        file.write('ss": 2.0}\n')
+    assert metrics.read_new(path)
+    assert metrics.series("loss") == ([1, 2], [1.0, 2.0])
+    assert metrics.bad_lines == 0
+
+
+@pytest.mark.parametrize("length", [1, 50])
+def test_another_file_under_the_name_is_read_from_its_start(tmp_path, length):
+    path, metrics = tmp_path / "metrics.jsonl", MetricsLog()
+    for step in range(10):
+        append_metrics(path, {"step": step, "loss": 1.0})
+    metrics.read_new(path)
+    path.rename(tmp_path / "old.jsonl")
+    for step in range(length):
+        append_metrics(path, {"step": step, "loss": 2.0})
+    metrics.read_new(path)
+    assert metrics.series("loss")[1] == [2.0] * length
+
+
+def test_torn_line_of_a_crash_does_not_swallow_the_next_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_metrics(path, {"step": 30, "loss": 1.0})
+    with path.open("a") as file:
+        file.write('{"step": 40, "lo')
+    append_metrics(path, {"event": "resume", "step": 20})
+    metrics = read_metrics(path)
+    assert metrics.bad_lines == 1
+    assert metrics.records == []
+    assert metrics.events[0]["event"] == "resume"
+
+
+def test_unreadable_lines_are_counted_and_the_rest_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    bad = [b"{", b"[]", b'{"loss": 1}', b'{"step": 1e999}', b'{"step": null}', b"[" * 200_000, b""]
+    good = [b'{"step": "7", "loss": 1.0}', b'{"event": "resume", "step": 9}']
+    path.write_bytes(b"\n".join([*bad, *good, b""]))
+    metrics = read_metrics(path)
+    assert metrics.bad_lines == len(bad)
+    assert metrics.series("loss") == ([7], [1.0])
+
+
+def test_series_leaves_out_what_is_no_finite_number(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step, loss in enumerate([1.0, math.nan, "x", None, 2.0]):
+        append_metrics(path, {"step": step, "loss": loss})
+    assert read_metrics(path).series("loss") == ([0, 4], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("losses", "trend"),
+    [
+        ([], "unknown"),
+        ([1.0], "unknown"),
+        ([2.0, 1.0], "improving"),
+        ([1.0, 2.0], "worsening"),
+        ([1.0, 1.001], "flat"),
+        ([9.0] * 200 + [1.0] * 100, "flat"),
+        ([0.0, 0.0], "flat"),
+    ],
+)
+def test_trend_compares_the_newer_half_with_the_older(losses, trend):
+    assert loss_trend(losses) == trend
+
+
+def test_values_nested_beyond_any_stack_are_shown_as_such():
+    value = []
+    for _ in range(100_000):
+        value = [value]
+    assert printable(value) == "(too deep)"
+    assert to_json_text({"a": value}, indent=None).endswith('["(too deep)"' + "]" * 32 + "}")
+
+
+@pytest.mark.parametrize(
+    ("history", "kept"),
+    [
+        ("[1.5, 2e-3, -3]", [-3]),
+        ("[\n 1,\n null\n]", [None]),
+        ("[4]", [4]),
+        ("[]", []),
+        ('[1, "]", 2]', ["]", 2]),
+        ("[1, [2, 3], 4]", [[2, 3], 4]),
+    ],
+)
+def test_brief_reading_takes_the_last_of_each_history(tmp_path, history, kept):
+    path = make_checkpoint(tmp_path, 50, note='"loss_history": [1, 2]', loss_history="PLACE")
+    metadata = (path / "metadata.json").read_text().replace('"PLACE"', history)
+    (path / "metadata.json").write_text(metadata)
+    whole = read_local_checkpoint(path).metadata
+    brief = read_local_checkpoint(path, brief=True).metadata
+    assert brief == {**whole, "loss_history": kept, "learning_rates": [0.004]}
+    assert brief["note"] == '"loss_history": [1, 2]'
+
+
+def test_brief_reading_names_damage_between_the_numbers(tmp_path):
+    path = make_checkpoint(tmp_path, 50)
+    text = (path / "metadata.json").read_text()
+    (path / "metadata.json").write_text(text.replace('"loss_history": [', '"loss_history": [x, '))
+    assert "cannot be read" in read_local_checkpoint(path, brief=True).problem

@@ -1,0 +1,694 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer
+
+from tests.gcs_server import FakeGcsServer, Fault
+from utils.base.errors import DataError, ExitCode, StorageError, UsageError
+from utils.corpus import reading, text_sources, tokenization
+from utils.corpus.prepare import CorpusOptions, Preparation, prepare_corpus
+from utils.corpus.reading import assign_splits, assign_tail
+from utils.corpus.text_sources import FileSource
+from utils.corpus.token_cache import TokenCache
+from utils.corpus.token_files import TokenFileSource
+from utils.storage.bucket import ObjectInfo
+from utils.storage.directory import DirectoryBucket
+from utils.storage.open import open_bucket
+
+VOCAB_SIZE = 400
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    generator = np.random.default_rng(7)
+    words = ["shard", "token", "bucket", "the", "of", "d\u00e9j\u00e0", "it's", "42", "{x}"]
+    return [
+        f"Document {n}:\n" + " ".join(generator.choice(words, generator.integers(1, 60)))
+        for n in range(200)
+    ]
+
+
+@pytest.fixture
+def source(tmp_path: Path, texts: list[str]) -> FileSource:
+    return make_source(tmp_path / "texts.jsonl", texts)
+
+
+def make_source(path: Path, texts: list[str]) -> FileSource:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return FileSource((path,))
+
+
+def prepare(
+    source: FileSource, output: Path | DirectoryBucket, overwrite: bool = False, **changes: object
+) -> Preparation:
+    options = CorpusOptions(**{"vocab_size": VOCAB_SIZE, "shard_tokens": 800, **changes})
+    bucket = DirectoryBucket(output) if isinstance(output, Path) else output
+    return prepare_corpus([source], bucket, options, overwrite)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def tokens_of(directory: Path, split: str) -> np.ndarray:
+    shards = []
+    for path in sorted(directory.glob(f"{split}_*.npz")):
+        with np.load(path, allow_pickle=False) as archive:
+            shards.append(archive["input_ids"])
+    return np.concatenate(shards) if shards else np.array([], np.uint16)
+
+
+def documents_of(directory: Path, split: str) -> list[str]:
+    """Decode the shards with nothing but the files in the directory."""
+    backend = Backend.from_file(str(directory / "tokenizer.json"))
+    index = json.loads((directory / "index.json").read_text())
+    tokens = tokens_of(directory, split)
+    ends = np.flatnonzero(tokens == index["eos_token_id"])
+    parts = np.split(tokens, ends + 1)
+    assert len(parts[-1]) == 0
+    return [backend.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts[:-1]]
+
+
+def test_every_document_is_in_exactly_one_shard(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    prepare(source, tmp_path / "out")
+    training = documents_of(tmp_path / "out", "train")
+    validation = documents_of(tmp_path / "out", "val")
+
+    assert len(validation) == len(texts) * 0.05
+    assert sorted(training + validation) == sorted(texts)
+    assert len(list((tmp_path / "out").glob("train_*.npz"))) > 5
+
+
+def test_same_input_gives_byte_identical_output(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    (tmp_path / "moved").mkdir()
+    prepare(source, tmp_path / "one")
+    prepare(make_source(tmp_path / "moved" / "texts.jsonl", texts), tmp_path / "two")
+
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_index_describes_the_files_and_the_training_tokens(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    index = prepare(source, tmp_path / "out").index
+    training, validation = (tokens_of(tmp_path / "out", split) for split in ("train", "val"))
+    _, counts = np.unique(training, return_counts=True)
+    shares = counts / len(training)
+    summary = index["summary"]
+
+    assert json.loads((tmp_path / "out" / "index.json").read_text()) == index
+    assert [shard["name"] for shard in index["shards"]] == sorted(
+        path.name for path in (tmp_path / "out").glob("*.npz")
+    )
+    assert {shard["dtype"] for shard in index["shards"]} == {"uint16"}
+    assert summary["documents"] == len(texts)
+    assert summary["bytes"] == sum(len(text.encode()) for text in texts)
+    assert summary["tokens"] == len(training) + len(validation)
+    assert summary["training_tokens"] == len(training)
+    assert summary["unigram_entropy_nats"] == pytest.approx(-(shares * np.log(shares)).sum())
+
+
+def test_auto_tokenizer_loads_from_the_output(source: FileSource, tmp_path: Path) -> None:
+    index = prepare(source, tmp_path / "out").index
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+
+    assert len(tokenizer) == index["vocab_size"] == VOCAB_SIZE
+    assert tokenizer.eos_token_id == index["eos_token_id"] == 0
+
+
+def test_output_that_is_already_whole_is_left_alone(source: FileSource, tmp_path: Path) -> None:
+    first = prepare(source, tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+    second = prepare(source, tmp_path / "out", overwrite=True)
+
+    assert (first.is_new, second.is_new) == (True, False)
+    assert second.index == first.index
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
+
+
+@pytest.mark.parametrize("name", ["train_00003.npz", "val_00000.npz", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_damaged_output_is_prepared_again(
+    source: FileSource, tmp_path: Path, name: str, damage: str
+) -> None:
+    prepare(source, tmp_path / "out")
+    whole = contents(tmp_path / "out")
+    path = tmp_path / "out" / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(bytes([whole[name][0] ^ 1]) + whole[name][1:])
+
+    assert prepare(source, tmp_path / "out").is_new
+    assert contents(tmp_path / "out") == whole
+
+
+class FailingBucket(DirectoryBucket):
+    """A bucket that is lost before the given shard, and remembers which it got."""
+
+    def __init__(self, root: Path, fails_at: str | None = None) -> None:
+        super().__init__(root)
+        self.fails_at = fails_at
+        self.got: list[str] = []
+
+    def put_file(self, name: str, path: Path) -> ObjectInfo:
+        if name == self.fails_at:
+            raise StorageError(f"{name}: connection lost.")
+        self.got.append(name)
+        return super().put_file(name, path)
+
+
+@pytest.mark.parametrize("fails_at", ["train_00000.npz", "train_00004.npz", "val_00000.npz"])
+def test_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
+    source: FileSource, tmp_path: Path, fails_at: str
+) -> None:
+    prepare(source, tmp_path / "straight")
+    with pytest.raises(StorageError, match="connection lost"):
+        prepare(source, FailingBucket(tmp_path / "out", fails_at))
+    done = sorted(path.name for path in (tmp_path / "out").glob("*.npz"))
+    assert not (tmp_path / "out" / "index.json").exists()
+
+    bucket = FailingBucket(tmp_path / "out")
+    prepare(source, bucket)
+
+    assert not set(done) & set(bucket.got)
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_interrupted_preparation_into_even_shards_ends_with_the_same_bytes(
+    source: FileSource, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "straight", shard_tokens=None)
+    with pytest.raises(StorageError, match="connection lost"):
+        prepare(source, FailingBucket(tmp_path / "out", "train_00003.npz"), shard_tokens=None)
+
+    prepare(source, tmp_path / "out", shard_tokens=None)
+
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    assert len(list((tmp_path / "out").glob("train_*.npz"))) == 5
+
+
+def test_finished_shard_that_was_lost_meanwhile_is_made_again(
+    source: FileSource, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "straight")
+    with pytest.raises(StorageError, match="connection lost"):
+        prepare(source, FailingBucket(tmp_path / "out", "train_00004.npz"))
+    (tmp_path / "out" / "train_00001.npz").unlink()
+
+    prepare(source, tmp_path / "out")
+
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"shard_tokens": 2_000}, {"vocab_size": 300}, {"validation_fraction": 0.1}]
+)
+def test_other_options_in_the_same_output_are_refused_unless_overwritten(
+    source: FileSource, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    prepare(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    prepare(source, tmp_path / "fresh", **changes)
+
+    with pytest.raises(UsageError, match="--overwrite"):
+        prepare(source, tmp_path / "out", **changes)
+    assert contents(tmp_path / "out") == before
+
+    prepare(source, tmp_path / "out", overwrite=True, **changes)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_an_output_that_another_command_took_meanwhile_is_looked_at_again(
+    source: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_same: bool
+) -> None:
+    train = tokenization.build_tokenizer
+    theirs = {} if is_same else {"shard_tokens": 2_000}
+
+    def train_slowly(*arguments: object) -> object:
+        monkeypatch.setattr(tokenization, "build_tokenizer", train)
+        prepare(source, tmp_path / "out", **theirs)
+        return train(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tokenization, "build_tokenizer", train_slowly)
+    bucket = FailingBucket(tmp_path / "out")
+    if is_same:
+        assert not prepare(source, bucket).is_new
+    else:
+        with pytest.raises(UsageError, match="Nothing was changed"):
+            prepare(source, bucket)
+    assert bucket.got == []
+    prepare(source, tmp_path / "straight", **theirs)
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_overwriting_with_a_broken_source_leaves_the_old_data_whole(
+    source: FileSource, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    (tmp_path / "broken.jsonl").write_text("{\n")
+
+    with pytest.raises(DataError):
+        prepare(FileSource((tmp_path / "broken.jsonl",)), tmp_path / "out", overwrite=True)
+
+    assert contents(tmp_path / "out") == before
+
+
+def test_shards_of_others_are_never_touched(source: FileSource, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "fineweb_0001.npz").write_bytes(b"precious")
+
+    with pytest.raises(UsageError, match=r"fineweb_0001\.npz") as caught:
+        prepare(source, tmp_path / "out", overwrite=True)
+
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert contents(tmp_path / "out") == {"fineweb_0001.npz": b"precious"}
+
+
+def test_other_files_in_the_output_are_no_obstacle(source: FileSource, tmp_path: Path) -> None:
+    (tmp_path / "out" / "Checkpoints").mkdir(parents=True)
+    (tmp_path / "out" / "Checkpoints" / "a.npz").write_bytes(b"not a shard")
+    (tmp_path / "out" / "README.md").write_text("about this data")
+
+    assert prepare(source, tmp_path / "out").is_new
+
+
+def test_one_document_has_its_end_held_out(tmp_path: Path) -> None:
+    text = "".join(f"Line {n} of a book.\n" for n in range(500))
+    (tmp_path / "book.txt").write_text(text)
+    prepare(FileSource((tmp_path / "book.txt",)), tmp_path / "out")
+
+    (training,) = documents_of(tmp_path / "out", "train")
+    (validation,) = documents_of(tmp_path / "out", "val")
+
+    assert training + validation == text
+    assert training.endswith("\n")
+    assert len(validation) == pytest.approx(len(text) * 0.05, rel=0.05)
+
+
+def test_no_validation_fraction_gives_no_validation_shard(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    prepare(source, tmp_path / "out", validation_fraction=0)
+
+    assert documents_of(tmp_path / "out", "train") == texts
+    assert not list((tmp_path / "out").glob("val_*.npz"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    texts=st.lists(st.text(min_size=1), max_size=80),
+    fraction=st.floats(0, 0.999).filter(lambda value: value == 0 or value > 0.01),
+)
+def test_splitting_neither_loses_nor_repeats_text(texts: list[str], fraction: float) -> None:
+    documents = list(assign_splits(texts, fraction))
+    num_validation = sum(document.split == "val" for document in documents)
+
+    assert "".join(document.content for document in documents) == "".join(texts)
+    assert all(document.content for document in documents)
+    if fraction and len(texts) >= math.ceil(1 / fraction):
+        assert [document.content for document in documents] == texts
+        assert abs(num_validation - len(texts) * fraction) <= 1
+
+
+def test_repeats_and_empty_documents_are_left_out(tmp_path: Path, texts: list[str]) -> None:
+    source = make_source(tmp_path / "a.jsonl", [*texts, "", *texts[:50]])
+
+    index = prepare(source, tmp_path / "out", deduplicate=True).index
+
+    assert index["summary"]["documents"] == len(texts)
+    assert index["summary"]["documents_left_out"] == 51
+
+
+def test_progress_is_told_with_the_total_once_it_is_known(
+    source: FileSource, tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "REPORT_BYTES", 1_000)
+    seen: list[tuple[str, int, int | None]] = []
+    options = CorpusOptions(vocab_size=VOCAB_SIZE)
+
+    prepare_corpus(
+        [source], DirectoryBucket(tmp_path / "out"), options, on_progress=lambda *a: seen.append(a)
+    )
+
+    total = sum(len(text.encode()) for text in texts)
+    for stage, known in [("Training the tokenizer", None), ("Tokenizing", total)]:
+        told = [(done, of) for name, done, of in seen if name == stage]
+        assert len(told) > 5
+        assert told == sorted(told)
+        assert {of for _, of in told[:-1]} == {known}
+        assert told[-1] == (total, total)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": None},
+        {"tokenizer": "gpt2"},
+        {"vocab_size": 100},
+        {"shard_tokens": 0},
+        {"validation_fraction": 1.0},
+        {"validation_fraction": -0.1},
+        {"validation_fraction": math.nan},
+    ],
+)
+def test_options_that_cannot_be_are_refused_with_nothing_written(
+    source: FileSource, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    with pytest.raises(UsageError, match="--"):
+        prepare(source, tmp_path / "out", **changes)
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_without_text_are_an_error_with_nothing_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no text at all"):
+        prepare(make_source(tmp_path / "a.jsonl", ["", ""]), tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_error_in_a_source_is_reported_as_it_is_with_nothing_written(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "a.jsonl", ["fine"] * 30)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("{broken\n")
+
+    with pytest.raises(DataError, match=r"a\.jsonl:31: not JSON"):
+        prepare(source, tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+# Validation, parts of long documents, token files, the token cache.
+
+
+def test_a_tail_holds_out_the_last_documents(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    prepare(source, tmp_path / "out", validation_fraction=0, validation_tail=0.2)
+    training = documents_of(tmp_path / "out", "train")
+    validation = documents_of(tmp_path / "out", "val")
+
+    assert training + validation == texts
+    share = sum(map(len, validation)) / sum(map(len, texts))
+    assert 0.18 < share <= 0.2
+
+
+def test_a_tail_of_one_document_is_its_end(tmp_path: Path) -> None:
+    text = "".join(f"Line {n} of a book.\n" for n in range(500))
+    (tmp_path / "book.txt").write_text(text)
+    source = FileSource((tmp_path / "book.txt",))
+    prepare(source, tmp_path / "out", validation_fraction=0, validation_tail=0.1)
+
+    (training,) = documents_of(tmp_path / "out", "train")
+    (validation,) = documents_of(tmp_path / "out", "val")
+
+    assert training + validation == text
+    assert len(validation) == pytest.approx(len(text) * 0.1, rel=0.05)
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts=st.lists(st.text(min_size=1), min_size=1, max_size=30), tail=st.floats(0.01, 0.99))
+def test_a_tail_neither_loses_nor_repeats_text(texts: list[str], tail: float) -> None:
+    size = reading._Size(len(texts), sum(len(text.encode()) for text in texts))
+    documents = list(assign_tail(texts, tail, size))
+    splits = [document.split for document in documents]
+
+    assert "".join(str(document.content) for document in documents) == "".join(texts)
+    assert splits == sorted(splits)  # train, then val
+
+
+def test_a_separate_source_is_held_out_whole_and_nothing_else(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    held_out = make_source(tmp_path / "held.jsonl", ["Other one.", texts[0], "Other two."])
+    options = CorpusOptions(
+        vocab_size=VOCAB_SIZE, shard_tokens=800, validation_fraction=0, deduplicate=True
+    )
+    arguments = ([source], DirectoryBucket(tmp_path / "out"), options)
+    prepare_corpus(*arguments, validation_sources=[held_out])
+
+    assert documents_of(tmp_path / "out", "train") == texts
+    assert documents_of(tmp_path / "out", "val") == ["Other one.", "Other two."]
+    assert not prepare_corpus(*arguments, validation_sources=[held_out]).is_new
+    make_source(tmp_path / "held.jsonl", ["Changed."])
+    with pytest.raises(UsageError, match="--overwrite"):
+        prepare_corpus(*arguments, validation_sources=[held_out])
+
+
+def test_an_empty_separate_source_is_an_error(source: FileSource, tmp_path: Path) -> None:
+    held_out = make_source(tmp_path / "held.jsonl", [""])
+    options = CorpusOptions(vocab_size=VOCAB_SIZE, validation_fraction=0)
+    with pytest.raises(DataError, match="--validation-input holds no text"):
+        prepare_corpus(
+            [source], DirectoryBucket(tmp_path / "o"), options, validation_sources=[held_out]
+        )
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_very_long_document_is_read_in_parts_and_has_one_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_sources, "PART_BYTES", 1000)
+    text = "".join(f"Line {n}: d\u00e9j\u00e0 vu.\n" for n in range(3000))
+    (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    index = prepare(
+        FileSource((tmp_path / "book.txt",)), tmp_path / "out", validation_fraction=0
+    ).index
+
+    assert documents_of(tmp_path / "out", "train") == [text]
+    assert index["summary"]["documents"] == 1
+    assert len(index["shards"]) > 5
+
+
+def test_token_files_need_no_tokenizer(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(1, 60_000, 50_000).astype(np.int64)
+    ids[::97] = 0
+    np.save(tmp_path / "a.npy", ids)
+    source = TokenFileSource((tmp_path / "a.npy",), eos_token_id=0)
+    options = CorpusOptions(vocab_size=60_000, eos_token_id=0, shard_tokens=9_000)
+    bucket = DirectoryBucket(tmp_path / "out")
+    index = prepare_corpus([source], bucket, options).index
+
+    parts = np.split(ids, np.flatnonzero(ids == 0) + 1)
+    held_out = [part for n, part in enumerate(parts) if n % 20 == 19]
+    kept = [part for n, part in enumerate(parts) if n % 20 != 19]
+    np.testing.assert_array_equal(tokens_of(tmp_path / "out", "train"), np.concatenate(kept))
+    np.testing.assert_array_equal(tokens_of(tmp_path / "out", "val"), np.concatenate(held_out))
+    assert (index["vocab_size"], index["eos_token_id"]) == (60_000, 0)
+    assert (index["tokenizer_files"], index["tokenizer_sha256"]) == ([], None)
+    assert {shard["dtype"] for shard in index["shards"]} == {"uint16"}
+    assert not prepare_corpus([source], bucket, options).is_new
+
+
+def test_token_files_interrupted_go_on_with_the_same_bytes(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(50_000) % 900)
+    source = TokenFileSource((tmp_path / "a.npy",), part_tokens=1_000)
+    options = CorpusOptions(vocab_size=900, shard_tokens=4_000)
+    prepare_corpus([source], DirectoryBucket(tmp_path / "straight"), options)
+    with pytest.raises(StorageError):
+        prepare_corpus([source], FailingBucket(tmp_path / "out", "train_00005.npz"), options)
+    prepare_corpus([source], DirectoryBucket(tmp_path / "out"), options)
+
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_an_id_outside_the_vocabulary_is_refused_before_old_data_is_touched(
+    source: FileSource, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    np.save(tmp_path / "a.npy", np.array([1, 2, 70_000]))
+    with pytest.raises(DataError, match="token id 70000 at position 2"):
+        prepare_corpus(
+            [TokenFileSource((tmp_path / "a.npy",))],
+            DirectoryBucket(tmp_path / "out"),
+            CorpusOptions(vocab_size=50_000),
+            overwrite=True,
+        )
+    assert contents(tmp_path / "out") == before
+
+
+def test_token_files_beside_text_keep_their_order_and_need_a_tokenizer(
+    source: FileSource, tmp_path: Path, texts: list[str]
+) -> None:
+    np.save(tmp_path / "a.npy", np.array([5, 6, 7]))
+    both = [source, TokenFileSource((tmp_path / "a.npy",)), source]
+    with pytest.raises(UsageError, match="need --tokenizer"):
+        prepare_corpus(both, DirectoryBucket(tmp_path / "o"), CorpusOptions(vocab_size=VOCAB_SIZE))
+    prepare(source, tmp_path / "first", validation_fraction=0)
+    options = CorpusOptions(tokenizer=str(tmp_path / "first"), validation_fraction=0)
+    prepare_corpus(both, DirectoryBucket(tmp_path / "out"), options)
+
+    text = tokens_of(tmp_path / "first", "train")
+    expected = np.concatenate([text, [5, 6, 7], text])
+    np.testing.assert_array_equal(tokens_of(tmp_path / "out", "train"), expected)
+
+
+@pytest.mark.parametrize("changes", [{"shard_tokens": 3_000}, {"compress": True}, {}])
+def test_unchanged_text_is_not_tokenized_again(
+    source: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    def run(output: str, cache: TokenCache | None, **changes: object) -> None:
+        options = CorpusOptions(**{"vocab_size": VOCAB_SIZE, "shard_tokens": 800, **changes})
+        bucket = DirectoryBucket(tmp_path / output)
+        prepare_corpus([source], bucket, options, token_cache=cache)
+
+    run("first", TokenCache(tmp_path / "cache"))
+    run("expected", None, **changes)
+    monkeypatch.setattr(tokenization, "build_tokenizer", None)  # neither trained again
+    cache = TokenCache(tmp_path / "cache")
+    run("second", cache, **changes)
+
+    assert cache.num_misses == 0 < cache.num_hits
+    assert contents(tmp_path / "second") == contents(tmp_path / "expected")
+
+
+def test_another_validation_split_takes_its_tokens_from_the_cache(
+    source: FileSource, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "tokenizer")
+    misses = []
+    for number, changes in enumerate(
+        [{}, {"validation_fraction": 0.2}, {"validation_fraction": 0, "validation_tail": 0.1}]
+    ):
+        cache = TokenCache(tmp_path / "cache")
+        options = CorpusOptions(**{"tokenizer": str(tmp_path / "tokenizer"), **changes})
+        bucket = DirectoryBucket(tmp_path / str(number))
+        prepare_corpus([source], bucket, options, token_cache=cache)
+        misses.append(cache.num_misses)
+    assert misses[0] > 0
+    assert misses[1:] == [0, 0]
+
+
+def test_text_before_and_after_a_change_is_not_tokenized_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str]
+) -> None:
+    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 2_000)
+    prepare(make_source(tmp_path / "a.jsonl", texts), tmp_path / "tokenizer")
+    many = [f"{text} {n}" for n in range(20) for text in texts]
+
+    def misses(output: str, texts: list[str]) -> int:
+        cache = TokenCache(tmp_path / "cache")
+        options = CorpusOptions(tokenizer=str(tmp_path / "tokenizer"))
+        source = make_source(tmp_path / "many.jsonl", texts)
+        prepare_corpus([source], DirectoryBucket(tmp_path / output), options, token_cache=cache)
+        return cache.num_misses
+
+    first = misses("1", many)
+    assert first > 200
+    assert misses("2", ["New text in front.", *many]) < first / 4
+    assert misses("3", [*many, "New text behind."]) < 5
+
+
+def test_a_cut_entry_of_the_cache_is_tokenized_again(source: FileSource, tmp_path: Path) -> None:
+    options = CorpusOptions(vocab_size=VOCAB_SIZE, shard_tokens=800)
+    for name in ("one", "two"):
+        cache = TokenCache(tmp_path / "cache")
+        prepare_corpus([source], DirectoryBucket(tmp_path / name), options, token_cache=cache)
+        for path in (tmp_path / "cache").rglob("*"):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[:-3])
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_the_index_lists_the_tokenizer_files(source: FileSource, tmp_path: Path) -> None:
+    index = prepare(source, tmp_path / "out", special_tokens=("<|pad|>", "<|x|>")).index
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+
+    assert index["tokenizer_files"] == ["tokenizer.json", "tokenizer_config.json"]
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|pad|>", "<|x|>"]) == [0, 1, 2]
+    assert tokenizer("a<|x|>").input_ids[-1] == 2
+    assert not {1, 2} & set(tokens_of(tmp_path / "out", "train").tolist())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"special_tokens": ("",)},
+        {"special_tokens": ("<|x|>", "<|x|>")},
+        {"special_tokens": ("<|endoftext|>",)},
+        {"special_tokens": ("x",)},
+        {"special_tokens": ("<|x|>",), "vocab_size": 257},
+        {"special_tokens": ("<|x|>",), "vocab_size": None, "tokenizer": "gpt2"},
+        {"validation_tail": 0.1},
+        {"validation_tail": 1.0, "validation_fraction": 0},
+    ],
+)
+def test_further_options_that_cannot_be_are_refused(
+    source: FileSource, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    with pytest.raises(UsageError, match="--"):
+        prepare(source, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_prepared_by_an_earlier_version_is_prepared_again(
+    source: FileSource, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "out")
+    whole = contents(tmp_path / "out")
+    path = tmp_path / "out" / "index.json"
+    index = json.loads(path.read_text())
+    index["tokenizer_files"] = index.pop("tokenizer_crc32c")
+    path.write_text(json.dumps(index))
+
+    assert prepare(source, tmp_path / "out").is_new
+    assert contents(tmp_path / "out") == whole
+
+
+def test_interrupted_preparation_into_gcs_goes_on_with_the_same_bytes(
+    source: FileSource, tmp_path: Path, gcs: FakeGcsServer
+) -> None:
+    prepare(source, tmp_path / "straight")
+    options = CorpusOptions(vocab_size=VOCAB_SIZE, shard_tokens=800)
+    gcs.add_fault(Fault("status", times=2, operation="upload", status=503))
+    fault = gcs.add_fault(
+        Fault("status", times=None, operation="upload", name="*train_00004*", status=403)
+    )
+    for is_whole in (False, True):
+        bucket = open_bucket("gs://runs/data")
+        if is_whole:
+            prepare_corpus([source], bucket, options)
+        else:
+            with pytest.raises(StorageError):
+                prepare_corpus([source], bucket, options)
+            assert fault.fired
+            gcs.clear_faults()
+            gcs.clear_requests()
+        bucket.close()
+    uploaded = [record.name for record in gcs.requests("upload")]
+    stored = {
+        name.removeprefix("data/"): gcs.read_object("runs", name)
+        for name in gcs.list_objects("runs", "data/")
+    }
+
+    assert stored == contents(tmp_path / "straight")
+    assert not any("train_00003" in name for name in uploaded)
+
+
+def test_an_end_of_text_spelled_out_in_the_text_is_told(
+    tmp_path: Path, texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "stories.txt"
+    path.write_text("\n<|endoftext|>\n".join(texts))
+    prepare(FileSource((path,)), tmp_path / "one")
+    assert "The text has <|endoftext|> in it, " in caplog.text
+    assert "--document-separator '<|endoftext|>'" in caplog.text
+    caplog.clear()
+    prepare(FileSource((path,), document_separator="<|endoftext|>"), tmp_path / "many")
+    assert "--document-separator" not in caplog.text

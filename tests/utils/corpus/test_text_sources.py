@@ -1,0 +1,215 @@
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from utils.base.errors import DataError, ExitCode, UsageError
+from utils.corpus.documents import OpenText
+from utils.corpus.text_sources import FileSource, HubSource, SampleSource, find_files
+
+TEXT = "One.\r\n\r\n  Two: d\u00e9j\u00e0 vu \U0001f600\n"
+
+
+def read(path: Path, **options: str) -> list[str]:
+    return list(FileSource((path,), **options).documents())
+
+
+def write_jsonl(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_python_without_library_sources_is_an_error_that_proposes_input(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--input"):
+        list(SampleSource(tmp_path).documents())
+
+
+def test_sample_skips_what_does_not_parse_and_is_the_same_each_time(tmp_path: Path) -> None:
+    docstring = "A sentence about something useful. " * 8
+    for number in range(500):
+        (tmp_path / f"m{number}.py").write_text(f'"""{docstring}{number}"""\nx = "\\d"\n')
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "hidden.py").write_text(f'"""HIDDEN {docstring}"""\n')
+
+    source = SampleSource(tmp_path)
+    documents = list(source.documents())
+
+    assert list(source.documents()) == list(SampleSource(tmp_path).documents()) == documents
+    assert source.fingerprint() == SampleSource(tmp_path).fingerprint()
+    assert sum(docstring.strip() in text for text in documents) == 500
+    assert not any("HIDDEN" in text for text in documents)
+
+
+def test_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(TEXT.encode())
+
+    assert read(path) == [TEXT]
+
+
+def test_text_file_by_line_gives_the_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\n two \nthree\xe2\x80\xa8still three")
+
+    assert read(path, document_per="line") == ["one", "", " two ", "three\u2028still three"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_read_as_plain_ones(tmp_path: Path, suffix: str) -> None:
+    content = b"".join(json.dumps({"text": f"{TEXT}{n}"}).encode() + b"\n" for n in range(5_000))
+    path = tmp_path / f"a.jsonl{suffix}"
+    if suffix == ".gz":
+        path.write_bytes(gzip.compress(content, mtime=0))
+    else:
+        with pyarrow.output_stream(str(path), compression="zstd") as file:
+            file.write(content)
+
+    assert read(path) == [f"{TEXT}{n}" for n in range(5_000)]
+
+
+def test_jsonl_and_parquet_give_the_chosen_column(tmp_path: Path) -> None:
+    jsonl = write_jsonl(tmp_path / "a.jsonl", {"body": TEXT, "id": 1}, {"body": "", "id": 2})
+    parquet = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "body": [TEXT, ""]}), parquet)
+
+    assert read(jsonl, text_column="body") == [TEXT, ""]
+    assert read(parquet, text_column="body") == [TEXT, ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good\xffbad", "byte 4 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"\n', "a.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"txt": "a", "id": 1}\n', "column 'text' is missing.*Columns: txt, id"),
+        ("a.jsonl", b'{"text": 3}\n', "column 'text' is int"),
+        ("a.jsonl", b"[1]\n", "a JSON object is needed, got list"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
+        ("a.txt.gz", b"no gzip", "cannot be read"),
+        ("a.txt.gz", gzip.compress(b"cut off" * 99, mtime=0)[:-9], "cannot be read"),
+        ("a.txt.zst", b"no zstd", "cannot be read"),
+        ("a.parquet", b"no parquet", "not a readable Parquet file"),
+    ],
+)
+def test_unreadable_file_is_named_with_the_reason(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+
+    with pytest.raises(DataError, match=message) as caught:
+        read(path)
+
+    assert str(path) in str(caught.value)
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_text_file_is_cut_where_the_separator_stands(tmp_path: Path) -> None:
+    path = tmp_path / "stories.txt"
+    end = "<|endoftext|>"
+    path.write_bytes(
+        f"\ufeffOne day.\n\nThe end.\n{end}\nTwo.{end}{end}\n{end}\r\n d\u00e9j\u00e0\n".encode()
+    )
+
+    assert read(path, document_separator=end) == ["One day.\n\nThe end.", "Two.", " d\u00e9j\u00e0"]
+    assert (
+        FileSource((path,), document_separator=end).fingerprint()
+        != FileSource((path,)).fingerprint()
+    )
+
+
+def test_a_separator_is_found_wherever_blocks_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "stories.txt"
+    stories = ["a" * 5, "b\n" * 40 + "b", "\u00e9" * 30, "c"]
+    path.write_bytes("<end>".join(stories).encode())
+    for block in range(6, 40):
+        monkeypatch.setattr("utils.corpus.text_sources.PART_BYTES", block)
+        parts = read(path, document_separator="<end>")
+        assert "".join(parts) == "".join(stories)
+        closed = [not isinstance(part, OpenText) for part in parts]
+        assert sum(closed) == len(stories)
+        assert any(isinstance(part, OpenText) for part in parts)
+
+
+def test_what_is_not_utf8_is_named_by_its_byte(tmp_path: Path) -> None:
+    path = tmp_path / "stories.txt"
+    path.write_bytes(b"one<end>\ntw\xffo<end>")
+    with pytest.raises(DataError, match=r"byte 11 is not UTF-8"):
+        read(path, document_separator="<end>")
+
+
+def test_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good\nbad \xff\n")
+
+    with pytest.raises(DataError, match=r"a\.txt:2: not UTF-8"):
+        read(path, document_per="line")
+
+
+def test_parquet_column_that_is_not_there_or_null_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x", None]}), path)
+
+    with pytest.raises(DataError, match=r"no column 'text'. Columns: body"):
+        read(path)
+    with pytest.raises(DataError, match=r"'body' has a value that is empty"):
+        read(path, text_column="body")
+
+
+def test_fingerprint_follows_content_and_way_of_reading_but_not_the_folder(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("a\nb")
+    two.write_text("a\nb")
+    whole = FileSource((one,)).fingerprint()
+
+    assert FileSource((two,)).fingerprint() == whole
+    assert FileSource((one,), document_per="line").fingerprint() != whole
+    two.write_text("a\nc")
+    assert FileSource((two,)).fingerprint() != whole
+
+
+def test_directories_and_globs_are_searched_in_sorted_order_and_each_file_is_read_once(
+    tmp_path: Path,
+) -> None:
+    for name in ("b.txt", "a.JSONL.gz", "sub/c.parquet", "picture.png", ".hidden/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def names(*patterns: str) -> list[str]:
+        return [path.name for path in find_files(patterns)]
+
+    assert names(str(tmp_path)) == ["a.JSONL.gz", "b.txt", "c.parquet"]
+    assert names(f"{tmp_path}/*.txt", str(tmp_path)) == ["b.txt", "a.JSONL.gz", "c.parquet"]
+    assert names(f"{tmp_path}/**/*.parquet") == ["c.parquet"]
+    assert names(str(tmp_path / "picture.png")) == ["picture.png"]
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "*.nothing", "empty"])
+def test_input_with_nothing_there_is_a_usage_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+
+    with pytest.raises(UsageError, match="--input"):
+        find_files([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hugging_face_dataset_gives_the_column_of_its_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "train.jsonl", {"text": "a", "n": 1}, {"text": "b", "n": 2})
+    name = str(tmp_path / "data")
+
+    assert list(HubSource(name, streaming=streaming).documents()) == ["a", "b"]
+    with pytest.raises(DataError, match="body"):
+        list(HubSource(name, streaming=streaming, text_column="body").documents())
+    with pytest.raises(DataError, match="cannot be loaded"):
+        list(HubSource(name, split="nowhere", streaming=streaming).documents())

@@ -1,0 +1,120 @@
+"""Flat token files: what comes out, and what is refused before any cast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from utils.base.errors import DataError, ExitCode, UsageError
+from utils.corpus import token_files
+from utils.corpus.token_files import TokenFileSource
+
+
+def documents(path: Path, **options: object) -> list[list[int]]:
+    source = TokenFileSource((path,), **{"vocab_size": 1000, **options})
+    return [document.tolist() for document in source.documents()]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "uint64", ">i4"])
+def test_npy_of_any_integer_type_is_one_document(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "a.npy", np.arange(200, dtype=dtype))
+    assert documents(tmp_path / "a.npy") == [list(range(200))]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "int64"])
+def test_bin_is_read_with_the_type_that_is_given(tmp_path: Path, dtype: str) -> None:
+    np.arange(500, dtype=dtype).tofile(tmp_path / "a.bin")
+    assert documents(tmp_path / "a.bin", token_dtype=dtype) == [list(range(500))]
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 1000])
+def test_documents_end_with_their_end_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(token_files, "BLOCK_TOKENS", block)
+    np.save(tmp_path / "a.npy", np.array([5, 6, 0, 0, 7, 8, 9, 0, 4]))
+    found = documents(tmp_path / "a.npy", eos_token_id=0, part_tokens=1000)
+    assert sum(found, []) == [5, 6, 0, 0, 7, 8, 9, 0, 4]
+    if block == 1000:
+        assert found == [[5, 6, 0], [0], [7, 8, 9, 0], [4]]
+
+
+def test_a_file_without_ends_comes_in_parts(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(10))
+    assert documents(tmp_path / "a.npy", part_tokens=4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, "uint16"), (65537, "uint32")])
+def test_ids_come_in_the_smallest_type(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+    np.save(tmp_path / "a.npy", np.arange(10, dtype=np.int64))
+    (ids,) = TokenFileSource((tmp_path / "a.npy",), vocab_size=vocab_size).documents()
+    assert ids.dtype.name == dtype
+
+
+@pytest.mark.parametrize("bad", [1000, 65536 + 5, 2**32 + 5, -1])
+def test_an_id_that_a_cast_would_fold_is_named_with_its_place(tmp_path: Path, bad: int) -> None:
+    np.save(tmp_path / "a.npy", np.array([1, 2, bad, 3], np.int64))
+    with pytest.raises(DataError, match=rf"a\.npy: token id {bad} at position 2 .*of 1000") as got:
+        documents(tmp_path / "a.npy")
+    assert got.value.exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones(4), "float64"),
+        (np.ones((2, 2), np.int32), r"shape \(2, 2\)"),
+        (np.array([{}], object), "Python objects"),
+        (np.zeros(0, np.int32), "no tokens"),
+        (np.array(3), r"shape \(\)"),
+    ],
+)
+def test_what_is_no_flat_array_of_integers_is_refused(
+    tmp_path: Path, array: np.ndarray, message: str
+) -> None:
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(DataError, match=message):
+        documents(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\x93NUMPY\x01\x00"])
+def test_a_damaged_npy_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.npy"):
+        documents(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"abc", "no whole number"), (b"", "no tokens")])
+def test_a_bin_of_the_wrong_length_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        documents(tmp_path / "a.bin", token_dtype="uint16")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("a.bin", None, "--token-dtype"),
+        ("a.bin", "float32", "--token-dtype float32"),
+        ("a.npy.gz", None, "Unpack it"),
+    ],
+)
+def test_how_a_file_is_read_must_be_known(name: str, dtype: str | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TokenFileSource((Path(name),), dtype)
+
+
+def test_the_fingerprint_follows_content_and_reading(tmp_path: Path) -> None:
+    for name in ("a.bin", "b.bin"):
+        np.arange(8, dtype=np.uint16).tofile(tmp_path / name)
+
+    def fingerprint(name: str, *options: object) -> str:
+        return TokenFileSource((tmp_path / name,), *options).fingerprint()
+
+    assert fingerprint("a.bin", "uint16") == fingerprint("b.bin", "uint16")
+    assert fingerprint("a.bin", "uint16") != fingerprint("a.bin", "uint32")
+    assert fingerprint("a.bin", "uint16") != fingerprint("a.bin", "uint16", 3)
+    (tmp_path / "b.bin").write_bytes(bytes(16))
+    assert fingerprint("a.bin", "uint16") != fingerprint("b.bin", "uint16")

@@ -1,0 +1,296 @@
+"""The simulator of docs/SCALING.md: cases computed by hand, one GPU's estimates, the page."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.model_config import build_model_config
+from configs.training_config import PROJECT_DIRECTORY
+from utils.base.errors import ConfigError, UsageError
+from utils.costs import scaling_run as run
+from utils.costs.gpu_types import GIB, GPU_TYPES, find_gpu_type, gather_seconds, reduce_seconds
+from utils.costs.scaling import (
+    CHECKPOINTING,
+    STRATEGIES,
+    USABLE_MEMORY,
+    Job,
+    best_plan,
+    candidate_plans,
+    device_memory,
+    fits,
+    layer_parameters,
+    plan_step,
+    sent_bytes,
+    shape_of_preset,
+)
+from utils.costs.scaling_tables import MODELS, TABLES, best_strategy, format_time, write_tables
+from utils.models.building import count_parameters
+from utils.models.estimates import ModelShape, estimate_training_memory
+from utils.models.mfu import find_peak_flops
+
+H100 = GPU_TYPES["H100"]
+DOCUMENT = PROJECT_DIRECTORY / "docs" / "SCALING.md"
+# 4 layers of 10^6 parameters, embeddings of 2 x 10^5.
+SMALL = ModelShape(4_200_000, 200_000, 4, 100, 400, 1000)
+
+
+def job(strategy: str, gpus: int, shape: ModelShape = SMALL, batch: int = 1024) -> Job:
+    return Job(shape, H100, gpus, strategy, batch)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_shape_of_a_preset_is_that_of_its_model(model: str) -> None:
+    config = build_model_config(model)
+    counts = count_parameters(config)
+    assert shape_of_preset(model) == ModelShape.of(config, counts.total, counts.embedding)
+
+
+def test_an_unknown_model_or_gpu_is_named() -> None:
+    with pytest.raises(ConfigError, match="Did you mean pythia-6.9b"):
+        shape_of_preset("pythia-6.9")
+    with pytest.raises(UsageError, match="Did you mean H100"):
+        find_gpu_type("H10")
+    assert find_gpu_type("h200") is GPU_TYPES["H200"]
+
+
+def test_every_gpu_has_a_peak() -> None:
+    assert {name: gpu.peak_flops for name, gpu in GPU_TYPES.items()} == {
+        name: find_peak_flops(name, "bf16") for name in GPU_TYPES
+    }
+
+
+@pytest.mark.parametrize("model", ["pythia-160m", "refocused-1.2b", "pythia-6.9b"])
+@pytest.mark.parametrize("gpus", [1, 64])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_ddp_and_one_gpu_take_the_memory_of_the_estimates(
+    model: str, gpus: int, accumulation: int, checkpointing: str
+) -> None:
+    shape = shape_of_preset(model)
+    expected = estimate_training_memory(
+        shape,
+        micro_batch=2,
+        sequence_length=2048,
+        precision="bf16",
+        gradient_checkpointing="" if checkpointing == "none" else checkpointing,
+        accumulation=accumulation,
+        world_size=gpus,
+        device="cuda",
+    )
+    memory = device_memory(job("ddp", gpus, shape), 2, checkpointing, accumulation)
+    assert memory.total == expected.total
+    assert (memory.state, memory.gradients) == (expected.state, expected.gradients)
+    if gpus == 1:  # there is nothing to shard, whatever the strategy is called
+        others = {
+            device_memory(job(strategy, 1, shape), 2, checkpointing, accumulation)
+            for strategy in STRATEGIES
+        }
+        assert others == {memory}
+
+
+def test_weights_gradients_and_moments_are_divided_as_the_paper_divides_them() -> None:
+    # Of 4,200,000 parameters on 16 GPUs in machines of 8.
+    found = {strategy: device_memory(job(strategy, 16), 1, "full", 1) for strategy in STRATEGIES}
+    states = {strategy: (memory.state, memory.gradients) for strategy, memory in found.items()}
+    assert states == {
+        "ddp": (50_400_000, 33_600_000),  # 12 P; 4 P, and as much in buckets
+        "zero1": (16_800_000 + 2_100_000, 33_600_000),  # 4 P + 8 P / 16
+        "zero2": (3_150_000, 1_050_000),  # 12 P / 16; 4 P / 16
+        "fsdp": (3_150_000, 1_050_000),
+        "hsdp": (6_300_000, 2_100_000),  # 12 P / 8: shards of one machine
+    }
+    # 2 bytes of embeddings and of two layers (zero2: all four), and 6 of two layers' gradients.
+    assert found["fsdp"].gathered == 2 * (200_000 + 2_000_000) + 6 * 2_000_000
+    assert found["zero2"].gathered == 2 * 4_200_000 + 6 * 2_000_000
+
+
+def test_checkpointing_keeps_less_and_computes_more() -> None:
+    # A token of a layer: 4 x 100 and 2 x (9 x 100 + 2 x 400) = 3800 bytes; its input 400.
+    ten = dataclasses.replace(job("ddp", 1), sequence_length=10)
+    assert [device_memory(ten, 1, kind, 1).activations for kind in CHECKPOINTING] == [
+        4 * 38_000,
+        4 * (4_000 + 20 * (6 * 100 + 400)) + 38_000,
+        4 * 4_000 + 38_000,
+    ]
+    plans = [plan_step(job("ddp", 1), 1, kind) for kind in CHECKPOINTING]
+    forward = plans[0].compute_seconds / 3
+    again = [plan.compute_seconds - plans[0].compute_seconds for plan in plans]
+    assert again == pytest.approx([0, 0.15 * forward, forward])
+
+
+def test_messages_take_what_the_formulas_say() -> None:
+    inside = H100.link_bytes_per_second
+    assert gather_seconds(8e9, 8, H100) == pytest.approx(7e9 / inside + 7 * 2e-6)
+    assert reduce_seconds(8e9, 8, H100) == pytest.approx(14e9 / inside + 14 * 2e-6)
+    # Two machines: the cards of a machine together are slower than its links; two long hops.
+    between = H100.network_bytes_per_second
+    assert gather_seconds(16e9, 16, H100) == pytest.approx(15e9 / between + 14 * 2e-6 + 2 * 10e-6)
+    assert reduce_seconds(16e9, 16, H100) == pytest.approx(
+        30e9 / between + 2 * (7 * 2e-6 + 1 * 10e-6)
+    )
+    assert gather_seconds(1e9, 1, H100) == reduce_seconds(1e9, 1, H100) == 0
+
+
+def test_traffic_is_that_of_the_papers() -> None:
+    parameters, share = SMALL.parameters, 15 / 16
+    sent = {strategy: sent_bytes(job(strategy, 16), 1) / parameters for strategy in STRATEGIES}
+    assert sent["ddp"] == sent["zero1"] == pytest.approx(2 * share * 4)
+    assert sent["zero2"] == pytest.approx(share * (2 + 4))
+    again = 2 * (1 - 200_000 / 4_200_000)  # the embeddings are gathered once
+    assert sent["fsdp"] == pytest.approx(share * (2 + again + 4))
+    assert sent["hsdp"] == pytest.approx(7 / 8 * (6 + again) + 2 * (1 / 2) * 4 / 8)
+    # Rajbhandari et al. 2020, section 7: with 16-bit gradients, 3 P against 2 P elements.
+    layers = dataclasses.replace(SMALL, embedding=0)
+    half = dataclasses.replace(job("fsdp", 16, layers), reduce_bytes=2)
+    assert sent_bytes(half, 1) / (sent["ddp"] / 2 * parameters) == pytest.approx(1.5)
+    # Every micro-step for what is sharded, once for what is not.
+    assert sent_bytes(job("fsdp", 16), 4) == 4 * sent_bytes(job("fsdp", 16), 1)
+    assert sent_bytes(job("ddp", 16), 4) == sent_bytes(job("ddp", 16), 1)
+    assert sent_bytes(job("hsdp", 1), 4) == 0
+
+
+def test_a_step_of_one_gpu_is_its_flops_and_its_update() -> None:
+    shape = shape_of_preset("refocused-1.2b")
+    plan = plan_step(job("ddp", 1, shape, batch=8), 4, "none", efficiency=0.5)
+    flops = 6 * shape.parameters + 12 * 24 * 2048 * 2048
+    assert plan.accumulation == 2
+    assert plan.compute_seconds == pytest.approx(8 * 2048 * flops / (0.5 * 989e12))
+    assert plan.optimizer_seconds == pytest.approx(32 * shape.parameters / 3.35e12)
+    assert plan.communication_seconds == 0
+    assert plan.step_seconds == pytest.approx(plan.compute_seconds + plan.optimizer_seconds)
+    assert plan.mfu == pytest.approx(0.5 * plan.compute_seconds / plan.step_seconds)
+
+
+def test_ddp_hides_its_gradients_behind_the_last_backward_pass_but_for_a_bucket() -> None:
+    shape = shape_of_preset("refocused-1.2b")
+    plan = plan_step(job("ddp", 64, shape), 4, "none")
+    buckets = -(-4 * shape.parameters // (25 * 2**20))
+    bucket = reduce_seconds(4 * shape.parameters / buckets, 64, H100)
+    assert plan.communication_seconds == pytest.approx(buckets * bucket)
+    waiting = plan.step_seconds - plan.compute_seconds - plan.optimizer_seconds
+    assert waiting == pytest.approx(bucket)
+    # Where a pass is shorter than the traffic, the rest shows.
+    slow = dataclasses.replace(H100, network_bytes_per_second=1e9)
+    starved = plan_step(Job(shape, slow, 64, "ddp"), 16, "none")
+    backward = starved.compute_seconds * 2 / 3
+    exposed = starved.step_seconds - starved.compute_seconds - starved.optimizer_seconds
+    assert exposed == pytest.approx(starved.communication_seconds - backward, rel=1e-3)
+
+
+def test_full_shard_takes_the_longer_of_work_and_traffic_layer_by_layer() -> None:
+    shape = shape_of_preset("pythia-6.9b")
+    slow = dataclasses.replace(H100, link_bytes_per_second=1e9)
+    starved = plan_step(Job(shape, slow, 8, "fsdp", global_batch=8), 1, "none")
+    # Two gathers of 2 bytes (one of the embeddings) and a reduction of 4, 7/8 of each, at 1 GB/s.
+    sent = 7 / 8 * (8 * shape.parameters - 2 * shape.embedding)
+    assert starved.communication_seconds == pytest.approx(sent / 1e9, 1e-3)
+    assert sent_bytes(job("fsdp", 8, shape), 1) == pytest.approx(sent)
+    passes = starved.step_seconds - starved.optimizer_seconds
+    assert passes == pytest.approx(starved.communication_seconds)
+    quick = plan_step(job("fsdp", 8, shape, batch=64), 8, "none")
+    root = gather_seconds(2 * shape.embedding, 8, H100) + gather_seconds(
+        4 * shape.embedding, 8, H100
+    )
+    assert quick.step_seconds == pytest.approx(
+        quick.compute_seconds + quick.optimizer_seconds + root
+    )
+
+
+def test_hsdp_sends_between_machines_beside_what_it_sends_within() -> None:
+    shape = shape_of_preset("pythia-2.8b")
+    slow = dataclasses.replace(H100, network_bytes_per_second=1e9)
+    plan = plan_step(Job(shape, slow, 16, "hsdp", global_batch=16), 1, "none")
+    # 2 x 1/2 x 4 bytes of each layer through the cards of a machine; of the rest beside nothing.
+    across = 4 * shape.layers * layer_parameters(shape) / 1e9
+    assert plan.step_seconds == pytest.approx(across + 4 * shape.embedding / 1e9, rel=0.05)
+
+
+@given(
+    model=st.sampled_from(MODELS),
+    strategy=st.sampled_from(list(STRATEGIES)),
+    gpu=st.sampled_from(list(GPU_TYPES.values())),
+    gpus=st.sampled_from([1, 2, 8, 16, 64, 512]),
+)
+def test_no_plan_is_better_than_it_can_be(
+    model: str, strategy: str, gpu: object, gpus: int
+) -> None:
+    here = Job(shape_of_preset(model), gpu, gpus, strategy)  # type: ignore[arg-type]
+    plans = list(candidate_plans(here))
+    assert {plan.micro_batch * plan.accumulation * gpus for plan in plans} == {1024}
+    for plan in plans:
+        least = plan.compute_seconds + plan.optimizer_seconds
+        assert least * (1 - 1e-9) <= plan.step_seconds
+        assert plan.step_seconds <= (least + plan.communication_seconds) * (1 + 1e-9)
+        assert plan.mfu < here.gpu.efficiency
+    best = best_plan(here)
+    usable = [plan for plan in plans if fits(here, plan.memory)]
+    assert (best is None) == (not usable)
+    if best is not None:
+        assert best.memory.total <= USABLE_MEMORY * here.gpu.memory_bytes
+        assert best.step_seconds <= 1.01 * min(plan.step_seconds for plan in usable)
+
+
+def test_a_batch_that_cannot_be_shared_evenly_has_no_plan() -> None:
+    assert list(candidate_plans(job("ddp", 16, batch=24))) == []
+    assert best_plan(job("ddp", 2048)) is None
+
+
+def test_a_model_of_20_billion_wants_shards_and_the_simplest_strategy_wins_a_tie() -> None:
+    assert best_strategy("gpt-neox-20b", H100, 1) is None
+    assert best_plan(job("ddp", 512, shape_of_preset("gpt-neox-20b"))) is None
+    chosen = best_strategy("pythia-160m", H100, 8)
+    assert chosen is not None
+    assert chosen[0] == "ddp"
+
+
+def test_losses_and_batches_are_those_of_the_papers() -> None:
+    # Chinchilla itself, 70e9 parameters and 1.4e12 tokens: 1.69 + 0.083 + 0.163.
+    assert run.expected_loss(70e9, 1.4e12) == pytest.approx(1.69 + 0.0835 + 0.1631, abs=1e-3)
+    # 2e8 / 2.5^4.762
+    assert run.critical_batch_tokens(2.5) == pytest.approx(2.548e6, rel=1e-3)
+    assert run.batch_overhead(1e6, 1e6) == 2
+    assert run.data_objects(50_000_001) == 2
+
+
+def test_saves_follow_young_but_never_overtake_an_upload() -> None:
+    hours = run.failure_seconds(50_000, 1, spot=False) / 3600
+    assert hours == pytest.approx(1)
+    assert run.failure_seconds(0, 24, spot=True) == pytest.approx(3600)
+    # 10^9 parameters: 12 GB and a little, 24 s up and down.
+    calm = run.plan_saving(10**9, pause=2.0, between_failures=1e6, uploads=1)
+    assert calm.upload_seconds == pytest.approx(24, rel=1e-3)
+    assert calm.interval_seconds == calm.young_seconds == pytest.approx(2000)
+    assert calm.lost_share == pytest.approx(2 / 2000 + (1000 + 24 + 300 + 24) / 1e6, rel=1e-3)
+    large = run.plan_saving(10**11, pause=0.1, between_failures=1e4, uploads=1)
+    assert large.interval_seconds == large.upload_seconds == pytest.approx(2400, rel=1e-3)
+    tiny = run.plan_saving(10**6, pause=1e-3, between_failures=1e3, uploads=1)
+    assert tiny.interval_seconds == run.SHORTEST_INTERVAL_SECONDS
+    assert run.plan_saving(10**12, 1.0, 1.0, 1).lost_share == 1
+
+
+def test_the_page_says_what_the_simulator_says() -> None:
+    text = DOCUMENT.read_text("utf-8")
+    assert write_tables(text) == text, "run: python scripts/plan_scaling.py --write"
+
+
+def test_every_table_of_the_page_is_the_simulators() -> None:
+    text = DOCUMENT.read_text("utf-8")
+    assert [name for name in TABLES if f"<!-- table {name} -->" not in text] == []
+    with pytest.raises(UsageError, match="table hardware"):
+        write_tables("A page without tables.")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 min"), (90, "1.5 min"), (3600, "1.0 h"), (86400 * 12.4, "12 d")],
+)
+def test_times_have_two_digits_that_count(seconds: float, text: str) -> None:
+    assert format_time(seconds) == text
+
+
+def test_memory_of_a_gpu_is_what_its_driver_says() -> None:
+    assert all(10 * GIB < gpu.memory_bytes < 200 * GIB for gpu in GPU_TYPES.values())

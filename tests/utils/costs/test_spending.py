@@ -1,0 +1,269 @@
+"""Spending over starts: what is counted, what is lost, whatever the clocks and files say."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.costs.spending import (
+    Amount,
+    Spending,
+    SpendingMeter,
+    find_spending_before,
+    limit_age,
+    open_meter,
+    read_spending,
+)
+from utils.tracking.metrics_log import MetricsLog, append_metrics
+
+RUN = "20260101-0a1b2c3d"
+BASE = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
+
+
+def at(seconds: float) -> str:
+    return datetime.fromtimestamp(BASE + seconds, UTC).isoformat()
+
+
+def start(
+    launched: float,
+    *,
+    before: Spending | None = None,
+    price: float | None = 3600.0,
+    startup: float = 10.0,
+    **changes: Any,
+) -> dict[str, Any]:
+    """A start event; at 3600 dollars an hour a second is a dollar."""
+    event = {
+        "event": "resume" if before else "start",
+        "step": 0,
+        "run_id": RUN,
+        "time": at(launched + startup),
+        "launched_at": at(launched),
+        "hourly_price": price,
+        "spending": (before or Spending()).to_json(),
+    }
+    return {key: value for key, value in {**event, **changes}.items() if value is not ...}
+
+
+def step(number: int, seconds: float) -> dict[str, Any]:
+    return {"step": number, "time": at(seconds), "loss": 1.0}
+
+
+def log_of(*records: dict[str, Any]) -> MetricsLog:
+    return MetricsLog(
+        records=[record for record in records if "event" not in record],
+        events=[record for record in records if "event" in record],
+    )
+
+
+def spent(total: float, lost: float = 0.0, starts: int = 1) -> Spending:
+    return Spending(Amount(total, total), Amount(lost, lost), starts, 3600.0)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_time_is_counted_without_a_price_and_dollars_with_one() -> None:
+    assert Amount.of(1800, 4.0) == Amount(1800, 2.0, 0)
+    assert Amount.of(1800, None) == Amount(1800, 0, 1800)
+    assert Amount.of(-5, 4.0) == Amount()
+    mixed = Amount.of(1800, 4.0) + Amount.of(1800, None)
+    assert mixed.known_dollars == 2.0
+    assert mixed.priced_at(8.0) == Amount(3600, 6.0, 0)
+    assert Amount.of(1800, None).known_dollars is None
+
+
+def test_a_killed_start_counts_to_its_last_record() -> None:
+    found = read_spending(log_of(start(0), step(1, 50), step(2, 100)))
+    assert found == spent(100)
+
+
+def test_a_running_start_counts_to_now() -> None:
+    found = read_spending(log_of(start(0), step(1, 50)), now=BASE + 80)
+    assert found == spent(80)
+
+
+def test_a_clock_that_was_set_after_the_launch_makes_no_years() -> None:
+    log = log_of(start(-1.7e9, time=at(5)), step(1, 100))
+    spending = read_spending(log)
+    assert spending is not None
+    assert spending.total.seconds == pytest.approx(95)
+
+
+def test_a_start_that_ended_says_so_itself() -> None:
+    end = {"event": "end", "step": 2, "time": at(500), "spending": spent(123, 4).to_json()}
+    assert read_spending(log_of(start(0), step(1, 50), end)) == spent(123, 4)
+    old = {"event": "end", "step": 2, "time": at(500)}
+    assert read_spending(log_of(start(0), step(1, 50), old)) == spent(500)
+
+
+def test_the_way_to_the_first_step_of_a_restart_is_lost() -> None:
+    found = read_spending(log_of(start(200, before=spent(100, 20)), step(3, 260)))
+    assert found == spent(160, 30, starts=2)
+
+
+def test_a_log_of_an_older_version_counts_from_its_event_without_a_price() -> None:
+    event = start(0, launched_at=..., hourly_price=..., spending=...)
+    assert read_spending(log_of(event, step(1, 110))) == Spending(Amount(100, 0, 100), starts=1)
+
+
+def test_steps_done_again_are_lost() -> None:
+    """Saved at 100 s, killed after 150 s: 50 s are done again."""
+    before = find_spending_before(RUN, spent(100), log_of(start(0), step(1, 100), step(2, 150)))
+    assert (before.total.seconds, before.lost.seconds, before.starts) == (150, 50, 1)
+    assert before.lost.dollars == 50
+
+
+def test_starts_that_saved_nothing_are_lost_altogether() -> None:
+    """The second start from the same checkpoint was killed too, after 60 s."""
+    second = start(1000, before=spent(150, 50))
+    before = find_spending_before(RUN, spent(100), log_of(second, step(2, 1060)))
+    assert (before.total.seconds, before.lost.seconds, before.starts) == (210, 110, 2)
+
+
+def test_a_run_that_died_before_its_first_save_lost_everything() -> None:
+    before = find_spending_before(RUN, Spending(), log_of(start(0), step(1, 70)))
+    assert before.total == before.lost == Amount(70, 70)
+
+
+def test_a_new_machine_knows_what_the_checkpoint_says() -> None:
+    assert find_spending_before(RUN, spent(100, 5, 3), MetricsLog()) == Spending(
+        Amount(100, 100), Amount(5, 5), 3
+    )
+
+
+def test_the_checkpoint_counts_where_it_knows_more_than_the_log() -> None:
+    before = find_spending_before(RUN, spent(400, 5, 2), log_of(start(0), step(1, 70)))
+    assert (before.total.seconds, before.lost.seconds, before.starts) == (400, 5, 2)
+
+
+def test_another_runs_log_is_left_out() -> None:
+    log = log_of(start(0, run_id="another"), step(1, 5000))
+    assert find_spending_before(RUN, Spending(), log) == Spending()
+
+
+def test_an_old_checkpoint_takes_what_the_log_says() -> None:
+    before = find_spending_before(RUN, None, log_of(start(0), step(1, 70)))
+    assert before == Spending(Amount(70, 70), Amount(), 1)
+    assert find_spending_before(RUN, None, MetricsLog()) == Spending()
+
+
+def test_prices_may_change_between_starts() -> None:
+    clock = Clock()
+    meter = SpendingMeter(spent(100), 7200.0, 0.0, clock)
+    clock.now += 50
+    assert meter.read().total == Amount(150, 200)
+    meter = SpendingMeter(meter.read(), None, 0.0, clock)
+    clock.now += 10
+    assert meter.read().total == Amount(160, 200, 10)
+    assert meter.read().starts == 3
+
+
+def test_a_first_start_loses_nothing_and_a_restart_its_way_to_the_first_step() -> None:
+    clock = Clock()
+    first = SpendingMeter(Spending(), 3600.0, 5.0, clock)
+    again = SpendingMeter(spent(100, 20), 3600.0, 5.0, clock)
+    clock.now += 3
+    for meter in (first, again):
+        meter.note_step()
+    clock.now += 40
+    for meter in (first, again):
+        meter.note_step()
+    assert first.read() == spent(48)
+    assert again.read() == spent(148, 28, starts=2)
+
+
+def test_going_back_in_the_middle_of_a_start_loses_what_the_checkpoint_has_not() -> None:
+    clock = Clock()
+    meter = SpendingMeter(Spending(), 3600.0, 0.0, clock)
+    clock.now += 100
+    saved = Spending.from_json(meter.read().to_json())
+    clock.now += 30
+    meter.go_back(saved)
+    assert meter.read() == spent(130, 30)
+    meter.go_back(None)
+    assert meter.read() == spent(130, 30)
+
+
+@pytest.mark.parametrize(
+    ("now", "created", "uptime", "seen", "age"),
+    [
+        (1000.0, 990.0, 5000.0, [], 10.0),
+        (1000.0, 1010.0, 5000.0, [], 0.0),
+        (1000.0, 0.0, 60.0, [], 60.0),
+        (1000.0, 900.0, 5000.0, [980.0], 20.0),
+        (1000.0, 990.0, 5000.0, [980.0], 10.0),
+        (1000.0, 990.0, 5000.0, [2000.0], 10.0),
+    ],
+    ids=["plain", "clock-back", "no-boot-time", "same-process", "another-process", "future-record"],
+)
+def test_the_age_of_a_start_survives_wrong_clocks(
+    now: float, created: float, uptime: float, seen: list[float], age: float
+) -> None:
+    assert limit_age(now, created, uptime, seen) == age
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=3, max_size=6), st.floats(-1e6, 1e6))
+def test_no_clock_makes_a_negative_spending(moments: list[float], launched: float) -> None:
+    records = [step(place, moment) for place, moment in enumerate(moments, start=1)]
+    log = log_of(start(launched, before=spent(100, 20)), *records)
+    found = read_spending(log, now=BASE + moments[0])
+    before = find_spending_before(RUN, spent(90, 10), log)
+    assert found is not None
+    for spending in (found, before):
+        assert 0 <= spending.lost.seconds <= spending.total.seconds + 1e-6
+        assert spending.total.seconds >= 90
+        assert spending.total.dollars >= 0
+
+
+JUNK = [None, 3, [], {}, {"seconds": "x"}, {"seconds": float("nan")}, {"seconds": True}]
+
+
+@pytest.mark.parametrize("value", JUNK)
+def test_what_says_nothing_is_no_spending(value: object) -> None:
+    assert Spending.from_json(value) is None
+
+
+def test_absurd_figures_are_limited() -> None:
+    found = Spending.from_json(
+        {"seconds": 10**300, "dollars": -5, "starts": -2, "lost_seconds": [], "hourly_price": -1}
+    )
+    assert found == Spending(Amount(1e10, 0.0, 0.0), Amount(), 0, None)
+
+
+def test_hostile_events_stop_nothing() -> None:
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in (deep, "x", 10**400, None, {"a": 1}):
+        event = start(0, time=value, launched_at=value, hourly_price=value, spending=value)
+        found = read_spending(log_of(event, {"step": 1, "time": value}))
+        assert found is not None
+        assert found.total.seconds == 0
+
+
+def test_spending_survives_its_json() -> None:
+    spending = Spending(Amount(12.5, 3.25, 1.5), Amount(2.5, 0.75, 0.5), 3, 9.5)
+    assert Spending.from_json(spending.to_json()) == spending
+
+
+def test_a_meter_is_opened_with_the_local_log(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    append_metrics(metrics, start(0))
+    append_metrics(metrics, step(1, 130))
+    meter = open_meter(metrics, RUN, 1, spent(100).to_json(), 3600.0)
+    assert meter.before.total.seconds == 130
+    assert meter.before.lost.seconds == 30
+    assert meter.read().total.seconds >= 130
+    for path in (None, tmp_path, tmp_path / "none"):
+        assert open_meter(path, RUN, 1, spent(100).to_json(), 1.0).before.total.seconds == 100

@@ -1,0 +1,459 @@
+"""A shard reaches the cache once, checked, and nothing unchecked is ever read from it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.training_config import PROJECT_DIRECTORY
+from tests.sample_shards import (
+    BAD_HEADERS,
+    BAD_TOKENS,
+    INTEGER_DTYPES,
+    CountingBucket,
+    save_shard,
+    saved,
+)
+from utils.base.errors import ConfigError, ObjectNotFoundError, ShardError, TransientStorageError
+from utils.data.shard_cache import ShardCache, decode_shard
+from utils.data.shard_index import ShardFacts
+
+NAME = "train_00000.npz"
+IDS = np.arange(100, dtype=np.uint16)
+
+
+def decode(directory: Path, data: bytes, vocab_size: int = 100) -> np.ndarray:
+    path = directory / NAME
+    path.write_bytes(data)
+    return np.concatenate(list(decode_shard(path, NAME, vocab_size)))
+
+
+@pytest.mark.parametrize("key", ["input_ids", "tokens", "arr_0"])
+@pytest.mark.parametrize("shape", [(12,), (3, 4), (3, 4, 1)])
+def test_every_documented_shape_is_read_in_order(
+    tmp_path: Path, shape: tuple[int, ...], key: str
+) -> None:
+    tokens = decode(tmp_path, saved(**{key: np.arange(12).reshape(shape)}))
+    assert tokens.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("dtype", INTEGER_DTYPES)
+def test_every_integer_type_gives_the_same_tokens(tmp_path: Path, dtype: str) -> None:
+    tokens = decode(tmp_path, saved(input_ids=np.array([0, 99, 7], dtype)))
+    assert (tokens.dtype, tokens.tolist()) == (np.uint16, [0, 99, 7])
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(50257, "u2"), (65536, "u2"), (65537, "u4"), (128256, "u4")]
+)
+def test_the_highest_id_of_a_vocabulary_survives(
+    tmp_path: Path, vocab_size: int, dtype: str
+) -> None:
+    ids = np.array([vocab_size - 1, 0], "i8")
+    tokens = decode(tmp_path, saved(input_ids=ids), vocab_size)
+    assert (tokens.dtype, tokens.tolist()) == (np.dtype(dtype), ids.tolist())
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i8", "?"])
+def test_masked_tokens_are_dropped(tmp_path: Path, dtype: str) -> None:
+    mask = np.array([[0, 1, 1], [1, 0, 1]], dtype)
+    data = saved(input_ids=np.array([[1, 2, 3], [4, 5, 6]]), attention_mask=mask)
+    assert decode(tmp_path, data).tolist() == [2, 3, 4, 6]
+
+
+@pytest.mark.parametrize("case", [*BAD_HEADERS, *BAD_TOKENS])
+def test_a_bad_shard_is_named_with_its_reason(tmp_path: Path, case: str) -> None:
+    data, reason = {**BAD_HEADERS, **BAD_TOKENS}[case]
+    with pytest.raises(ShardError) as caught:
+        decode(tmp_path, data)
+    assert caught.value.name == NAME
+    assert reason in caught.value.reason
+
+
+def test_an_id_of_another_tokenizer_is_found_before_any_cast(tmp_path: Path) -> None:
+    # astype(int16) would make -15259 of it without an error.
+    data = saved(input_ids=np.array([5, 50277], "i4"))
+    with pytest.raises(ShardError, match="50277 is outside the vocabulary of 50257"):
+        decode(tmp_path, data, 50257)
+
+
+def test_a_bit_flipped_anywhere_changes_no_token_silently(tmp_path: Path) -> None:
+    data = saved(input_ids=np.arange(9, dtype=np.uint16))
+    refused = 0
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            tokens = decode(tmp_path, bytes(damaged))
+        except ShardError:
+            refused += 1
+        else:
+            assert tokens.tolist() == list(range(9)), f"bit {bit}"
+    assert refused > len(data)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> CountingBucket:
+    return CountingBucket(tmp_path / "data")
+
+
+@pytest.fixture
+def open_cache(tmp_path: Path, bucket: CountingBucket) -> Iterator[Callable[..., ShardCache]]:
+    opened = []
+
+    def build(
+        *shards: ShardFacts, vocab_size: int = 100, limit_bytes: int | None = None
+    ) -> ShardCache:
+        sources = [(bucket, shards)]
+        opened.append(ShardCache(sources, tmp_path / "cache", vocab_size, limit_bytes))
+        return opened[-1]
+
+    yield build
+    for cache in opened:
+        cache.close()
+
+
+def cached_files(tmp_path: Path) -> list[Path]:
+    files = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    return sorted(p for p in files if p.parent.name != "locks" and p.suffix != ".crc32c")
+
+
+def test_a_shard_is_downloaded_once_for_every_start(
+    bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    facts = save_shard(bucket.root / NAME, input_ids=IDS)
+    for _ in range(3):
+        assert open_cache(facts).tokens(0).tolist() == IDS.tolist()
+    assert bucket.downloads == [NAME]
+
+
+def test_many_readers_wait_for_one_download(
+    bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    cache = open_cache(save_shard(bucket.root / NAME, input_ids=IDS))
+    found: list[list[int]] = []
+    readers = [
+        threading.Thread(target=lambda: found.append(cache.tokens(0).tolist())) for _ in range(8)
+    ]
+    cache.prefetch([0])
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert found == [IDS.tolist()] * 8
+    assert bucket.downloads == [NAME]
+
+
+def test_a_released_shard_is_read_again_without_a_download(
+    bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    shards = [save_shard(bucket.root / f"{n}.npz", input_ids=IDS[n:]) for n in range(3)]
+    cache = open_cache(*shards)
+    cache.prefetch(range(3))
+    for _ in range(2):
+        assert [cache.tokens(n).tolist() for n in range(3)] == [IDS[n:].tolist() for n in range(3)]
+        cache.prefetch([1])
+    assert sorted(bucket.downloads) == ["0.npz", "1.npz", "2.npz"]
+
+
+def test_bytes_that_are_not_the_indexs_are_refused_and_not_kept(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    facts = save_shard(bucket.root / NAME, input_ids=IDS)
+    save_shard(bucket.root / NAME, input_ids=IDS[::-1])
+    with pytest.raises(ShardError, match=f"{NAME}: its crc32c is .*, the index says"):
+        open_cache(facts).tokens(0)
+    assert cached_files(tmp_path) == []
+
+
+def test_a_shard_without_a_known_checksum_is_taken(
+    bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    facts = replace(save_shard(bucket.root / NAME, input_ids=IDS), crc32c=None)
+    assert open_cache(facts).tokens(0).tolist() == IDS.tolist()
+
+
+def test_more_or_fewer_tokens_than_the_index_says_are_refused(
+    bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    facts = save_shard(bucket.root / NAME, input_ids=IDS)
+    with pytest.raises(ShardError, match="it holds 100 tokens, the index says 101"):
+        open_cache(replace(facts, tokens=101)).tokens(0)
+
+
+def test_a_shard_that_changed_is_not_served_from_the_old_cache(
+    bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    open_cache(save_shard(bucket.root / NAME, input_ids=IDS)).tokens(0)
+    changed = save_shard(bucket.root / NAME, input_ids=IDS[::-1])
+    assert open_cache(changed).tokens(0).tolist() == IDS[::-1].tolist()
+
+
+def test_a_smaller_vocabulary_is_checked_although_the_shard_is_cached(
+    bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    facts = save_shard(bucket.root / NAME, input_ids=IDS)
+    open_cache(facts).tokens(0)
+    with pytest.raises(ShardError, match="token id 99 is outside the vocabulary of 99"):
+        open_cache(facts, vocab_size=99).tokens(0)
+
+
+def test_what_a_killed_download_left_is_ignored(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    facts = save_shard(bucket.root / NAME, input_ids=IDS)
+    open_cache(facts).tokens(0)
+    (whole,) = cached_files(tmp_path)
+    content = whole.read_bytes()
+    whole.with_name(f".{whole.name}.1.2.npz").write_bytes(b"half a download")
+    whole.with_name(f".{whole.name}.1.2.npy").write_bytes(content[:-50])
+    whole.unlink()
+    assert open_cache(facts).tokens(0).tolist() == IDS.tolist()
+    assert bucket.downloads == [NAME, NAME]
+
+
+@pytest.mark.parametrize("length", [0, 5, 60, 199])
+def test_a_cached_file_cut_by_a_power_loss_is_made_again(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache], length: int
+) -> None:
+    facts = save_shard(bucket.root / NAME, input_ids=IDS)
+    open_cache(facts).tokens(0)
+    (whole,) = cached_files(tmp_path)
+    whole.write_bytes(whole.read_bytes()[:length])
+    assert open_cache(facts).tokens(0).tolist() == IDS.tolist()
+    assert bucket.downloads == [NAME, NAME]
+
+
+def test_a_damaged_file_in_the_cache_is_made_again(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    facts = save_shard(bucket.root / NAME, input_ids=IDS)
+    open_cache(facts).tokens(0)
+    (whole,) = cached_files(tmp_path)
+    whole.write_bytes(bytes(len(whole.read_bytes())))
+    assert open_cache(facts).tokens(0).tolist() == IDS.tolist()
+    assert bucket.downloads == [NAME, NAME]
+
+
+def test_a_bad_shard_leaves_nothing_behind_and_the_others_can_be_read(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    good = save_shard(bucket.root / "good.npz", input_ids=IDS)
+    (bucket.root / "bad.npz").write_bytes(b"<html>")
+    cache = open_cache(ShardFacts("bad.npz", 100, 6, None), good)
+    cache.prefetch([0, 1])
+    for _ in range(2):
+        with pytest.raises(ShardError, match="bad.npz"):
+            cache.tokens(0)
+    assert cache.tokens(1).tolist() == IDS.tolist()
+    assert len(cached_files(tmp_path)) == 1
+
+
+def test_a_missing_shard_is_a_storage_error(open_cache: Callable[..., ShardCache]) -> None:
+    with pytest.raises(ObjectNotFoundError, match="gone.npz"):
+        open_cache(ShardFacts("gone.npz", 1, 1, None)).tokens(0)
+
+
+# The limit, and several processes.
+
+
+def test_a_limit_below_what_is_needed_at_once_is_refused_with_numbers(
+    bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    shards = [save_shard(bucket.root / f"{n}.npz", input_ids=IDS) for n in range(3)]
+    cache = open_cache(*shards, limit_bytes=500)
+    with pytest.raises(ConfigError, match="cache_limit_bytes 500 is below the 600 bytes of it all"):
+        cache.require_room_for([0, 1, 2], "it all")
+    cache.require_room_for([0, 1], "two of them")
+
+
+def test_the_shards_used_longest_ago_leave_and_those_wanted_now_stay(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    shards = [save_shard(bucket.root / f"{n}.npz", input_ids=IDS) for n in range(6)]
+    limit = 3 * 200 + shards[0].size  # three decoded shards and one download
+    cache = open_cache(*shards, limit_bytes=limit)
+    for wanted in ([0, 1], [1, 2], [2, 3], [1, 4], [4, 5]):
+        cache.prefetch(wanted)
+        for shard in wanted:
+            assert cache.tokens(shard).tolist() == IDS.tolist()
+        names = {path.name[0] for path in cached_files(tmp_path)}
+        assert {str(shard) for shard in wanted} <= names
+        assert sum(path.stat().st_size for path in cached_files(tmp_path)) <= limit
+
+
+def test_what_comes_later_is_begun_as_far_as_the_limit_allows(
+    bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    shards = [save_shard(bucket.root / f"{n}.npz", input_ids=IDS) for n in range(4)]
+    cache = open_cache(*shards, limit_bytes=700)
+    cache.prefetch([0, 1], [2, 3])
+    for shard in (0, 1, 2):
+        cache.tokens(shard)
+    cache.close()
+    assert sorted(bucket.downloads) == ["0.npz", "1.npz", "2.npz"]
+
+
+READER = """
+import sys
+from pathlib import Path
+from tests.sample_shards import CountingBucket
+from utils.data.shard_cache import ShardCache
+from utils.data.shard_index import ShardFacts
+root, cache, name, tokens, size = sys.argv[1:]
+bucket = CountingBucket(Path(root))
+shards = [ShardFacts(f"{n}.npz", int(tokens), int(size), None) for n in range(8)]
+opened = ShardCache([(bucket, shards)], Path(cache), 100)
+opened.prefetch(range(8))
+total = sum(int(opened.tokens(n).sum()) for n in range(8))
+opened.close()
+print(len(bucket.downloads), total)
+"""
+
+
+def test_the_ranks_of_a_machine_download_each_shard_once(
+    tmp_path: Path, bucket: CountingBucket
+) -> None:
+    facts = [save_shard(bucket.root / f"{n}.npz", input_ids=IDS) for n in range(8)]
+    words = [bucket.root, tmp_path / "cache", "-", facts[0].tokens, facts[0].size]
+    command = [sys.executable, "-c", READER, *map(str, words)]
+    ranks = [
+        subprocess.Popen(command, cwd=PROJECT_DIRECTORY, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    outputs = [rank.communicate(timeout=60)[0].split() for rank in ranks]
+    assert sum(int(downloads) for downloads, _ in outputs) == 8
+    assert {total for _, total in outputs} == {str(8 * int(IDS.sum()))}
+
+
+def test_what_a_killed_process_left_is_removed_at_the_next_start(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    facts = save_shard(bucket.root / NAME, input_ids=IDS)
+    open_cache(facts).tokens(0)
+    (whole,) = cached_files(tmp_path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = platform.node()
+    left = whole.with_name(f".tmp-{host}-{gone.pid}-1.npz")
+    alive = whole.with_name(f".tmp-{host}-{os.getpid()}-1.tokens")
+    elsewhere = whole.with_name(f".tmp-another-host-{gone.pid}-1.npz")
+    for path in (left, alive, elsewhere):
+        path.write_bytes(b"half")
+    open_cache(facts)
+    assert cached_files(tmp_path) == sorted([alive, elsewhere, whole])
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.sample_shards import CountingBucket
+from utils.data.shard_cache import ShardCache
+from utils.data.shard_index import ShardFacts
+
+class Killer(CountingBucket):
+    def fetch(self, name, scratch):
+        scratch.write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+root, cache, name, tokens, size = sys.argv[1:]
+shards = [ShardFacts(name, int(tokens), int(size), None)]
+ShardCache([(Killer(Path(root)), shards)], Path(cache), 100).tokens(0)
+"""
+
+
+def test_a_kill_in_the_middle_of_a_download_costs_that_download_only(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    facts = replace(save_shard(bucket.root / NAME, input_ids=IDS), crc32c=None)
+    words = [bucket.root, tmp_path / "cache", NAME, facts.tokens, facts.size]
+    command = [sys.executable, "-c", KILLED, *map(str, words)]
+    process = subprocess.run(command, cwd=PROJECT_DIRECTORY, check=False, timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    (left,) = cached_files(tmp_path)
+    assert left.name.startswith(".tmp-")
+    assert open_cache(facts).tokens(0).tolist() == IDS.tolist()  # the dead process' lock is free
+    (whole,) = cached_files(tmp_path)
+    assert whole.suffix == ".tokens"
+    assert not whole.name.startswith(".")
+
+
+class FailingBucket(CountingBucket):
+    """Fails `failures` times for a while before it answers."""
+
+    failures = 2
+
+    def fetch(self, name: str, scratch: Path) -> Path:
+        if self.failures:
+            self.failures -= 1
+            raise TransientStorageError("503")
+        return super().fetch(name, scratch)
+
+
+def test_a_bucket_that_fails_for_a_while_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.data.shard_cache.FIRST_RETRY_SECONDS", 0.01)
+    bucket = FailingBucket(tmp_path / "data")
+    facts = save_shard(bucket.root / NAME, input_ids=IDS)
+    cache = ShardCache([(bucket, [facts])], tmp_path / "cache", 100)
+    assert cache.tokens(0).tolist() == IDS.tolist()
+    assert (bucket.failures, bucket.downloads) == (0, [NAME])
+    cache.close()
+
+
+def test_a_shard_of_many_blocks_is_decoded_in_little_memory(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    rows = 3 * 2**20 // 8
+    ids = (np.arange(rows * 8, dtype=np.int64) % 100).reshape(rows, 8)
+    mask = np.ones_like(ids, dtype=np.uint8)
+    mask[::3] = 0
+    path = bucket.root / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, input_ids=ids, attention_mask=mask)
+    facts = ShardFacts(NAME, int(mask.sum()), path.stat().st_size, None)
+    tracemalloc.start()
+    found = open_cache(facts).tokens(0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(found, ids[mask != 0])
+    assert peak < 40 * 2**20 < ids.nbytes + mask.nbytes + 20 * 2**20
+
+
+def test_columns_first_arrays_keep_their_order(tmp_path: Path) -> None:
+    ids = np.asfortranarray(np.arange(12).reshape(3, 4))
+    assert decode(tmp_path, saved(input_ids=ids)).tolist() == list(range(12))
+
+
+def test_a_small_file_that_unpacks_to_much_is_refused_before_it_is_unpacked(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / NAME
+    np.savez_compressed(path, input_ids=np.zeros(110 * 2**20, np.uint16))
+    assert path.stat().st_size < 300_000
+    with pytest.raises(ShardError, match="unpacks to .* more than 100 times its"):
+        next(decode_shard(path, NAME, 100))
+
+
+def test_buckets_with_the_same_names_do_not_share_a_cache(
+    tmp_path: Path, bucket: CountingBucket, open_cache: Callable[..., ShardCache]
+) -> None:
+    facts = replace(save_shard(bucket.root / NAME, input_ids=IDS), crc32c=None)
+    open_cache(facts).tokens(0)
+    other = CountingBucket(tmp_path / "other")
+    save_shard(other.root / NAME, input_ids=IDS[::-1])
+    cache = ShardCache([(other, [facts])], tmp_path / "cache", 100)
+    assert cache.tokens(0).tolist() == IDS[::-1].tolist()
+    cache.close()

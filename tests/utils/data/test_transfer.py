@@ -1,0 +1,326 @@
+"""put, get, list, remove: verified, again at will, and nothing outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.gcs_server import FakeGcsServer, Fault
+from tests.sample_json import UNREADABLE
+from tests.sample_shards import flip_bit
+from utils.base.errors import AccessDeniedError, DataError, ExitCode, StorageError, UsageError
+from utils.data.transfer import (
+    Found,
+    find_objects,
+    get_tree,
+    put_tree,
+    remove_objects,
+    require_safe_name,
+)
+from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_file
+from utils.storage.directory import DirectoryBucket
+from utils.storage.open import open_bucket
+
+HOSTILE = ["../a", "a/../../b", "/etc/a", "-rf", "a/-rf", "a*b", "$(x)", "a\nb", "a\x1b[2Jb"]
+HOSTILE += ["a//b", "", ".", "a\\b", "a;b", "a`b`", "\ud800", "x" * 1025]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "tree"
+    (root / "sub" / "deep").mkdir(parents=True)
+    (root / "index.json").write_text("{}")
+    (root / "a.npz").write_bytes(os.urandom(100_000))
+    (root / "sub" / "d\u00e9j\u00e0 vu.txt").write_text("text")
+    (root / "sub" / "deep" / "empty").touch()
+    (root / ".tmp-1234").write_bytes(b"left by a crash")
+    return root
+
+
+@pytest.fixture(params=["directory", "gcs"])
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "directory":
+        return str(tmp_path / "target")
+    request.getfixturevalue("gcs")
+    return "gs://runs/some/data"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and not path.name.startswith(".tmp-")
+    }
+
+
+def put(source: Path, uri: str, **options: object) -> tuple[int, int]:
+    bucket = open_bucket(uri)
+    try:
+        report = put_tree(source, bucket, **options)
+    finally:
+        bucket.close()
+    return report.files, report.skipped_files
+
+
+def get(uri: str, directory: Path) -> tuple[int, int]:
+    found = find_objects(uri)
+    try:
+        report = get_tree(found, directory)
+    finally:
+        found.bucket.close()
+    return report.files, report.skipped_files
+
+
+def test_there_and_back_again_is_the_same(tree: Path, target: str, tmp_path: Path) -> None:
+    assert put(tree, target) == (4, 0)
+    assert get(target, tmp_path / "back") == (4, 0)
+    assert contents(tmp_path / "back") == contents(tree)
+    assert put(tree, target) == (4, 4)
+    assert get(target, tmp_path / "back") == (4, 4)
+
+
+def test_only_what_differs_is_copied_again(tree: Path, target: str, tmp_path: Path) -> None:
+    put(tree, target)
+    get(target, tmp_path / "back")
+    data = bytearray((tree / "a.npz").read_bytes())
+    data[500] ^= 1  # the same size
+    (tree / "a.npz").write_bytes(data)
+
+    assert put(tree, target) == (4, 3)
+    assert get(target, tmp_path / "back") == (4, 3)
+    assert contents(tmp_path / "back") == contents(tree)
+
+
+def test_one_file_goes_and_comes_by_its_name(tree: Path, target: str, tmp_path: Path) -> None:
+    assert put(tree / "a.npz", target) == (1, 0)
+    assert get(f"{target}/a.npz", tmp_path / "back") == (1, 0)
+    assert (tmp_path / "back" / "a.npz").read_bytes() == (tree / "a.npz").read_bytes()
+
+
+def test_removing_leaves_nothing_but_the_neighbours(
+    tree: Path, target: str, tmp_path: Path
+) -> None:
+    put(tree, f"{target}/one")
+    put(tree, f"{target}/oneself")
+    found = find_objects(f"{target}/one")
+    remove_objects(found)
+    found.bucket.close()
+
+    with pytest.raises(UsageError, match="nothing is there"):
+        find_objects(f"{target}/one")
+    assert get(f"{target}/oneself", tmp_path / "back") == (4, 0)
+    assert not (Path(target) / "one").exists()
+
+
+def test_progress_ends_with_everything(tree: Path, target: str) -> None:
+    seen: list[tuple[str, int, int | None]] = []
+    put(tree, target, on_progress=lambda *values: seen.append(values))
+    total = sum(map(len, contents(tree).values()))
+    assert seen[-1] == ("Uploading", total, total)
+    assert len(seen) == 4
+
+
+class RecordingBucket(DirectoryBucket):
+    """A bucket that remembers what was done in which order, and may fail."""
+
+    def __init__(self, root: Path, fails_at: str | None = None) -> None:
+        super().__init__(root)
+        self.fails_at = fails_at
+        self.done: list[str] = []
+
+    def put_file(self, name: str, path: Path) -> ObjectInfo:
+        if name == self.fails_at:
+            raise StorageError(f"{name}: connection lost.")
+        self.done.append(name)
+        return super().put_file(name, path)
+
+    def delete(self, name: str) -> None:
+        self.done.append(name)
+        super().delete(name)
+
+
+def test_the_index_is_put_last_and_removed_first(tree: Path, tmp_path: Path) -> None:
+    bucket = RecordingBucket(tmp_path / "b")
+    put_tree(tree, bucket)
+    remove_objects(Found(bucket, tuple(bucket.list())))
+    assert bucket.done[3] == bucket.done[4] == "index.json"
+
+
+@pytest.mark.parametrize("folder", ["", "sub/"])
+def test_a_file_that_its_index_does_not_vouch_for_stays_where_it_is(
+    tree: Path, target: str, tmp_path: Path, folder: str
+) -> None:
+    said = crc32c_of_file(tree / "a.npz")
+    index = {"shards": [{"name": "deep/x.npz", "crc32c": said}, {"name": "y", "crc32c": None}]}
+    (tree / folder / "deep").mkdir(exist_ok=True)
+    shutil.copy(tree / "a.npz", tree / folder / "deep" / "x.npz")
+    (tree / folder / "index.json").write_text(json.dumps(index))
+    put(tree, target)
+    flip_bit(tree / folder / "deep" / "x.npz")
+    with pytest.raises(
+        DataError, match=rf"{folder}deep/x.npz is damaged or was replaced"
+    ) as caught:
+        put(tree, target)
+    assert caught.value.exit_code == ExitCode.USAGE
+    bucket = open_bucket(target)
+    bucket.put_file(f"{folder}deep/x.npz", tree / folder / "deep" / "x.npz")
+    bucket.close()
+    with pytest.raises(DataError, match=f"{folder}deep/x.npz is damaged or was replaced"):
+        get(target, tmp_path / "back")
+    assert not (tmp_path / "back" / folder / "index.json").exists()
+    assert not (tmp_path / "back" / folder / "deep" / "x.npz").exists()
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_index_that_cannot_be_read_is_not_copied_over_a_good_one(
+    tree: Path, target: str, tmp_path: Path, kind: str
+) -> None:
+    put(tree, target)
+    get(target, tmp_path / "back")
+    before = contents(tmp_path / "back")
+    (tree / "index.json").write_bytes(UNREADABLE[kind])
+    with pytest.raises(DataError, match="index.json is not usable"):
+        put(tree, target)
+    bucket = open_bucket(target)
+    bucket.put_file("index.json", tree / "index.json")
+    bucket.close()
+    with pytest.raises(DataError, match="index.json is not usable"):
+        get(target, tmp_path / "back")
+    assert contents(tmp_path / "back") == before
+
+
+def test_an_interrupted_upload_has_no_index_and_goes_on(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="connection lost"):
+        put_tree(tree, RecordingBucket(tmp_path / "b", "a.npz"))
+    assert not (tmp_path / "b" / "index.json").exists()
+    put_tree(tree, DirectoryBucket(tmp_path / "b"))
+    assert contents(tmp_path / "b") == contents(tree)
+
+
+def test_transient_faults_and_corruption_on_the_way_do_no_harm(
+    tree: Path, tmp_path: Path, gcs: FakeGcsServer
+) -> None:
+    gcs.add_fault(Fault("status", times=3, operation="upload", status=503))
+    put(tree, "gs://runs/x")
+    gcs.add_fault(Fault("status", times=2, operation="object.download", status=429))
+    get("gs://runs/x", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tree)
+
+
+def test_a_large_upload_goes_on_inside_the_file_after_a_lost_connection(
+    tmp_path: Path, gcs: FakeGcsServer
+) -> None:
+    data = os.urandom(12 * 2**20)
+    (tmp_path / "large.npz").write_bytes(data)
+    fault = gcs.add_fault(Fault("reset", times=1, operation="upload.chunk", after_bytes=9 * 2**20))
+    put(tmp_path / "large.npz", "gs://runs/x")
+
+    assert fault.fired == 1
+    assert gcs.read_object("runs", "x/large.npz") == data
+    assert len(gcs.requests("upload.start")) == 1  # the same session
+
+
+def test_a_refusal_is_not_tried_again_and_is_one_error(tree: Path, gcs: FakeGcsServer) -> None:
+    gcs.create_bucket("locked", writable=False)
+    with pytest.raises(AccessDeniedError, match="gs://locked"):
+        put(tree, "gs://locked/x")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_are_refused(name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        require_safe_name(name)
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "a.b-c_d/e f", "d\u00e9j\u00e0/\u4f60.npz", ".hidden", "a=1,b@2"]
+)
+def test_plain_names_are_not(name: str) -> None:
+    assert require_safe_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["../out", "-rf", "a*b", "a\nb", "ok/../../out"])
+def test_hostile_objects_are_refused_with_nothing_written(
+    tmp_path: Path, gcs: FakeGcsServer, name: str
+) -> None:
+    gcs.put_object("runs", "x/fine", b"1")
+    gcs.put_object("runs", f"x/{name}", b"2")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match="is not a name to copy"):
+        get("gs://runs/x", tmp_path / "back")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_hostile_files_are_refused_with_nothing_put(tree: Path, target: str) -> None:
+    (tree / "$(touch x)").touch()
+    with pytest.raises(UsageError, match="is not a name to copy"):
+        put(tree, target)
+    with pytest.raises(UsageError, match="nothing is there"):
+        find_objects(target)
+
+
+def test_a_link_that_leads_out_of_the_directory_is_not_followed(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "back").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "back" / "sub").symlink_to(tmp_path / "outside")
+    with pytest.raises(UsageError, match="leads out"):
+        get(str(tree), tmp_path / "back")
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_a_download_that_was_killed_leaves_nothing_after_the_next(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        """As a SIGKILL: nobody cleans up."""
+
+    def killed(self: Path, target: Path) -> Path:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(Killed):
+            get(str(tree), tmp_path / "back")
+    assert any(path.name.startswith(".tmp-") for path in (tmp_path / "back").rglob("*"))
+    get(str(tree), tmp_path / "back")
+    assert not [path for path in (tmp_path / "back").rglob("*") if path.name.startswith(".tmp-")]
+
+
+def test_what_changes_while_it_is_copied_is_an_error(tree: Path, tmp_path: Path) -> None:
+    bucket = DirectoryBucket(tree)
+    found = Found(bucket, (ObjectInfo("a.npz", 100_000, "AAAAAA=="),))
+    with pytest.raises(StorageError, match="changed while it was copied"):
+        get_tree(found, tmp_path / "back")
+    assert list((tmp_path / "back").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path: put_tree(path / "none", DirectoryBucket(path / "b")),
+        lambda path: put_tree(path / "empty", DirectoryBucket(path / "b")),
+        lambda path: get(str(path / "tree"), path / "tree" / "a.npz"),
+        lambda path: find_objects(str(path / "none")),
+    ],
+)
+def test_what_is_not_there_or_in_the_way_is_a_usage_error(
+    tree: Path, tmp_path: Path, use: Callable[[Path], object]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError):
+        use(tmp_path)
+
+
+def test_the_current_directory_is_not_removed(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree / "sub")
+    bucket: Bucket = DirectoryBucket(tree)
+    with pytest.raises(UsageError, match="not removed"):
+        remove_objects(Found(bucket, tuple(bucket.list())))
+    assert (tree / "index.json").exists()

@@ -1,0 +1,206 @@
+"""Texts of a model: the same with and without a cache, by seed, and no trace in the model."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from utils.base.errors import UsageError
+from utils.models.generation import generate, stream_tokens
+from utils.models.token_choice import Sampling, choose_token
+
+VOCAB, CONTEXT = 61, 24
+PROMPT = [5, 17, 3, 44]
+GREEDY = Sampling(max_tokens=12, temperature=0)
+
+
+def build(kind: str = "neox", context: int = CONTEXT) -> Any:
+    from transformers import (
+        AutoModelForCausalLM,
+        GPT2Config,
+        GPTNeoXConfig,
+        LlamaConfig,
+    )
+
+    shape: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": context,
+    }  # fmt: skip
+    config: Any
+    if kind == "neox":
+        config = GPTNeoXConfig(**shape, intermediate_size=64, hidden_dropout=0.3)
+    elif kind == "llama":
+        config = LlamaConfig(**shape, intermediate_size=64, num_key_value_heads=1)
+    else:
+        config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=context)
+    torch.manual_seed(3)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    return model.train()
+
+
+@pytest.fixture(scope="module")
+def neox() -> Any:
+    return build()
+
+
+def without_cache(model: Any, prompt: list[int], number: int) -> list[int]:
+    ids = list(prompt)
+    model.eval()
+    with torch.no_grad():
+        for _ in range(number):
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            ids.append(int(logits.argmax()))
+    model.train()
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", ["neox", "llama", "gpt2"])
+def test_the_cache_changes_no_token(kind: str) -> None:
+    model = build(kind)
+    assert generate(model, PROMPT, GREEDY) == without_cache(model, PROMPT, 12)
+
+
+@pytest.mark.parametrize("kind", ["neox", "gpt2"])
+def test_a_text_goes_on_when_the_context_is_full(kind: str) -> None:
+    model = build(kind)
+    tokens = generate(model, PROMPT, Sampling(max_tokens=70, temperature=0))
+    assert len(tokens) == 70
+    begin = CONTEXT + 1 - len(PROMPT)  # what fits, and the one that the full context gives
+    assert tokens[:begin] == without_cache(model, PROMPT, begin)
+    # From there on it reads the newer half again.
+    half = [*PROMPT, *tokens[:begin]][-CONTEXT // 2 :]
+    assert tokens[begin : begin + 5] == without_cache(model, half, 5)
+
+
+def test_of_a_prompt_longer_than_the_context_the_end_is_used(neox: Any) -> None:
+    prompt = [number % VOCAB for number in range(3 * CONTEXT)]
+    expected = without_cache(neox, prompt[-CONTEXT // 2 :], 3)
+    assert generate(neox, prompt, Sampling(max_tokens=3, temperature=0)) == expected
+
+
+def test_a_seed_decides_the_text(neox: Any) -> None:
+    texts = [generate(neox, PROMPT, Sampling(max_tokens=20, seed=seed)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_look_leaves_everything_as_it_was(neox: Any) -> None:
+    neox.gpt_neox.layers[0].eval()  # a part in another mode than the rest
+    modes = [module.training for module in neox.modules()]
+    weights = {name: tensor.clone() for name, tensor in neox.state_dict().items()}
+    buffers = {name: tensor.clone() for name, tensor in neox.named_buffers()}
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+
+    generate(neox, PROMPT, Sampling(max_tokens=2 * CONTEXT, temperature=0.9, top_p=0.9))
+    tokens = stream_tokens(neox, PROMPT, GREEDY)
+    next(tokens)
+    assert not neox.training
+    assert torch.is_grad_enabled()  # between two tokens
+    tokens.close()
+
+    assert [module.training for module in neox.modules()] == modes
+    neox.train()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in neox.state_dict().items())
+    assert all(torch.equal(tensor, buffers[name]) for name, tensor in neox.named_buffers())
+    assert all(parameter.grad is None for parameter in neox.parameters())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert random.getstate() == states[2]
+
+
+def test_the_mode_comes_back_after_an_error(neox: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(neox, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(neox, PROMPT, GREEDY)
+    assert neox.training
+
+
+def test_a_compiled_model_is_not_compiled_for_a_text() -> None:
+    model = build()
+
+    def backend(*_: Any) -> Any:
+        raise AssertionError("compiled")
+
+    expected = generate(model, PROMPT, GREEDY)
+    model.compile(backend=backend)
+    assert generate(model, PROMPT, GREEDY) == expected
+
+
+def test_a_text_ends_at_an_end_token_at_the_limit_and_when_asked(neox: Any) -> None:
+    tokens = generate(neox, PROMPT, GREEDY)
+    end = next(token for token in tokens if token != tokens[0])
+    assert generate(neox, PROMPT, GREEDY, end_ids=(end,)) == tokens[: tokens.index(end)]
+    assert generate(neox, PROMPT, Sampling(max_tokens=0)) == []
+    asked: list[bool] = []
+
+    def should_stop() -> bool:
+        asked.append(len(asked) == 3)
+        return asked[-1]
+
+    assert generate(neox, PROMPT, GREEDY, should_stop=should_stop) == tokens[:3]
+
+
+def test_broken_weights_have_no_text() -> None:
+    model = build()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    assert generate(model, PROMPT, Sampling(max_tokens=5)) == []
+
+
+@pytest.mark.parametrize("prompt", [[], [VOCAB], [-1]])
+def test_a_prompt_that_the_model_cannot_read_is_an_error(neox: Any, prompt: list[int]) -> None:
+    with pytest.raises(UsageError, match="prompt"):
+        generate(neox, prompt, GREEDY)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"max_tokens": -1}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1},
+     {"top_p": 0.0}, {"top_p": 1.1}],
+)  # fmt: skip
+def test_a_value_out_of_range_is_an_error(values: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(values))} must be"):
+        Sampling(**values)
+
+
+PROBABILITIES = torch.tensor([0.05, 0.5, 0.15, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "possible"),
+    [
+        (Sampling(), {0, 1, 2, 3}),
+        (Sampling(top_k=1), {1}),
+        (Sampling(top_k=3), {1, 2, 3}),
+        (Sampling(top_k=99), {0, 1, 2, 3}),
+        (Sampling(top_p=0.01), {1}),
+        (Sampling(top_p=0.5), {1}),
+        (Sampling(top_p=0.51), {1, 3}),
+        (Sampling(top_p=0.9), {1, 2, 3}),
+        # Of the two likeliest, the first alone has 0.625.
+        (Sampling(top_k=2, top_p=0.6), {1}),
+        (Sampling(temperature=0), {1}),
+        (Sampling(temperature=1e-300), {1}),
+    ],
+)
+def test_what_can_be_chosen(sampling: Sampling, possible: set[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = PROBABILITIES.log()
+    assert {choose_token(logits, sampling, generator) for _ in range(300)} == possible
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_choices_have_the_probabilities_of_the_model(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sampling = Sampling(temperature=temperature)
+    chosen = [choose_token(PROBABILITIES.log(), sampling, generator) for _ in range(4000)]
+    expected = nn.functional.softmax(PROBABILITIES.log() / temperature, dim=0)
+    shares = np.bincount(chosen, minlength=4) / len(chosen)
+    np.testing.assert_allclose(shares, expected.numpy(), atol=0.03)

@@ -1,0 +1,815 @@
+"""A checkpoint from the bucket is the one that was uploaded, or nothing at all is left of it."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from isal import igzip
+
+from tests.gcs_server import FakeGcsServer, Fault
+from tests.sample_checkpoints import RUN_ID, make_checkpoint, seal
+from utils.base.errors import (
+    AccessDeniedError,
+    CheckpointError,
+    StorageError,
+    TransientStorageError,
+    UsageError,
+)
+from utils.base.uri import is_gcs_uri
+from utils.checkpoints.journal import Journal, UploadState
+from utils.checkpoints.layout import archive_object, card_object, read_json, read_manifest
+from utils.checkpoints.store import remove_leftovers, verify_checkpoint
+from utils.checkpoints.views import is_verified_in
+from utils.remote import archive_reading
+from utils.remote.archive_reading import MAX_ATTEMPTS
+from utils.remote.download import download_checkpoint
+from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_bytes, crc32c_of_file
+from utils.storage.directory import DirectoryBucket
+from utils.storage.open import open_bucket
+from utils.uploads.archive import write_archive
+from utils.uploads.job import UploadProgress, run_job
+from utils.uploads.transports import TransportOptions
+from utils.uploads.uploader import Uploader, find_unfinished
+
+NAME = "checkpoint-epoch0-step50-files0"
+OTHER = "checkpoint-epoch0-step60-files0"
+PROJECT = Path(__file__).resolve().parents[3]
+
+
+class ScriptedBucket(DirectoryBucket):
+    """A directory whose reads of one object go wrong as scripted: one entry a read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.faults: dict[str, list[Exception | Callable[[bytes], bytes]]] = {}
+        self.reads: list[tuple[str, int]] = []
+
+    def read_bytes(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        self.reads.append((name, start))
+        faults = self.faults.get(name, [])
+        fault = faults.pop(0) if faults else None
+        if isinstance(fault, Exception):
+            raise fault
+        data = super().read_bytes(name, start, length)
+        return data if fault is None else fault(data)
+
+
+class VouchingBucket(ScriptedBucket):
+    """It knows the checksums of its objects, as gs:// does."""
+
+    def stat(self, name: str) -> ObjectInfo | None:
+        info = super().stat(name)
+        return info and ObjectInfo(name, info.size, self.crc32c(name))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The checkpoint where it was written."""
+    checkpoint = make_checkpoint(tmp_path / "source", 50)
+    (checkpoint / "optimizer.bin").write_bytes(os.urandom(50_000))
+    (checkpoint / "empty.json").write_bytes(b"")
+    seal(checkpoint, 50)
+    return checkpoint
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> ScriptedBucket:
+    return ScriptedBucket(tmp_path / "bucket")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def fetch(bucket: Bucket, directory: Path) -> Callable[..., Path]:
+    def download(name: str = NAME, using: Bucket | None = None, **options: Any) -> Path:
+        journal = Journal(directory / "uploads.jsonl")
+        return download_checkpoint(
+            using or bucket, name, directory, journal, first_backoff_seconds=0.001, **options
+        )
+
+    return download
+
+
+def upload(bucket: Bucket, checkpoint: Path) -> None:
+    """Upload as the trainer does, but in this process."""
+    journal = Journal(checkpoint.parent / "uploads.jsonl")
+    options = TransportOptions(bucket.uri, "python" if is_gcs_uri(bucket.uri) else "directory")
+    with Uploader(
+        options, journal, perform=lambda job, *_: run_job(job, UploadProgress())
+    ) as uploader:
+        uploader.submit(checkpoint)
+        uploader.drain(60, lambda _: None)
+    assert uploader.verified == [checkpoint.name]
+
+
+def make_card(checkpoint: Path, archive: bytes) -> dict[str, Any]:
+    return {
+        "manifest": read_json(checkpoint / "manifest.json"),
+        "metadata": read_json(checkpoint / "metadata.json"),
+        "archive": {"size": len(archive), "crc32c": crc32c_of_bytes(archive)},
+    }
+
+
+def publish(bucket: Bucket, checkpoint: Path, archive: bytes) -> None:
+    """Put an archive of any content, with a card that vouches for its bytes."""
+    bucket.put_bytes(archive_object(NAME), archive)
+    bucket.put_bytes(card_object(NAME), json.dumps(make_card(checkpoint, archive)).encode())
+
+
+def archive_of(checkpoint: Path) -> bytes:
+    sink = io.BytesIO()
+    write_archive(checkpoint, read_manifest(checkpoint), sink)
+    return sink.getvalue()
+
+
+def change_card(bucket: Bucket, **changes: Any) -> None:
+    card = json.loads(bucket.read_bytes(card_object(NAME)))
+    bucket.put_bytes(card_object(NAME), json.dumps({**card, **changes}).encode())
+
+
+def contents(checkpoint: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+
+
+def assert_nothing_was_left(directory: Path) -> None:
+    assert not directory.exists() or list(directory.iterdir()) == []
+
+
+# What comes back.
+
+
+def test_a_download_is_the_checkpoint_that_was_uploaded(
+    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
+) -> None:
+    upload(bucket, source)
+    progress: list[tuple[str, int, int]] = []
+    found = fetch(on_progress=lambda *report: progress.append(report))
+
+    assert found == directory / NAME
+    assert contents(found) == contents(source)
+    assert verify_checkpoint(found) == read_manifest(source)
+    left = {path.name for path in directory.iterdir()}
+    assert left == {NAME, "uploads.jsonl", "uploads.jsonl.lock"}
+    archive_bytes = (bucket.root / archive_object(NAME)).stat().st_size
+    total = read_manifest(source).total_bytes
+    assert progress[0] == ("downloading", archive_bytes, archive_bytes)
+    assert progress[-1] == ("unpacking", total, total)
+
+
+def test_a_download_is_known_as_verified_and_not_uploaded_again(
+    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
+) -> None:
+    upload(bucket, source)
+    found = fetch()
+    entry = Journal(directory / "uploads.jsonl").latest()[NAME]
+    uploaded = Journal(source.parent / "uploads.jsonl").latest()[NAME]
+    assert (entry.run_id, entry.state) == (RUN_ID, UploadState.VERIFIED)
+    assert entry.details.items() <= uploaded.details.items()
+    assert is_verified_in(bucket.uri, found, entry)
+    assert find_unfinished(directory, Journal(directory / "uploads.jsonl"), bucket.uri) == []
+
+
+def test_a_journal_that_cannot_be_written_costs_only_a_second_upload(
+    bucket: ScriptedBucket, source: Path, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    upload(bucket, source)
+    directory.mkdir()
+    found = download_checkpoint(bucket, NAME, directory, Journal(directory / NAME))
+    assert verify_checkpoint(found)
+    assert "will be uploaded again" in caplog.text
+
+
+def test_a_download_from_gs_survives_faults_and_is_the_same(
+    gcs: FakeGcsServer, source: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive_reading, "READ_BLOCK_BYTES", 20_000)
+    remote = open_bucket("gs://runs/team/a", retry_seconds=5)
+    upload(remote, source)
+    busy = gcs.add_fault(Fault("status", times=2, operation="object.download", status=503))
+    cut = gcs.add_fault(
+        Fault("reset", operation="object.download", name="*.tar.gz", after_bytes=5_000)
+    )
+    journal = Journal(directory / "uploads.jsonl")
+    found = download_checkpoint(remote, NAME, directory, journal)
+    assert (busy.fired, cut.fired) == (2, 1)
+    assert contents(found) == contents(source)
+    assert is_verified_in(remote.uri, found, journal.latest()[NAME])
+
+    shutil.rmtree(directory)
+    damaged = gcs.read_object("runs", f"team/a/{archive_object(NAME)}")
+    damaged = damaged[:-9] + bytes([damaged[-9] ^ 1]) + damaged[-8:]
+    gcs.put_object("runs", f"team/a/{archive_object(NAME)}", damaged)
+    gcs.clear_requests()
+    with pytest.raises(CheckpointError, match="is damaged"):
+        download_checkpoint(remote, NAME, directory, journal)
+    # The bucket's own checksum tells, before 3 GB are downloaded for nothing.
+    assert len(gcs.requests("object.download")) == 1
+    remote.close()
+
+
+# What is there already.
+
+
+def test_the_same_checkpoint_on_this_machine_is_left_as_it_is(
+    bucket: ScriptedBucket, source: Path, fetch: Callable[..., Path]
+) -> None:
+    upload(bucket, source)
+    found = fetch()
+    bucket.reads.clear()
+    assert fetch() == found
+    assert bucket.reads == [(card_object(NAME), 0)]
+
+
+def test_another_checkpoint_of_that_name_is_never_replaced(
+    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
+) -> None:
+    upload(bucket, source)
+    own = make_checkpoint(directory, 50, current_loss=1.0)
+    before = contents(own)
+    with pytest.raises(CheckpointError, match=r"exists and is not what .* but another one\. Noth"):
+        fetch()
+    assert contents(own) == before
+
+
+@pytest.mark.parametrize("damage", ["file", "manifest", "link"])
+def test_a_damaged_checkpoint_of_that_name_is_never_replaced(
+    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path], damage: str
+) -> None:
+    upload(bucket, source)
+    found = fetch()
+    if damage == "link":
+        found.rename(directory / "elsewhere")
+        found.symlink_to(directory / "nowhere")
+    elif damage == "file":
+        os.truncate(found / "model.safetensors", 5)
+    else:
+        (found / "manifest.json").unlink()
+    left = sorted(directory.rglob("*"))
+    with pytest.raises(CheckpointError, match="not a whole one.*Move it away"):
+        fetch()
+    assert sorted(directory.rglob("*")) == left
+
+
+def test_a_checkpoint_that_appears_meanwhile_is_not_replaced(
+    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
+) -> None:
+    upload(bucket, source)
+
+    def save(stage: str, done: int, total: int) -> None:
+        if stage == "unpacking" and not (directory / NAME).exists():
+            make_checkpoint(directory, 50, current_loss=1.0)
+
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        fetch(on_progress=save)
+    assert read_json(directory / NAME / "metadata.json")["current_loss"] == 1.0
+    assert [path.name for path in directory.iterdir()] == [NAME]
+
+
+# The name and the card.
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", f"../{NAME}", f"{NAME}/", f"{NAME}\n", "-rf"])
+def test_what_is_no_checkpoint_name_is_refused_before_anything_is_read(
+    bucket: ScriptedBucket, directory: Path, fetch: Callable[..., Path], name: str
+) -> None:
+    with pytest.raises(UsageError, match="not a checkpoint name"):
+        fetch(name)
+    assert bucket.reads == []
+    assert_nothing_was_left(directory)
+
+
+def test_an_upload_that_was_killed_before_its_card_is_ignored(
+    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
+) -> None:
+    upload(bucket, source)
+    bucket.delete(card_object(NAME))
+    with pytest.raises(CheckpointError, match=f"{NAME} is ignored: .*not uploaded to its end"):
+        fetch()
+    assert_nothing_was_left(directory)
+
+
+def manifest_with(card: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**card, "manifest": {**card["manifest"], **changes}}
+
+
+def archive_with(card: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**card, "archive": {**card["archive"], **changes}}
+
+
+def files_with(card: dict[str, Any], **files: Any) -> dict[str, Any]:
+    return manifest_with(card, files={**card["manifest"]["files"], **files})
+
+
+BAD_CARDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "empty": (lambda card: b"", "not a usable card"),
+    "cut": (lambda card: json.dumps(card).encode()[:-20], "not a usable card"),
+    "html": (lambda card: b"<html>", "not a usable card"),
+    "deep": (lambda card: b"[" * 100_000, "not a usable card"),
+    "list": (lambda card: [card], "not a usable card"),
+    "nothing in it": (lambda card: {}, "no 'manifest'"),
+    "no archive": (lambda card: {"manifest": card["manifest"]}, "no 'archive'"),
+    "archive a list": (lambda card: {**card, "archive": [1]}, "not a usable card"),
+    "archive negative": (lambda card: archive_with(card, size=-1), "archive of -1 bytes"),
+    "archive true": (lambda card: archive_with(card, size=True), "archive of True bytes"),
+    "no checksum": (lambda card: archive_with(card, crc32c=None), "crc32c None"),
+    "other format": (lambda card: manifest_with(card, format=2), "format 1 expected"),
+    "of another checkpoint": (lambda card: manifest_with(card, step=60), "it is of step 60"),
+    "path in a file name": (
+        lambda card: files_with(card, **{"../x": {"size": 1, "crc32c": ""}}),
+        "'../x'",
+    ),
+    "negative size": (lambda card: files_with(card, x={"size": -9, "crc32c": ""}), "negative"),
+    "no files": (lambda card: manifest_with(card, files={}), "names no files"),
+    "manifest in itself": (
+        lambda card: files_with(card, **{"manifest.json": {"size": 1, "crc32c": ""}}),
+        "names manifest.json itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CARDS)
+def test_a_bad_card_is_refused_and_no_archive_is_read(
+    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path], case: str
+) -> None:
+    upload(bucket, source)
+    change, message = BAD_CARDS[case]
+    card = change(json.loads(bucket.read_bytes(card_object(NAME))))
+    data = card if isinstance(card, bytes) else json.dumps(card).encode()
+    bucket.put_bytes(card_object(NAME), data)
+    bucket.reads.clear()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        fetch()
+    assert str(caught.value).startswith(f"{NAME} cannot be used: ")
+    assert bucket.reads == [(card_object(NAME), 0)]
+    assert_nothing_was_left(directory)
+
+
+def test_a_card_without_end_is_not_read_to_its_end(
+    bucket: ScriptedBucket,
+    source: Path,
+    fetch: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upload(bucket, source)
+    monkeypatch.setattr(archive_reading, "MAX_CARD_BYTES", 100)
+    with pytest.raises(CheckpointError, match="more than 100 bytes"):
+        fetch()
+
+
+# The archive as bytes: nothing is opened that is not what the card says.
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def cut_at_a_member_boundary(data: bytes) -> bytes:
+    """Return an archive that tar extracts without an error, one file short."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        last = archive.getmembers()[-1]
+    return igzip.compress(igzip.decompress(data)[: last.offset])
+
+
+DAMAGED_ARCHIVES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "flipped": (flip, "is damaged .*its crc32c is"),
+    "cut": (lambda data: data[:-100], "is damaged .*it has"),
+    "cut at a member": (cut_at_a_member_boundary, "is damaged .*it has"),
+    "longer": (lambda data: data + b"\0" * 100_000, "is damaged .*it has"),
+    "empty": (lambda data: b"", "is damaged .*it has 0 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_ARCHIVES)
+@pytest.mark.parametrize("kind", [ScriptedBucket, VouchingBucket])
+def test_a_damaged_archive_is_never_opened(
+    tmp_path: Path,
+    source: Path,
+    directory: Path,
+    fetch: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[ScriptedBucket],
+    case: str,
+) -> None:
+    bucket = kind(tmp_path / "bucket")
+    upload(bucket, source)
+    damage, message = DAMAGED_ARCHIVES[case]
+    bucket.put_bytes(archive_object(NAME), damage(bucket.read_bytes(archive_object(NAME))))
+    monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("it was opened"))
+    monkeypatch.setattr(igzip, "open", lambda *_, **__: pytest.fail("it was opened"))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        fetch(using=bucket)
+    assert f"{NAME} cannot be used" in str(caught.value)
+    assert "its card says" in str(caught.value)
+    assert_nothing_was_left(directory)
+
+
+def test_a_card_without_its_archive_is_refused(
+    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
+) -> None:
+    upload(bucket, source)
+    bucket.delete(archive_object(NAME))
+    with pytest.raises(CheckpointError, match="its archive is not in"):
+        fetch()
+    assert_nothing_was_left(directory)
+
+
+def test_the_disk_must_have_room_for_archive_and_files_before_the_download(
+    bucket: ScriptedBucket,
+    source: Path,
+    directory: Path,
+    fetch: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upload(bucket, source)
+    archive = (bucket.root / archive_object(NAME)).stat().st_size
+    files = read_manifest(source).total_bytes
+    needed = archive + files
+    usage = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    numbers = f"needs {needed} bytes .*archive {archive}, files {files}.*; {needed - 1} are free"
+    with pytest.raises(CheckpointError, match=numbers):
+        fetch()
+    assert all(name == card_object(NAME) for name, _ in bucket.reads)
+    assert_nothing_was_left(directory)
+    usage.free = needed
+    assert fetch() == directory / NAME
+
+
+# The archive as files. Its bytes are what the card says, so that only its content can tell.
+
+
+def member(name: str, data: bytes = b"", **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = fields.pop("size", len(data))
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info, data
+
+
+Members = list[tuple[tarfile.TarInfo, bytes]]
+
+
+def members_of(checkpoint: Path) -> Members:
+    return [
+        member(f"{NAME}/{path.name}", path.read_bytes()) for path in sorted(checkpoint.iterdir())
+    ]
+
+
+def pack(members: Members, *, tail: bytes = bytes(1024)) -> bytes:
+    raw = io.BytesIO()
+    for info, data in members:
+        raw.write(info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % 512))
+    return igzip.compress(raw.getvalue() + tail)
+
+
+def without(members: Members, name: str) -> Members:
+    return [entry for entry in members if entry[0].name != f"{NAME}/{name}"]
+
+
+def with_content(members: Members, name: str, data: bytes) -> Members:
+    return [*without(members, name), member(f"{NAME}/{name}", data)]
+
+
+def with_link(members: Members, kind: bytes, target: str) -> Members:
+    link = member(f"{NAME}/optimizer.bin", type=kind, linkname=target, size=0)
+    return [*without(members, "optimizer.bin"), link]
+
+
+def with_sparse_file(members: Members) -> Members:
+    """Return the same content, told as the parts of a file with holes."""
+    data = dict_of(members)["optimizer.bin"]
+    parts = {"GNU.sparse.map": f"0,{len(data)}", "GNU.sparse.size": str(len(data))}
+    sparse = member(f"{NAME}/optimizer.bin", data, pax_headers=parts)
+    return [*without(members, "optimizer.bin"), sparse]
+
+
+def renamed(members: Members) -> Members:
+    return [member(info.name.replace(NAME, OTHER), data) for info, data in members]
+
+
+LARGE = 50 * 2**20
+HOSTILE: dict[str, tuple[Callable[[Members], bytes], str]] = {
+    "parent": (lambda m: pack([*m, member("../evil", b"x")]), "outside the destination"),
+    "parent inside": (lambda m: pack([*m, member(f"{NAME}/../../evil", b"x")]), "outside"),
+    "absolute": (lambda m: pack([*m, member("/evil", b"x")]), "'/?evil' does not belong|absolute"),
+    "beside": (lambda m: pack([*m, member("evil", b"x")]), "'evil' does not belong"),
+    "deeper": (lambda m: pack([*m, member(f"{NAME}/sub/evil", b"x")]), "does not belong"),
+    "own parent": (
+        lambda m: pack([member(f"{NAME}/x/../{i.name.split('/')[1]}", d) for i, d in m]),
+        "does not belong",
+    ),
+    "other checkpoint": (lambda m: pack([*m, member(f"{OTHER}/evil", b"x")]), "does not belong"),
+    "all of another checkpoint": (lambda m: pack(renamed(m)), "does not belong"),
+    "extra member": (lambda m: pack([*m, member(f"{NAME}/evil.py", b"x")]), "does not belong"),
+    "member twice": (lambda m: pack([*m, m[-1]]), "does not belong"),
+    "folder": (
+        lambda m: pack([member(f"{NAME}/", type=tarfile.DIRTYPE), *m]),
+        "does not belong",
+    ),
+    "folder as a file": (
+        lambda m: pack(
+            [*without(m, "empty.json"), member(f"{NAME}/empty.json", type=tarfile.DIRTYPE)]
+        ),
+        "no regular file",
+    ),
+    "symlink": (lambda m: pack(with_link(m, tarfile.SYMTYPE, "model.safetensors")), "no regular"),
+    "symlink outside": (lambda m: pack(with_link(m, tarfile.SYMTYPE, "/etc/passwd")), "absolute"),
+    "hard link": (
+        lambda m: pack(with_link(m, tarfile.LNKTYPE, f"{NAME}/model.safetensors")),
+        "no regular",
+    ),
+    "hard link outside": (
+        lambda m: pack(with_link(m, tarfile.LNKTYPE, "../../source/secret")),
+        "outside",
+    ),
+    "device": (lambda m: pack(with_link(m, tarfile.CHRTYPE, "")), "special file"),
+    "fifo": (lambda m: pack(with_link(m, tarfile.FIFOTYPE, "")), "special file"),
+    "sparse": (lambda m: pack(with_sparse_file(m)), "no regular file"),
+    "longer than the manifest says": (
+        lambda m: pack(with_content(m, "optimizer.bin", bytes(50_001))),
+        "has 50001 bytes, its manifest says 50000",
+    ),
+    "huge member": (
+        lambda m: pack(with_content(m, "optimizer.bin", bytes(LARGE))),
+        f"has {LARGE} bytes, its manifest says 50000",
+    ),
+    "huge extra member first": (
+        lambda m: pack([member(f"{NAME}/evil", bytes(LARGE)), *m]),
+        "does not belong",
+    ),
+    "huge manifest": (
+        lambda m: pack(with_content(m, "manifest.json", bytes(LARGE))),
+        f"manifest.json has {LARGE} bytes",
+    ),
+    "huge header": (
+        lambda m: pack(
+            [member("header", (b"%d a=" % LARGE).ljust(LARGE, b"x"), type=tarfile.XHDTYPE), *m]
+        ),
+        "unpacks to more",
+    ),
+    "huge long name": (
+        lambda m: pack([member("././@LongLink", b"x" * LARGE, type=tarfile.GNUTYPE_LONGNAME), *m]),
+        "unpacks to more",
+    ),
+    "missing member": (
+        lambda m: pack(without(m, "optimizer.bin")),
+        "'optimizer.bin' is not in it",
+    ),
+    "missing manifest": (
+        lambda m: pack(without(m, "manifest.json")),
+        "'manifest.json' is not in it",
+    ),
+    "cut at a member boundary": (lambda m: pack(m[:2], tail=b""), "is not in it|unexpected end"),
+    "cut in a member": (
+        lambda m: pack([(i, d[:9]) for i, d in m if "optim" in i.name], tail=b""),
+        "unexpected end",
+    ),
+    "other bytes": (
+        lambda m: pack(with_content(m, "optimizer.bin", bytes(50_000))),
+        "'optimizer.bin' in it is not what its manifest says",
+    ),
+    "other manifest": (
+        lambda m: pack(
+            with_content(m, "manifest.json", dict_of(m)["manifest.json"].replace(b"2026", b"2027"))
+        ),
+        "its manifest.json is not that of its card",
+    ),
+    "manifest that is none": (
+        lambda m: pack(with_content(m, "manifest.json", b"{}")),
+        "its manifest.json cannot be read",
+    ),
+    "no tar": (lambda m: igzip.compress(os.urandom(5000)), "cannot be unpacked"),
+    "no gzip": (lambda m: os.urandom(5000), "cannot be unpacked"),
+    "cut gzip": (lambda m: pack(m)[:-3000], "cannot be unpacked"),
+    "damaged gzip": (lambda m: flip(pack(m)), "cannot be unpacked|does not belong|not what its"),
+    "nothing": (lambda m: igzip.compress(b""), "cannot be unpacked"),
+}
+
+
+def dict_of(members: Members) -> dict[str, bytes]:
+    return {info.name.partition("/")[2]: data for info, data in members}
+
+
+def test_a_packed_checkpoint_is_fine_as_long_as_nothing_is_changed(
+    bucket: ScriptedBucket, source: Path, fetch: Callable[..., Path]
+) -> None:
+    publish(bucket, source, pack(members_of(source)))
+    assert contents(fetch()) == contents(source)
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_archive_leaves_nothing_behind(
+    bucket: ScriptedBucket,
+    source: Path,
+    directory: Path,
+    fetch: Callable[..., Path],
+    tmp_path: Path,
+    case: str,
+) -> None:
+    (source.parent / "secret").write_bytes(b"x" * 50_000)
+    build, message = HOSTILE[case]
+    publish(bucket, source, build(members_of(source)))
+    written = [0]
+    before = sorted(path for path in tmp_path.rglob("*") if directory not in path.parents)
+
+    def watch(stage: str, done: int, total: int) -> None:
+        if stage == "unpacking":
+            files = [path for path in directory.rglob("*") if path.is_file()]
+            sizes = [path.stat().st_size for path in files if path.suffix != ".gz"]
+            written[0] = max(written[0], sum(sizes))
+
+    with pytest.raises(CheckpointError, match=message) as caught:
+        fetch(on_progress=watch)
+    assert str(caught.value).startswith(f"{NAME} cannot be used: {bucket.uri}")
+    assert_nothing_was_left(directory)
+    after = sorted(path for path in tmp_path.rglob("*") if directory not in path.parents)
+    assert [path for path in after if path != directory] == before
+    assert written[0] <= read_manifest(source).total_bytes + 100_000
+
+
+def test_pickles_are_only_bytes(
+    bucket: ScriptedBucket, source: Path, fetch: Callable[..., Path], tmp_path: Path
+) -> None:
+    trap = tmp_path / "executed"
+    code = b"cposix\nsystem\n(S'touch %s'\ntR." % str(trap).encode()
+    (source / "random_states_0.pkl").write_bytes(code)
+    seal(source, 50)
+    upload(bucket, source)
+    assert (fetch() / "random_states_0.pkl").read_bytes() == code
+    assert not trap.exists()
+
+
+# Trouble on the way.
+
+
+def test_two_transient_errors_are_survived_and_nothing_is_read_twice(
+    bucket: ScriptedBucket,
+    source: Path,
+    fetch: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(archive_reading, "READ_BLOCK_BYTES", 20_000)
+    upload(bucket, source)
+    bucket.faults = {
+        card_object(NAME): [TransientStorageError("503"), TransientStorageError("503")],
+        archive_object(NAME): [bytes, TransientStorageError("reset"), lambda data: data[:-1]],
+    }
+    bucket.reads.clear()
+    assert contents(fetch()) == contents(source)
+    archive_reads = [start for name, start in bucket.reads if name == archive_object(NAME)]
+    assert archive_reads == [0, 20_000, 20_000, 20_000, 40_000]
+
+
+def test_bytes_that_changed_on_the_way_are_fetched_again(
+    tmp_path: Path, source: Path, directory: Path, fetch: Callable[..., Path]
+) -> None:
+    bucket = VouchingBucket(tmp_path / "bucket")
+    upload(bucket, source)
+    bucket.faults = {archive_object(NAME): [flip, flip]}
+    assert contents(fetch(using=bucket)) == contents(source)
+
+    shutil.rmtree(directory)
+    bucket.faults = {archive_object(NAME): [flip] * 99}
+    with pytest.raises(StorageError, match=r"changed on the way\. \(3 attempts\)"):
+        fetch(using=bucket)
+    assert_nothing_was_left(directory)
+
+
+@pytest.mark.parametrize("object_name", [card_object(NAME), archive_object(NAME)])
+def test_a_bucket_that_stays_down_is_given_up(
+    bucket: ScriptedBucket,
+    source: Path,
+    directory: Path,
+    fetch: Callable[..., Path],
+    object_name: str,
+) -> None:
+    upload(bucket, source)
+    bucket.faults = {object_name: [TransientStorageError("503 Busy")] * 99}
+    bucket.reads.clear()
+    with pytest.raises(StorageError, match=f"{NAME} could not be downloaded .*503 Busy"):
+        fetch()
+    assert [name for name, _ in bucket.reads].count(object_name) == MAX_ATTEMPTS
+    assert_nothing_was_left(directory)
+
+
+def test_a_refusal_is_not_tried_again(
+    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
+) -> None:
+    upload(bucket, source)
+    bucket.faults = {archive_object(NAME): [AccessDeniedError("403 Forbidden")]}
+    with pytest.raises(AccessDeniedError, match="403"):
+        fetch()
+    assert_nothing_was_left(directory)
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_disk_that_fails_leaves_nothing(
+    bucket: ScriptedBucket,
+    source: Path,
+    directory: Path,
+    fetch: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+) -> None:
+    upload(bucket, source)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(CheckpointError, match=f"{NAME} cannot be written to .*No space left"):
+        fetch()
+    monkeypatch.undo()
+    assert_nothing_was_left(directory)
+    assert fetch() == directory / NAME
+
+
+def test_an_interrupt_leaves_nothing(
+    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
+) -> None:
+    upload(bucket, source)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "unpacking":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(on_progress=interrupt)
+    assert_nothing_was_left(directory)
+
+
+def test_files_are_synced_before_the_name_is_given(
+    bucket: ScriptedBucket,
+    source: Path,
+    directory: Path,
+    fetch: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upload(bucket, source)
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    fetch()
+    files = [path.name for path in source.iterdir()]
+    assert sorted(synced[: len(files)]) == sorted(files)
+    assert synced[len(files) :] == [NAME, directory.name, "uploads.jsonl", directory.name]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from utils.remote.download import download_checkpoint
+from utils.checkpoints.journal import Journal
+from utils.storage.open import open_bucket
+def kill(stage, done, total):
+    if stage == sys.argv[4]:
+        os.kill(os.getpid(), signal.SIGKILL)
+directory = Path(sys.argv[2])
+journal = Journal(directory / "uploads.jsonl")
+download_checkpoint(open_bucket(sys.argv[1]), sys.argv[3], directory, journal, kill)
+"""
+
+
+@pytest.mark.parametrize("stage", ["downloading", "unpacking"])
+def test_what_a_killed_download_left_is_removed_at_the_next_start(
+    bucket: ScriptedBucket,
+    source: Path,
+    directory: Path,
+    fetch: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    stage: str,
+) -> None:
+    caplog.set_level(logging.INFO)
+    upload(bucket, source)
+    command = [sys.executable, "-c", KILLED, bucket.uri, str(directory), NAME, stage]
+    result = subprocess.run(command, cwd=PROJECT, check=False)
+    assert result.returncode == -signal.SIGKILL
+    left = list(directory.iterdir())
+    assert len(left) == 1
+    assert left[0].name.startswith(".saving-")
+    remove_leftovers(directory)
+    assert_nothing_was_left(directory)
+    assert crc32c_of_file(fetch() / "manifest.json") == crc32c_of_file(source / "manifest.json")

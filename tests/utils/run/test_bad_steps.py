@@ -1,0 +1,49 @@
+"""What is noted of a bad step, and which one ends a start."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from configs.training_config import TrainingConfig
+from utils.run import bad_steps
+from utils.training.step_guard import NON_FINITE, SPIKE, Verdict
+from utils.training_utils import Progress
+
+
+@pytest.mark.parametrize("steps_since", [0, 1])
+def test_a_record_names_the_samples_of_the_step_and_is_strict_json(steps_since: int) -> None:
+    step = 7 + steps_since  # the host may hear of it a step later
+    progress = Progress(step=step, sample_index=100 + 4 * step, global_batch_size=4)
+    verdict = Verdict(7, NON_FINITE, math.nan, math.inf)
+    assert bad_steps.describe(verdict, progress, "skip") == {
+        "step": 7,
+        "kind": "non-finite",
+        "loss": None,
+        "grad_norm": None,
+        "policy": "skip",
+        "sample_index": 100 + 4 * 6,  # where the step began
+    }
+
+
+@pytest.mark.parametrize(
+    ("policy", "earlier", "message"),
+    [
+        ("stop", [], "Step 2000 was bad: spike"),
+        ("skip", [], None),
+        ("skip", [1, 1000], None),  # too long ago
+        ("skip", [1001], None),
+        ("skip", [1001, 1999], "3 of the last 1000 steps were bad (max_bad_steps is 2)"),
+        ("rollback", [1001, 1999], "3 of the last 1000 steps were bad"),
+    ],
+)
+def test_one_too_many_of_the_last_steps_ends_the_start(
+    policy: Any, earlier: list[int], message: str | None
+) -> None:
+    config = TrainingConfig(bad_step=policy, max_bad_steps=2)
+    known = [{"step": step} for step in (*earlier, 2000)]
+    verdict = Verdict(2000, SPIKE, 50.0, 1.0)
+    found = bad_steps.find_divergence(verdict, Progress(step=2000, bad_steps=known), config)
+    assert found is None if message is None else message in str(found)

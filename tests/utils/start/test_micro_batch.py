@@ -1,0 +1,123 @@
+"""The largest micro-batch that fits, with the samples of a step kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from configs.model_config import build_model_config
+from configs.training_config import TrainingConfig, get_training_config
+from utils.base.errors import ConfigError, PreflightError
+from utils.models.building import count_parameters
+from utils.start import micro_batch
+
+CPU = torch.device("cpu")
+
+
+def resolve(
+    monkeypatch: pytest.MonkeyPatch, free: int, global_batch: int = 24, world_size: int = 1
+) -> TrainingConfig:
+    monkeypatch.setattr(micro_batch, "find_free_memory", lambda device: (free, "this machine"))
+    config = get_training_config(
+        "test", {"per_device_train_batch_size": "auto", "global_batch_size": global_batch}
+    )
+    model_config = build_model_config(config.model)
+    counts = count_parameters(model_config)
+    return micro_batch.resolve_micro_batch(config, model_config, counts, "no", CPU, world_size)
+
+
+def test_with_much_memory_a_step_is_one_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve(monkeypatch, 2**40)
+    assert config.per_device_train_batch_size == 24
+    assert config.resolve_batch(1) == (24, 1)
+
+
+def test_with_less_memory_the_step_keeps_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    for free in range(3 * 10**8, 2 * 10**9, 10**8):
+        config = resolve(monkeypatch, free)
+        samples, accumulation = config.resolve_batch(1)
+        assert samples == 24
+        assert accumulation * config.per_device_train_batch_size == 24
+        sizes.append(config.per_device_train_batch_size)
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) > 3
+
+
+def test_each_rank_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve(monkeypatch, 2**40, world_size=4)
+    assert config.per_device_train_batch_size == 6
+    with pytest.raises(ConfigError, match="24 is no multiple of 5 ranks"):
+        resolve(monkeypatch, 2**40, world_size=5)
+
+
+def test_samples_without_number_are_divided_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert micro_batch.divisors(12) == [12, 6, 4, 3, 2, 1]
+    assert micro_batch.divisors(10**18)[0] == 65536
+    assert micro_batch.divisors(1000003) == [1]  # prime
+    assert resolve(monkeypatch, 2**60, 10**18).per_device_train_batch_size == 65536
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_trial_on_a_gpu_leaves_room_for_the_buckets_of_ranks(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    monkeypatch.setattr(micro_batch, "find_free_memory", lambda device: (2**40, "a GPU"))
+    monkeypatch.setattr(micro_batch, "try_step", lambda *args: tried.append(args[-1]) or True)
+    config = get_training_config("test", {"per_device_train_batch_size": "auto"})
+    model_config = build_model_config(config.model)
+    counts = count_parameters(model_config)
+    micro_batch.resolve_micro_batch(
+        config, model_config, counts, "bf16", torch.device("cuda"), world_size
+    )
+    assert tried == [4 * counts.total * (world_size > 1)]
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_one_rank_tells_of_it(
+    is_main: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(micro_batch.ranks, "is_main_rank", lambda: is_main)
+    with caplog.at_level("INFO", logger="train"):
+        resolve(monkeypatch, 2**40)
+    assert caplog.text.count("Micro-batch: 24 samples") == is_main
+
+
+def test_what_does_not_fit_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PreflightError, match="Not even one sample of 512 tokens fits"):
+        resolve(monkeypatch, 10**6)
+
+
+def test_another_configuration_comes_back_as_it_is() -> None:
+    config = get_training_config("test")
+    assert micro_batch.resolve_micro_batch(config, None, None, "no", CPU, 1) is config  # type: ignore[arg-type]
+
+
+def test_auto_is_a_word_for_one_key_and_needs_the_samples_of_a_step() -> None:
+    config = get_training_config("test", {"per_device_train_batch_size": "auto"})
+    assert (config.auto_find_batch_size, config.per_device_train_batch_size) == (True, 1)
+    assert not get_training_config("test", {"per_device_train_batch_size": 2}).auto_find_batch_size
+    with pytest.raises(ConfigError, match="needs global_batch_size"):
+        get_training_config("production", {"per_device_train_batch_size": "auto"})
+    with pytest.raises(ConfigError, match="must be a whole number"):
+        get_training_config("test", {"per_device_train_batch_size": "most"})
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_filled_and_not_overfilled() -> None:
+    from utils.start.step_probe import try_step
+
+    device = torch.device("cuda")
+    config = get_training_config(
+        "test",
+        {"per_device_train_batch_size": "auto", "global_batch_size": 4096, "model": "pythia-160m",
+         "sequence_length": 2048},
+    )  # fmt: skip
+    model_config = build_model_config(config.model)
+    found = micro_batch.resolve_micro_batch(
+        config, model_config, count_parameters(model_config), "bf16", device, 1
+    )
+    assert try_step(found, model_config, "bf16", device)
+    free = torch.cuda.mem_get_info()[0]
+    assert free > 0.9 * torch.cuda.get_device_properties(device).total_memory  # all given back

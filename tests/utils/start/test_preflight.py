@@ -1,0 +1,100 @@
+"""What preflight says of data, model and memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from configs.model_config import build_model_config
+from configs.training_config import TrainingConfig
+from utils.base.errors import PreflightError
+from utils.data.shard_index import DataSource, ShardFacts, ShardIndex
+from utils.models.building import ParameterCounts
+from utils.models.estimates import MemoryEstimate
+from utils.start import machine_checks
+from utils.start.checks import Check, require_all
+from utils.start.forecast import RunFacts
+from utils.start.machine_checks import check_memory, find_free_memory
+from utils.start.preflight import check_settings, check_tokens, check_vocabulary
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+def source_of(tokens: int, vocab_size: int | None = None) -> DataSource:
+    shard = ShardFacts("train_0.npz", tokens, 1, None)
+    return DataSource("data", 1.0, ShardIndex((shard,), (), vocab_size))
+
+
+def tokens_check(parameters: int, available: int, steps: int) -> Check:
+    config = TrainingConfig(model="neox-tiny", sequence_length=100, max_steps=steps)
+    model, counts = build_model_config("neox-tiny"), ParameterCounts(parameters, 0)
+    return check_tokens(RunFacts(config, model, counts, "no", CPU, 1, 0, [source_of(available)]))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "available", "steps", "status", "text"),
+    [
+        (10**7, 10**9, 2 * 10**6, "ok", "0.20 epochs; 20.00 tokens per parameter"),
+        (10**7, 10**9, 10**5, "warn", "far too few for this model"),
+        (10**6, 10**9, 10**3, "ok", "0.10 tokens per parameter"),
+        (10**6, 10**6, 5 * 10**4, "warn", "more than 4 epochs"),
+    ],
+)
+def test_tokens_are_compared_with_the_data_and_the_model(
+    parameters: int, available: int, steps: int, status: str, text: str
+) -> None:
+    check = tokens_check(parameters, available, steps)
+    assert (check.status, text in check.message) == (status, True), check.message
+
+
+def test_an_unknown_vocabulary_of_the_data_is_said() -> None:
+    model = build_model_config("neox-tiny")
+    assert "in the data: 512" in check_vocabulary([source_of(1, 512)], model).message
+    assert "no index.json" in check_vocabulary([source_of(1)], model).message
+
+
+@pytest.mark.parametrize(
+    ("sizes", "status"), [((512,), "ok"), ((256,), "ok"), ((255,), "warn"), ((255, None), "ok")]
+)
+def test_a_vocabulary_that_the_data_hardly_use_is_told(
+    sizes: tuple[int | None, ...], status: str
+) -> None:
+    model = build_model_config("neox-tiny", {"vocab_size": 512})
+    check = check_vocabulary([source_of(1, size) for size in sizes], model)
+    advice = "model_overrides.vocab_size=255" in check.message
+    assert (check.status, advice) == (status, status == "warn"), check.message
+
+
+@pytest.mark.parametrize(("max_steps", "status"), [(11, "ok"), (10, "warn"), (3, "warn")])
+def test_a_run_that_ends_within_its_warm_up_is_told(max_steps: int, status: str) -> None:
+    config = TrainingConfig(model="neox-tiny", max_steps=max_steps, warmup_steps=10)
+    model, counts = build_model_config("neox-tiny"), ParameterCounts(1, 0)
+    check = check_settings(RunFacts(config, model, counts, "no", CPU, 1, 0, [source_of(1)]))
+    assert (check.status, "still rising" in check.message) == (status, status == "warn")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "status"), [(None, "ok"), (1.1, "ok"), (0.5, "ok"), (1.5, "fail")]
+)
+def test_a_small_step_that_takes_more_than_the_formula_says_is_believed(
+    ratio: float | None, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_checks, "available_memory", lambda: 10 * GIB)
+    need = MemoryEstimate(GIB, GIB, 0, GIB, GIB, total=8 * GIB)
+    assert check_memory(TrainingConfig(), need, CPU, ratio).status == status
+
+
+def test_ranks_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_checks, "available_memory", lambda: 10 * GIB)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    free, where = find_free_memory(CPU)
+    assert free == 5 * GIB
+    assert "for each of 2 ranks" in where
+
+
+def test_all_reasons_are_given_at_once() -> None:
+    checks = [Check("disk", "fail", "full"), Check("data", "ok", ""), Check("upload", "fail", "no")]
+    with pytest.raises(PreflightError, match="(?s)disk: full.*upload: no"):
+        require_all(checks)
+    require_all([Check("data", "warn", "")])

@@ -1,0 +1,547 @@
+"""Where a start begins: refused where it would mix runs, exact where it goes on, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sample_checkpoints import RUN_ID, make_checkpoint
+from tests.sample_json import UNREADABLE
+from utils.base.errors import (
+    CheckpointError,
+    ExitCode,
+    StorageError,
+    TransientStorageError,
+    UsageError,
+)
+from utils.checkpoints.journal import Journal, UploadState
+from utils.checkpoints.layout import RunIdentity, RunPaths, find_checkpoints, read_json, write_json
+from utils.checkpoints.store import verify_checkpoint
+from utils.start.resume import (
+    Plan,
+    Start,
+    commit_start,
+    discard,
+    fresh_start,
+    obtain,
+    plan_start,
+    read_run_identity,
+    require_startable,
+    resolve_start,
+)
+from utils.storage.directory import DirectoryBucket
+from utils.uploads.job import UploadJob, UploadProgress, run_job
+from utils.uploads.transports import TransportOptions
+
+OTHER_RUN = "20260202-ffffffff"
+
+
+def name(step: int) -> str:
+    return f"checkpoint-epoch0-step{step}-files0"
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> RunPaths:
+    return RunPaths(tmp_path / "checkpoints", tmp_path / "logs", tmp_path / "cache")
+
+
+@pytest.fixture
+def old_run(paths: RunPaths) -> RunPaths:
+    """A run with checkpoints at steps 10, 20 and 30, the best of which is 20."""
+    for step, loss in [(10, 3.0), (20, 1.0), (30, 2.0)]:
+        make_checkpoint(paths.checkpoints, step, validation_metrics={"validation_loss": loss})
+    Journal(paths.journal).record(name(10), RUN_ID, UploadState.VERIFIED)
+    return paths
+
+
+def steps(directory: Path) -> list[int]:
+    return [found.step for found in find_checkpoints(directory)]
+
+
+def change_manifest(checkpoint: Path, **changes: Any) -> None:
+    path = checkpoint / "manifest.json"
+    write_json(path, {**read_json(path), **changes})
+
+
+def damage(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").write_bytes(b"zeroes")
+
+
+def upload_all(directory: Path, root: Path) -> None:
+    """Bring every checkpoint of a directory into a directory bucket, as the trainer does."""
+    for found in find_checkpoints(directory):
+        run_job(
+            UploadJob(str(directory / str(found)), TransportOptions(str(root))), UploadProgress()
+        )
+
+
+def plan(paths: RunPaths, resume: str | None = "latest", **options: Any) -> Plan:
+    return plan_start(paths, resume=resume, fresh=options.pop("fresh", False), **options)
+
+
+def begin(plan: Plan, paths: RunPaths) -> Start:
+    """Do what a start does with its plan, without a model."""
+    start = None if plan.candidates else fresh_start(plan, paths)
+    for candidate in plan.candidates:
+        try:
+            found = obtain(candidate, paths, on_progress=lambda stage, done, total: None)
+        except (CheckpointError, StorageError) as exc:
+            if not plan.walks_back:
+                raise
+            discard(candidate, paths, str(exc))
+        else:
+            start = resolve_start(plan, paths, *found)
+            break
+    assert start is not None, "no candidate could be used"
+    commit_start(start, paths)
+    return start
+
+
+def test_a_first_start_begins_at_step_0_of_a_new_run(paths: RunPaths) -> None:
+    require_startable(paths, resume=None, fresh=False)
+    first, second = plan(paths, None), plan(paths, None)
+    assert (first.step, first.candidates) == (0, ())
+    assert first.identity.run_id != second.identity.run_id
+    assert not paths.checkpoints.exists()  # a plan changes nothing
+    assert begin(first, paths) == Start(RunIdentity(first.identity.run_id))
+    assert read_run_identity(paths) == first.identity
+
+
+@pytest.mark.parametrize("value", [b'{"run_id": "x", "branch": Infinity}', *UNREADABLE.values()])
+def test_a_hint_that_cannot_be_read_is_ignored_and_said(
+    paths: RunPaths, value: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths.checkpoints.mkdir(parents=True)
+    paths.run_file.write_bytes(value)
+    assert read_run_identity(paths) is None
+    assert "run.json cannot be read" in caplog.text
+
+
+def test_a_start_beside_old_checkpoints_is_refused_with_both_ways_out(old_run: RunPaths) -> None:
+    with pytest.raises(UsageError) as caught:
+        require_startable(old_run, resume=None, fresh=False)
+    message = str(caught.value)
+    assert "up to step 30" in message
+    assert "--resume latest" in message
+    assert "--fresh" in message
+    assert caught.value.exit_code is ExitCode.USAGE
+
+
+@pytest.mark.parametrize(("resume", "fresh"), [("latest", False), (None, True)])
+def test_either_flag_lets_it_start(old_run: RunPaths, resume: str | None, fresh: bool) -> None:
+    require_startable(old_run, resume=resume, fresh=fresh)
+
+
+def test_fresh_sets_the_old_run_aside_and_loses_nothing(old_run: RunPaths) -> None:
+    planned = plan(old_run, None, fresh=True)
+    assert planned.identity.run_id != RUN_ID
+    assert steps(old_run.checkpoints) == [10, 20, 30]  # a plan changes nothing
+
+    begin(planned, old_run)
+    assert steps(old_run.checkpoints) == []
+    for step in (10, 20, 30):
+        verify_checkpoint(old_run.set_aside / name(step))
+    # The states of the old run's uploads are not taken for the new run's.
+    assert Journal(old_run.journal).latest() == {}
+    (kept,) = old_run.set_aside.glob("uploads-before-*.jsonl")
+    assert set(Journal(kept).latest()) == {name(10)}
+
+
+def test_fresh_twice_keeps_both_old_runs(old_run: RunPaths) -> None:
+    begin(plan(old_run, None, fresh=True), old_run)
+    make_checkpoint(old_run.checkpoints, 10)
+    Journal(old_run.journal).record(name(10), "other", UploadState.QUEUED)
+    begin(plan(old_run, None, fresh=True), old_run)
+    kept = sorted(path.name for path in old_run.set_aside.iterdir() if path.is_dir())
+    assert kept == [name(10), f"{name(10)}.2", name(20), name(30)]
+    assert len(list(old_run.set_aside.glob("uploads-before-*.jsonl"))) == 2
+
+
+def test_latest_goes_on_with_the_same_run_and_branch(old_run: RunPaths) -> None:
+    planned = plan(old_run)
+    assert planned.step == 30
+    start = begin(planned, old_run)
+    assert start.checkpoint == old_run.checkpoints / name(30)
+    assert (start.identity, start.obsolete) == (RunIdentity(RUN_ID), {})
+    assert start.manifest == verify_checkpoint(old_run.checkpoints / name(30))
+    assert steps(old_run.checkpoints) == [10, 20, 30]
+    assert set(Journal(old_run.journal).latest()) == {name(10)}
+
+
+def test_latest_where_there_is_none_begins_at_0_and_says_so(
+    paths: RunPaths, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    planned = plan(paths, bucket_uri=str(tmp_path / "bucket"))
+    assert planned.candidates == ()
+    assert not caplog.text  # a start may plan twice
+    begin(planned, paths)
+    assert re.search(r"no checkpoint in .*checkpoints or .*bucket yet: starting at", caplog.text)
+
+
+def test_latest_is_the_highest_step_whatever_clock_and_hints_say(paths: RunPaths) -> None:
+    for age, step in enumerate([100, 9, 10]):
+        checkpoint = make_checkpoint(paths.checkpoints, step, timestamp=f"20{30 - age}-01-01")
+        for path in (*checkpoint.iterdir(), checkpoint):
+            os.utime(path, (age * 1000, age * 1000))  # the highest step is the oldest
+    (paths.checkpoints / "latest").write_text(name(9))
+    (paths.checkpoints / "latest.json").write_text("{")
+    assert [one.name.step for one in plan(paths).candidates] == [100, 10, 9]
+
+
+def test_latest_passes_over_a_damaged_checkpoint(
+    old_run: RunPaths, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(old_run.checkpoints / name(30))
+    planned = plan(old_run)
+    assert steps(old_run.checkpoints) == [10, 20, 30]  # a plan changes nothing
+    start = begin(planned, old_run)
+    assert start.manifest is not None
+    assert start.manifest.step == 20
+    # It was not asked for: the run goes on as the same branch.
+    assert start.identity == RunIdentity(RUN_ID)
+    assert (old_run.set_aside / name(30)).is_dir()
+    assert "model.safetensors has 6 bytes" in caplog.text
+    assert "set aside" in caplog.text
+
+
+def test_a_checkpoint_without_a_readable_manifest_is_set_aside(old_run: RunPaths) -> None:
+    (old_run.checkpoints / name(30) / "manifest.json").write_text("{")
+    start = begin(plan(old_run), old_run)
+    assert start.obsolete == {name(30): "its manifest cannot be read"}
+    assert steps(old_run.checkpoints) == [10, 20]
+
+
+@pytest.mark.parametrize("resume", ["20", name(20), "best", "PATH", "PATH/"])
+def test_an_older_checkpoint_begins_a_branch_and_later_ones_are_set_aside(
+    old_run: RunPaths, resume: str
+) -> None:
+    resume = resume.replace("PATH", str(old_run.checkpoints / name(20)))
+    planned = plan(old_run, resume)
+    assert steps(old_run.checkpoints) == [10, 20, 30]
+    start = begin(planned, old_run)
+    assert start.checkpoint == old_run.checkpoints / name(20)
+    assert start.identity == RunIdentity(RUN_ID, 1, ((0, 0), (1, 20)))
+    assert start.obsolete == {name(30): "it is not part of this branch"}
+    assert steps(old_run.checkpoints) == [10, 20]
+    verify_checkpoint(old_run.set_aside / name(30))
+    # The branch is remembered although nothing was saved on it yet.
+    again = begin(plan(old_run), old_run)
+    assert (again.identity, again.obsolete) == (start.identity, {})
+
+
+def test_a_branch_that_was_left_is_not_the_latest_although_its_steps_are_higher(
+    old_run: RunPaths, tmp_path: Path
+) -> None:
+    upload_all(old_run.checkpoints, tmp_path / "bucket")
+    begin(plan(old_run, "10"), old_run)
+    checkpoint = make_checkpoint(old_run.checkpoints, 15)
+    change_manifest(checkpoint, branch=1, forks=[[0, 0], [1, 10]])
+    planned = plan(old_run, bucket_uri=str(tmp_path / "bucket"))
+    assert [(one.name.step, one.path is None) for one in planned.candidates] == [
+        (15, False), (10, False), (10, True),
+    ]  # fmt: skip
+    # Also where a crash came before the later ones were moved, and on a machine with the bucket.
+    (old_run.set_aside / name(30)).rename(old_run.checkpoints / name(30))
+    assert begin(plan(old_run), old_run).obsolete == {name(30): "it is not part of this branch"}
+    upload_all(old_run.checkpoints, tmp_path / "bucket")
+    elsewhere = RunPaths(tmp_path / "else", tmp_path / "logs", tmp_path / "cache")
+    assert plan(elsewhere, bucket_uri=str(tmp_path / "bucket")).step == 15
+
+
+def test_two_branches_from_the_same_place_are_two(old_run: RunPaths, tmp_path: Path) -> None:
+    first = begin(plan(old_run, "20"), old_run).identity
+    left = make_checkpoint(old_run.checkpoints, 25)
+    change_manifest(left, **first.to_json())
+    upload_all(old_run.checkpoints, tmp_path / "bucket")
+    second = begin(plan(old_run, "20"), old_run).identity
+    assert (first.branch, second.branch) == (1, 2)
+    planned = plan(old_run, bucket_uri=str(tmp_path / "bucket"))
+    assert planned.step == 20  # not 25, which belongs to the branch that was left
+    # The branch that was left goes on from its end when that is asked for.
+    assert begin(plan(old_run, str(old_run.set_aside / name(25))), old_run).identity == first
+
+
+def test_a_checkpoint_may_be_named_by_its_whole_path(old_run: RunPaths) -> None:
+    path = (old_run.checkpoints / name(30)).absolute()
+    start = begin(plan(old_run, str(path)), old_run)
+    assert (start.identity, start.obsolete) == (RunIdentity(RUN_ID), {})
+    elsewhere = old_run.checkpoints.parent / "elsewhere" / name(30)
+    elsewhere.parent.mkdir()
+    path.rename(elsewhere)
+    make_checkpoint(old_run.checkpoints, 30)
+    start = begin(plan(old_run, str(elsewhere)), old_run)
+    assert start.obsolete == {name(30): "the one that is resumed has its step"}
+
+
+def test_newer_ones_in_the_bucket_alone_make_a_branch_too(
+    old_run: RunPaths, tmp_path: Path
+) -> None:
+    upload_all(old_run.checkpoints, tmp_path / "bucket")
+    (old_run.checkpoints / name(30)).rename(tmp_path / "gone")
+    bucket_uri = str(tmp_path / "bucket")
+    start = begin(plan(old_run, "20", bucket_uri=bucket_uri), old_run)
+    assert start.identity == RunIdentity(RUN_ID, 1, ((0, 0), (1, 20)))
+    assert plan(old_run, bucket_uri=bucket_uri).step == 20
+
+
+def test_branches_are_counted_on(old_run: RunPaths) -> None:
+    change_manifest(old_run.checkpoints / name(20), branch=3)
+    assert begin(plan(old_run, "20"), old_run).identity == RunIdentity(RUN_ID, 4, ((3, 0), (4, 20)))
+
+
+def test_resume_from_another_directory_goes_on_with_that_run(
+    paths: RunPaths, tmp_path: Path
+) -> None:
+    elsewhere = make_checkpoint(tmp_path / "elsewhere", 50)
+    start = begin(plan(paths, str(elsewhere)), paths)
+    assert (start.checkpoint, start.identity) == (elsewhere, RunIdentity(RUN_ID))
+    damage(elsewhere)
+    with pytest.raises(CheckpointError):
+        begin(plan(paths, str(elsewhere)), paths)
+    assert elsewhere.is_dir()  # what lies elsewhere is never moved
+
+
+# Checkpoints of another run in the directory.
+
+
+def test_a_foreign_checkpoint_is_not_chosen_not_deleted_and_out_of_the_way(
+    old_run: RunPaths,
+) -> None:
+    begin(plan(old_run), old_run)
+    foreign = make_checkpoint(old_run.checkpoints, 90)
+    change_manifest(foreign, run_id=OTHER_RUN)
+    start = begin(plan(old_run), old_run)
+    assert start.checkpoint == old_run.checkpoints / name(30)
+    assert start.obsolete == {name(90): f"it is of another run, {OTHER_RUN}"}
+    assert verify_checkpoint(old_run.set_aside / name(90)).run_id == OTHER_RUN
+    assert steps(old_run.checkpoints) == [10, 20, 30]
+
+
+def test_a_foreign_checkpoint_can_be_asked_for(old_run: RunPaths) -> None:
+    begin(plan(old_run), old_run)
+    change_manifest(make_checkpoint(old_run.checkpoints, 90), run_id=OTHER_RUN)
+    start = begin(plan(old_run, name(90)), old_run)
+    assert start.identity == RunIdentity(OTHER_RUN)
+    assert steps(old_run.checkpoints) == [90]
+    assert begin(plan(old_run), old_run).checkpoint == old_run.checkpoints / name(90)
+
+
+@pytest.mark.parametrize("is_noted", [True, False])
+def test_best_and_a_step_are_those_of_the_run_that_latest_goes_on_with(
+    old_run: RunPaths, is_noted: bool
+) -> None:
+    if is_noted:
+        begin(plan(old_run), old_run)
+    own = old_run.checkpoints / "checkpoint-epoch0-step20-files7"
+    (old_run.checkpoints / name(20)).rename(own)
+    for step in (5, 20):  # better, and one of them at the same step
+        foreign = make_checkpoint(
+            old_run.checkpoints, step, validation_metrics={"validation_loss": 0.1}
+        )
+        change_manifest(foreign, run_id=OTHER_RUN)
+    for resume in ("best", "20"):
+        assert [one.path for one in plan(old_run, resume).candidates] == [own]
+    with pytest.raises(UsageError, match="There is no checkpoint '5'"):
+        plan(old_run, "5")
+    assert plan(old_run, name(5)).identity == RunIdentity(OTHER_RUN)
+    by_path = plan(old_run, str(old_run.checkpoints / name(20)))
+    assert by_path.identity == RunIdentity(OTHER_RUN)
+
+
+def test_the_best_of_another_run_in_the_bucket_is_passed_over(
+    old_run: RunPaths, bucket: Path, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign"
+    for step, loss in ((20, 0.1), (40, 0.2)):
+        path = make_checkpoint(foreign, step, validation_metrics={"validation_loss": loss})
+        change_manifest(path, run_id=OTHER_RUN)
+    (foreign / name(20)).rename(foreign / "checkpoint-epoch0-step20-files7")
+    upload_all(foreign, bucket)
+    (old_run.checkpoints / name(20)).rename(tmp_path / "gone")
+    for resume in ("20", name(20)):
+        (found,) = plan(old_run, resume, bucket_uri=str(bucket)).candidates
+        assert (str(found.name), found.path) == (name(20), None)
+    assert plan(old_run, "best", bucket_uri=str(bucket)).step == 30  # what is here comes first
+    with pytest.raises(UsageError, match="There is no checkpoint '40'"):
+        plan(old_run, "40", bucket_uri=str(bucket))
+    assert plan(old_run, name(40), bucket_uri=str(bucket)).identity == RunIdentity(OTHER_RUN)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"run_id": 5}', '{"run_id": "x", "branch": 0}']
+)
+def test_a_lost_note_of_the_run_is_no_obstacle(old_run: RunPaths, content: str) -> None:
+    old_run.run_file.write_text(content)
+    assert plan(old_run).step == 30
+
+
+# From the bucket.
+
+
+@pytest.fixture
+def bucket(old_run: RunPaths, tmp_path: Path) -> Path:
+    """The bucket of `old_run`, whose checkpoints are all in it."""
+    upload_all(old_run.checkpoints, tmp_path / "bucket")
+    return tmp_path / "bucket"
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> RunPaths:
+    """A machine that has nothing."""
+    return RunPaths(tmp_path / "new", tmp_path / "logs", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("resume", "step"),
+    [
+        ("latest", 30), ("best", 20), ("10", 10), (name(20), 20),
+        ("BUCKET/latest", 30), ("BUCKET/Checkpoints/latest", 30), (f"BUCKET/{name(20)}", 20),
+        (f"BUCKET/Checkpoints/{name(20)}.tar.gz", 20), ("BUCKET/best", 20), ("BUCKET/10", 10),
+    ],
+)  # fmt: skip
+def test_a_machine_that_has_nothing_resumes_from_the_bucket(
+    empty: RunPaths, bucket: Path, resume: str, step: int
+) -> None:
+    planned = plan(empty, resume.replace("BUCKET", str(bucket)), bucket_uri=str(bucket))
+    assert not empty.checkpoints.exists()  # a plan downloads nothing
+    assert planned.step == step
+    start = begin(planned, empty)
+    assert start.checkpoint == empty.checkpoints / name(step)
+    assert verify_checkpoint(start.checkpoint).run_id == RUN_ID
+    # One that was named and is not the newest of the run begins a branch.
+    is_latest = resume.endswith("latest")
+    assert start.identity == (
+        RunIdentity(RUN_ID) if is_latest else RunIdentity(RUN_ID, 1, ((0, 0), (1, step)))
+    )
+    assert steps(empty.checkpoints) == [step]
+    # What came from the bucket is not owed to it.
+    assert Journal(empty.journal).latest()[name(step)].state is UploadState.VERIFIED
+
+
+def test_what_is_here_comes_before_what_is_there(old_run: RunPaths, bucket: Path) -> None:
+    planned = plan(old_run, bucket_uri=str(bucket))
+    assert [(one.name.step, one.path is not None) for one in planned.candidates] == [
+        (30, True), (30, False), (20, True), (20, False), (10, True), (10, False),
+    ]  # fmt: skip
+
+
+def test_the_bucket_mends_a_damaged_latest(old_run: RunPaths, bucket: Path) -> None:
+    damage(old_run.checkpoints / name(30))
+    start = begin(plan(old_run, bucket_uri=str(bucket)), old_run)
+    assert start.checkpoint == old_run.checkpoints / name(30)
+    verify_checkpoint(start.checkpoint)
+    assert (old_run.set_aside / name(30)).is_dir()
+
+
+def test_the_bucket_is_nearer_than_the_next_one_here(old_run: RunPaths, bucket: Path) -> None:
+    (old_run.checkpoints / name(20)).rename(bucket / "gone")
+    (old_run.checkpoints / name(30)).rename(bucket / "gone too")
+    damage(make_checkpoint(old_run.checkpoints, 40))
+    start = begin(plan(old_run, bucket_uri=str(bucket)), old_run)
+    assert start.checkpoint == old_run.checkpoints / name(30)
+
+
+def test_a_name_that_another_run_has_here_is_freed_for_the_download(
+    empty: RunPaths, bucket: Path
+) -> None:
+    foreign = make_checkpoint(empty.checkpoints, 30)
+    change_manifest(foreign, run_id=OTHER_RUN)
+    start = begin(plan(empty, f"{bucket}/latest"), empty)
+    assert start.checkpoint == empty.checkpoints / name(30)
+    assert verify_checkpoint(start.checkpoint).run_id == RUN_ID
+    assert verify_checkpoint(empty.set_aside / name(30)).run_id == OTHER_RUN
+
+
+def test_a_later_step_in_the_bucket_is_later(old_run: RunPaths, bucket: Path) -> None:
+    for file in (old_run.checkpoints / name(30)).iterdir():
+        file.unlink()
+    (old_run.checkpoints / name(30)).rmdir()
+    assert begin(plan(old_run, bucket_uri=str(bucket)), old_run).identity == RunIdentity(RUN_ID)
+    assert steps(old_run.checkpoints) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("lost", ["archive", "card", "hint"])
+def test_an_incomplete_upload_is_passed_over(empty: RunPaths, bucket: Path, lost: str) -> None:
+    folder = bucket / "Checkpoints"
+    if lost == "archive":
+        (folder / f"{name(30)}.tar.gz").write_bytes(b"cut")
+    elif lost == "card":
+        (folder / f"{name(30)}.json").unlink()
+    else:
+        (folder / "latest").write_text("nonsense")
+        (folder / "latest.json").write_text("nonsense")
+    start = begin(plan(empty, bucket_uri=str(bucket)), empty)
+    assert start.manifest is not None
+    assert start.manifest.step == (30 if lost == "hint" else 20)
+
+
+def test_a_bucket_of_several_runs_wants_a_name(empty: RunPaths, bucket: Path) -> None:
+    card = bucket / "Checkpoints" / f"{name(10)}.json"
+    value = read_json(card)
+    value["manifest"]["run_id"] = OTHER_RUN
+    write_json(card, value)
+    for which in ("latest", "best", "20"):
+        for resume in (which, f"{bucket}/{which}"):
+            with pytest.raises(UsageError, match=f"several runs .*{RUN_ID}, {OTHER_RUN}"):
+                plan(empty, resume, bucket_uri=str(bucket))
+    for resume in (name(20), f"{bucket}/{name(20)}"):
+        assert plan(empty, resume, bucket_uri=str(bucket)).identity == RunIdentity(RUN_ID)
+
+
+def test_a_bucket_that_is_down_does_not_stop_what_is_here(
+    old_run: RunPaths, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Down(DirectoryBucket):
+        def list(self, prefix: str = "") -> Any:
+            raise TransientStorageError("503")
+
+    def open_bucket(uri: str) -> Any:
+        return Down(Path(uri))
+
+    planned = plan(old_run, bucket_uri="/down", open_bucket=open_bucket)
+    assert planned.step == 30
+    assert "cannot be listed" in caplog.text
+    with pytest.raises(StorageError):
+        plan(old_run, "gs://down/latest", open_bucket=open_bucket)
+    # With nothing here it must not look like a run that has not begun.
+    empty = RunPaths(Path("/nowhere"), old_run.logs, old_run.cache)
+    with pytest.raises(StorageError):
+        plan(empty, bucket_uri="/down", open_bucket=open_bucket)
+
+
+@pytest.mark.parametrize(
+    "resume", ["40", name(40), "nonsense", "", "-rf", "../checkpoints", "/nowhere", "a/b"]
+)
+def test_a_checkpoint_that_does_not_exist_is_refused(old_run: RunPaths, resume: str) -> None:
+    with pytest.raises((UsageError, CheckpointError)) as caught:
+        plan(old_run, resume)
+    assert caught.value.exit_code is ExitCode.USAGE
+    assert steps(old_run.checkpoints) == [10, 20, 30]
+
+
+def test_an_unknown_checkpoint_is_answered_with_the_known_ones(
+    old_run: RunPaths, bucket: Path
+) -> None:
+    with pytest.raises(UsageError, match=rf"no checkpoint '40'.*{name(10)}, {name(20)}"):
+        plan(old_run, "40")
+    with pytest.raises(UsageError, match=rf"no checkpoint '40'.*{name(10)}, {name(20)}"):
+        plan(old_run, f"{bucket}/40")
+
+
+def test_a_damaged_checkpoint_asked_for_by_name_is_an_error_and_stays(old_run: RunPaths) -> None:
+    damage(old_run.checkpoints / name(20))
+    with pytest.raises(CheckpointError, match=rf"{name(20)}: model.safetensors"):
+        begin(plan(old_run, name(20)), old_run)
+    assert steps(old_run.checkpoints) == [10, 20, 30]
+
+
+def test_an_incomplete_checkpoint_cannot_be_asked_for(old_run: RunPaths) -> None:
+    (old_run.checkpoints / name(30) / "manifest.json").unlink()
+    with pytest.raises(UsageError, match="There is no checkpoint '30'"):
+        plan(old_run, "30")
+    assert plan(old_run).step == 20

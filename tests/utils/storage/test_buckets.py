@@ -1,0 +1,997 @@
+"""A directory and gs:// behave alike: whole objects, checked bytes, errors that tell what to do."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gc
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from tests.gcs_server import FakeGcsServer, Fault
+from utils.base.errors import (
+    AccessDeniedError,
+    ConflictError,
+    ObjectNotFoundError,
+    StorageError,
+    TransientStorageError,
+    UsageError,
+)
+from utils.base.uri import join_uri
+from utils.storage import gcs as gcs_bucket
+from utils.storage.bucket import Bucket, Meter, ObjectInfo, crc32c_of_bytes, crc32c_of_file
+from utils.storage.directory import DirectoryBucket
+from utils.storage.gcs import GcsBucket
+from utils.storage.open import open_bucket
+
+ROOT = Path(__file__).parents[3]
+CHUNK = 256 * 1024
+HOSTILE_NAMES = ["", ".", "./", "..", "../a", "a/../b", "/etc/passwd", "a/../../b", "a\0b"]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> DirectoryBucket:
+    return DirectoryBucket(tmp_path / "bucket")
+
+
+@pytest.fixture
+def remote(gcs: FakeGcsServer) -> Iterator[Bucket]:
+    bucket = open_bucket("gs://runs/team/a", retry_seconds=5)
+    yield bucket
+    bucket.close()
+
+
+@pytest.fixture(params=["directory", "gs"])
+def bucket(request: pytest.FixtureRequest) -> Bucket:
+    found: Bucket = request.getfixturevalue("directory" if request.param != "gs" else "remote")
+    return found
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+# What both kinds of bucket do.
+
+
+def test_crc32c_is_written_as_gcs_writes_it(tmp_path: Path) -> None:
+    # The check value of CRC-32C (RFC 3720, B.4) is 0xE3069283.
+    assert crc32c_of_bytes(b"123456789") == "4waSgw=="
+    assert crc32c_of_file(write(tmp_path / "a", b"123456789")) == "4waSgw=="
+
+
+def test_what_is_put_is_there_whole(bucket: Bucket, tmp_path: Path) -> None:
+    data = os.urandom(100_000)
+    info = bucket.put_file("Checkpoints/a.tar.gz", write(tmp_path / "a", data))
+    assert (info.name, info.size) == ("Checkpoints/a.tar.gz", len(data))
+    assert info.crc32c == bucket.crc32c("Checkpoints/a.tar.gz") == crc32c_of_bytes(data)
+    assert bucket.read_bytes("Checkpoints/a.tar.gz") == data
+    checksum = bucket.get_file("Checkpoints/a.tar.gz", tmp_path / "back")
+    assert checksum == crc32c_of_bytes(data)
+    assert (tmp_path / "back").read_bytes() == data
+    found = bucket.stat("Checkpoints/a.tar.gz")
+    assert found is not None
+    assert found.size == len(data)
+
+
+def test_an_object_is_replaced_as_a_whole(bucket: Bucket) -> None:
+    bucket.put_bytes("a", b"long content")
+    info = bucket.put_bytes("a", b"new")
+    assert (info.size, info.crc32c) == (3, crc32c_of_bytes(b"new"))
+    assert bucket.read_bytes("a") == b"new"
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "expected"),
+    [(0, None, b"0123456789"), (3, None, b"3456789"), (0, 2, b"01"), (8, 9, b"89"), (4, 0, b"")],
+)
+def test_a_range_is_read(bucket: Bucket, start: int, length: int | None, expected: bytes) -> None:
+    bucket.put_bytes("a", b"0123456789")
+    assert bucket.read_bytes("a", start, length) == expected
+
+
+def test_objects_are_listed_by_name_below_their_prefix(bucket: Bucket) -> None:
+    for name in ["b/2", "a/1", "b/10", "a.x", "ab", "b/sub/3", "z"]:
+        bucket.put_bytes(name, name.encode())
+    names = ["a.x", "a/1", "ab", "b/10", "b/2", "b/sub/3", "z"]
+    assert [info.name for info in bucket.list()] == names
+    assert [info.name for info in bucket.list("b/")] == ["b/10", "b/2", "b/sub/3"]
+    assert [info.name for info in bucket.list("b/1")] == ["b/10"]
+    assert [info.name for info in bucket.list("a")] == ["a.x", "a/1", "ab"]
+    assert list(bucket.list("none/")) == []
+    assert [info.size for info in bucket.list("b/")] == [4, 3, 7]
+
+
+def test_what_is_not_there(bucket: Bucket, tmp_path: Path) -> None:
+    assert bucket.stat("none") is None
+    bucket.delete("none")
+    for read in (
+        lambda: bucket.read_bytes("none"),
+        lambda: bucket.crc32c("none"),
+        lambda: bucket.get_file("none", tmp_path / "back"),
+    ):
+        with pytest.raises(ObjectNotFoundError, match="none"):
+            read()
+
+
+def test_a_deleted_object_is_gone(bucket: Bucket) -> None:
+    bucket.put_bytes("a", b"1")
+    bucket.delete("a")
+    assert bucket.stat("a") is None
+    assert list(bucket.list()) == []
+
+
+def test_an_object_that_may_not_exist_yet_is_created_once(bucket: Bucket) -> None:
+    first = bucket.put_bytes_if("a/b", b"first", None)
+    assert (first.name, first.size, first.crc32c) == ("a/b", 5, crc32c_of_bytes(b"first"))
+    with pytest.raises(ConflictError, match="a/b"):
+        bucket.put_bytes_if("a/b", b"second", None)
+    assert bucket.read_bytes("a/b") == b"first"
+    assert [info.name for info in bucket.list()] == ["a/b"]
+
+
+def test_an_object_is_replaced_only_where_it_is_the_one_that_was_seen(bucket: Bucket) -> None:
+    written = bucket.put_bytes_if("a", b"1", None)
+    data, seen = bucket.read_version("a")
+    assert (data, seen) == (b"1", written)
+    newer = bucket.put_bytes_if("a", b"2", seen)
+    for stale in (seen, None):
+        with pytest.raises(ConflictError, match="a"):
+            bucket.put_bytes_if("a", b"3", stale)
+    assert bucket.read_version("a") == (b"2", newer)
+    bucket.delete("a")
+    with pytest.raises(ConflictError):
+        bucket.put_bytes_if("a", b"3", newer)
+    assert bucket.stat("a") is None
+
+
+def test_an_object_is_removed_only_where_it_is_the_one_that_was_seen(bucket: Bucket) -> None:
+    older = bucket.put_bytes_if("a", b"1", None)
+    newer = bucket.put_bytes_if("a", b"2", older)
+    with pytest.raises(ConflictError):
+        bucket.delete_if("a", older)
+    assert bucket.read_bytes("a") == b"2"
+    bucket.delete_if("a", newer)
+    assert bucket.stat("a") is None
+    bucket.delete_if("a", newer)
+    bucket.delete_if("folder/none", newer)
+    with pytest.raises(ObjectNotFoundError):
+        bucket.read_version("a")
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_of_many_conditional_writers_one_wins(bucket: Bucket, is_new: bool) -> None:
+    expected = None if is_new else bucket.put_bytes_if("a", b"before", None)
+    won: list[bytes] = []
+    start = threading.Barrier(8)
+
+    def write_own(number: int) -> None:
+        data = f"writer {number}".encode()
+        start.wait(10)
+        try:
+            bucket.put_bytes_if("a", data, expected)
+        except ConflictError:
+            return
+        won.append(data)
+
+    threads = [threading.Thread(target=write_own, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert won == [bucket.read_bytes("a")]
+
+
+@pytest.mark.parametrize("uri", ["", "s3://bucket", "gs://", "gs:///a", "http://x"])
+def test_what_is_no_bucket_is_refused(uri: str) -> None:
+    with pytest.raises(UsageError):
+        open_bucket(uri)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (("gs://b/p/", "a"), "gs://b/p/a"),
+        (("gs://b", "", "a/b"), "gs://b/a/b"),
+        (("bucket", "run", ""), "bucket/run"),
+    ],
+)
+def test_uris_are_joined_with_one_slash(parts: tuple[str, ...], expected: str) -> None:
+    assert join_uri(*parts) == expected
+
+
+# Streams.
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gcs_bucket, "STREAM_CHUNK_BYTES", CHUNK)
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+def test_a_stream_of_any_length_arrives(bucket: Bucket, small_chunks: None, size: int) -> None:
+    data = os.urandom(size)
+
+    def write_in_pieces(sink: IO[bytes]) -> None:
+        for start in range(0, size, 100_000):
+            block = data[start : start + 100_000]
+            assert sink.write(block) == len(block)
+            sink.flush()
+
+    bucket.put_stream("a/b", write_in_pieces, None)
+    assert bucket.read_bytes("a/b") == data
+    assert [info.name for info in bucket.list()] == ["a/b"]
+
+
+def test_a_stream_replaces_only_the_version_that_was_seen(
+    bucket: Bucket, small_chunks: None
+) -> None:
+    bucket.put_bytes("a", b"1")
+    stale = bucket.stat("a")
+    bucket.delete("a")
+    bucket.put_bytes("a", b"22")
+    data = os.urandom(2 * CHUNK)
+    for expected in (None, stale):
+        with pytest.raises(ConflictError):
+            bucket.put_stream("a", lambda sink: sink.write(data), expected)
+        assert bucket.read_bytes("a") == b"22"
+    bucket.put_stream("a", lambda sink: sink.write(data), bucket.stat("a"))
+    assert bucket.read_bytes("a") == data
+    seen = bucket.stat("a")
+    bucket.delete("a")
+    with pytest.raises(ConflictError):
+        bucket.put_stream("a", lambda sink: sink.write(data), seen)
+    assert [info.name for info in bucket.list()] == []
+
+
+@pytest.mark.parametrize("raised", [KeyError("mine"), FileNotFoundError(2, "x"), OSError(28, "x")])
+def test_an_error_of_who_writes_a_stream_is_not_the_buckets(
+    bucket: Bucket, small_chunks: None, raised: Exception
+) -> None:
+    bucket.put_bytes("a", b"old")
+
+    def write_some(sink: IO[bytes]) -> None:
+        sink.write(bytes(2 * CHUNK + 5))
+        raise raised
+
+    with pytest.raises(type(raised)) as caught:
+        bucket.put_stream("a", write_some, bucket.stat("a"))
+    assert caught.value is raised
+    assert bucket.read_bytes("a") == b"old"
+    if isinstance(bucket, DirectoryBucket):
+        assert [path.name for path in bucket.root.iterdir()] == ["a"]
+
+
+def test_an_object_is_copied_within_the_bucket(bucket: Bucket) -> None:
+    bucket.put_bytes("a b/c", b"data")
+    bucket.put_bytes("d/e", b"older")
+    for target in ("d/e", "f/g h"):
+        bucket.copy("a b/c", target)
+        assert bucket.read_bytes(target) == b"data"
+    with pytest.raises(ObjectNotFoundError):
+        bucket.copy("none", "x")
+    assert [info.name for info in bucket.list()] == ["a b/c", "d/e", "f/g h"]
+
+
+# A meter.
+
+
+def test_threads_that_share_a_meter_share_its_rate() -> None:
+    meter = Meter(1_000_000)
+    started = time.monotonic()
+
+    def send() -> None:
+        for _ in range(5):
+            meter.pass_on(25_000)
+
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - started >= 0.5
+    assert meter.sent == 500_000
+
+
+def test_a_meter_does_not_make_up_for_a_pause() -> None:
+    meter = Meter(1_000_000)
+    meter.pass_on(1000)
+    time.sleep(0.3)
+    started = time.monotonic()
+    meter.pass_on(200_000)
+    assert time.monotonic() - started >= 0.2
+
+
+def test_a_meter_without_rate_counts() -> None:
+    meter = Meter()
+    meter.pass_on(10**12)
+    meter.count(5)
+    meter.show_life()
+    assert (meter.sent, meter.signs_of_life) == (10**12 + 5, 1)
+
+
+@pytest.mark.parametrize("kind", ["directory", "gs"])
+def test_what_is_sent_is_held_to_the_rate(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    if kind == "gs":
+        request.getfixturevalue("gcs")
+    meter = Meter(2_000_000)
+    bucket = open_bucket("gs://runs" if kind == "gs" else str(tmp_path / "bucket"), meter=meter)
+    started = time.monotonic()
+    bucket.put_stream("a", lambda sink: sink.write(bytes(1_000_000)), None)
+    assert time.monotonic() - started >= 0.5
+    assert 1_000_000 <= meter.sent < 1_010_000
+    bucket.close()
+
+
+# A directory.
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_a_name_that_leaves_the_directory_is_refused(
+    directory: DirectoryBucket, tmp_path: Path, name: str
+) -> None:
+    write(tmp_path / "b", b"outside")
+    source = write(tmp_path / "source", b"x")
+    before = sorted(tmp_path.rglob("*"))
+    for use in (
+        lambda: directory.put_bytes(name, b"x"),
+        lambda: directory.put_file(name, source),
+        lambda: directory.get_file(name, tmp_path / "back"),
+        lambda: directory.read_bytes(name),
+        lambda: directory.crc32c(name),
+        lambda: directory.stat(name),
+        lambda: directory.delete(name),
+        lambda: directory.read_version(name),
+        lambda: directory.put_bytes_if(name, b"x", None),
+        lambda: directory.delete_if(name, ObjectInfo(name, 1)),
+    ):
+        with pytest.raises(UsageError, match="not a valid object name"):
+            use()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "b").read_bytes() == b"outside"
+
+
+def test_a_strange_but_harmless_name_is_only_a_name(directory: DirectoryBucket) -> None:
+    names = ["-rf", "a b", "a*b", "$(x)", "new\nline", "\u00fc/\u0661"]
+    for name in names:
+        directory.put_bytes(name, name.encode())
+    assert [info.name for info in directory.list()] == sorted(names)
+    assert all(directory.read_bytes(name) == name.encode() for name in names)
+
+
+@contextmanager
+def largest_file(limit: int) -> Iterator[None]:
+    """Let no file grow beyond `limit` bytes: a short write first, then EFBIG."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_object_and_nothing_else(
+    directory: DirectoryBucket, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "source", bytes(100_000))
+    directory.put_bytes("a", b"old")
+    with largest_file(50_000), pytest.raises(StorageError, match="File too large"):
+        directory.put_file("a", source)
+    with largest_file(50_000), pytest.raises(StorageError, match="File too large"):
+        directory.put_bytes("a", bytes(100_000))
+    for size in (51_000, 100_000):  # noticed while it is closed, or before
+        seen = directory.stat("a")
+        with largest_file(50_000), pytest.raises(StorageError, match="File too large"):
+            directory.put_stream("a", lambda sink, size=size: sink.write(bytes(size)), seen)
+    assert [path.name for path in directory.root.iterdir()] == ["a"]
+    assert directory.read_bytes("a") == b"old"
+
+
+def test_who_reads_while_an_object_is_replaced_sees_the_old_one_whole(
+    directory: DirectoryBucket, tmp_path: Path
+) -> None:
+    directory.put_bytes("a", b"old" * 1000)
+    for put in (
+        lambda: directory.put_bytes("a", b"new"),
+        lambda: directory.put_file("a", write(tmp_path / "source", b"old" * 1000)),
+    ):
+        with (directory.root / "a").open("rb", buffering=0) as reader:
+            before = directory.read_bytes("a")
+            assert reader.read(2) == before[:2]
+            put()
+            assert reader.read() == before[2:]
+
+
+def test_what_another_process_is_still_writing_is_not_listed(directory: DirectoryBucket) -> None:
+    directory.put_bytes("a/b", b"1")
+    write(directory.root / ".tmp-1234", b"half")
+    write(directory.root / "a/.tmp-1234", b"half")
+    assert [info.name for info in directory.list()] == ["a/b"]
+
+
+KILLED_WRITER = """
+import sys
+sys.path.insert(0, {root!r})
+from utils.storage.open import open_bucket
+bucket = open_bucket({uri!r})
+def write(sink):
+    sink.write(bytes(100_000))
+    sink.flush()
+    print("half", flush=True)
+    sys.stdin.read()
+bucket.put_stream("folder/a", write, bucket.stat("folder/a"))
+"""
+
+
+def test_a_killed_stream_leaves_the_old_object_and_one_file_that_is_used_again(
+    directory: DirectoryBucket,
+) -> None:
+    directory.put_bytes("folder/a", b"old")
+    script = KILLED_WRITER.format(root=str(ROOT), uri=directory.uri)
+    for _ in range(2):
+        with subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"half\n"
+            process.send_signal(signal.SIGKILL)
+        left = sorted(path.name for path in (directory.root / "folder").iterdir())
+        assert left == [".tmp-a.part", "a"]
+    assert directory.read_bytes("folder/a") == b"old"
+    assert [info.name for info in directory.list()] == ["folder/a"]
+
+    directory.put_stream("folder/a", lambda sink: sink.write(b"n"), directory.stat("folder/a"))
+    assert directory.read_bytes("folder/a") == b"n"
+    assert [path.name for path in (directory.root / "folder").iterdir()] == ["a"]
+
+
+def test_what_killed_streams_left_is_removed_but_for_what_is_of_use(
+    directory: DirectoryBucket,
+) -> None:
+    directory.put_bytes("folder/a", b"1")
+    names = [".tmp-b.part", ".tmp-b-12ab.part", ".tmp-c.part", ".tmp-.lease-1.part", "d.part"]
+    for name in names:
+        write(directory.root / "folder" / name, b"half")
+    write(directory.root / ".tmp-e.part", b"half")
+    directory.remove_unfinished("folder", frozenset({"folder/c"}))
+    left = sorted(path.name for path in (directory.root / "folder").iterdir())
+    assert left == [".tmp-.lease-1.part", ".tmp-c.part", "a", "d.part"]
+    assert (directory.root / ".tmp-e.part").exists()
+    directory.remove_unfinished("none", frozenset())
+
+
+@pytest.mark.parametrize("write_one", ["put_bytes", "put_file", "put_bytes_if"])
+def test_what_a_killed_small_write_leaves_is_removed(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_one: str
+) -> None:
+    write(tmp_path / "source", b"new")
+    arguments: dict[str, tuple[Any, ...]] = {
+        "put_bytes": (b"new",), "put_file": (tmp_path / "source",), "put_bytes_if": (b"new", None),
+    }  # fmt: skip
+
+    def die(*_: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill runs no clean-up
+        patch.setattr(os, "fsync", die)
+        with pytest.raises(SystemExit):
+            getattr(directory, write_one)("folder/a", *arguments[write_one])
+    assert list((directory.root / "folder").iterdir())
+    directory.remove_unfinished("folder", frozenset())
+    assert list((directory.root / "folder").iterdir()) == []
+    directory.put_bytes("folder/" + "n" * 255, b"1")  # the longest name that there can be
+
+
+def failing(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EEXIST])
+def test_a_mounted_directory_without_rename_still_gets_its_object(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    synced = []
+    monkeypatch.setattr(os, "replace", failing(number))
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    directory.put_bytes("a", b"1")
+    assert [path.name for path in directory.root.iterdir()] == ["a"]
+    assert directory.read_bytes("a") == b"1"
+    assert (directory.root / "a").stat().st_ino in synced  # the copy, too
+    before = directory.stat("a")
+    directory.put_stream("a", lambda sink: sink.write(b"22"), before)
+    assert directory.read_bytes("a") == b"22"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_rename_that_fails_leaves_what_was_there(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    directory.put_bytes("a", b"1")
+    monkeypatch.setattr(os, "replace", failing(number))
+    with pytest.raises(TransientStorageError):
+        directory.put_bytes("a", b"2")
+    assert [path.name for path in directory.root.iterdir()] == ["a"]
+    assert directory.read_bytes("a") == b"1"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL, errno.ENOTSUP])
+def test_a_mounted_directory_without_sync_or_locks_still_gets_its_objects(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", failing(number))
+    monkeypatch.setattr(fcntl, "flock", failing(number))
+    monkeypatch.setattr("utils.storage.directory.SYNC_BYTES", 1)
+    before = directory.put_bytes_if("a", b"1", None)
+    directory.put_bytes_if("a", b"2", before)
+    directory.put_stream("b", lambda sink: sink.write(b"333"), None)
+    assert (directory.read_bytes("a"), directory.read_bytes("b")) == (b"2", b"333")
+
+
+def test_a_sync_that_fails_is_no_object(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory.put_bytes("a", b"1")
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(TransientStorageError):
+        directory.put_bytes("a", b"2")
+    assert directory.read_bytes("a") == b"1"
+
+
+def test_a_mounted_directory_without_links_still_creates_only_once(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    directory.put_bytes_if("a", b"1", None)
+    with pytest.raises(ConflictError, match="a exists"):
+        directory.put_bytes_if("a", b"2", None)
+    assert [path.name for path in directory.root.iterdir()] == ["a"]
+    assert directory.read_bytes("a") == b"1"
+
+
+def test_a_conditional_write_waits_for_that_of_another_process(directory: DirectoryBucket) -> None:
+    before = directory.put_bytes_if("a", b"1", None)
+    descriptor = os.open(directory.root, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    thread = threading.Thread(target=lambda: directory.put_bytes_if("a", b"2", before))
+    thread.start()
+    thread.join(0.05)
+    assert thread.is_alive()
+    assert directory.read_bytes("a") == b"1"
+    os.close(descriptor)
+    thread.join(10)
+    assert directory.read_bytes("a") == b"2"
+
+
+def test_other_failures_of_the_file_system_are_storage_errors(
+    directory: DirectoryBucket, tmp_path: Path
+) -> None:
+    directory.put_bytes("file", b"1")
+    with pytest.raises(StorageError, match="file/below"):
+        directory.put_bytes("file/below", b"1")
+    assert directory.stat("file/below") is None
+    for use in (directory.stat, directory.read_bytes, directory.delete):
+        with pytest.raises(StorageError, match="name too long"):
+            use("n" * 300)
+
+
+@contextmanager
+def without_rights(path: Path) -> Iterator[None]:
+    """Take the right to enter `path` from this process, whoever runs it."""
+    path.chmod(0)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        path.chmod(0o700)
+
+
+def test_a_directory_without_rights_is_access_denied(directory: DirectoryBucket) -> None:
+    directory.put_bytes("a", b"1")
+    with without_rights(directory.root):
+        for use in (
+            lambda: directory.put_bytes("b", b"1"),
+            lambda: directory.read_bytes("a"),
+            lambda: directory.stat("a"),
+            lambda: directory.delete("a"),
+            lambda: list(directory.list()),
+            lambda: directory.read_version("a"),
+            lambda: directory.put_bytes_if("b", b"1", None),
+        ):
+            with pytest.raises(AccessDeniedError, match="Permission denied"):
+                use()
+    assert directory.read_bytes("a") == b"1"
+
+
+# gs://, through the real client against the fake server.
+
+
+def test_a_long_list_is_read_page_by_page(gcs: FakeGcsServer, remote: Bucket) -> None:
+    gcs.settings.max_page_size = 3
+    names = [f"{number:02}.npz" for number in range(8)]
+    for name in names:
+        gcs.put_object("runs", f"team/a/{name}", b"x")
+    assert [info.name for info in remote.list()] == names
+    assert len(gcs.requests("object.list")) == 3
+
+
+def test_only_objects_below_the_uri_exist(gcs: FakeGcsServer, remote: Bucket) -> None:
+    gcs.put_object("runs", "team/b/x", b"1")
+    gcs.put_object("runs", "team/ab", b"1")
+    remote.put_bytes("x", b"2")
+    assert [info.name for info in remote.list()] == ["x"]
+    assert gcs.read_object("runs", "team/a/x") == b"2"
+    remote.delete("x")
+    assert gcs.list_objects("runs") == ["team/ab", "team/b/x"]
+
+
+def test_facts_of_an_object_are_those_of_the_server(gcs: FakeGcsServer, remote: Bucket) -> None:
+    stored = gcs.put_object("runs", "team/a/x", b"123456789")
+    info = remote.stat("x")
+    assert info is not None
+    assert (info.size, info.crc32c, info.generation) == (9, "4waSgw==", stored.generation)
+    assert list(remote.list()) == [info]
+
+
+def test_a_large_file_goes_up_and_comes_back(remote: Bucket, tmp_path: Path) -> None:
+    data = os.urandom(LARGE)
+    info = remote.put_file("big", write(tmp_path / "big", data))
+    assert info.crc32c == crc32c_of_bytes(data)
+    assert remote.get_file("big", tmp_path / "back") == info.crc32c
+
+
+def operations(bucket: Bucket, path: Path) -> list[object]:
+    return [
+        lambda: bucket.put_bytes("a", b"1"),
+        lambda: bucket.put_file("a", path),
+        lambda: bucket.read_bytes("a"),
+        lambda: bucket.get_file("a", path.with_name("back")),
+        lambda: bucket.stat("a"),
+        lambda: list(bucket.list()),
+        lambda: bucket.read_version("a"),
+        lambda: bucket.delete("a"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (401, AccessDeniedError),
+        (403, AccessDeniedError),
+        (412, ConflictError),
+        (400, StorageError),
+    ],
+)
+def test_a_refusal_is_told_apart_and_not_tried_again(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path, status: int, error: type[StorageError]
+) -> None:
+    gcs.put_object("runs", "team/a/a", b"1")
+    gcs.add_fault(Fault("status", times=None, status=status))
+    for use in operations(remote, write(tmp_path / "source", b"1")):
+        gcs.clear_requests()
+        with pytest.raises(StorageError, match="gs://runs/team/a") as caught:
+            use()  # type: ignore[operator]
+        assert type(caught.value) is error
+        assert len(gcs.requests()) == 1
+
+
+LARGE = 9 * 2**20  # above 8 MiB: a resumable upload
+
+
+def large_uploads(bucket: Bucket, path: Path) -> list[Callable[[], object]]:
+    data = path.read_bytes()
+    return [
+        lambda: bucket.put_file("a", path),
+        lambda: bucket.put_bytes("b", data),
+        lambda: bucket.put_bytes_if("c", data, None),
+    ]
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_lost_session_is_begun_anew(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path, status: int
+) -> None:
+    source = write(tmp_path / "source", os.urandom(LARGE))
+    for use in large_uploads(remote, source):
+        fault = gcs.add_fault(Fault("lost_session", times=2, status=status))
+        use()
+        assert fault.fired == 2
+    for name in ("a", "b", "c"):
+        assert gcs.read_object("runs", f"team/a/{name}") == source.read_bytes()
+    assert len(gcs.requests("upload.start")) == 3 * 3
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_sessions_that_are_lost_again_and_again_are_given_up_for_now(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path, status: int
+) -> None:
+    gcs.add_fault(Fault("lost_session", times=None, status=status))
+    source = write(tmp_path / "source", os.urandom(LARGE))
+    for use in large_uploads(remote, source):
+        gcs.clear_requests()
+        with pytest.raises(TransientStorageError, match=f"gs://runs/team/a.*{status}") as caught:
+            use()
+        assert "upload_id=..." in str(caught.value)
+        assert len(gcs.requests("upload.start")) == 3
+    with pytest.raises(TransientStorageError, match=f"gs://runs/team/a/d.*{status}"):
+        remote.put_stream("d", lambda sink: sink.write(source.read_bytes()), None)
+    assert gcs.list_objects("runs") == []
+
+
+@pytest.mark.parametrize("operation", ["upload.start", "upload.multipart"])
+def test_no_such_bucket_is_not_tried_again(
+    gcs: FakeGcsServer, remote: Bucket, operation: str
+) -> None:
+    gcs.add_fault(Fault("status", times=None, status=404, operation=operation))
+    data = bytes(LARGE if operation == "upload.start" else 1)
+    with pytest.raises(ObjectNotFoundError):
+        remote.put_bytes("a", data)
+    assert len(gcs.requests()) == 1
+
+
+def test_a_version_that_is_replaced_while_it_is_read_is_no_missing_object(
+    gcs: FakeGcsServer, remote: Bucket
+) -> None:
+    gcs.put_object("runs", "team/a/a", b"old" * 100_000)
+    cut = gcs.add_fault(Fault("reset", operation="object.download", after_bytes=100_000))
+    busy = gcs.add_fault(Fault("status", operation="object.download", times=None, skip=1))
+    caught: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            remote.read_bytes("a")
+        except StorageError as exc:
+            caught.append(exc)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert cut.wait_fired(20)
+    assert busy.wait_fired(20)
+    gcs.put_object("runs", "team/a/a", b"new")
+    gcs.clear_faults()
+    reader.join()
+    assert [type(exc) for exc in caught] == [TransientStorageError]
+    assert remote.read_bytes("a") == b"new"
+
+
+def test_a_copy_whose_token_is_lost_is_worth_another_try(
+    gcs: FakeGcsServer, remote: Bucket
+) -> None:
+    remote.put_bytes("a", b"1")
+    gcs.add_fault(Fault("status", status=410, operation="object.rewrite"))
+    with pytest.raises(TransientStorageError):
+        remote.copy("a", "b")
+    remote.copy("a", "b")
+    assert remote.read_bytes("b") == b"1"
+
+
+def test_a_bucket_that_may_not_be_written_is_access_denied(gcs: FakeGcsServer) -> None:
+    gcs.create_bucket("locked", writable=False)
+    locked = open_bucket("gs://locked/a")
+    with pytest.raises(AccessDeniedError, match="gs://locked/a/x"):
+        locked.put_bytes("x", b"1")
+    locked.close()
+
+
+def test_a_bucket_that_does_not_exist_is_not_found(gcs: FakeGcsServer) -> None:
+    nowhere = open_bucket("gs://nowhere")
+    assert nowhere.stat("x") is None
+    for use in (lambda: list(nowhere.list()), lambda: nowhere.put_bytes("x", b"1")):
+        with pytest.raises(ObjectNotFoundError, match="gs://nowhere"):
+            use()
+    nowhere.close()
+
+
+def test_requester_pays_buckets_are_asked_in_the_name_of_the_project(gcs: FakeGcsServer) -> None:
+    gcs.create_bucket("paid", requester_pays=True)
+    paid = open_bucket("gs://paid", user_project="my-project")
+    paid.put_bytes("a", b"1")
+    assert paid.read_bytes("a") == b"1"
+    assert [info.name for info in paid.list()] == ["a"]
+    paid.close()
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_two_bad_answers_are_survived_by_every_operation(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path, status: int
+) -> None:
+    gcs.put_object("runs", "team/a/a", b"1")
+    for use in operations(remote, write(tmp_path / "source", b"1")):
+        fault = gcs.add_fault(Fault("status", times=2, status=status))
+        use()  # type: ignore[operator]
+        assert fault.fired == 2
+
+
+def test_a_server_that_is_down_for_ever_is_given_up_within_the_limit(
+    gcs: FakeGcsServer, tmp_path: Path
+) -> None:
+    gcs.put_object("runs", "a", b"1")
+    gcs.add_fault(Fault("status", times=None, status=503))
+    impatient = open_bucket("gs://runs", retry_seconds=0.15)
+    for use in operations(impatient, write(tmp_path / "source", b"1")):
+        gcs.clear_requests()
+        started = time.monotonic()
+        with pytest.raises(TransientStorageError, match="gs://runs"):
+            use()  # type: ignore[operator]
+        assert time.monotonic() - started < 5
+        assert len(gcs.requests()) > 2
+    impatient.close()
+
+
+def test_a_server_that_is_not_there_is_worth_another_try(gcs: FakeGcsServer) -> None:
+    lost = open_bucket("gs://runs", retry_seconds=0.1)
+    gcs.stop()
+    with pytest.raises(TransientStorageError, match="no connection"):
+        lost.read_bytes("a")
+    lost.close()
+
+
+def test_a_connection_cut_in_the_middle_changes_no_byte(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path
+) -> None:
+    data = os.urandom(300_000)
+    gcs.add_fault(Fault("reset", operation="upload", after_bytes=100_000))
+    assert remote.put_file("a", write(tmp_path / "a", data)).crc32c == crc32c_of_bytes(data)
+    for kind in ("reset", "truncate"):
+        fault = gcs.add_fault(Fault(kind, operation="object.download", after_bytes=100_000))
+        assert remote.get_file("a", tmp_path / "back") == crc32c_of_bytes(data)
+        assert fault.fired == 1
+
+
+def test_bytes_that_changed_on_the_way_are_never_taken(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "a", bytes(50_000))
+    gcs.add_fault(Fault("corrupt", times=None, operation="upload", after_bytes=20_000))
+    with pytest.raises(StorageError):
+        remote.put_file("a", source)
+    assert remote.stat("a") is None
+
+    gcs.clear_faults()
+    remote.put_file("a", source)
+    gcs.add_fault(Fault("corrupt", times=None, operation="object.download", after_bytes=20_000))
+    with pytest.raises(TransientStorageError):
+        remote.get_file("a", tmp_path / "back")
+
+
+def test_a_stream_whose_bytes_changed_on_the_way_has_failed(
+    gcs: FakeGcsServer, remote: Bucket, small_chunks: None
+) -> None:
+    gcs.add_fault(Fault("corrupt", operation="upload", after_bytes=20_000))
+    with pytest.raises(StorageError):
+        remote.put_stream("a", lambda sink: sink.write(os.urandom(2 * CHUNK)), None)
+
+
+def test_an_answer_lost_after_the_commit_does_not_fail_the_upload(
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path
+) -> None:
+    fault = gcs.add_fault(Fault("lost_answer", operation="upload"))
+    remote.put_file("a", write(tmp_path / "a", b"data"))
+    assert fault.fired == 1
+    assert gcs.read_object("runs", "team/a/a") == b"data"
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_an_answer_lost_after_the_commit_is_no_conflict(
+    gcs: FakeGcsServer, remote: Bucket, is_new: bool
+) -> None:
+    expected = None if is_new else remote.put_bytes_if("a", b"before", None)
+    fault = gcs.add_fault(Fault("lost_answer", operation="upload"))
+    info = remote.put_bytes_if("a", b"with a token", expected)
+    assert fault.fired == 1
+    assert remote.read_version("a") == (b"with a token", info)
+    newer = remote.put_bytes_if("a", b"next", info)
+    fault = gcs.add_fault(Fault("lost_answer", operation="object.delete"))
+    remote.delete_if("a", newer)
+    assert fault.fired == 1
+    assert remote.stat("a") is None
+
+
+def test_only_a_version_of_this_bucket_can_be_expected(
+    directory: DirectoryBucket, remote: Bucket
+) -> None:
+    info = directory.put_bytes("a", b"1")
+    remote.put_bytes("a", b"1")
+    for use in (lambda: remote.put_bytes_if("a", b"2", info), lambda: remote.delete_if("a", info)):
+        with pytest.raises(StorageError, match="which version"):
+            use()
+    assert remote.read_bytes("a") == b"1"
+
+
+def test_a_stream_that_broke_off_is_not_finished_later(
+    gcs: FakeGcsServer, remote: Bucket, small_chunks: None
+) -> None:
+    def write_some(sink: IO[bytes]) -> None:
+        sink.write(bytes(CHUNK + 5))
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        remote.put_stream("a", write_some, None)
+    gc.collect()  # or by the writer's own end
+    assert gcs.list_objects("runs") == []
+
+
+def test_a_slow_line_is_no_dead_one(gcs: FakeGcsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    # More than the buffers of a connection hold, and slow enough to need 4 s.
+    size, rate = 8_000_000, 2_000_000
+    monkeypatch.setattr(gcs_bucket, "CONNECT_TIMEOUT_SECONDS", 1.5)
+    gcs.add_fault(Fault("slow", times=None, operation="upload", bytes_per_second=rate))
+    bucket = open_bucket("gs://runs", retry_seconds=3)
+    bucket.put_bytes("a", bytes(size))
+    assert gcs.get_object("runs", "a").size == size
+    assert len(gcs.requests("upload")) == 1
+    bucket.close()
+
+
+def test_parts_are_joined_where_each_is_what_was_seen(gcs: FakeGcsServer, remote: Bucket) -> None:
+    assert isinstance(remote, GcsBucket)
+    parts = [remote.put_bytes(name, name.encode()) for name in ("b", "a")]
+    joined = remote.compose("c", parts, None)
+    assert (joined.size, joined.crc32c) == (2, crc32c_of_bytes(b"ba"))
+    assert joined == remote.stat("c")
+    with pytest.raises(ConflictError):
+        remote.compose("c", parts, None)
+    remote.put_bytes("a", b"other")
+    with pytest.raises(ConflictError):
+        remote.compose("c", parts, joined)
+    assert remote.read_bytes("c") == b"ba"
+
+
+def test_one_bucket_serves_many_threads(gcs: FakeGcsServer, remote: Bucket) -> None:
+    for number in range(16):
+        gcs.put_object("runs", f"team/a/{number}", str(number).encode())
+    found: dict[int, bytes] = {}
+
+    def read(number: int) -> None:
+        found[number] = remote.read_bytes(str(number))
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: str(number).encode() for number in range(16)}
+
+
+def test_the_uri_without_prefix_is_the_whole_bucket(gcs: FakeGcsServer) -> None:
+    bucket = open_bucket("gs://runs/")
+    assert isinstance(bucket, GcsBucket)
+    assert bucket.uri == "gs://runs"
+    bucket.put_bytes("a", b"1")
+    assert gcs.list_objects("runs") == ["a"]
+    bucket.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.ENOTCONN])
+def test_what_a_directory_may_recover_from_is_worth_another_try(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(TransientStorageError):
+        directory.put_bytes("a", b"1")

@@ -1,0 +1,141 @@
+"""Loss and perplexity: equal to a plain loop over the same tokens."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.sample_shards import save_shard
+from tests.small_models import build_small_model, plain_losses
+from utils.data.shard_cache import ShardCache
+from utils.data.token_stream import TokenStream, covering_windows, training_windows
+from utils.storage.directory import DirectoryBucket
+from utils.tools.evaluation.perplexity import TextScore, score_text
+
+LENGTHS = (29, 50, 3)
+END = 0
+
+
+class OneByte:
+    """Counts a byte for each token that is even; none where a token is 511."""
+
+    def count(self, before: int, tokens: Any) -> int | None:
+        assert 0 <= before < 512
+        return None if 511 in tokens else int((tokens % 2 == 0).sum())
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build_small_model()
+
+
+@pytest.fixture(scope="module")
+def tokens() -> list[int]:
+    found = torch.randint(1, 511, (sum(LENGTHS),), generator=torch.Generator().manual_seed(3))
+    found[[7, 30, 31, 60]] = END
+    return list(found.tolist())
+
+
+@pytest.fixture
+def stream(tokens: list[int], tmp_path: Path) -> TokenStream:
+    shards, first = [], 0
+    for number, length in enumerate(LENGTHS):
+        part = torch.tensor(tokens[first : first + length]).numpy()
+        shards.append(save_shard(tmp_path / "data" / f"val_{number}.npz", input_ids=part))
+        first += length
+    bucket = DirectoryBucket(tmp_path / "data")
+    return TokenStream(ShardCache([(bucket, shards)], tmp_path / "cache", 512), shards)
+
+
+def measure(model: Any, stream: TokenStream, windows: Any, **options: Any) -> TextScore:
+    score = score_text(model, stream, windows, **{"batch_size": 3, **options})
+    assert score is not None
+    return score
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_loss_is_that_of_a_plain_loop(
+    model: Any, stream: TokenStream, tokens: list[int], batch_size: int
+) -> None:
+    seen: list[int] = []
+    score = measure(
+        model, stream, covering_windows(82, 16), batch_size=batch_size, on_progress=seen.append
+    )
+    losses = plain_losses(model, tokens, 16)
+    expected = math.fsum(losses) / len(losses)
+    assert score.tokens == len(losses) == 81 == seen[-1]
+    assert score.loss == pytest.approx(expected, rel=1e-6)
+    assert score.perplexity == pytest.approx(math.exp(expected), rel=1e-6)
+    assert expected > 6.3  # far from a uniform guess, so that the numbers say something
+
+
+def test_a_stride_gives_context(model: Any, stream: TokenStream, tokens: list[int]) -> None:
+    score = measure(model, stream, covering_windows(82, 16, 1))
+    total = 0.0
+    with torch.no_grad():
+        for place in range(1, 82):
+            seen = torch.tensor([tokens[max(0, place - 16) : place]])
+            logits = model(input_ids=seen).logits[0, -1].double()
+            total += float(logits.logsumexp(0) - logits[tokens[place]])
+    assert score.loss == pytest.approx(total / 81, rel=1e-6)
+
+
+def test_documents_apart_see_nothing_of_each_other(
+    model: Any, stream: TokenStream, tokens: list[int]
+) -> None:
+    masked = measure(model, stream, covering_windows(82, 41), document_end=END)
+    total = 0.0
+    with torch.no_grad():
+        for begin in (0, 41):
+            for place in range(begin, begin + 41):
+                # A document begins behind an end, and each window begins one.
+                ends = [i for i in range(begin, place) if tokens[i] == END]
+                first = ends[-1] + 1 if ends else begin
+                seen = torch.tensor([tokens[first : place + 1]])
+                if place + 1 < 82:
+                    logits = model(input_ids=seen).logits[0, -1].double()
+                    total += float(logits.logsumexp(0) - logits[tokens[place + 1]])
+    assert masked.loss == pytest.approx(total / 81, rel=1e-6)
+    assert masked.loss != pytest.approx(measure(model, stream, covering_windows(82, 41)).loss, 1e-4)
+
+
+def test_bytes_are_those_of_the_predicted_tokens(
+    model: Any, stream: TokenStream, tokens: list[int]
+) -> None:
+    counter: Any = OneByte()
+    even = sum(token % 2 == 0 for token in tokens[1:])
+    for stride in (16, 5):
+        score = measure(model, stream, covering_windows(82, 16, stride), counter=counter)
+        assert score.bytes == even
+        assert score.bits_per_byte == pytest.approx(score.total_nats / math.log(2) / even)
+    score = measure(model, stream, training_windows(82, 10, 3), counter=counter)
+    wanted = [token for place, token in enumerate(tokens[:30]) if place % 10]
+    assert (score.tokens, score.bytes) == (27, sum(token % 2 == 0 for token in wanted))
+    assert measure(model, stream, covering_windows(82, 16)).bits_per_byte is None
+
+
+def test_what_is_not_known_is_none(model: Any, stream: TokenStream) -> None:
+    class Never:
+        def count(self, before: int, tokens: Any) -> None:
+            return None
+
+    never: Any = Never()
+    score = measure(model, stream, covering_windows(82, 16), counter=never)
+    assert (score.bytes, score.to_values()["bits_per_byte"]) == (None, None)
+    assert TextScore(5000.0, 5, 0, 1.0).perplexity is None
+    assert TextScore(5000.0, 5, 0, 0.0).to_values()["tokens_per_second"] is None
+    assert score_text(model, stream, [], batch_size=2) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.parametrize("document_end", [None, END])
+def test_a_gpu_finds_what_a_cpu_finds(stream: TokenStream, document_end: int | None) -> None:
+    windows = list(covering_windows(82, 16))
+    wanted = measure(build_small_model(), stream, windows, document_end=document_end)
+    found = measure(build_small_model().to("cuda"), stream, windows, document_end=document_end)
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-3)

@@ -1,0 +1,212 @@
+"""The view fits 80 x 24 whatever a run has, keeps what matters, and shows nothing that steers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from utils.base.machine import Gpu, Machine
+from utils.tools.monitor.live_screen import count_cells, crop, paint, terminal_encoding
+from utils.tools.monitor.log_findings import Metrics
+from utils.tools.monitor.state import RunState
+from utils.tools.monitor.status import CheckpointStatus, RunStatus
+from utils.tools.monitor.view import Row, build_rows, fit_rows, one_line, show_figure, show_time
+from utils.tools.monitor.warnings import RunWarning
+
+GIB = 2**30
+MACHINE = Machine(45.0, 12 * GIB, 64 * GIB, 500 * GIB, 1800 * GIB, [], None)
+METRICS: dict[str, float | None] = {
+    "loss": 2.845123, "perplexity": 17.2, "learning_rate": 2e-4, "grad_norm": 0.53, "epoch": 0.0,
+    "tokens_seen": 10_240_000_000.0, "tokens_per_second": 512_345.0, "step_seconds": 0.602,
+    "mfu": 0.412, "data_wait_share": 0.003, "validation_loss": 2.912, "validation_perplexity": 18.4,
+    "best_validation_loss": 2.9012,
+}  # fmt: skip
+START = {"run_id": "20260101-0a1b2c3d", "device": "cuda:0", "precision": "bf16", "world_size": 8,
+         "num_parameters": 1_311_000_000}  # fmt: skip
+PROGRESS = {"percent": 43.2, "eta_seconds": 80.0, "text": "43%, 52.1 MiB/s, 1m20s left"}
+
+
+def gpu(index: int) -> Gpu:
+    return Gpu(index, "NVIDIA H100 80GB HBM3", 90.0 + index, 61 * GIB, 80 * GIB, 67.0, 412.0)
+
+
+def checkpoint(step: int, **changes: Any) -> CheckpointStatus:
+    name = f"checkpoint-epoch0-step{step}-files12"
+    values = CheckpointStatus(name, step, 2.9, 2.912, 17 * GIB, "verified", {}, None, None)
+    return replace(values, **changes)
+
+
+def status(**changes: Any) -> RunStatus:
+    values = RunStatus(
+        state=RunState.RUNNING, detail="process 123 on host", start=START, step=5000,
+        max_steps=10_000, eta_seconds=11_520.0, silent_seconds=3.0, stall_seconds=60.0,
+        metrics=Metrics(**METRICS), loss_curve=[3.12, 3.0, 2.9, 2.845], checkpoints=[],
+        save_interval_seconds=None, uploads={}, machine=MACHINE, disk_seconds_left=None,
+        costs=None, warnings=[], problems=[],
+    )  # fmt: skip
+    return replace(values, **changes)
+
+
+FULL = status(
+    checkpoints=[
+        *(checkpoint(step) for step in (1000, 2000, 3000, 4000)),
+        checkpoint(5000, upload="uploading", upload_progress=PROGRESS),
+    ],
+    uploads={"verified": 4, "uploading": 1},
+    machine=replace(MACHINE, gpus=[gpu(index) for index in range(8)]),
+    disk_seconds_left=12 * 86400.0,
+    warnings=[RunWarning("loss_rising", "the loss rises " * 10, "lower it")],
+    problems=["logs/metrics.jsonl: 3 unreadable lines"],
+)
+
+
+def text_of(look: RunStatus, height: int | None = None, width: int = 80, **more: Any) -> list[str]:
+    rows = build_rows(look, "utf-8", width=width, **more)
+    return [text for text, _ in fit_rows(rows, height)]
+
+
+def test_a_usual_run_fits_80_by_24_uncropped() -> None:
+    look = replace(FULL, machine=replace(MACHINE, gpus=[gpu(0)]), warnings=[], problems=[])
+    lines = text_of(look)
+    assert len(lines) <= 24
+    assert [line for line in lines if count_cells(line) > 80] == []
+    for part in (
+        "State: running (process 123 on host)",
+        "Run: 20260101-0a1b2c3d, on cuda:0, precision bf16, 8 ranks, 1,311.0M parameters",
+        "Step: 5,000 / 10,000 (50.0%)  [",
+        "ETA: 3h12m",
+        "Loss: 2.845123  Perplexity: 17.20  Gradient Norm: 0.530",
+        "3.120 to 2.845",
+        "Validation Loss: 2.912000  Best: 2.901200",
+        "Speed: 512,345 tokens/s  602 ms/step  MFU: 41.2%  Data Wait: 0.3%",
+        "Last Record: 3s ago  Learning Rate: 2.00e-04  Tokens Seen: 10,240,000,000",
+        "  checkpoint-epoch0-step5000-files12  Val: 2.9120  uploading 43%, 1m20s left",
+        "GPU 0: 90%  61.0 GiB of 80.0 GiB  67 C  412 W  NVIDIA H100 80GB HBM3",
+        "CPU: 45%  Memory: 12.0 GiB of 64.0 GiB (19%)",
+        "Disk Free: 500.0 GiB of 1.8 TiB (12 days left)",
+    ):
+        assert any(part in line for line in lines), part
+
+
+def test_what_matters_least_is_left_out_where_there_is_no_room() -> None:
+    whole = text_of(FULL)
+    assert len(whole) > 24
+    lines = text_of(FULL, 24)
+    assert len(lines) == 24
+    assert lines == [line for line in whole if line in lines]  # in their order
+    for part in ("State:", "ETA:", "Loss:", "step5000", "8 GPUs:", "the loss rises", "CPU:"):
+        assert any(part in line for line in lines), part
+    assert not any("GPU 7:" in line for line in lines)
+    assert [line.split(":")[0] for line in text_of(FULL, 3)] == ["State", "Step", "Loss"]
+
+
+def test_a_wide_terminal_shows_the_rate_too() -> None:
+    assert any("uploading 43%, 52.1 MiB/s, 1m20s left" in line for line in text_of(FULL, width=120))
+
+
+def test_a_narrow_terminal_still_shows_the_uploads() -> None:
+    lines = text_of(FULL, width=60)
+    assert "  epoch0-step4000-files12  Val: 2.9120  verified" in lines
+    assert "  epoch0-step5000-files12  Val: 2.9120  uploading 43%, 1m20s left" in lines
+
+
+def test_many_gpus_are_summed_up() -> None:
+    assert "8 GPUs: 90 to 97%  up to 61.0 GiB  67 C  3,296 W" in text_of(FULL)
+    unknown = Gpu(0, "x", None, None, None, None, None)
+    look = status(machine=replace(MACHINE, gpus=[unknown] * 3))
+    assert "3 GPUs: -  up to -  - C  - W" in text_of(look)
+    assert "GPU 0: -%  - of -  - C  - W  x" in text_of(look)
+
+
+def test_nothing_steers_a_terminal_and_nothing_is_too_long() -> None:
+    bad = "\x1b[2J\x07\n" * 200
+    look = status(
+        detail=bad, start=dict.fromkeys(START, bad), problems=[bad],
+        metrics=Metrics(**{item.name: 1e308 for item in fields(Metrics)}),
+        checkpoints=[checkpoint(1, upload_error=bad, problem=bad,
+                                upload_progress={**PROGRESS, "text": bad})],
+        machine=replace(MACHINE, gpus=[replace(gpu(0), name=bad)], gpu_note=bad),
+    )  # fmt: skip
+    for line in [*text_of(look, notes=[bad]), one_line(look)]:
+        assert line.isprintable()
+        assert len(line) < 2000
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    look = status(
+        metrics=Metrics(**dict.fromkeys(METRICS)), max_steps=None, eta_seconds=None,
+        silent_seconds=None, loss_curve=[], start={},
+        machine=replace(MACHINE, disk_free_bytes=None, disk_total_bytes=None, gpu_note="none"),
+    )  # fmt: skip
+    lines = text_of(look)
+    assert "Loss: -  Perplexity: -  Gradient Norm: -" in lines
+    assert "Disk Free: -" in lines
+    assert "GPU: none" in lines
+    assert not any("MFU" in line for line in [*lines, one_line(look)])
+    nan = status(metrics=Metrics(**{**METRICS, "loss": math.nan}))
+    assert "Loss: nan  " in "\n".join(text_of(nan))
+
+
+def test_one_line_has_warnings_and_problems_too() -> None:
+    line = one_line(FULL)
+    assert "running  step 5,000 / 10,000 (50.0%)  loss 2.845123" in line
+    assert "MFU 41.2%" in line
+    assert "warning: the loss rises" in line
+    assert "3 unreadable lines" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (0.4, "0s"), (59.9, "59s"), (200, "3m20s"), (3720, "1h02m"), (90_000, "25h00m"),
+     (200_000, "2d07h")],
+)  # fmt: skip
+def test_durations_are_short(seconds: float | None, text: str) -> None:
+    assert show_time(seconds) == text
+
+
+def test_figures_stay_short() -> None:
+    assert show_figure(12345.678, ",.1f") == "12,345.7"
+    assert show_figure(1e300, ",.1f") == "1.000e+300"
+    assert show_figure(math.inf, ".2f") == "inf"
+
+
+def test_rows_go_by_importance_and_the_last_ones_first() -> None:
+    rows = [Row("a", "", 1), Row("b", "", 2), Row("c", "bold", 0), Row("d", "", 2)]
+    assert fit_rows(rows, 3) == [("a", ""), ("b", ""), ("c", "bold")]
+    assert fit_rows(rows, 1) == [("c", "bold")]
+    assert fit_rows(rows, None)[3] == ("d", "")
+
+
+def test_text_is_cropped_by_the_cells_that_it_takes() -> None:
+    assert crop("abcdef", 6) == "abcdef"
+    assert crop("abcdefg", 6) == "abc..."
+    assert count_cells(crop("\u6f22\u5b57" * 10, 11)) <= 11
+    assert crop("abcdefg", 2) == ".."
+
+
+def test_styles_are_escape_sequences_only_where_there_is_colour() -> None:
+    assert paint(("a", "red"), has_color=True) == "\x1b[31ma\x1b[0m"
+    assert paint(("a", "red"), has_color=False) == "a"
+    assert paint(("a", ""), has_color=True) == "a"
+
+
+@pytest.mark.parametrize(
+    ("environment", "encoding"),
+    [
+        ({"LANG": "C"}, "ascii"),
+        ({"LANG": "C", "LC_CTYPE": "C.UTF-8"}, "ascii"),  # as Python changes it
+        ({"LC_ALL": "POSIX", "LANG": "en_US.UTF-8"}, "ascii"),
+        ({"LC_ALL": "en_US.UTF-8", "LANG": "C"}, None),
+        ({"LC_CTYPE": "en_US.UTF-8", "LANG": "C"}, None),
+        ({"LANG": "C.UTF-8"}, None),
+        ({}, None),
+    ],
+)
+def test_the_c_locale_gets_ascii(environment: dict[str, str], encoding: str | None) -> None:
+    import sys
+
+    assert terminal_encoding(environment) == (encoding or sys.stdout.encoding)

@@ -1,0 +1,741 @@
+"""One upload: sent once, verified before its card, never over what belongs to somebody else."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gcs_server import FakeGcsServer, Fault
+from tests.sample_checkpoints import RUN_ID, make_checkpoint
+from utils.base.errors import (
+    AccessDeniedError,
+    CheckpointError,
+    StorageError,
+    TransientStorageError,
+)
+from utils.checkpoints.layout import Manifest, archive_object, card_object, read_json, read_manifest
+from utils.storage.bucket import Bucket, Meter, ObjectInfo, WriteStream, crc32c_of_bytes
+from utils.storage.open import open_bucket
+from utils.uploads import transports
+from utils.uploads.job import ProgressReport, UploadJob, UploadProgress, UploadResult, run_job
+from utils.uploads.parallel_upload import PARTS_FOLDER, parts_prefix
+from utils.uploads.transports import Transport, TransportOptions, open_transport
+
+NAME = "checkpoint-epoch0-step10-files0"
+ARCHIVE, CARD = archive_object(NAME), card_object(NAME)
+OTHER_RUN = "20250101-ffffffff"
+
+
+class Killed(BaseException):
+    """The process is gone at this point."""
+
+
+Hook = Callable[[str, str], None]
+
+
+class Watched:
+    """A transport that is looked at, or goes wrong, before and after each operation."""
+
+    def __init__(self, inner: Transport, before: Hook, after: Hook, calls: list[Any]) -> None:
+        self.name, self.uri = inner.name, inner.uri
+        self._inner, self._before, self._after, self._calls = inner, before, after, calls
+
+    def _do(self, operation: str, name: str, *arguments: Any) -> Any:
+        self._calls.append((operation, name, *arguments))
+        self._before(operation, name)
+        result = getattr(self._inner, operation)(name, *arguments)
+        self._after(operation, name)
+        return result
+
+    def put(
+        self, object_name: str, write: WriteStream, expected: ObjectInfo | None, max_bytes: int
+    ) -> None:
+        self._do("put", object_name, write, expected, max_bytes)
+
+    def stat(self, object_name: str) -> ObjectInfo | None:
+        found: ObjectInfo | None = self._do("stat", object_name)
+        return found
+
+    def read(self, object_name: str) -> bytes | None:
+        data: bytes | None = self._do("read", object_name)
+        return data
+
+    def copy(self, object_name: str, target: str) -> None:
+        self._do("copy", object_name, target)
+
+    def delete(self, object_name: str, expected: ObjectInfo | None = None) -> None:
+        self._do("delete", object_name, expected)
+
+    def remove_unfinished(
+        self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
+    ) -> None:
+        self._do("remove_unfinished", folder, keep, only)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def nothing(operation: str, name: str) -> None:
+    pass
+
+
+@dataclass
+class Place:
+    """A bucket: what is uploaded to it, and what is in it."""
+
+    bucket: Bucket
+    options: TransportOptions
+    calls: list[Any] = field(default_factory=list)
+
+    def upload(
+        self,
+        checkpoint: Path,
+        *,
+        before: Hook = nothing,
+        after: Hook = nothing,
+        progress: UploadProgress | None = None,
+        **options: Any,
+    ) -> UploadResult:
+        def open_way(transport: TransportOptions, meter: Meter) -> Transport:
+            return Watched(open_transport(transport, meter), before, after, self.calls)
+
+        self.calls.clear()
+        job = UploadJob(str(checkpoint), self.options, **options)
+        return run_job(job, progress or UploadProgress(), open_way)
+
+    @property
+    def puts(self) -> list[str]:
+        return [call[1] for call in self.calls if call[0] == "put"]
+
+    def contents(self) -> dict[str, bytes]:
+        names = [info.name for info in self.bucket.list() if f"/{PARTS_FOLDER}/" not in info.name]
+        return {name: self.bucket.read_bytes(name) for name in names}
+
+    def parts(self) -> set[str]:
+        return {info.name for info in self.bucket.list() if f"/{PARTS_FOLDER}/" in info.name}
+
+    def check(self, *_: str) -> None:
+        """Every card lies beside the archive that it describes."""
+        contents = self.contents()
+        for name, data in contents.items():
+            if name.endswith(".json"):
+                archive = contents.get(f"{name.removesuffix('.json')}.tar.gz")
+                assert archive is not None, f"{name} without an archive"
+                facts = {"size": len(archive), "crc32c": crc32c_of_bytes(archive)}
+                assert json.loads(data)["archive"] == facts, f"{name} of another archive"
+
+    def require_uploaded(self, checkpoint: Path) -> None:
+        self.check()
+        contents = self.contents()
+        card = json.loads(contents[CARD])
+        assert Manifest.from_json(card["manifest"], "card") == read_manifest(checkpoint)
+        with tarfile.open(fileobj=io.BytesIO(contents[ARCHIVE])) as tar:
+            for path in checkpoint.iterdir():
+                member = tar.extractfile(f"{NAME}/{path.name}")
+                assert member is not None
+                assert member.read() == path.read_bytes()
+
+
+@pytest.fixture(params=["directory", "gs"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    uri = str(tmp_path / "bucket")
+    if request.param == "gs":
+        request.getfixturevalue("gcs")
+        uri = "gs://runs/a"
+    options = TransportOptions(uri, "python" if request.param == "gs" else "directory", streams=2)
+    bucket = open_bucket(uri)
+    yield Place(bucket, options)
+    bucket.close()
+
+
+@pytest.fixture
+def gs(gcs: FakeGcsServer) -> Iterator[Place]:
+    bucket = open_bucket("gs://runs/a")
+    yield Place(bucket, TransportOptions("gs://runs/a", "python", streams=2))
+    bucket.close()
+
+
+@pytest.fixture(autouse=True)
+def _stream_archives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transports, "SMALL_BYTES", 2**16)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "checkpoints", 10)
+
+
+def stamp(checkpoint: Path, **changes: Any) -> Path:
+    """Let another run or branch have written a checkpoint."""
+    path = checkpoint / "manifest.json"
+    path.write_text(json.dumps({**read_json(path), **changes}))
+    return checkpoint
+
+
+def make_other(tmp_path: Path, **changes: Any) -> Path:
+    """Return a checkpoint of the same name with other weights."""
+    return stamp(make_checkpoint(tmp_path / "other", 10, current_loss=1.25), **changes)
+
+
+# What there is afterwards.
+
+
+def test_the_archive_is_verified_and_has_its_card(place: Place, checkpoint: Path) -> None:
+    seen: list[tuple[str, list[str]]] = []
+
+    def look(operation: str, name: str) -> None:
+        place.check()
+        if operation == "put":
+            seen.append((name, sorted(place.contents())))
+
+    result = place.upload(checkpoint, before=look, after=place.check)
+    place.require_uploaded(checkpoint)
+    assert seen == [(ARCHIVE, []), (CARD, [ARCHIVE])]
+    contents = place.contents()
+    assert set(contents) == {ARCHIVE, CARD}
+    assert json.loads(contents[CARD]) == {
+        "manifest": read_json(checkpoint / "manifest.json"),
+        "metadata": read_json(checkpoint / "metadata.json"),
+        "archive": {"size": result.size, "crc32c": result.crc32c},
+    }
+    assert result.size == len(contents[ARCHIVE])
+    assert result.crc32c == crc32c_of_bytes(contents[ARCHIVE])
+    assert result.sent >= result.size
+    assert result.seconds > 0
+
+
+def test_the_card_is_written_only_after_the_bucket_was_asked_for_the_archive(
+    place: Place, checkpoint: Path
+) -> None:
+    place.upload(checkpoint)
+    asked = [call[:2] for call in place.calls]
+    assert ("stat", ARCHIVE) in asked[asked.index(("put", ARCHIVE)) : asked.index(("put", CARD))]
+
+
+def test_a_card_never_holds_metadata_that_the_manifest_does_not_vouch_for(
+    place: Place, checkpoint: Path
+) -> None:
+    def damage(operation: str, name: str) -> None:
+        if (operation, name) == ("put", ARCHIVE):
+            path = checkpoint / "metadata.json"
+            path.write_text(path.read_text("utf-8").replace('"epoch": 0', '"epoch": 1'), "utf-8")
+
+    with pytest.raises(CheckpointError, match="metadata.json is damaged"):
+        place.upload(checkpoint, after=damage)
+    assert CARD not in place.contents()
+
+
+@pytest.mark.parametrize("compression", ["fast", "small", "none"])
+def test_the_compression_that_is_asked_for_is_used(
+    place: Place, checkpoint: Path, compression: str
+) -> None:
+    result = place.upload(checkpoint, compression=compression, threads=2)
+    place.require_uploaded(checkpoint)
+    files = read_manifest(checkpoint).total_bytes
+    assert (result.size > files) == (compression == "none")
+
+
+def test_what_is_there_already_is_not_sent_again(place: Place, checkpoint: Path) -> None:
+    first = place.upload(checkpoint)
+    again = place.upload(checkpoint)
+    assert place.puts == []
+    assert (again.size, again.crc32c, again.sent) == (first.size, first.crc32c, 0)
+    # Nor is it with another compression: the archive that is there is a good one.
+    assert place.upload(checkpoint, compression="none").crc32c == first.crc32c
+    assert place.puts == []
+
+
+def test_an_archive_without_its_card_gets_it_and_is_not_sent_again(
+    place: Place, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    place.upload(checkpoint)
+    place.bucket.delete(CARD)
+    assert place.upload(checkpoint).sent == 0
+    assert place.puts == [CARD]
+    assert "is in the bucket already" in caplog.text
+    place.require_uploaded(checkpoint)
+
+
+@pytest.mark.parametrize("found", [b"", b"half of an archive"])
+def test_another_archive_without_a_card_is_replaced(
+    place: Place, checkpoint: Path, found: bytes
+) -> None:
+    place.bucket.put_bytes(ARCHIVE, found)
+    place.upload(checkpoint, before=place.check, after=place.check)
+    assert place.puts == [ARCHIVE, CARD]
+    place.require_uploaded(checkpoint)
+
+
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_a_card_whose_archive_is_gone_or_damaged_is_made_good(
+    place: Place, checkpoint: Path, is_missing: bool
+) -> None:
+    place.upload(checkpoint)
+    place.bucket.delete(ARCHIVE)
+    if not is_missing:
+        place.bucket.put_bytes(ARCHIVE, b"damaged")
+    place.upload(checkpoint)
+    place.require_uploaded(checkpoint)
+
+
+# Whose it is.
+
+
+@pytest.mark.parametrize(
+    ("card", "owner"),
+    [
+        (b"", "unknown"),
+        (b"\xff", "unknown"),
+        (b"[]", "unknown"),
+        (b"[" * 100_000, "unknown"),
+        (b'{"something": "else"}', "unknown"),
+        (b'{"manifest": {"run_id": "20260101-0a1b2c3d"}}', "unknown"),
+        (None, OTHER_RUN),
+    ],
+    ids=["empty", "bytes", "list", "deep", "else", "half", "run"],
+)
+def test_the_card_of_another_run_or_of_nobody_is_refused_and_nothing_changes(
+    place: Place, checkpoint: Path, tmp_path: Path, card: bytes | None, owner: str
+) -> None:
+    if card is None:
+        place.upload(make_other(tmp_path, run_id=OTHER_RUN))
+    else:
+        place.bucket.put_bytes(ARCHIVE, b"their archive")
+        place.bucket.put_bytes(CARD, card)
+    theirs = place.contents()
+    with pytest.raises(CheckpointError, match=f"belongs to run {owner}, not {RUN_ID}") as error:
+        place.upload(checkpoint)
+    assert "--set run_name=" in str(error.value)
+    assert place.contents() == theirs
+    assert place.puts == []
+
+
+@pytest.mark.parametrize(
+    "archive",
+    [None, {}, [], {"size": "many", "crc32c": "A"}, {"size": float("inf"), "crc32c": "AAAAAA=="}],
+)
+def test_a_card_of_this_run_that_says_nothing_of_its_archive_is_replaced(
+    place: Place, checkpoint: Path, archive: object
+) -> None:
+    place.upload(checkpoint)
+    card = json.loads(place.bucket.read_bytes(CARD))
+    place.bucket.put_bytes(CARD, json.dumps({**card, "archive": archive}).encode())
+    place.upload(checkpoint)
+    assert place.puts == [CARD]
+    place.require_uploaded(checkpoint)
+
+
+def test_the_checkpoint_of_a_branch_that_was_left_is_set_aside_first(
+    place: Place, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    place.upload(make_other(tmp_path, branch=1, forks=[[0, 0], [1, 5]]))
+    theirs = place.contents()
+    stamp(checkpoint, branch=2, forks=[[0, 0], [1, 5], [2, 8]])
+    place.upload(checkpoint, before=place.check, after=place.check)
+    place.require_uploaded(checkpoint)
+    aside = "Checkpoints/set-aside/branch-1"
+    contents = place.contents()
+    assert contents.pop(f"{aside}/{NAME}.tar.gz") == theirs[ARCHIVE]
+    assert contents.pop(f"{aside}/{NAME}.json") == theirs[CARD]
+    assert set(contents) == {ARCHIVE, CARD}
+    assert f"of branch 1 of this run. It is copied to {place.options.uri}/{aside}." in caplog.text
+
+
+def test_each_branch_that_was_left_has_a_place_of_its_own(
+    place: Place, checkpoint: Path, tmp_path: Path
+) -> None:
+    first = make_other(tmp_path)
+    second = stamp(
+        make_checkpoint(tmp_path / "second", 10, current_loss=2.5), branch=1, forks=[[0, 0], [1, 5]]
+    )
+    stamp(checkpoint, branch=2, forks=[[0, 0], [1, 5], [2, 8]])
+    for path in (first, second, checkpoint):
+        place.upload(path)
+    place.require_uploaded(checkpoint)
+    for branch, path in enumerate((first, second)):
+        card = place.bucket.read_bytes(f"Checkpoints/set-aside/branch-{branch}/{NAME}.json")
+        assert json.loads(card)["manifest"] == read_json(path / "manifest.json")
+
+
+def test_the_card_of_a_branch_that_was_left_is_set_aside_where_its_archive_is_gone(
+    place: Place, checkpoint: Path, tmp_path: Path
+) -> None:
+    place.upload(make_other(tmp_path))
+    place.bucket.delete(ARCHIVE)
+    place.upload(stamp(checkpoint, branch=1, forks=[[0, 0], [1, 5]]))
+    assert set(place.contents()) == {
+        ARCHIVE,
+        CARD,
+        f"Checkpoints/set-aside/branch-0/{NAME}.json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ((1, [[0, 0], [1, 5]]), (0, [])),  # a later one
+        ((2, [[0, 0], [1, 5], [2, 8]]), (1, [[0, 0], [1, 5]])),
+        ((1, [[0, 0], [1, 5]]), (2, [[0, 0], [2, 3]])),  # a sibling
+        ((2, [[0, 0], [2, 3]]), (1, [[0, 0], [1, 5]])),
+    ],
+)
+def test_the_checkpoint_of_a_branch_that_this_one_does_not_come_from_is_refused(
+    place: Place, checkpoint: Path, tmp_path: Path, theirs: Any, ours: Any
+) -> None:
+    place.upload(make_other(tmp_path, branch=theirs[0], forks=theirs[1]))
+    before = place.contents()
+    stamp(checkpoint, branch=ours[0], forks=ours[1])
+    with pytest.raises(CheckpointError, match=f"written by branch {theirs[0]} of this run"):
+        place.upload(checkpoint)
+    assert place.contents() == before
+
+
+def test_the_same_step_saved_again_by_the_same_branch_is_replaced(
+    place: Place, checkpoint: Path, tmp_path: Path
+) -> None:
+    aside = f"Checkpoints/set-aside/branch-0/{NAME}"
+    uploads = [make_other(tmp_path), checkpoint, make_other(tmp_path / "again")]
+    before = []
+    for path in uploads:
+        place.upload(path, before=place.check, after=place.check)
+        before.append(place.contents())
+    place.require_uploaded(uploads[-1])
+    copies = {aside: before[0], aside.replace("branch-0", "branch-0-2"): before[1]}
+    after = place.contents()
+    suffixes = {".tar.gz": ARCHIVE, ".json": CARD}
+    assert set(after) == {ARCHIVE, CARD, *(f"{copy}{end}" for copy in copies for end in suffixes)}
+    for copy, contents in copies.items():
+        assert all(after[f"{copy}{end}"] == contents[name] for end, name in suffixes.items())
+
+
+def test_a_card_that_is_written_at_this_moment_is_neither_deleted_nor_replaced(
+    place: Place, checkpoint: Path, tmp_path: Path
+) -> None:
+    place.upload(make_other(tmp_path))
+    newer = b'{"newer": true}'
+
+    def write_newer(operation: str, name: str) -> None:
+        if (operation, name) == ("delete", CARD):
+            place.bucket.put_bytes(CARD, newer)
+
+    with pytest.raises(TransientStorageError):
+        place.upload(checkpoint, before=write_newer)
+    assert place.contents()[CARD] == newer
+
+
+# What goes wrong.
+
+
+def test_an_object_that_is_not_what_was_sent_is_never_called_verified(
+    place: Place, checkpoint: Path
+) -> None:
+    def damage(operation: str, name: str) -> None:
+        if (operation, name) == ("put", ARCHIVE):
+            place.bucket.put_bytes(ARCHIVE, b"damaged")
+
+    with pytest.raises(TransientStorageError, match="the bucket holds 7 bytes, crc32c"):
+        place.upload(checkpoint, after=damage)
+    assert set(place.contents()) == {ARCHIVE}
+
+    def lose(operation: str, name: str) -> None:
+        if (operation, name) == ("put", ARCHIVE):
+            place.bucket.delete(ARCHIVE)
+
+    with pytest.raises(TransientStorageError, match="the bucket holds nothing instead of"):
+        place.upload(checkpoint, after=lose)
+    assert place.contents() == {}
+
+
+@pytest.mark.parametrize("had_object", [True, False])
+@pytest.mark.parametrize("with_card", [True, False])
+@pytest.mark.parametrize("moment", [("after", "read", CARD), ("before", "put", ARCHIVE)])
+def test_what_another_writer_brought_meanwhile_is_not_overwritten(
+    place: Place,
+    checkpoint: Path,
+    tmp_path: Path,
+    had_object: bool,
+    with_card: bool,
+    moment: tuple[str, str, str],
+) -> None:
+    other = make_other(tmp_path, run_id=OTHER_RUN)
+    if had_object:
+        place.bucket.put_bytes(ARCHIVE, b"an archive without a card")
+    rival = replace(place, calls=[])
+
+    def overtake(operation: str, name: str) -> None:
+        if (operation, name) == moment[1:]:
+            rival.upload(other)
+            if not with_card:
+                place.bucket.delete(CARD)
+
+    hooks: dict[str, Any] = {moment[0]: overtake}
+    with pytest.raises(TransientStorageError):
+        place.upload(checkpoint, **hooks)
+    theirs = place.contents()
+    assert len(theirs) == 1 + with_card
+    # The next attempt looks at what is there now.
+    if with_card:
+        with pytest.raises(CheckpointError, match=f"belongs to run {OTHER_RUN}"):
+            place.upload(checkpoint)
+        assert place.contents() == theirs
+    else:
+        place.upload(checkpoint)
+        place.require_uploaded(checkpoint)
+
+
+@pytest.mark.parametrize("moment", [("after", "put", ARCHIVE), ("before", "put", CARD)])
+def test_a_card_that_another_writer_brought_meanwhile_is_not_overwritten(
+    place: Place, checkpoint: Path, moment: tuple[str, str, str]
+) -> None:
+    def overtake(operation: str, name: str) -> None:
+        if (operation, name) == moment[1:]:
+            place.bucket.put_bytes(CARD, b"theirs")
+
+    hooks: dict[str, Any] = {moment[0]: overtake}
+    with pytest.raises(TransientStorageError):
+        place.upload(checkpoint, **hooks)
+    assert place.contents()[CARD] == b"theirs"
+
+
+@pytest.mark.parametrize("lost", [ARCHIVE, CARD])
+def test_an_answer_that_was_lost_does_not_send_the_archive_again(
+    place: Place, checkpoint: Path, lost: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    def reset(operation: str, name: str) -> None:
+        if (operation, name) == ("put", lost):
+            raise TransientStorageError("connection reset")
+
+    if lost == ARCHIVE:
+        place.upload(checkpoint, after=reset)
+        assert "arrived, though its answer did not: connection reset" in caplog.text
+        assert place.puts == [ARCHIVE, CARD]
+    else:
+        with pytest.raises(TransientStorageError, match="connection reset"):
+            place.upload(checkpoint, after=reset)
+        place.upload(checkpoint)
+        assert place.puts == []
+    place.require_uploaded(checkpoint)
+
+
+def test_over_a_bad_connection_it_arrives_whole(
+    gs: Place, gcs: FakeGcsServer, checkpoint: Path
+) -> None:
+    faults = [
+        gcs.add_fault(Fault("status", operation="upload", times=2, status=503)),
+        gcs.add_fault(Fault("reset", operation="upload", after_bytes=500)),
+        gcs.add_fault(Fault("lost_answer", operation="upload")),
+        gcs.add_fault(Fault("lost_answer", operation="object.compose")),
+    ]
+    gs.upload(checkpoint, before=gs.check, after=gs.check)
+    assert [fault.fired for fault in faults] == [2, 1, 1, 1]
+    gs.require_uploaded(checkpoint)
+    assert set(gs.contents()) == {ARCHIVE, CARD}
+    assert gs.parts() == set()
+    assert gcs.unfinished_uploads() == []
+
+
+def test_a_bucket_that_refuses_is_told_apart(checkpoint: Path, gcs: FakeGcsServer) -> None:
+    gcs.create_bucket("locked", writable=False)
+    job = UploadJob(str(checkpoint), TransportOptions("gs://locked/a", "python"))
+    with pytest.raises(AccessDeniedError, match="gs://locked/a/Checkpoints"):
+        run_job(job, UploadProgress())
+    with pytest.raises(StorageError) as error:
+        run_job(replace(job, transport=TransportOptions("gs://none", "python")), UploadProgress())
+    assert not isinstance(error.value, TransientStorageError)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [
+        (errno.EIO, TransientStorageError),
+        (errno.ENOSPC, TransientStorageError),
+        (errno.EACCES, StorageError),
+    ],
+)
+def test_an_error_of_a_local_file_is_tried_again_where_it_may_pass(
+    place: Place, checkpoint: Path, number: int, error: type[StorageError]
+) -> None:
+    def fail(operation: str, name: str) -> None:
+        if operation == "put":
+            raise OSError(number, os.strerror(number), "scratch")
+
+    with pytest.raises(StorageError, match=f"scratch: {os.strerror(number)}") as caught:
+        place.upload(checkpoint, before=fail)
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("change", ["gone", "incomplete", "missing", "damaged"])
+def test_a_checkpoint_that_is_not_whole_is_never_called_verified(
+    place: Place, checkpoint: Path, change: str
+) -> None:
+    if change == "gone":
+        shutil.rmtree(checkpoint)
+    elif change == "damaged":
+        (checkpoint / "model.safetensors").write_bytes(b"weightz" * 100)
+    else:
+        name = "manifest.json" if change == "incomplete" else "model.safetensors"
+        (checkpoint / name).unlink()
+    # Streamed through the client of gs://, its error comes back as one of the bucket.
+    with pytest.raises((CheckpointError, StorageError), match=NAME) as error:
+        place.upload(checkpoint)
+    assert not isinstance(error.value, TransientStorageError)
+    assert place.contents() == {}
+
+
+# Killed anywhere, the next attempt completes it.
+
+
+def prepare_nothing(place: Place, checkpoint: Path, tmp_path: Path) -> None:
+    pass
+
+
+def prepare_archive_alone(place: Place, checkpoint: Path, tmp_path: Path) -> None:
+    place.bucket.put_bytes(ARCHIVE, b"of an attempt before")
+
+
+def prepare_same_branch(place: Place, checkpoint: Path, tmp_path: Path) -> None:
+    place.upload(make_other(tmp_path))
+
+
+def prepare_branch_left(place: Place, checkpoint: Path, tmp_path: Path) -> None:
+    place.upload(make_other(tmp_path))
+    stamp(checkpoint, branch=1, forks=[[0, 0], [1, 5]])
+
+
+@pytest.mark.parametrize(
+    ("place", "prepare"),
+    [
+        ("directory", prepare_nothing),
+        ("directory", prepare_archive_alone),
+        ("directory", prepare_same_branch),
+        ("directory", prepare_branch_left),
+        ("gs", prepare_branch_left),
+    ],
+    indirect=["place"],
+)
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_at_any_step_the_next_attempt_completes_it(
+    place: Place, checkpoint: Path, tmp_path: Path, prepare: Any, moment: str
+) -> None:
+    prepare(place, checkpoint, tmp_path)
+    origin = place.contents()
+    kills = 0
+    while True:
+        for info in list(place.bucket.list()):
+            place.bucket.delete(info.name)
+        for name, data in origin.items():
+            place.bucket.put_bytes(name, data)
+        steps = iter(range(kills + 1))
+
+        def kill(operation: str, name: str, steps: Iterator[int] = steps) -> None:
+            place.check()
+            if next(steps, None) is None:
+                raise Killed
+
+        next(steps)
+        try:
+            hooks: dict[str, Any] = {moment: kill}
+            place.upload(checkpoint, **hooks)
+        except Killed:
+            kills += 1
+        else:
+            break
+        place.check()
+        place.upload(checkpoint, before=place.check, after=place.check)
+        place.require_uploaded(checkpoint)
+        assert place.parts() == set()
+        if prepare is prepare_branch_left:
+            for name in (ARCHIVE, CARD):
+                aside = name.replace("Checkpoints/", "Checkpoints/set-aside/branch-0/")
+                assert place.contents()[aside] == origin[name]
+    assert kills >= 6
+
+
+# What interrupted uploads left.
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "owed", "keep", "only"),
+    [
+        (False, (), set(), ARCHIVE),
+        (False, (NAME, "other"), {archive_object("other")}, ARCHIVE),
+        (True, (), set(), None),
+        (True, (NAME, "other"), {archive_object("other")}, None),
+    ],
+)
+def test_what_is_removed_is_ones_own_or_with_sweeps_what_nobody_needs(
+    place: Place, checkpoint: Path, sweeps: bool, owed: tuple[str, ...], keep: set[str], only: Any
+) -> None:
+    place.upload(checkpoint, sweeps=sweeps, owed=owed)
+    assert place.calls[-1] == ("remove_unfinished", "Checkpoints", frozenset(keep), only)
+
+
+@pytest.mark.parametrize("sweeps", [True, False])
+def test_parts_of_interrupted_uploads_are_removed(
+    gs: Place, checkpoint: Path, sweeps: bool
+) -> None:
+    names = [NAME, "checkpoint-epoch0-step5-files0", "checkpoint-epoch0-step20-files0"]
+    parts = {name: f"{parts_prefix(archive_object(name))}00007" for name in names}
+    for part in parts.values():
+        gs.bucket.put_bytes(part, b"x")
+    gs.upload(checkpoint, sweeps=sweeps, owed=(NAME, names[2]))
+    assert set(gs.contents()) == {ARCHIVE, CARD}
+    assert gs.parts() == {parts[names[2]]} | (set() if sweeps else {parts[names[1]]})
+
+
+def test_remains_that_cannot_be_removed_are_no_failure(
+    place: Place, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(operation: str, name: str) -> None:
+        if operation == "remove_unfinished":
+            raise AccessDeniedError("403 Forbidden")
+
+    assert place.upload(checkpoint, before=refuse).size > 0
+    assert "Parts of uploads are left in" in caplog.text
+    place.require_uploaded(checkpoint)
+
+
+# Progress.
+
+
+def test_progress_says_what_is_done_and_how_far_it_is(place: Place, checkpoint: Path) -> None:
+    progress = UploadProgress()
+    seen: list[tuple[str, str, ProgressReport]] = []
+
+    def look(operation: str, name: str) -> None:
+        seen.append((operation, name, progress.report()))
+
+    total = read_manifest(checkpoint).total_bytes
+    result = place.upload(checkpoint, before=look, after=look, progress=progress)
+    stages = [report.stage for _, _, report in seen]
+    assert stages[0] == "checking"
+    assert sorted(set(stages), key=stages.index) == [
+        "checking", "archiving", "uploading", "verifying",
+    ]  # fmt: skip
+    put = [report for operation, name, report in seen if (operation, name) == ("put", ARCHIVE)]
+    assert (put[0].read, put[0].sent, put[0].size, put[0].total) == (0, 0, None, total)
+    assert put[1].sent >= result.size == put[1].size
+    manifest_bytes = (checkpoint / "manifest.json").stat().st_size
+    assert put[1].read == total + manifest_bytes
+
+
+def test_it_says_archiving_until_something_is_sent() -> None:
+    progress = UploadProgress(stage="archiving")
+    assert progress.report().stage == "archiving"
+    progress.meter.count(1)
+    assert progress.report().stage == "uploading"

@@ -1,0 +1,534 @@
+"""One trainer at a time on a prefix: the second is refused by name, a dead one does not block."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gcs_server import FakeGcsServer, Fault
+from tests.sample_checkpoints import RUN_ID, make_checkpoint, put_remote
+from utils.base.errors import ConflictError, LockedError, StorageError, TransientStorageError
+from utils.checkpoints.views import read_remote_checkpoints
+from utils.storage.bucket import Bucket, ObjectInfo
+from utils.storage.directory import DirectoryBucket
+from utils.storage.open import open_bucket
+from utils.uploads import lease as prefix_lease
+from utils.uploads.lease import LEASE_OBJECT, LeaseRecord, PrefixLease, hold_prefix
+
+PROJECT = Path(__file__).resolve().parents[3]
+BEAT = 0.05
+# Where a live holder must be seen to live on a busy machine: long, but over at its first beat.
+PATIENT_BEAT = 0.3
+WAIT_SECONDS = 10.0
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> DirectoryBucket:
+    return DirectoryBucket(tmp_path / "bucket")
+
+
+@pytest.fixture(params=["directory", "gs"])
+def bucket(request: pytest.FixtureRequest) -> Iterator[Bucket]:
+    if request.param == "gs":
+        request.getfixturevalue("gcs")
+        found = open_bucket("gs://runs/team/a", retry_seconds=5)
+    else:
+        found = request.getfixturevalue("directory")
+    yield found
+    found.close()
+
+
+def record_in(bucket: Bucket) -> LeaseRecord:
+    return LeaseRecord.from_bytes(bucket.read_bytes(LEASE_OBJECT), 1.0)
+
+
+def put_holder(bucket: Bucket, **changes: Any) -> LeaseRecord:
+    """Leave the lease of a holder on another machine."""
+    record = LeaseRecord(
+        run_id="run-1",
+        host="node-7",
+        pid=4711,
+        machine="node-7/boot/pid:[1]",
+        process_start="100",
+        token="aa",  # noqa: S106
+        heartbeat_seconds=BEAT,
+    )
+    record = replace(record, **changes)
+    bucket.put_bytes(LEASE_OBJECT, record.to_bytes())
+    return record
+
+
+@contextmanager
+def beating(bucket: Bucket, record: LeaseRecord) -> Iterator[None]:
+    """Beat as a live holder elsewhere does, quickly."""
+    stop = threading.Event()
+
+    def work() -> None:
+        beat = 0
+        while not stop.wait(0.01):
+            beat += 1
+            bucket.put_bytes(LEASE_OBJECT, replace(record, beat=beat).to_bytes())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def wait_until(condition: Any) -> None:
+    end = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def never(holder: str, seconds: float) -> None:
+    raise AssertionError(f"waited for {holder}")
+
+
+# What the holder does.
+
+
+def test_the_lease_names_its_holder_and_goes_at_the_end(bucket: Bucket) -> None:
+    with hold_prefix(bucket, RUN_ID, heartbeat_seconds=30, on_wait=never) as lease:
+        assert (lease.is_held, lease.lost) == (True, None)
+        record = record_in(bucket)
+        assert (record.run_id, record.host, record.pid) == (RUN_ID, platform.node(), os.getpid())
+        assert record.heartbeat_seconds == 30
+    assert bucket.stat(LEASE_OBJECT) is None
+    assert not lease.is_held
+    with hold_prefix(bucket, RUN_ID, on_wait=never):
+        assert record_in(bucket).token != record.token
+
+
+def test_the_lease_goes_when_the_run_fails(directory: DirectoryBucket) -> None:
+    with pytest.raises(ValueError, match="the run"), hold_prefix(directory, RUN_ID):
+        raise ValueError("the run")
+    assert directory.stat(LEASE_OBJECT) is None
+    assert not any(thread.name == "prefix-lease" for thread in threading.enumerate())
+
+
+def test_the_holder_beats(bucket: Bucket) -> None:
+    with hold_prefix(bucket, RUN_ID, heartbeat_seconds=0.01) as lease:
+        token = record_in(bucket).token
+        wait_until(lambda: record_in(bucket).beat >= 3)
+        assert record_in(bucket).token == token
+        assert lease.lost is None
+
+
+def test_the_lease_names_the_run_that_was_chosen_once_it_was_held(bucket: Bucket) -> None:
+    with hold_prefix(bucket, "run-1", heartbeat_seconds=0.01) as lease:
+        lease.run_id = "run-2"
+        wait_until(lambda: record_in(bucket).run_id == "run-2")
+        assert lease.lost is None
+
+
+def test_the_lease_is_no_checkpoint(tmp_path: Path) -> None:
+    put_remote(tmp_path / "bucket", make_checkpoint(tmp_path, 10))
+    bucket = DirectoryBucket(tmp_path / "bucket")
+    with hold_prefix(bucket, RUN_ID):
+        assert bucket.stat(LEASE_OBJECT) is not None
+        assert [view.name.step for view in read_remote_checkpoints(bucket)] == [10]
+
+
+# Two at once.
+
+
+def test_a_second_trainer_is_refused_and_told_who_is_there(
+    bucket: Bucket, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with hold_prefix(bucket, "run-1", heartbeat_seconds=PATIENT_BEAT) as first:
+        with pytest.raises(LockedError) as caught, hold_prefix(bucket, "run-2"):
+            pass
+        assert first.lost is None
+        assert record_in(bucket).run_id == "run-1"
+    message = str(caught.value)
+    assert f"{bucket.uri} is in use" in message
+    assert f"run run-1, process {os.getpid()} on {platform.node()}" in message
+    assert "--set run_name=" in message
+    assert caplog.text.count("see whether that trainer is alive") == 1
+
+
+def test_of_two_that_start_at_once_one_wins_and_the_other_names_it(bucket: Bucket) -> None:
+    start, over = threading.Barrier(2), threading.Event()
+    held: list[str] = []
+    refused: list[str] = []
+
+    def train(run_id: str) -> None:
+        start.wait(WAIT_SECONDS)
+        try:
+            with hold_prefix(bucket, run_id, heartbeat_seconds=PATIENT_BEAT) as lease:
+                held.append(run_id)
+                assert over.wait(WAIT_SECONDS)
+                assert lease.lost is None
+        except LockedError as exc:
+            refused.append(str(exc))
+        over.set()
+
+    threads = [threading.Thread(target=train, args=(run_id,)) for run_id in ("run-1", "run-2")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(held), len(refused)) == (1, 1)
+    assert f"run {held[0]}," in refused[0]
+
+
+def test_who_loses_the_race_for_a_dead_holders_lease_is_refused(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_holder(bucket)
+    put = bucket.put_bytes_if
+
+    def put_too_late(name: str, data: bytes, expected: ObjectInfo | None) -> ObjectInfo:
+        put_holder(bucket, run_id="run-3", token="cc")  # noqa: S106
+        return put(name, data, expected)
+
+    monkeypatch.setattr(bucket, "put_bytes_if", put_too_late)
+    with pytest.raises(LockedError, match=r"run run-3, process 4711 on node-7"):
+        PrefixLease(bucket, "run-2", BEAT).acquire(lambda holder, seconds: None)
+    assert record_in(bucket).run_id == "run-3"
+
+
+def test_a_live_holder_elsewhere_is_refused_however_long_its_heartbeat(bucket: Bucket) -> None:
+    waits: list[tuple[str, float]] = []
+    record = put_holder(bucket, heartbeat_seconds=1.0)
+    with (
+        beating(bucket, record),
+        pytest.raises(LockedError, match=r"run run-1, process 4711 on node-7"),
+        hold_prefix(
+            bucket, "run-2", heartbeat_seconds=BEAT, on_wait=lambda *wait: waits.append(wait)
+        ),
+    ):
+        pass
+    assert waits[0][0] == "run run-1, process 4711 on node-7"
+    assert 1.5 < waits[0][1] <= 2  # two of its heartbeats, not of ours
+
+
+def test_who_ends_during_the_wait_makes_room_at_once(bucket: Bucket) -> None:
+    put_holder(bucket, heartbeat_seconds=0.4)
+
+    def leave(holder: str, seconds: float) -> None:
+        bucket.delete(LEASE_OBJECT)
+
+    started = time.monotonic()
+    with hold_prefix(bucket, "run-2", on_wait=leave) as lease:
+        assert lease.is_held
+    assert time.monotonic() - started < 0.7
+
+
+def test_the_wait_can_be_ended(directory: DirectoryBucket) -> None:
+    record = put_holder(directory, heartbeat_seconds=60)
+
+    def interrupt(holder: str, seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), hold_prefix(directory, "run-2", on_wait=interrupt):
+        pass
+    assert record_in(directory) == record
+
+
+# Dead holders.
+
+
+def test_a_dead_holder_elsewhere_delays_by_two_of_its_heartbeats(
+    bucket: Bucket, caplog: pytest.LogCaptureFixture
+) -> None:
+    put_holder(bucket)
+    started = time.monotonic()
+    with hold_prefix(bucket, "run-2", heartbeat_seconds=30) as lease:
+        assert 2 * BEAT <= time.monotonic() - started < 5
+        assert lease.is_held
+        assert record_in(bucket).run_id == "run-2"
+    assert "run run-1, process 4711 on node-7) gave no sign of life" in caplog.text
+
+
+HOLDER = """
+import sys
+from utils.uploads.lease import hold_prefix
+from utils.storage.open import open_bucket
+with hold_prefix(open_bucket(sys.argv[1]), "run-1", heartbeat_seconds=60):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def other_trainer(uri: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, uri],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=PROJECT,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("is_reaped", [True, False])
+def test_a_killed_holder_of_this_machine_is_not_waited_for(bucket: Bucket, is_reaped: bool) -> None:
+    with other_trainer(bucket.uri) as process:
+        assert record_in(bucket).pid == process.pid
+        process.kill()
+        if is_reaped:
+            process.wait(WAIT_SECONDS)
+        else:  # a zombie until its parent asks
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with hold_prefix(bucket, "run-2", on_wait=never):
+            assert record_in(bucket).run_id == "run-2"
+
+
+def test_another_process_with_a_dead_holders_id_does_not_block(directory: DirectoryBucket) -> None:
+    with hold_prefix(directory, "run-1"):
+        record = record_in(directory)
+    assert record.process_start
+    put_holder(directory, **{**asdict(record), "process_start": "1"})
+    with hold_prefix(directory, "run-2", on_wait=never):
+        assert record_in(directory).run_id == "run-2"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"machine": "another/boot/pid:[1]"},
+        {"machine": ""},
+        {"pid": 0},
+        {"pid": -1},
+        {"process_start": "", "pid": os.getpid()},
+    ],
+)
+def test_a_holder_that_may_be_alive_is_waited_for(
+    directory: DirectoryBucket, change: dict[str, Any]
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with hold_prefix(directory, "run-1"):
+        record = record_in(directory)
+    own = {**asdict(record), "pid": ended.pid, "heartbeat_seconds": BEAT}
+    waits: list[float] = []
+    put_holder(directory, **own)
+    with hold_prefix(directory, "run-2", on_wait=never):
+        pass
+    put_holder(directory, **{**own, **change})
+    with hold_prefix(directory, "run-2", on_wait=lambda _, seconds: waits.append(seconds)):
+        assert waits
+
+
+def test_machines_that_cannot_say_which_they_are_are_not_the_same(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    put_holder(directory, machine="", pid=ended.pid)
+    monkeypatch.setattr(prefix_lease, "_machine_id", lambda: "")
+    waits: list[float] = []
+    with hold_prefix(directory, "run-2", on_wait=lambda _, seconds: waits.append(seconds)):
+        assert waits
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"pid": "x", "heartbeat_seconds": 1e999}'],
+)
+def test_garbage_in_the_leases_place_is_a_dead_holder(
+    directory: DirectoryBucket, data: bytes
+) -> None:
+    directory.put_bytes(LEASE_OBJECT, data)
+    with hold_prefix(directory, "run-2", heartbeat_seconds=BEAT) as lease:
+        assert lease.is_held
+        assert record_in(directory).run_id == "run-2"
+
+
+def test_what_a_lease_says_cannot_steer_a_terminal() -> None:
+    data = json.dumps({"run_id": "a\x1b[2J", "host": "b\nc", "pid": True}).encode()
+    assert str(LeaseRecord.from_bytes(data, 1.0)) == "run a?[2J, process 0 on b?c"
+    assert LeaseRecord.from_bytes(b'{"heartbeat_seconds": 1e9}', 1.0).heartbeat_seconds == 300
+
+
+# A bucket that makes trouble.
+
+
+def test_without_the_right_to_write_a_run_goes_on_with_a_warning(
+    gcs: FakeGcsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    gcs.create_bucket("locked", writable=False)
+    locked = open_bucket("gs://locked/a", retry_seconds=5)
+    with hold_prefix(locked, RUN_ID) as lease:
+        assert (lease.is_held, lease.lost) == (False, None)
+    assert "A second trainer on gs://locked/a would not be noticed" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    locked.close()
+
+
+def test_without_the_right_to_replace_the_holder_warns_once(
+    gcs: FakeGcsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    gcs.create_bucket("once", without=["storage.objects.delete"])
+    bucket = open_bucket("gs://once/a", retry_seconds=5)
+    with hold_prefix(bucket, RUN_ID, heartbeat_seconds=0.02):
+        wait_until(lambda: len(gcs.requests("upload")) > 3)
+    assert caplog.text.count("would take this one for dead") == 1
+    assert "was not removed" in caplog.text
+    bucket.close()
+
+
+def test_a_bucket_that_does_not_answer_refuses_the_start(gcs: FakeGcsServer) -> None:
+    bucket = open_bucket("gs://runs/a", retry_seconds=0.05)
+    gcs.add_fault(Fault("status", times=None, status=503))
+    with pytest.raises(TransientStorageError), hold_prefix(bucket, RUN_ID):
+        pass
+    bucket.close()
+
+
+def test_beats_that_fail_are_tried_again_in_silence(
+    gcs: FakeGcsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    bucket = open_bucket("gs://runs/a", retry_seconds=0.02)
+    with hold_prefix(bucket, RUN_ID, heartbeat_seconds=0.02) as lease:
+        fault = gcs.add_fault(Fault("status", times=None, operation="upload", status=503))
+        assert fault.wait_fired(WAIT_SECONDS, times=4)
+        gcs.clear_faults()
+        beat = record_in(bucket).beat
+        wait_until(lambda: record_in(bucket).beat > beat)
+        assert lease.lost is None
+    assert bucket.stat(LEASE_OBJECT) is None
+    assert not caplog.records
+    bucket.close()
+
+
+def test_a_beat_whose_answer_was_lost_loses_nothing(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = directory.put_bytes_if
+    lost = threading.Event()
+
+    def put_and_fail_once(name: str, data: bytes, expected: ObjectInfo | None) -> ObjectInfo:
+        info = put(name, data, expected)
+        if expected is not None and not lost.is_set():
+            lost.set()
+            raise TransientStorageError("the connection is gone")
+        return info
+
+    monkeypatch.setattr(directory, "put_bytes_if", put_and_fail_once)
+    with hold_prefix(directory, RUN_ID, heartbeat_seconds=0.01) as lease:
+        assert lost.wait(WAIT_SECONDS)
+        beat = record_in(directory).beat
+        wait_until(lambda: record_in(directory).beat > beat + 1)
+        assert lease.lost is None
+    assert directory.stat(LEASE_OBJECT) is None
+
+
+def test_a_watch_begins_anew_after_the_bucket_was_down(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The holder cannot beat while the bucket is down, so that its silence then means nothing.
+    put_holder(directory)
+    read, left = directory.read_version, [3]
+    waits: list[float] = []
+
+    def read_or_fail(name: str) -> tuple[bytes, ObjectInfo]:
+        if waits and left[0]:
+            left[0] -= 1
+            raise TransientStorageError("503")
+        return read(name)
+
+    monkeypatch.setattr(directory, "read_version", read_or_fail)
+    started = time.monotonic()
+    with hold_prefix(directory, "run-2", on_wait=lambda _, seconds: waits.append(seconds)):
+        assert time.monotonic() - started > 2 * BEAT + 3 * 2 * BEAT / 8
+    assert len(waits) > 4
+
+    record = put_holder(directory)
+    waits.clear()
+    left[0] = 100
+    with (
+        pytest.raises(TransientStorageError),
+        hold_prefix(directory, "run-2", on_wait=lambda _, seconds: waits.append(seconds)),
+    ):
+        pass
+    assert directory.read_bytes(LEASE_OBJECT) == record.to_bytes()
+    assert left[0] > 90
+
+
+def test_a_lease_that_somebody_removed_is_written_again(directory: DirectoryBucket) -> None:
+    with hold_prefix(directory, RUN_ID, heartbeat_seconds=0.02) as lease:
+        directory.delete(LEASE_OBJECT)
+        wait_until(lambda: directory.stat(LEASE_OBJECT) is not None)
+        assert lease.lost is None
+    assert directory.stat(LEASE_OBJECT) is None
+
+
+# Taken over while it stalled.
+
+
+def take_over(bucket: Bucket) -> LeaseRecord:
+    while True:
+        _, seen = bucket.read_version(LEASE_OBJECT)
+        record = put_record(bucket, seen)
+        if record is not None:
+            return record
+
+
+def put_record(bucket: Bucket, seen: ObjectInfo) -> LeaseRecord | None:
+    record = LeaseRecord("run-9", "node-9", 9, "", "", "bb", BEAT)
+    try:
+        bucket.put_bytes_if(LEASE_OBJECT, record.to_bytes(), seen)
+    except ConflictError:
+        return None
+    return record
+
+
+def test_a_holder_that_was_taken_over_says_so_and_touches_nothing(
+    bucket: Bucket, caplog: pytest.LogCaptureFixture
+) -> None:
+    with hold_prefix(bucket, RUN_ID, heartbeat_seconds=0.02) as lease:
+        usurper = take_over(bucket)
+        wait_until(lambda: lease.lost is not None)
+        assert lease.lost is not None
+        assert "taken over by another trainer (run run-9, process 9 on node-9)" in lease.lost
+        lease._thread.join(WAIT_SECONDS)
+        assert not lease._thread.is_alive()
+    assert record_in(bucket) == usurper
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+def test_a_holder_taken_over_since_its_last_beat_leaves_the_new_lease(bucket: Bucket) -> None:
+    with hold_prefix(bucket, RUN_ID, heartbeat_seconds=30):
+        usurper = take_over(bucket)
+    assert record_in(bucket) == usurper
+
+
+def test_a_lease_that_cannot_be_removed_ends_the_run_all_the_same(
+    directory: DirectoryBucket,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(name: str, expected: ObjectInfo) -> None:
+        raise StorageError("the disk is gone")
+
+    monkeypatch.setattr(directory, "delete_if", refuse)
+    with hold_prefix(directory, RUN_ID, heartbeat_seconds=30):
+        pass
+    assert "was not removed (the disk is gone)" in caplog.text
+    assert "waits 60 s" in caplog.text

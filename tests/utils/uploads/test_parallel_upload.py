@@ -1,0 +1,358 @@
+"""Uploads in parts: whole, in order, taken up again, and with nothing left of them."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import pytest
+
+from tests.gcs_server import FakeGcsServer, Fault
+from utils.base.errors import (
+    AccessDeniedError,
+    ConflictError,
+    ObjectNotFoundError,
+    StorageError,
+    TransientStorageError,
+)
+from utils.storage.bucket import ObjectInfo, crc32c_of_bytes
+from utils.storage.gcs import GcsBucket
+from utils.storage.open import open_bucket
+from utils.uploads.parallel_upload import parts_prefix, put_parallel, remove_parts
+
+NAME = "Checkpoints/a.tar.gz"
+PREFIX = "Checkpoints/.parts/a.tar.gz/"
+PART = 1000
+
+
+@pytest.fixture
+def bucket(gcs: FakeGcsServer) -> Iterator[GcsBucket]:
+    opened = open_bucket("gs://runs", retry_seconds=5)
+    assert isinstance(opened, GcsBucket)
+    yield opened
+    opened.close()
+
+
+def put(bucket: GcsBucket, data: bytes, expected: ObjectInfo | None = None, **fields: Any) -> None:
+    settings = {"streams": 4, "part_bytes": PART, **fields}
+    put_parallel(bucket, NAME, lambda sink: sink.write(data), expected, **settings)
+
+
+def parts_sent(gcs: FakeGcsServer) -> list[str]:
+    """The numbers of the parts that were uploaded, without those that were refused."""
+    records = gcs.requests("upload")
+    names = [record.name for record in records if record.status == 200]
+    return sorted(name.removeprefix(PREFIX) for name in names)
+
+
+def test_parts_lie_beside_the_object() -> None:
+    assert parts_prefix(NAME) == PREFIX
+    assert parts_prefix("a") == ".parts/a/"
+
+
+@pytest.mark.parametrize(
+    ("count", "lacking"),
+    [
+        (1, 0),
+        (1, 7),
+        (2, 0),
+        (2, 7),
+        (32, 0),
+        (33, 0),
+        (33, 7),
+        pytest.param(1100, 7, marks=pytest.mark.slow),
+    ],
+)
+def test_parts_become_one_object_in_order(
+    gcs: FakeGcsServer, bucket: GcsBucket, count: int, lacking: int
+) -> None:
+    data = os.urandom(count * PART - lacking)
+    put(bucket, data)
+    assert gcs.read_object("runs", NAME) == data
+    assert gcs.get_object("runs", NAME).blob.crc32c == crc32c_of_bytes(data)
+    assert len(parts_sent(gcs)) == count
+    remove_parts(bucket, PREFIX)
+    assert gcs.list_objects("runs") == [NAME]
+
+
+def test_an_object_without_bytes(gcs: FakeGcsServer, bucket: GcsBucket) -> None:
+    put(bucket, b"")
+    assert gcs.read_object("runs", NAME) == b""
+
+
+def test_it_does_not_matter_how_the_bytes_are_written(
+    gcs: FakeGcsServer, bucket: GcsBucket
+) -> None:
+    data = os.urandom(5 * PART + 3)
+
+    def write(sink: IO[bytes]) -> None:
+        for start, end in ((0, 1), (1, 1), (1, 999), (999, 3500), (3500, len(data))):
+            assert sink.write(memoryview(data)[start:end]) == end - start
+            sink.flush()
+
+    put_parallel(bucket, NAME, write, None, streams=2, part_bytes=PART)
+    assert gcs.read_object("runs", NAME) == data
+
+
+def test_only_the_version_that_was_seen_is_replaced(gcs: FakeGcsServer, bucket: GcsBucket) -> None:
+    stale = bucket.put_bytes(NAME, b"1")
+    seen = bucket.put_bytes(NAME, b"2")
+    data = os.urandom(3 * PART)
+    for expected in (None, stale):
+        with pytest.raises(ConflictError):
+            put(bucket, data, expected)
+        assert bucket.read_bytes(NAME) == b"2"
+    put(bucket, data, seen)
+    assert bucket.read_bytes(NAME) == data
+
+
+# Interruptions.
+
+
+class OwnError(Exception):
+    """Raised while writing."""
+
+
+def put_half(bucket: GcsBucket, data: bytes) -> None:
+    def write(sink: IO[bytes]) -> None:
+        sink.write(data)
+        raise OwnError
+
+    with pytest.raises(OwnError):
+        put_parallel(bucket, NAME, write, None, streams=1, part_bytes=PART)
+
+
+def test_an_interrupted_upload_goes_on(gcs: FakeGcsServer, bucket: GcsBucket) -> None:
+    data = os.urandom(6 * PART)
+    gcs.add_fault(Fault("status", times=None, operation="upload", name="*/00004", status=403))
+    with pytest.raises(AccessDeniedError):
+        put(bucket, data, streams=1)
+    assert parts_sent(gcs) == [f"{n:05}" for n in range(4)]
+    assert NAME not in gcs.list_objects("runs")
+    gcs.clear_faults()
+    gcs.clear_requests()
+    put(bucket, data, streams=1)
+    assert parts_sent(gcs) == ["00004", "00005"]
+    assert gcs.read_object("runs", NAME) == data
+
+
+def test_a_part_that_is_another_one_is_replaced(gcs: FakeGcsServer, bucket: GcsBucket) -> None:
+    data = os.urandom(4 * PART)
+    gcs.put_object("runs", f"{PREFIX}00000", data[:PART])
+    gcs.put_object("runs", f"{PREFIX}00001", bytes(PART))  # the right size, other bytes
+    gcs.put_object("runs", f"{PREFIX}00002", data[:10])
+    gcs.put_object("runs", f"{PREFIX}00009", b"of a longer one")
+    put(bucket, data)
+    assert parts_sent(gcs) == ["00001", "00002", "00003"]
+    assert gcs.read_object("runs", NAME) == data
+
+
+def test_a_part_that_changes_before_the_end_is_not_taken(
+    gcs: FakeGcsServer, bucket: GcsBucket
+) -> None:
+    data = os.urandom(4 * PART)
+
+    def write(sink: IO[bytes]) -> None:
+        sink.write(data)
+        assert gcs.wait_for_request(
+            lambda record: record.name.endswith("00000") and record.finished
+        )
+        gcs.put_object("runs", f"{PREFIX}00000", bytes(PART))
+
+    with pytest.raises(ConflictError):
+        put_parallel(bucket, NAME, write, None, streams=4, part_bytes=PART)
+    assert NAME not in gcs.list_objects("runs")
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_a_part_that_is_removed_before_the_end_is_sent_again(
+    gcs: FakeGcsServer, bucket: GcsBucket, count: int
+) -> None:
+    data = os.urandom(count * PART)
+
+    def write(sink: IO[bytes]) -> None:
+        sink.write(data)
+        deadline = time.monotonic() + 20
+        while f"{PREFIX}00001" not in gcs.list_objects("runs"):
+            assert time.monotonic() < deadline
+        gcs.delete_object("runs", f"{PREFIX}00001")
+
+    with pytest.raises(TransientStorageError, match="a part was removed before it was composed"):
+        put_parallel(bucket, NAME, write, None, streams=4, part_bytes=PART)
+    assert NAME not in gcs.list_objects("runs")
+    put(bucket, data)
+    assert gcs.read_object("runs", NAME) == data
+    assert parts_sent(gcs).count("00001") == 2
+
+
+def test_an_error_while_writing_comes_out(gcs: FakeGcsServer, bucket: GcsBucket) -> None:
+    put_half(bucket, os.urandom(10 * PART))
+    assert NAME not in gcs.list_objects("runs")
+    assert gcs.requests("object.compose") == []
+
+
+def within(seconds: float, work: Callable[[], None]) -> BaseException | None:
+    """Return what `work` raised, in a thread so that a deadlock fails the test."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as exc:  # noqa: BLE001
+            raised.append(exc)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive()
+    return raised[0] if raised else None
+
+
+@pytest.mark.parametrize("part", [0, 5, 39])
+def test_a_part_that_fails_ends_the_upload_with_its_error(
+    gcs: FakeGcsServer, bucket: GcsBucket, part: int
+) -> None:
+    name = f"*/{part:05}"
+    gcs.add_fault(Fault("status", times=None, operation="upload", name=name, status=403))
+    raised = within(20, lambda: put(bucket, bytes(40 * PART)))
+    assert type(raised) is AccessDeniedError
+    assert f"{part:05}" in str(raised)
+    assert NAME not in gcs.list_objects("runs")
+    assert len(parts_sent(gcs)) < part + 8  # the others are not begun
+
+
+class FailingBucket:
+    """Fails with part 1 first, and then with part 0."""
+
+    def __init__(self) -> None:
+        self._first = threading.Event()
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        return iter(())
+
+    def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
+        if name.endswith("00001"):
+            self._first.set()
+            raise AccessDeniedError("the first")
+        assert self._first.wait(10)
+        time.sleep(0.1)
+        raise TransientStorageError("what came of it")
+
+
+def test_of_several_errors_the_first_is_raised() -> None:
+    failing: Any = FailingBucket()
+    raised = within(20, lambda: put(failing, bytes(2 * PART), streams=2))
+    assert str(raised) == "the first"
+
+
+def test_a_server_that_is_down_is_given_up(gcs: FakeGcsServer) -> None:
+    impatient: Any = open_bucket("gs://runs", retry_seconds=0.2)
+    gcs.add_fault(Fault("status", times=None, operation="upload"))
+    raised = within(20, lambda: put(impatient, bytes(40 * PART)))
+    assert type(raised) is TransientStorageError
+    impatient.close()
+
+
+def test_a_lost_answer_to_the_last_step_leaves_the_whole_object(
+    gcs: FakeGcsServer, bucket: GcsBucket
+) -> None:
+    data = os.urandom(40 * PART)
+    gcs.add_fault(Fault("lost_answer", operation="object.compose", name=NAME))
+    with pytest.raises(ConflictError):  # who put it looks, and finds it there
+        put(bucket, data)
+    assert gcs.read_object("runs", NAME) == data
+
+
+def test_a_lost_answer_on_the_way_is_repaired(gcs: FakeGcsServer, bucket: GcsBucket) -> None:
+    data = os.urandom(40 * PART)
+    faults = [
+        gcs.add_fault(Fault("lost_answer", operation="upload", name="*/00003")),
+        gcs.add_fault(Fault("lost_answer", operation="object.compose", name="*/joined-0-00001")),
+    ]
+    put(bucket, data)
+    assert [fault.fired for fault in faults] == [1, 1]
+    assert gcs.read_object("runs", NAME) == data
+
+
+# What is left, and what is held.
+
+
+def test_parts_are_removed_but_for_those_of_use(gcs: FakeGcsServer, bucket: GcsBucket) -> None:
+    names = [f"Checkpoints/.parts/{name}/00000" for name in ("a", "ab", "c", "d e")]
+    for name in [*names, "Checkpoints/a", "Other/.parts/a/00000"]:
+        gcs.put_object("runs", name, b"x")
+    remove_parts(bucket, parts_prefix("Checkpoints/c"))
+    assert names[2] not in gcs.list_objects("runs")
+    remove_parts(bucket, "Checkpoints/.parts/", ["Checkpoints/a", "Checkpoints/d e"])
+    assert gcs.list_objects("runs") == sorted(
+        [names[0], names[3], "Checkpoints/a", "Other/.parts/a/00000"]
+    )
+    remove_parts(bucket, "Checkpoints/.parts/")
+    assert gcs.list_objects("runs") == ["Checkpoints/a", "Other/.parts/a/00000"]
+
+
+def test_parts_that_cannot_be_removed_are_an_error(gcs: FakeGcsServer) -> None:
+    gcs.create_bucket("keeping", without=["storage.objects.delete"])
+    keeping: Any = open_bucket("gs://keeping")
+    gcs.put_object("keeping", f"{PREFIX}00000", b"x")
+    with pytest.raises(AccessDeniedError):
+        remove_parts(keeping, PREFIX)
+    nowhere: Any = open_bucket("gs://nowhere")
+    with pytest.raises(ObjectNotFoundError):
+        remove_parts(nowhere, PREFIX)
+    keeping.close()
+    nowhere.close()
+
+
+class HoldingBucket:
+    """Counts the parts that are under way, and lets none of them go before all may."""
+
+    def __init__(self, streams: int) -> None:
+        self._streams, self._lock, self._all_here = streams, threading.Lock(), threading.Event()
+        self.under_way = self.most = 0
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        return iter(())
+
+    def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
+        with self._lock:
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            if self.under_way == self._streams:
+                self._all_here.set()
+        assert self._all_here.wait(10)
+        with self._lock:
+            self.under_way -= 1
+        return ObjectInfo(name, len(data), None, 1)
+
+    def compose(self, *_: object) -> None:
+        """Do nothing."""
+
+
+def test_no_more_than_the_parts_under_way_and_one_are_held() -> None:
+    part, streams = 2**20, 3
+    bucket: Any = HoldingBucket(streams)
+    block = bytes(part // 8)
+
+    def write(sink: IO[bytes]) -> None:
+        for _ in range(8 * 20):
+            sink.write(block)
+
+    tracemalloc.start()
+    try:
+        put_parallel(bucket, NAME, write, None, streams=streams, part_bytes=part)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert bucket.most == streams
+    assert peak < (streams + 1.9) * part
+
+
+def test_an_expected_version_must_be_known(gcs: FakeGcsServer, bucket: GcsBucket) -> None:
+    with pytest.raises(StorageError, match="which version"):
+        put(bucket, b"x", ObjectInfo(NAME, 1))
+    assert NAME not in gcs.list_objects("runs")

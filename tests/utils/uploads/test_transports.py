@@ -1,0 +1,906 @@
+"""Ways to the bucket: what all of them do, real gsutil and gcloud too, and what each does alone."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import pytest
+
+from tests.gcs_server import FakeGcsServer, Fault
+from utils.base.errors import (
+    AccessDeniedError,
+    ConflictError,
+    ObjectNotFoundError,
+    StorageError,
+    TransientStorageError,
+)
+from utils.checkpoints.layout import SAVING_PREFIX
+from utils.storage import gcs
+from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_bytes
+from utils.storage.open import open_bucket
+from utils.uploads import transports
+from utils.uploads.parallel_upload import put_parallel
+from utils.uploads.transports import (
+    BucketTransport,
+    ProbeResult,
+    Transport,
+    TransportOptions,
+    open_transport,
+    probe_transport,
+    put_bytes,
+)
+
+ROOT = Path(__file__).parents[3]
+SMALL, BLOCK = 64 * 1024, 256 * 1024
+LARGE = 5 * BLOCK + 1000
+NAME = "Check points/a b.tar.gz"
+
+
+def writer(data: bytes, step: int = 100_000) -> Callable[[IO[bytes]], None]:
+    def write(sink: IO[bytes]) -> None:
+        for start in range(0, len(data), step):
+            sink.write(data[start : start + step])
+
+    return write
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have an object of one MB be a large one."""
+    monkeypatch.setattr(transports, "SMALL_BYTES", SMALL)
+    monkeypatch.setattr(gcs, "STREAM_CHUNK_BYTES", BLOCK)
+    monkeypatch.setattr(transports, "put_parallel", partial(put_parallel, part_bytes=BLOCK))
+
+
+@pytest.fixture
+def cloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unclosed_sockets: None
+) -> Iterator[FakeGcsServer]:
+    """A server with the bucket `runs`, for the Python client, gcloud and gsutil."""
+    from google.cloud.storage import retry
+
+    fast = retry.DEFAULT_RETRY.with_delay(initial=0.01, maximum=0.05)
+    monkeypatch.setattr(retry, "DEFAULT_RETRY", fast)
+    with FakeGcsServer(tmp_path / "gcs", tls=True) as server:
+        environment = {
+            **server.client_environment(),
+            **server.gcloud_environment(tmp_path),
+            **server.gsutil_environment(tmp_path, {"GSUtil:resumable_threshold": "262144"}),
+        }
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        server.create_bucket("runs")
+        server.create_bucket("locked", writable=False)
+        yield server
+
+
+class Way:
+    """A transport, and another way to see what it did."""
+
+    def __init__(self, transport: Transport, bucket: Bucket, scratch: Path) -> None:
+        self.transport, self.bucket, self.scratch = transport, bucket, scratch
+
+    def version(self, name: str) -> ObjectInfo | None:
+        return BucketTransport(self.bucket).stat(name)
+
+    def names(self) -> list[str]:
+        return [info.name for info in self.bucket.list()]
+
+
+def open_way(request: pytest.FixtureRequest, tmp_path: Path, kind: str, **fields: Any) -> Way:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    name, _, streams = kind.partition("-")
+    if name == "directory":
+        uri = str(tmp_path / "bucket")
+    else:
+        if name in ("gcloud", "gsutil") and shutil.which(name) is None:
+            pytest.skip(f"{name} is not installed")
+        request.getfixturevalue("cloud")
+        uri = "gs://runs/my team"
+    settings = {"streams": int(streams or 1), "retry_seconds": 10.0, "stall_seconds": 30.0}
+    options = TransportOptions(uri, name, scratch=str(scratch), **{**settings, **fields})
+    return Way(open_transport(options), open_bucket(uri), scratch)
+
+
+@pytest.fixture(
+    params=[
+        "directory",
+        "python-4",
+        "python-1",
+        *(pytest.param(name, marks=pytest.mark.gsutil) for name in ("gcloud", "gsutil")),
+    ]
+)
+def way(request: pytest.FixtureRequest, tmp_path: Path, small_units: None) -> Iterator[Way]:
+    opened = open_way(request, tmp_path, request.param)
+    yield opened
+    opened.transport.close()
+    opened.bucket.close()
+
+
+@pytest.fixture
+def python(
+    request: pytest.FixtureRequest, tmp_path: Path, small_units: None
+) -> Iterator[Callable[..., Way]]:
+    """Open transports of the Python client."""
+    opened: list[Way] = []
+
+    def open_python(streams: int = 4, **fields: Any) -> Way:
+        found = open_way(request, tmp_path, f"python-{streams}", **fields)
+        opened.append(found)
+        return found
+
+    yield open_python
+    for found in opened:
+        found.transport.close()
+        found.bucket.close()
+
+
+# What every transport does.
+
+
+def test_what_is_put_is_there_whole_small_or_large(way: Way) -> None:
+    for name, data in ((NAME, os.urandom(1000)), ("large", os.urandom(LARGE))):
+        way.transport.put(name, writer(data), None, len(data))
+        assert way.bucket.read_bytes(name) == data
+    found = way.transport.stat("large")
+    assert found == way.version("large")
+    assert found is not None
+    assert (found.size, found.crc32c) == (LARGE, crc32c_of_bytes(data))
+    way.transport.remove_unfinished(".", only="large")
+    assert set(way.names()) == {NAME, "large"}
+    assert list(way.scratch.iterdir()) == []
+
+
+@pytest.fixture(
+    params=[
+        "directory", "python-4",
+        *(pytest.param(name, marks=pytest.mark.gsutil) for name in ("gcloud", "gsutil")),
+    ]
+)  # fmt: skip
+def reader(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Way]:
+    opened = open_way(request, tmp_path, request.param)
+    yield opened
+    opened.transport.close()
+    opened.bucket.close()
+
+
+def test_what_is_there_can_be_seen_read_copied_and_removed(reader: Way) -> None:
+    transport = reader.transport
+    reader.bucket.put_bytes(NAME, b"data")
+    assert transport.stat(NAME) == reader.version(NAME)
+    assert transport.read(NAME) == b"data"
+    transport.copy(NAME, "set aside/a b")
+    assert reader.bucket.read_bytes("set aside/a b") == b"data"
+    transport.delete(NAME)
+    assert reader.names() == ["set aside/a b"]
+    assert transport.stat(NAME) is None
+    assert transport.read(NAME) is None
+    transport.delete(NAME)
+
+
+def test_only_the_version_that_was_seen_is_replaced(way: Way) -> None:
+    way.bucket.put_bytes("a", b"first")
+    stale = way.version("a")
+    way.bucket.delete("a")
+    way.bucket.put_bytes("a", b"second, and longer")
+    data = os.urandom(LARGE)
+    for expected in (None, stale):
+        with pytest.raises(ConflictError):
+            way.transport.put("a", writer(data), expected, LARGE)
+        assert way.bucket.read_bytes("a") == b"second, and longer"
+    way.transport.put("a", writer(data), way.version("a"), LARGE)
+    assert way.bucket.read_bytes("a") == data
+
+
+def test_an_error_while_writing_comes_out_and_nothing_is_there(way: Way) -> None:
+    raised = FileNotFoundError(2, "of the checkpoint")
+
+    def write(sink: IO[bytes]) -> None:
+        for _ in range(16):
+            sink.write(os.urandom(BLOCK))
+        raise raised
+
+    with pytest.raises(FileNotFoundError) as caught:
+        way.transport.put("a", write, None, 32 * BLOCK)
+    assert caught.value is raised
+    del caught
+    gc.collect()  # nor does anything that is collected later finish it
+    way.transport.remove_unfinished(".", only="a")
+    assert way.names() == []
+    assert list(way.scratch.iterdir()) == []
+    assert [path for path in Path(way.bucket.uri).rglob("*") if path.is_file()] == []
+
+
+def test_what_interrupted_uploads_left_is_swept_but_for_what_is_of_use(
+    request: pytest.FixtureRequest, tmp_path: Path, small_units: None, cloud: FakeGcsServer
+) -> None:
+    def interrupted(sink: IO[bytes]) -> None:
+        sink.write(bytes(2 * BLOCK))
+        raise KeyError
+
+    way = open_way(request, tmp_path, "python-4")
+    names = [f"Checkpoints/{name}" for name in ("a", "b", "ab")]
+    for name in names:
+        with pytest.raises(KeyError):
+            way.transport.put(name, interrupted, None, LARGE)
+        assert way.bucket.stat(f"Checkpoints/.parts/{PurePosixPath(name).name}/00000")
+    way.transport.remove_unfinished("Checkpoints", only="Checkpoints/b")
+    way.transport.remove_unfinished("Checkpoints", frozenset({"Checkpoints/a"}))
+    assert way.names() == [f"Checkpoints/.parts/a/{number:05}" for number in range(2)]
+    way.transport.remove_unfinished("Checkpoints")
+    assert way.names() == []
+    way.transport.close()
+    way.bucket.close()
+
+
+def test_a_transport_may_be_held_to_a_rate(python: Callable[..., Way]) -> None:
+    way = python()
+    rate = LARGE / 1.0
+    slow = open_transport(TransportOptions(way.bucket.uri, "python", max_bytes_per_second=rate))
+    started = time.monotonic()
+    slow.put("a", writer(os.urandom(LARGE)), None, LARGE)
+    assert time.monotonic() - started >= 1.0
+    slow.close()
+
+
+@pytest.mark.parametrize("kind", ["directory", "python-4"])
+def test_a_small_object_is_not_replaced_unseen(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    way = open_way(request, tmp_path, kind)
+    way.bucket.put_bytes("a", b"old")
+    with pytest.raises(ConflictError):
+        put_bytes(way.transport, "a", b"new", None)
+    put_bytes(way.transport, "a", b"new", way.transport.stat("a"))
+    assert way.bucket.read_bytes("a") == b"new"
+    way.transport.close()
+    way.bucket.close()
+
+
+# No local archive, but for gsutil.
+
+
+@pytest.mark.parametrize("kind", ["directory", "python-4", "python-1"])
+def test_a_stream_needs_no_local_file(
+    request: pytest.FixtureRequest, tmp_path: Path, small_units: None, kind: str
+) -> None:
+    way = open_way(request, tmp_path, kind)
+    places = [way.scratch, tmp_path / "temporary"]
+    places[1].mkdir()
+    request.getfixturevalue("monkeypatch").setattr("tempfile.tempdir", str(places[1]))
+    seen: set[Path] = set()
+
+    def write(sink: IO[bytes]) -> None:
+        for _ in range(8):
+            sink.write(os.urandom(BLOCK))
+            seen.update(path for place in places for path in place.iterdir())
+
+    way.transport.put("a", write, None, 8 * BLOCK)
+    assert seen == set()
+    way.transport.close()
+    way.bucket.close()
+
+
+RECORDER = f"""#!{sys.executable} -SE
+import json, os, sys
+record = {{record!r}}
+path = sys.argv[-2].replace("[[]", "[")
+with open(record, "a") as file:
+    json.dump({{{{"arguments": sys.argv[1:], "session": os.getsid(0), "pid": os.getpid(),
+               "input": sys.stdin.read(),
+               "file": os.path.exists(path) and os.path.getsize(path)}}}}, file)
+    file.write("\\n")
+sys.stdout.write({{output!r}})
+sys.stderr.write({{errors!r}})
+sys.exit({{code}})
+"""
+
+
+class Recorder:
+    """A gsutil, or gcloud, that writes down how it was called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._path = folder, folder / "calls.jsonl"
+        folder.mkdir()
+        self.answer()
+
+    def answer(self, output: str = "", errors: str = "", code: int = 0) -> None:
+        script = RECORDER.format(record=str(self._path), output=output, errors=errors, code=code)
+        for name in ("gsutil", "gcloud"):
+            program = self.folder / name
+            program.write_text(script)
+            program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._path.read_text().splitlines()]
+
+
+@pytest.fixture
+def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    found = Recorder(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{found.folder}{os.pathsep}{os.environ['PATH']}")
+    return found
+
+
+STAT_OUTPUT = """gs://runs/a/x:
+    Creation time:          Thu, 01 Jan 2026 00:00:00 GMT
+    Content-Length:         1234
+    Content-Type:           application/gzip
+    Hash (crc32c):          4waSgw==
+    Hash (md5):             JfnnlDI7RTiF9RgfG2JNCw==
+    Generation:             1767225600000000
+"""
+GSUTIL_WORDS = ["-o", "Boto:num_retries=4", "-o", "GSUtil:parallel_composite_upload_threshold=0"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_gsutil_has_a_local_archive_only_while_it_runs(
+    recorder: Recorder, small_units: None, tmp_path: Path, fails: bool
+) -> None:
+    recorder.answer(errors="503", code=int(fails))
+    scratch = tmp_path / "runs *[1]"
+    scratch.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(scratch)
+    options = TransportOptions("gs://runs", "gsutil", scratch=str(link))
+    transport = open_transport(options)
+    try:
+        transport.put("folder/-x.tar.gz", writer(bytes(LARGE)), None, LARGE)
+        assert not fails
+    except TransientStorageError:
+        assert fails
+    (call,) = recorder.calls
+    archive = f"{tmp_path}/runs [*][[]1]/{SAVING_PREFIX}-x.tar.gz"  # gsutil takes [1] for a pattern
+    assert call["arguments"][-4:] == ["cp", "--", archive, "gs://runs/folder/-x.tar.gz"]
+    assert call["arguments"][4:7] == ["-q", "-h", "x-goog-if-generation-match:0"]
+    assert call["input"] == ""
+    assert list(scratch.iterdir()) == []
+
+
+def test_an_archive_that_may_not_fit_is_refused_before_it_is_written(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=12345678))
+    transport = open_transport(TransportOptions("gs://runs", "gsutil", scratch=str(tmp_path)))
+    with pytest.raises(StorageError, match="up to 12345679 bytes in .*, where 12345678 are free"):
+        transport.put("a", lambda sink: pytest.fail("written"), None, 12345679)
+
+
+# Files of this machine that fail.
+
+
+def test_the_folder_of_a_local_archive_is_made(
+    recorder: Recorder, small_units: None, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "run" / "checkpoints"
+    transport = open_transport(TransportOptions("gs://runs", "gsutil", scratch=str(scratch)))
+    transport.put("a", writer(bytes(LARGE)), None, LARGE)
+    (call,) = recorder.calls
+    assert call["file"] == LARGE
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("scratch", "error", "message"),
+    [
+        ("a-file", StorageError, "local archive in .*a-file: File exists"),
+        ("a-file/below", StorageError, "local archive in .*a-file/below: Not a directory"),
+        ("/proc/none", StorageError, "local archive in /proc/none: No such file or directory"),
+        ("a-folder-there", StorageError, "a-folder-there/.saving-a: Is a directory"),
+        ("full", TransientStorageError, "full/.saving-a: No space left on device"),
+    ],
+)
+def test_a_local_archive_that_cannot_be_written_is_an_error_of_the_upload(
+    recorder: Recorder,
+    small_units: None,
+    tmp_path: Path,
+    scratch: str,
+    error: type[StorageError],
+    message: str,
+) -> None:
+    (tmp_path / "a-file").touch()
+    (tmp_path / "a-folder-there" / f"{SAVING_PREFIX}a").mkdir(parents=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / f"{SAVING_PREFIX}a").symlink_to("/dev/full")
+    options = TransportOptions("gs://runs", "gsutil", scratch=str(tmp_path / scratch))
+    with pytest.raises(StorageError, match=message) as caught:
+        open_transport(options).put("a", writer(bytes(LARGE)), None, LARGE)
+    assert type(caught.value) is error
+    assert not (recorder.folder / "calls.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["gsutil", "gcloud"])
+def test_a_program_that_has_no_temporary_directory_is_an_error_of_the_upload(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(StorageError, match="no temporary file: No such file or directory"):
+        open_transport(TransportOptions("gs://runs", name)).stat("a")
+
+
+def test_credentials_that_cannot_be_read_are_an_error_of_the_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+    with pytest.raises(AccessDeniedError, match="credentials cannot be read: .*Is a directory"):
+        open_transport(TransportOptions("gs://runs", "python"))
+
+
+def test_a_directory_that_is_replaced_by_a_file_is_an_error_of_the_upload(tmp_path: Path) -> None:
+    folder = tmp_path / "bucket" / "Checkpoints"
+
+    def write(sink: IO[bytes]) -> None:
+        sink.write(b"data")
+        shutil.rmtree(folder)
+        folder.touch()
+
+    transport = open_transport(TransportOptions(str(tmp_path / "bucket"), "directory"))
+    with pytest.raises(StorageError, match="Checkpoints/a: Not a directory"):
+        transport.put("Checkpoints/a", write, None, 2 * transports.SMALL_BYTES)
+
+
+# How the programs are called.
+
+
+def test_arguments_are_a_list_and_the_session_its_own(recorder: Recorder, tmp_path: Path) -> None:
+    wanted = TransportOptions("gs://runs/a/", "gsutil", user_project="payer")
+    transport = open_transport(wanted)
+    put_bytes(transport, "$(touch pwned); 'x'", b"data", ObjectInfo("x", 1, "", 42))
+    recorder.answer(STAT_OUTPUT)
+    assert transport.stat("x") == ObjectInfo("x", 1234, "4waSgw==", 1767225600000000)
+    transport.read("x")
+    transport.copy("x", "y")
+    transport.delete("x")
+    gcloud = open_transport(replace(wanted, name="gcloud"))
+    put_bytes(gcloud, "-x", b"data", None)
+
+    calls = recorder.calls
+    for call in calls[:-1]:
+        assert call["arguments"][:6] == ["-u", "payer", *GSUTIL_WORDS]
+    target = "gs://runs/a/$(touch pwned); 'x'"
+    assert [call["arguments"][6:] for call in calls[:-1]] == [
+        ["-q", "-h", "x-goog-if-generation-match:42", "cp", "-", target],
+        ["stat", "gs://runs/a/x"],
+        ["-q", "cat", "gs://runs/a/x"],
+        ["-q", "cp", "gs://runs/a/x", "gs://runs/a/y"],
+        ["-q", "rm", "gs://runs/a/x"],
+    ]
+    assert calls[-1]["arguments"] == [
+        "--quiet", "--billing-project=payer", "storage", "--no-user-output-enabled",
+        "cp", "--if-generation-match=0", "-", "gs://runs/a/-x",
+    ]  # fmt: skip
+    assert [call["input"] for call in calls] == ["data", "", "", "", "", "data"]
+    for call in calls:
+        assert call["session"] == call["pid"] != os.getsid(0)
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize("name", ["gsutil", "gcloud"])
+@pytest.mark.parametrize("hostile", ["a*", "a?", "a[1]", "a#1767225600000000", "-*"])
+def test_a_name_that_a_program_takes_for_a_pattern_is_refused(
+    recorder: Recorder, name: str, hostile: str
+) -> None:
+    transport = open_transport(TransportOptions("gs://runs", name))
+    for use in (
+        lambda: put_bytes(transport, hostile, b"x", None),
+        lambda: transport.stat(hostile),
+        lambda: transport.read(hostile),
+        lambda: transport.delete(hostile),
+        lambda: transport.copy("x", hostile),
+        lambda: transport.copy(hostile, "x"),
+    ):
+        with pytest.raises(StorageError, match=f"{name} takes .* for a part of a pattern"):
+            use()
+    assert not (recorder.folder / "calls.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["directory", "python-4"])
+def test_elsewhere_a_name_is_only_a_name(
+    request: pytest.FixtureRequest, tmp_path: Path, small_units: None, kind: str
+) -> None:
+    way = open_way(request, tmp_path, kind)
+    names = ["-rf", "a*b", "a[1] #2?", "$(x)"]
+    for name in names:
+        way.transport.put(name, writer(bytes(LARGE)), None, LARGE)
+        way.transport.remove_unfinished(".", only=name)
+    assert way.names() == sorted(names)
+    way.transport.close()
+    way.bucket.close()
+
+
+def test_no_secret_of_the_environment_becomes_an_argument(
+    recorder: Recorder, small_units: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_AUTH_ACCESS_TOKEN", "HF_TOKEN"):
+        monkeypatch.setenv(key, "canary-5f2c")
+    for name in ("gsutil", "gcloud"):
+        options = TransportOptions("gs://runs", name, "payer", scratch=str(tmp_path))
+        transport = open_transport(options)
+        recorder.answer()
+        put_bytes(transport, "a", b"x", None)
+        transport.put("a", writer(bytes(LARGE)), None, LARGE)
+        transport.read("a")
+        recorder.answer(STAT_OUTPUT, "No URLs matched", 1)
+        transport.stat("a")
+    assert len(recorder.calls) == 8
+    assert "canary" not in json.dumps(recorder.calls)
+
+
+def test_what_is_missing_is_none_and_may_be_deleted(recorder: Recorder) -> None:
+    recorder.answer(errors="No URLs matched: gs://runs/x", code=1)
+    transport = open_transport(TransportOptions("gs://runs", "gsutil"))
+    assert transport.stat("x") is None
+    assert transport.read("x") is None
+    transport.delete("x")
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "message"),
+    [
+        ("gsutil", STAT_OUTPUT.replace("crc32c", "sha1"), "no size or crc32c"),
+        ("gcloud", '{"size": "1", "generation": "1"}', "without size or crc32c"),
+        ("gcloud", "[]", "without size or crc32c"),
+        ("gcloud", "", "without size or crc32c"),
+    ],
+)
+def test_a_stat_without_checksum_is_no_proof(
+    recorder: Recorder, name: str, output: str, message: str
+) -> None:
+    recorder.answer(output)
+    with pytest.raises(StorageError, match=message):
+        open_transport(TransportOptions("gs://runs", name)).stat("x")
+
+
+PROGRAM = """
+import os, sys
+os.setpgrp()
+sys.path.insert(0, {root!r})
+from utils.uploads.transports import TransportOptions, open_transport, put_bytes
+transport = open_transport(TransportOptions("gs://runs", "gsutil"))
+try:
+    put_bytes(transport, "a", b"x", None)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+DEAF = """#!{python} -SE
+import os, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: open({heard!r}, "w").close())
+with open({ready!r}, "w") as file:
+    file.write(str(os.getpid()))
+os.rename({ready!r}, {pid!r})
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_in_the_terminal_does_not_reach_the_program(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    paths = {key: str(tmp_path / key) for key in ("heard", "ready", "pid")}
+    (recorder.folder / "gsutil").write_text(DEAF.format(python=sys.executable, **paths))
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(root=str(ROOT))], stdout=subprocess.PIPE, text=True
+    ) as program:
+        wait_until(lambda: Path(paths["pid"]).exists())
+        os.killpg(program.pid, signal.SIGINT)
+        out, _ = program.communicate(timeout=20)
+    assert out == "interrupted\n"
+    assert not Path(paths["heard"]).exists()
+    pid = int(Path(paths["pid"]).read_text())
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())  # ended by the program, not by the signal
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# Which one is opened, and which works.
+
+
+def test_a_directory_is_its_own_transport(tmp_path: Path) -> None:
+    for choice in ("auto", "directory"):
+        transport = open_transport(TransportOptions(str(tmp_path), choice))
+        assert (transport.name, transport.uri) == ("directory", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("uri", "choice"), [("bucket", "gsutil"), ("bucket", "python"), ("gs://runs", "directory")]
+)
+def test_a_transport_that_does_not_fit_the_uri_is_refused(uri: str, choice: str) -> None:
+    with pytest.raises(StorageError, match=f"upload_transport {choice} needs a"):
+        open_transport(TransportOptions(uri, choice))
+
+
+@pytest.mark.parametrize("name", ["gcloud", "gsutil"])
+def test_a_program_that_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(StorageError, match=f"{name} is not installed"):
+        open_transport(TransportOptions("gs://runs", name))
+
+
+def probe(uri: str, name: str = "auto", **fields: Any) -> ProbeResult:
+    return probe_transport(TransportOptions(uri, name, **fields), "Checkpoints", 2)
+
+
+def test_auto_takes_the_first_that_works(cloud: FakeGcsServer, recorder: Recorder) -> None:
+    found = probe("gs://runs/team")
+    assert found == ProbeResult(TransportOptions("gs://runs/team", "python"))
+    assert cloud.list_objects("runs") == []
+    assert not (recorder.folder / "calls.jsonl").exists()
+
+
+def test_auto_of_a_directory_is_the_directory(tmp_path: Path) -> None:
+    found = probe(str(tmp_path))
+    assert found == ProbeResult(TransportOptions(str(tmp_path), "auto"))
+    assert list((tmp_path / "Checkpoints").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_auto_takes_gsutil_where_the_others_may_not_write(
+    cloud: FakeGcsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("gsutil") is None:
+        pytest.skip("gsutil is not installed")
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "gcloud" else which(name))
+    denied = cloud.add_fault(Fault("status", times=1, operation="upload", status=403))
+    found = probe("gs://runs/team", stall_seconds=77.0)
+    assert denied.fired == 1
+    # What it was asked for is kept; only the probe itself is in a hurry.
+    assert found == ProbeResult(TransportOptions("gs://runs/team", "gsutil", stall_seconds=77.0))
+    assert cloud.list_objects("runs") == []
+
+
+def test_gcloud_is_probed_by_writing_reading_and_deleting(cloud: FakeGcsServer) -> None:
+    if shutil.which("gcloud") is None:
+        pytest.skip("gcloud is not installed")
+    assert probe("gs://runs/team", "gcloud").warnings == ()
+    assert cloud.list_objects("runs") == []
+    operations = [record.operation for record in cloud.requests()]
+    assert {"object.download", "object.delete"} < set(operations)
+
+
+def test_a_probe_does_not_wait_for_a_program_as_long_as_an_upload_does(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transports, "START_SECONDS", 0.5)
+    (recorder.folder / "gsutil").write_text("#!/bin/sh\nexec sleep 60\n")
+    started = time.monotonic()
+    with pytest.raises(TransientStorageError, match="no progress"):
+        probe_transport(TransportOptions("gs://runs", "gsutil"), "Checkpoints", 0.5)
+    assert time.monotonic() - started < 15
+
+
+def test_where_nothing_works_all_reasons_are_told(cloud: FakeGcsServer, recorder: Recorder) -> None:
+    recorder.answer(errors="no way", code=1)
+    with pytest.raises(AccessDeniedError) as caught:
+        probe("gs://locked")
+    message = str(caught.value)
+    assert "storage.objects.create" in message
+    assert "gcloud cp gs://locked: no way" in message
+    assert "gsutil cp gs://locked: no way" in message
+
+
+@pytest.mark.parametrize("lacking", ["storage.objects.delete", "storage.objects.list"])
+def test_where_parts_could_not_be_removed_there_are_none(
+    cloud: FakeGcsServer, small_units: None, lacking: str
+) -> None:
+    cloud.create_bucket("keeping", without=[lacking])
+    found = probe("gs://keeping", "python")
+    assert found.options == TransportOptions("gs://keeping", "python", streams=1)
+    assert "cannot be listed and deleted" in found.warnings[0]
+    assert lacking in found.warnings[0]
+    transport = open_transport(found.options)
+    data = os.urandom(LARGE)
+    transport.put("Checkpoints/a", writer(data), None, LARGE)
+    transport.close()
+    assert cloud.read_object("keeping", "Checkpoints/a") == data
+    assert [name for name in cloud.list_objects("keeping") if ".parts" in name] == []
+
+
+@pytest.mark.parametrize("name", ["python", "gcloud", "gsutil"])
+@pytest.mark.parametrize(
+    ("bucket", "error"), [("locked", AccessDeniedError), ("nowhere", ObjectNotFoundError)]
+)
+def test_a_refusal_is_found_at_once(
+    cloud: FakeGcsServer, name: str, bucket: str, error: type[StorageError]
+) -> None:
+    if name != "python" and shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=f"gs://{bucket}") as caught:
+        probe(f"gs://{bucket}", name)
+    assert type(caught.value) is error
+    assert time.monotonic() - started < 20
+    assert len(cloud.requests("upload")) <= 1
+
+
+# Faults of the server.
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize(
+    ("operation", "status"), [("upload", 503), ("upload", 429), ("object.*", 503)]
+)
+def test_two_bad_answers_are_survived(
+    python: Callable[..., Way], cloud: FakeGcsServer, streams: int, operation: str, status: int
+) -> None:
+    way, data = python(streams), os.urandom(LARGE)
+    fault = cloud.add_fault(Fault("status", times=2, operation=operation, status=status))
+    way.transport.put("a", writer(data), None, LARGE)
+    found = way.transport.stat("a")
+    assert fault.fired == 2
+    assert found is not None
+    assert found.crc32c == crc32c_of_bytes(data)
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+def test_a_server_that_is_down_is_given_up_within_the_limit(
+    python: Callable[..., Way], cloud: FakeGcsServer, streams: int
+) -> None:
+    way = python(streams, retry_seconds=0.3)
+    cloud.add_fault(Fault("status", times=None, operation="upload"))
+    started = time.monotonic()
+    with pytest.raises(TransientStorageError, match="503"):
+        way.transport.put("a", writer(bytes(LARGE)), None, LARGE)
+    assert time.monotonic() - started < 10
+    assert len(cloud.requests("upload")) > 2
+    assert way.names() == []
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize("kind", ["reset", "truncate"])
+def test_a_connection_cut_in_the_middle_changes_no_byte(
+    python: Callable[..., Way], cloud: FakeGcsServer, streams: int, kind: Any
+) -> None:
+    way, data = python(streams), os.urandom(LARGE)
+    fault = cloud.add_fault(Fault(kind, times=2, operation="upload", after_bytes=100_000))
+    way.transport.put("a", writer(data), None, LARGE)
+    assert fault.fired == 2
+    assert cloud.get_object("runs", "my team/a").blob.crc32c == crc32c_of_bytes(data)
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize("size", [1000, LARGE])
+def test_an_answer_lost_after_the_commit_loses_nothing(
+    python: Callable[..., Way], cloud: FakeGcsServer, streams: int, size: int
+) -> None:
+    way, data = python(streams), os.urandom(size)
+    fault = cloud.add_fault(Fault("lost_answer", name="my team/a"))
+    try:
+        way.transport.put("a", writer(data), None, size)
+    except (ConflictError, TransientStorageError):
+        assert size == LARGE  # who put it looks, and finds it there
+    assert fault.fired == 1
+    assert cloud.read_object("runs", "my team/a") == data
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+def test_a_server_that_stalls_is_given_up(
+    python: Callable[..., Way],
+    cloud: FakeGcsServer,
+    monkeypatch: pytest.MonkeyPatch,
+    streams: int,
+) -> None:
+    monkeypatch.setattr(gcs, "READ_TIMEOUT_SECONDS", 0.3)
+    way = python(streams, retry_seconds=1.0)
+    cloud.add_fault(Fault("stall", times=None, operation="upload"))
+    started = time.monotonic()
+    with pytest.raises(TransientStorageError):
+        way.transport.put("a", writer(bytes(LARGE)), None, LARGE)
+    assert time.monotonic() - started < 20
+    assert way.names() == []
+
+
+FAULTS = {
+    "503 twice": {"kind": "status", "times": 2},
+    "reset": {"kind": "reset", "after_bytes": 600_000},
+    "lost answer": {"kind": "lost_answer"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(pytest.param("gsutil", FAULTS[key], id=f"gsutil {key}") for key in FAULTS),
+        pytest.param("gcloud", FAULTS["503 twice"], id="gcloud 503 twice"),
+        *(
+            pytest.param("gcloud", FAULTS[key], id=f"gcloud {key}", marks=pytest.mark.gsutil)
+            for key in ("reset", "lost answer")
+        ),
+    ],
+)
+def test_programs_survive_faults(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    small_units: None,
+    name: str,
+    options: dict[str, Any],
+) -> None:
+    way = open_way(request, tmp_path, name, retry_seconds=60)
+    cloud = request.getfixturevalue("cloud")
+    fault = cloud.add_fault(Fault(**{"operation": "upload.chunk", **options}))
+    data = os.urandom(LARGE)
+    try:
+        way.transport.put("a", writer(data), None, LARGE)
+    except (ConflictError, TransientStorageError):
+        assert fault.kind == "lost_answer"
+    assert fault.fired == fault.times
+    assert cloud.read_object("runs", "my team/a") == data
+    way.bucket.close()
+
+
+@pytest.mark.gsutil
+@pytest.mark.parametrize("name", ["gcloud", "gsutil"])
+@pytest.mark.parametrize("status", [404, 410])
+def test_programs_that_lose_their_session_are_worth_another_try(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str, status: int
+) -> None:
+    way = open_way(request, tmp_path, name)
+    cloud = request.getfixturevalue("cloud")
+    fault = cloud.add_fault(Fault("lost_session", times=None, status=status))
+    with pytest.raises(TransientStorageError, match=str(status)):
+        put_bytes(way.transport, "a", b"data", None)
+    assert fault.fired >= 1
+    cloud.clear_faults()
+    put_bytes(way.transport, "a", b"data", None)
+    assert cloud.read_object("runs", "my team/a") == b"data"
+    way.bucket.close()
+
+
+@pytest.mark.parametrize(
+    ("described", "error"),
+    [
+        ("HTTPError 403: Permission denied", TransientStorageError),
+        ("gs://runs not found: 404.", ObjectNotFoundError),
+    ],
+)
+def test_gcloud_says_the_same_of_a_lost_session_and_of_no_bucket(
+    recorder: Recorder, described: str, error: type[StorageError]
+) -> None:
+    script = (
+        "#!/bin/sh\n"
+        f'case "$*" in *describe*) echo "{described}" >&2;; '
+        '*) echo "gs://runs not found: 404." >&2;; esac\nexit 1\n'
+    )
+    (recorder.folder / "gcloud").write_text(script)
+    with pytest.raises(StorageError, match="not found: 404") as caught:
+        put_bytes(open_transport(TransportOptions("gs://runs/a", "gcloud")), "a", b"data", None)
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("name", [pytest.param("gcloud", marks=pytest.mark.gsutil), "gsutil"])
+def test_programs_give_up_in_time(
+    request: pytest.FixtureRequest, tmp_path: Path, small_units: None, name: str
+) -> None:
+    way = open_way(request, tmp_path, name, retry_seconds=5, stall_seconds=5)
+    cloud = request.getfixturevalue("cloud")
+    cloud.add_fault(Fault("status", times=None, operation="upload"))
+    started = time.monotonic()
+    with pytest.raises(TransientStorageError):
+        way.transport.put("a", writer(bytes(LARGE)), None, LARGE)
+    assert time.monotonic() - started < 45
+    assert list(way.scratch.iterdir()) == []
+    way.bucket.close()

@@ -1,0 +1,257 @@
+"""What a person sees: log lines, the live line of a run, and how a command ends.
+
+A terminal gets colours and a live line, a pipe gets plain lines. Every command runs through
+`run_command`, so that an error for users is one message and an exit code, never a traceback
+(`--debug` shows it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import select
+import sys
+import time
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.base.errors import ExitCode, PretrainError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+
+_NO_HOME = "Could not determine home directory."  # of Path.expanduser, which has no type for it
+LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
+STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
+NOISY_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "google", "matplotlib")
+log = logging.getLogger(__name__)
+_shared_consoles: dict[bool, Console] = {}
+
+
+def get_console(*, stderr: bool = False) -> Console:
+    """Return the console of this process on standard output, or on standard error."""
+    if stderr not in _shared_consoles:
+        from rich.console import Console
+
+        is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+        _shared_consoles[stderr] = Console(
+            highlight=False, soft_wrap=not is_terminal, stderr=stderr
+        )
+    return _shared_consoles[stderr]
+
+
+def configure_logging(
+    level: str = "info",
+    *,
+    quiet: bool = False,
+    file: Path | None = None,
+    main_process: bool = True,
+    stderr: bool = False,
+) -> None:
+    """Send log records to standard output, and to `file` where one is given.
+
+    Args:
+        level: debug, info, warning or error.
+        quiet: Only warnings and errors on standard output; the file still gets everything.
+        file: Log file, appended to.
+        main_process: Other ranks show warnings and errors only and write no file.
+        stderr: Standard error instead: for commands whose output is a result, such as JSON.
+    """
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level.upper())
+    shown = logging.WARNING if quiet or not main_process else logging.NOTSET
+    root.addHandler(_terminal_handler(shown, stderr=stderr))
+    if file is not None and main_process:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file_handler = logging.FileHandler(file, encoding="utf-8")
+        file_handler.setFormatter(_HarmlessFormatter(LOG_FORMAT))
+        root.addHandler(file_handler)
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.captureWarnings(capture=True)
+
+
+def leave_closed_outputs() -> None:
+    """Send to nowhere what nobody can read any more: a terminal or a pipe that is gone.
+
+    Each write to it would fail, and what has to be done needs no reader.
+    """
+    poll = select.poll()
+    for descriptor in (STANDARD_OUTPUT, STANDARD_ERROR):
+        poll.register(descriptor, 0)  # hang-ups and errors are told in any case
+    for descriptor, _ in poll.poll(0):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
+    stream = sys.stderr if stderr else sys.stdout
+    if stream.isatty():
+        from rich.logging import RichHandler
+
+        handler: logging.Handler = RichHandler(
+            level,
+            console=get_console(stderr=stderr),
+            show_path=False,
+            log_time_format="%H:%M:%S",
+            markup=False,
+        )
+        handler.setFormatter(_HarmlessFormatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(stream)
+        handler.setLevel(level)
+        handler.setFormatter(_HarmlessFormatter(LOG_FORMAT))
+    ordinary = handler.handleError
+    handler.handleError = functools.partial(_leave_output, ordinary)  # type: ignore[method-assign]
+    return handler
+
+
+def _leave_output(ordinary: Callable[[logging.LogRecord], None], record: logging.LogRecord) -> None:
+    """Go on without an output that nobody reads; a log line that is wrong is told as ever."""
+    if isinstance(sys.exc_info()[1], OSError):
+        leave_closed_outputs()
+    else:
+        ordinary(record)
+
+
+class _HarmlessFormatter(logging.Formatter):
+    """Log lines may quote names and errors that came from outside."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_control_characters(super().format(record))
+
+
+def without_control_characters(text: str) -> str:
+    """Return text that cannot steer a terminal; its lines stay lines."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+class LiveLine:
+    """One line at the bottom of a terminal that follows what goes on.
+
+    Args:
+        enabled: False shows nothing anywhere.
+        plain_seconds: Without a terminal, log the line this often; None does not.
+    """
+
+    def __init__(self, *, enabled: bool = True, plain_seconds: float | None = None) -> None:
+        self._live: Live | None = None
+        self._plain_seconds = plain_seconds if enabled else None
+        self._plain_at = time.monotonic()
+        if enabled and sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(console=get_console(), refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def show(self, text: str) -> None:
+        """Replace the line."""
+        if self._live is not None:
+            from rich.text import Text
+
+            self._live.update(Text(text, style="bold"))
+        elif self._plain_seconds is not None:
+            now = time.monotonic()
+            if now - self._plain_at >= self._plain_seconds:
+                self._plain_at = now
+                log.info("%s", text)
+
+    def close(self) -> None:
+        """Remove the line."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def print_table(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] | None = None,
+    right_aligned: Collection[str] = (),
+) -> None:
+    """Print rows: a table, or plain lines in a pipe.
+
+    Args:
+        title: Shown above.
+        rows: Values by column.
+        columns: Those to show; None for the keys of the first row.
+        right_aligned: Columns of numbers.
+    """
+    if not rows:
+        return
+    columns = list(rows[0]) if columns is None else columns
+    if not sys.stdout.isatty():
+        print(title)
+        table_rows = [columns, *([str(row[key]) for key in columns] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*table_rows, strict=True)]
+        for cells in table_rows:
+            padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            print(f"  {'  '.join(padded)}".rstrip())
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left")
+    for column in columns:
+        table.add_column(
+            column,
+            justify="right" if column in right_aligned else "left",
+            overflow="fold",
+            no_wrap=column == columns[0],  # it names the row
+        )
+    for row in rows:
+        table.add_row(*(Text(str(row[key])) for key in columns))
+    get_console().print(table)
+
+
+def run_command(
+    command: Callable[[argparse.Namespace], int | None], args: argparse.Namespace
+) -> int:
+    """Run a command and return its exit code; errors become one message on standard error."""
+    debug = bool(getattr(args, "debug", False))
+    try:
+        return int(command(args) or ExitCode.DONE)
+    except PretrainError as exc:
+        _report(f"Error: {exc}", debug)
+        return int(exc.exit_code)
+    except KeyboardInterrupt:
+        _report("Interrupted.", debug)
+        return ExitCode.SIGNAL_BASE + 2
+    except BrokenPipeError:  # the reader of our output has left, as in `| head`
+        leave_closed_outputs()
+        return ExitCode.DONE
+    except OSError as exc:
+        if exc.filename is None:
+            return _report_unexpected(exc, debug)
+        # No bug of ours: a file that cannot be used.
+        _report(f"Error: {exc.filename}: {exc.strerror or exc}", debug)
+        return ExitCode.UNEXPECTED
+    except RuntimeError as exc:
+        if str(exc) != _NO_HOME:
+            return _report_unexpected(exc, debug)
+        _report("Error: A path begins with ~NAME, and this machine has no such user.", debug)
+        return ExitCode.USAGE
+    except Exception as exc:  # noqa: BLE001 - the one place that turns a bug into a message
+        return _report_unexpected(exc, debug)
+
+
+def _report_unexpected(exc: Exception, debug: bool) -> int:
+    _report(f"Unexpected error: {type(exc).__name__}: {exc} (--debug shows where)", debug)
+    return ExitCode.UNEXPECTED
+
+
+def _report(message: str, debug: bool) -> None:
+    logging.getLogger(__name__).debug("%s", message)
+    if debug:
+        traceback.print_exc()
+    sys.stdout.flush()
+    print(without_control_characters(message), file=sys.stderr)

@@ -1,0 +1,147 @@
+"""Which checkpoints to keep on this machine: a pure function of what is known about them.
+
+    journal, checkpoint directory -> facts -> decisions -> checkpoint store, upload manager, viewer
+
+Nothing is deleted before its upload is verified, unless uploading is off. The newest, the best and
+what is being uploaded are never deleted. Past `max_unverified`, the oldest unverified checkpoint
+that is none of these is given up (`superseded`), so that a dead bucket cannot fill the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from configs.training_config import TrainingConfig
+from utils.base.uri import join_uri
+from utils.checkpoints.journal import UploadState
+from utils.checkpoints.views import CheckpointView, find_best, is_verified_in
+
+
+class Action(StrEnum):
+    """What to do with a checkpoint."""
+
+    KEEP = "keep"
+    DELETE = "delete"
+    SUPERSEDE = "supersede"
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What retention needs to know of one checkpoint.
+
+    Attributes:
+        name: Its name.
+        step: Its step; the order.
+        is_best: It has the best validation loss.
+        is_verified: Its archive is in the bucket, verified.
+        is_uploading: It is being archived or uploaded at this moment.
+        is_removed: It was in the bucket, verified, and was removed there on purpose.
+    """
+
+    name: str
+    step: int
+    is_best: bool = False
+    is_verified: bool = False
+    is_uploading: bool = False
+    is_removed: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with one checkpoint, and why."""
+
+    name: str
+    action: Action
+    reason: str
+
+
+def plan_retention(
+    checkpoints: Sequence[CheckpointFacts],
+    *,
+    keep_checkpoints: int,
+    max_unverified: int,
+    is_uploading_on: bool,
+    keep_every_steps: int | None = None,
+) -> list[Decision]:
+    """Return a decision for each checkpoint, oldest first.
+
+    Args:
+        checkpoints: The complete checkpoints of this branch.
+        keep_checkpoints: How many of the newest to keep.
+        max_unverified: How many beyond those may wait for their upload.
+        is_uploading_on: Whether checkpoints go to a bucket at all.
+        keep_every_steps: Multiples of it are kept for ever; None for none.
+    """
+    ordered = sorted(checkpoints, key=lambda facts: facts.step)
+    newest = {facts.name for facts in ordered[-keep_checkpoints:]}
+    decisions: dict[str, Decision] = {}
+    waiting: list[CheckpointFacts] = []
+    for facts in ordered:
+        if facts is ordered[-1]:
+            decision = Decision(facts.name, Action.KEEP, "latest")
+        elif facts.is_best:
+            decision = Decision(facts.name, Action.KEEP, "best")
+        elif keep_every_steps and facts.step % keep_every_steps == 0:
+            decision = Decision(facts.name, Action.KEEP, f"every {keep_every_steps} steps")
+        elif facts.name in newest:
+            decision = Decision(facts.name, Action.KEEP, f"newest {keep_checkpoints}")
+        elif facts.is_uploading:
+            decision = Decision(facts.name, Action.KEEP, "uploading")
+        elif (reason := _reason_to_go(facts, is_uploading_on)) is not None:
+            decision = Decision(facts.name, Action.DELETE, reason)
+        else:
+            decision = Decision(facts.name, Action.KEEP, "not verified in the bucket yet")
+            waiting.append(facts)
+        decisions[facts.name] = decision
+    for facts in waiting[: max(0, len(waiting) - max_unverified)]:
+        reason = f"more than {max_unverified} wait for the bucket"
+        decisions[facts.name] = Decision(facts.name, Action.SUPERSEDE, reason)
+    return [decisions[facts.name] for facts in ordered]
+
+
+def _reason_to_go(facts: CheckpointFacts, is_uploading_on: bool) -> str | None:
+    """Return why one that no rule keeps may be deleted, None where it may not."""
+    if not is_uploading_on:
+        return "uploading is off"
+    if facts.is_verified:
+        return "verified in the bucket"
+    return "removed from the bucket on purpose" if facts.is_removed else None
+
+
+def decide_retention(
+    views: Sequence[CheckpointView], config: TrainingConfig, *, run_id: str, is_uploading_on: bool
+) -> list[Decision]:
+    """Return what the rules say of each local checkpoint of a run, oldest first.
+
+    Args:
+        views: The checkpoints on this machine; those of other runs and damaged ones are left out.
+        config: The run's configuration.
+        run_id: The run.
+        is_uploading_on: Whether checkpoints go to a bucket at all.
+    """
+    own = [view for view in views if view.manifest is not None and view.manifest.run_id == run_id]
+    best = find_best(own)
+    uri = join_uri(config.checkpoint_uri, config.run_name)
+    facts = []
+    for view in own:
+        upload = view.upload.state if view.upload else None
+        facts.append(
+            CheckpointFacts(
+                str(view.name),
+                view.name.step,
+                is_best=view is best,
+                is_verified=view.path is not None
+                and is_verified_in(uri, view.path, view.upload, view.manifest_crc32c),
+                is_uploading=upload in (UploadState.ARCHIVING, UploadState.UPLOADING),
+                is_removed=upload is UploadState.REMOVED,
+            )
+        )
+    return plan_retention(
+        facts,
+        keep_checkpoints=config.keep_checkpoints,
+        max_unverified=config.max_unverified,
+        is_uploading_on=is_uploading_on,
+        keep_every_steps=config.keep_every_steps,
+    )

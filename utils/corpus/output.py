@@ -1,0 +1,187 @@
+"""What a corpus output already holds: this corpus, an interrupted part of it, or something else.
+
+    is_intact              index.json and every file that it lists are there and right
+    claim_output           nothing in the way, or an interrupted preparation to go on from
+    ShardLog               index.partial.json: ours, and finished so far
+    read_tokenizer, find_finished_shards       what is left of an interrupted preparation
+
+Guarantees: an output that belongs to other sources or options is changed only when asked to, and
+shards that this program did not write are never touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from utils.base.errors import UsageError
+from utils.corpus import shard_writer
+from utils.corpus.documents import SPLITS
+from utils.corpus.shard_writer import INDEX_FILE, PARTIAL_INDEX_FILE, Progress, ShardEntry
+from utils.corpus.tokenization import Tokenizer
+from utils.data.shard_index import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from utils.storage.bucket import Bucket, crc32c_of_bytes
+from utils.storage.directory import DirectoryBucket
+from utils.storage.open import open_bucket
+
+_OWN_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{5,}}\.npz")
+_logger = logging.getLogger(__name__)
+
+
+def open_output(uri: str, option: str = "--output") -> Bucket:
+    """Return the bucket behind a URI that is to be written.
+
+    Raises:
+        UsageError: It is no bucket, or a file is where a directory is needed.
+    """
+    bucket = open_bucket(uri)
+    if isinstance(bucket, DirectoryBucket):
+        for path in (bucket.root, *bucket.root.parents):
+            if path.exists() and not path.is_dir():
+                raise UsageError(f"{option} {uri}: {path} is a file; a directory is needed.")
+    return bucket
+
+
+class ShardLog:
+    """Keeps the partial index, from which an interrupted preparation goes on."""
+
+    def __init__(self, bucket: Bucket, fingerprint: str, tokenizer: Tokenizer) -> None:
+        self._bucket = bucket
+        self._head = {"source_fingerprint": fingerprint, **describe_tokenizer(tokenizer)}
+        self._files = tokenizer.files
+
+    def begin(self, stale: Iterable[str]) -> None:
+        """Remove what is replaced, mark the output as ours, then put the tokenizer there."""
+        # The index goes first: without it nobody takes what is left for a corpus.
+        for name in sorted(stale, key=lambda name: name != INDEX_FILE):
+            self._bucket.delete(name)
+        shard_writer.put_json(self._bucket, PARTIAL_INDEX_FILE, {**self._head, "shards": []})
+        for name, content in sorted(self._files.items()):
+            self._bucket.put_bytes(name, content)
+
+    def record(self, entry: ShardEntry, progress: Progress) -> None:
+        """Note a shard that is in the bucket and verified."""
+        partial = {
+            **self._head,
+            "shards": shard_writer.entries_to_json(progress.shards),
+            "token_counts": progress.token_counts.tolist(),
+        }
+        shard_writer.put_json(self._bucket, PARTIAL_INDEX_FILE, partial, indent=None)
+        _logger.info(
+            "%s: %d tokens of %d documents, %d bytes, verified.",
+            *(entry.name, entry.tokens, entry.documents, entry.size),
+        )
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what an index says about the tokenizer; `read_tokenizer` reads it back."""
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tokenizer_sha256": tokenizer.sha256,
+        "tokenizer_files": sorted(tokenizer.files),
+        "tokenizer_crc32c": {
+            name: crc32c_of_bytes(content) for name, content in tokenizer.files.items()
+        },
+    }
+
+
+def is_intact(bucket: Bucket, index: dict[str, Any]) -> bool:
+    """Tell whether all files of an index are in the bucket, by size and crc32c."""
+    shards = shard_writer.entries_from_json(index)
+    bad = ["its list of shards"] if not shards else shard_writer.find_bad_shards(bucket, shards)
+    if read_tokenizer(bucket, index) is None:
+        bad.append("the tokenizer")
+    if bad:
+        _logger.warning(
+            "%s holds this corpus, but %s: missing or damaged. Preparing it again.",
+            *(bucket.uri, ", ".join(bad)),
+        )
+    return not bad
+
+
+def read_tokenizer(bucket: Bucket, description: dict[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer that an index describes, or None where it is not whole."""
+    checksums = description.get("tokenizer_crc32c")
+    if not isinstance(checksums, dict):
+        return None
+    files = {}
+    for name, checksum in checksums.items():
+        content = bucket.read_bytes(name) if bucket.stat(name) else b""
+        if crc32c_of_bytes(content) != checksum:
+            return None
+        files[name] = content
+    if TOKENIZER_FILE not in files and description.get("tokenizer_sha256") is not None:
+        return None
+    return Tokenizer(files, description["vocab_size"], description["eos_token_id"])
+
+
+class Claim(NamedTuple):
+    """What `claim_output` found."""
+
+    partial: dict[str, Any] | None
+    """Index of an interrupted preparation to go on from."""
+
+    stale: list[str]
+    """Objects to remove once there is something to put in their place."""
+
+
+def claim_output(
+    bucket: Bucket, index: dict[str, Any] | None, fingerprint: str, overwrite: bool
+) -> Claim:
+    """Make sure that writing to the bucket harms nobody; nothing is changed here.
+
+    Raises:
+        DataError: The partial index is there and cannot be read, and `overwrite` is not set.
+        UsageError: The bucket holds other data and `overwrite` is not set, or shards that this
+            program did not write.
+    """
+    if index and index.get("source_fingerprint") == fingerprint:
+        return Claim(None, [INDEX_FILE])
+    partial = shard_writer.get_old_json(bucket, PARTIAL_INDEX_FILE, overwrite)
+    if partial and partial.get("source_fingerprint") == fingerprint:
+        return Claim(partial, [])
+    listed = {name for content in (index, partial) for name in _tokenizer_files(content)}
+    present = [
+        info.name for info in bucket.list() if info.name in listed or _is_corpus_file(info.name)
+    ]
+    foreign = [name for name in present if name.endswith(".npz") and not _is_own(name)]
+    if foreign:
+        raise UsageError(
+            f"--output {bucket.uri} holds shards that this program did not write "
+            f"({foreign[0]}{', ...' if len(foreign) > 1 else ''}). Give another --output."
+        )
+    if present and not overwrite:
+        raise UsageError(
+            f"--output {bucket.uri} holds other data ({len(present)} files, {present[0]} ...), "
+            "made from other sources or with other options. Nothing was changed. Give another "
+            "--output, or --overwrite to replace it."
+        )
+    return Claim(None, present)
+
+
+def _is_corpus_file(name: str) -> bool:
+    known = (INDEX_FILE, PARTIAL_INDEX_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
+    return "/" not in name and (name.endswith(".npz") or name in known)
+
+
+def _tokenizer_files(index: dict[str, Any] | None) -> Iterable[str]:
+    files = index.get("tokenizer_files") if index else None
+    return [str(name) for name in files] if isinstance(files, (list, dict)) else ()
+
+
+def _is_own(name: str) -> bool:
+    return _OWN_SHARD_NAME.fullmatch(name) is not None
+
+
+def find_finished_shards(bucket: Bucket, partial: dict[str, Any]) -> Progress | None:
+    """Return what an interrupted preparation has finished, or None where it is not whole."""
+    shards = shard_writer.entries_from_json(partial)
+    if not shards or shard_writer.find_bad_shards(bucket, shards):
+        return None
+    _logger.info("Going on after %d shards that are already in %s.", len(shards), bucket.uri)
+    return Progress(shards, np.array(partial["token_counts"], np.int64))

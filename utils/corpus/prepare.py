@@ -1,0 +1,407 @@
+"""The preparation of a corpus: sources -> tokenizer and NPZ shards in a bucket.
+
+    sources --> documents (not empty, no repeats) --> train | val --> token ids --> shards
+                     `--> tokenizer (unless one is given)      `-- token cache  `--> index.json
+
+Guarantees: the same sources and options give a byte-identical output, also when interrupted and
+started again; an output that already holds just that is recognized and left alone; one that holds
+anything else is never touched unless `overwrite` says so. Documents are streamed: memory holds
+one shard of each split and two batches, whatever the size of the corpus (and the hashes of the
+documents with `deduplicate`). The token cache changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from utils.base.errors import UsageError
+from utils.corpus import shard_writer, tokenization
+from utils.corpus.documents import SPLITS, TRAINING, VALIDATION, Document, TokenizedDocument
+from utils.corpus.output import (
+    Claim,
+    ShardLog,
+    claim_output,
+    describe_tokenizer,
+    find_finished_shards,
+    is_intact,
+    read_tokenizer,
+)
+from utils.corpus.reading import OnProgress, Reading
+from utils.corpus.shard_writer import INDEX_FILE, PARTIAL_INDEX_FILE, Progress, ShardWriter
+from utils.corpus.text_sources import Source
+from utils.corpus.token_files import TokenFileSource
+from utils.corpus.tokenization import EncodingCache, Tokenizer
+from utils.models.tokenizer import END_OF_TEXT
+from utils.storage.bucket import Bucket
+
+DEFAULT_SHARD_TOKENS = 50_000_000
+DEFAULT_VALIDATION_FRACTION = 0.05
+NUM_EVEN_SHARDS = 5
+# Part of every fingerprint: raise it when a change of the code changes what comes out.
+PREPARATION_FORMAT = 1
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """What is made of the sources, checked when it is built."""
+
+    vocab_size: int | None = None
+    """Train a byte-level BPE with this many tokens; exclusive with `tokenizer`. Where the sources
+    hold token ids only, nothing is trained and every id must be below."""
+
+    tokenizer: str | None = None
+    """Existing tokenizer: directory, tokenizer.json, hub name, SentencePiece model, tiktoken."""
+
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens of a trained tokenizer besides `<|endoftext|>`."""
+
+    eos_token_id: int | None = None
+    """Id that ends the documents of token files, where no tokenizer says one."""
+
+    validation_fraction: float = DEFAULT_VALIDATION_FRACTION
+    """Share of the documents that is held out, from 0 to below 1."""
+
+    validation_tail: float = 0.0
+    """Share of the text, at its end, that is held out instead, from 0 to below 1."""
+
+    shard_tokens: int | None = DEFAULT_SHARD_TOKENS
+    """Tokens after which a shard is full; None cuts a small corpus into 5 even shards."""
+
+    compress: bool = False
+    """Deflate the shards."""
+
+    deduplicate: bool = False
+    """Leave out documents that repeat an earlier one exactly."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be done."""
+        if (self.vocab_size is None) == (self.tokenizer is None):
+            raise UsageError("Give one of --vocab-size N (trains one) and --tokenizer NAME.")
+        for name in ("validation_fraction", "validation_tail"):
+            share = getattr(self, name)
+            if not 0 <= share < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{option} must be at least 0 and below 1, got {share}.")
+        if self.validation_tail and self.validation_fraction:
+            raise UsageError("Give one of --validation-fraction and --validation-tail.")
+        if self.special_tokens and self.tokenizer is not None:
+            raise UsageError(
+                "--special-token goes with --vocab-size: a given tokenizer stays as is."
+            )
+        if self.shard_tokens is not None and self.shard_tokens < 1:
+            raise UsageError(f"--shard-tokens must be at least 1, got {self.shard_tokens}.")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the options that change the output."""
+        name = self.tokenizer
+        return {
+            "vocab_size": self.vocab_size,
+            "tokenizer": name and tokenization.fingerprint_tokenizer(name),
+            "validation_fraction": self.validation_fraction,
+            "shard_tokens": self.shard_tokens,
+            "compress": self.compress,
+            "deduplicate": self.deduplicate,
+            # Only where they are used, so that what was prepared before they came is recognized.
+            **({"special_tokens": self.special_tokens} if self.special_tokens else {}),
+            **({"validation_tail": self.validation_tail} if self.validation_tail else {}),
+            **({} if self.eos_token_id is None else {"eos_token_id": self.eos_token_id}),
+        }
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A finished corpus."""
+
+    index: dict[str, Any]
+    """Content of `index.json`."""
+
+    is_new: bool
+    """False where the output already held this corpus."""
+
+
+def prepare_corpus(
+    sources: Sequence[Source],
+    bucket: Bucket,
+    options: CorpusOptions,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+    *,
+    validation_sources: Sequence[Source] = (),
+    token_cache: EncodingCache | None = None,
+) -> Preparation:
+    """Make sure that the bucket holds the corpus of these sources, and return its index.
+
+    Args:
+        sources: Read one after the other, up to three times.
+        bucket: Output; shards are put there as they are finished.
+        options: How to tokenize, split and cut.
+        overwrite: Replace another corpus in the bucket.
+        on_progress: Told about every MiB of text.
+        validation_sources: What is held out, besides the share that the options say.
+        token_cache: Keeps what is tokenized, for another time.
+
+    Raises:
+        DataError: A source cannot be read or has no text, a token id is outside the vocabulary, or
+            an index is there and cannot be read.
+        UsageError: The tokenizer cannot be used, or the bucket holds other data.
+        StorageError: The bucket cannot be read or written.
+    """
+    is_tokenized = _check_sources([*sources, *validation_sources], options)
+    contents = _Contents(
+        tuple(source.fingerprint() for source in sources),
+        tuple(source.fingerprint() for source in validation_sources),
+    )
+    fingerprint = _fingerprint(contents, options)
+    found = _look_at_output(bucket, fingerprint, overwrite)
+    if isinstance(found, Preparation):
+        return found
+    partial = found.partial
+    tokenizer = partial and read_tokenizer(bucket, partial)
+    # Even shards are cut by the number of all tokens, so those begin again.
+    finished = None
+    if partial and tokenizer and options.shard_tokens is not None:
+        finished = find_finished_shards(bucket, partial)
+    tokenizer = tokenizer or _find_tokenizer(contents, options, is_tokenized, token_cache)
+    if tokenizer is not None:
+        sources = _with_vocabulary(sources, tokenizer)
+        validation_sources = _with_vocabulary(validation_sources, tokenizer)
+    reading = Reading(
+        sources,
+        validation_sources,
+        validation_fraction=options.validation_fraction,
+        validation_tail=options.validation_tail,
+        deduplicate=options.deduplicate,
+        on_progress=on_progress,
+    )
+    if tokenizer is None:
+        tokenizer = _train_tokenizer(reading, options)
+        if token_cache is not None:
+            token_cache.put(_training_key(contents, options), _pack_tokenizer(tokenizer))
+        # Training takes minutes: another command may have come first with this output.
+        found = _look_at_output(bucket, fingerprint, overwrite)
+        if isinstance(found, Preparation):
+            return found
+    log = ShardLog(bucket, fingerprint, tokenizer)
+    if finished is None:
+        log.begin(found.stale)
+    tokens = _tokenize(reading, tokenizer, finished, token_cache)
+    shard_tokens = options.shard_tokens
+    if shard_tokens is None:
+        tokens = list(tokens)
+        shard_tokens = _even_shard_tokens(tokens)
+    writer = ShardWriter(
+        bucket, tokenizer.vocab_size, shard_tokens, options.compress, finished, log.record
+    )
+    for document in tokens:
+        writer.add(document.ids, document.split)
+    index = _build_index(fingerprint, tokenizer, reading, writer.finish())
+    shard_writer.put_json(bucket, INDEX_FILE, index)
+    bucket.delete(PARTIAL_INDEX_FILE)
+    return Preparation(index, is_new=True)
+
+
+def _look_at_output(bucket: Bucket, fingerprint: str, overwrite: bool) -> Preparation | Claim:
+    """Return the corpus where the output holds it whole, else what writing there has to know.
+
+    Raises:
+        UsageError: It holds something else.
+        DataError: What it says of itself cannot be read.
+    """
+    index = shard_writer.get_old_json(bucket, INDEX_FILE, overwrite)
+    if index and index.get("source_fingerprint") == fingerprint and is_intact(bucket, index):
+        if bucket.stat(PARTIAL_INDEX_FILE):
+            bucket.delete(PARTIAL_INDEX_FILE)
+        return Preparation(index, is_new=False)
+    return claim_output(bucket, index, fingerprint, overwrite)
+
+
+class _Contents(NamedTuple):
+    """Hashes of the sources."""
+
+    sources: tuple[str, ...]
+    validation_sources: tuple[str, ...]
+
+
+def _check_sources(sources: Sequence[Source], options: CorpusOptions) -> bool:
+    """Tell whether everything is tokenized already.
+
+    Raises:
+        UsageError: The options do not fit the kinds of sources.
+    """
+    kinds = {source.holds_tokens for source in sources}
+    if kinds == {True}:
+        if options.special_tokens:
+            raise UsageError("--special-token needs text to train a tokenizer with.")
+        if options.vocab_size is not None and options.vocab_size < 1:
+            raise UsageError(f"--vocab-size must be at least 1, got {options.vocab_size}.")
+        return True
+    if kinds == {True, False} and options.tokenizer is None:
+        raise UsageError(
+            "Token files and text together need --tokenizer: the one that the ids were made with."
+        )
+    if options.vocab_size is not None:
+        tokenization.check_special_tokens(options.special_tokens, options.vocab_size)
+    return False
+
+
+def _with_vocabulary(sources: Sequence[Source], tokenizer: Tokenizer) -> list[Source]:
+    """Return the sources, token files checked against the vocabulary before anything changes."""
+    ready: list[Source] = []
+    for source in sources:
+        if isinstance(source, TokenFileSource):
+            if source.eos_token_id is not None and source.eos_token_id >= tokenizer.vocab_size:
+                raise UsageError(
+                    f"--eos-id {source.eos_token_id} is outside the vocabulary of "
+                    f"{tokenizer.vocab_size}."
+                )
+            source = dataclasses.replace(source, vocab_size=tokenizer.vocab_size)
+            source.check()
+        ready.append(source)
+    return ready
+
+
+def _find_tokenizer(
+    contents: _Contents, options: CorpusOptions, is_tokenized: bool, cache: EncodingCache | None
+) -> Tokenizer | None:
+    """Return the tokenizer, or None where one is to be trained."""
+    if options.tokenizer is not None:
+        tokenizer = tokenization.load_tokenizer(options.tokenizer)
+        _logger.info("Tokenizer %s: %d tokens.", options.tokenizer, tokenizer.vocab_size)
+        return tokenizer
+    assert options.vocab_size is not None
+    if is_tokenized:
+        return Tokenizer({}, options.vocab_size, options.eos_token_id)
+    content = cache.get(_training_key(contents, options)) if cache is not None else None
+    if content is None:
+        return None
+    _logger.info("The tokenizer was trained before on the same text.")
+    return _unpack_tokenizer(content)
+
+
+def _training_key(contents: _Contents, options: CorpusOptions) -> str:
+    """Return the token cache's key of the tokenizer that is trained on these sources."""
+    import tokenizers
+
+    own = options.fingerprint() | {"shard_tokens": None, "compress": None}
+    text = json.dumps(
+        ["trained tokenizer", PREPARATION_FORMAT, tokenizers.__version__, contents.sources, own],
+        sort_keys=True,
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _pack_tokenizer(tokenizer: Tokenizer) -> bytes:
+    files = {name: base64.b64encode(data).decode() for name, data in tokenizer.files.items()}
+    return json.dumps([files, tokenizer.vocab_size, tokenizer.eos_token_id]).encode()
+
+
+def _unpack_tokenizer(content: bytes) -> Tokenizer:
+    files, vocab_size, eos_token_id = json.loads(content)
+    return Tokenizer(
+        {name: base64.b64decode(data) for name, data in files.items()}, vocab_size, eos_token_id
+    )
+
+
+def _train_tokenizer(reading: Reading, options: CorpusOptions) -> Tokenizer:
+    assert options.vocab_size is not None
+    documents = reading.documents("Training the tokenizer")
+    # Held-out text stays unseen: not even the tokenizer learns from it.
+    texts = (str(item.content) for item in documents if item.split == TRAINING)
+    tokenizer = tokenization.build_tokenizer(
+        _told_of_markers(texts), options.vocab_size, options.special_tokens
+    )
+    _logger.info("Tokenizer trained: %d tokens.", tokenizer.vocab_size)
+    if tokenizer.vocab_size < options.vocab_size:
+        _logger.warning(
+            "The text gives a vocabulary of %d tokens only, not %d. A model for it: "
+            "--set model_overrides.vocab_size=%d.",
+            tokenizer.vocab_size,
+            options.vocab_size,
+            tokenizer.vocab_size,
+        )
+    return tokenizer
+
+
+def _told_of_markers(texts: Iterable[str]) -> Iterator[str]:
+    """Pass texts on; warn at the end where they spell the end-of-text token out."""
+    count = 0
+    for text in texts:
+        count += text.count(END_OF_TEXT)
+        yield text
+    if count:
+        _logger.warning(
+            "The text has %s in it, %d times, as characters like any other. Where it separates "
+            "documents: --document-separator '%s'.",
+            END_OF_TEXT,
+            count,
+            END_OF_TEXT,
+        )
+
+
+def _even_shard_tokens(tokens: Sequence[TokenizedDocument]) -> int:
+    total = sum(len(document.ids) for document in tokens if document.split == TRAINING)
+    return max(1, math.ceil(total / NUM_EVEN_SHARDS))
+
+
+def _tokenize(
+    reading: Reading,
+    tokenizer: Tokenizer,
+    finished: Progress | None,
+    cache: EncodingCache | None,
+) -> Iterable[TokenizedDocument]:
+    left = {split: finished.num_documents(split) if finished else 0 for split in SPLITS}
+
+    def unfinished() -> Iterator[Document]:
+        for document in reading.documents("Tokenizing"):
+            if left[document.split]:
+                left[document.split] -= 1
+                yield document._replace(is_wanted=False)
+            else:
+                yield document
+
+    return tokenization.encode_documents(tokenizer, unfinished(), cache)
+
+
+def _build_index(
+    fingerprint: str, tokenizer: Tokenizer, reading: Reading, progress: Progress
+) -> dict[str, Any]:
+    by_split = {
+        split: sum(s.tokens for s in progress.shards if shard_writer.split_of(s.name) == split)
+        for split in SPLITS
+    }
+    return {
+        "format": shard_writer.INDEX_FORMAT,
+        "source_fingerprint": fingerprint,
+        **describe_tokenizer(tokenizer),
+        "shards": shard_writer.entries_to_json(progress.shards),
+        "summary": {
+            "documents": reading.num_documents,
+            "documents_left_out": reading.num_left_out,
+            "bytes": reading.num_bytes,
+            "tokens": sum(by_split.values()),
+            "training_tokens": by_split[TRAINING],
+            "validation_tokens": by_split[VALIDATION],
+            "unigram_entropy_nats": shard_writer.unigram_entropy(progress.token_counts),
+        },
+    }
+
+
+def _fingerprint(contents: _Contents, options: CorpusOptions) -> str:
+    content: dict[str, Any] = {
+        "format": PREPARATION_FORMAT,
+        "sources": contents.sources,
+        "options": options.fingerprint(),
+    }
+    if contents.validation_sources:
+        content["validation_sources"] = contents.validation_sources
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

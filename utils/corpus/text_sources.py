@@ -1,0 +1,517 @@
+"""Where text comes from: one class a kind of source, each a stream of documents.
+
+    Python's own documentation --.
+    text, JSONL, Parquet files --+--> documents() --> corpus
+    Hugging Face dataset --------'          (flat token files: utils/corpus/token_files.py)
+
+A `Source` can be read any number of times and yields the same documents in the same order each
+time. Its `fingerprint` changes when its content does, and is much cheaper than reading the
+documents. Text is kept byte for byte: no newline translation, no stripping; a leading UTF-8 byte
+order mark is dropped. A text file of more than 1 MiB comes in parts (`OpenText`), so that memory
+does not grow with it. What cannot be read is a `DataError` that names the file and the place.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import gzip
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import re
+import sys
+import sysconfig
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+
+from utils.base.errors import DataError, UsageError, first_line
+from utils.base.text import parse_json
+from utils.base.uri import require_path
+from utils.corpus.documents import Content, OpenText
+
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+PARQUET_SUFFIXES = (".parquet",)
+COMPRESSION_SUFFIXES = (".gz", ".zst")
+LINE_ENDS = b"\r\n"
+READ_BLOCK_BYTES = 2**20
+PART_BYTES = 2**20
+CUT_SEARCH_BYTES = 2**16
+PARQUET_BATCH_ROWS = 256
+
+SAMPLE_SEED = 20240229
+SAMPLE_MIN_CHARACTERS = 200
+SAMPLE_MIN_DOCUMENTS = 500
+SAMPLE_SKIPPED_FOLDERS = frozenset(
+    ["test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "turtledemo"]
+    + ["ensurepip", "__pycache__"]
+)
+
+
+class Source(Protocol):
+    """A repeatable stream of documents."""
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether the documents are token ids already."""
+
+    def documents(self) -> Iterator[Content]:
+        """Yield the documents, always in the same order."""
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes when the documents do."""
+
+
+class SampleSource:
+    """Real English text that every Python carries: its help topics and long docstrings.
+
+    About 2,300 documents and 1.7 MB, in an order shuffled with a fixed seed so that every shard
+    gets a bit of everything. Modules are parsed, never imported.
+    """
+
+    holds_tokens = False
+
+    def __init__(self, stdlib: Path | None = None) -> None:
+        self._stdlib = stdlib or Path(sysconfig.get_path("stdlib"))
+        self._documents: list[str] = []
+
+    def documents(self) -> Iterator[str]:
+        """Yield the sample documents.
+
+        Raises:
+            DataError: This Python has no help topics, or no library sources with docstrings.
+        """
+        if not self._documents:
+            self._documents = self._collect()
+        yield from self._documents
+
+    def _collect(self) -> list[str]:
+        topics = _python_topics()
+        docstrings = [text for path in self._modules() for text in _long_docstrings(path)]
+        documents = topics + docstrings
+        if len(documents) < SAMPLE_MIN_DOCUMENTS:
+            raise DataError(
+                f"{self._stdlib} has only {len(documents)} sample documents, at least "
+                f"{SAMPLE_MIN_DOCUMENTS} are needed: this Python was installed without its library "
+                "sources. Use another Python, or your own text with --input."
+            )
+        random.Random(SAMPLE_SEED).shuffle(documents)  # noqa: S311 - not a secret
+        return documents
+
+    def fingerprint(self) -> str:
+        """Return a hash over the library's source files."""
+        files = [*self._modules(), self._stdlib / "pydoc_data" / "topics.py"]
+        return _hash_files("sample", [path for path in files if path.is_file()])
+
+    def _modules(self) -> list[Path]:
+        found = []
+        for folder, folders, files in os.walk(self._stdlib):
+            folders[:] = [name for name in folders if _is_sample_folder(name)]
+            found += [Path(folder, name) for name in files if name.endswith(".py")]
+        return sorted(found, key=lambda path: path.relative_to(self._stdlib).parts)
+
+
+def _is_sample_folder(name: str) -> bool:
+    return name not in SAMPLE_SKIPPED_FOLDERS and not name.startswith("config-")
+
+
+def _python_topics() -> list[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as exc:
+        raise DataError(
+            f"{sys.executable} has no pydoc_data.topics, which the sample text is made of. "
+            "Use another Python, or your own text with --input."
+        ) from exc
+    return [topics[name] for name in sorted(topics)]
+
+
+def _long_docstrings(path: Path) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            # A module for another Python, or a template: the sample does without it.
+            return
+    for node in _definitions(tree):
+        text = ast.get_docstring(node) or ""
+        if len(text) >= SAMPLE_MIN_CHARACTERS:
+            yield text
+
+
+def _definitions(
+    tree: ast.Module,
+) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    # Statements only: ast.walk would visit every expression too, for twice the time.
+    nodes: list[ast.AST] = [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+        for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+            nodes += getattr(node, block, ())
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Text, JSONL and Parquet files, also compressed with gzip or zstd."""
+
+    paths: tuple[Path, ...]
+    """Files, read in this order."""
+
+    document_per: str = "file"
+    """What a document is in a text file: the whole `file`, or each `line`."""
+
+    text_column: str = "text"
+    """Key of the text in JSONL records and Parquet rows."""
+
+    document_separator: str = ""
+    """What stands between the documents of a text file, in place of `document_per`."""
+
+    holds_tokens = False
+
+    def documents(self) -> Iterator[str]:
+        """Yield the documents of all files.
+
+        Raises:
+            DataError: A file cannot be read, or a record has no such text.
+        """
+        for path in self.paths:
+            kind = kind_of(path)
+            if kind in PARQUET_SUFFIXES:
+                yield from _parquet_documents(path, self.text_column)
+            elif kind in JSONL_SUFFIXES:
+                yield from _jsonl_documents(path, self.text_column)
+            elif self.document_separator:
+                yield from _separated_documents(path, self.document_separator.encode())
+            elif self.document_per == "line":
+                yield from _line_documents(path)
+            else:
+                yield from _whole_document(path)
+
+    def fingerprint(self) -> str:
+        """Return a hash over the bytes of the files and how they are read."""
+        options = [self.document_per, self.text_column, *map(kind_of, self.paths)]
+        if self.document_separator:
+            options.append(self.document_separator)
+        return _hash_files(json.dumps(options), self.paths)
+
+
+def find_files(
+    patterns: Iterable[str], also: Sequence[str] = (), option: str = "--input"
+) -> tuple[Path, ...]:
+    """Return the files behind paths, directories and globs: in the order given, each once.
+
+    Directories are searched below for text, JSONL and Parquet files, in sorted order; hidden
+    files are left out. A file given by its own name may have any suffix, and is then text.
+
+    Args:
+        patterns: Paths, directories and globs.
+        also: Further suffixes to look for in directories.
+        option: The option that an error names.
+
+    Raises:
+        UsageError: A path does not exist, or nothing usable is there.
+    """
+    found: dict[Path, None] = {}
+    usable = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES, *also)
+    for pattern in patterns:
+        files = _expand(pattern, usable, option)
+        if not files:
+            raise UsageError(
+                f"{option} {pattern}: nothing to read there. Expected files ending in "
+                f"{' '.join(usable)} "
+                f"(also with {' or '.join(COMPRESSION_SUFFIXES)})."
+            )
+        found.update(dict.fromkeys(path.resolve() for path in files))
+    return tuple(found)
+
+
+def _expand(pattern: str, usable: Sequence[str], option: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        return _files_below(path, usable)
+    if path.exists():
+        return [path]
+    require_path(pattern, option)
+    if not any(character in pattern for character in "*?["):
+        raise UsageError(f"{option} {pattern}: no such file or directory.")
+    root = Path(path.anchor)
+    matches = sorted(root.glob(str(path.relative_to(path.anchor))))
+    return [
+        file
+        for match in matches
+        for file in (_files_below(match, usable) if match.is_dir() else [match])
+    ]
+
+
+def _files_below(directory: Path, usable: Sequence[str]) -> list[Path]:
+    return sorted(
+        path
+        for path in directory.rglob("*")
+        if kind_of(path) in usable
+        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
+        and path.is_file()
+    )
+
+
+def kind_of(path: Path) -> str:
+    """Return the suffix that tells the format, in lower case, compression left out."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSION_SUFFIXES else suffix
+
+
+def _whole_document(path: Path) -> Iterator[str]:
+    with _read_errors(path), _open_decompressed(path) as file:
+        data = file.read(PART_BYTES + 1)
+        start, encoding = 0, "utf-8-sig"
+        while len(data) > PART_BYTES:
+            cut = _find_cut(data)
+            yield OpenText(_decode(data[:cut], encoding, path, start))
+            start, encoding = start + cut, "utf-8"
+            data = data[cut:] + file.read(PART_BYTES + 1 - len(data) + cut)
+        yield _decode(data, encoding, path, start)
+
+
+def _separated_documents(path: Path, separator: bytes) -> Iterator[str]:
+    """Yield what stands between separators, without the line ends around it; nothing is empty."""
+    with _read_errors(path), _open_decompressed(path) as file:
+        head = file.read(len(codecs.BOM_UTF8))
+        data = head.removeprefix(codecs.BOM_UTF8)
+        start, is_open = len(head) - len(data), False
+        while block := file.read(PART_BYTES):
+            *whole, data = (data + block).split(separator)
+            for document in whole:
+                yield from _piece(document, path, start, is_open=is_open)
+                start, is_open = start + len(document) + len(separator), False
+            while len(data) > PART_BYTES + len(separator):
+                cut = _find_cut(data[:PART_BYTES])
+                text = data[:cut] if is_open else data[:cut].lstrip(LINE_ENDS)
+                yield OpenText(_decode(text, "utf-8", path, start + cut - len(text)))
+                data, start, is_open = data[cut:], start + cut, True
+        yield from _piece(data, path, start, is_open=is_open)
+
+
+def _piece(data: bytes, path: Path, start: int, *, is_open: bool) -> Iterator[str]:
+    """Yield a document, or the end of one; `is_open`: it has begun."""
+    text = data if is_open else data.lstrip(LINE_ENDS)
+    start += len(data) - len(text)
+    text = text.rstrip(LINE_ENDS)
+    if text or is_open:
+        yield _decode(text, "utf-8", path, start)
+
+
+def _find_cut(data: bytes) -> int:
+    """Return where a long text is best cut: where a line begins, else between two characters."""
+    first = max(1, len(data) - CUT_SEARCH_BYTES)
+    lines = [match.end() for match in re.finditer(rb"(?<=\S)\n(?=\S)", data[first:])]
+    if lines:
+        return first + lines[-1]
+    cut = len(data) - 1
+    while cut > first and data[cut] & 0xC0 == 0x80:  # inside a character
+        cut -= 1
+    return cut
+
+
+def _decode(data: bytes, encoding: str, path: Path, start: int) -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as exc:
+        raise DataError(
+            f"{path}: byte {start + exc.start} is not UTF-8 ({exc.reason}). Convert the file, for "
+            "example with iconv -f latin1 -t utf-8."
+        ) from exc
+
+
+def _line_documents(path: Path) -> Iterator[str]:
+    with _read_errors(path), _open_decompressed(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as exc:
+                raise DataError(f"{path}:{number}: not UTF-8 ({exc.reason}).") from exc
+
+
+def _jsonl_documents(path: Path, column: str) -> Iterator[str]:
+    with _read_errors(path), _open_decompressed(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _text_of_record(line, column, f"{path}:{number}")
+
+
+def _text_of_record(line: bytes, column: str, place: str) -> str:
+    try:
+        record = parse_json(line.decode("utf-8-sig"))
+    except ValueError as exc:
+        raise DataError(f"{place}: not JSON ({exc}). One JSON object a line is needed.") from exc
+    if not isinstance(record, dict):
+        raise DataError(f"{place}: a JSON object is needed, got {type(record).__name__}.")
+    text = record.get(column)
+    if not isinstance(text, str):
+        what = f"is {type(text).__name__}" if column in record else "is missing"
+        keys = ", ".join(map(str, record)) or "none"
+        raise DataError(
+            f"{place}: column {column!r} {what}, text is needed. Columns: {keys}. "
+            "Choose one with --text-column."
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as exc:
+        raise DataError(f"{place}: the text has half of a surrogate pair: {exc.reason}.") from exc
+    return text
+
+
+def _parquet_documents(path: Path, column: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with _read_errors(path):
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                names = file.schema_arrow.names
+                if column not in names:
+                    raise DataError(
+                        f"{path}: no column {column!r}. Columns: {', '.join(names)}. "
+                        "Choose one with --text-column."
+                    )
+                for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=[column]):
+                    yield from _texts_of_column(batch.column(0).to_pylist(), column, path)
+        except pyarrow.ArrowException as exc:
+            raise DataError(f"{path}: not a readable Parquet file ({exc}).") from exc
+
+
+def _texts_of_column(values: Iterable[Any], column: str, place: object) -> Iterator[str]:
+    for text in values:
+        if not isinstance(text, str):
+            kind = "empty (null)" if text is None else type(text).__name__
+            raise DataError(f"{place}: column {column!r} has a value that is {kind}, not text.")
+        yield text
+
+
+@contextmanager
+def _open_decompressed(path: Path) -> Iterator[BinaryIO]:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        with gzip.open(path) as gzipped:
+            yield cast(BinaryIO, gzipped)
+    elif suffix == ".zst":
+        import pyarrow
+
+        with closing(pyarrow.input_stream(str(path), compression="zstd")) as stream:
+            yield cast(BinaryIO, io.BufferedReader(stream, READ_BLOCK_BYTES))
+    else:
+        with path.open("rb") as plain:
+            yield plain
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as exc:
+        raise DataError(f"{path}: cannot be read ({exc}).") from exc
+
+
+def _hash_files(label: str, paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256(label.encode())
+    for path in paths:
+        with _read_errors(path), path.open("rb") as file:
+            content = hashlib.sha256()
+            while block := file.read(READ_BLOCK_BYTES):
+                content.update(block)
+        digest.update(content.digest())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A text column of a Hugging Face dataset, by name or local directory."""
+
+    name: str
+    """Name on the hub (`HuggingFaceFW/fineweb-edu`) or a local directory."""
+
+    split: str = "train"
+    """Split or slice of it, as `datasets` writes them (`train[:1%]`)."""
+
+    configuration: str | None = None
+    """Named subset of the dataset."""
+
+    text_column: str = "text"
+    """Column of the text."""
+
+    streaming: bool = False
+    """Read over the network as needed; for what does not fit the disk."""
+
+    holds_tokens = False
+
+    def documents(self) -> Iterator[str]:
+        """Yield the documents of the split.
+
+        Raises:
+            DataError: The dataset, split or column cannot be read.
+        """
+        rows = self._open()
+        columns = rows.column_names
+        if columns is not None and self.text_column not in columns:
+            raise DataError(
+                f"{self._place}: no column {self.text_column!r}. Columns: {', '.join(columns)}. "
+                "Choose one with --text-column."
+            )
+        values = (row[self.text_column] for row in rows.select_columns([self.text_column]))
+        yield from _texts_of_column(values, self.text_column, self._place)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the names, and of a local directory's files.
+
+        A dataset that changes on the hub under its name is not noticed.
+        """
+        names = [self.name, self.configuration, self.split, self.text_column]
+        directory = Path(self.name).expanduser()
+        if directory.is_dir():
+            names[0] = "directory"
+            files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+            return _hash_files(json.dumps(names), files)
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+    @property
+    def _place(self) -> str:
+        return f"--hf {self.name} --split {self.split}"
+
+    def _open(self) -> Any:
+        import datasets
+
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        try:
+            if _is_saved_to_disk(Path(self.name).expanduser()):
+                return self._open_saved(datasets)
+            return datasets.load_dataset(
+                self.name, self.configuration, split=self.split, streaming=self.streaming
+            )
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as exc:
+            raise DataError(f"{self._place}: cannot be loaded ({first_line(exc)}).") from exc
+
+    def _open_saved(self, datasets: Any) -> Any:
+        """Return what `save_to_disk` wrote; it is memory-mapped, so streaming changes nothing."""
+        saved = datasets.load_from_disk(str(Path(self.name).expanduser()))
+        if isinstance(saved, datasets.DatasetDict):
+            return saved[self.split]
+        if self.split not in ("train", str(saved.split)):
+            raise ValueError(f"it holds the split {saved.split} only")
+        return saved
+
+
+def _is_saved_to_disk(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("state.json", "dataset_dict.json"))

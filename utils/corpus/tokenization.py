@@ -1,0 +1,466 @@
+"""Tokenizers: train one or take one, keep it as files, and turn documents into token ids.
+
+    documents --> build_tokenizer --.
+    directory, file or hub name ----+--> Tokenizer (files + backend) --> encode_documents --> ids
+    SentencePiece, tiktoken --------'                                          ^-- token cache
+
+A `Tokenizer` is the files that `AutoTokenizer.from_pretrained(DIRECTORY)` loads, plus what the
+preparation needs of it. The same documents give the same bytes. Encoding gives back the text
+exactly with byte-level tokenizers: what looks like a special token inside a document is encoded
+as ordinary text, so no document can forge an end of text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from utils.base.errors import UsageError, first_line
+from utils.base.text import printable
+from utils.corpus.documents import Document, OpenText, TokenArray, TokenizedDocument
+from utils.corpus.tokenizer_conversion import IMPOSSIBLE_SCORE, convert_tokenizer, is_convertible
+from utils.data.shard_index import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, find_tokenizer_files
+from utils.models.tokenizer import (
+    END_OF_TEXT,
+    END_TOKENS,
+    PLAIN_CLASS,
+    begin_like_data,
+    build_files,
+    find_misreading,
+    find_tokenizer,
+    read_tokenizer_json,
+    write_files,
+)
+
+if TYPE_CHECKING:
+    import tokenizers
+
+NUM_BYTE_TOKENS = 256
+
+# Two batches are in work at a time.
+BATCH_CHARACTERS = 2**20
+BATCH_PIECES = 2**14
+# Part of every key of the token cache: raise it when the same text would get other ids.
+ENCODING_FORMAT = 1
+# Part of a given tokenizer's fingerprint: raise it when the same files would give other ids.
+READING = b"tokenizer.json decides"
+# A longer document is encoded in pieces: an encoding takes about 100 times the text's memory,
+# and one piece keeps one core busy only.
+PIECE_CHARACTERS = 2**16
+PROBE_HEADS = ("One, two.\n", "  three\n  four\n", "it's\n", "\t{7}\n", "\u00e9t\u00e9\n")
+PROBE_TAILS = ("One, two.\n", "'s it\n", "7", "{\n\n", "\u00e9t\u00e9")
+
+
+class EncodingCache(Protocol):
+    """Keeps what was encoded already."""
+
+    def get(self, key: str) -> bytes | None:
+        """Return what was put under the key, or None."""
+
+    def put(self, key: str, content: bytes) -> None:
+        """Keep the content, if possible."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer as files, with what is needed to write shards with it."""
+
+    files: dict[str, bytes]
+    """File name -> content, `tokenizer.json` among them; none where ids come from elsewhere."""
+
+    vocab_size: int
+    """Highest token id + 1."""
+
+    eos_token_id: int | None
+    """Id that ends every document; None where it is not known."""
+
+    @property
+    def sha256(self) -> str | None:
+        """Hash of `tokenizer.json`, None where there is none."""
+        content = self.files.get(TOKENIZER_FILE)
+        return None if content is None else hashlib.sha256(content).hexdigest()
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
+        """Smallest little-endian type that holds every id: uint16 or uint32."""
+        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+
+    def build_backend(self) -> tokenizers.Tokenizer:
+        """Return a backend that encodes whole documents, special tokens in the text as text."""
+        import tokenizers
+
+        content = _shield_special_pieces(self.files[TOKENIZER_FILE].decode("utf-8"))
+        backend = tokenizers.Tokenizer.from_str(content)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        return backend
+
+
+def _shield_special_pieces(content: str) -> str:
+    """Return a tokenizer.json in which no text matches a special piece of a Unigram model.
+
+    Such a model looks up any text in its vocabulary, `</s>` too.
+    """
+    settings = json.loads(content)
+    if settings["model"].get("type") != "Unigram":
+        return content
+    special = {token["content"] for token in settings["added_tokens"] if token["special"]}
+    for piece in settings["model"]["vocab"]:
+        if piece[0] in special:
+            piece[1] = min(piece[1], IMPOSSIBLE_SCORE)
+    return json.dumps(settings)
+
+
+def check_special_tokens(special_tokens: Sequence[str], vocab_size: int) -> None:
+    """Refuse a vocabulary that cannot be trained.
+
+    Raises:
+        UsageError: It does not hold the bytes and the special tokens, or these are not usable.
+    """
+    names = [END_OF_TEXT, *special_tokens]
+    for name in special_tokens:
+        if not name.strip() or names.count(name) > 1:
+            what = "is there more than once" if name.strip() else "is empty"
+            raise UsageError(f"--special-token {name!r} {what} ({END_OF_TEXT} always is one).")
+        if len(name) == 1:
+            raise UsageError(f"--special-token {name!r} must have at least two characters.")
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError as exc:
+            raise UsageError(f"--special-token {name!r} is not UTF-8.") from exc
+    if vocab_size < NUM_BYTE_TOKENS + len(names):
+        raise UsageError(
+            f"--vocab-size must be at least {NUM_BYTE_TOKENS + len(names)} (every byte, and "
+            f"{', '.join(names)}), got {vocab_size}."
+        )
+
+
+def build_tokenizer(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()
+) -> Tokenizer:
+    """Train a byte-level BPE tokenizer (as GPT-2's) whose token 0 is `<|endoftext|>`.
+
+    Args:
+        texts: The documents to learn from.
+        vocab_size: Tokens wanted; fewer come out where the text has no more pairs to merge.
+        special_tokens: Further tokens that no text is ever encoded to; they get 1, 2, ...
+
+    Raises:
+        UsageError: `vocab_size` does not hold the 256 bytes and the special tokens.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    check_special_tokens(special_tokens, vocab_size)
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, *special_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    # Written here and not by save_pretrained: the bytes then depend on the text alone, not on
+    # the version of transformers, and its import of 3 s is saved.
+    settings: dict[str, Any] = {
+        "bos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,  # batches need one
+        "tokenizer_class": PLAIN_CLASS,
+        "unk_token": END_OF_TEXT,
+    }
+    if special_tokens:
+        settings["additional_special_tokens"] = list(special_tokens)
+    files = {
+        TOKENIZER_FILE: backend.to_str(pretty=True).encode("utf-8"),
+        TOKENIZER_CONFIG_FILE: (json.dumps(settings, indent=2) + "\n").encode("utf-8"),
+    }
+    return Tokenizer(files, backend.get_vocab_size(), eos_token_id=0)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Return an existing tokenizer: its `tokenizer.json` byte for byte, and settings for it.
+
+    Args:
+        name: A directory, a `tokenizer.json`, a name on the Hugging Face hub, a SentencePiece
+            model (.model), `tiktoken:NAME` or a .tiktoken file.
+
+    Raises:
+        UsageError: There is none, it has no `tokenizer.json` or no end token, or `AutoTokenizer`
+            would read what is written in another way.
+    """
+    path = Path(name).expanduser()
+    if is_convertible(str(path)):
+        return Tokenizer(*convert_tokenizer(str(path)))
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UsageError(f"--tokenizer {name}: no such file or directory.")
+    # Its retries without a network, each said twice: the error at the end says it once.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    loaded: Any
+    try:
+        loaded, content = find_tokenizer(name), read_tokenizer_json(name)
+    except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
+        hint = "" if path.exists() else " There is no such file or directory here either."
+        raise UsageError(
+            f"--tokenizer {name}: cannot be loaded ({first_line(exc)}).{hint}"
+        ) from exc
+    if not getattr(loaded, "is_fast", False):
+        raise UsageError(f"--tokenizer {name}: has no tokenizer.json.")
+    loaded.eos_token = loaded.eos_token or _find_end_token(loaded.get_vocab(), name)
+    end = loaded.convert_tokens_to_ids(loaded.eos_token)
+    files = build_files(begin_like_data(loaded, end), content)
+    _require_read_alike(files, name)
+    return Tokenizer(files, max(loaded.get_vocab().values()) + 1, end)
+
+
+def _require_read_alike(files: dict[str, bytes], name: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+        write_files(files, Path(folder))
+        text = find_misreading(Path(folder))
+    if text is not None:
+        raise UsageError(
+            f"--tokenizer {name}: transformers reads {printable(repr(text), 80)} in another way "
+            f"than its {TOKENIZER_FILE}. A model trained on those ids would be given others later."
+        )
+
+
+def fingerprint_tokenizer(name: str) -> str:
+    """Return a hash of a tokenizer's local files; of its name where it comes from the hub."""
+    path = Path(name).expanduser()
+    digest = hashlib.sha256()
+    if not is_convertible(str(path)):
+        digest.update(READING)
+    if path.is_file():
+        digest.update(path.read_bytes())
+    elif path.is_dir():
+        for file in find_tokenizer_files(one.name for one in path.iterdir()):
+            digest.update((path / file).read_bytes())
+    else:
+        digest.update(name.encode())
+    return digest.hexdigest()
+
+
+def _find_end_token(vocabulary: dict[str, int], name: str) -> str:
+    for token in END_TOKENS:
+        if token in vocabulary:
+            return token
+    raise UsageError(
+        f"--tokenizer {name}: no end-of-text token, which separates the documents. Set eos_token "
+        f"in its {TOKENIZER_CONFIG_FILE}, or add {END_OF_TEXT} to it."
+    )
+
+
+def encode_documents(
+    tokenizer: Tokenizer, documents: Iterable[Document], cache: EncodingCache | None = None
+) -> Iterator[TokenizedDocument]:
+    """Yield each wanted document's ids followed by the end token, in order.
+
+    Texts are encoded on all cores, the next batch while the last one is taken; what the cache
+    holds is not encoded again. Documents that are ids already pass as they are.
+    """
+    encoder: _Encoder | None = None
+    for is_text, group in itertools.groupby(documents, lambda item: isinstance(item.content, str)):
+        if is_text:
+            encoder = encoder or _Encoder(tokenizer, cache)
+            yield from encoder.encode(group)
+            continue
+        for document in group:
+            if document.is_wanted:
+                assert not isinstance(document.content, str)
+                yield TokenizedDocument(document.content, document.split)
+
+
+class _Piece(NamedTuple):
+    text: str
+    split: str
+    is_wanted: bool
+    is_last: bool
+    """Of what came as one document."""
+    has_end: bool
+    """The end token follows."""
+
+
+class _Batch(NamedTuple):
+    pieces: list[_Piece]
+    digest: str
+
+
+class _Ids(NamedTuple):
+    """The ids of all pieces of a batch, end to end."""
+
+    lengths: npt.NDArray[np.uint32]
+    ids: TokenArray
+
+
+class _Encoder:
+    def __init__(self, tokenizer: Tokenizer, cache: EncodingCache | None) -> None:
+        import tokenizers
+
+        self._backend = tokenizer.build_backend()
+        self._dtype = tokenizer.dtype
+        assert tokenizer.eos_token_id is not None
+        self._eos_token_id = tokenizer.eos_token_id
+        self._cache = cache
+        self._piece_characters = PIECE_CHARACTERS if _can_encode_in_pieces(self._backend) else None
+        self._key = f"{tokenizer.sha256} {ENCODING_FORMAT} {tokenizers.__version__} {self._dtype}"
+
+    def encode(self, documents: Iterable[Document]) -> Iterator[TokenizedDocument]:
+        parts: list[TokenArray] = []
+        for batch, ids in self._encoded_batches(documents):
+            for piece, part in zip(batch.pieces, self._cut(batch, ids), strict=True):
+                if not piece.is_last:
+                    parts.append(part)
+                    continue
+                if piece.is_wanted:
+                    yield TokenizedDocument(
+                        np.concatenate([*parts, part]) if parts else part, piece.split
+                    )
+                parts = []
+
+    def _encoded_batches(self, documents: Iterable[Document]) -> Iterator[tuple[_Batch, _Ids]]:
+        with ThreadPoolExecutor(1, "tokenizer") as pool:
+            waiting: tuple[_Batch, Future[Any]] | None = None
+            for batch in _batches(_pieces(documents, self._piece_characters)):
+                future = pool.submit(self._look_up_or_encode, batch)
+                if waiting is not None:
+                    yield waiting[0], self._finish(*waiting)
+                waiting = (batch, future)
+            if waiting is not None:
+                yield waiting[0], self._finish(*waiting)
+
+    def _look_up_or_encode(self, batch: _Batch) -> _Ids | list[tokenizers.Encoding]:
+        if not any(piece.is_wanted for piece in batch.pieces):
+            return _Ids(np.zeros(len(batch.pieces), np.uint32), np.zeros(0, self._dtype))
+        content = self._cache.get(self._key_of(batch)) if self._cache else None
+        found = _unpack(content, self._dtype, len(batch.pieces)) if content else None
+        if found is not None:
+            return found
+        texts = [piece.text for piece in batch.pieces]
+        encodings: list[tokenizers.Encoding] = self._backend.encode_batch_fast(
+            texts, add_special_tokens=False
+        )
+        return encodings
+
+    def _finish(self, batch: _Batch, future: Future[Any]) -> _Ids:
+        result: _Ids | list[tokenizers.Encoding] = future.result()
+        if isinstance(result, _Ids):
+            return result
+        lengths = np.fromiter(map(len, result), np.uint32, len(result))
+        ids = np.fromiter(
+            itertools.chain.from_iterable(encoding.ids for encoding in result),
+            self._dtype,
+            int(lengths.sum()),
+        )
+        if self._cache:
+            self._cache.put(self._key_of(batch), _pack(lengths, ids))
+        return _Ids(lengths, ids)
+
+    def _key_of(self, batch: _Batch) -> str:
+        return hashlib.sha256(f"{self._key} {batch.digest}".encode()).hexdigest()
+
+    def _cut(self, batch: _Batch, encoded: _Ids) -> list[TokenArray]:
+        """Return the ids of each piece, with the end token where a document ends."""
+        ends = np.fromiter((piece.has_end for piece in batch.pieces), np.int64, len(batch.pieces))
+        stops = np.cumsum(encoded.lengths, dtype=np.int64)
+        ids = np.insert(encoded.ids, stops[ends == 1], self._eos_token_id)
+        cuts = [0, *(stops + np.cumsum(ends)).tolist()]
+        return [ids[start:stop] for start, stop in itertools.pairwise(cuts)]
+
+
+_HEADER = struct.Struct("<4sII")
+_MAGIC = b"TOK1"
+
+
+def _pack(lengths: npt.NDArray[np.uint32], ids: TokenArray) -> bytes:
+    header = _HEADER.pack(_MAGIC, len(lengths), len(ids))
+    return b"".join([header, lengths.astype("<u4").tobytes(), ids.tobytes()])
+
+
+def _unpack(content: bytes, dtype: np.dtype[Any], num_pieces: int) -> _Ids | None:
+    magic, num_lengths, num_ids = _HEADER.unpack_from(content)
+    if magic != _MAGIC or num_lengths != num_pieces:
+        return None
+    lengths = np.frombuffer(content, "<u4", num_lengths, _HEADER.size)
+    ids = np.frombuffer(content, dtype, num_ids, _HEADER.size + 4 * num_lengths)
+    return _Ids(lengths, ids)
+
+
+def _pieces(documents: Iterable[Document], piece_characters: int | None) -> Iterator[_Piece]:
+    for content, split, is_wanted in documents:
+        assert isinstance(content, str)
+        start = 0
+        while piece_characters is not None and len(content) - start > piece_characters:
+            end = _line_start(content, start + piece_characters)
+            if end is None:
+                break
+            yield _Piece(content[start:end], split, is_wanted, is_last=False, has_end=False)
+            start = end
+        has_end = not isinstance(content, OpenText)
+        yield _Piece(content[start:], split, is_wanted, is_last=True, has_end=has_end)
+
+
+def _line_start(text: str, position: int) -> int | None:
+    """Return where the next line begins, with no other white space around: no word is cut there."""
+    while (newline := text.find("\n", position)) != -1:
+        around = text[newline - 1] + text[newline + 1 : newline + 2]
+        if len(around) == 2 and not any(character.isspace() for character in around):
+            return newline + 1
+        position = newline + 1
+    return None
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[_Batch]:
+    """Yield batches whose ends follow from the text alone.
+
+    A batch that is at least half full ends with the first piece whose hash says so: after a
+    change somewhere the later batches soon are the old ones again, and the token cache has them.
+    """
+    batch: list[_Piece] = []
+    digest = hashlib.blake2b(digest_size=20)
+    characters = 0
+    for piece in pieces:
+        data = piece.text.encode("utf-8")
+        digest.update(b"%d " % len(data))
+        digest.update(data)
+        batch.append(piece)
+        characters += len(piece.text)
+        fill = max(characters / BATCH_CHARACTERS, len(batch) / BATCH_PIECES)
+        if fill >= 1 or (fill >= 0.5 and zlib.crc32(data) % 16 == 0):
+            yield _Batch(batch, digest.hexdigest())
+            batch, digest, characters = [], hashlib.blake2b(digest_size=20), 0
+    if batch:
+        yield _Batch(batch, digest.hexdigest())
+
+
+def _can_encode_in_pieces(backend: tokenizers.Tokenizer) -> bool:
+    """Tell whether cutting where a line begins leaves the ids as they are.
+
+    True of the byte-level pre-tokenizers in use, whose patterns end a word at a newline; not of
+    those that mark the start of each text.
+    """
+
+    def encode(text: str) -> list[int]:
+        return backend.encode(text, add_special_tokens=False).ids
+
+    return all(
+        encode(head + tail) == encode(head) + encode(tail)
+        for head in PROBE_HEADS
+        for tail in PROBE_TAILS
+    )

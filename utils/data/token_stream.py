@@ -1,0 +1,110 @@
+"""Shards as one stream of tokens, and the windows through which a model reads it.
+
+    shard cache -> token stream -> windows -> perplexity
+
+The shards are laid end to end in the order of their names. `covering_windows` predicts every token
+but the first of the stream exactly once; `training_windows` are the samples of the evaluations
+during training. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from utils.data.shard_cache import ShardCache
+from utils.data.shard_index import ShardFacts
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of the stream that the model sees at once.
+
+    Attributes:
+        start: Position of its first token.
+        length: Tokens that the model sees; it predicts as many, each from those before it.
+        targets: How many of the predictions count: the last ones.
+    """
+
+    start: int
+    length: int
+    targets: int
+
+
+def covering_windows(num_tokens: int, length: int, stride: int | None = None) -> Iterator[Window]:
+    """Yield windows whose targets are the positions 1 to `num_tokens - 1`, each once, in order.
+
+    Args:
+        num_tokens: Tokens of the stream.
+        length: Tokens that the model sees at once.
+        stride: Tokens from one window's beginning to the next one's, at most `length`; fewer give
+            each token at least `length - stride` tokens of context, and take so much longer. None:
+            `length`.
+    """
+    start = done = 0
+    while done < num_tokens - 1:
+        stop = min(start + length, num_tokens - 1)
+        yield Window(start, stop - start, stop - done)
+        start, done = start + (stride or length), stop
+
+
+def training_windows(num_tokens: int, length: int, max_samples: int | None) -> Iterator[Window]:
+    """Yield the validation samples of a run: so many tokens each, of which the first has no loss.
+
+    Args:
+        num_tokens: Tokens of the stream; those that fill no sample are left out.
+        length: `sequence_length` of the run.
+        max_samples: `max_eval_samples` of the run.
+    """
+    available = num_tokens // length
+    for sample in range(available if max_samples is None else min(available, max_samples)):
+        yield Window(sample * length, length - 1, length - 1)
+
+
+class TokenStream:
+    """The tokens of shards, read in order.
+
+    Args:
+        cache: Where the tokens come from.
+        shards: All shards of the cache.
+        max_tokens: Only so many, the first; None for all.
+    """
+
+    def __init__(
+        self, cache: ShardCache, shards: Sequence[ShardFacts], max_tokens: int | None = None
+    ) -> None:
+        self._cache = cache
+        self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+        total = int(self._ends[-1]) if len(shards) else 0
+        self.num_tokens = total if max_tokens is None else min(total, max_tokens)
+        self._newest = -1
+
+    def read(self, start: int, length: int) -> np.ndarray[Any, Any]:
+        """Return tokens of the stream: int64 [length].
+
+        Raises:
+            ShardError: A shard cannot be used; it is named.
+            StorageError: A shard cannot be downloaded.
+        """
+        parts, end = [], start + length
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while start < end:
+            begin = int(self._ends[shard - 1]) if shard else 0
+            self._follow(shard)
+            tokens = self._cache.tokens(shard)[start - begin : end - begin]
+            parts.append(tokens.astype(np.int64))
+            start += len(tokens)
+            shard += 1
+        return np.concatenate(parts)
+
+    def _follow(self, shard: int) -> None:
+        """Keep this shard and the one before, which a window may go back to; fetch the next."""
+        if shard <= self._newest:
+            return
+        self._newest = shard
+        before = [shard - 1] if shard else []
+        later = [shard + 1] if shard + 1 < len(self._ends) else []
+        self._cache.prefetch([shard, *before], later)

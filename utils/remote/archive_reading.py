@@ -1,0 +1,360 @@
+"""A checkpoint's archive on its way back from the bucket, distrusted in every part.
+
+    card, archive in the bucket -> bytes (hashed) -> files (hashed) -> download, verification
+
+The card (`NAME.json`) says what the archive and every file must be. Only files that its manifest
+names come out, no more of them than it says, and nothing is ever unpickled. What becomes of the
+bytes and files is the caller's affair. No torch here.
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import tarfile
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar, cast
+
+import google_crc32c
+from isal import igzip, igzip_lib
+
+from utils.base.errors import (
+    CheckpointError,
+    ObjectNotFoundError,
+    StorageError,
+    TransientStorageError,
+)
+from utils.base.text import FOREIGN_ERRORS, parse_json
+from utils.base.uri import join_uri
+from utils.checkpoints.layout import (
+    MANIFEST_FILE,
+    FileEntry,
+    Manifest,
+    archive_object,
+    card_object,
+    require_checkpoint_name,
+)
+from utils.storage.bucket import Bucket, encode_crc32c
+
+MAX_ATTEMPTS = 3
+FIRST_BACKOFF_SECONDS = 1.0
+BACKOFF_FACTOR = 4.0
+READ_BLOCK_BYTES = 16 * 2**20
+UNPACK_BLOCK_BYTES = 2**20
+MAX_CARD_BYTES = 64 * 2**20
+MAX_MANIFEST_BYTES = 16 * 2**20
+# A header of ours is 512 bytes, or 1.5 KiB for a file above 8 GiB; the rest is read ahead.
+MAX_HEADER_BYTES = 2 * UNPACK_BLOCK_BYTES
+_CHOOSE_ANOTHER = "Choose another checkpoint, or upload this one again from where it was written."
+_NO_DIRECTORY = "/nowhere"
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+OnProgress = Callable[[str, int, int], None]
+"""Called with the stage (downloading or unpacking), the bytes done, and the bytes in all."""
+
+# What a damaged or hostile tar.gz makes the libraries raise.
+_UNPACK_ERRORS = (
+    tarfile.TarError,
+    EOFError,
+    gzip.BadGzipFile,
+    zlib.error,
+    cast("type[Exception]", igzip_lib.IsalError),  # its stub calls it an instance
+    ValueError,
+    OverflowError,
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the bucket says of one uploaded checkpoint.
+
+    Attributes:
+        name: The checkpoint's name.
+        manifest: Its manifest.
+        archive: Bytes and base64 crc32c of its archive.
+    """
+
+    name: str
+    manifest: Manifest
+    archive: FileEntry
+
+
+def read_card(bucket: Bucket, name: str) -> Card:
+    """Return the card of an uploaded checkpoint.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be what the uploader wrote.
+        StorageError: The bucket could not be read.
+    """
+    where = join_uri(bucket.uri, card_object(name))
+    try:
+        data = bucket.read_bytes(card_object(name), 0, MAX_CARD_BYTES + 1)
+    except ObjectNotFoundError as exc:
+        raise CheckpointError(
+            f"{name} is ignored: {where} does not exist, so it was not uploaded to its end. "
+            "Choose another checkpoint: python scripts/upload_manager.py status"
+        ) from exc
+    try:
+        if len(data) > MAX_CARD_BYTES:
+            raise ValueError(f"it has more than {MAX_CARD_BYTES} bytes")
+        value = parse_json(data)
+        manifest = Manifest.from_json(value["manifest"], where)
+        return Card(name, manifest, _check_card(name, manifest, value["archive"]))
+    except CheckpointError as exc:
+        raise CheckpointError(f"{name} cannot be used: {exc} {_CHOOSE_ANOTHER}") from exc
+    except FOREIGN_ERRORS as exc:
+        reason = f"no {exc}" if isinstance(exc, KeyError) else str(exc)
+        raise CheckpointError(
+            f"{name} cannot be used: {where} is not a usable card ({reason}). {_CHOOSE_ANOTHER}"
+        ) from exc
+
+
+def _check_card(name: str, manifest: Manifest, archive: dict[str, Any]) -> FileEntry:
+    """Return the archive's facts, if the card can be of the checkpoint `name`."""
+    step = require_checkpoint_name(name).step
+    if manifest.step != step:
+        raise ValueError(f"it is of step {manifest.step}")
+    if not manifest.files:
+        raise ValueError("its manifest names no files")
+    if MANIFEST_FILE in manifest.files:
+        raise ValueError(f"its manifest names {MANIFEST_FILE} itself")
+    negative = [file for file, entry in manifest.files.items() if entry.size < 0]
+    if negative:
+        raise ValueError(f"{negative[0]!r} has a negative size")
+    size, crc32c = archive["size"], archive["crc32c"]
+    if type(size) is not int or size <= 0 or not isinstance(crc32c, str):
+        raise ValueError(f"archive of {size!r} bytes, crc32c {crc32c!r}")
+    return FileEntry(size, crc32c)
+
+
+class Retrying:
+    """Tries again what may succeed then, in all `MAX_ATTEMPTS` times for each thing to do."""
+
+    def __init__(
+        self, name: str, source: str, first_backoff_seconds: float = FIRST_BACKOFF_SECONDS
+    ) -> None:
+        self._name, self._source, self._backoff = name, source, first_backoff_seconds
+
+    def run(self, operation: Callable[[], T]) -> T:
+        """Return what `operation` returns.
+
+        Raises:
+            StorageError: It failed each time, or in a way that no other attempt mends.
+        """
+        delay = self._backoff
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            try:
+                return operation()
+            except TransientStorageError as exc:
+                if attempt == MAX_ATTEMPTS:
+                    raise StorageError(
+                        f"{self._name} could not be downloaded from {self._source}: {exc} "
+                        f"({attempt} attempts). Nothing was left here; try again later."
+                    ) from exc
+                log.warning("Download of %s failed, trying again in %.0f s: %s",
+                            self._name, delay, exc)  # fmt: skip
+                time.sleep(delay)
+                delay *= BACKOFF_FACTOR
+        raise AssertionError("unreachable")
+
+
+class ArchiveBytes:
+    """An archive's bytes in the bucket, read in order and hashed on the way."""
+
+    def __init__(self, bucket: Bucket, card: Card, on_progress: OnProgress) -> None:
+        self._bucket, self._card, self._on_progress = bucket, card, on_progress
+        self._object = archive_object(card.name)
+        self._size = self._checksum = 0
+        self._is_vouched_for = False
+
+    def require_expected_object(self) -> None:
+        """Compare what the bucket says of the archive with its card.
+
+        Raises:
+            CheckpointError: It is not there, or another one.
+        """
+        stored = self._bucket.stat(self._object)
+        if stored is None:
+            raise CheckpointError(
+                f"{self._card.name} cannot be used: its archive is not in {self._bucket.uri}. "
+                f"{_CHOOSE_ANOTHER}"
+            )
+        if stored.size != self._card.archive.size:
+            raise self._damaged(f"it has {stored.size} bytes")
+        if stored.crc32c not in (None, self._card.archive.crc32c):
+            raise self._damaged(f"its crc32c is {stored.crc32c}")
+        self._is_vouched_for = stored.crc32c is not None
+
+    def read_block(self) -> bytes:
+        """Return the next bytes, none at the end; after an error, another call goes on there."""
+        length = min(READ_BLOCK_BYTES, self._card.archive.size - self._size)
+        if not length:
+            return b""
+        block = self._bucket.read_bytes(self._object, self._size, length)
+        if len(block) != length:
+            raise TransientStorageError(f"{len(block)} bytes came instead of {length}.")
+        self._size += length
+        self._checksum = google_crc32c.extend(self._checksum, block)
+        self._on_progress("downloading", self._size, self._card.archive.size)
+        return block
+
+    def require_whole(self) -> None:
+        """Compare the checksum of all bytes with the card.
+
+        Raises:
+            TransientStorageError: The bucket says that it holds the right ones; the next block is
+                the first again.
+            CheckpointError: It is another one, and the bucket keeps no checksum of its own.
+        """
+        found = encode_crc32c(self._checksum)
+        if found == self._card.archive.crc32c:
+            return
+        self._size = self._checksum = 0
+        if not self._is_vouched_for:
+            raise self._damaged(f"its crc32c is {found}")
+        raise TransientStorageError("the archive's bytes changed on the way.")
+
+    def _damaged(self, found: str) -> CheckpointError:
+        expected = self._card.archive
+        return CheckpointError(
+            f"{self._card.name} cannot be used: {join_uri(self._bucket.uri, self._object)} is "
+            f"damaged ({found}; its card says {expected.size} bytes, crc32c {expected.crc32c}). "
+            f"{_CHOOSE_ANOTHER}"
+        )
+
+
+class Sink(Protocol):
+    """Takes the bytes of one file."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take some more."""
+
+
+OpenSink = Callable[[str], AbstractContextManager[Sink]]
+
+
+def unpack_archive(
+    card: Card,
+    source: str,
+    archive: Path | IO[bytes],
+    open_sink: OpenSink,
+    on_progress: OnProgress = lambda stage, done, total: None,
+) -> None:
+    """Read every file of an archive into a sink of its own.
+
+    Args:
+        card: What it must be.
+        source: What to call it in messages.
+        archive: The tar.gz.
+        open_sink: Called with the name of each file; only names of the manifest.
+        on_progress: Told what is done.
+
+    Raises:
+        CheckpointError: The archive is not what the card says.
+    """
+    _Unpacking(card, source, open_sink, on_progress).run(archive)
+
+
+class _BoundedReader:
+    """Passes unpacked bytes on while the budget lasts: a few bytes can unpack to terabytes."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        self._source = source
+        self.budget = MAX_HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        data = self._source.read(size)
+        self.budget -= len(data)
+        if self.budget < 0:
+            raise tarfile.TarError("it unpacks to more than its manifest says")
+        return data
+
+
+class _Unpacking:
+    """The files of an archive, each one as the manifest has it or not at all."""
+
+    def __init__(
+        self, card: Card, source: str, open_sink: OpenSink, on_progress: OnProgress
+    ) -> None:
+        self._card, self._source, self._open_sink = card, source, open_sink
+        self._on_progress = on_progress
+        self._done = 0
+        self._manifest = bytearray()
+
+    def run(self, archive: Path | IO[bytes]) -> None:
+        missing = {*self._card.manifest.files, MANIFEST_FILE}
+        try:
+            with igzip.open(archive, "rb") as unpacked:
+                reader = _BoundedReader(unpacked)
+                stream: Any = reader
+                with tarfile.open(fileobj=stream, mode="r|", bufsize=UNPACK_BLOCK_BYTES) as members:
+                    while (member := members.next()) is not None:
+                        name = self._require_expected(member, missing)
+                        missing.remove(name)
+                        reader.budget = member.size + MAX_HEADER_BYTES
+                        self._copy(name, members.extractfile(member))
+                        reader.budget = MAX_HEADER_BYTES
+        except _UNPACK_ERRORS as exc:
+            raise self._refused(f"it cannot be unpacked ({str(exc)[:200]!r})") from exc
+        if missing:
+            raise self._refused(f"{min(missing)!r} is not in it")
+        self._require_manifest()
+
+    def _require_expected(self, member: tarfile.TarInfo, missing: set[str]) -> str:
+        """Return the file name of a member that belongs here.
+
+        Raises:
+            tarfile.FilterError: It would leave the directory.
+            CheckpointError: It is no regular file, not in the manifest, or not of its size.
+        """
+        tarfile.data_filter(member, _NO_DIRECTORY)
+        folder, _, name = member.name.partition("/")
+        if folder != self._card.name or name not in missing:
+            raise self._refused(f"{member.name!r} does not belong into it")
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+            raise self._refused(f"{member.name!r} is no regular file")
+        entry = self._card.manifest.files.get(name)
+        if entry is not None and member.size != entry.size:
+            raise self._refused(
+                f"{member.name!r} has {member.size} bytes, its manifest says {entry.size}"
+            )
+        if entry is None and member.size > MAX_MANIFEST_BYTES:
+            raise self._refused(f"its {MANIFEST_FILE} has {member.size} bytes")
+        return name
+
+    def _copy(self, name: str, content: IO[bytes] | None) -> None:
+        assert content is not None, "a regular file has content"
+        total = self._card.manifest.total_bytes
+        entry = self._card.manifest.files.get(name)
+        checksum = 0
+        with self._open_sink(name) as sink:
+            while block := content.read(UNPACK_BLOCK_BYTES):
+                checksum = google_crc32c.extend(checksum, block)
+                sink.write(block)
+                if entry is None:
+                    self._manifest += block
+                self._done += len(block)
+                self._on_progress("unpacking", min(self._done, total), total)
+        if entry is not None and encode_crc32c(checksum) != entry.crc32c:
+            raise self._refused(f"{name!r} in it is not what its manifest says")
+
+    def _require_manifest(self) -> None:
+        try:
+            found = Manifest.from_json(parse_json(bytes(self._manifest)), MANIFEST_FILE)
+        except (CheckpointError, ValueError) as exc:
+            raise self._refused(f"its {MANIFEST_FILE} cannot be read ({exc})") from exc
+        if found != self._card.manifest:
+            raise self._refused(f"its {MANIFEST_FILE} is not that of its card")
+
+    def _refused(self, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._card.name} cannot be used: {self._source} is not the archive of that "
+            f"checkpoint: {reason}. {_CHOOSE_ANOTHER}"
+        )

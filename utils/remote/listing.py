@@ -1,0 +1,182 @@
+"""The checkpoints in a run's bucket: one listing of them, and as many of their cards as needed.
+
+    Checkpoints/NAME.tar.gz, Checkpoints/NAME.json -> upload manager
+
+A listing costs one request for a thousand objects, a card one request; cards are read several at a
+time. Names that are not ours stay strings and are never part of a path. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.base.errors import UsageError
+from utils.base.text import printable
+from utils.base.uri import is_gcs_uri, require_place
+from utils.checkpoints.layout import (
+    ARCHIVE_SUFFIX,
+    REMOTE_FOLDER,
+    CheckpointName,
+    RunIdentity,
+    parse_checkpoint_name,
+)
+from utils.checkpoints.views import CheckpointView, find_best, read_remote_checkpoint
+from utils.storage.bucket import Bucket, ObjectInfo
+
+CARD_SUFFIX = ".json"
+CARDS_AT_A_TIME = 8
+NEWEST_CARDS = 50  # as many as a resume looks at
+
+
+@dataclass(frozen=True)
+class RemoteListing:
+    """What lies below `Checkpoints/`.
+
+    Attributes:
+        archives: By checkpoint.
+        cards: By checkpoint.
+        others: Objects that are neither.
+    """
+
+    archives: dict[CheckpointName, ObjectInfo] = field(default_factory=dict)
+    cards: dict[CheckpointName, ObjectInfo] = field(default_factory=dict)
+    others: list[ObjectInfo] = field(default_factory=list)
+
+    @property
+    def complete(self) -> list[CheckpointName]:
+        """Checkpoints with archive and card, by step."""
+        return sorted(self.archives.keys() & self.cards.keys())
+
+
+def list_remote(bucket: Bucket) -> RemoteListing:
+    """Return what lies below `Checkpoints/`.
+
+    Raises:
+        StorageError: The bucket cannot be listed.
+    """
+    listing = RemoteListing()
+    for info in bucket.list(f"{REMOTE_FOLDER}/"):
+        text = info.name.removeprefix(f"{REMOTE_FOLDER}/")
+        archive = parse_checkpoint_name(text.removesuffix(ARCHIVE_SUFFIX))
+        card = parse_checkpoint_name(text.removesuffix(CARD_SUFFIX))
+        if archive is not None and text.endswith(ARCHIVE_SUFFIX):
+            listing.archives[archive] = info
+        elif card is not None and text.endswith(CARD_SUFFIX):
+            listing.cards[card] = info
+        else:
+            listing.others.append(info)
+    return listing
+
+
+def parse_remote_name(text: str) -> tuple[str, str] | None:
+    """Return (bucket URI, which) of `URI/[Checkpoints/]WHICH`, None where it is something else.
+
+    Raises:
+        UsageError: It begins with gs:// and names no checkpoint, or like an address that is not
+            supported.
+    """
+    require_place(text)
+    base, _, which = text.rstrip("/").rpartition("/")
+    base = base.removesuffix(f"/{REMOTE_FOLDER}").rstrip("/")
+    which = which.removesuffix(ARCHIVE_SUFFIX)
+    if is_gcs_uri(text):
+        if not is_gcs_uri(f"{base}/"):
+            raise UsageError(f"{text}: say gs://BUCKET[/PREFIX]/latest or /NAME.")
+        return base, which
+    is_bucket = bool(base) and (Path(base) / REMOTE_FOLDER).is_dir() and not Path(text).is_dir()
+    return (base, which) if is_bucket else None
+
+
+def read_cards(
+    bucket: Bucket, listing: RemoteListing, names: Iterable[CheckpointName] | None = None
+) -> list[CheckpointView]:
+    """Return checkpoints of the bucket as far as their cards can be read, by step.
+
+    Args:
+        bucket: The run's bucket.
+        listing: What lies there.
+        names: Which; None for all that have a card.
+    """
+
+    def read(name: CheckpointName) -> CheckpointView:
+        return read_remote_checkpoint(bucket, name, listing.archives.get(name))
+
+    with ThreadPoolExecutor(CARDS_AT_A_TIME) as pool:
+        return list(pool.map(read, sorted(listing.cards if names is None else names)))
+
+
+def newest_branch(
+    views: Sequence[CheckpointView], recorded: RunIdentity | None
+) -> RunIdentity | None:
+    """Return the run and branch that checkpoints of a bucket belong to, None where there are none.
+
+    Args:
+        views: The checkpoints.
+        recorded: What this machine goes on with, None where it has no run.
+
+    Raises:
+        UsageError: They are of several runs, and nothing says which one is meant.
+    """
+    known = [(view, view.manifest.identity) for view in views if view.manifest is not None]
+    runs = sorted({identity.run_id for _, identity in known})
+    if recorded is None and len(runs) > 1:
+        raise UsageError(
+            f"The bucket holds checkpoints of several runs: {', '.join(map(printable, runs))}. "
+            "Say which one is meant: a checkpoint's full name, or prune --run RUN."
+        )
+    own = [
+        (identity.branch, view.name, identity)
+        for view, identity in known
+        if recorded is None or identity.run_id == recorded.run_id
+    ]
+    newest = max(own, key=lambda one: one[:2])[2] if own else None
+    if recorded is None or (newest is not None and newest.branch > recorded.branch):
+        return newest
+    return recorded
+
+
+def is_part_of(identity: RunIdentity | None, view: CheckpointView) -> bool:
+    """Tell whether a checkpoint is of this run and branch."""
+    return (
+        identity is not None
+        and view.manifest is not None
+        and identity.includes(view.manifest.identity, view.name.step)
+    )
+
+
+def choose_remote(bucket: Bucket, text: str, recorded: RunIdentity | None) -> CheckpointName:
+    """Return the checkpoint of a bucket that a user means; only the cards that decide it are read.
+
+    Args:
+        bucket: The run's bucket.
+        text: A step number, `latest` or `best`.
+        recorded: The run and branch of this machine, None where it has none.
+
+    Raises:
+        UsageError: There is none.
+        StorageError: The bucket cannot be listed.
+    """
+    listing = list_remote(bucket)
+    names = listing.complete
+    if text in ("latest", "best"):
+        read = names[-NEWEST_CARDS:] if text == "latest" else names
+        views = [view for view in read_cards(bucket, listing, read) if view.problem is None]
+        identity = newest_branch(views, recorded)
+        own = [view for view in views if is_part_of(identity, view)]
+        best = find_best(own) if text == "best" else (own[-1] if own else None)
+        if best is not None:
+            return best.name
+    else:
+        chosen = [name for name in names if str(name.step) == text]
+        if len(chosen) == 1:
+            return chosen[0]
+        if chosen:
+            raise UsageError(f"Several checkpoints are of step {text}: "
+                             f"{', '.join(map(str, chosen))}. Name one.")  # fmt: skip
+    known = ", ".join(map(str, names[-5:])) or "none yet"
+    raise UsageError(
+        f"There is no checkpoint {printable(text)!r} in {bucket.uri}. The newest are: {known}."
+    )

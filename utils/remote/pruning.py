@@ -1,0 +1,178 @@
+"""Which checkpoints to delete from the bucket, and how: the card first, then the archive.
+
+`plan_pruning` is a pure function. A checkpoint without its card does not count as uploaded, so a
+crash between the two leaves an archive that nobody takes for a checkpoint. Only checkpoints of this
+run and branch are ever deleted. No torch here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from utils.base.errors import CheckpointError, StorageError
+from utils.base.uri import join_uri
+from utils.checkpoints.journal import Journal, UploadState
+from utils.checkpoints.layout import RunIdentity, archive_object, card_object
+from utils.checkpoints.retention import Action, CheckpointFacts, Decision
+from utils.checkpoints.views import CheckpointView, find_best
+from utils.remote.archive_reading import read_card
+from utils.remote.listing import CARDS_AT_A_TIME, RemoteListing, is_part_of, newest_branch
+from utils.storage.bucket import Bucket
+
+log = logging.getLogger(__name__)
+
+
+def plan_pruning(
+    checkpoints: Sequence[CheckpointFacts], *, keep: int, keep_every_steps: int | None = None
+) -> list[Decision]:
+    """Return a decision for each checkpoint, oldest first; the newest always stays.
+
+    Args:
+        checkpoints: The usable checkpoints of this branch in the bucket.
+        keep: How many of the newest to keep, at least 1.
+        keep_every_steps: Multiples of it stay; None for none.
+    """
+    if keep < 1:
+        raise ValueError(f"at least 1 checkpoint must be kept, not {keep}")
+    ordered = sorted(checkpoints, key=lambda facts: facts.step)
+    decisions = []
+    for age, facts in zip(range(len(ordered) - 1, -1, -1), ordered, strict=True):
+        if age == 0:
+            decision = Decision(facts.name, Action.KEEP, "latest")
+        elif facts.is_best:
+            decision = Decision(facts.name, Action.KEEP, "best")
+        elif facts.is_uploading:
+            decision = Decision(facts.name, Action.KEEP, "uploading")
+        elif keep_every_steps and facts.step % keep_every_steps == 0:
+            decision = Decision(facts.name, Action.KEEP, f"every {keep_every_steps} steps")
+        elif age < keep:
+            decision = Decision(facts.name, Action.KEEP, f"newest {keep}")
+        else:
+            decision = Decision(facts.name, Action.DELETE, f"older than the newest {keep}")
+        decisions.append(decision)
+    return decisions
+
+
+def plan_bucket(
+    bucket: Bucket,
+    listing: RemoteListing,
+    views: Sequence[CheckpointView],
+    recorded: RunIdentity | None,
+    *,
+    is_under_way: Collection[str] = (),
+    keep: int,
+    keep_every_steps: int | None = None,
+) -> list[Decision]:
+    """Return a decision for each checkpoint of a bucket; what is not of this branch is kept.
+
+    Damaged ones are kept too, but do not count as the newest.
+
+    Args:
+        bucket: The run's bucket.
+        listing: What lies there.
+        views: The checkpoints that have a card.
+        recorded: The run and branch of this machine, None where it has none.
+        is_under_way: Checkpoints whose upload is owed.
+        keep: How many of the newest to keep.
+        keep_every_steps: Multiples of it stay; None for none.
+
+    Raises:
+        UsageError: The bucket holds several runs and nothing says which one is meant.
+        StorageError: The bucket cannot be read.
+    """
+    identity = newest_branch(views, recorded)
+    own = [view for view in views if is_part_of(identity, view)]
+    with ThreadPoolExecutor(CARDS_AT_A_TIME) as pool:
+        damages = list(pool.map(lambda view: find_damage(bucket, listing, view), own))
+    usable = [view for view, damage in zip(own, damages, strict=True) if damage is None]
+    best = find_best(usable)
+    facts = [
+        CheckpointFacts(
+            str(view.name),
+            view.name.step,
+            is_best=view is best,
+            is_uploading=str(view.name) in is_under_way,
+        )
+        for view in usable
+    ]
+    planned = plan_pruning(facts, keep=keep, keep_every_steps=keep_every_steps)
+    decisions = {decision.name: decision for decision in planned}
+    for view, damage in zip(own, damages, strict=True):
+        if damage is not None:
+            name = str(view.name)
+            decisions[name] = Decision(name, Action.KEEP, f"damaged, not touched: {damage}")
+    for view in views:
+        reason = _why_left(view, identity)
+        decisions.setdefault(str(view.name), Decision(str(view.name), Action.KEEP, reason))
+    return [decisions[str(view.name)] for view in sorted(views, key=lambda view: view.name)]
+
+
+def _why_left(view: CheckpointView, identity: RunIdentity | None) -> str:
+    if view.manifest is None:
+        return f"damaged, not touched: {view.problem}"
+    if identity is None or view.manifest.run_id != identity.run_id:
+        return f"of another run, {view.manifest.run_id}"
+    return "of another branch"
+
+
+def find_damage(bucket: Bucket, listing: RemoteListing, view: CheckpointView) -> str | None:
+    """Say why a checkpoint of the bucket cannot be counted on; None where it can.
+
+    Raises:
+        StorageError: Its card cannot be read.
+    """
+    if view.problem is not None:
+        return view.problem
+    archive = listing.archives[view.name]
+    try:
+        expected = read_card(bucket, str(view.name)).archive
+    except CheckpointError as exc:
+        return str(exc)
+    if archive.size != expected.size or archive.crc32c not in (None, expected.crc32c):
+        return "its archive is not the one of its card"
+    return None
+
+
+def delete_remote(
+    bucket: Bucket, view: CheckpointView, listing: RemoteListing, journal: Journal
+) -> None:
+    """Delete a checkpoint from the bucket and note it in the journal.
+
+    Raises:
+        ConflictError: It was uploaded anew meanwhile; it was left.
+        StorageError: It could not be deleted; where its archive stays, its card does.
+    """
+    assert view.manifest is not None, "only usable checkpoints are deleted"
+    name = str(view.name)
+    card, version = bucket.read_version(card_object(name))
+    bucket.delete_if(card_object(name), version)
+    archive = listing.archives[view.name]
+    try:
+        if archive.crc32c is not None:
+            bucket.delete_if(archive_object(name), archive)
+        else:
+            bucket.delete(archive_object(name))
+    except StorageError:
+        bucket.put_bytes_if(card_object(name), card, None)
+        raise
+    uri = join_uri(bucket.uri, archive_object(name))
+    journal.record(name, view.manifest.run_id, UploadState.REMOVED, uri=uri, bytes=archive.size)
+    log.info("Deleted %s from %s.", name, bucket.uri)
+
+
+def delete_all(
+    bucket: Bucket, views: Iterable[CheckpointView], listing: RemoteListing, journal: Journal
+) -> tuple[list[str], dict[str, str]]:
+    """Delete checkpoints from the bucket; return those that are gone, and why others are not."""
+    deleted: list[str] = []
+    failed: dict[str, str] = {}
+    for view in views:
+        try:
+            delete_remote(bucket, view, listing, journal)
+        except StorageError as exc:
+            failed[str(view.name)] = str(exc)
+        else:
+            deleted.append(str(view.name))
+    return deleted, failed

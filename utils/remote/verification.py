@@ -1,0 +1,379 @@
+"""Whether what should be in the bucket is there: journal, directory and bucket held together.
+
+    journal, checkpoint directory, archive and card in the bucket -> a report for each checkpoint
+
+A plain check compares what is known: sizes, the checksums that the bucket keeps, manifests. A deep
+one reads every file here, and every archive as a stream that goes nowhere: nothing of it is written
+and nothing is loaded. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.base.errors import CheckpointError, StorageError
+from utils.base.uri import join_uri, normalize_uri
+from utils.checkpoints.journal import JournalEntry, UploadState
+from utils.checkpoints.layout import (
+    REMOTE_FOLDER,
+    SET_ASIDE_FOLDER,
+    CheckpointName,
+    Manifest,
+    archive_object,
+    card_object,
+    find_checkpoints,
+    parse_checkpoint_name,
+    read_manifest,
+)
+from utils.checkpoints.store import verify_checkpoint
+from utils.checkpoints.views import is_verified_in
+from utils.remote.archive_reading import (
+    FIRST_BACKOFF_SECONDS,
+    ArchiveBytes,
+    Card,
+    Retrying,
+    read_card,
+    unpack_archive,
+)
+from utils.remote.listing import RemoteListing
+from utils.storage.bucket import Bucket, Nowhere, ObjectInfo
+from utils.uploads.lease import LEASE_OBJECT
+
+GIVEN_UP = (UploadState.SUPERSEDED, UploadState.REMOVED)
+
+
+@dataclass
+class CheckpointReport:
+    """What is right and what is wrong with one checkpoint.
+
+    Attributes:
+        name: Its name.
+        run_id: Its run as far as known, else "".
+        is_local: It is on this machine.
+        right: What was compared and agrees.
+        wrong: What does not.
+    """
+
+    name: CheckpointName
+    run_id: str = ""
+    is_local: bool = False
+    right: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.wrong
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """An object below `Checkpoints/` that belongs to no complete checkpoint of the run.
+
+    Attributes:
+        object_name: Its name.
+        problem: What it is.
+    """
+
+    object_name: str
+    problem: str
+
+
+class Verifier:
+    """Compares checkpoints with what the bucket holds.
+
+    Args:
+        directory: The checkpoints of this machine; it need not exist.
+        uploads: Newest journal entry of each checkpoint.
+        bucket: The run's bucket.
+        listing: What lies there.
+        run_id: The run; None where nothing on this machine says which.
+        deep: Read every byte, here and there.
+        on_progress: Told what is done, the bytes so far and in all.
+        first_backoff_seconds: Wait before a read is tried again.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        uploads: Mapping[str, JournalEntry],
+        bucket: Bucket,
+        listing: RemoteListing,
+        *,
+        run_id: str | None = None,
+        deep: bool = False,
+        on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+        first_backoff_seconds: float = FIRST_BACKOFF_SECONDS,
+    ) -> None:
+        self._directory, self._uploads = directory, uploads
+        self._bucket, self._listing = bucket, listing
+        self._run_id, self._deep, self._on_progress = run_id, deep, on_progress
+        self._backoff = first_backoff_seconds
+
+    def names(self) -> list[CheckpointName]:
+        """Return the checkpoints that are here, there, or said to be there, by step."""
+        names = {*find_checkpoints(self._directory), *self._listing.cards}
+        for text, entry in self._uploads.items():
+            name = parse_checkpoint_name(text)
+            if name is not None and self._is_said_to_be_there(entry):
+                names.add(name)
+        return sorted(names)
+
+    def check(self, name: CheckpointName) -> CheckpointReport:
+        """Return what is right and wrong with one checkpoint.
+
+        Raises:
+            StorageError: The bucket cannot be read.
+        """
+        report = CheckpointReport(name)
+        manifest = self._check_local(report)
+        card = self._check_bucket(report)
+        if card is not None:
+            self._compare_card(report, card, manifest)
+        self._check_journal(report)
+        is_foreign = card is not None and self._run_id not in (None, card.manifest.run_id)
+        if self._deep and card is not None and name in self._listing.archives and not is_foreign:
+            self._check_archive(report, card)
+        return report
+
+    def split(
+        self, reports: Iterable[CheckpointReport]
+    ) -> tuple[list[CheckpointReport], list[Orphan]]:
+        """Return the reports of this run, and what else lies below `Checkpoints/`."""
+        own, orphans = [], []
+        for report in reports:
+            is_foreign = self._run_id and report.run_id and report.run_id != self._run_id
+            if is_foreign and not report.is_local:
+                orphans.append(Orphan(card_object(str(report.name)), f"of run {report.run_id}"))
+            else:
+                own.append(report)
+        for name in sorted(self._listing.archives.keys() - self._listing.cards.keys()):
+            orphans.append(Orphan(archive_object(str(name)), "an archive without its card"))
+        for name in sorted(self._listing.cards.keys() - self._listing.archives.keys()):
+            orphans.append(Orphan(card_object(str(name)), "a card without its archive"))
+        return own, [*orphans, *_group(self._listing.others)]
+
+    def _is_said_to_be_there(self, entry: JournalEntry) -> bool:
+        bucket = entry.details.get("bucket", normalize_uri(self._bucket.uri))
+        is_own = self._run_id in (None, entry.run_id)
+        return entry.state is UploadState.VERIFIED and is_own and bucket == normalize_uri(
+            self._bucket.uri
+        )  # fmt: skip
+
+    def _check_local(self, report: CheckpointReport) -> Manifest | None:
+        path = self._directory / str(report.name)
+        if not path.is_dir():
+            return None
+        report.is_local = True
+        try:
+            manifest = read_manifest(path)
+            report.run_id = manifest.run_id
+            self._require_files(path, manifest)
+        except CheckpointError as exc:
+            report.wrong.append(f"here: {exc}")
+            return None
+        found = "every byte as in its manifest" if self._deep else "sizes as in its manifest"
+        report.right.append(f"here: {len(manifest.files)} files, {found}")
+        return manifest
+
+    def _require_files(self, path: Path, manifest: Manifest) -> None:
+        if self._deep:
+            self._on_progress(f"{path.name} here", 0, manifest.total_bytes)
+            verify_checkpoint(path)
+            self._on_progress(f"{path.name} here", manifest.total_bytes, manifest.total_bytes)
+            return
+        for name, entry in manifest.files.items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != entry.size:
+                raise CheckpointError(f"{name} is missing or not of {entry.size} bytes.")
+
+    def _check_bucket(self, report: CheckpointReport) -> Card | None:
+        archive = self._listing.archives.get(report.name)
+        entry = self._uploads.get(str(report.name))
+        if report.name not in self._listing.cards:
+            if archive is not None:
+                report.wrong.append("bucket: no card beside its archive, the upload did not end")
+            elif entry is not None and entry.state in GIVEN_UP:
+                report.right.append(f"bucket: not there, {entry.state.value} on purpose")
+            else:
+                report.wrong.append("bucket: not there")
+            return None
+        if archive is None:
+            report.wrong.append("bucket: a card without its archive")
+        try:
+            card = read_card(self._bucket, str(report.name))
+        except CheckpointError as exc:
+            report.wrong.append(f"bucket: {exc}")
+            return None
+        report.run_id = report.run_id or card.manifest.run_id
+        if archive is None:
+            return card
+        if archive.size != card.archive.size:
+            report.wrong.append(
+                f"bucket: its archive has {archive.size} bytes, its card says {card.archive.size}"
+            )
+        elif archive.crc32c not in (None, card.archive.crc32c):
+            report.wrong.append(f"bucket: its archive has crc32c {archive.crc32c}, "
+                                f"its card says {card.archive.crc32c}")  # fmt: skip
+        else:
+            kept = "size" if archive.crc32c is None else "size and crc32c"
+            report.right.append(f"bucket: archive of {archive.size} bytes, {kept} as in its card")
+        return card
+
+    def _compare_card(
+        self, report: CheckpointReport, card: Card, manifest: Manifest | None
+    ) -> None:
+        if manifest is not None:
+            if card.manifest == manifest:
+                report.right.append("card: the manifest of the files here")
+            elif card.manifest.run_id != manifest.run_id:
+                report.wrong.append(f"card: it is of run {card.manifest.run_id}")
+            else:
+                report.wrong.append("card: its manifest is not that of the files here")
+        entry = self._uploads.get(str(report.name))
+        if entry is None or not self._is_said_to_be_there(entry):
+            return
+        recorded = (entry.details.get("bytes"), entry.details.get("crc32c"))
+        if recorded not in ((None, None), (card.archive.size, card.archive.crc32c)):
+            report.wrong.append("card: its archive is not the one that the journal has as verified")
+
+    def _check_journal(self, report: CheckpointReport) -> None:
+        entry = self._uploads.get(str(report.name))
+        path = self._directory / str(report.name)
+        if entry is None:
+            if report.is_local:
+                report.wrong.append("journal: nothing of it, its upload is owed")
+        elif entry.state.is_pending:
+            error = f": {entry.details['error']}" if entry.details.get("error") else ""
+            report.wrong.append(f"journal: {entry.state.value}{error}")
+        elif entry.state is not UploadState.VERIFIED:
+            report.right.append(f"journal: {entry.state.value}")
+        elif not report.is_local or is_verified_in(self._bucket.uri, path, entry):
+            report.right.append("journal: verified")
+        else:
+            report.wrong.append("journal: verified with other files or in another bucket")
+
+    def _check_archive(self, report: CheckpointReport, card: Card) -> None:
+        name = str(report.name)
+        source = join_uri(self._bucket.uri, archive_object(name))
+        retrying = Retrying(name, source, self._backoff)
+        try:
+            retrying.run(lambda: self._read_archive(card, source, retrying))
+        except CheckpointError as exc:
+            report.wrong.append(f"archive: {exc}")
+        except StorageError as exc:
+            report.wrong.append(f"archive: it cannot be read: {exc}")
+        else:
+            report.right.append(
+                f"archive: every byte read, {len(card.manifest.files)} files as in its manifest"
+            )
+
+    def _read_archive(self, card: Card, source: str, retrying: Retrying) -> None:
+        archive = ArchiveBytes(
+            self._bucket,
+            card,
+            lambda stage, done, total: self._on_progress(f"{card.name} there", done, total),
+        )
+        archive.require_expected_object()
+        stream = _ArchiveStream(archive, retrying)
+        refusal: CheckpointError | None = None
+        try:
+            buffered = io.BufferedReader(stream)
+            unpack_archive(card, source, buffered, lambda name: contextlib.nullcontext(Nowhere()))
+        except CheckpointError as exc:
+            refusal = exc
+        stream.read_rest()
+        archive.require_whole()  # bytes that were damaged say more than what they unpack to
+        if refusal is not None:
+            raise refusal
+
+
+def _group(others: Iterable[ObjectInfo]) -> list[Orphan]:
+    """Return an orphan for each object, and one for all that lie in a folder of their own."""
+    groups: dict[str, list[ObjectInfo]] = {}
+    for info in others:
+        folder = info.name.rpartition("/")[0]
+        name = info.name if folder == REMOTE_FOLDER else f"{folder}/"
+        if info.name != LEASE_OBJECT:
+            groups.setdefault(name, []).append(info)
+    orphans = []
+    for name, infos in groups.items():
+        what = "not ours"
+        if "/." in name:
+            what = "of an upload that was interrupted or goes on"
+        elif name.startswith(f"{REMOTE_FOLDER}/{SET_ASIDE_FOLDER}/"):
+            what = "set aside, of an older branch"
+        size = sum(info.size for info in infos)
+        orphans.append(Orphan(name, f"{what}: {len(infos)} objects, {size} bytes"))
+    return orphans
+
+
+class _ArchiveStream(io.RawIOBase):
+    """An archive in the bucket as a file that is read once, in order."""
+
+    def __init__(self, archive: ArchiveBytes, retrying: Retrying) -> None:
+        self._archive, self._retrying = archive, retrying
+        self._block = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._block:
+            self._block = memoryview(self._retrying.run(self._archive.read_block))
+        count = min(len(buffer), len(self._block))
+        buffer[:count] = self._block[:count]
+        self._block = self._block[count:]
+        return count
+
+    def read_rest(self) -> None:
+        """Read what is left, for its checksum alone."""
+        while self._retrying.run(self._archive.read_block):
+            pass
+
+
+def find_unconfirmed(
+    directory: Path,
+    uploads: Mapping[str, JournalEntry],
+    bucket: Bucket,
+    listing: RemoteListing,
+) -> dict[Path, str]:
+    """Return the checkpoints here that the journal has as verified and the bucket does not.
+
+    A bucket that keeps no checksums is read for them.
+
+    Returns:
+        Checkpoint -> what the bucket lacks.
+    """
+    unconfirmed = {}
+    for name in find_checkpoints(directory):
+        path, entry = directory / str(name), uploads.get(str(name))
+        if entry is None or not is_verified_in(bucket.uri, path, entry):
+            continue
+        problem = _find_lack(bucket, listing, name, path)
+        if problem is not None:
+            unconfirmed[path] = problem
+    return unconfirmed
+
+
+def _find_lack(
+    bucket: Bucket, listing: RemoteListing, name: CheckpointName, path: Path
+) -> str | None:
+    archive = listing.archives.get(name)
+    if archive is None or name not in listing.cards:
+        return "its archive is missing" if archive is None else "its card is missing"
+    try:
+        card = read_card(bucket, str(name))
+        if card.manifest != read_manifest(path):
+            return "its card is of other files"
+    except CheckpointError as exc:
+        return str(exc)
+    crc32c = archive.crc32c or bucket.crc32c(archive.name)
+    if (archive.size, crc32c) != (card.archive.size, card.archive.crc32c):
+        return "its archive is damaged"
+    return None

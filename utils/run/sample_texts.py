@@ -1,0 +1,123 @@
+"""The texts that a run writes at each evaluation, so that people see what the model has learned.
+
+    prompts, tokenizer of the data -> generation -> samples.jsonl, TensorBoard, W&B
+
+A look, and no more: it changes nothing of the training (see `utils/models/generation.py`), and what
+goes wrong here is said once and ends the looking, never the run. The main process alone does it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import DistributedType
+
+from configs.training_config import TrainingConfig
+from utils.base.text import printable, printable_lines
+from utils.models.generation import generate
+from utils.models.token_choice import Sampling
+from utils.models.tokenizer import begin_like_data, encode_prompt, load_tokenizer
+from utils.tracking.metrics_log import append_metrics
+from utils.training_utils import TrainState
+
+TEMPERATURE = 0.8
+TOP_P = 0.95
+# Ranks hold parts of the weights: a forward of one rank alone would wait for the others.
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text of the model.
+
+    Attributes:
+        prompt: What it was given.
+        text: What it wrote, without the prompt; no character of it can steer a terminal.
+    """
+
+    prompt: str
+    text: str
+
+
+class Sampler:
+    """Writes a text for each prompt of a configuration.
+
+    Args:
+        config: `sample_prompts`, `sample_tokens` and `seed`.
+        tokenizer_files: The data's tokenizer: file name -> bytes; empty where they have none.
+        path: `samples.jsonl`.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, tokenizer_files: Mapping[str, bytes], path: Path
+    ) -> None:
+        self._prompts = config.sample_prompts if config.sample_tokens else []
+        self._sampling = Sampling(config.sample_tokens, TEMPERATURE, top_p=TOP_P, seed=config.seed)
+        self._files, self._path = tokenizer_files, path
+        self._tokenizer: Any = None
+
+    def write(self, state: TrainState, should_stop: Callable[[], bool]) -> list[Sample]:
+        """Return the texts of the model as it is, and append them to `samples.jsonl`.
+
+        Args:
+            state: Left as it is, bit for bit.
+            should_stop: Asked before each token; once it says so, there are no texts.
+        """
+        if not self._prompts:
+            return []
+        try:
+            samples = self._sample(state, should_stop)
+        except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception; memory is short
+            log.debug("Sampling failed.", exc_info=True)
+            self._give_up(printable(exc) or type(exc).__name__, logging.WARNING)
+            return []
+        step = state.progress.step
+        for number, sample in enumerate(samples):
+            level = logging.DEBUG if number else logging.INFO
+            log.log(
+                level, "Sample at step %d: %s -> %s", step,
+                printable(repr(sample.prompt)), printable(repr(sample.text)),
+            )  # fmt: skip
+        try:
+            for sample in samples:
+                append_metrics(self._path, {"step": step, **asdict(sample)})
+        except OSError as exc:
+            log.warning("%s cannot be written: %s.", self._path, exc.strerror or exc)
+        return samples
+
+    def _sample(self, state: TrainState, should_stop: Callable[[], bool]) -> list[Sample]:
+        if state.is_sharded or state.accelerator.distributed_type in SHARDED:
+            self._give_up("each rank holds a part of the weights only")
+            return []
+        if self._tokenizer is None and not self._files:
+            self._give_up("the data come without a tokenizer")
+            return []
+        if self._tokenizer is None:
+            config: Any = state.core_model.config
+            self._tokenizer = begin_like_data(load_tokenizer(self._files), config.bos_token_id)
+        samples = []
+        for prompt in self._prompts:
+            end = self._tokenizer.eos_token_id
+            ids = encode_prompt(self._tokenizer, prompt)
+            with state.accelerator.autocast():
+                tokens = generate(
+                    state.core_model,
+                    ids,
+                    self._sampling,
+                    end_ids=() if end is None else (end,),
+                    should_stop=should_stop,
+                )
+            if should_stop():
+                return []
+            samples.append(Sample(prompt, printable_lines(self._tokenizer.decode(tokens))))
+        return samples
+
+    def _give_up(self, reason: str, level: int = logging.INFO) -> None:
+        log.log(level, "No sample texts in this start: %s.", reason.rstrip("."))
+        self._prompts = []

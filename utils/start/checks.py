@@ -1,0 +1,43 @@
+"""The outcome of a check before a run, and how all of them are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from utils.base.console import print_table
+from utils.base.errors import PreflightError
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one check.
+
+    Attributes:
+        name: What was checked.
+        status: ok, warn or fail.
+        message: What was found, and what to do where it is not ok.
+    """
+
+    name: str
+    status: str
+    message: str
+
+
+def print_checks(checks: Sequence[Check]) -> None:
+    """Print a table of the checks: plain lines in a pipe."""
+    rows = [
+        {"check": check.name, "status": check.status, "finding": check.message} for check in checks
+    ]
+    print_table("Preflight", rows)
+
+
+def require_all(checks: Sequence[Check]) -> None:
+    """Raise where a check failed.
+
+    Raises:
+        PreflightError: The message holds all reasons.
+    """
+    failed = [f"  {check.name}: {check.message}" for check in checks if check.status == "fail"]
+    if failed:
+        raise PreflightError("This run cannot start here:\n" + "\n".join(failed))

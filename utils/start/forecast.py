@@ -1,0 +1,223 @@
+"""What a run will take: its steps, its end, its uploads; measured on a small step beforehand.
+
+small step, short upload -> expected step, run and upload time -> preflight
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from configs.training_config import TrainingConfig
+from utils.base.text import format_bytes, format_duration
+from utils.checkpoints.layout import REMOTE_FOLDER
+from utils.costs.costs import TOKENS_PER_UNIT, format_dollars
+from utils.costs.prices import HourlyPrice, find_bucket_prices, find_price
+from utils.costs.spending import Amount
+from utils.data.shard_index import DataSource
+from utils.models.building import ParameterCounts
+from utils.models.estimates import count_pauses, estimate_checkpoint_bytes
+from utils.models.mfu import Utilization
+from utils.start.checks import Check
+from utils.start.machine_checks import find_free_memory
+from utils.start.step_probe import StepProbe, measure_matmul_rate, measure_step
+from utils.training.throughput import RemainingTime
+from utils.training_utils import find_utilization
+from utils.uploads.rate import measure_upload_rate
+from utils.uploads.transports import TransportOptions
+
+LONG_RUN_SECONDS = 900.0
+# Of what a large product of matrices reaches, a step reaches about so much.
+STEP_EFFICIENCY = 0.4
+# Compressing and checking an archive, bytes a second of one core: BENCHMARKS.md.
+ARCHIVE_BYTES_PER_SECOND = 250e6
+BUSY_SECONDS = 0.3
+BUSY_CPU_SHARE = 0.25
+LATE_SHARE = 1.0
+BUSY_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a forecast is about.
+
+    Attributes:
+        config: The run's configuration.
+        model_config: transformers config of its model.
+        counts: The model's parameters.
+        precision: no, bf16 or fp16.
+        device: Where it is trained.
+        world_size: Ranks.
+        step: Steps done.
+        sources: Where the data come from; the first has the validation data.
+    """
+
+    config: TrainingConfig
+    model_config: Any
+    counts: ParameterCounts
+    precision: str
+    device: torch.device
+    world_size: int
+    step: int
+    sources: Sequence[DataSource]
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of an optimizer update over all ranks."""
+        return self.config.resolve_batch(self.world_size)[0]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer update over all ranks."""
+        return self.samples_per_step * self.config.sequence_length
+
+    @property
+    def utilization(self) -> Utilization:
+        """What the run's MFU is computed with."""
+        return find_utilization(
+            self.model_config, self.counts.total, self.config.sequence_length, self.device,
+            self.precision, self.world_size,
+        )  # fmt: skip
+
+    @property
+    def evaluation_samples(self) -> int:
+        """Samples of one evaluation."""
+        if not self.sources:
+            return 0
+        tokens = sum(shard.tokens for shard in self.sources[0].index.validation)
+        samples, limit = tokens // self.config.sequence_length, self.config.max_eval_samples
+        return samples if limit is None else min(samples, limit)
+
+
+def is_long_run(facts: RunFacts) -> bool:
+    """Tell whether the rest of a run is long enough to measure a small step first."""
+    steps = facts.config.max_steps - facts.step
+    flops = steps * facts.tokens_per_step * facts.utilization.flops_per_token
+    needed = flops / LONG_RUN_SECONDS / facts.world_size / STEP_EFFICIENCY
+    # A short run is known by the first product already: this is part of every start.
+    return measure_matmul_rate(facts.device, facts.precision, enough=needed) < needed
+
+
+def probe_step(facts: RunFacts) -> StepProbe | None:
+    """Measure a small step of the run; None where not even that fits into the memory."""
+    free, _ = find_free_memory(facts.device)
+    return measure_step(
+        facts.config, facts.model_config, facts.counts, facts.precision, facts.device, free,
+        facts.world_size,
+    )  # fmt: skip
+
+
+def estimate_run_seconds(facts: RunFacts, step_seconds: float) -> float:
+    """Return the time of the rest of a run with steps of that time."""
+    remaining = RemainingTime(facts.config, facts.samples_per_step, facts.evaluation_samples)
+    return remaining.seconds(facts.step, step_seconds)
+
+
+def measure_busy_share() -> float:
+    """Return the share of this machine's CPUs that is in use, watched for a moment."""
+    return float(psutil.cpu_percent(BUSY_SECONDS)) / 100
+
+
+def check_times(
+    facts: RunFacts,
+    probe: StepProbe | None,
+    transport: TransportOptions | None,
+    busy_share: float = 0.0,
+) -> list[Check]:
+    """Return what is expected of steps, run and uploads.
+
+    Args:
+        facts: Of the run.
+        probe: Of `probe_step`.
+        transport: The way to the bucket; None uploads nothing.
+        busy_share: Of the CPUs, before the small step.
+    """
+    if probe is None:
+        text = "unknown: not even a small step fits into the memory, so none was measured"
+        return [Check("step", "warn", text)]
+    config, seconds = facts.config, probe.step_seconds
+    rate = facts.tokens_per_step / seconds
+    utilization = facts.utilization.at(rate)
+    share = "" if utilization is None else f", MFU {utilization:.1%}"
+    text = (
+        f"about {_format_seconds(seconds)}, {rate:,.0f} tokens/s{share} (from {probe.samples} x "
+        f"{probe.tokens} tokens through one layer and through two)"
+    )
+    is_busy = facts.device.type == "cpu" and busy_share > BUSY_CPU_SHARE
+    if is_busy:
+        text += (
+            f"; other processes take {busy_share:.0%} of the CPU now: without them it is quicker"
+        )
+    price = find_price(config, facts.world_size)
+    evaluations = count_pauses(facts.step, config.max_steps, config.save_steps, config.eval_steps)
+    run_seconds = estimate_run_seconds(facts, seconds)
+    ending = f"about {format_duration(run_seconds)} for steps {facts.step} to {config.max_steps}"
+    return [
+        Check("step", "warn" if is_busy else "ok", text),
+        Check("run", "ok", f"{ending} and {evaluations} evaluations"),
+        *([] if transport is None else [_check_uploads(facts, seconds, transport)]),
+        _describe_cost(facts, run_seconds, price, transport),
+    ]
+
+
+def _describe_cost(
+    facts: RunFacts,
+    run_seconds: float,
+    price: HourlyPrice | None,
+    transport: TransportOptions | None,
+) -> Check:
+    if price is None:
+        return Check("cost", "ok", "unknown: set hourly_price or machine_type")
+    dollars = Amount.of(run_seconds, price.dollars).dollars
+    tokens = (facts.config.max_steps - facts.step) * facts.tokens_per_step
+    cells = [f"about {format_dollars(dollars)} to the end"]
+    if tokens > 0:
+        each = format_dollars(dollars / tokens * TOKENS_PER_UNIT)
+        cells.append(f"{each} per million tokens")
+    cells.append(f"at {format_dollars(price.dollars)} an hour ({price.origin})")
+    prices = None if transport is None else find_bucket_prices(transport.uri)
+    size = estimate_checkpoint_bytes(facts.counts.total)
+    saves = count_pauses(facts.step, facts.config.max_steps, facts.config.save_steps)
+    stored = None if prices is None else prices.storage_dollars_a_month(saves * size)
+    if stored is not None:
+        cells.append(
+            f"{format_dollars(stored)} a month for {saves} checkpoints in the bucket, until they "
+            "are pruned"
+        )
+    if price.gpus and facts.device.type != "cuda":
+        cells.append("but the time is that of this machine, which has no such GPU")
+        return Check("cost", "warn", ", ".join(cells))
+    return Check("cost", "ok", ", ".join(cells))
+
+
+def _check_uploads(facts: RunFacts, step_seconds: float, transport: TransportOptions) -> Check:
+    config = facts.config
+    size = estimate_checkpoint_bytes(facts.counts.total)
+    interval = config.save_steps * step_seconds
+    if config.save_seconds is not None:
+        interval = min(interval, config.save_seconds)
+    rate = measure_upload_rate(transport, REMOTE_FOLDER)
+    every = f"{format_bytes(size)} every {format_duration(interval)}"
+    if rate is None:
+        return Check("uploading", "warn", f"{every}; the rate could not be measured")
+    rate = min(rate, transport.max_bytes_per_second or rate, ARCHIVE_BYTES_PER_SECOND)
+    seconds = size / rate
+    text = f"{every}, each about {format_duration(seconds)} at {format_bytes(rate)}/s"
+    share = seconds / interval
+    if share <= BUSY_SHARE:
+        return Check("uploading", "ok", f"{text}: {share:.0%} of the time between two")
+    what = "they pile up" if share > LATE_SHARE else "there is little room for a slower hour"
+    return Check(
+        "uploading",
+        "warn",
+        f"{text}: {share:.0%} of the time between two, so {what}. Raise save_steps, or "
+        "upload_max_mbps where it is set.",
+    )
+
+
+def _format_seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f} ms" if seconds < 1 else format_duration(seconds)

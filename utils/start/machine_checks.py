@@ -1,0 +1,149 @@
+"""Can this machine do the run: memory of the device, host memory, disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import torch
+
+from configs.model_config import is_loss_chunked
+from configs.training_config import TrainingConfig
+from utils.base import ranks
+from utils.base.machine import available_memory
+from utils.base.text import format_bytes
+from utils.checkpoints.layout import RunPaths
+from utils.models.building import ParameterCounts
+from utils.models.estimates import (
+    MemoryEstimate,
+    ModelShape,
+    estimate_checkpoint_bytes,
+    estimate_training_memory,
+)
+from utils.start.checks import Check
+from utils.training.sharding import resolve_sharding
+from utils.uploads.transports import TransportOptions
+
+MEMORY_RESERVE = 0.95
+FORMULA_TOLERANCE = 1.15
+
+
+def estimate_memory(
+    config: TrainingConfig,
+    model_config: Any,
+    counts: ParameterCounts,
+    precision: str,
+    device: torch.device,
+    world_size: int,
+) -> MemoryEstimate:
+    """Return what training takes on one device."""
+    _, accumulation = config.resolve_batch(world_size)
+    how = resolve_sharding(config, world_size)
+    return estimate_training_memory(
+        ModelShape.of(model_config, counts.total, counts.embedding),
+        micro_batch=config.per_device_train_batch_size,
+        sequence_length=config.sequence_length,
+        precision=precision,
+        gradient_checkpointing=config.checkpointing_policy,
+        accumulation=accumulation,
+        world_size=world_size,
+        device=device.type,
+        is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),
+        is_sharded=how is not None and not how.zero_stage,
+        reshards=how is None or how.reshard_after_forward,
+        zero_stage=0 if how is None else how.zero_stage,
+    )
+
+
+def find_free_memory(device: torch.device) -> tuple[int, str]:
+    """Return (free bytes, where) of the memory that training on this device takes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
+    where = "the memory of this machine" + ("" if device.type == "mps" else " (no GPU)")
+    local = ranks.ranks_on_this_machine()
+    if local > 1:
+        where += f", for each of {local} ranks"
+    return available_memory() // local, where
+
+
+def check_memory(
+    config: TrainingConfig, need: MemoryEstimate, device: torch.device, ratio: float | None = None
+) -> Check:
+    """Compare the estimated memory of training with what the device has.
+
+    Args:
+        config: The run's configuration.
+        need: The estimate.
+        device: Where the run is trained.
+        ratio: Measured over estimated memory of a small step; None where none was measured.
+    """
+    available, where = find_free_memory(device)
+    # What the formula does not know of, it is not to be trusted with.
+    total = need.total * (ratio if ratio is not None and ratio > FORMULA_TOLERANCE else 1.0)
+    text = (
+        f"about {format_bytes(total)} needed ({format_bytes(need.state + need.casts)} weights and "
+        f"optimizer, {format_bytes(need.gradients)} gradients, {format_bytes(need.activations)} "
+        f"activations, {format_bytes(need.logits)} logits, not all at once), "
+        f"{format_bytes(available)} free in {where}"
+    )
+    if ratio is not None:
+        text += f"; a small step took {ratio:.2f}x of its estimate"
+    if total <= available * MEMORY_RESERVE:
+        return Check("memory", "ok", text)
+    advice = "Use a GPU with more memory"
+    if need.state + need.gradients < available * MEMORY_RESERVE:
+        advice += (
+            ", lower per_device_train_batch_size, or set gradient_checkpointing=true "
+            "(keep the step's size with global_batch_size)"
+        )
+    else:
+        world_size = ranks.launched_world_size()
+        if world_size > 1 and resolve_sharding(config, world_size) is None:
+            advice += ", share the state among the ranks (--set sharding=fsdp2)"
+        advice += ", or a smaller model (--set model=..., model_overrides.num_hidden_layers=...)"
+    return Check("memory", "fail", f"{text}. {advice}.")
+
+
+def check_snapshot(config: TrainingConfig, counts: ParameterCounts) -> Check:
+    """Compare the host memory that a snapshot of the state takes with what is free."""
+    need, free = estimate_checkpoint_bytes(counts.total), available_memory()
+    text = f"{format_bytes(need)} of host memory for saves in the background, {format_bytes(free)}"
+    if not config.background_save:
+        return Check("saving", "ok", "in the foreground: training waits for each checkpoint")
+    if need <= free * MEMORY_RESERVE:
+        return Check("saving", "ok", f"{text} free")
+    return Check(
+        "saving", "warn", f"{text} free: they go through a file in output_dir, which is slower"
+    )
+
+
+def check_disk(
+    config: TrainingConfig, counts: ParameterCounts, transport: TransportOptions | None = None
+) -> Check:
+    """Compare the space that checkpoints take with what is free.
+
+    Args:
+        config: The run's configuration.
+        counts: Its model's parameters.
+        transport: The way to the bucket; gsutil's needs room for an archive.
+    """
+    one = estimate_checkpoint_bytes(counts.total)
+    has_archive = transport is not None and transport.name == "gsutil"
+    copies = config.keep_checkpoints + 2 + has_archive  # the best, and one being written
+    folder = RunPaths.of(config).checkpoints.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Check("disk", "fail", f"{folder} cannot be written. Set output_dir elsewhere.")
+    free = shutil.disk_usage(folder).free
+    text = f"{copies} x {format_bytes(one)} for checkpoints, {format_bytes(free)} free in {folder}"
+    waiting = config.max_unverified if transport is not None else 0
+    if free >= (copies + waiting) * one:
+        return Check("disk", "ok", text)
+    if free >= copies * one:
+        text += f"; {waiting} more have no room while the bucket cannot be reached"
+        return Check("disk", "warn", text)
+    return Check(
+        "disk", "fail", f"{text}. Free some, lower keep_checkpoints, or set output_dir elsewhere."
+    )

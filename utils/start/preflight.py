@@ -1,0 +1,524 @@
+"""Preflight: can this machine do this run with these buckets? All reasons at once, in seconds.
+
+    check_start -> directory and bucket are held -> decide_start -> restore
+
+Each check returns findings instead of raising, so that one problem does not hide the next; each
+finding says what to do. Checks that wait for a network have short limits.
+
+`check_start` comes first and reads all that can refuse a start; another trainer may still work
+there. Where the run begins is decided by `decide_start`, once nobody else does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from configs.model_config import find_dropouts, known_vocab_size
+from configs.training_config import TrainingConfig
+from utils.base.errors import (
+    AccessDeniedError,
+    DataError,
+    ExitCode,
+    ObjectNotFoundError,
+    StorageError,
+    UsageError,
+)
+from utils.base.text import format_bytes, printable
+from utils.base.uri import is_gcs_uri, join_uri
+from utils.checkpoints.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
+from utils.checkpoints.views import read_remote_checkpoints
+from utils.data.shard_index import (
+    TOKENIZER_FILE,
+    DataSource,
+    build_shard_index,
+    read_tokenizer_files,
+)
+from utils.models.building import ParameterCounts
+from utils.models.estimates import estimate_checkpoint_bytes
+from utils.models.tokenizer import find_misreading, write_files
+from utils.start.checks import Check, print_checks, require_all
+from utils.start.forecast import RunFacts, check_times, is_long_run, measure_busy_share, probe_step
+from utils.start.machine_checks import check_disk, check_memory, check_snapshot, estimate_memory
+from utils.start.resume import READ_CARDS, Plan, plan_start, require_startable
+from utils.start.step_probe import StepProbe
+from utils.storage.open import open_bucket
+from utils.training.sharding import resolve_sharding
+from utils.training_utils import device_name
+from utils.uploads.transports import TransportOptions, probe_transport
+
+PROBE_RETRY_SECONDS = 4.0
+USUAL_TOKENS_PER_PARAMETER = 20
+# Up to here, tokens that are seen again are worth nearly as much (Muennighoff et al. 2023).
+MANY_EPOCHS = 4
+LEAST_VOCABULARY_SHARE = 0.5  # of the model's that the data's is
+SERIOUS_PARAMETERS = 10_000_000  # smaller models are for trying things out
+LOGGED_CHECKS = ("memory", "run", "uploading", "cost")
+
+log = logging.getLogger(__name__)
+
+
+def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
+    """Return the sources of a run, and a finding about each; those that failed are left out.
+
+    Raises:
+        DataError: The data are there but cannot be used, or their directory does not exist.
+    """
+    sources, findings = [], []
+    for uri, weight in config.data_sources:
+        if not uri:
+            raise DataError(
+                "data_uri is not set: --set data_uri=gs://bucket/prefix or a directory."
+            )
+        if not is_gcs_uri(uri) and not Path(uri).is_dir():
+            raise DataError(
+                f"data_uri {uri} does not exist. For sample data run: "
+                f"python scripts/prepare_data.py --sample --output {uri}"
+            )
+        try:
+            bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
+            index = build_shard_index(
+                bucket, config.file_limit, skip_bad_shards=config.bad_shard == "skip"
+            )
+        except StorageError as exc:
+            findings.append(Check("data", "fail", _advise(exc, "read", uri)))
+            continue
+        sources.append(DataSource(uri, weight, index))
+        shards, tokens = len(index.training), index.training_tokens
+        text = f"{shards} training shards with {tokens:,} tokens in {bucket.uri}"
+        findings.append(Check("data", "ok", text))
+        bucket.close()
+    return sources, findings
+
+
+def require_vocabulary(sources: Sequence[DataSource], model_config: Any) -> None:
+    """Raise when the data have token ids that the model does not know, or that differ in meaning.
+
+    Raises:
+        DataError: The tokenizer's vocabulary is larger than the model's, or sources were made
+            with different tokenizers.
+    """
+    for source in sources:
+        vocab_size, known = source.index.vocab_size, known_vocab_size(model_config)
+        if vocab_size is not None and vocab_size > known:
+            raise DataError(
+                f"The data were made with a vocabulary of {vocab_size}, the model has "
+                f"{known}. Set model_overrides.vocab_size={vocab_size}, or "
+                "prepare the data with a smaller vocabulary."
+            )
+    hashes = {s.uri: s.index.tokenizer_hash for s in sources if s.index.tokenizer_hash}
+    if len(set(hashes.values())) > 1:
+        raise DataError(
+            f"The sources were made with different tokenizers: {', '.join(hashes)}. Prepare them "
+            "with the same one (--tokenizer)."
+        )
+
+
+def read_tokenizers(config: TrainingConfig, sources: Sequence[DataSource]) -> dict[str, bytes]:
+    """Return the tokenizer that checkpoints get: the first source's, file name -> bytes.
+
+    Raises:
+        DataError: It is damaged, was replaced, or is gone.
+    """
+    found = []
+    for source in sources:
+        bucket = open_bucket(source.uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
+        with contextlib.closing(bucket):
+            found.append(read_tokenizer_files(bucket, source.index))
+    return found[0] if found else {}
+
+
+def check_tokenizer(files: Mapping[str, bytes], model_config: Any, *, is_new: bool) -> list[Check]:
+    """Say where `AutoTokenizer` would read a checkpoint's tokenizer in another way than it is.
+
+    For some types of model, transformers builds a tokenizer by rules of its own. A run that has
+    begun with one is only warned.
+    """
+    if TOKENIZER_FILE not in files:
+        return []
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+        config = model_config.to_json_string().encode("utf-8")
+        write_files({**files, "config.json": config}, Path(folder))
+        try:
+            text = find_misreading(Path(folder))
+        except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
+            return [Check("tokenizer", "warn", f"It cannot be loaded: {printable(exc)}")]
+    if text is None:
+        return []
+    return [
+        Check(
+            "tokenizer",
+            "fail" if is_new else "warn",
+            f"For a model of type {model_config.model_type}, transformers reads "
+            f"{printable(repr(text), 80)} in another way than the data's {TOKENIZER_FILE}: nobody "
+            "who loads a checkpoint would get the ids that it was trained with. Train another type "
+            "of model (llama, gpt_neox), or prepare the data with the model's own tokenizer.",
+        )
+    ]
+
+
+def set_special_tokens(config: TrainingConfig, sources: Sequence[DataSource], model: Any) -> None:
+    """Give the model config the data's end-of-text id, unless the configuration has its own.
+
+    Where the data do not say it, there is none: a class default is an ordinary token of theirs.
+
+    Raises:
+        DataError: `mask_documents` is on and nobody knows that id.
+    """
+    known = next((s.index.eos_token_id for s in sources if s.index.eos_token_id is not None), None)
+    for key in ("bos_token_id", "eos_token_id"):
+        if key not in config.model_overrides:
+            setattr(model, key, known)
+    if config.mask_documents and known is None and "eos_token_id" not in config.model_overrides:
+        raise DataError(
+            "mask_documents needs the id between documents, and the data have no index.json that "
+            "says it. Set model_overrides.eos_token_id."
+        )
+
+
+def check_upload(
+    config: TrainingConfig, scratch: Path
+) -> tuple[TransportOptions | None, list[Check]]:
+    """Return the transport that can write, read and delete a small object, and what was found.
+
+    Args:
+        config: The run's configuration.
+        scratch: Directory for a local archive, where the transport needs one.
+    """
+    if not config.checkpoint_uri:
+        return None, [Check("upload", "warn", "checkpoint_uri is empty: nothing is uploaded")]
+    wanted = TransportOptions.of(config, scratch)
+    try:
+        probe = probe_transport(wanted, REMOTE_FOLDER, PROBE_RETRY_SECONDS)
+    except StorageError as exc:
+        return None, [Check("upload", "fail", _advise(exc, "write", wanted.uri))]
+    return probe.options, [
+        Check("upload", "ok", f"{wanted.uri} can be written by {probe.options.name}"),
+        *(Check("upload", "warn", warning) for warning in probe.warnings),
+    ]
+
+
+def _find_owners(config: TrainingConfig) -> set[str]:
+    """Return the runs whose checkpoints the run's bucket holds, as far as it can be read."""
+    if not config.checkpoint_uri:
+        return set()
+    uri = join_uri(config.checkpoint_uri, config.run_name)
+    bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
+    try:
+        remote = read_remote_checkpoints(bucket, newest=READ_CARDS)
+    except StorageError as exc:
+        log.debug("The bucket's checkpoints cannot be listed: %s", exc)
+        return set()
+    finally:
+        bucket.close()
+    return {view.manifest.run_id for view in remote if view.manifest}
+
+
+def _check_owners(config: TrainingConfig, owners: set[str], plan: Plan) -> list[Check]:
+    """Return a failed check where the bucket holds checkpoints of a run that is not the plan's."""
+    others = owners - ({plan.identity.run_id} if plan.candidates else set())
+    if not others:
+        return []
+    uri = join_uri(config.checkpoint_uri, config.run_name)
+    return [
+        Check(
+            "upload",
+            "fail",
+            f"{uri}/{REMOTE_FOLDER} holds checkpoints of another run ({', '.join(sorted(others))})"
+            ", which are never overwritten. Give this run a name of its own: "
+            "--set run_name=NAME.",
+        )
+    ]
+
+
+def _advise(exc: StorageError, action: str, uri: str) -> str:
+    if isinstance(exc, AccessDeniedError):
+        return f"{exc} Ask for the right to {action} {uri}, or run: gcloud auth login."
+    if isinstance(exc, ObjectNotFoundError):
+        return f"{exc} Check the name of the bucket."
+    return f"{exc} Check the network and the name of the bucket."
+
+
+def plan_run(config: TrainingConfig, paths: RunPaths, resume: str | None, *, fresh: bool) -> Plan:
+    """Return where a run may begin, from its directory and its bucket; reads only.
+
+    Raises:
+        UsageError: There is no such checkpoint to resume from.
+        StorageError: The bucket is needed and cannot be read.
+    """
+    return plan_start(
+        paths,
+        resume=resume,
+        fresh=fresh,
+        bucket_uri=config.checkpoint_uri and join_uri(config.checkpoint_uri, config.run_name),
+        open_bucket=lambda uri: open_bucket(
+            uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS
+        ),
+    )
+
+
+def decide_start(
+    config: TrainingConfig, paths: RunPaths, resume: str | None, *, fresh: bool
+) -> Plan:
+    """Return where a run begins; call it once the run's directory and bucket are held.
+
+    Raises:
+        UsageError: There is no such checkpoint to resume from, or there are checkpoints and
+            neither `resume` nor `fresh`.
+        PreflightError: The bucket holds checkpoints of another run.
+        StorageError: The bucket is needed and cannot be read.
+    """
+    require_startable(paths, resume=resume, fresh=fresh)
+    owners = _find_owners(config)
+    plan = plan_run(config, paths, resume, fresh=fresh)
+    require_all(_check_owners(config, owners, plan))
+    return plan
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A small step of the run, measured.
+
+    Attributes:
+        probe: What it took; None where not even that fits into the memory.
+        busy_share: Share of the CPUs that others used before it.
+    """
+
+    probe: StepProbe | None
+    busy_share: float
+
+
+@dataclass(frozen=True)
+class StartChecks:
+    """What is known before a start, while another trainer may still work there.
+
+    Attributes:
+        run_id: The run that it would belong to, if it began now.
+        step: Steps that would be done before it, if it began now.
+        sources: The sources of data that can be read.
+        checks: What was found, good and bad, at whichever step it begins.
+        transport: The way to the bucket that works; None for none.
+        measurement: None where none was wanted.
+    """
+
+    run_id: str
+    step: int
+    sources: list[DataSource]
+    checks: list[Check]
+    transport: TransportOptions | None
+    measurement: Measurement | None
+
+
+def check_start(
+    config: TrainingConfig,
+    paths: RunPaths,
+    model_config: Any,
+    counts: ParameterCounts,
+    accelerator: Accelerator,
+    resume: str | None,
+    *,
+    fresh: bool,
+    measures: bool,
+) -> StartChecks:
+    """Return what is known before a start; nothing is decided by it but a refusal.
+
+    Args:
+        config: The run's configuration.
+        paths: Its directories.
+        model_config: transformers config of the model.
+        counts: Its parameters.
+        accelerator: This process among the ranks.
+        resume: What to go on from, as the user says it; None for nothing.
+        fresh: Whether to set an old run aside.
+        measures: Measure a small step and a short upload, as before a long run in any case.
+
+    Raises:
+        UsageError: There is no such checkpoint to resume from.
+        DataError: The data are there but do not fit the model or cannot be used.
+    """
+    resuming: list[Check] = []
+    try:
+        require_startable(paths, resume=resume, fresh=fresh)
+    except UsageError as exc:  # a dry run; everything else is checked as if it went on
+        resume, resuming = "latest", [Check("start", "fail", str(exc))]
+    # Before the plan, which then knows whatever a run uploads in between.
+    owners = _find_owners(config)
+    try:
+        plan = plan_run(config, paths, resume, fresh=fresh)
+    except StorageError as exc:
+        plan = Plan(RunIdentity(new_run_id()))
+        resuming += [Check("resume", "fail", f"The bucket's checkpoints cannot be read: {exc}")]
+    # Data first: what is wrong with them is told before anything is written to the other bucket.
+    sources, data = read_data(config)
+    require_vocabulary(sources, model_config)
+    tokenizer = read_tokenizers(config, sources)
+    set_special_tokens(config, sources, model_config)
+    transport, uploading = check_upload(config, paths.checkpoints)
+    device, world_size = accelerator.device, accelerator.num_processes
+    precision = accelerator.mixed_precision
+    need = estimate_memory(config, model_config, counts, precision, device, world_size)
+    facts = RunFacts(
+        config, model_config, counts, precision, device, world_size, plan.step, sources
+    )
+    memory, measurement = check_memory(config, need, device), None
+    unmeasured = []
+    if memory.status == "fail":
+        unmeasured = [Check("step", "warn", "not measured: it does not fit into the memory")]
+    elif plan.step < config.max_steps and (measures or is_long_run(facts)):
+        log.info("Measuring a small step.")
+        busy_share = measure_busy_share()
+        probe = probe_step(facts)
+        measurement = Measurement(probe, busy_share)
+        memory = check_memory(config, need, device, probe.memory_ratio if probe else None)
+    checks = [
+        *resuming,
+        *data,
+        *([check_tokens(facts)] if sources else []),
+        *([check_vocabulary(sources, model_config)] if sources else []),
+        *check_tokenizer(tokenizer, model_config, is_new=plan.step == 0),
+        memory,
+        check_snapshot(config, counts),
+        check_disk(config, counts, transport),
+        *uploading,
+        *_check_owners(config, owners, plan),
+        *unmeasured,
+    ]
+    return StartChecks(plan.identity.run_id, plan.step, sources, checks, transport, measurement)
+
+
+def complete_checks(facts: RunFacts, found: StartChecks) -> list[Check]:
+    """Return what was found of a start, and what that means from the step on where it begins."""
+    times, measured = [], found.measurement
+    if measured is not None and facts.step < facts.config.max_steps:
+        times = check_times(facts, measured.probe, found.transport, measured.busy_share)
+    return [check_settings(facts), *found.checks, *times]
+
+
+def check_settings(facts: RunFacts) -> Check:
+    """Say what the steps are, and whether the learning rate has the time to rise."""
+    config = facts.config
+    text = (
+        f"valid; steps {facts.step} to {config.max_steps} of {facts.tokens_per_step:,} tokens, a "
+        f"checkpoint every {config.save_steps}"
+    )
+    if config.warmup_steps < config.max_steps:
+        return Check("settings", "ok", text)
+    return Check(
+        "settings",
+        "warn",
+        f"{text}. The learning rate is still rising when the run ends: warmup_steps is "
+        f"{config.warmup_steps}, max_steps {config.max_steps}",
+    )
+
+
+def check_tokens(facts: RunFacts) -> Check:
+    """Compare the tokens of the run with those of the data and with the model's size."""
+    wanted = facts.tokens_per_step * facts.config.max_steps
+    available = sum(source.index.training_tokens for source in facts.sources)
+    epochs, share = wanted / max(1, available), wanted / facts.counts.total
+    text = (
+        f"{wanted:,} wanted, {available:,} there: {epochs:.2f} epochs; {share:.2f} tokens per "
+        f"parameter, about {USUAL_TOKENS_PER_PARAMETER} are usual (Hoffmann et al. 2022)"
+    )
+    advice = []
+    if epochs > MANY_EPOCHS:
+        advice.append(f"more than {MANY_EPOCHS} epochs teach little new: more data would")
+    is_short = share < USUAL_TOKENS_PER_PARAMETER / 10
+    if is_short and facts.counts.total >= SERIOUS_PARAMETERS:
+        advice.append("far too few for this model: raise max_steps, or take a smaller model")
+    return Check("tokens", "warn" if advice else "ok", ". ".join([text, *advice]))
+
+
+def check_vocabulary(sources: Sequence[DataSource], model_config: Any) -> Check:
+    """Say how the ids of the data fit the model, which `require_vocabulary` has made sure of."""
+    sizes = {source.index.vocab_size for source in sources}
+    known = ", ".join(f"{size:,}" for size in sorted(size for size in sizes if size is not None))
+    if None in sizes:
+        known = f"{known or 'no index.json says how many'}; each id is checked when it is read"
+    size, padded = known_vocab_size(model_config), model_config.vocab_size
+    padding = f" (padded to {padded:,})" if padded > size else ""
+    text = f"{size:,} in the model{padding}, in the data: {known}"
+    largest = max((size for size in sizes if size is not None), default=0)
+    if None in sizes or largest >= size * LEAST_VOCABULARY_SHARE:
+        return Check("vocabulary", "ok", text)
+    return Check(
+        "vocabulary",
+        "warn",
+        f"{text}. The other ids never come: model_overrides.vocab_size={largest} makes the model "
+        "smaller and faster",
+    )
+
+
+def describe_run(run: RunFacts) -> dict[str, str]:
+    """Return what a start says of itself before it begins."""
+    config, counts, ranks = run.config, run.counts, run.world_size
+    text_of_ranks = f"{ranks} rank{'s' if ranks > 1 else ''}"
+    _, accumulation = config.resolve_batch(ranks)
+    tokens = run.tokens_per_step
+    total = tokens * config.max_steps
+    name = device_name(run.device)
+    facts = {
+        "device": f"{name}, {run.precision} mixed precision, {text_of_ranks}",
+        "model": f"{config.model}: {counts.total:,} parameters, "
+        f"{counts.without_embedding:,} without embeddings",
+        "step": f"{tokens:,} tokens: {config.per_device_train_batch_size} x "
+        f"{config.sequence_length} tokens x {accumulation} accumulated x {text_of_ranks}",
+        "run": f"steps {run.step} to {config.max_steps}, {total:,} tokens in all, "
+        f"{total / counts.total:.2g} tokens per parameter",
+        "checkpoint": f"about {format_bytes(estimate_checkpoint_bytes(counts.total))}, every "
+        f"{config.save_steps} steps",
+    }
+    dropouts = find_dropouts(run.model_config)
+    if dropouts:
+        shares = ", ".join(f"{key} {share:g}" for key, share in dropouts.items())
+        facts["dropout"] = f"{shares}; pre-training is usually done with 0"
+    how = resolve_sharding(config, ranks)
+    if how is not None:
+        layers = "gathered twice a step" if how.reshard_after_forward else "kept to the backward"
+        kind, detail = "FSDP2", f"layers are {layers}"
+        if how.zero_stage:
+            kind, detail = f"DeepSpeed ZeRO-{how.zero_stage}", "each rank has whole weights"
+        facts["sharding"] = f"{kind} over {text_of_ranks} ({how.source}), {detail}"
+    if run.sources:
+        available = sum(source.index.training_tokens for source in run.sources)
+        facts["data"] = f"{available:,} tokens, {total / max(1, available):.2f} epochs"
+        entropy = run.sources[0].index.unigram_entropy
+        if entropy is not None:
+            facts["entropy"] = f"{entropy:.2f} nats is the loss of knowing word frequencies alone"
+    return facts
+
+
+def log_facts(facts: dict[str, str], checks: Sequence[Check]) -> None:
+    """Say what is about to begin, one log line a fact."""
+    for key, text in facts.items():
+        log.info("%-10s %s", key, text)
+    for check in checks:
+        if check.status == "warn":
+            log.warning("%s: %s", check.name, check.message)
+        elif check.name in LOGGED_CHECKS:
+            log.info("%-10s %s", check.name, check.message)
+
+
+def report(
+    config: TrainingConfig, facts: dict[str, str], checks: Sequence[Check], *, dry_run: bool
+) -> int:
+    """Print facts and checks; return 0.
+
+    Raises:
+        PreflightError: A check failed; the message holds all reasons.
+    """
+    if dry_run:
+        print(json.dumps(config.to_json(), indent=2))
+        for key, text in facts.items():
+            print(f"{key:<10} {text}")
+        print_checks(checks)
+    require_all(checks)
+    return ExitCode.DONE

@@ -1,0 +1,483 @@
+"""Where a start begins: at step 0, or at a checkpoint, which may begin a new branch.
+
+    directory or bucket -> restore -> train state
+
+`plan_start` only reads and names the candidates, newest first; `obtain` verifies or downloads one
+of them; `commit_start` moves what no longer belongs to the branch into `set-aside/`, where nothing
+is lost. A checkpoint belongs to the branch if it is of this run and not behind the step where a
+later branch left its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.base.errors import CheckpointError, StorageError, UsageError
+from utils.base.text import FOREIGN_ERRORS
+from utils.checkpoints.journal import Journal
+from utils.checkpoints.layout import (
+    REMOTE_FOLDER,
+    CheckpointName,
+    Manifest,
+    RunIdentity,
+    RunPaths,
+    find_checkpoints,
+    new_run_id,
+    parse_checkpoint_name,
+    read_json,
+    read_manifest,
+    write_json,
+)
+from utils.checkpoints.store import set_aside, verify_checkpoint
+from utils.checkpoints.views import (
+    CheckpointView,
+    read_local_checkpoints,
+    read_remote_checkpoints,
+    select_checkpoint,
+)
+from utils.remote.archive_reading import OnProgress
+from utils.remote.download import download_checkpoint
+from utils.remote.listing import parse_remote_name
+from utils.storage.bucket import Bucket
+from utils.storage.open import open_bucket
+
+log = logging.getLogger(__name__)
+
+READ_CARDS = 50  # each is a request; older ones are named
+
+OpenBucket = Callable[[str], Bucket]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that a start may begin at.
+
+    Attributes:
+        name: Its name.
+        identity: Run and branch of its manifest.
+        path: Where it is on this machine; None if it is in a bucket.
+        bucket_uri: The bucket that has it, "" for one on this machine.
+    """
+
+    name: CheckpointName
+    identity: RunIdentity
+    path: Path | None = None
+    bucket_uri: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.bucket_uri}" if self.path is None else str(self.path)
+
+
+RemoteCandidate = tuple[CheckpointView, Candidate]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a start may begin; nothing has been changed yet.
+
+    Attributes:
+        identity: The run and branch that it belongs to, a new run at step 0.
+        candidates: Newest first; the first that can be used is taken. Empty at step 0.
+        walks_back: Whether the next candidate may be taken where one cannot be used.
+        is_older: Whether the candidate is known not to be the newest of its run.
+        fresh: Whether what is there is set aside.
+        known: Other identities that were seen in the bucket.
+        searched: Where a checkpoint was looked for in vain, "" where none was.
+    """
+
+    identity: RunIdentity
+    candidates: tuple[Candidate, ...] = ()
+    walks_back: bool = False
+    is_older: bool = False
+    fresh: bool = False
+    known: tuple[RunIdentity, ...] = ()
+    searched: str = ""
+
+    @property
+    def step(self) -> int:
+        """Steps done before the start, if the first candidate can be used."""
+        return self.candidates[0].name.step if self.candidates else 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a start begins.
+
+    Attributes:
+        identity: Run and branch that it writes to.
+        checkpoint: What it resumes from, None at step 0.
+        manifest: The checkpoint's manifest.
+        obsolete: Name -> why a local checkpoint does not belong to the branch.
+    """
+
+    identity: RunIdentity
+    checkpoint: Path | None = None
+    manifest: Manifest | None = None
+    obsolete: Mapping[str, str] = field(default_factory=dict)
+
+
+def require_startable(paths: RunPaths, *, resume: str | None, fresh: bool) -> None:
+    """Refuse to begin anew beside an old run's checkpoints unless told to.
+
+    Raises:
+        UsageError: There are checkpoints and neither --resume nor --fresh.
+    """
+    existing = find_checkpoints(paths.checkpoints)
+    if existing and resume is None and not fresh:
+        raise UsageError(
+            f"{paths.checkpoints} already holds checkpoints up to step {existing[-1].step}. "
+            "Go on with --resume latest, set them aside and begin anew with --fresh, or name "
+            "this one: --set run_name=NAME."
+        )
+
+
+def plan_start(
+    paths: RunPaths,
+    *,
+    resume: str | None,
+    fresh: bool,
+    bucket_uri: str = "",
+    open_bucket: OpenBucket = open_bucket,
+) -> Plan:
+    """Return where a start may begin, reading only.
+
+    Args:
+        paths: The run's directories.
+        resume: latest, best, a step, a name, a path, or one of these behind a bucket's URI; None
+            to begin at step 0. Only a name or a path may be of another run than `latest`.
+        fresh: Set what is there aside.
+        bucket_uri: The bucket that the run uploads to, "" for none.
+        open_bucket: Opens a bucket for reading.
+
+    Raises:
+        UsageError: There is no such checkpoint, or it is not clear which one is meant.
+        StorageError: The bucket that is needed cannot be read.
+    """
+    if resume is None:
+        return Plan(RunIdentity(new_run_id()), fresh=fresh)
+    named = parse_remote_name(resume)
+    if named is not None:
+        uri, which = named
+        return _plan_named(which, _read_bucket(open_bucket, uri), f"{uri}/{REMOTE_FOLDER}")
+    path = Path(resume)
+    if path.name != resume or path.is_absolute():  # a path rather than a name
+        if not path.is_dir():
+            raise UsageError(f"--resume {resume}: there is no such directory or bucket.")
+        manifest = read_manifest(path)
+        name = parse_checkpoint_name(path.name) or CheckpointName(manifest.step, 0, 0)
+        remote = _read_bucket_or_warn(open_bucket, bucket_uri) if bucket_uri else []
+        found = Candidate(name, manifest.identity, path)
+        return _plan_local(found, [one for _, one in remote])
+    local = _local_candidates(paths.checkpoints)
+    # Where nothing is here, a bucket that cannot be read must not look like one that is empty.
+    read = _read_bucket_or_warn if local else _read_bucket
+    remote = read(open_bucket, bucket_uri) if bucket_uri else []
+    if resume == "latest":
+        where = f"{paths.checkpoints} or {bucket_uri}" if bucket_uri else str(paths.checkpoints)
+        return _plan_latest(paths, local, [one for _, one in remote], where)
+    return _plan_chosen(resume, paths, local, remote)
+
+
+def _plan_local(found: Candidate, others: Sequence[Candidate]) -> Plan:
+    """Return a plan for a checkpoint of this machine; newer ones may be in the bucket alone."""
+    return Plan(
+        found.identity,
+        (found,),
+        is_older=any(_is_ahead(one, found) for one in others),
+        known=tuple(one.identity for one in others),
+    )
+
+
+def _is_ahead(one: Candidate, other: Candidate) -> bool:
+    return one.identity.run_id == other.identity.run_id and one.name.step > other.name.step
+
+
+def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[RemoteCandidate]:
+    """Return what a bucket has with a usable card, by step."""
+    bucket = open_bucket(uri)
+    try:
+        views = read_remote_checkpoints(bucket, newest=READ_CARDS)
+    finally:
+        bucket.close()
+    found = []
+    for view in views:
+        if view.manifest is None or view.problem is not None:
+            log.info("%s in %s is passed over: %s.", view.name, uri, view.problem)
+        else:
+            found.append((view, Candidate(view.name, view.manifest.identity, None, uri)))
+    return found
+
+
+def _read_bucket_or_warn(open_bucket: OpenBucket, uri: str) -> list[RemoteCandidate]:
+    try:
+        return _read_bucket(open_bucket, uri)
+    except StorageError as exc:
+        log.warning("The checkpoints in %s cannot be listed: %s", uri, exc)
+        return []
+
+
+def _plan_named(which: str, remote: Sequence[RemoteCandidate], where: str) -> Plan:
+    """Return a plan for a checkpoint of a bucket; only a full name says which run is meant."""
+    candidates = [candidate for _, candidate in remote]
+    if candidates and parse_checkpoint_name(which) is None:
+        _require_one_run(candidates, where)
+    if which == "latest":
+        if not candidates:
+            raise UsageError(f"There is no complete checkpoint in {where}.")
+        identity = _newest_branch(candidates)
+        return Plan(identity, _order(candidates, identity), walks_back=True)
+    chosen = select_checkpoint(which, [view for view, _ in remote])
+    found = next(candidate for view, candidate in remote if view is chosen)
+    ahead = any(_is_ahead(one, found) for one in candidates)
+    known = tuple(one.identity for one in candidates)
+    return Plan(found.identity, (found,), is_older=ahead, known=known)
+
+
+def _require_one_run(candidates: Iterable[Candidate], where: str) -> str:
+    """Return the run of all candidates, at least one.
+
+    Raises:
+        UsageError: They are of several runs.
+    """
+    run_ids = sorted({one.identity.run_id for one in candidates})
+    if len(run_ids) > 1:
+        raise UsageError(
+            f"{where} holds checkpoints of several runs ({', '.join(run_ids)}): name one."
+        )
+    return run_ids[0]
+
+
+def _plan_chosen(
+    which: str,
+    paths: RunPaths,
+    local: Sequence[Candidate],
+    remote: Sequence[RemoteCandidate],
+) -> Plan:
+    """Return a plan for a name, or for a step or the best of the run that `latest` goes on with."""
+    views = read_local_checkpoints(paths.checkpoints)
+    others = [*local, *(one for _, one in remote)]
+    if others and parse_checkpoint_name(which) is None:
+        run_id = _find_identity(paths, local, [one for _, one in remote]).run_id
+        # One whose manifest cannot be read is of this run as far as anyone knows.
+        views = [view for view in views if view.manifest is None or view.manifest.run_id == run_id]
+        remote = [pair for pair in remote if pair[1].identity.run_id == run_id]
+    try:
+        chosen = select_checkpoint(which, views)
+    except UsageError:
+        if not remote:
+            raise
+        return _plan_named(which, remote, remote[0][1].bucket_uri)
+    found = next((one for one in local if one.name == chosen.name), None)
+    if found is None:
+        raise CheckpointError(f"{chosen.name} cannot be used: {chosen.problem}.")
+    return _plan_local(found, others)
+
+
+def _plan_latest(
+    paths: RunPaths, local: Sequence[Candidate], remote: Sequence[Candidate], where: str
+) -> Plan:
+    if not local and not remote:
+        return Plan(RunIdentity(new_run_id()), searched=where)
+    identity = _find_identity(paths, local, remote)
+    return Plan(identity, _order([*local, *remote], identity), walks_back=True)
+
+
+def _find_identity(
+    paths: RunPaths, local: Sequence[Candidate], remote: Sequence[Candidate]
+) -> RunIdentity:
+    """Return the run and branch that `latest` goes on with; there is at least one candidate.
+
+    Raises:
+        UsageError: Nothing is here, and the bucket holds several runs.
+    """
+    both = [*local, *remote]
+    recorded = read_run_identity(paths)
+    if recorded is not None and any(one.identity.run_id == recorded.run_id for one in both):
+        return recorded
+    if local:
+        run_id = max(local, key=lambda one: one.name).identity.run_id
+    else:
+        run_id = _require_one_run(remote, remote[0].bucket_uri)
+    return _newest_branch([one for one in both if one.identity.run_id == run_id])
+
+
+def _local_candidates(directory: Path) -> list[Candidate]:
+    found = []
+    for name in find_checkpoints(directory):
+        path = directory / str(name)
+        try:
+            identity = read_manifest(path).identity
+        except CheckpointError as exc:
+            log.debug("%s It is passed over.", exc)
+        else:
+            found.append(Candidate(name, identity, path))
+    return found
+
+
+def _newest_branch(candidates: Iterable[Candidate]) -> RunIdentity:
+    newest = max(candidates, key=lambda one: (one.identity.branch, one.name))
+    return newest.identity
+
+
+def _order(candidates: Iterable[Candidate], identity: RunIdentity) -> tuple[Candidate, ...]:
+    """Return those of the branch by step, newest first; what is here before what is there."""
+    own = [one for one in candidates if identity.includes(one.identity, one.name.step)]
+    return tuple(sorted(own, key=lambda one: (one.name, one.path is not None), reverse=True))
+
+
+def obtain(
+    candidate: Candidate,
+    paths: RunPaths,
+    *,
+    on_progress: OnProgress,
+    forgive_random_states: bool = False,
+    open_bucket: OpenBucket = open_bucket,
+) -> tuple[Path, Manifest]:
+    """Return a candidate as a verified directory on this machine, downloaded where it is not here.
+
+    Args:
+        candidate: What to bring.
+        paths: The run's directories; a download is committed there.
+        on_progress: Told how far a download is.
+        forgive_random_states: Damaged random states are no error.
+        open_bucket: Opens a bucket for reading.
+
+    Raises:
+        CheckpointError: It is damaged or incomplete.
+        StorageError: The bucket does not give it.
+    """
+    if candidate.path is not None:
+        return candidate.path, verify_checkpoint(
+            candidate.path, forgive_random_states=forgive_random_states
+        )
+    _make_way(candidate, paths)
+    bucket = open_bucket(candidate.bucket_uri)
+    try:
+        path = download_checkpoint(
+            bucket, str(candidate.name), paths.checkpoints, Journal(paths.journal), on_progress
+        )
+    finally:
+        bucket.close()
+    return path, read_manifest(path)
+
+
+def _make_way(candidate: Candidate, paths: RunPaths) -> None:
+    """Set aside what has the name of a checkpoint to be downloaded and is not the same."""
+    taken = paths.checkpoints / str(candidate.name)
+    if not taken.exists():
+        return
+    try:
+        if verify_checkpoint(taken).identity == candidate.identity:
+            return
+    except CheckpointError as exc:
+        log.debug("%s", exc)
+    log.warning("%s was set aside as %s: its name is needed for %s.",
+                taken, set_aside(taken, paths.checkpoints), candidate)  # fmt: skip
+
+
+def discard(candidate: Candidate, paths: RunPaths, reason: str) -> None:
+    """Set a checkpoint aside that cannot be used; call it under the lock of the directory."""
+    own = paths.checkpoints.resolve()
+    if candidate.path is None or candidate.path.resolve().parent != own:
+        log.warning("%s Trying the one before.", reason)
+        return
+    moved = set_aside(candidate.path, paths.checkpoints)
+    log.warning("%s It was set aside as %s; trying the one before.", reason, moved)
+
+
+def resolve_start(plan: Plan, paths: RunPaths, checkpoint: Path, manifest: Manifest) -> Start:
+    """Return the start from a checkpoint that can be used: its branch, and what is obsolete.
+
+    `latest` goes on with the branch, also where newer checkpoints of it could not be used; a
+    checkpoint that was named and is not the newest begins a new branch.
+    """
+    identity = plan.identity
+    here = checkpoint.resolve()
+    local = _local_candidates(paths.checkpoints)
+    others = [one for one in local if one.path is not None and one.path.resolve() != here]
+    if not plan.walks_back:
+        ahead = (
+            one.identity.run_id == manifest.run_id and one.name.step > manifest.step
+            for one in others
+        )
+        identity = manifest.identity
+        if plan.is_older or any(ahead):
+            identity = identity.fork(manifest.step, _branches_taken(plan, paths, manifest.run_id))
+    obsolete = {str(name): "its manifest cannot be read" for name in find_checkpoints(
+        paths.checkpoints)}  # fmt: skip
+    if here.parent == paths.checkpoints.resolve():
+        obsolete.pop(checkpoint.name, None)
+    for one in others:
+        del obsolete[str(one.name)]
+        if one.name.step == manifest.step:
+            obsolete[str(one.name)] = "the one that is resumed has its step"
+        elif one.identity.run_id != identity.run_id:
+            obsolete[str(one.name)] = f"it is of another run, {one.identity.run_id}"
+        elif one.name.step > manifest.step or not identity.includes(one.identity, one.name.step):
+            obsolete[str(one.name)] = "it is not part of this branch"
+    return Start(identity, checkpoint, manifest, obsolete)
+
+
+def _branches_taken(plan: Plan, paths: RunPaths, run_id: str) -> set[int]:
+    """Return the branch numbers of a run that are known here or in the plan."""
+    known = [
+        *_local_candidates(paths.checkpoints),
+        *_local_candidates(paths.set_aside),
+        *plan.candidates,
+    ]
+    identities = [*(one.identity for one in known), *plan.known]
+    recorded = read_run_identity(paths)
+    if recorded is not None:
+        identities.append(recorded)
+    return {
+        branch
+        for identity in identities
+        if identity.run_id == run_id
+        for branch in (identity.branch, *(fork[0] for fork in identity.forks))
+    }
+
+
+def fresh_start(plan: Plan, paths: RunPaths) -> Start:
+    """Return the start of a new run at step 0."""
+    if plan.searched:
+        log.info("There is no checkpoint in %s yet: starting at step 0.", plan.searched)
+    names = find_checkpoints(paths.checkpoints)
+    return Start(plan.identity, obsolete={str(name): "a new run begins" for name in names})
+
+
+def commit_start(start: Start, paths: RunPaths) -> None:
+    """Note the run and its branch; set aside the checkpoints that do not belong to it."""
+    paths.checkpoints.mkdir(parents=True, exist_ok=True)
+    if start.checkpoint is None and paths.journal.is_file():
+        # Another run's states; they belong to the checkpoints that are set aside.
+        paths.set_aside.mkdir(exist_ok=True)
+        paths.journal.rename(paths.set_aside / f"uploads-before-{start.identity.run_id}.jsonl")
+    write_run_identity(paths, start.identity)
+    for name, reason in start.obsolete.items():
+        moved = set_aside(paths.checkpoints / name, paths.checkpoints)
+        log.info("Set %s aside as %s: %s.", name, moved, reason)
+
+
+def read_run_identity(paths: RunPaths) -> RunIdentity | None:
+    """Return which run and branch last wrote here; None where that is not known.
+
+    It decides between checkpoints that are there; without it they decide themselves.
+    """
+    try:
+        value = read_json(paths.run_file)
+        return RunIdentity.from_json(value)
+    except FileNotFoundError:
+        return None
+    except (OSError, *FOREIGN_ERRORS) as exc:
+        log.warning("%s cannot be read (%s) and is ignored.", paths.run_file, exc)
+        return None
+
+
+def write_run_identity(paths: RunPaths, identity: RunIdentity) -> None:
+    """Note which run and branch writes here; the file is replaced as a whole."""
+    temporary = paths.run_file.with_suffix(".json.new")
+    write_json(temporary, identity.to_json())
+    temporary.replace(paths.run_file)

@@ -1,0 +1,320 @@
+"""A small step of the model that is to be trained, timed: what preflight expects of a run.
+
+    model config -> the same model with one layer and with two -> seconds and bytes -> a whole step
+
+Two small models tell what a layer costs and what the rest costs, which is all there is. They have
+the run's width, vocabulary and precision. Samples grow until they are the run's own, or the time
+or the memory is used up; then the last two sizes tell what a token costs and what the weights cost.
+Weights are a constant: kernels take the same time for any numbers. No random state is touched.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from configs.model_config import is_loss_chunked
+from configs.training_config import TrainingConfig
+from utils.base.machine import PeakMemory
+from utils.models.building import (
+    LossModel,
+    ParameterCounts,
+    build_core,
+    count_parameters,
+    enable_checkpointing,
+    with_layers,
+)
+from utils.models.estimates import ModelShape, attention_widths, estimate_training_memory
+from utils.models.mfu import flops_per_token
+from utils.training_utils import build_optimizer, forward_loss
+
+PROBE_SECONDS = 8.0
+GROWING_SHARE = 0.25  # of that, for finding the size
+TIMED_PASSES = 3
+SMALLEST_TOKENS = 64
+MATMUL_SIZE = {"cpu": 768, "cuda": 4096}
+MATMULS = 4
+MEMORY_SHARE = 0.7
+JUDGED_BYTES = 256 * 2**20
+CONSTANT_WEIGHT = 0.02
+SPARE_SHARE = 0.05
+
+Size = tuple[int, int]
+"""Samples, and tokens in each."""
+
+
+@dataclass(frozen=True)
+class StepProbe:
+    """What a small step says of a whole one.
+
+    Attributes:
+        step_seconds: Time of one optimizer update.
+        samples: Samples of the largest small step.
+        tokens: Tokens in each of them.
+        memory_ratio: Measured over estimated memory of the small steps; None where too little of
+            it can be seen.
+    """
+
+    step_seconds: float
+    samples: int
+    tokens: int
+    memory_ratio: float | None
+
+
+def measure_matmul_rate(
+    device: torch.device, precision: str, enough: float = float("inf")
+) -> float:
+    """Return the FLOPs a second of a square matrix product, the best of a few.
+
+    Args:
+        device: Where to multiply.
+        precision: no, bf16 or fp16.
+        enough: FLOPs a second; once they are reached, nothing more is measured.
+    """
+    size = MATMUL_SIZE["cpu" if device.type == "cpu" else "cuda"]
+    dtype = _dtype(precision) or torch.float32
+    left = torch.full((size, size), CONSTANT_WEIGHT, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(MATMULS):  # the first one loads kernels
+        begin = _now(device)
+        left @ left
+        best = min(best, _now(device) - begin)
+        if 2 * size**3 / best >= enough:
+            break
+    return 2 * size**3 / best
+
+
+def measure_step(
+    config: TrainingConfig,
+    model_config: Any,
+    counts: ParameterCounts,
+    precision: str,
+    device: torch.device,
+    available_bytes: int,
+    world_size: int = 1,
+) -> StepProbe | None:
+    """Return what an optimizer update of the run takes; None where not even a small one fits.
+
+    Args:
+        config: The run's configuration.
+        model_config: transformers config of the model.
+        counts: Its parameters.
+        precision: no, bf16 or fp16.
+        device: Where the run is trained.
+        available_bytes: Free memory of the device.
+        world_size: Ranks, which share the samples of a step.
+    """
+    small = with_layers(model_config, 2)
+    shape = ModelShape.of(small, *_both_counts(small))
+
+    def estimate(size: Size) -> int:
+        return estimate_training_memory(
+            shape,
+            micro_batch=size[0],
+            sequence_length=size[1],
+            precision=precision,
+            gradient_checkpointing=config.checkpointing_policy,
+            device=device.type,
+            is_loss_chunked=is_loss_chunked(small.model_type, config.loss_implementation),
+        ).total
+
+    fitting = [
+        size
+        for size in _growing_sizes(config.per_device_train_batch_size, config.sequence_length)
+        if estimate(size) <= MEMORY_SHARE * available_bytes
+    ]
+    if not fitting:
+        return None
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        peak = _DevicePeak(device)
+        two = _SmallModel(config, small, precision, device)
+        sizes = _find_sizes(two, fitting)
+        two_layers, update = [two.time_pass(size) for size in sizes], two.time_update()
+        measured = peak.read()
+        two.free()
+        one = _SmallModel(config, with_layers(model_config, 1), precision, device)
+        one_layer = [one.time_pass(size) for size in sizes]
+        one.free()
+    layers = [max(0.0, b - a) for a, b in zip(one_layer, two_layers, strict=True)]
+    rests = [max(0.0, a - layer) for a, layer in zip(one_layer, layers, strict=True)]
+    micro_batch, length = config.per_device_train_batch_size, config.sequence_length
+    tokens = [samples * count for samples, count in sizes]
+    layer = _extrapolate(tokens, layers, micro_batch * length)
+    rest = _extrapolate(tokens, rests, micro_batch * length)
+    # Attention costs more in a longer sample; everything else is the same for each token.
+    cost = [_layer_flops(model_config, counts, count) for count in (length, sizes[-1][1])]
+    _, accumulation = config.resolve_batch(world_size)
+    passes = accumulation * (rest + model_config.num_hidden_layers * layer * cost[0] / cost[1])
+    seconds = passes + update / shape.parameters * counts.total
+    estimated = estimate(sizes[-1])
+    is_seen = measured > 0 and estimated >= JUDGED_BYTES
+    return StepProbe(seconds, *sizes[-1], measured / estimated if is_seen else None)
+
+
+def try_step(
+    config: TrainingConfig,
+    model_config: Any,
+    precision: str,
+    device: torch.device,
+    other_bytes: int = 0,
+) -> bool:
+    """Tell whether two updates of the whole model fit into the memory of a GPU, with some to spare.
+
+    Args:
+        config: The run's configuration, with the micro-batch in question.
+        model_config: transformers config of the model.
+        precision: no, bf16 or fp16.
+        device: The GPU.
+        other_bytes: What training takes besides, and the trial does not.
+    """
+    size = (config.per_device_train_batch_size, config.sequence_length)
+    model = ballast = None
+    try:
+        spare = int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+        ballast = torch.empty(spare + other_bytes, dtype=torch.uint8, device=device)
+        with torch.random.fork_rng([device]):
+            model = _SmallModel(config, model_config, precision, device)
+            for _ in range(2):  # the second one has the optimizer's moments there
+                model.run_pass(size)
+                model.run_pass(size)  # accumulated
+                model.time_update()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        del ballast
+        if model is not None:
+            model.free()
+        torch.cuda.empty_cache()
+    return True
+
+
+def _both_counts(model_config: Any) -> tuple[int, int]:
+    counts = count_parameters(model_config)
+    return counts.total, counts.embedding
+
+
+def _growing_sizes(micro_batch: int, length: int) -> Iterator[Size]:
+    """Yield sizes up to the run's own, each at most twice the one before."""
+    tokens = min(SMALLEST_TOKENS, length)
+    while tokens < length:
+        yield 1, tokens
+        tokens *= 2
+    samples = 1
+    while samples < micro_batch:
+        yield samples, length
+        samples *= 2
+    yield micro_batch, length
+
+
+def _find_sizes(model: _SmallModel, fitting: list[Size]) -> list[Size]:
+    """Return the run's own size, or the last two that the time was enough for."""
+    begin = time.perf_counter()
+    count = 0
+    for count, size in enumerate(fitting, start=1):  # noqa: B007
+        model.run_pass(size)
+        elapsed = time.perf_counter() - begin
+        # The next one takes as much as all before it, and all are timed several times.
+        if elapsed > GROWING_SHARE * PROBE_SECONDS / 2:
+            break
+    is_whole = count == len(fitting)
+    return fitting[:count][-1:] if is_whole else fitting[:count][-2:]
+
+
+def _extrapolate(tokens: list[int], seconds: list[float], wanted: int) -> float:
+    """Return the seconds of more tokens: a line through two points, never below proportion 0."""
+    if len(tokens) == 1:
+        return seconds[0] * wanted / tokens[0]
+    slope = (seconds[1] - seconds[0]) / (tokens[1] - tokens[0])
+    # Noise may give no slope at all; time never grows faster than tokens.
+    slope = min(max(slope, 0.0), seconds[1] / tokens[1])
+    return seconds[1] + slope * (wanted - tokens[1])
+
+
+class _DevicePeak:
+    """The highest memory of the device since it was made, above what it was."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host = PeakMemory()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+
+    def read(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return self._host.read() if self._device.type == "cpu" else 0
+
+
+class _SmallModel:
+    """A model with constant weights and its optimizer."""
+
+    def __init__(
+        self, config: TrainingConfig, small: Any, precision: str, device: torch.device
+    ) -> None:
+        # Random weights would take seconds.
+        with torch.device("meta"):
+            model = build_core(small, config.attn_implementation)
+        model.to_empty(device=device)
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.fill_(CONSTANT_WEIGHT)
+        if config.checkpointing_policy:
+            enable_checkpointing(model, config.checkpointing_policy)
+        self._model = LossModel(model.train(), config.loss_implementation)
+        self._optimizer = build_optimizer(model, config)
+        self._device, self._dtype = device, _dtype(precision)
+
+    def run_pass(self, size: Size) -> float:
+        """Do a forward and a backward; return their seconds."""
+        batch = torch.zeros(size, dtype=torch.int64, device=self._device)
+        begin = _now(self._device)
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
+            loss = forward_loss(self._model, batch, None)
+        torch.autograd.backward(loss)
+        return _now(self._device) - begin
+
+    def time_pass(self, size: Size) -> float:
+        """Return the seconds of a forward and a backward, the best of a few."""
+        seconds = []
+        for _ in range(TIMED_PASSES):
+            self._model.zero_grad()
+            seconds.append(self.run_pass(size))
+        return min(seconds)
+
+    def time_update(self) -> float:
+        """Return the seconds of the optimizer's update, with gradients that are there."""
+        self._optimizer.step()  # makes the moments
+        begin = _now(self._device)
+        self._optimizer.step()
+        return _now(self._device) - begin
+
+    def free(self) -> None:
+        """Give the memory back."""
+        del self._model, self._optimizer
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _layer_flops(model_config: Any, counts: ParameterCounts, tokens: int) -> float:
+    layers, (width, _) = model_config.num_hidden_layers, attention_widths(model_config)
+    return flops_per_token(counts.without_embedding, layers, width, tokens)
+
+
+def _dtype(precision: str) -> torch.dtype | None:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,385 @@
+"""What is measured of a trained model, and on which data.
+
+    plan, loaded model -> text (perplexity.py), questions (task_scores.py), harness -> evaluations
+
+Data are opened once for all models that are measured on them. A model's own run says which data it
+was validated on, unless the plan says it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.training_config import TrainingConfig
+from utils.base.errors import CheckpointError, DataError, UsageError
+from utils.base.text import printable
+from utils.base.uri import is_gcs_uri
+from utils.checkpoints.layout import TRAINING_CONFIG_FILE, RunPaths
+from utils.checkpoints.views import read_json_object
+from utils.data.shard_cache import ShardCache
+from utils.data.shard_index import (
+    ShardFacts,
+    ShardIndex,
+    build_shard_index,
+    fingerprint_shards,
+    read_tokenizer_files,
+)
+from utils.data.token_stream import TokenStream, covering_windows, training_windows
+from utils.models.tokenizer import load_tokenizer
+from utils.storage.bucket import Bucket
+from utils.storage.open import open_bucket
+from utils.tools.evaluation.harness import run_harness
+from utils.tools.evaluation.log import Evaluation, weights_id
+from utils.tools.evaluation.task_data import Questions
+from utils.tools.evaluation.token_bytes import ByteCounter
+from utils.tools.generation.loading import LoadedModel, ModelSource
+
+LONGEST_WINDOW = 2048
+FORWARD_TOKENS = {"cpu": 8192}
+MAX_FORWARD_TOKENS = 32768
+ANSWERS = 32
+# The harness holds the logits of all tokens of a batch.
+HARNESS_ANSWERS = 8
+SPLITS = ("validation", "training")
+
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[str, int, int | None], None]
+Measure = Callable[[LoadedModel, OnProgress], list[Evaluation]]
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """How text is measured.
+
+    Attributes:
+        data_uri: Shards; None for those of the model's run.
+        split: One of `SPLITS`.
+        sequence_length: Tokens that the model sees at once; None for those of its run.
+        stride: Of `covering_windows`.
+        max_tokens: Only so many, the first; None for all.
+        mask_documents: Whether attention stays within documents; None as in the model's run.
+        is_like_training: The samples of the evaluations during training.
+    """
+
+    data_uri: str | None = None
+    split: str = SPLITS[0]
+    sequence_length: int | None = None
+    stride: int | None = None
+    max_tokens: int | None = None
+    mask_documents: bool | None = None
+    is_like_training: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        text: None leaves loss and perplexity out.
+        questions: By task.
+        tasks: Of lm-evaluation-harness.
+        tasks_path: A directory with more of its tasks.
+        num_fewshot: Of `run_harness`.
+        limit: Questions of each task, None for all.
+        batch_size: Samples or continuations in one forward; None for as many as are quick.
+    """
+
+    text: TextPlan | None = None
+    questions: Mapping[str, Questions] = field(default_factory=dict)
+    tasks: Sequence[str] = ()
+    tasks_path: Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+
+    def text_batch(self, length: int, device: str) -> int:
+        """Return the windows of so many tokens that one forward takes on a type of device."""
+        return self.batch_size or max(1, FORWARD_TOKENS.get(device, MAX_FORWARD_TOKENS) // length)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a model's run says of its own evaluations.
+
+    Attributes:
+        data_uri: Its first source of data, which has the validation shards; empty where unknown.
+        sequence_length: None where unknown.
+        mask_documents: Whether attention stayed within documents.
+        max_eval_samples: None for all.
+    """
+
+    data_uri: str
+    sequence_length: int | None
+    mask_documents: bool = False
+    max_eval_samples: int | None = None
+
+
+class Evaluator:
+    """Measures models, one after the other.
+
+    Args:
+        plan: What.
+        config: Of the run; says where its cache is, and its data where a model does not.
+    """
+
+    def __init__(self, plan: Plan, config: TrainingConfig) -> None:
+        self._plan, self._config = plan, config
+        self._opened: dict[str, tuple[Bucket, ShardIndex]] = {}
+        self._pieces: dict[str, dict[int, str]] = {}
+
+    def measures(self) -> list[tuple[str, Measure]]:
+        """Return (name, function) of each measure; each can fail without the others."""
+        found: list[tuple[str, Measure]] = []
+        if self._plan.text is not None:
+            found.append((self._plan.text.split, self._measure_text))
+        found += [(task, self._measurer(task)) for task in self._plan.questions]
+        if self._plan.tasks:
+            found.append(("lm_eval", self._measure_harness))
+        return found
+
+    def close(self) -> None:
+        """Close what was opened."""
+        for bucket, _ in self._opened.values():
+            bucket.close()
+        self._opened.clear()
+
+    # Text
+
+    def _measure_text(self, loaded: LoadedModel, on_progress: OnProgress) -> list[Evaluation]:
+        from utils.tools.evaluation.perplexity import score_text  # loads torch
+
+        plan, run = self._plan.text or TextPlan(), read_run_settings(loaded.source, self._config)
+        length = choose_length(plan, run, loaded.context)
+        is_masked = run.mask_documents if plan.mask_documents is None else plan.mask_documents
+        uri, shards = self._find_shards(plan, run)
+        self._require_same_tokens(uri, loaded)
+        with self._open_stream(uri, shards, loaded, plan.max_tokens) as stream:
+            if plan.is_like_training:
+                windows = training_windows(stream.num_tokens, length, run.max_eval_samples)
+                total = None
+            else:
+                windows = covering_windows(stream.num_tokens, length, plan.stride)
+                total = stream.num_tokens - 1
+            score = score_text(
+                loaded.model,
+                stream,
+                windows,
+                batch_size=self._plan.text_batch(length, loaded.device.type),
+                document_end=_document_end(loaded, is_masked=is_masked),
+                counter=None if loaded.tokenizer is None else ByteCounter(loaded.tokenizer),
+                on_progress=lambda done: on_progress(loaded.source.name, done, total),
+            )
+            if score is None:
+                raise DataError(f"{uri} has too few {plan.split} tokens ({stream.num_tokens}).")
+        what = {
+            "data": fingerprint_shards(shards)[:16],
+            "samples": "training" if plan.is_like_training else "covering",
+            "sequence_length": length,
+            "stride": plan.stride or length,
+            "max_tokens": plan.max_tokens,
+            "max_samples": run.max_eval_samples if plan.is_like_training else None,
+            "mask_documents": is_masked,
+        }
+        return [self._evaluation(loaded, plan.split, score.to_values(), what, data_uri=uri)]
+
+    def _find_shards(self, plan: TextPlan, run: RunSettings) -> tuple[str, Sequence[ShardFacts]]:
+        uri = plan.data_uri or run.data_uri
+        if not uri:
+            raise UsageError("Which data the model was made with is not known: name some, --data.")
+        _, index = self._open(uri)
+        shards = index.validation if plan.split == SPLITS[0] else index.training
+        if not (index.validation or index.training):
+            raise DataError(f"{uri} holds no shards (*.npz).")
+        if not shards:
+            other = "validation" if plan.split == SPLITS[1] else "training"
+            make = (
+                " prepare_data.py --validation-fraction makes some."
+                if plan.split == SPLITS[0]
+                else ""
+            )
+            raise DataError(
+                f"{uri} holds no {plan.split} shards; --split {other} takes the others.{make}"
+            )
+        return uri, shards
+
+    def _require_same_tokens(self, uri: str, loaded: LoadedModel) -> None:
+        """Refuse shards of another tokenizer than the model's: their ids mean other texts.
+
+        Raises:
+            UsageError: They are.
+        """
+        pieces = self._find_pieces(uri)
+        if loaded.tokenizer is None or not pieces:
+            return
+        own = {token: piece for piece, token in loaded.tokenizer.get_vocab().items()}
+        other = next((token for token in own.keys() & pieces if own[token] != pieces[token]), None)
+        if other is not None:
+            raise UsageError(
+                f"{uri} was made with another tokenizer than {loaded.source.name}: token {other} "
+                f"is {printable(repr(pieces[other]), 40)} there, and "
+                f"{printable(repr(own[other]), 40)} to the model. Prepare the text with the "
+                "model's tokenizer."
+            )
+
+    def _find_pieces(self, uri: str) -> dict[int, str]:
+        """Return the pieces of the tokenizer that shards bring along; empty where there is none."""
+        if uri not in self._pieces:
+            bucket, index = self._open(uri)
+            files = read_tokenizer_files(bucket, index)
+            try:
+                vocabulary = load_tokenizer(files).get_vocab() if files else {}
+            except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception
+                log.warning("The tokenizer of %s cannot be read: %s", uri, printable(exc))
+                vocabulary = {}
+            self._pieces[uri] = {token: piece for piece, token in vocabulary.items()}
+        return self._pieces[uri]
+
+    def _open(self, uri: str) -> tuple[Bucket, ShardIndex]:
+        if uri not in self._opened:
+            if not is_gcs_uri(uri) and not Path(uri).is_dir():
+                raise DataError(f"{uri} does not exist.")
+            bucket = open_bucket(uri, self._config.gcs_user_project or None)
+            try:
+                index = build_shard_index(bucket, is_trained=False)
+            except BaseException:
+                bucket.close()
+                raise
+            self._opened[uri] = bucket, index
+        return self._opened[uri]
+
+    @contextlib.contextmanager
+    def _open_stream(
+        self,
+        uri: str,
+        shards: Sequence[ShardFacts],
+        loaded: LoadedModel,
+        max_tokens: int | None,
+    ) -> Iterator[TokenStream]:
+        bucket, _ = self._open(uri)
+        directory, limit = RunPaths.of(self._config).cache, self._config.cache_limit_bytes
+        cache = ShardCache([(bucket, shards)], directory, loaded.vocab_size, limit)
+        try:
+            yield TokenStream(cache, shards, max_tokens)
+        finally:
+            cache.close()
+
+    # Tasks
+
+    def _measurer(self, task: str) -> Measure:
+        def measure(loaded: LoadedModel, on_progress: OnProgress) -> list[Evaluation]:
+            from utils.tools.evaluation.task_scores import score_questions  # loads torch
+
+            questions = self._plan.questions[task]
+            values = score_questions(
+                loaded.model,
+                loaded.require_tokenizer(),
+                questions,
+                context_size=loaded.context,
+                batch_size=self._plan.batch_size or ANSWERS,
+                on_progress=lambda done, total: on_progress(
+                    f"{loaded.source.name} {task}", done, total
+                ),
+            )
+            what = {"data": questions.fingerprint[:16]}
+            return [self._evaluation(loaded, task, values, what, data_uri=questions.source)]
+
+        return measure
+
+    def _measure_harness(self, loaded: LoadedModel, on_progress: OnProgress) -> list[Evaluation]:
+        plan = self._plan
+        results = run_harness(
+            loaded,
+            plan.tasks,
+            tasks_path=plan.tasks_path,
+            num_fewshot=plan.num_fewshot,
+            limit=plan.limit,
+            batch_size=plan.batch_size or HARNESS_ANSWERS,
+        )
+        return [
+            self._evaluation(loaded, result.task, result.values, result.what) for result in results
+        ]
+
+    def _evaluation(
+        self,
+        loaded: LoadedModel,
+        task: str,
+        values: Mapping[str, float | None],
+        what: Mapping[str, Any],
+        data_uri: str | None = None,
+    ) -> Evaluation:
+        import torch
+        import transformers
+
+        source = loaded.source
+        how = {
+            "data": data_uri,
+            "device": str(loaded.device),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "attention": getattr(loaded.model.config, "_attn_implementation", None),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        manifest = source.manifest
+        return Evaluation(
+            source.name,
+            task,
+            values,
+            what,
+            how,
+            source.step,
+            None if manifest is None else manifest.run_id,
+            None if manifest is None else weights_id(manifest),
+        )
+
+
+def read_run_settings(source: ModelSource, config: TrainingConfig) -> RunSettings:
+    """Return what a checkpoint's own configuration says; of any other model, what `config` says."""
+    values: dict[str, Any] = {}
+    if source.manifest is not None and source.directory is not None:
+        with contextlib.suppress(CheckpointError):
+            values = read_json_object(source.directory / TRAINING_CONFIG_FILE)
+    uri = values.get("data_uri")
+    if isinstance(uri, list) and uri and isinstance(uri[0], dict):
+        uri = uri[0].get("uri")
+    length, samples = values.get("sequence_length"), values.get("max_eval_samples")
+    return RunSettings(
+        uri if isinstance(uri, str) and uri else config.data_sources[0][0],
+        length if isinstance(length, int) and length > 1 else None,
+        mask_documents=values.get("mask_documents") is True,
+        max_eval_samples=samples if isinstance(samples, int) and samples > 0 else None,
+    )
+
+
+def choose_length(plan: TextPlan, run: RunSettings, context: int | None) -> int:
+    """Return how many tokens the model sees at once.
+
+    Raises:
+        UsageError: More than it can see, or a stride that leaves tokens out.
+    """
+    known = plan.sequence_length or run.sequence_length
+    length = known or min(context or LONGEST_WINDOW, LONGEST_WINDOW)
+    if context is not None and length > context:
+        raise UsageError(f"--sequence-length {length}: the model sees {context} tokens at once.")
+    if plan.stride is not None and plan.stride > length:
+        raise UsageError(f"--stride {plan.stride} would leave tokens out: {length} is the most.")
+    return length
+
+
+def _document_end(loaded: LoadedModel, *, is_masked: bool) -> int | None:
+    """Return the end-of-text id that training used; None where documents are not masked.
+
+    Raises:
+        UsageError: The model's config has none.
+    """
+    if not is_masked:
+        return None
+    end = getattr(loaded.model.config, "eos_token_id", None)
+    if not isinstance(end, int):
+        raise UsageError("--mask-documents: the model's config has no single end-of-text token.")
+    return end

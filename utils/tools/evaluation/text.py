@@ -1,0 +1,130 @@
+"""What evaluate.py and the viewer print of evaluations.
+
+    evaluations (evaluation_log.py) -> titles, cells, lines, charts
+
+Names and values may come from a foreign file: texts pass `printable`. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from utils.base.text import number, printable
+from utils.base.text_plots import draw_chart
+from utils.tools.evaluation.log import NO_RESULTS, Evaluation, MetricPoints
+from utils.tracking.plots import Series
+
+ABSENT = "-"
+STDERR = "_stderr"
+SHOWN_NAMES = {
+    "bits_per_byte": "bits/byte",
+    "tokens_per_second": "tokens/s",
+}
+# Behind the figures, where they are known.
+SHOWN_CIRCUMSTANCES = ("tokens", "tokens_per_second", "items")
+CELL_CHARACTERS = 60
+CHART_LINES = 8
+
+
+def show_figure(value: float | None, error: float | None = None) -> str:
+    """Return a figure with four decimals, and its standard error where that is known."""
+    if value is None:
+        return ABSENT
+    text = f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}"
+    return text if error is None else f"{text} +-{error:.4f}"
+
+
+def figures(evaluation: Evaluation) -> dict[str, str]:
+    """Return the figures of an evaluation by their shown names, then its circumstances."""
+    values = evaluation.values
+    found = {
+        SHOWN_NAMES.get(name, name): show_figure(value, values.get(f"{name}{STDERR}"))
+        for name, value in values.items()
+        if name not in NO_RESULTS and not name.endswith(STDERR)
+    }
+    counts = {
+        SHOWN_NAMES.get(name, name): ABSENT if values[name] is None else f"{values[name]:,.0f}"
+        for name in SHOWN_CIRCUMSTANCES
+        if name in values
+    }
+    return {printable(name, CELL_CHARACTERS): text for name, text in {**found, **counts}.items()}
+
+
+def row(evaluation: Evaluation) -> dict[str, str]:
+    """Return an evaluation's cells in a table of models."""
+    step = ABSENT if evaluation.step is None else f"{evaluation.step}"
+    return {"model": printable(evaluation.model), "step": step, **figures(evaluation)}
+
+
+def tables(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[dict[str, str]]]]:
+    """Return (title, rows with the same columns) of each question, in the order of evaluations."""
+    groups: dict[tuple[str, str], list[Evaluation]] = {}
+    for evaluation in evaluations:
+        groups.setdefault(evaluation.question, []).append(evaluation)
+    found = []
+    for group in groups.values():
+        rows = [row(evaluation) for evaluation in group]
+        columns = dict.fromkeys(column for cells in rows for column in cells)
+        full = [{column: cells.get(column, ABSENT) for column in columns} for cells in rows]
+        found.append((title(group[0]), full))
+    return found
+
+
+def title(evaluation: Evaluation) -> str:
+    """Say what was measured, and of which data."""
+    parts = [evaluation.task]
+    data = evaluation.how.get("data")
+    if isinstance(data, str):
+        parts.append(f"of {printable(data)}")
+    details = describe_question(evaluation.what)
+    return " ".join(parts) + (f" ({details})" if details else "")
+
+
+def describe_question(what: Mapping[str, Any]) -> str:
+    """Return what besides the data decides about figures."""
+    parts = []
+    length, stride = (number(what.get(key)) for key in ("sequence_length", "stride"))
+    if what.get("samples") == "training":
+        parts.append("the samples of training")
+    if length is not None:
+        parts.append(f"{length:.0f} tokens at once")
+    if stride is not None and stride != length:
+        parts.append(f"stride {stride:.0f}")
+    if what.get("mask_documents") is True:
+        parts.append("documents apart")
+    for key, text in (
+        ("max_tokens", "the first {:,.0f} tokens"),
+        ("num_fewshot", "{:.0f}-shot"),
+        ("limit", "the first {:.0f}"),
+    ):
+        value = number(what.get(key))
+        if value is not None:
+            parts.append(text.format(value))
+    if isinstance(what.get("harness"), str):
+        parts.append(printable(what["harness"], CELL_CHARACTERS))
+    return ", ".join(parts)
+
+
+def evaluation_lines(evaluations: Iterable[Evaluation]) -> list[str]:
+    """Return the evaluations of one checkpoint, a line for each."""
+    lines = []
+    for evaluation in evaluations:
+        cells = "  ".join(f"{name} {text}" for name, text in figures(evaluation).items())
+        lines.append(f"  {title(evaluation)}:")
+        lines.append(f"    {cells}  {evaluation.time[:19].replace('T', ' ')}".rstrip())
+    return lines
+
+
+def series(points: MetricPoints) -> Series:
+    """Return what is drawn of a figure."""
+    return Series(points.steps, points.values)
+
+
+def chart_lines(all_points: Sequence[MetricPoints], encoding: str | None, width: int) -> list[str]:
+    """Return a chart for each figure."""
+    lines: list[str] = []
+    for points in all_points:
+        chart = draw_chart([(points.steps, points.values)], encoding, width, CHART_LINES)
+        lines += ["", f"{printable(points.name)} over step", *chart]
+    return lines

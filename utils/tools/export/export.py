@@ -1,0 +1,410 @@
+"""A trained model written for others: a folder of Hugging Face files, or one GGUF file.
+
+    model source -> loaded model -> padding rows removed -> files -> read back, compared
+
+What is written is loaded again by stock transformers, without a network: every tensor has to be
+the same bit for bit, and the logits of a fixed batch too. Only then anybody may take it. The model
+is in memory once, not twice: checksums of the tensors and the logits stand for the first one. The
+same model gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils import CONFIG_NAME
+
+from configs.model_config import UNPADDED_KEY, known_vocab_size, with_older_keys
+from utils.base.errors import SaveError, UsageError
+from utils.base.text import format_bytes, printable
+from utils.checkpoints.files import sync_files
+from utils.checkpoints.layout import FileEntry, write_json
+from utils.checkpoints.views import read_json_object
+from utils.models.tokenizer import (
+    build_files,
+    find_misreading,
+    read_tokenizer_json,
+    with_template_of,
+    write_files,
+)
+from utils.storage.bucket import crc32c_of_bytes, fsync_directory
+from utils.tools.export.gguf import compare_gguf, require_gguf, write_gguf
+from utils.tools.export.model_card import CONFIG_KEYS, CardFacts, build_card
+from utils.tools.generation.loading import LoadedModel, ModelSource, load_model
+
+FORMATS = ("hf", "gguf")
+CARD_FILE = "README.md"
+DEFAULT_SHARD_SIZE = "5GB"
+CHECK_SEQUENCES, CHECK_TOKENS = 2, 32
+PROBE_TEXT = "The quick brown fox: 3.14,  two spaces\tand\na na\u00efve line."
+# What other programs read in place of a tokenizer.json.
+_OTHER_FORMS = ("tokenizer.model", "vocab.json", "merges.txt")
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+OnProgress = Callable[[str, int, int | None], None]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a model is written.
+
+    Attributes:
+        format: One of `FORMATS`.
+        dtype: Of the weights; auto keeps what they are, float32 in a checkpoint.
+        max_shard_size: Bytes of a weights file, as `5GB`; a larger model has several.
+        is_checked: Read back what was written, and compare.
+        device: That the logits are computed on.
+        attention: `attn_implementation` of transformers.
+        tokenizer: Another one than the model's own.
+        file_name: Of a GGUF file.
+    """
+
+    format: str = "hf"
+    dtype: str = "auto"
+    max_shard_size: str = DEFAULT_SHARD_SIZE
+    is_checked: bool = True
+    device: str = "auto"
+    attention: str = "sdpa"
+    tokenizer: str | None = None
+    file_name: str = "model.gguf"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        files: Size and checksum of each.
+        parameters: Weights, tied ones once.
+        dtype: Of the weights.
+        vocab_size: Rows of the embedding.
+        removed_rows: Of these, those that had only padded it.
+        compared_tensors: That were read back and are the same; None: not checked.
+        max_logit_difference: Of the files against the model; None: not computed.
+    """
+
+    files: Mapping[str, FileEntry]
+    parameters: int
+    dtype: str
+    vocab_size: int
+    removed_rows: int
+    compared_tensors: int | None = None
+    max_logit_difference: float | None = None
+
+
+def export_model(
+    source: ModelSource, staged: Path, options: ExportOptions, on_progress: OnProgress
+) -> ExportReport:
+    """Write a model into an empty directory, synced and checked.
+
+    Args:
+        source: Where the model is.
+        staged: The directory.
+        options: How.
+        on_progress: Told of bytes written, of a GGUF file.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+        UsageError: The model cannot be written like that.
+        ConfigError: A package is missing.
+        SaveError: The disk is full, or what was written is not the model.
+    """
+    is_gguf = options.format == "gguf"
+    if is_gguf:
+        require_gguf()
+    loaded = load_model(
+        source,
+        device=options.device,
+        # Of a GGUF file only the matrices are cast, when they are written.
+        dtype="auto" if is_gguf else options.dtype,
+        attention=options.attention,
+        tokenizer=options.tokenizer,
+    )
+    model = loaded.model
+    removed = remove_padding(model)
+    dtype = _dtype_name(model) if options.dtype == "auto" else options.dtype
+    _require_finite(loaded, dtype)
+    _set_special_ids(model, loaded.tokenizer)
+    _require_space(staged, model, dtype)
+    try:
+        if is_gguf:
+            compared, difference = _export_gguf(loaded, staged, options, dtype, on_progress), None
+        else:
+            compared, difference = _export_folder(loaded, staged, options)
+        files = sync_files(staged, [path.name for path in staged.iterdir()])
+        fsync_directory(staged)
+    except (OSError, SafetensorError) as exc:
+        raise SaveError(f"{source.name} was not exported: {_reason(exc)}.") from exc
+    return ExportReport(
+        files=files,
+        parameters=model.num_parameters(),
+        dtype=dtype,
+        vocab_size=model.config.vocab_size,
+        removed_rows=removed,
+        compared_tensors=compared,
+        max_logit_difference=difference,
+    )
+
+
+def remove_padding(model: Any) -> int:
+    """Remove the rows of embedding and output above the vocabulary; return how many.
+
+    Tied weights stay tied.
+    """
+    if not hasattr(model.config, UNPADDED_KEY):
+        return 0
+    known = known_vocab_size(model.config)
+    removed: int = model.config.vocab_size - known
+    if removed > 0:
+        model.resize_token_embeddings(known, mean_resizing=False)
+    delattr(model.config, UNPADDED_KEY)
+    return removed
+
+
+def _export_folder(
+    loaded: LoadedModel, staged: Path, options: ExportOptions
+) -> tuple[int | None, float | None]:
+    model = loaded.model
+    try:
+        model.save_pretrained(str(staged), max_shard_size=options.max_shard_size)
+    except ValueError as exc:  # also a generation config that contradicts itself
+        raise UsageError(f"{loaded.source.name} cannot be exported: {_reason(exc)}") from exc
+    config = staged / CONFIG_NAME
+    write_json(config, with_older_keys(read_json_object(config)), indent=2)
+    _write_tokenizer(loaded, staged, options.tokenizer)
+    card = staged / CARD_FILE
+    card.write_text(build_card(_card_facts(loaded)), "utf-8")
+    for path in staged.iterdir():  # safetensors lets nobody but the owner read its files
+        path.chmod(stat.S_IMODE(card.stat().st_mode))
+    if not options.is_checked:
+        return None, None
+    checksums, logits = checksum_tensors(model), compute_logits(model)
+    if not logits.isfinite().all():
+        raise UsageError(
+            f"{loaded.source.name} computes logits that are no numbers in {_dtype_name(model)}. "
+            "Choose another --dtype."
+        )
+    device = loaded.device
+    model.to_empty(device="meta")  # its memory is the other one's now
+    return compare_folder(staged, checksums, logits, device, options.attention, loaded.tokenizer)
+
+
+def compare_folder(
+    folder: Path,
+    checksums: Mapping[str, str],
+    logits: torch.Tensor,
+    device: torch.device,
+    attention: str,
+    tokenizer: Any,
+) -> tuple[int, float]:
+    """Load a folder as anybody would, and compare it with what it was written from.
+
+    Args:
+        folder: Of `save_pretrained`.
+        checksums: Of every tensor.
+        logits: That `compute_logits` has to give.
+        device: For the logits.
+        attention: For the logits.
+        tokenizer: That has to come out; None for none.
+
+    Returns:
+        Tensors compared, and the largest difference of the logits: 0.
+
+    Raises:
+        SaveError: It is another model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), local_files_only=True, dtype="auto", attn_implementation=attention
+        )
+        model = model.to(device).eval()
+        found = checksum_tensors(model)
+        difference = float((compute_logits(model) - logits).abs().max())
+        read = None
+        if tokenizer is not None:
+            read = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as exc:  # whatever a wrong file meets first
+        raise SaveError(f"What was written cannot be loaded: {_reason(exc)}.") from exc
+    if found != checksums:
+        names = sorted(name for name, _ in found.items() ^ checksums.items())
+        raise SaveError(
+            f"What was written is not the model: {printable(names[0])} differs ({len(names)} "
+            "tensors in all)."
+        )
+    if difference != 0:
+        raise SaveError(
+            f"What was written is not the model: its logits differ by up to {difference:.3g}."
+        )
+    if tokenizer is not None:
+        _compare_tokenizer(folder, read, tokenizer)
+    return len(found), difference
+
+
+def _compare_tokenizer(folder: Path, read: Any, tokenizer: Any) -> None:
+    if _behaviour(read) != _behaviour(tokenizer):
+        raise SaveError("What was written is not the tokenizer: it has other tokens.")
+    text = find_misreading(folder) if getattr(tokenizer, "is_fast", False) else None
+    if text is not None:
+        raise SaveError(
+            f"What was written is not the tokenizer: for this type of model, transformers reads "
+            f"{printable(repr(text), 80)} in another way."
+        )
+
+
+def _behaviour(tokenizer: Any) -> tuple[Any, ...]:
+    special = [getattr(tokenizer, key, None) for key in _SPECIAL[:2]]
+    return (len(tokenizer), tokenizer(PROBE_TEXT).input_ids, *special)
+
+
+def checksum_tensors(model: Any) -> dict[str, str]:
+    """Return the crc32c of the bytes of each tensor, with its data type and shape."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        found[name] = f"{tensor.dtype} {tuple(tensor.shape)} {crc32c_of_bytes(data)}"
+    return found
+
+
+def compute_logits(model: Any) -> torch.Tensor:
+    """Return the logits of a fixed batch, [sequences, tokens, vocabulary] in float32."""
+    positions = getattr(model.config, "max_position_embeddings", None) or CHECK_TOKENS
+    shape = (CHECK_SEQUENCES, min(CHECK_TOKENS, positions))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator)
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+    return logits.float().cpu()
+
+
+def _export_gguf(
+    loaded: LoadedModel, staged: Path, options: ExportOptions, dtype: str, on_progress: OnProgress
+) -> int | None:
+    path, total = staged / options.file_name, _num_bytes(loaded.model, dtype)
+    done = 0
+
+    def on_tensor(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        on_progress("Writing", done, max(total, done))
+
+    if loaded.tokenizer is None:
+        log.warning("%s has no tokenizer: the file takes token ids only.", loaded.source.name)
+    write_gguf(loaded.model, loaded.tokenizer, loaded.source.name, dtype, path, on_tensor)
+    return compare_gguf(loaded.model, dtype, path) if options.is_checked else None
+
+
+def _write_tokenizer(loaded: LoadedModel, staged: Path, name: str | None) -> None:
+    """Write the `tokenizer.json`, and settings for it that name the model's context.
+
+    Others put before a prompt, and after it, what the file says: here as the model's data have it.
+    """
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        return
+    if loaded.context is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, loaded.context)
+    if not getattr(tokenizer, "is_fast", False):
+        tokenizer.save_pretrained(str(staged))
+        return
+    content = read_tokenizer_json(name or loaded.source.location)
+    if content is not None:
+        content = with_template_of(tokenizer, content)
+    write_files(build_files(tokenizer, content), staged)
+    directory = loaded.source.directory
+    if name is None and directory is not None:
+        for file in _OTHER_FORMS:
+            if (directory / file).is_file():
+                shutil.copyfile(directory / file, staged / file)
+
+
+def _set_special_ids(model: Any, tokenizer: Any) -> None:
+    """Let configs name the tokenizer's special tokens, and none outside the vocabulary."""
+    tokenizer_end = getattr(tokenizer, "eos_token_id", None)
+    for config in (model.config, model.generation_config):
+        for key in _SPECIAL:
+            old = getattr(config, key, None)
+            known = [one for one in _as_list(old) if one < model.config.vocab_size]
+            own = getattr(tokenizer, key, None)
+            if key == "pad_token_id" and config is model.config and own == tokenizer_end:
+                own = (
+                    None  # an embedding's row of padding is never trained, and this one ends texts
+                )
+            if own is not None and own < model.config.vocab_size and own not in known:
+                setattr(config, key, own)
+            elif known != _as_list(old):
+                setattr(config, key, known[0] if known else None)
+
+
+def _as_list(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _card_facts(loaded: LoadedModel) -> CardFacts:
+    source, model = loaded.source, loaded.model
+    texts: dict[str, Any] = {"metadata": {}, "training": {}}
+    if source.manifest is not None and source.directory is not None:
+        for key, name in (("metadata", "metadata.json"), ("training", "training_config.json")):
+            if name in source.manifest.files:
+                texts[key] = read_json_object(source.directory / name)
+    return CardFacts(
+        name=source.name,
+        config={key: getattr(model.config, key, None) for key in CONFIG_KEYS},
+        parameters=model.num_parameters(),
+        dtype=_dtype_name(model),
+        manifest=source.manifest,
+        base_model=source.location if source.directory is None else None,
+        **texts,
+    )
+
+
+def _require_finite(loaded: LoadedModel, dtype: str) -> None:
+    limit = torch.finfo(getattr(torch, dtype)).max
+    for name, tensor in loaded.model.named_parameters():
+        low, high = (float(one) for one in tensor.detach().aminmax())
+        if not (-limit <= low and high <= limit):
+            raise UsageError(
+                f"{loaded.source.name} has weights in {name} that are no numbers of {dtype} "
+                f"(they reach from {low:.3g} to {high:.3g}). Choose another --dtype, or another "
+                "checkpoint where they are no numbers at all."
+            )
+
+
+def _require_space(directory: Path, model: Any, dtype: str) -> None:
+    needed, free = _num_bytes(model, dtype), shutil.disk_usage(directory).free
+    if needed > free:
+        raise SaveError(
+            f"The export takes {format_bytes(needed)} and {directory.parent} has "
+            f"{format_bytes(free)} free. Free some, or choose another --output."
+        )
+
+
+def _num_bytes(model: Any, dtype: str) -> int:
+    count: int = model.num_parameters()
+    return count * torch.finfo(getattr(torch, dtype)).bits // 8
+
+
+def _dtype_name(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _reason(exc: BaseException) -> str:
+    text = str(exc)
+    if isinstance(exc, OSError):  # NumPy says only how much it could write
+        text = exc.strerror or f"the disk is full or fails ({text})"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return printable(lines[0]) if lines else type(exc).__name__

@@ -1,0 +1,117 @@
+"""The words by which a command names a trained model, the same in every command.
+
+    command line -> MODEL, --config, --device, ... -> find_model -> load_model -> loaded model
+
+A download shows its progress on standard error. No torch here before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from configs.training_config import (
+    ATTENTION_IMPLEMENTATIONS,
+    TrainingConfig,
+)
+from utils.base.progress import ProgressDisplay
+from utils.tools.generation.finding import find_model
+from utils.tools.generation.loading import DTYPES, LoadedModel, ModelSource, load_model
+from utils.tools.viewer.shelf import run_config
+
+MODEL_HELP = (
+    "a checkpoint's name, step, latest or best; a directory of a checkpoint or of an exported "
+    "model; gs://BUCKET/... of an archive or of an exported model; or a name on the Hugging Face "
+    "Hub"
+)
+
+
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, several: bool = False, loads: bool = True
+) -> None:
+    """Add the words that say which model, and how it is loaded.
+
+    Args:
+        parser: Gets `args.model`, or `args.models` where there may be several.
+        several: One or more models.
+        loads: The command computes with the model: device, data type, attention, tokenizer.
+    """
+    add = parser.add_argument
+    if several:
+        add("models", metavar="MODEL", nargs="+", help=MODEL_HELP)
+    else:
+        add("model", metavar="MODEL", help=MODEL_HELP)
+    group = parser.add_argument_group("where the model is")
+    group.add_argument("--config", default="test", help="name or .json file (default: test)")
+    group.add_argument("--output-dir", help="directory of the checkpoints (default: the config's)")
+    group.add_argument("--run-name", help="folder of the run (default: the config's)")
+    if loads:
+        _add_loading_arguments(parser)
+    add("--json", action="store_true", help="print JSON")
+    add("--debug", action="store_true", help="debug log lines and tracebacks")
+
+
+def _add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how it is loaded")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:N or mps (default: the GPU where there is one)",
+    )
+    group.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="of the weights (default: as they are)"
+    )
+    group.add_argument(
+        "--attention", default="sdpa", choices=ATTENTION_IMPLEMENTATIONS, help="(default: sdpa)"
+    )
+    group.add_argument(
+        "--tokenizer",
+        metavar="T",
+        help="another tokenizer: a directory, a tokenizer.json or a name on the Hub",
+    )
+
+
+def read_configuration(args: argparse.Namespace) -> TrainingConfig:
+    """Return the configuration that says where the run's checkpoints and its bucket are.
+
+    Raises:
+        ConfigError: A file or value is wrong.
+    """
+    return run_config(args.config, args.output_dir, args.run_name)
+
+
+def find_from(args: argparse.Namespace, text: str | None = None) -> ModelSource:
+    """Return where the model of a command line is; what is in a bucket is downloaded.
+
+    Args:
+        args: As `add_model_arguments` made them.
+        text: One of `args.models`; None for `args.model`.
+
+    Raises:
+        UsageError: There is no such model.
+        CheckpointError: It is damaged or incomplete.
+        StorageError: The bucket cannot be read.
+    """
+    with ProgressDisplay(enabled=not args.json) as display:
+        name = args.model if text is None else text
+        return find_model(name, read_configuration(args), display.update)
+
+
+def load_from(args: argparse.Namespace, text: str | None = None) -> LoadedModel:
+    """Return the model of a command line, loaded; see `find_from`."""
+    return load_found(args, find_from(args, text))
+
+
+def load_found(args: argparse.Namespace, source: ModelSource) -> LoadedModel:
+    """Return a model that was found, loaded as the command line says.
+
+    Raises:
+        CheckpointError: It is damaged, or its weights do not fit its config.
+        UsageError: There is no such device or tokenizer.
+    """
+    return load_model(
+        source,
+        device=args.device,
+        dtype=args.dtype,
+        attention=args.attention,
+        tokenizer=args.tokenizer,
+    )

@@ -1,0 +1,346 @@
+"""A run as it can be seen from outside: its files, its process, its machine.
+
+    metrics.jsonl, journal, checkpoints/, process table, psutil, NVML -> RunStatus -> monitor
+
+Watching changes nothing: files are only read, no lock is touched, no signal is sent. Each look
+reads what is new: the end of metrics.jsonl and of the journal, checkpoints not seen before; what
+follows from the log is worked out again only when there is something new in it. What cannot be read
+is named in `problems`, and the rest is shown. No torch here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from utils.base.machine import Machine, MachineProbe
+from utils.base.text import number
+from utils.checkpoints.journal import JournalEntry, UploadState
+from utils.checkpoints.layout import MANIFEST_FILE, METADATA_FILE, RunPaths, find_checkpoints
+from utils.checkpoints.views import CheckpointView, read_local_checkpoint
+from utils.costs.costs import Costs, summarize_costs
+from utils.costs.spending import read_spending
+from utils.tools.monitor.disk_trend import DiskTrend
+from utils.tools.monitor.log_findings import LogFindings, Metrics, UploadLog
+from utils.tools.monitor.state import RunState, is_process_alive, judge_run, time_of
+from utils.tools.monitor.warnings import RunWarning, judge_disk, judge_state, judge_uploads
+from utils.tracking.metrics_log import MAX_STEP, MetricsLog
+from utils.uploads.status import describe_progress
+
+NEWEST_CHECKPOINTS = 5
+KEPT_RECORDS = 5000
+MAX_ETA_SECONDS = 100 * 365 * 86400.0
+
+
+@dataclass(frozen=True)
+class CheckpointStatus:
+    """One of the newest checkpoints and where it is on its way to the bucket.
+
+    Attributes:
+        upload: State of the upload, None where the journal does not know the checkpoint.
+        upload_progress: Of `describe_progress`, empty where nothing is under way.
+    """
+
+    name: str
+    step: int
+    loss: float | None
+    validation_loss: float | None
+    total_bytes: int | None
+    upload: str | None
+    upload_progress: dict[str, Any]
+    upload_error: str | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One look at a run; None where something is not known.
+
+    Attributes:
+        state: What the run is doing.
+        detail: What that rests on.
+        start: The record of the last start or resume, empty where there is none.
+        step: Newest step of any record.
+        max_steps: Length of the run.
+        eta_seconds: Time to the end of a running run.
+        silent_seconds: Time since the newest record.
+        stall_seconds: After so long without a record it has stalled.
+        metrics: The newest figures.
+        loss_curve: Training loss, the newest records condensed.
+        checkpoints: The newest ones on this machine.
+        save_interval_seconds: Time between the two newest.
+        uploads: Upload state -> number of checkpoints.
+        machine: Load of this machine.
+        disk_seconds_left: Until the checkpoints' disk is full; None while it is not filling, or not
+            watched for long enough to tell.
+        costs: Machine time and dollars over all starts of the run.
+        warnings: What to look after.
+        problems: What cannot be read.
+    """
+
+    state: RunState
+    detail: str
+    start: dict[str, Any]
+    step: int | None
+    max_steps: int | None
+    eta_seconds: float | None
+    silent_seconds: float | None
+    stall_seconds: float
+    metrics: Metrics
+    loss_curve: list[float]
+    checkpoints: list[CheckpointStatus]
+    save_interval_seconds: float | None
+    uploads: dict[str, int]
+    machine: Machine
+    disk_seconds_left: float | None
+    costs: Costs | None
+    warnings: list[RunWarning]
+    problems: list[str]
+
+
+class RunWatcher:
+    """Looks at one run again and again, reading what is new.
+
+    Args:
+        paths: Where the run keeps its things.
+        hourly_price: For the time whose price the run did not know.
+        clock: Seconds since 1970, as the records have them.
+        monotonic: Seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        paths: RunPaths,
+        hourly_price: float | None = None,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._paths, self._hourly_price = paths, hourly_price
+        self._clock, self._monotonic = clock, monotonic
+        self._metrics = MetricsLog(limit=KEPT_RECORDS)
+        self._findings: LogFindings | None = None
+        self._uploads = UploadLog(paths.journal)
+        self._machine = MachineProbe(paths.checkpoints)
+        self._disk = DiskTrend()
+        self._views: dict[str, tuple[object, CheckpointView]] = {}
+        self._began_at = monotonic()
+        self._grew_at: float | None = None
+        self._was_gone = False  # the process of the start, at the last look
+        self._is_elsewhere = False
+
+    def look(self) -> RunStatus:
+        """Return the state of the run now."""
+        problems: list[str] = []
+        has_grown = self._read_metrics(problems)
+        self._read_journal(problems)
+        findings, events = self._findings or LogFindings.of(self._metrics), self._metrics.events
+        self._findings = findings
+        silent_seconds = self._silent_seconds(findings)
+        state, detail = judge_run(
+            events,
+            is_alive=self._see_process(findings.start, has_grown),
+            silent_seconds=silent_seconds,
+            stall_seconds=findings.stall_seconds,
+            has_records=bool(self._metrics.records),
+            is_evaluating=self._is_evaluating(),
+        )
+        if state is RunState.NO_RUN:
+            detail = f"{detail} in {self._paths.metrics}"
+        names = self._find_checkpoints(problems)
+        views = self._read_views(names[-NEWEST_CHECKPOINTS:])
+        machine = self._machine.look()
+        interval = _save_interval(views)
+        if machine.disk_free_bytes is not None:
+            self._disk.add(self._monotonic(), machine.disk_free_bytes)
+        eta_seconds = _remaining_seconds(findings.newest, state, silent_seconds)
+        disk_seconds = self._disk.seconds_left(interval)
+        of_state = judge_state(state.value, silent_seconds, findings.stall_seconds)
+        warnings = [of_state] if of_state is not None else []
+        warnings += [*findings.warnings, *self._judge_uploads(names, interval)]
+        if state.is_live:
+            size = views[-1].total_bytes if views else None
+            warnings += judge_disk(machine.disk_free_bytes, disk_seconds, size, eta_seconds)
+        max_steps = number(findings.start.get("max_steps"))
+        states = Counter(entry.state.value for entry in self._uploads.entries.values())
+        return RunStatus(
+            state=state,
+            detail=detail,
+            start=findings.start,
+            step=findings.step,
+            max_steps=int(max_steps) if max_steps and 0 < max_steps < MAX_STEP else None,
+            eta_seconds=eta_seconds,
+            silent_seconds=silent_seconds,
+            stall_seconds=findings.stall_seconds,
+            metrics=findings.metrics,
+            loss_curve=findings.loss_curve,
+            checkpoints=[_checkpoint_status(v, self._uploads.entries, self._now()) for v in views],
+            save_interval_seconds=interval,
+            uploads=dict(states),
+            machine=machine,
+            disk_seconds_left=disk_seconds,
+            costs=summarize_costs(
+                read_spending(self._metrics, self._clock() if state.is_live else None),
+                tokens_seen=findings.metrics.tokens_seen,
+                remaining_seconds=eta_seconds,
+                hourly_price=self._hourly_price,
+            ),
+            warnings=warnings,
+            problems=problems,
+        )
+
+    def _is_evaluating(self) -> bool:
+        """Tell whether the newest event is an evaluation whose result is not there yet."""
+        records, events = self._metrics.records, self._metrics.events
+        if not events or events[-1]["event"] != "evaluating":
+            return False
+        last = records[-1] if records else {"step": 0}
+        return last["step"] <= events[-1]["step"] and "validation_loss" not in last
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock(), UTC)
+
+    def _read_metrics(self, problems: list[str]) -> bool:
+        """Read what is new in the log; tell whether there was anything."""
+        path, log = self._paths.metrics, self._metrics
+        has_grown = False
+        try:
+            is_first = self._findings is None
+            has_grown = log.read_new(path)
+            if (log.records or log.events) and not path.exists():
+                problems.append(f"{path} is gone; what it held is shown")
+            if has_grown or not (log.records or log.events):  # grown, or emptied
+                self._findings = None
+            if has_grown and not is_first:
+                self._grew_at = self._monotonic()
+        except OSError as exc:
+            problems.append(f"{path} cannot be read: {exc.strerror or exc}")
+        if log.bad_lines:
+            problems.append(f"{path}: {log.bad_lines} unreadable lines")
+        return has_grown
+
+    def _read_journal(self, problems: list[str]) -> None:
+        path = self._paths.journal
+        try:
+            self._uploads.read_new()
+        except NotADirectoryError:
+            return  # its directory is none, which is told of the checkpoints
+        except OSError as exc:
+            problems.append(f"{path} cannot be read: {exc.strerror or exc}")
+        if self._uploads.bad_lines:
+            problems.append(f"{path}: {self._uploads.bad_lines} unreadable lines")
+
+    def _silent_seconds(self, findings: LogFindings) -> float | None:
+        """Return the time since the last record, None where there is none.
+
+        Clocks of two machines differ, so what was seen while watching counts first: when the log
+        last grew; and as long as it has not, it is silent for the whole watch at least.
+        """
+        now = self._monotonic()
+        if self._grew_at is not None:
+            return now - self._grew_at
+        if findings.newest_time is None:
+            return None
+        return max(self._clock() - findings.newest_time, now - self._began_at)
+
+    def _see_process(self, start: Mapping[str, Any], has_grown: bool) -> bool | None:
+        """Tell whether the process lives, None where it cannot be seen.
+
+        A container may share the host's name and not its processes: a log that grows although its
+        process was gone at the look before has its process elsewhere.
+        """
+        is_alive = is_process_alive(start)
+        self._is_elsewhere = is_alive is False and (
+            self._is_elsewhere or (self._was_gone and has_grown)
+        )
+        self._was_gone = is_alive is False
+        return None if self._is_elsewhere else is_alive
+
+    def _judge_uploads(
+        self, names: Collection[str], save_interval_seconds: float | None
+    ) -> list[RunWarning]:
+        """Judge the uploads of what is here: what was set aside or deleted is not owed."""
+        failures = self._uploads.failures
+        waiting = self._uploads.waiting_seconds(self._clock())
+        return judge_uploads(
+            {name: failures[name] for name in names if name in failures},
+            {name: waiting[name] for name in names if name in waiting},
+            save_interval_seconds,
+        )
+
+    def _find_checkpoints(self, problems: list[str]) -> list[str]:
+        directory = self._paths.checkpoints
+        try:
+            names = find_checkpoints(directory)
+            if not names and directory.exists() and not directory.is_dir():
+                problems.append(f"{directory} is no directory")
+        except OSError as exc:
+            problems.append(f"{directory} cannot be read: {exc.strerror or exc}")
+            return []
+        return [str(name) for name in names]
+
+    def _read_views(self, names: Sequence[str]) -> list[CheckpointView]:
+        """Return checkpoints; one whose files have not changed is not read again."""
+        directory = self._paths.checkpoints
+        views: dict[str, tuple[object, CheckpointView]] = {}
+        for name in names:
+            version = [_version(directory / name / file) for file in (MANIFEST_FILE, METADATA_FILE)]
+            known = self._views.get(name)
+            if known is None or known[0] != version:
+                known = (version, read_local_checkpoint(directory / name, brief=True))
+            views[name] = known
+        self._views = views
+        return [view for _, view in views.values()]
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes when a file does, None where there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _remaining_seconds(
+    record: Mapping[str, Any], state: RunState, silent_seconds: float | None
+) -> float | None:
+    eta = number(record.get("eta_seconds"))
+    if eta is None or not 0 <= eta < MAX_ETA_SECONDS or state is not RunState.RUNNING:
+        return None
+    return max(0.0, eta - (silent_seconds or 0.0))
+
+
+def _save_interval(views: Sequence[CheckpointView]) -> float | None:
+    """Return the time between the two newest checkpoints, None where it is not known."""
+    moments = [time_of({"time": view.metadata.get("timestamp")}) for view in views[-2:]]
+    if len(moments) < 2 or moments[0] is None or moments[1] is None:
+        return None
+    interval = moments[1] - moments[0]
+    return interval if interval > 0 else None
+
+
+def _checkpoint_status(
+    view: CheckpointView, uploads: Mapping[str, JournalEntry], now: datetime
+) -> CheckpointStatus:
+    upload = uploads.get(str(view.name))
+    error = upload.details.get("error") if upload else None
+    is_under_way = upload is not None and upload.state in (
+        UploadState.ARCHIVING,
+        UploadState.UPLOADING,
+    )
+    return CheckpointStatus(
+        name=str(view.name),
+        step=view.name.step,
+        loss=view.loss,
+        validation_loss=view.validation_loss,
+        total_bytes=view.total_bytes,
+        upload=upload.state.value if upload else None,
+        upload_progress=describe_progress(upload, now) if upload and is_under_way else {},
+        upload_error=None if error is None else str(error),
+        problem=view.problem,
+    )

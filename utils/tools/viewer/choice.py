@@ -1,0 +1,168 @@
+"""Which checkpoints are meant, and in which order: names, filters, keys to sort by.
+
+    words of the command line, rows of checkpoint_report.py -> names, rows
+
+A filter is KEY OPERATOR VALUE, such as `step>=100`, `size<2GiB`, `time>=2026-01-31`,
+`state=verified`. What is not known of a checkpoint fulfils no condition and is sorted last. No
+torch here.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from utils.base.errors import UsageError
+from utils.base.text import number, parse_time, printable
+from utils.checkpoints.layout import CheckpointName
+
+SHOWN_NAMES = 5
+NUMBER_KEYS = {
+    "step": "step",
+    "epoch": "epoch",
+    "loss": "current_loss",
+    "validation-loss": "validation_loss",
+    "tokens": "tokens_seen",
+    "size": "size_bytes",
+}
+TEXT_KEYS = {"state": "state", "kept": "kept", "run": "run_id"}
+TIME_KEY = "time"
+FILTER_KEYS = (*NUMBER_KEYS, TIME_KEY, *TEXT_KEYS)
+SORT_KEYS = ("step", "loss", "validation-loss", TIME_KEY, "size")
+
+_CONDITION = re.compile(r"\s*([a-z-]+)\s*(>=|<=|!=|==|=|<|>)\s*(.*\S)\s*")
+_NUMBER = re.compile(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_EXPONENTS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One `--filter`.
+
+    Attributes:
+        key: One of `FILTER_KEYS`.
+        operator: Between a checkpoint's value and this one.
+        value: A number, a time or a text, as the key has it.
+    """
+
+    key: str
+    operator: str
+    value: float | datetime | str
+
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """Tell whether a row fulfils it."""
+        value = value_of(row, self.key)
+        return value is not None and _OPERATORS[self.operator](value, self.value)
+
+
+def parse_condition(text: str) -> Condition:
+    """Return the condition that a `--filter` states.
+
+    Raises:
+        UsageError: It is none.
+    """
+    match = _CONDITION.fullmatch(text)
+    if match is None or match[1] not in FILTER_KEYS:
+        raise UsageError(
+            f"--filter {printable(text)!r}: KEY OPERATOR VALUE is expected, such as 'step>=100'; "
+            f"the keys are {', '.join(FILTER_KEYS)}."
+        )
+    key, sign, word = match.groups()
+    if key in TEXT_KEYS:
+        if sign not in ("=", "==", "!="):
+            raise UsageError(f"--filter {printable(text)!r}: {key} is a text; only = and != apply.")
+        return Condition(key, sign, word)
+    value = parse_time(word) if key == TIME_KEY else parse_quantity(word)
+    if value is None:
+        kind = "time (ISO 8601, UTC)" if key == TIME_KEY else "number (such as 100, 1.5e9, 2GiB)"
+        raise UsageError(f"--filter {printable(text)!r}: {printable(word)!r} is no {kind}.")
+    return Condition(key, sign, value)
+
+
+def parse_quantity(text: str) -> float | None:
+    """Return a number, with k, M, G, T (powers of 1000) or Ki, Mi, Gi, Ti (of 1024) behind it."""
+    match = _NUMBER.fullmatch(text)
+    if match is None or (match[3] and not match[2]):
+        return None
+    try:
+        base = 1024 if match[3] else 1000
+        return number(float(match[1]) * base ** _EXPONENTS[match[2].lower()])
+    except ValueError:
+        return None
+
+
+def value_of(row: Mapping[str, Any], key: str) -> Any:
+    """Return what filters and sorting see of a row, None where it is not known."""
+    if key in NUMBER_KEYS:
+        return number(row[NUMBER_KEYS[key]])
+    if key == TIME_KEY:
+        return parse_time(row["timestamp"])
+    value = row[TEXT_KEYS[key]]
+    return value if isinstance(value, str) else None
+
+
+def choose_rows(
+    rows: Sequence[dict[str, Any]],
+    conditions: Sequence[Condition] = (),
+    *,
+    last: int | None = None,
+    sort_key: str = "step",
+    is_reversed: bool = False,
+) -> list[dict[str, Any]]:
+    """Return the rows that fulfil all conditions, of these the newest, in order.
+
+    Args:
+        rows: By step.
+        conditions: What a row must fulfil.
+        last: How many of the newest; None for all.
+        sort_key: One of `SORT_KEYS`.
+        is_reversed: The greatest first.
+    """
+    chosen = [row for row in rows if all(condition.holds(row) for condition in conditions)]
+    if last is not None:
+        chosen = chosen[-last:] if last > 0 else []
+    keyed = [(value_of(row, sort_key), row) for row in chosen]
+    known = [pair for pair in keyed if pair[0] is not None]
+    known.sort(key=lambda pair: pair[0], reverse=is_reversed)
+    return [row for _, row in known] + [row for value, row in keyed if value is None]
+
+
+def choose_name(text: str, names: Sequence[CheckpointName]) -> CheckpointName:
+    """Return the checkpoint that a name, a step number, or a beginning or end of a name means.
+
+    A beginning may leave out `checkpoint-`. Digits alone are a step.
+
+    Raises:
+        UsageError: There is none, or more than one.
+    """
+    exact = [name for name in names if str(name) == text]
+    if text.isdecimal():
+        found = [name for name in names if str(name.step) == text]
+    else:
+        found = exact or [name for name in names if text and _is_part(text, str(name))]
+    if len(found) == 1:
+        return found[0]
+    shown = printable(text)
+    if found:
+        fitting = ", ".join(map(str, found[-SHOWN_NAMES:]))
+        count = "" if len(found) <= SHOWN_NAMES else f"{len(found)} checkpoints, the newest "
+        raise UsageError(f"{shown!r} fits {count}{fitting}. Write more of the name.")
+    known = ", ".join(map(str, names[-SHOWN_NAMES:])) or "none yet"
+    raise UsageError(f"There is no checkpoint {shown!r}. The newest are: {known}.")
+
+
+def _is_part(text: str, name: str) -> bool:
+    return name.startswith((text, f"checkpoint-{text}")) or name.endswith(text)

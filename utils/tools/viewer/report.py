@@ -1,0 +1,324 @@
+"""The figures of checkpoints for the viewer: summary, statistics, throughput, files, differences.
+
+    checkpoint views (metadata.py) -> plain values, ready for text and for JSON
+
+Nothing here stops at a damaged file: a figure that is not known is None, and what is wrong comes
+back as text. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from utils.base.errors import ConfigError
+from utils.base.text import number, parse_time, to_json_text
+from utils.checkpoints.layout import DATA_STATE_FILE, METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
+from utils.checkpoints.views import CheckpointView, find_best, find_latest_view, read_json_part
+from utils.costs.costs import Costs, summarize_costs
+from utils.costs.prices import find_bucket_prices
+from utils.costs.spending import Spending
+from utils.models.mfu import Utilization, find_peak_flops, flops_per_token
+from utils.tracking.metrics_log import loss_trend
+from utils.tracking.plots import Curves, curves_from_history, curves_from_metadata
+
+MODEL_CONFIG_FILE = "config.json"
+_SHAPE_FILES = (MODEL_CONFIG_FILE, TRAINING_CONFIG_FILE)
+
+
+def summarize_all(
+    views: Sequence[CheckpointView], now: datetime, every: Sequence[CheckpointView] | None
+) -> list[dict[str, Any]]:
+    """Return what is shown of each checkpoint, ready for JSON.
+
+    Args:
+        views: The checkpoints.
+        now: For their age.
+        every: All checkpoints there, by step; None: which one is latest or best is not known.
+    """
+    latest, best = find_latest_view(every or ()), find_best(every or ())
+    rows = []
+    for view in views:
+        row = summarize(view)
+        written = parse_time(row["timestamp"])
+        row["age_seconds"] = (now - written).total_seconds() if written else None
+        row["is_latest"] = (
+            None if every is None else latest is not None and view.name == latest.name
+        )
+        row["is_best"] = None if every is None else best is not None and view.name == best.name
+        rows.append(row)
+    return rows
+
+
+def summarize(view: CheckpointView) -> dict[str, Any]:
+    """Return the figures of one checkpoint; None where one is not known."""
+    metadata = view.metadata
+    progress, system = section(metadata, "training_progress"), section(metadata, "system_info")
+    validation = section(metadata, "validation_metrics")
+    rates = metadata.get("learning_rates")
+    return {
+        "name": str(view.name),
+        "step": view.name.step,
+        "epoch": view.name.epoch,
+        "files_processed": view.name.files,
+        "timestamp": metadata.get("timestamp"),
+        "current_loss": view.loss,
+        "best_loss": number(metadata.get("best_loss")),
+        "validation_loss": view.validation_loss,
+        "validation_perplexity": number(validation.get("perplexity")),
+        "best_validation_loss": number(validation.get("best_validation_loss")),
+        "learning_rate": number(rates[-1]) if isinstance(rates, list) and rates else None,
+        "samples_seen": number(progress.get("samples_seen")),
+        "tokens_seen": number(progress.get("tokens_seen")),
+        "tokens_per_second": number(progress.get("tokens_per_second")),
+        "num_parameters": number(system.get("num_parameters")),
+        "costs": costs_as_json(measure_costs(view)),
+        "run_id": view.manifest.run_id if view.manifest else metadata.get("run_id"),
+        "git_commit": metadata.get("git_commit"),
+        "size_bytes": _byte_count(view.total_bytes),
+        "archive_bytes": view.archive_bytes,
+        "path": str(view.path) if view.path else None,
+        "upload": summarize_upload(view),
+        "problem": view.problem,
+    }
+
+
+def summarize_upload(view: CheckpointView) -> dict[str, Any] | None:
+    """Return the upload state of a local checkpoint, or that a remote one is in the bucket."""
+    if view.upload is not None:
+        entry = view.upload
+        return {"state": entry.state.value, "time": entry.time, "details": entry.details}
+    if view.archive_bytes is not None:
+        return {"state": "in bucket", "time": None, "details": {}}
+    return None
+
+
+def _byte_count(value: int | None) -> int | None:
+    """Return a size from outside where it can be calculated with; JSON has integers without end."""
+    return None if number(value) is None else value
+
+
+def loss_statistics(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return length, mean, population standard deviation and trend of the kept loss history."""
+    losses = numbers(metadata.get("loss_history"))
+    mean = deviation = None
+    with contextlib.suppress(OverflowError, ZeroDivisionError):
+        mean = math.fsum(losses) / len(losses)
+        deviation = math.sqrt(math.fsum((loss - mean) ** 2 for loss in losses) / len(losses))
+    return {
+        "length": len(losses),
+        "average": mean,
+        "standard_deviation": deviation,
+        "trend": loss_trend(losses),
+    }
+
+
+def read_part(view: CheckpointView, name: str) -> tuple[dict[str, Any], str | None]:
+    """Return (a JSON file of the checkpoint, what is wrong with it); empty for a remote one."""
+    return ({}, None) if view.path is None else read_json_part(view.path / name, view.manifest)
+
+
+def data_position(data_state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data position without the list of shards, which may be long."""
+    position = {key: value for key, value in data_state.items() if key not in ("format", "shards")}
+    shards = data_state.get("shards")
+    if isinstance(shards, list):
+        position["num_shards"] = len(shards)
+    return position
+
+
+def check_files(view: CheckpointView) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return (the manifest's files, which of them are missing or of another size)."""
+    files: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for name, entry in sorted(view.manifest.files.items()) if view.manifest else []:
+        files.append({"name": name, "size_bytes": entry.size, "crc32c": entry.crc32c})
+        if view.path is None:
+            continue
+        try:
+            size = (view.path / name).stat().st_size
+        except OSError as exc:
+            problems.append(f"{name} cannot be found ({exc.strerror})")
+            continue
+        if size != entry.size:
+            problems.append(f"{name} has {size} bytes, the manifest says {entry.size}")
+    return files, problems
+
+
+def measure_throughput(view: CheckpointView) -> dict[str, Any]:
+    """Return how fast the run was at the save, and its MFU where the device's peak is known.
+
+    The shape of the model is in the checkpoint; of one in the bucket attention is left out.
+    """
+    progress = section(view.metadata, "training_progress")
+    system = section(view.metadata, "system_info")
+    rate, parameters = (
+        number(progress.get("tokens_per_second")),
+        number(system.get("num_parameters")),
+    )
+    ranks = number(system.get("world_size"))
+    peak = find_peak_flops(str(system.get("device")), str(system.get("mixed_precision")))
+    mfu = number(progress.get("mfu"))
+    if mfu is None and rate and parameters and ranks and peak:
+        shape, config = (read_part(view, name)[0] for name in _SHAPE_FILES)
+        cost = flops_per_token(
+            parameters,
+            number(shape.get("num_hidden_layers", shape.get("n_layer"))) or 0,
+            number(shape.get("hidden_size", shape.get("n_embd"))) or 0,
+            number(config.get("sequence_length")) or 0,
+        )
+        mfu = Utilization(cost, peak * ranks).at(rate)
+    return {"tokens_per_second": rate, "mfu": mfu, "device": system.get("device")}
+
+
+def measure_costs(view: CheckpointView, hourly_price: float | None = None) -> Costs | None:
+    """Return what the run had cost at the save; None where its version did not count.
+
+    Args:
+        view: The checkpoint.
+        hourly_price: For the time whose price the run did not know.
+    """
+    progress = section(view.metadata, "training_progress")
+    keys = ("tokens_seen", "tokens_per_second", "completed_steps", "max_steps")
+    tokens, rate, steps, max_steps = (number(progress.get(key)) for key in keys)
+    remaining = None
+    if tokens and rate and steps and max_steps is not None:
+        with contextlib.suppress(OverflowError, ZeroDivisionError):
+            remaining = max(0.0, max_steps - steps) * (tokens / steps) / rate
+    spending = Spending.from_json(view.metadata.get("spending"))
+    return summarize_costs(
+        spending, tokens_seen=tokens, remaining_seconds=remaining, hourly_price=hourly_price
+    )
+
+
+def costs_as_json(costs: Costs | None) -> dict[str, Any] | None:
+    """Return costs as plain values."""
+    return None if costs is None else asdict(costs)
+
+
+def measure_storage(where: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return what the archives of a bucket take, and cost by the month at its list price.
+
+    Args:
+        where: The bucket's URI.
+        rows: Of all checkpoints in it.
+
+    Returns:
+        None where there is no price for it.
+    """
+    try:
+        prices = find_bucket_prices(where)
+    except ConfigError:  # a list is no less true because a price list is wrong
+        return None
+    total = math.fsum(number(row["archive_bytes"]) or 0.0 for row in rows)
+    dollars = None if prices is None else prices.storage_dollars_a_month(total)
+    if prices is None or dollars is None:
+        return None
+    return {"archive_bytes": total, "dollars_a_month": dollars, "price_date": prices.date}
+
+
+def measure_between(older: CheckpointView, newer: CheckpointView) -> dict[str, Any]:
+    """Return what was seen from one checkpoint to another; None where it is not known.
+
+    `tokens_per_second` is over the time between the two saves, whatever the run did meanwhile;
+    `logged_tokens_per_second` is the mean of what was logged of its steps.
+    """
+    values: dict[str, Any] = {"from": str(older.name), "to": str(newer.name)}
+    runs = [view.manifest.run_id if view.manifest else None for view in (older, newer)]
+    is_one_run = None not in runs and runs[0] == runs[1]
+    values["problem"] = None if is_one_run else "they are of different runs, or of unknown ones"
+    before, after = summarize(older), summarize(newer)
+    written = parse_time(before["timestamp"]), parse_time(after["timestamp"])
+    seconds = (written[1] - written[0]).total_seconds() if written[0] and written[1] else None
+    tokens = _difference(before["tokens_seen"], after["tokens_seen"])
+    figures = {
+        "steps": newer.name.step - older.name.step,
+        "samples": _difference(before["samples_seen"], after["samples_seen"]),
+        "tokens": tokens,
+        "shards": _shards_between(older, newer),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if tokens is not None and seconds else None,
+        "logged_tokens_per_second": _logged_rate(older, newer),
+    }
+    return values | {key: value if is_one_run else None for key, value in figures.items()}
+
+
+def _difference(older: float | None, newer: float | None) -> float | None:
+    return None if older is None or newer is None else newer - older
+
+
+def _shards_between(older: CheckpointView, newer: CheckpointView) -> int | None:
+    """Return how many shards were wholly consumed; an epoch consumes all of them."""
+    if older.name.epoch == newer.name.epoch:
+        return newer.name.files - older.name.files
+    states = [read_part(view, DATA_STATE_FILE)[0] for view in (older, newer)]
+    shards = [state.get("shards") for state in states]
+    is_same = states[0].get("fingerprint") == states[1].get("fingerprint")
+    if not is_same or not isinstance(shards[0], list):
+        return None
+    epochs = newer.name.epoch - older.name.epoch
+    return epochs * len(shards[0]) + newer.name.files - older.name.files
+
+
+def _logged_rate(older: CheckpointView, newer: CheckpointView) -> float | None:
+    """Return the mean of the logged rates behind one checkpoint, up to another."""
+    history, _ = read_part(newer, METRICS_HISTORY_FILE)
+    steps, rates = history.get("steps"), history.get("tokens_per_second")
+    if not isinstance(steps, list) or not isinstance(rates, list):
+        return None
+    pairs = ((number(step), number(rate)) for step, rate in zip(steps, rates, strict=False))
+    first, last = older.name.step, newer.name.step
+    between = [rate for step, rate in pairs if step and rate is not None and first < step <= last]
+    return math.fsum(rate / len(between) for rate in between) if between else None
+
+
+def config_differences(
+    views: Sequence[CheckpointView],
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """Return (configuration key -> its value in each checkpoint, where they differ; notes)."""
+    if any(view.path is None for view in views):
+        return {}, ["configurations are in the archives, not in the bucket's cards"]
+    parts = [read_part(view, TRAINING_CONFIG_FILE) for view in views]
+    notes = [f"{view.name}: {part[1]}" for view, part in zip(views, parts, strict=True) if part[1]]
+    configs = [values for values, problem in parts if problem is None]
+    if notes:
+        return {}, notes
+    keys = sorted(set().union(*configs))
+    values = {key: [config.get(key) for config in configs] for key in keys}
+    # As text: values from outside may be nested deeper than `==` can follow.
+    return {
+        key: found
+        for key, found in values.items()
+        if len({to_json_text(value, indent=None) for value in found}) > 1
+    }, []
+
+
+def read_curves(view: CheckpointView, label: str) -> tuple[Curves, str | None]:
+    """Return (the curves up to a checkpoint, why they are not whole).
+
+    All logged points are in training_metrics.json; metadata.json has the last ones only.
+    """
+    history, problem = read_part(view, METRICS_HISTORY_FILE)
+    if view.path is None:
+        problem = "the whole history is in the archive"
+    elif problem is None and not isinstance(history.get("steps"), list):
+        problem = f"{METRICS_HISTORY_FILE} has no steps"
+    if isinstance(history.get("steps"), list):
+        return curves_from_history(label, history), problem
+    return curves_from_metadata(label, view.metadata), problem
+
+
+def section(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return a nested object, empty where there is none."""
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def numbers(value: object) -> list[float]:
+    """Return the finite numbers of a list that may hold anything."""
+    found = [number(item) for item in value] if isinstance(value, list) else []
+    return [item for item in found if item is not None]

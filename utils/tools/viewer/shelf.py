@@ -1,0 +1,268 @@
+"""The checkpoints that the viewer looks at, in a directory or in a bucket.
+
+    checkpoint directory, journal | cards in the bucket -> names, views, rows
+
+Names come from one listing; what a command shows is read, and nothing else. What lies there and
+cannot be read is named in `notes`. Nothing is locked or changed. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from configs.training_config import TrainingConfig, get_training_config
+from utils.base.errors import CheckpointError, UsageError
+from utils.base.files import MAX_BYTES
+from utils.base.text import printable
+from utils.base.uri import join_uri, require_path
+from utils.checkpoints.journal import Journal, JournalEntry
+from utils.checkpoints.layout import (
+    MANIFEST_FILE,
+    CheckpointName,
+    RunPaths,
+    find_checkpoints,
+    parse_checkpoint_name,
+    validate_run_name,
+)
+from utils.checkpoints.retention import decide_retention
+from utils.checkpoints.views import (
+    CheckpointView,
+    find_best,
+    read_json_object,
+    read_local_checkpoint,
+)
+from utils.remote.listing import RemoteListing, list_remote, read_cards
+from utils.storage.bucket import Bucket
+from utils.storage.open import open_bucket
+from utils.tools.viewer.choice import choose_name
+from utils.tools.viewer.report import summarize_all
+from utils.uploads.status import describe_decision, describe_state
+
+RETRY_SECONDS = 15.0
+NOT_READ = "it was not read"
+
+
+class Shelf:
+    """Checkpoints in one place.
+
+    Attributes:
+        where: Directory or bucket.
+        names: Those that are complete, by step.
+        notes: What is there besides and is not shown.
+    """
+
+    def __init__(self, where: str, names: list[CheckpointName], notes: list[str]) -> None:
+        self.where, self.names, self.notes = where, names, notes
+        self._views: dict[tuple[CheckpointName, bool], CheckpointView] = {}
+
+    def _read(self, names: Sequence[CheckpointName], *, brief: bool) -> list[CheckpointView]:
+        raise NotImplementedError
+
+    def _all_known(self) -> list[CheckpointView] | None:
+        """Return all checkpoints; None where reading the others would take a while."""
+        raise NotImplementedError
+
+    def _add_states(self, views: Sequence[CheckpointView], rows: list[dict[str, Any]]) -> None:
+        raise NotImplementedError
+
+    def read(self, names: Sequence[CheckpointName], *, brief: bool = False) -> list[CheckpointView]:
+        """Return checkpoints in the order of their names; what has vanished meanwhile is left out.
+
+        Each is read once.
+
+        Args:
+            names: Which.
+            brief: Their histories are not needed.
+        """
+        missing = [name for name in dict.fromkeys(names) if (name, brief) not in self._views]
+        found = self._read(missing, brief=brief) if missing else []
+        self._views.update({(view.name, brief): view for view in found})
+        return [self._views[name, brief] for name in names if (name, brief) in self._views]
+
+    def select(self, text: str) -> CheckpointView:
+        """Return the checkpoint that a user means: `latest`, `best`, or as `choose_name` says.
+
+        Raises:
+            UsageError: There is none, or more than one.
+        """
+        name: CheckpointName | None = None
+        if text == "latest":
+            newest = (view for name in reversed(self.names) for view in self.read([name]))
+            sound = (view.name for view in newest if view.problem is None)
+            name = next(sound, self.names[-1] if self.names else None)
+        elif text == "best":
+            best = find_best(self.read(self.names, brief=True))
+            name = best.name if best is not None else None
+        found = self.read([name or choose_name(text, self.names)])
+        if not found:
+            raise UsageError(f"{printable(text)} was deleted at this moment; list shows the rest.")
+        return found[0]
+
+    def rows(self, views: Sequence[CheckpointView]) -> list[dict[str, Any]]:
+        """Return what is shown of checkpoints: the figures, the state in the bucket, why kept."""
+        every = self._all_known()
+        rows = summarize_all(views, datetime.now(UTC), every)
+        self._add_states(views, rows)
+        return rows
+
+
+class LocalShelf(Shelf):
+    """The checkpoints of an output directory.
+
+    Args:
+        directory: Where they lie.
+        config: Says where they are uploaded to, and which are kept.
+
+    Raises:
+        CheckpointError: The directory cannot be read.
+    """
+
+    def __init__(self, directory: Path, config: TrainingConfig) -> None:
+        try:
+            names = find_checkpoints(directory)
+            notes = _incomplete_notes(directory, names)
+        except OSError as exc:
+            raise CheckpointError(f"{directory} cannot be read: {exc.strerror or exc}.") from exc
+        super().__init__(str(directory), names, notes)
+        self._directory, self._config = directory, config
+        self._uploads = self._read_journal(directory / "uploads.jsonl")
+
+    def _read_journal(self, path: Path) -> dict[str, JournalEntry]:
+        try:
+            facts = path.stat()
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_BYTES:
+                raise OSError("it is no regular file, or too large")
+            return Journal(path).latest()
+        except FileNotFoundError:
+            return {}
+        except (OSError, RecursionError) as exc:
+            self.notes.append(f"upload states are unknown, the journal cannot be read: {exc}")
+            return {}
+
+    def _read(self, names: Sequence[CheckpointName], *, brief: bool) -> list[CheckpointView]:
+        views = []
+        for name in names:
+            path = self._directory / str(name)
+            view = read_local_checkpoint(path, self._uploads.get(path.name), brief=brief)
+            # Retention may delete one between the listing and the reading; its manifest goes first.
+            if view.manifest is not None or (path / MANIFEST_FILE).exists():
+                views.append(view)
+        return views
+
+    def _all_known(self) -> list[CheckpointView]:
+        return self.read(self.names, brief=True)
+
+    def _add_states(self, views: Sequence[CheckpointView], rows: list[dict[str, Any]]) -> None:
+        config = self._config
+        uri = join_uri(config.checkpoint_uri, config.run_name) if config.checkpoint_uri else ""
+        every = self._all_known()  # one is kept or goes because of the others
+        decisions = {
+            decision.name: decision
+            for decision in decide_retention(
+                every, config, run_id=self._find_run(every), is_uploading_on=bool(uri)
+            )
+        }
+        for view, row in zip(views, rows, strict=True):
+            row["state"] = describe_state(view, None, uri, NOT_READ)
+            row["kept"] = describe_decision(decisions.get(str(view.name)))
+
+    def _find_run(self, views: Sequence[CheckpointView]) -> str:
+        """Return the run that works here: as run.json says, else that of the newest checkpoint."""
+        with contextlib.suppress(CheckpointError):
+            return str(read_json_object(self._directory / "run.json").get("run_id"))
+        return next((view.manifest.run_id for view in reversed(views) if view.manifest), "")
+
+
+class RemoteShelf(Shelf):
+    """The checkpoints in a bucket, as far as the cards beside their archives tell.
+
+    Args:
+        where: What the user calls the bucket.
+        bucket: The bucket, open.
+
+    Raises:
+        StorageError: It cannot be listed.
+    """
+
+    def __init__(self, where: str, bucket: Bucket) -> None:
+        self._bucket = bucket
+        self._listing: RemoteListing = list_remote(bucket)
+        without_card = sorted(self._listing.archives.keys() - self._listing.cards.keys())
+        notes = [f"{name} is not listed: it has no card, so its upload is not finished."
+                 for name in without_card]  # fmt: skip
+        super().__init__(where, sorted(self._listing.cards), notes)
+
+    def _read(self, names: Sequence[CheckpointName], *, brief: bool) -> list[CheckpointView]:
+        return read_cards(self._bucket, self._listing, names)
+
+    def read(self, names: Sequence[CheckpointName], *, brief: bool = False) -> list[CheckpointView]:
+        """Return checkpoints as `Shelf.read` does; a card comes as a whole or not at all."""
+        return super().read(names)
+
+    def _all_known(self) -> list[CheckpointView] | None:
+        is_read = all((name, False) in self._views for name in self.names)
+        return self.read(self.names) if is_read else None  # each card is a request
+
+    def _add_states(self, views: Sequence[CheckpointView], rows: list[dict[str, Any]]) -> None:
+        for view, row in zip(views, rows, strict=True):
+            row["state"] = describe_state(None, view, self._bucket.uri, None)
+            row["kept"] = ""
+
+
+def run_config(name: str, output_dir: str | None, run_name: str | None) -> TrainingConfig:
+    """Return the configuration that says where a run's checkpoints and its bucket are.
+
+    Args:
+        name: Of a configuration, or a file.
+        output_dir: In place of the configuration's; None leaves it.
+        run_name: The same.
+
+    Raises:
+        ConfigError: A file or value is wrong.
+    """
+    given = {"output_dir": output_dir, "run_name": run_name}
+    return get_training_config(name, {k: v for k, v in given.items() if v is not None})
+
+
+@contextlib.contextmanager
+def open_shelf(
+    config: TrainingConfig, *, is_remote: bool = False, place: str | None = None
+) -> Iterator[Shelf]:
+    """Open the checkpoints of a run.
+
+    Args:
+        config: The run's configuration.
+        is_remote: Those in the bucket instead of those on this machine.
+        place: Another directory, or another bucket, than the configuration's.
+
+    Raises:
+        UsageError: No bucket is named.
+        CheckpointError: The directory cannot be read.
+        StorageError: The bucket cannot be listed.
+    """
+    if not is_remote:
+        require_path(place or "", "--run")
+        yield LocalShelf(RunPaths.of(config).checkpoints if place is None else Path(place), config)
+        return
+    if place is None and not config.checkpoint_uri:
+        raise UsageError("--remote: this configuration has no checkpoint_uri.")
+    uri = place or join_uri(config.checkpoint_uri, validate_run_name(config.run_name))
+    bucket = open_bucket(uri, config.gcs_user_project or None, RETRY_SECONDS)
+    with contextlib.closing(bucket):
+        yield RemoteShelf(uri, bucket)
+
+
+def _incomplete_notes(directory: Path, complete: Sequence[CheckpointName]) -> list[str]:
+    """Name what is called like a checkpoint and was never committed."""
+    if not directory.is_dir():
+        return []
+    known = {str(name) for name in complete}
+    others = sorted(entry.name for entry in os.scandir(directory) if entry.name not in known)
+    return [f"{name} is not listed: it has no {MANIFEST_FILE}, so it is incomplete."
+            for name in others if parse_checkpoint_name(name)]  # fmt: skip

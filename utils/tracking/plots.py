@@ -1,0 +1,271 @@
+"""Curves of checkpoints -> a picture file, with matplotlib's Agg renderer (no display needed).
+
+    training_metrics.json, metadata.json -> curves -> picture; text_plots.py for a terminal
+
+matplotlib is imported when something is drawn and not before: it takes longer than everything else
+the viewer does. No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.base.errors import PretrainError, UsageError
+from utils.base.text import number, printable
+from utils.base.uri import require_path
+from utils.tracking.metrics_log import HISTORY_LIMIT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH_INCHES = 9.0
+LOSS_INCHES = 4.5
+PANEL_INCHES = 1.7
+DOTS_PER_INCH = 120
+DEFAULT_SUFFIX = ".png"
+SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
+LABEL_CHARACTERS = 80
+# Nothing computed in float32 is greater, and renderers overflow long before a float64 does.
+GREATEST_VALUE = 1e39
+GREATEST_STEP = 1e15
+
+# Metric -> its name in the picture, in the order of the panels.
+METRICS = {
+    "loss": "training loss",
+    "validation_loss": "validation loss",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens/s",
+}
+LOSSES = ("loss", "validation_loss")
+HISTORY_KEYS = {
+    "loss": "loss_history",
+    "learning_rate": "learning_rates",
+    "grad_norm": "grad_norms",
+    "tokens_per_second": "tokens_per_second",
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values over steps, of the same length; what is not finite is drawn as a gap."""
+
+    steps: Sequence[float] = ()
+    values: Sequence[float] = ()
+
+    @property
+    def num_points(self) -> int:
+        """Points that are drawn."""
+        return sum(math.isfinite(value) for value in self.values)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn of one checkpoint.
+
+    Attributes:
+        label: What it is called in the picture.
+        series: By metric; those without a point are left out.
+        has_steps: Whether the steps are known; else entries are counted.
+    """
+
+    label: str
+    series: Mapping[str, Series] = field(default_factory=dict)
+    has_steps: bool = True
+
+
+def curves_from_history(label: str, history: Mapping[str, Any]) -> Curves:
+    """Return the curves of a `training_metrics.json`; of what is damaged, the readable points."""
+    steps = _list(history.get("steps"))
+    evaluations = [item for item in _list(history.get("validation")) if isinstance(item, dict)]
+    series = {
+        metric: _series(steps, _list(history.get(key))) for metric, key in HISTORY_KEYS.items()
+    }
+    series["validation_loss"] = _series(
+        [item.get("step") for item in evaluations],
+        [item.get("validation_loss") for item in evaluations],
+    )
+    return Curves(label, _with_points(series))
+
+
+def curves_from_metadata(label: str, metadata: Mapping[str, Any]) -> Curves:
+    """Return the last points as `metadata.json` keeps them; their steps are not known."""
+    series = {}
+    for metric in ("loss", "learning_rate"):
+        values = _list(metadata.get(HISTORY_KEYS[metric]))
+        series[metric] = _series(range(1, len(values) + 1), values)
+    return Curves(label, _with_points(series), has_steps=False)
+
+
+def _with_points(series: Mapping[str, Series]) -> dict[str, Series]:
+    return {metric: series[metric] for metric in METRICS
+            if metric in series and series[metric].num_points}  # fmt: skip
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _series(steps: Sequence[object], values: Sequence[object]) -> Series:
+    """Pair steps with values; what is no number becomes a gap, a missing step drops the point."""
+    points = [
+        (_number(step, GREATEST_STEP), _number(value, GREATEST_VALUE))
+        for step, value in zip(steps, values, strict=False)
+    ]
+    known = [
+        (step, math.nan if value is None else value) for step, value in points if step is not None
+    ]
+    return Series([step for step, _ in known], [value for _, value in known])
+
+
+def _number(value: object, greatest: float) -> float | None:
+    known = number(value)
+    return known if known is not None and abs(known) <= greatest else None
+
+
+def require_drawable(all_curves: Sequence[Curves]) -> None:
+    """Refuse to draw nothing.
+
+    Raises:
+        UsageError: No curve has a point.
+    """
+    if not any(curves.series for curves in all_curves):
+        labels = ", ".join(printable(curves.label) for curves in all_curves)
+        raise UsageError(f"{labels}: nothing was logged before it, so there is no curve.")
+
+
+def x_label(all_curves: Sequence[Curves]) -> str:
+    """Say what the steps of curves count."""
+    if all(curves.has_steps for curves in all_curves):
+        return "step"
+    return f"logged entry (of the last {HISTORY_LIMIT})"
+
+
+def picture_path(path: Path) -> Path:
+    """Return where a picture goes: `path`, with .png added where it has no suffix.
+
+    Raises:
+        UsageError: The suffix is of no kind of picture, or it is no path on this machine.
+    """
+    require_path(str(path))
+    target = path if path.suffix else path.with_name(path.name + DEFAULT_SUFFIX)
+    if target.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--save {path}: the name must end in one of {', '.join(SUFFIXES)}.")
+    return target
+
+
+def draw_picture(all_curves: Sequence[Curves], path: Path) -> Path:
+    """Draw losses above and every other metric in a panel below, over the same steps.
+
+    Args:
+        all_curves: One or several checkpoints; each has a colour.
+        path: The file, of `picture_path`.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UsageError: There is nothing to draw, or the file cannot be written.
+        PretrainError: matplotlib is not installed.
+    """
+    target = picture_path(path)
+    require_drawable(all_curves)
+    return _save(_build_figure(all_curves), target)
+
+
+def draw_panels(panels: Mapping[str, Series], path: Path, title: str = "") -> Path:
+    """Draw series over the same steps, each in a panel of its own, their points marked.
+
+    Args:
+        panels: By name.
+        path: The file, of `picture_path`.
+        title: Above all.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UsageError: There is nothing to draw, or the file cannot be written.
+        PretrainError: matplotlib is not installed.
+    """
+    target = picture_path(path)
+    if not any(series.num_points for series in panels.values()):
+        raise UsageError("There is nothing to draw: no figure of a checkpoint is known.")
+    figure, every = _new_figure([LOSS_INCHES / 1.5] * len(panels))
+    for axes, (name, series) in zip(every, panels.items(), strict=True):
+        axes.plot(series.steps, series.values, marker="o", markersize=4, linewidth=1.2)
+        axes.set_ylabel(_plain(name))
+        axes.grid(alpha=0.3)
+    every[0].set_title(_plain(title))
+    every[-1].set_xlabel("step")
+    return _save(figure, target)
+
+
+def _save(figure: Any, target: Path) -> Path:
+    try:
+        figure.savefig(target, dpi=DOTS_PER_INCH)
+    except OSError as exc:
+        raise UsageError(f"{target} cannot be written: {exc.strerror or exc}.") from exc
+    return target
+
+
+def _new_figure(heights: Sequence[float]) -> tuple[Any, Any]:
+    """Return (a figure, its axes one below the other)."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise PretrainError("matplotlib is not installed; run: pip install matplotlib") from exc
+    figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    every = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
+    return figure, every[:, 0]
+
+
+def _build_figure(all_curves: Sequence[Curves]) -> Any:
+    present = [key for key in METRICS if any(key in curves.series for curves in all_curves)]
+    losses = tuple(metric for metric in LOSSES if metric in present)
+    panels = [panel for panel in (losses, *((m,) for m in present if m not in LOSSES)) if panel]
+    heights = [LOSS_INCHES if panel == losses else PANEL_INCHES for panel in panels]
+    figure, every = _new_figure(heights)
+    for axes, panel in zip(every, panels, strict=True):
+        _draw_panel(axes, panel, all_curves)
+    if len(all_curves) == 1:
+        every[0].set_title(_plain(all_curves[0].label))
+    if losses or len(all_curves) > 1:
+        every[0].legend(fontsize="small")
+    every[-1].set_xlabel(x_label(all_curves))
+    figure.align_ylabels()
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Sequence[str], all_curves: Sequence[Curves]) -> None:
+    is_alone = len(all_curves) == 1
+    for index, curves in enumerate(all_curves):
+        for metric in panel:
+            series = curves.series.get(metric)
+            if series is None:
+                continue
+            is_validation = metric == "validation_loss"
+            name = METRICS[metric] if len(panel) > 1 or is_alone else ""
+            label = name if is_alone else " ".join(filter(None, (_plain(curves.label), name)))
+            color = f"C{int(is_validation)}" if is_alone else f"C{index % 10}"
+            # A single point has no line to be seen by; evaluations are far apart.
+            mark = "o" if is_validation or series.num_points == 1 else ""
+            style = "--" if is_validation and not is_alone else "-"
+            axes.plot(series.steps, series.values, color=color, linestyle=style, marker=mark,
+                      markersize=4, linewidth=1.2, label=label)  # fmt: skip
+    axes.set_ylabel("loss" if panel[0] in LOSSES else METRICS[panel[0]])
+    if panel[0] == "learning_rate":
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.grid(alpha=0.3)
+
+
+def _plain(label: str) -> str:
+    """Return text that matplotlib shows as it is: `$` would begin a formula, `_` hide a label."""
+    text = printable(label, LABEL_CHARACTERS).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

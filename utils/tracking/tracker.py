@@ -1,0 +1,153 @@
+"""What every tracker of a run is: an Accelerate tracker that can fail without stopping the run.
+
+    metrics, texts of a run -> tracker -> metrics.jsonl | TensorBoard | W&B
+
+A tracker that fails (a full disk, a service that is down) says so once, until it works again, and
+training goes on. Only the main process has anything to track.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, on_main_process
+
+from configs.training_config import TrainingConfig
+from utils.base.text import printable
+from utils.checkpoints.layout import RunIdentity
+
+SPEED = ("tokens_per_second", "step_seconds", "data_wait_share", "mfu", "eta_seconds")
+VALIDATION = {
+    "validation_loss": "validation/loss",
+    "validation_perplexity": "validation/perplexity",
+    "best_validation_loss": "validation/best_loss",
+}
+
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a tracker is told when a start begins.
+
+    Attributes:
+        identity: Run and branch.
+        step: Steps done before this start.
+        config: The run's configuration.
+        facts: Numbers and names of this start: ranks, device, precision, parameters, ...
+        hyperparameters: What decides the training, flat: name -> number or text.
+        missing: Metrics by step that the logs on this machine lack: another one logged them.
+    """
+
+    identity: RunIdentity
+    step: int
+    config: TrainingConfig
+    facts: Mapping[str, Any]
+    hyperparameters: Mapping[str, float | str]
+    missing: Sequence[tuple[int, Mapping[str, float]]] = ()
+
+    @property
+    def curve(self) -> str:
+        """Name of the curve: a run that is resumed goes on with its own, a branch has another."""
+        branch = self.identity.branch
+        return self.identity.run_id + (f"-branch{branch}" if branch else "")
+
+
+def group_metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers among flat metrics under names that boards sort into groups."""
+    grouped = {}
+    for key, value in values.items():
+        if isinstance(value, (int, float)):
+            group = "speed" if key in SPEED else "train"
+            grouped[VALIDATION.get(key, f"{group}/{key}")] = float(value)
+    return grouped
+
+
+class RunTracker(GeneralTracker):
+    """A tracker of one start; every method may be called from any thread, and none raises."""
+
+    name = ""
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_failing = False
+
+    @property
+    def tracker(self) -> Any:
+        """What does the work, as Accelerate asks for it."""
+        return self
+
+    @on_main_process
+    def begin(self, start: RunStart) -> None:
+        """Begin, or go on with, the curves of a run."""
+        self._attempt(lambda: self._begin(start))
+
+    @on_main_process
+    def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Take the metrics of a step."""
+        self._attempt(lambda: self._log(values, step or 0))
+
+    @on_main_process
+    def log_lines(self, title: str, lines: Sequence[str], step: int) -> None:
+        """Take events, a line each."""
+        self._attempt(lambda: self._log_lines(title, lines, step))
+
+    @on_main_process
+    def log_samples(self, samples: Sequence[tuple[str, str]], step: int) -> None:
+        """Take texts of the model, each with its prompt before it."""
+        self._attempt(lambda: self._log_samples(samples, step))
+
+    @on_main_process
+    def roll_back(self, step: int) -> None:
+        """Take back what lies behind `step`, in the middle of a start."""
+        self._attempt(lambda: self._roll_back(step))
+
+    @on_main_process
+    def end(self, outcome: str) -> None:
+        """Close it; nothing comes after this.
+
+        Args:
+            outcome: done, stopped or failed.
+        """
+        self._attempt(functools.partial(self._end, outcome))
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as exc:  # noqa: BLE001 - watching must never stop a run
+            log.debug("%s failed.", self.name, exc_info=True)
+            if not self._is_failing:
+                reason = getattr(exc, "strerror", None) or printable(exc) or type(exc).__name__
+                log.warning("%s cannot be written: %s. Training goes on.", self.title, reason)
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return self.name
+
+    def _begin(self, start: RunStart) -> None:
+        """Nothing to prepare."""
+
+    @abstractmethod
+    def _log(self, values: Mapping[str, Any], step: int) -> None: ...
+
+    def _log_lines(self, title: str, lines: Sequence[str], step: int) -> None:
+        """No place for events."""
+
+    def _log_samples(self, samples: Sequence[tuple[str, str]], step: int) -> None:
+        """No place for texts."""
+
+    def _roll_back(self, step: int) -> None:
+        """Nothing to take back."""
+
+    def _end(self, outcome: str) -> None:
+        """Nothing to close."""

@@ -1,0 +1,265 @@
+"""Where logged metrics go: `metrics.jsonl` always, TensorBoard or W&B through Accelerate.
+
+    train step -> metrics.jsonl, TensorBoard, W&B -> viewer, monitor, people
+
+Curves do not go back in time after a resume: each tracker takes back what lies behind the resumed
+step, and `metrics.jsonl` gets a `resume` record that its reader obeys. No tracker stops a run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import os
+import platform
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from configs.training_config import GUARDED_KEYS, TrainingConfig
+from utils.base.errors import ConfigError
+from utils.base.text import number, printable, to_json_text
+from utils.checkpoints.layout import RunIdentity
+from utils.tracking.metrics_log import append_metrics, read_metrics
+from utils.tracking.tensorboard import FOLDER, TensorBoardTracker
+from utils.tracking.tracker import RunStart, RunTracker
+from utils.tracking.wandb import WandbTracker
+
+METRICS_FILE = "metrics.jsonl"
+MAX_NOTE = 1000
+_TRACKERS = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
+
+log = logging.getLogger(__name__)
+
+
+class JsonLinesTracker(RunTracker):
+    """Appends each record to `metrics.jsonl`."""
+
+    name = "jsonl"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return str(self._path)
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        append_metrics(self._path, {"step": step, **values})
+
+
+def build_trackers(config: TrainingConfig, metrics_path: Path) -> list[RunTracker]:
+    """Return what `Accelerator(log_with=...)` takes.
+
+    Raises:
+        ConfigError: A tracker's package is not installed.
+    """
+    for target in config.report_to:
+        if importlib.util.find_spec(target) is None:
+            raise ConfigError(
+                f"report_to names {target}, which is not installed. "
+                f"Run: pip install {target} (in the virtual environment)."
+            )
+    targets = dict.fromkeys(config.report_to)
+    boards = [_TRACKERS[target](metrics_path.parent) for target in targets]
+    return [JsonLinesTracker(metrics_path), *boards]
+
+
+def start_trackers(
+    accelerator: Accelerator,
+    config: TrainingConfig,
+    logs: Path,
+    identity: RunIdentity,
+    facts: dict[str, Any],
+    step: int,
+    history: Mapping[str, Sequence[Any]],
+) -> None:
+    """Begin the curves of this start at `step`.
+
+    Args:
+        accelerator: Made with `build_trackers`.
+        config: The run's configuration.
+        logs: The run's log directory.
+        identity: Run and branch.
+        facts: What `metrics.jsonl` says about this start.
+        step: Steps done before it.
+        history: Every metric that the checkpoint brought along: `Progress.history`.
+    """
+    accelerator.init_trackers(FOLDER)
+    if not accelerator.is_main_process:
+        return
+    facts = {"run_id": identity.run_id, "branch": identity.branch, **facts}
+    hyperparameters = find_hyperparameters(config, facts)
+    start = RunStart(identity, step, config, facts, hyperparameters)
+    folder = logs / FOLDER / start.curve
+    known = last_logged_step(logs, step) if folder.is_dir() else 0
+    missing = [item for item in metrics_of(history) if known < item[0] <= step]
+    start = RunStart(identity, step, config, facts, hyperparameters, missing)
+    for tracker in accelerator.trackers:
+        tracker.begin(start)
+    place = {"pid": os.getpid(), "hostname": platform.node()}
+    record_event(logs, {"event": "resume" if step else "start", "step": step, **facts, **place})
+
+
+def find_hyperparameters(
+    config: TrainingConfig, facts: Mapping[str, Any]
+) -> dict[str, float | str]:
+    """Return what decides the training, under flat names, as numbers and texts."""
+    values = {key: getattr(config, key) for key in GUARDED_KEYS}
+    overrides = values.pop("model_overrides")
+    values |= {f"model_overrides.{key}": value for key, value in overrides.items()}
+    values["max_steps"] = config.max_steps
+    values |= {
+        key: facts[key]
+        for key in ("tokens_per_step", "num_parameters", "precision", "world_size")
+        if key in facts
+    }
+    flat: dict[str, float | str] = {}
+    for key, value in values.items():
+        is_plain = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+        flat[key] = value if is_plain else to_json_text(value, indent=None)
+    return flat
+
+
+def last_logged_step(logs: Path, limit: int) -> int:
+    """Return the last step up to `limit` whose metrics this machine's logs have, 0 for none."""
+    try:
+        records = read_metrics(logs / METRICS_FILE).records
+    except OSError:
+        return 0
+    return max((record["step"] for record in records if record["step"] <= limit), default=0)
+
+
+def metrics_of(history: Mapping[str, Sequence[Any]]) -> list[tuple[int, dict[str, float]]]:
+    """Return the metrics of a checkpoint's histories by step, under the names of the log."""
+    names = {
+        "loss_history": "loss",
+        "learning_rates": "learning_rate",
+        "grad_norms": "grad_norm",
+        "tokens_per_second": "tokens_per_second",
+    }
+    by_step: dict[int, dict[str, float]] = {step: {} for step in history.get("steps", ())}
+    for key, metric in names.items():
+        pairs = zip(history.get("steps", ()), history.get(key, ()), strict=False)
+        for step, value in pairs:
+            _put(by_step, step, metric, value)
+            if metric == "loss":
+                _put(by_step, step, "perplexity", _perplexity(value))
+    best: float | None = None
+    for entry in history.get("validation", ()):
+        step, loss = entry["step"], number(entry.get("validation_loss"))
+        best = loss if best is None or (loss is not None and loss < best) else best
+        _put(by_step, step, "validation_loss", loss)
+        _put(by_step, step, "validation_perplexity", _perplexity(loss))
+        _put(by_step, step, "best_validation_loss", best)
+    return sorted(by_step.items())
+
+
+def _put(by_step: dict[int, dict[str, float]], step: int, metric: str, value: object) -> None:
+    known = number(value)
+    if known is not None:
+        by_step.setdefault(step, {})[metric] = known
+
+
+def _perplexity(loss: object) -> float | None:
+    known = number(loss)
+    return None if known is None else math.exp(min(known, 700.0))
+
+
+class Notes:
+    """What happened to checkpoints and uploads, on its way from any thread to the trackers.
+
+    A board wants the steps of a text to grow, and uploads end in any order. So what was noted since
+    the last step is one text, at the step that training had reached, written by the training loop.
+
+    Args:
+        accelerator: Whose trackers take them.
+        step: Steps done before this start; what an earlier one noted there stays.
+    """
+
+    def __init__(self, accelerator: Accelerator, step: int) -> None:
+        self._accelerator = accelerator
+        self._written = step
+        self._waiting: list[tuple[str, str, int | None]] = []
+        self._lock = threading.Lock()
+
+    def add(self, title: str, line: str, step: int | None = None) -> None:
+        """Note one event; call it from any thread.
+
+        Args:
+            title: Name of the text that it is a line of.
+            line: What happened.
+            step: Where it belongs, for a title whose steps only grow; None for where training is.
+        """
+        with self._lock:
+            self._waiting.append((title, printable(line, MAX_NOTE), step))
+
+    def write(self, step: int, *, is_last: bool = False) -> None:
+        """Give what was noted to the trackers.
+
+        Args:
+            step: Steps done.
+            is_last: Whether no step follows; else another text at the same step waits for the next.
+        """
+        if not self._waiting or (step == self._written and not is_last):
+            return
+        self._written = step
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        texts: dict[tuple[str, int], list[str]] = {}
+        for title, line, own_step in waiting:
+            texts.setdefault((title, step if own_step is None else own_step), []).append(line)
+        for (title, at), lines in texts.items():
+            for tracker in self._accelerator.trackers:
+                tracker.log_lines(title, lines, at)
+
+
+def log_samples(accelerator: Accelerator, samples: Sequence[Any], step: int) -> None:
+    """Give texts of the model (`prompt`, `text`) to the trackers."""
+    pairs = [(sample.prompt, sample.text) for sample in samples]
+    for tracker in accelerator.trackers if pairs else []:
+        tracker.log_samples(pairs, step)
+
+
+def record_rollback(accelerator: Accelerator, logs: Path, step: int) -> None:
+    """Take back what the curves have behind `step`, in the middle of a start."""
+    if not accelerator.is_main_process:
+        return
+    record_event(logs, {"event": "rollback", "step": step})
+    for tracker in accelerator.trackers:
+        tracker.roll_back(step)
+
+
+def record_evaluating(logs: Path, step: int) -> None:
+    """Note that an evaluation has begun: the next record may take longer than between steps."""
+    record_event(logs, {"event": "evaluating", "step": step})
+
+
+def record_finishing(logs: Path, step: int) -> None:
+    """Note that what follows is saving and uploading: no record is to be expected for a while."""
+    record_event(logs, {"event": "finishing", "step": step})
+
+
+def record_end(accelerator: Accelerator, logs: Path, step: int, outcome: str, **facts: Any) -> None:
+    """Note how this start ended (done, stopped or failed), and close the trackers."""
+    if not accelerator.is_main_process:
+        return
+    record_event(logs, {"event": "end", "step": step, "outcome": outcome, **facts})
+    for tracker in accelerator.trackers:
+        tracker.end(outcome)
+
+
+def record_event(logs: Path, event: dict[str, Any]) -> None:
+    """Append an event to `metrics.jsonl`; what cannot be written is told, and no more."""
+    try:
+        append_metrics(logs / METRICS_FILE, event)
+    except OSError as exc:
+        path = logs / METRICS_FILE
+        log.warning("%s: the event %s could not be written: %s.", path, event["event"],
+                    exc.strerror or exc)  # fmt: skip

@@ -1,0 +1,209 @@
+"""A checkpoint as one tar.gz, made as a stream.
+
+    checkpoint directory (committed) -> archive -> bucket, verified
+
+Plain `tar xzf` reads it. The same files give the same bytes, with any number of threads: names
+sorted, times, owners and modes fixed. Size and crc32c are computed on the way, and every file is
+compared with its manifest as it is read. Compression is igzip's: float weights hardly compress at
+any level, so time decides. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import google_crc32c
+from isal import igzip_threaded
+
+from utils.base.errors import CheckpointError
+from utils.checkpoints.layout import MANIFEST_FILE, FileEntry, Manifest
+from utils.storage.bucket import encode_crc32c
+
+BLOCK_BYTES = 2**20
+FILE_MODE = 0o644
+LEVELS = {"fast": 1, "small": 3}
+STORED = "none"
+
+OnRead = Callable[[int], None]
+"""Called with bytes of the checkpoint that were read."""
+
+
+@dataclass(frozen=True)
+class ArchiveInfo:
+    """Bytes and base64 crc32c of an archive."""
+
+    size: int
+    crc32c: str
+
+
+class _HashingReader:
+    """Passes a file's bytes on and keeps their count and checksum."""
+
+    def __init__(self, source: IO[bytes], what: str, on_read: OnRead) -> None:
+        self._source, self._what, self._on_read = source, what, on_read
+        self._size = self._checksum = 0
+
+    def read(self, size: int) -> bytes:
+        try:
+            data = self._source.read(size)
+        except OSError as exc:
+            raise CheckpointError(f"{self._what} cannot be read: {exc.strerror}.") from exc
+        if len(data) < size:  # tarfile asks for what the file had when it was opened
+            raise CheckpointError(f"{self._what} became shorter while it was read.")
+        self._size += len(data)
+        self._checksum = google_crc32c.extend(self._checksum, data)
+        self._on_read(len(data))
+        return data
+
+    @property
+    def entry(self) -> FileEntry:
+        return FileEntry(self._size, encode_crc32c(self._checksum))
+
+
+class _HashingWriter:
+    """Passes bytes on and keeps their count and checksum, until the sink fails.
+
+    The error is kept for `raise_error` and the bytes after it are dropped: igzip's writer, where it
+    meets an error at its begin, cannot be closed any more, and complains of that when it is freed.
+    """
+
+    def __init__(self, sink: IO[bytes]) -> None:
+        self._sink = sink
+        self._size = self._checksum = 0
+        self._error: Exception | None = None
+
+    def write(self, data: bytes) -> int:
+        self._keep_error(self._write, bytes(data))
+        return len(data)
+
+    def flush(self) -> None:
+        self._keep_error(self._sink.flush)
+
+    def raise_error(self) -> None:
+        """Raise what the sink raised, if it did."""
+        if self._error is not None:
+            raise self._error
+
+    def _keep_error(self, work: Callable[..., None], *arguments: bytes) -> None:
+        if self._error is None:
+            try:
+                work(*arguments)
+            except Exception as exc:  # noqa: BLE001
+                self._error = exc
+
+    def _write(self, data: bytes) -> None:
+        written = self._sink.write(data)
+        if written != len(data):
+            raise OSError(f"short write: {written} of {len(data)} bytes")
+        self._size += written
+        self._checksum = google_crc32c.extend(self._checksum, data)
+
+    @property
+    def info(self) -> ArchiveInfo:
+        return ArchiveInfo(self._size, encode_crc32c(self._checksum))
+
+
+class _StoredGzip:
+    """A gzip file whose content is not compressed."""
+
+    def __init__(self, sink: _HashingWriter) -> None:
+        self._sink = sink
+        self._gzip = zlib.compressobj(level=0, wbits=zlib.MAX_WBITS | 16)
+
+    def write(self, data: bytes) -> int:
+        self._sink.write(self._gzip.compress(data))
+        return len(data)
+
+    def close(self) -> None:
+        self._sink.write(self._gzip.flush())
+
+
+class _Positioned:
+    """Knows its position, which is all that tarfile asks of a file that it cannot seek in."""
+
+    def __init__(self, compressed: Any, writer: _HashingWriter) -> None:
+        self._compressed, self._writer, self._position = compressed, writer, 0
+
+    def write(self, data: bytes) -> int:
+        self._compressed.write(data)
+        self._writer.raise_error()
+        self._position += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._position
+
+
+def write_archive(
+    checkpoint: Path,
+    manifest: Manifest,
+    sink: IO[bytes],
+    *,
+    compression: str = "fast",
+    threads: int = 1,
+    on_read: OnRead = lambda count: None,
+) -> ArchiveInfo:
+    """Write a checkpoint as tar.gz to `sink`.
+
+    Args:
+        checkpoint: A committed checkpoint directory.
+        manifest: Its manifest; only the files that it names go in, and itself.
+        sink: Binary file that takes the bytes.
+        compression: fast or small (igzip level 1 or 3), or none (stored).
+        threads: That compress; the bytes do not depend on it.
+        on_read: Told of the bytes that were read.
+
+    Raises:
+        OSError: The sink cannot be written.
+        CheckpointError: A file cannot be read, or is not what was committed; "verified" must not
+            be said of it.
+    """
+    writer = _HashingWriter(sink)
+    with _open_gzip(writer, compression, threads) as compressed:
+        file: Any = _Positioned(compressed, writer)
+        with tarfile.TarFile(
+            fileobj=file, mode="w", format=tarfile.PAX_FORMAT, copybufsize=BLOCK_BYTES
+        ) as archive:
+            for name in [*sorted(manifest.files), MANIFEST_FILE]:
+                _add_file(archive, checkpoint, name, manifest.files.get(name), on_read)
+    writer.raise_error()
+    return writer.info
+
+
+@contextlib.contextmanager
+def _open_gzip(writer: _HashingWriter, compression: str, threads: int) -> Iterator[Any]:
+    if compression == STORED:
+        stored = _StoredGzip(writer)
+        yield stored
+        stored.close()
+        return
+    level, target = LEVELS[compression], writer
+    with igzip_threaded.open(
+        target, "wb", compresslevel=level, threads=threads, block_size=BLOCK_BYTES
+    ) as compressed:
+        yield compressed
+
+
+def _add_file(
+    archive: tarfile.TarFile, checkpoint: Path, name: str, entry: FileEntry | None, on_read: OnRead
+) -> None:
+    what = f"{checkpoint.name}: {name}"
+    member = tarfile.TarInfo(f"{checkpoint.name}/{name}")
+    member.mode = FILE_MODE
+    try:
+        file = (checkpoint / name).open("rb")
+    except OSError as exc:
+        raise CheckpointError(f"{what} cannot be read: {exc.strerror}.") from exc
+    with file:
+        member.size = os.fstat(file.fileno()).st_size
+        reader: Any = _HashingReader(file, what, on_read)
+        archive.addfile(member, reader)
+    if entry is not None and reader.entry != entry:
+        raise CheckpointError(f"{what} is damaged (not what its manifest says).")

@@ -1,0 +1,362 @@
+"""One upload, from a committed checkpoint to its card in the bucket.
+
+    checkpoint -> archive (stream) -> bucket -> verified there -> card (NAME.json)
+
+The card is written last and only when the archive in the bucket has the size and crc32c that were
+computed while it was made. What is there already is not sent again: an archive whose answer was
+lost, or one without its card. An object of another run is never overwritten; one of a branch that
+this one has left is copied aside first. Every write names the version that it replaces, so that a
+late writer cannot overwrite a newer object. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from utils.base.errors import CheckpointError, ConflictError, StorageError, TransientStorageError
+from utils.base.text import FOREIGN_ERRORS, parse_json
+from utils.base.uri import join_uri
+from utils.checkpoints.layout import (
+    METADATA_FILE,
+    REMOTE_FOLDER,
+    SET_ASIDE_FOLDER,
+    Manifest,
+    RunIdentity,
+    archive_object,
+    card_object,
+    read_manifest,
+)
+from utils.checkpoints.views import read_json_part
+from utils.storage.bucket import Meter, Nowhere, ObjectInfo, map_file_error
+from utils.uploads.archive import ArchiveInfo, write_archive
+from utils.uploads.transports import Transport, TransportOptions, open_transport, put_bytes
+
+# A gzip stream of what does not compress grows by less than this, and so does a tar of many files.
+ARCHIVE_GROWTH = 1.01
+ARCHIVE_OVERHEAD_BYTES = 2**20
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class UploadJob:
+    """What to upload and how; plain values, so that it can be sent to another process.
+
+    Attributes:
+        checkpoint: The committed checkpoint directory.
+        transport: The way to the bucket; its name is not auto for gs://.
+        compression: fast, small or none.
+        threads: That compress.
+        sweeps: Whether to remove what other interrupted uploads left, but for those in `owed`.
+        owed: Names of checkpoints that are still to be uploaded.
+    """
+
+    checkpoint: str
+    transport: TransportOptions
+    compression: str = "fast"
+    threads: int = 1
+    sweeps: bool = False
+    owed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class UploadResult:
+    """A verified archive.
+
+    Attributes:
+        size: Bytes of the archive.
+        crc32c: Its base64 crc32c.
+        seconds: How long it took.
+        sent: Bytes of it that were sent; 0 where it was there already.
+    """
+
+    size: int
+    crc32c: str
+    seconds: float
+    sent: int
+
+
+@dataclass(frozen=True)
+class ProgressReport:
+    """How far an upload is.
+
+    Attributes:
+        stage: checking, archiving (nothing is sent yet), uploading, or verifying.
+        read: Bytes of the checkpoint that are in the archive.
+        total: Bytes of the checkpoint.
+        sent: Bytes that were sent.
+        size: Bytes of the archive, None while it is being made.
+        signs_of_life: Changes while something is done that neither reads nor sends.
+    """
+
+    stage: str
+    read: int
+    total: int
+    sent: int
+    size: int | None
+    signs_of_life: int
+
+
+@dataclass
+class UploadProgress:
+    """How far this process is with an upload; the attributes are those of `ProgressReport`."""
+
+    stage: str = "checking"
+    read: int = 0
+    total: int = 0
+    size: int | None = None
+    meter: Meter = field(default_factory=Meter)
+
+    def report(self) -> ProgressReport:
+        """Return how far it is now."""
+        meter, stage = self.meter, self.stage
+        if stage == "archiving" and meter.sent:
+            stage = "uploading"
+        return ProgressReport(
+            stage, self.read, self.total, meter.sent, self.size, meter.signs_of_life
+        )
+
+
+Opener = Callable[[TransportOptions, Meter], Transport]
+
+
+def run_job(
+    job: UploadJob, progress: UploadProgress, open_way: Opener = open_transport
+) -> UploadResult:
+    """Upload one checkpoint.
+
+    Args:
+        job: What and how.
+        progress: Kept up to date.
+        open_way: Opens the transport.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or its name in the bucket belongs to another.
+        StorageError: The bucket could not be written; transient where another try may help.
+    """
+    checkpoint = Path(job.checkpoint)
+    manifest = read_manifest(checkpoint)
+    progress.meter = Meter(job.transport.max_bytes_per_second)
+    progress.total = manifest.total_bytes
+    transport = open_way(job.transport, progress.meter)
+    try:
+        return _Upload(job, checkpoint, manifest, transport, progress).run()
+    except OSError as exc:
+        raise map_file_error(exc, str(exc.filename or checkpoint.name)) from exc
+    finally:
+        transport.close()
+
+
+class _Upload:
+    """The steps of one upload."""
+
+    def __init__(
+        self,
+        job: UploadJob,
+        checkpoint: Path,
+        manifest: Manifest,
+        transport: Transport,
+        progress: UploadProgress,
+    ) -> None:
+        self._job, self._checkpoint, self._manifest = job, checkpoint, manifest
+        self._transport, self._progress = transport, progress
+        self._archive = archive_object(checkpoint.name)
+        self._card = card_object(checkpoint.name)
+        self._info: ArchiveInfo | None = None
+        self._sent = 0
+
+    def run(self) -> UploadResult:
+        started = time.monotonic()
+        stored = self._transport.stat(self._archive)
+        data = self._transport.read(self._card)
+        found = None if data is None else _FoundCard.parse(data)
+        if found and found.manifest == self._manifest and found.is_of(stored):
+            assert found.archive is not None
+            return self._done(found.archive, started)
+        if data is not None:
+            self._make_way(data, found, stored)
+        if stored is not None and self._measure() == _info_of(stored):
+            log.info("The archive of %s is in the bucket already.", self._checkpoint.name)
+        else:
+            self._put(stored)
+        return self._finish(started)
+
+    def _make_way(self, data: bytes, found: _FoundCard | None, stored: ObjectInfo | None) -> None:
+        """Deal with a card that is not this checkpoint's.
+
+        Raises:
+            CheckpointError: It must not be overwritten.
+            TransientStorageError: It is being changed at this moment.
+        """
+        where = join_uri(self._transport.uri, self._card)
+        owner = found.manifest if found else None
+        if owner is None or owner.run_id != self._manifest.run_id:
+            raise CheckpointError(
+                f"{where} belongs to run {owner.run_id if owner else 'unknown'}, not "
+                f"{self._manifest.run_id}, and is not overwritten. Give this run a name of its "
+                "own: --set run_name=NAME."
+            )
+        branch, own = owner.identity.branch, self._manifest.identity
+        if branch != own.branch and not _has_left(own, owner.identity):
+            raise CheckpointError(
+                f"{where} was written by branch {branch} of this run, which is not one that branch "
+                f"{own.branch} came from; it is not overwritten. Give this branch a name of its "
+                "own: --set run_name=NAME."
+            )
+        seen = self._transport.stat(self._card)
+        if self._transport.read(self._card) != data:
+            raise TransientStorageError(f"{where} was changed by another process.")
+        is_whole = found is not None and found.is_of(stored)
+        if is_whole or branch != own.branch:
+            self._set_aside(branch, [self._archive, self._card] if is_whole else [self._card])
+        try:
+            # Before the archive: a card is never there without the archive that it describes.
+            self._transport.delete(self._card, seen)
+        except ConflictError as exc:
+            raise TransientStorageError(str(exc)) from exc
+
+    def _set_aside(self, branch: int, names: list[str]) -> None:
+        """Copy what is there to where nothing replaces it."""
+        folder = self._free_folder(f"{REMOTE_FOLDER}/{SET_ASIDE_FOLDER}/branch-{branch}")
+        log.log(
+            logging.WARNING if branch == self._manifest.identity.branch else logging.INFO,
+            "The bucket has another %s, of branch %d of this run. It is copied to %s.",
+            self._checkpoint.name, branch, join_uri(self._transport.uri, folder),
+        )  # fmt: skip
+        for name in names:
+            self._transport.copy(name, f"{folder}/{PurePosixPath(name).name}")
+
+    def _free_folder(self, folder: str) -> str:
+        """Return a folder in which this checkpoint has not been set aside yet."""
+        card, found = PurePosixPath(self._card).name, folder
+        number = 1
+        while self._transport.stat(f"{found}/{card}") is not None:
+            number += 1
+            found = f"{folder}-{number}"
+        return found
+
+    def _write(self, sink: IO[bytes]) -> None:
+        self._progress.read = 0
+        self._info = None
+        self._info = write_archive(
+            self._checkpoint,
+            self._manifest,
+            sink,
+            compression=self._job.compression,
+            threads=self._job.threads,
+            on_read=self._count,
+        )
+        self._progress.size = self._info.size
+
+    def _count(self, count: int) -> None:
+        self._progress.read += count
+
+    def _measure(self) -> ArchiveInfo:
+        """Return what the archive would be."""
+        sink: Any = Nowhere()
+        self._write(sink)
+        assert self._info is not None
+        return self._info
+
+    def _put(self, stored: ObjectInfo | None) -> None:
+        most = int(self._manifest.total_bytes * ARCHIVE_GROWTH) + ARCHIVE_OVERHEAD_BYTES
+        self._progress.stage, self._progress.size = "archiving", None
+        try:
+            self._transport.put(self._archive, self._write, stored, most)
+        except (ConflictError, TransientStorageError) as exc:
+            # The object may have been written all the same, and only the answer was lost.
+            if self._info is not None and _info_of(self._stat_quietly()) == self._info:
+                log.info("%s arrived, though its answer did not: %s", self._archive, exc)
+                return
+            if isinstance(exc, ConflictError):
+                raise TransientStorageError(str(exc)) from exc  # look again at what is there
+            raise
+        finally:
+            self._sent = self._progress.meter.sent
+
+    def _stat_quietly(self) -> ObjectInfo | None:
+        try:
+            return self._transport.stat(self._archive)
+        except StorageError:
+            return None
+
+    def _finish(self, started: float) -> UploadResult:
+        assert self._info is not None
+        self._progress.stage = "verifying"
+        stored = self._transport.stat(self._archive)
+        if _info_of(stored) != self._info:
+            found = f"{stored.size} bytes, crc32c {stored.crc32c}" if stored else "nothing"
+            raise TransientStorageError(
+                f"the bucket holds {found} instead of {self._info.size} bytes, crc32c "
+                f"{self._info.crc32c}."
+            )
+        metadata, problem = read_json_part(self._checkpoint / METADATA_FILE, self._manifest)
+        if problem is not None:
+            raise CheckpointError(f"{self._checkpoint.name}: {problem}.")
+        card = {
+            "manifest": self._manifest.to_json(),
+            "metadata": metadata,
+            "archive": {"size": self._info.size, "crc32c": self._info.crc32c},
+        }
+        data = json.dumps(card, indent=1).encode("utf-8")
+        try:
+            put_bytes(self._transport, self._card, data, None)  # `_make_way` made room for it
+        except ConflictError as exc:
+            if self._transport.read(self._card) != data:
+                raise TransientStorageError(str(exc)) from exc
+        return self._done(self._info, started)
+
+    def _done(self, info: ArchiveInfo, started: float) -> UploadResult:
+        self._remove_unfinished()
+        return UploadResult(info.size, info.crc32c, time.monotonic() - started, self._sent)
+
+    def _remove_unfinished(self) -> None:
+        """Remove what this upload, or others before it, left on the way."""
+        try:
+            keep = frozenset(archive_object(name) for name in self._job.owed) - {self._archive}
+            only = None if self._job.sweeps else self._archive
+            self._transport.remove_unfinished(REMOTE_FOLDER, keep, only)
+        except StorageError as exc:
+            log.warning("Parts of uploads are left in %s: %s", self._transport.uri, exc)
+
+
+@dataclass(frozen=True)
+class _FoundCard:
+    """A card as it is in the bucket, as far as it can be read."""
+
+    manifest: Manifest
+    archive: ArchiveInfo | None
+
+    @classmethod
+    def parse(cls, data: bytes) -> _FoundCard | None:
+        try:
+            card = parse_json(data)
+            manifest = Manifest.from_json(card["manifest"], "the card")
+        except (CheckpointError, *FOREIGN_ERRORS):
+            return None
+        try:
+            archive = card["archive"]
+            return cls(manifest, ArchiveInfo(int(archive["size"]), str(archive["crc32c"])))
+        except FOREIGN_ERRORS:
+            return cls(manifest, None)
+
+    def is_of(self, stored: ObjectInfo | None) -> bool:
+        """Tell whether it describes this archive."""
+        return self.archive is not None and self.archive == _info_of(stored)
+
+
+def _info_of(stored: ObjectInfo | None) -> ArchiveInfo | None:
+    return None if stored is None else ArchiveInfo(stored.size, str(stored.crc32c))
+
+
+def _has_left(identity: RunIdentity, other: RunIdentity) -> bool:
+    """Tell whether `other` is a branch that this one came from."""
+    return other.branch in [branch for branch, _ in identity.forks] or (
+        not identity.forks and other.branch < identity.branch
+    )

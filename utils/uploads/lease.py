@@ -1,0 +1,364 @@
+"""One trainer at a time on a bucket prefix, whichever machines they run on.
+
+    Checkpoints/.lease.json     who works here: run, host, process, a random token, a beat counter
+
+The holder writes the object anew every heartbeat. Who finds one there watches it for two of the
+holder's heartbeats, on a monotonic clock of their own: one that changes belongs to a live trainer
+and is refused with its name; one that does not is taken over. A holder of this very machine whose
+process is gone is not waited for. Clocks of different machines are never compared.
+
+Every write has a condition, so that of two who want it at once one wins. A holder that stalled for
+so long that it was taken over notices at its next beat: it says so and goes on, because an upload
+to another run's checkpoints is refused anyway. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from utils.base.errors import (
+    AccessDeniedError,
+    ConflictError,
+    LockedError,
+    ObjectNotFoundError,
+    StorageError,
+    TransientStorageError,
+)
+from utils.base.text import number, parse_json_object, printable
+from utils.checkpoints.layout import REMOTE_FOLDER
+from utils.storage.bucket import Bucket, ObjectInfo
+
+LEASE_OBJECT = f"{REMOTE_FOLDER}/.lease.json"
+HEARTBEAT_SECONDS = 30.0
+PATIENCE_HEARTBEATS = 2
+MAX_HEARTBEAT_SECONDS = 300.0
+POLLS_PER_WATCH = 8
+MAX_ROUNDS = 4
+JOIN_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
+
+OnWait = Callable[[str, float], None]
+"""Called with the holder's description and the seconds left, several times during the wait; what
+it raises ends the wait."""
+
+
+@dataclass(frozen=True)
+class LeaseRecord:
+    """What the lease object says of its holder.
+
+    Attributes:
+        run_id: The run that works on the prefix.
+        host: Name of the machine, for people.
+        pid: Process id there, 0 where it cannot be read.
+        machine: What tells this boot of this machine and its process ids from all others; empty
+            where the system cannot say.
+        process_start: When the process started, in clock ticks since the boot; empty where the
+            system cannot say. It tells the process from a later one with the same id.
+        token: Random; no two holders share it.
+        heartbeat_seconds: How often the holder promises to change the object.
+        beat: How often it did.
+    """
+
+    run_id: str
+    host: str
+    pid: int
+    machine: str
+    process_start: str
+    token: str
+    heartbeat_seconds: float
+    beat: int = 0
+
+    def __str__(self) -> str:
+        return f"run {printable(self.run_id)}, process {self.pid} on {printable(self.host)}"
+
+    def to_bytes(self) -> bytes:
+        """Return the record as it is written."""
+        return json.dumps(asdict(self), indent=1).encode("utf-8")
+
+    @classmethod
+    def from_bytes(cls, data: bytes, default_heartbeat: float) -> LeaseRecord:
+        """Return what can be read of a lease that may be half written or foreign."""
+        try:
+            value = parse_json_object(data)
+        except ValueError:
+            value = {}
+        text = {key: str(value.get(key, "")) for key in ("machine", "process_start", "token")}
+        pid, beat = number(value.get("pid")) or 0, number(value.get("beat")) or 0
+        heartbeat = number(value.get("heartbeat_seconds")) or 0.0
+        return cls(
+            run_id=str(value.get("run_id", "unknown")),
+            host=str(value.get("host", "an unknown host")),
+            pid=int(pid) if 0 < pid < 2**31 else 0,
+            heartbeat_seconds=(
+                min(heartbeat, MAX_HEARTBEAT_SECONDS) if heartbeat > 0 else default_heartbeat
+            ),
+            beat=int(beat),
+            **text,
+        )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One version of the lease object."""
+
+    record: LeaseRecord
+    info: ObjectInfo
+
+
+@contextlib.contextmanager
+def hold_prefix(
+    bucket: Bucket,
+    run_id: str,
+    *,
+    heartbeat_seconds: float = HEARTBEAT_SECONDS,
+    on_wait: OnWait = lambda holder, seconds: None,
+) -> Iterator[PrefixLease]:
+    """Hold a bucket prefix for a run, so that a second trainer on it refuses to start.
+
+    Where the credentials do not allow it, a warning is logged and the run goes on without.
+
+    Args:
+        bucket: The run's bucket; it stays open as long as the lease is held. How long it retries is
+            also how long the release may take when it is down.
+        run_id: The run, as far as it is known: only who holds the prefix can decide which one
+            goes on, and then sets the lease's `run_id`.
+        heartbeat_seconds: How often the lease is written anew.
+        on_wait: Told about the wait for a holder that may be dead.
+
+    Raises:
+        LockedError: A live trainer holds the prefix; the message names it.
+        StorageError: The bucket cannot be reached.
+    """
+    lease = PrefixLease(bucket, run_id, heartbeat_seconds)
+    try:
+        lease.acquire(on_wait)
+    except AccessDeniedError as exc:
+        log.warning("%s A second trainer on %s would not be noticed.", exc, bucket.uri)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+class PrefixLease:
+    """A hold on a bucket prefix; `hold_prefix` makes it."""
+
+    def __init__(self, bucket: Bucket, run_id: str, heartbeat_seconds: float) -> None:
+        assert 0 < heartbeat_seconds <= MAX_HEARTBEAT_SECONDS, heartbeat_seconds
+        self.lost: str | None = None
+        """Why the prefix is no longer held, None while it is; the run may go on or stop."""
+        self.is_held = False
+        """Whether this trainer has the lease; False where it may not write one."""
+        self.run_id = run_id
+        """The run that the lease names, from the next beat on where it is set anew."""
+        self._bucket = bucket
+        self._record = LeaseRecord(
+            run_id=run_id,
+            host=platform.node(),
+            pid=os.getpid(),
+            machine=_machine_id(),
+            process_start=(_process_status(os.getpid()) or ("", ""))[1],
+            token=secrets.token_hex(16),
+            heartbeat_seconds=heartbeat_seconds,
+        )
+        self._info: ObjectInfo | None = None
+        self._stopping = threading.Event()
+        self._was_denied = False
+        self._thread = threading.Thread(target=self._keep_beating, name="prefix-lease", daemon=True)
+
+    def acquire(self, on_wait: OnWait) -> None:
+        """Take the lease and begin to beat.
+
+        Raises:
+            LockedError: A live trainer has it.
+            StorageError: The bucket cannot be read or written.
+        """
+        for _ in range(MAX_ROUNDS):
+            seen = self._read()
+            expected = None if seen is None else self._find_replaceable(seen, on_wait)
+            try:
+                self._info = self._bucket.put_bytes_if(
+                    LEASE_OBJECT, self._record.to_bytes(), expected
+                )
+            except ConflictError:
+                winner = self._read()
+                if winner is not None:
+                    raise self._locked_by(winner.record) from None
+            else:
+                self.is_held = True
+                self._thread.start()
+                return
+        raise LockedError(f"Other trainers come and go on {self._bucket.uri}. Try again.")
+
+    def release(self) -> None:
+        """Stop beating and remove the lease where it is still ours."""
+        if not self.is_held:
+            return
+        self._stopping.set()
+        self._thread.join(JOIN_SECONDS)
+        self.is_held = False
+        if self.lost is not None:
+            return
+        if self._thread.is_alive():
+            self._warn_not_removed("the bucket does not answer")
+            return
+        try:
+            seen = self._read()
+            if seen is not None and seen.record.token == self._record.token:
+                self._bucket.delete_if(LEASE_OBJECT, seen.info)
+        except ConflictError as exc:
+            log.debug("The lease was taken over at the end: %s", exc)
+        except StorageError as exc:
+            self._warn_not_removed(str(exc))
+
+    def _warn_not_removed(self, reason: str) -> None:
+        log.warning(
+            "%s/%s was not removed (%s). The next start from another machine waits %.0f s for it.",
+            self._bucket.uri, LEASE_OBJECT, reason,
+            PATIENCE_HEARTBEATS * self._record.heartbeat_seconds,
+        )  # fmt: skip
+
+    def _read(self) -> _Seen | None:
+        try:
+            data, info = self._bucket.read_version(LEASE_OBJECT)
+        except ObjectNotFoundError:
+            return None
+        return _Seen(LeaseRecord.from_bytes(data, self._record.heartbeat_seconds), info)
+
+    def _find_replaceable(self, seen: _Seen, on_wait: OnWait) -> ObjectInfo | None:
+        """Return the version of a dead holder's lease, or None once it was released.
+
+        Raises:
+            LockedError: The holder is alive.
+        """
+        record = seen.record
+        if record.machine and record.machine == self._record.machine and _is_gone(record):
+            log.info("Taking %s over from a trainer of this machine that is gone (%s).",
+                     self._bucket.uri, record)  # fmt: skip
+            return seen.info
+        patience = PATIENCE_HEARTBEATS * record.heartbeat_seconds
+        log.info("%s has a lease (%s). Waiting up to %.0f s to see whether that trainer is alive.",
+                 self._bucket.uri, record, patience)  # fmt: skip
+        return self._watch(seen, patience, on_wait)
+
+    def _watch(self, seen: _Seen, patience: float, on_wait: OnWait) -> ObjectInfo | None:
+        failures = 0
+        end = time.monotonic() + patience
+        while (remaining := end - time.monotonic()) > 0:
+            on_wait(str(seen.record), remaining)
+            time.sleep(min(patience / POLLS_PER_WATCH, remaining))
+            try:
+                found = self._read()
+            except TransientStorageError as exc:
+                # While the bucket is down the holder cannot beat either: the watch begins anew.
+                failures += 1
+                if failures == MAX_ROUNDS:
+                    raise
+                log.debug("The lease cannot be read: %s", exc)
+                end = time.monotonic() + patience
+                continue
+            if found is None:
+                return None
+            if found.info != seen.info:
+                raise self._locked_by(found.record)
+        log.warning("The trainer that held %s (%s) gave no sign of life for %.0f s. "
+                    "Taking over.", self._bucket.uri, seen.record, patience)  # fmt: skip
+        return seen.info
+
+    def _locked_by(self, holder: LeaseRecord) -> LockedError:
+        return LockedError(
+            f"{self._bucket.uri} is in use by another trainer ({holder}). "
+            "Wait for it or stop it, or give this run a name of its own: --set run_name=NAME."
+        )
+
+    def _keep_beating(self) -> None:
+        started = time.monotonic()
+        while self.lost is None:
+            due = started + self._record.heartbeat_seconds
+            if self._stopping.wait(max(0.0, due - time.monotonic())):
+                return
+            started = time.monotonic()
+            try:
+                self._beat()
+            except AccessDeniedError as exc:
+                level = logging.DEBUG if self._was_denied else logging.WARNING
+                log.log(level, "%s A second trainer on %s would take this one for dead.",
+                        exc, self._bucket.uri)  # fmt: skip
+                self._was_denied = True
+            except Exception:  # noqa: BLE001 - without a thread this trainer would look dead
+                log.debug("The lease could not be written; the next beat tries again.",
+                          exc_info=True)  # fmt: skip
+
+    def _beat(self) -> None:
+        self._record = replace(self._record, run_id=self.run_id, beat=self._record.beat + 1)
+        try:
+            self._info = self._bucket.put_bytes_if(
+                LEASE_OBJECT, self._record.to_bytes(), self._info
+            )
+        except ConflictError:
+            found = self._read()
+            if found is not None and found.record.token != self._record.token:
+                self._lose(found.record)
+                return
+            # Our own write, whose answer was lost, or somebody removed the object.
+            self._info = found.info if found is not None else None
+            self._info = self._bucket.put_bytes_if(
+                LEASE_OBJECT, self._record.to_bytes(), self._info
+            )
+
+    def _lose(self, holder: LeaseRecord) -> None:
+        self.lost = (
+            f"{self._bucket.uri} was taken over by another trainer ({holder}) while this one "
+            "stalled. Stop one of the two."
+        )
+        log.error("%s", self.lost)
+
+
+def _is_gone(record: LeaseRecord) -> bool:
+    """Tell whether the holder, a process of this machine, has ended for certain."""
+    if record.pid == 0:
+        return False
+    try:
+        os.kill(record.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # it is another user's
+    status = _process_status(record.pid)
+    if status is None or not record.process_start:
+        return False
+    state, start = status
+    return state in ("Z", "X") or start != record.process_start
+
+
+def _process_status(pid: int) -> tuple[str, str] | None:
+    """Return a process's state letter and start (ticks since the boot), as /proc/PID/stat has them.
+
+    Unlike a time of day, the start does not move when somebody sets the clock. See proc(5).
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name before it may hold spaces
+    return (fields[0], fields[19]) if len(fields) > 19 else None
+
+
+def _machine_id() -> str:
+    """Return what tells this boot and this space of process ids from all others, or ""."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+        return f"{platform.node()}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""

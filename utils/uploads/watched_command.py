@@ -1,0 +1,261 @@
+"""A program that moves bytes: run without a shell, fed, metered, and ended when it stalls.
+
+It is ended when it neither reads nor writes for too long, however slow it is otherwise; with it
+goes everything that it started. It runs in a session that Ctrl-C in the terminal does not reach.
+No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from utils.base.child_process import leads_session
+from utils.base.errors import (
+    AccessDeniedError,
+    ConflictError,
+    ObjectNotFoundError,
+    StorageError,
+    TransientStorageError,
+)
+from utils.storage.bucket import Meter, WriteStream, mapped_file_errors, metered_blocks
+
+POLL_SECONDS = 0.5  # a look at all processes costs some ms
+START_SECONDS = 15.0
+ERROR_CHARACTERS = 300
+QUIET_ENVIRONMENT = {"CLOUDSDK_CORE_DISABLE_PROMPTS": "1", "PYTHONWARNINGS": "ignore"}
+
+log = logging.getLogger(__name__)
+
+
+class WatchedCommand:
+    """Runs a program and watches that it makes progress.
+
+    Args:
+        words: Program and the arguments of every call.
+        target: What it works on, for messages.
+        stall_seconds: How long it may neither read nor write.
+        meter: Told of the bytes that are sent.
+    """
+
+    def __init__(self, words: list[str], target: str, stall_seconds: float, meter: Meter) -> None:
+        self._words, self._target, self._meter = words, target, meter
+        self._stall_seconds = stall_seconds
+
+    def run(
+        self,
+        verb: str,
+        words: list[str],
+        *,
+        options: tuple[str, ...] = (),
+        write: WriteStream | None = None,
+        file: Path | None = None,
+    ) -> bytes:
+        """Return what the program prints.
+
+        Args:
+            verb: What it is to do.
+            words: Arguments after the verb.
+            options: Arguments before it.
+            write: Writes the program's standard input; None for none.
+            file: The file that it sends, so that its position can be metered.
+
+        Raises:
+            StorageError: It failed, or was ended because it made no progress.
+        """
+        label = f"{Path(self._words[0]).name} {verb} {self._target}"
+        with _open_temporary(label) as output, _open_temporary(label) as errors:
+            try:
+                process = subprocess.Popen(  # noqa: S603
+                    [*self._words, *options, *verb.split(), *words],
+                    stdin=subprocess.DEVNULL if write is None else subprocess.PIPE,
+                    stdout=output,
+                    stderr=errors,
+                    start_new_session=not leads_session(),
+                    env={**os.environ, **QUIET_ENVIRONMENT},
+                )
+            except OSError as exc:
+                raise StorageError(f"{label}: it cannot be started ({exc}).") from exc
+            with _Watch(process, self._stall_seconds, self._meter, file) as watch:
+                took_all = self._feed(process, write)
+                process.wait()
+            for stream in (output, errors):
+                stream.seek(0)
+            if watch.has_stalled:
+                raise TransientStorageError(
+                    f"{label}: no progress for {self._stall_seconds:.0f} s; it was ended."
+                )
+            if process.returncode != 0 or not took_all:
+                raise _command_error(errors.read().decode("utf-8", "replace"), label)
+            return output.read()
+
+    def _feed(self, process: subprocess.Popen[bytes], write: WriteStream | None) -> bool:
+        """Write standard input; return whether the program took all of it."""
+        if write is None or process.stdin is None:
+            return True
+        pipe = _MeteredPipe(process.stdin, self._meter)
+        sink: Any = pipe
+        try:
+            write(sink)
+        except BaseException as exc:
+            if not (pipe.is_broken and isinstance(exc, Exception)):
+                end_process(process)  # before its input ends: it would take that for the whole
+                raise
+            log.debug("%s ended before its input did.", self._words[0])  # and will say why
+        finally:
+            pipe.close()
+        return not pipe.is_broken
+
+
+def _open_temporary(label: str) -> IO[bytes]:
+    with mapped_file_errors(f"{label}: no temporary file"):
+        return tempfile.TemporaryFile()
+
+
+class _MeteredPipe:
+    """Standard input of a program."""
+
+    def __init__(self, pipe: IO[bytes], meter: Meter) -> None:
+        self.is_broken = False
+        self._pipe, self._meter = pipe, meter
+
+    def write(self, data: bytes) -> int:
+        for block in metered_blocks(data, self._meter):
+            with self._noticing():
+                self._pipe.write(block)
+        return len(data)
+
+    def flush(self) -> None:
+        with self._noticing():
+            self._pipe.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError), self._noticing():
+            self._pipe.close()
+
+    @contextlib.contextmanager
+    def _noticing(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            self.is_broken = True
+            raise
+
+
+class _Watch:
+    """Ends a process that neither reads nor writes for too long; a context manager around it."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        stall_seconds: float,
+        meter: Meter,
+        file: Path | None,
+    ) -> None:
+        self.has_stalled = False
+        self._process, self._stall_seconds = process, stall_seconds
+        self._meter, self._file = meter, file
+        self._over = threading.Event()
+        self._position = 0
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._over.set()
+        self._thread.join()
+        end_process(self._process)
+
+    def _watch(self) -> None:
+        known, since = -1.0, time.monotonic()
+        while not self._over.wait(POLL_SECONDS):
+            activity = _activity(self._process.pid)
+            self._meter_position()
+            if activity != known:
+                known, since = activity, time.monotonic()
+                self._meter.show_life()
+            elif time.monotonic() - since > self._stall_seconds:
+                self.has_stalled = True
+                end_process(self._process)
+                return
+
+    def _meter_position(self) -> None:
+        if self._file is not None:
+            position = _position_in(self._process.pid, str(self._file))
+            self._meter.count(max(0, position - self._position))
+            self._position = max(position, self._position)
+
+
+def _processes(pid: int) -> list[psutil.Process]:
+    """Return a process and those that it started, as far as they live."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def _activity(pid: int) -> float:
+    """Return a number that changes while the processes read or write."""
+    total = 0.0
+    for process in _processes(pid):
+        with contextlib.suppress(psutil.Error):
+            try:
+                counters = process.io_counters()
+                total += counters.read_chars + counters.write_chars
+            except (AttributeError, psutil.AccessDenied):  # not on this system, or not for us
+                total += round(sum(process.cpu_times()[:2]))
+    return total
+
+
+def _position_in(pid: int, path: str) -> int:
+    """Return how far the processes have read a file; 0 where the system does not tell."""
+    position = 0
+    for process in _processes(pid):
+        with contextlib.suppress(psutil.Error, OSError):
+            for opened in process.open_files():
+                if opened.path == path:
+                    position = max(position, getattr(opened, "position", 0))
+    return position
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and those that it started; nothing happens where it has ended."""
+    if process.poll() is None:
+        for member in _processes(process.pid):  # parents first: none starts anything more
+            with contextlib.suppress(psutil.Error):
+                member.kill()
+    process.wait()
+
+
+def _command_error(message: str, call: str) -> StorageError:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    detail = f"{call}: {lines[-1][:ERROR_CHARACTERS] if lines else 'failed'}"
+    message = re.sub(r"gs://\S+", "", message)  # a name may look like a status, such as run-404
+    if re.search(r"with no configured\s+credentials|active account selected", message):
+        return AccessDeniedError(f"{call}: no credentials. Run: gcloud auth login")
+    if re.search(r"\b412\b|PreconditionException", message):
+        return ConflictError(detail)
+    if "ResumableUploadStartOver" in message:  # gsutil's word for a lost session, with its 404
+        return TransientStorageError(detail)
+    if re.search(
+        r"AccessDenied|Forbidden|\b40[13]\b|Anonymous caller|does not have|[Pp]ermission", message
+    ):
+        return AccessDeniedError(detail)
+    if re.search(
+        r"BucketNotFound|NotFoundException|No URLs matched|matched no objects|\b404\b", message
+    ):
+        return ObjectNotFoundError(detail)
+    return TransientStorageError(detail)
