@@ -191,17 +191,31 @@ def start(
             config, model_config, counts, precision, accelerator.device, world_size
         )
         _, accelerator.gradient_accumulation_steps = config.resolve_batch(world_size)
-        found = ranks.compute_on_main(lambda: preflight.check_start(
-            config, paths, model_config, counts, accelerator, args.resume,
-            fresh=args.fresh, measures=args.dry_run and not args.quiet,
-        ))  # fmt: skip
+        found = ranks.compute_on_main(
+            lambda: preflight.check_start(
+                config,
+                paths,
+                model_config,
+                counts,
+                accelerator,
+                args.resume,
+                fresh=args.fresh,
+                measures=args.dry_run and not args.quiet,
+            )
+        )
         preflight.set_special_tokens(config, found.sources, model_config)
 
         def describe(step: int) -> tuple[dict[str, str], list[Check]]:
             facts = RunFacts(
-                config, model_config, counts, accelerator.mixed_precision, accelerator.device,
-                world_size, step, found.sources,
-            )  # fmt: skip
+                config,
+                model_config,
+                counts,
+                accelerator.mixed_precision,
+                accelerator.device,
+                world_size,
+                step,
+                found.sources,
+            )
             checks = ranks.compute_on_main(lambda: preflight.complete_checks(facts, found))
             return preflight.describe_run(facts), checks
 
@@ -219,10 +233,19 @@ def start(
             args.accept_data_change, args.accept_config_change, args.accept_missing_random_state
         )
         run = TrainingRun(
-            config, paths, model_config, found.sources, plan, accelerator, stop, consent,
-            transport=found.transport, background_upload=not args.no_background_upload,
-            hourly_price=hourly_price, writer=writer,
-        )  # fmt: skip
+            config,
+            paths,
+            model_config,
+            found.sources,
+            plan,
+            accelerator,
+            stop,
+            consent,
+            transport=found.transport,
+            background_upload=not args.no_background_upload,
+            hourly_price=hourly_price,
+            writer=writer,
+        )
         stack.enter_context(run)
         return loop(run, config, args.stop_after)
 

@@ -110,9 +110,11 @@ def by_peer(model: Any, prompts: list[list[int]], sampling: Sampling) -> int:
     options: dict[str, Any] = {"do_sample": False}
     if not sampling.is_greedy:
         options = {
-            "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
             "top_k": sampling.top_k,
-        }  # fmt: skip
+        }
     output = model.generate(
         torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),

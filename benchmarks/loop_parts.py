@@ -41,8 +41,10 @@ def measure_loop(folder: Path, runs: int) -> dict[str, str]:
         task = json.dumps({"folder": str(work), "data": str(data)})
         output = subprocess.run(  # noqa: S603
             [sys.executable, "-m", "benchmarks.loop_parts", task],
-            check=True, cwd=PROJECT_DIRECTORY, stdout=subprocess.PIPE,
-        ).stdout  # fmt: skip
+            check=True,
+            cwd=PROJECT_DIRECTORY,
+            stdout=subprocess.PIPE,
+        ).stdout
         for part, microseconds in json.loads(output.splitlines()[-1]).items():
             found[part].append(microseconds)
     return {
@@ -134,10 +136,16 @@ def run(task: dict[str, str]) -> dict[str, float]:
 
     TrainingRun.train_step = counted  # type: ignore[method-assign]
     settings = {
-        "data_uri": task["data"], "checkpoint_uri": "bucket", "sequence_length": 64,
-        "global_batch_size": 1, "logging_steps": LOGGING_STEPS, "save_steps": 10 * STEPS,
-        "eval_steps": None, "max_eval_samples": 1, "sample_tokens": 0,
-    }  # fmt: skip
+        "data_uri": task["data"],
+        "checkpoint_uri": "bucket",
+        "sequence_length": 64,
+        "global_batch_size": 1,
+        "logging_steps": LOGGING_STEPS,
+        "save_steps": 10 * STEPS,
+        "eval_steps": None,
+        "max_eval_samples": 1,
+        "sample_tokens": 0,
+    }
     words = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
     os.chdir(task["folder"])
     code = train.main(["--config", "test", "--quiet", "--max-steps", str(STEPS), *words])

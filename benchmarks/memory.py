@@ -58,9 +58,12 @@ def measure_peak(
         settings: More values of the configuration.
     """
     values = {
-        "model": preset, "per_device_train_batch_size": micro_batch,
-        "sequence_length": sequence_length, "report_to": [], **settings,
-    }  # fmt: skip
+        "model": preset,
+        "per_device_train_batch_size": micro_batch,
+        "sequence_length": sequence_length,
+        "report_to": [],
+        **settings,
+    }
     words = [sys.executable, "-m", "benchmarks.memory", str(folder), json.dumps(values)]
     output = subprocess.run(  # noqa: S603
         words, cwd=PROJECT_DIRECTORY, check=True, stdout=subprocess.PIPE

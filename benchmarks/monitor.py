@@ -39,8 +39,12 @@ APPEND_SECONDS = 1.0
 WATCH_SECONDS = 60.0
 REFRESH_SECONDS = 2.0
 ROWS, COLUMNS = 24, 80
-MONITOR = (sys.executable, str(PROJECT_DIRECTORY / "scripts" / "monitor_training.py"),
-           "--refresh", str(REFRESH_SECONDS))  # fmt: skip
+MONITOR = (
+    sys.executable,
+    str(PROJECT_DIRECTORY / "scripts" / "monitor_training.py"),
+    "--refresh",
+    str(REFRESH_SECONDS),
+)
 FORMS = {"terminal": (), "--json": ("--json",)}
 FIRST_VIEW = b"Disk Free:"  # the last row of the view
 
@@ -130,8 +134,9 @@ def open_monitor(folder: Path, form: str) -> Iterator[Watched]:
     ours, theirs = pty.openpty() if is_terminal else os.pipe()
     if is_terminal:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    environment = {key: value for key, value in os.environ.items()
-                   if key not in ("COLUMNS", "LINES")}  # fmt: skip
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")
+    }
     began = time.perf_counter()
     process = subprocess.Popen(  # noqa: S603
         (*MONITOR, *FORMS[form]),
@@ -160,11 +165,19 @@ def write_log(path: Path) -> None:
     path.parent.mkdir(parents=True)
     now = datetime.now(UTC)
     start = {
-        "event": "start", "step": 0, "run_id": "20260101-0a1b2c3d", "branch": 0, "world_size": 8,
-        "max_steps": 2 * NUM_LINES * LOGGING_STEPS, "device": "cuda:0", "precision": "bf16",
-        "num_parameters": 1_311_000_000, "tokens_per_step": 10**6, "pid": os.getpid(),
+        "event": "start",
+        "step": 0,
+        "run_id": "20260101-0a1b2c3d",
+        "branch": 0,
+        "world_size": 8,
+        "max_steps": 2 * NUM_LINES * LOGGING_STEPS,
+        "device": "cuda:0",
+        "precision": "bf16",
+        "num_parameters": 1_311_000_000,
+        "tokens_per_step": 10**6,
+        "pid": os.getpid(),
         "hostname": platform.node(),
-    }  # fmt: skip
+    }
     append_metrics(path, start)
     with path.open("a", encoding="utf-8") as file:
         for number in range(1, NUM_LINES + 1):
@@ -178,14 +191,26 @@ def _record(number: int) -> dict[str, Any]:
     step = number * LOGGING_STEPS
     loss = 2.5 + 8 / (1 + step / 1000)
     if number % 50 == 0:
-        return {"step": step, "validation_loss": loss, "validation_perplexity": 12.182493960703473,
-                "best_validation_loss": loss}  # fmt: skip
+        return {
+            "step": step,
+            "validation_loss": loss,
+            "validation_perplexity": 12.182493960703473,
+            "best_validation_loss": loss,
+        }
     return {
-        "step": step, "epoch": 0, "loss": loss, "perplexity": 12.182493960703473,
-        "learning_rate": 1e-4 + loss / 1e7, "grad_norm": 1 + loss / 7, "tokens_seen": step * 10**6,
-        "tokens_per_second": 3e5 + step / 7, "step_seconds": 0.1 + loss / 1e5,
-        "mfu": 0.4 + loss / 1e4, "data_wait_share": 0.003, "eta_seconds": 123456.7,
-    }  # fmt: skip
+        "step": step,
+        "epoch": 0,
+        "loss": loss,
+        "perplexity": 12.182493960703473,
+        "learning_rate": 1e-4 + loss / 1e7,
+        "grad_norm": 1 + loss / 7,
+        "tokens_seen": step * 10**6,
+        "tokens_per_second": 3e5 + step / 7,
+        "step_seconds": 0.1 + loss / 1e5,
+        "mfu": 0.4 + loss / 1e4,
+        "data_wait_share": 0.003,
+        "eta_seconds": 123456.7,
+    }
 
 
 @contextmanager

@@ -28,11 +28,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 GPU_CASES: dict[str, dict[str, Any]] = {
     name: {
-        "model": "refocused-1.2b", "sequence_length": 2048, "per_device_train_batch_size": 8,
-        "global_batch_size": 16, "pad_vocab_to_multiple_of": 64, **extra,
+        "model": "refocused-1.2b",
+        "sequence_length": 2048,
+        "per_device_train_batch_size": 8,
+        "global_batch_size": 16,
+        "pad_vocab_to_multiple_of": 64,
+        **extra,
     }
     for name, extra in (("1.2B", {}), ("1.2B compiled", {"torch_compile": True}))
-}  # fmt: skip
+}
 
 
 def measure_profile(folder: Path, runs: int) -> dict[str, str]:

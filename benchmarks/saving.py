@@ -50,14 +50,21 @@ class SavingBench:
         self.folder = folder
         on_gpu = torch.cuda.is_available()
         shape = shape or {
-            "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8,
-            "intermediate_size": 2048, "vocab_size": VOCABULARY,
-        }  # fmt: skip
+            "hidden_size": 512,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "intermediate_size": 2048,
+            "vocab_size": VOCABULARY,
+        }
         overrides: dict[str, Any] = {f"model_overrides.{k}": v for k, v in shape.items()}
         overrides["global_batch_size"] = 1
         if on_gpu:
-            overrides = {"model": "refocused-1.2b", "sequence_length": 2048,
-                         "per_device_train_batch_size": 8, "global_batch_size": 16}  # fmt: skip
+            overrides = {
+                "model": "refocused-1.2b",
+                "sequence_length": 2048,
+                "per_device_train_batch_size": 8,
+                "global_batch_size": 16,
+            }
         self.config = get_training_config("test", {**overrides, "max_steps": 10**6})
         model_config = build_model_config(
             self.config.model, self.config.model_overrides, self.config.sequence_length

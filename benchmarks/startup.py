@@ -71,11 +71,13 @@ def measure_startup(folder: Path, runs: int) -> dict[str, str]:
     measured = []
     for number in range(runs + 1):
         work = folder / f"run-{number}"
-        measured.append((
-            _watch(work, [TRAIN, *words], [STEP_LINE]),
-            _watch(work, ["-c", PLAIN, settings], ["imported", "built", "stepped"]),
-            _time_phases(work / "phases", words),
-        ))  # fmt: skip
+        measured.append(
+            (
+                _watch(work, [TRAIN, *words], [STEP_LINE]),
+                _watch(work, ["-c", PLAIN, settings], ["imported", "built", "stepped"]),
+                _time_phases(work / "phases", words),
+            )
+        )
     # The first is a warm-up: it also writes bytecode.
     ours, peer, phases = zip(*measured[1:], strict=True)
     return {**_compare(ours, peer), **_describe_phases(phases)}

@@ -26,29 +26,42 @@ TURNS_A_RUN = 12
 PREPARE = (sys.executable, str(PROJECT_DIRECTORY / "scripts" / "prepare_data.py"))
 
 EVERYTHING_ON = {
-    "logging_steps": 10, "save_steps": 50, "max_eval_samples": 4, "sample_tokens": 0,
-    "checkpoint_uri": "bucket", "learning_rate": 1e-3,
-}  # fmt: skip
+    "logging_steps": 10,
+    "save_steps": 50,
+    "max_eval_samples": 4,
+    "sample_tokens": 0,
+    "checkpoint_uri": "bucket",
+    "learning_rate": 1e-3,
+}
 CASES: dict[str, dict[str, Any]] = {
     "test preset": {
-        "first_step": 10, "turn_steps": 1,
+        "first_step": 10,
+        "turn_steps": 1,
         "settings": {
-            "model": "neox-tiny", "sequence_length": 512, "per_device_train_batch_size": 1,
+            "model": "neox-tiny",
+            "sequence_length": 512,
+            "per_device_train_batch_size": 1,
             "global_batch_size": 4,
         },
     },
     "70M": {
-        "first_step": 4, "turn_steps": 1,
+        "first_step": 4,
+        "turn_steps": 1,
         "settings": {
-            "model": "pythia-70m", "sequence_length": 512, "per_device_train_batch_size": 1,
-            "global_batch_size": 1, "save_steps": 500,
+            "model": "pythia-70m",
+            "sequence_length": 512,
+            "per_device_train_batch_size": 1,
+            "global_batch_size": 1,
+            "save_steps": 500,
         },
     },
-}  # fmt: skip
+}
 GPU_SHAPE: dict[str, Any] = {
-    "model": "refocused-1.2b", "sequence_length": 2048, "per_device_train_batch_size": 8,
+    "model": "refocused-1.2b",
+    "sequence_length": 2048,
+    "per_device_train_batch_size": 8,
     "global_batch_size": 16,
-}  # fmt: skip
+}
 GPU_CASES: dict[str, dict[str, Any]] = {
     "1.2B": {"first_step": 5, "last_step": 25, "settings": GPU_SHAPE},
 }

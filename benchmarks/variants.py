@@ -20,10 +20,11 @@ CPU_VARIANTS: dict[str, dict[str, Any]] = {
     "compiled by layer": {"torch_compile": True},
     "compiled as a whole": {"torch_compile": True, "use_regional_compilation": False},
     "selective recomputing": {
-        "gradient_checkpointing": True, "gradient_checkpointing_policy": "selective",
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_policy": "selective",
     },
     "full recomputing": {"gradient_checkpointing": True},
-}  # fmt: skip
+}
 GPU_VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "vocabulary padded": PADDED,
@@ -32,17 +33,24 @@ GPU_VARIANTS: dict[str, dict[str, Any]] = {
     "padded, compiled as a whole": {**COMPILED, "use_regional_compilation": False},
     "the same, micro-batch 16": {**COMPILED, "per_device_train_batch_size": 16},
     "the same, micro-batch 32": {
-        **COMPILED, "per_device_train_batch_size": 32, "global_batch_size": 32,
+        **COMPILED,
+        "per_device_train_batch_size": 32,
+        "global_batch_size": 32,
     },
     "the same, the largest micro-batch": {
-        **COMPILED, "per_device_train_batch_size": "auto", "global_batch_size": 96,
+        **COMPILED,
+        "per_device_train_batch_size": "auto",
+        "global_batch_size": 96,
     },
     "compiled, selective recomputing": {
-        **COMPILED, "gradient_checkpointing": True, "gradient_checkpointing_policy": "selective",
-        "per_device_train_batch_size": 32, "global_batch_size": 32,
+        **COMPILED,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_policy": "selective",
+        "per_device_train_batch_size": 32,
+        "global_batch_size": 32,
     },
     "compiled, fp8": {**COMPILED, "fp8": True},
-}  # fmt: skip
+}
 
 
 def measure_variants(folder: Path, runs: int) -> dict[str, str]:

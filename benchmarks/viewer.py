@@ -109,8 +109,13 @@ def _shared_files() -> dict[str, str]:
         "tokens_per_second": [3e5 + step / 7 for step in steps],
         "validation": [{"step": step, "validation_loss": _loss(step)} for step in steps[9::10]],
     }
-    binary = ("model.safetensors", "optimizer.bin", "scheduler.bin", "scheduler_state.pt",
-              "random_states_0.pkl")  # fmt: skip
+    binary = (
+        "model.safetensors",
+        "optimizer.bin",
+        "scheduler.bin",
+        "scheduler_state.pt",
+        "random_states_0.pkl",
+    )
     documents: dict[str, Any] = {
         "training_metrics.json": history,
         "training_config.json": {"learning_rate": 1e-4, "sequence_length": 2048},
@@ -134,13 +139,16 @@ def _metadata(step: int) -> dict[str, Any]:
         "loss_history": last,
         "learning_rates": [1e-4 + loss / 1e7 for loss in last],
         "validation_metrics": {"validation_loss": _loss(step), "perplexity": 12.182493960703473},
-        "training_progress": {"tokens_seen": step * 10**6, "samples_seen": step * 512,
-                              "tokens_per_second": 3e5},
+        "training_progress": {
+            "tokens_seen": step * 10**6,
+            "samples_seen": step * 512,
+            "tokens_per_second": 3e5,
+        },
         "system_info": {"num_parameters": 1_311_000_000, "device": "cpu", "world_size": 1},
         "timestamp": "2026-01-01T12:30:25.123456+00:00",
         "run_id": RUN_ID,
         "git_commit": "0123456789abcdef0123456789abcdef01234567",
-    }  # fmt: skip
+    }
 
 
 def _journal_line(checkpoint: Path) -> str:

@@ -432,9 +432,12 @@ def train(
         config_word(config), data, checkpoints, run_name, [*more, *shlex.split(settings)]
     )
     function = train_on_gpu.with_options(
-        gpu=gpu, cpu=CORES, memory=MEMORY_MIB, timeout=int(hours * 3600),
+        gpu=gpu,
+        cpu=CORES,
+        memory=MEMORY_MIB,
+        timeout=int(hours * 3600),
         secrets=find_secrets(data, checkpoints, wandb=wandb),
-    )  # fmt: skip
+    )
     end(function.remote(words, max_steps, run_name, hours * 3600))
 
 

@@ -68,10 +68,22 @@ ROPE_KEYS = {
 
 # Of a saved model, not of its shape; some would have another dtype, or other outputs than a loss.
 IGNORED_KEYS = (
-    "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "is_encoder_decoder",
-    "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
-    "torch_dtype", "transformers_version", "trust_remote_code", "use_cache",
-)  # fmt: skip
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "trust_remote_code",
+    "use_cache",
+)
 
 # What the data decide (`set_special_tokens`), besides.
 DATA_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -388,8 +388,11 @@ def run_plot(args: argparse.Namespace) -> None:
         return
     found = find_curves(args)
     all_curves, notes = keep_comparable([curves for _, curves, _ in found])
-    notes = [f"{curves.label}: {problem}; drawn from metadata.json (last {HISTORY_LIMIT} only)"
-             for _, curves, problem in found if problem] + notes  # fmt: skip
+    notes = [
+        f"{curves.label}: {problem}; drawn from metadata.json (last {HISTORY_LIMIT} only)"
+        for _, curves, problem in found
+        if problem
+    ] + notes
     require_drawable(all_curves)
     path = args.save
     if path is None and not is_text and not args.json:
@@ -497,12 +500,19 @@ def print_curves_as_json(
 def chart_lines(all_curves: Sequence[Curves], encoding: str | None) -> list[str]:
     """Return a chart for each metric, below the names of the curves."""
     is_alone = len(all_curves) == 1
-    lines = [printable(curves.label) if is_alone else
-             f"{MARKS[index % len(MARKS)]} {printable(curves.label)}"
-             for index, curves in enumerate(all_curves)]  # fmt: skip
+    lines = [
+        printable(curves.label)
+        if is_alone
+        else f"{MARKS[index % len(MARKS)]} {printable(curves.label)}"
+        for index, curves in enumerate(all_curves)
+    ]
     for metric, title in METRICS.items():
-        curves = [(curves.series[metric].steps, curves.series[metric].values)
-                  if metric in curves.series else ((), ()) for curves in all_curves]  # fmt: skip
+        curves = [
+            (curves.series[metric].steps, curves.series[metric].values)
+            if metric in curves.series
+            else ((), ())
+            for curves in all_curves
+        ]
         height = LOSS_CHART_LINES if metric == "loss" else CHART_LINES
         chart = draw_chart(curves, encoding, min(terminal_width(), CHART_WIDTH), height)
         if chart:

@@ -58,8 +58,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", default="refocused-1.2b", metavar="PRESET", help="(default: %(default)s)")
     add("--gpus", type=int, nargs="+", default=[8], metavar="N", help="(default: 8)")
     add("--gpu", default="H100", metavar="NAME", help=f"{', '.join(GPU_TYPES)} (default: H100)")
-    add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="S",
-        help=f"{', '.join(STRATEGIES)} (default: all)")  # fmt: skip
+    add(
+        "--strategy",
+        nargs="+",
+        choices=STRATEGIES,
+        default=list(STRATEGIES),
+        metavar="S",
+        help=f"{', '.join(STRATEGIES)} (default: all)",
+    )
     add("--global-batch", type=int, default=1024, metavar="N", help="samples in a step (1024)")
     add("--sequence-length", type=int, default=2048, metavar="N", help="tokens in a sample (2048)")
     add("--micro-batch", type=int, metavar="N", help="of a GPU (default: the fastest that fits)")
@@ -93,8 +99,16 @@ def run(args: argparse.Namespace) -> int:
     ]
     facts = _describe_run(args, gpu)
     if args.json:
-        print(to_json_text({"model": args.model, "gpu": dataclasses.asdict(gpu), "run": facts,
-                            "plans": records}))  # fmt: skip
+        print(
+            to_json_text(
+                {
+                    "model": args.model,
+                    "gpu": dataclasses.asdict(gpu),
+                    "run": facts,
+                    "plans": records,
+                }
+            )
+        )
         return 0
     print_table(
         f"{args.model} on {gpu.name}, {args.global_batch} samples of {args.sequence_length} tokens "
@@ -149,9 +163,14 @@ def _require_counts(args: argparse.Namespace) -> None:
 def _describe(args: argparse.Namespace, gpu: GpuType, gpus: int, strategy: str) -> dict[str, Any]:
     """Return one plan as a record."""
     job = Job(
-        shape_of_preset(args.model), gpu, gpus, strategy, args.global_batch, args.sequence_length,
+        shape_of_preset(args.model),
+        gpu,
+        gpus,
+        strategy,
+        args.global_batch,
+        args.sequence_length,
         args.reduce_bytes,
-    )  # fmt: skip
+    )
     record: dict[str, Any] = {"gpus": gpus, "strategy": strategy}
     if args.micro_batch or args.checkpointing:
         plan = plan_step(job, args.micro_batch or 1, args.checkpointing or "none", args.efficiency)

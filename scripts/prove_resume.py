@@ -410,9 +410,14 @@ class Proof:
     def _show(self, start: Start) -> None:
         log.info(
             "Start %d of %d: steps %s to %s, from %s, %s after %s.",
-            start.number, self._args.kills + 1, start.begin, start.last, start.source,
-            start.ended, format_duration(start.seconds),
-        )  # fmt: skip
+            start.number,
+            self._args.kills + 1,
+            start.begin,
+            start.last,
+            start.source,
+            start.ended,
+            format_duration(start.seconds),
+        )
 
     def _compare(self) -> None:
         log.info("Comparing both runs.")

@@ -225,8 +225,17 @@ def print_status(result: dict[str, Any]) -> None:
     """Print what `status` found."""
     rows, bucket = result["checkpoints"], result["bucket"] or "no bucket"
     if rows:
-        columns = ["checkpoint", "step", "size", "local", "bucket", "state", "progress", "kept",
-                   "note"]  # fmt: skip
+        columns = [
+            "checkpoint",
+            "step",
+            "size",
+            "local",
+            "bucket",
+            "state",
+            "progress",
+            "kept",
+            "note",
+        ]
         title = f"Uploads from {result['directory']} to {bucket}"
         print_table(title, rows, columns, NUMBERS)
     else:
@@ -309,8 +318,11 @@ def find_lost(config: TrainingConfig, paths: RunPaths, journal: Journal) -> list
 
 def retry_failed(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
     """Upload what the journal has as failed."""
-    failed = [entry.checkpoint for entry in Journal(paths.journal).latest().values()
-              if entry.state is UploadState.FAILED]  # fmt: skip
+    failed = [
+        entry.checkpoint
+        for entry in Journal(paths.journal).latest().values()
+        if entry.state is UploadState.FAILED
+    ]
     here = {str(view.name): view.path for view in read_local_checkpoints(paths.checkpoints)}
     for name in failed:
         if name not in here:

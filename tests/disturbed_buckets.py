@@ -20,14 +20,28 @@ BUCKET = "runs"
 MEGABYTE = 2**20
 # Kind -> how likely it is.
 TROUBLES = {
-    "status": 0.24, "reset": 0.14, "truncate": 0.1, "stall": 0.08, "slow": 0.06, "corrupt": 0.06,
-    "lost_answer": 0.14, "forbidden": 0.06, "down": 0.06, "replaced": 0.06,
-}  # fmt: skip
+    "status": 0.24,
+    "reset": 0.14,
+    "truncate": 0.1,
+    "stall": 0.08,
+    "slow": 0.06,
+    "corrupt": 0.06,
+    "lost_answer": 0.14,
+    "forbidden": 0.06,
+    "down": 0.06,
+    "replaced": 0.06,
+}
 BRIEF_TROUBLES = ("status", "reset", "truncate", "lost_answer")
 REQUESTS = (
-    "upload", "upload.multipart", "upload.chunk", "object.compose", "object.delete", "object.get",
-    "object.list", "object.download",
-)  # fmt: skip
+    "upload",
+    "upload.multipart",
+    "upload.chunk",
+    "object.compose",
+    "object.delete",
+    "object.get",
+    "object.list",
+    "object.download",
+)
 REFUSED = ("*", "upload", "object.delete", "object.list", "object.get")
 
 

@@ -160,9 +160,14 @@ class Function:
     answer: list[Any]
 
     def with_options(
-        self, *, cpu: Any = None, memory: Any = None, gpu: str | None = None, secrets: Any = None,
+        self,
+        *,
+        cpu: Any = None,
+        memory: Any = None,
+        gpu: str | None = None,
+        secrets: Any = None,
         timeout: int | None = None,
-    ) -> Function:  # fmt: skip
+    ) -> Function:
         given = {"cpu": cpu, "memory": memory, "gpu": gpu, "secrets": secrets, "timeout": timeout}
         options = {**self.options, **{key: value for key, value in given.items() if value}}
         return Function(self.function, options, self.calls, self.answer)
@@ -179,13 +184,25 @@ class App:
     entrypoints: dict[str, Callable[..., None]] = field(default_factory=dict)
 
     def function(
-        self, *, image: Any = None, gpu: str | None = None, volumes: Any = None, cpu: Any = None,
-        memory: Any = None, retries: Any = None, timeout: int = 300,
-    ) -> Callable[[Callable[..., Any]], Function]:  # fmt: skip
+        self,
+        *,
+        image: Any = None,
+        gpu: str | None = None,
+        volumes: Any = None,
+        cpu: Any = None,
+        memory: Any = None,
+        retries: Any = None,
+        timeout: int = 300,
+    ) -> Callable[[Callable[..., Any]], Function]:
         options = {
-            "image": image, "gpu": gpu, "volumes": volumes, "cpu": cpu, "memory": memory,
-            "retries": retries, "timeout": timeout,
-        }  # fmt: skip
+            "image": image,
+            "gpu": gpu,
+            "volumes": volumes,
+            "cpu": cpu,
+            "memory": memory,
+            "retries": retries,
+            "timeout": timeout,
+        }
 
         def register(function: Callable[..., Any]) -> Function:
             self.functions[function.__name__] = Function(function, options, [], [0])
@@ -205,9 +222,14 @@ def build_module() -> ModuleType:
     """Return what `import modal` gives."""
     module = ModuleType("modal")
     names = {
-        "App": App, "Image": Image, "Retries": Retries, "Secret": Secret, "Volume": Volume,
-        "exception": SimpleNamespace(NotFoundError=NotFoundError), "is_local": lambda: True,
-    }  # fmt: skip
+        "App": App,
+        "Image": Image,
+        "Retries": Retries,
+        "Secret": Secret,
+        "Volume": Volume,
+        "exception": SimpleNamespace(NotFoundError=NotFoundError),
+        "is_local": lambda: True,
+    }
     for name, value in names.items():
         setattr(module, name, value)
     return module

@@ -12,7 +12,7 @@ from utils.base.errors import ExitCode
 
 COMMANDS = [
     "train --set data_uri=@",
-    "train --set data_uri=[{\"uri\":\"@\",\"weight\":1}]",
+    'train --set data_uri=[{"uri":"@","weight":1}]',
     "train --set checkpoint_uri=@",
     "train --set output_dir=@",
     "train --set logging_dir=@",
@@ -44,7 +44,7 @@ COMMANDS = [
     "scripts.export_model latest --output @",
     "scripts.consolidate_checkpoint latest --output @",
     "scripts.prove_resume --workdir @",
-]  # fmt: skip
+]
 
 
 def call(command: str, place: str) -> int:

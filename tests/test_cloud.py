@@ -27,12 +27,20 @@ NODE = CLOUD / "node.sh"
 AGAIN = {int(ExitCode.NOT_VERIFIED), int(ExitCode.STOPPED)}
 FOR_GOOD = {int(ExitCode.USAGE), int(ExitCode.PREFLIGHT)}
 TINY = [
-    "--config=test", "--max-steps=4", "--set=save_steps=2", "--set=eval_steps=4",
-    "--set=warmup_steps=1", "--set=model_overrides.num_hidden_layers=1",
-    "--set=model_overrides.hidden_size=32", "--set=model_overrides.intermediate_size=64",
-    "--set=model_overrides.vocab_size=512", "--set=sequence_length=32",
-    "--set=max_eval_samples=4", "--set=sample_tokens=0", "--set=report_to=[]",
-]  # fmt: skip
+    "--config=test",
+    "--max-steps=4",
+    "--set=save_steps=2",
+    "--set=eval_steps=4",
+    "--set=warmup_steps=1",
+    "--set=model_overrides.num_hidden_layers=1",
+    "--set=model_overrides.hidden_size=32",
+    "--set=model_overrides.intermediate_size=64",
+    "--set=model_overrides.vocab_size=512",
+    "--set=sequence_length=32",
+    "--set=max_eval_samples=4",
+    "--set=sample_tokens=0",
+    "--set=report_to=[]",
+]
 
 
 def load(name: str) -> list[dict[str, Any]]:
@@ -103,9 +111,14 @@ def test_a_machine_launches_its_ranks_where_torchrun_understands_it(
 
     program(path, "torchrun", NOTE_WORDS)
     variables = {
-        "NUM_NODES": "4", "NODE_RANK": "3", "MAIN_ADDRESS": "main", "MAIN_PORT": "1234",
-        "GPUS": "8", "GRACE_SECONDS": "7.5", "NOTES": str(tmp_path / "notes"),
-    }  # fmt: skip
+        "NUM_NODES": "4",
+        "NODE_RANK": "3",
+        "MAIN_ADDRESS": "main",
+        "MAIN_PORT": "1234",
+        "GPUS": "8",
+        "GRACE_SECONDS": "7.5",
+        "NOTES": str(tmp_path / "notes"),
+    }
     result = bash(NODE, "--config", "production", "--set", "run_name=a b", **variables)
     assert result.returncode == 0, result.stderr
     words = (tmp_path / "notes").read_text().split("\n")[1:-1]
@@ -130,9 +143,14 @@ def test_an_accelerate_configuration_is_launched_on_the_same_machines(
     program(path, "accelerate", NOTE_WORDS)
     file = PROJECT_DIRECTORY / "configs" / "accelerate" / "ddp.yaml"
     variables = {
-        "NUM_NODES": "2", "NODE_RANK": "1", "MAIN_ADDRESS": "main", "GPUS": "8",
-        "MAIN_PORT": "47113", "ACCELERATE_CONFIG": str(file), "NOTES": str(tmp_path / "notes"),
-    }  # fmt: skip
+        "NUM_NODES": "2",
+        "NODE_RANK": "1",
+        "MAIN_ADDRESS": "main",
+        "GPUS": "8",
+        "MAIN_PORT": "47113",
+        "ACCELERATE_CONFIG": str(file),
+        "NOTES": str(tmp_path / "notes"),
+    }
     assert bash(NODE, "--config", "production", **variables).returncode == 0
     words = (tmp_path / "notes").read_text().split("\n")[2:-1]
     parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
@@ -254,10 +272,14 @@ def slurm(path: Path, tmp_path: Path) -> dict[str, str]:
     for name, body in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         program(path, name, body)
     return {
-        "CLUSTER": str(tmp_path / "cluster"), "PIDS": str(tmp_path / "pids"),
-        "SLURM_SUBMIT_DIR": str(PROJECT_DIRECTORY), "SLURM_JOB_ID": "4711",
-        "SLURM_JOB_NODELIST": "host[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "2",
-    }  # fmt: skip
+        "CLUSTER": str(tmp_path / "cluster"),
+        "PIDS": str(tmp_path / "pids"),
+        "SLURM_SUBMIT_DIR": str(PROJECT_DIRECTORY),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "host[7-8]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "2",
+    }
 
 
 @pytest.mark.parametrize(
@@ -274,15 +296,25 @@ def slurm(path: Path, tmp_path: Path) -> dict[str, str]:
     ],
 )
 def test_slurm_requeues_what_a_restart_can_mend(
-    code: int, state: str, restarts: str, requeued: bool, path: Path,
-    slurm: dict[str, str], bash: Callable[..., Any],
-) -> None:  # fmt: skip
+    code: int,
+    state: str,
+    restarts: str,
+    requeued: bool,
+    path: Path,
+    slurm: dict[str, str],
+    bash: Callable[..., Any],
+) -> None:
     program(path, "torchrun", f"[ {code} = 0 ] && exit 0\n{FAKE_RANKS}")
     program(path, "python", f"exit {code}")
     result = bash(
-        CLOUD / "slurm.sbatch", "--config", "production", RANKS="0",
-        **slurm, STATE=state, SLURM_RESTART_COUNT=restarts,
-    )  # fmt: skip
+        CLOUD / "slurm.sbatch",
+        "--config",
+        "production",
+        RANKS="0",
+        **slurm,
+        STATE=state,
+        SLURM_RESTART_COUNT=restarts,
+    )
     assert result.returncode == code, result.stderr
     notes = Path(slurm["CLUSTER"]).read_text().splitlines()
     assert ("scontrol requeue 4711" in notes) == requeued
@@ -360,10 +392,15 @@ def test_skypilot_launches_every_node_with_its_number(
     script = load("skypilot.yaml")[0]
     program(path, "torchrun", NOTE_WORDS)
     variables = {
-        **script["envs"], "DATA_URI": "gs://b/data", "CHECKPOINT_URI": "gs://b/run 1",
-        "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "8",
-        "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8\n", "NOTES": str(tmp_path / "notes"),
-    }  # fmt: skip
+        **script["envs"],
+        "DATA_URI": "gs://b/data",
+        "CHECKPOINT_URI": "gs://b/run 1",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "1",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+        "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8\n",
+        "NOTES": str(tmp_path / "notes"),
+    }
     result = bash("-c", script["run"], cwd=PROJECT_DIRECTORY, **variables)
     assert result.returncode == 0, result.stderr
     words = (tmp_path / "notes").read_text().split("\n")[1:-1]
@@ -477,9 +514,14 @@ def test_two_machines_on_slurm_train_stop_on_its_signal_and_go_on(
     for name in ("cloud", "configs", "scripts", "train.py", "utils"):
         (project / name).symlink_to(PROJECT_DIRECTORY / name)
     variables = {
-        **slurm, "SLURM_SUBMIT_DIR": str(project), "SLURM_GPUS_ON_NODE": "1", "GPUS": "1",
-        "FIRST_HOST": "127.0.0.1", "MAIN_PORT": "29713", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        **slurm,
+        "SLURM_SUBMIT_DIR": str(project),
+        "SLURM_GPUS_ON_NODE": "1",
+        "GPUS": "1",
+        "FIRST_HOST": "127.0.0.1",
+        "MAIN_PORT": "29713",
+        "OMP_NUM_THREADS": "1",
+    }
     words = [*TINY, f"--set=data_uri={sample_data}", "--set=checkpoint_uri=bucket"]
 
     def start(*more: str) -> subprocess.Popen[str]:
@@ -522,9 +564,12 @@ def test_machines_that_share_nothing_but_the_bucket_go_on_to_the_same_bits(
         for rank, folder in enumerate(folders):
             (tmp_path / folder).mkdir(exist_ok=True)
             variables = {
-                "NUM_NODES": "2", "NODE_RANK": str(rank), "GPUS": "1", "MAIN_PORT": "29731",
+                "NUM_NODES": "2",
+                "NODE_RANK": str(rank),
+                "GPUS": "1",
+                "MAIN_PORT": "29731",
                 "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
+            }
             processes.append(
                 subprocess.Popen(
                     ["bash", str(NODE), *words],

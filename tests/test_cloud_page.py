@@ -26,8 +26,11 @@ PAGE = plan_scaling.CLOUD_DOCUMENT
 def commands(*begin: str) -> list[list[str]]:
     """Return the words of the page's commands that begin so, in blocks and in sentences."""
     text = PAGE.read_text("utf-8")
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-             for line in block.splitlines()]  # fmt: skip
+    lines = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    ]
     lines += [span.replace("\n", " ") for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
     return [shlex.split(line, comments=True) for line in lines if line.startswith(begin)]
 

@@ -20,8 +20,16 @@ from tests.conftest import TINY
 from utils.checkpoints.layout import find_checkpoints
 
 NOTEBOOK = PROJECT_DIRECTORY / "cloud" / "colab.ipynb"
-SOURCES = ("cloud", "configs", "scripts", "utils", "train.py", "debug_gpu.py", "requirements.txt",
-           "constraints.txt")  # fmt: skip
+SOURCES = (
+    "cloud",
+    "configs",
+    "scripts",
+    "utils",
+    "train.py",
+    "debug_gpu.py",
+    "requirements.txt",
+    "constraints.txt",
+)
 
 
 def cells() -> list[dict[str, Any]]:
@@ -98,10 +106,14 @@ def colab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     variables = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "TMPDIR": str(scratch),
-        "IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTER_PLATFORM_DIRS": "1",
-        "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1", "PYTHONWARNINGS": "ignore",
-    }  # fmt: skip
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "TMPDIR": str(scratch),
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "JUPYTER_PLATFORM_DIRS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PIP_NO_INDEX": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
 

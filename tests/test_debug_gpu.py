@@ -37,9 +37,19 @@ from utils.tools.diagnosis.torch_facts import Torch, TorchGpu
 SCRIPT = PROJECT_DIRECTORY / "debug_gpu.py"
 GIB = 2**30
 H200 = TorchGpu(
-    0, "NVIDIA H200", 140 * GIB, (9, 0), True, True, True, True,
-    memory_free_bytes=139 * GIB, uuid="GPU-1", num_processors=132, attention=["flash", "math"],
-)  # fmt: skip
+    0,
+    "NVIDIA H200",
+    140 * GIB,
+    (9, 0),
+    True,
+    True,
+    True,
+    True,
+    memory_free_bytes=139 * GIB,
+    uuid="GPU-1",
+    num_processors=132,
+    attention=["flash", "math"],
+)
 TIMING = Timing(
     "cuda:0",
     [Matmul("cuda:0", "bfloat16", 4096, 0.2, 687.2, 0.69)],
@@ -47,20 +57,41 @@ TIMING = Timing(
     {"throttle_reasons": ["too hot"], "temperature_celsius": 90},
 )
 DRIVER_GPU = DriverGpu(
-    0, "NVIDIA H200", "GPU-1", (9, 0), 140 * GIB, GIB, [GpuProcess(42, "python", GIB)],
-    compute_mode="exclusive process", is_ecc_enabled=True, ecc_errors=0, temperature_celsius=35,
-    power_watts=80.0, power_limit_watts=700.0, clock_mhz=345, max_clock_mhz=1980,
-    pcie_generation=1, max_pcie_generation=5, pcie_width=16, max_pcie_width=16, nvlinks=18,
-)  # fmt: skip
+    0,
+    "NVIDIA H200",
+    "GPU-1",
+    (9, 0),
+    140 * GIB,
+    GIB,
+    [GpuProcess(42, "python", GIB)],
+    compute_mode="exclusive process",
+    is_ecc_enabled=True,
+    ecc_errors=0,
+    temperature_celsius=35,
+    power_watts=80.0,
+    power_limit_watts=700.0,
+    clock_mhz=345,
+    max_clock_mhz=1980,
+    pcie_generation=1,
+    max_pcie_generation=5,
+    pcie_width=16,
+    max_pcie_width=16,
+    nvlinks=18,
+)
 FACTS = Facts(
     Host(system="Linux", device_files={"/dev/nvidia0": True}, memory_available_bytes=64 * GIB),
     Driver("/bin/nvidia-smi", "580.65.06", (13, 0), 1, [DRIVER_GPU], [Link(0, 1, "NVLink", True)]),
     Torch(
-        version="2.13.0", cuda_build="13.0", is_cuda_available=True, gpus=[H200], nccl="2.28.3",
-        architectures=["sm_90"], is_tf32_on=False,
+        version="2.13.0",
+        cuda_build="13.0",
+        is_cuda_available=True,
+        gpus=[H200],
+        nccl="2.28.3",
+        architectures=["sm_90"],
+        is_tf32_on=False,
     ),
     [TIMING],
-)  # fmt: skip
+)
 
 
 def run_script(tmp_path: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -27,11 +27,21 @@ ELSEWHERE = ("bash setup.sh", "modal", "rclone", "pip")
 # No script with words of its own; debug_gpu.py is run below.
 UNPARSED = ("python -c", "python debug_gpu.py")
 # What makes a training of the documents one that a test can wait for.
-SMALL = ("sequence_length=32", "global_batch_size=4", "per_device_train_batch_size=2",
-         "model_overrides.num_hidden_layers=1", "model_overrides.hidden_size=32",
-         "model_overrides.intermediate_size=64", "model_overrides.num_attention_heads=4",
-         "save_steps=2", "eval_steps=2", "max_eval_samples=4", "warmup_steps=1",
-         "torch_compile=false", "sample_tokens=4")  # fmt: skip
+SMALL = (
+    "sequence_length=32",
+    "global_batch_size=4",
+    "per_device_train_batch_size=2",
+    "model_overrides.num_hidden_layers=1",
+    "model_overrides.hidden_size=32",
+    "model_overrides.intermediate_size=64",
+    "model_overrides.num_attention_heads=4",
+    "save_steps=2",
+    "eval_steps=2",
+    "max_eval_samples=4",
+    "warmup_steps=1",
+    "torch_compile=false",
+    "sample_tokens=4",
+)
 STEPS, STEPS_RESUMED = 4, 6
 NAMES = ("Lily", "Tom", "Anna", "Ben", "the dog", "the bird")
 ENDINGS = ("went home.", "was happy.", "saw a big tree.", "laughed.", "ran to the river.")
@@ -167,9 +177,14 @@ def run(words: list[str], folder: Path) -> str:
         for number, word in enumerate(program)
     ]
     result = subprocess.run(
-        program, cwd=folder, capture_output=True, text=True, check=False, timeout=300,
+        program,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     said = result.stdout + result.stderr
     assert result.returncode == 0, f"{shlex.join(words)}\n{said}"
     return said

@@ -23,11 +23,34 @@ pytestmark = pytest.mark.slow
 
 # Without their dependencies, which would bring torch once more.
 PACKAGES = (
-    "lm-eval", "absl-py", "chardet", "colorama", "DataProperty", "evaluate", "joblib",
-    "jsonlines", "lxml", "mbstrdecoder", "more_itertools", "nltk", "pathvalidate", "portalocker",
-    "pytablewriter", "regex", "rouge-score", "sacrebleu", "scikit-learn", "scipy", "sqlitedict",
-    "tabledata", "tabulate", "tcolorpy", "threadpoolctl", "typepy", "word2number",
-)  # fmt: skip
+    "lm-eval",
+    "absl-py",
+    "chardet",
+    "colorama",
+    "DataProperty",
+    "evaluate",
+    "joblib",
+    "jsonlines",
+    "lxml",
+    "mbstrdecoder",
+    "more_itertools",
+    "nltk",
+    "pathvalidate",
+    "portalocker",
+    "pytablewriter",
+    "regex",
+    "rouge-score",
+    "sacrebleu",
+    "scikit-learn",
+    "scipy",
+    "sqlitedict",
+    "tabledata",
+    "tabulate",
+    "tcolorpy",
+    "threadpoolctl",
+    "typepy",
+    "word2number",
+)
 LIMIT_SECONDS = 300
 TRAINING_STEPS = 60
 
@@ -60,8 +83,12 @@ def tasks(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
     """Return the harness's own tasks, which take their questions from the local files."""
     found = subprocess.run(
         [sys.executable, "-c", "import lm_eval; print(lm_eval.__path__[0])"],
-        env=environment, capture_output=True, text=True, check=True, timeout=LIMIT_SECONDS,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=LIMIT_SECONDS,
+    )
     source = Path(found.stdout.strip()) / "tasks"
     target = tmp_path_factory.mktemp("tasks")
     shutil.copy(source / "hellaswag" / "utils.py", target)
@@ -146,9 +173,13 @@ def evaluate(
     script = PROJECT_DIRECTORY / "scripts" / "evaluate.py"
     return subprocess.run(
         [sys.executable, str(script), *words, "--device", "cpu"],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
         timeout=LIMIT_SECONDS,
-    )  # fmt: skip
+    )
 
 
 def test_hellaswag_is_that_of_the_harness(found: dict[str, dict[str, float]]) -> None:
@@ -178,16 +209,34 @@ def test_the_harness_alone_loads_what_was_exported_and_finds_the_same(
     script = PROJECT_DIRECTORY / "scripts" / "export_model.py"
     subprocess.run(
         [sys.executable, str(script), str(model), "--output", str(exported)],
-        cwd=tmp_path, env=environment, capture_output=True, check=True, timeout=LIMIT_SECONDS,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        check=True,
+        timeout=LIMIT_SECONDS,
+    )
     words = ["--model", "hf", "--model_args", f"pretrained={exported},dtype=float32"]
     words += ["--tasks", "local_hellaswag,local_lambada", "--include_path", str(tasks)]
     done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", *words, "--device", "cpu", "--batch_size", "1",
-         "--output_path", str(tmp_path / "out")],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        [
+            sys.executable,
+            "-m",
+            "lm_eval",
+            *words,
+            "--device",
+            "cpu",
+            "--batch_size",
+            "1",
+            "--output_path",
+            str(tmp_path / "out"),
+        ],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
         timeout=LIMIT_SECONDS,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     results: Any = json.loads(next((tmp_path / "out").rglob("*.json")).read_text())["results"]
     for figure in ("acc", "acc_norm"):

@@ -115,9 +115,12 @@ def test_a_file_that_comes_short_is_no_file(
     ],
 )
 def test_wrong_words_get_one_message_and_code_2(
-    command: str, words: dict[str, Any], message: str, modal_app: ModuleType,
+    command: str,
+    words: dict[str, Any],
+    message: str,
+    modal_app: ModuleType,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     with pytest.raises(SystemExit) as ended:
         getattr(modal_app, command)(**words)
     assert ended.value.code == ExitCode.USAGE
@@ -127,9 +130,14 @@ def test_wrong_words_get_one_message_and_code_2(
 
 def test_a_run_is_told_everything_by_its_command_line(modal_app: ModuleType) -> None:
     modal_app.train(
-        "first", config=str(PROJECT_DIRECTORY / "configs" / "test.json"), gpu="A100-80GB:2",
-        max_steps=7, wandb=True, settings='learning_rate=1e-3 "save_seconds=60"', hours=2.0,
-    )  # fmt: skip
+        "first",
+        config=str(PROJECT_DIRECTORY / "configs" / "test.json"),
+        gpu="A100-80GB:2",
+        max_steps=7,
+        wandb=True,
+        settings='learning_rate=1e-3 "save_seconds=60"',
+        hours=2.0,
+    )
     ((options, words),) = modal_app.train_on_gpu.calls
     assert (options["gpu"], options["timeout"]) == ("A100-80GB:2", 7200)
     assert (options["cpu"], options["memory"]) == (modal_app.CORES, modal_app.MEMORY_MIB)
@@ -198,13 +206,25 @@ def test_the_image_installs_the_pins_and_carries_the_code_but_no_data(
 
 @pytest.mark.parametrize(
     ("code", "owed", "over"),
-    [(0, None, 0), (2, None, 2), (3, None, 3), (4, 0, 0), (4, 4, None), (75, 0, None),
-     (1, None, None), (137, None, None)],
-)  # fmt: skip
+    [
+        (0, None, 0),
+        (2, None, 2),
+        (3, None, 3),
+        (4, 0, 0),
+        (4, 4, None),
+        (75, 0, None),
+        (1, None, None),
+        (137, None, None),
+    ],
+)
 def test_modal_retries_what_a_restart_can_mend(
-    code: int, owed: int | None, over: int | None, modal_app: ModuleType, tmp_path: Path,
+    code: int,
+    owed: int | None,
+    over: int | None,
+    modal_app: ModuleType,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     ran: list[list[str]] = []
     monkeypatch.setattr(modal_app, "run_until", lambda *words: code)
     monkeypatch.setattr(modal_app, "run_script", lambda words, *_: ran.append(words) or owed)
@@ -318,8 +338,10 @@ def test_scripts_get_the_checkpoint_that_was_brought(
         arguments = upload_manager.parse_arguments(command[2:])
         assert (arguments.name, arguments.set[2]) == ("latest", "run_name=first")
     assert [Path(command[1]).name for command in scripts] == [
-        "generate.py", "evaluate.py", "export_model.py",
-    ]  # fmt: skip
+        "generate.py",
+        "evaluate.py",
+        "export_model.py",
+    ]
     assert all(Path(command[2]).name == "checkpoint-epoch0-step2-files0" for command in scripts)
     assert scripts[0][3:] == ["--prompt", "Once", "--max-tokens", "5", "--temperature", "0.8"]
     assert scripts[1][3:] == ["--json"]
@@ -441,8 +463,10 @@ def test_the_real_package_takes_the_app(tmp_path: Path) -> None:
     paths = [str(packages), str(FILE.parent), str(PROJECT_DIRECTORY)]
     found = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHECK, *paths],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert found.returncode == 0, found.stderr
     facts = json.loads(found.stdout)
     assert facts["strange"] == {}
@@ -453,14 +477,20 @@ def test_the_real_package_takes_the_app(tmp_path: Path) -> None:
     ]
     for name, options in {
         "train": ["--run-name", "--gpu", "--config", "--max-steps", "--wandb", "--settings"],
-        "upload": ["--local-path", "--remote-path"], "ls": ["--path"],
-        "download": ["--remote-path", "--local-path"], "delete": ["--path", "--yes"],
-        "generate": ["--prompt"], "evaluate": ["--options"], "export": ["--output"],
-    }.items():  # fmt: skip
+        "upload": ["--local-path", "--remote-path"],
+        "ls": ["--path"],
+        "download": ["--remote-path", "--local-path"],
+        "delete": ["--path", "--yes"],
+        "generate": ["--prompt"],
+        "evaluate": ["--options"],
+        "export": ["--output"],
+    }.items():
         help_text = subprocess.run(
             [sys.executable, "-m", "modal", "run", f"{FILE}::{name}", "--help"],
             env={**os.environ, "PYTHONPATH": str(packages)},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert help_text.returncode == 0, help_text.stderr
         assert all(option in help_text.stdout for option in options), help_text.stdout

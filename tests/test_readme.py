@@ -14,9 +14,11 @@ def test_the_readme_has_every_configuration_key_and_no_other() -> None:
     text = (PROJECT_DIRECTORY / "README.md").read_text("utf-8")
     table = text.split("| key | default |", 1)[1].split("\n\n", 1)[0]
     named = {
-        key for row in table.splitlines() if row.startswith("| `")
+        key
+        for row in table.splitlines()
+        if row.startswith("| `")
         for key in re.findall(r"`([a-z_0-9]+)`", row.split("|")[1])
-    }  # fmt: skip
+    }
     assert named == {field.name for field in dataclasses.fields(TrainingConfig)}
 
 
@@ -28,9 +30,10 @@ def test_the_readme_names_every_preset() -> None:
 def test_the_architecture_page_has_every_module() -> None:
     text = (PROJECT_DIRECTORY / "ARCHITECTURE.md").read_text("utf-8")
     missing = [
-        name for name, file in module_files().items()
+        name
+        for name, file in module_files().items()
         if file.parent.name == "utils" and file.name not in text
-    ]  # fmt: skip
+    ]
     assert missing == []
 
 

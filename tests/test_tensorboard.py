@@ -23,15 +23,25 @@ from utils.tracking.metrics_log import read_metrics
 
 LAST = 12
 SETTINGS = (
-    "logging_steps=1", "save_steps=2", "sample_tokens=8", "checkpoint_uri=bucket", "use_cpu=true",
-)  # fmt: skip
+    "logging_steps=1",
+    "save_steps=2",
+    "sample_tokens=8",
+    "checkpoint_uri=bucket",
+    "use_cpu=true",
+)
 WAIT_SECONDS = 60.0
 CHROMIUM_FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
     "--window-size=1400,1800",
     "--disable-3d-apis",  # without WebGL TensorBoard draws its lines as SVG, which can be read
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +75,19 @@ def logs(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tensorboard(logs: Path, *words: str) -> Iterator[str]:
     """Serve logs on a free port of 127.0.0.1; yields the address."""
     command = [
-        sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--host", "127.0.0.1",
-        "--port", "0", "--reload_interval", "1", *words,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(logs),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--reload_interval",
+        "1",
+        *words,
+    ]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
@@ -156,9 +176,10 @@ def test_both_loaders_show_one_curve_texts_and_hyperparameters(logs: Path, loade
         assert rates == {4e-3, 1e-3}
         best = read_metrics(logs / "metrics.jsonl").series("best_validation_loss")[1][-1]
         (value,) = (
-            item["value"] for item in groups[name]["metricValues"]
+            item["value"]
+            for item in groups[name]["metricValues"]
             if item["name"]["tag"] == "validation/best_loss"
-        )  # fmt: skip
+        )
         assert value == pytest.approx(best, rel=1e-6)
         (session,) = groups[name]["sessions"]
         assert session["status"] == "STATUS_SUCCESS"

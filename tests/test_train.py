@@ -162,9 +162,11 @@ def test_a_step_equals_a_plain_pytorch_step(
     if loss_implementation == "model":  # the very same products
         monkeypatch.setattr("utils.models.cpu_products.is_onednn_faster", lambda: False)
     settings = {
-        "model_overrides.num_hidden_layers": 2, "use_cpu": True, "max_grad_norm": 0.5,
+        "model_overrides.num_hidden_layers": 2,
+        "use_cpu": True,
+        "max_grad_norm": 0.5,
         "loss_implementation": loss_implementation,
-    }  # fmt: skip
+    }
     config = get_training_config("test", settings)
     model_config = build_model_config(config.model, config.model_overrides)
     generator = torch.Generator().manual_seed(1)
@@ -260,9 +262,13 @@ def test_sigterm_saves_and_exits_75_and_the_next_start_goes_on(
     run_train: Train, tmp_path: Path, sample_data: Path
 ) -> None:
     command = launch(
-        tmp_path / "run", "--max-steps", "100000", f"--set=data_uri={sample_data}",
-        "--set=logging_steps=1", "--set=save_steps=100000",
-    )  # fmt: skip
+        tmp_path / "run",
+        "--max-steps",
+        "100000",
+        f"--set=data_uri={sample_data}",
+        "--set=logging_steps=1",
+        "--set=save_steps=100000",
+    )
     process = subprocess.Popen(
         command, cwd=tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -356,8 +362,9 @@ def test_resuming_from_an_older_checkpoint_begins_a_branch(
 ) -> None:
     settings = ("save_steps=2", "logging_steps=1")
     assert run_train("--max-steps", "6", settings=settings) == 0
-    assert run_train("--max-steps", "6", "--resume", "2", "--stop-after", "3",
-                     settings=settings) == 0  # fmt: skip
+    assert (
+        run_train("--max-steps", "6", "--resume", "2", "--stop-after", "3", settings=settings) == 0
+    )
     directory = tmp_path / "run" / "checkpoints"
     assert [name.step for name in find_checkpoints(directory)] == [2, 3]
     assert [name.step for name in find_checkpoints(directory / "set-aside")] == [4, 6]
@@ -586,8 +593,7 @@ def test_a_bucket_prefix_of_another_run_is_refused_before_training(
     assert run_train("--max-steps", "1", folder="first", settings=(shared,)) == 0
     assert run_train("--max-steps", "1", folder="second", settings=(shared,)) == ExitCode.PREFLIGHT
     assert "--set run_name=NAME" in capsys.readouterr().err
-    assert run_train("--max-steps", "1", folder="second",
-                     settings=(shared, "run_name=second")) == 0  # fmt: skip
+    assert run_train("--max-steps", "1", folder="second", settings=(shared, "run_name=second")) == 0
 
 
 def test_preflight_gives_all_reasons_at_once(
@@ -618,9 +624,19 @@ def test_dry_run_prints_the_run_and_writes_no_checkpoint(
     assert '"max_steps": 50' in output
     rows = [line.split()[:2] for line in output.partition("Preflight")[2].splitlines()[2:]]
     names = (
-        "settings", "data", "tokens", "vocabulary", "memory", "saving", "disk", "upload", "step",
-        "run", "uploading", "cost",
-    )  # fmt: skip
+        "settings",
+        "data",
+        "tokens",
+        "vocabulary",
+        "memory",
+        "saving",
+        "disk",
+        "upload",
+        "step",
+        "run",
+        "uploading",
+        "cost",
+    )
     assert [name for name, _ in rows] == list(names)
     # Other processes of this machine may make the step's a warning.
     assert {status for name, status in rows if name != "step"} == {"ok"}

@@ -87,8 +87,9 @@ def test_a_run_of_three_starts_is_one_curve(run_train: Train, tmp_path: Path) ->
     settings = (*EVERY_STEP, *SAMPLES, "save_steps=100", "checkpoint_uri=")
     words: list[str] = []
     for stop in (2, 4, 6):
-        assert run_train("--max-steps", "6", "--stop-after", str(stop), *words,
-                         settings=settings) == 0  # fmt: skip
+        assert (
+            run_train("--max-steps", "6", "--stop-after", str(stop), *words, settings=settings) == 0
+        )
         words = ["--resume", "latest"]
     (folder,) = curves(tmp_path)
     assert len(list(folder.iterdir())) == 3
@@ -102,8 +103,9 @@ def test_a_run_of_three_starts_is_one_curve(run_train: Train, tmp_path: Path) ->
 
     saved = texts(folder, "checkpoints")
     assert [step for step, _ in saved] == [2, 4, 6]
-    assert re.fullmatch(r" {4}checkpoint-epoch0-step2-files0 saved: [\d.]+ KiB in [\d.]+s",
-                        saved[0][1])  # fmt: skip
+    assert re.fullmatch(
+        r" {4}checkpoint-epoch0-step2-files0 saved: [\d.]+ KiB in [\d.]+s", saved[0][1]
+    )
     written = texts(folder, "samples")
     assert [step for step, _ in written] == [2, 4, 6]
     assert [sample["step"] for sample in samples(tmp_path)] == [
@@ -187,9 +189,11 @@ def test_after_a_rollback_no_step_is_there_twice(
 
 
 def test_boards_that_cannot_be_written_never_stop_a_run(
-    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     settings = (*EVERY_STEP, *SAMPLES)
     assert run_train("--max-steps", "4", folder="whole", settings=settings) == 0
     written = 0
@@ -230,8 +234,13 @@ def test_data_without_a_tokenizer_have_no_texts_and_say_so_once(
 # With processes of their own.
 
 
-def start(tmp_path: Path, data: Path, *words: str, program: tuple[str, ...] = (sys.executable,),
-          settings: tuple[str, ...] = ()) -> subprocess.Popen[str]:  # fmt: skip
+def start(
+    tmp_path: Path,
+    data: Path,
+    *words: str,
+    program: tuple[str, ...] = (sys.executable,),
+    settings: tuple[str, ...] = (),
+) -> subprocess.Popen[str]:
     values = (f"data_uri={data}", *EVERY_STEP, *SAMPLES, *settings)
     command = launch(tmp_path / "run", *words, program=program)
     command += [f"--set={value}" for value in values]

@@ -231,9 +231,13 @@ def test_tied_weights_are_shared_among_ranks(
     for words in (("--stop-after", "4"), ("--resume", "latest")):
         command = launch(tmp_path / "two", "--max-steps", "6", *words, program=(*TORCHRUN, "2"))
         result = subprocess.run(
-            command + options, cwd=tmp_path / "two", capture_output=True, text=True, check=False,
+            command + options,
+            cwd=tmp_path / "two",
+            capture_output=True,
+            text=True,
+            check=False,
             timeout=300,
-        )  # fmt: skip
+        )
         assert result.returncode == 0, result.stdout + result.stderr
     assert "FSDP2 over 2 ranks" in result.stdout + result.stderr
     assert_near(checkpoint(tmp_path, "two"), checkpoint(tmp_path, "one"))

@@ -103,10 +103,11 @@ def test_a_new_machine_goes_on_from_gs(
     assert run_train(*words, folder="new", settings=settings) == 0
     assert "Resumed from checkpoints/checkpoint-epoch0-step4-files0" in capsys.readouterr().out
     curves = [
-        dict(zip(*read_metrics(tmp_path / folder / "logs/metrics.jsonl").series("loss"),
-                 strict=True))
+        dict(
+            zip(*read_metrics(tmp_path / folder / "logs/metrics.jsonl").series("loss"), strict=True)
+        )
         for folder in ("straight", "new")
-    ]  # fmt: skip
+    ]
     assert curves[1] == {step: curves[0][step] for step in (5, 6)}
     # One that was cut off in the bucket is passed over for the one before.
     name = "a/Checkpoints/checkpoint-epoch0-step6-files0.tar.gz"
@@ -122,8 +123,12 @@ def test_a_bucket_whose_requests_the_project_pays_for_gives_back_what_it_has(
     run_train: Train, server: FakeGcsServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.create_bucket("paid", writable=True, requester_pays=True)
-    settings = ("data_uri=gs://corpus/data", "checkpoint_uri=gs://paid/a",
-                "gcs_user_project=payer", "upload_transport=python")  # fmt: skip
+    settings = (
+        "data_uri=gs://corpus/data",
+        "checkpoint_uri=gs://paid/a",
+        "gcs_user_project=payer",
+        "upload_transport=python",
+    )
     words = ("--max-steps", "3")
     assert run_train(*words, "--stop-after", "2", settings=settings) == 0
     capsys.readouterr()
@@ -158,8 +163,11 @@ def test_a_lost_upload_session_does_not_fail_the_run(
 def test_a_bucket_that_refuses_writes_is_a_preflight_failure(
     run_train: Train, server: FakeGcsServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ("data_uri=gs://corpus/data", "checkpoint_uri=gs://corpus/mine",
-                "upload_transport=python")  # fmt: skip
+    settings = (
+        "data_uri=gs://corpus/data",
+        "checkpoint_uri=gs://corpus/mine",
+        "upload_transport=python",
+    )
     assert run_train("--max-steps", "2", settings=settings) == ExitCode.PREFLIGHT
     assert "Ask for the right to write gs://corpus/mine" in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -16,9 +16,12 @@ from configs.training_config import PROJECT_DIRECTORY, get_training_config
 from utils import training_utils
 
 TINY = {
-    "model_overrides.num_hidden_layers": 2, "model_overrides.hidden_size": 64,
-    "model_overrides.intermediate_size": 256, "sequence_length": 64, "global_batch_size": 4,
-}  # fmt: skip
+    "model_overrides.num_hidden_layers": 2,
+    "model_overrides.hidden_size": 64,
+    "model_overrides.intermediate_size": 256,
+    "sequence_length": 64,
+    "global_batch_size": 4,
+}
 
 
 @pytest.fixture
@@ -33,9 +36,11 @@ def _own_accelerator() -> Iterator[None]:
 def build_state(folder: Path, **settings: Any) -> Any:
     config = get_training_config("test", {**TINY, "cache_dir": str(folder), **settings})
     model_config = build_model_config(
-        config.model, config.model_overrides, config.sequence_length,
+        config.model,
+        config.model_overrides,
+        config.sequence_length,
         config.pad_vocab_to_multiple_of,
-    )  # fmt: skip
+    )
     training_utils.set_determinism(config)
     precision = training_utils.resolve_precision(config)
     accelerator = training_utils.build_accelerator(config, precision, [], folder)
@@ -82,11 +87,14 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, settings: dict[str, A
     [
         {"torch_compile": True},
         {"torch_compile": True, "use_regional_compilation": False},
-        {"gradient_checkpointing": True, "gradient_checkpointing_policy": "selective",
-         "torch_compile": True},
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_policy": "selective",
+            "torch_compile": True,
+        },
         {"fp8": True, "torch_compile": True},
     ],
-)  # fmt: skip
+)
 def test_every_kind_of_step_trains_as_the_plain_one(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:

@@ -101,8 +101,10 @@ def test_resumed_any_number_of_times_also_in_the_second_epoch(
     assert run_train("--max-steps", "15", folder="straight", settings=settings) == 0
     words: list[str] = []
     for stop in stops:
-        assert run_train("--max-steps", "15", "--stop-after", str(stop), *words,
-                         settings=settings) == 0  # fmt: skip
+        assert (
+            run_train("--max-steps", "15", "--stop-after", str(stop), *words, settings=settings)
+            == 0
+        )
         words = ["--resume", "latest"]
     assert run_train("--max-steps", "15", *words, settings=settings) == 0
     assert batches(tmp_path) == batches(tmp_path, "straight")
@@ -119,8 +121,14 @@ def test_one_then_two_then_one_process_see_the_same_tokens(
     settings = (f"data_uri={small_data}", *EVERY_STEP)
     assert run_train("--max-steps", "9", folder="straight", settings=settings) == 0
     assert run_train("--max-steps", "9", "--stop-after", "2", settings=settings) == 0
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc_per_node", "2")  # fmt: skip
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    )
     words = ["--max-steps", "9", "--stop-after", "7", "--resume", "latest"]
     command = launch(tmp_path / "run", *words, *(f"--set={s}" for s in settings), program=torchrun)
     result = subprocess.run(
@@ -358,9 +366,11 @@ def test_a_failed_save_may_stop_the_run(
 
 
 def test_a_save_that_is_due_while_one_is_written_is_skipped_or_waited_for(
-    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     import time
 
     from utils.checkpoints import saver
@@ -390,14 +400,20 @@ def test_a_save_that_is_due_while_one_is_written_is_skipped_or_waited_for(
 
 
 def test_a_bucket_that_is_down_fills_no_disk_and_loses_neither_newest_nor_best(
-    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     def down(*_: object) -> None:
         raise TransientStorageError("503 Service Unavailable")
 
-    settings = ("save_steps=1", "keep_checkpoints=2", "max_unverified=3",
-                "upload_deadline_seconds=0")  # fmt: skip
+    settings = (
+        "save_steps=1",
+        "keep_checkpoints=2",
+        "max_unverified=3",
+        "upload_deadline_seconds=0",
+    )
     with monkeypatch.context() as patch:
         patch.setattr("utils.uploads.uploader.run_in_process", down)
         assert run_train("--max-steps", "12", settings=settings) == ExitCode.NOT_VERIFIED
@@ -474,9 +490,14 @@ def test_a_bad_step_changes_nothing_but_the_schedule(
     from accelerate.state import AcceleratorState, GradientState
 
     config = get_training_config(
-        "test", {"model_overrides.num_hidden_layers": 1, "model_overrides.hidden_size": 32,
-                 "model_overrides.intermediate_size": 64, "use_cpu": True},
-    )  # fmt: skip
+        "test",
+        {
+            "model_overrides.num_hidden_layers": 1,
+            "model_overrides.hidden_size": 32,
+            "model_overrides.intermediate_size": 64,
+            "use_cpu": True,
+        },
+    )
     model_config = build_model_config(config.model, config.model_overrides)
     generator = torch.Generator().manual_seed(1)
     batch = [torch.randint(0, 4096, (1, 64), generator=generator) for _ in range(4)]
@@ -490,11 +511,17 @@ def test_a_bad_step_changes_nothing_but_the_schedule(
 
         def capture() -> Any:
             optimizer = state.optimizer.state_dict()["state"]
-            return json.loads(json.dumps(
-                [[t.flatten().tolist() for t in state.core_model.parameters()],
-                 [{key: v.flatten().tolist() for key, v in entry.items()}
-                  for entry in optimizer.values()]]
-            ))  # fmt: skip
+            return json.loads(
+                json.dumps(
+                    [
+                        [t.flatten().tolist() for t in state.core_model.parameters()],
+                        [
+                            {key: v.flatten().tolist() for key, v in entry.items()}
+                            for entry in optimizer.values()
+                        ],
+                    ]
+                )
+            )
 
         before, rate = capture(), state.learning_rate
         training_utils.train_step(state, batch, 1.0)
@@ -518,8 +545,9 @@ def test_skip_leaves_bad_steps_out_and_goes_on(
     assert run_train("--max-steps", "8", settings=settings) == 0
     metadata = read_json(directory(tmp_path) / name(8) / "metadata.json")
     assert [(bad["step"], bad["kind"]) for bad in metadata["bad_steps"]] == [
-        (3, "non-finite"), (5, "spike"),
-    ]  # fmt: skip
+        (3, "non-finite"),
+        (5, "spike"),
+    ]
     curve = dict(zip(*losses(tmp_path), strict=True))
     assert set(curve) == {1, 2, 4, 6, 7, 8}  # a bad step has no loss
     assert max(curve.values()) < 10
@@ -568,8 +596,12 @@ def test_spikes_are_the_same_after_a_resume(
         bad = BadLosses(monkeypatch, {6: 1e6})
         words: list[str] = []
         for stop in stops:
-            assert run_train("--max-steps", "8", "--stop-after", str(stop), folder=folder,
-                             settings=settings) == 0  # fmt: skip
+            assert (
+                run_train(
+                    "--max-steps", "8", "--stop-after", str(stop), folder=folder, settings=settings
+                )
+                == 0
+            )
             words = ["--resume", "latest"]
         assert run_train("--max-steps", "8", *words, folder=folder, settings=settings) == 0
         assert bad.calls == 8 * 4
@@ -640,8 +672,13 @@ def test_rollback_and_skip_are_bounded(
     always = dict.fromkeys(range(3, 1000), float("nan"))
     for policy in ("rollback", "skip"):
         BadLosses(monkeypatch, always)
-        settings = (*EVERY_STEP, f"bad_step={policy}", "save_steps=2", "max_bad_steps=3",
-                    "checkpoint_uri=")  # fmt: skip
+        settings = (
+            *EVERY_STEP,
+            f"bad_step={policy}",
+            "save_steps=2",
+            "max_bad_steps=3",
+            "checkpoint_uri=",
+        )
         code = run_train("--max-steps", "50", folder=policy, settings=settings)
         assert code == ExitCode.UNEXPECTED
         assert "4 of the last 1000 steps were bad" in capsys.readouterr().err

@@ -258,9 +258,12 @@ def test_parts_put_together_are_what_one_process_wrote(
     AutoModelForCausalLM.from_pretrained(made)
     assert run_train("--max-steps", "4", "--resume", str(made), folder="b", settings=settings) == 0
     assert run_train("--max-steps", "4", "--resume", "latest", settings=settings) == 0
-    assert not differences(*(
-        load_file(checkpoint(tmp_path, 4, folder) / "model.safetensors") for folder in ("run", "b")
-    ))  # fmt: skip
+    assert not differences(
+        *(
+            load_file(checkpoint(tmp_path, 4, folder) / "model.safetensors")
+            for folder in ("run", "b")
+        )
+    )
 
     assert consolidate_checkpoint.main(words) == 2
     assert "is there already" in capsys.readouterr().err

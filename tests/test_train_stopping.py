@@ -424,9 +424,15 @@ class Trainer:
     """One start of train.py in a folder."""
 
     def __init__(
-        self, forks: Forks, folder: Path, data: Path, words: Sequence[str],
-        settings: Sequence[str], hooks: Sequence[Hook], environment: dict[str, str],
-    ) -> None:  # fmt: skip
+        self,
+        forks: Forks,
+        folder: Path,
+        data: Path,
+        words: Sequence[str],
+        settings: Sequence[str],
+        hooks: Sequence[Hook],
+        environment: dict[str, str],
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.folder, self._forks = folder, forks
         self.paths = RunPaths(folder / "checkpoints", folder / "logs", folder / "cache")
@@ -436,9 +442,13 @@ class Trainer:
         for setting in (*SETTINGS, f"data_uri={data}", *settings):
             words += ["--set", setting]
         request = {
-            "folder": str(folder), "words": words, "hooks": hooks, "environment": environment,
-            "output": str(self._output), "errors": str(self._errors),
-        }  # fmt: skip
+            "folder": str(folder),
+            "words": words,
+            "hooks": hooks,
+            "environment": environment,
+            "output": str(self._output),
+            "errors": str(self._errors),
+        }
         self.pid = forks.ask(request)
         self._descriptor = os.pidfd_open(self.pid)
         self._code: int | None = None
@@ -545,9 +555,13 @@ def begin(forks: Forks, data: Path) -> Start:
     """Start a run in a folder; by default a thread writes its checkpoints."""
 
     def start(
-        folder: Path, *words: str, settings: Sequence[str] = (), hooks: Sequence[Hook] = (),
-        environment: dict[str, str] | None = None, writer: bool = False,
-    ) -> Trainer:  # fmt: skip
+        folder: Path,
+        *words: str,
+        settings: Sequence[str] = (),
+        hooks: Sequence[Hook] = (),
+        environment: dict[str, str] | None = None,
+        writer: bool = False,
+    ) -> Trainer:
         hooks = [*hooks, *([] if writer else [("without_writer",)])]
         return Trainer(forks, folder, data, words, settings, hooks, environment or {})
 
@@ -833,9 +847,13 @@ SECOND_SIGNALS = [
 
 @pytest.mark.parametrize(("gate", "hook", "first", "second"), SECOND_SIGNALS)
 def test_a_second_signal_leaves_at_once_and_the_next_start_recovers(
-    start: Start, straight: Trainer, gate: str, hook: Hook,
-    first: signal.Signals | None, second: signal.Signals,
-) -> None:  # fmt: skip
+    start: Start,
+    straight: Trainer,
+    gate: str,
+    hook: Hook,
+    first: signal.Signals | None,
+    second: signal.Signals,
+) -> None:
     trainer = start(hooks=[hook, ("hold_step", 7)])
     trainer.wait_at(gate)
     if gate == "hanging-step":
@@ -1084,9 +1102,13 @@ def test_two_ranks_stop_at_the_same_step_and_one_goes_on(
     for setting in (*SETTINGS, f"data_uri={data}", "max_steps=100000", "save_steps=100000"):
         command += ["--set", setting]
     process = subprocess.Popen(
-        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        command,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout is not None
     assert process.stderr is not None
     with process, process.stdout, process.stderr, contextlib.ExitStack() as stack:

@@ -105,9 +105,12 @@ def test_a_model_that_reads_tokenizers_by_rules_of_its_own_is_refused(
     (tmp_path / "qwen2.json").write_text(json.dumps({**LLAMA, "model_type": "qwen2"}))
 
     code = run_train(
-        "--config", "test", "--max-steps", "2",
+        "--config",
+        "test",
+        "--max-steps",
+        "2",
         settings=(f"data_uri={data}", f"model={tmp_path / 'qwen2.json'}"),
-    )  # fmt: skip
+    )
 
     assert code == ExitCode.PREFLIGHT
     assert "For a model of type qwen2, transformers reads" in capsys.readouterr().err
@@ -150,14 +153,23 @@ def transformers_4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 LLAMA = {
-    "model_type": "llama", "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64,
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 64,
     "max_position_embeddings": 64,
-    "rope_theta": 500000.0, "rope_scaling": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     },
-}  # fmt: skip
+}
 NEOX = ("model_overrides.rotary_pct=0.5", "model_overrides.rotary_emb_base=50000")
 
 
@@ -179,9 +191,13 @@ def test_data_checkpoint_and_export_are_the_same_to_transformers_4(
     def read(environment: dict[str, str]) -> dict[str, Any]:
         done = subprocess.run(
             [sys.executable, "-c", READ, str(data), *map(str, models)],
-            env=environment, cwd=PROJECT_DIRECTORY, capture_output=True, text=True, check=True,
+            env=environment,
+            cwd=PROJECT_DIRECTORY,
+            capture_output=True,
+            text=True,
+            check=True,
             timeout=300,
-        )  # fmt: skip
+        )
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
 

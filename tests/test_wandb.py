@@ -21,9 +21,14 @@ from tests.test_train import launch
 from tests.test_train_boards import assert_same_training
 
 SETTINGS = (
-    "logging_steps=1", "save_steps=2", "sample_tokens=6", "sample_prompts=[\"The\"]",
-    "model_overrides.hidden_dropout=0.1", "use_cpu=true", "report_to=[\"tensorboard\",\"wandb\"]",
-)  # fmt: skip
+    "logging_steps=1",
+    "save_steps=2",
+    "sample_tokens=6",
+    'sample_prompts=["The"]',
+    "model_overrides.hidden_dropout=0.1",
+    "use_cpu=true",
+    'report_to=["tensorboard","wandb"]',
+)
 # A .wandb file is a log of LevelDB behind 7 bytes: blocks of 32 KiB, in them pieces of records,
 # each with crc (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last).
 READ = """
@@ -84,9 +89,15 @@ def train(
     home.mkdir(exist_ok=True)
     clean |= {"HOME": str(home), "NETRC": str(home / "none"), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, timeout=300,
-        env={**clean, **environment}, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**clean, **environment},
+        stdin=subprocess.DEVNULL,
+    )
     told = result.stdout + result.stderr
     assert result.returncode == 0, told
     assert "Traceback" not in told
@@ -101,9 +112,12 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     found = []
     for file in sorted((folder / "logs" / "wandb").glob("offline-run-*/run-*.wandb")):
         result = subprocess.run(
-            [sys.executable, "-c", READ, str(file)], capture_output=True, text=True, check=True,
+            [sys.executable, "-c", READ, str(file)],
+            capture_output=True,
+            text=True,
+            check=True,
             env={**os.environ, "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"},
-        )  # fmt: skip
+        )
         found.append({**json.loads(result.stdout), "folder": file.parent})
     return found
 
@@ -134,9 +148,11 @@ def test_a_machine_without_a_login_keeps_its_run_offline_and_changes_nothing(
     samples = json.loads((folder / "logs/samples.jsonl").read_text().splitlines()[-1])
     for name, text in (("samples", samples["text"]), ("uploads", "uploaded and verified")):
         tables = list((runs[1]["folder"] / "files/media/table").glob(f"{name}_*.table.json"))
-        assert any(text in json.dumps(json.loads(t.read_text()), ensure_ascii=False)
-                   or text in str(json.loads(t.read_text())["data"][0][-1])
-                   for t in tables), name  # fmt: skip
+        assert any(
+            text in json.dumps(json.loads(t.read_text()), ensure_ascii=False)
+            or text in str(json.loads(t.read_text())["data"][0][-1])
+            for t in tables
+        ), name
 
     # With W&B or without: the same bits.
     without = ("report_to=[]", "sample_tokens=0")
@@ -149,9 +165,14 @@ def test_a_service_that_cannot_be_reached_is_waited_for_but_not_long(
     tmp_path: Path, sample_data: Path, mode: str
 ) -> None:
     told = train(
-        tmp_path / "run", sample_data, "--max-steps", "4", WANDB_API_KEY="0" * 40,
-        WANDB_BASE_URL="http://127.0.0.1:9", **({"WANDB_MODE": mode} if mode else {}),
-    )  # fmt: skip
+        tmp_path / "run",
+        sample_data,
+        "--max-steps",
+        "4",
+        WANDB_API_KEY="0" * 40,
+        WANDB_BASE_URL="http://127.0.0.1:9",
+        **({"WANDB_MODE": mode} if mode else {}),
+    )
     assert "W&B cannot be reached (" in told
     assert "this start is kept offline" in told
     (run,) = read_runs(tmp_path / "run")
@@ -170,9 +191,15 @@ def test_nobody_is_asked_for_a_key_at_a_terminal(tmp_path: Path, sample_data: Pa
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     clean |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_MODE": "online"}
     result = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, timeout=120,
-        env=clean, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=clean,
+        stdin=subprocess.DEVNULL,
+    )
     assert result.returncode == 0, result.stdout
     assert "W&B is offline" in result.stdout
     assert "API key" not in result.stdout.replace("WANDB_API_KEY", "")

@@ -360,8 +360,9 @@ def _restore_random_state(state: TrainState, saved: SavedState, config: Training
             reason = "has no usable random state"
         log.warning(
             "%s %s: the data go on exactly, random states are seeded anew from (seed, step, rank).",
-            saved.name, reason,
-        )  # fmt: skip
+            saved.name,
+            reason,
+        )
     words = np.random.SeedSequence([config.seed, saved.manifest.step, rank]).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))

@@ -111,9 +111,22 @@ SETTINGS = (
 # One thread each: starts of a tiny model gain nothing from more, and share the machine better.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 SYSTEM_CALLS = (
-    "rename", "renameat", "renameat2", "fsync", "fdatasync", "openat", "write", "pwrite64",
-    "ftruncate", "unlink", "unlinkat", "rmdir", "close", "mkdir", "mkdirat",
-)  # fmt: skip
+    "rename",
+    "renameat",
+    "renameat2",
+    "fsync",
+    "fdatasync",
+    "openat",
+    "write",
+    "pwrite64",
+    "ftruncate",
+    "unlink",
+    "unlinkat",
+    "rmdir",
+    "close",
+    "mkdir",
+    "mkdirat",
+)
 TENSOR_FILES = ("model.safetensors", "pytorch_model.bin", "optimizer.bin", "scheduler.bin")
 FINDINGS = ("corrupt", "lost", "different", "leftover", "failed")
 
@@ -433,8 +446,9 @@ class Campaign:
         self._logged["crc32c"] = values_by_step(self._straight.batches, "crc32c")
         log.info(
             "%s to the first step, %.0f ms a step with its saves.",
-            format_duration(self._startup_seconds), self._step_seconds * 1e3,
-        )  # fmt: skip
+            format_duration(self._startup_seconds),
+            self._step_seconds * 1e3,
+        )
 
     def _trace_a_save(self) -> None:
         """Learn which system calls a save makes, on which paths."""
@@ -715,9 +729,17 @@ class Campaign:
         log.info(
             "Kill %d (%s) while %s in round %d: steps %s to %s, newest committed %d, %s. %d kills "
             "and %s to go.",
-            kill.number, kill.call or kill.target, kill.phase, kill.round, kill.begin, kill.last,
-            kill.newest, f"{findings} findings" if findings else "all well", waiting, remaining,
-        )  # fmt: skip
+            kill.number,
+            kill.call or kill.target,
+            kill.phase,
+            kill.round,
+            kill.begin,
+            kill.last,
+            kill.newest,
+            f"{findings} findings" if findings else "all well",
+            waiting,
+            remaining,
+        )
 
 
 class RandomAlarm:

@@ -460,9 +460,16 @@ class Campaign:
         self._judge_growth(ledger)
         saves = len(current.witness.saved) - saved_before
         record = StartRecord(
-            number, current.plan.number, current.plan.way.name, saves, killed, phase, troubles,
-            code, round(seconds, 2),
-        )  # fmt: skip
+            number,
+            current.plan.number,
+            current.plan.way.name,
+            saves,
+            killed,
+            phase,
+            troubles,
+            code,
+            round(seconds, 2),
+        )
         self.results.starts.append(record)
         self._report(current, record)
         return record
@@ -561,8 +568,9 @@ class Campaign:
         sizes = [line for line in read_ledger(ledger) if line["event"] == "size"]
         if not sizes:
             return
-        self.results.sizes = [{key: n for key, n in line.items() if key != "event"}
-                              for line in sizes]  # fmt: skip
+        self.results.sizes = [
+            {key: n for key, n in line.items() if key != "event"} for line in sizes
+        ]
         for text in find_growth(self.results.sizes):
             self._find("growth", text)
 
@@ -571,9 +579,14 @@ class Campaign:
         troubles = ", ".join(f"{kind} {n}" for kind, n in sorted(record.troubles.items()))
         log.info(
             "Start %d: %d saved in %.1f s, exit code %d%s%s. %s",
-            record.number, record.saves, record.seconds, record.code, killed,
-            f"; {troubles}" if troubles else "", self._describe(current),
-        )  # fmt: skip
+            record.number,
+            record.saves,
+            record.seconds,
+            record.code,
+            killed,
+            f"; {troubles}" if troubles else "",
+            self._describe(current),
+        )
 
     def _describe(self, current: Round) -> str:
         done = self._done + len(current.witness.saved)
@@ -671,8 +684,10 @@ def run(args: argparse.Namespace) -> int:
             wanted = args.ways.split(",")
             ways = [way for way in ways if way.transport in wanted]
             if not ways:
-                raise UsageError(f"--ways {args.ways} leaves none; there are python, directory, "
-                                 "gcloud and gsutil.")  # fmt: skip
+                raise UsageError(
+                    f"--ways {args.ways} leaves none; there are python, directory, "
+                    "gcloud and gsutil."
+                )
         log.info("Seed %d, in %s.", args.seed, work)
         results = campaign.run(plan_rounds(cycles, ways, random.Random(args.seed)))
         args.keep = args.keep or bool(results.findings)
@@ -703,14 +718,18 @@ def print_results(results: Results) -> None:
         shown = results.sizes[settled - 1], results.sizes[-1]
         rows = [{**size, "rss": format_bytes(size["rss"])} for size in shown]
         print_table("Long start", rows)
-    print_table("Wrong", [{"kind": kind, "findings": count_findings(results.findings, kind)}
-                          for kind in KINDS])  # fmt: skip
+    print_table(
+        "Wrong",
+        [{"kind": kind, "findings": count_findings(results.findings, kind)} for kind in KINDS],
+    )
     for reason in results.skipped:
         print(f"Left out: {reason}.")
     for finding in results.findings:
         print(f"{finding.kind} after start {finding.after}: {finding.text}")
-    print(f"seed {results.seed}: {len(results.findings)} findings in "
-          f"{format_duration(results.seconds)}.")  # fmt: skip
+    print(
+        f"seed {results.seed}: {len(results.findings)} findings in "
+        f"{format_duration(results.seconds)}."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -252,8 +252,13 @@ def _named(objects: dict[str, Path], suffix: str) -> list[CheckpointName]:
     """Return the checkpoints of which there is an object directly below `Checkpoints/`."""
     bases = (PurePosixPath(name).name.removesuffix(suffix) for name in objects)
     names = (parse_checkpoint_name(base) for base in bases)
-    return sorted({n for n in names if n and archive_object(str(n)).replace(
-        ARCHIVE_SUFFIX, suffix) in objects})  # fmt: skip
+    return sorted(
+        {
+            n
+            for n in names
+            if n and archive_object(str(n)).replace(ARCHIVE_SUFFIX, suffix) in objects
+        }
+    )
 
 
 def _compare_archive(

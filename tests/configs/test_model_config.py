@@ -103,9 +103,13 @@ def test_smaller_presets_have_the_shapes_of_their_families(
     inner = config.n_inner if model_type == "gpt2" else config.intermediate_size
     assert config.model_type == model_type
     assert shape == (
-        config.num_hidden_layers, config.hidden_size, config.num_attention_heads, inner,
-        config.vocab_size, config.max_position_embeddings,
-    )  # fmt: skip
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        inner,
+        config.vocab_size,
+        config.max_position_embeddings,
+    )
     assert count_parameters(config).total == PRESETS[name].parameters == total
 
 

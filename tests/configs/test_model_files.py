@@ -19,14 +19,24 @@ from utils.base.errors import ConfigError
 from utils.models.building import build_core, count_parameters
 
 LLAMA = {
-    "model_type": "llama", "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64,
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
     "max_position_embeddings": 64,
-}  # fmt: skip
+}
 GPT2 = {
-    "model_type": "gpt2", "vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64,
+    "model_type": "gpt2",
+    "vocab_size": 512,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 64,
     "n_positions": 64,
-}  # fmt: skip
+}
 
 
 ROTARY = ("rotary_pct", "rotary_emb_base", "rope_theta", "partial_rotary_factor", "rope_scaling")
@@ -50,9 +60,15 @@ def test_a_saved_config_comes_back_as_it_was(tmp_path: Path, values: dict[str, A
 
 SCALING = {"rope_type": "linear", "factor": 4.0}
 NEOX = {
-    "model_type": "gpt_neox", "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "intermediate_size": 64, "rotary_pct": 0.5, "rotary_emb_base": 5e4,
-}  # fmt: skip
+    "model_type": "gpt_neox",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "rotary_pct": 0.5,
+    "rotary_emb_base": 5e4,
+}
 
 
 @pytest.mark.parametrize(
@@ -87,11 +103,19 @@ def test_what_a_file_says_of_a_saved_model_leaves_a_float32_training_alone(tmp_p
 
     plain = build_model_config(write(tmp_path, LLAMA))
     saved = {
-        "torch_dtype": "bfloat16", "dtype": "float16", "_name_or_path": "/etc/x",
-        "architectures": ["Nonsense"], "transformers_version": "99.0", "use_cache": False,
-        "return_dict": False, "output_hidden_states": True, "output_attentions": True,
-        "pad_token_id": 7, "_attn_implementation": "eager", "id2label": {"0": "a"},
-    }  # fmt: skip
+        "torch_dtype": "bfloat16",
+        "dtype": "float16",
+        "_name_or_path": "/etc/x",
+        "architectures": ["Nonsense"],
+        "transformers_version": "99.0",
+        "use_cache": False,
+        "return_dict": False,
+        "output_hidden_states": True,
+        "output_attentions": True,
+        "pad_token_id": 7,
+        "_attn_implementation": "eager",
+        "id2label": {"0": "a"},
+    }
     config = build_model_config(write(tmp_path, {**LLAMA, **saved}))
     assert config.to_dict() == plain.to_dict()
     model = build_core(config, "sdpa")

@@ -281,11 +281,15 @@ def test_evaluation_batches_are_those_of_training_unless_set() -> None:
 
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
     | st.sampled_from([10**400, -(10**400), -1, 0, 1, 2]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
-)  # fmt: skip
+)
 
 
 @settings(deadline=None, derandomize=True)

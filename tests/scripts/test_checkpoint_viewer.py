@@ -244,8 +244,12 @@ def test_plot_saves_where_it_is_told(capsys, tmp_path):
     (curves,) = value["curves"]
     assert curves["checkpoint"] == curves["label"] == "checkpoint-epoch0-step100-files0"
     assert list(curves["series"]) == [
-        "loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second",
-    ]  # fmt: skip
+        "loss",
+        "validation_loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+    ]
     assert curves["series"]["loss"]["steps"] == list(range(10, 101, 10))
     assert curves["series"]["validation_loss"]["steps"] == [100]
     assert "<svg" in (tmp_path / "curve.svg").read_text()
@@ -497,9 +501,13 @@ def run_in_terminal(tmp_path, *argv, columns=200, encoding="utf-8"):
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "TERM": "xterm", "NO_COLOR": "1"}
     environment.pop("COLUMNS", None)
     with subprocess.Popen(
-        [sys.executable, SCRIPT, *argv], cwd=tmp_path, env=environment, stdout=terminal,
-        stdin=terminal, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
+        [sys.executable, SCRIPT, *argv],
+        cwd=tmp_path,
+        env=environment,
+        stdout=terminal,
+        stdin=terminal,
+        stderr=subprocess.PIPE,
+    ) as process:
         os.close(terminal)
         output = b""
         with contextlib.suppress(OSError):  # EIO: the process has ended
@@ -599,8 +607,12 @@ def test_an_ambiguous_name_lists_what_it_fits(capsys):
 
 
 def test_view_shows_mfu_where_the_device_is_known(capsys, tmp_path):
-    system = {"device": "NVIDIA H100 80GB HBM3", "mixed_precision": "bf16", "world_size": 8,
-              "num_parameters": 10**9}  # fmt: skip
+    system = {
+        "device": "NVIDIA H100 80GB HBM3",
+        "mixed_precision": "bf16",
+        "world_size": 8,
+        "num_parameters": 10**9,
+    }
     progress = {"tokens_per_second": 500_000}
     path = make_checkpoint(
         tmp_path / "checkpoints",
@@ -657,8 +669,10 @@ def test_compare_says_what_was_seen_between(capsys, tmp_path):
 def test_compare_counts_shards_over_epochs(capsys, tmp_path):
     directory = tmp_path / "checkpoints"
     shards = {"fingerprint": "a", "shards": [["a"], ["b"], ["c"]]}
-    for step, name in ((50, "checkpoint-epoch0-step50-files2"),
-                       (100, "checkpoint-epoch2-step100-files1")):  # fmt: skip
+    for step, name in (
+        (50, "checkpoint-epoch0-step50-files2"),
+        (100, "checkpoint-epoch2-step100-files1"),
+    ):
         path = make_checkpoint(directory, step).rename(directory / name)
         (path / "data_state.json").write_text(json.dumps(shards))
     (between,) = run_json(capsys, "compare")["between"]
@@ -713,8 +727,12 @@ def test_weights_that_cannot_be_read_are_a_problem_of_that_pair(capsys, tmp_path
 def test_plot_in_a_terminal_is_text_and_writes_no_file(tmp_path):
     before = _snapshot(tmp_path)
     output = run_in_terminal(tmp_path, "plot")
-    for text in ("checkpoint-epoch0-step100-files0", "training loss over step", "gradient norm",
-                 "\u28c0"):  # fmt: skip
+    for text in (
+        "checkpoint-epoch0-step100-files0",
+        "training loss over step",
+        "gradient norm",
+        "\u28c0",
+    ):
         assert text in output
     assert _snapshot(tmp_path) == before
     output = run_in_terminal(tmp_path, "plot", "latest", "--save", "a.png")

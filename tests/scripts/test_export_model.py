@@ -38,8 +38,9 @@ def test_a_checkpoint_becomes_a_folder(
     assert export_model.main(["2", "--output", "small", "--overwrite", "--json", *words]) == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["model"], record["max_logit_difference"]) == (
-        "checkpoint-epoch0-step2-files0", 0,
-    )  # fmt: skip
+        "checkpoint-epoch0-step2-files0",
+        0,
+    )
     assert set(record["files"]) == {path.name for path in (tmp_path / "small").iterdir()}
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 

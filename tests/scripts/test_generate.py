@@ -28,9 +28,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(
-    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    trained_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Iterator[Run]:  # fmt: skip
+) -> Iterator[Run]:
     """Run the command on the newest checkpoint; return exit code, output and error output."""
     from tests.conftest import _forget_log_handlers
 
@@ -84,9 +86,12 @@ def test_greedy_tokens_are_those_of_transformers(run: Run, trained_run: Path) ->
     for prompt, text in zip(prompts, texts_of(output), strict=True):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         made = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=24,
             pad_token_id=0,
-        )[0, ids.shape[1] :].tolist()  # fmt: skip
+        )[0, ids.shape[1] :].tolist()
         end = model.generation_config.eos_token_id
         assert text["token_ids"] == (made[: made.index(end)] if end in made else made)
         assert text["text"] == tokenizer.decode(text["token_ids"])
@@ -249,9 +254,11 @@ def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_session_answers_line_by_line(run: Run) -> None:
     alone = run("--prompt", "The", "--max-tokens", "9")[1]
     code, output, errors = run(
-        "--interactive", "--max-tokens", "9",
+        "--interactive",
+        "--max-tokens",
+        "9",
         stdin="The\n\n/set seed 0\n/set top-p 0.95\nThe\n//x\n/quit\nThe\n",
-    )  # fmt: skip
+    )
     assert code == 0
     assert output.startswith(alone * 2 + "/x")
     assert errors.count("tokens/s") == 3
@@ -316,11 +323,22 @@ def test_signals_in_a_process_of_its_own(trained_run: Path, tmp_path: Path) -> N
     script = PROJECT_DIRECTORY / "scripts" / "generate.py"
     where = ["latest", "--output-dir", str(trained_run / "checkpoints"), "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, str(script), *where, "--interactive", "--max-tokens", "100000",
-         "--ignore-eos"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(script),
+            *where,
+            "--interactive",
+            "--max-tokens",
+            "100000",
+            "--ignore-eos",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write("One\n")

@@ -294,8 +294,11 @@ class Terminal:
         self.ours, theirs = pty.openpty()
         self.resize(*size)
         self.mode = termios.tcgetattr(theirs)
-        inherited = {key: value for key, value in os.environ.items()
-                     if key not in ("COLUMNS", "LINES", "NO_COLOR", "LC_ALL")}  # fmt: skip
+        inherited = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("COLUMNS", "LINES", "NO_COLOR", "LC_ALL")
+        }
         self.process = subprocess.Popen(
             [sys.executable, SCRIPT, "--refresh", "0.05", *argv],
             cwd=cwd,
@@ -537,11 +540,16 @@ def test_monitor_does_not_load_torch(tmp_path):
 
 def write_priced_start(path, seconds_ago, price):
     launched = datetime.now(UTC) - timedelta(seconds=seconds_ago)
-    before = {"starts": 1, "seconds": 3600.0, "dollars": 10.0, "lost_seconds": 360.0,
-              "lost_dollars": 1.0}  # fmt: skip
+    before = {
+        "starts": 1,
+        "seconds": 3600.0,
+        "dollars": 10.0,
+        "lost_seconds": 360.0,
+        "lost_dollars": 1.0,
+    }
     write_start(
         path, "resume", 10, launched_at=launched.isoformat(), hourly_price=price, spending=before
-    )  # fmt: skip
+    )
 
 
 def test_costs_of_a_running_run_count_to_now(capsys, metrics):

@@ -234,8 +234,10 @@ def test_a_start_that_does_not_look_into_the_bucket_is_found_out(
 ) -> None:
     work = tmp_path / "work"
     launcher = Altered(server, "checkpoint_uri=", only_without=work / "checkpoints/interrupted")
-    assert prove(monkeypatch, launcher, sample_data, work, "--steps", "8", "--set",
-                 "save_steps=1") == 1  # fmt: skip
+    assert (
+        prove(monkeypatch, launcher, sample_data, work, "--steps", "8", "--set", "save_steps=1")
+        == 1
+    )
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert "began at step 0, although step" in problem
     assert "is verified in the bucket" in problem

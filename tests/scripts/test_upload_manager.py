@@ -186,18 +186,39 @@ def test_status_says_where_each_checkpoint_stands(either: Place) -> None:
     for step in (30, 40, 50, 60):
         either.save(step)
     record = either.journal.record
-    record(name(30), RUN_ID, UploadState.FAILED, error="503", attempts=5, permanent=False,
-           next_try="2026-01-01T00:00:00+00:00")  # fmt: skip
-    record(name(40), RUN_ID, UploadState.UPLOADING, attempt=2, sent=100, read=250, total=1000,
-           bytes_per_second=2**20, eta_seconds=90)  # fmt: skip
+    record(
+        name(30),
+        RUN_ID,
+        UploadState.FAILED,
+        error="503",
+        attempts=5,
+        permanent=False,
+        next_try="2026-01-01T00:00:00+00:00",
+    )
+    record(
+        name(40),
+        RUN_ID,
+        UploadState.UPLOADING,
+        attempt=2,
+        sent=100,
+        read=250,
+        total=1000,
+        bytes_per_second=2**20,
+        eta_seconds=90,
+    )
     record(name(50), RUN_ID, UploadState.QUEUED)
 
     code, status = either.read("status")
     assert code == ExitCode.DONE
     rows = {row["step"]: row for row in status["checkpoints"]}
     assert [rows[step]["state"] for step in sorted(rows)] == [
-        "verified", "verified", "failed", "uploading", "queued", "not queued",
-    ]  # fmt: skip
+        "verified",
+        "verified",
+        "failed",
+        "uploading",
+        "queued",
+        "not queued",
+    ]
     assert [row["local"] for row in status["checkpoints"]] == ["no", *["yes"] * 5]
     assert [row["bucket"] for row in status["checkpoints"]] == ["yes", "yes", *["no"] * 4]
     assert rows[40]["progress"] == "25%, 1.0 MiB/s, 1m30s left"
@@ -611,10 +632,17 @@ def test_nothing_from_outside_steers_the_terminal(place: Place) -> None:
     place.journal.record(f"c{ESCAPE}", RUN_ID, UploadState.FAILED, error=f"e{ESCAPE}")
     place.journal.record(name(10), RUN_ID, UploadState.FAILED, error=f"e{ESCAPE}", next_try=ESCAPE)
     for command in (
-        ["status"], ["list"], ["list", "--remote"], ["retry"], ["upload-all"], ["verify"],
-        ["verify", "--deep"], ["download", name(10)], ["download", "20"],
+        ["status"],
+        ["list"],
+        ["list", "--remote"],
+        ["retry"],
+        ["upload-all"],
+        ["verify"],
+        ["verify", "--deep"],
+        ["download", name(10)],
+        ["download", "20"],
         ["prune", "--remote", "--keep", "1", "--dry-run"],
-    ):  # fmt: skip
+    ):
         _, output = place.call(*command)
         assert "\x1b" not in output + place.stderr, command
         assert output + place.stderr
@@ -644,8 +672,10 @@ def test_download_brings_the_one_that_is_meant(either: Place, text: str, step: i
     code, result = either.read("download", text)
     assert code == ExitCode.DONE
     assert result == {
-        "checkpoint": name(step), "path": f"checkpoints/{name(step)}", "downloaded": True,
-    }  # fmt: skip
+        "checkpoint": name(step),
+        "path": f"checkpoints/{name(step)}",
+        "downloaded": True,
+    }
     assert either.journal.latest()[name(step)].state is UploadState.VERIFIED
     assert either.read("verify", "--deep", str(step))[0] == ExitCode.DONE
     code, output = either.call("download", text)
@@ -702,8 +732,11 @@ def test_download_beside_a_trainer_goes_to_another_directory(place: Place) -> No
     place.publish_only(10)
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(place.checkpoints)],
-        cwd=PROJECT_DIRECTORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as holder:  # fmt: skip
+        cwd=PROJECT_DIRECTORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         assert place.call("status")[0] == ExitCode.DONE
@@ -951,8 +984,10 @@ def test_as_a_command_it_ends_with_its_exit_code_and_no_traceback(place: Place) 
     def execute(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, str(SCRIPT), *place.words(*arguments)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     assert json.loads(execute("status", "--json").stdout)["checkpoints"][0]["verified"]
     assert execute("verify", "--deep").returncode == ExitCode.DONE

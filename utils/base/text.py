@@ -20,8 +20,13 @@ TOO_DEEP = "(too deep)"
 # Raised on the way from parsed JSON to a value of ours, where another writer wrote it: other types,
 # missing keys, infinite numbers, or so deep that str() gives up.
 FOREIGN_ERRORS = (
-    ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
-)  # fmt: skip
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 def number(value: object) -> float | None:

@@ -215,8 +215,11 @@ class Journal:
         log.log(
             logging.WARNING if unreadable else logging.DEBUG,
             "%s was compacted from %d to %d lines; %d could not be read and were dropped.",
-            self.path, len(lines), len(kept), unreadable,
-        )  # fmt: skip
+            self.path,
+            len(lines),
+            len(kept),
+            unreadable,
+        )
 
     def _read_lines(self) -> list[bytes]:
         try:

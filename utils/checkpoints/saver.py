@@ -107,15 +107,17 @@ class CheckpointSaver:
         except OSError as exc:
             log.warning(
                 "No room for a snapshot of %s (%s): training waits while a checkpoint is written.",
-                format_bytes(size), exc.strerror or exc,
-            )  # fmt: skip
+                format_bytes(size),
+                exc.strerror or exc,
+            )
             self._background = False
             return
         if block.kind == "file":
             log.warning(
                 "Snapshots go through a file in %s: %s of memory are not free. Saving is slower.",
-                self._directory, format_bytes(size),
-            )  # fmt: skip
+                self._directory,
+                format_bytes(size),
+            )
         if self._device.type == "cuda" and block.kind == "memory":
             block.pin()
         elif block.kind == "memory":

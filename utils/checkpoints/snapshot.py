@@ -116,8 +116,9 @@ class HostBlock:
         if int(status) == 0:
             self._pinned_at = address
         else:
-            log.warning("%d bytes of host memory cannot be pinned: copies for saves are slower.",
-                        self.size)  # fmt: skip
+            log.warning(
+                "%d bytes of host memory cannot be pinned: copies for saves are slower.", self.size
+            )
 
     def tensor(self, slot: TensorSlot) -> torch.Tensor:
         """Return the tensor of a slot, with a storage of its own over the block's bytes."""

@@ -160,8 +160,9 @@ def remove_leftovers(directory: Path) -> None:
                 path.unlink(missing_ok=True)
         elif parse_checkpoint_name(path.name) and not (path / MANIFEST_FILE).is_file():
             # A deletion stopped between its manifest and its name, or a copy by hand is not whole.
-            log.warning("%s is incomplete. It was set aside as %s.", path,
-                        set_aside(path, directory))  # fmt: skip
+            log.warning(
+                "%s is incomplete. It was set aside as %s.", path, set_aside(path, directory)
+            )
 
 
 @contextlib.contextmanager

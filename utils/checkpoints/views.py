@@ -242,8 +242,11 @@ def read_remote_checkpoints(bucket: Bucket, newest: int | None = None) -> list[C
         info.name.removeprefix(f"{REMOTE_FOLDER}/"): info
         for info in bucket.list(f"{REMOTE_FOLDER}/")
     }
-    found = (parse_checkpoint_name(name.removesuffix(".json")) for name in objects
-             if name.endswith(".json"))  # fmt: skip
+    found = (
+        parse_checkpoint_name(name.removesuffix(".json"))
+        for name in objects
+        if name.endswith(".json")
+    )
     names = sorted(name for name in found if name is not None)
     views = []
     for name in names[-newest:] if newest else names:

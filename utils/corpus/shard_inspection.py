@@ -160,8 +160,9 @@ def inspect_shards(bucket: Bucket, num_samples: int = 3, verify: bool = False) -
             looks = list(pool.map(lambda look: _verify(bucket, look, vocab_size, expected), looks))
     looks = [_compare(look, expected) for look in looks]
     missing = sorted(expected.keys() - names)
-    looks += [ShardLook(name, 0, None, problem="index.json lists it, but it is gone.")
-              for name in missing]  # fmt: skip
+    looks += [
+        ShardLook(name, 0, None, problem="index.json lists it, but it is gone.") for name in missing
+    ]
     good = [look for look in looks if not look.problem][:num_samples]
     samples = _decode_samples(bucket, infos, good, tokenizer) if tokenizer else {}
     return Inspection(
@@ -231,10 +232,15 @@ def _describe_stored_tokenizer(
 ) -> dict[str, Any]:
     known = [
         name
-        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "special_tokens_map.json",
-                     "added_tokens.json", "chat_template.jinja")
+        for name in (
+            TOKENIZER_FILE,
+            TOKENIZER_CONFIG_FILE,
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "chat_template.jinja",
+        )
         if name in names
-    ]  # fmt: skip
+    ]
     if TOKENIZER_FILE not in names:
         return {"vocab_size": vocab_size, "tokenizer_files": []}
     try:
@@ -289,8 +295,11 @@ def _vocab_size_of(index: dict[str, Any] | None, tokenizer: bytes | None) -> int
 def _expected_entries(index: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     shards = index.get("shards") if index else None
     entries = shards if isinstance(shards, list) else []
-    return {str(entry["name"]): entry for entry in entries
-            if isinstance(entry, dict) and "name" in entry}  # fmt: skip
+    return {
+        str(entry["name"]): entry
+        for entry in entries
+        if isinstance(entry, dict) and "name" in entry
+    }
 
 
 def _compare(look: ShardLook, expected: dict[str, dict[str, Any]]) -> ShardLook:

@@ -105,13 +105,15 @@ def rented_table() -> Rows:
     rows: Rows = [["run", "parameters", "tokens", "checkpoint GB", *GPUS]]
     for run in find_runs():
         parameters = shape_of_preset(run.model).parameters
-        rows.append([
-            run.label,
-            f"{parameters / 1e6:,.0f} M",
-            f"{run.tokens / 1e9:.2g} B",
-            f"{estimate_checkpoint_bytes(parameters) / 1e9:.1f}",
-            *(_cell(run, *found) for found in GPUS.values()),
-        ])  # fmt: skip
+        rows.append(
+            [
+                run.label,
+                f"{parameters / 1e6:,.0f} M",
+                f"{run.tokens / 1e9:.2g} B",
+                f"{estimate_checkpoint_bytes(parameters) / 1e9:.1f}",
+                *(_cell(run, *found) for found in GPUS.values()),
+            ]
+        )
     return rows
 
 

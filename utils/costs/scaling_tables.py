@@ -29,9 +29,15 @@ from utils.costs.scaling import (
 from utils.models.estimates import estimate_checkpoint_bytes
 
 MODELS = (
-    "pythia-160m", "pythia-410m", "pythia-1b", "refocused-1.2b", "pythia-2.8b", "pythia-6.9b",
-    "pythia-12b", "gpt-neox-20b",
-)  # fmt: skip
+    "pythia-160m",
+    "pythia-410m",
+    "pythia-1b",
+    "refocused-1.2b",
+    "pythia-2.8b",
+    "pythia-6.9b",
+    "pythia-12b",
+    "gpt-neox-20b",
+)
 COUNTS = (1, 8, 16, 64, 128, 512)
 FEW_COUNTS = (8, 64, 512)
 SEQUENCE_LENGTH = 2048
@@ -65,9 +71,17 @@ def best_strategy(model: str, gpu: GpuType, gpus: int) -> tuple[str, StepPlan] |
 def hardware_table() -> Rows:
     """What is assumed of each GPU."""
     header = [
-        "GPU", "memory GiB", "TB/s", "peak TFLOPS", "in a machine GB/s", "between machines GB/s",
-        "GPUs a machine", "efficiency", "$/h", "price of",
-    ]  # fmt: skip
+        "GPU",
+        "memory GiB",
+        "TB/s",
+        "peak TFLOPS",
+        "in a machine GB/s",
+        "between machines GB/s",
+        "GPUs a machine",
+        "efficiency",
+        "$/h",
+        "price of",
+    ]
     rows = [
         [
             gpu.name,
@@ -88,36 +102,58 @@ def hardware_table() -> Rows:
 
 def models_table() -> Rows:
     """What a model is, and what training it to 20 tokens a parameter means."""
-    rows: Rows = [[
-        "model", "parameters", "layers x width", "GFLOPs/token", "state GiB", "tokens",
-        "FLOPs of all", "expected loss", "batch, tokens", "critical batch, tokens", "overhead",
-    ]]  # fmt: skip
+    rows: Rows = [
+        [
+            "model",
+            "parameters",
+            "layers x width",
+            "GFLOPs/token",
+            "state GiB",
+            "tokens",
+            "FLOPs of all",
+            "expected loss",
+            "batch, tokens",
+            "critical batch, tokens",
+            "overhead",
+        ]
+    ]
     for model in MODELS:
         job = job_of(model, GPU_TYPES["H100"], 1, "ddp")
         shape, batch = job.shape, job.global_batch * SEQUENCE_LENGTH
         tokens = run.TOKENS_PER_PARAMETER * shape.parameters
         loss = run.expected_loss(shape.parameters, tokens)
         critical = run.critical_batch_tokens(loss)
-        rows.append([
-            model,
-            f"{shape.parameters / 1e9:.2f} B",
-            f"{shape.layers} x {shape.hidden}",
-            f"{job.flops_per_token / 1e9:.1f}",
-            f"{16 * shape.parameters / GIB:.1f}",
-            f"{tokens / 1e9:.0f} B",
-            f"{tokens * job.flops_per_token:.1e}",
-            f"{loss:.2f}",
-            f"{batch / 1e6:.1f} M",
-            f"{critical / 1e6:.1f} M",
-            f"{run.batch_overhead(batch, critical):.1f}x",
-        ])  # fmt: skip
+        rows.append(
+            [
+                model,
+                f"{shape.parameters / 1e9:.2f} B",
+                f"{shape.layers} x {shape.hidden}",
+                f"{job.flops_per_token / 1e9:.1f}",
+                f"{16 * shape.parameters / GIB:.1f}",
+                f"{tokens / 1e9:.0f} B",
+                f"{tokens * job.flops_per_token:.1e}",
+                f"{loss:.2f}",
+                f"{batch / 1e6:.1f} M",
+                f"{critical / 1e6:.1f} M",
+                f"{run.batch_overhead(batch, critical):.1f}x",
+            ]
+        )
     return rows
 
 
 def state_table() -> Rows:
     """State, gradients and gathered weights of one GPU, GiB."""
-    columns = [("ddp", 8), ("zero1", 8), ("zero1", 64), ("zero2", 8), ("zero2", 64), ("fsdp", 8),
-               ("fsdp", 64), ("fsdp", 512), ("hsdp", 64)]  # fmt: skip
+    columns = [
+        ("ddp", 8),
+        ("zero1", 8),
+        ("zero1", 64),
+        ("zero2", 8),
+        ("zero2", 64),
+        ("fsdp", 8),
+        ("fsdp", 64),
+        ("fsdp", 512),
+        ("hsdp", 64),
+    ]
     rows: Rows = [["model", *(f"{strategy}, {gpus}" for strategy, gpus in columns)]]
     for model in MODELS:
         cells = []
@@ -247,11 +283,18 @@ def time_table() -> Rows:
 def bucket_table() -> Rows:
     """What bucket, network and host memory sustain on 64 H100 in 8 machines."""
     gpu, gpus = GPU_TYPES["H100"], 64
-    rows: Rows = [[
-        "model", "checkpoint GB", "upload from 1 machine", "from 8, sharded",
-        "TB a day, saving hourly", "copy in host memory GB: 1 machine, 8",
-        "tokens read MB/s: all, a machine", "shards for all",
-    ]]  # fmt: skip
+    rows: Rows = [
+        [
+            "model",
+            "checkpoint GB",
+            "upload from 1 machine",
+            "from 8, sharded",
+            "TB a day, saving hourly",
+            "copy in host memory GB: 1 machine, 8",
+            "tokens read MB/s: all, a machine",
+            "shards for all",
+        ]
+    ]
     for model in MODELS:
         shape = shape_of_preset(model)
         best = best_strategy(model, gpu, gpus)
@@ -259,26 +302,36 @@ def bucket_table() -> Rows:
         upload = size / run.UPLOAD_BYTES_PER_SECOND
         machines = gpus // gpu.gpus_per_machine
         read = best[1].tokens_per_second * run.TOKEN_BYTES / 1e6 if best else 0.0
-        rows.append([
-            model,
-            f"{size / 1e9:.0f}",
-            format_time(upload),
-            format_time(upload / machines),
-            f"{24 * size / 1e12:.1f}",
-            f"{size / 1e9:.0f}, {size / machines / 1e9:.0f}",
-            f"{read:.1f}, {read / machines:.2f}",
-            str(run.data_objects(run.TOKENS_PER_PARAMETER * shape.parameters)),
-        ])  # fmt: skip
+        rows.append(
+            [
+                model,
+                f"{size / 1e9:.0f}",
+                format_time(upload),
+                format_time(upload / machines),
+                f"{24 * size / 1e12:.1f}",
+                f"{size / 1e9:.0f}, {size / machines / 1e9:.0f}",
+                f"{read:.1f}, {read / machines:.2f}",
+                str(run.data_objects(run.TOKENS_PER_PARAMETER * shape.parameters)),
+            ]
+        )
     return rows
 
 
 def failures_table() -> Rows:
     """Time between failures, time between saves and what is lost, reserved and spot, H100."""
     gpu = GPU_TYPES["H100"]
-    rows: Rows = [[
-        "model", "GPUs", "reserved: a failure in", "save every", "lost",
-        "spot: a failure in", "save every", "lost",
-    ]]  # fmt: skip
+    rows: Rows = [
+        [
+            "model",
+            "GPUs",
+            "reserved: a failure in",
+            "save every",
+            "lost",
+            "spot: a failure in",
+            "save every",
+            "lost",
+        ]
+    ]
     for model in MODELS:
         parameters = shape_of_preset(model).parameters
         for gpus in FEW_COUNTS:

@@ -274,9 +274,11 @@ def measure_age(log: MetricsLog) -> float:
     """
     seen = [epoch_seconds(record.get("time")) for record in log.records[-1:] + log.events[-1:]]
     return limit_age(
-        time.time(), psutil.Process().create_time(), time.monotonic(),
+        time.time(),
+        psutil.Process().create_time(),
+        time.monotonic(),
         [moment for moment in seen if moment is not None],
-    )  # fmt: skip
+    )
 
 
 def limit_age(now: float, created: float, uptime: float, seen: list[float]) -> float:

@@ -42,9 +42,21 @@ FORWARD_SHARE = 1 / 3
 
 
 PLAIN_MLPS = (
-    "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt",
-    "nemotron", "opt", "phi", "starcoder2", "xglm",
-)  # fmt: skip
+    "bloom",
+    "codegen",
+    "falcon",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "mpt",
+    "nemotron",
+    "opt",
+    "phi",
+    "starcoder2",
+    "xglm",
+)
 """Model types whose MLP has two matrices; that of all others has a gate besides."""
 STEPWISE_ACTIVATIONS = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")
 """Activation functions that transformers computes in several steps, each of which is kept."""

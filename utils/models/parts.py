@@ -141,9 +141,9 @@ class WholeFile:
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """Return a tensor, or some of its rows."""
-        tensor: torch.Tensor = self._file.get_tensor(name) if rows is None else _rows(
-            self._file, name, *rows
-        )  # fmt: skip
+        tensor: torch.Tensor = (
+            self._file.get_tensor(name) if rows is None else _rows(self._file, name, *rows)
+        )
         return tensor
 
 
@@ -209,11 +209,15 @@ class PartFiles:
             return scalar
         begin, end = (0, shape[0]) if rows is None else rows
         parts = [
-            _rows(piece.file, name, max(begin, piece.begin) - piece.begin,
-                  min(end, piece.end) - piece.begin)
+            _rows(
+                piece.file,
+                name,
+                max(begin, piece.begin) - piece.begin,
+                min(end, piece.end) - piece.begin,
+            )
             for piece in sorted(pieces, key=lambda piece: piece.begin)
             if piece.begin < end and begin < piece.end
-        ]  # fmt: skip
+        ]
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts) if parts else _rows(pieces[0].file, name, 0, 0)

@@ -158,8 +158,9 @@ class Retrying:
                         f"{self._name} could not be downloaded from {self._source}: {exc} "
                         f"({attempt} attempts). Nothing was left here; try again later."
                     ) from exc
-                log.warning("Download of %s failed, trying again in %.0f s: %s",
-                            self._name, delay, exc)  # fmt: skip
+                log.warning(
+                    "Download of %s failed, trying again in %.0f s: %s", self._name, delay, exc
+                )
                 time.sleep(delay)
                 delay *= BACKOFF_FACTOR
         raise AssertionError("unreachable")

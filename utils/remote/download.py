@@ -175,5 +175,9 @@ def _record(journal: Journal, bucket: Bucket, card: Card, checkpoint: Path) -> N
             manifest_crc32c=crc32c_of_file(checkpoint / MANIFEST_FILE),
         )
     except OSError as exc:
-        log.warning("%s cannot be written (%s); %s will be uploaded again.",
-                    journal.path, exc.strerror or exc, card.name)  # fmt: skip
+        log.warning(
+            "%s cannot be written (%s); %s will be uploaded again.",
+            journal.path,
+            exc.strerror or exc,
+            card.name,
+        )

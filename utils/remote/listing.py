@@ -174,8 +174,9 @@ def choose_remote(bucket: Bucket, text: str, recorded: RunIdentity | None) -> Ch
         if len(chosen) == 1:
             return chosen[0]
         if chosen:
-            raise UsageError(f"Several checkpoints are of step {text}: "
-                             f"{', '.join(map(str, chosen))}. Name one.")  # fmt: skip
+            raise UsageError(
+                f"Several checkpoints are of step {text}: {', '.join(map(str, chosen))}. Name one."
+            )
     known = ", ".join(map(str, names[-5:])) or "none yet"
     raise UsageError(
         f"There is no checkpoint {printable(text)!r} in {bucket.uri}. The newest are: {known}."

@@ -161,9 +161,11 @@ class Verifier:
     def _is_said_to_be_there(self, entry: JournalEntry) -> bool:
         bucket = entry.details.get("bucket", normalize_uri(self._bucket.uri))
         is_own = self._run_id in (None, entry.run_id)
-        return entry.state is UploadState.VERIFIED and is_own and bucket == normalize_uri(
-            self._bucket.uri
-        )  # fmt: skip
+        return (
+            entry.state is UploadState.VERIFIED
+            and is_own
+            and bucket == normalize_uri(self._bucket.uri)
+        )
 
     def _check_local(self, report: CheckpointReport) -> Manifest | None:
         path = self._directory / str(report.name)
@@ -218,8 +220,10 @@ class Verifier:
                 f"bucket: its archive has {archive.size} bytes, its card says {card.archive.size}"
             )
         elif archive.crc32c not in (None, card.archive.crc32c):
-            report.wrong.append(f"bucket: its archive has crc32c {archive.crc32c}, "
-                                f"its card says {card.archive.crc32c}")  # fmt: skip
+            report.wrong.append(
+                f"bucket: its archive has crc32c {archive.crc32c}, "
+                f"its card says {card.archive.crc32c}"
+            )
         else:
             kept = "size" if archive.crc32c is None else "size and crc32c"
             report.right.append(f"bucket: archive of {archive.size} bytes, {kept} as in its card")

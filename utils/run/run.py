@@ -143,9 +143,12 @@ class TrainingRun:
         self._transport, self._background_upload = transport, background_upload
         self._early_writer = writer
         self._meter = open_meter(
-            paths.metrics if self._is_main else None, self.start.identity.run_id,
-            self.state.progress.step, self.state.progress.spending, hourly_price,
-        )  # fmt: skip
+            paths.metrics if self._is_main else None,
+            self.start.identity.run_id,
+            self.state.progress.step,
+            self.state.progress.spending,
+            hourly_price,
+        )
         self._saving: RunSaving | None = None
         self._loader: BatchLoader | None = None
         self._live = LiveLine(enabled=False)
@@ -193,9 +196,14 @@ class TrainingRun:
             "spending": self._meter.before.to_json(),
         }
         tracking.start_trackers(
-            self._accelerator, config, self.paths.logs, self.start.identity, facts, step,
+            self._accelerator,
+            config,
+            self.paths.logs,
+            self.start.identity,
+            facts,
+            step,
             self.state.progress.history,
-        )  # fmt: skip
+        )
         meeting = self._arrange_meeting() if self.state.row_choice is not None else None
         if self._is_main:
             self._saving = RunSaving(
@@ -365,8 +373,11 @@ class TrainingRun:
             tracking.record_event(self.paths.logs, {"event": "bad_step", **record})
         log.warning(
             "Step %d is bad: %s (loss %.4g, gradient norm %.4g). Its update is left out.",
-            verdict.step, verdict.kind, verdict.loss, verdict.grad_norm,
-        )  # fmt: skip
+            verdict.step,
+            verdict.kind,
+            verdict.loss,
+            verdict.grad_norm,
+        )
         error = bad_steps.find_divergence(verdict, progress, config)
         if error is not None:
             self._fail(error)
@@ -385,18 +396,23 @@ class TrainingRun:
         found = ranks.compute_on_main(lambda: self._find_rollback(verdict.step))
         if found is None:
             self._reader = self._build_reader()
-            self._fail(DivergenceError(
-                f"Step {verdict.step} was bad: {verdict.kind}. There is no checkpoint to roll "
-                "back to."
-            ))  # fmt: skip
+            self._fail(
+                DivergenceError(
+                    f"Step {verdict.step} was bad: {verdict.kind}. There is no checkpoint to roll "
+                    "back to."
+                )
+            )
             return
         checkpoint, manifest = found
         accelerator = self._accelerator
         with on_every_machine(checkpoint, manifest, self.paths.checkpoints) as here:
             saved = checkpoint_utils.read_checkpoint(
-                here, manifest, rank=accelerator.process_index,
-                world_size=accelerator.num_processes, part=state.row_choice,
-            )  # fmt: skip
+                here,
+                manifest,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                part=state.row_choice,
+            )
         checkpoint_utils.restore_state(state, saved, self.config)
         self._meter.go_back(Spending.from_json(state.progress.spending))
         skipped = position - state.progress.sample_index
@@ -408,8 +424,12 @@ class TrainingRun:
         self._throughput, self._waited = Throughput(), 0.0
         log.warning(
             "Rolled back to %s (step %d); %d samples are left out, up to and with those of step "
-            "%d.", checkpoint.name, state.progress.step, skipped, verdict.step,
-        )  # fmt: skip
+            "%d.",
+            checkpoint.name,
+            state.progress.step,
+            skipped,
+            verdict.step,
+        )
 
     def _find_rollback(self, before_step: int) -> tuple[Any, Any] | None:
         assert self._saving is not None
@@ -490,9 +510,13 @@ class TrainingRun:
         self._accelerator.log(record, step=progress.step)
         log.info(
             "Validation at step %d: loss %.4f, perplexity %.1f, best %.4f (%d samples, %s).",
-            progress.step, loss, record["validation_perplexity"], progress.best_validation_loss,
-            self._validation.num_samples, format_duration(seconds),
-        )  # fmt: skip
+            progress.step,
+            loss,
+            record["validation_perplexity"],
+            progress.best_validation_loss,
+            self._validation.num_samples,
+            format_duration(seconds),
+        )
         return improved
 
     def _write_samples(self) -> None:

@@ -81,9 +81,12 @@ class Sampler:
         for number, sample in enumerate(samples):
             level = logging.DEBUG if number else logging.INFO
             log.log(
-                level, "Sample at step %d: %s -> %s", step,
-                printable(repr(sample.prompt)), printable(repr(sample.text)),
-            )  # fmt: skip
+                level,
+                "Sample at step %d: %s -> %s",
+                step,
+                printable(repr(sample.prompt)),
+                printable(repr(sample.text)),
+            )
         try:
             for sample in samples:
                 append_metrics(self._path, {"step": step, **asdict(sample)})

@@ -84,9 +84,13 @@ class RunSaving:
             self._uploader = self._build_uploader(transport)
         self._waits_for_uploads = not background_upload
         self._saver = CheckpointSaver(
-            paths.checkpoints, device, self._after_commit, background=config.background_save,
-            meeting=meeting, writer=writer,
-        )  # fmt: skip
+            paths.checkpoints,
+            device,
+            self._after_commit,
+            background=config.background_save,
+            meeting=meeting,
+            writer=writer,
+        )
         self._failed_at: float | None = None
         self._sharers = 1 if meeting is None else ranks.ranks_on_this_machine()
 
@@ -187,8 +191,12 @@ class RunSaving:
             return ExitCode.DONE
         if uploader.pending:
             count = len(uploader.pending)
-            log.info("Waiting up to %s for %d upload%s.", format_duration(upload_seconds), count,
-                     "" if count == 1 else "s")  # fmt: skip
+            log.info(
+                "Waiting up to %s for %d upload%s.",
+                format_duration(upload_seconds),
+                count,
+                "" if count == 1 else "s",
+            )
         left = uploader.drain(upload_seconds, live.show, must_leave)
         is_leaving = is_leaving or must_leave()
         self.apply_retention()
@@ -215,8 +223,10 @@ class RunSaving:
         log.error(
             "%d checkpoints are not verified in the bucket. Kept in %s: %s. "
             "Then: python scripts/upload_manager.py upload-all",
-            len(missing), self._paths.checkpoints, ", ".join(kept) or "none",
-        )  # fmt: skip
+            len(missing),
+            self._paths.checkpoints,
+            ", ".join(kept) or "none",
+        )
 
     def find_newest(self, before_step: int) -> tuple[Path, Manifest] | None:
         """Return this run's newest checkpoint that verifies, of a step below `before_step`."""
@@ -255,8 +265,11 @@ class RunSaving:
         size = format_bytes(read_manifest(checkpoint).total_bytes)
         seconds = format_duration(self._saver.last_seconds or 0.0)
         saved = self._saver.last_committed
-        self._tell("checkpoints", f"{checkpoint.name} saved: {size} in {seconds}",
-                   saved.step if saved else None)  # fmt: skip
+        self._tell(
+            "checkpoints",
+            f"{checkpoint.name} saved: {size} in {seconds}",
+            saved.step if saved else None,
+        )
         if self._uploader is not None:
             self._uploader.submit(checkpoint)
         self.apply_retention()

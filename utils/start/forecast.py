@@ -79,9 +79,13 @@ class RunFacts:
     def utilization(self) -> Utilization:
         """What the run's MFU is computed with."""
         return find_utilization(
-            self.model_config, self.counts.total, self.config.sequence_length, self.device,
-            self.precision, self.world_size,
-        )  # fmt: skip
+            self.model_config,
+            self.counts.total,
+            self.config.sequence_length,
+            self.device,
+            self.precision,
+            self.world_size,
+        )
 
     @property
     def evaluation_samples(self) -> int:
@@ -106,9 +110,14 @@ def probe_step(facts: RunFacts) -> StepProbe | None:
     """Measure a small step of the run; None where not even that fits into the memory."""
     free, _ = find_free_memory(facts.device)
     return measure_step(
-        facts.config, facts.model_config, facts.counts, facts.precision, facts.device, free,
+        facts.config,
+        facts.model_config,
+        facts.counts,
+        facts.precision,
+        facts.device,
+        free,
         facts.world_size,
-    )  # fmt: skip
+    )
 
 
 def estimate_run_seconds(facts: RunFacts, step_seconds: float) -> float:

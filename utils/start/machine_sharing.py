@@ -64,8 +64,10 @@ def on_every_machine(
         if lacking:
             log.info(
                 "Sending %s (%s) to %d machines that do not see it.",
-                checkpoint.name, format_bytes(manifest.total_bytes), len(lacking),
-            )  # fmt: skip
+                checkpoint.name,
+                format_bytes(manifest.total_bytes),
+                len(lacking),
+            )
             folder = checkpoint if ranks.is_main_rank() else received
             failure = _send(folder, manifest, rank, lacking, forgive_random_states)
             _require_none(checkpoint.name, failure and f"rank {rank}: {failure}")

@@ -95,8 +95,10 @@ def resolve_micro_batch(
         log.info(
             "Micro-batch: %d samples, the most that fit into %s; %d of them in a step on each "
             "rank.",
-            size, where, samples // size,
-        )  # fmt: skip
+            size,
+            where,
+            samples // size,
+        )
     return with_size(size)
 
 

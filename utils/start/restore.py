@@ -93,9 +93,11 @@ def begin(
             continue
         checkpoint, manifest = found
         with on_every_machine(
-            checkpoint, manifest, paths.checkpoints,
+            checkpoint,
+            manifest,
+            paths.checkpoints,
             forgive_random_states=consent.missing_random_state,
-        ) as here:  # fmt: skip
+        ) as here:
             saved = _read(plan, candidate, here, manifest, paths, state, consent)
             if saved is None:
                 continue
@@ -245,9 +247,11 @@ def _require_same_config(
         if change.startswith("max_steps:") and config.lr_scheduler_type != "constant":
             log.info(
                 "The schedule is now: warm-up to step %d, then %s to %.3g at step %d.",
-                config.warmup_steps, config.lr_scheduler_type,
-                config.learning_rate * config.min_lr_rate, config.max_steps,
-            )  # fmt: skip
+                config.warmup_steps,
+                config.lr_scheduler_type,
+                config.learning_rate * config.min_lr_rate,
+                config.max_steps,
+            )
     if guarded and not accept:
         raise ConfigError(
             f"{checkpoint.name} was trained with another configuration: {'; '.join(guarded)}. "
@@ -317,8 +321,11 @@ def place_in_data(
     changes = before.describe_changes(current())
     if changes and accept_change:
         state.progress.sample_index = (before.epoch + 1) * samples_per_epoch
-        log.warning("The data changed (%s): going on at epoch %d of the new data.",
-                    changes, before.epoch + 1)  # fmt: skip
+        log.warning(
+            "The data changed (%s): going on at epoch %d of the new data.",
+            changes,
+            before.epoch + 1,
+        )
         return ()
     before.require_same_order(current())
     return before.bad_shards

@@ -374,8 +374,12 @@ def _make_way(candidate: Candidate, paths: RunPaths) -> None:
             return
     except CheckpointError as exc:
         log.debug("%s", exc)
-    log.warning("%s was set aside as %s: its name is needed for %s.",
-                taken, set_aside(taken, paths.checkpoints), candidate)  # fmt: skip
+    log.warning(
+        "%s was set aside as %s: its name is needed for %s.",
+        taken,
+        set_aside(taken, paths.checkpoints),
+        candidate,
+    )
 
 
 def discard(candidate: Candidate, paths: RunPaths, reason: str) -> None:
@@ -406,8 +410,9 @@ def resolve_start(plan: Plan, paths: RunPaths, checkpoint: Path, manifest: Manif
         identity = manifest.identity
         if plan.is_older or any(ahead):
             identity = identity.fork(manifest.step, _branches_taken(plan, paths, manifest.run_id))
-    obsolete = {str(name): "its manifest cannot be read" for name in find_checkpoints(
-        paths.checkpoints)}  # fmt: skip
+    obsolete = {
+        str(name): "its manifest cannot be read" for name in find_checkpoints(paths.checkpoints)
+    }
     if here.parent == paths.checkpoints.resolve():
         obsolete.pop(checkpoint.name, None)
     for one in others:

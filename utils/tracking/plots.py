@@ -102,8 +102,11 @@ def curves_from_metadata(label: str, metadata: Mapping[str, Any]) -> Curves:
 
 
 def _with_points(series: Mapping[str, Series]) -> dict[str, Series]:
-    return {metric: series[metric] for metric in METRICS
-            if metric in series and series[metric].num_points}  # fmt: skip
+    return {
+        metric: series[metric]
+        for metric in METRICS
+        if metric in series and series[metric].num_points
+    }
 
 
 def _list(value: object) -> list[Any]:
@@ -257,8 +260,16 @@ def _draw_panel(axes: Axes, panel: Sequence[str], all_curves: Sequence[Curves]) 
             # A single point has no line to be seen by; evaluations are far apart.
             mark = "o" if is_validation or series.num_points == 1 else ""
             style = "--" if is_validation and not is_alone else "-"
-            axes.plot(series.steps, series.values, color=color, linestyle=style, marker=mark,
-                      markersize=4, linewidth=1.2, label=label)  # fmt: skip
+            axes.plot(
+                series.steps,
+                series.values,
+                color=color,
+                linestyle=style,
+                marker=mark,
+                markersize=4,
+                linewidth=1.2,
+                label=label,
+            )
     axes.set_ylabel("loss" if panel[0] in LOSSES else METRICS[panel[0]])
     if panel[0] == "learning_rate":
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))

@@ -77,8 +77,10 @@ class TensorBoardTracker(RunTracker):
 
     def _log_samples(self, samples: Sequence[tuple[str, str]], step: int) -> None:
         if file := self._open():
-            texts = [f"{_as_code(prompt or '(end of text)')}\n\ngoes on with\n\n{_as_code(text)}"
-                     for prompt, text in samples]  # fmt: skip
+            texts = [
+                f"{_as_code(prompt or '(end of text)')}\n\ngoes on with\n\n{_as_code(text)}"
+                for prompt, text in samples
+            ]
             file.add(_text("samples", "\n\n---\n\n".join(texts)), step)
 
     def _roll_back(self, step: int) -> None:

@@ -261,5 +261,6 @@ def record_event(logs: Path, event: dict[str, Any]) -> None:
         append_metrics(logs / METRICS_FILE, event)
     except OSError as exc:
         path = logs / METRICS_FILE
-        log.warning("%s: the event %s could not be written: %s.", path, event["event"],
-                    exc.strerror or exc)  # fmt: skip
+        log.warning(
+            "%s: the event %s could not be written: %s.", path, event["event"], exc.strerror or exc
+        )

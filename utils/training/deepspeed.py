@@ -297,8 +297,11 @@ class ZeroEngine:
 
     def _restore_buffers(self, weights: Mapping[str, torch.Tensor]) -> None:
         names = {name for group in self._names for name in group}
-        buffers = {key: t for key, t in self._core.state_dict(keep_vars=True).items()
-                   if not isinstance(t, nn.Parameter)}  # fmt: skip
+        buffers = {
+            key: t
+            for key, t in self._core.state_dict(keep_vars=True).items()
+            if not isinstance(t, nn.Parameter)
+        }
         missing = sorted((names | buffers.keys()) - weights.keys())
         unexpected = sorted(weights.keys() - names - buffers.keys())
         if missing or unexpected:

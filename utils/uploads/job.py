@@ -227,8 +227,10 @@ class _Upload:
         log.log(
             logging.WARNING if branch == self._manifest.identity.branch else logging.INFO,
             "The bucket has another %s, of branch %d of this run. It is copied to %s.",
-            self._checkpoint.name, branch, join_uri(self._transport.uri, folder),
-        )  # fmt: skip
+            self._checkpoint.name,
+            branch,
+            join_uri(self._transport.uri, folder),
+        )
         for name in names:
             self._transport.copy(name, f"{folder}/{PurePosixPath(name).name}")
 

@@ -225,9 +225,11 @@ class PrefixLease:
     def _warn_not_removed(self, reason: str) -> None:
         log.warning(
             "%s/%s was not removed (%s). The next start from another machine waits %.0f s for it.",
-            self._bucket.uri, LEASE_OBJECT, reason,
+            self._bucket.uri,
+            LEASE_OBJECT,
+            reason,
             PATIENCE_HEARTBEATS * self._record.heartbeat_seconds,
-        )  # fmt: skip
+        )
 
     def _read(self) -> _Seen | None:
         try:
@@ -244,12 +246,19 @@ class PrefixLease:
         """
         record = seen.record
         if record.machine and record.machine == self._record.machine and _is_gone(record):
-            log.info("Taking %s over from a trainer of this machine that is gone (%s).",
-                     self._bucket.uri, record)  # fmt: skip
+            log.info(
+                "Taking %s over from a trainer of this machine that is gone (%s).",
+                self._bucket.uri,
+                record,
+            )
             return seen.info
         patience = PATIENCE_HEARTBEATS * record.heartbeat_seconds
-        log.info("%s has a lease (%s). Waiting up to %.0f s to see whether that trainer is alive.",
-                 self._bucket.uri, record, patience)  # fmt: skip
+        log.info(
+            "%s has a lease (%s). Waiting up to %.0f s to see whether that trainer is alive.",
+            self._bucket.uri,
+            record,
+            patience,
+        )
         return self._watch(seen, patience, on_wait)
 
     def _watch(self, seen: _Seen, patience: float, on_wait: OnWait) -> ObjectInfo | None:
@@ -272,8 +281,12 @@ class PrefixLease:
                 return None
             if found.info != seen.info:
                 raise self._locked_by(found.record)
-        log.warning("The trainer that held %s (%s) gave no sign of life for %.0f s. "
-                    "Taking over.", self._bucket.uri, seen.record, patience)  # fmt: skip
+        log.warning(
+            "The trainer that held %s (%s) gave no sign of life for %.0f s. Taking over.",
+            self._bucket.uri,
+            seen.record,
+            patience,
+        )
         return seen.info
 
     def _locked_by(self, holder: LeaseRecord) -> LockedError:
@@ -293,12 +306,17 @@ class PrefixLease:
                 self._beat()
             except AccessDeniedError as exc:
                 level = logging.DEBUG if self._was_denied else logging.WARNING
-                log.log(level, "%s A second trainer on %s would take this one for dead.",
-                        exc, self._bucket.uri)  # fmt: skip
+                log.log(
+                    level,
+                    "%s A second trainer on %s would take this one for dead.",
+                    exc,
+                    self._bucket.uri,
+                )
                 self._was_denied = True
             except Exception:  # noqa: BLE001 - without a thread this trainer would look dead
-                log.debug("The lease could not be written; the next beat tries again.",
-                          exc_info=True)  # fmt: skip
+                log.debug(
+                    "The lease could not be written; the next beat tries again.", exc_info=True
+                )
 
     def _beat(self) -> None:
         self._record = replace(self._record, run_id=self.run_id, beat=self._record.beat + 1)

@@ -312,8 +312,13 @@ class Uploader:
             tuple(self.pending) + tuple(self.failures),
         )
         self._record(name, manifest.run_id, UploadState.ARCHIVING, attempt=item.attempts)
-        log.info("Uploading %s (%s) to %s by %s.", name, format_bytes(manifest.total_bytes),
-                 join_uri(uri, archive_object(name)), self._transport.name)  # fmt: skip
+        log.info(
+            "Uploading %s (%s) to %s by %s.",
+            name,
+            format_bytes(manifest.total_bytes),
+            join_uri(uri, archive_object(name)),
+            self._transport.name,
+        )
         self._progress = _Progress(name)
         result = self._perform(
             job, lambda report: self._follow(item, manifest.run_id, report), self._closing.is_set
@@ -335,12 +340,17 @@ class Uploader:
             bytes_per_second=round(speed),
         )
         self._succeed(item)
-        self._tell(f"{name} uploaded and verified: {format_bytes(result.size)} in "
-                   f"{format_duration(result.seconds)}")  # fmt: skip
+        self._tell(
+            f"{name} uploaded and verified: {format_bytes(result.size)} in "
+            f"{format_duration(result.seconds)}"
+        )
         log.info(
             "Verified %s in the bucket (crc32c %s): %s in %s.",
-            name, result.crc32c, format_bytes(result.size), format_duration(result.seconds),
-        )  # fmt: skip
+            name,
+            result.crc32c,
+            format_bytes(result.size),
+            format_duration(result.seconds),
+        )
 
     def _follow(self, item: _Item, run_id: str, report: ProgressReport) -> None:
         """Keep the progress in the journal, for other processes."""
@@ -379,8 +389,12 @@ class Uploader:
         else:
             seconds = _jittered(LATER_SECONDS)
             self.failures[name] = f"{error} ({item.attempts} attempts)"
-            log.error("%s was not uploaded: %s It is kept in %s.", name, self.failures[name],
-                      item.path.parent)  # fmt: skip
+            log.error(
+                "%s was not uploaded: %s It is kept in %s.",
+                name,
+                self.failures[name],
+                item.path.parent,
+            )
             self._tell(f"{name} was not uploaded: {self.failures[name]}")
         again = datetime.now(UTC) + timedelta(seconds=seconds)
         self._record_failure(item, run_id, error, again.isoformat(timespec="seconds"))

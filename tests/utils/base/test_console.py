@@ -154,8 +154,11 @@ sys.exit(run_command(command, argparse.Namespace()))
 """
     with subprocess.Popen(
         [sys.executable, "-c", code],
-        cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == "0\n"
@@ -219,9 +222,13 @@ print("end")
 def log_with(directory: Path, stdout: int = subprocess.PIPE, **options: object) -> str:
     result = subprocess.run(
         [sys.executable, "-c", LOGGING, repr(options)],
-        cwd=directory, env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        stdout=stdout, stderr=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     assert result.stderr == ""
     return result.stdout or ""
 
@@ -258,18 +265,21 @@ def test_the_log_file_gets_what_quiet_hides_and_only_from_the_main_process(tmp_p
         options = f"{{'quiet': True, 'main_process': {main_process}}}"
         subprocess.run(
             [sys.executable, "-c", code, options],
-            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(PROJECT)},
-            stdout=subprocess.DEVNULL, check=True,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
     text = (tmp_path / "l/t.log").read_text("utf-8")
     assert levels(text) == ["info", "warning", "error"]
     assert text.count("a info line") == 2  # appended, by the main process alone
 
 
 def test_a_long_wait_in_a_pipe_says_so_now_and_then(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     now = 100.0
     monkeypatch.setattr("utils.base.console.time.monotonic", lambda: now)
     caplog.set_level("INFO")

@@ -35,14 +35,27 @@ def test_a_mistyped_address_is_refused_with_what_was_meant(text: str, meant: str
     assert str(caught.value) == f"--output {text}: did you mean {meant}?"
 
 
-@pytest.mark.parametrize("text", ["s3://bucket/a", "s3//b", "http://x/y", "HTTPS://x", "abfs://c@a/x",
-                                  "hdfs://n:80/x"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", ["s3://bucket/a", "s3//b", "http://x/y", "HTTPS://x", "abfs://c@a/x", "hdfs://n:80/x"]
+)
 def test_an_address_of_another_kind_is_refused(text: str) -> None:
     assert find_mistake(text) == f"{text}: give gs://bucket/prefix or a directory."
 
 
-@pytest.mark.parametrize("text", ["s3:/x", "C:\\data", "C:/data", "c:data", "remote:x", "gs:",
-                                  "me@host:/data", "hf:me/data", ":/x"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3:/x",
+        "C:\\data",
+        "C:/data",
+        "c:data",
+        "remote:x",
+        "gs:",
+        "me@host:/data",
+        "hf:me/data",
+        ":/x",
+    ],
+)
 def test_what_might_be_a_directory_is_refused_with_the_way_to_name_one(text: str) -> None:
     assert find_mistake(text) == (
         f"{text}: give gs://bucket/prefix or a directory. For a directory of that name, write "
@@ -53,11 +66,29 @@ def test_what_might_be_a_directory_is_refused_with_the_way_to_name_one(text: str
 @pytest.mark.parametrize(
     "text",
     [
-        "gs://bucket", "gs://bucket/a:b", "gs://", "", ".", "data", "data//shards", "gs",
-        "gs/bucket", "./a:b", "./gs:/bucket", "a/b:/c", "/data/gs://x", "/a:b", "../s3:/x", "~/a:b",
-        "//server/a", "runs-2026-01-01T10:30", "2026:01", "10:30/a", "wiki.en:1",
+        "gs://bucket",
+        "gs://bucket/a:b",
+        "gs://",
+        "",
+        ".",
+        "data",
+        "data//shards",
+        "gs",
+        "gs/bucket",
+        "./a:b",
+        "./gs:/bucket",
+        "a/b:/c",
+        "/data/gs://x",
+        "/a:b",
+        "../s3:/x",
+        "~/a:b",
+        "//server/a",
+        "runs-2026-01-01T10:30",
+        "2026:01",
+        "10:30/a",
+        "wiki.en:1",
     ],
-)  # fmt: skip
+)
 def test_buckets_and_paths_are_let_pass(text: str) -> None:
     assert find_mistake(text) is None
 

@@ -58,8 +58,10 @@ def test_a_line_is_on_disk_before_record_returns(
     last = journal.path.read_bytes()
     assert first.endswith(b"\n")
     assert synced == [
-        ("uploads.jsonl", first), ("checkpoints", first), ("uploads.jsonl", last),
-    ]  # fmt: skip
+        ("uploads.jsonl", first),
+        ("checkpoints", first),
+        ("uploads.jsonl", last),
+    ]
 
 
 def test_the_newest_entry_of_each_checkpoint_counts(journal: Journal) -> None:
@@ -169,8 +171,9 @@ def test_compacting_keeps_what_readers_ask_for(journal: Journal) -> None:
     journal.compact()
     assert journal.path.read_bytes() == before
     assert {path.name for path in journal.path.parent.iterdir()} == {
-        "uploads.jsonl", "uploads.jsonl.lock",
-    }  # fmt: skip
+        "uploads.jsonl",
+        "uploads.jsonl.lock",
+    }
 
 
 def test_compacting_a_journal_that_is_not_there_makes_none(journal: Journal) -> None:
@@ -207,9 +210,16 @@ def test_twenty_thousand_progress_records_stay_within_the_limit(journal: Journal
     largest = 0
     for number in range(20_000):
         journal.record(
-            "a", RUN, UploadState.UPLOADING, sync=False, sent=number, total=10**9,
-            bytes_per_second=1e6, eta_seconds=1.5, uri="gs://bucket/prefix/name.tar.gz",
-        )  # fmt: skip
+            "a",
+            RUN,
+            UploadState.UPLOADING,
+            sync=False,
+            sent=number,
+            total=10**9,
+            bytes_per_second=1e6,
+            eta_seconds=1.5,
+            uri="gs://bucket/prefix/name.tar.gz",
+        )
         largest = max(largest, journal.path.stat().st_size)
     assert largest <= journal_module.COMPACT_BYTES
     assert journal.latest()["a"].details["sent"] == 19_999

@@ -110,8 +110,10 @@ def test_what_is_saved_is_the_state_of_the_step(
         saver.save(files, PLENTY)
         if writer == "process" and step == 1:
             wait_for_writer(saver)
-        for tensor in (files.weights["model.safetensors"]["weights"],
-                       files.pickles["optimizer.bin"]["state"][0]["exp_avg"]):  # fmt: skip
+        for tensor in (
+            files.weights["model.safetensors"]["weights"],
+            files.pickles["optimizer.bin"]["state"][0]["exp_avg"],
+        ):
             if writer != "foreground":
                 saver.fence()
                 tensor.fill_(-1)  # training goes on

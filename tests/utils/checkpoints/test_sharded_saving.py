@@ -103,8 +103,10 @@ def test_all_parts_and_then_the_manifest(ranks: Ranks, tmp_path: Path, writer: s
         manifest = verify_checkpoint(folder / name)
         assert manifest.world_size == 2
         assert sorted(manifest.files) == [
-            "config.json", "model-part-0.safetensors", "model-part-1.safetensors",
-        ]  # fmt: skip
+            "config.json",
+            "model-part-0.safetensors",
+            "model-part-1.safetensors",
+        ]
         for rank in range(2):
             rows = load_file(folder / name / f"model-part-{rank}.safetensors")["rows"]
             assert set(rows.tolist()) == {number / 2 + rank}

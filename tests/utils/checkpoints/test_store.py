@@ -122,9 +122,14 @@ def test_what_a_crash_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
 
     remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        checkpoint.name, f"{name(40)}.tar.gz", "uploads.jsonl", ".lock", "notes.txt",
-        "mine.tar.gz", "set-aside",
-    }  # fmt: skip
+        checkpoint.name,
+        f"{name(40)}.tar.gz",
+        "uploads.jsonl",
+        ".lock",
+        "notes.txt",
+        "mine.tar.gz",
+        "set-aside",
+    }
     verify_checkpoint(checkpoint)
     assert {path.name for path in (tmp_path / "set-aside").iterdir()} == {"x", name(70)}
     remove_leftovers(tmp_path / "none")
@@ -194,10 +199,26 @@ def test_a_deletion_killed_at_its_rename_has_not_begun(tmp_path: Path) -> None:
     )
     inject = "inject=rename,renameat,renameat2:signal=SIGKILL:when=1"
     result = subprocess.run(
-        ["strace", "-f", "-o", tmp_path / "trace", "-e", "trace=rename,renameat,renameat2",
-         "-e", inject, sys.executable, "-c", code, checkpoint],
-        cwd=PROJECT, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+        [
+            "strace",
+            "-f",
+            "-o",
+            tmp_path / "trace",
+            "-e",
+            "trace=rename,renameat,renameat2",
+            "-e",
+            inject,
+            sys.executable,
+            "-c",
+            code,
+            checkpoint,
+        ],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     if "ptrace" in result.stderr:
         pytest.skip(f"strace may not trace here: {result.stderr.strip()}")
     assert result.returncode == -signal.SIGKILL, result.stderr
@@ -242,8 +263,11 @@ def test_a_directory_that_a_live_process_holds_is_refused_until_it_is_gone(tmp_p
     paths = paths_in(tmp_path / "checkpoints")
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(paths.checkpoints)],
-        cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=PROJECT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     with holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"

@@ -44,11 +44,16 @@ def test_an_index_from_headers_is_the_one_that_training_finds_without_it(
     assert (found.training, found.validation) == (without.training, without.validation)
     assert found.vocab_size == 200
     assert {entry["name"]: entry["dtype"] for entry in index["shards"]} == {
-        "a.npz": "int64", "b.npz": "uint16", "sub/c.npz": "int32", "val_a.npz": "uint8",
-    }  # fmt: skip
+        "a.npz": "int64",
+        "b.npz": "uint16",
+        "sub/c.npz": "int32",
+        "val_a.npz": "uint8",
+    }
     assert index["summary"] == {
-        "tokens": 199, "training_tokens": 192, "validation_tokens": 7,
-    }  # fmt: skip
+        "tokens": 199,
+        "training_tokens": 192,
+        "validation_tokens": 7,
+    }
 
 
 def test_an_index_again_is_the_same_and_one_that_was_prepared_is_kept(

@@ -67,8 +67,12 @@ def test_every_shipped_list_is_dated_and_says_where_it_is_from(path: Path) -> No
 
 def test_the_shipped_lists_are_the_five_providers() -> None:
     assert {path.stem for path in PRICE_DIRECTORY.glob("*.json")} == {
-        "gcp", "aws", "lambda", "runpod", "modal",
-    }  # fmt: skip
+        "gcp",
+        "aws",
+        "lambda",
+        "runpod",
+        "modal",
+    }
 
 
 @pytest.mark.parametrize(

@@ -196,9 +196,12 @@ SHARD = {"name": "b.npz", "tokens": 5, "size": 300, "crc32c": "AAAAAA=="}
 
 def test_an_index_is_believed_without_reading_shards(tmp_path: Path) -> None:
     value = index_of(
-        SHARD, {**SHARD, "name": "a.npz"}, {**SHARD, "name": "val_a.npz"}, vocab_size=77,
+        SHARD,
+        {**SHARD, "name": "a.npz"},
+        {**SHARD, "name": "val_a.npz"},
+        vocab_size=77,
         summary={"unigram_entropy_nats": 6.5},
-    )  # fmt: skip
+    )
     (tmp_path / "index.json").write_text(json.dumps(value))
     index = build_shard_index(DirectoryBucket(tmp_path))
     assert index.training == (

@@ -39,9 +39,15 @@ def by_transformers(
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     with evaluating(model):
         output = model.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=number, eos_token_id=end,
-            pad_token_id=0, bos_token_id=None, **options,
-        )  # fmt: skip
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=number,
+            eos_token_id=end,
+            pad_token_id=0,
+            bos_token_id=None,
+            **options,
+        )
     texts = [row[longest:] for row in output.tolist()]
     return [t[: t.index(end)] if end in t else t for t in texts]
 

@@ -151,11 +151,14 @@ def test_trying_the_compiler_draws_no_random_number_and_leaves_no_gradient(
         config = get_training_config(
             "test",
             {
-                "torch_compile": compiles, "use_cpu": True, "cache_dir": str(tmp_path),
-                "sequence_length": 16, "model_overrides.attention_dropout": 0.5,
+                "torch_compile": compiles,
+                "use_cpu": True,
+                "cache_dir": str(tmp_path),
+                "sequence_length": 16,
+                "model_overrides.attention_dropout": 0.5,
             }
             | {f"model_overrides.{key}": value for key, value in SHAPE.items()},
-        )  # fmt: skip
+        )
         training_utils.set_determinism(config)
         try:
             accelerator = training_utils.build_accelerator(config, "no", [], tmp_path)

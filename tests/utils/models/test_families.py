@@ -75,8 +75,10 @@ def test_every_weight_has_a_gradient_and_matrices_alone_decay(tmp_path: Path, fa
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
     assert all(p.dim() == 2 for p in decayed["params"])
-    assert all("norm" in names[id(p)] or "ln_" in names[id(p)] or "bias" in names[id(p)]
-               for p in kept["params"])  # fmt: skip
+    assert all(
+        "norm" in names[id(p)] or "ln_" in names[id(p)] or "bias" in names[id(p)]
+        for p in kept["params"]
+    )
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
 
 
@@ -137,9 +139,11 @@ def kept_bytes(config: Any, tokens: int, *, bf16: bool, policy: str) -> int:
 def assert_kept(
     tmp_path: Path, family: str, values: dict[str, Any], policy: str, *, bf16: bool
 ) -> None:
-    path = write_model(tmp_path, family, max_position_embeddings=256) if family != "gpt2" else (
-        write_model(tmp_path, family, n_positions=256)
-    )  # fmt: skip
+    path = (
+        write_model(tmp_path, family, max_position_embeddings=256)
+        if family != "gpt2"
+        else (write_model(tmp_path, family, n_positions=256))
+    )
     configs = [build_model_config(path, {**WIDE, **values, "num_hidden_layers": n}) for n in (1, 3)]
     few, many = (
         [kept_bytes(config, tokens, bf16=bf16, policy=policy) for config in configs]

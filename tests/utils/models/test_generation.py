@@ -28,9 +28,12 @@ def build(kind: str = "neox", context: int = CONTEXT) -> Any:
     )
 
     shape: dict[str, Any] = {
-        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
         "max_position_embeddings": context,
-    }  # fmt: skip
+    }
     config: Any
     if kind == "neox":
         config = GPTNeoXConfig(**shape, intermediate_size=64, hidden_dropout=0.3)
@@ -162,9 +165,15 @@ def test_a_prompt_that_the_model_cannot_read_is_an_error(neox: Any, prompt: list
 
 @pytest.mark.parametrize(
     "values",
-    [{"max_tokens": -1}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1},
-     {"top_p": 0.0}, {"top_p": 1.1}],
-)  # fmt: skip
+    [
+        {"max_tokens": -1},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+    ],
+)
 def test_a_value_out_of_range_is_an_error(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(values))} must be"):
         Sampling(**values)

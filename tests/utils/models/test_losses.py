@@ -13,9 +13,14 @@ from utils.models.building import LossModel
 from utils.models.losses import IGNORED, linear_cross_entropy, next_token_targets
 
 TINY = {
-    "vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
 
 
 def random_inputs(tokens: int, width: int, vocabulary: int) -> tuple[torch.Tensor, ...]:

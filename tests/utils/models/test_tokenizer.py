@@ -100,11 +100,18 @@ def test_the_tokenizer_json_decides_whatever_class_its_config_names(
 
 def test_what_is_shipped_has_nothing_of_one_version_or_machine(tmp_path: Path) -> None:
     settings = {
-        "eos_token": "</s>", "is_local": True, "backend": "tokenizers", "legacy": False,
-        "name_or_path": "/home/a", "local_files_only": True, "add_prefix_space": True,
-        "tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<x>"],
-        "model_max_length": 77, "chat_template": "{{ messages }}",
-    }  # fmt: skip
+        "eos_token": "</s>",
+        "is_local": True,
+        "backend": "tokenizers",
+        "legacy": False,
+        "name_or_path": "/home/a",
+        "local_files_only": True,
+        "add_prefix_space": True,
+        "tokenizer_class": "TokenizersBackend",
+        "extra_special_tokens": ["<x>"],
+        "model_max_length": 77,
+        "chat_template": "{{ messages }}",
+    }
     write_tokenizer(tmp_path / "given", settings)
 
     found = json.loads(load_tokenizer(str(tmp_path / "given")).files["tokenizer_config.json"])

@@ -79,8 +79,9 @@ def test_each_prompt_gets_a_text_and_a_line(tmp_path: Path, prompts: list[list[i
     assert prompts == [[7], [97, 98]]  # an empty prompt begins behind the end of a text
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["prompt"], line["text"]) for line in lines] == [
-        (40, "", "text"), (40, "ab", "text"),
-    ]  # fmt: skip
+        (40, "", "text"),
+        (40, "ab", "text"),
+    ]
 
 
 def test_a_prompt_begins_like_the_data_and_does_not_end(
@@ -105,9 +106,11 @@ def test_a_prompt_begins_like_the_data_and_does_not_end(
 
 
 def test_a_text_cannot_steer_a_terminal(
-    tmp_path: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     hostile = "a\x1b[2J\x9b31m\r\x07b\n\tc\u202ed\u2028e\ud800f"
     monkeypatch.setattr(sample_texts, "load_tokenizer", lambda files: Tokenizer(hostile))
     caplog.set_level("DEBUG")
@@ -127,9 +130,13 @@ def test_a_text_cannot_steer_a_terminal(
     ],
 )
 def test_texts_that_cannot_be_had_are_told_once(
-    tmp_path: Path, prompts: list[list[int]], caplog: pytest.LogCaptureFixture,
-    files: dict[str, bytes], kind: DistributedType, reason: str,
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    prompts: list[list[int]],
+    caplog: pytest.LogCaptureFixture,
+    files: dict[str, bytes],
+    kind: DistributedType,
+    reason: str,
+) -> None:
     caplog.set_level("INFO")
     sampler = Sampler(config(), files, tmp_path / "samples.jsonl")
     assert [sampler.write(state_of(kind), lambda: False) for _ in range(3)] == [[], [], []]
@@ -140,9 +147,11 @@ def test_texts_that_cannot_be_had_are_told_once(
 
 @pytest.mark.parametrize("values", [{"sample_prompts": []}, {"sample_tokens": 0}])
 def test_off_is_off(
-    tmp_path: Path, prompts: list[list[int]], values: dict[str, Any],
+    tmp_path: Path,
+    prompts: list[list[int]],
+    values: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     sampler = Sampler(config(**values), {}, tmp_path / "samples.jsonl")
     assert sampler.write(state_of(), lambda: False) == []
     assert not warnings(caplog)

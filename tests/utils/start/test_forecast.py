@@ -26,9 +26,13 @@ PARAMETERS = 10**9  # checkpoints of 12 GB
 
 def facts_of(**values: object) -> RunFacts:
     settings = {
-        "model": "neox-tiny", "sequence_length": 512, "global_batch_size": 4, "max_steps": 1000,
-        "save_steps": 100, **values,
-    }  # fmt: skip
+        "model": "neox-tiny",
+        "sequence_length": 512,
+        "global_batch_size": 4,
+        "max_steps": 1000,
+        "save_steps": 100,
+        **values,
+    }
     validation = ShardFacts("val_0.npz", 512 * 40 + 17, 1, None)
     index = ShardIndex(training=(), validation=(validation,))
     return RunFacts(

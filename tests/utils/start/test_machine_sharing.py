@@ -77,15 +77,19 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
             [sys.executable, "-c", PROGRAM, str(base), NAME, *CASES],
             cwd=base / machine,
             env={
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(local),
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": "3",
+                "LOCAL_RANK": str(local),
                 "LOCAL_WORLD_SIZE": str(sum(m == machine for m, _ in PLACES.values())),
-                "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(PROJECT),
+                "GLOO_SOCKET_IFNAME": "lo",
+                "PYTHONPATH": str(PROJECT),
             },
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank, (machine, local) in PLACES.items()
-    ]  # fmt: skip
+    ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
     return base, [json.loads((base / f"{rank}.json").read_text()) for rank in PLACES]

@@ -111,9 +111,13 @@ def test_a_gpu_is_filled_and_not_overfilled() -> None:
     device = torch.device("cuda")
     config = get_training_config(
         "test",
-        {"per_device_train_batch_size": "auto", "global_batch_size": 4096, "model": "pythia-160m",
-         "sequence_length": 2048},
-    )  # fmt: skip
+        {
+            "per_device_train_batch_size": "auto",
+            "global_batch_size": 4096,
+            "model": "pythia-160m",
+            "sequence_length": 2048,
+        },
+    )
     model_config = build_model_config(config.model)
     found = micro_batch.resolve_micro_batch(
         config, model_config, count_parameters(model_config), "bf16", device, 1

@@ -243,8 +243,10 @@ def test_a_branch_that_was_left_is_not_the_latest_although_its_steps_are_higher(
     change_manifest(checkpoint, branch=1, forks=[[0, 0], [1, 10]])
     planned = plan(old_run, bucket_uri=str(tmp_path / "bucket"))
     assert [(one.name.step, one.path is None) for one in planned.candidates] == [
-        (15, False), (10, False), (10, True),
-    ]  # fmt: skip
+        (15, False),
+        (10, False),
+        (10, True),
+    ]
     # Also where a crash came before the later ones were moved, and on a machine with the bucket.
     (old_run.set_aside / name(30)).rename(old_run.checkpoints / name(30))
     assert begin(plan(old_run), old_run).obsolete == {name(30): "it is not part of this branch"}
@@ -399,11 +401,18 @@ def empty(tmp_path: Path) -> RunPaths:
 @pytest.mark.parametrize(
     ("resume", "step"),
     [
-        ("latest", 30), ("best", 20), ("10", 10), (name(20), 20),
-        ("BUCKET/latest", 30), ("BUCKET/Checkpoints/latest", 30), (f"BUCKET/{name(20)}", 20),
-        (f"BUCKET/Checkpoints/{name(20)}.tar.gz", 20), ("BUCKET/best", 20), ("BUCKET/10", 10),
+        ("latest", 30),
+        ("best", 20),
+        ("10", 10),
+        (name(20), 20),
+        ("BUCKET/latest", 30),
+        ("BUCKET/Checkpoints/latest", 30),
+        (f"BUCKET/{name(20)}", 20),
+        (f"BUCKET/Checkpoints/{name(20)}.tar.gz", 20),
+        ("BUCKET/best", 20),
+        ("BUCKET/10", 10),
     ],
-)  # fmt: skip
+)
 def test_a_machine_that_has_nothing_resumes_from_the_bucket(
     empty: RunPaths, bucket: Path, resume: str, step: int
 ) -> None:
@@ -426,8 +435,13 @@ def test_a_machine_that_has_nothing_resumes_from_the_bucket(
 def test_what_is_here_comes_before_what_is_there(old_run: RunPaths, bucket: Path) -> None:
     planned = plan(old_run, bucket_uri=str(bucket))
     assert [(one.name.step, one.path is not None) for one in planned.candidates] == [
-        (30, True), (30, False), (20, True), (20, False), (10, True), (10, False),
-    ]  # fmt: skip
+        (30, True),
+        (30, False),
+        (20, True),
+        (20, False),
+        (10, True),
+        (10, False),
+    ]
 
 
 def test_the_bucket_mends_a_damaged_latest(old_run: RunPaths, bucket: Path) -> None:

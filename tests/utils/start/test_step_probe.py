@@ -13,9 +13,12 @@ from utils.start.step_probe import StepProbe, _extrapolate, _growing_sizes, meas
 
 CPU = torch.device("cpu")
 OVERRIDES = {
-    "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
     "vocab_size": 128,
-}  # fmt: skip
+}
 
 
 def probe(available: int = 2**40, **values: object) -> StepProbe | None:

@@ -480,8 +480,10 @@ def test_what_a_killed_small_write_leaves_is_removed(
 ) -> None:
     write(tmp_path / "source", b"new")
     arguments: dict[str, tuple[Any, ...]] = {
-        "put_bytes": (b"new",), "put_file": (tmp_path / "source",), "put_bytes_if": (b"new", None),
-    }  # fmt: skip
+        "put_bytes": (b"new",),
+        "put_file": (tmp_path / "source",),
+        "put_bytes_if": (b"new", None),
+    }
 
     def die(*_: object) -> None:
         raise SystemExit

@@ -94,14 +94,24 @@ def partial_state() -> Any:
 
 def test_metrics_have_groups_on_boards_and_flat_names_in_the_file() -> None:
     record = {
-        "loss": 1, "grad_norm": 2.0, "validation_loss": 3.0, "best_validation_loss": 4.0,
-        "mfu": 0.5, "tokens_per_second": 6, "something_new": 7, "note": "text",
-    }  # fmt: skip
+        "loss": 1,
+        "grad_norm": 2.0,
+        "validation_loss": 3.0,
+        "best_validation_loss": 4.0,
+        "mfu": 0.5,
+        "tokens_per_second": 6,
+        "something_new": 7,
+        "note": "text",
+    }
     assert group_metrics(record) == {
-        "train/loss": 1.0, "train/grad_norm": 2.0, "validation/loss": 3.0,
-        "validation/best_loss": 4.0, "speed/mfu": 0.5, "speed/tokens_per_second": 6.0,
+        "train/loss": 1.0,
+        "train/grad_norm": 2.0,
+        "validation/loss": 3.0,
+        "validation/best_loss": 4.0,
+        "speed/mfu": 0.5,
+        "speed/tokens_per_second": 6.0,
         "train/something_new": 7.0,
-    }  # fmt: skip
+    }
 
 
 def test_hyperparameters_are_flat_and_their_types_are_what_a_board_takes() -> None:
@@ -240,9 +250,10 @@ def test_a_full_disk_at_the_start_and_the_end_of_a_run_is_told_only(
     monkeypatch.setattr(EventFile, "write", write)
     config = TrainingConfig()
     accelerator: Any = SimpleNamespace(
-        is_main_process=True, trackers=build_trackers(config, tmp_path / "metrics.jsonl"),
+        is_main_process=True,
+        trackers=build_trackers(config, tmp_path / "metrics.jsonl"),
         init_trackers=lambda name: None,
-    )  # fmt: skip
+    )
     tracking.start_trackers(accelerator, config, tmp_path, IDENTITY, {}, 0, {})
     for tracker in accelerator.trackers:
         tracker.log({"loss": 1.0}, step=1)
@@ -258,9 +269,11 @@ def test_a_full_disk_at_the_start_and_the_end_of_a_run_is_told_only(
 
 def test_starts_share_a_curve_and_a_branch_has_its_own(tmp_path: Path) -> None:
     for start, steps in [
-        (start_of(), range(1, 8)), (start_of(step=5), range(6, 10)),
-        (start_of(step=5), range(6, 9)), (start_of(step=4, branch=1), range(5, 7)),
-    ]:  # fmt: skip
+        (start_of(), range(1, 8)),
+        (start_of(step=5), range(6, 10)),
+        (start_of(step=5), range(6, 9)),
+        (start_of(step=4, branch=1), range(5, 7)),
+    ]:
         tracker = TensorBoardTracker(tmp_path)
         tracker.begin(start)
         for step in steps:

@@ -725,8 +725,11 @@ def test_progress_says_what_is_done_and_how_far_it_is(place: Place, checkpoint: 
     stages = [report.stage for _, _, report in seen]
     assert stages[0] == "checking"
     assert sorted(set(stages), key=stages.index) == [
-        "checking", "archiving", "uploading", "verifying",
-    ]  # fmt: skip
+        "checking",
+        "archiving",
+        "uploading",
+        "verifying",
+    ]
     put = [report for operation, name, report in seen if (operation, name) == ("put", ARCHIVE)]
     assert (put[0].read, put[0].sent, put[0].size, put[0].total) == (0, 0, None, total)
     assert put[1].sent >= result.size == put[1].size

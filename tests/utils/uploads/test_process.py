@@ -381,8 +381,9 @@ def sleeping_gsutil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     record = tmp_path / "gsutil.pid"
     program = tmp_path / "bin/gsutil"
     program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {record}.new\nmv {record}.new {record}\n"
-                       "wait\n")  # fmt: skip
+    program.write_text(
+        f"#!/bin/sh\nsleep 60 &\necho $! > {record}.new\nmv {record}.new {record}\nwait\n"
+    )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     return record

@@ -29,12 +29,14 @@ def entry(
         ({"read": 5, "total": 0}, "uploading"),
         ({"read": 50, "total": 20}, "100%"),
         ({"read": 0, "total": 20, "bytes_per_second": 0.0}, "0%, 0 B/s"),
-        ({"read": 1, "total": 2, "bytes_per_second": 2048, "eta_seconds": 5},
-         "50%, 2.0 KiB/s, 5.0s left"),
+        (
+            {"read": 1, "total": 2, "bytes_per_second": 2048, "eta_seconds": 5},
+            "50%, 2.0 KiB/s, 5.0s left",
+        ),
         ({"read": "\x1b[2J", "total": [], "eta_seconds": float("nan")}, "uploading"),
         ({"read": 10**400, "total": True, "bytes_per_second": {}}, "uploading"),
     ],
-)  # fmt: skip
+)
 def test_progress_in_words(details: dict[str, Any], text: str) -> None:
     assert describe_progress(entry(**details), NOW)["text"] == text
 
@@ -53,11 +55,17 @@ def test_the_queue_begins_with_what_is_under_way() -> None:
     }
     queue = build_queue(["a", "b", "c", "d"], uploads)
     assert [(one["place"], one["checkpoint"]) for one in queue] == [
-        (1, "c"), (2, "a"), (3, "b"), (4, "d"),
-    ]  # fmt: skip
+        (1, "c"),
+        (2, "a"),
+        (3, "b"),
+        (4, "d"),
+    ]
     assert [one["next try"] for one in queue] == [
-        "now", "in its turn", "at the next start, or: upload_manager.py retry", "at the next start",
-    ]  # fmt: skip
+        "now",
+        "in its turn",
+        "at the next start, or: upload_manager.py retry",
+        "at the next start",
+    ]
     assert queue[2]["error"] == "403 ?[2J"
 
 
@@ -74,5 +82,7 @@ def test_the_last_errors_are_of_what_is_still_owed() -> None:
     errors = last_errors(entries, uploads)
     assert len(errors) == 5
     assert (errors[-1]["checkpoint"], errors[-1]["error"], errors[-1]["attempts"]) == (
-        "again", "3", 5,
-    )  # fmt: skip
+        "again",
+        "3",
+        5,
+    )

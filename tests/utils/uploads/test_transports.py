@@ -167,10 +167,11 @@ def test_what_is_put_is_there_whole_small_or_large(way: Way) -> None:
 
 @pytest.fixture(
     params=[
-        "directory", "python-4",
+        "directory",
+        "python-4",
         *(pytest.param(name, marks=pytest.mark.gsutil) for name in ("gcloud", "gsutil")),
     ]
-)  # fmt: skip
+)
 def reader(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Way]:
     opened = open_way(request, tmp_path, request.param)
     yield opened
@@ -483,9 +484,15 @@ def test_arguments_are_a_list_and_the_session_its_own(recorder: Recorder, tmp_pa
         ["-q", "rm", "gs://runs/a/x"],
     ]
     assert calls[-1]["arguments"] == [
-        "--quiet", "--billing-project=payer", "storage", "--no-user-output-enabled",
-        "cp", "--if-generation-match=0", "-", "gs://runs/a/-x",
-    ]  # fmt: skip
+        "--quiet",
+        "--billing-project=payer",
+        "storage",
+        "--no-user-output-enabled",
+        "cp",
+        "--if-generation-match=0",
+        "-",
+        "gs://runs/a/-x",
+    ]
     assert [call["input"] for call in calls] == ["data", "", "", "", "", "data"]
     for call in calls:
         assert call["session"] == call["pid"] != os.getsid(0)

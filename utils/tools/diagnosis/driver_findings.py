@@ -56,7 +56,7 @@ KNOWN_MESSAGES = (
         "The GPU has fallen off the bus: look for Xid in dmesg, then reset or reboot; if it comes "
         "back, check power and cooling.",
     ),
-)  # fmt: skip
+)
 
 
 def advise_on(message: str | None) -> str:

@@ -84,9 +84,7 @@ def compare_logs(straight: Path, other: Path, steps: int) -> list[Comparison]:
     left, right = (values_by_step(logs / BATCHES_FILE, "crc32c") for logs in (straight, other))
     found = [compare_values("batches (crc32c)", left, right, every)]
     for key in COMPARED_METRICS:
-        left, right = (
-            values_by_step(logs / "metrics.jsonl", key) for logs in (straight, other)
-        )  # fmt: skip
+        left, right = (values_by_step(logs / "metrics.jsonl", key) for logs in (straight, other))
         wanted = None if key == "validation_loss" else every
         found.append(compare_values(key, left, right, wanted))
     curves = [read_metrics(logs / "metrics.jsonl").series("loss")[0] for logs in (straight, other)]

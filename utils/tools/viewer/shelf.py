@@ -194,8 +194,10 @@ class RemoteShelf(Shelf):
         self._bucket = bucket
         self._listing: RemoteListing = list_remote(bucket)
         without_card = sorted(self._listing.archives.keys() - self._listing.cards.keys())
-        notes = [f"{name} is not listed: it has no card, so its upload is not finished."
-                 for name in without_card]  # fmt: skip
+        notes = [
+            f"{name} is not listed: it has no card, so its upload is not finished."
+            for name in without_card
+        ]
         super().__init__(where, sorted(self._listing.cards), notes)
 
     def _read(self, names: Sequence[CheckpointName], *, brief: bool) -> list[CheckpointView]:
@@ -264,5 +266,8 @@ def _incomplete_notes(directory: Path, complete: Sequence[CheckpointName]) -> li
         return []
     known = {str(name) for name in complete}
     others = sorted(entry.name for entry in os.scandir(directory) if entry.name not in known)
-    return [f"{name} is not listed: it has no {MANIFEST_FILE}, so it is incomplete."
-            for name in others if parse_checkpoint_name(name)]  # fmt: skip
+    return [
+        f"{name} is not listed: it has no {MANIFEST_FILE}, so it is incomplete."
+        for name in others
+        if parse_checkpoint_name(name)
+    ]

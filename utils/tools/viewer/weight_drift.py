@@ -34,8 +34,18 @@ BLOCK_ELEMENTS = 2**18  # 2 MiB of float64: a block stays in the cache
 TOTAL = "total"
 
 _LAYER = re.compile(r"(.*?\.\d+)\..*")
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AttributeError,
-                IndexError, OverflowError, pickle.UnpicklingError)  # fmt: skip
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass

@@ -93,9 +93,14 @@ def test_device_files_are_those_of_gpus_each_with_the_right_to_use_it(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "nvidia1")
     found = {Path(path).name: may_use for path, may_use in find_device_files(tmp_path).items()}
     assert found == {
-        "nvidia0": True, "nvidia1": False, "nvidiactl": True, "nvidia-uvm": True, "dxg": True,
-        "kfd": True, "renderD128": True,
-    }  # fmt: skip
+        "nvidia0": True,
+        "nvidia1": False,
+        "nvidiactl": True,
+        "nvidia-uvm": True,
+        "dxg": True,
+        "kfd": True,
+        "renderD128": True,
+    }
 
 
 def test_host_is_read_from_its_files_and_variables(tmp_path: Path) -> None:
@@ -146,32 +151,43 @@ def test_nothing_at_all_is_no_error(tmp_path: Path) -> None:
     [
         ({}, (None, None)),
         (
-            {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n",
-             "sys/fs/cgroup/memory.max": f"{4 * GIB}\n"},
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/cpu.max": "150000 100000\n",
+                "sys/fs/cgroup/memory.max": f"{4 * GIB}\n",
+            },
             (1.5, 4 * GIB),
         ),
         (
-            {"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
-             "sys/fs/cgroup/a/cpu.max": "200000 100000\n", "sys/fs/cgroup/a/memory.max": "max\n"},
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+                "sys/fs/cgroup/a/cpu.max": "200000 100000\n",
+                "sys/fs/cgroup/a/memory.max": "max\n",
+            },
             (2.0, None),
         ),
         (
-            {"proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/x\n",
-             "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "50000\n",
-             "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000\n",
-             "sys/fs/cgroup/memory/x/memory.limit_in_bytes": f"{GIB}\n",
-             "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"},
+            {
+                "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/x\n",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "50000\n",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/memory/x/memory.limit_in_bytes": f"{GIB}\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            },
             (0.5, GIB),
         ),
         (
-            {"proc/self/cgroup": "5:cpu,cpuacct:/\n",
-             "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
-             "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"},
+            {
+                "proc/self/cgroup": "5:cpu,cpuacct:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
             (None, None),
         ),
     ],
     ids=["none", "version 2", "of a group above", "version 1", "no limit"],
-)  # fmt: skip
+)
 def test_limits_of_a_container_are_the_narrowest_of_its_groups(
     tmp_path: Path, files: dict[str, str], expected: tuple[float | None, int | None]
 ) -> None:
@@ -183,8 +199,9 @@ def test_libcuda_in_a_library_path_is_found_in_its_order(tmp_path: Path) -> None
     write(tmp_path, {"stubs/libcuda.so": "", "lib/libcuda.so.1": "", "lib/libcuda.so": ""})
     path = f"{tmp_path}/none::{tmp_path}/stubs:{tmp_path}/lib"
     assert find_cuda_libraries(path) == [
-        f"{tmp_path}/stubs/libcuda.so", f"{tmp_path}/lib/libcuda.so.1"
-    ]  # fmt: skip
+        f"{tmp_path}/stubs/libcuda.so",
+        f"{tmp_path}/lib/libcuda.so.1",
+    ]
     assert find_cuda_libraries("") == []
 
 
@@ -411,8 +428,11 @@ def test_devices_are_timed_in_their_own_precision_and_size() -> None:
     gpus = [make(0, True, 70 * GIB), make(1, False, GIB)]
     devices = find_devices(Torch(version="2.13.0", gpus=gpus, is_mps_available=True))
     assert [(d.name, d.precision) for d in devices] == [
-        ("cpu", "no"), ("cuda:0", "bf16"), ("cuda:1", "fp16"), ("mps", "no")
-    ]  # fmt: skip
+        ("cpu", "no"),
+        ("cuda:0", "bf16"),
+        ("cuda:1", "fp16"),
+        ("mps", "no"),
+    ]
     hidden = [pick_shape(device).hidden_size for device in devices]
     assert hidden == [256, 1024, 256, 256]
     assert find_devices(Torch(problem="broken")) == []

@@ -14,17 +14,25 @@ TEXT = Evaluation(
     "checkpoint-epoch0-step20-files0",
     "validation",
     {
-        "loss": 2.5, "perplexity": 12.182, "bits_per_byte": None, "tokens": 12345, "bytes": None,
+        "loss": 2.5,
+        "perplexity": 12.182,
+        "bits_per_byte": None,
+        "tokens": 12345,
+        "bytes": None,
         "tokens_per_second": 1999.6,
     },
     {
-        "data": "f00", "samples": "covering", "sequence_length": 512, "stride": 64,
-        "max_tokens": 5000, "mask_documents": True,
+        "data": "f00",
+        "samples": "covering",
+        "sequence_length": 512,
+        "stride": 64,
+        "max_tokens": 5000,
+        "mask_documents": True,
     },
     {"data": "gs://bucket/data"},
     20,
     time="2026-01-02T03:04:05.678+00:00",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(

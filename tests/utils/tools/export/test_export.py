@@ -96,9 +96,13 @@ def test_an_exported_checkpoint_is_the_checkpoint(trained_run: Path, tmp_path: P
     assert (report.dtype, report.max_logit_difference, report.removed_rows) == ("float32", 0.0, 0)
     assert report.compared_tensors == len(stock.state_dict())
     assert set(report.files) == {
-        "README.md", "config.json", "generation_config.json", "model.safetensors",
-        "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     one, other = (tmp_path / "out" / "tokenizer.json", Path(source.location) / "tokenizer.json")
     assert one.read_bytes() == other.read_bytes()
     one, other = (folder / "tokenizer_config.json" for folder in (tmp_path / "out", other.parent))

@@ -66,9 +66,13 @@ def test_an_exported_model_is_replaced_only_when_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("foreign", "words"),
-    [("thesis.txt", "holds thesis.txt"), ("manifest.json", "holds manifest.json"),
-     ("folder/x", "has folders"), ("", "holds no config.json")],
-)  # fmt: skip
+    [
+        ("thesis.txt", "holds thesis.txt"),
+        ("manifest.json", "holds manifest.json"),
+        ("folder/x", "has folders"),
+        ("", "holds no config.json"),
+    ],
+)
 def test_what_is_no_exported_model_is_never_replaced(
     foreign: str, words: str, tmp_path: Path
 ) -> None:

@@ -22,9 +22,17 @@ def test_a_model_is_found_and_loaded_as_the_words_say(trained_run: Path) -> None
     loaded = load_from(parse("2", *where, "--device", "cpu", "--dtype", "bfloat16"))
     assert (loaded.source.step, loaded.model.dtype) == (2, torch.bfloat16)
     other = load_from(
-        parse("2", *where, "--device", "cpu", "--attention", "eager", "--tokenizer",
-              str(next((trained_run / "checkpoints").glob("*step4-*"))))
-    )  # fmt: skip
+        parse(
+            "2",
+            *where,
+            "--device",
+            "cpu",
+            "--attention",
+            "eager",
+            "--tokenizer",
+            str(next((trained_run / "checkpoints").glob("*step4-*"))),
+        )
+    )
     assert other.model.config._attn_implementation == "eager"
     assert other.tokenizer is not None
 

@@ -117,9 +117,12 @@ def find_after_a_wait(text: str, folder: Path, lock: Path, meanwhile: Callable[[
     lock.parent.mkdir(parents=True)
     with FileLock(lock) as held:
         process = subprocess.Popen(
-            [sys.executable, "-c", WAITING, text], stdout=subprocess.PIPE, text=True,
-            cwd=folder, env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)},
-        )  # fmt: skip
+            [sys.executable, "-c", WAITING, text],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)},
+        )
         with process:
             assert process.stdout is not None
             for line in process.stdout:

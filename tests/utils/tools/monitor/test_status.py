@@ -161,8 +161,13 @@ def write_journal(paths: RunPaths, *lines: tuple[int, int, UploadState, dict[str
     paths.journal.parent.mkdir(parents=True, exist_ok=True)
     with paths.journal.open("a") as file:
         for step, minute, state, details in lines:
-            value = {"time": at(minute)["timestamp"], "checkpoint": NAME.format(step),
-                     "run_id": RUN_ID, "state": state.value, **details}  # fmt: skip
+            value = {
+                "time": at(minute)["timestamp"],
+                "checkpoint": NAME.format(step),
+                "run_id": RUN_ID,
+                "state": state.value,
+                **details,
+            }
             file.write(json.dumps(value) + "\n")
 
 
@@ -287,9 +292,18 @@ HOSTILE = [
     {"step": 23, "loss": None, "data_wait_share": 10**30, "time": "9999-12-31T23:59:59+00:00"},
     {"event": ["start"], "step": 24},
     {"event": "bad_step", "step": 25, "kind": {"\x1b": 1}},
-    {"event": "start", "step": 26, "pid": -5, "hostname": 7, "max_steps": 1e300, "run_id": [1],
-     "num_parameters": 10**400, "world_size": "\x1b[31m", "time": None},
-]  # fmt: skip
+    {
+        "event": "start",
+        "step": 26,
+        "pid": -5,
+        "hostname": 7,
+        "max_steps": 1e300,
+        "run_id": [1],
+        "num_parameters": 10**400,
+        "world_size": "\x1b[31m",
+        "time": None,
+    },
+]
 
 
 def test_hostile_values_are_taken_for_what_they_are(paths: RunPaths) -> None:

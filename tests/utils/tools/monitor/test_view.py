@@ -19,13 +19,27 @@ from utils.tools.monitor.warnings import RunWarning
 GIB = 2**30
 MACHINE = Machine(45.0, 12 * GIB, 64 * GIB, 500 * GIB, 1800 * GIB, [], None)
 METRICS: dict[str, float | None] = {
-    "loss": 2.845123, "perplexity": 17.2, "learning_rate": 2e-4, "grad_norm": 0.53, "epoch": 0.0,
-    "tokens_seen": 10_240_000_000.0, "tokens_per_second": 512_345.0, "step_seconds": 0.602,
-    "mfu": 0.412, "data_wait_share": 0.003, "validation_loss": 2.912, "validation_perplexity": 18.4,
+    "loss": 2.845123,
+    "perplexity": 17.2,
+    "learning_rate": 2e-4,
+    "grad_norm": 0.53,
+    "epoch": 0.0,
+    "tokens_seen": 10_240_000_000.0,
+    "tokens_per_second": 512_345.0,
+    "step_seconds": 0.602,
+    "mfu": 0.412,
+    "data_wait_share": 0.003,
+    "validation_loss": 2.912,
+    "validation_perplexity": 18.4,
     "best_validation_loss": 2.9012,
-}  # fmt: skip
-START = {"run_id": "20260101-0a1b2c3d", "device": "cuda:0", "precision": "bf16", "world_size": 8,
-         "num_parameters": 1_311_000_000}  # fmt: skip
+}
+START = {
+    "run_id": "20260101-0a1b2c3d",
+    "device": "cuda:0",
+    "precision": "bf16",
+    "world_size": 8,
+    "num_parameters": 1_311_000_000,
+}
 PROGRESS = {"percent": 43.2, "eta_seconds": 80.0, "text": "43%, 52.1 MiB/s, 1m20s left"}
 
 
@@ -41,12 +55,25 @@ def checkpoint(step: int, **changes: Any) -> CheckpointStatus:
 
 def status(**changes: Any) -> RunStatus:
     values = RunStatus(
-        state=RunState.RUNNING, detail="process 123 on host", start=START, step=5000,
-        max_steps=10_000, eta_seconds=11_520.0, silent_seconds=3.0, stall_seconds=60.0,
-        metrics=Metrics(**METRICS), loss_curve=[3.12, 3.0, 2.9, 2.845], checkpoints=[],
-        save_interval_seconds=None, uploads={}, machine=MACHINE, disk_seconds_left=None,
-        costs=None, warnings=[], problems=[],
-    )  # fmt: skip
+        state=RunState.RUNNING,
+        detail="process 123 on host",
+        start=START,
+        step=5000,
+        max_steps=10_000,
+        eta_seconds=11_520.0,
+        silent_seconds=3.0,
+        stall_seconds=60.0,
+        metrics=Metrics(**METRICS),
+        loss_curve=[3.12, 3.0, 2.9, 2.845],
+        checkpoints=[],
+        save_interval_seconds=None,
+        uploads={},
+        machine=MACHINE,
+        disk_seconds_left=None,
+        costs=None,
+        warnings=[],
+        problems=[],
+    )
     return replace(values, **changes)
 
 
@@ -124,12 +151,15 @@ def test_many_gpus_are_summed_up() -> None:
 def test_nothing_steers_a_terminal_and_nothing_is_too_long() -> None:
     bad = "\x1b[2J\x07\n" * 200
     look = status(
-        detail=bad, start=dict.fromkeys(START, bad), problems=[bad],
+        detail=bad,
+        start=dict.fromkeys(START, bad),
+        problems=[bad],
         metrics=Metrics(**{item.name: 1e308 for item in fields(Metrics)}),
-        checkpoints=[checkpoint(1, upload_error=bad, problem=bad,
-                                upload_progress={**PROGRESS, "text": bad})],
+        checkpoints=[
+            checkpoint(1, upload_error=bad, problem=bad, upload_progress={**PROGRESS, "text": bad})
+        ],
         machine=replace(MACHINE, gpus=[replace(gpu(0), name=bad)], gpu_note=bad),
-    )  # fmt: skip
+    )
     for line in [*text_of(look, notes=[bad]), one_line(look)]:
         assert line.isprintable()
         assert len(line) < 2000
@@ -137,10 +167,14 @@ def test_nothing_steers_a_terminal_and_nothing_is_too_long() -> None:
 
 def test_what_is_not_known_is_a_dash() -> None:
     look = status(
-        metrics=Metrics(**dict.fromkeys(METRICS)), max_steps=None, eta_seconds=None,
-        silent_seconds=None, loss_curve=[], start={},
+        metrics=Metrics(**dict.fromkeys(METRICS)),
+        max_steps=None,
+        eta_seconds=None,
+        silent_seconds=None,
+        loss_curve=[],
+        start={},
         machine=replace(MACHINE, disk_free_bytes=None, disk_total_bytes=None, gpu_note="none"),
-    )  # fmt: skip
+    )
     lines = text_of(look)
     assert "Loss: -  Perplexity: -  Gradient Norm: -" in lines
     assert "Disk Free: -" in lines
@@ -161,9 +195,16 @@ def test_one_line_has_warnings_and_problems_too() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "-"), (0.4, "0s"), (59.9, "59s"), (200, "3m20s"), (3720, "1h02m"), (90_000, "25h00m"),
-     (200_000, "2d07h")],
-)  # fmt: skip
+    [
+        (None, "-"),
+        (0.4, "0s"),
+        (59.9, "59s"),
+        (200, "3m20s"),
+        (3720, "1h02m"),
+        (90_000, "25h00m"),
+        (200_000, "2d07h"),
+    ],
+)
 def test_durations_are_short(seconds: float | None, text: str) -> None:
     assert show_time(seconds) == text
 

@@ -173,8 +173,9 @@ def test_failed_and_lagging_uploads_are_told() -> None:
     failure = entry(permanent=True, error="403\x1b[31m")
     found = judge_uploads({"a": failure}, {"a": 9000.0, "b": 700.0, "c": 10.0}, 600.0)
     assert [(warning.kind, warning.subject) for warning in found] == [
-        ("upload_failed", "a"), ("upload_lagging", ""),
-    ]  # fmt: skip
+        ("upload_failed", "a"),
+        ("upload_lagging", ""),
+    ]
     assert "403?[31m" in found[0].message
     assert "1 older than the time between saves, b for 11m40s" in found[1].message
     assert judge_uploads({}, {"b": 500.0}, 600.0) == []

@@ -20,14 +20,24 @@ from utils.tools.viewer.choice import (
     parse_time,
 )
 
-NAMES = [CheckpointName(step, epoch, files) for step, epoch, files in
-         ((5, 0, 0), (50, 0, 1), (100, 1, 0), (100, 1, 3))]  # fmt: skip
+NAMES = [
+    CheckpointName(step, epoch, files)
+    for step, epoch, files in ((5, 0, 0), (50, 0, 1), (100, 1, 0), (100, 1, 3))
+]
 
 
 def row(step: int, **values: Any) -> dict[str, Any]:
-    known = {"epoch": 0, "current_loss": None, "validation_loss": None, "tokens_seen": None,
-             "size_bytes": None, "timestamp": None, "state": "not queued", "kept": "",
-             "run_id": None}  # fmt: skip
+    known = {
+        "epoch": 0,
+        "current_loss": None,
+        "validation_loss": None,
+        "tokens_seen": None,
+        "size_bytes": None,
+        "timestamp": None,
+        "state": "not queued",
+        "kept": "",
+        "run_id": None,
+    }
     return {"step": step, **known, **values}
 
 

@@ -182,8 +182,11 @@ def test_only_intact_files_are_loaded(tmp_path: Path, file: str, damage: str) ->
     if damage == "link":
         path.symlink_to("/dev/zero")
     elif damage != "gone":
-        changed = {"cut": data[:-1], "flipped": bytes([data[0] ^ 1]) + data[1:],
-                   "foreign": pickle.dumps({"w": 1})}  # fmt: skip
+        changed = {
+            "cut": data[:-1],
+            "flipped": bytes([data[0] ^ 1]) + data[1:],
+            "foreign": pickle.dumps({"w": 1}),
+        }
         path.write_bytes(changed[damage])
     reason = "cannot be read" if damage == "gone" else "not what its manifest says"
     with pytest.raises(CheckpointError, match=f"step2-files0: {file} .*{reason}"):
@@ -234,6 +237,9 @@ def test_memory_is_bounded_by_one_tensor_of_each(tmp_path: Path, file: str) -> N
     )
     result = subprocess.run(
         [sys.executable, "-c", code, *map(str, paths)],
-        cwd=PROJECT_DIRECTORY, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=PROJECT_DIRECTORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert float(result.stdout) < 48  # all of them are 192 MiB
