@@ -20,6 +20,7 @@ check-format: setup
 
 lint: setup
 	$(BIN)/ruff check $(CODE)
+	$(BIN)/lint-imports --no-cache
 
 types: setup
 	$(BIN)/mypy
