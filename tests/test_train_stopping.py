@@ -644,7 +644,7 @@ def test_a_stop_during_a_step_saves_that_step_and_is_quick(start: Start, straigh
     trainer.stop()
     trainer.let_go("step")
     began = time.monotonic()
-    assert trainer.has_ended(10.0), str(trainer)
+    assert trainer.has_ended(PATIENCE_SECONDS), str(trainer)
     print(f"SIGTERM to exit: {time.monotonic() - began:.2f} s")
     assert_stopped(trainer, [4, 6])
     assert trainer.leftovers == []
@@ -819,7 +819,7 @@ def test_a_stop_while_waiting_for_data_saves_what_was_trained(
     trainer.wait_for(f"Step {STEPS_PER_SHARD}/")
     trainer.stop()
     trainer.wait_for("Stopped by SIGTERM")
-    assert trainer.has_ended(8.0), str(trainer)
+    assert trainer.has_ended(PATIENCE_SECONDS), str(trainer)
     assert_stopped(trainer, [STEPS_PER_SHARD])
     assert_goes_on(start, straight)
 
@@ -830,7 +830,7 @@ def test_a_stop_during_the_first_step_loses_nothing_and_leaves(
     trainer = start(hooks=[("hang_in_step", 1)])
     trainer.wait_at("hanging-step")
     trainer.stop()
-    assert trainer.has_ended(10.0), str(trainer)
+    assert trainer.has_ended(PATIENCE_SECONDS), str(trainer)
     assert trainer.end() == ExitCode.STOPPED
     assert "Nothing was trained since the start, so nothing is lost: leaving." in trainer.errors
     assert trainer.steps == []

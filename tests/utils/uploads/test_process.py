@@ -225,7 +225,7 @@ def test_a_server_that_stalls_is_left_and_the_next_attempt_succeeds(
 ) -> None:
     monkeypatch.setattr(upload_process, "STALL_MARGIN_SECONDS", 0.5)
     fault = gcs.add_fault(Fault("stall", operation="upload", after_bytes=100))
-    options = TransportOptions("gs://runs/a", "python", stall_seconds=1.0)
+    options = TransportOptions("gs://runs/a", "python", stall_seconds=4.0)
     with pytest.raises(TransientStorageError, match="no progress"):
         run_in_process(UploadJob(str(checkpoint), options))
     assert fault.fired == 1
