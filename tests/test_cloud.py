@@ -203,7 +203,7 @@ def test_the_help_is_the_top_of_the_file(bash: Callable[..., Any]) -> None:
 PATIENT_LAUNCHER = f"""exec {sys.executable} -c '
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: open(os.environ["NOTES"], "a").write("got\\n"))
-os.write(1, b"ready\n")
+os.write(1, b"ready\\n")
 while not os.path.exists(os.environ["GO"]): time.sleep(0.05)
 time.sleep(0.3)  # for a signal that should not come
 sys.exit(1)
