@@ -264,7 +264,7 @@ class Session:
 
     Args:
         args: The command line.
-        config: Of the run.
+        config: The run's configuration.
     """
 
     def __init__(self, args: argparse.Namespace, config: TrainingConfig) -> None:

@@ -120,7 +120,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="ends a text, and is no part of it; may be repeated; \\n and \\t are understood",
     )
-    add("--ignore-eos", action="store_true", help="go on behind the end of a text")
+    add("--ignore-eos", action="store_true", help="go on after the end of a text")
     add(
         "--batch-size",
         type=int,

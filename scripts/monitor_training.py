@@ -143,7 +143,7 @@ class Watch:
     """Looks at the run, and has the user told of what begins.
 
     Args:
-        paths: Of the run.
+        paths: The run's directories.
         notifier: Runs the user's command, None where there is none.
         hourly_price: For the time whose price the run did not know.
     """

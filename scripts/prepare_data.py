@@ -350,7 +350,7 @@ def _file_sources(
     shard_tokens: int | None,
     option: str,
 ) -> list[Source]:
-    """Return the sources behind paths; neighbours of one kind are one source."""
+    """Return the sources that paths name; neighbours of one kind are one source."""
     from utils.corpus.text_sources import FileSource, find_files, kind_of
     from utils.corpus.token_files import (
         BIN_SUFFIX,

@@ -188,7 +188,7 @@ class Proof:
         self._report = Report(args.seed, args.steps)
 
     def run(self) -> Report:
-        """Train straight, train with kills, compare; whatever happens, leave no process behind."""
+        """Train straight, train with kills, compare; leave no process running at the end."""
         try:
             self._train_straight()
             self._train_with_kills()

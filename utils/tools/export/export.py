@@ -60,13 +60,13 @@ class ExportOptions:
 
     Attributes:
         format: One of `FORMATS`.
-        dtype: Of the weights; auto keeps what they are, float32 in a checkpoint.
+        dtype: Data type of the weights; auto keeps the one they have, float32 in a checkpoint.
         max_shard_size: Bytes of a weights file, as `5GB`; a larger model has several.
         is_checked: Read back what was written, and compare.
         device: That the logits are computed on.
         attention: `attn_implementation` of transformers.
         tokenizer: Another one than the model's own.
-        file_name: Of a GGUF file.
+        file_name: Name of the GGUF file.
     """
 
     format: str = "hf"
@@ -86,11 +86,12 @@ class ExportReport:
     Attributes:
         files: Size and checksum of each.
         parameters: Weights, tied ones once.
-        dtype: Of the weights.
+        dtype: Data type of the weights.
         vocab_size: Rows of the embedding.
-        removed_rows: Of these, those that had only padded it.
+        removed_rows: Rows that had only padded it and were left out.
         compared_tensors: That were read back and are the same; None: not checked.
-        max_logit_difference: Of the files against the model; None: not computed.
+        max_logit_difference: Largest difference between the files' logits and the model's; None:
+            not computed.
     """
 
     files: Mapping[str, FileEntry]
@@ -210,8 +211,8 @@ def compare_folder(
     """Load a folder as anybody would, and compare it with what it was written from.
 
     Args:
-        folder: Of `save_pretrained`.
-        checksums: Of every tensor.
+        folder: What `save_pretrained` wrote.
+        checksums: Checksum of every tensor, by name.
         logits: That `compute_logits` has to give.
         device: For the logits.
         attention: For the logits.

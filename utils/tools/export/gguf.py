@@ -54,7 +54,7 @@ def write_gguf(
         model: A causal language model of transformers.
         tokenizer: Its tokenizer; None for none.
         name: What the file says the model is called.
-        dtype: Of the matrices, one of `TENSOR_TYPES`.
+        dtype: Data type of the matrices, one of `TENSOR_TYPES`.
         path: Where to.
         on_tensor: Told of the bytes of each tensor that is written.
 

@@ -64,7 +64,7 @@ def read_tokenizer(tokenizer: Any, vocab_size: int) -> GgufTokenizer:
     """Return the fields of a tokenizer.
 
     Args:
-        tokenizer: Of transformers.
+        tokenizer: A tokenizer of transformers.
         vocab_size: Rows of the embedding: ids without a token become unused ones.
 
     Raises:

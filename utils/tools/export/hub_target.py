@@ -38,7 +38,7 @@ class HubTarget:
         scratch: Where the files are written first.
         is_whole: The files are all of a model; others of an earlier one are removed.
         overwrite: Commit to a repository that has files.
-        is_private: Of a repository that is made here.
+        is_private: Whether a repository that is made here is private.
     """
 
     repository: str

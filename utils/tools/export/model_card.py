@@ -35,7 +35,7 @@ HYPERPARAMETERS = (
     "mask_documents",
     "seed",
 )
-"""Of the training configuration: what shaped the weights."""
+"""Keys of the training configuration that shaped the weights."""
 
 _PLAIN = frozenset(string.ascii_letters + string.digits + " .,+-_")
 _SHAPE = (
@@ -49,7 +49,7 @@ _SHAPE = (
     ("input and output embeddings tied", "tie_word_embeddings"),
 )
 CONFIG_KEYS = ("model_type", *(key for _, key in _SHAPE))
-"""Of a config, what a card says."""
+"""Keys of a model's config that a model card has."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class CardFacts:
         name: The model's, as a heading.
         config: Its values of `CONFIG_KEYS`.
         parameters: Number of weights, tied ones once.
-        dtype: Of the weights.
-        manifest: Of the checkpoint; None for any other model.
+        dtype: Data type of the weights.
+        manifest: The checkpoint's; None for any other model.
         metadata: Its `metadata.json`.
         training: Its `training_config.json`.
         base_model: Name on the Hub that the model comes from.

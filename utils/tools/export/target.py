@@ -191,10 +191,10 @@ class BucketTarget:
     """A prefix of a bucket, or one object.
 
     Attributes:
-        bucket: Of the prefix, or of the object's parent.
+        bucket: The bucket at the prefix, or at the object's parent.
         location: The URI as it was given.
         scratch: Where the files are written first.
-        name: Of the object; None for a prefix.
+        name: The object's name; None for a prefix.
         overwrite: Replace an exported model that is there.
     """
 

@@ -43,7 +43,7 @@ class ModelSource:
     Attributes:
         name: What it is called in tables: a checkpoint's name, a folder's, the Hub's.
         location: What transformers loads: a directory, or a name on the Hub.
-        manifest: Of a checkpoint; None for any other model.
+        manifest: The checkpoint's; None for any other model.
     """
 
     name: str
@@ -58,7 +58,7 @@ class ModelSource:
 
     @property
     def step(self) -> int | None:
-        """Optimizer updates behind a checkpoint."""
+        """Optimizer updates up to a checkpoint."""
         return self.manifest.step if self.manifest is not None else None
 
 

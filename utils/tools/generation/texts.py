@@ -108,7 +108,7 @@ class TextGenerator:
     Args:
         loaded: The model and its tokenizer.
         stops: Texts that end a text; they are not part of it.
-        ignore_end: Go on behind the token that ends a text in the data.
+        ignore_end: Go on after the token that ends a text in the data.
         batch_size: Texts that grow together.
 
     Raises:
