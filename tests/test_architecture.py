@@ -67,7 +67,8 @@ LAYERS: list[set[str]] = [
         "utils.tools.diagnosis.torch_facts",
         "utils.uploads.transports",
     },
-    {"utils.training.deepspeed", "utils.models.tokenizer"},
+    {"utils.models.tokenizer", "utils.training.division"},
+    {"utils.training.deepspeed", "utils.training.fsdp"},
     {"utils.corpus.tokenizer_conversion"},
     {
         "utils.uploads.archive",
@@ -120,7 +121,6 @@ LAYERS: list[set[str]] = [
     {"utils.costs.costs"},
     {
         "utils.run.bad_steps",
-        "utils.checkpoint_metadata",
         "utils.tools.viewer.report",
         "utils.checkpoints.saver",
         "utils.checkpoints.store",

@@ -71,7 +71,7 @@ def test_a_window_is_brought_back() -> None:
 
 
 def test_on_the_device_the_host_reads_one_step_later() -> None:
-    guard = StepGuard(CPU, sigma=None, window=4, on_device=True)
+    guard = StepGuard(CPU, sigma=None, window=4, is_on_device=True)
     judge(guard, 1, math.nan)
     assert guard.take(newest=False) == []
     judge(guard, 2, 1.0)
