@@ -29,7 +29,7 @@ def test_what_is_not_finite_is_bad(bad: float) -> None:
 
 
 def test_overflow_is_the_loss_scalers_business() -> None:
-    guard = StepGuard(CPU, sigma=None, window=10, checks_gradients=False)
+    guard = StepGuard(CPU, sigma=None, window=10, should_check_gradients=False)
     assert judge(guard, 1, 2.0, grad_norm=math.inf) == GOOD
     assert judge(guard, 2, math.inf) == NON_FINITE
 
