@@ -36,7 +36,6 @@ LAYERS: list[set[str]] = [
         "utils.checkpoints.layout",
         "utils.models.cpu_products",
         "utils.tools.monitor.live_screen",
-        "utils.models.mfu",
         "utils.base.progress",
         "utils.tools.diagnosis.sample_model",
         "utils.base.text_plots",
@@ -47,6 +46,7 @@ LAYERS: list[set[str]] = [
     {
         "utils.checkpoints.journal",
         "utils.models.losses",
+        "utils.models.mfu",
         "utils.uploads.parallel_upload",
         "utils.uploads.watched_command",
     },

@@ -45,7 +45,7 @@ from utils.data.data_state import DataState
 from utils.data.mixture import build_order
 from utils.data.shard_cache import ShardCache
 from utils.data.shard_index import DataSource, read_tokenizer_files
-from utils.data_utils import BatchLoader, SampleReader, ValidationData
+from utils.data_utils import BatchLoader, SampleReader, StepShape, ValidationData
 from utils.run import bad_steps
 from utils.run.evaluation import evaluate
 from utils.run.sample_texts import Sampler
@@ -294,11 +294,13 @@ class TrainingRun:
         while self.state.progress.step < last_step:
             self._loader = BatchLoader(
                 self._reader,
+                StepShape(
+                    self.config.per_device_train_batch_size,
+                    self._accumulation,
+                    self._accelerator.process_index,
+                    self._accelerator.num_processes,
+                ),
                 position=self.state.progress.sample_index,
-                micro_batch=self.config.per_device_train_batch_size,
-                accumulation=self._accumulation,
-                rank=self._accelerator.process_index,
-                world_size=self._accelerator.num_processes,
                 pin_memory=self._accelerator.device.type == "cuda",
                 should_stop=lambda: self.stop.reason is not None,
             )
