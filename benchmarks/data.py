@@ -146,7 +146,7 @@ def serve_bucket(folder: Path) -> Iterator[Any]:
 
 def measure_cold_bucket(folder: Path, runs: int) -> dict[str, str]:
     """Time to the first batch of a cold gs:// bucket, and to download the shards it touches."""
-    from utils.data_utils import BatchLoader
+    from utils.data_utils import BatchLoader, StepShape
     from utils.storage.open import open_bucket
 
     write_shards(folder / "data", 1000, 2**18)
@@ -156,7 +156,7 @@ def measure_cold_bucket(folder: Path, runs: int) -> dict[str, str]:
         for number in range(runs + 1):
             begin = time.perf_counter()
             reader = build_reader("gs://corpus", folder / f"cache-{number}")
-            loader = BatchLoader(reader, position=0, micro_batch=MICRO_BATCH, accumulation=1)
+            loader = BatchLoader(reader, StepShape(MICRO_BATCH, 1), position=0)
             next(iter(loader))
             first = time.perf_counter() - begin
             loader.close()
@@ -178,13 +178,13 @@ def measure_cold_bucket(folder: Path, runs: int) -> dict[str, str]:
 
 def measure_memory(folder: Path) -> dict[str, str]:
     """Read 1,000 shards for two epochs through the loader; return the growth of host memory."""
-    from utils.data_utils import BatchLoader
+    from utils.data_utils import BatchLoader, StepShape
 
     write_shards(folder / "data", 1000, 2**18)
     reader = build_reader(str(folder / "data"), folder / "cache")
     per_epoch = reader.order.samples_per_epoch // 64
     before = anonymous_bytes()
-    loader = BatchLoader(reader, position=0, micro_batch=8, accumulation=8)
+    loader = BatchLoader(reader, StepShape(8, 8), position=0)
     peaks = [0, 0]
     for step, _ in enumerate(loader):
         if step % 16 == 0:

@@ -90,9 +90,9 @@ def write(model: Any, prompts: list[list[int]], sampling: Sampling) -> int:
     """Make texts as scripts/generate.py does; return the number of their tokens."""
     import torch
 
-    from utils.models.generation import Batch, Row, evaluating
+    from utils.models.generation import Batch, GrowingText, evaluating
 
-    rows = [Row(prompt, sampling) for prompt in prompts]
+    rows = [GrowingText(prompt, sampling) for prompt in prompts]
     batch = Batch(model, rows)
     with evaluating(model), torch.inference_mode():
         while batch.is_growing:

@@ -80,7 +80,7 @@ def _train(folder: Path, values: dict[str, Any]) -> dict[str, int]:
     from configs.training_config import TrainingConfig
     from utils.base.machine import PeakMemory
     from utils.models.building import count_parameters
-    from utils.models.estimates import ModelShape, estimate_training_memory
+    from utils.models.estimates import ModelShape, StepSetup, estimate_training_memory
     from utils.training_utils import (
         build_accelerator,
         build_train_state,
@@ -101,13 +101,15 @@ def _train(folder: Path, values: dict[str, Any]) -> dict[str, int]:
     device, (samples, accumulation) = accelerator.device, config.resolve_batch(1)
     estimate = estimate_training_memory(
         ModelShape.of(model_config, counts.total, counts.embedding),
-        micro_batch=config.per_device_train_batch_size,
-        sequence_length=config.sequence_length,
-        precision=precision,
-        gradient_checkpointing=config.checkpointing_policy,
-        accumulation=accumulation,
-        device=device.type,
-        is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),
+        StepSetup(
+            micro_batch=config.per_device_train_batch_size,
+            sequence_length=config.sequence_length,
+            precision=precision,
+            gradient_checkpointing=config.checkpointing_policy,
+            accumulation=accumulation,
+            device=device.type,
+            is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),
+        ),
     )
     generator = torch.Generator().manual_seed(config.seed)
     shape = (samples // accumulation, config.sequence_length)

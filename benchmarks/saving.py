@@ -38,7 +38,6 @@ class SavingBench:
         from configs.training_config import get_training_config
         from utils.base.machine import available_memory
         from utils.checkpoints.saver import CheckpointSaver
-        from utils.checkpoints.snapshot import Snapshot
         from utils.training_utils import (
             build_accelerator,
             build_train_state,
@@ -81,8 +80,7 @@ class SavingBench:
             folder / "ours", self.accelerator.device, lambda checkpoint: None
         )
         self.step()
-        size = 3 * Snapshot.size_of(list(self.state.core_model.state_dict().values())) + 2**20
-        self.saver.prepare(size, available_memory())
+        self.saver.prepare(self.state.division.snapshot_bytes(), available_memory())
         while self.saver._writer is not None and not self.saver._writer.is_ready():
             time.sleep(0.1)
         self.parameters = sum(p.numel() for p in self.state.core_model.parameters())
@@ -106,21 +104,25 @@ class SavingBench:
     def save(self) -> float:
         """Begin to save as a run does; return the seconds that training waits."""
         from utils.base.machine import available_memory
-        from utils.checkpoint_utils import capture_random_state, collect_files
+        from utils.checkpoint_utils import (
+            add_held_state,
+            capture_random_state,
+            collect_files,
+        )
         from utils.checkpoints.layout import RunIdentity
         from utils.data.data_state import DataState
 
         self.number += 1
         self.state.progress.step = self.number
         begin = time.perf_counter()
-        files = collect_files(
-            self.state,
+        told = (
             DataState(0, 0, 0, 128, 0, 1, ()),
             self.config,
             RunIdentity("20260101-0a1b2c3d"),
-            [capture_random_state(self.state)],
-            {},
         )
+        rest = collect_files(self.state, *told, [capture_random_state(self.state)], {})
+        files = add_held_state(self.state, *told, rest)
+        assert files is not None
         self.saver.save(files, available_memory())
         return time.perf_counter() - begin
 

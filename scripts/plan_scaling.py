@@ -30,7 +30,7 @@ from utils.costs.gpu_types import GPU_TYPES, GpuType, find_gpu_type
 from utils.costs.scaling import (
     CHECKPOINTING,
     STRATEGIES,
-    Job,
+    TrainingJob,
     best_plan,
     fits,
     plan_step,
@@ -162,7 +162,7 @@ def _require_counts(args: argparse.Namespace) -> None:
 
 def _describe(args: argparse.Namespace, gpu: GpuType, gpus: int, strategy: str) -> dict[str, Any]:
     """Return one plan as a record."""
-    job = Job(
+    job = TrainingJob(
         shape_of_preset(args.model),
         gpu,
         gpus,
@@ -230,12 +230,12 @@ def _describe_run(args: argparse.Namespace, gpu: GpuType) -> dict[str, Any]:
     critical = scaling_run.critical_batch_tokens(loss)
     batch = args.global_batch * args.sequence_length
     gpus = max(args.gpus)
-    machines = Job(shape_of_preset(args.model), gpu, gpus, "ddp").machines
+    machines = TrainingJob(shape_of_preset(args.model), gpu, gpus, "ddp").machines
     pause = scaling_run.pause_seconds(parameters, 1)
     savings = {
         kind: dataclasses.asdict(
             scaling_run.plan_saving(
-                parameters, pause, scaling_run.failure_seconds(gpus, machines, spot=spot), 1
+                parameters, pause, scaling_run.failure_seconds(gpus, machines, is_spot=spot), 1
             )
         )
         for kind, spot in (("reserved", False), ("spot", True))

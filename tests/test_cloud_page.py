@@ -56,7 +56,7 @@ def test_a_run_of_the_page_costs_time_by_price(monkeypatch: pytest.MonkeyPatch) 
     assert run.tokens == 1000 * 4 * 2048
     gpu, names = cloud_tables.GPUS["H100"]
     plan = cloud_tables.best_plan(
-        cloud_tables.Job(cloud_tables.shape_of_preset(run.model), gpu, 1, "ddp", 4, 2048)
+        cloud_tables.TrainingJob(cloud_tables.shape_of_preset(run.model), gpu, 1, "ddp", 4, 2048)
     )
     assert plan is not None
     hours = run.tokens / plan.tokens_per_second / 3600

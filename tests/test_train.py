@@ -198,7 +198,7 @@ def test_a_step_equals_a_plain_pytorch_step(
         accelerator = build_accelerator(config, "no", [], Path())
         state = build_train_state(accelerator, model_config, config)
         kept: dict[str, torch.Tensor] = {}
-        state.optimizer.optimizer.register_step_pre_hook(
+        state.optimizer.register_step_pre_hook(
             lambda *_: kept.update(
                 {name: p.grad.clone() for name, p in state.core_model.named_parameters()}
             )

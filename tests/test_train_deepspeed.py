@@ -186,7 +186,7 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 def watched(state, *words):
-    state.guard.on_device = True
+    state.guard.is_on_device = True
     with Waits() as waits:
         step(state, *words)
     counts.append(waits.found)

@@ -505,7 +505,7 @@ def test_a_bad_step_changes_nothing_but_the_schedule(
         accelerator = training_utils.build_accelerator(config, "no", [], Path())
         training_utils.set_determinism(config)
         state = training_utils.build_train_state(accelerator, model_config, config)
-        state.guard.on_device = on_device
+        state.guard.is_on_device = on_device
         BadLosses(monkeypatch, {2: float("inf")})
         training_utils.train_step(state, batch, 1.0)
 
@@ -624,7 +624,7 @@ def test_rollback_goes_back_and_on_behind_the_bad_samples(
         init = training_utils.StepGuard.__init__
 
         def build(self: Any, *args: Any, **options: Any) -> None:
-            init(self, *args, **{**options, "on_device": True})
+            init(self, *args, **{**options, "is_on_device": True})
 
         monkeypatch.setattr(training_utils.StepGuard, "__init__", build)
     settings = (*EVERY_STEP, "bad_step=rollback", "save_steps=4")

@@ -4,18 +4,22 @@
 
 The files are those that stock `Accelerator.load_state` and `AutoModelForCausalLM.from_pretrained`
 read, plus our own. The main process writes alone; random states of all ranks are gathered to it.
-Where the state is sharded, each rank writes its rows of weights and moments into files of its own
+Where ranks hold rows of weights and moments, each writes them into files of its own
 (`utils/checkpoints/state_files.py`), and the main one the rest. Both kinds are brought back at any
-number of ranks, sharded or not; a sharded rank reads its own rows alone.
+number of ranks, however they divide the state; a rank that needs rows reads those alone.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import platform
 import random
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,8 @@ import torch
 from accelerate.utils import load as load_tensors
 
 from configs.model_config import with_older_keys
-from configs.training_config import TrainingConfig
+from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
 from utils.base.errors import CheckpointError, UnreadableCheckpointError
-from utils.checkpoint_metadata import build_metadata
 from utils.checkpoints.files import CheckpointFiles
 from utils.checkpoints.layout import (
     DATA_STATE_FILE,
@@ -40,23 +43,16 @@ from utils.checkpoints.layout import (
     read_json,
 )
 from utils.checkpoints.state_files import (
-    BIN_WEIGHTS_FILE,
-    OPTIMIZER_FILE,
-    OPTIMIZER_REST_FILE,
-    SAFE_WEIGHTS_FILE,
-    as_sharded,
+    add_state,
     mapped_errors,
-    part_files,
-    ranged_files,
     read_optimizer,
     read_weights,
     require_file,
-    restore_rows,
-    split_optimizer,
 )
 from utils.data.data_state import DataState
 from utils.models.parts import Part, RowChoice
-from utils.training_utils import Progress, TrainState
+from utils.tracking.metrics_log import HISTORY_LIMIT, loss_trend
+from utils.training_utils import TrainingProgress, TrainState, device_name
 
 SCHEDULER_FILE = "scheduler.bin"
 SCHEDULER_BACKUP_FILE = "scheduler_state.pt"
@@ -102,7 +98,7 @@ def collect_files(
     random_states: Sequence[dict[str, Any]],
     tokenizer_files: Mapping[str, bytes],
 ) -> CheckpointFiles:
-    """Return what a checkpoint of the state as it is consists of, without parts of sharded state.
+    """Return the files that the main process alone writes, without weights and optimizer.
 
     Tensors are the live ones: the caller copies or writes them before the next update. Everything
     else is captured here.
@@ -112,22 +108,10 @@ def collect_files(
         data_state: Position in the data.
         config: The run's configuration.
         identity: Run id and branch.
-        random_states: Of `capture_random_state`, by rank.
+        random_states: What `capture_random_state` returned, by rank.
         tokenizer_files: File name -> bytes, copied in so that `AutoTokenizer` loads.
     """
-    model: Any = state.core_model
-    weights: dict[str, dict[str, torch.Tensor]] = {}
     pickles: dict[str, Any] = {}
-    if state.zero is not None:
-        pickles[OPTIMIZER_REST_FILE] = state.zero.optimizer_rest()
-    elif state.is_sharded:
-        pickles[OPTIMIZER_REST_FILE] = split_optimizer(state.optimizer.state_dict())[1]
-    elif config.save_format == "safetensors":
-        weights[SAFE_WEIGHTS_FILE] = _without_shared(model.state_dict())
-    else:
-        pickles[BIN_WEIGHTS_FILE] = model.state_dict()
-    if state.row_choice is None:
-        pickles[OPTIMIZER_FILE] = state.optimizer.state_dict()
     pickles[SCHEDULER_FILE] = state.scheduler.state_dict()
     pickles[SCHEDULER_BACKUP_FILE] = {
         "step": state.progress.step,
@@ -142,49 +126,43 @@ def collect_files(
     return CheckpointFiles(
         CheckpointName(step, epoch, files),
         Manifest(identity.run_id, step, identity.branch, len(random_states), forks=identity.forks),
-        weights,
-        pickles,
+        pickles=pickles,
         documents={
             TRAINING_CONFIG_FILE: config.to_json(),
             METRICS_HISTORY_FILE: _progress_document(state),
             DATA_STATE_FILE: data_state,
             METADATA_FILE: build_metadata(state, data_state, config, identity),
         },
-        raw={**_model_files(model), **tokenizer_files},
+        raw={**_model_files(state.core_model), **tokenizer_files},
     )
 
 
-def collect_part(
-    state: TrainState, data_state: DataState, identity: RunIdentity, rest: CheckpointFiles | None
-) -> CheckpointFiles:
-    """Return the files that this rank writes of a checkpoint of sharded state.
+def add_held_state(
+    state: TrainState,
+    data_state: DataState,
+    config: TrainingConfig,
+    identity: RunIdentity,
+    files: CheckpointFiles | None,
+) -> CheckpointFiles | None:
+    """Return all that this rank writes of a checkpoint; None for nothing. All ranks call this.
 
     Args:
-        state: What to save.
+        state: What to save; tensors are the live ones.
         data_state: Position in the data.
+        config: The run's configuration.
         identity: Run id and branch.
-        rest: Of `collect_files`, on the main process; None on the others.
+        files: What `collect_files` returned on the main process; None on the others.
     """
+    held = state.division.held_state()
+    if held is None:
+        return files
     part = Part(state.accelerator.process_index, state.accelerator.num_processes)
     step, epoch, consumed = state.progress.step, data_state.epoch, data_state.files_consumed
-    files = rest or CheckpointFiles(
+    files = files or CheckpointFiles(
         CheckpointName(step, epoch, consumed),
         Manifest(identity.run_id, step, identity.branch, part.count, forks=identity.forks),
     )
-    if state.zero is not None:
-        held = state.zero.held_rows()
-        weights, headers = ranged_files(held.weights, held.moments, held.shapes, held.rows, part)
-    else:
-        weights, headers = part_files(state.core_model, state.optimizer.state_dict(), part)
-    return replace(files, weights=weights, headers=headers, is_part=True)
-
-
-def _without_shared(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return contiguous weights without second names for the same memory (tied weights)."""
-    found: dict[tuple[int, torch.Size], str] = {}
-    for name, tensor in weights.items():
-        found.setdefault((tensor.data_ptr(), tensor.shape), name)
-    return {name: weights[name].contiguous() for name in found.values()}
+    return add_state(files, held, part, config.save_format)
 
 
 def _progress_document(state: TrainState) -> dict[str, Any]:
@@ -211,11 +189,98 @@ def _model_files(model: Any) -> dict[str, bytes]:
     return {name: text.encode("utf-8") for name, text in files.items()}
 
 
+def build_metadata(
+    state: TrainState, data_state: DataState, config: TrainingConfig, identity: RunIdentity
+) -> dict[str, Any]:
+    """Return what `metadata.json` says of the state as it is."""
+    progress = state.progress
+    losses = progress.history["loss_history"]
+    recent = losses[-HISTORY_LIMIT:]
+    best = progress.best_validation_loss
+    # A save on request does not evaluate: an older loss is not that of this state.
+    is_measured = progress.validation_step == progress.step
+    validation_loss = progress.validation_loss if is_measured else None
+    rate = (progress.history["tokens_per_second"] or [None])[-1]
+    return {
+        "step": progress.step,
+        "epoch": data_state.epoch,
+        "current_loss": losses[-1] if losses else None,
+        "best_loss": progress.best_loss,
+        "loss_history": recent,
+        "learning_rates": progress.history["learning_rates"][-HISTORY_LIMIT:],
+        "validation_metrics": {
+            "current_avg_loss": losses[-1] if losses else None,
+            "steps_since_best": progress.step - progress.best_loss_step,
+            "loss_trend": loss_trend([loss for loss in recent if loss is not None]),
+            "validation_loss": validation_loss,
+            "perplexity": _perplexity(validation_loss),
+            "best_validation_loss": best,
+        },
+        "training_progress": {
+            "completed_steps": progress.step,
+            "total_epochs": data_state.epoch,
+            "files_processed": data_state.files_consumed,
+            "max_steps": config.max_steps,
+            "tokens_seen": progress.tokens_seen,
+            "samples_seen": progress.sample_index,
+            "global_batch_size": progress.global_batch_size,
+            "tokens_per_second": rate,
+            "mfu": state.utilization(config.sequence_length).at(rate),
+        },
+        "bad_steps": list(progress.bad_steps),
+        "spending": progress.spending,
+        "system_info": system_info(state),
+        "timestamp": datetime.now(UTC).isoformat(),
+        "run_id": identity.run_id,
+        "git_commit": git_commit(),
+    }
+
+
+def _perplexity(loss: float | None) -> float | None:
+    return None if loss is None else float(np.exp(min(loss, 700.0)))
+
+
+def system_info(state: TrainState) -> dict[str, Any]:
+    """Return the machine and the versions, for `metadata.json`."""
+    import accelerate
+    import transformers
+
+    device = state.accelerator.device
+    return {
+        "cuda_available": torch.cuda.is_available(),
+        "device_count": torch.cuda.device_count(),
+        "mixed_precision": state.accelerator.mixed_precision,
+        "device": device_name(device),
+        "world_size": state.accelerator.num_processes,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+        "num_parameters": sum(p.numel() for p in state.core_model.parameters()),
+    }
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """Return the commit of this project's checkout, None where there is none."""
+    try:
+        result = subprocess.run(  # noqa: S603
+            ["git", "-C", str(PROJECT_DIRECTORY), "rev-parse", "HEAD"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
 @dataclass(frozen=True)
 class SavedState:
     """What the files of a checkpoint hold, in host memory, not yet brought into a train state.
 
-    Weights and the optimizer's tensors are whole, or the rows of `part`.
+    Weights and the optimizer's tensors are whole, or the rows that were asked for.
     """
 
     name: str
@@ -227,7 +292,6 @@ class SavedState:
     metrics: dict[str, Any]
     data_state: DataState
     random_state: dict[str, Any] | None
-    part: RowChoice | None = None
 
 
 def read_checkpoint(
@@ -278,7 +342,6 @@ def read_checkpoint(
         metrics=read(METRICS_HISTORY_FILE, read_json),
         data_state=read(DATA_STATE_FILE, lambda path: DataState.from_json(read_json(path))),
         random_state=load_random_state(),
-        part=part,
     )
 
 
@@ -293,15 +356,7 @@ def restore_state(state: TrainState, saved: SavedState, config: TrainingConfig) 
         CheckpointError: It does not fit this model or optimizer.
     """
     try:
-        if state.zero is not None:
-            state.zero.restore(saved.weights, saved.optimizer)
-        elif saved.part is None:
-            _restore_weights(state.core_model, saved.weights)
-            state.optimizer.load_state_dict(saved.optimizer)
-        else:
-            restore_rows(state.core_model, saved.weights)
-            parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-            state.optimizer.load_state_dict(as_sharded(saved.optimizer, parameters))
+        state.division.restore(saved.weights, saved.optimizer)
         state.scheduler.load_state_dict(saved.scheduler)
         if state.accelerator.scaler is not None and saved.scaler is not None:
             state.accelerator.scaler.load_state_dict(saved.scaler)
@@ -317,23 +372,13 @@ def restore_state(state: TrainState, saved: SavedState, config: TrainingConfig) 
         ) from exc
 
 
-def _restore_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    found = model.load_state_dict(weights, strict=False)
-    # A second name for the same memory (tied weights) is not in the file.
-    memory = model.state_dict()
-    given = {memory[name].data_ptr() for name in weights if name in memory}
-    missing = [name for name in found.missing_keys if memory[name].data_ptr() not in given]
-    if missing or found.unexpected_keys:
-        raise ValueError(f"missing weights {missing}, unexpected {found.unexpected_keys}")
-
-
 def _restore_progress(state: TrainState, metrics: Mapping[str, Any]) -> None:
     history = {key: list(values) for key, values in metrics.items() if key != "progress"}
     progress = dict(metrics["progress"])
     state.interval.copy_(torch.tensor(progress.pop("interval")))
     state.guard.restore(progress.pop("spike_window"))
     state.guard.forget()
-    state.progress = Progress(**progress, history=history)
+    state.progress = TrainingProgress(**progress, history=history)
 
 
 def _restore_settings(state: TrainState, config: TrainingConfig) -> None:

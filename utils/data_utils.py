@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -115,15 +116,37 @@ def _copy(cache: ShardCache, spans: Sequence[Span], row: np.ndarray[Any, Any]) -
         filled += span.length
 
 
-def rank_positions(
-    first: int, micro_batch: int, accumulation: int, rank: int, world_size: int
-) -> list[range]:
-    """Return the global sample indices of one rank's micro-batches in the step from `first` on.
+@dataclass(frozen=True)
+class StepShape:
+    """How the samples of a step lie over micro-steps and ranks.
 
-    The step as a whole takes the same indices at any world size.
+    Attributes:
+        micro_batch: Samples in one forward of one rank.
+        accumulation: Micro-steps in a step.
+        rank: This process.
+        world_size: All processes.
     """
-    starts = (first + (m * world_size + rank) * micro_batch for m in range(accumulation))
-    return [range(start, start + micro_batch) for start in starts]
+
+    micro_batch: int
+    accumulation: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def samples(self) -> int:
+        """Samples in a step, over all ranks."""
+        return self.micro_batch * self.accumulation * self.world_size
+
+    def positions(self, first: int) -> list[range]:
+        """Return the global sample indices of this rank's micro-batches in the step from `first`.
+
+        The step as a whole takes the same indices at any world size.
+        """
+        starts = (
+            first + (number * self.world_size + self.rank) * self.micro_batch
+            for number in range(self.accumulation)
+        )
+        return [range(start, start + self.micro_batch) for start in starts]
 
 
 class BatchLoader:
@@ -131,11 +154,9 @@ class BatchLoader:
 
     Args:
         reader: Where the samples come from; closed with the loader.
+        shape: Which samples of a step are this rank's.
         position: Global sample index to begin at; a multiple of nothing in particular.
-        micro_batch: Samples in one forward of one rank.
-        accumulation: Micro-steps in a step.
-        rank: This process.
-        world_size: All processes.
+        pin_memory: Whether batches lie in memory that a GPU copies from at full speed.
         should_stop: Asked while no batch is ready, about every 0.1 s; once it says so, the
             iteration ends. Batches that are ready are yielded all the same.
     """
@@ -143,19 +164,15 @@ class BatchLoader:
     def __init__(
         self,
         reader: SampleReader,
+        shape: StepShape,
         *,
         position: int,
-        micro_batch: int,
-        accumulation: int,
-        rank: int = 0,
-        world_size: int = 1,
         pin_memory: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.wait_seconds = 0.0
         """Time that the training thread has waited for data."""
-        self._reader, self._position = reader, position
-        self._shape = (micro_batch, accumulation, rank, world_size)
+        self._reader, self._shape, self._position = reader, shape, position
         self._pin_memory, self._should_stop = pin_memory, should_stop
         self._window: tuple[int, ...] | None = None
         self._ready: queue.Queue[list[torch.Tensor] | BaseException] = queue.Queue(PREFETCHED_STEPS)
@@ -205,15 +222,12 @@ class BatchLoader:
                 return
 
     def _build_step(self) -> list[torch.Tensor]:
-        micro_batch, accumulation, rank, world_size = self._shape
         self._follow_window()
         step = []
-        for positions in rank_positions(
-            self._position, micro_batch, accumulation, rank, world_size
-        ):
+        for positions in self._shape.positions(self._position):
             tensor = torch.from_numpy(self._reader.read(positions.start, len(positions)))
             step.append(tensor.pin_memory() if self._pin_memory else tensor)
-        self._position += micro_batch * accumulation * world_size
+        self._position += self._shape.samples
         return step
 
     def _follow_window(self) -> None:
@@ -225,7 +239,7 @@ class BatchLoader:
         self._window = window
         now, later = order.upcoming_shards(self._position)
         # What this step touches comes first: the training thread may be waiting for it.
-        mine = rank_positions(self._position, *self._shape)
+        mine = self._shape.positions(self._position)
         touched = [
             span.shard for group in mine for position in group for span in order.spans(position)
         ]

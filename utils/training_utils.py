@@ -31,26 +31,14 @@ from configs.training_config import TrainingConfig
 from utils.base import ranks
 from utils.base.errors import ConfigError, first_line
 from utils.base.text import number
-from utils.models.building import (
-    LossModel,
-    build_model,
-    compile_model,
-    find_layers,
-    undo_compilation,
-)
+from utils.models.building import LossModel, build_model, compile_model, undo_compilation
 from utils.models.cpu_products import use_cpu_products
 from utils.models.estimates import attention_widths
 from utils.models.mfu import Utilization, find_peak_flops, flops_per_token
-from utils.models.parts import Part, RowChoice
-from utils.training.deepspeed import ZeroEngine, require_deepspeed
-from utils.training.sharding import (
-    deepspeed_hidden,
-    is_sharded,
-    reduce_each_backward,
-    resolve_sharding,
-    shard_model,
-    whole_scalar,
-)
+from utils.training.deepspeed import ZeroPartitioned, require_deepspeed
+from utils.training.division import Division, Replicated
+from utils.training.fsdp import FullySharded
+from utils.training.sharding import deepspeed_hidden, resolve_sharding
 from utils.training.step_guard import GOOD, StepGuard
 
 log = logging.getLogger(__name__)
@@ -88,8 +76,8 @@ def build_accelerator(
 
     Args:
         config: The run's configuration.
-        precision: Of `resolve_precision`.
-        trackers: Of `utils.tracking.tracking.build_trackers`.
+        precision: no, bf16 or fp16 (`resolve_precision`).
+        trackers: What follows the run (`utils.tracking.tracking.build_trackers`).
         logs: The run's log directory.
 
     Raises:
@@ -97,9 +85,7 @@ def build_accelerator(
     """
     world_size = ranks.launched_world_size()
     _, accumulation = config.resolve_batch(world_size)
-    how = resolve_sharding(config, world_size)
-    if how is not None and how.zero_stage:
-        require_deepspeed(config, how, precision)
+    require_deepspeed(config, resolve_sharding(config, world_size), precision)
     cpu = config.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     with deepspeed_hidden():
         return Accelerator(
@@ -182,7 +168,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig) ->
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """Counters and histories of a run: what a checkpoint keeps besides tensors.
 
     Attributes:
@@ -253,8 +239,7 @@ class TrainState:
 
     Attributes:
         accelerator: Ranks, precision and devices.
-        model: As prepared by Accelerate, or sharded, or DeepSpeed's engine.
-        optimizer: As prepared by Accelerate, or `zero`.
+        division: Model and optimizer, and how they lie over the ranks.
         scheduler: The plain schedule over the plain optimizer.
         progress: Counters and histories.
         guard: Judges each step before the optimizer may use it.
@@ -262,19 +247,21 @@ class TrainState:
             ranks, and their number: on the device, float32, shape [2].
         grad_norm: Norm of the last step's gradients before clipping, on the device.
         last_learning_rate: Learning rate of the last step.
-        zero: DeepSpeed's engine, where it divides the state.
     """
 
     accelerator: Accelerator
-    model: nn.Module
-    optimizer: Any
+    division: Division
     scheduler: LambdaLR
-    progress: Progress
+    progress: TrainingProgress
     guard: StepGuard
     interval: torch.Tensor
     grad_norm: torch.Tensor
     last_learning_rate: float = 0.0
-    zero: ZeroEngine | None = None
+
+    @property
+    def optimizer(self) -> torch.optim.AdamW:
+        """The plain AdamW."""
+        return self.division.optimizer
 
     @property
     def learning_rate(self) -> float:
@@ -297,24 +284,7 @@ class TrainState:
     @property
     def loss_model(self) -> LossModel:
         """The loss model without wrappers of ranks or compilation."""
-        model: Any = self.model
-        while not isinstance(model, LossModel):  # Accelerate's own way imports DeepSpeed, 2 s
-            model = getattr(model, "_orig_mod", None) or model.module
-        return model
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether ranks hold parts of weights and moments: all of them call each forward."""
-        return is_sharded(self.model)
-
-    @property
-    def row_choice(self) -> RowChoice | None:
-        """The rows of the state that this rank restores; None where it holds, and saves, all."""
-        if self.zero is not None:
-            return self.zero.wanted_rows()
-        accelerator = self.accelerator
-        own = Part(accelerator.process_index, accelerator.num_processes)
-        return own if self.is_sharded else None
+        return self.division.loss_model
 
     @property
     def core_model(self) -> nn.Module:
@@ -347,6 +317,16 @@ def find_utilization(
     return Utilization(cost, None if peak is None else peak * world_size)
 
 
+def build_division(accelerator: Accelerator, config: TrainingConfig) -> Division:
+    """Return how the state is to lie over the ranks."""
+    how = resolve_sharding(config, accelerator.num_processes)
+    if how is None:
+        return Replicated(accelerator)
+    if how.zero_stage:
+        return ZeroPartitioned(accelerator, how.zero_stage, config.per_device_train_batch_size)
+    return FullySharded(accelerator, should_reshard=how.reshard_after_forward)
+
+
 def build_train_state(
     accelerator: Accelerator, model_config: Any, config: TrainingConfig
 ) -> TrainState:
@@ -354,44 +334,27 @@ def build_train_state(
     model = LossModel(build_model(model_config, config), config.loss_implementation)
     if accelerator.device.type == "cpu" and not config.torch_compile:  # which makes its own
         use_cpu_products(model)
-    how = resolve_sharding(config, accelerator.num_processes)
-    is_fsdp = how is not None and not how.zero_stage
-    if how is not None and is_fsdp:
-        layers, precision = find_layers(model.core), accelerator.mixed_precision
-        shard_model(model, layers, accelerator.device, precision, how)
-    elif accelerator.device.type != "cpu":
-        model.to(accelerator.device)
+    division = build_division(accelerator, config)
+    division.place(model)
     optimizer = build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, config)
-    zero: ZeroEngine | None = None
-    prepared_model: Any = model
-    prepared_optimizer: Any = optimizer
-    if is_fsdp:
-        prepared_optimizer = accelerator.prepare_optimizer(optimizer)
-    elif how is not None:
-        size = config.per_device_train_batch_size
-        zero = ZeroEngine(model, model.core, optimizer, accelerator, how, size)
-        prepared_model, prepared_optimizer = zero.engine, zero
-    else:
-        prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    division.prepare(model, optimizer)
     device = accelerator.device
     guard = StepGuard(
         device,
         sigma=config.spike_sigma,
         window=config.spike_window,
-        checks_gradients=accelerator.scaler is None,
-        on_device=device.type == "cuda" and accelerator.scaler is None,
+        should_check_gradients=accelerator.scaler is None,
+        is_on_device=device.type == "cuda" and accelerator.scaler is None,
     )
     state = TrainState(
         accelerator,
-        prepared_model,
-        prepared_optimizer,
+        division,
         scheduler,
-        Progress(),
+        TrainingProgress(),
         guard,
         interval=torch.zeros(2, device=device),
         grad_norm=torch.zeros((), device=device),
-        zero=zero,
     )
     if config.torch_compile:
         _compile(state, config)
@@ -400,21 +363,18 @@ def build_train_state(
 
 def _compile(state: TrainState, config: TrainingConfig) -> None:
     """Compile the model on a micro-batch of its own; where that fails, go on without."""
-    model, device = state.loss_model, state.accelerator.device
+    division, model, device = state.division, state.loss_model, state.accelerator.device
     shape = (config.per_device_train_batch_size, config.sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     document_end = 0 if config.mask_documents else None
     # The hooks that gather a sharded layer's weights stand between the layers.
-    compile_model(model, by_layer=config.use_regional_compilation or state.is_sharded)
+    by_layer = config.use_regional_compilation or not division.has_whole_weights
+    compile_model(model, by_layer=by_layer)
     started = time.perf_counter()
     reason = ""
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            loss = forward_loss(model, tokens, document_end)
-            if state.zero is None:
-                torch.autograd.backward(loss)
-            else:  # its hooks, which would reduce gradients, are left out
-                torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            division.try_backward(forward_loss(model, tokens, document_end))
     except Exception as exc:
         if isinstance(exc, torch.OutOfMemoryError):
             raise
@@ -429,7 +389,7 @@ def _compile(state: TrainState, config: TrainingConfig) -> None:
 
 
 def document_positions(input_ids: torch.Tensor, document_end: int) -> torch.Tensor:
-    """Return position ids that begin anew behind each end-of-text id: int64, shape of `input_ids`.
+    """Return position ids that begin anew after each end-of-text id: int64, shape of `input_ids`.
 
     transformers takes such position ids without a mask for several documents in one sample, and
     builds an attention that does not cross them.
@@ -471,30 +431,23 @@ def train_step(
         document_end: End-of-text id where attention must not cross documents.
         before_update: Called when all gradients are there and nothing is changed yet.
     """
-    accelerator, model, progress = state.accelerator, state.model, state.progress
+    accelerator, division, progress = state.accelerator, state.division, state.progress
     step_loss = torch.zeros((), device=accelerator.device)
     for input_ids in batches:
         input_ids = input_ids.to(accelerator.device, non_blocking=True)
-        with accelerator.accumulate(*([] if state.zero else [model])):
-            if state.zero is None:
-                reduce_each_backward(model)
-            else:
-                state.zero.begin_micro_step(is_last=accelerator.sync_gradients)
-            loss = forward_loss(model, input_ids, document_end)
-            if state.zero is None:
-                accelerator.backward(loss)
-            else:
-                state.zero.backward(loss / len(batches))
+        with division.micro_step():
+            loss = forward_loss(division.model, input_ids, document_end)
+            division.backward(loss)
             step_loss += loss.detach().float() / len(batches)
     step_loss = accelerator.reduce(step_loss, "mean")
-    state.grad_norm = _clip(state, max_grad_norm if max_grad_norm > 0 else math.inf)
+    state.grad_norm = division.clip(max_grad_norm if max_grad_norm > 0 else math.inf)
     code = state.guard.judge(progress.step + 1, step_loss, state.grad_norm)
     good = code == GOOD
     state.interval += torch.stack([torch.where(good, step_loss, 0.0), good.float()])
     state.last_learning_rate = state.learning_rate
     before_update()
     _update(state, code)
-    state.optimizer.zero_grad()
+    division.zero_grad()
     samples = sum(len(batch) for batch in batches) * accelerator.num_processes
     progress.step += 1
     progress.global_batch_size = samples
@@ -502,24 +455,16 @@ def train_step(
     progress.tokens_seen += samples * batches[0].shape[1]
 
 
-def _clip(state: TrainState, max_norm: float) -> torch.Tensor:
-    """Scale the gradients down to a norm; return what it was."""
-    if state.zero is not None:
-        return state.zero.clip(max_norm)
-    return whole_scalar(state.accelerator.clip_grad_norm_(state.model.parameters(), max_norm))
-
-
 def _update(state: TrainState, code: torch.Tensor) -> None:
     """Move weights and schedule; a step that the guard found bad moves the schedule alone."""
     optimizer: Any = state.optimizer
-    if state.guard.on_device:
+    if state.guard.is_on_device:
         # What a loss scaler does: the fused kernel leaves everything as it is where this is 1.
-        inner = optimizer.optimizer
-        inner.grad_scale, inner.found_inf = None, (code != GOOD).float()
-        optimizer.step()
-        del inner.grad_scale, inner.found_inf
+        optimizer.grad_scale, optimizer.found_inf = None, (code != GOOD).float()
+        state.division.step()
+        del optimizer.grad_scale, optimizer.found_inf
     elif int(code.item()) == GOOD:
-        optimizer.step()
+        state.division.step()
         if state.accelerator.optimizer_step_was_skipped:  # float16 overflow: the scale is adapted
             return
     elif state.accelerator.scaler is not None:

@@ -21,7 +21,7 @@ from utils.data.mixture import build_order
 from utils.data.sample_order import DataOrder, SampleOrder
 from utils.data.shard_cache import ShardCache
 from utils.data.shard_index import ShardFacts
-from utils.data_utils import BatchLoader, SampleReader, ValidationData, rank_positions
+from utils.data_utils import BatchLoader, SampleReader, StepShape, ValidationData
 
 VOCABULARY = 70_000
 
@@ -36,7 +36,7 @@ def test_the_ranks_of_a_step_share_its_samples_without_a_gap(
     first: int, micro_batch: int, accumulation: int, world_size: int
 ) -> None:
     ranks = [
-        rank_positions(first, micro_batch, accumulation, rank, world_size)
+        StepShape(micro_batch, accumulation, rank, world_size).positions(first)
         for rank in range(world_size)
     ]
     assert all(len(rank) == accumulation for rank in ranks)
@@ -50,7 +50,7 @@ def test_the_ranks_of_a_step_share_its_samples_without_a_gap(
 def test_a_step_takes_the_same_samples_at_any_world_size(world_size: int) -> None:
     samples = 3 * 840  # divisible by 3 x 1 to 3 x 8
     ranks = [
-        rank_positions(5000, 3, samples // (3 * world_size), rank, world_size)
+        StepShape(3, samples // (3 * world_size), rank, world_size).positions(5000)
         for rank in range(world_size)
     ]
     taken = [position for rank in ranks for batch in rank for position in batch]
@@ -100,11 +100,8 @@ class Corpus:
         for rank in range(world_size):
             loader = BatchLoader(
                 self.reader(order, skip=skip, bad=bad),
+                StepShape(micro_batch, accumulation, rank, world_size),
                 position=position,
-                micro_batch=micro_batch,
-                accumulation=accumulation,
-                rank=rank,
-                world_size=world_size,
             )
             batches = iter(loader)
             streams.append([next(batches) for _ in range(num_steps)])
@@ -206,7 +203,7 @@ def test_shards_are_downloaded_once_in_two_epochs(tmp_path: Path) -> None:
 def test_a_bad_shard_is_raised_where_the_training_waits(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path, [50, 50])
     (tmp_path / "data" / corpus.shards[1].name).write_bytes(b"<html>")
-    loader = BatchLoader(corpus.reader(corpus.order(10)), position=0, micro_batch=1, accumulation=1)
+    loader = BatchLoader(corpus.reader(corpus.order(10)), StepShape(1, 1), position=0)
     with pytest.raises(ShardError, match=corpus.shards[1].name):
         for _ in loader:
             pass
@@ -294,7 +291,7 @@ def test_a_mixture_resumes_exactly_at_any_number_of_ranks(
 def test_closing_ends_every_thread_although_batches_wait_to_be_read(corpus: Corpus) -> None:
     before = set(threading.enumerate())
     reader = corpus.reader(corpus.order(7))
-    loader = BatchLoader(reader, position=0, micro_batch=2, accumulation=3)
+    loader = BatchLoader(reader, StepShape(2, 3), position=0)
     next(iter(loader))
     loader.close()
     assert set(threading.enumerate()) == before
@@ -306,7 +303,7 @@ def test_time_spent_waiting_for_data_is_counted(
     clock = iter([10.0, 12.5, 20.0, 20.25])
     monkeypatch.setattr("utils.data_utils.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     reader = corpus.reader(corpus.order(7))
-    loader = BatchLoader(reader, position=0, micro_batch=1, accumulation=1)
+    loader = BatchLoader(reader, StepShape(1, 1), position=0)
     batches = iter(loader)
     next(batches)
     assert loader.wait_seconds == 2.5
@@ -338,7 +335,7 @@ def stalled_loader(
     bucket = StalledBucket(tmp_path / "data", corpus.shards[shards[stalled]].name)
     corpus.bucket = bucket
     reader = corpus.reader(order)
-    loader = BatchLoader(reader, position=0, micro_batch=5, accumulation=1, **arguments)
+    loader = BatchLoader(reader, StepShape(5, 1), position=0, **arguments)
     return loader, bucket, shards
 
 
@@ -400,9 +397,8 @@ def test_a_bad_shard_is_raised_in_its_place_although_a_stop_is_asked_for(tmp_pat
     (tmp_path / "data" / bad).write_bytes(b"<html>")
     loader = BatchLoader(
         corpus.reader(order),
+        StepShape(5, 1),
         position=0,
-        micro_batch=5,
-        accumulation=1,
         should_stop=lambda: True,
     )
     wait_for_ready(loader, 2)

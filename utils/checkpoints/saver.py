@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where the savers of all ranks meet, once a save, each in its saver's thread.
 
     Attributes:
-        token: The same for all savers of a start, and of no other one: part of the name of the
-            directory that they write into, so that a writer of a start that has ended on another
+        token: The same for all savers of an attempt, and of no other one: part of the name of the
+            directory that they write into, so that a writer of an attempt that has ended on another
             machine, and does not know it yet, never writes into a checkpoint of this one.
         gather: Returns what all ranks brought, on the main one; None on the others. It fails where
             a rank has gone.
@@ -59,7 +59,8 @@ class CheckpointSaver:
         device: Where the state's tensors are.
         on_commit: Called in the saver's thread with each committed checkpoint.
         background: False writes within `save`, without a snapshot.
-        meeting: Of the savers of all ranks, where each saves a part; None: this one saves it all.
+        rendezvous: Where the savers of all ranks meet, if each saves a part; None: this one saves
+            everything.
         writer: A writer process that has been started already, for the first snapshot; whoever
             made it closes it too.
     """
@@ -71,7 +72,7 @@ class CheckpointSaver:
         on_commit: Callable[[Path], None],
         *,
         background: bool = True,
-        meeting: Meeting | None = None,
+        rendezvous: Rendezvous | None = None,
         writer: WriterProcess | None = None,
     ) -> None:
         self.failure: SaveError | None = None
@@ -81,7 +82,7 @@ class CheckpointSaver:
         self.last_seconds: float | None = None
         """From the beginning of the last committed save to its commit."""
         self._directory, self._device, self._on_commit = directory, device, on_commit
-        self._background, self._meeting = background, meeting
+        self._background, self._rendezvous = background, rendezvous
         self._snapshot: Snapshot | None = None
         self._early_writer = writer
         self._writer: WriterProcess | None = None
@@ -239,11 +240,11 @@ class CheckpointSaver:
         target = self._directory / str(name)
         temporary = self._directory / f"{SAVING_PREFIX}{name}"
         try:
-            if self._meeting is None:
+            if self._rendezvous is None:
                 write(temporary)
             else:
-                temporary = temporary.with_name(f"{temporary.name}.{self._meeting.token}")
-                if not _write_together(write, temporary, self._meeting):
+                temporary = temporary.with_name(f"{temporary.name}.{self._rendezvous.token}")
+                if not _write_together(write, temporary, self._rendezvous):
                     return  # the main rank commits
             temporary.rename(target)
             fsync_directory(self._directory)
@@ -272,7 +273,9 @@ class CheckpointSaver:
         )
 
 
-def _write_together(write: Callable[[Path], Manifest], directory: Path, meeting: Meeting) -> bool:
+def _write_together(
+    write: Callable[[Path], Manifest], directory: Path, rendezvous: Rendezvous
+) -> bool:
     """Write this rank's part and meet the others; on the main rank seal the whole, return True.
 
     No rank goes on before all have ended their writing: whoever removes the directory after a
@@ -287,7 +290,7 @@ def _write_together(write: Callable[[Path], Manifest], directory: Path, meeting:
     except Exception as exc:  # noqa: BLE001 - told to the main rank, which tells the user
         log.debug("Writing a part failed.", exc_info=True)
         answer = getattr(exc, "strerror", None) or str(exc).strip() or type(exc).__name__
-    answers = meeting.gather(answer)
+    answers = rendezvous.gather(answer)
     if answers is None:
         return False
     failures = [

@@ -1,6 +1,6 @@
 """Weights and optimizer of a checkpoint: their files, whole or in parts; any rows of either.
 
-    sharded model and optimizer -> files of this rank -> rows of any rank, or whole tensors
+    what a rank saves -> its files -> rows of any rank, or whole tensors
 
 One process, or one of many that hold the same, writes `model.safetensors` (or `pytorch_model.bin`)
 and `optimizer.bin`. Where ranks hold parts of the state, each writes its rows
@@ -12,7 +12,8 @@ reads its own from memory maps, and never the whole.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from accelerate.utils import load as load_tensors
 
 from utils.base.errors import UnreadableCheckpointError, first_line
+from utils.checkpoints.files import CheckpointFiles
 from utils.checkpoints.layout import Manifest
 from utils.models.parts import (
     MODEL_PREFIX,
@@ -35,7 +37,7 @@ from utils.models.parts import (
     part_header,
     read_tensors,
 )
-from utils.training.sharding import is_part, like_parameter, local_tensor
+from utils.training.division import HeldState
 
 SAFE_WEIGHTS_FILE = "model.safetensors"
 BIN_WEIGHTS_FILE = "pytorch_model.bin"
@@ -44,86 +46,51 @@ OPTIMIZER_REST_FILE = "optimizer_rest.bin"
 """With parts: what `optimizer.bin` has besides the tensors that ranks hold rows of."""
 
 
-def part_files(
-    model: torch.nn.Module, optimizer: dict[str, Any], part: Part
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, str]]]:
-    """Return (tensors, headers) of the files that a rank writes, by file name.
+def add_state(
+    files: CheckpointFiles, held: HeldState, part: Part, save_format: str
+) -> CheckpointFiles:
+    """Return the files of a checkpoint with what a rank saves of weights and optimizer.
 
     Args:
-        model: Sharded.
-        optimizer: Its optimizer's state dict.
-        part: Of this rank.
+        files: All others that this rank writes.
+        held: What it saves.
+        part: Which files are this rank's, where it saves rows.
+        save_format: safetensors or bin: of whole weights.
     """
-    moments, _ = split_optimizer(optimizer)
-    files, headers = {}, {}
-    for prefix, tensors in (
-        (MODEL_PREFIX, _without_second_names(model)),
-        (OPTIMIZER_PREFIX, moments),
-    ):
+    pickles = dict(files.pickles)
+    if held.rows is None:
+        weights = {}
+        pickles[OPTIMIZER_FILE] = held.optimizer
+        if save_format == "safetensors":
+            weights[SAFE_WEIGHTS_FILE] = _without_shared(held.weights)
+        else:
+            pickles[BIN_WEIGHTS_FILE] = held.weights
+        return replace(files, weights=weights, pickles=pickles)
+    if part.rank == 0:
+        pickles[OPTIMIZER_REST_FILE] = held.optimizer
+    weights, headers = {}, {}
+    for prefix, tensors in ((MODEL_PREFIX, held.weights), (OPTIMIZER_PREFIX, held.moments)):
         name = part_file(prefix, part)
-        held = _held_rows(tensors, part)
-        files[name] = {key: local_tensor(tensor).contiguous() for key, tensor in held.items()}
-        headers[name] = part_header({key: tuple(held[key].shape) for key in held}, part)
-    return files, headers
+        weights[name] = tensors
+        headers[name] = part_header({key: held.shapes[key] for key in tensors}, held.rows)
+    return replace(files, weights=weights, pickles=pickles, headers=headers, is_part=True)
 
 
-def ranged_files(
-    weights: dict[str, torch.Tensor],
-    moments: dict[str, torch.Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    rows: RowChoice,
-    part: Part,
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, str]]]:
-    """Return (tensors, headers) of the files that a rank writes, by file name, of any rows.
-
-    Args:
-        weights: The rank's rows, by name.
-        moments: The same of the optimizer, as INDEX.NAME.
-        shapes: Of the whole tensors of both.
-        rows: Where the rows of both belong.
-        part: Which file is this rank's.
-    """
-    files, headers = {}, {}
-    for prefix, held in ((MODEL_PREFIX, weights), (OPTIMIZER_PREFIX, moments)):
-        name = part_file(prefix, part)
-        files[name] = held
-        headers[name] = part_header({key: shapes[key] for key in held}, rows)
-    return files, headers
-
-
-def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the sharded tensors of an optimizer's state, as INDEX.NAME, and all the rest."""
-    moments, rest = {}, {}
-    for index, values in state["state"].items():
-        moments.update({f"{index}.{key}": v for key, v in values.items() if is_part(v)})
-        rest[index] = {key: value for key, value in values.items() if not is_part(value)}
-    return moments, {**state, "state": rest}
+def _without_shared(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return contiguous weights without second names for the same memory (tied weights)."""
+    found: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in weights.items():
+        found.setdefault((tensor.data_ptr(), tensor.shape), name)
+    return {name: weights[name].contiguous() for name in found.values()}
 
 
 def _join_optimizer(moments: Mapping[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
-    """Return the state of an optimizer; what `split_optimizer` does, undone."""
+    """Return an optimizer's state dict, put together from its moments (INDEX.NAME) and the rest."""
     state: dict[int, dict[str, Any]] = {index: dict(v) for index, v in rest["state"].items()}
     for name in sorted(moments):
         index, _, key = name.partition(".")
         state[int(index)][key] = moments[name]
     return {**rest, "state": state}
-
-
-def _without_second_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return a model's weights by their first names: tied ones have several."""
-    found: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        found.setdefault(id(tensor), (name, tensor))
-    return dict(found.values())
-
-
-def _held_rows(tensors: Mapping[str, torch.Tensor], part: Part) -> dict[str, torch.Tensor]:
-    """Return the tensors that this rank writes rows of: if it has any; rank 0 whole tensors too."""
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if (local_tensor(tensor).numel() if is_part(tensor) else part.rank == 0)
-    }
 
 
 @contextlib.contextmanager
@@ -217,39 +184,6 @@ def _rows_of_optimizer(optimizer: dict[str, Any], part: RowChoice) -> dict[str, 
 
     state = {
         index: {key: rows(f"{index}.{key}", value) for key, value in values.items()}
-        for index, values in optimizer["state"].items()
-    }
-    return {**optimizer, "state": state}
-
-
-def restore_rows(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> None:
-    """Bring this rank's rows into a sharded model."""
-    own = _without_second_names(model)
-    missing, unexpected = sorted(set(own) - set(rows)), sorted(set(rows) - set(own))
-    if missing or unexpected:
-        raise ValueError(f"missing weights {missing}, unexpected {unexpected}")
-    for name, tensor in own.items():
-        local = local_tensor(tensor.detach())
-        if local.shape != rows[name].shape:
-            raise ValueError(
-                f"{name}: rows of shape {list(rows[name].shape)}, this rank has "
-                f"{list(local.shape)} of {list(tensor.shape)}"
-            )
-        local.copy_(rows[name])
-
-
-def as_sharded(optimizer: dict[str, Any], parameters: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Return an optimizer's state of rows as one of tensors that are sharded as the weights are."""
-
-    def convert(value: Any, parameter: torch.Tensor) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.dim():
-            return value
-        if value.shape != local_tensor(parameter).shape:
-            raise ValueError(f"moments of shape {list(value.shape)} for {list(parameter.shape)}")
-        return like_parameter(value, parameter)
-
-    state = {
-        index: {key: convert(value, parameters[index]) for key, value in values.items()}
         for index, values in optimizer["state"].items()
     }
     return {**optimizer, "state": state}

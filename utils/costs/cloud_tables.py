@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from utils.base.errors import ConfigError
 from utils.costs.gpu_types import GIB, GPU_TYPES, GpuType
 from utils.costs.prices import PRICE_DIRECTORY, read_price_list
-from utils.costs.scaling import Job, best_plan, shape_of_preset
+from utils.costs.scaling import TrainingJob, best_plan, shape_of_preset
 from utils.costs.scaling_run import TOKENS_PER_PARAMETER
-from utils.costs.scaling_tables import Rows, format_time
+from utils.costs.scaling_tables import Table, format_time
 from utils.models.estimates import estimate_checkpoint_bytes
 
 PROVIDERS = ("aws", "gcp", "lambda", "modal", "runpod")
@@ -89,9 +89,9 @@ def find_prices(names: tuple[str, ...], provider: str) -> list[float]:
     return sorted(one.hourly for one in alone if {one.gpu, f"{provider}/{one.gpu}"} & set(names))
 
 
-def prices_table() -> Rows:
+def prices_table() -> Table:
     """What an hour of a machine with one GPU costs."""
-    rows: Rows = [["GPU", "memory GiB", "peak TFLOPS", *PROVIDERS]]
+    rows: Table = [["GPU", "memory GiB", "peak TFLOPS", *PROVIDERS]]
     for label, (gpu, names) in GPUS.items():
         found = [find_prices(names, provider) for provider in PROVIDERS]
         cells = [f"${_span(prices, 2)}" if prices else "-" for prices in found]
@@ -100,9 +100,9 @@ def prices_table() -> Rows:
     return rows
 
 
-def rented_table() -> Rows:
+def rented_table() -> Table:
     """Time and dollars of each run on one GPU."""
-    rows: Rows = [["run", "parameters", "tokens", "checkpoint GB", *GPUS]]
+    rows: Table = [["run", "parameters", "tokens", "checkpoint GB", *GPUS]]
     for run in find_runs():
         parameters = shape_of_preset(run.model).parameters
         rows.append(
@@ -119,7 +119,7 @@ def rented_table() -> Rows:
 
 def _cell(run: RentedRun, gpu: GpuType, names: tuple[str, ...]) -> str:
     shape = shape_of_preset(run.model)
-    plan = best_plan(Job(shape, gpu, 1, "ddp", run.global_batch, run.sequence_length))
+    plan = best_plan(TrainingJob(shape, gpu, 1, "ddp", run.global_batch, run.sequence_length))
     if plan is None:
         return "does not fit"
     seconds = run.tokens / plan.tokens_per_second
@@ -134,4 +134,4 @@ def _span(values: list[float], digits: int) -> str:
     return low if low == high else f"{low}-{high}"
 
 
-TABLES: dict[str, Callable[[], Rows]] = {"prices": prices_table, "rented": rented_table}
+TABLES: dict[str, Callable[[], Table]] = {"prices": prices_table, "rented": rented_table}

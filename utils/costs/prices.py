@@ -33,7 +33,7 @@ _MACHINE_KEYS = ("gpu", "gpus", "hourly", "spot_hourly", "date", "note")
 
 
 @dataclass(frozen=True)
-class Machine:
+class PricedMachine:
     """One kind of machine.
 
     Attributes:
@@ -68,7 +68,7 @@ class PriceList:
     provider: str
     date: str
     source: str
-    machines: dict[str, Machine]
+    machines: dict[str, PricedMachine]
     storage_gb_month: float | None
     egress_gb: float | None
     operations: dict[str, float]
@@ -187,7 +187,7 @@ def read_price_list(path: Path) -> PriceList:
     )
 
 
-def _read_machine(where: str, name: str, value: object) -> Machine:
+def _read_machine(where: str, name: str, value: object) -> PricedMachine:
     where = f"{where}: machines.{printable(name)}"
     values = _require_object(where, value, _MACHINE_KEYS)
     gpus = values.get("gpus")
@@ -195,7 +195,7 @@ def _read_machine(where: str, name: str, value: object) -> Machine:
         raise ConfigError(
             f"{where}: gpus must be a whole number, 0 to 1024, got {printable(gpus)}."
         )
-    return Machine(
+    return PricedMachine(
         gpu=str(values.get("gpu", "")),
         gpus=gpus,
         hourly=_require_price(where, values, "hourly"),
@@ -243,7 +243,7 @@ def _split_spot(machine_type: str) -> tuple[str, bool]:
     return machine_type, False
 
 
-def _find_machine(name: str, directory: Path) -> tuple[PriceList, Machine]:
+def _find_machine(name: str, directory: Path) -> tuple[PriceList, PricedMachine]:
     """Return the list and the machine of a `PROVIDER/MACHINE`."""
     # Looked up among the files that are there: the name is never made part of a path.
     files = {path.stem: path for path in sorted(directory.glob("*.json"))}

@@ -34,6 +34,7 @@ from utils.models.estimates import (
     RUNTIME_BYTES,
     WEIGHT_BYTES,
     ModelShape,
+    StepSetup,
     activation_bytes,
     estimate_training_memory,
 )
@@ -64,7 +65,7 @@ EQUALLY_FAST = 1.01
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What is to be planned.
 
     Attributes:
@@ -183,7 +184,7 @@ def layer_parameters(shape: ModelShape) -> float:
 
 
 def device_memory(
-    job: Job, micro_batch: int, checkpointing: str, accumulation: int
+    job: TrainingJob, micro_batch: int, checkpointing: str, accumulation: int
 ) -> DeviceMemory:
     """Return what one GPU holds; for `ddp` it is the estimate of utils/models/estimates.py.
 
@@ -193,13 +194,15 @@ def device_memory(
     shape, shards = job.shape, job.shards
     whole = estimate_training_memory(
         shape,
-        micro_batch=micro_batch,
-        sequence_length=job.sequence_length,
-        precision="bf16",
-        gradient_checkpointing="" if checkpointing == "none" else checkpointing,
-        accumulation=accumulation,
-        world_size=job.gpus,
-        device="cuda",
+        StepSetup(
+            micro_batch=micro_batch,
+            sequence_length=job.sequence_length,
+            precision="bf16",
+            gradient_checkpointing="" if checkpointing == "none" else checkpointing,
+            accumulation=accumulation,
+            world_size=job.gpus,
+            device="cuda",
+        ),
     )
     parameters = shape.parameters
     tokens = micro_batch * job.sequence_length
@@ -229,12 +232,12 @@ def device_memory(
     return DeviceMemory(state, gradients + buckets, gathered, whole.activations, loss, total)
 
 
-def fits(job: Job, memory: DeviceMemory) -> bool:
+def fits(job: TrainingJob, memory: DeviceMemory) -> bool:
     """Tell whether a GPU has that much memory to give."""
     return memory.total <= USABLE_MEMORY * job.gpu.memory_bytes
 
 
-def sent_bytes(job: Job, accumulation: int) -> float:
+def sent_bytes(job: TrainingJob, accumulation: int) -> float:
     """Return what one GPU sends in a step."""
     n, parameters, reduced = job.gpus, job.shape.parameters, job.reduce_bytes
     if n == 1:
@@ -259,7 +262,7 @@ def efficiency_of(shape: ModelShape, gpu: GpuType) -> float:
 
 
 def plan_step(
-    job: Job, micro_batch: int, checkpointing: str, efficiency: float | None = None
+    job: TrainingJob, micro_batch: int, checkpointing: str, efficiency: float | None = None
 ) -> StepPlan:
     """Return what a step costs.
 
@@ -298,7 +301,7 @@ def plan_step(
 
 
 def _replicated(
-    job: Job, forward: float, backward: float, accumulation: int
+    job: TrainingJob, forward: float, backward: float, accumulation: int
 ) -> tuple[float, float]:
     """Return (seconds of all passes, of communication): gradients move beside the last backward.
 
@@ -314,7 +317,9 @@ def _replicated(
     return passes, buckets * bucket + gather
 
 
-def _sharded(job: Job, forward: float, backward: float, accumulation: int) -> tuple[float, float]:
+def _sharded(
+    job: TrainingJob, forward: float, backward: float, accumulation: int
+) -> tuple[float, float]:
     """Return (seconds of all passes, of communication): per layer, the longer of work and traffic.
 
     Embeddings and output layer are gathered at the beginning of a pass, and their gradients reduced
@@ -345,7 +350,7 @@ def _sharded(job: Job, forward: float, backward: float, accumulation: int) -> tu
     return accumulation * one, accumulation * sent
 
 
-def candidate_plans(job: Job, efficiency: float | None = None) -> Iterator[StepPlan]:
+def candidate_plans(job: TrainingJob, efficiency: float | None = None) -> Iterator[StepPlan]:
     """Yield every micro-batch that divides a GPU's samples evenly, with every checkpointing."""
     samples, rest = divmod(job.global_batch, job.gpus)
     for micro_batch in range(1, 0 if rest else min(samples, MAX_MICRO_BATCH) + 1):
@@ -354,7 +359,7 @@ def candidate_plans(job: Job, efficiency: float | None = None) -> Iterator[StepP
                 yield plan_step(job, micro_batch, checkpointing, efficiency)
 
 
-def best_plan(job: Job, efficiency: float | None = None) -> StepPlan | None:
+def best_plan(job: TrainingJob, efficiency: float | None = None) -> StepPlan | None:
     """Return the fastest plan that fits; None where none does.
 
     Of those that are within `EQUALLY_FAST` of it, the one with the largest micro-batch, which a GPU
@@ -370,7 +375,7 @@ def best_plan(job: Job, efficiency: float | None = None) -> StepPlan | None:
     )
 
 
-def smallest_memory(job: Job) -> DeviceMemory:
+def smallest_memory(job: TrainingJob) -> DeviceMemory:
     """Return what a GPU needs at the least: one sample, every layer checkpointed."""
     samples = max(1, job.global_batch // job.gpus)
     return device_memory(job, 1, "full", samples)

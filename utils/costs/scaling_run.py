@@ -80,10 +80,10 @@ def pause_seconds(parameters: float, gpus_that_copy: int) -> float:
     return estimate_checkpoint_bytes(int(parameters)) / gpus_that_copy / STAGING_BYTES_PER_SECOND
 
 
-def failure_seconds(gpus: int, machines: int, *, spot: bool) -> float:
+def failure_seconds(gpus: int, machines: int, *, is_spot: bool) -> float:
     """Return the mean time between failures of a job that any of its parts ends."""
     rate = gpus / GPU_HOURS_PER_FAILURE
-    if spot:
+    if is_spot:
         rate += machines / SPOT_HOURS_PER_MACHINE
     return 3600.0 / rate
 

@@ -17,8 +17,8 @@ from utils.costs.gpu_types import GIB, GPU_TYPES, GpuType
 from utils.costs.scaling import (
     CHECKPOINTING,
     STRATEGIES,
-    Job,
     StepPlan,
+    TrainingJob,
     best_plan,
     device_memory,
     fits,
@@ -44,7 +44,7 @@ SEQUENCE_LENGTH = 2048
 WAITING_TOO_LONG = 0.1
 """Share of a step that GPUs wait for each other, above which a strategy is said to stop."""
 
-Rows = list[list[str]]
+Table = list[list[str]]
 
 
 def global_batch_of(model: str) -> int:
@@ -52,10 +52,10 @@ def global_batch_of(model: str) -> int:
     return 1536 if model == "gpt-neox-20b" else 1024
 
 
-def job_of(model: str, gpu: GpuType, gpus: int, strategy: str) -> Job:
+def job_of(model: str, gpu: GpuType, gpus: int, strategy: str) -> TrainingJob:
     """Return a job with the batch of the tables."""
     shape = shape_of_preset(model)
-    return Job(shape, gpu, gpus, strategy, global_batch_of(model), SEQUENCE_LENGTH)
+    return TrainingJob(shape, gpu, gpus, strategy, global_batch_of(model), SEQUENCE_LENGTH)
 
 
 def best_strategy(model: str, gpu: GpuType, gpus: int) -> tuple[str, StepPlan] | None:
@@ -68,7 +68,7 @@ def best_strategy(model: str, gpu: GpuType, gpus: int) -> tuple[str, StepPlan] |
     return found
 
 
-def hardware_table() -> Rows:
+def hardware_table() -> Table:
     """What is assumed of each GPU."""
     header = [
         "GPU",
@@ -100,9 +100,9 @@ def hardware_table() -> Rows:
     return [header, *rows]
 
 
-def models_table() -> Rows:
+def models_table() -> Table:
     """What a model is, and what training it to 20 tokens a parameter means."""
-    rows: Rows = [
+    rows: Table = [
         [
             "model",
             "parameters",
@@ -141,7 +141,7 @@ def models_table() -> Rows:
     return rows
 
 
-def state_table() -> Rows:
+def state_table() -> Table:
     """State, gradients and gathered weights of one GPU, GiB."""
     columns = [
         ("ddp", 8),
@@ -154,7 +154,7 @@ def state_table() -> Rows:
         ("fsdp", 512),
         ("hsdp", 64),
     ]
-    rows: Rows = [["model", *(f"{strategy}, {gpus}" for strategy, gpus in columns)]]
+    rows: Table = [["model", *(f"{strategy}, {gpus}" for strategy, gpus in columns)]]
     for model in MODELS:
         cells = []
         for strategy, gpus in columns:
@@ -164,9 +164,9 @@ def state_table() -> Rows:
     return rows
 
 
-def activations_table() -> Rows:
+def activations_table() -> Table:
     """Activations of one sample, GiB, by checkpointing, and what its loss takes."""
-    rows: Rows = [["model", *CHECKPOINTING, "loss"]]
+    rows: Table = [["model", *CHECKPOINTING, "loss"]]
     for model in MODELS:
         job = job_of(model, GPU_TYPES["H100"], 1, "ddp")
         found = [device_memory(job, 1, kind, 1) for kind in CHECKPOINTING]
@@ -175,9 +175,9 @@ def activations_table() -> Rows:
     return rows
 
 
-def fit_table() -> Rows:
+def fit_table() -> Table:
     """The smallest number of GPUs that holds a model: one sample, every layer checkpointed."""
-    rows: Rows = [["model", "GPU", "one GPU", *STRATEGIES]]
+    rows: Table = [["model", "GPU", "one GPU", *STRATEGIES]]
     for model in MODELS:
         for gpu in GPU_TYPES.values():
             alone = job_of(model, gpu, 1, "ddp")
@@ -195,9 +195,9 @@ def _smallest_count(model: str, gpu: GpuType, strategy: str) -> str:
     return "-"
 
 
-def traffic_table() -> Rows:
+def traffic_table() -> Table:
     """What one GPU sends in a step, GB, on 64 H100 (accumulation in brackets)."""
-    rows: Rows = [["model", *STRATEGIES]]
+    rows: Table = [["model", *STRATEGIES]]
     for model in MODELS:
         cells = []
         for strategy in STRATEGIES:
@@ -212,10 +212,10 @@ def traffic_table() -> Rows:
     return rows
 
 
-def mfu_table(name: str, counts: Sequence[int] = COUNTS) -> Rows:
+def mfu_table(name: str, counts: Sequence[int] = COUNTS) -> Table:
     """MFU in percent by model, number of GPUs and strategy, and the share that GPUs wait."""
     gpu = GPU_TYPES[name]
-    rows: Rows = [["model", "GPUs", *STRATEGIES, "best: micro-batch, checkpointing"]]
+    rows: Table = [["model", "GPUs", *STRATEGIES, "best: micro-batch, checkpointing"]]
     for model in MODELS:
         for gpus in counts:
             best = best_strategy(model, gpu, gpus)
@@ -229,15 +229,15 @@ def mfu_table(name: str, counts: Sequence[int] = COUNTS) -> Rows:
     return rows
 
 
-def _mfu_cell(job: Job) -> str:
+def _mfu_cell(job: TrainingJob) -> str:
     plan = best_plan(job)
     return "-" if plan is None else f"{100 * plan.mfu:.0f} ({100 * max(0, plan.exposed_share):.0f})"
 
 
-def stops_table() -> Rows:
+def stops_table() -> Table:
     """Where each strategy stops on H100: memory, waiting, or the batch."""
     gpu = GPU_TYPES["H100"]
-    rows: Rows = [["model", *STRATEGIES, "GPUs with one sample each at the critical batch"]]
+    rows: Table = [["model", *STRATEGIES, "GPUs with one sample each at the critical batch"]]
     for model in MODELS:
         shape = shape_of_preset(model)
         tokens = run.TOKENS_PER_PARAMETER * shape.parameters
@@ -259,10 +259,10 @@ def _stop_of(model: str, gpu: GpuType, strategy: str) -> str:
     return f"{begins}; to {max(usable)}"
 
 
-def time_table() -> Rows:
+def time_table() -> Table:
     """Days and dollars to 20 tokens a parameter on H100, best strategy, no failures."""
     gpu = GPU_TYPES["H100"]
-    rows: Rows = [["model", *(f"on {gpus}" for gpus in COUNTS), "tokens/s on 64"]]
+    rows: Table = [["model", *(f"on {gpus}" for gpus in COUNTS), "tokens/s on 64"]]
     for model in MODELS:
         tokens = run.TOKENS_PER_PARAMETER * shape_of_preset(model).parameters
         cells, speed = [], "-"
@@ -280,10 +280,10 @@ def time_table() -> Rows:
     return rows
 
 
-def bucket_table() -> Rows:
+def bucket_table() -> Table:
     """What bucket, network and host memory sustain on 64 H100 in 8 machines."""
     gpu, gpus = GPU_TYPES["H100"], 64
-    rows: Rows = [
+    rows: Table = [
         [
             "model",
             "checkpoint GB",
@@ -317,10 +317,10 @@ def bucket_table() -> Rows:
     return rows
 
 
-def failures_table() -> Rows:
+def failures_table() -> Table:
     """Time between failures, time between saves and what is lost, reserved and spot, H100."""
     gpu = GPU_TYPES["H100"]
-    rows: Rows = [
+    rows: Table = [
         [
             "model",
             "GPUs",
@@ -346,7 +346,7 @@ def failures_table() -> Rows:
                 saving = run.plan_saving(
                     parameters,
                     run.pause_seconds(parameters, copying),
-                    run.failure_seconds(gpus, machines, spot=spot),
+                    run.failure_seconds(gpus, machines, is_spot=spot),
                     machines if sharded else 1,
                 )
                 row += [
@@ -375,7 +375,7 @@ def _dollars(dollars: float) -> str:
     return f"${dollars:.0f}"
 
 
-TABLES: dict[str, Callable[[], Rows]] = {
+TABLES: dict[str, Callable[[], Table]] = {
     "hardware": hardware_table,
     "models": models_table,
     "state": state_table,
@@ -399,7 +399,7 @@ def to_markdown(rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def write_tables(document: str, tables: Mapping[str, Callable[[], Rows]] = TABLES) -> str:
+def write_tables(document: str, tables: Mapping[str, Callable[[], Table]] = TABLES) -> str:
     """Return the document with every table as the simulator makes it now.
 
     Raises:

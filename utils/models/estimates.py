@@ -219,25 +219,11 @@ def selective_bytes(shape: ModelShape, precision: str) -> int:
     return 4 * shape.hidden + width * (attention + inner + shape.hidden)
 
 
-def estimate_training_memory(
-    shape: ModelShape,
-    *,
-    micro_batch: int,
-    sequence_length: int,
-    precision: str = "no",
-    gradient_checkpointing: str = "",
-    accumulation: int = 1,
-    world_size: int = 1,
-    device: str = "cpu",
-    is_loss_chunked: bool = True,
-    is_sharded: bool = False,
-    reshards: bool = True,
-    zero_stage: int = 0,
-) -> MemoryEstimate:
-    """Return the memory of one rank.
+@dataclass(frozen=True)
+class StepSetup:
+    """What decides the memory of a rank besides its model.
 
-    Args:
-        shape: Of the model.
+    Attributes:
         micro_batch: Samples in one forward and backward.
         sequence_length: Tokens in a sample.
         precision: no, bf16 or fp16.
@@ -248,72 +234,115 @@ def estimate_training_memory(
         device: Its type, cpu or cuda; others are taken for cuda.
         is_loss_chunked: Whether the logits of all tokens are never there at once.
         is_sharded: Whether each rank holds a part of weights, gradients and moments only.
-        reshards: With that, whether a layer's gathered weights are let go after its forward.
-        zero_stage: Of DeepSpeed, where ranks hold whole weights and parts of the rest; 0: not.
+        is_resharded: With that, whether a layer's gathered weights are let go after its forward.
+        zero_stage: Stage of DeepSpeed's ZeRO, where ranks hold whole weights and parts of the rest;
+            0 without it.
     """
-    tokens = micro_batch * sequence_length
-    layer, layer_input = (tokens * count for count in activation_bytes(shape, precision))
-    activations = shape.layers * layer
-    if gradient_checkpointing:
-        kept = tokens * selective_bytes(shape, precision)
-        kept = layer_input if gradient_checkpointing == "full" else kept
-        activations = shape.layers * kept + layer
-    output_weights = shape.vocabulary * shape.hidden
-    state = shape.parameters * (WEIGHT_BYTES + MOMENT_BYTES)
-    gradients = shape.parameters * GRADIENT_BYTES
-    buckets = gradients if world_size > 1 else 0
-    # An embedding is looked up, not multiplied: it has no copy, unless it is the output layer too.
-    multiplied = shape.parameters - max(0, shape.embedding - output_weights)
-    casts = 2 * multiplied if precision in SIXTEEN_BIT else 0
-    if is_sharded and world_size > 1:
-        state, gradients = state // world_size, gradients // world_size
-        casts, buckets = _gathered_bytes(shape, precision, reshards=reshards)
-    if zero_stage and world_size > 1:
-        state, gradients, buckets = _zero_bytes(shape, precision, zero_stage, world_size)
-        casts = casts if zero_stage == 1 else 0
-    if is_loss_chunked:
-        chunk = min(tokens, chunk_tokens(shape.vocabulary, device))
-        width = 2 if precision in SIXTEEN_BIT else 4
-        logits = CHUNK_LOGIT_BYTES * chunk * shape.vocabulary
-        # The gradients of the output layer's weights and inputs are formed meanwhile.
-        head = logits + output_weights * GRADIENT_BYTES + width * tokens * shape.hidden
-    else:
-        logits = LOGIT_BYTES * tokens * shape.vocabulary
-        # The gradient of the output layer's weights follows when two of the three are gone.
-        head = max(logits, logits // 3 + output_weights * GRADIENT_BYTES)
-    there = gradients if accumulation > 1 else 0
-    kind = "cpu" if device == "cpu" else "cuda"
+
+    micro_batch: int
+    sequence_length: int
+    precision: str = "no"
+    gradient_checkpointing: str = ""
+    accumulation: int = 1
+    world_size: int = 1
+    device: str = "cpu"
+    is_loss_chunked: bool = True
+    is_sharded: bool = False
+    is_resharded: bool = True
+    zero_stage: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in one forward and backward."""
+        return self.micro_batch * self.sequence_length
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in products."""
+        return 2 if self.precision in SIXTEEN_BIT else WEIGHT_BYTES
+
+
+def estimate_training_memory(shape: ModelShape, setup: StepSetup) -> MemoryEstimate:
+    """Return the memory of one rank."""
+    layer, activations = _activations(shape, setup)
+    state, gradients, buckets, casts = _state(shape, setup)
+    logits, head = _logits(shape, setup)
+    there = gradients if setup.accumulation > 1 else 0
+    kind = "cpu" if setup.device == "cpu" else "cuda"
     rest, loose = FRAGMENTATION[kind], ACTIVATION_FRAGMENTATION[kind]
     peak = max(activations * loose + (head + there) * rest, gradients * rest + layer * loose)
     total = int(peak + (state + buckets + casts + RUNTIME_BYTES[kind]) * rest)
     return MemoryEstimate(state, gradients + buckets, casts, activations, logits, total)
 
 
-def _gathered_bytes(shape: ModelShape, precision: str, *, reshards: bool) -> tuple[int, int]:
+def _activations(shape: ModelShape, setup: StepSetup) -> tuple[int, int]:
+    """Return (bytes of one layer in use, bytes kept for the backward pass)."""
+    per_token, layer_input = activation_bytes(shape, setup.precision)
+    layer = setup.tokens * per_token
+    if not setup.gradient_checkpointing:
+        return layer, shape.layers * layer
+    is_full = setup.gradient_checkpointing == "full"
+    kept = layer_input if is_full else selective_bytes(shape, setup.precision)
+    return layer, shape.layers * setup.tokens * kept + layer
+
+
+def _state(shape: ModelShape, setup: StepSetup) -> tuple[int, int, int, int]:
+    """Return the bytes of (weights and moments, gradients, their buckets, copies of weights)."""
+    state = shape.parameters * (WEIGHT_BYTES + MOMENT_BYTES)
+    gradients = shape.parameters * GRADIENT_BYTES
+    # An embedding is looked up, not multiplied: it has no copy, unless it is the output layer too.
+    multiplied = shape.parameters - max(0, shape.embedding - shape.vocabulary * shape.hidden)
+    casts = 2 * multiplied if setup.precision in SIXTEEN_BIT else 0
+    ranks = setup.world_size
+    if ranks == 1:
+        return state, gradients, 0, casts
+    if setup.zero_stage:
+        state, gradients, buckets = _zero_bytes(shape, setup)
+        return state, gradients, buckets, casts if setup.zero_stage == 1 else 0
+    if setup.is_sharded:
+        casts, buckets = _gathered_bytes(shape, setup)
+        return state // ranks, gradients // ranks, buckets, casts
+    return state, gradients, gradients, casts
+
+
+def _logits(shape: ModelShape, setup: StepSetup) -> tuple[int, int]:
+    """Return (bytes of logits, bytes at the peak of the loss)."""
+    output_gradients = shape.vocabulary * shape.hidden * GRADIENT_BYTES
+    if not setup.is_loss_chunked:
+        logits = LOGIT_BYTES * setup.tokens * shape.vocabulary
+        # The gradient of the output layer's weights follows when two of the three are gone.
+        return logits, max(logits, logits // 3 + output_gradients)
+    chunk = min(setup.tokens, chunk_tokens(shape.vocabulary, setup.device))
+    logits = CHUNK_LOGIT_BYTES * chunk * shape.vocabulary
+    # The gradients of the output layer's weights and inputs are formed meanwhile.
+    return logits, logits + output_gradients + setup.width * setup.tokens * shape.hidden
+
+
+def _gathered_bytes(shape: ModelShape, setup: StepSetup) -> tuple[int, int]:
     """Return (gathered weights, gradients on their way) of a rank that holds a part.
 
     What is in no layer is gathered all the time; of the layers two at a time, the next one being
     fetched, or all of them. Gradients of a layer, or of the rest, are there in the precision of the
     products and once more in float32, to be reduced.
     """
-    width = 2 if precision in SIXTEEN_BIT else WEIGHT_BYTES
     layer = (shape.parameters - shape.embedding) // max(1, shape.layers)
-    gathered = shape.embedding + layer * (min(2, shape.layers) if reshards else shape.layers)
-    return width * gathered, (width + GRADIENT_BYTES) * max(layer, shape.embedding)
+    layers = min(2, shape.layers) if setup.is_resharded else shape.layers
+    gathered = shape.embedding + layer * layers
+    largest = max(layer, shape.embedding)
+    return setup.width * gathered, (setup.width + GRADIENT_BYTES) * largest
 
 
-def _zero_bytes(
-    shape: ModelShape, precision: str, stage: int, world_size: int
-) -> tuple[int, int, int]:
+def _zero_bytes(shape: ModelShape, setup: StepSetup) -> tuple[int, int, int]:
     """Return (state, gradients, gradients on their way) of a rank under DeepSpeed's ZeRO.
 
     Whole weights, in 16 bits with stage 2; in float32 a part of the weights and of both moments. Of
     gradients all with stage 1, a part with stage 2; a bucket of them is being reduced, in float32
     too, and before it the largest tensor's has been formed.
     """
-    width = 2 if precision in SIXTEEN_BIT and stage == 2 else WEIGHT_BYTES
-    parts = shape.parameters * (WEIGHT_BYTES + MOMENT_BYTES) // world_size
-    gradients = shape.parameters * GRADIENT_BYTES // (world_size if stage == 2 else 1)
+    has_gradient_parts = setup.zero_stage == 2
+    width = setup.width if has_gradient_parts else WEIGHT_BYTES
+    parts = shape.parameters * (WEIGHT_BYTES + MOMENT_BYTES) // setup.world_size
+    gradients = shape.parameters * GRADIENT_BYTES // (setup.world_size if has_gradient_parts else 1)
     largest = shape.vocabulary * shape.hidden
     bucket = max(min(ZERO_BUCKET_ELEMENTS, shape.parameters), largest)
     state = width * shape.parameters + parts

@@ -36,7 +36,7 @@ NOT_FINITE = "not_finite"
 
 
 @dataclass(eq=False)
-class Row:
+class GrowingText:
     """A text that grows.
 
     Attributes:
@@ -89,7 +89,7 @@ class Batch:
     """
 
     def __init__(
-        self, model: nn.Module, rows: Sequence[Row], end_ids: Collection[int] = ()
+        self, model: nn.Module, rows: Sequence[GrowingText], end_ids: Collection[int] = ()
     ) -> None:
         self._model, self._end_ids = model, frozenset(end_ids)
         self._config: Any = model.config
@@ -108,7 +108,7 @@ class Batch:
         """Whether a text is left that can grow."""
         return any(not row.finish for row in self._rows)
 
-    def step(self) -> list[Row]:
+    def step(self) -> list[GrowingText]:
         """Give every text its next token; return those that got one."""
         self._drop_finished()
         if not self._rows:
@@ -238,7 +238,7 @@ def stream_tokens(
     Args:
         model: See `Batch`. It is called beside torch.compile, which would compile it anew for each
             length.
-        prompt: See `Row`.
+        prompt: See `GrowingText`.
         sampling: How tokens are chosen.
         end_ids: Tokens that end the text; they are not yielded.
         should_stop: Asked before each token.
@@ -246,7 +246,7 @@ def stream_tokens(
     Raises:
         UsageError: The prompt is empty or holds ids that the model does not have.
     """
-    batch = Batch(model, [Row(prompt, sampling)], end_ids)
+    batch = Batch(model, [GrowingText(prompt, sampling)], end_ids)
     with evaluating(model):
         while batch.is_growing and not should_stop():
             for row in batch.step():

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from utils.models.estimates import SIXTEEN_BIT
+
 # The first that the device's name contains decides, so the longer names stand first.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -28,7 +30,6 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-SIXTEEN_BIT = ("bf16", "fp16")
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from configs.training_config import TrainingConfig
 from utils.base.errors import DivergenceError
 from utils.base.text import number
 from utils.training.step_guard import Verdict
-from utils.training_utils import Progress
+from utils.training_utils import TrainingProgress
 
 SPAN_STEPS = 1000  # `max_bad_steps` is counted over so many
 
 
-def describe(verdict: Verdict, progress: Progress, policy: str) -> dict[str, Any]:
+def describe(verdict: Verdict, progress: TrainingProgress, policy: str) -> dict[str, Any]:
     """Return what is noted of a bad step.
 
     Args:
@@ -39,7 +39,7 @@ def describe(verdict: Verdict, progress: Progress, policy: str) -> dict[str, Any
 
 
 def find_divergence(
-    verdict: Verdict, progress: Progress, config: TrainingConfig
+    verdict: Verdict, progress: TrainingProgress, config: TrainingConfig
 ) -> DivergenceError | None:
     """Return why the run must not go on behind a bad step, None where it may.
 

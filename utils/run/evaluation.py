@@ -47,7 +47,7 @@ def evaluate(
                 if should_stop is not None and should_stop():
                     return None
                 found = next(batches, None)
-                if found is None and not state.is_sharded:
+                if found is None and state.division.has_whole_weights:
                     continue
                 input_ids = empty if found is None else found
                 input_ids = input_ids.to(accelerator.device, non_blocking=True)

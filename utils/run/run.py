@@ -37,8 +37,7 @@ from utils.base.errors import (
 )
 from utils.base.text import format_duration
 from utils.checkpoints.layout import RunPaths
-from utils.checkpoints.saver import Meeting
-from utils.checkpoints.snapshot import Snapshot
+from utils.checkpoints.saver import Rendezvous
 from utils.checkpoints.writer import WriterProcess
 from utils.costs.costs import describe_costs, summarize_costs
 from utils.costs.spending import Spending, open_meter
@@ -46,7 +45,7 @@ from utils.data.data_state import DataState
 from utils.data.mixture import build_order
 from utils.data.shard_cache import ShardCache
 from utils.data.shard_index import DataSource, read_tokenizer_files
-from utils.data_utils import BatchLoader, SampleReader, ValidationData
+from utils.data_utils import BatchLoader, SampleReader, StepShape, ValidationData
 from utils.run import bad_steps
 from utils.run.evaluation import evaluate
 from utils.run.sample_texts import Sampler
@@ -58,7 +57,6 @@ from utils.storage.bucket import encode_crc32c
 from utils.storage.open import open_bucket
 from utils.tracking import tracking
 from utils.tracking.metrics_log import append_metrics
-from utils.training.sharding import local_tensor
 from utils.training.step_guard import Verdict
 from utils.training.stopping import StopRequest
 from utils.training.throughput import RemainingTime, Throughput
@@ -71,7 +69,6 @@ from utils.training_utils import (
 from utils.uploads.transports import TransportOptions
 
 WAIT_LINE_SECONDS = 30.0
-SNAPSHOT_MARGIN_BYTES = 2**20
 LEAVING_SHARE = 0.1  # of the grace period, for ending threads and releasing what is held
 
 log = logging.getLogger("train")
@@ -204,7 +201,7 @@ class TrainingRun:
             step,
             self.state.progress.history,
         )
-        meeting = self._arrange_meeting() if self.state.row_choice is not None else None
+        rendezvous = self._arrange_rendezvous() if self.state.division.is_saved_in_parts else None
         if self._is_main:
             self._saving = RunSaving(
                 config,
@@ -214,20 +211,24 @@ class TrainingRun:
                 transport=self._transport,
                 background_upload=self._background_upload,
                 tell=self._notes.add,
-                meeting=meeting,
+                rendezvous=rendezvous,
                 writer=self._early_writer,
             )
-        elif meeting is not None:
+        elif rendezvous is not None:
             self._saving = RunSaving(
-                config, self.paths, self.start.identity, self._accelerator.device, meeting=meeting
+                config,
+                self.paths,
+                self.start.identity,
+                self._accelerator.device,
+                rendezvous=rendezvous,
             )
         if self._saving is not None:
-            self._saving.prepare(self._snapshot_bytes())
+            self._saving.prepare(self.state.division.snapshot_bytes())
         self._live = LiveLine(enabled=self._is_main)
         self._throughput = Throughput()
         return self
 
-    def _arrange_meeting(self) -> Meeting:
+    def _arrange_rendezvous(self) -> Rendezvous:
         """Return where the savers of all ranks meet: a group of their own, for their threads.
 
         Raises:
@@ -236,7 +237,7 @@ class TrainingRun:
         token = ranks.broadcast_from_main(secrets.token_hex(4))
         restore.require_shared_directory(self.paths.checkpoints, token)
         group = ranks.new_host_group()
-        return Meeting(token, lambda answer: ranks.gather_to_main(answer, group))
+        return Rendezvous(token, lambda answer: ranks.gather_to_main(answer, group))
 
     def __exit__(
         self,
@@ -280,13 +281,6 @@ class TrainingRun:
         except SaveError as exc:
             log.error("%s", exc)
 
-    def _snapshot_bytes(self) -> int:
-        """Return the size of this rank's snapshot: weights and two moments, and what is small."""
-        if self.state.zero is not None:
-            return self.state.zero.state_bytes() + SNAPSHOT_MARGIN_BYTES
-        tensors = [local_tensor(t) for t in self.state.core_model.state_dict().values()]
-        return 3 * Snapshot.size_of(tensors) + 64 * len(tensors) + SNAPSHOT_MARGIN_BYTES
-
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer update over all ranks."""
@@ -300,11 +294,13 @@ class TrainingRun:
         while self.state.progress.step < last_step:
             self._loader = BatchLoader(
                 self._reader,
+                StepShape(
+                    self.config.per_device_train_batch_size,
+                    self._accumulation,
+                    self._accelerator.process_index,
+                    self._accelerator.num_processes,
+                ),
                 position=self.state.progress.sample_index,
-                micro_batch=self.config.per_device_train_batch_size,
-                accumulation=self._accumulation,
-                rank=self._accelerator.process_index,
-                world_size=self._accelerator.num_processes,
                 pin_memory=self._accelerator.device.type == "cuda",
                 should_stop=lambda: self.stop.reason is not None,
             )
@@ -411,7 +407,7 @@ class TrainingRun:
                 manifest,
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
-                part=state.row_choice,
+                part=state.division.rows,
             )
         checkpoint_utils.restore_state(state, saved, self.config)
         self._meter.go_back(Spending.from_json(state.progress.spending))
@@ -560,10 +556,9 @@ class TrainingRun:
                 [states for states, _ in gathered],
                 self._tokenizer_files,
             )
-        if self.state.row_choice is not None:
-            files = checkpoint_utils.collect_part(
-                self.state, self._data_state(), self.start.identity, files
-            )
+        files = checkpoint_utils.add_held_state(
+            self.state, self._data_state(), self.config, self.start.identity, files
+        )
         if files is not None and self._saving is not None:
             self._saving.save(files, lambda: time.monotonic() >= self._leave_at())
         self._saved_at, self._saved_step = time.monotonic(), step
@@ -595,7 +590,8 @@ class TrainingRun:
         leave_at = math.inf if self._failure is not None else self._leave_at()
         reason = self.stop.reason
         if leave_at < math.inf and self._is_main and self._saving is not None:
-            self._saving.plan_leaving(leave_at - time.monotonic(), self._snapshot_bytes())
+            size = self.state.division.snapshot_bytes()
+            self._saving.plan_leaving(leave_at - time.monotonic(), size)
         self.save(is_last=True)
         self._wait_for_saver()
         if self.stop.any_rank(self._saving is not None and self._saving.failure is not None):

@@ -95,7 +95,7 @@ class Sampler:
         return samples
 
     def _sample(self, state: TrainState, should_stop: Callable[[], bool]) -> list[Sample]:
-        if state.is_sharded or state.accelerator.distributed_type in SHARDED:
+        if not state.division.has_whole_weights or state.accelerator.distributed_type in SHARDED:
             self._give_up("each rank holds a part of the weights only")
             return []
         if self._tokenizer is None and not self._files:

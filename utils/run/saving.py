@@ -31,7 +31,7 @@ from utils.checkpoints.layout import (
     find_checkpoints,
     read_manifest,
 )
-from utils.checkpoints.saver import CheckpointSaver, Meeting
+from utils.checkpoints.saver import CheckpointSaver, Rendezvous
 from utils.checkpoints.store import apply_retention, set_aside, verify_checkpoint
 from utils.checkpoints.writer import WriterProcess
 from utils.run.grace import describe_outcome, plan_grace
@@ -59,7 +59,7 @@ class RunSaving:
         transport: The way to the bucket; None uploads nothing.
         background_upload: False uploads before `save` returns.
         tell: Called with what happens to checkpoints: title, line, step it belongs to (None: now).
-        meeting: Of all ranks' savers, where the state is sharded.
+        rendezvous: Of all ranks' savers, where the state is sharded.
         writer: A writer process that has been started already.
     """
 
@@ -73,7 +73,7 @@ class RunSaving:
         transport: TransportOptions | None = None,
         background_upload: bool = True,
         tell: Tell = lambda title, line, step: None,
-        meeting: Meeting | None = None,
+        rendezvous: Rendezvous | None = None,
         writer: WriterProcess | None = None,
     ) -> None:
         self._config, self._paths, self._identity = config, paths, identity
@@ -88,11 +88,11 @@ class RunSaving:
             device,
             self._after_commit,
             background=config.background_save,
-            meeting=meeting,
+            rendezvous=rendezvous,
             writer=writer,
         )
         self._failed_at: float | None = None
-        self._sharers = 1 if meeting is None else ranks.ranks_on_this_machine()
+        self._sharers = 1 if rendezvous is None else ranks.ranks_on_this_machine()
 
     def prepare(self, snapshot_bytes: int) -> None:
         """Make room for snapshots before the first one is due."""

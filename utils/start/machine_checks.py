@@ -18,6 +18,7 @@ from utils.models.building import ParameterCounts
 from utils.models.estimates import (
     MemoryEstimate,
     ModelShape,
+    StepSetup,
     estimate_checkpoint_bytes,
     estimate_training_memory,
 )
@@ -42,17 +43,19 @@ def estimate_memory(
     how = resolve_sharding(config, world_size)
     return estimate_training_memory(
         ModelShape.of(model_config, counts.total, counts.embedding),
-        micro_batch=config.per_device_train_batch_size,
-        sequence_length=config.sequence_length,
-        precision=precision,
-        gradient_checkpointing=config.checkpointing_policy,
-        accumulation=accumulation,
-        world_size=world_size,
-        device=device.type,
-        is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),
-        is_sharded=how is not None and not how.zero_stage,
-        reshards=how is None or how.reshard_after_forward,
-        zero_stage=0 if how is None else how.zero_stage,
+        StepSetup(
+            micro_batch=config.per_device_train_batch_size,
+            sequence_length=config.sequence_length,
+            precision=precision,
+            gradient_checkpointing=config.checkpointing_policy,
+            accumulation=accumulation,
+            world_size=world_size,
+            device=device.type,
+            is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),
+            is_sharded=how is not None and not how.zero_stage,
+            is_resharded=how is None or how.reshard_after_forward,
+            zero_stage=0 if how is None else how.zero_stage,
+        ),
     )
 
 

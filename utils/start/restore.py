@@ -195,7 +195,7 @@ def _read(
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             accept_missing_random_state=consent.missing_random_state,
-            part=state.row_choice,
+            part=state.division.rows,
         )
     except UnreadableCheckpointError as exc:
         failure = str(exc)

@@ -29,7 +29,7 @@ from utils.models.building import (
     enable_checkpointing,
     with_layers,
 )
-from utils.models.estimates import ModelShape, attention_widths, estimate_training_memory
+from utils.models.estimates import ModelShape, StepSetup, attention_widths, estimate_training_memory
 from utils.models.mfu import flops_per_token
 from utils.training_utils import build_optimizer, forward_loss
 
@@ -115,12 +115,14 @@ def measure_step(
     def estimate(size: Size) -> int:
         return estimate_training_memory(
             shape,
-            micro_batch=size[0],
-            sequence_length=size[1],
-            precision=precision,
-            gradient_checkpointing=config.checkpointing_policy,
-            device=device.type,
-            is_loss_chunked=is_loss_chunked(small.model_type, config.loss_implementation),
+            StepSetup(
+                micro_batch=size[0],
+                sequence_length=size[1],
+                precision=precision,
+                gradient_checkpointing=config.checkpointing_policy,
+                device=device.type,
+                is_loss_chunked=is_loss_chunked(small.model_type, config.loss_implementation),
+            ),
         ).total
 
     fitting = [

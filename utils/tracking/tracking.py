@@ -89,7 +89,7 @@ def start_trackers(
         identity: Run and branch.
         facts: What `metrics.jsonl` says about this start.
         step: Steps done before it.
-        history: Every metric that the checkpoint brought along: `Progress.history`.
+        history: Every metric that the checkpoint brought along: `TrainingProgress.history`.
     """
     accelerator.init_trackers(FOLDER)
     if not accelerator.is_main_process:

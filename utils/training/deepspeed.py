@@ -16,13 +16,13 @@ each micro-step, in float32, and only the rank's part of them is kept.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,15 @@ from torch import nn
 
 from configs.training_config import TrainingConfig
 from utils.base.errors import ConfigError
+from utils.models.building import LossModel
 from utils.models.estimates import ZERO_BUCKET_ELEMENTS
 from utils.models.parts import RowRanges
+from utils.training.division import (
+    SNAPSHOT_MARGIN_BYTES,
+    Division,
+    HeldState,
+    require_same_names,
+)
 from utils.training.flat_partition import FlatGroup, Fragment
 from utils.training.sharding import FSDP2_FILE, Sharding
 
@@ -43,17 +50,19 @@ MASTER = "master"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def require_deepspeed(config: TrainingConfig, how: Sharding, precision: str) -> None:
-    """Refuse what DeepSpeed cannot do here.
+def require_deepspeed(config: TrainingConfig, how: Sharding | None, precision: str) -> None:
+    """Where DeepSpeed is asked for, refuse what it cannot do here.
 
     Args:
         config: The run's configuration.
-        how: Of `resolve_sharding`.
-        precision: Of `resolve_precision`.
+        how: What is asked for.
+        precision: no, bf16 or fp16.
 
     Raises:
         ConfigError: The package is missing, or a setting does not go with it.
     """
+    if how is None or not how.zero_stage:
+        return
     try:
         version = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
@@ -73,62 +82,40 @@ def require_deepspeed(config: TrainingConfig, how: Sharding, precision: str) -> 
         raise ConfigError(f"{how.source} does not go with fp8. Use sharding=fsdp2, or fp8=false.")
 
 
-@dataclass(frozen=True)
-class HeldRows:
-    """The rows that a rank writes.
-
-    Attributes:
-        weights: By name.
-        moments: As INDEX.NAME, as of an optimizer over the named weights.
-        shapes: Of the whole tensors of both.
-        rows: Where the rows of both belong.
-    """
-
-    weights: dict[str, torch.Tensor]
-    moments: dict[str, torch.Tensor]
-    shapes: dict[str, tuple[int, ...]]
-    rows: RowRanges
-
-
-class ZeroEngine:
-    """DeepSpeed's engine over a loss model; the train step's optimizer too.
+class ZeroPartitioned(Division):
+    """Each rank holds whole weights, and flat partitions of all the rest; DeepSpeed divides them.
 
     Args:
-        model: A loss model on the device, float32; its weights become 16-bit ones where the stage
-            wants them.
-        core: The part of it whose names checkpoints have.
-        optimizer: AdamW over the weights; it comes to hold this rank's partition of each group.
         accelerator: This process among the ranks.
-        how: Of `resolve_sharding`.
+        stage: Of ZeRO, 1 or 2.
         micro_batch: Samples of a rank in a micro-step.
-
-    Attributes:
-        engine: The model to call in training.
-        optimizer: The plain AdamW.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        core: nn.Module,
-        optimizer: torch.optim.AdamW,
-        accelerator: Accelerator,
-        how: Sharding,
-        micro_batch: int,
-    ) -> None:
-        self.optimizer = optimizer
-        self._core, self._rank = core, accelerator.process_index
-        named = {id(p): name for name, p in core.named_parameters()}
+    def __init__(self, accelerator: Accelerator, stage: int, micro_batch: int) -> None:
+        super().__init__(accelerator)
+        self._stage, self._micro_batch = stage, micro_batch
+        self._rank = accelerator.process_index
+
+    def prepare(self, model: LossModel, optimizer: torch.optim.AdamW) -> None:
+        """Take over the placed model, float32, and AdamW over its weights.
+
+        The weights become 16-bit ones where the stage wants them, and AdamW comes to hold this
+        rank's partition of each group.
+        """
+        accelerator = self._accelerator
+        self.loss_model, self.optimizer = model, optimizer
+        named = {id(p): name for name, p in model.core.named_parameters()}
         self._parameters = [list(group["params"]) for group in optimizer.param_groups]
         self._names = [[named[id(p)] for p in group] for group in self._parameters]
         originals = [[p.data for p in group] for group in self._parameters]
-        if how.zero_stage == 1:
+        wrapped: nn.Module = model
+        if self._stage == 1:
             # Only wraps the forward in autocast; DistributedDataParallel would be next.
-            model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-        half = accelerator.mixed_precision == "bf16" and how.zero_stage == 2
-        config = _engine_config(how.zero_stage, micro_batch, half=half)
-        self.engine: Any = _initialize(model, optimizer, config, accelerator.device)
-        self._zero: Any = self.engine.optimizer
+            wrapped = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        half = accelerator.mixed_precision == "bf16" and self._stage == 2
+        config = _engine_config(self._stage, self._micro_batch, half=half)
+        self.model = _initialize(wrapped, optimizer, config, accelerator.device)
+        self._zero: Any = self.model.optimizer
         self._groups = [
             FlatGroup(
                 tuple(tuple(p.shape) for p in group),
@@ -161,26 +148,24 @@ class ZeroEngine:
                     f"Install {OLDEST_VERSION}, or use sharding=fsdp2."
                 )
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of AdamW, each with one flat tensor."""
-        groups: list[dict[str, Any]] = self.optimizer.param_groups
-        return groups
-
-    def begin_micro_step(self, *, is_last: bool) -> None:
-        """Call before a forward pass; tell whether its backward is the step's last."""
-        self.engine.set_gradient_accumulation_boundary(is_last)
+    @contextlib.contextmanager
+    def micro_step(self) -> Iterator[None]:
+        """Tell the engine which backward pass is the step's last."""
+        with self._accelerator.accumulate():
+            self.model.set_gradient_accumulation_boundary(self._accelerator.sync_gradients)
+            yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Do a backward pass of a micro-step's share of the loss."""
-        self.engine.backward(loss, scale_wrt_gas=False)
+        """Do the backward pass of a micro-step; it counts for its share of the step."""
+        share = loss / self._accelerator.gradient_accumulation_steps
+        self.model.backward(share, scale_wrt_gas=False)
+
+    def try_backward(self, loss: torch.Tensor) -> None:
+        """Do a backward pass without the engine's hooks, which would reduce gradients."""
+        torch.autograd.grad(loss, list(self.loss_model.parameters()), allow_unused=True)
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Scale the reduced gradients down to a norm; return what it was, on every rank.
-
-        Args:
-            max_norm: Of all gradients together; infinite leaves them.
-        """
+        """Scale the reduced gradients down to a norm; return what it was, on every rank."""
         gradients = self._gradients()
         squares = torch.nn.utils.get_total_norm(gradients).float().square()
         torch.distributed.all_reduce(squares)
@@ -196,7 +181,7 @@ class ZeroEngine:
 
     def step(self) -> None:
         """Update this rank's partition and gather the whole weights."""
-        self.engine.step()
+        self.model.step()
 
     def zero_grad(self) -> None:
         """Drop gradients that no update has used; the engine drops the others itself."""
@@ -208,13 +193,14 @@ class ZeroEngine:
         for index in zero.all_grad_tensors:
             zero.all_grad_tensors[index] = None
 
-    def state_bytes(self) -> int:
-        """Return the bytes of what this rank saves: its partitions of weights and two moments."""
+    def snapshot_bytes(self) -> int:
+        """Return the bytes of a snapshot: this rank's partitions, and a margin."""
         elements = sum(g.partition_size + g.longest_head for g in self._groups)
-        return elements * 4 * (1 + len(_MOMENTS))
+        return elements * 4 * (1 + len(_MOMENTS)) + SNAPSHOT_MARGIN_BYTES
 
-    def wanted_rows(self) -> RowRanges:
-        """Return the rows of weights and moments that this rank restores from."""
+    @property
+    def rows(self) -> RowRanges:
+        """The rows of weights and moments that cover this rank's partitions."""
         ranges, first = {}, 0
         for names, layout in zip(self._names, self._groups, strict=True):
             covering = layout.covering_rows(self._rank)
@@ -226,10 +212,10 @@ class ZeroEngine:
             first += len(names)
         return RowRanges(ranges)
 
-    def held_rows(self) -> HeldRows:
+    def held_state(self) -> HeldState:
         """Return this rank's rows; every rank calls this at the same point.
 
-        Tensors are the live ones, but for those whose last row the rank behind has the end of.
+        Tensors are the live ones, but for those whose last row the next rank has the end of.
         """
         weights: dict[str, torch.Tensor] = {}
         moments: dict[str, torch.Tensor] = {}
@@ -245,7 +231,7 @@ class ZeroEngine:
                     held[name] = _cut_rows(flat, heads[number], layout, self._rank, place)
                     shapes[name], ranges[name] = layout.shapes[place], rows
             first += len(names)
-        return HeldRows(weights, moments, shapes, RowRanges(ranges))
+        return HeldState(weights, self._optimizer_rest(), moments, shapes, RowRanges(ranges))
 
     def _flat_state(self, index: int) -> dict[str, torch.Tensor]:
         """Return a group's partitions: weights, and moments where there are any yet."""
@@ -254,7 +240,7 @@ class ZeroEngine:
         moments = {key: state[key] for key in _MOMENTS if key in state}
         return {MASTER: master.detach(), **moments}
 
-    def optimizer_rest(self) -> dict[str, Any]:
+    def _optimizer_rest(self) -> dict[str, Any]:
         """Return the state dict of AdamW over named weights, without its moments."""
         groups, state, first = [], {}, 0
         for index, group in enumerate(self.optimizer.state_dict()["param_groups"]):
@@ -268,12 +254,8 @@ class ZeroEngine:
             first += len(numbers)
         return {"state": state, "param_groups": groups}
 
-    def restore(self, weights: Mapping[str, torch.Tensor], saved: Mapping[str, Any]) -> None:
-        """Bring back weights and optimizer; every rank calls this at the same point.
-
-        Args:
-            weights: The rows of `wanted_rows`.
-            saved: The optimizer's state dict, with the same rows of its moments.
+    def restore(self, weights: Mapping[str, torch.Tensor], optimizer: dict[str, Any]) -> None:
+        """Bring back the rows of `rows`; every rank calls this at the same point.
 
         Raises:
             ValueError: They are not those of this model.
@@ -287,9 +269,11 @@ class ZeroEngine:
         )
         state: dict[int, dict[str, Any]] = {}
         groups, first = [], 0
-        for index, (group, layout) in enumerate(zip(saved["param_groups"], layouts, strict=True)):
-            if saved["state"]:
-                values = [saved["state"][first + place] for place in range(len(layout.shapes))]
+        for index, (group, layout) in enumerate(
+            zip(optimizer["param_groups"], layouts, strict=True)
+        ):
+            if optimizer["state"]:
+                values = [optimizer["state"][first + place] for place in range(len(layout.shapes))]
                 state[index] = self._flat_moments(index, values)
             groups.append({**group, "params": [index]})
             first += len(layout.shapes)
@@ -299,13 +283,10 @@ class ZeroEngine:
         names = {name for group in self._names for name in group}
         buffers = {
             key: t
-            for key, t in self._core.state_dict(keep_vars=True).items()
+            for key, t in self.loss_model.core.state_dict(keep_vars=True).items()
             if not isinstance(t, nn.Parameter)
         }
-        missing = sorted((names | buffers.keys()) - weights.keys())
-        unexpected = sorted(weights.keys() - names - buffers.keys())
-        if missing or unexpected:
-            raise ValueError(f"missing weights {missing}, unexpected {unexpected}")
+        require_same_names(names | buffers.keys(), set(weights))
         for name, buffer in buffers.items():
             buffer.copy_(weights[name])
 
@@ -364,15 +345,15 @@ def _gather_heads(flats: list[torch.Tensor], layout: FlatGroup) -> list[list[tor
 def _cut_rows(
     flat: torch.Tensor, heads: list[torch.Tensor], layout: FlatGroup, rank: int, index: int
 ) -> torch.Tensor:
-    """Return the rows of a tensor that are this rank's, completed by the ranks behind."""
+    """Return the rows of a tensor that are this rank's, completed by the next ranks."""
     begin, end = layout.own_rows(rank)[index]
     length, shape = layout.row_length(index), layout.shapes[index]
     fragment = next(f for f in layout.fragments(rank) if f.index == index)
     first = fragment.offset + begin * length - fragment.begin
     held = flat[first : fragment.offset + min(end * length, fragment.end) - fragment.begin]
-    rest = layout.heads_behind(rank, max(0, end * length - fragment.end))
+    rest = layout.following_heads(rank, max(0, end * length - fragment.end))
     if rest:
-        held = torch.cat([held, *(heads[behind][:count] for behind, count in rest)])
+        held = torch.cat([held, *(heads[following][:count] for following, count in rest)])
     return held.view(end - begin, *shape[1:]) if shape else held.view(())
 
 

@@ -5,7 +5,7 @@
 DeepSpeed's ZeRO optimizer lays the weights of a parameter group end to end, pads the end, and gives
 each rank an equal part, so that a rank may begin or end in the middle of a row. Checkpoints are
 made of rows (`utils/models/parts.py`): a row belongs to the rank that has its first element, and
-the rank behind gives it the rest, its `head`. Indices alone; tensors are somebody else's.
+the next rank gives it the rest, its `head`. Indices alone; tensors are somebody else's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-Rows = tuple[int, int]
+RowRange = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Fragment:
     """Elements of one tensor that lie in a rank's partition.
 
     Attributes:
-        index: Of the tensor in its group.
+        index: The tensor, by its place in the group.
         begin: First element, in the flattened tensor.
-        end: One behind the last.
+        end: One after the last.
         offset: Where they begin in the partition.
     """
 
@@ -39,8 +39,8 @@ class FlatGroup:
     """Tensors that lie end to end, divided into equal partitions.
 
     Attributes:
-        shapes: Of the tensors, in their order.
-        partition_size: Elements of a partition; what is behind the last tensor is padding.
+        shapes: Shapes of the tensors, in their order.
+        partition_size: Elements of a partition; what follows the last tensor is padding.
         count: Partitions.
     """
 
@@ -62,16 +62,16 @@ class FlatGroup:
 
     def fragments(self, rank: int) -> list[Fragment]:
         """Return what lies in a rank's partition, in its order."""
-        first, behind = rank * self.partition_size, (rank + 1) * self.partition_size
+        first, after = rank * self.partition_size, (rank + 1) * self.partition_size
         found = []
         for index, (begin, shape) in enumerate(zip(self._begins, self.shapes, strict=True)):
             end = begin + math.prod(shape)
-            if max(begin, first) < min(end, behind):
-                low, high = max(begin, first), min(end, behind)
+            if max(begin, first) < min(end, after):
+                low, high = max(begin, first), min(end, after)
                 found.append(Fragment(index, low - begin, high - begin, low - first))
         return found
 
-    def covering_rows(self, rank: int) -> dict[int, Rows]:
+    def covering_rows(self, rank: int) -> dict[int, RowRange]:
         """Return, by tensor, the rows that a rank has any element of."""
         rows = {}
         for fragment in self.fragments(rank):
@@ -79,7 +79,7 @@ class FlatGroup:
             rows[fragment.index] = (fragment.begin // length, -(-fragment.end // length))
         return rows
 
-    def own_rows(self, rank: int) -> dict[int, Rows]:
+    def own_rows(self, rank: int) -> dict[int, RowRange]:
         """Return, by tensor, the rows that a rank has the first element of; each row is one's."""
         rows = {}
         for fragment in self.fragments(rank):
@@ -102,7 +102,7 @@ class FlatGroup:
         """The longest of all heads; 0 where no row is divided."""
         return max(self.head(rank) for rank in range(self.count))
 
-    def heads_behind(self, rank: int, needed: int) -> list[tuple[int, int]]:
+    def following_heads(self, rank: int, needed: int) -> list[tuple[int, int]]:
         """Return (rank, elements) of the heads that complete a rank's last row.
 
         Args:
@@ -110,10 +110,10 @@ class FlatGroup:
             needed: Elements that it lacks.
         """
         found = []
-        for behind in range(rank + 1, self.count):
-            taken = min(needed, self.head(behind))
+        for following in range(rank + 1, self.count):
+            taken = min(needed, self.head(following))
             if not taken:
                 break
-            found.append((behind, taken))
+            found.append((following, taken))
             needed -= taken
         return found

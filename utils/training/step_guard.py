@@ -48,9 +48,9 @@ class StepGuard:
         sigma: A loss this many standard deviations above the mean is a spike; None: never.
         window: Good steps that mean and deviation are taken from; before it is full nothing is a
             spike.
-        checks_gradients: False where a loss scaler looks for overflow itself.
-        on_device: Whether the optimizer obeys the verdict on the device, and the host reads it one
-            step later.
+        should_check_gradients: False where a loss scaler looks for overflow itself.
+        is_on_device: Whether the optimizer obeys the verdict on the device, and the host reads it
+            one step later.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class StepGuard:
         *,
         sigma: float | None,
         window: int,
-        checks_gradients: bool = True,
-        on_device: bool = False,
+        should_check_gradients: bool = True,
+        is_on_device: bool = False,
     ) -> None:
-        self.on_device = on_device
+        self.is_on_device = is_on_device
         self.losses = torch.full((window if sigma else 0,), math.nan, device=device)
         """Losses of the last good steps, oldest first, NaN where there was none yet."""
-        self._sigma, self._checks_gradients = sigma, checks_gradients
+        self._sigma, self._should_check_gradients = sigma, should_check_gradients
         self._unread: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def judge(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class StepGuard:
             grad_norm: Norm of its gradients, shape [].
         """
         finite = torch.isfinite(loss)
-        if self._checks_gradients:
+        if self._should_check_gradients:
             finite = finite & torch.isfinite(grad_norm)
         code = torch.where(finite, float(GOOD), float(NON_FINITE))
         if self._sigma is not None:
@@ -87,7 +87,7 @@ class StepGuard:
             self.losses = torch.where(code == GOOD, longer, self.losses)
         record = torch.stack([code, loss, grad_norm.float().to(loss.device)])
         event = None
-        if self.on_device and record.device.type == "cuda":
+        if self.is_on_device and record.device.type == "cuda":
             host = torch.empty(3, pin_memory=True)
             host.copy_(record, non_blocking=True)
             event = torch.cuda.current_stream(record.device).record_event()
@@ -102,7 +102,7 @@ class StepGuard:
             newest: Also that of the last step, waiting for the device.
         """
         found = []
-        while len(self._unread) > (1 if self.on_device and not newest else 0):
+        while len(self._unread) > (1 if self.is_on_device and not newest else 0):
             step, record, event = self._unread.popleft()
             if event is not None:
                 event.synchronize()

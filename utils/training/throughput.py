@@ -15,7 +15,7 @@ from configs.training_config import TrainingConfig
 from utils.models.estimates import count_pauses, estimate_evaluation_seconds
 
 RECENT_STEPS = 200
-WARM_UP_STEPS = 2  # they load kernels and make the optimizer's state
+UNTIMED_STEPS = 2  # they load kernels and make the optimizer's state
 
 
 class Throughput:
@@ -38,7 +38,7 @@ class Throughput:
         """Count one step."""
         self._steps += 1
         self._done += 1
-        if self._done >= WARM_UP_STEPS:
+        if self._done >= UNTIMED_STEPS:
             self._marks.append(time.perf_counter() - self._all_paused)
 
     @property

@@ -16,7 +16,7 @@ from tests.utils.checkpoints.test_saver import wait_for_writer
 from utils.checkpoints import saver as checkpoint_saver
 from utils.checkpoints.files import CheckpointFiles
 from utils.checkpoints.layout import CheckpointName, Manifest, find_checkpoints, read_manifest
-from utils.checkpoints.saver import CheckpointSaver, Meeting
+from utils.checkpoints.saver import CheckpointSaver, Rendezvous
 from utils.checkpoints.store import remove_leftovers, verify_checkpoint
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
             tmp_path / "checkpoints",
             CPU,
             lambda checkpoint: committed.append(checkpoint.name),
-            meeting=Meeting(TOKEN, gather),
+            rendezvous=Rendezvous(TOKEN, gather),
         )
         for gather in gathers(2)
     ]
@@ -173,7 +173,7 @@ def test_a_rank_that_has_gone_leaves_no_checkpoint(tmp_path: Path) -> None:
     def gather(answer: Manifest | str) -> None:
         raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
 
-    saver = CheckpointSaver(tmp_path, CPU, pytest.fail, meeting=Meeting(TOKEN, gather))
+    saver = CheckpointSaver(tmp_path, CPU, pytest.fail, rendezvous=Rendezvous(TOKEN, gather))
     saver.save(part_of(0, 1, 1.0), PLENTY)
     saver.close()
     assert "Connection closed by peer" in str(saver.failure)
@@ -185,15 +185,19 @@ def test_a_writer_of_a_start_that_has_ended_writes_beside_and_is_cleaned_up(
 ) -> None:
     folder = tmp_path / "checkpoints"
     late = CheckpointSaver(  # of rank 1, on a machine that was cut off
-        folder, CPU, pytest.fail, background=False, meeting=Meeting("99999999", lambda answer: None)
+        folder,
+        CPU,
+        pytest.fail,
+        background=False,
+        rendezvous=Rendezvous("99999999", lambda answer: None),
     )
-    gather = ranks.savers[1]._meeting.gather  # type: ignore[union-attr]
+    gather = ranks.savers[1]._rendezvous.gather  # type: ignore[union-attr]
 
     def gather_late(answer: Manifest | str) -> Any:
         late.save(part_of(1, 1, 50.0), PLENTY)  # when this start's rank 1 has written
         return gather(answer)
 
-    ranks.savers[1]._meeting = Meeting(TOKEN, gather_late)
+    ranks.savers[1]._rendezvous = Rendezvous(TOKEN, gather_late)
     ranks.save(1, 1.0)
     late.close()
     (committed,) = find_checkpoints(folder)

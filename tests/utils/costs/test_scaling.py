@@ -17,7 +17,7 @@ from utils.costs.scaling import (
     CHECKPOINTING,
     STRATEGIES,
     USABLE_MEMORY,
-    Job,
+    TrainingJob,
     best_plan,
     candidate_plans,
     device_memory,
@@ -29,7 +29,7 @@ from utils.costs.scaling import (
 )
 from utils.costs.scaling_tables import MODELS, TABLES, best_strategy, format_time, write_tables
 from utils.models.building import count_parameters
-from utils.models.estimates import ModelShape, estimate_training_memory
+from utils.models.estimates import ModelShape, StepSetup, estimate_training_memory
 from utils.models.mfu import find_peak_flops
 
 H100 = GPU_TYPES["H100"]
@@ -38,8 +38,8 @@ DOCUMENT = PROJECT_DIRECTORY / "docs" / "SCALING.md"
 SMALL = ModelShape(4_200_000, 200_000, 4, 100, 400, 1000)
 
 
-def job(strategy: str, gpus: int, shape: ModelShape = SMALL, batch: int = 1024) -> Job:
-    return Job(shape, H100, gpus, strategy, batch)
+def job(strategy: str, gpus: int, shape: ModelShape = SMALL, batch: int = 1024) -> TrainingJob:
+    return TrainingJob(shape, H100, gpus, strategy, batch)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -73,13 +73,15 @@ def test_ddp_and_one_gpu_take_the_memory_of_the_estimates(
     shape = shape_of_preset(model)
     expected = estimate_training_memory(
         shape,
-        micro_batch=2,
-        sequence_length=2048,
-        precision="bf16",
-        gradient_checkpointing="" if checkpointing == "none" else checkpointing,
-        accumulation=accumulation,
-        world_size=gpus,
-        device="cuda",
+        StepSetup(
+            micro_batch=2,
+            sequence_length=2048,
+            precision="bf16",
+            gradient_checkpointing="" if checkpointing == "none" else checkpointing,
+            accumulation=accumulation,
+            world_size=gpus,
+            device="cuda",
+        ),
     )
     memory = device_memory(job("ddp", gpus, shape), 2, checkpointing, accumulation)
     assert memory.total == expected.total
@@ -175,7 +177,7 @@ def test_ddp_hides_its_gradients_behind_the_last_backward_pass_but_for_a_bucket(
     assert waiting == pytest.approx(bucket)
     # Where a pass is shorter than the traffic, the rest shows.
     slow = dataclasses.replace(H100, network_bytes_per_second=1e9)
-    starved = plan_step(Job(shape, slow, 64, "ddp"), 16, "none")
+    starved = plan_step(TrainingJob(shape, slow, 64, "ddp"), 16, "none")
     backward = starved.compute_seconds * 2 / 3
     exposed = starved.step_seconds - starved.compute_seconds - starved.optimizer_seconds
     assert exposed == pytest.approx(starved.communication_seconds - backward, rel=1e-3)
@@ -184,7 +186,7 @@ def test_ddp_hides_its_gradients_behind_the_last_backward_pass_but_for_a_bucket(
 def test_full_shard_takes_the_longer_of_work_and_traffic_layer_by_layer() -> None:
     shape = shape_of_preset("pythia-6.9b")
     slow = dataclasses.replace(H100, link_bytes_per_second=1e9)
-    starved = plan_step(Job(shape, slow, 8, "fsdp", global_batch=8), 1, "none")
+    starved = plan_step(TrainingJob(shape, slow, 8, "fsdp", global_batch=8), 1, "none")
     # Two gathers of 2 bytes (one of the embeddings) and a reduction of 4, 7/8 of each, at 1 GB/s.
     sent = 7 / 8 * (8 * shape.parameters - 2 * shape.embedding)
     assert starved.communication_seconds == pytest.approx(sent / 1e9, 1e-3)
@@ -203,7 +205,7 @@ def test_full_shard_takes_the_longer_of_work_and_traffic_layer_by_layer() -> Non
 def test_hsdp_sends_between_machines_beside_what_it_sends_within() -> None:
     shape = shape_of_preset("pythia-2.8b")
     slow = dataclasses.replace(H100, network_bytes_per_second=1e9)
-    plan = plan_step(Job(shape, slow, 16, "hsdp", global_batch=16), 1, "none")
+    plan = plan_step(TrainingJob(shape, slow, 16, "hsdp", global_batch=16), 1, "none")
     # 2 x 1/2 x 4 bytes of each layer through the cards of a machine; of the rest beside nothing.
     across = 4 * shape.layers * layer_parameters(shape) / 1e9
     assert plan.step_seconds == pytest.approx(across + 4 * shape.embedding / 1e9, rel=0.05)
@@ -218,7 +220,7 @@ def test_hsdp_sends_between_machines_beside_what_it_sends_within() -> None:
 def test_no_plan_is_better_than_it_can_be(
     model: str, strategy: str, gpu: object, gpus: int
 ) -> None:
-    here = Job(shape_of_preset(model), gpu, gpus, strategy)  # type: ignore[arg-type]
+    here = TrainingJob(shape_of_preset(model), gpu, gpus, strategy)  # type: ignore[arg-type]
     plans = list(candidate_plans(here))
     assert {plan.micro_batch * plan.accumulation * gpus for plan in plans} == {1024}
     for plan in plans:
@@ -257,9 +259,9 @@ def test_losses_and_batches_are_those_of_the_papers() -> None:
 
 
 def test_saves_follow_young_but_never_overtake_an_upload() -> None:
-    hours = run.failure_seconds(50_000, 1, spot=False) / 3600
+    hours = run.failure_seconds(50_000, 1, is_spot=False) / 3600
     assert hours == pytest.approx(1)
-    assert run.failure_seconds(0, 24, spot=True) == pytest.approx(3600)
+    assert run.failure_seconds(0, 24, is_spot=True) == pytest.approx(3600)
     # 10^9 parameters: 12 GB and a little, 24 s up and down.
     calm = run.plan_saving(10**9, pause=2.0, between_failures=1e6, uploads=1)
     assert calm.upload_seconds == pytest.approx(24, rel=1e-3)

@@ -9,7 +9,7 @@ import torch
 
 from tests.utils.models.test_generation import CONTEXT, VOCAB, build
 from utils.base.errors import UsageError
-from utils.models.generation import Batch, Row, evaluating, generate
+from utils.models.generation import Batch, GrowingText, evaluating, generate
 from utils.models.token_choice import Sampling, choose_token, penalize
 
 PROMPTS = [[5, 17, 3, 44], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [33, 21]]
@@ -22,7 +22,7 @@ def models() -> dict[str, Any]:
     return {kind: build(kind) for kind in KINDS}
 
 
-def grow(model: Any, rows: list[Row], end_ids: tuple[int, ...] = ()) -> list[list[int]]:
+def grow(model: Any, rows: list[GrowingText], end_ids: tuple[int, ...] = ()) -> list[list[int]]:
     batch = Batch(model, rows, end_ids)
     with evaluating(model):
         while batch.is_growing:
@@ -56,11 +56,11 @@ def by_transformers(
 def test_greedy_is_what_transformers_makes(kind: str, models: dict[str, Any]) -> None:
     model = models[kind]
     together = by_transformers(model, PROMPTS, 10)
-    assert grow(model, [Row(prompt, GREEDY) for prompt in PROMPTS]) == together
+    assert grow(model, [GrowingText(prompt, GREEDY) for prompt in PROMPTS]) == together
     end = together[0][3]
     for prompts in (PROMPTS, *([prompt] for prompt in PROMPTS)):
         expected = by_transformers(model, prompts, 10, end)
-        rows = [Row(prompt, GREEDY) for prompt in prompts]
+        rows = [GrowingText(prompt, GREEDY) for prompt in prompts]
         assert grow(model, rows, (end,)) == expected
         finishes = ["max_tokens" if len(tokens) == 10 else "end_token" for tokens in expected]
         assert [row.finish for row in rows] == finishes
@@ -68,7 +68,7 @@ def test_greedy_is_what_transformers_makes(kind: str, models: dict[str, Any]) ->
 
 
 def test_repetition_is_penalized_as_transformers_does(models: dict[str, Any]) -> None:
-    rows = [Row(p, Sampling(10, temperature=0, repetition_penalty=1.7)) for p in PROMPTS]
+    rows = [GrowingText(p, Sampling(10, temperature=0, repetition_penalty=1.7)) for p in PROMPTS]
     plain = by_transformers(models["neox"], PROMPTS, 10)
     expected = by_transformers(models["neox"], PROMPTS, 10, repetition_penalty=1.7)
     assert grow(models["neox"], rows) == expected != plain
@@ -77,7 +77,7 @@ def test_repetition_is_penalized_as_transformers_does(models: dict[str, Any]) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_gives_a_text_whoever_is_beside_it(kind: str, models: dict[str, Any]) -> None:
     samplings = [Sampling(n, 0.9, top_p=0.95, seed=n) for n in (12, 3, 20, 70)]
-    rows = [Row(p, sampling) for p, sampling in zip(PROMPTS, samplings, strict=True)]
+    rows = [GrowingText(p, sampling) for p, sampling in zip(PROMPTS, samplings, strict=True)]
     alone = [generate(models[kind], row.prompt, row.sampling) for row in rows]
     # The last one is left alone when the others have ended, and its context is full twice.
     assert [len(tokens) for tokens in alone] == [12, 3, 20, 70]
@@ -90,12 +90,12 @@ def test_texts_whose_context_is_full_go_on_beside_others(models: dict[str, Any])
     prompts = [*PROMPTS, long, long[:CONTEXT]]
     sampling = Sampling(2 * CONTEXT, temperature=0)
     alone = [generate(models["neox"], prompt, sampling) for prompt in prompts]
-    assert grow(models["neox"], [Row(prompt, sampling) for prompt in prompts]) == alone
+    assert grow(models["neox"], [GrowingText(prompt, sampling) for prompt in prompts]) == alone
 
 
 def test_a_row_leaves_when_its_caller_says_so(models: dict[str, Any]) -> None:
     model = models["neox"]
-    rows = [Row(prompt, GREEDY) for prompt in PROMPTS]
+    rows = [GrowingText(prompt, GREEDY) for prompt in PROMPTS]
     batch = Batch(model, rows)
     with evaluating(model):
         batch.step()
@@ -116,18 +116,20 @@ def test_ids_that_pad_the_vocabulary_are_never_chosen() -> None:
         model.get_output_embeddings().weight[: VOCAB - 21] *= 0.001
     samplings = [Sampling(30, temperature=t, seed=4) for t in (0, 1, 5)]
     prompts = [[1, 2], [3], [4, 5, 6]]
-    rows = [Row(p, s) for p, s in zip(prompts, samplings, strict=True)]
+    rows = [GrowingText(p, s) for p, s in zip(prompts, samplings, strict=True)]
     texts = grow(model, rows)
     assert all(token < VOCAB - 21 for text in texts for token in text)
     with pytest.raises(UsageError, match=f"vocabulary of {VOCAB - 21}"):
-        Batch(model, [Row([1], GREEDY), Row([VOCAB - 21], GREEDY)])
+        Batch(model, [GrowingText([1], GREEDY), GrowingText([VOCAB - 21], GREEDY)])
 
 
 def test_a_row_without_finite_logits_ends_and_the_others_go_on() -> None:
     model = build()
     with torch.no_grad():
         model.gpt_neox.embed_in.weight[7] = float("nan")
-    rows = [Row(p, s) for p in ([1, 2], [7], [3, 4, 5]) for s in (GREEDY, Sampling(4, seed=1))]
+    rows = [
+        GrowingText(p, s) for p in ([1, 2], [7], [3, 4, 5]) for s in (GREEDY, Sampling(4, seed=1))
+    ]
     texts = grow(model, rows)
     assert [row.finish for row in rows[2:4]] == ["not_finite"] * 2
     assert texts[2:4] == [[], []]

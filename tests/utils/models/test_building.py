@@ -129,14 +129,15 @@ def test_a_compiler_that_fails_is_told_of_and_training_goes_on_without(
             )
         assert "does not work here, training goes on without: no compiler" in caplog.text
         assert "and more" not in caplog.text
-        before = [p.clone() for p in state.model.parameters()]
+        before = [p.clone() for p in state.loss_model.parameters()]
         training_utils.train_step(state, [torch.zeros((1, 16), dtype=torch.int64)] * 4, 1.0)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     assert not torch.equal(random_state, torch.get_rng_state())  # the weights were drawn
     assert any(
-        not torch.equal(old, new) for old, new in zip(before, state.model.parameters(), strict=True)
+        not torch.equal(old, new)
+        for old, new in zip(before, state.loss_model.parameters(), strict=True)
     )
 
 
@@ -169,7 +170,7 @@ def test_trying_the_compiler_draws_no_random_number_and_leaves_no_gradient(
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
         states.append(torch.get_rng_state())
-        assert all(p.grad is None for p in state.model.parameters())
+        assert all(p.grad is None for p in state.loss_model.parameters())
     assert torch.equal(*states)
 
 

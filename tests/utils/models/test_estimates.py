@@ -20,6 +20,7 @@ from utils.models.estimates import (
     LOGIT_BYTES,
     MemoryEstimate,
     ModelShape,
+    StepSetup,
     activation_bytes,
     count_pauses,
     estimate_evaluation_seconds,
@@ -69,20 +70,24 @@ def test_a_layer_keeps_what_autograd_keeps(policy: str, *, bf16: bool) -> None:
 
 
 def test_gradients_count_all_the_time_where_they_are_accumulated() -> None:
-    once = estimate_training_memory(SHAPE, micro_batch=4, sequence_length=512)
-    often = estimate_training_memory(SHAPE, micro_batch=4, sequence_length=512, accumulation=2)
+    once = estimate_training_memory(SHAPE, StepSetup(micro_batch=4, sequence_length=512))
+    often = estimate_training_memory(
+        SHAPE, StepSetup(micro_batch=4, sequence_length=512, accumulation=2)
+    )
     assert often.total - once.total >= once.gradients
 
 
 def test_several_ranks_have_buckets_besides_gradients() -> None:
-    one = estimate_training_memory(SHAPE, micro_batch=1, sequence_length=8)
-    two = estimate_training_memory(SHAPE, micro_batch=1, sequence_length=8, world_size=2)
+    one = estimate_training_memory(SHAPE, StepSetup(micro_batch=1, sequence_length=8))
+    two = estimate_training_memory(SHAPE, StepSetup(micro_batch=1, sequence_length=8, world_size=2))
     assert two.total - one.total >= one.gradients
 
 
 def test_sharded_ranks_hold_a_part_of_the_state_and_gather_two_layers() -> None:
     def estimate(**options: Any) -> MemoryEstimate:
-        return estimate_training_memory(SHAPE, micro_batch=1, sequence_length=8, **options)
+        return estimate_training_memory(
+            SHAPE, StepSetup(micro_batch=1, sequence_length=8, **options)
+        )
 
     whole, eight = estimate(world_size=8), estimate(world_size=8, is_sharded=True)
     assert eight.state == whole.state // 8
@@ -90,7 +95,7 @@ def test_sharded_ranks_hold_a_part_of_the_state_and_gather_two_layers() -> None:
     assert eight.casts == 4 * (SHAPE.embedding + 2 * layer)  # float32: gathered as they are
     half = estimate(world_size=8, is_sharded=True, precision="bf16")
     assert half.casts == eight.casts // 2
-    kept = estimate(world_size=8, is_sharded=True, reshards=False)
+    kept = estimate(world_size=8, is_sharded=True, is_resharded=False)
     assert kept.casts - eight.casts == 4 * layer * (SHAPE.layers - 2)
     assert eight.total < whole.total
     assert estimate(is_sharded=True) == estimate()  # one rank has nothing to share
@@ -99,7 +104,8 @@ def test_sharded_ranks_hold_a_part_of_the_state_and_gather_two_layers() -> None:
 def test_zero_keeps_whole_weights_and_divides_the_rest() -> None:
     def estimate(stage: int, **options: Any) -> MemoryEstimate:
         return estimate_training_memory(
-            SHAPE, micro_batch=1, sequence_length=8, world_size=8, zero_stage=stage, **options
+            SHAPE,
+            StepSetup(micro_batch=1, sequence_length=8, world_size=8, zero_stage=stage, **options),
         )
 
     ddp, one, two = estimate(0), estimate(1), estimate(2)
@@ -115,7 +121,9 @@ def test_zero_keeps_whole_weights_and_divides_the_rest() -> None:
 
 
 def test_memory_of_the_logits_grows_with_tokens_and_vocabulary() -> None:
-    one = estimate_training_memory(SHAPE, micro_batch=2, sequence_length=512, is_loss_chunked=False)
+    one = estimate_training_memory(
+        SHAPE, StepSetup(micro_batch=2, sequence_length=512, is_loss_chunked=False)
+    )
     assert one.logits == LOGIT_BYTES * 1024 * SHAPE.vocabulary
     assert one.state == 12 * SHAPE.parameters
 

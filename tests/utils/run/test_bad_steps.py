@@ -10,13 +10,13 @@ import pytest
 from configs.training_config import TrainingConfig
 from utils.run import bad_steps
 from utils.training.step_guard import NON_FINITE, SPIKE, Verdict
-from utils.training_utils import Progress
+from utils.training_utils import TrainingProgress
 
 
 @pytest.mark.parametrize("steps_since", [0, 1])
 def test_a_record_names_the_samples_of_the_step_and_is_strict_json(steps_since: int) -> None:
     step = 7 + steps_since  # the host may hear of it a step later
-    progress = Progress(step=step, sample_index=100 + 4 * step, global_batch_size=4)
+    progress = TrainingProgress(step=step, sample_index=100 + 4 * step, global_batch_size=4)
     verdict = Verdict(7, NON_FINITE, math.nan, math.inf)
     assert bad_steps.describe(verdict, progress, "skip") == {
         "step": 7,
@@ -45,5 +45,5 @@ def test_one_too_many_of_the_last_steps_ends_the_start(
     config = TrainingConfig(bad_step=policy, max_bad_steps=2)
     known = [{"step": step} for step in (*earlier, 2000)]
     verdict = Verdict(2000, SPIKE, 50.0, 1.0)
-    found = bad_steps.find_divergence(verdict, Progress(step=2000, bad_steps=known), config)
+    found = bad_steps.find_divergence(verdict, TrainingProgress(step=2000, bad_steps=known), config)
     assert found is None if message is None else message in str(found)

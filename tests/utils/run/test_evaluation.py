@@ -43,7 +43,8 @@ def state_of(
         device=torch.device("cpu"),
         reduce=lambda tensor, how: tensor,
     )
-    return SimpleNamespace(accelerator=accelerator, loss_model=model, is_sharded=is_sharded)
+    division = SimpleNamespace(has_whole_weights=not is_sharded)
+    return SimpleNamespace(accelerator=accelerator, loss_model=model, division=division)
 
 
 def open_data(directory: Path, num_samples: int) -> ValidationData:

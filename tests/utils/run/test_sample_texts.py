@@ -59,7 +59,7 @@ def state_of(kind: DistributedType = DistributedType.NO) -> Any:
     return SimpleNamespace(
         accelerator=accelerator,
         core_model=SimpleNamespace(config=SimpleNamespace(bos_token_id=7)),
-        is_sharded=False,
+        division=SimpleNamespace(has_whole_weights=True),
         progress=SimpleNamespace(step=40),
     )
 

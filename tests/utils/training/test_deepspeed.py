@@ -100,7 +100,7 @@ def test_what_it_cannot_do_is_refused(
 
 def test_another_layout_than_the_known_one_is_refused() -> None:
     """What DeepSpeed says of each weight's place has to agree with what is counted here."""
-    engine = deepspeed.ZeroEngine.__new__(deepspeed.ZeroEngine)
+    engine = deepspeed.ZeroPartitioned.__new__(deepspeed.ZeroPartitioned)
     engine._rank, engine._groups = 0, [FlatGroup(((5, 3), (7,)), 12, 2)]
 
     def held(numel: int | None) -> SimpleNamespace:

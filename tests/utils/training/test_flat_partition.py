@@ -47,7 +47,7 @@ def test_every_row_is_one_ranks_and_heads_complete_it(
             rows[index] += range(begin, end)
             length, fragment = group.row_length(index), fragments[index]
             needed = max(0, end * length - fragment.end)
-            heads = group.heads_behind(rank, needed)
+            heads = group.following_heads(rank, needed)
             assert sum(taken for _, taken in heads) == needed
             for behind, taken in heads:
                 given_away[behind] += taken
@@ -65,7 +65,7 @@ def test_a_row_may_be_longer_than_a_partition() -> None:
     group = FlatGroup(((2, 10),), 6, 4)
     assert [group.head(rank) for rank in range(4)] == [0, 4, 6, 2]
     assert [group.own_rows(rank) for rank in range(4)] == [{0: (0, 1)}, {0: (1, 2)}, {}, {}]
-    assert group.heads_behind(0, 4) == [(1, 4)]
-    assert group.heads_behind(1, 8) == [(2, 6), (3, 2)]
+    assert group.following_heads(0, 4) == [(1, 4)]
+    assert group.following_heads(1, 8) == [(2, 6), (3, 2)]
     assert group.fragments(3) == [Fragment(0, 18, 20, 0)]
     assert group.covering_rows(2) == {0: (1, 2)}

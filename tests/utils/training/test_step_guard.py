@@ -29,7 +29,7 @@ def test_what_is_not_finite_is_bad(bad: float) -> None:
 
 
 def test_overflow_is_the_loss_scalers_business() -> None:
-    guard = StepGuard(CPU, sigma=None, window=10, checks_gradients=False)
+    guard = StepGuard(CPU, sigma=None, window=10, should_check_gradients=False)
     assert judge(guard, 1, 2.0, grad_norm=math.inf) == GOOD
     assert judge(guard, 2, math.inf) == NON_FINITE
 
@@ -71,7 +71,7 @@ def test_a_window_is_brought_back() -> None:
 
 
 def test_on_the_device_the_host_reads_one_step_later() -> None:
-    guard = StepGuard(CPU, sigma=None, window=4, on_device=True)
+    guard = StepGuard(CPU, sigma=None, window=4, is_on_device=True)
     judge(guard, 1, math.nan)
     assert guard.take(newest=False) == []
     judge(guard, 2, 1.0)

@@ -20,7 +20,7 @@ from configs.model_config import (
 )
 from configs.training_config import TrainingConfig
 from utils.base.text import format_bytes
-from utils.models.estimates import ModelShape, estimate_training_memory
+from utils.models.estimates import ModelShape, StepSetup, estimate_training_memory
 from utils.models.mfu import flops_per_token
 from utils.tools.diagnosis.diagnosis import NOTE, PROBLEM, Finding
 
@@ -144,13 +144,15 @@ def _needed_bytes(
     shape = _shape(config)
     return estimate_training_memory(
         shape,
-        micro_batch=micro_batch,
-        sequence_length=config.sequence_length,
-        precision=precision,
-        gradient_checkpointing=config.gradient_checkpointing_policy if checkpointing else "",
-        accumulation=max(1, samples // micro_batch),
-        device=device,
-        is_loss_chunked=is_loss_chunked(shape.kind, config.loss_implementation),
+        StepSetup(
+            micro_batch=micro_batch,
+            sequence_length=config.sequence_length,
+            precision=precision,
+            gradient_checkpointing=config.gradient_checkpointing_policy if checkpointing else "",
+            accumulation=max(1, samples // micro_batch),
+            device=device,
+            is_loss_chunked=is_loss_chunked(shape.kind, config.loss_implementation),
+        ),
     ).total
 
 

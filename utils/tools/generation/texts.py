@@ -18,7 +18,7 @@ import torch
 
 from utils.base.errors import ResourceShortageError, UsageError
 from utils.base.text import printable
-from utils.models.generation import Batch, Row, evaluating, require_known_ids
+from utils.models.generation import Batch, GrowingText, evaluating, require_known_ids
 from utils.models.text_stream import StopFinder, TextStream
 from utils.models.token_choice import Sampling
 from utils.models.tokenizer import encode_prompt
@@ -225,7 +225,7 @@ class _Growing:
     """A text on its way."""
 
     def __init__(self, job: Job, tokenizer: Any, stops: Sequence[str]) -> None:
-        self.row = Row(job.ids, job.sampling)
+        self.row = GrowingText(job.ids, job.sampling)
         self.is_closed = False
         self._job = job
         # Before the begin of a text stands a token, but no text.
