@@ -36,6 +36,7 @@ AUTO = "auto"
 REPORT_TARGETS = ("tensorboard", "wandb")
 MAX_SEED = 2**63 - 1
 MAX_HOURLY_PRICE = 1e9
+BAD_STEP_SPAN = 1000  # `max_bad_steps` is counted over so many steps
 BAD_SHARD_POLICIES = ("stop", "skip")
 BAD_STEP_POLICIES = ("stop", "skip", "rollback")
 SAVE_OVERLAP_POLICIES = ("wait", "skip")

@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
         "utils.corpus.documents",
         "utils.base.startup",
         "utils.base.ranks",
+        "utils.base.retrying",
     },
     {
         "utils.storage.bucket",

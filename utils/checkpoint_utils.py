@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from accelerate.utils import load as load_tensors
 
-from configs.model_config import with_older_keys
+from configs.model_config import CONFIG_FILE, with_older_keys
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, UnreadableCheckpointError
 from utils.checkpoint_metadata import build_metadata
@@ -61,7 +61,6 @@ from utils.training_utils import Progress, TrainState
 SCHEDULER_FILE = "scheduler.bin"
 SCHEDULER_BACKUP_FILE = "scheduler_state.pt"
 SCALER_FILE = "scaler.pt"
-CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from utils.base.errors import UsageError
+from utils.base.progress import OnProgress
 from utils.corpus import shard_writer, tokenization
 from utils.corpus.documents import SPLITS, TRAINING, VALIDATION, Document, TokenizedDocument
 from utils.corpus.output import (
@@ -32,13 +33,14 @@ from utils.corpus.output import (
     describe_tokenizer,
     find_finished_shards,
     is_intact,
-    read_tokenizer,
+    read_described_tokenizer,
 )
-from utils.corpus.reading import OnProgress, Reading
-from utils.corpus.shard_writer import INDEX_FILE, PARTIAL_INDEX_FILE, Progress, ShardWriter
+from utils.corpus.reading import Reading
+from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, FinishedShards, ShardWriter
 from utils.corpus.text_sources import Source
 from utils.corpus.token_files import TokenFileSource
 from utils.corpus.tokenization import EncodingCache, Tokenizer
+from utils.data.shard_index import INDEX_FORMAT, INDEX_OBJECT
 from utils.models.tokenizer import END_OF_TEXT
 from utils.storage.bucket import Bucket
 
@@ -166,7 +168,7 @@ def prepare_corpus(
     if isinstance(found, Preparation):
         return found
     partial = found.partial
-    tokenizer = partial and read_tokenizer(bucket, partial)
+    tokenizer = partial and read_described_tokenizer(bucket, partial)
     # Even shards are cut by the number of all tokens, so those begin again.
     finished = None
     if partial and tokenizer and options.shard_tokens is not None:
@@ -205,7 +207,7 @@ def prepare_corpus(
     for document in tokens:
         writer.add(document.ids, document.split)
     index = _build_index(fingerprint, tokenizer, reading, writer.finish())
-    shard_writer.put_json(bucket, INDEX_FILE, index)
+    shard_writer.put_json(bucket, INDEX_OBJECT, index)
     bucket.delete(PARTIAL_INDEX_FILE)
     return Preparation(index, is_new=True)
 
@@ -217,7 +219,7 @@ def _look_at_output(bucket: Bucket, fingerprint: str, overwrite: bool) -> Prepar
         UsageError: It holds something else.
         DataError: What it says of itself cannot be read.
     """
-    index = shard_writer.get_old_json(bucket, INDEX_FILE, overwrite)
+    index = shard_writer.get_old_json(bucket, INDEX_OBJECT, overwrite)
     if index and index.get("source_fingerprint") == fingerprint and is_intact(bucket, index):
         if bucket.stat(PARTIAL_INDEX_FILE):
             bucket.delete(PARTIAL_INDEX_FILE)
@@ -275,7 +277,7 @@ def _find_tokenizer(
 ) -> Tokenizer | None:
     """Return the tokenizer, or None where one is to be trained."""
     if options.tokenizer is not None:
-        tokenizer = tokenization.load_tokenizer(options.tokenizer)
+        tokenizer = tokenization.resolve_tokenizer(options.tokenizer)
         _logger.info("Tokenizer %s: %d tokens.", options.tokenizer, tokenizer.vocab_size)
         return tokenizer
     assert options.vocab_size is not None
@@ -356,7 +358,7 @@ def _even_shard_tokens(tokens: Sequence[TokenizedDocument]) -> int:
 def _tokenize(
     reading: Reading,
     tokenizer: Tokenizer,
-    finished: Progress | None,
+    finished: FinishedShards | None,
     cache: EncodingCache | None,
 ) -> Iterable[TokenizedDocument]:
     left = {split: finished.num_documents(split) if finished else 0 for split in SPLITS}
@@ -373,14 +375,14 @@ def _tokenize(
 
 
 def _build_index(
-    fingerprint: str, tokenizer: Tokenizer, reading: Reading, progress: Progress
+    fingerprint: str, tokenizer: Tokenizer, reading: Reading, progress: FinishedShards
 ) -> dict[str, Any]:
     by_split = {
         split: sum(s.tokens for s in progress.shards if shard_writer.split_of(s.name) == split)
         for split in SPLITS
     }
     return {
-        "format": shard_writer.INDEX_FORMAT,
+        "format": INDEX_FORMAT,
         "source_fingerprint": fingerprint,
         **describe_tokenizer(tokenizer),
         "shards": shard_writer.entries_to_json(progress.shards),

@@ -25,7 +25,7 @@ FOLDER = "tensorboard"
 # TensorBoard, at every start. A test compares.
 
 # What the HPARAMS tab compares runs by.
-METRICS = ("validation/best_loss", "validation/loss", "train/loss")
+_COMPARED_METRICS = ("validation/best_loss", "validation/loss", "train/loss")
 COMPARED = ("learning_rate", "max_steps", "num_parameters", "seed", "tokens_per_step")
 MAX_LINE = 2000
 
@@ -158,7 +158,7 @@ def _experiment(start: RunStart) -> Any:
         # Those that differ between runs come first in the table; these are the ones to compare.
         info = {"name": name, "type": kind, "differs": name in COMPARED}
         infos.append(api_pb2.HParamInfo(**info))
-    metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in METRICS]
+    metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in _COMPARED_METRICS]
     experiment = api_pb2.Experiment(hparam_infos=infos, metric_infos=metrics)
     return _hyperparameters("experiment", experiment=experiment)
 

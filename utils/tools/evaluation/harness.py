@@ -21,11 +21,11 @@ from typing import Any
 
 from utils.base.errors import PretrainError, UsageError
 from utils.base.text import number, printable, reason_of
+from utils.tools.evaluation.log import ERROR_SUFFIX
 from utils.tools.generation.loading import LoadedModel
 
 BOOTSTRAP_ROUNDS = 1000
 INSTALL = 'pip install "lm-eval[hf]>=0.4.9"'
-STDERR = "_stderr"
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def harness_values(row: Mapping[str, Any]) -> dict[str, float | None]:
         metric, _, filtered = key.partition(",")
         if not filtered or isinstance(value, str):
             continue
-        base = metric.removesuffix(STDERR)
-        suffix = STDERR if metric != base else ""
+        base = metric.removesuffix(ERROR_SUFFIX)
+        suffix = ERROR_SUFFIX if metric != base else ""
         name = base if filtered == "none" else f"{base} ({filtered})"
         values[f"{name}{suffix}"] = number(value)
     return values
