@@ -159,32 +159,17 @@ def prepare_corpus(
         StorageError: The bucket cannot be read or written.
     """
     is_tokenized = _check_sources([*sources, *validation_sources], options)
-    contents = _Contents(
-        tuple(source.fingerprint() for source in sources),
-        tuple(source.fingerprint() for source in validation_sources),
-    )
+    contents = _Contents.of(sources, validation_sources)
     fingerprint = _fingerprint(contents, options)
     found = _look_at_output(bucket, fingerprint, overwrite)
     if isinstance(found, Preparation):
         return found
-    partial = found.partial
-    tokenizer = partial and read_described_tokenizer(bucket, partial)
-    # Even shards are cut by the number of all tokens, so those begin again.
-    finished = None
-    if partial and tokenizer and options.shard_tokens is not None:
-        finished = find_finished_shards(bucket, partial)
+    tokenizer, finished = _read_partial(bucket, found.partial, options)
     tokenizer = tokenizer or _find_tokenizer(contents, options, is_tokenized, token_cache)
     if tokenizer is not None:
         sources = _with_vocabulary(sources, tokenizer)
         validation_sources = _with_vocabulary(validation_sources, tokenizer)
-    reading = Reading(
-        sources,
-        validation_sources,
-        validation_fraction=options.validation_fraction,
-        validation_tail=options.validation_tail,
-        deduplicate=options.deduplicate,
-        on_progress=on_progress,
-    )
+    reading = _open_reading(sources, validation_sources, options, on_progress)
     if tokenizer is None:
         tokenizer = _train_tokenizer(reading, options)
         if token_cache is not None:
@@ -197,16 +182,8 @@ def prepare_corpus(
     if finished is None:
         log.begin(found.stale)
     tokens = _tokenize(reading, tokenizer, finished, token_cache)
-    shard_tokens = options.shard_tokens
-    if shard_tokens is None:
-        tokens = list(tokens)
-        shard_tokens = _even_shard_tokens(tokens)
-    writer = ShardWriter(
-        bucket, tokenizer.vocab_size, shard_tokens, options.compress, finished, log.record
-    )
-    for document in tokens:
-        writer.add(document.ids, document.split)
-    index = _build_index(fingerprint, tokenizer, reading, writer.finish())
+    shards = _write_shards(bucket, tokens, tokenizer.vocab_size, options, finished, log)
+    index = _build_index(fingerprint, tokenizer, reading, shards)
     shard_writer.put_json(bucket, INDEX_OBJECT, index)
     bucket.delete(PARTIAL_INDEX_FILE)
     return Preparation(index, is_new=True)
@@ -227,11 +204,44 @@ def _look_at_output(bucket: Bucket, fingerprint: str, overwrite: bool) -> Prepar
     return claim_output(bucket, index, fingerprint, overwrite)
 
 
+def _read_partial(
+    bucket: Bucket, partial: dict[str, Any] | None, options: CorpusOptions
+) -> tuple[Tokenizer | None, FinishedShards | None]:
+    """Return the tokenizer and the shards of an interrupted preparation, None for what is not."""
+    tokenizer = read_described_tokenizer(bucket, partial) if partial else None
+    # Even shards are cut by the number of all tokens, so those begin again.
+    if not partial or tokenizer is None or options.shard_tokens is None:
+        return tokenizer, None
+    return tokenizer, find_finished_shards(bucket, partial)
+
+
+def _open_reading(
+    sources: Sequence[Source],
+    validation_sources: Sequence[Source],
+    options: CorpusOptions,
+    on_progress: OnProgress | None,
+) -> Reading:
+    return Reading(
+        sources,
+        validation_sources,
+        validation_fraction=options.validation_fraction,
+        validation_tail=options.validation_tail,
+        deduplicate=options.deduplicate,
+        on_progress=on_progress,
+    )
+
+
 class _Contents(NamedTuple):
     """Hashes of the sources."""
 
     sources: tuple[str, ...]
     validation_sources: tuple[str, ...]
+
+    @classmethod
+    def of(cls, sources: Sequence[Source], validation_sources: Sequence[Source]) -> _Contents:
+        """Read the sources."""
+        kinds = (sources, validation_sources)
+        return cls(*(tuple(source.fingerprint() for source in kind) for kind in kinds))
 
 
 def _check_sources(sources: Sequence[Source], options: CorpusOptions) -> bool:
@@ -348,6 +358,24 @@ def _told_of_markers(texts: Iterable[str]) -> Iterator[str]:
             count,
             END_OF_TEXT,
         )
+
+
+def _write_shards(
+    bucket: Bucket,
+    tokens: Iterable[TokenizedDocument],
+    vocab_size: int,
+    options: CorpusOptions,
+    finished: FinishedShards | None,
+    log: ShardLog,
+) -> FinishedShards:
+    shard_tokens = options.shard_tokens
+    if shard_tokens is None:
+        tokens = list(tokens)
+        shard_tokens = _even_shard_tokens(tokens)
+    writer = ShardWriter(bucket, vocab_size, shard_tokens, options.compress, finished, log.record)
+    for document in tokens:
+        writer.add(document.ids, document.split)
+    return writer.finish()
 
 
 def _even_shard_tokens(tokens: Sequence[TokenizedDocument]) -> int:

@@ -410,7 +410,7 @@ class Uploader:
 
     def _fail(self, item: _Item, run_id: str, error: str) -> None:
         name = item.path.name
-        if not item.path.exists() and self._was_given_up(name):
+        if not item.path.exists() and _was_given_up(self._journal, name):
             log.warning("%s was given up while it waited for its upload.", name)
             return
         self.failures[name] = error
@@ -435,13 +435,6 @@ class Uploader:
             self._journal.record(name, run_id, state, **details)
         except OSError as exc:  # the disk may be full; the worker must outlive it
             log.error("%s cannot be written: %s.", self._journal.path, exc.strerror or exc)
-
-    def _was_given_up(self, name: str) -> bool:
-        given_up = (name, UploadState.SUPERSEDED)
-        with contextlib.suppress(OSError):
-            entries = self._journal.entries()
-            return any((entry.checkpoint, entry.state) == given_up for entry in entries)
-        return False
 
 
 class _Progress:
@@ -498,6 +491,13 @@ class _Progress:
         if report.size:
             return min(1.0, report.sent / report.size)
         return min(1.0, report.read / max(1, report.total))
+
+
+def _was_given_up(journal: Journal, name: str) -> bool:
+    given_up = (name, UploadState.SUPERSEDED)
+    with contextlib.suppress(OSError):
+        return any((entry.checkpoint, entry.state) == given_up for entry in journal.entries())
+    return False
 
 
 def _jittered(seconds: float) -> float:

@@ -86,18 +86,10 @@ def run_harness(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    manager = TaskManager(include_path=None if tasks_path is None else str(tasks_path))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        names = ", ".join(printable(task) for task in unknown)
-        raise UsageError(
-            f"--tasks: lm-evaluation-harness {version} knows no {names}. lm_eval ls tasks lists "
-            "all; --tasks-path DIR adds those of a directory."
-        )
+    manager = _find_tasks(tasks, tasks_path, version)
     try:
         model = HFLM(
             pretrained=loaded.model,
@@ -121,6 +113,21 @@ def run_harness(
     except Exception as exc:  # whatever a task, its data or the network meets first
         raise UsageError(f"lm-evaluation-harness {version}: {reason_of(exc)}") from exc
     return [_result(task, found, version, limit) for task in found["results"]]
+
+
+def _find_tasks(tasks: Sequence[str], tasks_path: Path | None, version: str) -> Any:
+    """Return the harness's manager, which knows these tasks."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if tasks_path is None else str(tasks_path))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        names = ", ".join(printable(task) for task in unknown)
+        raise UsageError(
+            f"--tasks: lm-evaluation-harness {version} knows no {names}. lm_eval ls tasks lists "
+            "all; --tasks-path DIR adds those of a directory."
+        )
+    return manager
 
 
 def _result(task: str, found: Mapping[str, Any], version: str, limit: int | None) -> HarnessResult:
