@@ -23,6 +23,7 @@ STILL_DOUBLE = {
     "Rows",
     "SHOWN_PROCESSES",
     "SIXTEEN_BIT",
+    "TABLES",
     "WARM_UP_STEPS",
 }
 
