@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 FILE_SUFFIX = ".json"
 MAX_FILE_BYTES = 2**20
-MAX_SHOWN_CHARACTERS = 60
+_SHOWN_CHARACTERS = 60
+CONFIG_FILE = "config.json"  # of a model, as transformers has it
 
 UNPADDED_KEY = "unpadded_vocab_size"
 """In the config of a model whose vocabulary is padded: the number of ids that mean something."""
@@ -433,7 +434,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def _shown(text: str, limit: int = MAX_SHOWN_CHARACTERS) -> str:
+def _shown(text: str, limit: int = _SHOWN_CHARACTERS) -> str:
     """Return a text of a file as a terminal may see it."""
     shown = "".join(c if c.isprintable() else "?" for c in text[:limit])
     return shown.encode("utf-8", "replace").decode("utf-8") + ("..." if len(text) > limit else "")

@@ -31,11 +31,11 @@ LR_SCHEDULER_TYPES = ("cosine", "linear", "constant")
 SAVE_FORMATS = ("safetensors", "bin")
 UPLOAD_TRANSPORTS = ("auto", "python", "gcloud", "gsutil", "directory")
 UPLOAD_COMPRESSIONS = ("fast", "small", "none")
-_UPLOAD_LIMITS = ("upload_max_mbps", "upload_stall_seconds")
 AUTO = "auto"
 REPORT_TARGETS = ("tensorboard", "wandb")
 MAX_SEED = 2**63 - 1
 MAX_HOURLY_PRICE = 1e9
+BAD_STEP_SPAN = 1000  # `max_bad_steps` is counted over so many steps
 BAD_SHARD_POLICIES = ("stop", "skip")
 BAD_STEP_POLICIES = ("stop", "skip", "rollback")
 SAVE_OVERLAP_POLICIES = ("wait", "skip")
@@ -322,138 +322,11 @@ class TrainingConfig:
     """debug, info, warning or error."""
 
     def __post_init__(self) -> None:
-        for key in ("max_steps", "per_device_train_batch_size", "save_steps", "logging_steps"):
-            self._require_at_least(key, 1)
-        for key in (
-            "keep_checkpoints",
-            "max_unverified",
-            "shuffle_window_shards",
-            "upload_streams",
-        ):
-            self._require_at_least(key, 1)
-        for key in (
-            "global_batch_size",
-            "gradient_accumulation_steps",
-            "per_device_eval_batch_size",
-            "eval_steps",
-            "max_eval_samples",
-            "cache_limit_bytes",
-            "keep_every_steps",
-            "pad_vocab_to_multiple_of",
-            "save_seconds",
-        ):
-            if getattr(self, key) is not None:
-                self._require_at_least(key, 1)
-        self._require_at_least("sequence_length", 2)
-        self._require_at_least("spike_window", 2)
-        for key in (
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "max_bad_steps",
-            "sample_tokens",
-        ):
-            self._require_at_least(key, 0)
-        for key in ("upload_deadline_seconds", "grace_seconds"):
-            self._require_at_least(key, 0)
-        if self.hourly_price is not None:
-            self._require_between("hourly_price", 0, MAX_HOURLY_PRICE)
-        self._require_between("seed", 0, MAX_SEED)
-        self._require_between("min_lr_rate", 0.0, 1.0)
-        self._require_below_one("adam_beta1")
-        self._require_below_one("adam_beta2")
-        for key in ("learning_rate", "adam_epsilon", "spike_sigma", *_UPLOAD_LIMITS):
-            value = getattr(self, key)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{key} must be above 0, got {value}.")
-        self._check_choices()
-        self._check_combinations()
-
-    def _check_choices(self) -> None:
-        self._require_one_of("lr_scheduler_type", LR_SCHEDULER_TYPES)
-        self._require_one_of("save_format", SAVE_FORMATS)
-        self._require_one_of("upload_transport", UPLOAD_TRANSPORTS)
-        self._require_one_of("upload_compression", UPLOAD_COMPRESSIONS)
-        self._require_one_of("attn_implementation", ATTENTION_IMPLEMENTATIONS)
-        self._require_one_of("gradient_checkpointing_policy", CHECKPOINTING_POLICIES)
-        self._require_one_of("loss_implementation", LOSS_IMPLEMENTATIONS)
-        self._require_one_of("sharding", SHARDINGS)
-        self._require_one_of("log_level", LOG_LEVELS)
-        self._require_one_of("bad_shard", BAD_SHARD_POLICIES)
-        self._require_one_of("bad_step", BAD_STEP_POLICIES)
-        self._require_one_of("save_overlap", SAVE_OVERLAP_POLICIES)
-        self._require_one_of("failed_save", FAILED_SAVE_POLICIES)
-        for target in self.report_to:
-            if target not in REPORT_TARGETS:
-                raise ConfigError(
-                    f"report_to must hold only {', '.join(REPORT_TARGETS)}; got {target!r}."
-                )
-
-    def _check_combinations(self) -> None:
-        if isinstance(self.data_uri, list):
-            _check_mixture(self.data_uri)
-        self._check_places()
-        if self.max_files is not None and self.max_files != -1 and self.max_files < 1:
-            raise ConfigError(
-                f"max_files must be at least 1, or null or -1 for all; got {self.max_files}."
-            )
-        for key, value in self.model_overrides.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"model_overrides.{key} must be a finite number, got {value}.")
-        for prompt in self.sample_prompts:
-            if not _is_text(prompt):
-                raise ConfigError(f"sample_prompts: {prompt!a} is no text that can be encoded.")
-        if self.bf16 and self.fp16:
-            raise ConfigError("bf16 and fp16 are both true: choose one.")
-        self._check_batch()
-
-    def _check_places(self) -> None:
-        places = [("data_uri", uri, PLACES) for uri, _ in self.data_sources]
-        places += [("checkpoint_uri", self.checkpoint_uri, PLACES)]
-        for key in ("output_dir", "logging_dir", "cache_dir"):
-            places += [(key, getattr(self, key), LOCAL_PLACES)]
-        for key, text, kinds in places:
-            if mistake := find_mistake(text, kinds):
-                raise ConfigError(f"{key} {mistake}")
-
-    def _check_batch(self) -> None:
-        if self.auto_find_batch_size and not self.global_batch_size:
-            raise ConfigError(
-                "per_device_train_batch_size auto needs global_batch_size, the samples of a step."
-            )
-        if self.auto_find_batch_size and self.gradient_accumulation_steps:
-            raise ConfigError(
-                "per_device_train_batch_size auto finds gradient_accumulation_steps too: leave it "
-                "out."
-            )
-        if self.global_batch_size and self.gradient_accumulation_steps:
-            micro = self.per_device_train_batch_size * self.gradient_accumulation_steps
-            if self.global_batch_size % micro:
-                raise ConfigError(
-                    f"global_batch_size {self.global_batch_size} is no multiple of "
-                    f"per_device_train_batch_size x gradient_accumulation_steps = {micro}. "
-                    "Leave gradient_accumulation_steps out to have it computed."
-                )
-
-    def _require_at_least(self, key: str, limit: float) -> None:
-        value = getattr(self, key)
-        if not limit <= value < math.inf:
-            raise ConfigError(f"{key} must be at least {limit}, got {value}.")
-
-    def _require_between(self, key: str, low: float, high: float) -> None:
-        value = getattr(self, key)
-        if not low <= value <= high:
-            raise ConfigError(f"{key} must be between {low} and {high}, got {value}.")
-
-    def _require_below_one(self, key: str) -> None:
-        value = getattr(self, key)
-        if not 0.0 <= value < 1.0:
-            raise ConfigError(f"{key} must be at least 0.0 and below 1.0, got {value}.")
-
-    def _require_one_of(self, key: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, key)
-        if value not in choices:
-            raise ConfigError(f"{key} must be one of {', '.join(choices)}; got {value!r}.")
+        _check_ranges(self)
+        _check_choices(self)
+        _check_places(self)
+        _check_contents(self)
+        _check_batch(self)
 
     @property
     def data_sources(self) -> list[tuple[str, float]]:
@@ -505,6 +378,148 @@ class TrainingConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values."""
         return asdict(self)
+
+
+# Key -> its least value; null passes where the type allows it.
+_LEAST_VALUES = {
+    **dict.fromkeys(
+        (
+            "max_steps",
+            "per_device_train_batch_size",
+            "save_steps",
+            "logging_steps",
+            "keep_checkpoints",
+            "max_unverified",
+            "shuffle_window_shards",
+            "upload_streams",
+            "global_batch_size",
+            "gradient_accumulation_steps",
+            "per_device_eval_batch_size",
+            "eval_steps",
+            "max_eval_samples",
+            "cache_limit_bytes",
+            "keep_every_steps",
+            "pad_vocab_to_multiple_of",
+            "save_seconds",
+        ),
+        1,
+    ),
+    **dict.fromkeys(("sequence_length", "spike_window"), 2),
+    **dict.fromkeys(
+        (
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "max_bad_steps",
+            "sample_tokens",
+            "upload_deadline_seconds",
+            "grace_seconds",
+        ),
+        0,
+    ),
+}
+_INTERVALS = {
+    "hourly_price": (0, MAX_HOURLY_PRICE),
+    "seed": (0, MAX_SEED),
+    "min_lr_rate": (0.0, 1.0),
+}
+_BELOW_ONE = ("adam_beta1", "adam_beta2")
+_ABOVE_ZERO = (
+    "learning_rate",
+    "adam_epsilon",
+    "spike_sigma",
+    "upload_max_mbps",
+    "upload_stall_seconds",
+)
+_CHOICES = {
+    "lr_scheduler_type": LR_SCHEDULER_TYPES,
+    "save_format": SAVE_FORMATS,
+    "upload_transport": UPLOAD_TRANSPORTS,
+    "upload_compression": UPLOAD_COMPRESSIONS,
+    "attn_implementation": ATTENTION_IMPLEMENTATIONS,
+    "gradient_checkpointing_policy": CHECKPOINTING_POLICIES,
+    "loss_implementation": LOSS_IMPLEMENTATIONS,
+    "sharding": SHARDINGS,
+    "log_level": LOG_LEVELS,
+    "bad_shard": BAD_SHARD_POLICIES,
+    "bad_step": BAD_STEP_POLICIES,
+    "save_overlap": SAVE_OVERLAP_POLICIES,
+    "failed_save": FAILED_SAVE_POLICIES,
+}
+
+
+def _check_ranges(config: TrainingConfig) -> None:
+    values = {key: value for key, value in vars(config).items() if value is not None}
+    for key, limit in _LEAST_VALUES.items():
+        if key in values and not limit <= values[key] < math.inf:
+            raise ConfigError(f"{key} must be at least {limit}, got {values[key]}.")
+    for key, (low, high) in _INTERVALS.items():
+        if key in values and not low <= values[key] <= high:
+            raise ConfigError(f"{key} must be between {low} and {high}, got {values[key]}.")
+    for key in _BELOW_ONE:
+        if not 0.0 <= values[key] < 1.0:
+            raise ConfigError(f"{key} must be at least 0.0 and below 1.0, got {values[key]}.")
+    for key in _ABOVE_ZERO:
+        if key in values and not 0 < values[key] < math.inf:
+            raise ConfigError(f"{key} must be above 0, got {values[key]}.")
+    if config.max_files is not None and config.max_files != -1 and config.max_files < 1:
+        raise ConfigError(
+            f"max_files must be at least 1, or null or -1 for all; got {config.max_files}."
+        )
+
+
+def _check_choices(config: TrainingConfig) -> None:
+    for key, choices in _CHOICES.items():
+        value = getattr(config, key)
+        if value not in choices:
+            raise ConfigError(f"{key} must be one of {', '.join(choices)}; got {value!r}.")
+    for target in config.report_to:
+        if target not in REPORT_TARGETS:
+            raise ConfigError(
+                f"report_to must hold only {', '.join(REPORT_TARGETS)}; got {target!r}."
+            )
+    if config.bf16 and config.fp16:
+        raise ConfigError("bf16 and fp16 are both true: choose one.")
+
+
+def _check_places(config: TrainingConfig) -> None:
+    if isinstance(config.data_uri, list):
+        _check_mixture(config.data_uri)
+    places = [("data_uri", uri, PLACES) for uri, _ in config.data_sources]
+    places += [("checkpoint_uri", config.checkpoint_uri, PLACES)]
+    for key in ("output_dir", "logging_dir", "cache_dir"):
+        places += [(key, getattr(config, key), LOCAL_PLACES)]
+    for key, text, kinds in places:
+        if mistake := find_mistake(text, kinds):
+            raise ConfigError(f"{key} {mistake}")
+
+
+def _check_contents(config: TrainingConfig) -> None:
+    for key, value in config.model_overrides.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"model_overrides.{key} must be a finite number, got {value}.")
+    for prompt in config.sample_prompts:
+        if not _is_text(prompt):
+            raise ConfigError(f"sample_prompts: {prompt!a} is no text that can be encoded.")
+
+
+def _check_batch(config: TrainingConfig) -> None:
+    if config.auto_find_batch_size and not config.global_batch_size:
+        raise ConfigError(
+            "per_device_train_batch_size auto needs global_batch_size, the samples of a step."
+        )
+    if config.auto_find_batch_size and config.gradient_accumulation_steps:
+        raise ConfigError(
+            "per_device_train_batch_size auto finds gradient_accumulation_steps too: leave it out."
+        )
+    if config.global_batch_size and config.gradient_accumulation_steps:
+        micro = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        if config.global_batch_size % micro:
+            raise ConfigError(
+                f"global_batch_size {config.global_batch_size} is no multiple of "
+                f"per_device_train_batch_size x gradient_accumulation_steps = {micro}. "
+                "Leave gradient_accumulation_steps out to have it computed."
+            )
 
 
 def _is_text(text: str) -> bool:

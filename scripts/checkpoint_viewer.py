@@ -88,6 +88,7 @@ from utils.tracking.plots import (
 
 # rich draws about 600 rows a second: a long list is printed as plain columns.
 MAX_TABLE_ROWS = 100
+NAMES = "name, step number, latest, best, or what one name alone begins or ends with"
 CHART_WIDTH = 78
 LOSS_CHART_LINES, CHART_LINES = 12, 6
 
@@ -129,21 +130,30 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    names = "name, step number, latest, best, or what one name alone begins or ends with"
-    listing = add("list", run_list, "list all checkpoints; in a terminal as a table")
-    add_list_options(listing)
-    add("view", run_view, "show one checkpoint").add_argument("name", metavar="NAME", help=names)
-    compare = add("compare", run_compare, "show checkpoints side by side")
+    add_list_options(add("list", run_list, "list all checkpoints; in a terminal as a table"))
+    add("view", run_view, "show one checkpoint").add_argument("name", metavar="NAME", help=NAMES)
+    add_compare_options(add("compare", run_compare, "show checkpoints side by side"))
+    add_plot_options(
+        add("plot", run_plot, "draw the curves of checkpoints, several in one picture")
+    )
+    return parser
+
+
+def add_compare_options(compare: argparse.ArgumentParser) -> None:
+    """Add what only `compare` takes."""
     compare.add_argument(
-        "names", metavar="NAME", nargs="*", help=f"{names} (default: the two newest)"
+        "names", metavar="NAME", nargs="*", help=f"{NAMES} (default: the two newest)"
     )
     compare.add_argument(
         "--weights",
         action="store_true",
         help="also how far the weights moved, layer by layer; reads all of them",
     )
-    plot = add("plot", run_plot, "draw the curves of checkpoints, several in one picture")
-    plot.add_argument("names", metavar="NAME", nargs="*", help=f"{names} (default: latest)")
+
+
+def add_plot_options(plot: argparse.ArgumentParser) -> None:
+    """Add what only `plot` takes."""
+    plot.add_argument("names", metavar="NAME", nargs="*", help=f"{NAMES} (default: latest)")
     plot.add_argument(
         "--run",
         action="append",
@@ -170,7 +180,6 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="draw as text (default where standard output is a terminal and there is no --save)",
     )
-    return parser
 
 
 def add_list_options(listing: argparse.ArgumentParser) -> None:

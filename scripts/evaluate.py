@@ -53,7 +53,7 @@ from utils.base.progress import ProgressDisplay
 from utils.base.text import printable, to_json_text
 from utils.base.uri import require_place
 from utils.checkpoints.layout import RunPaths
-from utils.tools.evaluation.evaluator import SPLITS, Evaluator, Plan, TextPlan
+from utils.tools.evaluation.evaluator import MEASURED_SPLITS, EvaluationPlan, Evaluator, TextPlan
 from utils.tools.evaluation.harness import require_harness
 from utils.tools.evaluation.log import Evaluation, append_evaluation, metric_points
 from utils.tools.evaluation.task_data import HELLASWAG, LAMBADA, read_questions
@@ -110,7 +110,12 @@ def add_text_options(group: argparse._ArgumentGroup) -> None:
         metavar="URI",
         help="shards (default: those of the model's run, of a mixture the first source)",
     )
-    add("--split", choices=SPLITS, default=SPLITS[0], help=f"(default: {SPLITS[0]})")
+    add(
+        "--split",
+        choices=MEASURED_SPLITS,
+        default=MEASURED_SPLITS[0],
+        help=f"(default: {MEASURED_SPLITS[0]})",
+    )
     # The first token is not predicted.
     add("--max-tokens", type=at_least(2), metavar="N", help="only so many, the first")
     add(
@@ -189,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
     return session.exit_code
 
 
-def build_plan(args: argparse.Namespace) -> Plan:
+def build_plan(args: argparse.Namespace) -> EvaluationPlan:
     """Return what is measured; the questions of tasks are read already.
 
     Raises:
@@ -197,7 +202,7 @@ def build_plan(args: argparse.Namespace) -> Plan:
     """
     require_place(args.data or "", "--data")
     fixed = [args.stride, args.sequence_length, args.max_tokens]
-    if args.like_training and (any(fixed) or args.split != SPLITS[0]):
+    if args.like_training and (any(fixed) or args.split != MEASURED_SPLITS[0]):
         raise UsageError(
             "--like-training is what the run did: it takes no --stride, --sequence-length, "
             "--max-tokens or --split."
@@ -223,7 +228,7 @@ def build_plan(args: argparse.Namespace) -> Plan:
         args.mask_documents,
         args.like_training,
     )
-    return Plan(
+    return EvaluationPlan(
         text if is_text else None,
         questions,
         tasks,

@@ -55,7 +55,7 @@ from utils.tools.proofs.run_comparison import (
     compare_logs,
 )
 from utils.tools.proofs.started_runs import (
-    POLL_SECONDS,
+    RUN_POLL_SECONDS,
     CommandLauncher,
     Launcher,
     Running,
@@ -245,7 +245,7 @@ class Proof:
             while (code := running.poll()) is None:
                 watch.read()
                 seen.setdefault(watch.last, time.monotonic())
-                time.sleep(POLL_SECONDS)
+                time.sleep(RUN_POLL_SECONDS)
         watch.read()
         if code != ExitCode.DONE or watch.last != self._args.steps:
             raise ProofError(f"The straight run ended with exit code {code}:\n{tail(output)}")
@@ -327,7 +327,7 @@ class Proof:
                     kill_tree(running.pid)
                     was_killed = True
                     break
-                time.sleep(POLL_SECONDS)
+                time.sleep(RUN_POLL_SECONDS)
         self._note(attempt)
         if running.wait() == ExitCode.DONE:  # also where the kill met a process that had ended
             raise TooLateError(f"Start {number} was done before its kill came.")

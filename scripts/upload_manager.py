@@ -61,7 +61,7 @@ from utils.remote.verification import CheckpointReport, Orphan, Verifier, find_u
 from utils.start.resume import read_run_identity
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
-from utils.uploads.status import build_queue, build_rows, last_errors
+from utils.uploads.status import build_queue, build_upload_rows, last_errors
 from utils.uploads.transports import TransportOptions, probe_transport
 from utils.uploads.uploader import Uploader, find_unfinished
 
@@ -208,7 +208,7 @@ def show_status(config: TrainingConfig, paths: RunPaths, args: argparse.Namespac
         "bucket": uri or None,
         "bucket_problem": problem,
         "problems": problems,
-        "checkpoints": build_rows(
+        "checkpoints": build_upload_rows(
             local, remote, uri=uri, bucket_problem=problem, decisions=decisions
         ),
         "queue": build_queue([path.name for path in owed], uploads),
@@ -270,9 +270,11 @@ def show_list(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace)
     if args.remote:
         where = require_uri(config)
         with opened_bucket(config, LISTING_RETRY_SECONDS) as bucket:
-            rows = build_rows([], read_cards(bucket, list_remote(bucket)), bucket_problem=None)
+            rows = build_upload_rows(
+                [], read_cards(bucket, list_remote(bucket)), bucket_problem=None
+            )
     else:
-        rows = build_rows(read_local_checkpoints(paths.checkpoints), [])
+        rows = build_upload_rows(read_local_checkpoints(paths.checkpoints), [])
     if args.json:
         print_json(rows)
     elif rows:

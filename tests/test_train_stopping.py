@@ -239,7 +239,7 @@ def wait_for_directory() -> None:
         return held
 
     replace("utils.checkpoints.store", "hold_output_directory", wrap)
-    replace("utils.checkpoints.store", "LOCK_SECONDS", lambda seconds: PATIENCE_SECONDS)
+    replace("utils.checkpoints.store", "OUTPUT_LOCK_SECONDS", lambda seconds: PATIENCE_SECONDS)
 
 
 def run_out_of_gpu_memory(number: int) -> None:

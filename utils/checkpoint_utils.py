@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from accelerate.utils import load as load_tensors
 
-from configs.model_config import with_older_keys
+from configs.model_config import CONFIG_FILE, with_older_keys
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
 from utils.base.errors import CheckpointError, UnreadableCheckpointError
+from utils.base.text import perplexity_of
 from utils.checkpoints.files import CheckpointFiles
 from utils.checkpoints.layout import (
     DATA_STATE_FILE,
@@ -57,7 +58,6 @@ from utils.training_utils import TrainingProgress, TrainState, device_name
 SCHEDULER_FILE = "scheduler.bin"
 SCHEDULER_BACKUP_FILE = "scheduler_state.pt"
 SCALER_FILE = "scaler.pt"
-CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 log = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ def build_metadata(
 
 
 def _perplexity(loss: float | None) -> float | None:
-    return None if loss is None else float(np.exp(min(loss, 700.0)))
+    return None if loss is None else perplexity_of(loss)
 
 
 def system_info(state: TrainState) -> dict[str, Any]:

@@ -71,7 +71,7 @@ from utils.storage.directory import TEMPORARY_PREFIX
 from utils.storage.open import open_bucket
 from utils.tools.proofs.run_comparison import compare_checkpoints, compare_logs, values_by_step
 from utils.tools.proofs.started_runs import (
-    POLL_SECONDS,
+    RUN_POLL_SECONDS,
     CommandLauncher,
     ForkServer,
     Launcher,
@@ -433,7 +433,7 @@ class Campaign:
                 watch.read()
                 if watch.last is not None and not seen:
                     seen = time.monotonic()
-                time.sleep(POLL_SECONDS)
+                time.sleep(RUN_POLL_SECONDS)
         if running.wait() != ExitCode.DONE:
             raise PretrainError(f"The straight run failed:\n{tail(output)}")
         self._startup_seconds = seen - started

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_BYTES = 256 * 2**20
-BLOCK_BYTES = 2**20
+MAX_REGULAR_FILE_BYTES = 256 * 2**20
+LINE_BLOCK_BYTES = 2**20
 MARK_BYTES = 64
 
 
-def read_regular_file(path: str | Path, limit: int = MAX_BYTES) -> bytes:
+def read_regular_file(path: str | Path, limit: int = MAX_REGULAR_FILE_BYTES) -> bytes:
     """Return a file's bytes; a pipe or a device of that name is not waited for.
 
     Raises:
@@ -111,7 +111,7 @@ class FollowedFile:
     def _read_blocks(self, descriptor: int, size: int) -> Iterator[Block]:
         num_too_long = 0
         while self._offset < size:
-            data = os.pread(descriptor, BLOCK_BYTES, self._offset)
+            data = os.pread(descriptor, LINE_BLOCK_BYTES, self._offset)
             if not data:
                 return
             if self._is_in_long_line:
@@ -122,7 +122,7 @@ class FollowedFile:
                 self._advance(data[:whole])
                 yield Block(data[:whole], False, max(0, size - self._offset), num_too_long)
                 num_too_long = 0
-            elif len(data) < BLOCK_BYTES:
+            elif len(data) < LINE_BLOCK_BYTES:
                 break
             else:
                 num_too_long += 1

@@ -1,6 +1,6 @@
 """The load of this machine: CPU, memory, disk, and GPUs through NVML.
 
-    psutil, NVML -> Machine -> monitor
+    psutil, NVML -> MachineLoad -> monitor
 
 A machine without a GPU or its driver is no error: `gpu_note` says why there is nothing to show.
 No torch here.
@@ -41,7 +41,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineLoad:
     """Load of this machine; the disk is the one that holds the checkpoints, None if unreadable."""
 
     cpu_percent: float
@@ -72,7 +72,7 @@ class MachineProbe:
         except pynvml.NVMLError as exc:
             self._gpu_note = f"none ({exc})"
 
-    def look(self) -> Machine:
+    def look(self) -> MachineLoad:
         """Return the load now; the first look may wait a moment to measure the CPU."""
         if self._cpu_wait_until is not None:
             time.sleep(max(0.0, self._cpu_wait_until - time.monotonic()))
@@ -81,7 +81,7 @@ class MachineProbe:
         disk = None
         with contextlib.suppress(OSError):  # no right to look, or a share that is gone
             disk = psutil.disk_usage(str(_existing_parent(self._directory)))
-        return Machine(
+        return MachineLoad(
             cpu_percent=psutil.cpu_percent(),
             memory_used_bytes=memory.total - memory.available,
             memory_total_bytes=memory.total,

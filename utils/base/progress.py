@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 5.0
 
+OnProgress = Callable[[str, int, int | None], None]
+"""Called with the stage, how much of it is done, and how much it is in all; None where unknown."""
+
 _logger = logging.getLogger(__name__)
 
 

@@ -16,6 +16,8 @@ from utils.base.errors import first_line
 
 MAX_SHOWN_CHARACTERS = 300
 MAX_DEPTH = 32
+ABSENT = "-"  # shown where a value is not known
+GREATEST_EXPONENT = 700.0  # exp() of 710 is no float any more
 TOO_DEEP = "(too deep)"
 # Raised on the way from parsed JSON to a value of ours, where another writer wrote it: other types,
 # missing keys, infinite numbers, or so deep that str() gives up.
@@ -39,6 +41,11 @@ def number(value: object) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None
+
+
+def perplexity_of(loss: float) -> float:
+    """Return exp(loss), a finite number for any loss but NaN."""
+    return math.exp(min(loss, GREATEST_EXPONENT))
 
 
 def parse_time(value: object) -> datetime | None:
@@ -108,7 +115,7 @@ def _plain(value: object, depth: int) -> object:
 def format_bytes(count: float | None) -> str:
     """Return a size in binary units, `-` for None."""
     if count is None:
-        return "-"
+        return ABSENT
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:

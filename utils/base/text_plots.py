@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-LEVELS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
-ASCII_LEVELS = "_.-=+*%#"
+_LEVELS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+_ASCII_LEVELS = "_.-=+*%#"
 MARKS = "*o+x#%@&"
 BRAILLE = 0x2800
 # Bit of the dot in column x, row y of a Braille cell (Unicode 15, chapter 21.1).
@@ -37,7 +37,7 @@ def sparkline(values: Sequence[float], encoding: str | None, width: int = 40) ->
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return ""
-    levels = LEVELS if is_encodable(LEVELS, encoding) else ASCII_LEVELS
+    levels = _LEVELS if is_encodable(_LEVELS, encoding) else _ASCII_LEVELS
     count = min(width, len(known))
     edges = [index * len(known) // count for index in range(count + 1)]
     means = [

@@ -31,7 +31,7 @@ from utils.storage.bucket import fsync_directory
 
 COMPACT_BYTES = 2**20
 COMPACT_GROWTH = 2
-LOCK_SECONDS = 10.0
+JOURNAL_LOCK_SECONDS = 10.0
 LOCK_POLL_SECONDS = 0.005
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class Journal:
         lock = FileLock(self.path.with_name(f"{self.path.name}.lock"))
         with self._threads:
             try:
-                lock.acquire(timeout=LOCK_SECONDS, poll_interval=LOCK_POLL_SECONDS)
+                lock.acquire(timeout=JOURNAL_LOCK_SECONDS, poll_interval=LOCK_POLL_SECONDS)
             except (Timeout, OSError, NotImplementedError) as exc:
                 log.warning("%s is written without its lock: %s", self.path, exc)
                 yield False

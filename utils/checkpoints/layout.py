@@ -38,12 +38,16 @@ TRAINING_CONFIG_FILE = "training_config.json"
 DATA_STATE_FILE = "data_state.json"
 RANDOM_STATES_PREFIX = "random_states_"
 BATCHES_FILE = "batches.jsonl"
+JOURNAL_FILE = "uploads.jsonl"
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
 REMOTE_FOLDER = "Checkpoints"
 ARCHIVE_SUFFIX = ".tar.gz"
 UPLOAD_LOCK_PREFIX = ".uploading-"
 SAVING_PREFIX = ".saving-"
 SET_ASIDE_FOLDER = "set-aside"
 MANIFEST_FORMAT = 1
+MAX_CARD_BYTES = 64 * 2**20
 
 _CHECKPOINT_NAME = re.compile(r"checkpoint-epoch(\d{1,9})-step(\d{1,12})-files(\d{1,9})")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -112,12 +116,12 @@ class RunPaths:
     @property
     def journal(self) -> Path:
         """What happened to each checkpoint after its commit."""
-        return self.checkpoints / "uploads.jsonl"
+        return self.checkpoints / JOURNAL_FILE
 
     @property
     def run_file(self) -> Path:
         """Which run and branch last wrote here."""
-        return self.checkpoints / "run.json"
+        return self.checkpoints / RUN_FILE
 
     @property
     def lock(self) -> Path:
@@ -132,7 +136,7 @@ class RunPaths:
     @property
     def metrics(self) -> Path:
         """Everything that was logged, one JSON object a line."""
-        return self.logs / "metrics.jsonl"
+        return self.logs / METRICS_FILE
 
     @property
     def batches(self) -> Path:

@@ -1,6 +1,8 @@
-"""Which checkpoints to keep on this machine: a pure function of what is known about them.
+"""Which checkpoints to keep, here and in the bucket: pure functions of what is known about them.
 
     journal, checkpoint directory -> facts -> decisions -> checkpoint store, upload manager, viewer
+
+`keep_reasons` is the ladder of rules that both places share.
 
 Nothing is deleted before its upload is verified, unless uploading is off. The newest, the best and
 what is being uploaded are never deleted. Past `max_unverified`, the oldest unverified checkpoint
@@ -9,7 +11,7 @@ that is none of these is given up (`superseded`), so that a dead bucket cannot f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -57,6 +59,29 @@ class Decision:
     reason: str
 
 
+def keep_reasons(
+    checkpoints: Sequence[CheckpointFacts], *, keep: int, keep_every_steps: int | None = None
+) -> Iterator[tuple[CheckpointFacts, str | None]]:
+    """Yield each checkpoint, oldest first, with the first rule that keeps it; None where none does.
+
+    Args:
+        checkpoints: The usable checkpoints of one branch.
+        keep: How many of the newest to keep; the newest one always is.
+        keep_every_steps: Multiples of it are kept for ever; None for none.
+    """
+    ordered = sorted(checkpoints, key=lambda facts: facts.step)
+    for age, facts in zip(range(len(ordered) - 1, -1, -1), ordered, strict=True):
+        is_multiple = bool(keep_every_steps and facts.step % keep_every_steps == 0)
+        rules = (
+            ("latest", age == 0),
+            ("best", facts.is_best),
+            (f"every {keep_every_steps} steps", is_multiple),
+            (f"newest {keep}", age < keep),
+            ("uploading", facts.is_uploading),
+        )
+        yield facts, next((reason for reason, is_met in rules if is_met), None)
+
+
 def plan_retention(
     checkpoints: Sequence[CheckpointFacts],
     *,
@@ -74,31 +99,21 @@ def plan_retention(
         is_uploading_on: Whether checkpoints go to a bucket at all.
         keep_every_steps: Multiples of it are kept for ever; None for none.
     """
-    ordered = sorted(checkpoints, key=lambda facts: facts.step)
-    newest = {facts.name for facts in ordered[-keep_checkpoints:]}
     decisions: dict[str, Decision] = {}
-    waiting: list[CheckpointFacts] = []
-    for facts in ordered:
-        if facts is ordered[-1]:
-            decision = Decision(facts.name, Action.KEEP, "latest")
-        elif facts.is_best:
-            decision = Decision(facts.name, Action.KEEP, "best")
-        elif keep_every_steps and facts.step % keep_every_steps == 0:
-            decision = Decision(facts.name, Action.KEEP, f"every {keep_every_steps} steps")
-        elif facts.name in newest:
-            decision = Decision(facts.name, Action.KEEP, f"newest {keep_checkpoints}")
-        elif facts.is_uploading:
-            decision = Decision(facts.name, Action.KEEP, "uploading")
-        elif (reason := _reason_to_go(facts, is_uploading_on)) is not None:
-            decision = Decision(facts.name, Action.DELETE, reason)
-        else:
-            decision = Decision(facts.name, Action.KEEP, "not verified in the bucket yet")
-            waiting.append(facts)
-        decisions[facts.name] = decision
-    for facts in waiting[: max(0, len(waiting) - max_unverified)]:
+    waiting: list[str] = []
+    reasons = keep_reasons(checkpoints, keep=keep_checkpoints, keep_every_steps=keep_every_steps)
+    for facts, kept in reasons:
+        action, reason = Action.KEEP, kept or _reason_to_go(facts, is_uploading_on)
+        if reason is None:
+            reason = "not verified in the bucket yet"
+            waiting.append(facts.name)
+        elif kept is None:
+            action = Action.DELETE
+        decisions[facts.name] = Decision(facts.name, action, reason)
+    for name in waiting[: max(0, len(waiting) - max_unverified)]:
         reason = f"more than {max_unverified} wait for the bucket"
-        decisions[facts.name] = Decision(facts.name, Action.SUPERSEDE, reason)
-    return [decisions[facts.name] for facts in ordered]
+        decisions[name] = Decision(name, Action.SUPERSEDE, reason)
+    return list(decisions.values())
 
 
 def _reason_to_go(facts: CheckpointFacts, is_uploading_on: bool) -> str | None:

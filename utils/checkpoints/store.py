@@ -50,7 +50,7 @@ from utils.data.shard_index import (
 from utils.storage.bucket import crc32c_of_file, fsync_directory
 from utils.storage.directory import DirectoryBucket
 
-LOCK_SECONDS = 3.0
+OUTPUT_LOCK_SECONDS = 3.0
 
 MAX_OWNER_BYTES = 1000
 
@@ -120,7 +120,7 @@ def hold_output_directory(paths: RunPaths) -> Iterator[None]:
     lock = FileLock(paths.lock)
     try:
         # A trainer that was just killed holds it until the last of its threads has ended.
-        lock.acquire(timeout=LOCK_SECONDS)
+        lock.acquire(timeout=OUTPUT_LOCK_SECONDS)
     except Timeout as exc:
         raise LockedError(
             f"{paths.checkpoints} is in use by another process ({_read_owner(paths)}). "

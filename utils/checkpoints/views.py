@@ -23,7 +23,9 @@ from utils.base.uri import normalize_uri
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
     ARCHIVE_SUFFIX,
+    JOURNAL_FILE,
     MANIFEST_FILE,
+    MAX_CARD_BYTES,
     METADATA_FILE,
     REMOTE_FOLDER,
     CheckpointName,
@@ -33,7 +35,6 @@ from utils.checkpoints.layout import (
 )
 from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_bytes
 
-MAX_CARD_BYTES = 64 * 2**20
 # The numbers that a history begins with, to the last comma behind them. Its name ends with a bare
 # quote, so this never matches within a JSON string.
 _LONG_HISTORY = re.compile(rb'("(?:loss_history|learning_rates)":\s*\[)[-+.,0-9eE\sNaInfityul]*,')
@@ -96,10 +97,10 @@ def read_json_part(path: Path, manifest: Manifest | None) -> tuple[dict[str, Any
         value = _require_object(path.name, _parse_json(path.name, data))
     except CheckpointError as exc:
         return {}, str(exc)
-    return value, find_damage(path.name, data, manifest)
+    return value, find_file_damage(path.name, data, manifest)
 
 
-def find_damage(name: str, data: bytes, manifest: Manifest | None) -> str | None:
+def find_file_damage(name: str, data: bytes, manifest: Manifest | None) -> str | None:
     """Say why a file of a checkpoint is not what was written; None where nothing says so."""
     entry = manifest.files.get(name) if manifest is not None else None
     if entry is None or crc32c_of_bytes(data) == entry.crc32c:
@@ -177,7 +178,7 @@ def read_local_checkpoints(
         OSError: The journal is there and cannot be read.
     """
     if uploads is None:
-        uploads = Journal(directory / "uploads.jsonl").latest()
+        uploads = Journal(directory / JOURNAL_FILE).latest()
     views = []
     for name in find_checkpoints(directory):
         view = read_local_checkpoint(directory / str(name), uploads.get(str(name)))
@@ -219,7 +220,7 @@ def read_local_checkpoint(
         data = _read_file(METADATA_FILE, f"{directory}/{METADATA_FILE}")
         short = _LONG_HISTORY.sub(rb"\1", data) if brief else data
         metadata = _require_object(METADATA_FILE, _parse_json(METADATA_FILE, short))
-        damage = find_damage(METADATA_FILE, data, manifest)
+        damage = find_file_damage(METADATA_FILE, data, manifest)
         problems += [damage] if damage else []
     except CheckpointError as exc:
         problems.append(str(exc))

@@ -3,7 +3,7 @@
     is_intact              index.json and every file that it lists are there and right
     claim_output           nothing in the way, or an interrupted preparation to go on from
     ShardLog               index.partial.json: ours, and finished so far
-    read_tokenizer, find_finished_shards       what is left of an interrupted preparation
+    read_described_tokenizer, find_finished_shards       what is left of an interrupted preparation
 
 Guarantees: an output that belongs to other sources or options is changed only when asked to, and
 shards that this program did not write are never touched.
@@ -21,9 +21,9 @@ import numpy as np
 from utils.base.errors import UsageError
 from utils.corpus import shard_writer
 from utils.corpus.documents import SPLITS
-from utils.corpus.shard_writer import INDEX_FILE, PARTIAL_INDEX_FILE, Progress, ShardEntry
+from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, FinishedShards, ShardEntry
 from utils.corpus.tokenization import Tokenizer
-from utils.data.shard_index import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from utils.data.shard_index import INDEX_OBJECT, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from utils.storage.bucket import Bucket, crc32c_of_bytes
 from utils.storage.directory import DirectoryBucket
 from utils.storage.open import open_bucket
@@ -57,13 +57,13 @@ class ShardLog:
     def begin(self, stale: Iterable[str]) -> None:
         """Remove what is replaced, mark the output as ours, then put the tokenizer there."""
         # The index goes first: without it nobody takes what is left for a corpus.
-        for name in sorted(stale, key=lambda name: name != INDEX_FILE):
+        for name in sorted(stale, key=lambda name: name != INDEX_OBJECT):
             self._bucket.delete(name)
         shard_writer.put_json(self._bucket, PARTIAL_INDEX_FILE, {**self._head, "shards": []})
         for name, content in sorted(self._files.items()):
             self._bucket.put_bytes(name, content)
 
-    def record(self, entry: ShardEntry, progress: Progress) -> None:
+    def record(self, entry: ShardEntry, progress: FinishedShards) -> None:
         """Note a shard that is in the bucket and verified."""
         partial = {
             **self._head,
@@ -78,7 +78,7 @@ class ShardLog:
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what an index says about the tokenizer; `read_tokenizer` reads it back."""
+    """Return what an index says about the tokenizer; `read_described_tokenizer` reads it back."""
     return {
         "vocab_size": tokenizer.vocab_size,
         "eos_token_id": tokenizer.eos_token_id,
@@ -94,7 +94,7 @@ def is_intact(bucket: Bucket, index: dict[str, Any]) -> bool:
     """Tell whether all files of an index are in the bucket, by size and crc32c."""
     shards = shard_writer.entries_from_json(index)
     bad = ["its list of shards"] if not shards else shard_writer.find_bad_shards(bucket, shards)
-    if read_tokenizer(bucket, index) is None:
+    if read_described_tokenizer(bucket, index) is None:
         bad.append("the tokenizer")
     if bad:
         _logger.warning(
@@ -104,7 +104,7 @@ def is_intact(bucket: Bucket, index: dict[str, Any]) -> bool:
     return not bad
 
 
-def read_tokenizer(bucket: Bucket, description: dict[str, Any]) -> Tokenizer | None:
+def read_described_tokenizer(bucket: Bucket, description: dict[str, Any]) -> Tokenizer | None:
     """Return the tokenizer that an index describes, or None where it is not whole."""
     checksums = description.get("tokenizer_crc32c")
     if not isinstance(checksums, dict):
@@ -141,7 +141,7 @@ def claim_output(
             program did not write.
     """
     if index and index.get("source_fingerprint") == fingerprint:
-        return Claim(None, [INDEX_FILE])
+        return Claim(None, [INDEX_OBJECT])
     partial = shard_writer.get_old_json(bucket, PARTIAL_INDEX_FILE, overwrite)
     if partial and partial.get("source_fingerprint") == fingerprint:
         return Claim(partial, [])
@@ -165,7 +165,7 @@ def claim_output(
 
 
 def _is_corpus_file(name: str) -> bool:
-    known = (INDEX_FILE, PARTIAL_INDEX_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
+    known = (INDEX_OBJECT, PARTIAL_INDEX_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
     return "/" not in name and (name.endswith(".npz") or name in known)
 
 
@@ -178,10 +178,10 @@ def _is_own(name: str) -> bool:
     return _OWN_SHARD_NAME.fullmatch(name) is not None
 
 
-def find_finished_shards(bucket: Bucket, partial: dict[str, Any]) -> Progress | None:
+def find_finished_shards(bucket: Bucket, partial: dict[str, Any]) -> FinishedShards | None:
     """Return what an interrupted preparation has finished, or None where it is not whole."""
     shards = shard_writer.entries_from_json(partial)
     if not shards or shard_writer.find_bad_shards(bucket, shards):
         return None
     _logger.info("Going on after %d shards that are already in %s.", len(shards), bucket.uri)
-    return Progress(shards, np.array(partial["token_counts"], np.int64))
+    return FinishedShards(shards, np.array(partial["token_counts"], np.int64))

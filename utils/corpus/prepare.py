@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from utils.base.errors import UsageError
+from utils.base.progress import OnProgress
 from utils.corpus import shard_writer, tokenization
 from utils.corpus.documents import SPLITS, TRAINING, VALIDATION, Document, TokenizedDocument
 from utils.corpus.output import (
@@ -32,13 +33,14 @@ from utils.corpus.output import (
     describe_tokenizer,
     find_finished_shards,
     is_intact,
-    read_tokenizer,
+    read_described_tokenizer,
 )
-from utils.corpus.reading import OnProgress, Reading
-from utils.corpus.shard_writer import INDEX_FILE, PARTIAL_INDEX_FILE, Progress, ShardWriter
+from utils.corpus.reading import Reading
+from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, FinishedShards, ShardWriter
 from utils.corpus.text_sources import Source
 from utils.corpus.token_files import TokenFileSource
 from utils.corpus.tokenization import EncodingCache, Tokenizer
+from utils.data.shard_index import INDEX_FORMAT, INDEX_OBJECT
 from utils.models.tokenizer import END_OF_TEXT
 from utils.storage.bucket import Bucket
 
@@ -157,32 +159,17 @@ def prepare_corpus(
         StorageError: The bucket cannot be read or written.
     """
     is_tokenized = _check_sources([*sources, *validation_sources], options)
-    contents = _Contents(
-        tuple(source.fingerprint() for source in sources),
-        tuple(source.fingerprint() for source in validation_sources),
-    )
+    contents = _Contents.of(sources, validation_sources)
     fingerprint = _fingerprint(contents, options)
     found = _look_at_output(bucket, fingerprint, overwrite)
     if isinstance(found, Preparation):
         return found
-    partial = found.partial
-    tokenizer = partial and read_tokenizer(bucket, partial)
-    # Even shards are cut by the number of all tokens, so those begin again.
-    finished = None
-    if partial and tokenizer and options.shard_tokens is not None:
-        finished = find_finished_shards(bucket, partial)
+    tokenizer, finished = _read_partial(bucket, found.partial, options)
     tokenizer = tokenizer or _find_tokenizer(contents, options, is_tokenized, token_cache)
     if tokenizer is not None:
         sources = _with_vocabulary(sources, tokenizer)
         validation_sources = _with_vocabulary(validation_sources, tokenizer)
-    reading = Reading(
-        sources,
-        validation_sources,
-        validation_fraction=options.validation_fraction,
-        validation_tail=options.validation_tail,
-        deduplicate=options.deduplicate,
-        on_progress=on_progress,
-    )
+    reading = _open_reading(sources, validation_sources, options, on_progress)
     if tokenizer is None:
         tokenizer = _train_tokenizer(reading, options)
         if token_cache is not None:
@@ -195,17 +182,9 @@ def prepare_corpus(
     if finished is None:
         log.begin(found.stale)
     tokens = _tokenize(reading, tokenizer, finished, token_cache)
-    shard_tokens = options.shard_tokens
-    if shard_tokens is None:
-        tokens = list(tokens)
-        shard_tokens = _even_shard_tokens(tokens)
-    writer = ShardWriter(
-        bucket, tokenizer.vocab_size, shard_tokens, options.compress, finished, log.record
-    )
-    for document in tokens:
-        writer.add(document.ids, document.split)
-    index = _build_index(fingerprint, tokenizer, reading, writer.finish())
-    shard_writer.put_json(bucket, INDEX_FILE, index)
+    shards = _write_shards(bucket, tokens, tokenizer.vocab_size, options, finished, log)
+    index = _build_index(fingerprint, tokenizer, reading, shards)
+    shard_writer.put_json(bucket, INDEX_OBJECT, index)
     bucket.delete(PARTIAL_INDEX_FILE)
     return Preparation(index, is_new=True)
 
@@ -217,7 +196,7 @@ def _look_at_output(bucket: Bucket, fingerprint: str, overwrite: bool) -> Prepar
         UsageError: It holds something else.
         DataError: What it says of itself cannot be read.
     """
-    index = shard_writer.get_old_json(bucket, INDEX_FILE, overwrite)
+    index = shard_writer.get_old_json(bucket, INDEX_OBJECT, overwrite)
     if index and index.get("source_fingerprint") == fingerprint and is_intact(bucket, index):
         if bucket.stat(PARTIAL_INDEX_FILE):
             bucket.delete(PARTIAL_INDEX_FILE)
@@ -225,11 +204,44 @@ def _look_at_output(bucket: Bucket, fingerprint: str, overwrite: bool) -> Prepar
     return claim_output(bucket, index, fingerprint, overwrite)
 
 
+def _read_partial(
+    bucket: Bucket, partial: dict[str, Any] | None, options: CorpusOptions
+) -> tuple[Tokenizer | None, FinishedShards | None]:
+    """Return the tokenizer and the shards of an interrupted preparation, None for what is not."""
+    tokenizer = read_described_tokenizer(bucket, partial) if partial else None
+    # Even shards are cut by the number of all tokens, so those begin again.
+    if not partial or tokenizer is None or options.shard_tokens is None:
+        return tokenizer, None
+    return tokenizer, find_finished_shards(bucket, partial)
+
+
+def _open_reading(
+    sources: Sequence[Source],
+    validation_sources: Sequence[Source],
+    options: CorpusOptions,
+    on_progress: OnProgress | None,
+) -> Reading:
+    return Reading(
+        sources,
+        validation_sources,
+        validation_fraction=options.validation_fraction,
+        validation_tail=options.validation_tail,
+        deduplicate=options.deduplicate,
+        on_progress=on_progress,
+    )
+
+
 class _Contents(NamedTuple):
     """Hashes of the sources."""
 
     sources: tuple[str, ...]
     validation_sources: tuple[str, ...]
+
+    @classmethod
+    def of(cls, sources: Sequence[Source], validation_sources: Sequence[Source]) -> _Contents:
+        """Read the sources."""
+        kinds = (sources, validation_sources)
+        return cls(*(tuple(source.fingerprint() for source in kind) for kind in kinds))
 
 
 def _check_sources(sources: Sequence[Source], options: CorpusOptions) -> bool:
@@ -275,7 +287,7 @@ def _find_tokenizer(
 ) -> Tokenizer | None:
     """Return the tokenizer, or None where one is to be trained."""
     if options.tokenizer is not None:
-        tokenizer = tokenization.load_tokenizer(options.tokenizer)
+        tokenizer = tokenization.resolve_tokenizer(options.tokenizer)
         _logger.info("Tokenizer %s: %d tokens.", options.tokenizer, tokenizer.vocab_size)
         return tokenizer
     assert options.vocab_size is not None
@@ -348,6 +360,24 @@ def _told_of_markers(texts: Iterable[str]) -> Iterator[str]:
         )
 
 
+def _write_shards(
+    bucket: Bucket,
+    tokens: Iterable[TokenizedDocument],
+    vocab_size: int,
+    options: CorpusOptions,
+    finished: FinishedShards | None,
+    log: ShardLog,
+) -> FinishedShards:
+    shard_tokens = options.shard_tokens
+    if shard_tokens is None:
+        tokens = list(tokens)
+        shard_tokens = _even_shard_tokens(tokens)
+    writer = ShardWriter(bucket, vocab_size, shard_tokens, options.compress, finished, log.record)
+    for document in tokens:
+        writer.add(document.ids, document.split)
+    return writer.finish()
+
+
 def _even_shard_tokens(tokens: Sequence[TokenizedDocument]) -> int:
     total = sum(len(document.ids) for document in tokens if document.split == TRAINING)
     return max(1, math.ceil(total / NUM_EVEN_SHARDS))
@@ -356,7 +386,7 @@ def _even_shard_tokens(tokens: Sequence[TokenizedDocument]) -> int:
 def _tokenize(
     reading: Reading,
     tokenizer: Tokenizer,
-    finished: Progress | None,
+    finished: FinishedShards | None,
     cache: EncodingCache | None,
 ) -> Iterable[TokenizedDocument]:
     left = {split: finished.num_documents(split) if finished else 0 for split in SPLITS}
@@ -373,14 +403,14 @@ def _tokenize(
 
 
 def _build_index(
-    fingerprint: str, tokenizer: Tokenizer, reading: Reading, progress: Progress
+    fingerprint: str, tokenizer: Tokenizer, reading: Reading, progress: FinishedShards
 ) -> dict[str, Any]:
     by_split = {
         split: sum(s.tokens for s in progress.shards if shard_writer.split_of(s.name) == split)
         for split in SPLITS
     }
     return {
-        "format": shard_writer.INDEX_FORMAT,
+        "format": INDEX_FORMAT,
         "source_fingerprint": fingerprint,
         **describe_tokenizer(tokenizer),
         "shards": shard_writer.entries_to_json(progress.shards),

@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 from utils.base.errors import DataError
+from utils.base.progress import OnProgress
 from utils.corpus.documents import TRAINING, VALIDATION, Content, Document, OpenText
 from utils.corpus.text_sources import Source
 
 REPORT_BYTES = 2**20
 
-OnProgress = Callable[[str, int, int | None], None]
 """Called with the stage, the bytes done, and the bytes in all where they are known."""
 
 

@@ -29,9 +29,7 @@ from utils.corpus.documents import SPLITS, TRAINING, VALIDATION, TokenArray
 from utils.data.shard_index import get_json
 from utils.storage.bucket import Bucket, crc32c_of_file
 
-INDEX_FILE = "index.json"
 PARTIAL_INDEX_FILE = "index.partial.json"
-INDEX_FORMAT = 1
 SHARD_KEY = "input_ids"
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 COUNT_BLOCK_TOKENS = 2**20
@@ -55,7 +53,7 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
-class Progress:
+class FinishedShards:
     """Shards already finished, and how often each token occurs in the training shards."""
 
     shards: tuple[ShardEntry, ...]
@@ -118,8 +116,8 @@ class ShardWriter:
         vocab_size: int,
         shard_tokens: int,
         compress: bool = False,
-        finished: Progress | None = None,
-        on_shard: Callable[[ShardEntry, Progress], None] | None = None,
+        finished: FinishedShards | None = None,
+        on_shard: Callable[[ShardEntry, FinishedShards], None] | None = None,
     ) -> None:
         self._bucket = bucket
         self._shard_tokens = shard_tokens
@@ -132,9 +130,9 @@ class ShardWriter:
             self._open[split_of(shard.name)].number += 1
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> FinishedShards:
         """The shards in the bucket so far."""
-        return Progress(tuple(self._shards), self._counts)
+        return FinishedShards(tuple(self._shards), self._counts)
 
     def add(self, ids: TokenArray, split: str) -> None:
         """Append one document to its split; puts the shard that it fills."""
@@ -143,7 +141,7 @@ class ShardWriter:
         if shard.num_tokens >= self._shard_tokens:
             self._put(split)
 
-    def finish(self) -> Progress:
+    def finish(self) -> FinishedShards:
         """Put the shards that are not full."""
         for split, shard in self._open.items():
             if shard.num_documents:

@@ -43,8 +43,8 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 LINE_ENDS = b"\r\n"
-READ_BLOCK_BYTES = 2**20
-PART_BYTES = 2**20
+_READ_BLOCK_BYTES = 2**20
+TEXT_PART_BYTES = 2**20
 CUT_SEARCH_BYTES = 2**16
 PARQUET_BATCH_ROWS = 256
 
@@ -274,13 +274,13 @@ def kind_of(path: Path) -> str:
 
 def _whole_document(path: Path) -> Iterator[str]:
     with _read_errors(path), _open_decompressed(path) as file:
-        data = file.read(PART_BYTES + 1)
+        data = file.read(TEXT_PART_BYTES + 1)
         start, encoding = 0, "utf-8-sig"
-        while len(data) > PART_BYTES:
+        while len(data) > TEXT_PART_BYTES:
             cut = _find_cut(data)
             yield OpenText(_decode(data[:cut], encoding, path, start))
             start, encoding = start + cut, "utf-8"
-            data = data[cut:] + file.read(PART_BYTES + 1 - len(data) + cut)
+            data = data[cut:] + file.read(TEXT_PART_BYTES + 1 - len(data) + cut)
         yield _decode(data, encoding, path, start)
 
 
@@ -290,13 +290,13 @@ def _separated_documents(path: Path, separator: bytes) -> Iterator[str]:
         head = file.read(len(codecs.BOM_UTF8))
         data = head.removeprefix(codecs.BOM_UTF8)
         start, is_open = len(head) - len(data), False
-        while block := file.read(PART_BYTES):
+        while block := file.read(TEXT_PART_BYTES):
             *whole, data = (data + block).split(separator)
             for document in whole:
                 yield from _piece(document, path, start, is_open=is_open)
                 start, is_open = start + len(document) + len(separator), False
-            while len(data) > PART_BYTES + len(separator):
-                cut = _find_cut(data[:PART_BYTES])
+            while len(data) > TEXT_PART_BYTES + len(separator):
+                cut = _find_cut(data[:TEXT_PART_BYTES])
                 text = data[:cut] if is_open else data[:cut].lstrip(LINE_ENDS)
                 yield OpenText(_decode(text, "utf-8", path, start + cut - len(text)))
                 data, start, is_open = data[cut:], start + cut, True
@@ -409,7 +409,7 @@ def _open_decompressed(path: Path) -> Iterator[BinaryIO]:
         import pyarrow
 
         with closing(pyarrow.input_stream(str(path), compression="zstd")) as stream:
-            yield cast(BinaryIO, io.BufferedReader(stream, READ_BLOCK_BYTES))
+            yield cast(BinaryIO, io.BufferedReader(stream, _READ_BLOCK_BYTES))
     else:
         with path.open("rb") as plain:
             yield plain
@@ -428,7 +428,7 @@ def _hash_files(label: str, paths: Iterable[Path]) -> str:
     for path in paths:
         with _read_errors(path), path.open("rb") as file:
             content = hashlib.sha256()
-            while block := file.read(READ_BLOCK_BYTES):
+            while block := file.read(_READ_BLOCK_BYTES):
                 content.update(block)
         digest.update(content.digest())
     return digest.hexdigest()

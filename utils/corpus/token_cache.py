@@ -20,8 +20,9 @@ from pathlib import Path
 
 import google_crc32c
 
+from utils.storage.directory import TEMPORARY_PREFIX
+
 DEFAULT_LIMIT_BYTES = 10 * 2**30
-TEMPORARY_PREFIX = ".tmp-"
 TEMPORARY_SECONDS = 3600.0
 CHECKSUM_BYTES = 4
 FULL_SHARE = 0.9

@@ -42,7 +42,7 @@ from utils.models.tokenizer import (
     find_misreading,
     find_tokenizer,
     read_tokenizer_json,
-    write_files,
+    write_tokenizer_files,
 )
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def build_tokenizer(
     return Tokenizer(files, backend.get_vocab_size(), eos_token_id=0)
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def resolve_tokenizer(name: str) -> Tokenizer:
     """Return an existing tokenizer: its `tokenizer.json` byte for byte, and settings for it.
 
     Args:
@@ -232,7 +232,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def _require_read_alike(files: dict[str, bytes], name: str) -> None:
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
-        write_files(files, Path(folder))
+        write_tokenizer_files(files, Path(folder))
         text = find_misreading(Path(folder))
     if text is not None:
         raise UsageError(

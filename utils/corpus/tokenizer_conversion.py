@@ -39,7 +39,7 @@ TIKTOKEN_SUFFIX = ".tiktoken"
 SENTENCEPIECE_SUFFIX = ".model"
 SPACE = "\u2581"
 # Types of pieces in sentencepiece_model.proto.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 UNIGRAM, BPE = 1, 2
 # Of pieces that no text may match; far below every real score, so that no path contains one.
 IMPOSSIBLE_SCORE = -1e6
@@ -312,7 +312,9 @@ def _convert_sentencepiece(content: bytes, name: str) -> Conversion:
             f"--tokenizer {name}: no end-of-text token, which separates the documents. Train the "
             "model with --eos_id set."
         )
-    words = [piece.text.replace(SPACE, " ") for piece in pieces if piece.type in (NORMAL, 4)]
+    words = [
+        piece.text.replace(SPACE, " ") for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)
+    ]
     probes = [*PROBES, *random_probes(words)]
     different: str | None = ""
     for prepends_first_only in (False, True):
@@ -340,13 +342,13 @@ def _build_sentencepiece_backend(
 
     if model.trainer_spec.model_type == UNIGRAM:
         backend = Tokenizer(_unigram_of(model, pieces))
-        added = [piece for piece in pieces if piece.type in (UNKNOWN, CONTROL)]
+        added = [piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL)]
     else:
         backend = Tokenizer(_bpe_of(model, pieces))
-        added = [piece for piece in pieces if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)]
+        added = [piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
     _set_normalization(backend, model, pieces, prepends_first_only)
     for piece in added:
-        is_special = piece.type != USER_DEFINED
+        is_special = piece.type != _USER_DEFINED
         normalized = prepends_first_only and not is_special
         token = AddedToken(piece.text, normalized=normalized, special=is_special)
         backend.add_special_tokens([token]) if is_special else backend.add_tokens([token])
@@ -356,12 +358,12 @@ def _build_sentencepiece_backend(
 def _unigram_of(model: Any, pieces: Sequence[_Piece]) -> Any:
     from tokenizers import models
 
-    highest = max((piece.score for piece in pieces if piece.type == NORMAL), default=0.0)
+    highest = max((piece.score for piece in pieces if piece.type == _NORMAL), default=0.0)
 
     def score(piece: _Piece) -> float:
-        if piece.type == NORMAL:
+        if piece.type == _NORMAL:
             return piece.score
-        if piece.type == USER_DEFINED:  # as unigram_model.cc: always chosen
+        if piece.type == _USER_DEFINED:  # as unigram_model.cc: always chosen
             return len(piece.text) * highest - 0.1
         return IMPOSSIBLE_SCORE
 
@@ -373,10 +375,10 @@ def _bpe_of(model: Any, pieces: Sequence[_Piece]) -> Any:
     from tokenizers import models
 
     vocab = {piece.text: number for number, piece in enumerate(pieces)}
-    usable = {piece.text for piece in pieces if piece.type == NORMAL}
+    usable = {piece.text for piece in pieces if piece.type == _NORMAL}
     merges = []
     for piece in sorted(pieces, key=lambda piece: (-piece.score, vocab[piece.text])):
-        if piece.type == NORMAL:
+        if piece.type == _NORMAL:
             splits = [(piece.text[:cut], piece.text[cut:]) for cut in range(1, len(piece.text))]
             pairs = [pair for pair in splits if usable.issuperset(pair)]
             merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))

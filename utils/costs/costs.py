@@ -11,12 +11,11 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from utils.base.text import format_duration
+from utils.base.text import ABSENT, format_duration
 from utils.costs.spending import MAX_DOLLARS, Amount, Spending, read_price
 
 TOKENS_PER_UNIT = 1e6
 MAX_DIGITS = 8
-ABSENT = "-"
 
 
 @dataclass(frozen=True)

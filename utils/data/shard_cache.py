@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -34,7 +35,8 @@ import numpy as np
 import psutil
 from filelock import FileLock
 
-from utils.base.errors import ConfigError, ShardError, TransientStorageError
+from utils.base.errors import ConfigError, ShardError
+from utils.base.retrying import FIRST_RETRY_SECONDS, backoff, retry
 from utils.data.shard_index import (
     MASK_KEY,
     ShardFacts,
@@ -49,10 +51,9 @@ LOCK_STRIPES = 64
 LOCK_FOLDER = "locks"
 CHECKSUM_SUFFIX = ".crc32c"
 TEMPORARY_NAME = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-\d+\.(npz|tokens)")
-FIRST_RETRY_SECONDS = 1.0
-LONGEST_RETRY_SECONDS = 60.0
+_LONGEST_RETRY_SECONDS = 60.0
 GIVE_UP_SECONDS = 1800.0
-CLOSE_SECONDS = 2.0
+_CLOSE_SECONDS = 2.0
 
 Tokens = np.ndarray[Any, Any]
 
@@ -166,7 +167,7 @@ class _LoaderThreads:
                     item[0].cancel()
             for _ in self._threads:
                 self._queue.put(None)
-        end = time.monotonic() + CLOSE_SECONDS
+        end = time.monotonic() + _CLOSE_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
 
@@ -310,18 +311,18 @@ class ShardCache:
         return None
 
     def _fill_with_retries(self, shard: int, path: Path) -> None:
-        delay, end = FIRST_RETRY_SECONDS, time.monotonic() + GIVE_UP_SECONDS
-        while True:
-            try:
-                self._fill(shard, path)
-            except TransientStorageError as exc:
-                if self._closing.is_set() or time.monotonic() + delay > end:
-                    raise
-                log.warning("A shard could not be read, trying again in %.0f s: %s", delay, exc)
-                self._closing.wait(delay)
-                delay = min(2 * delay, LONGEST_RETRY_SECONDS)
-            else:
-                return
+        end = time.monotonic() + GIVE_UP_SECONDS
+        delays = itertools.takewhile(
+            lambda delay: not self._closing.is_set() and time.monotonic() + delay <= end,
+            backoff(FIRST_RETRY_SECONDS, longest_seconds=_LONGEST_RETRY_SECONDS),
+        )
+        message = "A shard could not be read, trying again in %.0f s: %s"
+        retry(
+            lambda: self._fill(shard, path),
+            delays,
+            lambda delay, exc: log.warning(message, delay, exc),
+            self._closing.wait,
+        )
 
     def _fill(self, shard: int, path: Path) -> None:
         bucket, facts = self._shards[shard]

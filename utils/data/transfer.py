@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from utils.base.errors import DataError, StorageError, UsageError
+from utils.base.progress import OnProgress
 from utils.base.uri import is_gcs_uri
 from utils.data.shard_index import INDEX_OBJECT, get_json, recorded_checksums
 from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_file
@@ -32,7 +33,6 @@ LAST_NAME = INDEX_OBJECT
 MAX_NAME_BYTES = 1024
 _FORBIDDEN = frozenset("*?[]#$`\"'<>|&;\\")
 
-OnProgress = Callable[[str, int, int | None], None]
 """Called with the stage, the bytes done, and the bytes in all."""
 
 

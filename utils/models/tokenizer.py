@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.model_config import CONFIG_FILE
 from utils.base.errors import UsageError
 from utils.data.shard_index import (
     TOKENIZER_CONFIG_FILE,
@@ -54,11 +55,11 @@ _PROBE_WORDS = 1000
 def load_tokenizer(files: Mapping[str, bytes]) -> Any:
     """Return the tokenizer that files hold: file name -> bytes."""
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
-        write_files(files, Path(folder))
+        write_tokenizer_files(files, Path(folder))
         return load_tokenizer_from(Path(folder))
 
 
-def write_files(files: Mapping[str, bytes], directory: Path) -> None:
+def write_tokenizer_files(files: Mapping[str, bytes], directory: Path) -> None:
     """Write files by their names, wherever they lay before."""
     for name, data in files.items():
         (directory / Path(name).name).write_bytes(data)
@@ -108,7 +109,7 @@ def find_tokenizer_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # config.json tells of which class a tokenizer without a tokenizer.json is.
-    return Path(snapshot_download(name, allow_patterns=[*TOKENIZER_FILES, "config.json"]))
+    return Path(snapshot_download(name, allow_patterns=[*TOKENIZER_FILES, CONFIG_FILE]))
 
 
 def begin_like_data(tokenizer: Any, begin_id: int | None) -> Any:

@@ -10,9 +10,9 @@ bytes and files is the caller's affair. No torch here.
 from __future__ import annotations
 
 import gzip
+import itertools
 import logging
 import tarfile
-import time
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -29,10 +29,13 @@ from utils.base.errors import (
     StorageError,
     TransientStorageError,
 )
+from utils.base.progress import OnProgress
+from utils.base.retrying import ARCHIVE_FACTOR, FIRST_RETRY_SECONDS, backoff, retry
 from utils.base.text import FOREIGN_ERRORS, parse_json
 from utils.base.uri import join_uri
 from utils.checkpoints.layout import (
     MANIFEST_FILE,
+    MAX_CARD_BYTES,
     FileEntry,
     Manifest,
     archive_object,
@@ -42,11 +45,8 @@ from utils.checkpoints.layout import (
 from utils.storage.bucket import Bucket, encode_crc32c
 
 MAX_ATTEMPTS = 3
-FIRST_BACKOFF_SECONDS = 1.0
-BACKOFF_FACTOR = 4.0
 READ_BLOCK_BYTES = 16 * 2**20
 UNPACK_BLOCK_BYTES = 2**20
-MAX_CARD_BYTES = 64 * 2**20
 MAX_MANIFEST_BYTES = 16 * 2**20
 # A header of ours is 512 bytes, or 1.5 KiB for a file above 8 GiB; the rest is read ahead.
 MAX_HEADER_BYTES = 2 * UNPACK_BLOCK_BYTES
@@ -56,8 +56,6 @@ _NO_DIRECTORY = "/nowhere"
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-OnProgress = Callable[[str, int, int], None]
-"""Called with the stage (downloading or unpacking), the bytes done, and the bytes in all."""
 
 # What a damaged or hostile tar.gz makes the libraries raise.
 _UNPACK_ERRORS = (
@@ -138,7 +136,7 @@ class Retrying:
     """Tries again what may succeed then, in all `MAX_ATTEMPTS` times for each thing to do."""
 
     def __init__(
-        self, name: str, source: str, first_backoff_seconds: float = FIRST_BACKOFF_SECONDS
+        self, name: str, source: str, first_backoff_seconds: float = FIRST_RETRY_SECONDS
     ) -> None:
         self._name, self._source, self._backoff = name, source, first_backoff_seconds
 
@@ -148,22 +146,18 @@ class Retrying:
         Raises:
             StorageError: It failed each time, or in a way that no other attempt mends.
         """
-        delay = self._backoff
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            try:
-                return operation()
-            except TransientStorageError as exc:
-                if attempt == MAX_ATTEMPTS:
-                    raise StorageError(
-                        f"{self._name} could not be downloaded from {self._source}: {exc} "
-                        f"({attempt} attempts). Nothing was left here; try again later."
-                    ) from exc
-                log.warning(
-                    "Download of %s failed, trying again in %.0f s: %s", self._name, delay, exc
-                )
-                time.sleep(delay)
-                delay *= BACKOFF_FACTOR
-        raise AssertionError("unreachable")
+        message = "Download of %s failed, trying again in %.0f s: %s"
+        try:
+            return retry(
+                operation,
+                itertools.islice(backoff(self._backoff, ARCHIVE_FACTOR), MAX_ATTEMPTS - 1),
+                lambda delay, exc: log.warning(message, self._name, delay, exc),
+            )
+        except TransientStorageError as exc:
+            raise StorageError(
+                f"{self._name} could not be downloaded from {self._source}: {exc} "
+                f"({MAX_ATTEMPTS} attempts). Nothing was left here; try again later."
+            ) from exc
 
 
 class ArchiveBytes:

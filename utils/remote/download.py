@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import IO
 
 from utils.base.errors import CheckpointError, TransientStorageError
+from utils.base.progress import OnProgress
+from utils.base.retrying import FIRST_RETRY_SECONDS
 from utils.base.uri import join_uri, normalize_uri
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
@@ -34,10 +36,8 @@ from utils.checkpoints.layout import (
 )
 from utils.checkpoints.store import verify_checkpoint
 from utils.remote.archive_reading import (
-    FIRST_BACKOFF_SECONDS,
     ArchiveBytes,
     Card,
-    OnProgress,
     Retrying,
     read_card,
     unpack_archive,
@@ -54,7 +54,7 @@ def download_checkpoint(
     journal: Journal | None,
     on_progress: OnProgress = lambda stage, done, total: None,
     *,
-    first_backoff_seconds: float = FIRST_BACKOFF_SECONDS,
+    first_backoff_seconds: float = FIRST_RETRY_SECONDS,
 ) -> Path:
     """Bring a checkpoint from the bucket into `directory`; return where it is.
 

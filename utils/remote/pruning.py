@@ -15,7 +15,7 @@ from utils.base.errors import CheckpointError, StorageError
 from utils.base.uri import join_uri
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import RunIdentity, archive_object, card_object
-from utils.checkpoints.retention import Action, CheckpointFacts, Decision
+from utils.checkpoints.retention import Action, CheckpointFacts, Decision, keep_reasons
 from utils.checkpoints.views import CheckpointView, find_best
 from utils.remote.archive_reading import read_card
 from utils.remote.listing import CARDS_AT_A_TIME, RemoteListing, is_part_of, newest_branch
@@ -36,23 +36,12 @@ def plan_pruning(
     """
     if keep < 1:
         raise ValueError(f"at least 1 checkpoint must be kept, not {keep}")
-    ordered = sorted(checkpoints, key=lambda facts: facts.step)
-    decisions = []
-    for age, facts in zip(range(len(ordered) - 1, -1, -1), ordered, strict=True):
-        if age == 0:
-            decision = Decision(facts.name, Action.KEEP, "latest")
-        elif facts.is_best:
-            decision = Decision(facts.name, Action.KEEP, "best")
-        elif facts.is_uploading:
-            decision = Decision(facts.name, Action.KEEP, "uploading")
-        elif keep_every_steps and facts.step % keep_every_steps == 0:
-            decision = Decision(facts.name, Action.KEEP, f"every {keep_every_steps} steps")
-        elif age < keep:
-            decision = Decision(facts.name, Action.KEEP, f"newest {keep}")
-        else:
-            decision = Decision(facts.name, Action.DELETE, f"older than the newest {keep}")
-        decisions.append(decision)
-    return decisions
+    return [
+        Decision(facts.name, Action.KEEP, reason)
+        if reason is not None
+        else Decision(facts.name, Action.DELETE, f"older than the newest {keep}")
+        for facts, reason in keep_reasons(checkpoints, keep=keep, keep_every_steps=keep_every_steps)
+    ]
 
 
 def plan_bucket(

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from utils.base.errors import CheckpointError, StorageError
+from utils.base.progress import OnProgress
+from utils.base.retrying import FIRST_RETRY_SECONDS
 from utils.base.uri import join_uri, normalize_uri
 from utils.checkpoints.journal import JournalEntry, UploadState
 from utils.checkpoints.layout import (
@@ -33,7 +35,6 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.store import verify_checkpoint
 from utils.checkpoints.views import is_verified_in
 from utils.remote.archive_reading import (
-    FIRST_BACKOFF_SECONDS,
     ArchiveBytes,
     Card,
     Retrying,
@@ -107,8 +108,8 @@ class Verifier:
         *,
         run_id: str | None = None,
         deep: bool = False,
-        on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-        first_backoff_seconds: float = FIRST_BACKOFF_SECONDS,
+        on_progress: OnProgress = lambda stage, done, total: None,
+        first_backoff_seconds: float = FIRST_RETRY_SECONDS,
     ) -> None:
         self._directory, self._uploads = directory, uploads
         self._bucket, self._listing = bucket, listing

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.training_config import TrainingConfig
+from configs.training_config import BAD_STEP_SPAN, TrainingConfig
 from utils.base.errors import DivergenceError
 from utils.base.text import number
 from utils.training.step_guard import Verdict
 from utils.training_utils import TrainingProgress
-
-SPAN_STEPS = 1000  # `max_bad_steps` is counted over so many
 
 
 def describe(verdict: Verdict, progress: TrainingProgress, policy: str) -> dict[str, Any]:
@@ -54,10 +52,10 @@ def find_divergence(
             "out and the state is saved. Go on behind its samples with --resume latest, and let "
             "later ones pass with --set bad_step=skip or rollback."
         )
-    recent = [bad for bad in progress.bad_steps if bad["step"] > verdict.step - SPAN_STEPS]
+    recent = [bad for bad in progress.bad_steps if bad["step"] > verdict.step - BAD_STEP_SPAN]
     if len(recent) > config.max_bad_steps:
         return DivergenceError(
-            f"{len(recent)} of the last {SPAN_STEPS} steps were bad (max_bad_steps is "
+            f"{len(recent)} of the last {BAD_STEP_SPAN} steps were bad (max_bad_steps is "
             f"{config.max_bad_steps}). Lower learning_rate, or resume from an older checkpoint."
         )
     return None

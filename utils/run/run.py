@@ -35,7 +35,7 @@ from utils.base.errors import (
     ResourceShortageError,
     SaveError,
 )
-from utils.base.text import format_duration
+from utils.base.text import format_duration, perplexity_of
 from utils.checkpoints.layout import RunPaths
 from utils.checkpoints.saver import Rendezvous
 from utils.checkpoints.writer import WriterProcess
@@ -442,7 +442,7 @@ class TrainingRun:
         record = {
             "epoch": self._order.epoch_of(progress.sample_index)[0],
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
+            "perplexity": perplexity_of(loss),
             "learning_rate": state.last_learning_rate,
             "grad_norm": float(state.grad_norm.item()),
             "tokens_seen": progress.tokens_seen,
@@ -500,7 +500,7 @@ class TrainingRun:
         improved = progress.add_validation(loss)
         record = {
             "validation_loss": loss,
-            "validation_perplexity": math.exp(min(loss, 700.0)),
+            "validation_perplexity": perplexity_of(loss),
             "best_validation_loss": progress.best_validation_loss,
         }
         self._accelerator.log(record, step=progress.step)

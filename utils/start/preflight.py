@@ -22,7 +22,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from configs.model_config import find_dropouts, known_vocab_size
+from configs.model_config import CONFIG_FILE, find_dropouts, known_vocab_size
 from configs.training_config import TrainingConfig
 from utils.base.errors import (
     AccessDeniedError,
@@ -44,7 +44,7 @@ from utils.data.shard_index import (
 )
 from utils.models.building import ParameterCounts
 from utils.models.estimates import estimate_checkpoint_bytes
-from utils.models.tokenizer import find_misreading, write_files
+from utils.models.tokenizer import find_misreading, write_tokenizer_files
 from utils.start.checks import Check, print_checks, require_all
 from utils.start.forecast import RunFacts, check_times, is_long_run, measure_busy_share, probe_step
 from utils.start.machine_checks import check_disk, check_memory, check_snapshot, estimate_memory
@@ -146,7 +146,7 @@ def check_tokenizer(files: Mapping[str, bytes], model_config: Any, *, is_new: bo
         return []
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         config = model_config.to_json_string().encode("utf-8")
-        write_files({**files, "config.json": config}, Path(folder))
+        write_tokenizer_files({**files, CONFIG_FILE: config}, Path(folder))
         try:
             text = find_misreading(Path(folder))
         except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file

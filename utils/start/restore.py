@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.model_config import describe_model_changes, find_dropouts
+from configs.model_config import CONFIG_FILE, describe_model_changes, find_dropouts
 from configs.training_config import ConfigChanges, TrainingConfig, compare_configs
 from utils.base import ranks
 from utils.base.console import LiveLine
 from utils.base.errors import CheckpointError, ConfigError, StorageError, UnreadableCheckpointError
 from utils.base.text import format_bytes
-from utils.checkpoint_utils import CONFIG_FILE, SavedState, read_checkpoint, restore_state
+from utils.checkpoint_utils import SavedState, read_checkpoint, restore_state
 from utils.checkpoints.layout import (
     SAVING_PREFIX,
     TRAINING_CONFIG_FILE,
@@ -154,7 +154,7 @@ def _obtain(
     """Return a verified directory; None where it cannot be used and the next may be tried."""
     live = LiveLine(enabled=True)
 
-    def show(stage: str, done: int, total: int) -> None:
+    def show(stage: str, done: int, total: int | None) -> None:
         live.show(f"{stage} {candidate.name}: {format_bytes(done)} of {format_bytes(total)}")
 
     try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.base.errors import CheckpointError, StorageError, UsageError
+from utils.base.progress import OnProgress
 from utils.base.text import FOREIGN_ERRORS
 from utils.checkpoints.journal import Journal
 from utils.checkpoints.layout import (
@@ -38,7 +39,6 @@ from utils.checkpoints.views import (
     read_remote_checkpoints,
     select_checkpoint,
 )
-from utils.remote.archive_reading import OnProgress
 from utils.remote.download import download_checkpoint
 from utils.remote.listing import parse_remote_name
 from utils.storage.bucket import Bucket

@@ -18,6 +18,8 @@ from utils.checkpoints.journal import utc_now
 
 HISTORY_LIMIT = 100
 MAX_STEP = 2**63
+# Nothing computed in float32 is greater, and renderers overflow long before a float64 does.
+GREATEST_VALUE = 1e39
 RECORD_BYTES = 512  # of a line of metrics.jsonl, at most
 START_EVENTS = ("start", "resume")
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from utils.base.errors import PretrainError, UsageError
 from utils.base.text import number, printable
 from utils.base.uri import require_path
-from utils.tracking.metrics_log import HISTORY_LIMIT
+from utils.tracking.metrics_log import GREATEST_VALUE, HISTORY_LIMIT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +29,6 @@ DOTS_PER_INCH = 120
 DEFAULT_SUFFIX = ".png"
 SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 LABEL_CHARACTERS = 80
-# Nothing computed in float32 is greater, and renderers overflow long before a float64 does.
-GREATEST_VALUE = 1e39
 GREATEST_STEP = 1e15
 
 # Metric -> its name in the picture, in the order of the panels.

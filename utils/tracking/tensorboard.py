@@ -25,8 +25,8 @@ FOLDER = "tensorboard"
 # TensorBoard, at every start. A test compares.
 
 # What the HPARAMS tab compares runs by.
-METRICS = ("validation/best_loss", "validation/loss", "train/loss")
-COMPARED = ("learning_rate", "max_steps", "num_parameters", "seed", "tokens_per_step")
+_COMPARED_METRICS = ("validation/best_loss", "validation/loss", "train/loss")
+_COMPARED_KEYS = ("learning_rate", "max_steps", "num_parameters", "seed", "tokens_per_step")
 MAX_LINE = 2000
 
 
@@ -156,9 +156,9 @@ def _experiment(start: RunStart) -> Any:
     for name, value in start.hyperparameters.items():
         kind = "DATA_TYPE_STRING" if isinstance(value, str) else "DATA_TYPE_FLOAT64"
         # Those that differ between runs come first in the table; these are the ones to compare.
-        info = {"name": name, "type": kind, "differs": name in COMPARED}
+        info = {"name": name, "type": kind, "differs": name in _COMPARED_KEYS}
         infos.append(api_pb2.HParamInfo(**info))
-    metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in METRICS]
+    metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in _COMPARED_METRICS]
     experiment = api_pb2.Experiment(hparam_infos=infos, metric_infos=metrics)
     return _hyperparameters("experiment", experiment=experiment)
 

@@ -22,7 +22,7 @@ from utils.base.text import printable
 from utils.checkpoints.layout import RunIdentity
 
 SPEED = ("tokens_per_second", "step_seconds", "data_wait_share", "mfu", "eta_seconds")
-VALIDATION = {
+_VALIDATION_NAMES = {
     "validation_loss": "validation/loss",
     "validation_perplexity": "validation/perplexity",
     "best_validation_loss": "validation/best_loss",
@@ -64,7 +64,7 @@ def group_metrics(values: Mapping[str, Any]) -> dict[str, float]:
     for key, value in values.items():
         if isinstance(value, (int, float)):
             group = "speed" if key in SPEED else "train"
-            grouped[VALIDATION.get(key, f"{group}/{key}")] = float(value)
+            grouped[_VALIDATION_NAMES.get(key, f"{group}/{key}")] = float(value)
     return grouped
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 import os
 import platform
 import threading
@@ -22,14 +21,13 @@ from accelerate import Accelerator
 
 from configs.training_config import GUARDED_KEYS, TrainingConfig
 from utils.base.errors import ConfigError
-from utils.base.text import number, printable, to_json_text
-from utils.checkpoints.layout import RunIdentity
+from utils.base.text import number, perplexity_of, printable, to_json_text
+from utils.checkpoints.layout import METRICS_FILE, RunIdentity
 from utils.tracking.metrics_log import append_metrics, read_metrics
 from utils.tracking.tensorboard import FOLDER, TensorBoardTracker
 from utils.tracking.tracker import RunStart, RunTracker
 from utils.tracking.wandb import WandbTracker
 
-METRICS_FILE = "metrics.jsonl"
 MAX_NOTE = 1000
 _TRACKERS = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
 
@@ -169,7 +167,7 @@ def _put(by_step: dict[int, dict[str, float]], step: int, metric: str, value: ob
 
 def _perplexity(loss: object) -> float | None:
     known = number(loss)
-    return None if known is None else math.exp(min(known, 700.0))
+    return None if known is None else perplexity_of(known)
 
 
 class Notes:

@@ -21,9 +21,11 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+
+from utils.base.retrying import FIRST_RETRY_SECONDS, backoff
 
 HOST_VARIABLE = "GCE_METADATA_HOST"  # google-auth honours it too
 METADATA_ADDRESS = "169.254.169.254"  # not the name: nothing is resolved where it is unknown
@@ -35,11 +37,10 @@ FLAVOR_HEADER, FLAVOR = "Metadata-Flavor", "Google"
 NOTICE = "preemption notice"
 
 CONNECT_SECONDS = 2.0
-POLL_SECONDS = 10.0  # short: a connection that died unseen must not cost all of the 30 s
+_POLL_SECONDS = 10.0  # short: a connection that died unseen must not cost all of the 30 s
 MARGIN_SECONDS = 5.0
-FIRST_RETRY_SECONDS = 1.0
-LONGEST_RETRY_SECONDS = 5.0  # a notice is worth little after that
-CLOSE_SECONDS = 1.0
+_LONGEST_RETRY_SECONDS = 5.0  # a notice is worth little after that
+_CLOSE_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class PreemptionWatch:
         on_notice: Callable[[str], None],
         address: str | None,
         *,
-        poll_seconds: float = POLL_SECONDS,
+        poll_seconds: float = _POLL_SECONDS,
         first_retry_seconds: float = FIRST_RETRY_SECONDS,
     ) -> None:
         self._on_notice, self._address = on_notice, address
@@ -108,26 +109,30 @@ class PreemptionWatch:
                     self._socket.shutdown(socket.SHUT_RDWR)  # ends a read in the thread
         if self._thread is not None:
             # A name that is being resolved cannot be interrupted; the thread ends after it.
-            self._thread.join(CLOSE_SECONDS)
+            self._thread.join(_CLOSE_SECONDS)
 
     def _watch(self) -> None:
-        delay = self._first_retry
+        delays = self._delays()
         while not self._closing.is_set():
             started = time.monotonic()
             try:
                 preempted = self._ask()
             except (OSError, http.client.HTTPException, ValueError) as exc:
                 log.debug("The metadata server does not answer as expected: %r", exc)
-                self._closing.wait(delay)
-                delay = min(2 * delay, max(LONGEST_RETRY_SECONDS, self._first_retry))
+                self._closing.wait(next(delays))
                 continue
             if preempted:
                 log.warning("This machine is being preempted.")
                 self._on_notice(NOTICE)
                 return
-            delay = self._first_retry
+            delays = self._delays()
             # A server that does not know wait_for_change answers at once, for ever.
             self._closing.wait(started + self._first_retry - time.monotonic())
+
+    def _delays(self) -> Iterator[float]:
+        return backoff(
+            self._first_retry, longest_seconds=max(_LONGEST_RETRY_SECONDS, self._first_retry)
+        )
 
     def _ask(self) -> bool:
         """Return whether the server says TRUE, now at the first time, then as soon as it does."""

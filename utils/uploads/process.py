@@ -35,7 +35,7 @@ END_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
-OnProgress = Callable[[ProgressReport], None]
+OnReport = Callable[[ProgressReport], None]
 
 
 class InterruptedUploadError(Exception):
@@ -44,7 +44,7 @@ class InterruptedUploadError(Exception):
 
 def run_in_process(
     job: UploadJob,
-    on_progress: OnProgress = lambda report: None,
+    on_progress: OnReport = lambda report: None,
     must_end: Callable[[], bool] = lambda: False,
 ) -> UploadResult:
     """Upload one checkpoint in a process of its own.
@@ -93,7 +93,7 @@ def run_in_process(
 def _follow(
     connection: Connection,
     stall_seconds: float,
-    on_progress: OnProgress,
+    on_progress: OnReport,
     must_end: Callable[[], bool],
 ) -> UploadResult:
     limit = stall_seconds + STALL_MARGIN_SECONDS

@@ -23,7 +23,7 @@ SHOWN_ERRORS = 5
 _UNDER_WAY = (UploadState.ARCHIVING, UploadState.UPLOADING)
 
 
-def build_rows(
+def build_upload_rows(
     local: Sequence[CheckpointView],
     remote: Sequence[CheckpointView],
     *,

@@ -18,7 +18,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from utils.base.errors import PretrainError, TransientStorageError
+from utils.base.retrying import ARCHIVE_FACTOR, FIRST_RETRY_SECONDS, backoff
 from utils.base.text import format_bytes, format_duration
 from utils.base.uri import join_uri, normalize_uri
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
@@ -50,14 +51,12 @@ from utils.uploads.job import ProgressReport, UploadJob, UploadResult
 from utils.uploads.process import InterruptedUploadError, run_in_process
 from utils.uploads.transports import TransportOptions
 
-MAX_ATTEMPTS = 5
-FIRST_BACKOFF_SECONDS = 1.0
-BACKOFF_FACTOR = 4.0
+UPLOAD_ATTEMPTS = 5
 JITTER = 0.5
 LATER_SECONDS = 600.0
 LOCKED_SECONDS = 5.0
 PROGRESS_SECONDS = 2.0
-CLOSE_SECONDS = 3.0
+_CLOSE_SECONDS = 3.0
 MAX_THREADS = 4
 
 log = logging.getLogger(__name__)
@@ -71,6 +70,7 @@ class _Item:
 
     Attributes:
         path: Its directory.
+        delays: Mean seconds before each next attempt.
         attempts: How often it was tried.
         ready_at: When it may be tried next, on the monotonic clock.
         is_late: It has failed as often as one waits for; it is tried again, but not waited for.
@@ -78,6 +78,7 @@ class _Item:
     """
 
     path: Path
+    delays: Iterator[float]
     attempts: int = 0
     ready_at: float = 0.0
     is_late: bool = False
@@ -110,7 +111,7 @@ class Uploader:
         *,
         compression: str = "fast",
         sweeps: bool = False,
-        first_backoff_seconds: float = FIRST_BACKOFF_SECONDS,
+        first_backoff_seconds: float = FIRST_RETRY_SECONDS,
         perform: Perform | None = None,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -123,7 +124,7 @@ class Uploader:
         self._transport, self._journal = transport, journal
         self._compression, self._sweeps = compression, sweeps
         self._tell = tell
-        self._backoff, self._perform = first_backoff_seconds, perform or run_in_process
+        self._first_backoff, self._perform = first_backoff_seconds, perform or run_in_process
         self._queue: list[_Item] = []
         self._active: _Item | None = None
         self._progress: _Progress | None = None
@@ -151,7 +152,7 @@ class Uploader:
         self._record(checkpoint.name, run_id, UploadState.QUEUED, uri=self._transport.uri)
         log.info("Queued %s for upload.", checkpoint.name)
         with self._changed:
-            self._queue.append(_Item(checkpoint))
+            self._queue.append(_Item(checkpoint, backoff(self._first_backoff, ARCHIVE_FACTOR)))
             self._changed.notify_all()
 
     def forget(self, names: Iterable[str]) -> None:
@@ -225,7 +226,7 @@ class Uploader:
         with self._changed:
             self._queue.clear()
             self._changed.notify_all()
-        self._thread.join(CLOSE_SECONDS)
+        self._thread.join(_CLOSE_SECONDS)
 
     def _work(self) -> None:
         while (item := self._take()) is not None:
@@ -377,13 +378,13 @@ class Uploader:
             for item in self._queue:
                 if item.is_late:
                     item.is_late, item.ready_at = False, 0.0
-                    item.attempts = min(item.attempts, MAX_ATTEMPTS - 1)
+                    item.attempts = min(item.attempts, UPLOAD_ATTEMPTS - 1)
             self._changed.notify_all()
 
     def _try_later(self, item: _Item, run_id: str, error: str) -> None:
-        name, is_late = item.path.name, item.attempts >= MAX_ATTEMPTS
+        name, is_late = item.path.name, item.attempts >= UPLOAD_ATTEMPTS
         if not is_late:
-            seconds = _jittered(self._backoff * BACKOFF_FACTOR ** (item.attempts - 1))
+            seconds = _jittered(next(item.delays))
             log.warning("Upload of %s failed, trying again in %.0f s: %s", name, seconds, error)
             self._tell(f"{name}: upload failed, trying again in {seconds:.0f} s: {error}")
         else:
@@ -409,7 +410,7 @@ class Uploader:
 
     def _fail(self, item: _Item, run_id: str, error: str) -> None:
         name = item.path.name
-        if not item.path.exists() and self._was_given_up(name):
+        if not item.path.exists() and _was_given_up(self._journal, name):
             log.warning("%s was given up while it waited for its upload.", name)
             return
         self.failures[name] = error
@@ -434,13 +435,6 @@ class Uploader:
             self._journal.record(name, run_id, state, **details)
         except OSError as exc:  # the disk may be full; the worker must outlive it
             log.error("%s cannot be written: %s.", self._journal.path, exc.strerror or exc)
-
-    def _was_given_up(self, name: str) -> bool:
-        given_up = (name, UploadState.SUPERSEDED)
-        with contextlib.suppress(OSError):
-            entries = self._journal.entries()
-            return any((entry.checkpoint, entry.state) == given_up for entry in entries)
-        return False
 
 
 class _Progress:
@@ -497,6 +491,13 @@ class _Progress:
         if report.size:
             return min(1.0, report.sent / report.size)
         return min(1.0, report.read / max(1, report.total))
+
+
+def _was_given_up(journal: Journal, name: str) -> bool:
+    given_up = (name, UploadState.SUPERSEDED)
+    with contextlib.suppress(OSError):
+        return any((entry.checkpoint, entry.state) == given_up for entry in journal.entries())
+    return False
 
 
 def _jittered(seconds: float) -> float:

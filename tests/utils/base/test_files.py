@@ -57,7 +57,7 @@ def test_a_file_that_was_cut_is_read_from_its_start(tmp_path: Path, data: bytes)
 def test_long_files_come_in_blocks_and_lines_longer_than_a_block_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(files, "LINE_BLOCK_BYTES", 16)
     path = tmp_path / "f"
     lines = [b"1234567\n", b"x" * 100 + b"\n", b"abc\n", b"y" * 50]
     path.write_bytes(b"".join(lines))

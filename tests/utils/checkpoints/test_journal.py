@@ -263,7 +263,7 @@ def test_a_disk_too_full_to_compact_keeps_the_journal_and_takes_the_line(
 def test_a_lock_that_is_stuck_does_not_stop_a_run(
     journal: Journal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(journal_module, "LOCK_SECONDS", 0.01)
+    monkeypatch.setattr(journal_module, "JOURNAL_LOCK_SECONDS", 0.01)
     monkeypatch.setattr(journal_module, "COMPACT_BYTES", 0)
     journal.path.parent.mkdir()
     with FileLock(f"{journal.path}.lock"):

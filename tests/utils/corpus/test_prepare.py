@@ -463,7 +463,7 @@ def test_an_empty_separate_source_is_an_error(source: FileSource, tmp_path: Path
 def test_a_very_long_document_is_read_in_parts_and_has_one_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_sources, "PART_BYTES", 1000)
+    monkeypatch.setattr(text_sources, "TEXT_PART_BYTES", 1000)
     text = "".join(f"Line {n}: d\u00e9j\u00e0 vu.\n" for n in range(3000))
     (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     index = prepare(

@@ -130,7 +130,7 @@ def test_a_separator_is_found_wherever_blocks_end(
     stories = ["a" * 5, "b\n" * 40 + "b", "\u00e9" * 30, "c"]
     path.write_bytes("<end>".join(stories).encode())
     for block in range(6, 40):
-        monkeypatch.setattr("utils.corpus.text_sources.PART_BYTES", block)
+        monkeypatch.setattr("utils.corpus.text_sources.TEXT_PART_BYTES", block)
         parts = read(path, document_separator="<end>")
         assert "".join(parts) == "".join(stories)
         closed = [not isinstance(part, OpenText) for part in parts]

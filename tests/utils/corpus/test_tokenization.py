@@ -14,7 +14,7 @@ from utils.corpus.tokenization import (
     build_tokenizer,
     encode_documents,
     fingerprint_tokenizer,
-    load_tokenizer,
+    resolve_tokenizer,
 )
 from utils.models.tokenizer import END_OF_TEXT
 
@@ -120,13 +120,15 @@ def test_existing_tokenizer_gives_the_same_ids_and_files_wherever_it_lies(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     one, two = write(tokenizer, tmp_path / "one"), write(tokenizer, tmp_path / "two")
-    loaded = load_tokenizer(str(one))
+    loaded = resolve_tokenizer(str(one))
 
-    assert loaded.files == load_tokenizer(str(two)).files
+    assert loaded.files == resolve_tokenizer(str(two)).files
     assert fingerprint_tokenizer(str(one)) == fingerprint_tokenizer(str(two))
     assert loaded.eos_token_id == 0
     assert encode(loaded, *AWKWARD) == encode(tokenizer, *AWKWARD)
-    assert encode(load_tokenizer(str(one / "tokenizer.json")), *AWKWARD) == encode(loaded, *AWKWARD)
+    assert encode(resolve_tokenizer(str(one / "tokenizer.json")), *AWKWARD) == encode(
+        loaded, *AWKWARD
+    )
 
 
 def test_start_token_truncation_and_padding_of_an_existing_tokenizer_are_left_out(
@@ -143,7 +145,7 @@ def test_start_token_truncation_and_padding_of_an_existing_tokenizer_are_left_ou
     path = tmp_path / "tokenizer.json"
     backend.save(str(path))
 
-    assert encode(load_tokenizer(str(path)), "a a a a") == [[2, 2, 2, 2, 1]]
+    assert encode(resolve_tokenizer(str(path)), "a a a a") == [[2, 2, 2, 2, 1]]
 
 
 @pytest.mark.parametrize("content", [b"no json", b"{}"])
@@ -152,7 +154,7 @@ def test_tokenizer_that_cannot_be_loaded_is_a_usage_error(tmp_path: Path, conten
     path.write_bytes(content)
 
     with pytest.raises(UsageError, match=r"--tokenizer .*cannot be loaded") as caught:
-        load_tokenizer(str(path))
+        resolve_tokenizer(str(path))
 
     assert caught.value.exit_code == ExitCode.USAGE
 
@@ -162,4 +164,4 @@ def test_tokenizer_without_an_end_token_is_a_usage_error(tmp_path: Path) -> None
     backend.save(str(tmp_path / "tokenizer.json"))
 
     with pytest.raises(UsageError, match="no end-of-text token"):
-        load_tokenizer(str(tmp_path / "tokenizer.json"))
+        resolve_tokenizer(str(tmp_path / "tokenizer.json"))

@@ -16,7 +16,12 @@ from transformers import AutoTokenizer
 
 from utils.base.errors import ExitCode, UsageError
 from utils.corpus.documents import Document
-from utils.corpus.tokenization import Tokenizer, build_tokenizer, encode_documents, load_tokenizer
+from utils.corpus.tokenization import (
+    Tokenizer,
+    build_tokenizer,
+    encode_documents,
+    resolve_tokenizer,
+)
 from utils.corpus.tokenizer_conversion import (
     CL100K_PATTERN,
     GPT2_PATTERN,
@@ -105,7 +110,7 @@ def test_sentencepiece_loads_offline_and_encodes_identically(
     options: dict[str, Any],
 ) -> None:
     path, original = train(name, **options)
-    tokenizer = load_tokenizer(str(path))
+    tokenizer = resolve_tokenizer(str(path))
     loaded = save(tokenizer, tmp_path / "t")
     if options["model_type"] == "unigram":
         texts = [line for text in texts for line in text.splitlines()][:3000]
@@ -133,7 +138,7 @@ def test_no_text_forges_a_control_or_byte_piece(
     train: Callable[..., tuple[Path, Any]], name: str
 ) -> None:
     path, original = train(name, **{"unigram_bytes": UNIGRAM_BYTES, "llama": LLAMA}[name])
-    tokenizer = load_tokenizer(str(path))
+    tokenizer = resolve_tokenizer(str(path))
 
     (document,) = encode_documents(tokenizer, [Document(FORGERIES, "train")])
 
@@ -145,7 +150,7 @@ def test_sentencepiece_that_cannot_be_converted_exactly_is_refused(
 ) -> None:
     path, _ = train("suffix", model_type="bpe", treat_whitespace_as_suffix=True)
     with pytest.raises(UsageError, match="cannot be converted exactly"):
-        load_tokenizer(str(path))
+        resolve_tokenizer(str(path))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ def test_sentencepiece_that_does_not_serve_is_refused(
         options = {**options, "hard_vocab_limit": False}
     path, _ = train("-".join(map(str, options.values())), **options)
     with pytest.raises(UsageError, match=message) as caught:
-        load_tokenizer(str(path))
+        resolve_tokenizer(str(path))
     assert caught.value.exit_code == ExitCode.USAGE
 
 
@@ -167,7 +172,7 @@ def test_sentencepiece_that_does_not_serve_is_refused(
 def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.model").write_bytes(content)
     with pytest.raises(UsageError, match=r"x\.model"):
-        load_tokenizer(str(tmp_path / "x.model"))
+        resolve_tokenizer(str(tmp_path / "x.model"))
 
 
 # tiktoken.
@@ -221,7 +226,7 @@ def test_tiktoken_loads_offline_and_encodes_identically(
     registered: str, texts: list[str], tmp_path: Path
 ) -> None:
     encoding = tiktoken.get_encoding("mine")
-    tokenizer = load_tokenizer(registered)
+    tokenizer = resolve_tokenizer(registered)
     loaded = save(tokenizer, tmp_path / "t")
     samples = [*texts, "trailing \n ", FORGERIES]
 
@@ -242,7 +247,7 @@ def test_tiktoken_loads_offline_and_encodes_identically(
 def test_a_tiktoken_file_gets_an_end_token_behind_its_own(
     ranks: dict[bytes, int], tmp_path: Path, name: str, suffix: str, texts: list[str]
 ) -> None:
-    tokenizer = load_tokenizer(str(write_ranks(tmp_path / f"{name}{suffix}", ranks)))
+    tokenizer = resolve_tokenizer(str(write_ranks(tmp_path / f"{name}{suffix}", ranks)))
     encoding = tiktoken.Encoding(
         "x", pat_str=CL100K_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
@@ -274,12 +279,12 @@ def test_the_patterns_cut_as_tiktoken_does(pattern: str, ranks: dict[bytes, int]
 def test_a_damaged_tiktoken_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.tiktoken").write_text(content)
     with pytest.raises(UsageError, match=r"x\.tiktoken"):
-        load_tokenizer(str(tmp_path / "x.tiktoken"))
+        resolve_tokenizer(str(tmp_path / "x.tiktoken"))
 
 
 def test_an_unknown_encoding_names_those_there_are() -> None:
     with pytest.raises(UsageError, match="cl100k_base"):
-        load_tokenizer("tiktoken:nowhere")
+        resolve_tokenizer("tiktoken:nowhere")
 
 
 @pytest.mark.parametrize(
@@ -294,5 +299,5 @@ def test_a_missing_library_is_named_with_the_command_that_brings_it(
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UsageError, match=f"-m pip install {package}") as caught:
-        load_tokenizer(name)
+        resolve_tokenizer(name)
     assert caught.value.exit_code == ExitCode.USAGE

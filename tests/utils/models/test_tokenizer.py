@@ -13,7 +13,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from transformers import AutoTokenizer
 
 from utils.base.errors import UsageError
-from utils.corpus.tokenization import Document, encode_documents, load_tokenizer
+from utils.corpus.tokenization import Document, encode_documents, resolve_tokenizer
 from utils.models.tokenizer import (
     begin_like_data,
     encode_prompt,
@@ -65,7 +65,7 @@ def write_tokenizer(
 def write_shipped(name: Path, folder: Path, model_type: str | None = None) -> Path:
     """Write what is shipped of a tokenizer, beside a model's config if there is one."""
     folder.mkdir()
-    for file, content in load_tokenizer(str(name)).files.items():
+    for file, content in resolve_tokenizer(str(name)).files.items():
         (folder / file).write_bytes(content)
     if model_type:
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -82,7 +82,7 @@ def test_the_tokenizer_json_decides_whatever_class_its_config_names(
     settings = {"eos_token": "</s>", **({"tokenizer_class": kind} if kind else {})}
     content = write_tokenizer(tmp_path / "given", settings, normalizer=normalizers.NFKC())
     own = tokenizers.Tokenizer.from_str(content.decode())
-    given = load_tokenizer(str(tmp_path / "given"))
+    given = resolve_tokenizer(str(tmp_path / "given"))
 
     documents = [Document(text, "train") for text in (TEXT, *PROBES[:-1])]
     ids = [found.ids.tolist() for found in encode_documents(given, documents)]
@@ -114,7 +114,7 @@ def test_what_is_shipped_has_nothing_of_one_version_or_machine(tmp_path: Path) -
     }
     write_tokenizer(tmp_path / "given", settings)
 
-    found = json.loads(load_tokenizer(str(tmp_path / "given")).files["tokenizer_config.json"])
+    found = json.loads(resolve_tokenizer(str(tmp_path / "given")).files["tokenizer_config.json"])
 
     assert found.pop("added_tokens_decoder").keys() == {"299"}  # only the settings name <x>
     assert found == {
@@ -135,7 +135,7 @@ def test_a_tokenizer_that_transformers_reads_in_another_way_is_refused(tmp_path:
     write_tokenizer(tmp_path / "given", {"eos_token": "</s>", "added_tokens_decoder": {299: token}})
 
     with pytest.raises(UsageError, match=r"transformers reads .*xyz.* in another way"):
-        load_tokenizer(str(tmp_path / "given"))
+        resolve_tokenizer(str(tmp_path / "given"))
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from utils.base.errors import (
     StorageError,
     TransientStorageError,
 )
+from utils.base.retrying import FIRST_RETRY_SECONDS
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
     UPLOAD_LOCK_PREFIX,
@@ -50,9 +51,8 @@ from utils.uploads.job import ProgressReport, UploadJob, UploadResult
 from utils.uploads.process import InterruptedUploadError
 from utils.uploads.transports import TransportOptions
 from utils.uploads.uploader import (
-    FIRST_BACKOFF_SECONDS,
     LATER_SECONDS,
-    MAX_ATTEMPTS,
+    UPLOAD_ATTEMPTS,
     Uploader,
     find_unfinished,
 )
@@ -335,7 +335,7 @@ def test_the_end_of_every_attempt_is_told(
     told: list[str] = []
     performer.script[NAMES[0]] = [DOWN]
     performer.script[NAMES[1]] = [AccessDeniedError("403 Forbidden.")]
-    performer.script[NAMES[2]] = [DOWN] * MAX_ATTEMPTS
+    performer.script[NAMES[2]] = [DOWN] * UPLOAD_ATTEMPTS
     uploader = open_uploader(tell=told.append)
     for checkpoint in checkpoints:
         uploader.submit(checkpoint)
@@ -345,7 +345,7 @@ def test_the_end_of_every_attempt_is_told(
     assert told[1].startswith(f"{NAMES[0]} uploaded and verified: 2.0 MiB in ")
     assert told[2] == f"{NAMES[1]} was not uploaded: 403 Forbidden."
     assert told[-1] == f"{NAMES[2]} was not uploaded: 503 Backend Error (5 attempts)"
-    assert len(told) == 3 + MAX_ATTEMPTS
+    assert len(told) == 3 + UPLOAD_ATTEMPTS
 
 
 def test_what_fails_twice_and_then_does_not_leaves_no_failure(
@@ -374,17 +374,17 @@ def test_what_fails_for_ever_is_tried_so_often_then_kept_and_the_next_goes_on(
     uploader = open_uploader()
     uploader.submit(checkpoints[0])
     wait_until(lambda: uploader.failures and not uploader.pending)
-    assert performer.tried == [NAMES[0]] * MAX_ATTEMPTS
-    assert uploader.failures == {NAMES[0]: f"503 Backend Error ({MAX_ATTEMPTS} attempts)"}
+    assert performer.tried == [NAMES[0]] * UPLOAD_ATTEMPTS
+    assert uploader.failures == {NAMES[0]: f"503 Backend Error ({UPLOAD_ATTEMPTS} attempts)"}
     assert f"It is kept in {checkpoints[0].parent}" in caplog.text
 
-    wait_until(lambda: states(journal, NAMES[0]).count("failed") == MAX_ATTEMPTS)
+    wait_until(lambda: states(journal, NAMES[0]).count("failed") == UPLOAD_ATTEMPTS)
     last = journal.latest()[NAMES[0]]
     assert (last.state, last.run_id) == (UploadState.FAILED, RUN_ID)
     assert last.state.is_pending
     assert {key: last.details[key] for key in ("error", "attempts", "permanent")} == {
         "error": "503 Backend Error",
-        "attempts": MAX_ATTEMPTS,
+        "attempts": UPLOAD_ATTEMPTS,
         "permanent": False,
     }
     wait = datetime.fromisoformat(last.details["next_try"]) - datetime.now(UTC)
@@ -411,23 +411,23 @@ def test_the_waits_between_attempts_grow_and_are_not_the_same(
         for name, times in performer.times.items()
     }
     for found in waits.values():
-        assert len(found) == MAX_ATTEMPTS - 1
+        assert len(found) == UPLOAD_ATTEMPTS - 1
         for number, wait in enumerate(found):
             mean = base * 4**number
             assert 0.5 * mean <= wait < 1.5 * mean + 0.5
-    jittered = [uploader_module._jittered(FIRST_BACKOFF_SECONDS) for _ in range(200)]
+    jittered = [uploader_module._jittered(FIRST_RETRY_SECONDS) for _ in range(200)]
     assert 0.5 <= min(jittered) < 0.75 < 1.25 < max(jittered) <= 1.5
 
 
 def test_draining_tries_once_more_and_does_not_wait_for_what_fails_again(
     open_uploader: Open, performer: Performer, checkpoints: list[Path]
 ) -> None:
-    performer.script[NAMES[0]] = [DOWN] * (MAX_ATTEMPTS + 1)
+    performer.script[NAMES[0]] = [DOWN] * (UPLOAD_ATTEMPTS + 1)
     uploader = open_uploader()
     uploader.submit(checkpoints[0])
     wait_until(lambda: uploader.failures and not uploader.pending)
     drain(uploader)
-    assert len(performer.tried) == MAX_ATTEMPTS + 1
+    assert len(performer.tried) == UPLOAD_ATTEMPTS + 1
     assert set(uploader.failures) == {NAMES[0]}
     drain(uploader)
     assert uploader.verified == [NAMES[0]]
@@ -441,7 +441,7 @@ def test_draining_waits_for_a_late_one_that_is_on_its_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(uploader_module, "LATER_SECONDS", 0.01)
-    performer.script[NAMES[0]] = [DOWN] * MAX_ATTEMPTS
+    performer.script[NAMES[0]] = [DOWN] * UPLOAD_ATTEMPTS
     gate = performer.hold(NAMES[0])
     uploader = open_uploader()
     uploader.submit(checkpoints[0])
@@ -470,7 +470,7 @@ def test_late_ones_are_tried_at_once_when_the_bucket_is_back(
 def test_late_ones_come_after_those_that_were_not_tried_yet(
     open_uploader: Open, performer: Performer, checkpoints: list[Path]
 ) -> None:
-    performer.script[NAMES[2]] = [DOWN] * MAX_ATTEMPTS
+    performer.script[NAMES[2]] = [DOWN] * UPLOAD_ATTEMPTS
     uploader = open_uploader()
     uploader.submit(checkpoints[2])
     wait_until(lambda: uploader.failures and not uploader.pending)
@@ -593,7 +593,7 @@ def test_a_journal_that_cannot_be_written_loses_no_upload(
     wait_until(lambda: uploader.failures)
     assert "No space left on device" in uploader.failures[NAMES[0]]
     assert uploader.verified == []  # it could not be remembered
-    assert len(performer.tried) == MAX_ATTEMPTS
+    assert len(performer.tried) == UPLOAD_ATTEMPTS
     full.is_full = False
     uploader.submit(checkpoints[1])
     drain(uploader)

@@ -17,6 +17,7 @@ from typing import Any
 
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, DataError, UsageError
+from utils.base.progress import OnProgress
 from utils.base.text import printable
 from utils.base.uri import is_gcs_uri
 from utils.checkpoints.layout import TRAINING_CONFIG_FILE, RunPaths
@@ -45,11 +46,10 @@ MAX_FORWARD_TOKENS = 32768
 ANSWERS = 32
 # The harness holds the logits of all tokens of a batch.
 HARNESS_ANSWERS = 8
-SPLITS = ("validation", "training")
+MEASURED_SPLITS = ("validation", "training")
 
 log = logging.getLogger(__name__)
 
-OnProgress = Callable[[str, int, int | None], None]
 Measure = Callable[[LoadedModel, OnProgress], list[Evaluation]]
 
 
@@ -59,7 +59,7 @@ class TextPlan:
 
     Attributes:
         data_uri: Shards; None for those of the model's run.
-        split: One of `SPLITS`.
+        split: One of `MEASURED_SPLITS`.
         sequence_length: Tokens that the model sees at once; None for those of its run.
         stride: Of `covering_windows`.
         max_tokens: Only so many, the first; None for all.
@@ -68,7 +68,7 @@ class TextPlan:
     """
 
     data_uri: str | None = None
-    split: str = SPLITS[0]
+    split: str = MEASURED_SPLITS[0]
     sequence_length: int | None = None
     stride: int | None = None
     max_tokens: int | None = None
@@ -77,7 +77,7 @@ class TextPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is measured.
 
     Attributes:
@@ -128,7 +128,7 @@ class Evaluator:
         config: Of the run; says where its cache is, and its data where a model does not.
     """
 
-    def __init__(self, plan: Plan, config: TrainingConfig) -> None:
+    def __init__(self, plan: EvaluationPlan, config: TrainingConfig) -> None:
         self._plan, self._config = plan, config
         self._opened: dict[str, tuple[Bucket, ShardIndex]] = {}
         self._pieces: dict[str, dict[int, str]] = {}
@@ -193,14 +193,14 @@ class Evaluator:
         if not uri:
             raise UsageError("Which data the model was made with is not known: name some, --data.")
         _, index = self._open(uri)
-        shards = index.validation if plan.split == SPLITS[0] else index.training
+        shards = index.validation if plan.split == MEASURED_SPLITS[0] else index.training
         if not (index.validation or index.training):
             raise DataError(f"{uri} holds no shards (*.npz).")
         if not shards:
-            other = "validation" if plan.split == SPLITS[1] else "training"
+            other = "validation" if plan.split == MEASURED_SPLITS[1] else "training"
             make = (
                 " prepare_data.py --validation-fraction makes some."
-                if plan.split == SPLITS[0]
+                if plan.split == MEASURED_SPLITS[0]
                 else ""
             )
             raise DataError(

@@ -21,11 +21,11 @@ from typing import Any
 
 from utils.base.errors import PretrainError, UsageError
 from utils.base.text import number, printable, reason_of
+from utils.tools.evaluation.log import ERROR_SUFFIX
 from utils.tools.generation.loading import LoadedModel
 
 BOOTSTRAP_ROUNDS = 1000
 INSTALL = 'pip install "lm-eval[hf]>=0.4.9"'
-STDERR = "_stderr"
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,10 @@ def run_harness(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    manager = TaskManager(include_path=None if tasks_path is None else str(tasks_path))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        names = ", ".join(printable(task) for task in unknown)
-        raise UsageError(
-            f"--tasks: lm-evaluation-harness {version} knows no {names}. lm_eval ls tasks lists "
-            "all; --tasks-path DIR adds those of a directory."
-        )
+    manager = _find_tasks(tasks, tasks_path, version)
     try:
         model = HFLM(
             pretrained=loaded.model,
@@ -123,6 +115,21 @@ def run_harness(
     return [_result(task, found, version, limit) for task in found["results"]]
 
 
+def _find_tasks(tasks: Sequence[str], tasks_path: Path | None, version: str) -> Any:
+    """Return the harness's manager, which knows these tasks."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if tasks_path is None else str(tasks_path))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        names = ", ".join(printable(task) for task in unknown)
+        raise UsageError(
+            f"--tasks: lm-evaluation-harness {version} knows no {names}. lm_eval ls tasks lists "
+            "all; --tasks-path DIR adds those of a directory."
+        )
+    return manager
+
+
 def _result(task: str, found: Mapping[str, Any], version: str, limit: int | None) -> HarnessResult:
     counts = found.get("n-samples", {}).get(task) or {}
     what = {
@@ -142,8 +149,8 @@ def harness_values(row: Mapping[str, Any]) -> dict[str, float | None]:
         metric, _, filtered = key.partition(",")
         if not filtered or isinstance(value, str):
             continue
-        base = metric.removesuffix(STDERR)
-        suffix = STDERR if metric != base else ""
+        base = metric.removesuffix(ERROR_SUFFIX)
+        suffix = ERROR_SUFFIX if metric != base else ""
         name = base if filtered == "none" else f"{base} ({filtered})"
         values[f"{name}{suffix}"] = number(value)
     return values

@@ -19,11 +19,12 @@ from typing import Any
 from utils.base.files import read_regular_file
 from utils.base.text import FOREIGN_ERRORS, number, parse_json, printable, to_json_text
 from utils.checkpoints.layout import Manifest
-from utils.tracking.metrics_log import MAX_STEP, append_metrics
+from utils.tracking.metrics_log import GREATEST_VALUE, MAX_STEP, append_metrics
 
 MODEL_FILES = ("model", "pytorch_model")
-# Nothing computed in float32 is greater, and what draws it overflows later.
-GREATEST_VALUE = 1e39
+ERROR_SUFFIX = (
+    "_stderr"  # of the name of a figure's standard error, as lm-evaluation-harness has it
+)
 # What is a circumstance of a figure and not a figure.
 NO_RESULTS = ("tokens", "bytes", "tokens_per_second", "items")
 
@@ -62,7 +63,7 @@ class Evaluation:
     @property
     def main_metric(self) -> str | None:
         """The figure that people look at first."""
-        results = [name for name in self.results if not name.endswith("_stderr")]
+        results = [name for name in self.results if not name.endswith(ERROR_SUFFIX)]
         for name in ("acc_norm", "acc", "loss", *results):
             if name in results:
                 return name

@@ -16,12 +16,11 @@ import torch
 
 from utils.data.token_stream import TokenStream, Window
 from utils.models.losses import IGNORED
-from utils.tools.evaluation.scoring import token_scores
+from utils.tools.evaluation.scoring import known_perplexity, token_scores
 from utils.tools.evaluation.token_bytes import ByteCounter
 from utils.training_utils import document_positions
 
 BITS_PER_NAT = 1 / math.log(2)
-LARGEST_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class TextScore:
     @property
     def perplexity(self) -> float | None:
         """exp(loss); None where no number is so large."""
-        return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else None
+        return known_perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:

@@ -17,6 +17,7 @@ import torch
 
 from configs.model_config import is_loss_chunked
 from utils.base.errors import ResourceShortageError, UsageError
+from utils.base.text import GREATEST_EXPONENT, perplexity_of
 from utils.models.estimates import chunk_tokens
 from utils.models.losses import IGNORED
 from utils.models.tokenizer import encode_text
@@ -150,6 +151,11 @@ def _require_tokens(request: Request, text: str) -> Request:
     if not request.context or not request.continuation:
         raise UsageError(f"The tokenizer leaves no token of {text[:60]!r} to be scored.")
     return request
+
+
+def known_perplexity(loss: float) -> float | None:
+    """Return exp(loss); None where no number is so large."""
+    return perplexity_of(loss) if loss < GREATEST_EXPONENT else None
 
 
 def score_requests(

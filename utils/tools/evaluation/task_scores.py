@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from utils.tools.evaluation.scoring import Request, Score, encode_request, score_requests
+from utils.tools.evaluation.scoring import (
+    Request,
+    Score,
+    encode_request,
+    known_perplexity,
+    score_requests,
+)
 from utils.tools.evaluation.task_data import DELIMITER, Choice, LastWord, Questions
-
-LARGEST_EXPONENT = 700.0
-
-OnProgress = Callable[[int, int], None]
 
 
 def score_questions(
@@ -26,7 +28,7 @@ def score_questions(
     *,
     context_size: int | None = None,
     batch_size: int = 8,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float | None]:
     """Return the figures of a task.
 
@@ -98,7 +100,7 @@ def judge_last_words(scores: Sequence[Score]) -> dict[str, float | None]:
     return {
         "acc": _mean(hits),
         "acc_stderr": standard_error(hits),
-        "perplexity": math.exp(-mean) if -mean < LARGEST_EXPONENT else None,
+        "perplexity": known_perplexity(-mean),
         "items": len(scores),
     }
 

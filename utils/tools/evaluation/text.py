@@ -10,24 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from utils.base.text import number, printable
+from utils.base.text import ABSENT, number, printable
 from utils.base.text_plots import draw_chart
-from utils.tools.evaluation.log import NO_RESULTS, Evaluation, MetricPoints
+from utils.tools.evaluation.log import ERROR_SUFFIX, NO_RESULTS, Evaluation, MetricPoints
 from utils.tracking.plots import Series
 
-ABSENT = "-"
-STDERR = "_stderr"
-SHOWN_NAMES = {
+_SHOWN_NAMES = {
     "bits_per_byte": "bits/byte",
     "tokens_per_second": "tokens/s",
 }
 # Behind the figures, where they are known.
 SHOWN_CIRCUMSTANCES = ("tokens", "tokens_per_second", "items")
-CELL_CHARACTERS = 60
+_CELL_CHARACTERS = 60
 CHART_LINES = 8
 
 
-def show_figure(value: float | None, error: float | None = None) -> str:
+def show_measured(value: float | None, error: float | None = None) -> str:
     """Return a figure with four decimals, and its standard error where that is known."""
     if value is None:
         return ABSENT
@@ -39,16 +37,16 @@ def figures(evaluation: Evaluation) -> dict[str, str]:
     """Return the figures of an evaluation by their shown names, then its circumstances."""
     values = evaluation.values
     found = {
-        SHOWN_NAMES.get(name, name): show_figure(value, values.get(f"{name}{STDERR}"))
+        _SHOWN_NAMES.get(name, name): show_measured(value, values.get(f"{name}{ERROR_SUFFIX}"))
         for name, value in values.items()
-        if name not in NO_RESULTS and not name.endswith(STDERR)
+        if name not in NO_RESULTS and not name.endswith(ERROR_SUFFIX)
     }
     counts = {
-        SHOWN_NAMES.get(name, name): ABSENT if values[name] is None else f"{values[name]:,.0f}"
+        _SHOWN_NAMES.get(name, name): ABSENT if values[name] is None else f"{values[name]:,.0f}"
         for name in SHOWN_CIRCUMSTANCES
         if name in values
     }
-    return {printable(name, CELL_CHARACTERS): text for name, text in {**found, **counts}.items()}
+    return {printable(name, _CELL_CHARACTERS): text for name, text in {**found, **counts}.items()}
 
 
 def row(evaluation: Evaluation) -> dict[str, str]:
@@ -102,7 +100,7 @@ def describe_question(what: Mapping[str, Any]) -> str:
         if value is not None:
             parts.append(text.format(value))
     if isinstance(what.get("harness"), str):
-        parts.append(printable(what["harness"], CELL_CHARACTERS))
+        parts.append(printable(what["harness"], _CELL_CHARACTERS))
     return ", ".join(parts)
 
 

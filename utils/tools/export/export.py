@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers.utils import CONFIG_NAME
 
 from configs.model_config import UNPADDED_KEY, known_vocab_size, with_older_keys
 from utils.base.errors import SaveError, UsageError
+from utils.base.progress import OnProgress
 from utils.base.text import format_bytes, printable
 from utils.checkpoints.files import sync_files
 from utils.checkpoints.layout import FileEntry, write_json
@@ -33,7 +34,7 @@ from utils.models.tokenizer import (
     find_misreading,
     read_tokenizer_json,
     with_template_of,
-    write_files,
+    write_tokenizer_files,
 )
 from utils.storage.bucket import crc32c_of_bytes, fsync_directory
 from utils.tools.export.gguf import compare_gguf, require_gguf, write_gguf
@@ -49,7 +50,6 @@ PROBE_TEXT = "The quick brown fox: 3.14,  two spaces\tand\na na\u00efve line."
 _OTHER_FORMS = ("tokenizer.model", "vocab.json", "merges.txt")
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-OnProgress = Callable[[str, int, int | None], None]
 
 log = logging.getLogger(__name__)
 
@@ -323,7 +323,7 @@ def _write_tokenizer(loaded: LoadedModel, staged: Path, name: str | None) -> Non
     content = read_tokenizer_json(name or loaded.source.location)
     if content is not None:
         content = with_template_of(tokenizer, content)
-    write_files(build_files(tokenizer, content), staged)
+    write_tokenizer_files(build_files(tokenizer, content), staged)
     directory = loaded.source.directory
     if name is None and directory is not None:
         for file in _OTHER_FORMS:

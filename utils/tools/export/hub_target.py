@@ -12,12 +12,13 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.base.errors import AccessDeniedError, StorageError, UsageError
+from utils.base.progress import OnProgress
 from utils.base.text import printable
 from utils.tools.export.target import is_export_file, scratch_directory
 
@@ -25,8 +26,6 @@ HUB_PREFIX = "hub:"
 COMMIT_MESSAGE = "Upload model"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _KEPT = ".gitattributes"
-
-OnProgress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,16 @@ import contextlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from filelock import FileLock, Timeout
 
+from configs.model_config import CONFIG_FILE
 from utils.base.errors import LockedError, SaveError, UsageError
+from utils.base.progress import OnProgress
 from utils.base.text import printable
 from utils.base.uri import is_gcs_uri, require_place
 from utils.checkpoints.layout import MANIFEST_FILE
@@ -29,7 +31,6 @@ from utils.data.transfer import put_tree
 from utils.storage.bucket import Bucket, fsync_directory
 from utils.storage.open import open_bucket
 
-CONFIG_FILE = "config.json"
 GGUF_SUFFIX = ".gguf"
 EXPORT_PLACES = "a folder, a .gguf file, gs://bucket/prefix or hub:OWNER/NAME"
 GGUF_MAGIC = b"GGUF"
@@ -37,8 +38,6 @@ _EXPORT_FILE = re.compile(
     r"config\.json|generation_config\.json|README\.md|spiece\.model|vocab\.txt"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
-
-OnProgress = Callable[[str, int, int | None], None]
 
 
 class ExportTarget(Protocol):

@@ -13,13 +13,15 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from configs.model_config import CONFIG_FILE
 from configs.training_config import TrainingConfig
 from utils.base.errors import StorageError, UsageError
+from utils.base.progress import OnProgress
 from utils.base.text import printable
 from utils.base.uri import is_gcs_uri, join_uri, require_place
 from utils.checkpoints.layout import (
@@ -37,11 +39,9 @@ from utils.storage.open import open_bucket
 from utils.tools.generation.loading import ModelSource
 from utils.tools.viewer.shelf import open_shelf
 
-CONFIG_FILE = "config.json"
 MODELS_FOLDER = "models"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
-OnProgress = Callable[[str, int, int | None], None]
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ NUM_SLOTS = 1440  # a day
 MIN_WATCH_SECONDS = 600.0
 SAVES_IN_WATCH = 4
 NOISE_BYTES = 16 * 2**20
-MAX_SECONDS = 365 * 86400.0
+_MAX_SECONDS = 365 * 86400.0
 
 
 class DiskTrend:
@@ -62,4 +62,4 @@ class DiskTrend:
         if fall < NOISE_BYTES:
             return None
         seconds = newer[1] * (newer[0] - older[0]) / fall
-        return seconds if seconds <= MAX_SECONDS else None
+        return seconds if seconds <= _MAX_SECONDS else None

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.files import FollowedFile
-from utils.base.text import number
+from utils.base.text import epoch_seconds, number
 from utils.checkpoints.journal import JournalEntry, parse_entry
-from utils.tools.monitor.state import find_start, time_of
+from utils.tools.monitor.state import find_start
 from utils.tools.monitor.warnings import (
     RunWarning,
     has_failed,
@@ -91,12 +91,12 @@ class LogFindings:
         ]
         parts = [part[-1] for part in (log.records, log.events) if part]
         step = max((record["step"] for record in parts), default=None)
-        moments = [moment for record in parts if (moment := time_of(record)) is not None]
+        times = [epoch_seconds(record.get("time")) for record in parts]
         found = [judge_bad_steps(log.events, step), judge_loss(curve)]
         return cls(
             start=start,
             step=step,
-            newest_time=max(moments, default=None),
+            newest_time=max((time for time in times if time is not None), default=None),
             newest=newest,
             metrics=metrics,
             loss_curve=condense(curve, CURVE_POINTS),
@@ -106,11 +106,10 @@ class LogFindings:
 
 
 def _stall_seconds(records: Sequence[dict[str, Any]], start: Mapping[str, Any]) -> float:
-    timed = [(moment, record) for record in records if (moment := time_of(record)) is not None]
-    pace = measure_pace(
-        [record for _, record in timed], [moment for moment, _ in timed], time_of(start)
-    )
-    return stall_seconds(pace)
+    times = [epoch_seconds(record.get("time")) for record in records]
+    timed = [record for record, time in zip(records, times, strict=True) if time is not None]
+    known = [time for time in times if time is not None]
+    return stall_seconds(measure_pace(timed, known, epoch_seconds(start.get("time"))))
 
 
 def _last_record(records: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
@@ -166,7 +165,7 @@ class UploadLog:
             return
         name = entry.checkpoint
         self.entries[name] = entry
-        moment = time_of({"time": entry.time})
+        moment = epoch_seconds(entry.time)
         if has_failed(entry):
             self.failures[name] = entry
         if not entry.state.is_pending:

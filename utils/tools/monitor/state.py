@@ -119,10 +119,5 @@ def is_process_alive(start: Mapping[str, Any]) -> bool | None:
         return False
     except psutil.AccessDenied:
         return True
-    recorded = time_of(start)
+    recorded = epoch_seconds(start.get("time"))
     return recorded is None or began <= recorded + CLOCK_SLACK_SECONDS
-
-
-def time_of(record: Mapping[str, Any]) -> float | None:
-    """Return the time of a record in seconds since 1970, None where it has none."""
-    return epoch_seconds(record.get("time"))

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from utils.base.machine import Machine, MachineProbe
-from utils.base.text import number
+from utils.base.machine import MachineLoad, MachineProbe
+from utils.base.text import epoch_seconds, number
 from utils.checkpoints.journal import JournalEntry, UploadState
 from utils.checkpoints.layout import MANIFEST_FILE, METADATA_FILE, RunPaths, find_checkpoints
 from utils.checkpoints.views import CheckpointView, read_local_checkpoint
@@ -27,7 +27,7 @@ from utils.costs.costs import Costs, summarize_costs
 from utils.costs.spending import read_spending
 from utils.tools.monitor.disk_trend import DiskTrend
 from utils.tools.monitor.log_findings import LogFindings, Metrics, UploadLog
-from utils.tools.monitor.state import RunState, is_process_alive, judge_run, time_of
+from utils.tools.monitor.state import RunState, is_process_alive, judge_run
 from utils.tools.monitor.warnings import RunWarning, judge_disk, judge_state, judge_uploads
 from utils.tracking.metrics_log import MAX_STEP, MetricsLog
 from utils.uploads.status import describe_progress
@@ -96,7 +96,7 @@ class RunStatus:
     checkpoints: list[CheckpointStatus]
     save_interval_seconds: float | None
     uploads: dict[str, int]
-    machine: Machine
+    machine: MachineLoad
     disk_seconds_left: float | None
     costs: Costs | None
     warnings: list[RunWarning]
@@ -317,7 +317,7 @@ def _remaining_seconds(
 
 def _save_interval(views: Sequence[CheckpointView]) -> float | None:
     """Return the time between the two newest checkpoints, None where it is not known."""
-    moments = [time_of({"time": view.metadata.get("timestamp")}) for view in views[-2:]]
+    moments = [epoch_seconds(view.metadata.get("timestamp")) for view in views[-2:]]
     if len(moments) < 2 or moments[0] is None or moments[1] is None:
         return None
     interval = moments[1] - moments[0]

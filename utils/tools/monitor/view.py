@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from utils.base.machine import Gpu, Machine
-from utils.base.text import format_bytes, printable
+from utils.base.machine import Gpu, MachineLoad
+from utils.base.text import ABSENT, format_bytes, printable
 from utils.base.text_plots import sparkline
 from utils.costs.costs import describe_costs_so_far
 from utils.tools.monitor.live_screen import Line
 from utils.tools.monitor.state import RunState
 from utils.tools.monitor.status import CheckpointStatus, RunStatus
+from utils.tools.monitor.warnings import DAY_SECONDS
 
-ABSENT = "-"
 WIDTH = 80
 CHECKPOINT_PREFIX = "checkpoint-"
 SPARK_WIDTH = 32
@@ -30,7 +30,6 @@ MIN_BAR_WIDTH = 10
 MAX_BAR_WIDTH = 40
 MAX_GPU_ROWS = 2
 MAX_WARNING_ROWS = 3
-DAY_SECONDS = 86400.0
 STATE_STYLES = {
     RunState.RUNNING: "green",
     RunState.FINISHED: "green",
@@ -44,7 +43,7 @@ SEVERE_WARNINGS = ("stalled", "crashed", "failed", "not_finite", "upload_failed"
 
 
 @dataclass(frozen=True)
-class Row:
+class ViewRow:
     """One row of the view.
 
     Attributes:
@@ -58,7 +57,7 @@ class Row:
     importance: int = 2
 
 
-def fit_rows(rows: Sequence[Row], height: int | None) -> list[Line]:
+def fit_rows(rows: Sequence[ViewRow], height: int | None) -> list[Line]:
     """Return the rows that fit, in their order; the least important last ones go first."""
     kept = list(enumerate(rows))
     if height is not None and len(kept) > height:
@@ -74,7 +73,7 @@ def show_figure(value: float | None, form: str) -> str:
     return format(value, form if abs(value) < 1e15 or value != value else ".3e")
 
 
-def show_time(seconds: float | None) -> str:
+def show_seconds(seconds: float | None) -> str:
     """Return a duration as `3d04h`, `1h02m`, `3m20s` or `4s`, `-` for None."""
     if seconds is None:
         return ABSENT
@@ -127,7 +126,7 @@ def one_line(status: RunStatus) -> str:
         f"{show_milliseconds(status)} ms/step",
         *([] if metrics.mfu is None else [f"MFU {show_figure(metrics.mfu, '.1%')}"]),
         f"data wait {show_figure(metrics.data_wait_share, '.1%')}",
-        f"ETA {show_time(status.eta_seconds)}",
+        f"ETA {show_seconds(status.eta_seconds)}",
         f"uploads: {show_uploads(status)}",
         *worries,
     ]
@@ -141,7 +140,7 @@ def build_rows(
     width: int = WIDTH,
     notes: Sequence[str] = (),
     hint: str = "",
-) -> list[Row]:
+) -> list[ViewRow]:
     """Return a look as rows.
 
     Args:
@@ -151,9 +150,9 @@ def build_rows(
         notes: What the monitor has to say of itself.
         hint: Shown beside the title.
     """
-    blank, now = Row("", importance=8), datetime.now().astimezone()
+    blank, now = ViewRow("", importance=8), datetime.now().astimezone()
     return [
-        Row(f"Training Monitor  {now:%Y-%m-%d %H:%M:%S %Z}  {hint}".rstrip(), "bold", 3),
+        ViewRow(f"Training Monitor  {now:%Y-%m-%d %H:%M:%S %Z}  {hint}".rstrip(), "bold", 3),
         *run_rows(status, encoding, width),
         blank,
         *checkpoint_rows(status, width),
@@ -163,40 +162,42 @@ def build_rows(
     ]
 
 
-def run_rows(status: RunStatus, encoding: str | None, width: int = WIDTH) -> list[Row]:
+def run_rows(status: RunStatus, encoding: str | None, width: int = WIDTH) -> list[ViewRow]:
     """Return state, progress, losses and speed."""
     style = STATE_STYLES.get(status.state, "")
-    rows = [Row(f"State: {status.state.value} ({printable(status.detail)})", style, 0)]
+    rows = [ViewRow(f"State: {status.state.value} ({printable(status.detail)})", style, 0)]
     if status.step is None:
         return rows
     metrics = status.metrics
     steps = f"Step: {show_steps(status)}  "
-    eta = f"  ETA: {show_time(status.eta_seconds)}"
-    silent = ABSENT if status.silent_seconds is None else f"{show_time(status.silent_seconds)} ago"
+    eta = f"  ETA: {show_seconds(status.eta_seconds)}"
+    silent = (
+        ABSENT if status.silent_seconds is None else f"{show_seconds(status.silent_seconds)} ago"
+    )
     mfu = "" if metrics.mfu is None else f"MFU: {show_figure(metrics.mfu, '.1%')}  "
     return [
         *rows,
-        Row(describe_start(status), importance=4),
-        Row(f"{steps}{progress_bar(status, width - len(steps) - len(eta) - 2)}{eta}", "", 0),
-        Row(
+        ViewRow(describe_start(status), importance=4),
+        ViewRow(f"{steps}{progress_bar(status, width - len(steps) - len(eta) - 2)}{eta}", "", 0),
+        ViewRow(
             f"Loss: {show_figure(metrics.loss, '.6f')}  "
             f"Perplexity: {show_figure(metrics.perplexity, ',.2f')}  "
             f"Gradient Norm: {show_figure(metrics.grad_norm, '.3f')}",
             importance=0,
         ),
         *_curve_rows(status, encoding),
-        Row(
+        ViewRow(
             f"Validation Loss: {show_figure(metrics.validation_loss, '.6f')}  "
             f"Best: {show_figure(metrics.best_validation_loss, '.6f')}",
             importance=1,
         ),
-        Row(
+        ViewRow(
             f"Speed: {show_figure(metrics.tokens_per_second, ',.0f')} tokens/s  "
             f"{show_milliseconds(status)} ms/step  {mfu}"
             f"Data Wait: {show_figure(metrics.data_wait_share, '.1%')}",
             importance=1,
         ),
-        Row(
+        ViewRow(
             f"Last Record: {silent}  Learning Rate: {show_figure(metrics.learning_rate, '.2e')}  "
             f"Tokens Seen: {show_figure(metrics.tokens_seen, ',.0f')}",
             importance=2,
@@ -205,19 +206,19 @@ def run_rows(status: RunStatus, encoding: str | None, width: int = WIDTH) -> lis
     ]
 
 
-def _cost_rows(status: RunStatus) -> list[Row]:
+def _cost_rows(status: RunStatus) -> list[ViewRow]:
     if status.costs is None:
         return []
-    return [Row(f"Cost: {describe_costs_so_far(status.costs)}", importance=3)]
+    return [ViewRow(f"Cost: {describe_costs_so_far(status.costs)}", importance=3)]
 
 
-def _curve_rows(status: RunStatus, encoding: str | None) -> list[Row]:
+def _curve_rows(status: RunStatus, encoding: str | None) -> list[ViewRow]:
     curve = status.loss_curve
     if len(curve) < 2:
         return []
     bars = sparkline(curve, encoding, SPARK_WIDTH)
     first, last = (show_figure(value, ".3f") for value in (curve[0], curve[-1]))
-    return [Row(f"Loss Curve: {bars}  {first} to {last}", importance=3)]
+    return [ViewRow(f"Loss Curve: {bars}  {first} to {last}", importance=3)]
 
 
 def describe_start(status: RunStatus) -> str:
@@ -243,11 +244,11 @@ def progress_bar(status: RunStatus, width: int) -> str:
     return f"[{'#' * filled}{'.' * (width - filled)}]"
 
 
-def checkpoint_rows(status: RunStatus, width: int = WIDTH) -> list[Row]:
+def checkpoint_rows(status: RunStatus, width: int = WIDTH) -> list[ViewRow]:
     """Return the newest checkpoints, the very newest last, with their upload states."""
-    heading = Row(f"Checkpoints:  (uploads: {show_uploads(status)})", "bold", 1)
+    heading = ViewRow(f"Checkpoints:  (uploads: {show_uploads(status)})", "bold", 1)
     if not status.checkpoints:
-        return [heading, Row("  none yet", importance=5)]
+        return [heading, ViewRow("  none yet", importance=5)]
     prefix = "" if width >= WIDTH else CHECKPOINT_PREFIX  # what all names begin with
     names = [checkpoint.name.removeprefix(prefix) for checkpoint in status.checkpoints]
     texts = [
@@ -255,7 +256,7 @@ def checkpoint_rows(status: RunStatus, width: int = WIDTH) -> list[Row]:
         for name, checkpoint in zip(names, status.checkpoints, strict=True)
     ]
     rows = [
-        Row(text, importance=1 if not age else min(7, 3 + age))
+        ViewRow(text, importance=1 if not age else min(7, 3 + age))
         for age, text in enumerate(reversed(texts))
     ]
     return [heading, *reversed(rows)]
@@ -273,13 +274,13 @@ def checkpoint_text(name: str, checkpoint: CheckpointStatus, width: int = WIDTH)
         cells = [printable(progress["text"])]  # with the rate
         if len(begin) + 1 + len(cells[0]) > width:
             cells = [] if percent is None else [f"{percent:.0f}%"]
-            cells += [] if eta is None or eta < 0 else [f"{show_time(eta)} left"]
+            cells += [] if eta is None or eta < 0 else [f"{show_seconds(eta)} left"]
         begin = f"{begin} {', '.join(cells)}"
     troubles = [checkpoint.upload_error, checkpoint.problem]
     return "  ".join([begin, *(f"({printable(text, 120)})" for text in troubles if text)])
 
 
-def machine_rows(status: RunStatus) -> list[Row]:
+def machine_rows(status: RunStatus) -> list[ViewRow]:
     """Return the load of GPUs, CPU, memory and disk."""
     machine = status.machine
     memory = machine.memory_used_bytes / max(1, machine.memory_total_bytes)
@@ -291,23 +292,23 @@ def machine_rows(status: RunStatus) -> list[Row]:
         disk += f" ({show_figure(days, '.1f' if days < 10 else '.0f')} days left)"
     rows = _gpu_rows(machine)
     if machine.gpu_note:
-        rows.append(Row(f"GPU: {printable(machine.gpu_note)}", importance=6))
+        rows.append(ViewRow(f"GPU: {printable(machine.gpu_note)}", importance=6))
     rows.append(
-        Row(
+        ViewRow(
             f"CPU: {machine.cpu_percent:.0f}%  Memory: {format_bytes(machine.memory_used_bytes)} "
             f"of {format_bytes(machine.memory_total_bytes)} ({memory:.0%})",
             importance=2,
         )
     )
-    return [*rows, Row(disk, importance=2)]
+    return [*rows, ViewRow(disk, importance=2)]
 
 
-def _gpu_rows(machine: Machine) -> list[Row]:
+def _gpu_rows(machine: MachineLoad) -> list[ViewRow]:
     """Return a row for each GPU; of many, a row that sums them up stays longest."""
     if len(machine.gpus) <= MAX_GPU_ROWS:
-        return [Row(gpu_text(gpu), importance=1) for gpu in machine.gpus]
-    rows = [Row(gpu_text(gpu), importance=7) for gpu in machine.gpus]
-    return [Row(describe_gpus(machine.gpus), importance=1), *rows]
+        return [ViewRow(gpu_text(gpu), importance=1) for gpu in machine.gpus]
+    rows = [ViewRow(gpu_text(gpu), importance=7) for gpu in machine.gpus]
+    return [ViewRow(describe_gpus(machine.gpus), importance=1), *rows]
 
 
 def gpu_text(gpu: Gpu) -> str:
@@ -335,7 +336,7 @@ def describe_gpus(gpus: Sequence[Gpu]) -> str:
     )
 
 
-def _warning_rows(status: RunStatus, width: int, notes: Sequence[str]) -> list[Row]:
+def _warning_rows(status: RunStatus, width: int, notes: Sequence[str]) -> list[ViewRow]:
     rows = []
     for warning in status.warnings:
         style = "red" if warning.kind in SEVERE_WARNINGS else "yellow"
@@ -345,10 +346,10 @@ def _warning_rows(status: RunStatus, width: int, notes: Sequence[str]) -> list[R
         rows += _wrap(printable(problem), width, "yellow", importance=3)
     for note in notes:
         rows += _wrap(printable(note), width, "yellow", importance=3)
-    return [Row("", importance=8), Row("Warnings:", "bold", 3), *rows] if rows else []
+    return [ViewRow("", importance=8), ViewRow("Warnings:", "bold", 3), *rows] if rows else []
 
 
-def _wrap(text: str, width: int, style: str, importance: int) -> list[Row]:
+def _wrap(text: str, width: int, style: str, importance: int) -> list[ViewRow]:
     lines = textwrap.wrap(
         text,
         max(20, width),
@@ -358,4 +359,4 @@ def _wrap(text: str, width: int, style: str, importance: int) -> list[Row]:
         placeholder=" ...",
         break_on_hyphens=False,
     )
-    return [Row(line, style, importance) for line in lines]
+    return [ViewRow(line, style, importance) for line in lines]

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from configs.training_config import BAD_STEP_SPAN
 from utils.base.text import format_duration, number, printable
 from utils.checkpoints.journal import JournalEntry, UploadState
 
@@ -29,7 +30,6 @@ STALL_LONGEST_GAPS = 2.0  # longest gaps so far: saves and evaluations are among
 FIRST_EVALUATION_SECONDS = 600.0  # while none has been seen
 FIRST_RECORD_SECONDS = 1800.0  # loading, compiling, filling the cache
 
-BAD_STEP_SPAN = 1000
 FAILED_ATTEMPTS = 5  # after so many the uploader tries only now and then
 UPLOAD_MIN_SECONDS = 60.0  # no upload is late before
 DISK_MIN_BYTES = 2**30

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints.layout import BATCHES_FILE, DATA_STATE_FILE, RANDOM_STATES_PREFIX, read_json
+from utils.checkpoints.layout import (
+    BATCHES_FILE,
+    DATA_STATE_FILE,
+    METRICS_FILE,
+    RANDOM_STATES_PREFIX,
+    read_json,
+)
 from utils.checkpoints.store import verify_checkpoint
 from utils.tools.proofs.started_runs import read_records
 from utils.tracking.metrics_log import read_metrics
@@ -84,10 +90,10 @@ def compare_logs(straight: Path, other: Path, steps: int) -> list[Comparison]:
     left, right = (values_by_step(logs / BATCHES_FILE, "crc32c") for logs in (straight, other))
     found = [compare_values("batches (crc32c)", left, right, every)]
     for key in COMPARED_METRICS:
-        left, right = (values_by_step(logs / "metrics.jsonl", key) for logs in (straight, other))
+        left, right = (values_by_step(logs / METRICS_FILE, key) for logs in (straight, other))
         wanted = None if key == "validation_loss" else every
         found.append(compare_values(key, left, right, wanted))
-    curves = [read_metrics(logs / "metrics.jsonl").series("loss")[0] for logs in (straight, other)]
+    curves = [read_metrics(logs / METRICS_FILE).series("loss")[0] for logs in (straight, other)]
     wrong = [
         f"the {name} run's curve has steps {steps_of}"
         for name, steps_of in zip((STRAIGHT, INTERRUPTED), curves, strict=True)

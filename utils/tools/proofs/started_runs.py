@@ -33,7 +33,7 @@ from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import ARCHIVE_SUFFIX, MANIFEST_FILE, SAVING_PREFIX, RunPaths
 
 TRAIN = PROJECT_DIRECTORY / "train.py"
-POLL_SECONDS = 0.005
+RUN_POLL_SECONDS = 0.005
 KILL_WAIT_SECONDS = 10.0
 TAIL_LINES = 8
 
@@ -245,7 +245,7 @@ def wait_until_gone(family: Sequence[psutil.Process], seconds: float) -> list[ps
     while left := [process for process in family if _is_running(process)]:
         if time.monotonic() > deadline:
             break
-        time.sleep(POLL_SECONDS)
+        time.sleep(RUN_POLL_SECONDS)
     return left
 
 

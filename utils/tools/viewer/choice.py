@@ -20,7 +20,7 @@ from utils.base.errors import UsageError
 from utils.base.text import number, parse_time, printable
 from utils.checkpoints.layout import CheckpointName
 
-SHOWN_NAMES = 5
+_NUM_SHOWN = 5
 NUMBER_KEYS = {
     "step": "step",
     "epoch": "epoch",
@@ -157,10 +157,10 @@ def choose_name(text: str, names: Sequence[CheckpointName]) -> CheckpointName:
         return found[0]
     shown = printable(text)
     if found:
-        fitting = ", ".join(map(str, found[-SHOWN_NAMES:]))
-        count = "" if len(found) <= SHOWN_NAMES else f"{len(found)} checkpoints, the newest "
+        fitting = ", ".join(map(str, found[-_NUM_SHOWN:]))
+        count = "" if len(found) <= _NUM_SHOWN else f"{len(found)} checkpoints, the newest "
         raise UsageError(f"{shown!r} fits {count}{fitting}. Write more of the name.")
-    known = ", ".join(map(str, names[-SHOWN_NAMES:])) or "none yet"
+    known = ", ".join(map(str, names[-_NUM_SHOWN:])) or "none yet"
     raise UsageError(f"There is no checkpoint {shown!r}. The newest are: {known}.")
 
 

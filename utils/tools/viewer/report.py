@@ -15,6 +15,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from configs.model_config import CONFIG_FILE
 from utils.base.errors import ConfigError
 from utils.base.text import number, parse_time, to_json_text
 from utils.checkpoints.layout import DATA_STATE_FILE, METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
@@ -26,8 +27,7 @@ from utils.models.mfu import Utilization, find_peak_flops, flops_per_token
 from utils.tracking.metrics_log import loss_trend
 from utils.tracking.plots import Curves, curves_from_history, curves_from_metadata
 
-MODEL_CONFIG_FILE = "config.json"
-_SHAPE_FILES = (MODEL_CONFIG_FILE, TRAINING_CONFIG_FILE)
+_SHAPE_FILES = (CONFIG_FILE, TRAINING_CONFIG_FILE)
 
 
 def summarize_all(

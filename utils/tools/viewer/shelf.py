@@ -18,12 +18,14 @@ from typing import Any
 
 from configs.training_config import TrainingConfig, get_training_config
 from utils.base.errors import CheckpointError, UsageError
-from utils.base.files import MAX_BYTES
+from utils.base.files import MAX_REGULAR_FILE_BYTES
 from utils.base.text import printable
 from utils.base.uri import join_uri, require_path
 from utils.checkpoints.journal import Journal, JournalEntry
 from utils.checkpoints.layout import (
+    JOURNAL_FILE,
     MANIFEST_FILE,
+    RUN_FILE,
     CheckpointName,
     RunPaths,
     find_checkpoints,
@@ -44,7 +46,7 @@ from utils.tools.viewer.choice import choose_name
 from utils.tools.viewer.report import summarize_all
 from utils.uploads.status import describe_decision, describe_state
 
-RETRY_SECONDS = 15.0
+_RETRY_SECONDS = 15.0
 NOT_READ = "it was not read"
 
 
@@ -131,12 +133,12 @@ class LocalShelf(Shelf):
             raise CheckpointError(f"{directory} cannot be read: {exc.strerror or exc}.") from exc
         super().__init__(str(directory), names, notes)
         self._directory, self._config = directory, config
-        self._uploads = self._read_journal(directory / "uploads.jsonl")
+        self._uploads = self._read_journal(directory / JOURNAL_FILE)
 
     def _read_journal(self, path: Path) -> dict[str, JournalEntry]:
         try:
             facts = path.stat()
-            if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_BYTES:
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_REGULAR_FILE_BYTES:
                 raise OSError("it is no regular file, or too large")
             return Journal(path).latest()
         except FileNotFoundError:
@@ -175,7 +177,7 @@ class LocalShelf(Shelf):
     def _find_run(self, views: Sequence[CheckpointView]) -> str:
         """Return the run that works here: as run.json says, else that of the newest checkpoint."""
         with contextlib.suppress(CheckpointError):
-            return str(read_json_object(self._directory / "run.json").get("run_id"))
+            return str(read_json_object(self._directory / RUN_FILE).get("run_id"))
         return next((view.manifest.run_id for view in reversed(views) if view.manifest), "")
 
 
@@ -255,7 +257,7 @@ def open_shelf(
     if place is None and not config.checkpoint_uri:
         raise UsageError("--remote: this configuration has no checkpoint_uri.")
     uri = place or join_uri(config.checkpoint_uri, validate_run_name(config.run_name))
-    bucket = open_bucket(uri, config.gcs_user_project or None, RETRY_SECONDS)
+    bucket = open_bucket(uri, config.gcs_user_project or None, _RETRY_SECONDS)
     with contextlib.closing(bucket):
         yield RemoteShelf(uri, bucket)
 

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
-from utils.base.text import format_bytes, format_duration, number, printable, to_json_text
+from utils.base.text import (
+    ABSENT,
+    format_bytes,
+    format_duration,
+    number,
+    parse_time,
+    printable,
+    to_json_text,
+)
 from utils.base.text_plots import is_encodable, sparkline
 from utils.checkpoints.views import CheckpointView
 from utils.costs.costs import Costs, format_dollars
 from utils.tools.viewer.report import loss_statistics, numbers, section
 from utils.tracking.metrics_log import HISTORY_LIMIT
 
-ABSENT = "-"
 TREND_SIGNS = {"improving": "\u2193", "worsening": "\u2191", "flat": "\u2192"}
 PREFIX = "checkpoint-"
 GREATEST_COUNT = 1e15
-CELL_CHARACTERS = 40
+_CELL_CHARACTERS = 40
 # What a narrow terminal does without, in this order.
 LEFT_OUT_FIRST = ("tokens", "size", "time (UTC)", "step", "kept", "age", "val")
 RIGHT_ALIGNED = ("step", "loss", "val", "tokens", "size", "age")
@@ -74,14 +80,10 @@ def show_text(value: object) -> str:
 
 def show_time(timestamp: object) -> str:
     """Return an ISO 8601 time in UTC to the second; without a zone it is shown as it is."""
-    text = printable(timestamp or ABSENT)
-    try:
-        moment = datetime.fromisoformat(text)
-        if moment.tzinfo is not None:
-            moment = moment.astimezone(UTC)
-        return moment.strftime("%Y-%m-%d %H:%M:%S")
-    except (ValueError, OverflowError):
-        return text[:19]
+    moment = parse_time(timestamp)
+    if moment is None:
+        return printable(timestamp or ABSENT)[:19]
+    return moment.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def show_age(seconds: float | None) -> str:
@@ -127,7 +129,7 @@ def list_line(row: Mapping[str, Any]) -> str:
         f"Upload: {row['state']}",
     ]
     marks = _marks(row)
-    kept = f" Kept: {printable(row['kept'], CELL_CHARACTERS)}" if row["kept"] else ""
+    kept = f" Kept: {printable(row['kept'], _CELL_CHARACTERS)}" if row["kept"] else ""
     return " ".join(cells) + (f" ({', '.join(marks)})" if marks else "") + kept
 
 
@@ -148,7 +150,7 @@ def list_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "time (UTC)": show_time(row["timestamp"]),
         "age": show_age(row["age_seconds"]),
         "state": row["state"],
-        "kept": printable(row["kept"] or ABSENT, CELL_CHARACTERS),
+        "kept": printable(row["kept"] or ABSENT, _CELL_CHARACTERS),
         "note": ", ".join(notes),
     }
 
@@ -327,7 +329,7 @@ def file_lines(files: Sequence[Mapping[str, Any]]) -> list[str]:
     width = max(len(printable(file["name"])) for file in files)
     lines = [
         f"  {printable(file['name']):<{width}}  {show_size(file['size_bytes']):>10}"
-        f"  crc32c {printable(file['crc32c'], CELL_CHARACTERS)}"
+        f"  crc32c {printable(file['crc32c'], _CELL_CHARACTERS)}"
         for file in files
     ]
     total = math.fsum(number(file["size_bytes"]) or 0.0 for file in files)
@@ -408,7 +410,7 @@ def drift_lines(pair: Mapping[str, Any]) -> list[str]:
         cosine = number(figures["cosine"])
         table.append(
             [
-                f"  {printable(name, CELL_CHARACTERS)}",
+                f"  {printable(name, _CELL_CHARACTERS)}",
                 show_count(figures["num_elements"]),
                 ABSENT if norm is None else f"{norm:.4g}",
                 ABSENT if change is None else f"{change:.3e}",

@@ -8,7 +8,7 @@ import pytest
 
 from tests.utils.tools.evaluation.test_log import ONE
 from utils.tools.evaluation.log import Evaluation, MetricPoints
-from utils.tools.evaluation.text import chart_lines, evaluation_lines, show_figure, tables
+from utils.tools.evaluation.text import chart_lines, evaluation_lines, show_measured, tables
 
 TEXT = Evaluation(
     "checkpoint-epoch0-step20-files0",
@@ -45,7 +45,7 @@ TEXT = Evaluation(
     ],
 )
 def test_figures(value: float | None, error: float | None, text: str) -> None:
-    assert show_figure(value, error) == text
+    assert show_measured(value, error) == text
 
 
 def test_lines_of_a_checkpoint() -> None:

@@ -28,7 +28,7 @@ from utils.base.errors import SaveError, UsageError
 from utils.checkpoints.files import seal, sync_files
 from utils.checkpoints.layout import read_manifest
 from utils.models.parts import Part, part_file, part_header
-from utils.models.tokenizer import write_files
+from utils.models.tokenizer import write_tokenizer_files
 from utils.tools.export.export import ExportOptions, ExportReport, compute_logits, export_model
 from utils.tools.generation.loading import ModelSource, load_model
 
@@ -316,9 +316,11 @@ def test_an_export_that_is_not_the_model_fails(
         def write_damaged(files: dict[str, bytes], folder: Path) -> None:
             settings = json.loads(files["tokenizer.json"])
             settings["model"]["merges"] = settings["model"]["merges"][:10]
-            write_files({**files, "tokenizer.json": json.dumps(settings).encode()}, folder)
+            write_tokenizer_files(
+                {**files, "tokenizer.json": json.dumps(settings).encode()}, folder
+            )
 
-        monkeypatch.setattr("utils.tools.export.export.write_files", write_damaged)
+        monkeypatch.setattr("utils.tools.export.export.write_tokenizer_files", write_damaged)
     words = {"config": "its logits differ by up to", "tokenizer": "not the tokenizer"}
     with pytest.raises(SaveError, match=words.get(damage, r"final_layer_norm\.bias differs")):
         export(newest(trained_run), tmp_path / "out")

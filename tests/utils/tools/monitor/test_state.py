@@ -16,7 +16,6 @@ from utils.tools.monitor.state import (
     RunState,
     is_process_alive,
     judge_run,
-    time_of,
 )
 
 START = {"event": "start", "step": 0, "pid": 7, "hostname": "far"}
@@ -98,10 +97,3 @@ def test_process_is_known_by_number_host_and_age(dead_pid: int) -> None:
     for pid in (None, "7", -1, 2**70, True, [7]):
         assert not is_process_alive({**here, "pid": pid})
     assert is_process_alive({}) is None
-
-
-@pytest.mark.parametrize("time", [None, 7, "soon", "9999-99-99", ["2026"], {}])
-def test_a_time_that_is_none_is_none(time: object) -> None:
-    assert time_of({"time": time}) is None
-    assert time_of({}) is None
-    assert time_of({"time": "1970-01-01T00:00:10"}) == 10.0  # without a zone: UTC

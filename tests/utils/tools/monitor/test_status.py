@@ -15,11 +15,12 @@ import pytest
 from tests.sample_checkpoints import RUN_ID, make_checkpoint
 from tests.sample_logs import ago, write_start, write_step
 from utils.base import files, machine
+from utils.base.text import epoch_seconds
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import RunPaths
 from utils.tools.monitor import status as run_status
 from utils.tools.monitor.log_findings import LogFindings, condense
-from utils.tools.monitor.state import RunState, time_of
+from utils.tools.monitor.state import RunState
 from utils.tools.monitor.status import RunStatus, RunWatcher
 from utils.tracking.metrics_log import append_metrics
 
@@ -180,7 +181,7 @@ def test_uploads_show_progress_and_lag_behind_saves(paths: RunPaths) -> None:
         (10, 5, UploadState.UPLOADING, {"sent": 5, "size": 20, "bytes_per_second": 2048}),
         (20, 11, UploadState.QUEUED, {}),
     )
-    moment = time_of({"time": "2026-01-01T12:20:00+00:00"})
+    moment = epoch_seconds("2026-01-01T12:20:00+00:00")
     assert moment is not None
     watcher = RunWatcher(paths, clock=lambda: moment)
     status = watcher.look()
@@ -222,7 +223,7 @@ def test_a_compacted_journal_is_read_again_and_waits_are_not_forgotten(paths: Ru
         (10, 9, UploadState.UPLOADING, {}),
         (20, 9, UploadState.VERIFIED, {}),
     )
-    moment = time_of({"time": "2026-01-01T12:10:00+00:00"})
+    moment = epoch_seconds("2026-01-01T12:10:00+00:00")
     assert moment is not None
     watcher = RunWatcher(paths, clock=lambda: moment + 1)
     before = watcher.look()
@@ -323,7 +324,7 @@ def test_memory_is_bounded_and_take_backs_beyond_it_are_obeyed(
     paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_status, "KEPT_RECORDS", 100)
-    monkeypatch.setattr(files, "BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(files, "LINE_BLOCK_BYTES", 2**14)
     write_start(paths.metrics)
     with paths.metrics.open("a") as file:
         for step in range(1, 2001):

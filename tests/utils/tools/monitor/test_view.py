@@ -8,16 +8,23 @@ from typing import Any
 
 import pytest
 
-from utils.base.machine import Gpu, Machine
+from utils.base.machine import Gpu, MachineLoad
 from utils.tools.monitor.live_screen import count_cells, crop, paint, terminal_encoding
 from utils.tools.monitor.log_findings import Metrics
 from utils.tools.monitor.state import RunState
 from utils.tools.monitor.status import CheckpointStatus, RunStatus
-from utils.tools.monitor.view import Row, build_rows, fit_rows, one_line, show_figure, show_time
+from utils.tools.monitor.view import (
+    ViewRow,
+    build_rows,
+    fit_rows,
+    one_line,
+    show_figure,
+    show_seconds,
+)
 from utils.tools.monitor.warnings import RunWarning
 
 GIB = 2**30
-MACHINE = Machine(45.0, 12 * GIB, 64 * GIB, 500 * GIB, 1800 * GIB, [], None)
+MACHINE = MachineLoad(45.0, 12 * GIB, 64 * GIB, 500 * GIB, 1800 * GIB, [], None)
 METRICS: dict[str, float | None] = {
     "loss": 2.845123,
     "perplexity": 17.2,
@@ -206,7 +213,7 @@ def test_one_line_has_warnings_and_problems_too() -> None:
     ],
 )
 def test_durations_are_short(seconds: float | None, text: str) -> None:
-    assert show_time(seconds) == text
+    assert show_seconds(seconds) == text
 
 
 def test_figures_stay_short() -> None:
@@ -216,7 +223,7 @@ def test_figures_stay_short() -> None:
 
 
 def test_rows_go_by_importance_and_the_last_ones_first() -> None:
-    rows = [Row("a", "", 1), Row("b", "", 2), Row("c", "bold", 0), Row("d", "", 2)]
+    rows = [ViewRow("a", "", 1), ViewRow("b", "", 2), ViewRow("c", "bold", 0), ViewRow("d", "", 2)]
     assert fit_rows(rows, 3) == [("a", ""), ("b", ""), ("c", "bold")]
     assert fit_rows(rows, 1) == [("c", "bold")]
     assert fit_rows(rows, None)[3] == ("d", "")
