@@ -1,0 +1,166 @@
+"""What debug_gpu.py prints: tables of the facts, then what is wrong and what to do.
+
+    Facts, Forecast, Diagnosis -> standard output
+
+Values come from the machine, its driver and its environment: all pass through `printable`. No
+torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from utils.base.console import get_console, print_table
+from utils.base.text import format_bytes, printable
+from utils.tools.diagnosis.facts import SHM, Driver, Facts, Host, Timing, Torch
+from utils.tools.diagnosis.findings import Diagnosis, summarize
+from utils.tools.diagnosis.fit import Forecast, describe_forecast
+
+VALUE_CHARACTERS = 500
+STYLES = {"problem": "bold red", "note": "yellow", "ok": "green"}
+
+
+def print_page(facts: Facts, forecasts: list[Forecast], diagnoses: list[Diagnosis]) -> None:
+    """Print everything, the diagnoses last."""
+    _print_values("System", host_values(facts.host, facts.torch))
+    _print_values("NVIDIA Driver", driver_values(facts.host, facts.driver))
+    _print_rows("GPUs of the Driver", driver_gpu_rows(facts.driver))
+    _print_values("PyTorch", torch_values(facts.torch))
+    _print_rows("GPUs of PyTorch", torch_gpu_rows(facts.torch))
+    _print_rows("Speed", [timing_row(timing) for timing in facts.timings])
+    _print_rows("Configurations", [forecast_row(forecast) for forecast in forecasts])
+    print_diagnoses(diagnoses, summarize(facts.torch))
+
+
+def host_values(host: Host, torch: Torch) -> dict[str, str]:
+    """Return the machine."""
+    where = " in a container" * host.is_container + " in WSL" * host.is_wsl
+    uses = f", torch uses {torch.num_threads}" if torch.num_threads else ""
+    size, free = map(format_bytes, (host.memory_bytes, host.memory_available_bytes))
+    return {
+        "System": host.system + where,
+        "CPU": f"{host.cpu_threads or '?'} threads{uses}",
+        "Memory": f"{size}, {free} free",
+        str(SHM): format_bytes(host.shm_bytes),
+        "Open Files": f"{host.max_open_files or '-'} at most",
+        **host.environment,
+    }
+
+
+def driver_values(host: Host, driver: Driver) -> dict[str, str]:
+    """Return the driver, and how GPUs can be reached."""
+    held = (f"{address} (driver: {name or 'none'})" for address, name in host.pci_gpus.items())
+    files = (f"{path}{'' if use else ' (no right)'}" for path, use in host.device_files.items())
+    cuda = driver.cuda_version
+    return {
+        "Driver": ", ".join(filter(None, (driver.version or "none", driver.problem))),
+        "CUDA": f"up to {cuda[0]}.{cuda[1]}" if cuda else "-",
+        "nvidia-smi": driver.nvidia_smi or "not on PATH",
+        "PCI Bus": ", ".join(held) or "no NVIDIA GPU",
+        "Devices": ", ".join(files) or "no /dev/nvidia*",
+    }
+
+
+def driver_gpu_rows(driver: Driver) -> list[dict[str, str]]:
+    """Return each GPU as the driver sees it, with who holds its memory."""
+    return [
+        {
+            "GPU": str(gpu.index),
+            "Name": gpu.name,
+            "Capability": _dotted(gpu.capability),
+            "Memory": format_bytes(gpu.memory_bytes),
+            "In Use": format_bytes(gpu.memory_used_bytes),
+            "By": ", ".join(gpu.holders) or "-",
+        }
+        for gpu in driver.gpus
+    ]
+
+
+def torch_values(torch: Torch) -> dict[str, str]:
+    """Return torch's build."""
+    if torch.version is None:
+        return {"Version": f"none ({torch.problem})"}
+    build = f"CUDA {torch.cuda_build}" if torch.cuda_build else "CPU only"
+    values = {
+        "Version": torch.version,
+        "Build": f"ROCm {torch.hip_build}" if torch.hip_build else build,
+        "CUDA Available": str(torch.is_cuda_available),
+        "GPU Count": str(len(torch.gpus)),
+        "MPS Available": "True" * torch.is_mps_available,
+        "Code For": " ".join(torch.architectures),
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def torch_gpu_rows(torch: Torch) -> list[dict[str, str]]:
+    """Return each GPU as torch sees it."""
+    return [
+        {
+            "GPU": str(gpu.index),
+            "Name": gpu.name,
+            "Capability": _dotted(gpu.capability),
+            "Memory": format_bytes(gpu.memory_bytes),
+            "Free": format_bytes(gpu.memory_free_bytes),
+            "Precision": gpu.precision,
+        }
+        for gpu in torch.gpus
+    ]
+
+
+def timing_row(timing: Timing) -> dict[str, str]:
+    """Return the speed of a device."""
+    product = step = "failed" if timing.problem else "-"
+    if timing.product_tflops is not None:
+        share = f" ({timing.product_share:.0%} of its peak)" if timing.product_share else ""
+        product = f"{timing.product_tflops:.3g} TFLOP/s{share}"
+    if timing.step_seconds is not None:
+        step = (
+            f"{timing.step_seconds * 1000:.0f} ms, {timing.tokens_per_second:,.0f} tokens/s, "
+            f"{timing.step_tflops:.3g} TFLOP/s ({timing.parameters / 1e6:.1f}M parameters)"
+        )
+    return {
+        "Device": timing.device,
+        "Precision": "float32" if timing.precision == "no" else timing.precision,
+        "Matrix Product": product,
+        "Training Step": step,
+    }
+
+
+def forecast_row(forecast: Forecast) -> dict[str, str]:
+    """Return what a configuration needs."""
+    return {
+        "Configuration": forecast.configuration,
+        "Model": forecast.model,
+        "Needs About": format_bytes(forecast.needed_bytes),
+        "Free": format_bytes(forecast.available_bytes),
+        "Result": describe_forecast(forecast),
+    }
+
+
+def print_diagnoses(diagnoses: Sequence[Diagnosis], summary: str) -> None:
+    """Print each diagnosis with what to do, and what it comes to."""
+    from rich.text import Text
+
+    console = get_console()
+    console.print("Diagnosis")
+    for diagnosis in diagnoses:
+        line = Text(f"  [{diagnosis.level}] ", style=STYLES[diagnosis.level])
+        console.print(line.append(printable(diagnosis.message, VALUE_CHARACTERS), style="default"))
+        if diagnosis.advice:
+            console.print(Text(f"      {printable(diagnosis.advice, VALUE_CHARACTERS)}"))
+    console.print(Text(f"  {printable(summary)}", style="bold"))
+
+
+def _print_values(title: str, values: dict[str, str]) -> None:
+    _print_rows(title, [{"Part": key, "Found": value} for key, value in values.items()])
+
+
+def _print_rows(title: str, rows: Sequence[dict[str, str]]) -> None:
+    if rows:
+        shown = [{k: printable(v, VALUE_CHARACTERS) for k, v in row.items()} for row in rows]
+        print_table(title, shown)
+        print()
+
+
+def _dotted(version: tuple[int, int] | None) -> str:
+    return f"{version[0]}.{version[1]}" if version else "-"
