@@ -34,7 +34,7 @@ def prepare(folder: Path) -> Path:
         "".join(json.dumps({"text": f"{number} {TEXT}"}) + "\n" for number in range(40))
     )
     words = ["--input", str(folder / "documents.jsonl"), "--output", str(folder / "data")]
-    words += ["--tokenizer", str(folder / "tokenizer"), "--token-cache", "none", "--quiet"]
+    words += ["--tokenizer", str(folder / "tokenizer"), "--token-cache", "off", "--quiet"]
     assert prepare_data.main(words) == 0
     return folder / "data"
 
