@@ -29,10 +29,12 @@ from utils.base.errors import CheckpointError, UnreadableCheckpointError
 from utils.checkpoint_metadata import build_metadata
 from utils.checkpoints.files import CheckpointFiles
 from utils.checkpoints.layout import (
+    BIN_WEIGHTS_FILE,
     DATA_STATE_FILE,
     METADATA_FILE,
     METRICS_HISTORY_FILE,
     RANDOM_STATES_PREFIX,
+    SAFE_WEIGHTS_FILE,
     TRAINING_CONFIG_FILE,
     CheckpointName,
     Manifest,
@@ -40,10 +42,8 @@ from utils.checkpoints.layout import (
     read_json,
 )
 from utils.checkpoints.state_files import (
-    BIN_WEIGHTS_FILE,
     OPTIMIZER_FILE,
     OPTIMIZER_REST_FILE,
-    SAFE_WEIGHTS_FILE,
     as_sharded,
     mapped_errors,
     part_files,

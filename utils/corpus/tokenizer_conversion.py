@@ -312,7 +312,9 @@ def _convert_sentencepiece(content: bytes, name: str) -> Conversion:
             f"--tokenizer {name}: no end-of-text token, which separates the documents. Train the "
             "model with --eos_id set."
         )
-    words = [piece.text.replace(SPACE, " ") for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)]
+    words = [
+        piece.text.replace(SPACE, " ") for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)
+    ]
     probes = [*PROBES, *random_probes(words)]
     different: str | None = ""
     for prepends_first_only in (False, True):
