@@ -17,11 +17,10 @@ import torch
 
 from utils.base.errors import CheckpointError
 from utils.checkpoints.files import seal, sync_files
-from utils.checkpoints.layout import MANIFEST_FILE, SAVING_PREFIX, Manifest
+from utils.checkpoints.layout import MANIFEST_FILE, SAFE_WEIGHTS_FILE, SAVING_PREFIX, Manifest
 from utils.checkpoints.state_files import (
     OPTIMIZER_FILE,
     OPTIMIZER_REST_FILE,
-    SAFE_WEIGHTS_FILE,
     read_optimizer,
     read_weights,
 )

@@ -31,11 +31,14 @@ from utils.base.errors import CheckpointError, UsageError
 from utils.base.files import read_regular_file
 from utils.base.text import FOREIGN_ERRORS, parse_json
 
+CHECKPOINT_PREFIX = "checkpoint-"
 MANIFEST_FILE = "manifest.json"
 METADATA_FILE = "metadata.json"
 METRICS_HISTORY_FILE = "training_metrics.json"
 TRAINING_CONFIG_FILE = "training_config.json"
 DATA_STATE_FILE = "data_state.json"
+SAFE_WEIGHTS_FILE = "model.safetensors"
+BIN_WEIGHTS_FILE = "pytorch_model.bin"
 RANDOM_STATES_PREFIX = "random_states_"
 BATCHES_FILE = "batches.jsonl"
 JOURNAL_FILE = "uploads.jsonl"
@@ -49,7 +52,9 @@ SET_ASIDE_FOLDER = "set-aside"
 MANIFEST_FORMAT = 1
 MAX_CARD_BYTES = 64 * 2**20
 
-_CHECKPOINT_NAME = re.compile(r"checkpoint-epoch(\d{1,9})-step(\d{1,12})-files(\d{1,9})")
+_CHECKPOINT_NAME = re.compile(
+    rf"{CHECKPOINT_PREFIX}epoch(\d{{1,9}})-step(\d{{1,12}})-files(\d{{1,9}})"
+)
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -62,7 +67,7 @@ class CheckpointName:
     files: int
 
     def __str__(self) -> str:
-        return f"checkpoint-epoch{self.epoch}-step{self.step}-files{self.files}"
+        return f"{CHECKPOINT_PREFIX}epoch{self.epoch}-step{self.step}-files{self.files}"
 
 
 def parse_checkpoint_name(text: str) -> CheckpointName | None:

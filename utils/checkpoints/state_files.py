@@ -22,7 +22,7 @@ from accelerate.utils import load as load_tensors
 
 from utils.base.errors import UnreadableCheckpointError, first_line
 from utils.checkpoints.files import CheckpointFiles
-from utils.checkpoints.layout import Manifest
+from utils.checkpoints.layout import BIN_WEIGHTS_FILE, SAFE_WEIGHTS_FILE, Manifest
 from utils.models.parts import (
     MODEL_PREFIX,
     OPTIMIZER_PREFIX,
@@ -39,8 +39,6 @@ from utils.models.parts import (
 )
 from utils.training.division import HeldState
 
-SAFE_WEIGHTS_FILE = "model.safetensors"
-BIN_WEIGHTS_FILE = "pytorch_model.bin"
 OPTIMIZER_FILE = "optimizer.bin"
 OPTIMIZER_REST_FILE = "optimizer_rest.bin"
 """With parts: what `optimizer.bin` has besides the tensors that ranks hold rows of."""

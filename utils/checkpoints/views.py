@@ -30,6 +30,7 @@ from utils.checkpoints.layout import (
     REMOTE_FOLDER,
     CheckpointName,
     Manifest,
+    card_object,
     find_checkpoints,
     parse_checkpoint_name,
 )
@@ -266,7 +267,7 @@ def read_remote_checkpoint(
         name: The checkpoint's name.
         archive: What the bucket says of its archive, None where there is none.
     """
-    object_name = f"{REMOTE_FOLDER}/{name}.json"
+    object_name = card_object(str(name))
     archive_bytes = None if archive is None else archive.size
     try:
         data = bucket.read_bytes(object_name, 0, MAX_CARD_BYTES + 1)

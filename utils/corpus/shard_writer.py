@@ -26,11 +26,10 @@ import numpy.typing as npt
 
 from utils.base.errors import DataError, StorageError
 from utils.corpus.documents import SPLITS, TRAINING, VALIDATION, TokenArray
-from utils.data.shard_index import get_json
+from utils.data.shard_index import TOKEN_KEYS, get_json, is_validation_shard
 from utils.storage.bucket import Bucket, crc32c_of_file
 
 PARTIAL_INDEX_FILE = "index.partial.json"
-SHARD_KEY = "input_ids"
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 COUNT_BLOCK_TOKENS = 2**20
 FIRST_BUFFER_TOKENS = 2**16
@@ -95,7 +94,7 @@ def shard_name(split: str, number: int) -> str:
 
 def split_of(name: str) -> str:
     """Return the split that a shard's name tells: `val` or `train`."""
-    return VALIDATION if name.startswith(f"{VALIDATION}_") else TRAINING
+    return VALIDATION if is_validation_shard(name) else TRAINING
 
 
 class ShardWriter:
@@ -180,7 +179,7 @@ class ShardWriter:
 
 def write_shard(path: Path, ids: TokenArray, compress: bool = False) -> None:
     """Write a NPZ archive with the 1-D array `input_ids`; the same ids give the same bytes."""
-    info = zipfile.ZipInfo(f"{SHARD_KEY}.npy", ZIP_EPOCH)
+    info = zipfile.ZipInfo(f"{TOKEN_KEYS[0]}.npy", ZIP_EPOCH)
     info.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     info.create_system = 3
     info.external_attr = 0o600 << 16

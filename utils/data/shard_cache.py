@@ -45,12 +45,15 @@ from utils.data.shard_index import (
     read_array_blocks,
 )
 from utils.storage.bucket import Bucket, crc32c_of_file, encode_crc32c
+from utils.storage.directory import TEMPORARY_PREFIX
 
 DOWNLOAD_THREADS = 4
 LOCK_STRIPES = 64
 LOCK_FOLDER = "locks"
 CHECKSUM_SUFFIX = ".crc32c"
-TEMPORARY_NAME = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-\d+\.(npz|tokens)")
+TEMPORARY_NAME = re.compile(
+    rf"{re.escape(TEMPORARY_PREFIX)}(?P<host>.+)-(?P<pid>\d+)-\d+\.(npz|tokens)"
+)
 _LONGEST_RETRY_SECONDS = 60.0
 GIVE_UP_SECONDS = 1800.0
 _CLOSE_SECONDS = 2.0
@@ -328,7 +331,7 @@ class ShardCache:
         bucket, facts = self._shards[shard]
         path.parent.mkdir(parents=True, exist_ok=True)
         self._make_room(facts.tokens * self._dtype.itemsize + facts.size)
-        stem = f".tmp-{platform.node()}-{os.getpid()}-{threading.get_ident()}"
+        stem = f"{TEMPORARY_PREFIX}{platform.node()}-{os.getpid()}-{threading.get_ident()}"
         download, decoded = path.with_name(f"{stem}.npz"), path.with_name(f"{stem}.tokens")
         try:
             source = bucket.fetch(facts.name, download)
@@ -374,7 +377,7 @@ class ShardCache:
                 path.with_suffix(CHECKSUM_SUFFIX).unlink(missing_ok=True)
 
     def _remove_leftovers(self) -> None:
-        for path in self._directory.glob("*/.tmp-*"):
+        for path in self._directory.glob(f"*/{TEMPORARY_PREFIX}*"):
             match = TEMPORARY_NAME.fullmatch(path.name)
             here = match is not None and match["host"] == platform.node()
             if match is not None and here and not psutil.pid_exists(int(match["pid"])):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.checkpoints.retention import Action, CheckpointFacts, plan_retention
+from utils.checkpoints.retention import Action, CheckpointFacts, keep_reasons, plan_retention
 
 LETTERS = {"keep": "k", "delete": "d", "supersede": "s"}
 
@@ -45,6 +45,30 @@ def plan(
     ]
     letters = "".join(LETTERS[decision.action.value] for decision in decisions)
     return letters, [decision.reason for decision in decisions]
+
+
+# The ladder that this machine and the bucket share.
+@pytest.mark.parametrize(
+    ("marks", "keep", "every", "reasons"),
+    [
+        ("", 1, None, []),
+        ("-", 1, None, ["latest"]),
+        ("- - -", 1, None, [None, None, "latest"]),
+        ("- - -", 2, None, [None, "newest 2", "latest"]),
+        ("b - -", 1, None, ["best", None, "latest"]),
+        ("u - -", 1, None, ["uploading", None, "latest"]),
+        ("- - - -", 1, 2, ["every 2 steps", None, "every 2 steps", "latest"]),
+        ("bu u u", 3, 2, ["best", "newest 3", "latest"]),
+        ("u u bu", 1, 1, ["every 1 steps", "every 1 steps", "latest"]),
+    ],
+)
+def test_the_first_rule_that_keeps_is_told(
+    marks: str, keep: int, every: int | None, reasons: list[str | None]
+) -> None:
+    checkpoints = [facts(step, word) for step, word in enumerate(marks.split())]
+    found = list(keep_reasons(checkpoints[::-1], keep=keep, keep_every_steps=every))
+    assert [one for one, _ in found] == checkpoints
+    assert [reason for _, reason in found] == reasons
 
 
 # b best, v verified, u uploading, - none of these.

@@ -27,7 +27,7 @@ from utils.base.errors import SaveError, UsageError
 from utils.base.progress import OnProgress
 from utils.base.text import format_bytes, printable
 from utils.checkpoints.files import sync_files
-from utils.checkpoints.layout import FileEntry, write_json
+from utils.checkpoints.layout import METADATA_FILE, TRAINING_CONFIG_FILE, FileEntry, write_json
 from utils.checkpoints.views import read_json_object
 from utils.models.tokenizer import (
     build_files,
@@ -359,7 +359,7 @@ def _card_facts(loaded: LoadedModel) -> CardFacts:
     source, model = loaded.source, loaded.model
     texts: dict[str, Any] = {"metadata": {}, "training": {}}
     if source.manifest is not None and source.directory is not None:
-        for key, name in (("metadata", "metadata.json"), ("training", "training_config.json")):
+        for key, name in (("metadata", METADATA_FILE), ("training", TRAINING_CONFIG_FILE)):
             if name in source.manifest.files:
                 texts[key] = read_json_object(source.directory / name)
     return CardFacts(

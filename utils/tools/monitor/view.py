@@ -17,6 +17,7 @@ from datetime import datetime
 from utils.base.machine import Gpu, MachineLoad
 from utils.base.text import ABSENT, format_bytes, printable
 from utils.base.text_plots import sparkline
+from utils.checkpoints.layout import CHECKPOINT_PREFIX
 from utils.costs.costs import describe_costs_so_far
 from utils.tools.monitor.live_screen import Line
 from utils.tools.monitor.state import RunState
@@ -24,7 +25,6 @@ from utils.tools.monitor.status import CheckpointStatus, RunStatus
 from utils.tools.monitor.warnings import DAY_SECONDS
 
 WIDTH = 80
-CHECKPOINT_PREFIX = "checkpoint-"
 SPARK_WIDTH = 32
 MIN_BAR_WIDTH = 10
 MAX_BAR_WIDTH = 40

@@ -22,13 +22,13 @@ from utils.base.text import (
     to_json_text,
 )
 from utils.base.text_plots import is_encodable, sparkline
+from utils.checkpoints.layout import CHECKPOINT_PREFIX
 from utils.checkpoints.views import CheckpointView
 from utils.costs.costs import Costs, format_dollars
 from utils.tools.viewer.report import loss_statistics, numbers, section
 from utils.tracking.metrics_log import HISTORY_LIMIT
 
 TREND_SIGNS = {"improving": "\u2193", "worsening": "\u2191", "flat": "\u2192"}
-PREFIX = "checkpoint-"
 GREATEST_COUNT = 1e15
 _CELL_CHARACTERS = 40
 # What a narrow terminal does without, in this order.
@@ -168,8 +168,10 @@ def fit_columns(
     left_out: list[str] = []
     candidates = iter(LEFT_OUT_FIRST)
     while _table_width(fitting) > width:
-        if fitting[0]["checkpoint"].startswith(PREFIX):
-            fitting = [row | {"checkpoint": row["checkpoint"][len(PREFIX) :]} for row in fitting]
+        if fitting[0]["checkpoint"].startswith(CHECKPOINT_PREFIX):
+            fitting = [
+                row | {"checkpoint": row["checkpoint"][len(CHECKPOINT_PREFIX) :]} for row in fitting
+            ]
             continue
         column = next(candidates, None)
         if column is None:

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import CheckpointError, PretrainError
 from utils.base.text import printable
-from utils.checkpoints.layout import Manifest
+from utils.checkpoints.layout import BIN_WEIGHTS_FILE, SAFE_WEIGHTS_FILE, Manifest
 from utils.models.parts import MODEL_PREFIX, PartFiles, find_part_files
 from utils.storage.bucket import crc32c_of_file
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = (SAFE_WEIGHTS_FILE, BIN_WEIGHTS_FILE)
 BLOCK_ELEMENTS = 2**18  # 2 MiB of float64: a block stays in the cache
 TOTAL = "total"
 
