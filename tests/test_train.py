@@ -395,7 +395,7 @@ def test_a_new_best_and_the_clock_can_ask_for_a_save(
 
     clock = iter(range(0, 10_000, 4))  # each look at it is 4 s later
     fake = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
-    monkeypatch.setattr("utils.run.run.time", fake)
+    monkeypatch.setattr("utils.run.saving.time", fake)
     timed = (*settings, "save_seconds=8")
     assert run_train("--max-steps", "6", folder="timed", settings=timed) == 0
     saved = [name.step for name in find_checkpoints(tmp_path / "timed/checkpoints")]

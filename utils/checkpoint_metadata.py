@@ -11,10 +11,10 @@ import subprocess
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import torch
 
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
+from utils.base.text import perplexity
 from utils.checkpoints.layout import RunIdentity
 from utils.data.data_state import DataState
 from utils.tracking.metrics_log import HISTORY_LIMIT, loss_trend
@@ -69,7 +69,7 @@ def build_metadata(
 
 
 def _perplexity(loss: float | None) -> float | None:
-    return None if loss is None else float(np.exp(min(loss, 700.0)))
+    return None if loss is None else perplexity(loss)
 
 
 def system_info(state: TrainState) -> dict[str, Any]:

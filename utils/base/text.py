@@ -28,6 +28,8 @@ FOREIGN_ERRORS = (
     RecursionError,
 )
 
+LARGEST_EXPONENT = 700.0  # math.exp of much more is no float
+
 
 def number(value: object) -> float | None:
     """Return a finite number as float, None for anything else (booleans too)."""
@@ -39,6 +41,11 @@ def number(value: object) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None
+
+
+def perplexity(loss: float) -> float:
+    """Return the perplexity of a loss in nats; of one beyond what a float holds, the largest."""
+    return math.exp(min(loss, LARGEST_EXPONENT))
 
 
 def parse_time(value: object) -> datetime | None:

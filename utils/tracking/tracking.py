@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 import os
 import platform
 import threading
@@ -22,7 +21,7 @@ from accelerate import Accelerator
 
 from configs.training_config import GUARDED_KEYS, TrainingConfig
 from utils.base.errors import ConfigError
-from utils.base.text import number, printable, to_json_text
+from utils.base.text import number, perplexity, printable, to_json_text
 from utils.checkpoints.layout import RunIdentity
 from utils.tracking.metrics_log import append_metrics, read_metrics
 from utils.tracking.tensorboard import FOLDER, TensorBoardTracker
@@ -169,7 +168,7 @@ def _put(by_step: dict[int, dict[str, float]], step: int, metric: str, value: ob
 
 def _perplexity(loss: object) -> float | None:
     known = number(loss)
-    return None if known is None else math.exp(min(known, 700.0))
+    return None if known is None else perplexity(known)
 
 
 class Notes:
