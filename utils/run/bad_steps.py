@@ -33,7 +33,7 @@ def describe(verdict: Verdict, progress: Progress, policy: str) -> dict[str, Any
     """Return what is noted of a bad step.
 
     Args:
-        verdict: Of the guard; it may come when a later step is done already.
+        verdict: What the guard says; it may come when a later step is done already.
         progress: The run's counters.
         policy: `bad_step` of the configuration.
     """
@@ -54,14 +54,14 @@ def find_divergence(
     """Return why the run must not go on after a bad step, None where it may.
 
     Args:
-        verdict: Of the guard; its record is among the bad steps of `progress`.
+        verdict: What the guard says; its record is among the bad steps of `progress`.
         progress: The run's counters.
         config: The run's configuration.
     """
     if config.bad_step == "stop":
         return DivergenceError(
             f"Step {verdict.step} was bad: {verdict.kind} loss or gradients. Its update was left "
-            "out and the state is saved. Go on behind its samples with --resume latest, and let "
+            "out and the state is saved. Go on after its samples with --resume latest, and let "
             "later ones pass with --set bad_step=skip or rollback."
         )
     recent = [bad for bad in progress.bad_steps if bad["step"] > verdict.step - SPAN_STEPS]

@@ -120,7 +120,7 @@ def conclude(code: ExitCode, reason: str | None, step: int, max_steps: int) -> E
     """Say how an attempt without an error has ended; return its exit code.
 
     Args:
-        code: Of `wait_for_uploads`.
+        code: What `wait_for_uploads` returned.
         reason: What asked for the stop; None where nothing has.
         step: Steps done.
         max_steps: Those of the whole run.

@@ -37,7 +37,7 @@ def is_long_run(facts: RunFacts) -> bool:
     steps = facts.config.max_steps - facts.step
     flops = steps * facts.tokens_per_step * facts.utilization.flops_per_token
     needed = flops / LONG_RUN_SECONDS / facts.world_size / STEP_EFFICIENCY
-    # A short run is known by the first product already: this is part of every start.
+    # A short run is known by the first product already: this is part of every run.
     return measure_matmul_rate(facts.device, facts.precision, enough=needed) < needed
 
 
@@ -67,10 +67,10 @@ def check_times(
     """Return what is expected of steps, run and uploads.
 
     Args:
-        facts: Of the run.
-        probe: Of `probe_step`.
+        facts: What is to be trained, and where.
+        probe: The small step; None where not even that fits.
         transport: The way to the bucket; None uploads nothing.
-        busy_share: Of the CPUs, before the small step.
+        busy_share: Share of the CPUs that others used before the small step.
     """
     if probe is None:
         text = "unknown: not even a small step fits into the memory, so none was measured"

@@ -41,7 +41,7 @@ def hold_and_plan(
     configure_logging(config.log_level, quiet=args.quiet, file=paths.train_log)
     store.remove_leftovers(paths.checkpoints)
     held = _hold_bucket(stack, config, run_id)
-    plan = decide_start(config, paths, args.resume, fresh=args.fresh)
+    plan = decide_start(config, args.resume, fresh=args.fresh)
     if held is not None:
         held.run_id = plan.identity.run_id
     return plan

@@ -246,7 +246,7 @@ def check_start(
     """Return what is known before a run begins; nothing is decided by it but a refusal.
 
     Args:
-        facts: Of the run; step and sources are found here.
+        facts: What is to be trained, and where; step and sources are found here.
         resume: What to go on from, as the user says it; None for nothing.
         is_fresh: Whether to set an old run aside.
         should_measure: Measure a small step and a short upload, as before a long run in any case.
@@ -257,7 +257,7 @@ def check_start(
     """
     config, model_config = facts.config, facts.model_config
     paths = RunPaths.of(config)
-    plan, resuming, owning = _look_for_start(config, paths, resume, is_fresh=is_fresh)
+    plan, resuming, owning = _look_for_start(config, resume, is_fresh=is_fresh)
     # Data first: what is wrong with them is told before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config)
@@ -284,16 +284,16 @@ def check_start(
 
 
 def _look_for_start(
-    config: TrainingConfig, paths: RunPaths, resume: str | None, *, is_fresh: bool
+    config: TrainingConfig, resume: str | None, *, is_fresh: bool
 ) -> tuple[Plan, list[Check], list[Check]]:
     """Return where the run would begin now, and what forbids it here and in the bucket."""
     problems: list[Check] = []
     try:
-        require_startable(paths, resume=resume, fresh=is_fresh)
+        require_startable(RunPaths.of(config), resume=resume, fresh=is_fresh)
     except UsageError as exc:  # a dry run; everything else is checked as if it went on
         resume, problems = "latest", [Check("start", "fail", str(exc))]
     try:
-        plan, owning = look_for_start(config, paths, resume)
+        plan, owning = look_for_start(config, resume)
     except StorageError as exc:
         text = f"The bucket's checkpoints cannot be read: {exc}"
         return Plan(RunIdentity(new_run_id())), [*problems, Check("resume", "fail", text)], []

@@ -57,18 +57,17 @@ class Candidate:
         identity: Run and branch of its manifest.
         path: Where it is on this machine; None if it is in a bucket.
         bucket_uri: The bucket that has it, "" for one on this machine.
+        view: What that bucket's listing says of it; None for one on this machine.
     """
 
     name: CheckpointName
     identity: RunIdentity
     path: Path | None = None
     bucket_uri: str = ""
+    view: CheckpointView | None = None
 
     def __str__(self) -> str:
         return f"{self.name} in {self.bucket_uri}" if self.path is None else str(self.path)
-
-
-RemoteCandidate = tuple[CheckpointView, Candidate]
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,7 @@ def require_startable(paths: RunPaths, *, resume: str | None, fresh: bool) -> No
         )
 
 
-def decide_start(
-    config: TrainingConfig, paths: RunPaths, resume: str | None, *, fresh: bool
-) -> Plan:
+def decide_start(config: TrainingConfig, resume: str | None, *, fresh: bool) -> Plan:
     """Return where a run begins; call it once the run's directory and bucket are held.
 
     Raises:
@@ -142,21 +139,20 @@ def decide_start(
         PreflightError: The bucket holds checkpoints of another run.
         StorageError: The bucket is needed and cannot be read.
     """
-    require_startable(paths, resume=resume, fresh=fresh)
-    plan, problems = look_for_start(config, paths, resume)
+    require_startable(RunPaths.of(config), resume=resume, fresh=fresh)
+    plan, problems = look_for_start(config, resume)
     require_all(problems)
     return plan
 
 
-def look_for_start(
-    config: TrainingConfig, paths: RunPaths, resume: str | None
-) -> tuple[Plan, list[Check]]:
+def look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, list[Check]]:
     """Return where a run would begin now, and a failed check where its bucket is another run's.
 
     Raises:
         UsageError: There is no such checkpoint to resume from.
         StorageError: The bucket is needed and cannot be read.
     """
+    paths = RunPaths.of(config)
     uri = config.checkpoint_uri and join_uri(config.checkpoint_uri, config.run_name)
 
     def open_with_patience(uri: str) -> Bucket:
@@ -221,20 +217,19 @@ def plan_start(
         manifest = read_manifest(path)
         name = parse_checkpoint_name(path.name) or CheckpointName(manifest.step, 0, 0)
         remote = _read_bucket_or_warn(open_bucket, bucket_uri) if bucket_uri else []
-        found = Candidate(name, manifest.identity, path)
-        return _plan_local(found, [one for _, one in remote])
+        return _plan_one(Candidate(name, manifest.identity, path), remote)
     local = _local_candidates(paths.checkpoints)
     # Where nothing is here, a bucket that cannot be read must not look like one that is empty.
     read = _read_bucket_or_warn if local else _read_bucket
     remote = read(open_bucket, bucket_uri) if bucket_uri else []
     if resume == "latest":
         where = f"{paths.checkpoints} or {bucket_uri}" if bucket_uri else str(paths.checkpoints)
-        return _plan_latest(paths, local, [one for _, one in remote], where)
+        return _plan_latest(paths, local, remote, where)
     return _plan_chosen(resume, paths, local, remote)
 
 
-def _plan_local(found: Candidate, others: Sequence[Candidate]) -> Plan:
-    """Return a plan for a checkpoint of this machine; newer ones may be in the bucket alone."""
+def _plan_one(found: Candidate, others: Sequence[Candidate]) -> Plan:
+    """Return a plan for a checkpoint that was named, where others are known."""
     return Plan(
         found.identity,
         (found,),
@@ -247,7 +242,7 @@ def _is_ahead(one: Candidate, other: Candidate) -> bool:
     return one.identity.run_id == other.identity.run_id and one.name.step > other.name.step
 
 
-def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[RemoteCandidate]:
+def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[Candidate]:
     """Return what a bucket has with a usable sidecar, by step."""
     bucket = open_bucket(uri)
     try:
@@ -259,11 +254,11 @@ def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[RemoteCandidate]:
         if view.manifest is None or view.problem is not None:
             log.info("%s in %s is passed over: %s.", view.name, uri, view.problem)
         else:
-            found.append((view, Candidate(view.name, view.manifest.identity, None, uri)))
+            found.append(Candidate(view.name, view.manifest.identity, None, uri, view))
     return found
 
 
-def _read_bucket_or_warn(open_bucket: OpenBucket, uri: str) -> list[RemoteCandidate]:
+def _read_bucket_or_warn(open_bucket: OpenBucket, uri: str) -> list[Candidate]:
     try:
         return _read_bucket(open_bucket, uri)
     except StorageError as exc:
@@ -271,21 +266,17 @@ def _read_bucket_or_warn(open_bucket: OpenBucket, uri: str) -> list[RemoteCandid
         return []
 
 
-def _plan_named(which: str, remote: Sequence[RemoteCandidate], where: str) -> Plan:
+def _plan_named(which: str, remote: Sequence[Candidate], where: str) -> Plan:
     """Return a plan for a checkpoint of a bucket; only a full name says which run is meant."""
-    candidates = [candidate for _, candidate in remote]
-    if candidates and parse_checkpoint_name(which) is None:
-        _require_one_run(candidates, where)
+    if remote and parse_checkpoint_name(which) is None:
+        _require_one_run(remote, where)
     if which == "latest":
-        if not candidates:
+        if not remote:
             raise UsageError(f"There is no complete checkpoint in {where}.")
-        identity = _newest_branch(candidates)
-        return Plan(identity, _order(candidates, identity), can_walk_back=True)
-    chosen = select_checkpoint(which, [view for view, _ in remote])
-    found = next(candidate for view, candidate in remote if view is chosen)
-    ahead = any(_is_ahead(one, found) for one in candidates)
-    known = tuple(one.identity for one in candidates)
-    return Plan(found.identity, (found,), is_older=ahead, known=known)
+        identity = _newest_branch(remote)
+        return Plan(identity, _order(remote, identity), can_walk_back=True)
+    chosen = select_checkpoint(which, [one.view for one in remote if one.view is not None])
+    return _plan_one(next(one for one in remote if one.view is chosen), remote)
 
 
 def _require_one_run(candidates: Iterable[Candidate], where: str) -> str:
@@ -303,29 +294,26 @@ def _require_one_run(candidates: Iterable[Candidate], where: str) -> str:
 
 
 def _plan_chosen(
-    which: str,
-    paths: RunPaths,
-    local: Sequence[Candidate],
-    remote: Sequence[RemoteCandidate],
+    which: str, paths: RunPaths, local: Sequence[Candidate], remote: Sequence[Candidate]
 ) -> Plan:
     """Return a plan for a name, or for a step or the best of the run that `latest` goes on with."""
     views = read_local_checkpoints(paths.checkpoints)
-    others = [*local, *(one for _, one in remote)]
+    others = [*local, *remote]
     if others and parse_checkpoint_name(which) is None:
-        run_id = _find_identity(paths, local, [one for _, one in remote]).run_id
+        run_id = _find_identity(paths, local, remote).run_id
         # One whose manifest cannot be read is of this run as far as anyone knows.
         views = [view for view in views if view.manifest is None or view.manifest.run_id == run_id]
-        remote = [pair for pair in remote if pair[1].identity.run_id == run_id]
+        remote = [one for one in remote if one.identity.run_id == run_id]
     try:
         chosen = select_checkpoint(which, views)
     except UsageError:
         if not remote:
             raise
-        return _plan_named(which, remote, remote[0][1].bucket_uri)
+        return _plan_named(which, remote, remote[0].bucket_uri)
     found = next((one for one in local if one.name == chosen.name), None)
     if found is None:
         raise CheckpointError(f"{chosen.name} cannot be used: {chosen.problem}.")
-    return _plan_local(found, others)
+    return _plan_one(found, others)
 
 
 def _plan_latest(

@@ -94,7 +94,7 @@ def measure_step(facts: RunFacts, available_bytes: int) -> StepProbe | None:
     """Return what an optimizer update of the run takes; None where not even a small one fits.
 
     Args:
-        facts: Of the run.
+        facts: What is to be trained, and where.
         available_bytes: Free memory of the device.
     """
     config, device = facts.config, facts.device
@@ -158,7 +158,7 @@ def try_step(facts: RunFacts, other_bytes: int = 0) -> bool:
     """Tell whether two updates of the whole model fit into the memory of a GPU, with some to spare.
 
     Args:
-        facts: Of the run, with the micro-batch in question.
+        facts: What is to be trained, with the micro-batch in question.
         other_bytes: What training takes besides, and the trial does not.
     """
     config, device = facts.config, facts.device
