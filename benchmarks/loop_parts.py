@@ -102,6 +102,7 @@ def run(task: dict[str, str]) -> dict[str, float]:
     import train
     from utils import training_utils
     from utils.data_utils import BatchLoader
+    from utils.run.metrics import RunMetrics
     from utils.run.run import TrainingRun
     from utils.tracking import tracking
     from utils.training.step_guard import StepGuard
@@ -122,7 +123,7 @@ def run(task: dict[str, str]) -> dict[str, float]:
         (StepGuard, "take", f"{OURS}: verdict read"),
         (LambdaLR, "step", f"{OURS}: schedule"),
         (tracking.Notes, "write", f"{OURS}: notes"),
-        (TrainingRun, "_show_live", f"{OURS}: live line"),
+        (RunMetrics, "show_live", f"{OURS}: live line"),
         (Throughput, "step", f"{OURS}: speed"),
         (TrainingRun, "log_metrics", f"{OURS}: metrics, every {LOGGING_STEPS} steps"),
         (TrainingRun, "train_step", f"{OURS}: rest of the step"),

@@ -226,12 +226,15 @@ def main(argv: Sequence[str]) -> int:
     start = train.start
 
     def start_timed(*args: Any, **kwargs: Any) -> int:
+        from utils import training_utils
         from utils.run.run import TrainingRun
         from utils.start import preflight
 
         clock.end("the project's own modules")
         around(preflight, "check_start", "model class, counts, Accelerator", "preflight")
-        around(TrainingRun, "__init__", "lock, lease, plan", "model, optimizer, data order")
+        build = "model, optimizer, data order"
+        around(training_utils, "build_train_state", "lock, lease, plan", build)
+        around(TrainingRun, "__init__", build, build)
         around(TrainingRun, "__enter__", "trackers, snapshots", "trackers, snapshots")
         around(TrainingRun, "train_step", "the first batch", "the first step")
         return start(*args, **kwargs)

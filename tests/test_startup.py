@@ -49,7 +49,7 @@ import train
 def look(run, config, stop_after):
     for batches in run.batches(1):
         run.train_step(batches)
-    saver = run._saving._saver
+    saver = run._saving.saver
     torch = sys.modules["torch"]
     faults = []
     for _ in range(6):
@@ -61,7 +61,7 @@ def look(run, config, stop_after):
         "frozen": gc.get_freeze_count(),
         "collects": gc.isenabled(),
         "page_faults": faults,
-        "early_writer": run._early_writer is not None and saver._writer is run._early_writer,
+        "early_writer": run._options.writer is not None and saver._writer is run._options.writer,
     }))
     return 0
 

@@ -19,7 +19,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
 from configs.model_config import build_model_config
 from configs.training_config import (
     PROJECT_DIRECTORY,
@@ -29,6 +28,7 @@ from configs.training_config import (
 )
 from tests.conftest import TINY
 from utils.base.errors import ConfigError, ExitCode, StorageError
+from utils.base.startup import keep_compiled
 from utils.checkpoints.layout import find_checkpoints, read_json, read_manifest
 from utils.start import preflight
 from utils.tracking.metrics_log import read_metrics
@@ -395,7 +395,7 @@ def test_a_new_best_and_the_clock_can_ask_for_a_save(
 
     clock = iter(range(0, 10_000, 4))  # each look at it is 4 s later
     fake = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
-    monkeypatch.setattr("utils.run.run.time", fake)
+    monkeypatch.setattr("utils.run.saving.time", fake)
     timed = (*settings, "save_seconds=8")
     assert run_train("--max-steps", "6", folder="timed", settings=timed) == 0
     saved = [name.step for name in find_checkpoints(tmp_path / "timed/checkpoints")]
@@ -703,15 +703,15 @@ def test_the_folder_of_what_is_compiled_is_the_users_or_in_cache_dir(
 ) -> None:
     config = get_training_config("test", {"cache_dir": str(tmp_path / "a b")})
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
-    train.keep_compiled(config)
+    keep_compiled(Path(config.cache_dir))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    train.keep_compiled(config)
+    keep_compiled(Path(config.cache_dir))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "a b/torch_compile")
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/compiled"))
     with pytest.raises(ConfigError, match="file/compiled: Not a directory. Set cache_dir"):
-        train.keep_compiled(config)
+        keep_compiled(Path(config.cache_dir))
 
 
 @pytest.mark.slow

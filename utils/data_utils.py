@@ -12,15 +12,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from configs.training_config import TrainingConfig
 from utils.base.errors import ShardError
+from utils.data.data_state import DataState
+from utils.data.mixture import build_order
 from utils.data.sample_order import DataOrder, Span
 from utils.data.shard_cache import ShardCache
-from utils.data.shard_index import ShardFacts
+from utils.data.shard_index import DataSource, ShardFacts, read_tokenizer_files
+from utils.storage.open import open_bucket
 
 PREFETCHED_STEPS = 4
 SEARCH_BLOCK = 1024
@@ -311,3 +316,148 @@ class ValidationData:
                 position += len(tokens)
             shard += 1
         return np.concatenate(parts)
+
+
+class TrainingData:
+    """The data of a run: their order at once, batches and validation samples once it is opened.
+
+    Args:
+        config: The run's configuration.
+        sources: Where they come from; the first also has the validation data.
+        cache: Directory for shards.
+        vocab_size: Number of token ids that the model knows.
+    """
+
+    validation: ValidationData
+    """The validation samples; there once it is opened."""
+
+    def __init__(
+        self, config: TrainingConfig, sources: Sequence[DataSource], cache: Path, vocab_size: int
+    ) -> None:
+        self._config, self._sources = config, tuple(sources)
+        self._cache, self._vocab_size = cache, vocab_size
+        self._shards = [source.index.training for source in sources]
+        self.order = build_order(
+            [[shard.tokens for shard in shards] for shards in self._shards],
+            [source.weight for source in sources],
+            config.sequence_length,
+            config.seed,
+            config.shuffle_window_shards,
+        )
+        self._should_skip = config.bad_shard == "skip"
+        self._loader: BatchLoader | None = None
+        self._waited = 0.0
+
+    def open(self, bad_shards: Iterable[int]) -> None:
+        """Open the buckets.
+
+        Args:
+            bad_shards: Shards that were found unusable before, by number.
+
+        Raises:
+            ConfigError: `cache_limit_bytes` is below what is needed at once.
+        """
+        config, index = self._config, self._sources[0].index
+        self._known_bad_shards = tuple(bad_shards)
+        user_project = config.gcs_user_project or None
+        self._buckets = [open_bucket(source.uri, user_project) for source in self._sources]
+        self._reader = self._build_reader()
+        self.validation = ValidationData(
+            ShardCache([(self._buckets[0], index.validation)], self._cache, self._vocab_size),
+            index.validation,
+            config.sequence_length,
+            config.max_eval_samples,
+            skip_bad_shards=self._should_skip,
+        )
+
+    def read_tokenizer(self) -> dict[str, bytes]:
+        """Return the tokenizer that checkpoints get: the first source's, file name -> bytes."""
+        return read_tokenizer_files(self._buckets[0], self._sources[0].index)
+
+    def load(
+        self,
+        position: int,
+        rank: int,
+        world_size: int,
+        *,
+        pin_memory: bool,
+        should_stop: Callable[[], bool],
+    ) -> Iterator[list[torch.Tensor]]:
+        """Yield this rank's micro-batches of each step, as `BatchLoader` does."""
+        self._loader = BatchLoader(
+            self._reader,
+            StepShape(
+                self._config.per_device_train_batch_size,
+                self._config.resolve_batch(world_size)[1],
+                rank,
+                world_size,
+            ),
+            position=position,
+            pin_memory=pin_memory,
+            should_stop=should_stop,
+        )
+        return iter(self._loader)
+
+    def stop_loading(self) -> None:
+        """Stop reading ahead; `load` may begin anew elsewhere."""
+        if self._loader is not None:
+            self._loader.close()
+        self._loader, self._waited = None, 0.0
+        self._reader = self._build_reader()
+
+    def take_wait_seconds(self) -> float:
+        """Return the time that training has waited for data since this was asked before."""
+        waited = self._loader.wait_seconds if self._loader else 0.0
+        since, self._waited = waited - self._waited, waited
+        return since
+
+    def describe(self, position: int, bad_shards: Iterable[int] = ()) -> DataState:
+        """Return what a checkpoint keeps of a position in the data.
+
+        Args:
+            position: Samples consumed, over all ranks.
+            bad_shards: Shards found unusable by now, by number, on any rank.
+        """
+        return DataState(
+            sample_index=position,
+            epoch=self.order.epoch_of(position)[0],
+            files_consumed=self.order.shards_consumed(position),
+            sequence_length=self._config.sequence_length,
+            seed=self._config.seed,
+            shuffle_window_shards=self._config.shuffle_window_shards,
+            shards=tuple(shard for group in self._shards for shard in group),
+            source_sizes=tuple(len(group) for group in self._shards),
+            weights=tuple(source.weight for source in self._sources),
+            bad_shards=tuple(bad_shards),
+        )
+
+    @property
+    def bad_shards(self) -> frozenset[int]:
+        """Shards that this rank knows to be unusable, by number."""
+        return self._reader.bad_shards
+
+    def close(self) -> None:
+        """Stop reading, and let go of caches and buckets."""
+        if self._loader is not None:
+            self._loader.close()
+        else:
+            self._reader.cache.close()
+        self.validation.close()
+        for bucket in self._buckets:
+            bucket.close()
+
+    def _build_reader(self) -> SampleReader:
+        cache = ShardCache(
+            list(zip(self._buckets, self._shards, strict=True)),
+            self._cache,
+            self._vocab_size,
+            self._config.cache_limit_bytes,
+        )
+        window = f"one shuffle window of {self._config.shuffle_window_shards} shards"
+        cache.require_room_for(self.order.largest_window(), window)
+        return SampleReader(
+            self.order,
+            cache,
+            skip_bad_shards=self._should_skip,
+            bad_shards=self._known_bad_shards,
+        )

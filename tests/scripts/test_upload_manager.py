@@ -35,7 +35,7 @@ from utils.checkpoints.layout import (
     write_json,
 )
 from utils.checkpoints.store import hold_output_directory
-from utils.start.resume import write_run_identity
+from utils.start.restore import write_run_identity
 from utils.storage.bucket import Bucket, crc32c_of_bytes, crc32c_of_file
 from utils.storage.open import open_bucket
 from utils.uploads.lease import LEASE_OBJECT

@@ -14,13 +14,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+from utils.base.errors import ConfigError
 
 # <malloc.h> of the GNU C library.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BLOCK_BYTES = 2**30
 KEPT_FREE_BYTES = 2**31 - 1
+COMPILED_FOLDER = "torch_compile"
 
 
 @contextlib.contextmanager
@@ -68,3 +73,22 @@ def keep_freed_memory() -> bool:
     return bool(set_option(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)) and bool(
         set_option(M_TRIM_THRESHOLD, KEPT_FREE_BYTES)
     )
+
+
+def keep_compiled(cache: Path) -> None:
+    """Have torch.compile keep its results in a cache, where the user has not said otherwise.
+
+    It has to be said before transformers is loaded, which settles on a folder of its own.
+
+    Raises:
+        ConfigError: The folder cannot be made.
+    """
+    folder = str(cache.resolve() / COMPILED_FOLDER)
+    folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(
+            f"torch.compile cannot keep its results in {folder}: {exc.strerror}. Set cache_dir "
+            "elsewhere, or torch_compile=false."
+        ) from exc

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import torch
 
-from utils.data_utils import ValidationData
+from configs.training_config import TrainingConfig
+from utils.checkpoints.layout import RunPaths
+from utils.data_utils import TrainingData, ValidationData
+from utils.run.metrics import RunMetrics
+from utils.run.sample_texts import Sampler
+from utils.tracking import tracking
+from utils.training.stopping import StopRequest
 from utils.training_utils import TrainState, forward_loss
 
 
@@ -59,3 +66,65 @@ def evaluate(
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total.to(accelerator.device), "sum")
     return float(total.item()) / data.num_samples
+
+
+class Evaluator:
+    """The evaluations of a run: the validation loss and the sample texts of a step.
+
+    Args:
+        config: The run's configuration.
+        state: Left as it is, but for what its progress notes of the loss.
+        data: The run's data, opened.
+        sampler: Writes the sample texts.
+        metrics: Told of the loss and of the time.
+        stop: A request to stop ends an evaluation without a result.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        state: TrainState,
+        data: TrainingData,
+        sampler: Sampler,
+        metrics: RunMetrics,
+        stop: StopRequest,
+    ) -> None:
+        self._config, self._state, self._data = config, state, data
+        self._sampler, self._metrics, self._stop = sampler, metrics, stop
+        self._logs = RunPaths.of(config).logs
+
+    def evaluate(self, document_end: int | None) -> bool:
+        """Measure the validation loss, once a step at most; tell whether it is the best so far.
+
+        Args:
+            document_end: End-of-text id where attention must not cross documents.
+        """
+        progress = self._state.progress
+        if progress.validation_step == progress.step and progress.validation_loss is not None:
+            return False
+        started = time.perf_counter()
+        if self._state.accelerator.is_main_process:
+            tracking.record_evaluating(self._logs, progress.step)
+            self._metrics.show_live("evaluating")
+        loss = evaluate(
+            self._state,
+            self._data.validation,
+            self._config.eval_batch_size,
+            document_end,
+            self._stop.is_agreed,
+        )
+        loss_seconds = time.perf_counter() - started
+        self._write_samples()
+        self._metrics.note_evaluation(time.perf_counter() - started, is_complete=loss is not None)
+        if loss is None:
+            return False
+        is_best = progress.add_validation(loss)
+        self._metrics.log_validation(loss, loss_seconds)
+        return is_best
+
+    def _write_samples(self) -> None:
+        """Have the main process write sample texts; other ranks wait at their next agreement."""
+        accelerator = self._state.accelerator
+        if accelerator.is_main_process and self._stop.reason is None:
+            samples = self._sampler.write(self._state, lambda: self._stop.reason is not None)
+            tracking.log_samples(accelerator, samples, self._state.progress.step)

@@ -2,8 +2,8 @@
 
     stop request -> save -> upload what still reaches the bucket -> what survived, and where
 
-The new checkpoint goes up first, then the pending ones from the newest to the oldest. A start on
-another machine goes on from the newest checkpoint in the bucket: every step up to it is safe,
+The new checkpoint goes up first, then the pending ones from the newest to the oldest. An attempt
+on another machine goes on from the newest checkpoint in the bucket: every step up to it is safe,
 whatever else is there, and an older one protects nothing once a newer one has arrived. An upload
 that cannot end in time protects nothing either, and it would take the time of one that can: those
 that fit are planned before it. No torch here.
@@ -36,7 +36,7 @@ class PlannedUpload:
     """One archive on its way to the bucket.
 
     Attributes:
-        name: Of the checkpoint; `NEW_CHECKPOINT` for the one that is still to be saved.
+        name: The checkpoint's; `NEW_CHECKPOINT` for the one that is still to be saved.
         num_bytes: Its size.
         seconds: What the upload alone takes; None where the speed is unknown.
         arrives: Whether it ends within the grace period; None where that is unknown.

@@ -1,25 +1,26 @@
-"""What the main process does with checkpoints: saves, uploads, retention, and how a run ends.
+"""The checkpoints of a run: when and what to save, then uploads and retention.
 
-    files of a checkpoint -> saver -> commit -> uploader -> bucket, verified; old ones go
+    state, position in the data -> saver -> commit -> uploader -> bucket, verified; old ones go
 
-Everything that follows a commit happens in the saver's thread; training waits for none of it.
+Everything that follows a commit happens in the saver's thread; training waits for none of it. Every
+rank has this: they agree on when to save. The main one writes, commits and uploads; with sharded
+state each writes its part.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from configs.training_config import TrainingConfig
+from utils import checkpoint_utils
 from utils.base import ranks
-from utils.base.console import LiveLine
-from utils.base.errors import CheckpointError, ExitCode, SaveError
+from utils.base.errors import CheckpointError, SaveError
 from utils.base.machine import available_memory
 from utils.base.text import format_bytes, format_duration
 from utils.checkpoints.files import CheckpointFiles
@@ -34,102 +35,247 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.saver import CheckpointSaver, Rendezvous
 from utils.checkpoints.store import apply_retention, set_aside, verify_checkpoint
 from utils.checkpoints.writer import WriterProcess
-from utils.run.grace import describe_outcome, plan_grace
+from utils.costs.spending import SpendingMeter
+from utils.data_utils import TrainingData
+from utils.start import restore
+from utils.training.stopping import StopRequest
+from utils.training_utils import TrainState
 from utils.uploads.transports import TransportOptions
 from utils.uploads.uploader import Uploader, find_unfinished
 
 RETRY_SECONDS = 60.0
 MEMORY_SHARE = 0.9
+LEAVING_SHARE = 0.1  # of the grace period, for ending threads and releasing what is held
 Tell = Callable[[str, str, int | None], None]
 
 log = logging.getLogger("train")
 
 
-class RunSaving:
-    """The checkpoints of one start of a run, on its main process.
+@dataclass(frozen=True)
+class SavingOptions:
+    """How checkpoints are written and uploaded.
 
-    With sharded state every rank has one, without a way to the bucket on the others: it writes the
-    rank's part, and the main one's commits.
+    Attributes:
+        transport: The way to the bucket; None uploads nothing.
+        is_upload_in_background: False uploads while training waits.
+        writer: A writer process that has been started already.
+    """
+
+    transport: TransportOptions | None = None
+    is_upload_in_background: bool = True
+    writer: WriterProcess | None = None
+
+
+@dataclass(frozen=True)
+class SavedParts:
+    """What a checkpoint is made of.
+
+    Attributes:
+        state: The train state.
+        data: The data, for the position in them.
+        identity: Run and branch.
+        meter: Counts what the run spends.
+        tokenizer_files: File name -> bytes; on the main process.
+    """
+
+    state: TrainState
+    data: TrainingData
+    identity: RunIdentity
+    meter: SpendingMeter
+    tokenizer_files: Mapping[str, bytes]
+
+    def collect(self, config: TrainingConfig) -> CheckpointFiles | None:
+        """Return what this rank writes, None where it writes nothing; every rank calls this."""
+        state, position = self.state, self.state.progress.sample_index
+        gathered = ranks.gather_to_main(
+            (checkpoint_utils.capture_random_state(state), sorted(self.data.bad_shards))
+        )
+        files = None
+        if gathered is not None:
+            log.info("Saving checkpoint at step %d.", state.progress.step)
+            state.progress.spending = self.meter.read().to_json()
+            bad_shards = {shard for _, shards in gathered for shard in shards}
+            files = checkpoint_utils.collect_files(
+                state,
+                self.data.describe(position, sorted(bad_shards)),
+                config,
+                self.identity,
+                [states for states, _ in gathered],
+                self.tokenizer_files,
+            )
+        return checkpoint_utils.add_held_state(
+            state, self.data.describe(position), config, self.identity, files
+        )
+
+
+class RunSaving:
+    """The checkpoints of one attempt of a run; every rank makes one at the same point.
 
     Args:
         config: The run's configuration.
-        paths: Its directories.
-        identity: Run and branch that it writes to.
-        device: Where the state's tensors are.
-        transport: The way to the bucket; None uploads nothing.
-        background_upload: False uploads before `save` returns.
+        parts: What a checkpoint is made of.
+        stop: Ends waits for uploads; with it the ranks agree.
+        options: How checkpoints are written and uploaded.
         tell: Called with what happens to checkpoints: title, line, step it belongs to (None: now).
-        rendezvous: Of all ranks' savers, where the state is sharded.
-        writer: A writer process that has been started already.
+
+    Raises:
+        CheckpointError: With sharded state: the ranks do not see the same output directory.
     """
 
     def __init__(
         self,
         config: TrainingConfig,
-        paths: RunPaths,
-        identity: RunIdentity,
-        device: torch.device,
-        *,
-        transport: TransportOptions | None = None,
-        background_upload: bool = True,
-        tell: Tell = lambda title, line, step: None,
-        rendezvous: Rendezvous | None = None,
-        writer: WriterProcess | None = None,
+        parts: SavedParts,
+        stop: StopRequest,
+        options: SavingOptions,
+        tell: Tell,
     ) -> None:
-        self._config, self._paths, self._identity = config, paths, identity
-        self._tell = tell
-        self._journal = Journal(paths.journal)
-        self._uploader: Uploader | None = None
-        if transport is not None:
-            self._uploader = self._build_uploader(transport)
-        self._waits_for_uploads = not background_upload
-        self._saver = CheckpointSaver(
-            paths.checkpoints,
-            device,
+        self.config, self.parts, self.state = config, parts, parts.state
+        self.paths = RunPaths.of(config)
+        self._stop, self._options, self._tell = stop, options, tell
+        self._identity = parts.identity
+        self._journal = Journal(self.paths.journal)
+        is_sharded = self.state.division.is_saved_in_parts
+        rendezvous = self._arrange_rendezvous() if is_sharded else None
+        is_main = self.state.accelerator.is_main_process
+        self.is_writing = is_main or is_sharded
+        """Whether this rank writes."""
+        self.uploader: Uploader | None = None
+        """None on other ranks than the main one, and where nothing is uploaded."""
+        if is_main and options.transport is not None:
+            self.uploader = self._build_uploader(options.transport)
+        self.saver = CheckpointSaver(
+            self.paths.checkpoints,
+            self.state.accelerator.device,
             self._after_commit,
             background=config.background_save,
             rendezvous=rendezvous,
-            writer=writer,
+            writer=options.writer,
         )
+        self.saved_step = self.state.progress.step
+        """The step that was saved last, or gone on from."""
+        self._saved_at = time.monotonic()
         self._failed_at: float | None = None
-        self._sharers = 1 if rendezvous is None else ranks.ranks_on_this_machine()
+        self._sharers = ranks.ranks_on_this_machine() if is_sharded else 1
+        self.snapshot_bytes = self.state.division.snapshot_bytes()
+        """What a checkpoint of this rank takes, about."""
+        if self.is_writing:
+            self.saver.prepare(self.snapshot_bytes, self._usable_memory())
 
-    def prepare(self, snapshot_bytes: int) -> None:
-        """Make room for snapshots before the first one is due."""
-        self._saver.prepare(snapshot_bytes, self._usable_memory())
+    def _arrange_rendezvous(self) -> Rendezvous:
+        """Return where the savers of all ranks meet: a group of their own, for their threads.
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return self._saver.is_busy
-
-    def save(self, files: CheckpointFiles, must_leave: Callable[[], bool] = lambda: False) -> None:
-        """Begin to save; returns when training may go on, up to `fence`.
-
-        Args:
-            files: What to save.
-            must_leave: Ends a wait for the upload, where there is one.
+        Raises:
+            CheckpointError: The ranks do not see the same output directory.
         """
-        self._saver.save(files, self._usable_memory())
-        if self._waits_for_uploads:
-            self._saver.wait()
-            if self._uploader is not None:
-                self._uploader.drain(math.inf, log.debug, must_leave)
+        token = ranks.broadcast_from_main(secrets.token_hex(4))
+        restore.require_shared_directory(self.paths.checkpoints, token)
+        group = ranks.new_host_group()
+        return Rendezvous(token, lambda answer: ranks.gather_to_main(answer, group))
 
-    def fence(self) -> None:
-        """Call before the optimizer changes the state."""
-        self._saver.fence()
+    def is_due(self) -> bool:
+        """Tell whether `save_seconds` have passed, or a failed save is to be tried again."""
+        seconds = self.config.save_seconds
+        due = seconds is not None and time.monotonic() - self._saved_at >= seconds
+        return self._stop.any_rank(due or self._is_retry_due())
 
-    def wait(self, seconds: float) -> bool:
-        """Wait until the checkpoint is written or the time is over; tell whether it is written."""
-        return self._saver.wait(seconds)
+    def save(self, *, is_last: bool = False) -> float:
+        """Begin to save a checkpoint; training goes on while it is written.
+
+        A save that is due while the one before is still being written waits or is skipped, as
+        `save_overlap` says; the last one of an attempt always waits. A state that is saved already
+        is not saved twice. Call `saver.fence` before the optimizer changes the state.
+
+        Returns:
+            The seconds that training has waited; 0 where nothing is saved.
+        """
+        step = self.state.progress.step
+        if step == self.saved_step:
+            return 0.0
+        started = time.perf_counter()
+        if self._stop.any_rank(self.saver.is_busy):
+            if self.config.save_overlap == "skip" and not is_last:
+                log.warning(
+                    "Step %d is not saved: the save before it is still being written.", step
+                )
+                return 0.0
+            self.wait()
+        files = self.parts.collect(self.config)
+        if files is not None:
+            self.saver.save(files, self._usable_memory())
+            if not self._options.is_upload_in_background:
+                self.saver.wait()
+                if self.uploader is not None:
+                    self.uploader.drain(math.inf, log.debug, self.must_leave)
+        self._saved_at, self.saved_step = time.monotonic(), step
+        seconds = time.perf_counter() - started
+        log.debug("Training waited %.1f ms for the save.", seconds * 1e3)
+        return seconds
+
+    def save_last(self) -> None:
+        """Save what is not saved yet, wait until it is written; try a failed save once more."""
+        self.save(is_last=True)
+        self.wait()
+        if self._stop.any_rank(self.failure is not None):
+            log.info("Saving once more.")
+            self.saved_step = -1
+            self.save(is_last=True)
+
+    def wait(self) -> None:
+        """Wait until nothing is being written; no rank waits in one collective for long."""
+        while self._stop.any_rank(not self.saver.wait(0.5)):
+            pass
 
     @property
     def failure(self) -> SaveError | None:
         """Why the last save failed, None if it did not or is not over."""
-        return None if self._saver.is_busy else self._saver.failure
+        return None if self.saver.is_busy else self.saver.failure
 
-    def is_retry_due(self) -> bool:
+    def leave_at(self) -> float:
+        """Return the `time.monotonic()` by which a request wants the end; infinite without one."""
+        requested_at = self._stop.requested_at if self._stop.reason is not None else None
+        if requested_at is None:
+            return math.inf
+        return requested_at + (1 - LEAVING_SHARE) * self.config.grace_seconds
+
+    def must_leave(self) -> bool:
+        """Tell whether the time that a request leaves is over."""
+        return time.monotonic() >= self.leave_at()
+
+    def find_newest(self, before_step: int) -> tuple[Path, Manifest] | None:
+        """Return this run's newest checkpoint that verifies, of a step below `before_step`."""
+        for name in reversed(find_checkpoints(self.paths.checkpoints)):
+            if name.step >= before_step:
+                continue
+            path = self.paths.checkpoints / str(name)
+            try:
+                manifest = verify_checkpoint(path)
+                if self._identity.includes(manifest.identity, name.step):
+                    return path, manifest
+            except CheckpointError as exc:
+                moved = set_aside(path, self.paths.checkpoints)  # its name will be needed
+                log.warning("%s It was set aside as %s; trying the one before.", exc, moved)
+        return None
+
+    def apply_retention(self) -> None:
+        """Let go of the checkpoints that the retention rules give up."""
+        deleted = apply_retention(
+            self.paths.checkpoints,
+            self._journal,
+            self.config,
+            run_id=self._identity.run_id,
+            is_uploading_on=self.uploader is not None,
+        )
+        if self.uploader is not None:
+            self.uploader.forget(deleted)
+
+    def close(self) -> None:
+        """Let a save in progress finish, then stop every thread and process."""
+        self.saver.close()
+        if self.uploader is not None:
+            self.uploader.close()
+
+    def _is_retry_due(self) -> bool:
         """Tell whether the last save failed and a minute has passed since."""
         if self.failure is None:
             self._failed_at = None
@@ -142,136 +288,17 @@ class RunSaving:
         self._failed_at = None
         return True
 
-    def plan_leaving(self, remaining_seconds: float, snapshot_bytes: int) -> None:
-        """Say what the grace period is enough for."""
-        uploader = self._uploader
-        if uploader is None:
-            seconds = max(0.0, remaining_seconds)
-            log.info("%.0f s of grace: saving on this disk; uploading is off.", seconds)
-            return
-        pending = []
-        for path in uploader.pending_paths:
-            with contextlib.suppress(CheckpointError):  # one that was given up is gone
-                pending.append((path.name, read_manifest(path).total_bytes))
-        plan = plan_grace(
-            remaining_seconds,
-            self._saver.last_seconds,
-            snapshot_bytes,
-            uploader.bytes_per_second,
-            sorted(pending, key=lambda item: item[0]),
-        )
-        log.info("%s", plan.describe())
-
-    def finish(
-        self,
-        live: LiveLine,
-        upload_seconds: float,
-        *,
-        is_leaving: bool,
-        must_leave: Callable[[], bool] = lambda: False,
-    ) -> ExitCode:
-        """Wait for the save in progress and for uploads; say what is not in the bucket.
-
-        Args:
-            live: Shows what is waited for.
-            upload_seconds: How long to wait for uploads.
-            is_leaving: Whether a request to stop ends this start: then what is left is normal.
-            must_leave: Asked once a second; a request that came in the meantime ends the wait.
-
-        Raises:
-            SaveError: The last save failed.
-        """
-        while not self._saver.wait(0.5):
-            live.show("writing the checkpoint")
-        uploader, saved = self._uploader, self._saver.last_committed
-        if uploader is None:
-            self._require_saved()
-            if is_leaving and saved is not None:
-                log.info("Saved %s on this disk; uploading is off.", saved)
-            return ExitCode.DONE
-        if uploader.pending:
-            count = len(uploader.pending)
-            log.info(
-                "Waiting up to %s for %d upload%s.",
-                format_duration(upload_seconds),
-                count,
-                "" if count == 1 else "s",
-            )
-        left = uploader.drain(upload_seconds, live.show, must_leave)
-        is_leaving = is_leaving or must_leave()
-        self.apply_retention()
-        missing = list(dict.fromkeys([*left, *uploader.failures]))
-        if is_leaving:
-            log.info(
-                "%s", describe_outcome(str(saved) if saved else None, uploader.verified, missing)
-            )
-        self._require_saved()
-        if not missing:
-            return ExitCode.DONE
-        if not is_leaving:
-            self._report_missing(left, missing)
-        return ExitCode.NOT_VERIFIED
-
-    def _require_saved(self) -> None:
-        if self._saver.failure is not None:
-            raise self._saver.failure
-
-    def _report_missing(self, left: list[str], missing: list[str]) -> None:
-        for name in left:
-            log.error("%s was not uploaded before the deadline.", name)
-        kept = [name for name in missing if (self._paths.checkpoints / name).is_dir()]
-        log.error(
-            "%d checkpoints are not verified in the bucket. Kept in %s: %s. "
-            "Then: python scripts/upload_manager.py upload-all",
-            len(missing),
-            self._paths.checkpoints,
-            ", ".join(kept) or "none",
-        )
-
-    def find_newest(self, before_step: int) -> tuple[Path, Manifest] | None:
-        """Return this run's newest checkpoint that verifies, of a step below `before_step`."""
-        for name in reversed(find_checkpoints(self._paths.checkpoints)):
-            if name.step >= before_step:
-                continue
-            path = self._paths.checkpoints / str(name)
-            try:
-                manifest = verify_checkpoint(path)
-                if self._identity.includes(manifest.identity, name.step):
-                    return path, manifest
-            except CheckpointError as exc:
-                moved = set_aside(path, self._paths.checkpoints)  # its name will be needed
-                log.warning("%s It was set aside as %s; trying the one before.", exc, moved)
-        return None
-
-    def apply_retention(self) -> None:
-        """Let go of the checkpoints that the retention rules give up."""
-        deleted = apply_retention(
-            self._paths.checkpoints,
-            self._journal,
-            self._config,
-            run_id=self._identity.run_id,
-            is_uploading_on=self._uploader is not None,
-        )
-        if self._uploader is not None:
-            self._uploader.forget(deleted)
-
-    def close(self) -> None:
-        """Let a save in progress finish, then stop every thread and process."""
-        self._saver.close()
-        if self._uploader is not None:
-            self._uploader.close()
-
     def _after_commit(self, checkpoint: Path) -> None:
         size = format_bytes(read_manifest(checkpoint).total_bytes)
-        seconds = format_duration(self._saver.last_seconds or 0.0)
-        saved = self._saver.last_committed
+        seconds = format_duration(self.saver.last_seconds or 0.0)
+        saved = self.saver.last_committed
         self._tell(
             "checkpoints",
             f"{checkpoint.name} saved: {size} in {seconds}",
             saved.step if saved else None,
         )
-        if self._uploader is not None:
-            self._uploader.submit(checkpoint)
+        if self.uploader is not None:
+            self.uploader.submit(checkpoint)
         self.apply_retention()
 
     def _build_uploader(self, transport: TransportOptions) -> Uploader:
@@ -279,11 +306,11 @@ class RunSaving:
         uploader = Uploader(
             transport,
             self._journal,
-            compression=self._config.upload_compression,
+            compression=self.config.upload_compression,
             sweeps=True,
             tell=lambda line: self._tell("uploads", line, None),
         )
-        for checkpoint in find_unfinished(self._paths.checkpoints, self._journal, transport.uri):
+        for checkpoint in find_unfinished(self.paths.checkpoints, self._journal, transport.uri):
             uploader.submit(checkpoint)
         return uploader
 

@@ -5,28 +5,19 @@ small step, short upload -> expected step, run and upload time -> preflight
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import psutil
-import torch
 
-from configs.training_config import TrainingConfig
 from utils.base.text import format_bytes, format_duration
 from utils.checkpoints.layout import REMOTE_FOLDER
 from utils.costs.costs import TOKENS_PER_UNIT, format_dollars
 from utils.costs.prices import HourlyPrice, find_bucket_prices, find_price
 from utils.costs.spending import Amount
-from utils.data.shard_index import DataSource
-from utils.models.building import ParameterCounts
 from utils.models.estimates import count_pauses, estimate_checkpoint_bytes
-from utils.models.mfu import Utilization
 from utils.start.checks import Check
+from utils.start.facts import RunFacts
 from utils.start.machine_checks import find_free_memory
 from utils.start.step_probe import StepProbe, measure_matmul_rate, measure_step
 from utils.training.throughput import RemainingTime
-from utils.training_utils import find_utilization
 from utils.uploads.rate import measure_upload_rate
 from utils.uploads.transports import TransportOptions
 
@@ -41,83 +32,19 @@ LATE_SHARE = 1.0
 BUSY_SHARE = 0.5
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What a forecast is about.
-
-    Attributes:
-        config: The run's configuration.
-        model_config: transformers config of its model.
-        counts: The model's parameters.
-        precision: no, bf16 or fp16.
-        device: Where it is trained.
-        world_size: Ranks.
-        step: Steps done.
-        sources: Where the data come from; the first has the validation data.
-    """
-
-    config: TrainingConfig
-    model_config: Any
-    counts: ParameterCounts
-    precision: str
-    device: torch.device
-    world_size: int
-    step: int
-    sources: Sequence[DataSource]
-
-    @property
-    def samples_per_step(self) -> int:
-        """Samples of an optimizer update over all ranks."""
-        return self.config.resolve_batch(self.world_size)[0]
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of an optimizer update over all ranks."""
-        return self.samples_per_step * self.config.sequence_length
-
-    @property
-    def utilization(self) -> Utilization:
-        """What the run's MFU is computed with."""
-        return find_utilization(
-            self.model_config,
-            self.counts.total,
-            self.config.sequence_length,
-            self.device,
-            self.precision,
-            self.world_size,
-        )
-
-    @property
-    def evaluation_samples(self) -> int:
-        """Samples of one evaluation."""
-        if not self.sources:
-            return 0
-        tokens = sum(shard.tokens for shard in self.sources[0].index.validation)
-        samples, limit = tokens // self.config.sequence_length, self.config.max_eval_samples
-        return samples if limit is None else min(samples, limit)
-
-
 def is_long_run(facts: RunFacts) -> bool:
     """Tell whether the rest of a run is long enough to measure a small step first."""
     steps = facts.config.max_steps - facts.step
     flops = steps * facts.tokens_per_step * facts.utilization.flops_per_token
     needed = flops / LONG_RUN_SECONDS / facts.world_size / STEP_EFFICIENCY
-    # A short run is known by the first product already: this is part of every start.
+    # A short run is known by the first product already: this is part of every run.
     return measure_matmul_rate(facts.device, facts.precision, enough=needed) < needed
 
 
 def probe_step(facts: RunFacts) -> StepProbe | None:
     """Measure a small step of the run; None where not even that fits into the memory."""
     free, _ = find_free_memory(facts.device)
-    return measure_step(
-        facts.config,
-        facts.model_config,
-        facts.counts,
-        facts.precision,
-        facts.device,
-        free,
-        facts.world_size,
-    )
+    return measure_step(facts, free)
 
 
 def estimate_run_seconds(facts: RunFacts, step_seconds: float) -> float:
@@ -140,10 +67,10 @@ def check_times(
     """Return what is expected of steps, run and uploads.
 
     Args:
-        facts: Of the run.
-        probe: Of `probe_step`.
+        facts: What is to be trained, and where.
+        probe: The small step; None where not even that fits.
         transport: The way to the bucket; None uploads nothing.
-        busy_share: Of the CPUs, before the small step.
+        busy_share: Share of the CPUs that others used before the small step.
     """
     if probe is None:
         text = "unknown: not even a small step fits into the memory, so none was measured"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from utils.models.estimates import (
     estimate_training_memory,
 )
 from utils.start.checks import Check
+from utils.start.facts import RunFacts
 from utils.training.sharding import resolve_sharding
 from utils.uploads.transports import TransportOptions
 
@@ -30,27 +30,20 @@ MEMORY_RESERVE = 0.95
 FORMULA_TOLERANCE = 1.15
 
 
-def estimate_memory(
-    config: TrainingConfig,
-    model_config: Any,
-    counts: ParameterCounts,
-    precision: str,
-    device: torch.device,
-    world_size: int,
-) -> MemoryEstimate:
+def estimate_memory(facts: RunFacts) -> MemoryEstimate:
     """Return what training takes on one device."""
-    _, accumulation = config.resolve_batch(world_size)
-    how = resolve_sharding(config, world_size)
+    config, model_config = facts.config, facts.model_config
+    how = resolve_sharding(config, facts.world_size)
     return estimate_training_memory(
-        ModelShape.of(model_config, counts.total, counts.embedding),
+        ModelShape.of(model_config, facts.counts.total, facts.counts.embedding),
         StepSetup(
             micro_batch=config.per_device_train_batch_size,
             sequence_length=config.sequence_length,
-            precision=precision,
+            precision=facts.precision,
             gradient_checkpointing=config.checkpointing_policy,
-            accumulation=accumulation,
-            world_size=world_size,
-            device=device.type,
+            accumulation=facts.accumulation,
+            world_size=facts.world_size,
+            device=facts.device.type,
             is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),
             is_sharded=how is not None and not how.zero_stage,
             is_resharded=how is None or how.reshard_after_forward,

@@ -2,10 +2,10 @@
 
     rank 0's verified directory -> files over the network -> a directory of each other machine
 
-A start reads its checkpoint on every rank. Where the machines see one output_dir there is nothing
-to do; where they do not, rank 0 sends the files to one rank of each machine that lacks them. What
-has arrived is verified like everything that is loaded, and goes again when it has been read: a
-run's checkpoints are kept on the first machine and in the bucket.
+An attempt reads its checkpoint on every rank. Where the machines see one output_dir there is
+nothing to do; where they do not, rank 0 sends the files to one rank of each machine that lacks
+them. What has arrived is verified like everything that is loaded, and goes again when it has been
+read: a run's checkpoints are kept on the first machine and in the bucket.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Preflight: can this machine do this run with these buckets? All reasons at once, in seconds.
 
-    check_start -> directory and bucket are held -> decide_start -> restore
+    check_start -> directory and bucket are held -> resume.decide_start -> restore
 
 Each check returns findings instead of raising, so that one problem does not hide the next; each
 finding says what to do. Checks that wait for a network have short limits.
 
-`check_start` comes first and reads all that can refuse a start; another trainer may still work
-there. Where the run begins is decided by `decide_start`, once nobody else does.
+`check_start` comes first and reads all that can refuse a run; another trainer may still work there.
+Where the run begins is decided once nobody else does (`utils/start/hold.py`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from configs.model_config import CONFIG_FILE, find_dropouts, known_vocab_size
 from configs.training_config import TrainingConfig
+from utils.base import ranks
 from utils.base.errors import (
     AccessDeniedError,
     DataError,
@@ -33,22 +32,21 @@ from utils.base.errors import (
     UsageError,
 )
 from utils.base.text import format_bytes, printable
-from utils.base.uri import is_gcs_uri, join_uri
+from utils.base.uri import is_gcs_uri
 from utils.checkpoints.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
-from utils.checkpoints.views import read_remote_checkpoints
 from utils.data.shard_index import (
     TOKENIZER_FILE,
     DataSource,
     build_shard_index,
     read_tokenizer_files,
 )
-from utils.models.building import ParameterCounts
 from utils.models.estimates import estimate_checkpoint_bytes
 from utils.models.tokenizer import find_misreading, write_tokenizer_files
 from utils.start.checks import Check, print_checks, require_all
-from utils.start.forecast import RunFacts, check_times, is_long_run, measure_busy_share, probe_step
+from utils.start.facts import RunFacts
+from utils.start.forecast import check_times, is_long_run, measure_busy_share, probe_step
 from utils.start.machine_checks import check_disk, check_memory, check_snapshot, estimate_memory
-from utils.start.resume import READ_CARDS, Plan, plan_start, require_startable
+from utils.start.resume import Plan, look_for_start, require_startable
 from utils.start.step_probe import StepProbe
 from utils.storage.open import open_bucket
 from utils.training.sharding import resolve_sharding
@@ -206,39 +204,6 @@ def check_upload(
     ]
 
 
-def _find_owners(config: TrainingConfig) -> set[str]:
-    """Return the runs whose checkpoints the run's bucket holds, as far as it can be read."""
-    if not config.checkpoint_uri:
-        return set()
-    uri = join_uri(config.checkpoint_uri, config.run_name)
-    bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
-    try:
-        remote = read_remote_checkpoints(bucket, newest=READ_CARDS)
-    except StorageError as exc:
-        log.debug("The bucket's checkpoints cannot be listed: %s", exc)
-        return set()
-    finally:
-        bucket.close()
-    return {view.manifest.run_id for view in remote if view.manifest}
-
-
-def _check_owners(config: TrainingConfig, owners: set[str], plan: Plan) -> list[Check]:
-    """Return a failed check where the bucket holds checkpoints of a run that is not the plan's."""
-    others = owners - ({plan.identity.run_id} if plan.candidates else set())
-    if not others:
-        return []
-    uri = join_uri(config.checkpoint_uri, config.run_name)
-    return [
-        Check(
-            "upload",
-            "fail",
-            f"{uri}/{REMOTE_FOLDER} holds checkpoints of another run ({', '.join(sorted(others))})"
-            ", which are never overwritten. Give this run a name of its own: "
-            "--set run_name=NAME.",
-        )
-    ]
-
-
 def _advise(exc: StorageError, action: str, uri: str) -> str:
     if isinstance(exc, AccessDeniedError):
         return f"{exc} Ask for the right to {action} {uri}, or run: gcloud auth login."
@@ -247,58 +212,9 @@ def _advise(exc: StorageError, action: str, uri: str) -> str:
     return f"{exc} Check the network and the name of the bucket."
 
 
-def plan_run(config: TrainingConfig, paths: RunPaths, resume: str | None, *, fresh: bool) -> Plan:
-    """Return where a run may begin, from its directory and its bucket; reads only.
-
-    Raises:
-        UsageError: There is no such checkpoint to resume from.
-        StorageError: The bucket is needed and cannot be read.
-    """
-    return plan_start(
-        paths,
-        resume=resume,
-        fresh=fresh,
-        bucket_uri=config.checkpoint_uri and join_uri(config.checkpoint_uri, config.run_name),
-        open_bucket=lambda uri: open_bucket(
-            uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS
-        ),
-    )
-
-
-def decide_start(
-    config: TrainingConfig, paths: RunPaths, resume: str | None, *, fresh: bool
-) -> Plan:
-    """Return where a run begins; call it once the run's directory and bucket are held.
-
-    Raises:
-        UsageError: There is no such checkpoint to resume from, or there are checkpoints and
-            neither `resume` nor `fresh`.
-        PreflightError: The bucket holds checkpoints of another run.
-        StorageError: The bucket is needed and cannot be read.
-    """
-    require_startable(paths, resume=resume, fresh=fresh)
-    owners = _find_owners(config)
-    plan = plan_run(config, paths, resume, fresh=fresh)
-    require_all(_check_owners(config, owners, plan))
-    return plan
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A small step of the run, measured.
-
-    Attributes:
-        probe: What it took; None where not even that fits into the memory.
-        busy_share: Share of the CPUs that others used before it.
-    """
-
-    probe: StepProbe | None
-    busy_share: float
-
-
 @dataclass(frozen=True)
 class StartChecks:
-    """What is known before a start, while another trainer may still work there.
+    """What is known before a run begins, while another trainer may still work there.
 
     Attributes:
         run_id: The run that it would belong to, if it began now.
@@ -306,7 +222,8 @@ class StartChecks:
         sources: The sources of data that can be read.
         checks: What was found, good and bad, at whichever step it begins.
         transport: The way to the bucket that works; None for none.
-        measurement: None where none was wanted.
+        probe: A small step of the run; None where none was measured.
+        busy_share: Share of the CPUs that others used before the small step.
     """
 
     run_id: str
@@ -314,70 +231,41 @@ class StartChecks:
     sources: list[DataSource]
     checks: list[Check]
     transport: TransportOptions | None
-    measurement: Measurement | None
+    probe: StepProbe | None = None
+    busy_share: float = 0.0
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the run cannot begin here."""
+        return any(check.status == "fail" for check in self.checks)
 
 
 def check_start(
-    config: TrainingConfig,
-    paths: RunPaths,
-    model_config: Any,
-    counts: ParameterCounts,
-    accelerator: Accelerator,
-    resume: str | None,
-    *,
-    fresh: bool,
-    measures: bool,
+    facts: RunFacts, resume: str | None, *, is_fresh: bool, should_measure: bool
 ) -> StartChecks:
-    """Return what is known before a start; nothing is decided by it but a refusal.
+    """Return what is known before a run begins; nothing is decided by it but a refusal.
 
     Args:
-        config: The run's configuration.
-        paths: Its directories.
-        model_config: transformers config of the model.
-        counts: Its parameters.
-        accelerator: This process among the ranks.
+        facts: What is to be trained, and where; step and sources are found here.
         resume: What to go on from, as the user says it; None for nothing.
-        fresh: Whether to set an old run aside.
-        measures: Measure a small step and a short upload, as before a long run in any case.
+        is_fresh: Whether to set an old run aside.
+        should_measure: Measure a small step and a short upload, as before a long run in any case.
 
     Raises:
         UsageError: There is no such checkpoint to resume from.
         DataError: The data are there but do not fit the model or cannot be used.
     """
-    resuming: list[Check] = []
-    try:
-        require_startable(paths, resume=resume, fresh=fresh)
-    except UsageError as exc:  # a dry run; everything else is checked as if it went on
-        resume, resuming = "latest", [Check("start", "fail", str(exc))]
-    # Before the plan, which then knows whatever a run uploads in between.
-    owners = _find_owners(config)
-    try:
-        plan = plan_run(config, paths, resume, fresh=fresh)
-    except StorageError as exc:
-        plan = Plan(RunIdentity(new_run_id()))
-        resuming += [Check("resume", "fail", f"The bucket's checkpoints cannot be read: {exc}")]
+    config, model_config = facts.config, facts.model_config
+    paths = RunPaths.of(config)
+    plan, resuming, owning = _look_for_start(config, resume, is_fresh=is_fresh)
     # Data first: what is wrong with them is told before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config)
     tokenizer = read_tokenizers(config, sources)
     set_special_tokens(config, sources, model_config)
     transport, uploading = check_upload(config, paths.checkpoints)
-    device, world_size = accelerator.device, accelerator.num_processes
-    precision = accelerator.mixed_precision
-    need = estimate_memory(config, model_config, counts, precision, device, world_size)
-    facts = RunFacts(
-        config, model_config, counts, precision, device, world_size, plan.step, sources
-    )
-    memory, measurement = check_memory(config, need, device), None
-    unmeasured = []
-    if memory.status == "fail":
-        unmeasured = [Check("step", "warn", "not measured: it does not fit into the memory")]
-    elif plan.step < config.max_steps and (measures or is_long_run(facts)):
-        log.info("Measuring a small step.")
-        busy_share = measure_busy_share()
-        probe = probe_step(facts)
-        measurement = Measurement(probe, busy_share)
-        memory = check_memory(config, need, device, probe.memory_ratio if probe else None)
+    facts = replace(facts, step=plan.step, sources=sources)
+    memory, unmeasured, probe, busy_share = _measure(facts, should_measure=should_measure)
     checks = [
         *resuming,
         *data,
@@ -385,21 +273,70 @@ def check_start(
         *([check_vocabulary(sources, model_config)] if sources else []),
         *check_tokenizer(tokenizer, model_config, is_new=plan.step == 0),
         memory,
-        check_snapshot(config, counts),
-        check_disk(config, counts, transport),
+        check_snapshot(config, facts.counts),
+        check_disk(config, facts.counts, transport),
         *uploading,
-        *_check_owners(config, owners, plan),
+        *owning,
         *unmeasured,
     ]
-    return StartChecks(plan.identity.run_id, plan.step, sources, checks, transport, measurement)
+    run_id = plan.identity.run_id
+    return StartChecks(run_id, plan.step, sources, checks, transport, probe, busy_share)
+
+
+def _look_for_start(
+    config: TrainingConfig, resume: str | None, *, is_fresh: bool
+) -> tuple[Plan, list[Check], list[Check]]:
+    """Return where the run would begin now, and what forbids it here and in the bucket."""
+    problems: list[Check] = []
+    try:
+        require_startable(RunPaths.of(config), resume=resume, fresh=is_fresh)
+    except UsageError as exc:  # a dry run; everything else is checked as if it went on
+        resume, problems = "latest", [Check("start", "fail", str(exc))]
+    try:
+        plan, owning = look_for_start(config, resume)
+    except StorageError as exc:
+        text = f"The bucket's checkpoints cannot be read: {exc}"
+        return Plan(RunIdentity(new_run_id())), [*problems, Check("resume", "fail", text)], []
+    return plan, problems, owning
+
+
+def _measure(
+    facts: RunFacts, *, should_measure: bool
+) -> tuple[Check, list[Check], StepProbe | None, float]:
+    """Return the memory's check, and a small step where it is to be measured.
+
+    Returns:
+        The check, why no step was measured, the step, and the busy share of the CPUs before it.
+    """
+    need = estimate_memory(facts)
+    memory = check_memory(facts.config, need, facts.device)
+    if memory.status == "fail":
+        text = "not measured: it does not fit into the memory"
+        return memory, [Check("step", "warn", text)], None, 0.0
+    if facts.step >= facts.config.max_steps or not (should_measure or is_long_run(facts)):
+        return memory, [], None, 0.0
+    log.info("Measuring a small step.")
+    busy_share = measure_busy_share()
+    probe = probe_step(facts)
+    if probe is None:
+        return memory, check_times(facts, None, None), None, busy_share
+    memory = check_memory(facts.config, need, facts.device, probe.memory_ratio)
+    return memory, [], probe, busy_share
 
 
 def complete_checks(facts: RunFacts, found: StartChecks) -> list[Check]:
-    """Return what was found of a start, and what that means from the step on where it begins."""
-    times, measured = [], found.measurement
-    if measured is not None and facts.step < facts.config.max_steps:
-        times = check_times(facts, measured.probe, found.transport, measured.busy_share)
-    return [check_settings(facts), *found.checks, *times]
+    """Return what was found, and what it means from the step on where the run begins.
+
+    Every rank calls this.
+    """
+
+    def complete() -> list[Check]:
+        times = []
+        if found.probe is not None and facts.step < facts.config.max_steps:
+            times = check_times(facts, found.probe, found.transport, found.busy_share)
+        return [check_settings(facts), *found.checks, *times]
+
+    return ranks.compute_on_main(complete)
 
 
 def check_settings(facts: RunFacts) -> Check:
@@ -458,19 +395,18 @@ def check_vocabulary(sources: Sequence[DataSource], model_config: Any) -> Check:
 
 
 def describe_run(run: RunFacts) -> dict[str, str]:
-    """Return what a start says of itself before it begins."""
-    config, counts, ranks = run.config, run.counts, run.world_size
-    text_of_ranks = f"{ranks} rank{'s' if ranks > 1 else ''}"
-    _, accumulation = config.resolve_batch(ranks)
+    """Return what a run says of itself before it begins."""
+    config, counts, world_size = run.config, run.counts, run.world_size
+    ranks_text = f"{world_size} rank{'s' if world_size > 1 else ''}"
     tokens = run.tokens_per_step
     total = tokens * config.max_steps
     name = device_name(run.device)
     facts = {
-        "device": f"{name}, {run.precision} mixed precision, {text_of_ranks}",
+        "device": f"{name}, {run.precision} mixed precision, {ranks_text}",
         "model": f"{config.model}: {counts.total:,} parameters, "
         f"{counts.without_embedding:,} without embeddings",
         "step": f"{tokens:,} tokens: {config.per_device_train_batch_size} x "
-        f"{config.sequence_length} tokens x {accumulation} accumulated x {text_of_ranks}",
+        f"{config.sequence_length} tokens x {run.accumulation} accumulated x {ranks_text}",
         "run": f"steps {run.step} to {config.max_steps}, {total:,} tokens in all, "
         f"{total / counts.total:.2g} tokens per parameter",
         "checkpoint": f"about {format_bytes(estimate_checkpoint_bytes(counts.total))}, every "
@@ -480,13 +416,13 @@ def describe_run(run: RunFacts) -> dict[str, str]:
     if dropouts:
         shares = ", ".join(f"{key} {share:g}" for key, share in dropouts.items())
         facts["dropout"] = f"{shares}; pre-training is usually done with 0"
-    how = resolve_sharding(config, ranks)
+    how = resolve_sharding(config, world_size)
     if how is not None:
         layers = "gathered twice a step" if how.reshard_after_forward else "kept to the backward"
         kind, detail = "FSDP2", f"layers are {layers}"
         if how.zero_stage:
             kind, detail = f"DeepSpeed ZeRO-{how.zero_stage}", "each rank has whole weights"
-        facts["sharding"] = f"{kind} over {text_of_ranks} ({how.source}), {detail}"
+        facts["sharding"] = f"{kind} over {ranks_text} ({how.source}), {detail}"
     if run.sources:
         available = sum(source.index.training_tokens for source in run.sources)
         facts["data"] = f"{available:,} tokens, {total / max(1, available):.2f} epochs"
@@ -496,28 +432,27 @@ def describe_run(run: RunFacts) -> dict[str, str]:
     return facts
 
 
-def log_facts(facts: dict[str, str], checks: Sequence[Check]) -> None:
-    """Say what is about to begin, one log line a fact."""
-    for key, text in facts.items():
+def log_start(facts: RunFacts, found: StartChecks) -> None:
+    """Say what is about to begin, one log line a fact; every rank calls this."""
+    for key, text in describe_run(facts).items():
         log.info("%-10s %s", key, text)
-    for check in checks:
+    for check in complete_checks(facts, found):
         if check.status == "warn":
             log.warning("%s: %s", check.name, check.message)
         elif check.name in LOGGED_CHECKS:
             log.info("%-10s %s", check.name, check.message)
 
 
-def report(
-    config: TrainingConfig, facts: dict[str, str], checks: Sequence[Check], *, dry_run: bool
-) -> int:
-    """Print facts and checks; return 0.
+def report(facts: RunFacts, found: StartChecks, *, is_dry_run: bool) -> int:
+    """Print facts and checks of a dry run; return 0. Every rank calls this.
 
     Raises:
         PreflightError: A check failed; the message holds all reasons.
     """
-    if dry_run:
-        print(json.dumps(config.to_json(), indent=2))
-        for key, text in facts.items():
+    checks = complete_checks(facts, found)
+    if is_dry_run:
+        print(json.dumps(facts.config.to_json(), indent=2))
+        for key, text in describe_run(facts).items():
             print(f"{key:<10} {text}")
         print_checks(checks)
     require_all(checks)

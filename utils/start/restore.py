@@ -1,16 +1,17 @@
-"""The beginning of a start: the first checkpoint that can be used is brought into the train state.
+"""The beginning of an attempt: the first checkpoint that can be used goes into the train state.
 
-    plan -> candidate, verified -> configuration and data compared -> train state
+    plan -> candidate, verified or downloaded -> configuration and data compared -> train state
 
 A candidate whose files are damaged is set aside and the next one tried, if the plan allows it. One
 that is whole but does not fit this configuration is refused: an older one would not fit either.
+`commit_start` moves what no longer belongs to the branch into `set-aside/`, where nothing is lost.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,35 @@ from configs.training_config import ConfigChanges, TrainingConfig, compare_confi
 from utils.base import ranks
 from utils.base.console import LiveLine
 from utils.base.errors import CheckpointError, ConfigError, StorageError, UnreadableCheckpointError
+from utils.base.progress import OnProgress
 from utils.base.text import format_bytes
 from utils.checkpoint_utils import SavedState, read_checkpoint, restore_state
+from utils.checkpoints.journal import Journal
 from utils.checkpoints.layout import (
     SAVING_PREFIX,
     TRAINING_CONFIG_FILE,
     Manifest,
+    RunIdentity,
     RunPaths,
     read_json,
+    read_manifest,
+    write_json,
 )
+from utils.checkpoints.store import set_aside, verify_checkpoint
 from utils.data.data_state import DataState
-from utils.start import resume
+from utils.data_utils import TrainingData
+from utils.remote.download import download_checkpoint
 from utils.start.machine_sharing import on_every_machine
+from utils.start.resume import (
+    Candidate,
+    OpenBucket,
+    Plan,
+    Start,
+    fresh_start,
+    resolve_start,
+)
 from utils.storage.open import open_bucket
-from utils.training_utils import TrainState
+from utils.training_utils import TrainingProgress, TrainState
 
 log = logging.getLogger("train")
 
@@ -54,65 +70,76 @@ class Consent:
     config_change: bool = False
     missing_random_state: bool = False
 
-
-@dataclass(frozen=True)
-class Beginning:
-    """Where a start has begun.
-
-    Attributes:
-        start: Run, branch, checkpoint.
-        saved: What the checkpoint held, None at step 0.
-    """
-
-    start: resume.Start
-    saved: SavedState | None = None
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Consent:
+        """Return what a command line of train.py accepts."""
+        return cls(
+            args.accept_data_change, args.accept_config_change, args.accept_missing_random_state
+        )
 
 
 def begin(
-    plan: resume.Plan,
-    paths: RunPaths,
-    config: TrainingConfig,
-    state: TrainState,
-    global_batch: int,
-    consent: Consent,
-) -> Beginning:
+    plan: Plan, config: TrainingConfig, state: TrainState, data: TrainingData, consent: Consent
+) -> Start:
     """Restore the first candidate of a plan that can be used; every rank calls this.
 
-    Nothing is moved here but damaged checkpoints; `resume.commit_start` does the rest.
+    Nothing is moved here but damaged checkpoints; `commit_start` does the rest.
 
     Raises:
         CheckpointError: No candidate can be used.
         ConfigError: The configuration trains something else than the checkpoint's.
+        DataError: The data are not those of the checkpoint.
         StorageError: The bucket does not give the only candidate.
     """
+    paths, forgives = RunPaths.of(config), consent.missing_random_state
     if not plan.candidates:
-        return Beginning(resume.fresh_start(plan, paths))
+        return fresh_start(plan, paths)
     for candidate in plan.candidates:
-        found = ranks.compute_on_main(lambda c=candidate: _obtain(plan, c, paths, config, consent))  # type: ignore[misc]
+        found = ranks.compute_on_main(lambda c=candidate: _bring(plan, c, config, consent))  # type: ignore[misc]
         if found is None:
             continue
         checkpoint, manifest = found
         with on_every_machine(
-            checkpoint,
-            manifest,
-            paths.checkpoints,
-            forgive_random_states=consent.missing_random_state,
+            checkpoint, manifest, paths.checkpoints, forgive_random_states=forgives
         ) as here:
-            saved = _read(plan, candidate, here, manifest, paths, state, consent)
-            if saved is None:
+            saved = _read(here, manifest, state, consent)
+            if isinstance(saved, UnreadableCheckpointError):
+                _pass_over(plan, replace(candidate, path=checkpoint), paths, saved)
                 continue
-            _require_same_config(
-                here, saved, state, config, global_batch, accept=consent.config_change
-            )
+            _require_same_config(here, saved, state, config, is_accepted=consent.config_change)
         restore_state(state, saved, config)
         start = ranks.compute_on_main(
-            lambda c=checkpoint, m=manifest: resume.resolve_start(plan, paths, c, m)  # type: ignore[misc]
+            lambda c=checkpoint, m=manifest: resolve_start(plan, paths, c, m)  # type: ignore[misc]
         )
-        return Beginning(start, saved)
+        bad_shards = _place_in_data(
+            state.progress, saved.data_state, data, is_change_accepted=consent.data_change
+        )
+        log.info("Resumed from %s (step %d).", checkpoint, state.progress.step)
+        return replace(start, bad_shards=bad_shards)
     raise CheckpointError(
         f"None of the {len(plan.candidates)} checkpoints of this run can be used. Begin anew with "
         "--fresh, or name another one with --resume."
     )
+
+
+def commit_start(start: Start, paths: RunPaths) -> None:
+    """Note the run and its branch; set aside the checkpoints that do not belong to it."""
+    paths.checkpoints.mkdir(parents=True, exist_ok=True)
+    if start.checkpoint is None and paths.journal.is_file():
+        # Another run's states; they belong to the checkpoints that are set aside.
+        paths.set_aside.mkdir(exist_ok=True)
+        paths.journal.rename(paths.set_aside / f"uploads-before-{start.identity.run_id}.jsonl")
+    write_run_identity(paths, start.identity)
+    for name, reason in start.obsolete.items():
+        moved = set_aside(paths.checkpoints / name, paths.checkpoints)
+        log.info("Set %s aside as %s: %s.", name, moved, reason)
+
+
+def write_run_identity(paths: RunPaths, identity: RunIdentity) -> None:
+    """Note which run and branch writes here; the file is replaced as a whole."""
+    temporary = paths.run_file.with_suffix(".json.new")
+    write_json(temporary, identity.to_json())
+    temporary.replace(paths.run_file)
 
 
 def require_shared_directory(directory: Path, token: str) -> None:
@@ -120,7 +147,7 @@ def require_shared_directory(directory: Path, token: str) -> None:
 
     Args:
         directory: Where checkpoints lie.
-        token: The same on every rank, and of no other start.
+        token: The same on every rank, and of no other attempt.
 
     Raises:
         CheckpointError: On the main process.
@@ -144,15 +171,75 @@ def require_shared_directory(directory: Path, token: str) -> None:
     ranks.compute_on_main(judge)
 
 
-def _obtain(
-    plan: resume.Plan,
-    candidate: resume.Candidate,
+def obtain(
+    candidate: Candidate,
     paths: RunPaths,
-    config: TrainingConfig,
-    consent: Consent,
+    *,
+    on_progress: OnProgress,
+    forgive_random_states: bool = False,
+    open_bucket: OpenBucket = open_bucket,
+) -> tuple[Path, Manifest]:
+    """Return a candidate as a verified directory on this machine, downloaded where it is not here.
+
+    Args:
+        candidate: What to bring.
+        paths: The run's directories; a download is committed there.
+        on_progress: Told how far a download is.
+        forgive_random_states: Damaged random states are no error.
+        open_bucket: Opens a bucket for reading.
+
+    Raises:
+        CheckpointError: It is damaged or incomplete.
+        StorageError: The bucket does not give it.
+    """
+    if candidate.path is not None:
+        return candidate.path, verify_checkpoint(
+            candidate.path, forgive_random_states=forgive_random_states
+        )
+    _make_way(candidate, paths)
+    bucket = open_bucket(candidate.bucket_uri)
+    try:
+        path = download_checkpoint(
+            bucket, str(candidate.name), paths.checkpoints, Journal(paths.journal), on_progress
+        )
+    finally:
+        bucket.close()
+    return path, read_manifest(path)
+
+
+def _make_way(candidate: Candidate, paths: RunPaths) -> None:
+    """Set aside what has the name of a checkpoint to be downloaded and is not the same."""
+    taken = paths.checkpoints / str(candidate.name)
+    if not taken.exists():
+        return
+    try:
+        if verify_checkpoint(taken).identity == candidate.identity:
+            return
+    except CheckpointError as exc:
+        log.debug("%s", exc)
+    log.warning(
+        "%s was set aside as %s: its name is needed for %s.",
+        taken,
+        set_aside(taken, paths.checkpoints),
+        candidate,
+    )
+
+
+def discard(candidate: Candidate, paths: RunPaths, reason: str) -> None:
+    """Set a checkpoint aside that cannot be used; call it under the lock of the directory."""
+    own = paths.checkpoints.resolve()
+    if candidate.path is None or candidate.path.resolve().parent != own:
+        log.warning("%s Trying the one before.", reason)
+        return
+    moved = set_aside(candidate.path, paths.checkpoints)
+    log.warning("%s It was set aside as %s; trying the one before.", reason, moved)
+
+
+def _bring(
+    plan: Plan, candidate: Candidate, config: TrainingConfig, consent: Consent
 ) -> tuple[Path, Manifest] | None:
     """Return a verified directory; None where it cannot be used and the next may be tried."""
-    live = LiveLine(enabled=True)
+    paths, live = RunPaths.of(config), LiveLine(enabled=True)
 
     def show(stage: str, done: int, total: int | None) -> None:
         live.show(f"{stage} {candidate.name}: {format_bytes(done)} of {format_bytes(total)}")
@@ -160,7 +247,7 @@ def _obtain(
     try:
         if candidate.path is None:
             log.info("Bringing %s.", candidate)
-        return resume.obtain(
+        return obtain(
             candidate,
             paths,
             on_progress=show,
@@ -168,24 +255,30 @@ def _obtain(
             open_bucket=lambda uri: open_bucket(uri, config.gcs_user_project or None),
         )
     except (CheckpointError, StorageError) as exc:
-        if not plan.walks_back:
-            raise
-        resume.discard(candidate, paths, str(exc))
+        _pass_over(plan, candidate, paths, exc)
         return None
     finally:
         live.close()
 
 
+def _pass_over(
+    plan: Plan, candidate: Candidate, paths: RunPaths, error: CheckpointError | StorageError
+) -> None:
+    """Set a candidate aside so that the next one may be tried; raise where none may be."""
+    if not plan.can_walk_back:
+        raise error
+    if ranks.is_main_rank():
+        discard(candidate, paths, str(error))
+
+
 def _read(
-    plan: resume.Plan,
-    candidate: resume.Candidate,
-    checkpoint: Path,
-    manifest: Manifest,
-    paths: RunPaths,
-    state: TrainState,
-    consent: Consent,
-) -> SavedState | None:
-    """Return what a checkpoint holds; None where the main process cannot read it."""
+    checkpoint: Path, manifest: Manifest, state: TrainState, consent: Consent
+) -> SavedState | UnreadableCheckpointError:
+    """Return what a checkpoint holds, or why the main process cannot read it; on every rank.
+
+    Raises:
+        CheckpointError: Another rank cannot read what the main one can.
+    """
     accelerator = state.accelerator
     saved, failure = None, None
     try:
@@ -200,19 +293,14 @@ def _read(
     except UnreadableCheckpointError as exc:
         failure = str(exc)
     failures = ranks.broadcast_from_main(ranks.gather_to_main(failure)) or [failure]
-    if not any(failures):
+    if saved is not None and not any(failures):
         return saved
-    if failures[0] is None:
-        rank = next(number for number, text in enumerate(failures) if text)
-        raise CheckpointError(
-            f"Rank {rank}: {failures[rank]} All ranks of a machine need the same output_dir."
-        )
-    if not plan.walks_back:
-        raise UnreadableCheckpointError(failures[0])
-    if accelerator.is_main_process:
-        local = resume.Candidate(candidate.name, candidate.identity, checkpoint)
-        resume.discard(local, paths, failures[0])
-    return None
+    if failures[0] is not None:
+        return UnreadableCheckpointError(failures[0])
+    rank = next(number for number, text in enumerate(failures) if text)
+    raise CheckpointError(
+        f"Rank {rank}: {failures[rank]} All ranks of a machine need the same output_dir."
+    )
 
 
 def _require_same_config(
@@ -220,9 +308,8 @@ def _require_same_config(
     saved: SavedState,
     state: TrainState,
     config: TrainingConfig,
-    global_batch: int,
     *,
-    accept: bool,
+    is_accepted: bool,
 ) -> None:
     """List what differs from the checkpoint's configuration; refuse what trains differently.
 
@@ -233,11 +320,12 @@ def _require_same_config(
     changes = judge_changes(
         compare_configs(read_json(checkpoint / TRAINING_CONFIG_FILE), config),
         describe_model_changes(_read_model(checkpoint), model_config),
-        draws=bool(find_dropouts(model_config)),
-        compiles=config.torch_compile,
+        has_dropout=bool(find_dropouts(model_config)),
+        is_compiled=config.torch_compile,
     )
     guarded = list(changes.guarded)
     batch = saved.metrics["progress"]["global_batch_size"]
+    global_batch, _ = config.resolve_batch(state.accelerator.num_processes)
     if batch not in (0, global_batch):
         guarded.append(
             f"samples a step: {batch} -> {global_batch} (global_batch_size={batch} keeps it)"
@@ -252,7 +340,7 @@ def _require_same_config(
                 config.learning_rate * config.min_lr_rate,
                 config.max_steps,
             )
-    if guarded and not accept:
+    if guarded and not is_accepted:
         raise ConfigError(
             f"{checkpoint.name} was trained with another configuration: {'; '.join(guarded)}. "
             "Put it back, go on all the same with --accept-config-change, begin anew with --fresh, "
@@ -271,7 +359,7 @@ def _read_model(checkpoint: Path) -> Any:
 
 
 def judge_changes(
-    changes: ConfigChanges, of_model: list[str] | None, *, draws: bool, compiles: bool
+    changes: ConfigChanges, of_model: list[str] | None, *, has_dropout: bool, is_compiled: bool
 ) -> ConfigChanges:
     """Return changes of a configuration, judged by the model that it comes to.
 
@@ -279,8 +367,9 @@ def judge_changes(
         changes: As the configurations name them.
         of_model: Of `describe_model_changes`; None where they are not known. Another name of the
             same model is a free change, the same name of another model is none.
-        draws: Whether the model has dropout, whose random numbers depend on how it is computed.
-        compiles: Whether it is compiled now.
+        has_dropout: Whether the model has dropout, whose random numbers depend on how it is
+            computed.
+        is_compiled: Whether it is compiled now.
     """
     free, guarded = list(changes.free), list(changes.guarded)
     named = [change for change in guarded if change.startswith(_MODEL_KEYS)]
@@ -289,43 +378,37 @@ def judge_changes(
         free += named
     elif of_model and not named:
         guarded += [f"the model's {change}" for change in of_model]
-    if draws:
-        keys = _DRAWING_KEYS if compiles else (*_DRAWING_KEYS[:2],)
+    if has_dropout:
+        keys = _DRAWING_KEYS if is_compiled else (*_DRAWING_KEYS[:2],)
         drawn = [change for change in free if change.startswith(keys)]
         free = [change for change in free if change not in drawn]
         guarded += [f"{change} (dropout draws other numbers)" for change in drawn]
     return ConfigChanges(tuple(free), tuple(guarded))
 
 
-def place_in_data(
-    state: TrainState,
-    saved: SavedState,
-    current: Callable[[], DataState],
-    samples_per_epoch: int,
-    *,
-    accept_change: bool,
+def _place_in_data(
+    progress: TrainingProgress, before: DataState, data: TrainingData, *, is_change_accepted: bool
 ) -> tuple[int, ...]:
     """Put the position in the data where the checkpoint was; return the shards known as bad.
 
     Args:
-        state: Restored already.
-        saved: What the checkpoint held.
-        current: Describes the data as they are now.
-        samples_per_epoch: Of the data as they are now.
-        accept_change: Other shards are no error: the run goes on at the next epoch.
+        progress: Restored already.
+        before: What the checkpoint says of the data.
+        data: As they are now.
+        is_change_accepted: Other shards are no error: the run goes on at the next epoch.
 
     Raises:
         DataError: The data are not those of the checkpoint.
     """
-    before = saved.data_state
-    changes = before.describe_changes(current())
-    if changes and accept_change:
-        state.progress.sample_index = (before.epoch + 1) * samples_per_epoch
+    current = data.describe(progress.sample_index)
+    changes = before.describe_changes(current)
+    if changes and is_change_accepted:
+        progress.sample_index = (before.epoch + 1) * data.order.samples_per_epoch
         log.warning(
             "The data changed (%s): going on at epoch %d of the new data.",
             changes,
             before.epoch + 1,
         )
         return ()
-    before.require_same_order(current())
+    before.require_same_order(current)
     return before.bad_shards

@@ -1,11 +1,9 @@
-"""Where a start begins: at step 0, or at a checkpoint, which may begin a new branch.
+"""Where an attempt begins: at step 0, or at a checkpoint, which may begin a new branch.
 
-    directory or bucket -> restore -> train state
+    directory, bucket -> plan: candidates, newest first -> `utils/start/restore.py`
 
-`plan_start` only reads and names the candidates, newest first; `obtain` verifies or downloads one
-of them; `commit_start` moves what no longer belongs to the branch into `set-aside/`, where nothing
-is lost. A checkpoint belongs to the branch if it is of this run and not behind the step where a
-later branch left its own.
+Everything here only reads; no torch. A checkpoint belongs to the branch if it is of this run and
+not past the step where a later branch left its own.
 """
 
 from __future__ import annotations
@@ -15,10 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, StorageError, UsageError
-from utils.base.progress import OnProgress
 from utils.base.text import FOREIGN_ERRORS
-from utils.checkpoints.journal import Journal
+from utils.base.uri import join_uri
 from utils.checkpoints.layout import (
     REMOTE_FOLDER,
     CheckpointName,
@@ -30,93 +28,91 @@ from utils.checkpoints.layout import (
     parse_checkpoint_name,
     read_json,
     read_manifest,
-    write_json,
 )
-from utils.checkpoints.store import set_aside, verify_checkpoint
 from utils.checkpoints.views import (
     CheckpointView,
     read_local_checkpoints,
     read_remote_checkpoints,
     select_checkpoint,
 )
-from utils.remote.download import download_checkpoint
 from utils.remote.listing import parse_remote_name
+from utils.start.checks import Check, require_all
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
 
 log = logging.getLogger(__name__)
 
-READ_CARDS = 50  # each is a request; older ones are named
+READ_SIDECARS = 50  # each is a request; older ones are named
+LOOK_RETRY_SECONDS = 4.0
 
 OpenBucket = Callable[[str], Bucket]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that a start may begin at.
+    """A checkpoint that an attempt may begin at.
 
     Attributes:
         name: Its name.
         identity: Run and branch of its manifest.
         path: Where it is on this machine; None if it is in a bucket.
         bucket_uri: The bucket that has it, "" for one on this machine.
+        view: What that bucket's listing says of it; None for one on this machine.
     """
 
     name: CheckpointName
     identity: RunIdentity
     path: Path | None = None
     bucket_uri: str = ""
+    view: CheckpointView | None = None
 
     def __str__(self) -> str:
         return f"{self.name} in {self.bucket_uri}" if self.path is None else str(self.path)
 
 
-RemoteCandidate = tuple[CheckpointView, Candidate]
-
-
 @dataclass(frozen=True)
 class Plan:
-    """Where a start may begin; nothing has been changed yet.
+    """Where an attempt may begin; nothing has been changed yet.
 
     Attributes:
         identity: The run and branch that it belongs to, a new run at step 0.
         candidates: Newest first; the first that can be used is taken. Empty at step 0.
-        walks_back: Whether the next candidate may be taken where one cannot be used.
+        can_walk_back: Whether the next candidate may be taken where one cannot be used.
         is_older: Whether the candidate is known not to be the newest of its run.
-        fresh: Whether what is there is set aside.
         known: Other identities that were seen in the bucket.
         searched: Where a checkpoint was looked for in vain, "" where none was.
     """
 
     identity: RunIdentity
     candidates: tuple[Candidate, ...] = ()
-    walks_back: bool = False
+    can_walk_back: bool = False
     is_older: bool = False
-    fresh: bool = False
     known: tuple[RunIdentity, ...] = ()
     searched: str = ""
 
     @property
     def step(self) -> int:
-        """Steps done before the start, if the first candidate can be used."""
+        """Steps done before the attempt, if the first candidate can be used."""
         return self.candidates[0].name.step if self.candidates else 0
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a start begins.
+    """Where an attempt begins.
 
     Attributes:
         identity: Run and branch that it writes to.
         checkpoint: What it resumes from, None at step 0.
         manifest: The checkpoint's manifest.
         obsolete: Name -> why a local checkpoint does not belong to the branch.
+        bad_shards: Shards that are known as bad.
     """
 
     identity: RunIdentity
     checkpoint: Path | None = None
     manifest: Manifest | None = None
     obsolete: Mapping[str, str] = field(default_factory=dict)
+    bad_shards: tuple[int, ...] = ()
 
 
 def require_startable(paths: RunPaths, *, resume: str | None, fresh: bool) -> None:
@@ -134,21 +130,73 @@ def require_startable(paths: RunPaths, *, resume: str | None, fresh: bool) -> No
         )
 
 
+def decide_start(config: TrainingConfig, resume: str | None, *, fresh: bool) -> Plan:
+    """Return where a run begins; call it once the run's directory and bucket are held.
+
+    Raises:
+        UsageError: There is no such checkpoint to resume from, or there are checkpoints and
+            neither `resume` nor `fresh`.
+        PreflightError: The bucket holds checkpoints of another run.
+        StorageError: The bucket is needed and cannot be read.
+    """
+    require_startable(RunPaths.of(config), resume=resume, fresh=fresh)
+    plan, problems = look_for_start(config, resume)
+    require_all(problems)
+    return plan
+
+
+def look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, list[Check]]:
+    """Return where a run would begin now, and a failed check where its bucket is another run's.
+
+    Raises:
+        UsageError: There is no such checkpoint to resume from.
+        StorageError: The bucket is needed and cannot be read.
+    """
+    paths = RunPaths.of(config)
+    uri = config.checkpoint_uri and join_uri(config.checkpoint_uri, config.run_name)
+
+    def open_with_patience(uri: str) -> Bucket:
+        return open_bucket(uri, config.gcs_user_project or None, LOOK_RETRY_SECONDS)
+
+    # Before the plan, which then knows whatever a run uploads in between.
+    owners = _find_owners(uri, open_with_patience) if uri else set()
+    plan = plan_start(paths, resume=resume, bucket_uri=uri, open_bucket=open_with_patience)
+    others = owners - ({plan.identity.run_id} if plan.candidates else set())
+    if not others:
+        return plan, []
+    text = (
+        f"{uri}/{REMOTE_FOLDER} holds checkpoints of another run ({', '.join(sorted(others))}), "
+        "which are never overwritten. Give this run a name of its own: --set run_name=NAME."
+    )
+    return plan, [Check("upload", "fail", text)]
+
+
+def _find_owners(uri: str, open_bucket: OpenBucket) -> set[str]:
+    """Return the runs whose checkpoints a bucket holds, as far as it can be read."""
+    bucket = open_bucket(uri)
+    try:
+        remote = read_remote_checkpoints(bucket, newest=READ_SIDECARS)
+    except StorageError as exc:
+        log.debug("The bucket's checkpoints cannot be listed: %s", exc)
+        return set()
+    finally:
+        bucket.close()
+    return {view.manifest.run_id for view in remote if view.manifest}
+
+
 def plan_start(
     paths: RunPaths,
     *,
     resume: str | None,
-    fresh: bool,
     bucket_uri: str = "",
     open_bucket: OpenBucket = open_bucket,
 ) -> Plan:
-    """Return where a start may begin, reading only.
+    """Return where an attempt may begin, reading only.
 
     Args:
         paths: The run's directories.
-        resume: latest, best, a step, a name, a path, or one of these behind a bucket's URI; None
+        resume: latest, best, a step, a name, a path, or one of these after a bucket's URI; None
             to begin at step 0. Only a name or a path may be of another run than `latest`.
-        fresh: Set what is there aside.
         bucket_uri: The bucket that the run uploads to, "" for none.
         open_bucket: Opens a bucket for reading.
 
@@ -157,7 +205,7 @@ def plan_start(
         StorageError: The bucket that is needed cannot be read.
     """
     if resume is None:
-        return Plan(RunIdentity(new_run_id()), fresh=fresh)
+        return Plan(RunIdentity(new_run_id()))
     named = parse_remote_name(resume)
     if named is not None:
         uri, which = named
@@ -169,20 +217,19 @@ def plan_start(
         manifest = read_manifest(path)
         name = parse_checkpoint_name(path.name) or CheckpointName(manifest.step, 0, 0)
         remote = _read_bucket_or_warn(open_bucket, bucket_uri) if bucket_uri else []
-        found = Candidate(name, manifest.identity, path)
-        return _plan_local(found, [one for _, one in remote])
+        return _plan_one(Candidate(name, manifest.identity, path), remote)
     local = _local_candidates(paths.checkpoints)
     # Where nothing is here, a bucket that cannot be read must not look like one that is empty.
     read = _read_bucket_or_warn if local else _read_bucket
     remote = read(open_bucket, bucket_uri) if bucket_uri else []
     if resume == "latest":
         where = f"{paths.checkpoints} or {bucket_uri}" if bucket_uri else str(paths.checkpoints)
-        return _plan_latest(paths, local, [one for _, one in remote], where)
+        return _plan_latest(paths, local, remote, where)
     return _plan_chosen(resume, paths, local, remote)
 
 
-def _plan_local(found: Candidate, others: Sequence[Candidate]) -> Plan:
-    """Return a plan for a checkpoint of this machine; newer ones may be in the bucket alone."""
+def _plan_one(found: Candidate, others: Sequence[Candidate]) -> Plan:
+    """Return a plan for a checkpoint that was named, where others are known."""
     return Plan(
         found.identity,
         (found,),
@@ -195,11 +242,11 @@ def _is_ahead(one: Candidate, other: Candidate) -> bool:
     return one.identity.run_id == other.identity.run_id and one.name.step > other.name.step
 
 
-def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[RemoteCandidate]:
-    """Return what a bucket has with a usable card, by step."""
+def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[Candidate]:
+    """Return what a bucket has with a usable sidecar, by step."""
     bucket = open_bucket(uri)
     try:
-        views = read_remote_checkpoints(bucket, newest=READ_CARDS)
+        views = read_remote_checkpoints(bucket, newest=READ_SIDECARS)
     finally:
         bucket.close()
     found = []
@@ -207,11 +254,11 @@ def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[RemoteCandidate]:
         if view.manifest is None or view.problem is not None:
             log.info("%s in %s is passed over: %s.", view.name, uri, view.problem)
         else:
-            found.append((view, Candidate(view.name, view.manifest.identity, None, uri)))
+            found.append(Candidate(view.name, view.manifest.identity, None, uri, view))
     return found
 
 
-def _read_bucket_or_warn(open_bucket: OpenBucket, uri: str) -> list[RemoteCandidate]:
+def _read_bucket_or_warn(open_bucket: OpenBucket, uri: str) -> list[Candidate]:
     try:
         return _read_bucket(open_bucket, uri)
     except StorageError as exc:
@@ -219,21 +266,17 @@ def _read_bucket_or_warn(open_bucket: OpenBucket, uri: str) -> list[RemoteCandid
         return []
 
 
-def _plan_named(which: str, remote: Sequence[RemoteCandidate], where: str) -> Plan:
+def _plan_named(which: str, remote: Sequence[Candidate], where: str) -> Plan:
     """Return a plan for a checkpoint of a bucket; only a full name says which run is meant."""
-    candidates = [candidate for _, candidate in remote]
-    if candidates and parse_checkpoint_name(which) is None:
-        _require_one_run(candidates, where)
+    if remote and parse_checkpoint_name(which) is None:
+        _require_one_run(remote, where)
     if which == "latest":
-        if not candidates:
+        if not remote:
             raise UsageError(f"There is no complete checkpoint in {where}.")
-        identity = _newest_branch(candidates)
-        return Plan(identity, _order(candidates, identity), walks_back=True)
-    chosen = select_checkpoint(which, [view for view, _ in remote])
-    found = next(candidate for view, candidate in remote if view is chosen)
-    ahead = any(_is_ahead(one, found) for one in candidates)
-    known = tuple(one.identity for one in candidates)
-    return Plan(found.identity, (found,), is_older=ahead, known=known)
+        identity = _newest_branch(remote)
+        return Plan(identity, _order(remote, identity), can_walk_back=True)
+    chosen = select_checkpoint(which, [one.view for one in remote if one.view is not None])
+    return _plan_one(next(one for one in remote if one.view is chosen), remote)
 
 
 def _require_one_run(candidates: Iterable[Candidate], where: str) -> str:
@@ -251,29 +294,26 @@ def _require_one_run(candidates: Iterable[Candidate], where: str) -> str:
 
 
 def _plan_chosen(
-    which: str,
-    paths: RunPaths,
-    local: Sequence[Candidate],
-    remote: Sequence[RemoteCandidate],
+    which: str, paths: RunPaths, local: Sequence[Candidate], remote: Sequence[Candidate]
 ) -> Plan:
     """Return a plan for a name, or for a step or the best of the run that `latest` goes on with."""
     views = read_local_checkpoints(paths.checkpoints)
-    others = [*local, *(one for _, one in remote)]
+    others = [*local, *remote]
     if others and parse_checkpoint_name(which) is None:
-        run_id = _find_identity(paths, local, [one for _, one in remote]).run_id
+        run_id = _find_identity(paths, local, remote).run_id
         # One whose manifest cannot be read is of this run as far as anyone knows.
         views = [view for view in views if view.manifest is None or view.manifest.run_id == run_id]
-        remote = [pair for pair in remote if pair[1].identity.run_id == run_id]
+        remote = [one for one in remote if one.identity.run_id == run_id]
     try:
         chosen = select_checkpoint(which, views)
     except UsageError:
         if not remote:
             raise
-        return _plan_named(which, remote, remote[0][1].bucket_uri)
+        return _plan_named(which, remote, remote[0].bucket_uri)
     found = next((one for one in local if one.name == chosen.name), None)
     if found is None:
         raise CheckpointError(f"{chosen.name} cannot be used: {chosen.problem}.")
-    return _plan_local(found, others)
+    return _plan_one(found, others)
 
 
 def _plan_latest(
@@ -282,7 +322,7 @@ def _plan_latest(
     if not local and not remote:
         return Plan(RunIdentity(new_run_id()), searched=where)
     identity = _find_identity(paths, local, remote)
-    return Plan(identity, _order([*local, *remote], identity), walks_back=True)
+    return Plan(identity, _order([*local, *remote], identity), can_walk_back=True)
 
 
 def _find_identity(
@@ -328,72 +368,8 @@ def _order(candidates: Iterable[Candidate], identity: RunIdentity) -> tuple[Cand
     return tuple(sorted(own, key=lambda one: (one.name, one.path is not None), reverse=True))
 
 
-def obtain(
-    candidate: Candidate,
-    paths: RunPaths,
-    *,
-    on_progress: OnProgress,
-    forgive_random_states: bool = False,
-    open_bucket: OpenBucket = open_bucket,
-) -> tuple[Path, Manifest]:
-    """Return a candidate as a verified directory on this machine, downloaded where it is not here.
-
-    Args:
-        candidate: What to bring.
-        paths: The run's directories; a download is committed there.
-        on_progress: Told how far a download is.
-        forgive_random_states: Damaged random states are no error.
-        open_bucket: Opens a bucket for reading.
-
-    Raises:
-        CheckpointError: It is damaged or incomplete.
-        StorageError: The bucket does not give it.
-    """
-    if candidate.path is not None:
-        return candidate.path, verify_checkpoint(
-            candidate.path, forgive_random_states=forgive_random_states
-        )
-    _make_way(candidate, paths)
-    bucket = open_bucket(candidate.bucket_uri)
-    try:
-        path = download_checkpoint(
-            bucket, str(candidate.name), paths.checkpoints, Journal(paths.journal), on_progress
-        )
-    finally:
-        bucket.close()
-    return path, read_manifest(path)
-
-
-def _make_way(candidate: Candidate, paths: RunPaths) -> None:
-    """Set aside what has the name of a checkpoint to be downloaded and is not the same."""
-    taken = paths.checkpoints / str(candidate.name)
-    if not taken.exists():
-        return
-    try:
-        if verify_checkpoint(taken).identity == candidate.identity:
-            return
-    except CheckpointError as exc:
-        log.debug("%s", exc)
-    log.warning(
-        "%s was set aside as %s: its name is needed for %s.",
-        taken,
-        set_aside(taken, paths.checkpoints),
-        candidate,
-    )
-
-
-def discard(candidate: Candidate, paths: RunPaths, reason: str) -> None:
-    """Set a checkpoint aside that cannot be used; call it under the lock of the directory."""
-    own = paths.checkpoints.resolve()
-    if candidate.path is None or candidate.path.resolve().parent != own:
-        log.warning("%s Trying the one before.", reason)
-        return
-    moved = set_aside(candidate.path, paths.checkpoints)
-    log.warning("%s It was set aside as %s; trying the one before.", reason, moved)
-
-
 def resolve_start(plan: Plan, paths: RunPaths, checkpoint: Path, manifest: Manifest) -> Start:
-    """Return the start from a checkpoint that can be used: its branch, and what is obsolete.
+    """Return the start at a checkpoint that can be used: its branch, and what is obsolete.
 
     `latest` goes on with the branch, also where newer checkpoints of it could not be used; a
     checkpoint that was named and is not the newest begins a new branch.
@@ -402,7 +378,7 @@ def resolve_start(plan: Plan, paths: RunPaths, checkpoint: Path, manifest: Manif
     here = checkpoint.resolve()
     local = _local_candidates(paths.checkpoints)
     others = [one for one in local if one.path is not None and one.path.resolve() != here]
-    if not plan.walks_back:
+    if not plan.can_walk_back:
         ahead = (
             one.identity.run_id == manifest.run_id and one.name.step > manifest.step
             for one in others
@@ -453,19 +429,6 @@ def fresh_start(plan: Plan, paths: RunPaths) -> Start:
     return Start(plan.identity, obsolete={str(name): "a new run begins" for name in names})
 
 
-def commit_start(start: Start, paths: RunPaths) -> None:
-    """Note the run and its branch; set aside the checkpoints that do not belong to it."""
-    paths.checkpoints.mkdir(parents=True, exist_ok=True)
-    if start.checkpoint is None and paths.journal.is_file():
-        # Another run's states; they belong to the checkpoints that are set aside.
-        paths.set_aside.mkdir(exist_ok=True)
-        paths.journal.rename(paths.set_aside / f"uploads-before-{start.identity.run_id}.jsonl")
-    write_run_identity(paths, start.identity)
-    for name, reason in start.obsolete.items():
-        moved = set_aside(paths.checkpoints / name, paths.checkpoints)
-        log.info("Set %s aside as %s: %s.", name, moved, reason)
-
-
 def read_run_identity(paths: RunPaths) -> RunIdentity | None:
     """Return which run and branch last wrote here; None where that is not known.
 
@@ -479,10 +442,3 @@ def read_run_identity(paths: RunPaths) -> RunIdentity | None:
     except (OSError, *FOREIGN_ERRORS) as exc:
         log.warning("%s cannot be read (%s) and is ignored.", paths.run_file, exc)
         return None
-
-
-def write_run_identity(paths: RunPaths, identity: RunIdentity) -> None:
-    """Note which run and branch writes here; the file is replaced as a whole."""
-    temporary = paths.run_file.with_suffix(".json.new")
-    write_json(temporary, identity.to_json())
-    temporary.replace(paths.run_file)

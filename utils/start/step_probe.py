@@ -31,6 +31,7 @@ from utils.models.building import (
 )
 from utils.models.estimates import ModelShape, StepSetup, attention_widths, estimate_training_memory
 from utils.models.mfu import flops_per_token
+from utils.start.facts import RunFacts
 from utils.training_utils import build_optimizer, forward_loss
 
 PROBE_SECONDS = 8.0
@@ -89,27 +90,15 @@ def measure_matmul_rate(
     return 2 * size**3 / best
 
 
-def measure_step(
-    config: TrainingConfig,
-    model_config: Any,
-    counts: ParameterCounts,
-    precision: str,
-    device: torch.device,
-    available_bytes: int,
-    world_size: int = 1,
-) -> StepProbe | None:
+def measure_step(facts: RunFacts, available_bytes: int) -> StepProbe | None:
     """Return what an optimizer update of the run takes; None where not even a small one fits.
 
     Args:
-        config: The run's configuration.
-        model_config: transformers config of the model.
-        counts: Its parameters.
-        precision: no, bf16 or fp16.
-        device: Where the run is trained.
+        facts: What is to be trained, and where.
         available_bytes: Free memory of the device.
-        world_size: Ranks, which share the samples of a step.
     """
-    small = with_layers(model_config, 2)
+    config, device = facts.config, facts.device
+    small = with_layers(facts.model_config, 2)
     shape = ModelShape.of(small, *_both_counts(small))
 
     def estimate(size: Size) -> int:
@@ -118,7 +107,7 @@ def measure_step(
             StepSetup(
                 micro_batch=size[0],
                 sequence_length=size[1],
-                precision=precision,
+                precision=facts.precision,
                 gradient_checkpointing=config.checkpointing_policy,
                 device=device.type,
                 is_loss_chunked=is_loss_chunked(small.model_type, config.loss_implementation),
@@ -132,56 +121,56 @@ def measure_step(
     ]
     if not fitting:
         return None
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         peak = _DevicePeak(device)
-        two = _SmallModel(config, small, precision, device)
+        two = _SmallModel(config, small, facts.precision, device)
         sizes = _find_sizes(two, fitting)
         two_layers, update = [two.time_pass(size) for size in sizes], two.time_update()
         measured = peak.read()
         two.free()
-        one = _SmallModel(config, with_layers(model_config, 1), precision, device)
+        one = _SmallModel(config, with_layers(facts.model_config, 1), facts.precision, device)
         one_layer = [one.time_pass(size) for size in sizes]
         one.free()
-    layers = [max(0.0, b - a) for a, b in zip(one_layer, two_layers, strict=True)]
-    rests = [max(0.0, a - layer) for a, layer in zip(one_layer, layers, strict=True)]
-    micro_batch, length = config.per_device_train_batch_size, config.sequence_length
-    tokens = [samples * count for samples, count in sizes]
-    layer = _extrapolate(tokens, layers, micro_batch * length)
-    rest = _extrapolate(tokens, rests, micro_batch * length)
-    # Attention costs more in a longer sample; everything else is the same for each token.
-    cost = [_layer_flops(model_config, counts, count) for count in (length, sizes[-1][1])]
-    _, accumulation = config.resolve_batch(world_size)
-    passes = accumulation * (rest + model_config.num_hidden_layers * layer * cost[0] / cost[1])
-    seconds = passes + update / shape.parameters * counts.total
+    passes = facts.accumulation * _extrapolate_pass(facts, sizes, one_layer, two_layers)
+    seconds = passes + update / shape.parameters * facts.counts.total
     estimated = estimate(sizes[-1])
     is_seen = measured > 0 and estimated >= JUDGED_BYTES
     return StepProbe(seconds, *sizes[-1], measured / estimated if is_seen else None)
 
 
-def try_step(
-    config: TrainingConfig,
-    model_config: Any,
-    precision: str,
-    device: torch.device,
-    other_bytes: int = 0,
-) -> bool:
+def _extrapolate_pass(
+    facts: RunFacts, sizes: list[Size], one_layer: list[float], two_layers: list[float]
+) -> float:
+    """Return the seconds of a micro-step of the whole model from those of the small ones."""
+    layers = [max(0.0, b - a) for a, b in zip(one_layer, two_layers, strict=True)]
+    rests = [max(0.0, a - layer) for a, layer in zip(one_layer, layers, strict=True)]
+    length = facts.config.sequence_length
+    tokens = [samples * count for samples, count in sizes]
+    wanted = facts.config.per_device_train_batch_size * length
+    layer, rest = _extrapolate(tokens, layers, wanted), _extrapolate(tokens, rests, wanted)
+    # Attention costs more in a longer sample; everything else is the same for each token.
+    model_config = facts.model_config
+    whole, timed = (
+        _layer_flops(model_config, facts.counts, count) for count in (length, sizes[-1][1])
+    )
+    return rest + float(model_config.num_hidden_layers) * layer * whole / timed
+
+
+def try_step(facts: RunFacts, other_bytes: int = 0) -> bool:
     """Tell whether two updates of the whole model fit into the memory of a GPU, with some to spare.
 
     Args:
-        config: The run's configuration, with the micro-batch in question.
-        model_config: transformers config of the model.
-        precision: no, bf16 or fp16.
-        device: The GPU.
+        facts: What is to be trained, with the micro-batch in question.
         other_bytes: What training takes besides, and the trial does not.
     """
+    config, device = facts.config, facts.device
     size = (config.per_device_train_batch_size, config.sequence_length)
     model = ballast = None
     try:
         spare = int(SPARE_SHARE * torch.cuda.get_device_properties(device).total_memory)
         ballast = torch.empty(spare + other_bytes, dtype=torch.uint8, device=device)
         with torch.random.fork_rng([device]):
-            model = _SmallModel(config, model_config, precision, device)
+            model = _SmallModel(config, facts.model_config, facts.precision, device)
             for _ in range(2):  # the second one has the optimizer's moments there
                 model.run_pass(size)
                 model.run_pass(size)  # accumulated

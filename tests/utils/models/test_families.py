@@ -18,6 +18,7 @@ from tests.sample_models import FAMILIES, write_model
 from utils.base.errors import ConfigError
 from utils.models.building import LossModel, build_model, count_parameters, find_layers
 from utils.models.estimates import ModelShape, activation_bytes, attention_widths, selective_bytes
+from utils.start.facts import RunFacts
 from utils.start.step_probe import measure_step
 from utils.training_utils import build_optimizer, find_utilization, forward_loss
 
@@ -178,7 +179,8 @@ def test_a_small_step_of_another_family_is_timed(tmp_path: Path, family: str) ->
     config = TrainingConfig(model=write_model(tmp_path, family), sequence_length=32)
     model_config = build_model_config(config.model)
     counts = count_parameters(model_config)
-    found = measure_step(config, model_config, counts, "no", torch.device("cpu"), 2**40)
+    facts = RunFacts(config, model_config, counts, "no", torch.device("cpu"), 1)
+    found = measure_step(facts, 2**40)
     assert found is not None
     assert found.step_seconds > 0
 

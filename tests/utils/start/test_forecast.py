@@ -13,7 +13,8 @@ from utils.base.errors import StorageError
 from utils.data.shard_index import DataSource, ShardFacts, ShardIndex
 from utils.models.building import ParameterCounts
 from utils.start import forecast
-from utils.start.forecast import RunFacts, check_times, estimate_run_seconds, is_long_run
+from utils.start.facts import RunFacts
+from utils.start.forecast import check_times, estimate_run_seconds, is_long_run
 from utils.start.step_probe import StepProbe
 from utils.uploads import rate as upload_rate
 from utils.uploads.rate import measure_upload_rate

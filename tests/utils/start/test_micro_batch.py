@@ -10,6 +10,7 @@ from configs.training_config import TrainingConfig, get_training_config
 from utils.base.errors import ConfigError, PreflightError
 from utils.models.building import count_parameters
 from utils.start import micro_batch
+from utils.start.facts import RunFacts
 
 CPU = torch.device("cpu")
 
@@ -23,7 +24,8 @@ def resolve(
     )
     model_config = build_model_config(config.model)
     counts = count_parameters(model_config)
-    return micro_batch.resolve_micro_batch(config, model_config, counts, "no", CPU, world_size)
+    facts = RunFacts(config, model_config, counts, "no", CPU, world_size)
+    return micro_batch.resolve_micro_batch(facts).config
 
 
 def test_with_much_memory_a_step_is_one_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +71,7 @@ def test_a_trial_on_a_gpu_leaves_room_for_the_buckets_of_ranks(
     model_config = build_model_config(config.model)
     counts = count_parameters(model_config)
     micro_batch.resolve_micro_batch(
-        config, model_config, counts, "bf16", torch.device("cuda"), world_size
+        RunFacts(config, model_config, counts, "bf16", torch.device("cuda"), world_size)
     )
     assert tried == [4 * counts.total * (world_size > 1)]
 
@@ -90,8 +92,8 @@ def test_what_does_not_fit_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_another_configuration_comes_back_as_it_is() -> None:
-    config = get_training_config("test")
-    assert micro_batch.resolve_micro_batch(config, None, None, "no", CPU, 1) is config  # type: ignore[arg-type]
+    facts = RunFacts(get_training_config("test"), None, None, "no", CPU, 1)  # type: ignore[arg-type]
+    assert micro_batch.resolve_micro_batch(facts) is facts
 
 
 def test_auto_is_a_word_for_one_key_and_needs_the_samples_of_a_step() -> None:
@@ -119,9 +121,10 @@ def test_a_gpu_is_filled_and_not_overfilled() -> None:
         },
     )
     model_config = build_model_config(config.model)
+    counts = count_parameters(model_config)
     found = micro_batch.resolve_micro_batch(
-        config, model_config, count_parameters(model_config), "bf16", device, 1
+        RunFacts(config, model_config, counts, "bf16", device, 1)
     )
-    assert try_step(found, model_config, "bf16", device)
+    assert try_step(found)
     free = torch.cuda.mem_get_info()[0]
     assert free > 0.9 * torch.cuda.get_device_properties(device).total_memory  # all given back

@@ -13,7 +13,7 @@ from utils.models.building import ParameterCounts
 from utils.models.estimates import MemoryEstimate
 from utils.start import machine_checks
 from utils.start.checks import Check, require_all
-from utils.start.forecast import RunFacts
+from utils.start.facts import RunFacts
 from utils.start.machine_checks import check_memory, find_free_memory
 from utils.start.preflight import check_settings, check_tokens, check_vocabulary
 

@@ -57,5 +57,7 @@ def test_changes_are_judged_by_the_model_that_they_come_to(
     wanted_free: tuple[str, ...],
     wanted_guarded: tuple[str, ...],
 ) -> None:
-    found = judge_changes(ConfigChanges(free, guarded), of_model, draws=draws, compiles=compiles)
+    found = judge_changes(
+        ConfigChanges(free, guarded), of_model, has_dropout=draws, is_compiled=compiles
+    )
     assert found == ConfigChanges(wanted_free, wanted_guarded)

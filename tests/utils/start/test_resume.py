@@ -21,13 +21,11 @@ from utils.base.errors import (
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import RunIdentity, RunPaths, find_checkpoints, read_json, write_json
 from utils.checkpoints.store import verify_checkpoint
+from utils.start.restore import commit_start, discard, obtain
 from utils.start.resume import (
     Plan,
     Start,
-    commit_start,
-    discard,
     fresh_start,
-    obtain,
     plan_start,
     read_run_identity,
     require_startable,
@@ -80,7 +78,7 @@ def upload_all(directory: Path, root: Path) -> None:
 
 
 def plan(paths: RunPaths, resume: str | None = "latest", **options: Any) -> Plan:
-    return plan_start(paths, resume=resume, fresh=options.pop("fresh", False), **options)
+    return plan_start(paths, resume=resume, **options)
 
 
 def begin(plan: Plan, paths: RunPaths) -> Start:
@@ -90,7 +88,7 @@ def begin(plan: Plan, paths: RunPaths) -> Start:
         try:
             found = obtain(candidate, paths, on_progress=lambda stage, done, total: None)
         except (CheckpointError, StorageError) as exc:
-            if not plan.walks_back:
+            if not plan.can_walk_back:
                 raise
             discard(candidate, paths, str(exc))
         else:
@@ -137,7 +135,7 @@ def test_either_flag_lets_it_start(old_run: RunPaths, resume: str | None, fresh:
 
 
 def test_fresh_sets_the_old_run_aside_and_loses_nothing(old_run: RunPaths) -> None:
-    planned = plan(old_run, None, fresh=True)
+    planned = plan(old_run, None)
     assert planned.identity.run_id != RUN_ID
     assert steps(old_run.checkpoints) == [10, 20, 30]  # a plan changes nothing
 
@@ -152,10 +150,10 @@ def test_fresh_sets_the_old_run_aside_and_loses_nothing(old_run: RunPaths) -> No
 
 
 def test_fresh_twice_keeps_both_old_runs(old_run: RunPaths) -> None:
-    begin(plan(old_run, None, fresh=True), old_run)
+    begin(plan(old_run, None), old_run)
     make_checkpoint(old_run.checkpoints, 10)
     Journal(old_run.journal).record(name(10), "other", UploadState.QUEUED)
-    begin(plan(old_run, None, fresh=True), old_run)
+    begin(plan(old_run, None), old_run)
     kept = sorted(path.name for path in old_run.set_aside.iterdir() if path.is_dir())
     assert kept == [name(10), f"{name(10)}.2", name(20), name(30)]
     assert len(list(old_run.set_aside.glob("uploads-before-*.jsonl"))) == 2

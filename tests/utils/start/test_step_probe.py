@@ -9,6 +9,7 @@ from configs.model_config import build_model_config
 from configs.training_config import TrainingConfig
 from utils.models.building import count_parameters
 from utils.start import step_probe
+from utils.start.facts import RunFacts
 from utils.start.step_probe import StepProbe, _extrapolate, _growing_sizes, measure_step
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ def probe(available: int = 2**40, **values: object) -> StepProbe | None:
     config = TrainingConfig(model="neox-tiny", **settings)  # type: ignore[arg-type]
     model_config = build_model_config(config.model, OVERRIDES)
     counts = count_parameters(model_config)
-    return measure_step(config, model_config, counts, "no", CPU, available)
+    return measure_step(RunFacts(config, model_config, counts, "no", CPU, 1), available)
 
 
 class FakeModel:

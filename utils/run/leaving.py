@@ -1,0 +1,136 @@
+"""How an attempt of a run ends: what the time is enough for, the uploads, what is said, the code.
+
+request to stop or last step -> last save -> uploads, verified -> exit code
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+from utils.base import ranks
+from utils.base.console import LiveLine
+from utils.base.errors import CheckpointError, ExitCode, PretrainError
+from utils.base.text import format_duration
+from utils.checkpoints.layout import read_manifest
+from utils.run.grace import describe_outcome, plan_grace
+from utils.run.saving import RunSaving
+
+log = logging.getLogger("train")
+
+
+def tell_plan(saving: RunSaving, remaining_seconds: float) -> None:
+    """Say what the grace period is enough for; on the main process."""
+    uploader = saving.uploader
+    if uploader is None:
+        seconds = max(0.0, remaining_seconds)
+        log.info("%.0f s of grace: saving on this disk; uploading is off.", seconds)
+        return
+    pending = []
+    for path in uploader.pending_paths:
+        with contextlib.suppress(CheckpointError):  # one that was given up is gone
+            pending.append((path.name, read_manifest(path).total_bytes))
+    plan = plan_grace(
+        remaining_seconds,
+        saving.saver.last_seconds,
+        saving.snapshot_bytes,
+        uploader.bytes_per_second,
+        sorted(pending, key=lambda item: item[0]),
+    )
+    log.info("%s", plan.describe())
+
+
+def wait_for_uploads(
+    saving: RunSaving, live: LiveLine, upload_seconds: float, *, is_leaving: bool
+) -> ExitCode:
+    """Wait for the save in progress and for uploads; say what is not in the bucket.
+
+    The time that a request to stop leaves ends the wait, also where it comes in the meantime.
+
+    Args:
+        saving: The checkpoints of this attempt.
+        live: Shows what is waited for.
+        upload_seconds: How long to wait for uploads.
+        is_leaving: Whether a request to stop ends this attempt: then what is left is normal.
+
+    Raises:
+        SaveError: The last save failed.
+    """
+    saver, uploader = saving.saver, saving.uploader
+    while not saver.wait(0.5):
+        live.show("writing the checkpoint")
+    saved = saver.last_committed
+    if uploader is None:
+        if saver.failure is not None:
+            raise saver.failure
+        if is_leaving and saved is not None:
+            log.info("Saved %s on this disk; uploading is off.", saved)
+        return ExitCode.DONE
+    if uploader.pending:
+        count = len(uploader.pending)
+        log.info(
+            "Waiting up to %s for %d upload%s.",
+            format_duration(upload_seconds),
+            count,
+            "" if count == 1 else "s",
+        )
+    left = uploader.drain(upload_seconds, live.show, saving.must_leave)
+    is_leaving = is_leaving or saving.must_leave()
+    saving.apply_retention()
+    missing = list(dict.fromkeys([*left, *uploader.failures]))
+    if is_leaving:
+        log.info("%s", describe_outcome(str(saved) if saved else None, uploader.verified, missing))
+    if saver.failure is not None:
+        raise saver.failure
+    if not missing:
+        return ExitCode.DONE
+    if not is_leaving:
+        _report_missing(saving, left, missing)
+    return ExitCode.NOT_VERIFIED
+
+
+def _report_missing(saving: RunSaving, left: list[str], missing: list[str]) -> None:
+    for name in left:
+        log.error("%s was not uploaded before the deadline.", name)
+    folder = saving.paths.checkpoints
+    kept = [name for name in missing if (folder / name).is_dir()]
+    log.error(
+        "%d checkpoints are not verified in the bucket. Kept in %s: %s. "
+        "Then: python scripts/upload_manager.py upload-all",
+        len(missing),
+        folder,
+        ", ".join(kept) or "none",
+    )
+
+
+def find_failure(own: PretrainError | None) -> PretrainError | None:
+    """Return this rank's failure, on the main process that of any rank; all ranks call this."""
+    gathered = ranks.gather_to_main(own and (str(own), own.exit_code))
+    if own is not None or gathered is None:
+        return own
+    told = next((failure for failure in gathered if failure), None)
+    if told is None:
+        return None
+    error = PretrainError(told[0])
+    error.exit_code = told[1]
+    return error
+
+
+def conclude(code: ExitCode, reason: str | None, step: int, max_steps: int) -> ExitCode:
+    """Say how an attempt without an error has ended; return its exit code.
+
+    Args:
+        code: What `wait_for_uploads` returned.
+        reason: What asked for the stop; None where nothing has.
+        step: Steps done.
+        max_steps: Those of the whole run.
+    """
+    if step >= max_steps and (code is ExitCode.DONE or reason is None):
+        log.info("Done: step %d of %d.", step, max_steps)
+    elif reason is not None:
+        what = "saved" if step else "nothing was trained yet"
+        log.info("Stopped by %s at step %d, %s. Go on with --resume latest.", reason, step, what)
+        return ExitCode.STOPPED
+    else:
+        log.info("Ended after step %d as asked. Go on with --resume latest.", step)
+    return code

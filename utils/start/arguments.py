@@ -1,0 +1,86 @@
+"""The command line of train.py, and the configuration that it asks for. No torch here."""
+
+from __future__ import annotations
+
+import argparse
+
+from configs.training_config import TrainingConfig, get_training_config, parse_assignment
+from utils.base.errors import UsageError
+
+EPILOG = """exit codes:
+  0      done and all verified in the bucket (also after --stop-after and --dry-run)
+  1      unexpected error
+  2      wrong usage, configuration or data
+  3      preflight refused: the machine or the bucket cannot do this run
+  4      trained and saved, but not everything is verified in the bucket
+  75     stopped by a signal, state saved: start again with --resume latest
+  128+n  second signal n: left at once
+"""
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line of train.py."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Pre-train a causal language model from NPZ token shards in a bucket.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--config",
+        default="test",
+        metavar="{test,production,NAME,FILE.json}",
+        help="configs/NAME.json or a path that ends in .json (default: test)",
+    )
+    add("--max-steps", type=int, metavar="N", help="length of the run and of its schedule")
+    add("--stop-after", type=int, metavar="N", help="save and end this start after step N")
+    add("--hourly-price", type=float, metavar="X", help="dollars an hour of all machines together")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume",
+        metavar="WHICH",
+        help="NAME, latest, best, a step, a path, or gs://BUCKET[/PREFIX]/latest or /NAME",
+    )
+    start.add_argument("--fresh", action="store_true", help="set an old run aside, begin anew")
+    add(
+        "--accept-data-change",
+        action="store_true",
+        help="resume although the shards changed: go on at the next epoch of the new ones",
+    )
+    add(
+        "--accept-config-change",
+        action="store_true",
+        help="resume although the configuration trains something else than the checkpoint's",
+    )
+    add(
+        "--accept-missing-random-state",
+        action="store_true",
+        help="resume although the random states are damaged: they are seeded anew",
+    )
+    add("--no-background-upload", action="store_true", help="upload while training waits")
+    add("--dry-run", action="store_true", help="show and check everything, train nothing")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set any configuration key; model_overrides.KEY for the model's",
+    )
+    add("--quiet", action="store_true", help="warnings and errors only")
+    add("--debug", action="store_true", help="debug log lines, and the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def load_config(args: argparse.Namespace) -> TrainingConfig:
+    """Return the configuration of a command line."""
+    if args.stop_after is not None and args.stop_after < 1:
+        raise UsageError(f"--stop-after must be at least 1, got {args.stop_after}.")
+    overrides = dict(parse_assignment(text) for text in args.set)
+    if args.max_steps is not None:
+        overrides["max_steps"] = args.max_steps
+    if args.hourly_price is not None:
+        overrides["hourly_price"] = args.hourly_price
+    if args.debug:
+        overrides["log_level"] = "debug"
+    return get_training_config(args.config, overrides)
