@@ -15,7 +15,7 @@ from pathlib import Path
 
 from utils.base.errors import UsageError
 from utils.base.text import printable
-from utils.base.uri import is_gcs_uri, require_place
+from utils.base.uri import require_place, scheme_of
 from utils.checkpoints.layout import (
     ARCHIVE_SUFFIX,
     REMOTE_FOLDER,
@@ -75,16 +75,17 @@ def parse_remote_name(text: str) -> tuple[str, str] | None:
     """Return (bucket URI, which) of `URI/[Checkpoints/]WHICH`, None where it is something else.
 
     Raises:
-        UsageError: It begins with gs:// and names no checkpoint, or like an address that is not
+        UsageError: It is a bucket's and names no checkpoint, or is an address that is not
             supported.
     """
     require_place(text)
     base, _, which = text.rstrip("/").rpartition("/")
     base = base.removesuffix(f"/{REMOTE_FOLDER}").rstrip("/")
     which = which.removesuffix(ARCHIVE_SUFFIX)
-    if is_gcs_uri(text):
-        if not is_gcs_uri(f"{base}/"):
-            raise UsageError(f"{text}: say gs://BUCKET[/PREFIX]/latest or /NAME.")
+    scheme = scheme_of(text)
+    if scheme is not None:
+        if scheme_of(base) is None:
+            raise UsageError(f"{text}: say {scheme}://BUCKET[/PREFIX]/latest or /NAME.")
         return base, which
     is_bucket = bool(base) and (Path(base) / REMOTE_FOLDER).is_dir() and not Path(text).is_dir()
     return (base, which) if is_bucket else None

@@ -33,7 +33,7 @@ from utils.base.errors import (
     UsageError,
 )
 from utils.base.text import format_bytes, printable
-from utils.base.uri import is_gcs_uri, join_uri
+from utils.base.uri import join_uri, local_path
 from utils.checkpoints.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.checkpoints.views import read_remote_checkpoints
 from utils.data.shard_index import (
@@ -78,7 +78,8 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
             raise DataError(
                 "data_uri is not set: --set data_uri=gs://bucket/prefix or a directory."
             )
-        if not is_gcs_uri(uri) and not Path(uri).is_dir():
+        directory = local_path(uri)
+        if directory is not None and not directory.is_dir():
             raise DataError(
                 f"data_uri {uri} does not exist. For sample data run: "
                 f"python scripts/prepare_data.py --sample --output {uri}"

@@ -29,7 +29,7 @@ from utils.base.errors import (
     TransientStorageError,
     UsageError,
 )
-from utils.base.uri import is_gcs_uri
+from utils.base.uri import local_path
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import archive_object, card_object, read_json, read_manifest
 from utils.checkpoints.store import remove_leftovers, verify_checkpoint
@@ -110,7 +110,7 @@ def fetch(bucket: Bucket, directory: Path) -> Callable[..., Path]:
 def upload(bucket: Bucket, checkpoint: Path) -> None:
     """Upload as the trainer does, but in this process."""
     journal = Journal(checkpoint.parent / "uploads.jsonl")
-    options = TransportOptions(bucket.uri, "python" if is_gcs_uri(bucket.uri) else "directory")
+    options = TransportOptions(bucket.uri, "directory" if local_path(bucket.uri) else "python")
     with Uploader(
         options, journal, perform=lambda job, *_: run_job(job, UploadProgress())
     ) as uploader:
