@@ -13,17 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.base.archive_formats import ARCHIVE_SUFFIXES
 from utils.base.errors import UsageError
 from utils.base.text import printable
 from utils.base.uri import require_place, scheme_of
 from utils.checkpoints.layout import (
-    ARCHIVE_SUFFIX,
     REMOTE_FOLDER,
     CheckpointName,
     RunIdentity,
     parse_checkpoint_name,
+    strip_archive_suffix,
 )
-from utils.checkpoints.views import CheckpointView, find_best, read_remote_checkpoint
+from utils.checkpoints.views import CheckpointView, find_best, newest_object, read_remote_checkpoint
 from utils.storage.bucket import Bucket, ObjectInfo
 
 CARD_SUFFIX = ".json"
@@ -60,10 +61,11 @@ def list_remote(bucket: Bucket) -> RemoteListing:
     listing = RemoteListing()
     for info in bucket.list(f"{REMOTE_FOLDER}/"):
         text = info.name.removeprefix(f"{REMOTE_FOLDER}/")
-        archive = parse_checkpoint_name(text.removesuffix(ARCHIVE_SUFFIX))
+        archive = parse_checkpoint_name(strip_archive_suffix(text))
         card = parse_checkpoint_name(text.removesuffix(CARD_SUFFIX))
-        if archive is not None and text.endswith(ARCHIVE_SUFFIX):
-            listing.archives[archive] = info
+        if archive is not None and text.endswith(ARCHIVE_SUFFIXES):
+            known = listing.archives.get(archive, info)
+            listing.archives[archive] = newest_object([known, info]) or info
         elif card is not None and text.endswith(CARD_SUFFIX):
             listing.cards[card] = info
         else:
@@ -81,7 +83,7 @@ def parse_remote_name(text: str) -> tuple[str, str] | None:
     require_place(text)
     base, _, which = text.rstrip("/").rpartition("/")
     base = base.removesuffix(f"/{REMOTE_FOLDER}").rstrip("/")
-    which = which.removesuffix(ARCHIVE_SUFFIX)
+    which = strip_archive_suffix(which)
     scheme = scheme_of(text)
     if scheme is not None:
         if scheme_of(base) is None:

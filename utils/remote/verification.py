@@ -24,7 +24,6 @@ from utils.checkpoints.layout import (
     SET_ASIDE_FOLDER,
     CheckpointName,
     Manifest,
-    archive_object,
     card_object,
     find_checkpoints,
     parse_checkpoint_name,
@@ -33,7 +32,6 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.store import verify_checkpoint
 from utils.checkpoints.views import is_verified_in
 from utils.remote.archive_reading import (
-    FIRST_BACKOFF_SECONDS,
     ArchiveBytes,
     Card,
     Retrying,
@@ -95,7 +93,6 @@ class Verifier:
         run_id: The run; None where nothing on this machine says which.
         deep: Read every byte, here and there.
         on_progress: Told what is done, the bytes so far and in all.
-        first_backoff_seconds: Wait before a read is tried again.
     """
 
     def __init__(
@@ -108,12 +105,10 @@ class Verifier:
         run_id: str | None = None,
         deep: bool = False,
         on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-        first_backoff_seconds: float = FIRST_BACKOFF_SECONDS,
     ) -> None:
         self._directory, self._uploads = directory, uploads
         self._bucket, self._listing = bucket, listing
         self._run_id, self._deep, self._on_progress = run_id, deep, on_progress
-        self._backoff = first_backoff_seconds
 
     def names(self) -> list[CheckpointName]:
         """Return the checkpoints that are here, there, or said to be there, by step."""
@@ -153,7 +148,7 @@ class Verifier:
             else:
                 own.append(report)
         for name in sorted(self._listing.archives.keys() - self._listing.cards.keys()):
-            orphans.append(Orphan(archive_object(str(name)), "an archive without its card"))
+            orphans.append(Orphan(self._listing.archives[name].name, "an archive without its card"))
         for name in sorted(self._listing.cards.keys() - self._listing.archives.keys()):
             orphans.append(Orphan(card_object(str(name)), "a card without its archive"))
         return own, [*orphans, *_group(self._listing.others)]
@@ -264,8 +259,8 @@ class Verifier:
 
     def _check_archive(self, report: CheckpointReport, card: Card) -> None:
         name = str(report.name)
-        source = join_uri(self._bucket.uri, archive_object(name))
-        retrying = Retrying(name, source, self._backoff)
+        source = join_uri(self._bucket.uri, card.archive_object)
+        retrying = Retrying(name, source)
         try:
             retrying.run(lambda: self._read_archive(card, source, retrying))
         except CheckpointError as exc:

@@ -199,7 +199,7 @@ def test_a_journal_that_cannot_be_written_costs_only_a_second_upload(
 def test_a_download_from_gs_survives_faults_and_is_the_same(
     gcs: FakeGcsServer, source: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archive_reading, "READ_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(archive_reading, "DOWNLOAD_BLOCK_BYTES", 20_000)
     remote = open_bucket("gs://runs/team/a", retry_seconds=5)
     upload(remote, source)
     busy = gcs.add_fault(Fault("status", times=2, operation="object.download", status=503))
@@ -666,7 +666,7 @@ def test_two_transient_errors_are_survived_and_nothing_is_read_twice(
     fetch: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(archive_reading, "READ_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(archive_reading, "DOWNLOAD_BLOCK_BYTES", 20_000)
     upload(bucket, source)
     bucket.faults = {
         card_object(NAME): [TransientStorageError("503"), TransientStorageError("503")],
