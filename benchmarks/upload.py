@@ -23,12 +23,13 @@ from typing import Any
 
 from benchmarks.figures import spread
 from benchmarks.saving import SavingBench
+from utils.base.archive_formats import BLOCK_BYTES, FAST_LEVEL
 from utils.base.errors import UsageError
 from utils.checkpoints.journal import Journal
 from utils.checkpoints.layout import archive_object, card_object, read_manifest
 from utils.storage.bucket import Nowhere
 from utils.storage.open import open_bucket
-from utils.uploads.archive import BLOCK_BYTES, LEVELS, write_archive
+from utils.uploads.archive import write_archive
 from utils.uploads.job import UploadJob
 from utils.uploads.process import run_in_process
 from utils.uploads.transports import TransportOptions, find_gsutil
@@ -133,7 +134,7 @@ def measure_archive(checkpoint: Path, folder: Path, runs: int) -> dict[str, str]
     def compress(threads: int) -> None:
         view = memoryview(data)
         with igzip_threaded.open(
-            nowhere, "wb", compresslevel=LEVELS["fast"], threads=threads, block_size=BLOCK_BYTES
+            nowhere, "wb", compresslevel=FAST_LEVEL, threads=threads, block_size=BLOCK_BYTES
         ) as file:
             for start in range(0, len(view), BLOCK_BYTES):
                 file.write(view[start : start + BLOCK_BYTES])

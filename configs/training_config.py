@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Union
 
+from utils.base.archive_formats import COMPRESSIONS
 from utils.base.errors import ConfigError
 from utils.base.text import parse_json
 from utils.base.uri import LOCAL_PLACES, PLACES, find_mistake
@@ -30,7 +31,7 @@ PROJECT_PLACEHOLDER = "{project}"
 LR_SCHEDULER_TYPES = ("cosine", "linear", "constant")
 SAVE_FORMATS = ("safetensors", "bin")
 UPLOAD_TRANSPORTS = ("auto", "python", "gcloud", "gsutil", "directory")
-UPLOAD_COMPRESSIONS = ("fast", "small", "none")
+UPLOAD_COMPRESSIONS = tuple(COMPRESSIONS)
 AUTO = "auto"
 REPORT_TARGETS = ("tensorboard", "wandb")
 MAX_SEED = 2**63 - 1
@@ -290,7 +291,7 @@ class TrainingConfig:
     the first of these that can write, read and delete in the bucket."""
 
     upload_compression: str = "fast"
-    """Of archives: fast, small, or none."""
+    """Of archives: fast, small or none (tar.gz), or zstd (tar.zst)."""
 
     upload_streams: int = 4
     """Connections of one upload by python, each of which sends parts of 32 MiB. 1: one resumable

@@ -37,7 +37,7 @@ from configs.training_config import (
 from utils.base.console import configure_logging, print_table, run_command
 from utils.base.errors import CheckpointError, ExitCode, PretrainError, UsageError
 from utils.base.text import format_duration, printable, to_json_text
-from utils.base.uri import is_gcs_uri, join_uri
+from utils.base.uri import join_uri, local_path
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
     SAVING_PREFIX,
@@ -450,8 +450,9 @@ class Proof:
                 bucket.delete(info.name)
         finally:
             bucket.close()
-        if not is_gcs_uri(uri):
-            shutil.rmtree(uri, ignore_errors=True)
+        directory = local_path(uri)
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 # The command.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import upload_manager
 from tests.gcs_server import FakeGcsServer, Fault
 from utils.base.errors import ExitCode
 from utils.checkpoints.layout import find_checkpoints
@@ -77,6 +78,52 @@ def test_data_and_checkpoints_travel_through_gcs(
         unpack_and_verify(server, name, tmp_path / f"unpacked-{name}")
     left = set(server.list_objects("runs"))
     assert left == {f"a/Checkpoints/{n}{s}" for n in names for s in (".tar.gz", ".json")}
+
+
+@pytest.mark.parametrize(
+    "transport",
+    [
+        "python",
+        pytest.param(
+            "gsutil",
+            marks=[
+                pytest.mark.gsutil,
+                pytest.mark.skipif(find_gsutil() is None, reason="gsutil is not installed"),
+            ],
+        ),
+    ],
+)
+def test_archives_of_both_formats_lie_beside_each_other(
+    run_train: Train,
+    server: FakeGcsServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    transport: str,
+) -> None:
+    for name, value in server.gsutil_environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    settings = (*GCS, f"upload_transport={transport}", "save_steps=2")
+    words = ("--max-steps", "6", "--stop-after")
+    assert run_train(*words, "2", settings=settings) == 0
+    settings = (*settings, "upload_compression=zstd")
+    resume = ("4", "--accept-config-change", "--resume", "latest")
+    assert run_train(*words, *resume, settings=settings) == 0
+    left = set(server.list_objects("runs"))
+    names = [f"a/Checkpoints/checkpoint-epoch0-step{step}-files0" for step in (2, 4)]
+    archives = {f"{names[0]}.tar.gz", f"{names[1]}.tar.zst"}
+    assert left == {*archives, *(f"{name}.json" for name in names)}
+    chosen = [word for setting in settings for word in ("--set", setting)]
+    assert upload_manager.main(["verify", "--deep", *chosen]) == 0
+    capsys.readouterr()
+    # A new machine goes on from the newest, whatever its format, and with any setting.
+    words = ("--max-steps", "6", "--accept-config-change", "--resume", "gs://runs/a/latest")
+    assert run_train(*words, folder="new", settings=(*settings, "upload_compression=none")) == 0
+    assert "Resumed from checkpoints/checkpoint-epoch0-step4-files0" in capsys.readouterr().out
+    assert upload_manager.main(["prune", "--remote", "--keep", "1", "--yes", *chosen]) == 0
+    newest = "a/Checkpoints/checkpoint-epoch0-step6-files0"
+    left = {name for name in server.list_objects("runs") if "/." not in name}
+    assert left == {f"{newest}.json", f"{newest}.tar.gz"}
 
 
 def test_a_damaged_tokenizer_in_the_bucket_is_refused(

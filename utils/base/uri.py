@@ -1,4 +1,4 @@
-"""What a user calls a place: `gs://bucket/prefix`, or a path on this machine.
+"""What a user calls a place: a bucket such as `gs://bucket/prefix`, or a path on this machine.
 
 Everything else that looks like an address, such as `gs:/bucket` or `s3://bucket`, is refused: taken
 for a directory, it would be made, written and found in order. Whoever reads the name of a place
@@ -13,19 +13,37 @@ from pathlib import Path, PurePath
 
 from utils.base.errors import UsageError
 
-PLACES = "gs://bucket/prefix or a directory"
+BUCKETS = {"gs": "utils.storage.gcs:GcsBucket"}
+"""Scheme -> module and class of its buckets. Another kind of bucket is a file and a line here."""
+BUCKET_PLACES = ", ".join(f"{scheme}://bucket/prefix" for scheme in BUCKETS)
+PLACES = f"{BUCKET_PLACES} or a directory"
 LOCAL_PLACES = "a path on this machine"
-GCS_PREFIX = "gs://"
-_GCS_NAMES = ("gs", "gcs")
+_OTHER_NAMES = {"gcs": "gs"}  # of schemes
 # A slash is forgotten easily, but only where the scheme is a known one is it no directory.
-_KNOWN_SCHEMES = ("gs", "gcs", "s3", "http", "https", "file")
+_KNOWN_SCHEMES = frozenset({*_OTHER_NAMES, "s3", "http", "https", "file"})
 _BEGINNING = re.compile(r"\s*([^/\\:]*)(:?[/\\]*)(.*)", re.DOTALL)
 _SCHEME = re.compile(r"[A-Za-z]+[0-9]?")
 
 
-def is_gcs_uri(uri: str) -> bool:
-    """Tell whether `uri` names a Google Cloud Storage bucket."""
-    return uri.startswith(GCS_PREFIX)
+def scheme_of(uri: str) -> str | None:
+    """Return the scheme of a bucket's URI, None of a path on this machine."""
+    scheme, mark, _ = uri.partition("://")
+    return scheme if mark and scheme in BUCKETS else None
+
+
+def local_path(uri: str) -> Path | None:
+    """Return the path on this machine that a place is, None where it is a bucket elsewhere."""
+    return Path(uri).expanduser() if scheme_of(uri) is None else None
+
+
+def split_uri(uri: str) -> tuple[str, str] | None:
+    """Return where a place lies and its name there; None for a whole bucket and the root."""
+    path = local_path(uri)
+    if path is not None:
+        path = path.absolute()
+        return (str(path.parent), path.name) if path.name else None
+    parent, _, name = uri.rstrip("/").rpartition("/")
+    return (parent, name) if scheme_of(parent) is not None else None
 
 
 def join_uri(uri: str, *names: str) -> str:
@@ -36,7 +54,8 @@ def join_uri(uri: str, *names: str) -> str:
 
 def normalize_uri(uri: str) -> str:
     """Return the one spelling of a bucket URI: directories absolute, no slash at the end."""
-    return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
+    path = local_path(uri)
+    return uri.rstrip("/") if path is None else str(path.absolute())
 
 
 def find_mistake(text: str, places: str = PLACES) -> str | None:
@@ -49,7 +68,8 @@ def find_mistake(text: str, places: str = PLACES) -> str | None:
         places: What it may be; a bucket only where this says so.
     """
     is_local = places == LOCAL_PLACES
-    if is_gcs_uri(text) and not text.startswith(f"{GCS_PREFIX}/"):
+    scheme = scheme_of(text)
+    if scheme is not None and not text.startswith(f"{scheme}:///"):
         return f"{text}: give {places}." if is_local else None
     found = _BEGINNING.fullmatch(text)
     assert found is not None
@@ -86,7 +106,7 @@ def require_path(text: str, option: str = "") -> None:
 
 def _is_address(name: str, mark: str) -> bool:
     if not mark.startswith(":"):
-        return name.lower() in _KNOWN_SCHEMES and mark.startswith("//")
+        return name.lower() in {*_KNOWN_SCHEMES, *BUCKETS} and mark.startswith("//")
     return len(mark) > 1 or bool(_SCHEME.fullmatch(name))
 
 
@@ -94,4 +114,5 @@ def _suggest(scheme: str, rest: str) -> str:
     """Return what a mistyped address was meant to be, "" where nobody knows."""
     if scheme == "file" and rest:
         return f"/{rest}"
-    return f"{GCS_PREFIX}{rest}" if scheme in _GCS_NAMES and rest else ""
+    meant = _OTHER_NAMES.get(scheme, scheme)
+    return f"{meant}://{rest}" if meant in BUCKETS and rest else ""

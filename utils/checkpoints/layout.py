@@ -8,7 +8,7 @@
     logging_dir/[run_name/]
         metrics.jsonl  samples.jsonl  train.log  evaluations.jsonl  tensorboard/
     bucket/[run_name/]Checkpoints/
-        NAME.tar.gz  NAME.json
+        NAME.tar.gz (or .tar.zst)  NAME.json
 
 Guarantees: a name from outside (command line, bucket, archive) passes `parse_checkpoint_name`
 before it becomes part of a path; a manifest is written last and read strictly. No torch here.
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.training_config import TrainingConfig
+from utils.base.archive_formats import ARCHIVE_SUFFIXES, Gzip
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.files import read_regular_file
 from utils.base.text import FOREIGN_ERRORS, parse_json
@@ -45,7 +46,7 @@ JOURNAL_FILE = "uploads.jsonl"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 REMOTE_FOLDER = "Checkpoints"
-ARCHIVE_SUFFIX = ".tar.gz"
+ARCHIVE_SUFFIX = Gzip.suffix  # where a sidecar names none
 UPLOAD_LOCK_PREFIX = ".uploading-"
 SAVING_PREFIX = ".saving-"
 SET_ASIDE_FOLDER = "set-aside"
@@ -178,9 +179,17 @@ def validate_run_name(run_name: str) -> str:
     return run_name
 
 
-def archive_object(name: str) -> str:
+def archive_object(name: str, suffix: str = ARCHIVE_SUFFIX) -> str:
     """Return the object name of a checkpoint's archive, relative to the run's bucket URI."""
-    return f"{REMOTE_FOLDER}/{name}{ARCHIVE_SUFFIX}"
+    return f"{REMOTE_FOLDER}/{name}{suffix}"
+
+
+def strip_archive_suffix(text: str) -> str:
+    """Return the name of the checkpoint whose archive is called `text`; other texts as they are."""
+    for suffix in ARCHIVE_SUFFIXES:
+        if text.endswith(suffix):
+            return text.removesuffix(suffix)
+    return text
 
 
 def card_object(name: str) -> str:
@@ -364,9 +373,9 @@ def upload_lock(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{UPLOAD_LOCK_PREFIX}{checkpoint.name}.lock")
 
 
-def local_archive(checkpoint: Path) -> Path:
+def local_archive(checkpoint: Path, suffix: str = ARCHIVE_SUFFIX) -> Path:
     """Return where a checkpoint's archive lies while a transport needs it on this machine."""
-    return checkpoint.with_name(f"{SAVING_PREFIX}{checkpoint.name}{ARCHIVE_SUFFIX}")
+    return checkpoint.with_name(f"{SAVING_PREFIX}{checkpoint.name}{suffix}")
 
 
 def read_json(path: Path) -> Any:

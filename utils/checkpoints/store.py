@@ -20,11 +20,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from configs.training_config import TrainingConfig
+from utils.base.archive_formats import ARCHIVE_SUFFIXES
 from utils.base.errors import CheckpointError, LockedError
 from utils.base.files import read_regular_file
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
-    ARCHIVE_SUFFIX,
     MANIFEST_FILE,
     RANDOM_STATES_PREFIX,
     SAVING_PREFIX,
@@ -36,6 +36,7 @@ from utils.checkpoints.layout import (
     free_name,
     parse_checkpoint_name,
     read_manifest,
+    strip_archive_suffix,
     upload_lock,
 )
 from utils.checkpoints.retention import Action, Decision, decide_retention
@@ -153,8 +154,8 @@ def remove_leftovers(directory: Path) -> None:
         if path.name.startswith(SAVING_PREFIX) and path.is_dir():
             log.info("Removing %s, left by an interrupted save.", path.name)
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith(SAVING_PREFIX) and path.name.endswith(ARCHIVE_SUFFIX):
-            name = path.name.removeprefix(SAVING_PREFIX).removesuffix(ARCHIVE_SUFFIX)
+        elif path.name.startswith(SAVING_PREFIX) and path.name.endswith(ARCHIVE_SUFFIXES):
+            name = strip_archive_suffix(path.name.removeprefix(SAVING_PREFIX))
             if not upload_lock(directory / name).exists():
                 log.info("Removing %s, left by an interrupted upload.", path.name)
                 path.unlink(missing_ok=True)

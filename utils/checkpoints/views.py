@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.base.archive_formats import ARCHIVE_SUFFIXES
 from utils.base.errors import CheckpointError, StorageError, UsageError
 from utils.base.files import read_regular_file
 from utils.base.text import FOREIGN_ERRORS, number, parse_json, printable
 from utils.base.uri import normalize_uri
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
-    ARCHIVE_SUFFIX,
     JOURNAL_FILE,
     MANIFEST_FILE,
     MAX_CARD_BYTES,
@@ -252,9 +252,15 @@ def read_remote_checkpoints(bucket: Bucket, newest: int | None = None) -> list[C
     names = sorted(name for name in found if name is not None)
     views = []
     for name in names[-newest:] if newest else names:
-        archive = objects.get(f"{name}{ARCHIVE_SUFFIX}")
+        names_of_it = [f"{name}{suffix}" for suffix in ARCHIVE_SUFFIXES]
+        archive = newest_object(objects[each] for each in names_of_it if each in objects)
         views.append(read_remote_checkpoint(bucket, name, archive))
     return views
+
+
+def newest_object(infos: Iterable[ObjectInfo]) -> ObjectInfo | None:
+    """Return what was written last: of one checkpoint's archives, the one that its card names."""
+    return max(infos, key=lambda info: info.generation or 0, default=None)
 
 
 def read_remote_checkpoint(

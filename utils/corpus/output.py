@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils.base.errors import UsageError
+from utils.base.uri import local_path
 from utils.corpus import shard_writer
 from utils.corpus.documents import SPLITS
 from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, FinishedShards, ShardEntry
 from utils.corpus.tokenization import Tokenizer
 from utils.data.shard_index import INDEX_OBJECT, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from utils.storage.bucket import Bucket, crc32c_of_bytes
-from utils.storage.directory import DirectoryBucket
 from utils.storage.open import open_bucket
 
 _OWN_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{5,}}\.npz")
@@ -39,8 +39,9 @@ def open_output(uri: str, option: str = "--output") -> Bucket:
         UsageError: It is no bucket, or a file is where a directory is needed.
     """
     bucket = open_bucket(uri)
-    if isinstance(bucket, DirectoryBucket):
-        for path in (bucket.root, *bucket.root.parents):
+    directory = local_path(bucket.uri)
+    if directory is not None:
+        for path in (directory, *directory.parents):
             if path.exists() and not path.is_dir():
                 raise UsageError(f"{option} {uri}: {path} is a file; a directory is needed.")
     return bucket

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from utils.base.errors import DataError, StorageError, UsageError
 from utils.base.progress import OnProgress
-from utils.base.uri import is_gcs_uri
+from utils.base.uri import local_path, split_uri
 from utils.data.shard_index import INDEX_OBJECT, get_json, recorded_checksums
 from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_file
 from utils.storage.directory import TEMPORARY_PREFIX, DirectoryBucket
@@ -97,16 +97,15 @@ def find_objects(uri: str) -> Found:
     objects = tuple(bucket.list())
     if objects:
         return Found(bucket, objects)
-    parent, _, name = uri.rstrip("/").rpartition("/")
-    if not is_gcs_uri(uri):
-        parent, name = str(Path(uri).expanduser().absolute().parent), Path(uri).name
-    if name and parent not in ("", "gs:/", "gs://"):
-        bucket.close()
+    bucket.close()
+    place = split_uri(uri)
+    if place is not None:
+        parent, name = place
         bucket = open_bucket(parent)
         info = bucket.stat(name)
         if info is not None:
             return Found(bucket, (info,), is_tree=False)
-    bucket.close()
+        bucket.close()
     raise UsageError(f"{uri}: nothing is there.")
 
 
@@ -194,8 +193,9 @@ def remove_objects(found: Found, on_progress: OnProgress | None = None) -> None:
         StorageError: Something could not be deleted.
     """
     bucket = found.bucket
-    if isinstance(bucket, DirectoryBucket) and found.is_tree:
-        root = bucket.root.resolve()
+    directory = local_path(bucket.uri) if found.is_tree else None
+    if directory is not None:
+        root = directory.resolve()
         if Path.cwd().is_relative_to(root) or Path.home().is_relative_to(root):
             raise UsageError(f"{root} holds the current or the home directory: not removed.")
     sizes = {info.name: info.size for info in found.objects}
@@ -208,8 +208,8 @@ def remove_objects(found: Found, on_progress: OnProgress | None = None) -> None:
         return True
 
     _transfer("Removing", remove, sizes, on_progress)
-    if isinstance(bucket, DirectoryBucket) and found.is_tree:
-        _remove_empty_directories(bucket.root)
+    if directory is not None:
+        _remove_empty_directories(directory)
 
 
 def _find_recorded(bucket: Bucket, names: Iterable[str]) -> dict[str, str]:

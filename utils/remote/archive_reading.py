@@ -9,20 +9,18 @@ bytes and files is the caller's affair. No torch here.
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import logging
 import tarfile
-import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar, cast
+from typing import IO, Any, Protocol, TypeVar
 
 import google_crc32c
-from isal import igzip, igzip_lib
 
+from utils.base.archive_formats import ARCHIVE_FORMATS, ARCHIVE_SUFFIXES, ArchiveFormat
 from utils.base.errors import (
     CheckpointError,
     ObjectNotFoundError,
@@ -34,6 +32,7 @@ from utils.base.retrying import ARCHIVE_FACTOR, FIRST_RETRY_SECONDS, backoff, re
 from utils.base.text import FOREIGN_ERRORS, parse_json
 from utils.base.uri import join_uri
 from utils.checkpoints.layout import (
+    ARCHIVE_SUFFIX,
     MANIFEST_FILE,
     MAX_CARD_BYTES,
     FileEntry,
@@ -45,7 +44,7 @@ from utils.checkpoints.layout import (
 from utils.storage.bucket import Bucket, encode_crc32c
 
 MAX_ATTEMPTS = 3
-READ_BLOCK_BYTES = 16 * 2**20
+DOWNLOAD_BLOCK_BYTES = 16 * 2**20
 UNPACK_BLOCK_BYTES = 2**20
 MAX_MANIFEST_BYTES = 16 * 2**20
 # A header of ours is 512 bytes, or 1.5 KiB for a file above 8 GiB; the rest is read ahead.
@@ -57,16 +56,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# What a damaged or hostile tar.gz makes the libraries raise.
-_UNPACK_ERRORS = (
-    tarfile.TarError,
-    EOFError,
-    gzip.BadGzipFile,
-    zlib.error,
-    cast("type[Exception]", igzip_lib.IsalError),  # its stub calls it an instance
-    ValueError,
-    OverflowError,
-)
+# What a damaged or hostile archive makes the libraries raise.
+_UNPACK_ERRORS = (tarfile.TarError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -77,11 +68,18 @@ class Card:
         name: The checkpoint's name.
         manifest: Its manifest.
         archive: Bytes and base64 crc32c of its archive.
+        format: Of its archive.
     """
 
     name: str
     manifest: Manifest
     archive: FileEntry
+    format: ArchiveFormat
+
+    @property
+    def archive_object(self) -> str:
+        """Object name of the archive."""
+        return archive_object(self.name, self.format.suffix)
 
 
 def read_card(bucket: Bucket, name: str) -> Card:
@@ -104,7 +102,7 @@ def read_card(bucket: Bucket, name: str) -> Card:
             raise ValueError(f"it has more than {MAX_CARD_BYTES} bytes")
         value = parse_json(data)
         manifest = Manifest.from_json(value["manifest"], where)
-        return Card(name, manifest, _check_card(name, manifest, value["archive"]))
+        return Card(name, manifest, *_check_card(name, manifest, value["archive"]))
     except CheckpointError as exc:
         raise CheckpointError(f"{name} cannot be used: {exc} {_CHOOSE_ANOTHER}") from exc
     except FOREIGN_ERRORS as exc:
@@ -114,7 +112,9 @@ def read_card(bucket: Bucket, name: str) -> Card:
         ) from exc
 
 
-def _check_card(name: str, manifest: Manifest, archive: dict[str, Any]) -> FileEntry:
+def _check_card(
+    name: str, manifest: Manifest, archive: dict[str, Any]
+) -> tuple[FileEntry, ArchiveFormat]:
     """Return the archive's facts, if the card can be of the checkpoint `name`."""
     step = require_checkpoint_name(name).step
     if manifest.step != step:
@@ -129,7 +129,10 @@ def _check_card(name: str, manifest: Manifest, archive: dict[str, Any]) -> FileE
     size, crc32c = archive["size"], archive["crc32c"]
     if type(size) is not int or size <= 0 or not isinstance(crc32c, str):
         raise ValueError(f"archive of {size!r} bytes, crc32c {crc32c!r}")
-    return FileEntry(size, crc32c)
+    suffix = archive.get("format", ARCHIVE_SUFFIX)
+    if suffix not in ARCHIVE_SUFFIXES:
+        raise ValueError(f"archive of the unknown format {suffix!r}")
+    return FileEntry(size, crc32c), ARCHIVE_FORMATS[suffix]
 
 
 class Retrying:
@@ -165,7 +168,7 @@ class ArchiveBytes:
 
     def __init__(self, bucket: Bucket, card: Card, on_progress: OnProgress) -> None:
         self._bucket, self._card, self._on_progress = bucket, card, on_progress
-        self._object = archive_object(card.name)
+        self._object = card.archive_object
         self._size = self._checksum = 0
         self._is_vouched_for = False
 
@@ -189,7 +192,7 @@ class ArchiveBytes:
 
     def read_block(self) -> bytes:
         """Return the next bytes, none at the end; after an error, another call goes on there."""
-        length = min(READ_BLOCK_BYTES, self._card.archive.size - self._size)
+        length = min(DOWNLOAD_BLOCK_BYTES, self._card.archive.size - self._size)
         if not length:
             return b""
         block = self._bucket.read_bytes(self._object, self._size, length)
@@ -247,7 +250,7 @@ def unpack_archive(
     Args:
         card: What it must be.
         source: What to call it in messages.
-        archive: The tar.gz.
+        archive: Its bytes.
         open_sink: Called with the name of each file; only names of the manifest.
         on_progress: Told what is done.
 
@@ -286,7 +289,7 @@ class _Unpacking:
     def run(self, archive: Path | IO[bytes]) -> None:
         missing = {*self._card.manifest.files, MANIFEST_FILE}
         try:
-            with igzip.open(archive, "rb") as unpacked:
+            with self._card.format.open_read(archive) as unpacked:
                 reader = _BoundedReader(unpacked)
                 stream: Any = reader
                 with tarfile.open(fileobj=stream, mode="r|", bufsize=UNPACK_BLOCK_BYTES) as members:

@@ -27,11 +27,9 @@ from utils.base.retrying import FIRST_RETRY_SECONDS
 from utils.base.uri import join_uri, normalize_uri
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
-    ARCHIVE_SUFFIX,
     MANIFEST_FILE,
     SAVING_PREFIX,
     Manifest,
-    archive_object,
     require_checkpoint_name,
 )
 from utils.checkpoints.store import verify_checkpoint
@@ -76,9 +74,9 @@ def download_checkpoint(
         StorageError: The bucket could not be read.
     """
     require_checkpoint_name(name)
-    source = join_uri(bucket.uri, archive_object(name))
-    reader = Retrying(name, source, first_backoff_seconds)
-    card = reader.run(lambda: read_card(bucket, name))
+    retrying = Retrying(name, bucket.uri, first_backoff_seconds)
+    card = retrying.run(lambda: read_card(bucket, name))
+    source = join_uri(bucket.uri, card.archive_object)
     target = directory / name
     if target.is_symlink() or target.exists():
         _require_same(target, card.manifest, source)
@@ -89,20 +87,12 @@ def download_checkpoint(
         with tempfile.TemporaryDirectory(
             prefix=f"{SAVING_PREFIX}download-", dir=directory, ignore_cleanup_errors=True
         ) as scratch:
-            archive = Path(scratch) / f"{name}{ARCHIVE_SUFFIX}"
+            archive = Path(scratch) / f"{name}{card.format.suffix}"
             download = ArchiveBytes(bucket, card, on_progress)
             with archive.open("wb") as file:
-                reader.run(lambda: _write_archive(download, file))
+                retrying.run(lambda: _write_archive(download, file))
             unpacked = Path(scratch) / name
-            unpacked.mkdir()
-            unpack_archive(
-                card,
-                source,
-                archive,
-                lambda file_name: _new_file(unpacked / file_name),
-                on_progress,
-            )
-            fsync_directory(unpacked)
+            _unpack(card, source, archive, unpacked, on_progress)
             unpacked.rename(target)
         fsync_directory(directory)
     except OSError as exc:
@@ -153,6 +143,15 @@ def _write_archive(download: ArchiveBytes, file: IO[bytes]) -> None:
         raise
 
 
+def _unpack(
+    card: Card, source: str, archive: Path, directory: Path, on_progress: OnProgress
+) -> None:
+    """Write the archive's files into a new directory."""
+    directory.mkdir()
+    unpack_archive(card, source, archive, lambda name: _new_file(directory / name), on_progress)
+    fsync_directory(directory)
+
+
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[IO[bytes]]:
     with path.open("xb") as file:
@@ -170,7 +169,7 @@ def _record(journal: Journal, bucket: Bucket, card: Card, checkpoint: Path) -> N
             UploadState.VERIFIED,
             bytes=card.archive.size,
             crc32c=card.archive.crc32c,
-            uri=join_uri(bucket.uri, archive_object(card.name)),
+            uri=join_uri(bucket.uri, card.archive_object),
             bucket=normalize_uri(bucket.uri),
             manifest_crc32c=crc32c_of_file(checkpoint / MANIFEST_FILE),
         )

@@ -13,17 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.base.archive_formats import ARCHIVE_SUFFIXES
 from utils.base.errors import UsageError
 from utils.base.text import printable
-from utils.base.uri import is_gcs_uri, require_place
+from utils.base.uri import require_place, scheme_of
 from utils.checkpoints.layout import (
-    ARCHIVE_SUFFIX,
     REMOTE_FOLDER,
     CheckpointName,
     RunIdentity,
     parse_checkpoint_name,
+    strip_archive_suffix,
 )
-from utils.checkpoints.views import CheckpointView, find_best, read_remote_checkpoint
+from utils.checkpoints.views import CheckpointView, find_best, newest_object, read_remote_checkpoint
 from utils.storage.bucket import Bucket, ObjectInfo
 
 CARD_SUFFIX = ".json"
@@ -60,10 +61,11 @@ def list_remote(bucket: Bucket) -> RemoteListing:
     listing = RemoteListing()
     for info in bucket.list(f"{REMOTE_FOLDER}/"):
         text = info.name.removeprefix(f"{REMOTE_FOLDER}/")
-        archive = parse_checkpoint_name(text.removesuffix(ARCHIVE_SUFFIX))
+        archive = parse_checkpoint_name(strip_archive_suffix(text))
         card = parse_checkpoint_name(text.removesuffix(CARD_SUFFIX))
-        if archive is not None and text.endswith(ARCHIVE_SUFFIX):
-            listing.archives[archive] = info
+        if archive is not None and text.endswith(ARCHIVE_SUFFIXES):
+            known = listing.archives.get(archive, info)
+            listing.archives[archive] = newest_object([known, info]) or info
         elif card is not None and text.endswith(CARD_SUFFIX):
             listing.cards[card] = info
         else:
@@ -75,16 +77,17 @@ def parse_remote_name(text: str) -> tuple[str, str] | None:
     """Return (bucket URI, which) of `URI/[Checkpoints/]WHICH`, None where it is something else.
 
     Raises:
-        UsageError: It begins with gs:// and names no checkpoint, or like an address that is not
+        UsageError: It is a bucket's and names no checkpoint, or is an address that is not
             supported.
     """
     require_place(text)
     base, _, which = text.rstrip("/").rpartition("/")
     base = base.removesuffix(f"/{REMOTE_FOLDER}").rstrip("/")
-    which = which.removesuffix(ARCHIVE_SUFFIX)
-    if is_gcs_uri(text):
-        if not is_gcs_uri(f"{base}/"):
-            raise UsageError(f"{text}: say gs://BUCKET[/PREFIX]/latest or /NAME.")
+    which = strip_archive_suffix(which)
+    scheme = scheme_of(text)
+    if scheme is not None:
+        if scheme_of(base) is None:
+            raise UsageError(f"{text}: say {scheme}://BUCKET[/PREFIX]/latest or /NAME.")
         return base, which
     is_bucket = bool(base) and (Path(base) / REMOTE_FOLDER).is_dir() and not Path(text).is_dir()
     return (base, which) if is_bucket else None

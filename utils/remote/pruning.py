@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from utils.base.errors import CheckpointError, StorageError
 from utils.base.uri import join_uri
 from utils.checkpoints.journal import Journal, UploadState
-from utils.checkpoints.layout import RunIdentity, archive_object, card_object
+from utils.checkpoints.layout import RunIdentity, card_object
 from utils.checkpoints.retention import Action, CheckpointFacts, Decision, keep_reasons
 from utils.checkpoints.views import CheckpointView, find_best
 from utils.remote.archive_reading import read_card
@@ -140,13 +140,13 @@ def delete_remote(
     archive = listing.archives[view.name]
     try:
         if archive.crc32c is not None:
-            bucket.delete_if(archive_object(name), archive)
+            bucket.delete_if(archive.name, archive)
         else:
-            bucket.delete(archive_object(name))
+            bucket.delete(archive.name)
     except StorageError:
         bucket.put_bytes_if(card_object(name), card, None)
         raise
-    uri = join_uri(bucket.uri, archive_object(name))
+    uri = join_uri(bucket.uri, archive.name)
     journal.record(name, view.manifest.run_id, UploadState.REMOVED, uri=uri, bytes=archive.size)
     log.info("Deleted %s from %s.", name, bucket.uri)
 

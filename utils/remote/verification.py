@@ -18,7 +18,6 @@ from typing import Any
 
 from utils.base.errors import CheckpointError, StorageError
 from utils.base.progress import OnProgress
-from utils.base.retrying import FIRST_RETRY_SECONDS
 from utils.base.uri import join_uri, normalize_uri
 from utils.checkpoints.journal import JournalEntry, UploadState
 from utils.checkpoints.layout import (
@@ -26,7 +25,6 @@ from utils.checkpoints.layout import (
     SET_ASIDE_FOLDER,
     CheckpointName,
     Manifest,
-    archive_object,
     card_object,
     find_checkpoints,
     parse_checkpoint_name,
@@ -96,7 +94,6 @@ class Verifier:
         run_id: The run; None where nothing on this machine says which.
         deep: Read every byte, here and there.
         on_progress: Told what is done, the bytes so far and in all.
-        first_backoff_seconds: Wait before a read is tried again.
     """
 
     def __init__(
@@ -109,12 +106,10 @@ class Verifier:
         run_id: str | None = None,
         deep: bool = False,
         on_progress: OnProgress = lambda stage, done, total: None,
-        first_backoff_seconds: float = FIRST_RETRY_SECONDS,
     ) -> None:
         self._directory, self._uploads = directory, uploads
         self._bucket, self._listing = bucket, listing
         self._run_id, self._deep, self._on_progress = run_id, deep, on_progress
-        self._backoff = first_backoff_seconds
 
     def names(self) -> list[CheckpointName]:
         """Return the checkpoints that are here, there, or said to be there, by step."""
@@ -154,7 +149,7 @@ class Verifier:
             else:
                 own.append(report)
         for name in sorted(self._listing.archives.keys() - self._listing.cards.keys()):
-            orphans.append(Orphan(archive_object(str(name)), "an archive without its card"))
+            orphans.append(Orphan(self._listing.archives[name].name, "an archive without its card"))
         for name in sorted(self._listing.cards.keys() - self._listing.archives.keys()):
             orphans.append(Orphan(card_object(str(name)), "a card without its archive"))
         return own, [*orphans, *_group(self._listing.others)]
@@ -265,8 +260,8 @@ class Verifier:
 
     def _check_archive(self, report: CheckpointReport, card: Card) -> None:
         name = str(report.name)
-        source = join_uri(self._bucket.uri, archive_object(name))
-        retrying = Retrying(name, source, self._backoff)
+        source = join_uri(self._bucket.uri, card.archive_object)
+        retrying = Retrying(name, source)
         try:
             retrying.run(lambda: self._read_archive(card, source, retrying))
         except CheckpointError as exc:

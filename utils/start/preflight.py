@@ -32,7 +32,7 @@ from utils.base.errors import (
     UsageError,
 )
 from utils.base.text import format_bytes, printable
-from utils.base.uri import is_gcs_uri
+from utils.base.uri import local_path
 from utils.checkpoints.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.data.shard_index import (
     TOKENIZER_FILE,
@@ -76,7 +76,8 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
             raise DataError(
                 "data_uri is not set: --set data_uri=gs://bucket/prefix or a directory."
             )
-        if not is_gcs_uri(uri) and not Path(uri).is_dir():
+        directory = local_path(uri)
+        if directory is not None and not directory.is_dir():
             raise DataError(
                 f"data_uri {uri} does not exist. For sample data run: "
                 f"python scripts/prepare_data.py --sample --output {uri}"

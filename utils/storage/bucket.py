@@ -1,8 +1,8 @@
 """What every bucket is: named objects with a size and a crc32c, under one URI.
 
-Nothing here knows whether a bucket is a directory or Google Cloud Storage (`utils/storage/open.py`
-opens either). Checksums are written as Google Cloud Storage writes them: base64 of the big-endian
-crc32c (https://cloud.google.com/storage/docs/hashes-etags).
+Nothing here knows which kinds of buckets there are (`utils/storage/open.py` opens each). Checksums
+are written as Google Cloud Storage writes them: base64 of the big-endian crc32c
+(https://cloud.google.com/storage/docs/hashes-etags).
 """
 
 from __future__ import annotations

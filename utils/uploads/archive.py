@@ -1,35 +1,30 @@
-"""A checkpoint as one tar.gz, made as a stream.
+"""A checkpoint as one archive, made as a stream.
 
     checkpoint directory (committed) -> archive -> bucket, verified
 
-Plain `tar xzf` reads it. The same files give the same bytes, with any number of threads: names
+Plain `tar xf` reads it. The same files give the same bytes, with any number of threads: names
 sorted, times, owners and modes fixed. Size and crc32c are computed on the way, and every file is
-compared with its manifest as it is read. Compression is igzip's: float weights hardly compress at
-any level, so time decides. No torch here.
+compared with its manifest as it is read. Float weights hardly compress at any level, so time
+decides. No torch here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tarfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import google_crc32c
-from isal import igzip_threaded
 
+from utils.base.archive_formats import BLOCK_BYTES, COMPRESSIONS
 from utils.base.errors import CheckpointError
 from utils.checkpoints.layout import MANIFEST_FILE, FileEntry, Manifest
 from utils.storage.bucket import encode_crc32c
 
-BLOCK_BYTES = 2**20
 FILE_MODE = 0o644
-LEVELS = {"fast": 1, "small": 3}
-STORED = "none"
 
 OnRead = Callable[[int], None]
 """Called with bytes of the checkpoint that were read."""
@@ -110,21 +105,6 @@ class _HashingWriter:
         return ArchiveInfo(self._size, encode_crc32c(self._checksum))
 
 
-class _StoredGzip:
-    """A gzip file whose content is not compressed."""
-
-    def __init__(self, sink: _HashingWriter) -> None:
-        self._sink = sink
-        self._gzip = zlib.compressobj(level=0, wbits=zlib.MAX_WBITS | 16)
-
-    def write(self, data: bytes) -> int:
-        self._sink.write(self._gzip.compress(data))
-        return len(data)
-
-    def close(self) -> None:
-        self._sink.write(self._gzip.flush())
-
-
 class _Positioned:
     """Knows its position, which is all that tarfile asks of a file that it cannot seek in."""
 
@@ -150,13 +130,13 @@ def write_archive(
     threads: int = 1,
     on_read: OnRead = lambda count: None,
 ) -> ArchiveInfo:
-    """Write a checkpoint as tar.gz to `sink`.
+    """Write a checkpoint as an archive to `sink`.
 
     Args:
         checkpoint: A committed checkpoint directory.
         manifest: Its manifest; only the files that it names go in, and itself.
         sink: Binary file that takes the bytes.
-        compression: fast or small (igzip level 1 or 3), or none (stored).
+        compression: One of `COMPRESSIONS`.
         threads: That compress; the bytes do not depend on it.
         on_read: Told of the bytes that were read.
 
@@ -166,7 +146,8 @@ def write_archive(
             be said of it.
     """
     writer = _HashingWriter(sink)
-    with _open_gzip(writer, compression, threads) as compressed:
+    target: Any = writer
+    with COMPRESSIONS[compression].open_write(target, threads) as compressed:
         file: Any = _Positioned(compressed, writer)
         with tarfile.TarFile(
             fileobj=file, mode="w", format=tarfile.PAX_FORMAT, copybufsize=BLOCK_BYTES
@@ -175,20 +156,6 @@ def write_archive(
                 _add_file(archive, checkpoint, name, manifest.files.get(name), on_read)
     writer.raise_error()
     return writer.info
-
-
-@contextlib.contextmanager
-def _open_gzip(writer: _HashingWriter, compression: str, threads: int) -> Iterator[Any]:
-    if compression == STORED:
-        stored = _StoredGzip(writer)
-        yield stored
-        stored.close()
-        return
-    level, target = LEVELS[compression], writer
-    with igzip_threaded.open(
-        target, "wb", compresslevel=level, threads=threads, block_size=BLOCK_BYTES
-    ) as compressed:
-        yield compressed
 
 
 def _add_file(

@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from utils.base.archive_formats import ARCHIVE_FORMATS, COMPRESSIONS
 from utils.base.errors import CheckpointError, ConflictError, StorageError, TransientStorageError
 from utils.base.text import FOREIGN_ERRORS, parse_json
 from utils.base.uri import join_uri
 from utils.checkpoints.layout import (
+    ARCHIVE_SUFFIX,
     METADATA_FILE,
     REMOTE_FOLDER,
     SET_ASIDE_FOLDER,
@@ -37,7 +39,7 @@ from utils.storage.bucket import Meter, Nowhere, ObjectInfo, map_file_error
 from utils.uploads.archive import ArchiveInfo, write_archive
 from utils.uploads.transports import Transport, TransportOptions, open_transport, put_bytes
 
-# A gzip stream of what does not compress grows by less than this, and so does a tar of many files.
+# A stream of what does not compress grows by less than this, and so does a tar of many files.
 ARCHIVE_GROWTH = 1.01
 ARCHIVE_OVERHEAD_BYTES = 2**20
 
@@ -51,7 +53,7 @@ class UploadJob:
     Attributes:
         checkpoint: The committed checkpoint directory.
         transport: The way to the bucket; its name is not auto for gs://.
-        compression: fast, small or none.
+        compression: One of `COMPRESSIONS`.
         threads: That compress.
         sweeps: Whether to remove what other interrupted uploads left, but for those in `owed`.
         owed: Names of checkpoints that are still to be uploaded.
@@ -74,12 +76,14 @@ class UploadResult:
         crc32c: Its base64 crc32c.
         seconds: How long it took.
         sent: Bytes of it that were sent; 0 where it was there already.
+        suffix: End of its name.
     """
 
     size: int
     crc32c: str
     seconds: float
     sent: int
+    suffix: str = ARCHIVE_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,8 @@ class _Upload:
     ) -> None:
         self._job, self._checkpoint, self._manifest = job, checkpoint, manifest
         self._transport, self._progress = transport, progress
-        self._archive = archive_object(checkpoint.name)
+        self._suffix = COMPRESSIONS[job.compression].suffix
+        self._archive = archive_object(checkpoint.name, self._suffix)
         self._card = card_object(checkpoint.name)
         self._info: ArchiveInfo | None = None
         self._sent = 0
@@ -176,11 +181,14 @@ class _Upload:
         stored = self._transport.stat(self._archive)
         data = self._transport.read(self._card)
         found = None if data is None else _FoundCard.parse(data)
-        if found and found.manifest == self._manifest and found.is_of(stored):
+        described = stored
+        if found and found.suffix != self._suffix:
+            described = self._transport.stat(archive_object(self._checkpoint.name, found.suffix))
+        if found and found.manifest == self._manifest and found.is_of(described):
             assert found.archive is not None
-            return self._done(found.archive, started)
+            return self._done(found.archive, started, found.suffix)
         if data is not None:
-            self._make_way(data, found, stored)
+            self._make_way(data, found, described)
         if stored is not None and self._measure() == _info_of(stored):
             log.info("The archive of %s is in the bucket already.", self._checkpoint.name)
         else:
@@ -189,6 +197,11 @@ class _Upload:
 
     def _make_way(self, data: bytes, found: _FoundCard | None, stored: ObjectInfo | None) -> None:
         """Deal with a card that is not this checkpoint's.
+
+        Args:
+            data: Its bytes.
+            found: What they say, as far as they can be read.
+            stored: The archive that it describes, None where there is none.
 
         Raises:
             CheckpointError: It must not be overwritten.
@@ -213,11 +226,14 @@ class _Upload:
         if self._transport.read(self._card) != data:
             raise TransientStorageError(f"{where} was changed by another process.")
         is_whole = found is not None and found.is_of(stored)
+        archive = stored.name if stored else self._archive
         if is_whole or branch != own.branch:
-            self._set_aside(branch, [self._archive, self._card] if is_whole else [self._card])
+            self._set_aside(branch, [archive, self._card] if is_whole else [self._card])
         try:
             # Before the archive: a card is never there without the archive that it describes.
             self._transport.delete(self._card, seen)
+            if archive != self._archive:
+                self._transport.delete(archive, stored)
         except ConflictError as exc:
             raise TransientStorageError(str(exc)) from exc
 
@@ -301,10 +317,11 @@ class _Upload:
         metadata, problem = read_json_part(self._checkpoint / METADATA_FILE, self._manifest)
         if problem is not None:
             raise CheckpointError(f"{self._checkpoint.name}: {problem}.")
+        other_format = {} if self._suffix == ARCHIVE_SUFFIX else {"format": self._suffix}
         card = {
             "manifest": self._manifest.to_json(),
             "metadata": metadata,
-            "archive": {"size": self._info.size, "crc32c": self._info.crc32c},
+            "archive": {"size": self._info.size, "crc32c": self._info.crc32c, **other_format},
         }
         data = json.dumps(card, indent=1).encode("utf-8")
         try:
@@ -312,16 +329,18 @@ class _Upload:
         except ConflictError as exc:
             if self._transport.read(self._card) != data:
                 raise TransientStorageError(str(exc)) from exc
-        return self._done(self._info, started)
+        return self._done(self._info, started, self._suffix)
 
-    def _done(self, info: ArchiveInfo, started: float) -> UploadResult:
+    def _done(self, info: ArchiveInfo, started: float, suffix: str) -> UploadResult:
         self._remove_unfinished()
-        return UploadResult(info.size, info.crc32c, time.monotonic() - started, self._sent)
+        seconds = time.monotonic() - started
+        return UploadResult(info.size, info.crc32c, seconds, self._sent, suffix)
 
     def _remove_unfinished(self) -> None:
         """Remove what this upload, or others before it, left on the way."""
         try:
-            keep = frozenset(archive_object(name) for name in self._job.owed) - {self._archive}
+            owed = (archive_object(name, self._suffix) for name in self._job.owed)
+            keep = frozenset(owed) - {self._archive}
             only = None if self._job.sweeps else self._archive
             self._transport.remove_unfinished(REMOTE_FOLDER, keep, only)
         except StorageError as exc:
@@ -334,6 +353,7 @@ class _FoundCard:
 
     manifest: Manifest
     archive: ArchiveInfo | None
+    suffix: str = ARCHIVE_SUFFIX
 
     @classmethod
     def parse(cls, data: bytes) -> _FoundCard | None:
@@ -344,7 +364,8 @@ class _FoundCard:
             return None
         try:
             archive = card["archive"]
-            return cls(manifest, ArchiveInfo(int(archive["size"]), str(archive["crc32c"])))
+            suffix = ARCHIVE_FORMATS[archive.get("format", ARCHIVE_SUFFIX)].suffix
+            return cls(manifest, ArchiveInfo(int(archive["size"]), str(archive["crc32c"])), suffix)
         except FOREIGN_ERRORS:
             return cls(manifest, None)
 

@@ -1,14 +1,14 @@
 """Ways for an archive to reach the bucket, behind one small protocol.
 
-    python     google-cloud-storage: streams, in parallel parts or as one resumable upload
+    python     the bucket's own methods: streams; into gs:// also in parallel parts
     gcloud     the `gcloud storage` command: streams through its standard input
     gsutil     the `gsutil` command: from a local archive, so that it can resume within it
     directory  a directory, also a mounted one: streams into it
 
-The commands use the user's own credentials. They run in a session of their own, so that Ctrl-C in
-the terminal does not reach them, and are ended when they make no progress: a stall is killed,
-slowness is not. No shell, no credentials in arguments; every write names the version that it
-replaces. No torch here.
+A kind of bucket that `TRANSPORTS` does not name is written by `python`. The commands use the user's
+own credentials. They run in a session of their own, so that Ctrl-C in the terminal does not reach
+them, and are ended when they make no progress: a stall is killed, slowness is not. No shell, no
+credentials in arguments; every write names the version that it replaces. No torch here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -30,7 +31,7 @@ from typing import Any, Protocol
 from configs.training_config import TrainingConfig
 from utils.base.errors import ObjectNotFoundError, StorageError, TransientStorageError
 from utils.base.text import parse_json
-from utils.base.uri import is_gcs_uri, join_uri, require_place
+from utils.base.uri import join_uri, local_path, require_place, scheme_of
 from utils.checkpoints.layout import SAVING_PREFIX
 from utils.storage.bucket import (
     Bucket,
@@ -46,8 +47,6 @@ from utils.storage.open import open_bucket
 from utils.uploads.parallel_upload import PARTS_FOLDER, parts_prefix, put_parallel, remove_parts
 from utils.uploads.watched_command import START_SECONDS, WatchedCommand
 
-AUTO_ORDER = ("python", "gcloud", "gsutil")
-"""For gs://, by measured speed (BENCHMARKS.md); the first that works is taken."""
 STALL_SECONDS = 120.0
 RETRY_SECONDS = 60.0  # within one request; what fails then is tried again from the start
 BYTES_PER_MEGABIT = 125_000
@@ -62,7 +61,7 @@ class TransportOptions:
 
     Attributes:
         uri: The run's bucket.
-        name: auto, python, gcloud, gsutil or directory.
+        name: auto, or one of `TRANSPORTS` or directory.
         user_project: Project that pays for requests; None for none.
         streams: Connections of an upload by `python`; 1 for one resumable upload without parts.
         max_bytes_per_second: Rate limit; None for none.
@@ -88,7 +87,7 @@ class TransportOptions:
         uri = join_uri(config.checkpoint_uri, config.run_name)
         return cls(
             uri,
-            "directory" if name == "auto" and not is_gcs_uri(uri) else name,
+            _settle(uri, name),
             config.gcs_user_project or None,
             config.upload_streams,
             None if rate is None else rate * BYTES_PER_MEGABIT,
@@ -162,26 +161,32 @@ def put_bytes(
 
 
 class BucketTransport:
-    """Through `utils.storage.open`: a directory, or google-cloud-storage."""
+    """Through the methods that each bucket has."""
 
-    def __init__(self, bucket: Bucket, streams: int = 1) -> None:
-        self._bucket, self._streams = bucket, streams
+    name = "python"
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
         self.uri = bucket.uri
-        self.name = "python" if is_gcs_uri(bucket.uri) else "directory"
+
+    @classmethod
+    def open(cls, options: TransportOptions, meter: Meter) -> BucketTransport:
+        """Return it with the bucket of the options."""
+        return cls(open_bucket(options.uri, options.user_project, options.retry_seconds, meter))
 
     def put(
         self, object_name: str, write: WriteStream, expected: ObjectInfo | None, max_bytes: int
     ) -> None:
         """Upload as a stream; nothing is stored on the way."""
-        bucket = self._bucket
         if max_bytes <= SMALL_BYTES:
             memory = io.BytesIO()
             write(memory)
-            bucket.put_bytes_if(object_name, memory.getvalue(), expected)
-        elif isinstance(bucket, GcsBucket) and self._streams > 1:
-            put_parallel(bucket, object_name, write, expected, streams=self._streams)
+            self._bucket.put_bytes_if(object_name, memory.getvalue(), expected)
         else:
-            bucket.put_stream(object_name, write, expected)
+            self._put_large(object_name, write, expected)
+
+    def _put_large(self, object_name: str, write: WriteStream, expected: ObjectInfo | None) -> None:
+        self._bucket.put_stream(object_name, write, expected)
 
     def stat(self, object_name: str) -> ObjectInfo | None:
         """Return what is there; a directory's file is read for its checksum."""
@@ -211,16 +216,60 @@ class BucketTransport:
     def remove_unfinished(
         self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
     ) -> None:
-        """Remove parts, or temporary files."""
-        if isinstance(self._bucket, GcsBucket):
-            prefix = f"{folder}/{PARTS_FOLDER}/" if only is None else parts_prefix(only)
-            remove_parts(self._bucket, prefix, keep)
-        elif isinstance(self._bucket, DirectoryBucket) and only is None:
-            self._bucket.remove_unfinished(folder, keep)
+        """Do nothing: a stream that is not finished leaves nothing."""
 
     def close(self) -> None:
         """Close the bucket."""
         self._bucket.close()
+
+
+class DirectoryTransport(BucketTransport):
+    """Into a directory, through temporary files."""
+
+    name = "directory"
+
+    def __init__(self, directory: DirectoryBucket) -> None:
+        super().__init__(directory)
+        self._directory = directory
+
+    @classmethod
+    def open(cls, options: TransportOptions, meter: Meter) -> DirectoryTransport:
+        """Return it with the directory of the options."""
+        return cls(DirectoryBucket(Path(options.uri), meter))
+
+    def remove_unfinished(
+        self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
+    ) -> None:
+        """Remove temporary files."""
+        if only is None:
+            self._directory.remove_unfinished(folder, keep)
+
+
+class GcsTransport(BucketTransport):
+    """Through google-cloud-storage, in parallel parts where more than one stream is allowed."""
+
+    def __init__(self, bucket: GcsBucket, streams: int) -> None:
+        super().__init__(bucket)
+        self._gcs, self._streams = bucket, streams
+
+    @classmethod
+    def open(cls, options: TransportOptions, meter: Meter) -> GcsTransport:
+        """Return it with the bucket of the options."""
+        bucket = GcsBucket(options.uri, options.user_project, options.retry_seconds, meter)
+        return cls(bucket, options.streams)
+
+    def _put_large(self, object_name: str, write: WriteStream, expected: ObjectInfo | None) -> None:
+        if self._streams > 1:
+            put_parallel(self._gcs, object_name, write, expected, streams=self._streams)
+        else:
+            super()._put_large(object_name, write, expected)
+
+    def remove_unfinished(
+        self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
+    ) -> None:
+        """Remove parts."""
+        prefix = f"{folder}/{PARTS_FOLDER}/" if only is None else parts_prefix(only)
+        remove_parts(self._gcs, prefix, keep)
 
 
 class _CommandTransport:
@@ -266,6 +315,14 @@ class _CommandTransport:
     def close(self) -> None:
         """Nothing to release."""
 
+    @classmethod
+    def _require(cls, program: str | None, hint: str) -> str:
+        if program is None:
+            raise StorageError(
+                f"{cls.name} is not installed. {hint}, or --set upload_transport=python."
+            )
+        return program
+
     def _object(self, object_name: str) -> str:
         uri = join_uri(self.uri, object_name)
         if found := re.search(r"[][*?#]", uri):
@@ -282,7 +339,8 @@ class GcloudTransport(_CommandTransport):
     name = "gcloud"
     _quiet = ("--no-user-output-enabled",)  # dots of its progress would pass for progress
 
-    def __init__(self, program: str, options: TransportOptions, meter: Meter) -> None:
+    def __init__(self, options: TransportOptions, meter: Meter) -> None:
+        program = self._require(shutil.which("gcloud"), "Install it")
         billing = [f"--billing-project={options.user_project}"] if options.user_project else []
         super().__init__([program, "--quiet", *billing, "storage"], options, meter)
 
@@ -340,7 +398,8 @@ class GsutilTransport(_CommandTransport):
     name = "gsutil"
     _quiet = ("-q",)  # but not for `stat`, which then says nothing at all
 
-    def __init__(self, program: str, options: TransportOptions, meter: Meter) -> None:
+    def __init__(self, options: TransportOptions, meter: Meter) -> None:
+        program = self._require(find_gsutil(), "Run: bash setup.sh (it puts gsutil into venv/)")
         words = [program, *(["-u", options.user_project] if options.user_project else [])]
         # Its own retries are short, ours follow; parts that a killed gsutil left would stay.
         retries = 1 if options.retry_seconds < START_SECONDS else 4
@@ -429,8 +488,30 @@ def find_gsutil() -> str | None:
     return shutil.which("gsutil") or (str(beside) if beside.is_file() else None)
 
 
+OpenTransport = Callable[[TransportOptions, Meter], Transport]
+
+TRANSPORTS: dict[str, dict[str, OpenTransport]] = {
+    "gs": {"python": GcsTransport.open, "gcloud": GcloudTransport, "gsutil": GsutilTransport}
+}
+"""Scheme -> its transports by name, the fastest first (BENCHMARKS.md). `auto` takes the first that
+works."""
+
+
+def _openers(uri: str) -> dict[str, OpenTransport]:
+    """Return the transports to a place, by name, in the order in which `auto` tries them."""
+    if local_path(uri) is not None:
+        return {"directory": DirectoryTransport.open}
+    return TRANSPORTS.get(scheme_of(uri) or "", {"python": BucketTransport.open})
+
+
+def _settle(uri: str, name: str) -> str:
+    """Return `name`, or what auto means where there is one transport alone."""
+    names = list(_openers(uri))
+    return names[0] if name == "auto" and len(names) == 1 else name
+
+
 def open_transport(options: TransportOptions, meter: Meter | None = None) -> Transport:
-    """Return a transport; `options.name` must not be auto for gs://.
+    """Return a transport; `options.name` must not be auto where there are several.
 
     Raises:
         UsageError: The URI is neither a bucket nor a directory.
@@ -438,24 +519,11 @@ def open_transport(options: TransportOptions, meter: Meter | None = None) -> Tra
     """
     uri, name = options.uri, options.name
     require_place(uri)
-    meter = meter or Meter(options.max_bytes_per_second)
-    if not is_gcs_uri(uri):
-        if name not in ("auto", "directory"):
-            raise StorageError(f"upload_transport {name} needs a gs:// URI, not {uri}.")
-        return BucketTransport(open_bucket(uri, meter=meter))
-    if name == "directory":
-        raise StorageError(f"upload_transport directory needs a directory, not {uri}.")
-    if name == "python":
-        bucket = open_bucket(uri, options.user_project, options.retry_seconds, meter)
-        return BucketTransport(bucket, options.streams)
-    program = find_gsutil() if name == "gsutil" else shutil.which("gcloud")
-    if program is None:
-        hint = (
-            "Run: bash setup.sh (it puts gsutil into venv/)" if name == "gsutil" else "Install it"
-        )
-        raise StorageError(f"{name} is not installed. {hint}, or --set upload_transport=python.")
-    kind = GsutilTransport if name == "gsutil" else GcloudTransport
-    return kind(program, options, meter)
+    openers, name = _openers(uri), _settle(uri, name)
+    if name not in openers:
+        needed = "directory" if name == "directory" else "URI such as gs://bucket/prefix"
+        raise StorageError(f"upload_transport {name} needs a {needed}, not {uri}.")
+    return openers[name](options, meter or Meter(options.max_bytes_per_second))
 
 
 @dataclass(frozen=True)
@@ -482,8 +550,8 @@ def probe_transport(options: TransportOptions, folder: str, retry_seconds: float
     Raises:
         StorageError: Nothing works; the message says why for each.
     """
-    is_auto = options.name == "auto" and is_gcs_uri(options.uri)
-    names = AUTO_ORDER if is_auto else (options.name,)
+    is_open = _settle(options.uri, options.name) == "auto"
+    names = list(_openers(options.uri)) if is_open else [options.name]
     errors: list[StorageError] = []
     for name in names:
         wanted = replace(options, name=name)

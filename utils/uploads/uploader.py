@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from utils.base.archive_formats import COMPRESSIONS
 from utils.base.errors import PretrainError, TransientStorageError
 from utils.base.retrying import ARCHIVE_FACTOR, FIRST_RETRY_SECONDS, backoff
 from utils.base.text import format_bytes, format_duration
@@ -96,7 +97,7 @@ class Uploader:
     Args:
         transport: Where to and how; its name is not auto for gs://.
         journal: Where every state is recorded.
-        compression: fast, small or none.
+        compression: One of `COMPRESSIONS`.
         sweeps: Whether what other interrupted uploads left in the bucket may be removed; only for
             the one that holds the bucket's lease.
         first_backoff_seconds: Mean wait before the second attempt; the next are 4 times longer.
@@ -123,7 +124,7 @@ class Uploader:
         """Speed of the last upload that was verified, None before one was."""
         self._transport, self._journal = transport, journal
         self._compression, self._sweeps = compression, sweeps
-        self._tell = tell
+        self._suffix, self._tell = COMPRESSIONS[compression].suffix, tell
         self._first_backoff, self._perform = first_backoff_seconds, perform or run_in_process
         self._queue: list[_Item] = []
         self._active: _Item | None = None
@@ -286,7 +287,8 @@ class Uploader:
         except InterruptedUploadError:  # no failure: the journal says where it was
             log.debug("The upload of %s goes on at the next start.", checkpoint.name)
             with contextlib.suppress(OSError):
-                local_archive(checkpoint).unlink(missing_ok=True)  # its writer was killed
+                # Its writer was killed.
+                local_archive(checkpoint, self._suffix).unlink(missing_ok=True)
         except TransientStorageError as exc:
             self._try_later(item, run_id, str(exc))
         except OSError as exc:  # of the journal: the disk may be full
@@ -317,7 +319,7 @@ class Uploader:
             "Uploading %s (%s) to %s by %s.",
             name,
             format_bytes(manifest.total_bytes),
-            join_uri(uri, archive_object(name)),
+            join_uri(uri, archive_object(name, self._suffix)),
             self._transport.name,
         )
         self._progress = _Progress(name)
@@ -333,7 +335,7 @@ class Uploader:
             UploadState.VERIFIED,
             bytes=result.size,
             crc32c=result.crc32c,
-            uri=join_uri(uri, archive_object(name)),
+            uri=join_uri(uri, archive_object(name, result.suffix)),
             bucket=normalize_uri(uri),
             manifest_crc32c=crc32c_of_file(checkpoint / MANIFEST_FILE),
             seconds=round(result.seconds, 3),
@@ -363,7 +365,7 @@ class Uploader:
                 UploadState.UPLOADING if report.sent else UploadState.ARCHIVING,
                 sync=False,
                 attempt=item.attempts,
-                uri=join_uri(self._transport.uri, archive_object(item.path.name)),
+                uri=join_uri(self._transport.uri, archive_object(item.path.name, self._suffix)),
                 **progress.facts(),
             )
 

@@ -18,10 +18,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zstandard
 from isal import igzip
 
 from tests.gcs_server import FakeGcsServer, Fault
 from tests.sample_checkpoints import RUN_ID, make_checkpoint, seal
+from utils.base.archive_formats import ARCHIVE_SUFFIXES, COMPRESSIONS
 from utils.base.errors import (
     AccessDeniedError,
     CheckpointError,
@@ -29,7 +31,7 @@ from utils.base.errors import (
     TransientStorageError,
     UsageError,
 )
-from utils.base.uri import is_gcs_uri
+from utils.base.uri import local_path
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import archive_object, card_object, read_json, read_manifest
 from utils.checkpoints.store import remove_leftovers, verify_checkpoint
@@ -110,7 +112,7 @@ def fetch(bucket: Bucket, directory: Path) -> Callable[..., Path]:
 def upload(bucket: Bucket, checkpoint: Path) -> None:
     """Upload as the trainer does, but in this process."""
     journal = Journal(checkpoint.parent / "uploads.jsonl")
-    options = TransportOptions(bucket.uri, "python" if is_gcs_uri(bucket.uri) else "directory")
+    options = TransportOptions(bucket.uri, "directory" if local_path(bucket.uri) else "python")
     with Uploader(
         options, journal, perform=lambda job, *_: run_job(job, UploadProgress())
     ) as uploader:
@@ -119,18 +121,20 @@ def upload(bucket: Bucket, checkpoint: Path) -> None:
     assert uploader.verified == [checkpoint.name]
 
 
-def make_card(checkpoint: Path, archive: bytes) -> dict[str, Any]:
+def make_card(checkpoint: Path, archive: bytes, **more: str) -> dict[str, Any]:
     return {
         "manifest": read_json(checkpoint / "manifest.json"),
         "metadata": read_json(checkpoint / "metadata.json"),
-        "archive": {"size": len(archive), "crc32c": crc32c_of_bytes(archive)},
+        "archive": {"size": len(archive), "crc32c": crc32c_of_bytes(archive), **more},
     }
 
 
-def publish(bucket: Bucket, checkpoint: Path, archive: bytes) -> None:
+def publish(bucket: Bucket, checkpoint: Path, archive: bytes, suffix: str = ".tar.gz") -> None:
     """Put an archive of any content, with a card that vouches for its bytes."""
-    bucket.put_bytes(archive_object(NAME), archive)
-    bucket.put_bytes(card_object(NAME), json.dumps(make_card(checkpoint, archive)).encode())
+    bucket.put_bytes(archive_object(NAME, suffix), archive)
+    more = {} if suffix == ".tar.gz" else {"format": suffix}
+    card = make_card(checkpoint, archive, **more)
+    bucket.put_bytes(card_object(NAME), json.dumps(card).encode())
 
 
 def archive_of(checkpoint: Path) -> bytes:
@@ -199,7 +203,7 @@ def test_a_journal_that_cannot_be_written_costs_only_a_second_upload(
 def test_a_download_from_gs_survives_faults_and_is_the_same(
     gcs: FakeGcsServer, source: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archive_reading, "READ_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(archive_reading, "DOWNLOAD_BLOCK_BYTES", 20_000)
     remote = open_bucket("gs://runs/team/a", retry_seconds=5)
     upload(remote, source)
     busy = gcs.add_fault(Fault("status", times=2, operation="object.download", status=503))
@@ -385,7 +389,7 @@ def cut_at_a_member_boundary(data: bytes) -> bytes:
     """Return an archive that tar extracts without an error, one file short."""
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         last = archive.getmembers()[-1]
-    return igzip.compress(igzip.decompress(data)[: last.offset])
+    return compress(igzip.decompress(data)[: last.offset])
 
 
 DAMAGED_ARCHIVES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
@@ -473,11 +477,14 @@ def members_of(checkpoint: Path) -> Members:
     ]
 
 
+compress = igzip.compress
+
+
 def pack(members: Members, *, tail: bytes = bytes(1024)) -> bytes:
     raw = io.BytesIO()
     for info, data in members:
         raw.write(info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % 512))
-    return igzip.compress(raw.getvalue() + tail)
+    return compress(raw.getvalue() + tail)
 
 
 def without(members: Members, name: str) -> Members:
@@ -596,11 +603,11 @@ HOSTILE: dict[str, tuple[Callable[[Members], bytes], str]] = {
         lambda m: pack(with_content(m, "manifest.json", b"{}")),
         "its manifest.json cannot be read",
     ),
-    "no tar": (lambda m: igzip.compress(os.urandom(5000)), "cannot be unpacked"),
+    "no tar": (lambda m: compress(os.urandom(5000)), "cannot be unpacked"),
     "no gzip": (lambda m: os.urandom(5000), "cannot be unpacked"),
     "cut gzip": (lambda m: pack(m)[:-3000], "cannot be unpacked"),
     "damaged gzip": (lambda m: flip(pack(m)), "cannot be unpacked|does not belong|not what its"),
-    "nothing": (lambda m: igzip.compress(b""), "cannot be unpacked"),
+    "nothing": (lambda m: compress(b""), "cannot be unpacked"),
 }
 
 
@@ -615,6 +622,7 @@ def test_a_packed_checkpoint_is_fine_as_long_as_nothing_is_changed(
     assert contents(fetch()) == contents(source)
 
 
+@pytest.mark.parametrize("suffix", ARCHIVE_SUFFIXES)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_archive_leaves_nothing_behind(
     bucket: ScriptedBucket,
@@ -622,18 +630,22 @@ def test_a_hostile_archive_leaves_nothing_behind(
     directory: Path,
     fetch: Callable[..., Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     case: str,
+    suffix: str,
 ) -> None:
+    if suffix == ".tar.zst":
+        monkeypatch.setattr(sys.modules[__name__], "compress", zstandard.compress)
     (source.parent / "secret").write_bytes(b"x" * 50_000)
     build, message = HOSTILE[case]
-    publish(bucket, source, build(members_of(source)))
+    publish(bucket, source, build(members_of(source)), suffix)
     written = [0]
     before = sorted(path for path in tmp_path.rglob("*") if directory not in path.parents)
 
     def watch(stage: str, done: int, total: int) -> None:
         if stage == "unpacking":
             files = [path for path in directory.rglob("*") if path.is_file()]
-            sizes = [path.stat().st_size for path in files if path.suffix != ".gz"]
+            sizes = [path.stat().st_size for path in files if path.suffix not in (".gz", ".zst")]
             written[0] = max(written[0], sum(sizes))
 
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -643,6 +655,38 @@ def test_a_hostile_archive_leaves_nothing_behind(
     after = sorted(path for path in tmp_path.rglob("*") if directory not in path.parents)
     assert [path for path in after if path != directory] == before
     assert written[0] <= read_manifest(source).total_bytes + 100_000
+
+
+@pytest.mark.parametrize("suffix", ARCHIVE_SUFFIXES)
+def test_each_format_comes_back(
+    bucket: ScriptedBucket, source: Path, fetch: Callable[..., Path], suffix: str
+) -> None:
+    sink = io.BytesIO()
+    chosen = next(key for key, each in COMPRESSIONS.items() if each.suffix == suffix)
+    write_archive(source, read_manifest(source), sink, compression=chosen)
+    publish(bucket, source, sink.getvalue(), suffix)
+    assert contents(fetch()) == contents(source)
+
+
+def test_a_frame_that_asks_for_much_memory_is_refused(
+    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
+) -> None:
+    raw = igzip.decompress(pack(members_of(source)))
+    parameters = zstandard.ZstdCompressionParameters(window_log=27, write_content_size=False)
+    packed = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    publish(bucket, source, packed.compress(raw) + packed.flush(), ".tar.zst")
+    with pytest.raises(CheckpointError, match="cannot be unpacked.*memory"):
+        fetch()
+    assert_nothing_was_left(directory)
+
+
+def test_an_archive_of_another_format_is_refused(
+    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
+) -> None:
+    publish(bucket, source, b"x", ".tar.xz")
+    with pytest.raises(CheckpointError, match="archive of the unknown format '.tar.xz'"):
+        fetch()
+    assert_nothing_was_left(directory)
 
 
 def test_pickles_are_only_bytes(
@@ -666,7 +710,7 @@ def test_two_transient_errors_are_survived_and_nothing_is_read_twice(
     fetch: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(archive_reading, "READ_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(archive_reading, "DOWNLOAD_BLOCK_BYTES", 20_000)
     upload(bucket, source)
     bucket.faults = {
         card_object(NAME): [TransientStorageError("503"), TransientStorageError("503")],

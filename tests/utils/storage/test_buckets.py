@@ -20,6 +20,7 @@ from typing import IO, Any
 import pytest
 
 from tests.gcs_server import FakeGcsServer, Fault
+from tests.memory_bucket import STORED
 from utils.base.errors import (
     AccessDeniedError,
     ConflictError,
@@ -28,7 +29,7 @@ from utils.base.errors import (
     TransientStorageError,
     UsageError,
 )
-from utils.base.uri import join_uri
+from utils.base.uri import BUCKETS, join_uri
 from utils.storage import gcs as gcs_bucket
 from utils.storage.bucket import Bucket, Meter, ObjectInfo, crc32c_of_bytes, crc32c_of_file
 from utils.storage.directory import DirectoryBucket
@@ -52,9 +53,18 @@ def remote(gcs: FakeGcsServer) -> Iterator[Bucket]:
     bucket.close()
 
 
-@pytest.fixture(params=["directory", "gs"])
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A third kind, which a test registers."""
+    monkeypatch.setitem(BUCKETS, "mem", "tests.memory_bucket:MemoryBucket")
+    STORED.clear()
+    return open_bucket("mem://runs/team/a")
+
+
+@pytest.fixture(params=["directory", "gs", "mem"])
 def bucket(request: pytest.FixtureRequest) -> Bucket:
-    found: Bucket = request.getfixturevalue("directory" if request.param != "gs" else "remote")
+    names = {"directory": "directory", "gs": "remote", "mem": "memory"}
+    found: Bucket = request.getfixturevalue(names[request.param])
     return found
 
 
@@ -63,7 +73,7 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-# What both kinds of bucket do.
+# What every kind of bucket does.
 
 
 def test_crc32c_is_written_as_gcs_writes_it(tmp_path: Path) -> None:

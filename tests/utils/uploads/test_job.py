@@ -130,9 +130,12 @@ class Place:
         contents = self.contents()
         for name, data in contents.items():
             if name.endswith(".json"):
-                archive = contents.get(f"{name.removesuffix('.json')}.tar.gz")
+                suffix = json.loads(data)["archive"].get("format", ".tar.gz")
+                archive = contents.get(f"{name.removesuffix('.json')}{suffix}")
                 assert archive is not None, f"{name} without an archive"
                 facts = {"size": len(archive), "crc32c": crc32c_of_bytes(archive)}
+                if suffix != ".tar.gz":
+                    facts["format"] = suffix
                 assert json.loads(data)["archive"] == facts, f"{name} of another archive"
 
     def require_uploaded(self, checkpoint: Path) -> None:
@@ -419,6 +422,43 @@ def test_the_same_step_saved_again_by_the_same_branch_is_replaced(
     assert set(after) == {ARCHIVE, CARD, *(f"{copy}{end}" for copy in copies for end in suffixes)}
     for copy, contents in copies.items():
         assert all(after[f"{copy}{end}"] == contents[name] for end, name in suffixes.items())
+
+
+def test_an_archive_of_another_format_is_not_sent_again(place: Place, checkpoint: Path) -> None:
+    for first, second, suffix in (("fast", "zstd", ".tar.gz"), ("zstd", "fast", ".tar.zst")):
+        for info in list(place.bucket.list()):
+            place.bucket.delete(info.name)
+        sent = place.upload(checkpoint, compression=first)
+        again = place.upload(checkpoint, compression=second)
+        assert (again.sent, again.suffix, sent.suffix) == (0, suffix, suffix)
+        assert place.puts == []
+        assert set(place.contents()) == {archive_object(NAME, suffix), CARD}
+
+
+def test_an_archive_of_zstd_without_its_card_is_not_sent_again(
+    place: Place, checkpoint: Path
+) -> None:
+    place.upload(checkpoint, compression="zstd")
+    place.bucket.delete(CARD)
+    place.upload(checkpoint, compression="zstd")
+    assert place.puts == [CARD]
+
+
+def test_a_step_saved_again_in_another_format_replaces_the_older_archive(
+    place: Place, checkpoint: Path, tmp_path: Path
+) -> None:
+    aside = f"Checkpoints/set-aside/branch-0/{NAME}"
+    place.upload(make_other(tmp_path))
+    before = place.contents()
+    place.upload(checkpoint, before=place.check, after=place.check, compression="zstd")
+    after = place.contents()
+    assert set(after) == {
+        archive_object(NAME, ".tar.zst"),
+        CARD,
+        f"{aside}.tar.gz",
+        f"{aside}.json",
+    }
+    assert (after[f"{aside}.tar.gz"], after[f"{aside}.json"]) == (before[ARCHIVE], before[CARD])
 
 
 def test_a_card_that_is_written_at_this_moment_is_neither_deleted_nor_replaced(

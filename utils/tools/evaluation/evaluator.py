@@ -19,7 +19,7 @@ from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, DataError, UsageError
 from utils.base.progress import OnProgress
 from utils.base.text import printable
-from utils.base.uri import is_gcs_uri
+from utils.base.uri import local_path
 from utils.checkpoints.layout import TRAINING_CONFIG_FILE, RunPaths
 from utils.checkpoints.views import read_json_object
 from utils.data.shard_cache import ShardCache
@@ -242,7 +242,8 @@ class Evaluator:
 
     def _open(self, uri: str) -> tuple[Bucket, ShardIndex]:
         if uri not in self._opened:
-            if not is_gcs_uri(uri) and not Path(uri).is_dir():
+            directory = local_path(uri)
+            if directory is not None and not directory.is_dir():
                 raise DataError(f"{uri} does not exist.")
             bucket = open_bucket(uri, self._config.gcs_user_project or None)
             try:

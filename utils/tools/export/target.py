@@ -24,7 +24,7 @@ from configs.model_config import CONFIG_FILE
 from utils.base.errors import LockedError, SaveError, UsageError
 from utils.base.progress import OnProgress
 from utils.base.text import printable
-from utils.base.uri import is_gcs_uri, require_place
+from utils.base.uri import BUCKET_PLACES, local_path, require_place, split_uri
 from utils.checkpoints.layout import MANIFEST_FILE
 from utils.data.shard_index import find_tokenizer_files
 from utils.data.transfer import put_tree
@@ -32,7 +32,7 @@ from utils.storage.bucket import Bucket, fsync_directory
 from utils.storage.open import open_bucket
 
 GGUF_SUFFIX = ".gguf"
-EXPORT_PLACES = "a folder, a .gguf file, gs://bucket/prefix or hub:OWNER/NAME"
+EXPORT_PLACES = f"a folder, a .gguf file, {BUCKET_PLACES} or hub:OWNER/NAME"
 GGUF_MAGIC = b"GGUF"
 _EXPORT_FILE = re.compile(
     r"config\.json|generation_config\.json|README\.md|spiece\.model|vocab\.txt"
@@ -83,9 +83,9 @@ def open_target(
     """
     require_place(output, "--output", EXPORT_PLACES)
     is_file = output.endswith(GGUF_SUFFIX)
-    if is_gcs_uri(output):
-        parent, _, name = output.rstrip("/").rpartition("/")
-        if is_file and parent in ("gs:", "gs:/"):
+    if local_path(output) is None:
+        parent, name = split_uri(output) or ("", "")
+        if is_file and not name:
             raise UsageError(f"--output {printable(output)} names no object in a bucket.")
         bucket = open_bucket(parent if is_file else output, user_project)
         return BucketTarget(bucket, output, scratch, name if is_file else None, overwrite)

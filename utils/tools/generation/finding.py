@@ -23,7 +23,7 @@ from configs.training_config import TrainingConfig
 from utils.base.errors import StorageError, UsageError
 from utils.base.progress import OnProgress
 from utils.base.text import printable
-from utils.base.uri import is_gcs_uri, join_uri, require_place
+from utils.base.uri import join_uri, local_path, require_place
 from utils.checkpoints.layout import (
     MANIFEST_FILE,
     RunPaths,
@@ -73,7 +73,7 @@ def find_model(
     remote = parse_remote_name(text)
     if remote is not None:
         uri, which = remote
-        if is_gcs_uri(text) and not _is_checkpoint(which):
+        if local_path(text) is None and not _is_checkpoint(which):
             return _from_bucket_folder(text, models, on_progress)
         return _from_bucket(uri, which, models, config, on_progress)
     with open_shelf(config) as shelf:

@@ -26,11 +26,12 @@ from typing import Any, Protocol
 import psutil
 
 from configs.training_config import PROJECT_DIRECTORY
+from utils.base.archive_formats import ARCHIVE_SUFFIXES
 from utils.base.errors import PretrainError, UsageError
 from utils.base.text import parse_json, printable
 from utils.base.uri import require_path
 from utils.checkpoints.journal import Journal, UploadState
-from utils.checkpoints.layout import ARCHIVE_SUFFIX, MANIFEST_FILE, SAVING_PREFIX, RunPaths
+from utils.checkpoints.layout import MANIFEST_FILE, SAVING_PREFIX, RunPaths
 
 TRAIN = PROJECT_DIRECTORY / "train.py"
 RUN_POLL_SECONDS = 0.005
@@ -329,11 +330,11 @@ def phase_of(paths: RunPaths, watch: StepWatch) -> str:
     if watch.begin is None:
         return "starting"
     names = [path.name for path in paths.checkpoints.iterdir()]
-    archives = any(name.endswith(ARCHIVE_SUFFIX) for name in names)
+    archives = any(name.endswith(ARCHIVE_SUFFIXES) for name in names)
     saving = [
         name
         for name in names
-        if name.startswith(SAVING_PREFIX) and not name.endswith(ARCHIVE_SUFFIX)
+        if name.startswith(SAVING_PREFIX) and not name.endswith(ARCHIVE_SUFFIXES)
     ]
     if any((paths.checkpoints / name / MANIFEST_FILE).is_file() for name in saving):
         return "committing"
