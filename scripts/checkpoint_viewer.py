@@ -30,7 +30,6 @@ from configs.training_config import TrainingConfig
 from utils.base.console import print_table, run_command
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import printable, to_json_text
-from utils.base.text_plots import MARKS, draw_chart
 from utils.checkpoints.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView
 from utils.costs.costs import parse_hourly_price
@@ -85,6 +84,7 @@ from utils.tracking.plots import (
     require_drawable,
     x_label,
 )
+from utils.tracking.text_plots import MARKS, draw_chart
 
 # rich draws about 600 rows a second: a long list is printed as plain columns.
 MAX_TABLE_ROWS = 100

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from utils.base.text import ABSENT, number, printable
-from utils.base.text_plots import draw_chart
 from utils.tools.evaluation.log import ERROR_SUFFIX, NO_RESULTS, Evaluation, MetricPoints
 from utils.tracking.plots import Series
+from utils.tracking.text_plots import draw_chart
 
 _SHOWN_NAMES = {
     "bits_per_byte": "bits/byte",

@@ -16,13 +16,13 @@ from datetime import datetime
 
 from utils.base.machine import Gpu, MachineLoad
 from utils.base.text import ABSENT, format_bytes, printable
-from utils.base.text_plots import sparkline
 from utils.checkpoints.layout import CHECKPOINT_PREFIX
 from utils.costs.costs import describe_costs_so_far
 from utils.tools.monitor.live_screen import Line
 from utils.tools.monitor.state import RunState
 from utils.tools.monitor.status import CheckpointStatus, RunStatus
 from utils.tools.monitor.warnings import DAY_SECONDS
+from utils.tracking.text_plots import sparkline
 
 WIDTH = 80
 SPARK_WIDTH = 32

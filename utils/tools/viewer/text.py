@@ -21,12 +21,12 @@ from utils.base.text import (
     printable,
     to_json_text,
 )
-from utils.base.text_plots import is_encodable, sparkline
 from utils.checkpoints.layout import CHECKPOINT_PREFIX
 from utils.checkpoints.views import CheckpointView
 from utils.costs.costs import Costs, format_dollars
 from utils.tools.viewer.report import loss_statistics, numbers, section
 from utils.tracking.metrics_log import HISTORY_LIMIT
+from utils.tracking.text_plots import is_encodable, sparkline
 
 TREND_SIGNS = {"improving": "\u2193", "worsening": "\u2191", "flat": "\u2192"}
 GREATEST_COUNT = 1e15

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.base.text_plots import draw_chart, sparkline
+from utils.tracking.text_plots import draw_chart, sparkline
 
 numbers = st.floats(allow_nan=True, allow_infinity=True)
 
