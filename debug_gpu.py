@@ -26,7 +26,7 @@ from utils.tools.diagnosis.facts import (
     read_torch,
     run_apart,
 )
-from utils.tools.diagnosis.findings import find_causes, sort_diagnoses, summarize
+from utils.tools.diagnosis.findings import find_causes, sort_diagnoses, summarize_findings
 from utils.tools.diagnosis.fit import find_forecasts, find_misfits
 from utils.tools.diagnosis.text import print_page
 
@@ -58,7 +58,7 @@ def run_diagnosis(args: argparse.Namespace) -> None:
         **asdict(facts),
         "forecasts": [asdict(forecast) for forecast in forecasts],
         "findings": [asdict(diagnosis) for diagnosis in diagnoses],
-        "verdict": summarize(facts.torch),
+        "verdict": summarize_findings(facts.torch),
     }
     print(to_json_text(value))
 

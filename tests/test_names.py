@@ -10,22 +10,6 @@ from configs.training_config import PROJECT_DIRECTORY
 
 # What each module has for itself: its logger, and the entry of a process.
 OF_EACH_MODULE = {"log", "main", "serve", "T"}
-STILL_DOUBLE = {
-    "DTYPES",
-    "END_SECONDS",
-    "Job",
-    "MEMORY_RESERVE",
-    "MEMORY_SHARE",
-    "POLL_SECONDS",
-    "READ_BLOCK_BYTES",
-    "RETRY_SECONDS",
-    "Row",
-    "Rows",
-    "SHOWN_PROCESSES",
-    "SIXTEEN_BIT",
-    "TABLES",
-    "WARM_UP_STEPS",
-}
 
 
 def public_names(file: Path) -> set[str]:
@@ -51,6 +35,4 @@ def test_every_public_name_is_defined_once() -> None:
         for file in sorted((PROJECT_DIRECTORY / folder).rglob("*.py")):
             for name in public_names(file):
                 places[name].append(str(file.relative_to(PROJECT_DIRECTORY)))
-    double = {name: files for name, files in places.items() if len(files) > 1}
-    assert {name: double[name] for name in double.keys() - STILL_DOUBLE} == {}
-    assert STILL_DOUBLE - double.keys() == set(), "these are defined once now: take them out"
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}

@@ -343,7 +343,7 @@ def test_a_failed_save_is_tried_again_in_a_minute(
     run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FailingSave(monkeypatch, {1})
-    monkeypatch.setattr("utils.run.saving.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("utils.run.saving.SAVE_RETRY_SECONDS", 0.0)
     settings = ("save_steps=2", "background_save=false")
     assert run_train("--max-steps", "4", settings=settings) == 0
     assert steps(tmp_path) == [3, 4]

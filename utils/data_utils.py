@@ -29,7 +29,7 @@ from utils.storage.open import open_bucket
 
 PREFETCHED_STEPS = 4
 SEARCH_BLOCK = 1024
-POLL_SECONDS = 0.1
+STOP_POLL_SECONDS = 0.1
 CLOSE_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class BatchLoader:
         try:
             while True:
                 with contextlib.suppress(queue.Empty):
-                    return self._ready.get(timeout=POLL_SECONDS)
+                    return self._ready.get(timeout=STOP_POLL_SECONDS)
                 if self._should_stop():
                     return None
         finally:

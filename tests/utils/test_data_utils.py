@@ -350,7 +350,7 @@ def wait_for_ready(loader: BatchLoader, count: int) -> None:
 def test_a_stop_ends_the_wait_for_a_batch_after_those_that_are_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: int
 ) -> None:
-    monkeypatch.setattr("utils.data_utils.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("utils.data_utils.STOP_POLL_SECONDS", 0.02)
     asked = []
 
     def should_stop() -> bool:
@@ -380,7 +380,7 @@ def test_a_stop_does_not_drop_batches_that_are_ready(tmp_path: Path) -> None:
 def test_without_a_stop_a_late_batch_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("utils.data_utils.POLL_SECONDS", 0.001)
+    monkeypatch.setattr("utils.data_utils.STOP_POLL_SECONDS", 0.001)
     loader, bucket, _ = stalled_loader(tmp_path, 1)
     timer = threading.Timer(0.1, bucket.released.set)
     timer.start()

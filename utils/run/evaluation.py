@@ -68,7 +68,7 @@ def evaluate(
     return float(total.item()) / data.num_samples
 
 
-class Evaluator:
+class RunEvaluator:
     """The evaluations of a run: the validation loss and the sample texts of a step.
 
     Args:

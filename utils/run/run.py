@@ -31,7 +31,7 @@ from utils.costs.spending import Spending, open_meter
 from utils.data_utils import TrainingData
 from utils.run import leaving
 from utils.run.bad_steps import BadSteps
-from utils.run.evaluation import Evaluator
+from utils.run.evaluation import RunEvaluator
 from utils.run.metrics import RunMetrics
 from utils.run.sample_texts import Sampler
 from utils.run.saving import RunSaving, SavedParts, SavingOptions
@@ -123,7 +123,7 @@ class TrainingRun:
         )
         self._saving = RunSaving(config, self._parts, self.stop, self._options, self._notes.add)
         self._metrics = RunMetrics(config, self.state, self._data)
-        self._evaluator = Evaluator(
+        self._evaluator = RunEvaluator(
             config, self.state, self._data, self._sampler, self._metrics, self.stop
         )
         return self

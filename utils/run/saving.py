@@ -43,8 +43,8 @@ from utils.training_utils import TrainState
 from utils.uploads.transports import TransportOptions
 from utils.uploads.uploader import Uploader, find_unfinished
 
-RETRY_SECONDS = 60.0
-MEMORY_SHARE = 0.9
+SAVE_RETRY_SECONDS = 60.0
+SNAPSHOT_MEMORY_SHARE = 0.9
 LEAVING_SHARE = 0.1  # of the grace period, for ending threads and releasing what is held
 Tell = Callable[[str, str, int | None], None]
 
@@ -283,7 +283,7 @@ class RunSaving:
         if self._failed_at is None:
             self._failed_at = time.monotonic()
             self._tell("checkpoints", str(self.failure), None)
-        if time.monotonic() - self._failed_at < RETRY_SECONDS:
+        if time.monotonic() - self._failed_at < SAVE_RETRY_SECONDS:
             return False
         self._failed_at = None
         return True
@@ -315,4 +315,4 @@ class RunSaving:
         return uploader
 
     def _usable_memory(self) -> int:
-        return int(available_memory() * MEMORY_SHARE) // self._sharers
+        return int(available_memory() * SNAPSHOT_MEMORY_SHARE) // self._sharers

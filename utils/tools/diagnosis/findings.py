@@ -73,7 +73,7 @@ def sort_diagnoses(diagnoses: Sequence[Diagnosis]) -> list[Diagnosis]:
     return sorted(diagnoses, key=lambda diagnosis: (PROBLEM, NOTE, OK).index(diagnosis.level))
 
 
-def summarize(torch: Torch) -> str:
+def summarize_findings(torch: Torch) -> str:
     """Return what train.py will use."""
     if torch.version is None:
         return "train.py cannot run: torch does not work."

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from utils.base.console import get_console, print_table
 from utils.base.text import format_bytes, printable
 from utils.tools.diagnosis.facts import SHM, Driver, Facts, Host, Timing, Torch
-from utils.tools.diagnosis.findings import Diagnosis, summarize
+from utils.tools.diagnosis.findings import Diagnosis, summarize_findings
 from utils.tools.diagnosis.fit import Forecast, describe_forecast
 
 VALUE_CHARACTERS = 500
-STYLES = {"problem": "bold red", "note": "yellow", "ok": "green"}
+_STYLES = {"problem": "bold red", "note": "yellow", "ok": "green"}
 
 
 def print_page(facts: Facts, forecasts: list[Forecast], diagnoses: list[Diagnosis]) -> None:
@@ -29,7 +29,7 @@ def print_page(facts: Facts, forecasts: list[Forecast], diagnoses: list[Diagnosi
     _print_rows("GPUs of PyTorch", torch_gpu_rows(facts.torch))
     _print_rows("Speed", [timing_row(timing) for timing in facts.timings])
     _print_rows("Configurations", [forecast_row(forecast) for forecast in forecasts])
-    print_diagnoses(diagnoses, summarize(facts.torch))
+    print_diagnoses(diagnoses, summarize_findings(facts.torch))
 
 
 def host_values(host: Host, torch: Torch) -> dict[str, str]:
@@ -144,7 +144,7 @@ def print_diagnoses(diagnoses: Sequence[Diagnosis], summary: str) -> None:
     console = get_console()
     console.print("Diagnosis")
     for diagnosis in diagnoses:
-        line = Text(f"  [{diagnosis.level}] ", style=STYLES[diagnosis.level])
+        line = Text(f"  [{diagnosis.level}] ", style=_STYLES[diagnosis.level])
         console.print(line.append(printable(diagnosis.message, VALUE_CHARACTERS), style="default"))
         if diagnosis.advice:
             console.print(Text(f"      {printable(diagnosis.advice, VALUE_CHARACTERS)}"))
