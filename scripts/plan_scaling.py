@@ -85,7 +85,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Print a plan or a table."""
     if args.write:
-        for page, tables in ((DOCUMENT, TABLES), (CLOUD_DOCUMENT, cloud_tables.TABLES)):
+        for page, tables in ((DOCUMENT, TABLES), (CLOUD_DOCUMENT, cloud_tables.CLOUD_TABLES)):
             page.write_text(write_tables(page.read_text("utf-8"), tables), "utf-8")
             print(f"Wrote the tables of {page.relative_to(PROJECT_DIRECTORY)}.")
         return 0

@@ -37,11 +37,11 @@ def commands(*begin: str) -> list[list[str]]:
 
 def test_the_page_says_what_the_formulas_say() -> None:
     text = PAGE.read_text("utf-8")
-    assert write_tables(text, cloud_tables.TABLES) == text, (
+    assert write_tables(text, cloud_tables.CLOUD_TABLES) == text, (
         "run: python scripts/plan_scaling.py --write"
     )
     with pytest.raises(UsageError, match="table prices"):
-        write_tables("A page without tables.", cloud_tables.TABLES)
+        write_tables("A page without tables.", cloud_tables.CLOUD_TABLES)
 
 
 def test_a_gpus_price_is_that_of_one_such_gpu_and_not_of_a_namesake() -> None:

@@ -134,4 +134,4 @@ def _span(values: list[float], digits: int) -> str:
     return low if low == high else f"{low}-{high}"
 
 
-TABLES: dict[str, Callable[[], Table]] = {"prices": prices_table, "rented": rented_table}
+CLOUD_TABLES: dict[str, Callable[[], Table]] = {"prices": prices_table, "rented": rented_table}
