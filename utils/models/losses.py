@@ -29,7 +29,7 @@ IGNORED = -100
 
 
 def next_token_targets(input_ids: torch.Tensor) -> torch.Tensor:
-    """Return each token's target, the token behind it: int64 [samples * tokens].
+    """Return each token's target, the token after it: int64 [samples * tokens].
 
     Args:
         input_ids: int64 [samples, tokens]. The last token of a sample has no target.

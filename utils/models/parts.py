@@ -45,7 +45,7 @@ class Part:
     count: int
 
     def rows(self, length: int) -> tuple[int, int]:
-        """Return (first, one behind the last) of the rows of a tensor of `length` rows."""
+        """Return (first, one after the last) of the rows of a tensor of `length` rows."""
         size = -(-length // self.count)
         return min(self.rank * size, length), min((self.rank + 1) * size, length)
 
@@ -59,7 +59,7 @@ class RowRanges:
     """Rows of each tensor, where they are not those that fully_shard gives a rank.
 
     Attributes:
-        ranges: (first, one behind the last) by name; tensors that are not named are whole.
+        ranges: (first, one after the last) by name; tensors that are not named are whole.
     """
 
     ranges: Mapping[str, tuple[int, int]]

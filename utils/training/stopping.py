@@ -47,7 +47,7 @@ class StopRequest:
 
     def __init__(self, leave_after_seconds: float = LEAVE_AFTER_SECONDS) -> None:
         self.nothing_to_lose = True
-        """Whether this start has not done a step yet; the run sets it to False once it has."""
+        """Whether this attempt has not done a step yet; the run sets it to False once it has."""
         self.requested_at: float | None = None
         """time.monotonic() of the first request, None while there is none."""
         self._leave_after_seconds = leave_after_seconds

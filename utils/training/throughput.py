@@ -43,7 +43,7 @@ class Throughput:
 
     @property
     def recent_step_seconds(self) -> float | None:
-        """Mean time of the last steps, without the first ones of a start; None without steps."""
+        """Mean time of the last steps, without the first ones of an attempt; None without steps."""
         if len(self._marks) < 2:
             return None
         return (self._marks[-1] - self._marks[0]) / (len(self._marks) - 1)
