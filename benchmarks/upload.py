@@ -26,7 +26,7 @@ from benchmarks.saving import SavingBench
 from utils.base.archive_formats import BLOCK_BYTES, FAST_LEVEL
 from utils.base.errors import UsageError
 from utils.checkpoints.journal import Journal
-from utils.checkpoints.layout import archive_object, card_object, read_manifest
+from utils.checkpoints.layout import archive_object, read_manifest, sidecar_object
 from utils.storage.bucket import Nowhere
 from utils.storage.open import open_bucket
 from utils.uploads.archive import write_archive
@@ -218,7 +218,7 @@ def archive_size(checkpoint: Path) -> int:
 
 def _remove(uri: str, name: str) -> None:
     bucket = open_bucket(uri)
-    for object_name in (archive_object(name), card_object(name)):
+    for object_name in (archive_object(name), sidecar_object(name)):
         bucket.delete(object_name)
     bucket.close()
 

@@ -14,7 +14,7 @@
 when this machine goes away. The same words again go on from the newest checkpoint.
 
     volume: data/            what prepare_data.py wrote
-            checkpoints/RUN/Checkpoints/*.tar.gz    the bucket of a run: archives and cards
+            checkpoints/RUN/Checkpoints/*.tar.gz    the bucket of a run: archives and sidecars
             exports/RUN/     exported models
     container: /srv/pretrain/RUN    output_dir, logs and cache; gone with the container
 

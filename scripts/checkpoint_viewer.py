@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--config", default="test", help="name or .json file (default: test)")
     common.add_argument("--output-dir", help="directory of the checkpoints (default: the config's)")
     common.add_argument("--run-name", help="folder of the run (default: the config's)")
-    common.add_argument("--remote", action="store_true", help="read the bucket's cards instead")
+    common.add_argument("--remote", action="store_true", help="read the bucket's sidecars instead")
     common.add_argument(
         "--hourly-price",
         type=parse_hourly_price,

@@ -53,9 +53,9 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.retention import Action, Decision, decide_retention
 from utils.checkpoints.store import hold_output_directory, verify_checkpoint
 from utils.checkpoints.views import CheckpointView, read_local_checkpoints, select_checkpoint
-from utils.remote.archive_reading import read_card
+from utils.remote.archive_reading import read_sidecar
 from utils.remote.download import download_checkpoint
-from utils.remote.listing import RemoteListing, choose_remote, list_remote, read_cards
+from utils.remote.listing import RemoteListing, choose_remote, list_remote, read_sidecars
 from utils.remote.pruning import delete_all, plan_bucket
 from utils.remote.verification import CheckpointReport, Orphan, Verifier, find_unconfirmed
 from utils.start.resume import read_run_identity
@@ -259,7 +259,7 @@ def read_remote(config: TrainingConfig) -> tuple[list[CheckpointView], str | Non
     """Return the checkpoints in the bucket, or none and why it could not be read."""
     try:
         with opened_bucket(config, LISTING_RETRY_SECONDS) as bucket:
-            return read_cards(bucket, list_remote(bucket)), None
+            return read_sidecars(bucket, list_remote(bucket)), None
     except PretrainError as exc:
         return [], str(exc)
 
@@ -271,7 +271,7 @@ def show_list(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace)
         where = require_uri(config)
         with opened_bucket(config, LISTING_RETRY_SECONDS) as bucket:
             rows = build_upload_rows(
-                [], read_cards(bucket, list_remote(bucket)), bucket_problem=None
+                [], read_sidecars(bucket, list_remote(bucket)), bucket_problem=None
             )
     else:
         rows = build_upload_rows(read_local_checkpoints(paths.checkpoints), [])
@@ -403,7 +403,7 @@ def verify_uploads(config: TrainingConfig, paths: RunPaths, args: argparse.Names
             bucket,
             list_remote(bucket),
             run_id=identity.run_id if identity else None,
-            deep=args.deep,
+            is_deep=args.deep,
             on_progress=display.update,
         )
         known = verifier.names()
@@ -515,7 +515,7 @@ def require_same_run(bucket: Bucket, name: str, run_id: str) -> None:
     Raises:
         CheckpointError: It is of another run.
     """
-    found = read_card(bucket, name).manifest.run_id
+    found = read_sidecar(bucket, name).manifest.run_id
     if found != run_id:
         raise CheckpointError(
             f"{name} in {bucket.uri} is of run {printable(found)}, the run here is {run_id}. "
@@ -593,7 +593,7 @@ def plan_prune(
 ) -> PrunePlan:
     """Return what to delete of a bucket as it is now; nothing is changed."""
     listing = list_remote(bucket)
-    views = {str(view.name): view for view in read_cards(bucket, listing)}
+    views = {str(view.name): view for view in read_sidecars(bucket, listing)}
     decisions = plan_bucket(
         bucket,
         listing,

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints.layout import FileEntry, Manifest, archive_object, card_object
+from utils.checkpoints.layout import FileEntry, Manifest, archive_object, sidecar_object
 from utils.storage.bucket import crc32c_of_bytes, crc32c_of_file
 from utils.storage.directory import DirectoryBucket
 
@@ -114,12 +114,12 @@ def seal(path: Path, step: int) -> Manifest:
 
 
 def put_remote(root: Path, checkpoint: Path) -> None:
-    """Put an archive and its card into a directory bucket."""
+    """Put an archive and its sidecar into a directory bucket."""
     bucket, archive = DirectoryBucket(root), b"archive"
-    card = {
+    sidecar = {
         "manifest": json.loads((checkpoint / "manifest.json").read_text("utf-8")),
         "metadata": json.loads((checkpoint / "metadata.json").read_text("utf-8")),
         "archive": {"size": len(archive), "crc32c": crc32c_of_bytes(archive)},
     }
     bucket.put_bytes(archive_object(checkpoint.name), archive)
-    bucket.put_bytes(card_object(checkpoint.name), json.dumps(card).encode())
+    bucket.put_bytes(sidecar_object(checkpoint.name), json.dumps(sidecar).encode())

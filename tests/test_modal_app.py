@@ -379,7 +379,7 @@ def test_a_run_goes_on_from_the_volume_when_its_container_is_gone(
     class Process(subprocess.Popen[bytes]):
         def wait(self, timeout: float | None = None) -> int:
             if timeout == 90.0:
-                while not list(bucket.glob("checkpoint-*.json")):  # the first card
+                while not list(bucket.glob("checkpoint-*.json")):  # the first sidecar
                     with pytest.raises(subprocess.TimeoutExpired):
                         super().wait(0.2)
                 raise KeyboardInterrupt
@@ -390,8 +390,8 @@ def test_a_run_goes_on_from_the_volume_when_its_container_is_gone(
         seconds = 90.0 + modal_app.RESERVE_SECONDS
         with pytest.raises(KeyboardInterrupt):
             modal_app.train_on_gpu.function(settings, 100000, "first", seconds)
-    cards = [json.loads(card.read_text()) for card in bucket.glob("checkpoint-*.json")]
-    newest = max(card["metadata"]["step"] for card in cards)
+    sidecars = [json.loads(sidecar.read_text()) for sidecar in bucket.glob("checkpoint-*.json")]
+    newest = max(sidecar["metadata"]["step"] for sidecar in sidecars)
     assert newest >= 5
     shutil.rmtree(tmp_path / "runs")
     steps = newest + 3

@@ -546,9 +546,9 @@ def test_a_branch_uploads_its_own_files_under_a_name_that_was_verified_before(
     monkeypatch.undo()
     assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
     name = "checkpoint-epoch0-step4-files0"
-    card = read_json(tmp_path / "run/bucket/Checkpoints" / f"{name}.json")
-    assert card["manifest"] == read_json(tmp_path / "run/checkpoints" / name / "manifest.json")
-    assert card["manifest"]["branch"] == 1
+    sidecar = read_json(tmp_path / "run/bucket/Checkpoints" / f"{name}.json")
+    assert sidecar["manifest"] == read_json(tmp_path / "run/checkpoints" / name / "manifest.json")
+    assert sidecar["manifest"]["branch"] == 1
 
 
 def test_a_refused_resume_has_moved_nothing(run_train: Train, tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ def unpack_and_verify(server: FakeGcsServer, name: str, folder: Path) -> None:
     archive = folder / "archive.tar.gz"
     archive.write_bytes(server.read_object("runs", f"a/Checkpoints/{name}.tar.gz"))
     subprocess.run(["tar", "xzf", archive.name], cwd=folder, check=True)
-    card = json.loads(server.read_object("runs", f"a/Checkpoints/{name}.json"))
-    assert verify_checkpoint(folder / name).to_json() == card["manifest"]
+    sidecar = json.loads(server.read_object("runs", f"a/Checkpoints/{name}.json"))
+    assert verify_checkpoint(folder / name).to_json() == sidecar["manifest"]
 
 
 def test_data_and_checkpoints_travel_through_gcs(

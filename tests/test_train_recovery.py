@@ -255,8 +255,8 @@ def test_a_checkpoint_of_another_run_is_not_chosen_not_uploaded_not_deleted(
     assert own != foreign
     for step in (1, 3, 90):
         assert read_manifest(directory(tmp_path) / "set-aside" / name(step)).run_id == foreign
-    for card in (tmp_path / "run" / "bucket" / "Checkpoints").glob("checkpoint-*.json"):
-        assert read_json(card)["manifest"]["run_id"] == own
+    for sidecar in (tmp_path / "run" / "bucket" / "Checkpoints").glob("checkpoint-*.json"):
+        assert read_json(sidecar)["manifest"]["run_id"] == own
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "missing", "unlisted"])
@@ -426,8 +426,10 @@ def test_a_bucket_that_is_down_fills_no_disk_and_loses_neither_newest_nor_best(
     assert "without an upload: more than 3 wait for the bucket" in capsys.readouterr().out
     more = ("save_steps=1", "keep_checkpoints=2")
     assert run_train("--max-steps", "13", "--resume", "latest", settings=more) == 0
-    cards = {path.stem for path in (tmp_path / "run/bucket/Checkpoints").glob("checkpoint-*.json")}
-    assert {name(step) for step in kept} <= cards
+    sidecars = {
+        path.stem for path in (tmp_path / "run/bucket/Checkpoints").glob("checkpoint-*.json")
+    }
+    assert {name(step) for step in kept} <= sidecars
 
 
 def test_a_bad_shard_in_the_middle_costs_no_step(

@@ -467,7 +467,7 @@ class Trainer:
 
     @property
     def uploaded(self) -> list[int]:
-        """Steps of the checkpoints that are in the bucket with their cards."""
+        """Steps of the checkpoints that are in the bucket with their sidecars."""
         folder = self.folder / "bucket" / "Checkpoints"
         names = [path.name.removesuffix(ARCHIVE_SUFFIX) for path in folder.glob("*.tar.gz")]
         steps = sorted(int(name.split("-")[2].removeprefix("step")) for name in names)

@@ -14,7 +14,7 @@ System call kills (strace) come at a chosen call on a file of a chosen checkpoin
     lost        a committed checkpoint that is gone without keep_checkpoints newer ones and an
                 upload; or a start that does not go on from the newest committed one
     different   a step whose loss or batch is not the straight run's, a round that ends in other
-                weights, optimizer, schedule or random states, an archive that is not as its card
+                weights, optimizer, schedule or random states, an archive that is not as its sidecar
     leftover    what the killed start left unfinished and the next one did not remove
     failed      a start that ends by itself with an error, hangs, or leaves processes behind
 
@@ -61,9 +61,9 @@ from utils.checkpoints.layout import (
     CheckpointName,
     RunPaths,
     archive_object,
-    card_object,
     find_checkpoints,
     read_manifest,
+    sidecar_object,
 )
 from utils.checkpoints.store import verify_checkpoint
 from utils.checkpoints.views import read_remote_checkpoints
@@ -706,16 +706,18 @@ class Campaign:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _look_into_bucket(self, current: Round, last: str) -> None:
-        """Compare every archive with its card, and the card with the straight run."""
+        """Compare every archive with its sidecar, and the sidecar with the straight run."""
         bucket = open_bucket(str(current.bucket))
         views = read_remote_checkpoints(bucket)
         if last not in [str(view.name) for view in views]:
             self._find("lost", f"round {current.number}: {last} is not in the bucket.")
         for view in views:
-            card = json.loads(bucket.read_bytes(card_object(str(view.name))))
+            sidecar = json.loads(bucket.read_bytes(sidecar_object(str(view.name))))
             stored = bucket.crc32c(archive_object(str(view.name))) if not view.problem else ""
             sums = {} if view.manifest is None else checksums_of(view.manifest)
-            if stored != card["archive"]["crc32c"] or sums != self._checksums.get(view.name.step):
+            if stored != sidecar["archive"]["crc32c"] or sums != self._checksums.get(
+                view.name.step
+            ):
                 self._find(
                     "different",
                     f"round {current.number}: {view.name} in the bucket is not what it should be "

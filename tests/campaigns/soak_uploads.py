@@ -11,7 +11,7 @@ down, and holds another object than it held before. SIGKILL and SIGTERM come at 
 chosen request. After each start, and at the end of each round, `tests/campaigns/upload_witness.py`
 looks for:
 
-    corrupt     a checkpoint, or an archive beside its card, that is not what was saved
+    corrupt     a checkpoint, or an archive beside its sidecar, that is not what was saved
     lost        neither on the disk, nor whole in the bucket, nor given up by the rules
     unverified  said to be in the bucket without being there; or owed, or half, at the end
     leftover    what an upload, a save or a start has left behind: files, parts, processes

@@ -183,7 +183,7 @@ class StandIn:
             with Uploader(
                 options,
                 self._journal,
-                sweeps=True,
+                should_sweep=True,
                 first_backoff_seconds=self._plan.backoff_seconds,
             ) as uploading:
                 for checkpoint in find_unfinished(directory, self._journal, options.uri):

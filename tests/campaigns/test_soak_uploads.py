@@ -72,13 +72,13 @@ def flip_a_bit(folder: Path, _: Mapping[str, str]) -> None:
 
 
 def swap_the_content(folder: Path, _: Mapping[str, str]) -> None:
-    """Another checkpoint's archive, with a card that fits to its bytes."""
-    cards = folder / "bucket/Checkpoints"
-    archive = cards / f"{STEP_1}.tar.gz"
+    """Another checkpoint's archive, with a sidecar that fits to its bytes."""
+    sidecars = folder / "bucket/Checkpoints"
+    archive = sidecars / f"{STEP_1}.tar.gz"
     subprocess.run(["tar", "czf", archive, "-C", folder, "plan.json"], check=True)
-    card = read_json(cards / f"{STEP_1}.json")
-    card["archive"] = {"size": archive.stat().st_size, "crc32c": crc32c_of_file(archive)}
-    (cards / f"{STEP_1}.json").write_text(json.dumps(card))
+    sidecar = read_json(sidecars / f"{STEP_1}.json")
+    sidecar["archive"] = {"size": archive.stat().st_size, "crc32c": crc32c_of_file(archive)}
+    (sidecars / f"{STEP_1}.json").write_text(json.dumps(sidecar))
 
 
 def lose_a_checkpoint(folder: Path, _: Mapping[str, str]) -> None:

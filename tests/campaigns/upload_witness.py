@@ -25,16 +25,16 @@ from utils.checkpoints.layout import (
     CheckpointName,
     FileEntry,
     archive_object,
-    card_object,
     find_checkpoints,
     parse_checkpoint_name,
     read_manifest,
+    sidecar_object,
 )
 from utils.checkpoints.store import verify_checkpoint
 from utils.storage.bucket import crc32c_of_bytes, crc32c_of_file
 
 KINDS = {
-    "corrupt": "a checkpoint, or an archive beside its card, that is not what was saved",
+    "corrupt": "a checkpoint, or an archive beside its sidecar, that is not what was saved",
     "lost": "neither on the disk, nor whole in the bucket, nor given up by the rules",
     "unverified": "said to be in the bucket without being there; or owed, or half, at the end",
     "leftover": "what an upload, a save or a start has left behind",
@@ -89,7 +89,7 @@ class UploadWitness:
         self.given_up: set[CheckpointName] = set()
         """Those that the retention gave up."""
         self.orphans: set[str] = set()
-        """Archives of such ones, without a card, at the end."""
+        """Archives of such ones, without a sidecar, at the end."""
         self._directory, self._list_objects, self._saved_at = directory, list_objects, saved_at
         self._keep, self._max_unverified = keep_checkpoints, max_unverified
         self._known_lines: set[bytes] = set()
@@ -195,7 +195,7 @@ class UploadWitness:
     # The bucket.
 
     def _check_bucket(self, objects: dict[str, Path]) -> tuple[set[CheckpointName], list[Wrong]]:
-        """Return the checkpoints that are whole, and what is wrong with others that have a card."""
+        """Return the checkpoints that are whole, and what is wrong with others with a sidecar."""
         whole, wrong = set(), []
         for name in _named(objects, ".json"):
             problem = self._check_archive(name, objects)
@@ -206,16 +206,16 @@ class UploadWitness:
         return whole, wrong
 
     def _check_archive(self, name: CheckpointName, objects: dict[str, Path]) -> str | None:
-        """Return what is wrong with an archive that has a card, None where nothing is."""
+        """Return what is wrong with an archive that has a sidecar, None where nothing is."""
         path = objects.get(archive_object(str(name)))
         if path is None:
-            return "a card without an archive"
-        card = objects[card_object(str(name))].read_bytes()
+            return "a sidecar without an archive"
+        sidecar = objects[sidecar_object(str(name))].read_bytes()
         facts = path.stat()
-        version = (str(path), facts.st_mtime_ns, facts.st_size, card)
+        version = (str(path), facts.st_mtime_ns, facts.st_size, sidecar)
         if self._whole.get(name) == version:
             return None
-        problem = _compare_archive(name, path, card, self._saved_at(name.step).files)
+        problem = _compare_archive(name, path, sidecar, self._saved_at(name.step).files)
         if problem is None:
             self._whole[name] = version
         return problem
@@ -226,7 +226,7 @@ class UploadWitness:
         for path in sorted(self._directory.glob("*")):
             if parse_checkpoint_name(path.name) is None and path.name not in OWN_FILES:
                 yield "leftover", f"{path.name} is left beside the checkpoints."
-        usual = {f(str(name)) for name in whole for f in (archive_object, card_object)}
+        usual = {f(str(name)) for name in whole for f in (archive_object, sidecar_object)}
         for object_name in sorted(objects.keys() - usual):
             base = PurePosixPath(object_name).name.removesuffix(ARCHIVE_SUFFIX)
             name = parse_checkpoint_name(base)
@@ -235,7 +235,7 @@ class UploadWitness:
             elif name in self.given_up:
                 self.orphans.add(object_name)
             else:
-                yield "unverified", f"{object_name} is in the bucket without a card."
+                yield "unverified", f"{object_name} is in the bucket without a sidecar."
 
 
 def _parse(line: bytes) -> tuple[CheckpointName, UploadState] | None:
@@ -262,17 +262,17 @@ def _named(objects: dict[str, Path], suffix: str) -> list[CheckpointName]:
 
 
 def _compare_archive(
-    name: CheckpointName, path: Path, card: bytes, files: dict[str, FileEntry]
+    name: CheckpointName, path: Path, sidecar: bytes, files: dict[str, FileEntry]
 ) -> str | None:
-    """Return how an archive differs from its card and from what was saved."""
+    """Return how an archive differs from its sidecar and from what was saved."""
     try:
-        value = json.loads(card)
+        value = json.loads(sidecar)
         said = FileEntry(value["archive"]["size"], value["archive"]["crc32c"])
     except (ValueError, KeyError, TypeError) as exc:
-        return f"its card cannot be read ({exc})"
+        return f"its sidecar cannot be read ({exc})"
     found = FileEntry(path.stat().st_size, crc32c_of_file(path))
     if found != said:
-        return f"the archive is {found}, its card says {said}"
+        return f"the archive is {found}, its sidecar says {said}"
     try:
         unpacked = dict(_unpack(path, str(name)))
     except (tarfile.TarError, OSError, EOFError) as exc:
@@ -281,7 +281,7 @@ def _compare_archive(
     if {file: FileEntry(len(d), crc32c_of_bytes(d)) for file, d in unpacked.items()} != files:
         return f"the archive holds {sorted(unpacked)}, not what was saved"
     if manifest is None or json.loads(manifest) != value["manifest"]:
-        return "the manifest in the archive is not that of the card"
+        return "the manifest in the archive is not that of the sidecar"
     return None
 
 

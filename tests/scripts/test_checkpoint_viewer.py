@@ -278,7 +278,7 @@ def test_plot_before_the_first_logged_loss_is_an_error(capsys, tmp_path):
     assert "no curve" in err
 
 
-def test_remote_reads_the_buckets_cards(capsys, tmp_path, two_checkpoints):
+def test_remote_reads_the_buckets_sidecars(capsys, tmp_path, two_checkpoints):
     put_remote(tmp_path / "bucket" / "my-run", two_checkpoints[0])
     options = ("--remote", "--run-name", "my-run")
     code, out, _ = run(capsys, "list", *options)
@@ -799,19 +799,19 @@ def test_plot_survives_absurd_values(capsys, tmp_path):
 # Remote
 
 
-def test_remote_compares_and_plots_from_cards(capsys, tmp_path, two_checkpoints):
+def test_remote_compares_and_plots_from_sidecars(capsys, tmp_path, two_checkpoints):
     for path in two_checkpoints:
         put_remote(tmp_path / "bucket", path)
     value = run_json(capsys, "compare", "--remote")
     assert [row["state"] for row in value["checkpoints"]] == ["verified", "verified"]
     assert value["between"][0]["tokens"] == 102400
-    assert "not in the bucket's cards" in value["notes"][0]
+    assert "not in the bucket's sidecars" in value["notes"][0]
     code, out, _ = run(capsys, "plot", "50", "100", "--remote", "--terminal")
     assert code == 0
     assert "training loss over logged entry" in out
 
 
-def test_remote_reads_only_the_cards_it_shows(capsys, tmp_path, two_checkpoints, monkeypatch):
+def test_remote_reads_only_the_sidecars_it_shows(capsys, tmp_path, two_checkpoints, monkeypatch):
     for path in two_checkpoints:
         put_remote(tmp_path / "bucket", path)
     read = []
@@ -840,7 +840,7 @@ def test_remote_names_what_is_damaged_foreign_or_unfinished(capsys, tmp_path, tw
     assert "Found 3 checkpoints" in out
     assert "step60-files0.json: " in out
     assert "it has more than" in out
-    assert "Note: checkpoint-epoch0-step70-files0 is not listed: it has no card" in out
+    assert "Note: checkpoint-epoch0-step70-files0 is not listed: it has no sidecar" in out
     assert "Upload: damaged in bucket" in out
     assert "\x1b" not in out
 

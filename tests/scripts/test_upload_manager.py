@@ -29,9 +29,9 @@ from utils.checkpoints.layout import (
     RunIdentity,
     RunPaths,
     archive_object,
-    card_object,
     read_json,
     read_manifest,
+    sidecar_object,
     write_json,
 )
 from utils.checkpoints.store import hold_output_directory
@@ -101,15 +101,15 @@ class Place:
         return checkpoint
 
     def publish(self, checkpoint: Path, archive: bytes | None = None) -> None:
-        """Put archive and card into the bucket, and the journal entry that says so."""
+        """Put archive and sidecar into the bucket, and the journal entry that says so."""
         archive = archive or make_archive(checkpoint)
         self.bucket.put_bytes(archive_object(checkpoint.name), archive)
-        card = {
+        sidecar = {
             "manifest": read_json(checkpoint / "manifest.json"),
             "metadata": read_json(checkpoint / "metadata.json"),
             "archive": {"size": len(archive), "crc32c": crc32c_of_bytes(archive)},
         }
-        self.bucket.put_bytes(card_object(checkpoint.name), json.dumps(card).encode())
+        self.bucket.put_bytes(sidecar_object(checkpoint.name), json.dumps(sidecar).encode())
         self.journal.record(
             checkpoint.name,
             read_manifest(checkpoint).run_id,
@@ -284,7 +284,7 @@ def test_status_of_an_empty_place(place: Place) -> None:
 def test_list_shows_what_is_here_or_in_the_bucket(either: Place) -> None:
     either.publish_only(10)
     either.save(20)
-    either.bucket.put_bytes(archive_object(name(30)), b"an upload without its card")
+    either.bucket.put_bytes(archive_object(name(30)), b"an upload without its sidecar")
     _, here = either.read("list")
     _, there = either.read("list", "--remote")
     assert [row["step"] for row in here] == [20]
@@ -334,7 +334,9 @@ def test_upload_all_brings_what_is_owed(either: Place) -> None:
     assert result == {"verified": [], "failed": {}}
 
 
-def test_an_archive_without_its_card_is_ignored_and_completed_by_upload_all(either: Place) -> None:
+def test_an_archive_without_its_sidecar_is_ignored_and_completed_by_upload_all(
+    either: Place,
+) -> None:
     checkpoint = either.save(10)
     either.bucket.put_bytes(archive_object(name(10)), make_archive(checkpoint))
     either.journal.record(name(10), RUN_ID, UploadState.UPLOADING)
@@ -348,7 +350,7 @@ def test_an_archive_without_its_card_is_ignored_and_completed_by_upload_all(eith
 
 
 @pytest.mark.parametrize(
-    "damage", ["no archive", "no card", "truncated", "other bytes", "card of other files"]
+    "damage", ["no archive", "no sidecar", "truncated", "other bytes", "sidecar of other files"]
 )
 def test_upload_all_does_not_trust_the_journal_alone(either: Place, damage: str) -> None:
     either.publish(either.save(10))
@@ -356,14 +358,14 @@ def test_upload_all_does_not_trust_the_journal_alone(either: Place, damage: str)
     archive = either.archive(10)
     if damage == "no archive":
         either.bucket.delete(archive_object(name(10)))
-    elif damage == "no card":
-        either.bucket.delete(card_object(name(10)))
+    elif damage == "no sidecar":
+        either.bucket.delete(sidecar_object(name(10)))
     elif damage == "truncated":
         either.change_archive(10, archive[:-1])
     elif damage == "other bytes":
         either.change_archive(10, archive[:-1] + bytes([archive[-1] ^ 1]))
     else:
-        change_card(either, world_size=8)
+        change_sidecar(either, world_size=8)
     code, result = either.read("upload-all")
     assert (code, result["verified"]) == (ExitCode.DONE, [name(10)])
     assert f"{name(10)} is uploaded again" in either.stderr
@@ -433,10 +435,10 @@ def test_verify_of_what_is_well(either: Place, deep: list[str]) -> None:
     assert "2 verified, 0 not." in either.call("verify", *deep)[1]
 
 
-def change_card(place: Place, **changes: Any) -> None:
-    card = json.loads(place.bucket.read_bytes(card_object(name(10))))
-    card["manifest"] |= changes
-    place.bucket.put_bytes(card_object(name(10)), json.dumps(card).encode())
+def change_sidecar(place: Place, **changes: Any) -> None:
+    sidecar = json.loads(place.bucket.read_bytes(sidecar_object(name(10))))
+    sidecar["manifest"] |= changes
+    place.bucket.put_bytes(sidecar_object(name(10)), json.dumps(sidecar).encode())
 
 
 def remove(place: Place, *objects: str) -> None:
@@ -449,15 +451,15 @@ def forget_first(place: Place) -> None:
     place.publish(place.checkpoints / name(20))
 
 
-ARCHIVE, CARD, WEIGHTS = archive_object(name(10)), card_object(name(10)), "model.safetensors"
+ARCHIVE, SIDECAR, WEIGHTS = archive_object(name(10)), sidecar_object(name(10)), "model.safetensors"
 DAMAGES: dict[str, Callable[[Place, Path], object]] = {
     "no archive": lambda place, _: remove(place, ARCHIVE),
-    "no card": lambda place, _: remove(place, CARD),
-    "nothing": lambda place, _: remove(place, ARCHIVE, CARD),
+    "no sidecar": lambda place, _: remove(place, SIDECAR),
+    "nothing": lambda place, _: remove(place, ARCHIVE, SIDECAR),
     "truncated": lambda place, _: place.change_archive(10, place.archive(10)[:-5]),
-    "bad card": lambda place, _: place.bucket.put_bytes(CARD, b'{"manifest": 5}'),
-    "another card": lambda place, _: change_card(place, world_size=8),
-    "another run": lambda place, _: change_card(place, run_id=OTHER_RUN),
+    "bad sidecar": lambda place, _: place.bucket.put_bytes(SIDECAR, b'{"manifest": 5}'),
+    "another sidecar": lambda place, _: change_sidecar(place, world_size=8),
+    "another run": lambda place, _: change_sidecar(place, run_id=OTHER_RUN),
     "failed": lambda place, _: place.journal.record(
         name(10), RUN_ID, UploadState.FAILED, error="503"
     ),
@@ -470,13 +472,13 @@ DAMAGES: dict[str, Callable[[Place, Path], object]] = {
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        ("no archive", "a card without its archive"),
-        ("no card", "no card beside its archive"),
+        ("no archive", "a sidecar without its archive"),
+        ("no sidecar", "no sidecar beside its archive"),
         ("nothing", "bucket: not there"),
         ("truncated", "its archive has "),
-        ("bad card", "is not a usable manifest"),
-        ("another card", "card: its manifest is not that of the files here"),
-        ("another run", f"card: it is of run {OTHER_RUN}"),
+        ("bad sidecar", "is not a usable manifest"),
+        ("another sidecar", "sidecar: its manifest is not that of the files here"),
+        ("another run", f"sidecar: it is of run {OTHER_RUN}"),
         ("failed", "journal: failed: 503"),
         ("unknown", "journal: nothing of it"),
         ("file truncated", "here: model.safetensors is missing or not of "),
@@ -503,7 +505,7 @@ def test_verify_misses_what_the_journal_has_as_verified_though_it_is_not_here(
 ) -> None:
     either.publish_only(10)
     either.bucket.delete(archive_object(name(10)))
-    either.bucket.delete(card_object(name(10)))
+    either.bucket.delete(sidecar_object(name(10)))
     code, result = either.read("verify")
     assert code == ExitCode.NOT_VERIFIED
     assert result["checkpoints"][0]["wrong"] == ["bucket: not there"]
@@ -548,12 +550,12 @@ def test_an_archive_that_ends_at_a_member_is_refused_with_and_without_its_hash(
     checkpoint = either.save(10)
     short = make_archive(checkpoint, sorted(read_manifest(checkpoint).files)[:-1])
     either.publish(checkpoint)
-    either.change_archive(10, short)  # its size and hash are not those of the card
+    either.change_archive(10, short)  # its size and hash are not those of the sidecar
     assert either.read("verify", "--deep")[0] == ExitCode.NOT_VERIFIED
     assert either.read("download", "10", "--to", "elsewhere")[0] == ExitCode.USAGE
     assert "is damaged" in either.stderr
 
-    either.publish(checkpoint, short)  # a card that vouches for it
+    either.publish(checkpoint, short)  # a sidecar that vouches for it
     assert either.read("verify")[0] == ExitCode.DONE
     code, result = either.read("verify", "--deep")
     assert code == ExitCode.NOT_VERIFIED
@@ -580,7 +582,7 @@ def test_verify_lists_what_belongs_to_no_checkpoint_of_the_run(either: Place) ->
     either.publish_only(20, run_id=OTHER_RUN)
     for other, data in {
         archive_object(name(30)): b"12345",
-        card_object(name(40)): b"{}",
+        sidecar_object(name(40)): b"{}",
         f"Checkpoints/.parts/{name(50)}.tar.gz/00001": b"123",
         f"Checkpoints/.parts/{name(50)}.tar.gz/00002": b"45",
         "Checkpoints/.upload-1": b"1",
@@ -593,18 +595,18 @@ def test_verify_lists_what_belongs_to_no_checkpoint_of_the_run(either: Place) ->
     orphans = {one["object_name"]: one["problem"] for one in result["orphans"]}
     interrupted = "of an upload that was interrupted or goes on"
     assert orphans == {
-        card_object(name(20)): f"of run {OTHER_RUN}",
-        archive_object(name(30)): "an archive without its card",
-        card_object(name(40)): "a card without its archive",
+        sidecar_object(name(20)): f"of run {OTHER_RUN}",
+        archive_object(name(30)): "an archive without its sidecar",
+        sidecar_object(name(40)): "a sidecar without its archive",
         f"Checkpoints/.parts/{name(50)}.tar.gz/": f"{interrupted}: 2 objects, 5 bytes",
         "Checkpoints/set-aside/branch-0/": "set aside, of an older branch: 1 objects, 2 bytes",
         "Checkpoints/.upload-1": f"{interrupted}: 1 objects, 1 bytes",
         "Checkpoints/notes.txt": "not ours: 1 objects, 1 bytes",
     }
-    # A card claims a checkpoint that is not there.
+    # A sidecar claims a checkpoint that is not there.
     assert code == ExitCode.NOT_VERIFIED
     assert [row["checkpoint"] for row in result["checkpoints"]] == [name(10), name(40)]
-    either.bucket.delete(card_object(name(40)))
+    either.bucket.delete(sidecar_object(name(40)))
     assert either.read("verify")[0] == ExitCode.DONE
 
 
@@ -628,7 +630,7 @@ def test_nothing_from_outside_steers_the_terminal(place: Place) -> None:
     place.publish(foreign)
     shutil.rmtree(foreign)
     place.bucket.put_bytes(f"Checkpoints/{ESCAPE}.txt", b"1")
-    place.bucket.put_bytes(card_object(name(30)), json.dumps({"manifest": ESCAPE}).encode())
+    place.bucket.put_bytes(sidecar_object(name(30)), json.dumps({"manifest": ESCAPE}).encode())
     place.journal.record(f"c{ESCAPE}", RUN_ID, UploadState.FAILED, error=f"e{ESCAPE}")
     place.journal.record(name(10), RUN_ID, UploadState.FAILED, error=f"e{ESCAPE}", next_try=ESCAPE)
     for command in (
@@ -692,10 +694,10 @@ def test_download_to_another_directory_leaves_nothing_else_there(place: Place) -
     assert not place.checkpoints.exists()
 
 
-def test_download_reads_only_the_cards_that_it_needs(
+def test_download_reads_only_the_sidecars_that_it_needs(
     gcs_place: Place, gcs: FakeGcsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("utils.remote.listing.NEWEST_CARDS", 2)
+    monkeypatch.setattr("utils.remote.listing.NEWEST_SIDECARS", 2)
     for step in (10, 20, 30):
         gcs_place.publish_only(step)
     gcs_place.save(5)  # says which run is meant
@@ -703,8 +705,8 @@ def test_download_reads_only_the_cards_that_it_needs(
         gcs.clear_requests()
         assert gcs_place.read("download", text)[0] == ExitCode.DONE
         read = {record.name for record in gcs.requests("object.download")}
-        cards = {f"team/{card_object(name(step))}" for step in steps}
-        assert {one for one in read if one.endswith(".json")} == cards
+        sidecars = {f"team/{sidecar_object(name(step))}" for step in steps}
+        assert {one for one in read if one.endswith(".json")} == sidecars
 
 
 def test_latest_is_of_the_newest_branch_in_the_bucket_whatever_this_machine_has(
@@ -906,9 +908,9 @@ def test_prune_does_not_count_on_damaged_ones(either: Place) -> None:
 def test_prune_leaves_other_branches_and_what_is_uploaded_now(place: Place) -> None:
     fill(place)
     for step, branch in ((40, 1), (30, 1)):
-        card = json.loads(place.bucket.read_bytes(card_object(name(step))))
-        card["manifest"] |= {"branch": branch, "forks": [[0, 0], [1, 20]]}
-        place.bucket.put_bytes(card_object(name(step)), json.dumps(card).encode())
+        sidecar = json.loads(place.bucket.read_bytes(sidecar_object(name(step))))
+        sidecar["manifest"] |= {"branch": branch, "forks": [[0, 0], [1, 20]]}
+        place.bucket.put_bytes(sidecar_object(name(step)), json.dumps(sidecar).encode())
     place.journal.record(name(10), RUN_ID, UploadState.UPLOADING)
     _, result = place.read("prune", "--remote", "--keep", "1", "--yes")
     assert {row["step"]: row["reason"] for row in result["checkpoints"]} == {

@@ -51,7 +51,7 @@ UPLOAD_LOCK_PREFIX = ".uploading-"
 SAVING_PREFIX = ".saving-"
 SET_ASIDE_FOLDER = "set-aside"
 MANIFEST_FORMAT = 1
-MAX_CARD_BYTES = 64 * 2**20
+MAX_SIDECAR_BYTES = 64 * 2**20
 
 _CHECKPOINT_NAME = re.compile(
     rf"{CHECKPOINT_PREFIX}epoch(\d{{1,9}})-step(\d{{1,12}})-files(\d{{1,9}})"
@@ -192,7 +192,7 @@ def strip_archive_suffix(text: str) -> str:
     return text
 
 
-def card_object(name: str) -> str:
+def sidecar_object(name: str) -> str:
     """Return the object name of the manifest and metadata beside the archive."""
     return f"{REMOTE_FOLDER}/{name}.json"
 

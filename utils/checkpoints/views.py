@@ -1,6 +1,6 @@
 """Checkpoints as the scripts show them, read from disk or bucket.
 
-    manifest.json, metadata.json, journal, card -> CheckpointView -> viewer, upload manager, monitor
+    manifest.json, metadata.json, journal, sidecar -> CheckpointView -> viewer, manager, monitor
 
 Readers never stop at a bad file: what can be read is returned, what cannot is named in `problem`.
 No torch here: 1,000 checkpoints list in 0.5 s.
@@ -25,14 +25,14 @@ from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
     JOURNAL_FILE,
     MANIFEST_FILE,
-    MAX_CARD_BYTES,
+    MAX_SIDECAR_BYTES,
     METADATA_FILE,
     REMOTE_FOLDER,
     CheckpointName,
     Manifest,
-    card_object,
     find_checkpoints,
     parse_checkpoint_name,
+    sidecar_object,
 )
 from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_bytes
 
@@ -232,13 +232,13 @@ def read_local_checkpoint(
 
 
 def read_remote_checkpoints(bucket: Bucket, newest: int | None = None) -> list[CheckpointView]:
-    """Return the checkpoints of a run's bucket that have a card, by step.
+    """Return the checkpoints of a run's bucket that have a sidecar, by step.
 
     One whose archive is missing says so in `problem`.
 
     Args:
         bucket: The run's bucket.
-        newest: Read only the cards of so many highest steps; None for all.
+        newest: Read only the sidecars of so many highest steps; None for all.
     """
     objects = {
         info.name.removeprefix(f"{REMOTE_FOLDER}/"): info
@@ -259,30 +259,30 @@ def read_remote_checkpoints(bucket: Bucket, newest: int | None = None) -> list[C
 
 
 def newest_object(infos: Iterable[ObjectInfo]) -> ObjectInfo | None:
-    """Return what was written last: of one checkpoint's archives, the one that its card names."""
+    """Return the object written last: of a checkpoint's archives, that which its sidecar names."""
     return max(infos, key=lambda info: info.generation or 0, default=None)
 
 
 def read_remote_checkpoint(
     bucket: Bucket, name: CheckpointName, archive: ObjectInfo | None
 ) -> CheckpointView:
-    """Return one checkpoint of a bucket as far as its card can be read.
+    """Return one checkpoint of a bucket as far as its sidecar can be read.
 
     Args:
         bucket: The run's bucket.
         name: The checkpoint's name.
         archive: What the bucket says of its archive, None where there is none.
     """
-    object_name = card_object(str(name))
+    object_name = sidecar_object(str(name))
     archive_bytes = None if archive is None else archive.size
     try:
-        data = bucket.read_bytes(object_name, 0, MAX_CARD_BYTES + 1)
-        if len(data) > MAX_CARD_BYTES:
-            raise ValueError(f"it has more than {MAX_CARD_BYTES} bytes")
-        card = parse_json(data)
-        manifest = Manifest.from_json(card["manifest"], object_name)
-        metadata = card["metadata"] if isinstance(card.get("metadata"), dict) else {}
-        problem = _archive_problem(card.get("archive"), archive)
+        data = bucket.read_bytes(object_name, 0, MAX_SIDECAR_BYTES + 1)
+        if len(data) > MAX_SIDECAR_BYTES:
+            raise ValueError(f"it has more than {MAX_SIDECAR_BYTES} bytes")
+        sidecar = parse_json(data)
+        manifest = Manifest.from_json(sidecar["manifest"], object_name)
+        metadata = sidecar["metadata"] if isinstance(sidecar.get("metadata"), dict) else {}
+        problem = _archive_problem(sidecar.get("archive"), archive)
         return CheckpointView(name, metadata, manifest, None, None, archive_bytes, problem)
     except (StorageError, CheckpointError, *FOREIGN_ERRORS) as exc:
         reason = f"{object_name}: {exc or type(exc).__name__}"
@@ -290,14 +290,14 @@ def read_remote_checkpoint(
 
 
 def _archive_problem(told: object, archive: ObjectInfo | None) -> str | None:
-    """Return what is wrong with an archive, from what its card tells and the bucket says."""
+    """Return what is wrong with an archive, from what its sidecar tells and the bucket says."""
     if archive is None:
         return "its archive is not in the bucket"
     if not isinstance(told, dict):
-        return "its card says nothing of its archive"
+        return "its sidecar says nothing of its archive"
     found = (archive.size, archive.crc32c or told.get("crc32c"))
     if found != (told.get("size"), told.get("crc32c")):
-        return "its archive is not the one that its card tells of"
+        return "its archive is not the one that its sidecar tells of"
     return None
 
 

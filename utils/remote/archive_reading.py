@@ -1,8 +1,8 @@
 """A checkpoint's archive on its way back from the bucket, distrusted in every part.
 
-    card, archive in the bucket -> bytes (hashed) -> files (hashed) -> download, verification
+    sidecar, archive in the bucket -> bytes (hashed) -> files (hashed) -> download, verification
 
-The card (`NAME.json`) says what the archive and every file must be. Only files that its manifest
+The sidecar (`NAME.json`) says what the archive and every file must be. Only files that its manifest
 names come out, no more of them than it says, and nothing is ever unpickled. What becomes of the
 bytes and files is the caller's affair. No torch here.
 """
@@ -34,12 +34,12 @@ from utils.base.uri import join_uri
 from utils.checkpoints.layout import (
     ARCHIVE_SUFFIX,
     MANIFEST_FILE,
-    MAX_CARD_BYTES,
+    MAX_SIDECAR_BYTES,
     FileEntry,
     Manifest,
     archive_object,
-    card_object,
     require_checkpoint_name,
+    sidecar_object,
 )
 from utils.storage.bucket import Bucket, encode_crc32c
 
@@ -61,7 +61,7 @@ _UNPACK_ERRORS = (tarfile.TarError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True)
-class Card:
+class Sidecar:
     """What the bucket says of one uploaded checkpoint.
 
     Attributes:
@@ -82,40 +82,40 @@ class Card:
         return archive_object(self.name, self.format.suffix)
 
 
-def read_card(bucket: Bucket, name: str) -> Card:
-    """Return the card of an uploaded checkpoint.
+def read_sidecar(bucket: Bucket, name: str) -> Sidecar:
+    """Return the sidecar of an uploaded checkpoint.
 
     Raises:
         CheckpointError: There is none, or it cannot be what the uploader wrote.
         StorageError: The bucket could not be read.
     """
-    where = join_uri(bucket.uri, card_object(name))
+    where = join_uri(bucket.uri, sidecar_object(name))
     try:
-        data = bucket.read_bytes(card_object(name), 0, MAX_CARD_BYTES + 1)
+        data = bucket.read_bytes(sidecar_object(name), 0, MAX_SIDECAR_BYTES + 1)
     except ObjectNotFoundError as exc:
         raise CheckpointError(
             f"{name} is ignored: {where} does not exist, so it was not uploaded to its end. "
             "Choose another checkpoint: python scripts/upload_manager.py status"
         ) from exc
     try:
-        if len(data) > MAX_CARD_BYTES:
-            raise ValueError(f"it has more than {MAX_CARD_BYTES} bytes")
+        if len(data) > MAX_SIDECAR_BYTES:
+            raise ValueError(f"it has more than {MAX_SIDECAR_BYTES} bytes")
         value = parse_json(data)
         manifest = Manifest.from_json(value["manifest"], where)
-        return Card(name, manifest, *_check_card(name, manifest, value["archive"]))
+        return Sidecar(name, manifest, *_check_sidecar(name, manifest, value["archive"]))
     except CheckpointError as exc:
         raise CheckpointError(f"{name} cannot be used: {exc} {_CHOOSE_ANOTHER}") from exc
     except FOREIGN_ERRORS as exc:
         reason = f"no {exc}" if isinstance(exc, KeyError) else str(exc)
         raise CheckpointError(
-            f"{name} cannot be used: {where} is not a usable card ({reason}). {_CHOOSE_ANOTHER}"
+            f"{name} cannot be used: {where} is not a usable sidecar ({reason}). {_CHOOSE_ANOTHER}"
         ) from exc
 
 
-def _check_card(
+def _check_sidecar(
     name: str, manifest: Manifest, archive: dict[str, Any]
 ) -> tuple[FileEntry, ArchiveFormat]:
-    """Return the archive's facts, if the card can be of the checkpoint `name`."""
+    """Return the archive's facts, if the sidecar can be of the checkpoint `name`."""
     step = require_checkpoint_name(name).step
     if manifest.step != step:
         raise ValueError(f"it is of step {manifest.step}")
@@ -166,14 +166,14 @@ class Retrying:
 class ArchiveBytes:
     """An archive's bytes in the bucket, read in order and hashed on the way."""
 
-    def __init__(self, bucket: Bucket, card: Card, on_progress: OnProgress) -> None:
-        self._bucket, self._card, self._on_progress = bucket, card, on_progress
-        self._object = card.archive_object
+    def __init__(self, bucket: Bucket, sidecar: Sidecar, on_progress: OnProgress) -> None:
+        self._bucket, self._sidecar, self._on_progress = bucket, sidecar, on_progress
+        self._object = sidecar.archive_object
         self._size = self._checksum = 0
         self._is_vouched_for = False
 
     def require_expected_object(self) -> None:
-        """Compare what the bucket says of the archive with its card.
+        """Compare what the bucket says of the archive with its sidecar.
 
         Raises:
             CheckpointError: It is not there, or another one.
@@ -181,18 +181,18 @@ class ArchiveBytes:
         stored = self._bucket.stat(self._object)
         if stored is None:
             raise CheckpointError(
-                f"{self._card.name} cannot be used: its archive is not in {self._bucket.uri}. "
+                f"{self._sidecar.name} cannot be used: its archive is not in {self._bucket.uri}. "
                 f"{_CHOOSE_ANOTHER}"
             )
-        if stored.size != self._card.archive.size:
+        if stored.size != self._sidecar.archive.size:
             raise self._damaged(f"it has {stored.size} bytes")
-        if stored.crc32c not in (None, self._card.archive.crc32c):
+        if stored.crc32c not in (None, self._sidecar.archive.crc32c):
             raise self._damaged(f"its crc32c is {stored.crc32c}")
         self._is_vouched_for = stored.crc32c is not None
 
     def read_block(self) -> bytes:
         """Return the next bytes, none at the end; after an error, another call goes on there."""
-        length = min(DOWNLOAD_BLOCK_BYTES, self._card.archive.size - self._size)
+        length = min(DOWNLOAD_BLOCK_BYTES, self._sidecar.archive.size - self._size)
         if not length:
             return b""
         block = self._bucket.read_bytes(self._object, self._size, length)
@@ -200,11 +200,11 @@ class ArchiveBytes:
             raise TransientStorageError(f"{len(block)} bytes came instead of {length}.")
         self._size += length
         self._checksum = google_crc32c.extend(self._checksum, block)
-        self._on_progress("downloading", self._size, self._card.archive.size)
+        self._on_progress("downloading", self._size, self._sidecar.archive.size)
         return block
 
     def require_whole(self) -> None:
-        """Compare the checksum of all bytes with the card.
+        """Compare the checksum of all bytes with the sidecar.
 
         Raises:
             TransientStorageError: The bucket says that it holds the right ones; the next block is
@@ -212,7 +212,7 @@ class ArchiveBytes:
             CheckpointError: It is another one, and the bucket keeps no checksum of its own.
         """
         found = encode_crc32c(self._checksum)
-        if found == self._card.archive.crc32c:
+        if found == self._sidecar.archive.crc32c:
             return
         self._size = self._checksum = 0
         if not self._is_vouched_for:
@@ -220,10 +220,10 @@ class ArchiveBytes:
         raise TransientStorageError("the archive's bytes changed on the way.")
 
     def _damaged(self, found: str) -> CheckpointError:
-        expected = self._card.archive
+        expected = self._sidecar.archive
         return CheckpointError(
-            f"{self._card.name} cannot be used: {join_uri(self._bucket.uri, self._object)} is "
-            f"damaged ({found}; its card says {expected.size} bytes, crc32c {expected.crc32c}). "
+            f"{self._sidecar.name} cannot be used: {join_uri(self._bucket.uri, self._object)} is "
+            f"damaged ({found}; its sidecar says {expected.size} bytes, crc32c {expected.crc32c}). "
             f"{_CHOOSE_ANOTHER}"
         )
 
@@ -239,7 +239,7 @@ OpenSink = Callable[[str], AbstractContextManager[Sink]]
 
 
 def unpack_archive(
-    card: Card,
+    sidecar: Sidecar,
     source: str,
     archive: Path | IO[bytes],
     open_sink: OpenSink,
@@ -248,16 +248,16 @@ def unpack_archive(
     """Read every file of an archive into a sink of its own.
 
     Args:
-        card: What it must be.
+        sidecar: What it must be.
         source: What to call it in messages.
         archive: Its bytes.
         open_sink: Called with the name of each file; only names of the manifest.
         on_progress: Told what is done.
 
     Raises:
-        CheckpointError: The archive is not what the card says.
+        CheckpointError: The archive is not what the sidecar says.
     """
-    _Unpacking(card, source, open_sink, on_progress).run(archive)
+    _Unpacking(sidecar, source, open_sink, on_progress).run(archive)
 
 
 class _BoundedReader:
@@ -279,17 +279,17 @@ class _Unpacking:
     """The files of an archive, each one as the manifest has it or not at all."""
 
     def __init__(
-        self, card: Card, source: str, open_sink: OpenSink, on_progress: OnProgress
+        self, sidecar: Sidecar, source: str, open_sink: OpenSink, on_progress: OnProgress
     ) -> None:
-        self._card, self._source, self._open_sink = card, source, open_sink
+        self._sidecar, self._source, self._open_sink = sidecar, source, open_sink
         self._on_progress = on_progress
         self._done = 0
         self._manifest = bytearray()
 
     def run(self, archive: Path | IO[bytes]) -> None:
-        missing = {*self._card.manifest.files, MANIFEST_FILE}
+        missing = {*self._sidecar.manifest.files, MANIFEST_FILE}
         try:
-            with self._card.format.open_read(archive) as unpacked:
+            with self._sidecar.format.open_read(archive) as unpacked:
                 reader = _BoundedReader(unpacked)
                 stream: Any = reader
                 with tarfile.open(fileobj=stream, mode="r|", bufsize=UNPACK_BLOCK_BYTES) as members:
@@ -314,11 +314,11 @@ class _Unpacking:
         """
         tarfile.data_filter(member, _NO_DIRECTORY)
         folder, _, name = member.name.partition("/")
-        if folder != self._card.name or name not in missing:
+        if folder != self._sidecar.name or name not in missing:
             raise self._refused(f"{member.name!r} does not belong into it")
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
             raise self._refused(f"{member.name!r} is no regular file")
-        entry = self._card.manifest.files.get(name)
+        entry = self._sidecar.manifest.files.get(name)
         if entry is not None and member.size != entry.size:
             raise self._refused(
                 f"{member.name!r} has {member.size} bytes, its manifest says {entry.size}"
@@ -329,8 +329,8 @@ class _Unpacking:
 
     def _copy(self, name: str, content: IO[bytes] | None) -> None:
         assert content is not None, "a regular file has content"
-        total = self._card.manifest.total_bytes
-        entry = self._card.manifest.files.get(name)
+        total = self._sidecar.manifest.total_bytes
+        entry = self._sidecar.manifest.files.get(name)
         checksum = 0
         with self._open_sink(name) as sink:
             while block := content.read(UNPACK_BLOCK_BYTES):
@@ -348,11 +348,11 @@ class _Unpacking:
             found = Manifest.from_json(parse_json(bytes(self._manifest)), MANIFEST_FILE)
         except (CheckpointError, ValueError) as exc:
             raise self._refused(f"its {MANIFEST_FILE} cannot be read ({exc})") from exc
-        if found != self._card.manifest:
-            raise self._refused(f"its {MANIFEST_FILE} is not that of its card")
+        if found != self._sidecar.manifest:
+            raise self._refused(f"its {MANIFEST_FILE} is not that of its sidecar")
 
     def _refused(self, reason: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._card.name} cannot be used: {self._source} is not the archive of that "
+            f"{self._sidecar.name} cannot be used: {self._source} is not the archive of that "
             f"checkpoint: {reason}. {_CHOOSE_ANOTHER}"
         )

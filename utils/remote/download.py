@@ -1,13 +1,13 @@
 """A checkpoint back from the bucket: verified, unpacked, committed as if it had been saved here.
 
-    card, archive in the bucket -> archive (verified) -> files (verified) -> checkpoint directory
+    sidecar, archive in the bucket -> archive (verified) -> files (verified) -> checkpoint directory
 
-The card (`NAME.json`) says what the archive and every file must be; without one the upload never
-finished. Nothing is opened before the archive's size and crc32c are the card's, nothing is written
-that the card's manifest does not name, no more of it than the manifest says, and nothing is ever
-unpickled. All of it happens in a `.saving-*` directory, which the next start removes after a crash;
-the rename at the end commits. The journal then has the checkpoint as verified, so that it is not
-uploaded again. No torch here.
+The sidecar (`NAME.json`) says what the archive and every file must be; without one the upload never
+finished. Nothing is opened before the archive's size and crc32c are the sidecar's. Nothing is
+written that the sidecar's manifest does not name, no more of it than the manifest says, and nothing
+is ever unpickled. All of it happens in a `.saving-*` directory, which the next start removes after
+a crash; the rename at the end commits. The journal then has the checkpoint as verified, so that it
+is not uploaded again. No torch here.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.store import verify_checkpoint
 from utils.remote.archive_reading import (
     ArchiveBytes,
-    Card,
     Retrying,
-    read_card,
+    Sidecar,
+    read_sidecar,
     unpack_archive,
 )
 from utils.storage.bucket import Bucket, crc32c_of_file, fsync_directory
@@ -75,24 +75,24 @@ def download_checkpoint(
     """
     require_checkpoint_name(name)
     retrying = Retrying(name, bucket.uri, first_backoff_seconds)
-    card = retrying.run(lambda: read_card(bucket, name))
-    source = join_uri(bucket.uri, card.archive_object)
+    sidecar = retrying.run(lambda: read_sidecar(bucket, name))
+    source = join_uri(bucket.uri, sidecar.archive_object)
     target = directory / name
     if target.is_symlink() or target.exists():
-        _require_same(target, card.manifest, source)
+        _require_same(target, sidecar.manifest, source)
         return target
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _require_space(directory, card)
+        _require_space(directory, sidecar)
         with tempfile.TemporaryDirectory(
             prefix=f"{SAVING_PREFIX}download-", dir=directory, ignore_cleanup_errors=True
         ) as scratch:
-            archive = Path(scratch) / f"{name}{card.format.suffix}"
-            download = ArchiveBytes(bucket, card, on_progress)
+            archive = Path(scratch) / f"{name}{sidecar.format.suffix}"
+            download = ArchiveBytes(bucket, sidecar, on_progress)
             with archive.open("wb") as file:
                 retrying.run(lambda: _write_archive(download, file))
             unpacked = Path(scratch) / name
-            _unpack(card, source, archive, unpacked, on_progress)
+            _unpack(sidecar, source, archive, unpacked, on_progress)
             unpacked.rename(target)
         fsync_directory(directory)
     except OSError as exc:
@@ -101,7 +101,7 @@ def download_checkpoint(
             "there; it is still in the bucket."
         ) from exc
     if journal is not None:
-        _record(journal, bucket, card, target)
+        _record(journal, bucket, sidecar, target)
     log.info("Downloaded %s from %s, verified.", name, source)
     return target
 
@@ -119,13 +119,13 @@ def _require_same(target: Path, manifest: Manifest, source: str) -> None:
     )
 
 
-def _require_space(directory: Path, card: Card) -> None:
-    archive, files = card.archive.size, card.manifest.total_bytes
+def _require_space(directory: Path, sidecar: Sidecar) -> None:
+    archive, files = sidecar.archive.size, sidecar.manifest.total_bytes
     free = shutil.disk_usage(directory).free
     if free < archive + files:
         raise CheckpointError(
-            f"{card.name} needs {archive + files} bytes in {directory} (archive {archive}, files "
-            f"{files}); {free} are free. Free some space, or choose another --set output_dir."
+            f"{sidecar.name} needs {archive + files} bytes in {directory} (archive {archive}, "
+            f"files {files}); {free} are free. Free some space, or choose another --set output_dir."
         )
 
 
@@ -144,11 +144,11 @@ def _write_archive(download: ArchiveBytes, file: IO[bytes]) -> None:
 
 
 def _unpack(
-    card: Card, source: str, archive: Path, directory: Path, on_progress: OnProgress
+    sidecar: Sidecar, source: str, archive: Path, directory: Path, on_progress: OnProgress
 ) -> None:
     """Write the archive's files into a new directory."""
     directory.mkdir()
-    unpack_archive(card, source, archive, lambda name: _new_file(directory / name), on_progress)
+    unpack_archive(sidecar, source, archive, lambda name: _new_file(directory / name), on_progress)
     fsync_directory(directory)
 
 
@@ -160,16 +160,16 @@ def _new_file(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(file.fileno())
 
 
-def _record(journal: Journal, bucket: Bucket, card: Card, checkpoint: Path) -> None:
+def _record(journal: Journal, bucket: Bucket, sidecar: Sidecar, checkpoint: Path) -> None:
     """Write what the uploader writes after an upload, so that none follows."""
     try:
         journal.record(
-            card.name,
-            card.manifest.run_id,
+            sidecar.name,
+            sidecar.manifest.run_id,
             UploadState.VERIFIED,
-            bytes=card.archive.size,
-            crc32c=card.archive.crc32c,
-            uri=join_uri(bucket.uri, card.archive_object),
+            bytes=sidecar.archive.size,
+            crc32c=sidecar.archive.crc32c,
+            uri=join_uri(bucket.uri, sidecar.archive_object),
             bucket=normalize_uri(bucket.uri),
             manifest_crc32c=crc32c_of_file(checkpoint / MANIFEST_FILE),
         )
@@ -178,5 +178,5 @@ def _record(journal: Journal, bucket: Bucket, card: Card, checkpoint: Path) -> N
             "%s cannot be written (%s); %s will be uploaded again.",
             journal.path,
             exc.strerror or exc,
-            card.name,
+            sidecar.name,
         )

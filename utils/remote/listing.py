@@ -1,9 +1,9 @@
-"""The checkpoints in a run's bucket: one listing of them, and as many of their cards as needed.
+"""The checkpoints in a run's bucket: one listing of them, and as many of their sidecars as needed.
 
     Checkpoints/NAME.tar.gz, Checkpoints/NAME.json -> upload manager
 
-A listing costs one request for a thousand objects, a card one request; cards are read several at a
-time. Names that are not ours stay strings and are never part of a path. No torch here.
+A listing costs one request for a thousand objects, a sidecar one request; several are read at once.
+Names that are not ours stay strings and are never part of a path. No torch here.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.views import CheckpointView, find_best, newest_object, read_remote_checkpoint
 from utils.storage.bucket import Bucket, ObjectInfo
 
-CARD_SUFFIX = ".json"
-CARDS_AT_A_TIME = 8
-NEWEST_CARDS = 50  # as many as a resume looks at
+SIDECAR_SUFFIX = ".json"
+SIDECARS_AT_A_TIME = 8
+NEWEST_SIDECARS = 50  # as many as a resume looks at
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class RemoteListing:
 
     Attributes:
         archives: By checkpoint.
-        cards: By checkpoint.
+        sidecars: By checkpoint.
         others: Objects that are neither.
     """
 
     archives: dict[CheckpointName, ObjectInfo] = field(default_factory=dict)
-    cards: dict[CheckpointName, ObjectInfo] = field(default_factory=dict)
+    sidecars: dict[CheckpointName, ObjectInfo] = field(default_factory=dict)
     others: list[ObjectInfo] = field(default_factory=list)
 
     @property
     def complete(self) -> list[CheckpointName]:
-        """Checkpoints with archive and card, by step."""
-        return sorted(self.archives.keys() & self.cards.keys())
+        """Checkpoints with archive and sidecar, by step."""
+        return sorted(self.archives.keys() & self.sidecars.keys())
 
 
 def list_remote(bucket: Bucket) -> RemoteListing:
@@ -62,12 +62,12 @@ def list_remote(bucket: Bucket) -> RemoteListing:
     for info in bucket.list(f"{REMOTE_FOLDER}/"):
         text = info.name.removeprefix(f"{REMOTE_FOLDER}/")
         archive = parse_checkpoint_name(strip_archive_suffix(text))
-        card = parse_checkpoint_name(text.removesuffix(CARD_SUFFIX))
+        sidecar = parse_checkpoint_name(text.removesuffix(SIDECAR_SUFFIX))
         if archive is not None and text.endswith(ARCHIVE_SUFFIXES):
             known = listing.archives.get(archive, info)
             listing.archives[archive] = newest_object([known, info]) or info
-        elif card is not None and text.endswith(CARD_SUFFIX):
-            listing.cards[card] = info
+        elif sidecar is not None and text.endswith(SIDECAR_SUFFIX):
+            listing.sidecars[sidecar] = info
         else:
             listing.others.append(info)
     return listing
@@ -93,22 +93,22 @@ def parse_remote_name(text: str) -> tuple[str, str] | None:
     return (base, which) if is_bucket else None
 
 
-def read_cards(
+def read_sidecars(
     bucket: Bucket, listing: RemoteListing, names: Iterable[CheckpointName] | None = None
 ) -> list[CheckpointView]:
-    """Return checkpoints of the bucket as far as their cards can be read, by step.
+    """Return checkpoints of the bucket as far as their sidecars can be read, by step.
 
     Args:
         bucket: The run's bucket.
         listing: What lies there.
-        names: Which; None for all that have a card.
+        names: Which; None for all that have a sidecar.
     """
 
     def read(name: CheckpointName) -> CheckpointView:
         return read_remote_checkpoint(bucket, name, listing.archives.get(name))
 
-    with ThreadPoolExecutor(CARDS_AT_A_TIME) as pool:
-        return list(pool.map(read, sorted(listing.cards if names is None else names)))
+    with ThreadPoolExecutor(SIDECARS_AT_A_TIME) as pool:
+        return list(pool.map(read, sorted(listing.sidecars if names is None else names)))
 
 
 def newest_branch(
@@ -151,7 +151,7 @@ def is_part_of(identity: RunIdentity | None, view: CheckpointView) -> bool:
 
 
 def choose_remote(bucket: Bucket, text: str, recorded: RunIdentity | None) -> CheckpointName:
-    """Return the checkpoint of a bucket that a user means; only the cards that decide it are read.
+    """Return the checkpoint of a bucket that a user means; only sidecars that decide it are read.
 
     Args:
         bucket: The run's bucket.
@@ -165,8 +165,8 @@ def choose_remote(bucket: Bucket, text: str, recorded: RunIdentity | None) -> Ch
     listing = list_remote(bucket)
     names = listing.complete
     if text in ("latest", "best"):
-        read = names[-NEWEST_CARDS:] if text == "latest" else names
-        views = [view for view in read_cards(bucket, listing, read) if view.problem is None]
+        read = names[-NEWEST_SIDECARS:] if text == "latest" else names
+        views = [view for view in read_sidecars(bucket, listing, read) if view.problem is None]
         identity = newest_branch(views, recorded)
         own = [view for view in views if is_part_of(identity, view)]
         best = find_best(own) if text == "best" else (own[-1] if own else None)

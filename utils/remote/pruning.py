@@ -1,6 +1,6 @@
-"""Which checkpoints to delete from the bucket, and how: the card first, then the archive.
+"""Which checkpoints to delete from the bucket, and how: the sidecar first, then the archive.
 
-`plan_pruning` is a pure function. A checkpoint without its card does not count as uploaded, so a
+`plan_pruning` is a pure function. A checkpoint without its sidecar does not count as uploaded, so a
 crash between the two leaves an archive that nobody takes for a checkpoint. Only checkpoints of this
 run and branch are ever deleted. No torch here.
 """
@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from utils.base.errors import CheckpointError, StorageError
 from utils.base.uri import join_uri
 from utils.checkpoints.journal import Journal, UploadState
-from utils.checkpoints.layout import RunIdentity, card_object
+from utils.checkpoints.layout import RunIdentity, sidecar_object
 from utils.checkpoints.retention import Action, CheckpointFacts, Decision, keep_reasons
 from utils.checkpoints.views import CheckpointView, find_best
-from utils.remote.archive_reading import read_card
-from utils.remote.listing import CARDS_AT_A_TIME, RemoteListing, is_part_of, newest_branch
+from utils.remote.archive_reading import read_sidecar
+from utils.remote.listing import SIDECARS_AT_A_TIME, RemoteListing, is_part_of, newest_branch
 from utils.storage.bucket import Bucket
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def plan_bucket(
     Args:
         bucket: The run's bucket.
         listing: What lies there.
-        views: The checkpoints that have a card.
+        views: The checkpoints that have a sidecar.
         recorded: The run and branch of this machine, None where it has none.
         is_under_way: Checkpoints whose upload is owed.
         keep: How many of the newest to keep.
@@ -73,7 +73,7 @@ def plan_bucket(
     """
     identity = newest_branch(views, recorded)
     own = [view for view in views if is_part_of(identity, view)]
-    with ThreadPoolExecutor(CARDS_AT_A_TIME) as pool:
+    with ThreadPoolExecutor(SIDECARS_AT_A_TIME) as pool:
         damages = list(pool.map(lambda view: find_damage(bucket, listing, view), own))
     usable = [view for view, damage in zip(own, damages, strict=True) if damage is None]
     best = find_best(usable)
@@ -110,17 +110,17 @@ def find_damage(bucket: Bucket, listing: RemoteListing, view: CheckpointView) ->
     """Say why a checkpoint of the bucket cannot be counted on; None where it can.
 
     Raises:
-        StorageError: Its card cannot be read.
+        StorageError: Its sidecar cannot be read.
     """
     if view.problem is not None:
         return view.problem
     archive = listing.archives[view.name]
     try:
-        expected = read_card(bucket, str(view.name)).archive
+        expected = read_sidecar(bucket, str(view.name)).archive
     except CheckpointError as exc:
         return str(exc)
     if archive.size != expected.size or archive.crc32c not in (None, expected.crc32c):
-        return "its archive is not the one of its card"
+        return "its archive is not the one of its sidecar"
     return None
 
 
@@ -131,12 +131,12 @@ def delete_remote(
 
     Raises:
         ConflictError: It was uploaded anew meanwhile; it was left.
-        StorageError: It could not be deleted; where its archive stays, its card does.
+        StorageError: It could not be deleted; where its archive stays, its sidecar does.
     """
     assert view.manifest is not None, "only usable checkpoints are deleted"
     name = str(view.name)
-    card, version = bucket.read_version(card_object(name))
-    bucket.delete_if(card_object(name), version)
+    sidecar, version = bucket.read_version(sidecar_object(name))
+    bucket.delete_if(sidecar_object(name), version)
     archive = listing.archives[view.name]
     try:
         if archive.crc32c is not None:
@@ -144,7 +144,7 @@ def delete_remote(
         else:
             bucket.delete(archive.name)
     except StorageError:
-        bucket.put_bytes_if(card_object(name), card, None)
+        bucket.put_bytes_if(sidecar_object(name), sidecar, None)
         raise
     uri = join_uri(bucket.uri, archive.name)
     journal.record(name, view.manifest.run_id, UploadState.REMOVED, uri=uri, bytes=archive.size)

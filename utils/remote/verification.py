@@ -1,6 +1,6 @@
 """Whether what should be in the bucket is there: journal, directory and bucket held together.
 
-    journal, checkpoint directory, archive and card in the bucket -> a report for each checkpoint
+    journal, checkpoint directory, archive and sidecar in the bucket -> a report for each checkpoint
 
 A plain check compares what is known: sizes, the checksums that the bucket keeps, manifests. A deep
 one reads every file here, and every archive as a stream that goes nowhere: nothing of it is written
@@ -25,18 +25,18 @@ from utils.checkpoints.layout import (
     SET_ASIDE_FOLDER,
     CheckpointName,
     Manifest,
-    card_object,
     find_checkpoints,
     parse_checkpoint_name,
     read_manifest,
+    sidecar_object,
 )
 from utils.checkpoints.store import verify_checkpoint
 from utils.checkpoints.views import is_verified_in
 from utils.remote.archive_reading import (
     ArchiveBytes,
-    Card,
     Retrying,
-    read_card,
+    Sidecar,
+    read_sidecar,
     unpack_archive,
 )
 from utils.remote.listing import RemoteListing
@@ -92,7 +92,7 @@ class Verifier:
         bucket: The run's bucket.
         listing: What lies there.
         run_id: The run; None where nothing on this machine says which.
-        deep: Read every byte, here and there.
+        is_deep: Read every byte, here and there.
         on_progress: Told what is done, the bytes so far and in all.
     """
 
@@ -104,16 +104,16 @@ class Verifier:
         listing: RemoteListing,
         *,
         run_id: str | None = None,
-        deep: bool = False,
+        is_deep: bool = False,
         on_progress: OnProgress = lambda stage, done, total: None,
     ) -> None:
         self._directory, self._uploads = directory, uploads
         self._bucket, self._listing = bucket, listing
-        self._run_id, self._deep, self._on_progress = run_id, deep, on_progress
+        self._run_id, self._is_deep, self._on_progress = run_id, is_deep, on_progress
 
     def names(self) -> list[CheckpointName]:
         """Return the checkpoints that are here, there, or said to be there, by step."""
-        names = {*find_checkpoints(self._directory), *self._listing.cards}
+        names = {*find_checkpoints(self._directory), *self._listing.sidecars}
         for text, entry in self._uploads.items():
             name = parse_checkpoint_name(text)
             if name is not None and self._is_said_to_be_there(entry):
@@ -128,13 +128,18 @@ class Verifier:
         """
         report = CheckpointReport(name)
         manifest = self._check_local(report)
-        card = self._check_bucket(report)
-        if card is not None:
-            self._compare_card(report, card, manifest)
+        sidecar = self._check_bucket(report)
+        if sidecar is not None:
+            self._compare_sidecar(report, sidecar, manifest)
         self._check_journal(report)
-        is_foreign = card is not None and self._run_id not in (None, card.manifest.run_id)
-        if self._deep and card is not None and name in self._listing.archives and not is_foreign:
-            self._check_archive(report, card)
+        is_foreign = sidecar is not None and self._run_id not in (None, sidecar.manifest.run_id)
+        if (
+            self._is_deep
+            and sidecar is not None
+            and name in self._listing.archives
+            and not is_foreign
+        ):
+            self._check_archive(report, sidecar)
         return report
 
     def split(
@@ -145,13 +150,15 @@ class Verifier:
         for report in reports:
             is_foreign = self._run_id and report.run_id and report.run_id != self._run_id
             if is_foreign and not report.is_local:
-                orphans.append(Orphan(card_object(str(report.name)), f"of run {report.run_id}"))
+                orphans.append(Orphan(sidecar_object(str(report.name)), f"of run {report.run_id}"))
             else:
                 own.append(report)
-        for name in sorted(self._listing.archives.keys() - self._listing.cards.keys()):
-            orphans.append(Orphan(self._listing.archives[name].name, "an archive without its card"))
-        for name in sorted(self._listing.cards.keys() - self._listing.archives.keys()):
-            orphans.append(Orphan(card_object(str(name)), "a card without its archive"))
+        for name in sorted(self._listing.archives.keys() - self._listing.sidecars.keys()):
+            orphans.append(
+                Orphan(self._listing.archives[name].name, "an archive without its sidecar")
+            )
+        for name in sorted(self._listing.sidecars.keys() - self._listing.archives.keys()):
+            orphans.append(Orphan(sidecar_object(str(name)), "a sidecar without its archive"))
         return own, [*orphans, *_group(self._listing.others)]
 
     def _is_said_to_be_there(self, entry: JournalEntry) -> bool:
@@ -175,12 +182,12 @@ class Verifier:
         except CheckpointError as exc:
             report.wrong.append(f"here: {exc}")
             return None
-        found = "every byte as in its manifest" if self._deep else "sizes as in its manifest"
+        found = "every byte as in its manifest" if self._is_deep else "sizes as in its manifest"
         report.right.append(f"here: {len(manifest.files)} files, {found}")
         return manifest
 
     def _require_files(self, path: Path, manifest: Manifest) -> None:
-        if self._deep:
+        if self._is_deep:
             self._on_progress(f"{path.name} here", 0, manifest.total_bytes)
             verify_checkpoint(path)
             self._on_progress(f"{path.name} here", manifest.total_bytes, manifest.total_bytes)
@@ -190,57 +197,62 @@ class Verifier:
             if not file.is_file() or file.stat().st_size != entry.size:
                 raise CheckpointError(f"{name} is missing or not of {entry.size} bytes.")
 
-    def _check_bucket(self, report: CheckpointReport) -> Card | None:
+    def _check_bucket(self, report: CheckpointReport) -> Sidecar | None:
         archive = self._listing.archives.get(report.name)
         entry = self._uploads.get(str(report.name))
-        if report.name not in self._listing.cards:
+        if report.name not in self._listing.sidecars:
             if archive is not None:
-                report.wrong.append("bucket: no card beside its archive, the upload did not end")
+                report.wrong.append("bucket: no sidecar beside its archive, the upload did not end")
             elif entry is not None and entry.state in GIVEN_UP:
                 report.right.append(f"bucket: not there, {entry.state.value} on purpose")
             else:
                 report.wrong.append("bucket: not there")
             return None
         if archive is None:
-            report.wrong.append("bucket: a card without its archive")
+            report.wrong.append("bucket: a sidecar without its archive")
         try:
-            card = read_card(self._bucket, str(report.name))
+            sidecar = read_sidecar(self._bucket, str(report.name))
         except CheckpointError as exc:
             report.wrong.append(f"bucket: {exc}")
             return None
-        report.run_id = report.run_id or card.manifest.run_id
+        report.run_id = report.run_id or sidecar.manifest.run_id
         if archive is None:
-            return card
-        if archive.size != card.archive.size:
+            return sidecar
+        if archive.size != sidecar.archive.size:
             report.wrong.append(
-                f"bucket: its archive has {archive.size} bytes, its card says {card.archive.size}"
+                f"bucket: its archive has {archive.size} bytes, "
+                f"its sidecar says {sidecar.archive.size}"
             )
-        elif archive.crc32c not in (None, card.archive.crc32c):
+        elif archive.crc32c not in (None, sidecar.archive.crc32c):
             report.wrong.append(
                 f"bucket: its archive has crc32c {archive.crc32c}, "
-                f"its card says {card.archive.crc32c}"
+                f"its sidecar says {sidecar.archive.crc32c}"
             )
         else:
             kept = "size" if archive.crc32c is None else "size and crc32c"
-            report.right.append(f"bucket: archive of {archive.size} bytes, {kept} as in its card")
-        return card
+            report.right.append(
+                f"bucket: archive of {archive.size} bytes, {kept} as in its sidecar"
+            )
+        return sidecar
 
-    def _compare_card(
-        self, report: CheckpointReport, card: Card, manifest: Manifest | None
+    def _compare_sidecar(
+        self, report: CheckpointReport, sidecar: Sidecar, manifest: Manifest | None
     ) -> None:
         if manifest is not None:
-            if card.manifest == manifest:
-                report.right.append("card: the manifest of the files here")
-            elif card.manifest.run_id != manifest.run_id:
-                report.wrong.append(f"card: it is of run {card.manifest.run_id}")
+            if sidecar.manifest == manifest:
+                report.right.append("sidecar: the manifest of the files here")
+            elif sidecar.manifest.run_id != manifest.run_id:
+                report.wrong.append(f"sidecar: it is of run {sidecar.manifest.run_id}")
             else:
-                report.wrong.append("card: its manifest is not that of the files here")
+                report.wrong.append("sidecar: its manifest is not that of the files here")
         entry = self._uploads.get(str(report.name))
         if entry is None or not self._is_said_to_be_there(entry):
             return
         recorded = (entry.details.get("bytes"), entry.details.get("crc32c"))
-        if recorded not in ((None, None), (card.archive.size, card.archive.crc32c)):
-            report.wrong.append("card: its archive is not the one that the journal has as verified")
+        if recorded not in ((None, None), (sidecar.archive.size, sidecar.archive.crc32c)):
+            report.wrong.append(
+                "sidecar: its archive is not the one that the journal has as verified"
+            )
 
     def _check_journal(self, report: CheckpointReport) -> None:
         entry = self._uploads.get(str(report.name))
@@ -258,33 +270,35 @@ class Verifier:
         else:
             report.wrong.append("journal: verified with other files or in another bucket")
 
-    def _check_archive(self, report: CheckpointReport, card: Card) -> None:
+    def _check_archive(self, report: CheckpointReport, sidecar: Sidecar) -> None:
         name = str(report.name)
-        source = join_uri(self._bucket.uri, card.archive_object)
+        source = join_uri(self._bucket.uri, sidecar.archive_object)
         retrying = Retrying(name, source)
         try:
-            retrying.run(lambda: self._read_archive(card, source, retrying))
+            retrying.run(lambda: self._read_archive(sidecar, source, retrying))
         except CheckpointError as exc:
             report.wrong.append(f"archive: {exc}")
         except StorageError as exc:
             report.wrong.append(f"archive: it cannot be read: {exc}")
         else:
             report.right.append(
-                f"archive: every byte read, {len(card.manifest.files)} files as in its manifest"
+                f"archive: every byte read, {len(sidecar.manifest.files)} files as in its manifest"
             )
 
-    def _read_archive(self, card: Card, source: str, retrying: Retrying) -> None:
+    def _read_archive(self, sidecar: Sidecar, source: str, retrying: Retrying) -> None:
         archive = ArchiveBytes(
             self._bucket,
-            card,
-            lambda stage, done, total: self._on_progress(f"{card.name} there", done, total),
+            sidecar,
+            lambda stage, done, total: self._on_progress(f"{sidecar.name} there", done, total),
         )
         archive.require_expected_object()
         stream = _ArchiveStream(archive, retrying)
         refusal: CheckpointError | None = None
         try:
             buffered = io.BufferedReader(stream)
-            unpack_archive(card, source, buffered, lambda name: contextlib.nullcontext(Nowhere()))
+            unpack_archive(
+                sidecar, source, buffered, lambda name: contextlib.nullcontext(Nowhere())
+            )
         except CheckpointError as exc:
             refusal = exc
         stream.read_rest()
@@ -365,15 +379,15 @@ def _find_lack(
     bucket: Bucket, listing: RemoteListing, name: CheckpointName, path: Path
 ) -> str | None:
     archive = listing.archives.get(name)
-    if archive is None or name not in listing.cards:
-        return "its archive is missing" if archive is None else "its card is missing"
+    if archive is None or name not in listing.sidecars:
+        return "its archive is missing" if archive is None else "its sidecar is missing"
     try:
-        card = read_card(bucket, str(name))
-        if card.manifest != read_manifest(path):
-            return "its card is of other files"
+        sidecar = read_sidecar(bucket, str(name))
+        if sidecar.manifest != read_manifest(path):
+            return "its sidecar is of other files"
     except CheckpointError as exc:
         return str(exc)
     crc32c = archive.crc32c or bucket.crc32c(archive.name)
-    if (archive.size, crc32c) != (card.archive.size, card.archive.crc32c):
+    if (archive.size, crc32c) != (sidecar.archive.size, sidecar.archive.crc32c):
         return "its archive is damaged"
     return None

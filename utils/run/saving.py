@@ -307,7 +307,7 @@ class RunSaving:
             transport,
             self._journal,
             compression=self.config.upload_compression,
-            sweeps=True,
+            should_sweep=True,
             tell=lambda line: self._tell("uploads", line, None),
         )
         for checkpoint in find_unfinished(self.paths.checkpoints, self._journal, transport.uri):

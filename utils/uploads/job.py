@@ -1,12 +1,12 @@
-"""One upload, from a committed checkpoint to its card in the bucket.
+"""One upload, from a committed checkpoint to its sidecar in the bucket.
 
-    checkpoint -> archive (stream) -> bucket -> verified there -> card (NAME.json)
+    checkpoint -> archive (stream) -> bucket -> verified there -> sidecar (NAME.json)
 
-The card is written last and only when the archive in the bucket has the size and crc32c that were
-computed while it was made. What is there already is not sent again: an archive whose answer was
-lost, or one without its card. An object of another run is never overwritten; one of a branch that
-this one has left is copied aside first. Every write names the version that it replaces, so that a
-late writer cannot overwrite a newer object. No torch here.
+The sidecar is written last and only when the archive in the bucket has the size and crc32c that
+were computed while it was made. What is there already is not sent again: an archive whose answer
+was lost, or one without its sidecar. An object of another run is never overwritten; one of a branch
+that this one has left is copied aside first. Every write names the version that it replaces, so
+that a late writer cannot overwrite a newer object. No torch here.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from utils.checkpoints.layout import (
     Manifest,
     RunIdentity,
     archive_object,
-    card_object,
     read_manifest,
+    sidecar_object,
 )
 from utils.checkpoints.views import read_json_part
 from utils.storage.bucket import Meter, Nowhere, ObjectInfo, map_file_error
@@ -55,7 +55,7 @@ class UploadJob:
         transport: The way to the bucket; its name is not auto for gs://.
         compression: One of `COMPRESSIONS`.
         threads: That compress.
-        sweeps: Whether to remove what other interrupted uploads left, but for those in `owed`.
+        should_sweep: Remove what other interrupted uploads left, but for those in `owed`.
         owed: Names of checkpoints that are still to be uploaded.
     """
 
@@ -63,7 +63,7 @@ class UploadJob:
     transport: TransportOptions
     compression: str = "fast"
     threads: int = 1
-    sweeps: bool = False
+    should_sweep: bool = False
     owed: tuple[str, ...] = ()
 
 
@@ -172,15 +172,15 @@ class _Upload:
         self._transport, self._progress = transport, progress
         self._suffix = COMPRESSIONS[job.compression].suffix
         self._archive = archive_object(checkpoint.name, self._suffix)
-        self._card = card_object(checkpoint.name)
+        self._sidecar = sidecar_object(checkpoint.name)
         self._info: ArchiveInfo | None = None
         self._sent = 0
 
     def run(self) -> UploadResult:
         started = time.monotonic()
         stored = self._transport.stat(self._archive)
-        data = self._transport.read(self._card)
-        found = None if data is None else _FoundCard.parse(data)
+        data = self._transport.read(self._sidecar)
+        found = None if data is None else _FoundSidecar.parse(data)
         described = stored
         if found and found.suffix != self._suffix:
             described = self._transport.stat(archive_object(self._checkpoint.name, found.suffix))
@@ -195,8 +195,10 @@ class _Upload:
             self._put(stored)
         return self._finish(started)
 
-    def _make_way(self, data: bytes, found: _FoundCard | None, stored: ObjectInfo | None) -> None:
-        """Deal with a card that is not this checkpoint's.
+    def _make_way(
+        self, data: bytes, found: _FoundSidecar | None, stored: ObjectInfo | None
+    ) -> None:
+        """Deal with a sidecar that is not this checkpoint's.
 
         Args:
             data: Its bytes.
@@ -207,7 +209,7 @@ class _Upload:
             CheckpointError: It must not be overwritten.
             TransientStorageError: It is being changed at this moment.
         """
-        where = join_uri(self._transport.uri, self._card)
+        where = join_uri(self._transport.uri, self._sidecar)
         owner = found.manifest if found else None
         if owner is None or owner.run_id != self._manifest.run_id:
             raise CheckpointError(
@@ -222,16 +224,16 @@ class _Upload:
                 f"{own.branch} came from; it is not overwritten. Give this branch a name of its "
                 "own: --set run_name=NAME."
             )
-        seen = self._transport.stat(self._card)
-        if self._transport.read(self._card) != data:
+        seen = self._transport.stat(self._sidecar)
+        if self._transport.read(self._sidecar) != data:
             raise TransientStorageError(f"{where} was changed by another process.")
         is_whole = found is not None and found.is_of(stored)
         archive = stored.name if stored else self._archive
         if is_whole or branch != own.branch:
-            self._set_aside(branch, [archive, self._card] if is_whole else [self._card])
+            self._set_aside(branch, [archive, self._sidecar] if is_whole else [self._sidecar])
         try:
-            # Before the archive: a card is never there without the archive that it describes.
-            self._transport.delete(self._card, seen)
+            # Before the archive: a sidecar is never there without the archive that it describes.
+            self._transport.delete(self._sidecar, seen)
             if archive != self._archive:
                 self._transport.delete(archive, stored)
         except ConflictError as exc:
@@ -252,9 +254,9 @@ class _Upload:
 
     def _free_folder(self, folder: str) -> str:
         """Return a folder in which this checkpoint has not been set aside yet."""
-        card, found = PurePosixPath(self._card).name, folder
+        sidecar, found = PurePosixPath(self._sidecar).name, folder
         number = 1
-        while self._transport.stat(f"{found}/{card}") is not None:
+        while self._transport.stat(f"{found}/{sidecar}") is not None:
             number += 1
             found = f"{folder}-{number}"
         return found
@@ -318,16 +320,16 @@ class _Upload:
         if problem is not None:
             raise CheckpointError(f"{self._checkpoint.name}: {problem}.")
         other_format = {} if self._suffix == ARCHIVE_SUFFIX else {"format": self._suffix}
-        card = {
+        sidecar = {
             "manifest": self._manifest.to_json(),
             "metadata": metadata,
             "archive": {"size": self._info.size, "crc32c": self._info.crc32c, **other_format},
         }
-        data = json.dumps(card, indent=1).encode("utf-8")
+        data = json.dumps(sidecar, indent=1).encode("utf-8")
         try:
-            put_bytes(self._transport, self._card, data, None)  # `_make_way` made room for it
+            put_bytes(self._transport, self._sidecar, data, None)  # `_make_way` made room for it
         except ConflictError as exc:
-            if self._transport.read(self._card) != data:
+            if self._transport.read(self._sidecar) != data:
                 raise TransientStorageError(str(exc)) from exc
         return self._done(self._info, started, self._suffix)
 
@@ -341,29 +343,29 @@ class _Upload:
         try:
             owed = (archive_object(name, self._suffix) for name in self._job.owed)
             keep = frozenset(owed) - {self._archive}
-            only = None if self._job.sweeps else self._archive
+            only = None if self._job.should_sweep else self._archive
             self._transport.remove_unfinished(REMOTE_FOLDER, keep, only)
         except StorageError as exc:
             log.warning("Parts of uploads are left in %s: %s", self._transport.uri, exc)
 
 
 @dataclass(frozen=True)
-class _FoundCard:
-    """A card as it is in the bucket, as far as it can be read."""
+class _FoundSidecar:
+    """A sidecar as it is in the bucket, as far as it can be read."""
 
     manifest: Manifest
     archive: ArchiveInfo | None
     suffix: str = ARCHIVE_SUFFIX
 
     @classmethod
-    def parse(cls, data: bytes) -> _FoundCard | None:
+    def parse(cls, data: bytes) -> _FoundSidecar | None:
         try:
-            card = parse_json(data)
-            manifest = Manifest.from_json(card["manifest"], "the card")
+            sidecar = parse_json(data)
+            manifest = Manifest.from_json(sidecar["manifest"], "the sidecar")
         except (CheckpointError, *FOREIGN_ERRORS):
             return None
         try:
-            archive = card["archive"]
+            archive = sidecar["archive"]
             suffix = ARCHIVE_FORMATS[archive.get("format", ARCHIVE_SUFFIX)].suffix
             return cls(manifest, ArchiveInfo(int(archive["size"]), str(archive["crc32c"])), suffix)
         except FOREIGN_ERRORS:

@@ -47,15 +47,15 @@ def build_upload_rows(
     newest = (local or remote)[-1:]
     rows = []
     for name in sorted(here.keys() | there.keys()):
-        view, card = here.get(name), there.get(name)
+        view, sidecar = here.get(name), there.get(name)
         entry = view.upload if view else None
         notes = [
             "latest" if any(name == one.name for one in newest) else "",
             "best" if best is not None and name == best.name else "",
-            (view.problem if view else None) or (card.problem if card else None) or "",
+            (view.problem if view else None) or (sidecar.problem if sidecar else None) or "",
         ]
-        size = view.total_bytes if view else card.archive_bytes if card else None
-        state = describe_state(view, card, uri, bucket_problem)
+        size = view.total_bytes if view else sidecar.archive_bytes if sidecar else None
+        state = describe_state(view, sidecar, uri, bucket_problem)
         is_under_way = entry is not None and entry.state in _UNDER_WAY
         progress = describe_progress(entry) if entry is not None and is_under_way else {}
         rows.append(
@@ -65,7 +65,7 @@ def build_upload_rows(
                 "size": format_bytes(size),
                 "bytes": size,
                 "local": "yes" if view else "no",
-                "bucket": "yes" if card else "unknown" if bucket_problem else "no",
+                "bucket": "yes" if sidecar else "unknown" if bucket_problem else "no",
                 "state": state,
                 "verified": state == "verified",
                 "progress": progress.get("text", ""),
@@ -79,28 +79,28 @@ def build_upload_rows(
 
 
 def describe_state(
-    view: CheckpointView | None, card: CheckpointView | None, uri: str, problem: str | None
+    view: CheckpointView | None, sidecar: CheckpointView | None, uri: str, problem: str | None
 ) -> str:
     """Say where a checkpoint stands; what the journal says is held against the bucket.
 
     Args:
         view: The checkpoint on this machine, None where it is not here.
-        card: The checkpoint in the bucket, None where it is not there.
+        sidecar: The checkpoint in the bucket, None where it is not there.
         uri: The bucket, "" for none.
         problem: Why the bucket could not be read, None where it was.
     """
     entry = view.upload if view else None
     if view is None or view.path is None or entry is None:
-        if card is None:
+        if sidecar is None:
             return "not queued"
-        return "verified" if card.problem is None else "damaged in bucket"
+        return "verified" if sidecar.problem is None else "damaged in bucket"
     if entry.state is not UploadState.VERIFIED:
         return str(entry.state.value)
     if uri and not is_verified_in(uri, view.path, entry, view.manifest_crc32c):
         return "not in this bucket"
     size = entry.details.get("bytes")
-    if problem is None and (card is None or card.problem or card.archive_bytes != size):
-        return "missing in bucket" if card is None else "damaged in bucket"
+    if problem is None and (sidecar is None or sidecar.problem or sidecar.archive_bytes != size):
+        return "missing in bucket" if sidecar is None else "damaged in bucket"
     return "verified"
 
 

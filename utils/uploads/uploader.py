@@ -98,8 +98,8 @@ class Uploader:
         transport: Where to and how; its name is not auto for gs://.
         journal: Where every state is recorded.
         compression: One of `COMPRESSIONS`.
-        sweeps: Whether what other interrupted uploads left in the bucket may be removed; only for
-            the one that holds the bucket's lease.
+        should_sweep: Remove what other interrupted uploads left in the bucket; only for the one
+            that holds the bucket's lease.
         first_backoff_seconds: Mean wait before the second attempt; the next are 4 times longer.
         perform: Does one upload; in a process of its own by default.
         tell: Called in the worker's thread with a line about each upload that ended.
@@ -111,7 +111,7 @@ class Uploader:
         journal: Journal,
         *,
         compression: str = "fast",
-        sweeps: bool = False,
+        should_sweep: bool = False,
         first_backoff_seconds: float = FIRST_RETRY_SECONDS,
         perform: Perform | None = None,
         tell: Callable[[str], None] = lambda line: None,
@@ -123,7 +123,7 @@ class Uploader:
         self.bytes_per_second: float | None = None
         """Speed of the last upload that was verified, None before one was."""
         self._transport, self._journal = transport, journal
-        self._compression, self._sweeps = compression, sweeps
+        self._compression, self._should_sweep = compression, should_sweep
         self._suffix, self._tell = COMPRESSIONS[compression].suffix, tell
         self._first_backoff, self._perform = first_backoff_seconds, perform or run_in_process
         self._queue: list[_Item] = []
@@ -311,7 +311,7 @@ class Uploader:
             self._transport,
             self._compression,
             _threads(),
-            self._sweeps,
+            self._should_sweep,
             tuple(self.pending) + tuple(self.failures),
         )
         self._record(name, manifest.run_id, UploadState.ARCHIVING, attempt=item.attempts)

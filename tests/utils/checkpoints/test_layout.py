@@ -20,7 +20,6 @@ from utils.checkpoints.layout import (
     Manifest,
     RunPaths,
     archive_object,
-    card_object,
     find_checkpoints,
     free_name,
     new_run_id,
@@ -28,6 +27,7 @@ from utils.checkpoints.layout import (
     read_json,
     read_manifest,
     require_checkpoint_name,
+    sidecar_object,
     validate_run_name,
     write_json,
 )
@@ -117,7 +117,7 @@ def test_a_run_name_adds_a_folder_to_every_path() -> None:
 def test_objects_in_the_bucket_have_the_documented_names() -> None:
     name = "checkpoint-epoch0-step50-files0"
     assert archive_object(name) == f"Checkpoints/{name}.tar.gz"
-    assert card_object(name) == f"Checkpoints/{name}.json"
+    assert sidecar_object(name) == f"Checkpoints/{name}.json"
 
 
 def test_run_ids_are_dated_and_never_the_same() -> None:

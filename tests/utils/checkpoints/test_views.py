@@ -12,7 +12,7 @@ from tests.sample_checkpoints import make_checkpoint, put_remote, seal
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import number, printable, to_json_text
 from utils.checkpoints.journal import Journal, UploadState
-from utils.checkpoints.layout import CheckpointName, card_object
+from utils.checkpoints.layout import CheckpointName, sidecar_object
 from utils.checkpoints.views import (
     CheckpointView,
     find_best,
@@ -191,7 +191,7 @@ def test_metadata_that_are_not_those_of_the_manifest_are_shown_as_damaged(tmp_pa
         assert find_best([sound, damaged]) is sound
 
 
-def test_remote_checkpoints_come_from_their_cards(tmp_path):
+def test_remote_checkpoints_come_from_their_sidecars(tmp_path):
     bucket = tmp_path / "bucket"
     for step in (100, 50):
         put_remote(bucket, make_checkpoint(tmp_path / "local", step))
@@ -206,22 +206,22 @@ def test_other_objects_of_the_bucket_are_not_checkpoints(tmp_path):
     bucket = DirectoryBucket(tmp_path / "bucket")
     put_remote(tmp_path / "bucket" / "other-run", make_checkpoint(tmp_path / "local", 50))
     bucket.put_bytes("Checkpoints/notes.json", b"{}")
-    bucket.put_bytes("Checkpoints/checkpoint-epoch0-step5-files0.tar.gz", b"no card yet")
+    bucket.put_bytes("Checkpoints/checkpoint-epoch0-step5-files0.tar.gz", b"no sidecar yet")
     bucket.put_bytes("Checkpoints-old/checkpoint-epoch0-step6-files0.json", b"{}")
     assert read_remote_checkpoints(bucket) == []
 
 
-@pytest.mark.parametrize("card", [b"", b"{", b"[]", b"null", b"[" * 200_000, b'{"manifest": 1}'])
-def test_damaged_card_is_listed_with_its_problem(tmp_path, card):
+@pytest.mark.parametrize("sidecar", [b"", b"{", b"[]", b"null", b"[" * 200_000, b'{"manifest": 1}'])
+def test_damaged_sidecar_is_listed_with_its_problem(tmp_path, sidecar):
     bucket = DirectoryBucket(tmp_path / "bucket")
     put_remote(tmp_path / "bucket", make_checkpoint(tmp_path / "local", 50))
-    bucket.put_bytes(card_object("checkpoint-epoch0-step60-files0"), card)
+    bucket.put_bytes(sidecar_object("checkpoint-epoch0-step60-files0"), sidecar)
     intact, broken = read_remote_checkpoints(bucket)
     assert intact.problem is None
     assert "checkpoint-epoch0-step60-files0.json" in broken.problem
 
 
-def test_card_without_archive_says_so(tmp_path):
+def test_sidecar_without_archive_says_so(tmp_path):
     put_remote(tmp_path / "bucket", make_checkpoint(tmp_path / "local", 50))
     (tmp_path / "bucket/Checkpoints/checkpoint-epoch0-step50-files0.tar.gz").unlink()
     (only,) = read_remote_checkpoints(DirectoryBucket(tmp_path / "bucket"))

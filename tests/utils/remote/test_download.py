@@ -33,7 +33,7 @@ from utils.base.errors import (
 )
 from utils.base.uri import local_path
 from utils.checkpoints.journal import Journal, UploadState
-from utils.checkpoints.layout import archive_object, card_object, read_json, read_manifest
+from utils.checkpoints.layout import archive_object, read_json, read_manifest, sidecar_object
 from utils.checkpoints.store import remove_leftovers, verify_checkpoint
 from utils.checkpoints.views import is_verified_in
 from utils.remote import archive_reading
@@ -121,7 +121,7 @@ def upload(bucket: Bucket, checkpoint: Path) -> None:
     assert uploader.verified == [checkpoint.name]
 
 
-def make_card(checkpoint: Path, archive: bytes, **more: str) -> dict[str, Any]:
+def make_sidecar(checkpoint: Path, archive: bytes, **more: str) -> dict[str, Any]:
     return {
         "manifest": read_json(checkpoint / "manifest.json"),
         "metadata": read_json(checkpoint / "metadata.json"),
@@ -130,11 +130,11 @@ def make_card(checkpoint: Path, archive: bytes, **more: str) -> dict[str, Any]:
 
 
 def publish(bucket: Bucket, checkpoint: Path, archive: bytes, suffix: str = ".tar.gz") -> None:
-    """Put an archive of any content, with a card that vouches for its bytes."""
+    """Put an archive of any content, with a sidecar that vouches for its bytes."""
     bucket.put_bytes(archive_object(NAME, suffix), archive)
     more = {} if suffix == ".tar.gz" else {"format": suffix}
-    card = make_card(checkpoint, archive, **more)
-    bucket.put_bytes(card_object(NAME), json.dumps(card).encode())
+    sidecar = make_sidecar(checkpoint, archive, **more)
+    bucket.put_bytes(sidecar_object(NAME), json.dumps(sidecar).encode())
 
 
 def archive_of(checkpoint: Path) -> bytes:
@@ -143,9 +143,9 @@ def archive_of(checkpoint: Path) -> bytes:
     return sink.getvalue()
 
 
-def change_card(bucket: Bucket, **changes: Any) -> None:
-    card = json.loads(bucket.read_bytes(card_object(NAME)))
-    bucket.put_bytes(card_object(NAME), json.dumps({**card, **changes}).encode())
+def change_sidecar(bucket: Bucket, **changes: Any) -> None:
+    sidecar = json.loads(bucket.read_bytes(sidecar_object(NAME)))
+    bucket.put_bytes(sidecar_object(NAME), json.dumps({**sidecar, **changes}).encode())
 
 
 def contents(checkpoint: Path) -> dict[str, bytes]:
@@ -238,7 +238,7 @@ def test_the_same_checkpoint_on_this_machine_is_left_as_it_is(
     found = fetch()
     bucket.reads.clear()
     assert fetch() == found
-    assert bucket.reads == [(card_object(NAME), 0)]
+    assert bucket.reads == [(sidecar_object(NAME), 0)]
 
 
 def test_another_checkpoint_of_that_name_is_never_replaced(
@@ -286,7 +286,7 @@ def test_a_checkpoint_that_appears_meanwhile_is_not_replaced(
     assert [path.name for path in directory.iterdir()] == [NAME]
 
 
-# The name and the card.
+# The name and the sidecar.
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", f"../{NAME}", f"{NAME}/", f"{NAME}\n", "-rf"])
@@ -299,85 +299,88 @@ def test_what_is_no_checkpoint_name_is_refused_before_anything_is_read(
     assert_nothing_was_left(directory)
 
 
-def test_an_upload_that_was_killed_before_its_card_is_ignored(
+def test_an_upload_that_was_killed_before_its_sidecar_is_ignored(
     bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
 ) -> None:
     upload(bucket, source)
-    bucket.delete(card_object(NAME))
+    bucket.delete(sidecar_object(NAME))
     with pytest.raises(CheckpointError, match=f"{NAME} is ignored: .*not uploaded to its end"):
         fetch()
     assert_nothing_was_left(directory)
 
 
-def manifest_with(card: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {**card, "manifest": {**card["manifest"], **changes}}
+def manifest_with(sidecar: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**sidecar, "manifest": {**sidecar["manifest"], **changes}}
 
 
-def archive_with(card: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {**card, "archive": {**card["archive"], **changes}}
+def archive_with(sidecar: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**sidecar, "archive": {**sidecar["archive"], **changes}}
 
 
-def files_with(card: dict[str, Any], **files: Any) -> dict[str, Any]:
-    return manifest_with(card, files={**card["manifest"]["files"], **files})
+def files_with(sidecar: dict[str, Any], **files: Any) -> dict[str, Any]:
+    return manifest_with(sidecar, files={**sidecar["manifest"]["files"], **files})
 
 
-BAD_CARDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "empty": (lambda card: b"", "not a usable card"),
-    "cut": (lambda card: json.dumps(card).encode()[:-20], "not a usable card"),
-    "html": (lambda card: b"<html>", "not a usable card"),
-    "deep": (lambda card: b"[" * 100_000, "not a usable card"),
-    "list": (lambda card: [card], "not a usable card"),
-    "nothing in it": (lambda card: {}, "no 'manifest'"),
-    "no archive": (lambda card: {"manifest": card["manifest"]}, "no 'archive'"),
-    "archive a list": (lambda card: {**card, "archive": [1]}, "not a usable card"),
-    "archive negative": (lambda card: archive_with(card, size=-1), "archive of -1 bytes"),
-    "archive true": (lambda card: archive_with(card, size=True), "archive of True bytes"),
-    "no checksum": (lambda card: archive_with(card, crc32c=None), "crc32c None"),
-    "other format": (lambda card: manifest_with(card, format=2), "format 1 expected"),
-    "of another checkpoint": (lambda card: manifest_with(card, step=60), "it is of step 60"),
+BAD_SIDECARS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "empty": (lambda sidecar: b"", "not a usable sidecar"),
+    "cut": (lambda sidecar: json.dumps(sidecar).encode()[:-20], "not a usable sidecar"),
+    "html": (lambda sidecar: b"<html>", "not a usable sidecar"),
+    "deep": (lambda sidecar: b"[" * 100_000, "not a usable sidecar"),
+    "list": (lambda sidecar: [sidecar], "not a usable sidecar"),
+    "nothing in it": (lambda sidecar: {}, "no 'manifest'"),
+    "no archive": (lambda sidecar: {"manifest": sidecar["manifest"]}, "no 'archive'"),
+    "archive a list": (lambda sidecar: {**sidecar, "archive": [1]}, "not a usable sidecar"),
+    "archive negative": (lambda sidecar: archive_with(sidecar, size=-1), "archive of -1 bytes"),
+    "archive true": (lambda sidecar: archive_with(sidecar, size=True), "archive of True bytes"),
+    "no checksum": (lambda sidecar: archive_with(sidecar, crc32c=None), "crc32c None"),
+    "other format": (lambda sidecar: manifest_with(sidecar, format=2), "format 1 expected"),
+    "of another checkpoint": (lambda sidecar: manifest_with(sidecar, step=60), "it is of step 60"),
     "path in a file name": (
-        lambda card: files_with(card, **{"../x": {"size": 1, "crc32c": ""}}),
+        lambda sidecar: files_with(sidecar, **{"../x": {"size": 1, "crc32c": ""}}),
         "'../x'",
     ),
-    "negative size": (lambda card: files_with(card, x={"size": -9, "crc32c": ""}), "negative"),
-    "no files": (lambda card: manifest_with(card, files={}), "names no files"),
+    "negative size": (
+        lambda sidecar: files_with(sidecar, x={"size": -9, "crc32c": ""}),
+        "negative",
+    ),
+    "no files": (lambda sidecar: manifest_with(sidecar, files={}), "names no files"),
     "manifest in itself": (
-        lambda card: files_with(card, **{"manifest.json": {"size": 1, "crc32c": ""}}),
+        lambda sidecar: files_with(sidecar, **{"manifest.json": {"size": 1, "crc32c": ""}}),
         "names manifest.json itself",
     ),
 }
 
 
-@pytest.mark.parametrize("case", BAD_CARDS)
-def test_a_bad_card_is_refused_and_no_archive_is_read(
+@pytest.mark.parametrize("case", BAD_SIDECARS)
+def test_a_bad_sidecar_is_refused_and_no_archive_is_read(
     bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path], case: str
 ) -> None:
     upload(bucket, source)
-    change, message = BAD_CARDS[case]
-    card = change(json.loads(bucket.read_bytes(card_object(NAME))))
-    data = card if isinstance(card, bytes) else json.dumps(card).encode()
-    bucket.put_bytes(card_object(NAME), data)
+    change, message = BAD_SIDECARS[case]
+    sidecar = change(json.loads(bucket.read_bytes(sidecar_object(NAME))))
+    data = sidecar if isinstance(sidecar, bytes) else json.dumps(sidecar).encode()
+    bucket.put_bytes(sidecar_object(NAME), data)
     bucket.reads.clear()
     with pytest.raises(CheckpointError, match=message) as caught:
         fetch()
     assert str(caught.value).startswith(f"{NAME} cannot be used: ")
-    assert bucket.reads == [(card_object(NAME), 0)]
+    assert bucket.reads == [(sidecar_object(NAME), 0)]
     assert_nothing_was_left(directory)
 
 
-def test_a_card_without_end_is_not_read_to_its_end(
+def test_a_sidecar_without_end_is_not_read_to_its_end(
     bucket: ScriptedBucket,
     source: Path,
     fetch: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     upload(bucket, source)
-    monkeypatch.setattr(archive_reading, "MAX_CARD_BYTES", 100)
+    monkeypatch.setattr(archive_reading, "MAX_SIDECAR_BYTES", 100)
     with pytest.raises(CheckpointError, match="more than 100 bytes"):
         fetch()
 
 
-# The archive as bytes: nothing is opened that is not what the card says.
+# The archive as bytes: nothing is opened that is not what the sidecar says.
 
 
 def flip(data: bytes) -> bytes:
@@ -421,11 +424,11 @@ def test_a_damaged_archive_is_never_opened(
     with pytest.raises(CheckpointError, match=message) as caught:
         fetch(using=bucket)
     assert f"{NAME} cannot be used" in str(caught.value)
-    assert "its card says" in str(caught.value)
+    assert "its sidecar says" in str(caught.value)
     assert_nothing_was_left(directory)
 
 
-def test_a_card_without_its_archive_is_refused(
+def test_a_sidecar_without_its_archive_is_refused(
     bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
 ) -> None:
     upload(bucket, source)
@@ -451,13 +454,13 @@ def test_the_disk_must_have_room_for_archive_and_files_before_the_download(
     numbers = f"needs {needed} bytes .*archive {archive}, files {files}.*; {needed - 1} are free"
     with pytest.raises(CheckpointError, match=numbers):
         fetch()
-    assert all(name == card_object(NAME) for name, _ in bucket.reads)
+    assert all(name == sidecar_object(NAME) for name, _ in bucket.reads)
     assert_nothing_was_left(directory)
     usage.free = needed
     assert fetch() == directory / NAME
 
 
-# The archive as files. Its bytes are what the card says, so that only its content can tell.
+# The archive as files. Its bytes are what the sidecar says, so that only its content can tell.
 
 
 def member(name: str, data: bytes = b"", **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
@@ -597,7 +600,7 @@ HOSTILE: dict[str, tuple[Callable[[Members], bytes], str]] = {
         lambda m: pack(
             with_content(m, "manifest.json", dict_of(m)["manifest.json"].replace(b"2026", b"2027"))
         ),
-        "its manifest.json is not that of its card",
+        "its manifest.json is not that of its sidecar",
     ),
     "manifest that is none": (
         lambda m: pack(with_content(m, "manifest.json", b"{}")),
@@ -713,7 +716,7 @@ def test_two_transient_errors_are_survived_and_nothing_is_read_twice(
     monkeypatch.setattr(archive_reading, "DOWNLOAD_BLOCK_BYTES", 20_000)
     upload(bucket, source)
     bucket.faults = {
-        card_object(NAME): [TransientStorageError("503"), TransientStorageError("503")],
+        sidecar_object(NAME): [TransientStorageError("503"), TransientStorageError("503")],
         archive_object(NAME): [bytes, TransientStorageError("reset"), lambda data: data[:-1]],
     }
     bucket.reads.clear()
@@ -737,7 +740,7 @@ def test_bytes_that_changed_on_the_way_are_fetched_again(
     assert_nothing_was_left(directory)
 
 
-@pytest.mark.parametrize("object_name", [card_object(NAME), archive_object(NAME)])
+@pytest.mark.parametrize("object_name", [sidecar_object(NAME), archive_object(NAME)])
 def test_a_bucket_that_stays_down_is_given_up(
     bucket: ScriptedBucket,
     source: Path,

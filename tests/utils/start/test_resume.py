@@ -477,12 +477,12 @@ def test_a_later_step_in_the_bucket_is_later(old_run: RunPaths, bucket: Path) ->
     assert steps(old_run.checkpoints) == [10, 20, 30]
 
 
-@pytest.mark.parametrize("lost", ["archive", "card", "hint"])
+@pytest.mark.parametrize("lost", ["archive", "sidecar", "hint"])
 def test_an_incomplete_upload_is_passed_over(empty: RunPaths, bucket: Path, lost: str) -> None:
     folder = bucket / "Checkpoints"
     if lost == "archive":
         (folder / f"{name(30)}.tar.gz").write_bytes(b"cut")
-    elif lost == "card":
+    elif lost == "sidecar":
         (folder / f"{name(30)}.json").unlink()
     else:
         (folder / "latest").write_text("nonsense")
@@ -493,10 +493,10 @@ def test_an_incomplete_upload_is_passed_over(empty: RunPaths, bucket: Path, lost
 
 
 def test_a_bucket_of_several_runs_wants_a_name(empty: RunPaths, bucket: Path) -> None:
-    card = bucket / "Checkpoints" / f"{name(10)}.json"
-    value = read_json(card)
+    sidecar = bucket / "Checkpoints" / f"{name(10)}.json"
+    value = read_json(sidecar)
     value["manifest"]["run_id"] = OTHER_RUN
-    write_json(card, value)
+    write_json(sidecar, value)
     for which in ("latest", "best", "20"):
         for resume in (which, f"{bucket}/{which}"):
             with pytest.raises(UsageError, match=f"several runs .*{RUN_ID}, {OTHER_RUN}"):

@@ -1,4 +1,4 @@
-"""One upload: sent once, verified before its card, never over what belongs to somebody else."""
+"""One upload: sent once, verified before its sidecar, never over what belongs to somebody else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ from utils.base.errors import (
     StorageError,
     TransientStorageError,
 )
-from utils.checkpoints.layout import Manifest, archive_object, card_object, read_json, read_manifest
+from utils.checkpoints.layout import (
+    Manifest,
+    archive_object,
+    read_json,
+    read_manifest,
+    sidecar_object,
+)
 from utils.storage.bucket import Bucket, Meter, ObjectInfo, WriteStream, crc32c_of_bytes
 from utils.storage.open import open_bucket
 from utils.uploads import transports
@@ -33,7 +39,7 @@ from utils.uploads.parallel_upload import PARTS_FOLDER, parts_prefix
 from utils.uploads.transports import Transport, TransportOptions, open_transport
 
 NAME = "checkpoint-epoch0-step10-files0"
-ARCHIVE, CARD = archive_object(NAME), card_object(NAME)
+ARCHIVE, SIDECAR = archive_object(NAME), sidecar_object(NAME)
 OTHER_RUN = "20250101-ffffffff"
 
 
@@ -126,7 +132,7 @@ class Place:
         return {info.name for info in self.bucket.list() if f"/{PARTS_FOLDER}/" in info.name}
 
     def check(self, *_: str) -> None:
-        """Every card lies beside the archive that it describes."""
+        """Every sidecar lies beside the archive that it describes."""
         contents = self.contents()
         for name, data in contents.items():
             if name.endswith(".json"):
@@ -141,8 +147,8 @@ class Place:
     def require_uploaded(self, checkpoint: Path) -> None:
         self.check()
         contents = self.contents()
-        card = json.loads(contents[CARD])
-        assert Manifest.from_json(card["manifest"], "card") == read_manifest(checkpoint)
+        sidecar = json.loads(contents[SIDECAR])
+        assert Manifest.from_json(sidecar["manifest"], "sidecar") == read_manifest(checkpoint)
         with tarfile.open(fileobj=io.BytesIO(contents[ARCHIVE])) as tar:
             for path in checkpoint.iterdir():
                 member = tar.extractfile(f"{NAME}/{path.name}")
@@ -194,7 +200,7 @@ def make_other(tmp_path: Path, **changes: Any) -> Path:
 # What there is afterwards.
 
 
-def test_the_archive_is_verified_and_has_its_card(place: Place, checkpoint: Path) -> None:
+def test_the_archive_is_verified_and_has_its_sidecar(place: Place, checkpoint: Path) -> None:
     seen: list[tuple[str, list[str]]] = []
 
     def look(operation: str, name: str) -> None:
@@ -204,10 +210,10 @@ def test_the_archive_is_verified_and_has_its_card(place: Place, checkpoint: Path
 
     result = place.upload(checkpoint, before=look, after=place.check)
     place.require_uploaded(checkpoint)
-    assert seen == [(ARCHIVE, []), (CARD, [ARCHIVE])]
+    assert seen == [(ARCHIVE, []), (SIDECAR, [ARCHIVE])]
     contents = place.contents()
-    assert set(contents) == {ARCHIVE, CARD}
-    assert json.loads(contents[CARD]) == {
+    assert set(contents) == {ARCHIVE, SIDECAR}
+    assert json.loads(contents[SIDECAR]) == {
         "manifest": read_json(checkpoint / "manifest.json"),
         "metadata": read_json(checkpoint / "metadata.json"),
         "archive": {"size": result.size, "crc32c": result.crc32c},
@@ -218,15 +224,15 @@ def test_the_archive_is_verified_and_has_its_card(place: Place, checkpoint: Path
     assert result.seconds > 0
 
 
-def test_the_card_is_written_only_after_the_bucket_was_asked_for_the_archive(
+def test_the_sidecar_is_written_only_after_the_bucket_was_asked_for_the_archive(
     place: Place, checkpoint: Path
 ) -> None:
     place.upload(checkpoint)
     asked = [call[:2] for call in place.calls]
-    assert ("stat", ARCHIVE) in asked[asked.index(("put", ARCHIVE)) : asked.index(("put", CARD))]
+    assert ("stat", ARCHIVE) in asked[asked.index(("put", ARCHIVE)) : asked.index(("put", SIDECAR))]
 
 
-def test_a_card_never_holds_metadata_that_the_manifest_does_not_vouch_for(
+def test_a_sidecar_never_holds_metadata_that_the_manifest_does_not_vouch_for(
     place: Place, checkpoint: Path
 ) -> None:
     def damage(operation: str, name: str) -> None:
@@ -236,7 +242,7 @@ def test_a_card_never_holds_metadata_that_the_manifest_does_not_vouch_for(
 
     with pytest.raises(CheckpointError, match="metadata.json is damaged"):
         place.upload(checkpoint, after=damage)
-    assert CARD not in place.contents()
+    assert SIDECAR not in place.contents()
 
 
 @pytest.mark.parametrize("compression", ["fast", "small", "none"])
@@ -259,30 +265,30 @@ def test_what_is_there_already_is_not_sent_again(place: Place, checkpoint: Path)
     assert place.puts == []
 
 
-def test_an_archive_without_its_card_gets_it_and_is_not_sent_again(
+def test_an_archive_without_its_sidecar_gets_it_and_is_not_sent_again(
     place: Place, checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     place.upload(checkpoint)
-    place.bucket.delete(CARD)
+    place.bucket.delete(SIDECAR)
     assert place.upload(checkpoint).sent == 0
-    assert place.puts == [CARD]
+    assert place.puts == [SIDECAR]
     assert "is in the bucket already" in caplog.text
     place.require_uploaded(checkpoint)
 
 
 @pytest.mark.parametrize("found", [b"", b"half of an archive"])
-def test_another_archive_without_a_card_is_replaced(
+def test_another_archive_without_a_sidecar_is_replaced(
     place: Place, checkpoint: Path, found: bytes
 ) -> None:
     place.bucket.put_bytes(ARCHIVE, found)
     place.upload(checkpoint, before=place.check, after=place.check)
-    assert place.puts == [ARCHIVE, CARD]
+    assert place.puts == [ARCHIVE, SIDECAR]
     place.require_uploaded(checkpoint)
 
 
 @pytest.mark.parametrize("is_missing", [True, False])
-def test_a_card_whose_archive_is_gone_or_damaged_is_made_good(
+def test_a_sidecar_whose_archive_is_gone_or_damaged_is_made_good(
     place: Place, checkpoint: Path, is_missing: bool
 ) -> None:
     place.upload(checkpoint)
@@ -297,7 +303,7 @@ def test_a_card_whose_archive_is_gone_or_damaged_is_made_good(
 
 
 @pytest.mark.parametrize(
-    ("card", "owner"),
+    ("sidecar", "owner"),
     [
         (b"", "unknown"),
         (b"\xff", "unknown"),
@@ -309,14 +315,14 @@ def test_a_card_whose_archive_is_gone_or_damaged_is_made_good(
     ],
     ids=["empty", "bytes", "list", "deep", "else", "half", "run"],
 )
-def test_the_card_of_another_run_or_of_nobody_is_refused_and_nothing_changes(
-    place: Place, checkpoint: Path, tmp_path: Path, card: bytes | None, owner: str
+def test_the_sidecar_of_another_run_or_of_nobody_is_refused_and_nothing_changes(
+    place: Place, checkpoint: Path, tmp_path: Path, sidecar: bytes | None, owner: str
 ) -> None:
-    if card is None:
+    if sidecar is None:
         place.upload(make_other(tmp_path, run_id=OTHER_RUN))
     else:
         place.bucket.put_bytes(ARCHIVE, b"their archive")
-        place.bucket.put_bytes(CARD, card)
+        place.bucket.put_bytes(SIDECAR, sidecar)
     theirs = place.contents()
     with pytest.raises(CheckpointError, match=f"belongs to run {owner}, not {RUN_ID}") as error:
         place.upload(checkpoint)
@@ -329,14 +335,14 @@ def test_the_card_of_another_run_or_of_nobody_is_refused_and_nothing_changes(
     "archive",
     [None, {}, [], {"size": "many", "crc32c": "A"}, {"size": float("inf"), "crc32c": "AAAAAA=="}],
 )
-def test_a_card_of_this_run_that_says_nothing_of_its_archive_is_replaced(
+def test_a_sidecar_of_this_run_that_says_nothing_of_its_archive_is_replaced(
     place: Place, checkpoint: Path, archive: object
 ) -> None:
     place.upload(checkpoint)
-    card = json.loads(place.bucket.read_bytes(CARD))
-    place.bucket.put_bytes(CARD, json.dumps({**card, "archive": archive}).encode())
+    sidecar = json.loads(place.bucket.read_bytes(SIDECAR))
+    place.bucket.put_bytes(SIDECAR, json.dumps({**sidecar, "archive": archive}).encode())
     place.upload(checkpoint)
-    assert place.puts == [CARD]
+    assert place.puts == [SIDECAR]
     place.require_uploaded(checkpoint)
 
 
@@ -352,8 +358,8 @@ def test_the_checkpoint_of_a_branch_that_was_left_is_set_aside_first(
     aside = "Checkpoints/set-aside/branch-1"
     contents = place.contents()
     assert contents.pop(f"{aside}/{NAME}.tar.gz") == theirs[ARCHIVE]
-    assert contents.pop(f"{aside}/{NAME}.json") == theirs[CARD]
-    assert set(contents) == {ARCHIVE, CARD}
+    assert contents.pop(f"{aside}/{NAME}.json") == theirs[SIDECAR]
+    assert set(contents) == {ARCHIVE, SIDECAR}
     assert f"of branch 1 of this run. It is copied to {place.options.uri}/{aside}." in caplog.text
 
 
@@ -369,11 +375,11 @@ def test_each_branch_that_was_left_has_a_place_of_its_own(
         place.upload(path)
     place.require_uploaded(checkpoint)
     for branch, path in enumerate((first, second)):
-        card = place.bucket.read_bytes(f"Checkpoints/set-aside/branch-{branch}/{NAME}.json")
-        assert json.loads(card)["manifest"] == read_json(path / "manifest.json")
+        sidecar = place.bucket.read_bytes(f"Checkpoints/set-aside/branch-{branch}/{NAME}.json")
+        assert json.loads(sidecar)["manifest"] == read_json(path / "manifest.json")
 
 
-def test_the_card_of_a_branch_that_was_left_is_set_aside_where_its_archive_is_gone(
+def test_the_sidecar_of_a_branch_that_was_left_is_set_aside_where_its_archive_is_gone(
     place: Place, checkpoint: Path, tmp_path: Path
 ) -> None:
     place.upload(make_other(tmp_path))
@@ -381,7 +387,7 @@ def test_the_card_of_a_branch_that_was_left_is_set_aside_where_its_archive_is_go
     place.upload(stamp(checkpoint, branch=1, forks=[[0, 0], [1, 5]]))
     assert set(place.contents()) == {
         ARCHIVE,
-        CARD,
+        SIDECAR,
         f"Checkpoints/set-aside/branch-0/{NAME}.json",
     }
 
@@ -418,8 +424,12 @@ def test_the_same_step_saved_again_by_the_same_branch_is_replaced(
     place.require_uploaded(uploads[-1])
     copies = {aside: before[0], aside.replace("branch-0", "branch-0-2"): before[1]}
     after = place.contents()
-    suffixes = {".tar.gz": ARCHIVE, ".json": CARD}
-    assert set(after) == {ARCHIVE, CARD, *(f"{copy}{end}" for copy in copies for end in suffixes)}
+    suffixes = {".tar.gz": ARCHIVE, ".json": SIDECAR}
+    assert set(after) == {
+        ARCHIVE,
+        SIDECAR,
+        *(f"{copy}{end}" for copy in copies for end in suffixes),
+    }
     for copy, contents in copies.items():
         assert all(after[f"{copy}{end}"] == contents[name] for end, name in suffixes.items())
 
@@ -432,16 +442,16 @@ def test_an_archive_of_another_format_is_not_sent_again(place: Place, checkpoint
         again = place.upload(checkpoint, compression=second)
         assert (again.sent, again.suffix, sent.suffix) == (0, suffix, suffix)
         assert place.puts == []
-        assert set(place.contents()) == {archive_object(NAME, suffix), CARD}
+        assert set(place.contents()) == {archive_object(NAME, suffix), SIDECAR}
 
 
-def test_an_archive_of_zstd_without_its_card_is_not_sent_again(
+def test_an_archive_of_zstd_without_its_sidecar_is_not_sent_again(
     place: Place, checkpoint: Path
 ) -> None:
     place.upload(checkpoint, compression="zstd")
-    place.bucket.delete(CARD)
+    place.bucket.delete(SIDECAR)
     place.upload(checkpoint, compression="zstd")
-    assert place.puts == [CARD]
+    assert place.puts == [SIDECAR]
 
 
 def test_a_step_saved_again_in_another_format_replaces_the_older_archive(
@@ -454,26 +464,26 @@ def test_a_step_saved_again_in_another_format_replaces_the_older_archive(
     after = place.contents()
     assert set(after) == {
         archive_object(NAME, ".tar.zst"),
-        CARD,
+        SIDECAR,
         f"{aside}.tar.gz",
         f"{aside}.json",
     }
-    assert (after[f"{aside}.tar.gz"], after[f"{aside}.json"]) == (before[ARCHIVE], before[CARD])
+    assert (after[f"{aside}.tar.gz"], after[f"{aside}.json"]) == (before[ARCHIVE], before[SIDECAR])
 
 
-def test_a_card_that_is_written_at_this_moment_is_neither_deleted_nor_replaced(
+def test_a_sidecar_that_is_written_at_this_moment_is_neither_deleted_nor_replaced(
     place: Place, checkpoint: Path, tmp_path: Path
 ) -> None:
     place.upload(make_other(tmp_path))
     newer = b'{"newer": true}'
 
     def write_newer(operation: str, name: str) -> None:
-        if (operation, name) == ("delete", CARD):
-            place.bucket.put_bytes(CARD, newer)
+        if (operation, name) == ("delete", SIDECAR):
+            place.bucket.put_bytes(SIDECAR, newer)
 
     with pytest.raises(TransientStorageError):
         place.upload(checkpoint, before=write_newer)
-    assert place.contents()[CARD] == newer
+    assert place.contents()[SIDECAR] == newer
 
 
 # What goes wrong.
@@ -500,34 +510,34 @@ def test_an_object_that_is_not_what_was_sent_is_never_called_verified(
 
 
 @pytest.mark.parametrize("had_object", [True, False])
-@pytest.mark.parametrize("with_card", [True, False])
-@pytest.mark.parametrize("moment", [("after", "read", CARD), ("before", "put", ARCHIVE)])
+@pytest.mark.parametrize("with_sidecar", [True, False])
+@pytest.mark.parametrize("moment", [("after", "read", SIDECAR), ("before", "put", ARCHIVE)])
 def test_what_another_writer_brought_meanwhile_is_not_overwritten(
     place: Place,
     checkpoint: Path,
     tmp_path: Path,
     had_object: bool,
-    with_card: bool,
+    with_sidecar: bool,
     moment: tuple[str, str, str],
 ) -> None:
     other = make_other(tmp_path, run_id=OTHER_RUN)
     if had_object:
-        place.bucket.put_bytes(ARCHIVE, b"an archive without a card")
+        place.bucket.put_bytes(ARCHIVE, b"an archive without a sidecar")
     rival = replace(place, calls=[])
 
     def overtake(operation: str, name: str) -> None:
         if (operation, name) == moment[1:]:
             rival.upload(other)
-            if not with_card:
-                place.bucket.delete(CARD)
+            if not with_sidecar:
+                place.bucket.delete(SIDECAR)
 
     hooks: dict[str, Any] = {moment[0]: overtake}
     with pytest.raises(TransientStorageError):
         place.upload(checkpoint, **hooks)
     theirs = place.contents()
-    assert len(theirs) == 1 + with_card
+    assert len(theirs) == 1 + with_sidecar
     # The next attempt looks at what is there now.
-    if with_card:
+    if with_sidecar:
         with pytest.raises(CheckpointError, match=f"belongs to run {OTHER_RUN}"):
             place.upload(checkpoint)
         assert place.contents() == theirs
@@ -536,21 +546,21 @@ def test_what_another_writer_brought_meanwhile_is_not_overwritten(
         place.require_uploaded(checkpoint)
 
 
-@pytest.mark.parametrize("moment", [("after", "put", ARCHIVE), ("before", "put", CARD)])
-def test_a_card_that_another_writer_brought_meanwhile_is_not_overwritten(
+@pytest.mark.parametrize("moment", [("after", "put", ARCHIVE), ("before", "put", SIDECAR)])
+def test_a_sidecar_that_another_writer_brought_meanwhile_is_not_overwritten(
     place: Place, checkpoint: Path, moment: tuple[str, str, str]
 ) -> None:
     def overtake(operation: str, name: str) -> None:
         if (operation, name) == moment[1:]:
-            place.bucket.put_bytes(CARD, b"theirs")
+            place.bucket.put_bytes(SIDECAR, b"theirs")
 
     hooks: dict[str, Any] = {moment[0]: overtake}
     with pytest.raises(TransientStorageError):
         place.upload(checkpoint, **hooks)
-    assert place.contents()[CARD] == b"theirs"
+    assert place.contents()[SIDECAR] == b"theirs"
 
 
-@pytest.mark.parametrize("lost", [ARCHIVE, CARD])
+@pytest.mark.parametrize("lost", [ARCHIVE, SIDECAR])
 def test_an_answer_that_was_lost_does_not_send_the_archive_again(
     place: Place, checkpoint: Path, lost: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -563,7 +573,7 @@ def test_an_answer_that_was_lost_does_not_send_the_archive_again(
     if lost == ARCHIVE:
         place.upload(checkpoint, after=reset)
         assert "arrived, though its answer did not: connection reset" in caplog.text
-        assert place.puts == [ARCHIVE, CARD]
+        assert place.puts == [ARCHIVE, SIDECAR]
     else:
         with pytest.raises(TransientStorageError, match="connection reset"):
             place.upload(checkpoint, after=reset)
@@ -584,7 +594,7 @@ def test_over_a_bad_connection_it_arrives_whole(
     gs.upload(checkpoint, before=gs.check, after=gs.check)
     assert [fault.fired for fault in faults] == [2, 1, 1, 1]
     gs.require_uploaded(checkpoint)
-    assert set(gs.contents()) == {ARCHIVE, CARD}
+    assert set(gs.contents()) == {ARCHIVE, SIDECAR}
     assert gs.parts() == set()
     assert gcs.unfinished_uploads() == []
 
@@ -700,7 +710,7 @@ def test_killed_at_any_step_the_next_attempt_completes_it(
         place.require_uploaded(checkpoint)
         assert place.parts() == set()
         if prepare is prepare_branch_left:
-            for name in (ARCHIVE, CARD):
+            for name in (ARCHIVE, SIDECAR):
                 aside = name.replace("Checkpoints/", "Checkpoints/set-aside/branch-0/")
                 assert place.contents()[aside] == origin[name]
     assert kills >= 6
@@ -710,7 +720,7 @@ def test_killed_at_any_step_the_next_attempt_completes_it(
 
 
 @pytest.mark.parametrize(
-    ("sweeps", "owed", "keep", "only"),
+    ("should_sweep", "owed", "keep", "only"),
     [
         (False, (), set(), ARCHIVE),
         (False, (NAME, "other"), {archive_object("other")}, ARCHIVE),
@@ -719,23 +729,28 @@ def test_killed_at_any_step_the_next_attempt_completes_it(
     ],
 )
 def test_what_is_removed_is_ones_own_or_with_sweeps_what_nobody_needs(
-    place: Place, checkpoint: Path, sweeps: bool, owed: tuple[str, ...], keep: set[str], only: Any
+    place: Place,
+    checkpoint: Path,
+    should_sweep: bool,
+    owed: tuple[str, ...],
+    keep: set[str],
+    only: Any,
 ) -> None:
-    place.upload(checkpoint, sweeps=sweeps, owed=owed)
+    place.upload(checkpoint, should_sweep=should_sweep, owed=owed)
     assert place.calls[-1] == ("remove_unfinished", "Checkpoints", frozenset(keep), only)
 
 
-@pytest.mark.parametrize("sweeps", [True, False])
+@pytest.mark.parametrize("should_sweep", [True, False])
 def test_parts_of_interrupted_uploads_are_removed(
-    gs: Place, checkpoint: Path, sweeps: bool
+    gs: Place, checkpoint: Path, should_sweep: bool
 ) -> None:
     names = [NAME, "checkpoint-epoch0-step5-files0", "checkpoint-epoch0-step20-files0"]
     parts = {name: f"{parts_prefix(archive_object(name))}00007" for name in names}
     for part in parts.values():
         gs.bucket.put_bytes(part, b"x")
-    gs.upload(checkpoint, sweeps=sweeps, owed=(NAME, names[2]))
-    assert set(gs.contents()) == {ARCHIVE, CARD}
-    assert gs.parts() == {parts[names[2]]} | (set() if sweeps else {parts[names[1]]})
+    gs.upload(checkpoint, should_sweep=should_sweep, owed=(NAME, names[2]))
+    assert set(gs.contents()) == {ARCHIVE, SIDECAR}
+    assert gs.parts() == {parts[names[2]]} | (set() if should_sweep else {parts[names[1]]})
 
 
 def test_remains_that_cannot_be_removed_are_no_failure(

@@ -31,14 +31,14 @@ from utils.base.errors import (
     StorageError,
     TransientStorageError,
 )
-from utils.checkpoints.layout import archive_object, card_object, read_manifest
+from utils.checkpoints.layout import archive_object, read_manifest, sidecar_object
 from utils.uploads import process as upload_process
 from utils.uploads.job import ProgressReport, UploadJob, UploadProgress, UploadResult, run_job
 from utils.uploads.process import InterruptedUploadError, run_in_process
 from utils.uploads.transports import TransportOptions
 
 NAME = "checkpoint-epoch0-step10-files0"
-ARCHIVE, CARD = archive_object(NAME), card_object(NAME)
+ARCHIVE, SIDECAR = archive_object(NAME), sidecar_object(NAME)
 WAIT_SECONDS = 20.0
 GONE_SECONDS = 3.0
 MEGABYTE = 2**20
@@ -103,7 +103,7 @@ def test_the_result_is_that_of_the_job(
     here = TransportOptions(str(tmp_path / "here"), "directory")
     expected = run_job(UploadJob(str(checkpoint), here), UploadProgress())
     assert (result.size, result.crc32c) == (expected.size, expected.crc32c)
-    for name in (ARCHIVE, CARD):
+    for name in (ARCHIVE, SIDECAR):
         assert (tmp_path / "bucket" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     again = run_in_process(UploadJob(str(checkpoint), options))
     assert (again.size, again.crc32c, again.sent) == (result.size, result.crc32c, 0)
@@ -115,7 +115,7 @@ def test_relative_paths_are_those_of_the_trainer(
     monkeypatch.chdir(tmp_path)
     options = TransportOptions("bucket", "directory")
     run_in_process(UploadJob(f"checkpoints/{NAME}", options))
-    assert (tmp_path / "bucket" / CARD).is_file()
+    assert (tmp_path / "bucket" / SIDECAR).is_file()
 
 
 def test_it_speaks_to_gs_with_the_trainers_environment(
@@ -151,7 +151,7 @@ def test_what_it_logs_appears_in_the_log_of_the_trainer(
     for level, lines in ((logging.WARNING, []), (logging.INFO, [line])):
         caplog.clear()
         logger.setLevel(level)
-        (tmp_path / "bucket" / CARD).unlink()
+        (tmp_path / "bucket" / SIDECAR).unlink()
         run_in_process(UploadJob(str(checkpoint), options))
         logger.setLevel(logging.NOTSET)
         assert caplog.messages == lines
@@ -196,7 +196,7 @@ def test_it_ends_on_request(large: Path, tmp_path: Path) -> None:
         run_in_process(job, reports.append, lambda: any(report.sent for report in reports))
     assert not (tmp_path / "bucket" / ARCHIVE).exists()
     run_in_process(UploadJob(str(large), job.transport.__class__(job.transport.uri)))
-    assert (tmp_path / "bucket" / CARD).is_file()
+    assert (tmp_path / "bucket" / SIDECAR).is_file()
 
 
 def test_when_it_is_killed_another_attempt_is_worth_it(large: Path, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_where_no_process_can_be_started_it_uploads_here(
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
     run_in_process(UploadJob(str(checkpoint), options))
-    assert (tmp_path / "bucket" / CARD).is_file()
+    assert (tmp_path / "bucket" / SIDECAR).is_file()
     assert "No upload process can be started" in caplog.text
 
 
@@ -464,7 +464,7 @@ def test_ctrl_c_in_the_terminal_does_not_reach_it(large: Path, tmp_path: Path) -
         os.killpg(parent.process.pid, signal.SIGINT)
         parent.wait_for("interrupted")
         result = parent.result()
-    assert json.loads((tmp_path / "bucket" / CARD).read_text())["archive"]["crc32c"] == result
+    assert json.loads((tmp_path / "bucket" / SIDECAR).read_text())["archive"]["crc32c"] == result
 
 
 def test_no_secret_of_the_environment_is_in_its_arguments_or_in_the_bucket(
@@ -486,4 +486,4 @@ def test_no_secret_of_the_environment_is_in_its_arguments_or_in_the_bucket(
     assert CANARY not in " ".join(words)
     assert CANARY not in caplog.text
     assert CANARY.encode() not in gzip.decompress((tmp_path / "bucket" / ARCHIVE).read_bytes())
-    assert CANARY.encode() not in (tmp_path / "bucket" / CARD).read_bytes()
+    assert CANARY.encode() not in (tmp_path / "bucket" / SIDECAR).read_bytes()

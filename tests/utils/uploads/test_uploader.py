@@ -38,10 +38,10 @@ from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
     UPLOAD_LOCK_PREFIX,
     archive_object,
-    card_object,
     find_checkpoints,
     local_archive,
     read_manifest,
+    sidecar_object,
 )
 from utils.checkpoints.store import apply_retention
 from utils.checkpoints.views import find_best, read_local_checkpoints
@@ -194,7 +194,7 @@ def give_up(uploader: Uploader, journal: Journal, checkpoint: Path) -> None:
 # To the bucket, by a process of its own.
 
 
-def test_a_checkpoint_ends_verified_with_archive_and_card_in_the_bucket(
+def test_a_checkpoint_ends_verified_with_archive_and_sidecar_in_the_bucket(
     open_uploader: Open,
     options: TransportOptions,
     journal: Journal,
@@ -215,7 +215,7 @@ def test_a_checkpoint_ends_verified_with_archive_and_card_in_the_bucket(
     assert (details["uri"], details["bucket"]) == (str(archive), options.uri)
     assert details["manifest_crc32c"] == crc32c_of_file(checkpoints[0] / "manifest.json")
     assert details["transport"] == "directory"
-    assert (tmp_path / "bucket" / card_object(NAMES[0])).is_file()
+    assert (tmp_path / "bucket" / sidecar_object(NAMES[0])).is_file()
     subprocess.run(["tar", "xzf", archive, "-C", tmp_path], check=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / NAMES[0]).iterdir()} == {
         path.name: path.read_bytes() for path in checkpoints[0].iterdir()
@@ -812,7 +812,7 @@ def test_what_is_owed_is_told_to_the_job_so_that_it_is_not_swept_away(
     open_uploader: Open, performer: Performer, checkpoints: list[Path]
 ) -> None:
     performer.script[NAMES[1]] = [AccessDeniedError("403")]
-    uploader = open_uploader(sweeps=True, compression="small")
+    uploader = open_uploader(should_sweep=True, compression="small")
     uploader.submit(checkpoints[1])
     drain(uploader)
     gate = performer.hold(NAMES[0])
@@ -823,7 +823,7 @@ def test_what_is_owed_is_told_to_the_job_so_that_it_is_not_swept_away(
     drain(uploader)
     job = performer.jobs[-1]
     assert set(job.owed) == {NAMES[1], NAMES[2]}
-    assert (job.sweeps, job.compression) == (True, "small")
+    assert (job.should_sweep, job.compression) == (True, "small")
 
 
 # Two processes on one directory.

@@ -32,7 +32,7 @@ from utils.checkpoints.layout import (
     validate_run_name,
 )
 from utils.data.transfer import find_objects, get_tree
-from utils.remote.archive_reading import read_card
+from utils.remote.archive_reading import read_sidecar
 from utils.remote.download import download_checkpoint
 from utils.remote.listing import choose_remote, parse_remote_name
 from utils.storage.open import open_bucket
@@ -117,7 +117,7 @@ def _from_bucket(
         while True:
             name = which if is_name else str(choose_remote(bucket, which, None))
             # An archive that another one has replaced under the same name is another directory.
-            checksum = read_card(bucket, name).archive.crc32c
+            checksum = read_sidecar(bucket, name).archive.crc32c
             directory = models / _short_hash(f"{uri}\n{checksum}")
             with _alone_in(directory) as has_waited:
                 if not has_waited:  # else the bucket may hold something else by now

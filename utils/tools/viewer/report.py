@@ -281,7 +281,7 @@ def config_differences(
 ) -> tuple[dict[str, list[Any]], list[str]]:
     """Return (configuration key -> its value in each checkpoint, where they differ; notes)."""
     if any(view.path is None for view in views):
-        return {}, ["configurations are in the archives, not in the bucket's cards"]
+        return {}, ["configurations are in the archives, not in the bucket's sidecars"]
     parts = [read_part(view, TRAINING_CONFIG_FILE) for view in views]
     notes = [f"{view.name}: {part[1]}" for view, part in zip(views, parts, strict=True) if part[1]]
     configs = [values for values, problem in parts if problem is None]

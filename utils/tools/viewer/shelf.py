@@ -1,6 +1,6 @@
 """The checkpoints that the viewer looks at, in a directory or in a bucket.
 
-    checkpoint directory, journal | cards in the bucket -> names, views, rows
+    checkpoint directory, journal | sidecars in the bucket -> names, views, rows
 
 Names come from one listing; what a command shows is read, and nothing else. What lies there and
 cannot be read is named in `notes`. Nothing is locked or changed. No torch here.
@@ -39,7 +39,7 @@ from utils.checkpoints.views import (
     read_json_object,
     read_local_checkpoint,
 )
-from utils.remote.listing import RemoteListing, list_remote, read_cards
+from utils.remote.listing import RemoteListing, list_remote, read_sidecars
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
 from utils.tools.viewer.choice import choose_name
@@ -182,7 +182,7 @@ class LocalShelf(Shelf):
 
 
 class RemoteShelf(Shelf):
-    """The checkpoints in a bucket, as far as the cards beside their archives tell.
+    """The checkpoints in a bucket, as far as the sidecars beside their archives tell.
 
     Args:
         where: What the user calls the bucket.
@@ -195,23 +195,23 @@ class RemoteShelf(Shelf):
     def __init__(self, where: str, bucket: Bucket) -> None:
         self._bucket = bucket
         self._listing: RemoteListing = list_remote(bucket)
-        without_card = sorted(self._listing.archives.keys() - self._listing.cards.keys())
+        without_sidecar = sorted(self._listing.archives.keys() - self._listing.sidecars.keys())
         notes = [
-            f"{name} is not listed: it has no card, so its upload is not finished."
-            for name in without_card
+            f"{name} is not listed: it has no sidecar, so its upload is not finished."
+            for name in without_sidecar
         ]
-        super().__init__(where, sorted(self._listing.cards), notes)
+        super().__init__(where, sorted(self._listing.sidecars), notes)
 
     def _read(self, names: Sequence[CheckpointName], *, brief: bool) -> list[CheckpointView]:
-        return read_cards(self._bucket, self._listing, names)
+        return read_sidecars(self._bucket, self._listing, names)
 
     def read(self, names: Sequence[CheckpointName], *, brief: bool = False) -> list[CheckpointView]:
-        """Return checkpoints as `Shelf.read` does; a card comes as a whole or not at all."""
+        """Return checkpoints as `Shelf.read` does; a sidecar comes as a whole or not at all."""
         return super().read(names)
 
     def _all_known(self) -> list[CheckpointView] | None:
         is_read = all((name, False) in self._views for name in self.names)
-        return self.read(self.names) if is_read else None  # each card is a request
+        return self.read(self.names) if is_read else None  # each sidecar is a request
 
     def _add_states(self, views: Sequence[CheckpointView], rows: list[dict[str, Any]]) -> None:
         for view, row in zip(views, rows, strict=True):

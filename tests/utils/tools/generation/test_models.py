@@ -31,7 +31,7 @@ from tests.sample_checkpoints import make_checkpoint
 from utils.base.errors import CheckpointError, UsageError
 from utils.checkpoints.layout import read_manifest
 from utils.models.tokenizer import load_tokenizer_from
-from utils.remote.archive_reading import read_card
+from utils.remote.archive_reading import read_sidecar
 from utils.remote.download import download_checkpoint
 from utils.storage.directory import DirectoryBucket
 from utils.tools.generation.finding import find_model
@@ -148,7 +148,7 @@ def test_who_waited_for_a_download_looks_again_what_the_bucket_has(tmp_path: Pat
         run_job(job, UploadProgress())
 
     upload(old)
-    checksum = read_card(bucket, old.name).archive.crc32c
+    checksum = read_sidecar(bucket, old.name).archive.crc32c
     key = hashlib.sha256(f"{uri}\n{checksum}".encode()).hexdigest()[:16]
 
     def replace_archive() -> None:
