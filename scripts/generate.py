@@ -35,8 +35,8 @@ from utils.tools.generation.arguments import add_model_arguments, find_from, loa
 from utils.tools.generation.prompts import read_prompts
 
 if TYPE_CHECKING:
-    from utils.models.token_choice import Sampling
-    from utils.tools.generation.texts import Job, Text, TextGenerator
+    from utils.models.generation import Sampling
+    from utils.tools.generation.texts import Text, TextGenerator, TextJob
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -111,7 +111,13 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="above 1: what is there already becomes less likely (default: 1)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="sample n has N + n (default: 0)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="sample n has N + n, the texts of a batch that of the first (default: 0)",
+    )
     add("--num-samples", type=int, default=1, metavar="N", help="texts of each prompt")
     add(
         "--stop",
@@ -139,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = find_prompts(args)
     source = find_from(args)
     load_libraries()
-    from utils.models.token_choice import Sampling
+    from utils.models.generation import Sampling
     from utils.tools.generation.texts import TextGenerator
 
     sampling = Sampling(
@@ -182,7 +188,9 @@ def find_prompts(args: argparse.Namespace) -> list[str] | None:
     return None
 
 
-def write_texts(generator: TextGenerator, jobs: Sequence[Job], args: argparse.Namespace) -> None:
+def write_texts(
+    generator: TextGenerator, jobs: Sequence[TextJob], args: argparse.Namespace
+) -> None:
     """Write the texts of jobs to standard output, and what they took to standard error."""
     one_by_one = len(jobs) == 1 or args.batch_size == 1
     streams = one_by_one and not (args.no_stream or args.json)
@@ -289,14 +297,14 @@ class Session:
         try:
             (text,) = self._generator.write([job], _show_piece)
             _show_end(text)
+            _say(f"{self._generator.speed.describe()}; seed {self._sampling.seed}")
         except KeyboardInterrupt:
             print()
             _say("The text was ended.")
-        _say(f"{self._generator.speed.describe()}; seed {self._sampling.seed}")
         self._sampling = replace(self._sampling, seed=self._sampling.seed + 1)
 
 
-def _show_begin(job: Job, number: int = 1, count: int = 1) -> None:
+def _show_begin(job: TextJob, number: int = 1, count: int = 1) -> None:
     if count > 1:
         print(f"--- {number} of {count}")
     prompt = without_control_characters(job.prompt)
