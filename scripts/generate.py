@@ -6,9 +6,8 @@
     python scripts/generate.py EleutherAI/pythia-70m --interactive
 
 One text appears as it is made; several are made together (--batch-size) and shown in the order of
-their prompts. On a terminal without a prompt it asks for prompts. The same seed gives the same text
-for a prompt, alone or among others. Time to the first token and tokens a second stand at the end,
-on standard error. Exit codes: 0 done, 1 memory or a bucket failed, 2 usage or a damaged model,
+their prompts. On a terminal without a prompt it asks for prompts. The same command gives the same
+texts. Time to the first token and tokens a second stand at the end, on standard error. Exit codes: 0 done, 1 memory or a bucket failed, 2 usage or a damaged model,
 130 Ctrl-C.
 """
 
