@@ -6,8 +6,6 @@
     data    reading a warm cache (peer: np.memmap), going on at sample 10^9 of 10,000 shards, the
             first batch of a cold bucket (peer: downloading the same shards), host memory
     forecast  expected against real time of a run, before it begins and after 20 steps
-    generate  tokens a second of texts, alone and eight at once, greedy and sampled (peer:
-            model.generate of transformers)
     loop    what train.py adds around the model in a step, in microseconds by part
     loss    memory and time of the loss of 50,257 words without the logits of all tokens (peers: all
             logits at once, as transformers does it; torch's linear_cross_entropy)
@@ -43,10 +41,10 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
 from benchmarks.data import measure_data
 from benchmarks.figures import RUNS, describe_machine
 from benchmarks.forecast import measure_forecast
-from benchmarks.generation import measure_generate
 from benchmarks.loop_parts import measure_loop
 from benchmarks.loss import measure_loss
 from benchmarks.memory import measure_memory
@@ -101,7 +99,6 @@ PARTS: dict[str, Callable[[Path, int], dict[str, str]]] = {
     "checkpoint": measure_checkpoint,
     "data": measure_data,
     "forecast": measure_forecast,
-    "generate": measure_generate,
     "loop": measure_loop,
     "loss": measure_loss,
     "memory": measure_memory,

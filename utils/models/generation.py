@@ -1,11 +1,6 @@
-"""Text from a model as it is: token ids in, one token id after the other out.
+"""Text from a model as it is: token ids in, the ids that follow out, by `model.generate`.
 
-    prompt ids -> model (keys and values cached) -> logits -> choice -> token id
-
-Texts grow alone or several at once: prompts of different lengths are filled up on the left, with
-a mask over what fills them and positions that begin behind it. Each text has random numbers of its
-own, so it does not depend on the others. (In a batch the products of the model are rounded
-otherwise than alone: where two tokens are as good as equally likely, another one may be chosen.)
+    prompt ids (padded on the left) -> model.generate -> new ids, each told as it comes
 
 A look at a model changes nothing of it: weights, train or eval mode and every random state are
 afterwards what they were, also when the caller stops in the middle. No collective of the ranks is
@@ -15,242 +10,182 @@ called: one rank may generate while the others do not.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
-import os
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from configs.model_config import known_vocab_size
-from utils.base.errors import UsageError
-from utils.models.token_choice import Sampling, choose_token, penalize
-
-END_TOKEN = "end_token"  # noqa: S105
-MAX_TOKENS = "max_tokens"
-NOT_FINITE = "not_finite"
+from utils.base.errors import PretrainError, UsageError
 
 
-@dataclass(eq=False)
-class GrowingText:
-    """A text that grows.
+class NotFiniteError(PretrainError):
+    """The model's logits are not finite: its weights are broken."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
 
     Attributes:
-        prompt: Token ids, at least one. Of a prompt that is longer than the model's context the
-            end is used.
-        sampling: How its tokens are chosen.
-        tokens: What follows the prompt so far, without the token that ends it.
-        finish: Why it ended: `END_TOKEN`, `MAX_TOKENS`, `NOT_FINITE` (weights that are broken have
-            no text), or what the caller writes here to end it; empty while it grows.
+        max_tokens: Tokens to generate at most.
+        temperature: Logits are divided by it; 0 takes the likeliest token each time (greedy).
+        top_k: Only so many of the likeliest tokens are left to choose from; 0: all.
+        top_p: Only the likeliest tokens that together have this probability are left; 1: all.
+        seed: Seed of the random choices of a batch of texts.
+        repetition_penalty: Above 1, tokens that the text has already, the prompt's too, become less
+            likely (Keskar et al. 2019).
+
+    Raises:
+        UsageError: A value is out of its range.
     """
 
-    prompt: Sequence[int]
-    sampling: Sampling
-    tokens: list[int] = field(default_factory=list)
-    finish: str = ""
+    max_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.sampling.seed)
-        self.window = 0  # the first token that the model sees
-        if self.sampling.max_tokens == 0:
-            self.finish = MAX_TOKENS
+        if self.max_tokens < 0:
+            raise UsageError(f"max_tokens must be at least 0, got {self.max_tokens}.")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature must be at least 0, got {self.temperature}.")
+        if self.top_k < 0:
+            raise UsageError(f"top_k must be at least 0, got {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if not -(2**63) <= self.seed < 2**64:
+            raise UsageError(f"seed must be at least -2^63 and below 2^64, got {self.seed}.")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise UsageError(f"repetition_penalty must be above 0, got {self.repetition_penalty}.")
 
     @property
-    def seen(self) -> int:
-        """Number of tokens that the model sees."""
-        return len(self.prompt) + len(self.tokens) - self.window
-
-    def visible(self) -> list[int]:
-        """Return the tokens that the model sees."""
-        begin = self.window - len(self.prompt)
-        if begin >= 0:
-            return self.tokens[begin:]
-        return [*self.prompt[self.window :], *self.tokens]
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken each time."""
+        return self.temperature == 0
 
 
-class Batch:
-    """Texts that grow together, by a token each at every step.
+class _RequireFinite(LogitsProcessor):
+    """Stops where weights are broken: transformers would choose some token of them."""
 
-    Keep the model in eval mode meanwhile (`evaluating`). When a text has filled the model's
-    context, the model reads the newer half of it again and goes on from there.
+    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
+        if not scores.amax(dim=-1).isfinite().all():
+            raise NotFiniteError("The model's logits are not finite: its weights are broken.")
+        return scores
+
+
+class StopWhen(StoppingCriteria):
+    """Ends texts by a question that is asked after each token.
+
+    Args:
+        is_over: Is given the ids of all texts, prompts included: int64 [texts, tokens]; answers for
+            each, or for all at once.
+    """
+
+    def __init__(self, is_over: Callable[[torch.Tensor], Sequence[bool] | bool]) -> None:
+        self._is_over = is_over
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Return whether each text is over: bool [texts]."""
+        answers = torch.as_tensor(self._is_over(input_ids), device=input_ids.device)
+        return answers.expand(len(input_ids))
+
+
+def generate_tokens(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    end_ids: Collection[int] = (),
+    stop_when: Sequence[StopWhen] = (),
+    streamer: Any = None,
+) -> list[list[int]]:
+    """Return the tokens that follow prompts, each text up to one of `end_ids`, without it.
 
     Args:
         model: A causal language model of transformers, without wrappers of ranks. Ids that only pad
             its vocabulary are never chosen.
-        rows: The texts. One that has a `finish` leaves at the next step.
+        prompts: Token ids of each prompt, at least one.
+        sampling: How tokens are chosen. The texts share its random numbers: with other texts beside
+            it, a sampled text is another one.
         end_ids: Tokens that end a text.
+        stop_when: What ends texts besides. What follows that point in a text is filling.
+        streamer: A streamer of transformers, for one text.
 
     Raises:
-        UsageError: A prompt is empty or holds ids that the model does not have.
+        UsageError: A prompt is empty, holds ids that the model does not have, or fills its context.
+        NotFiniteError: The model's weights are broken.
     """
-
-    def __init__(
-        self, model: nn.Module, rows: Sequence[GrowingText], end_ids: Collection[int] = ()
-    ) -> None:
-        self._model, self._end_ids = model, frozenset(end_ids)
-        self._config: Any = model.config
-        self._vocab_size = known_vocab_size(self._config)
-        self._context = getattr(self._config, "max_position_embeddings", None) or math.inf
-        self._device = next(model.parameters()).device
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        for row in rows:
-            require_known_ids(row.prompt, self._vocab_size)
-        self._rows = list(rows)
-        self._cache: Any = None
-        self._mask: torch.Tensor | None = None  # int64 [rows, columns of the cache]; None: all 1
-
-    @property
-    def is_growing(self) -> bool:
-        """Whether a text is left that can grow."""
-        return any(not row.finish for row in self._rows)
-
-    def step(self) -> list[GrowingText]:
-        """Give every text its next token; return those that got one."""
-        self._drop_finished()
-        if not self._rows:
-            return []
-        grown = []
-        for row, token in zip(self._rows, self._choose(self._next_logits()), strict=True):
-            if token is None:
-                row.finish = NOT_FINITE
-            elif token in self._end_ids:
-                row.finish = END_TOKEN
-            else:
-                row.tokens.append(token)
-                grown.append(row)
-                if len(row.tokens) == row.sampling.max_tokens:
-                    row.finish = MAX_TOKENS
-        return grown
-
-    def _drop_finished(self) -> None:
-        kept = [number for number, row in enumerate(self._rows) if not row.finish]
-        if len(kept) == len(self._rows):
-            return
-        self._rows = [self._rows[number] for number in kept]
-        if self._cache is not None and kept:
-            indices = torch.tensor(kept, device=self._device)
-            self._cache.batch_select_indices(indices)
-            if self._mask is not None:
-                self._mask = self._mask[indices]
-
-    def _next_logits(self) -> torch.Tensor:
-        """Return the logits of the next tokens: float32 [rows, vocabulary]."""
-        full = [row for row in self._rows if row.seen > self._context]
-        for row in full:  # goes on from its newer half
-            row.window += row.seen - max(1, int(self._context) // 2)
-        inputs = self._begin() if self._cache is None or full else self._go_on()
-        # no_grad holds within this call alone: between two tokens the caller's mode is as it was.
-        with torch.no_grad():
-            output = self._model(
-                **inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-            )
-        logits: torch.Tensor = output.logits[:, -1, : self._vocab_size].float()
-        return logits
-
-    def _begin(self) -> dict[str, torch.Tensor]:
-        """Return the whole texts as the model's input, with an empty cache."""
-        from transformers import DynamicCache
-
-        self._cache, self._mask = DynamicCache(config=self._config), None
-        texts = [row.visible() for row in self._rows]
-        longest = max(map(len, texts))
-        fill = [longest - len(text) for text in texts]
-        ids = torch.tensor([[0] * n + text for n, text in zip(fill, texts, strict=True)])
-        inputs = {"input_ids": ids.to(self._device)}
-        if any(fill):
-            columns = torch.arange(longest) - torch.tensor(fill)[:, None]
-            self._mask = (columns >= 0).long().to(self._device)
-            inputs["attention_mask"] = self._mask
-            if self._takes_positions:
-                inputs["position_ids"] = columns.clamp(min=0).to(self._device)
-        return inputs
-
-    def _go_on(self) -> dict[str, torch.Tensor]:
-        """Return the newest tokens as the model's input."""
-        new = [[row.tokens[-1]] for row in self._rows]
-        inputs = {"input_ids": torch.tensor(new, device=self._device)}
-        if self._mask is not None:
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(new), 1)], dim=1)
-            inputs["attention_mask"] = self._mask
-            if self._takes_positions:
-                positions = [[row.seen - 1] for row in self._rows]
-                inputs["position_ids"] = torch.tensor(positions, device=self._device)
-        return inputs
-
-    def _choose(self, logits: torch.Tensor) -> Sequence[int | None]:
-        """Return the next token of each row; None where logits are not finite."""
-        for row, own in zip(self._rows, logits, strict=True):
-            if row.sampling.repetition_penalty != 1:
-                penalize(own, [*row.prompt, *row.tokens], row.sampling.repetition_penalty)
-        is_finite = logits.amax(dim=-1).isfinite()
-        if all(row.sampling.is_greedy for row in self._rows):
-            # One small copy from the device.
-            chosen = torch.where(is_finite, logits.argmax(dim=-1), -1).tolist()
-            return [None if token < 0 else token for token in chosen]
-        on_host, usable = logits.cpu(), is_finite.tolist()
-
-        def choose(number: int) -> int | None:
-            row = self._rows[number]
-            if not usable[number]:
-                return None
-            return choose_token(on_host[number], row.sampling, row.generator)
-
-        numbers = range(len(self._rows))
-        if len(numbers) == 1:
-            return [choose(0)]
-        # torch's operators let other threads run, and each row has its own generator.
-        with ThreadPoolExecutor(min(len(numbers), os.cpu_count() or 1)) as pool:
-            return list(pool.map(choose, numbers))
+    longest = max(map(len, prompts))
+    room = _room(model, longest)
+    for prompt in prompts:
+        require_known_ids(prompt, known_vocab_size(model.config))
+    if sampling.max_tokens == 0:
+        return [[] for _ in prompts]
+    device = next(model.parameters()).device
+    fill = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * n + list(p) for n, p in zip(fill, prompts, strict=True)])
+    mask = (torch.arange(longest) >= torch.tensor(fill)[:, None]).long()
+    with looking_at(model, sampling.seed), torch.inference_mode():
+        found = model.generate(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=_settings(model, sampling, end_ids, room),
+            logits_processor=LogitsProcessorList([_RequireFinite()]),
+            stopping_criteria=StoppingCriteriaList(stop_when),
+            streamer=streamer,
+        )
+    texts: list[list[int]] = found[:, longest:].tolist()
+    return [_up_to_end(text, end_ids) for text in texts]
 
 
-def generate(
-    model: nn.Module,
-    prompt: Sequence[int],
-    sampling: Sampling,
-    *,
-    end_ids: Collection[int] = (),
-    should_stop: Callable[[], bool] = lambda: False,
-) -> list[int]:
-    """Return the tokens that follow a prompt; see `stream_tokens`."""
-    with contextlib.closing(
-        stream_tokens(model, prompt, sampling, end_ids=end_ids, should_stop=should_stop)
-    ) as tokens:
-        return list(tokens)
+def _room(model: Any, longest: int) -> int:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and longest >= context:
+        raise UsageError(
+            f"A prompt of {longest} tokens leaves no room in the {context} tokens that the model "
+            "sees at once. Give a shorter one."
+        )
+    return 2**31 if context is None else context - longest
 
 
-def stream_tokens(
-    model: nn.Module,
-    prompt: Sequence[int],
-    sampling: Sampling,
-    *,
-    end_ids: Collection[int] = (),
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Generator[int, None, None]:
-    """Yield the tokens that follow a prompt, each as soon as it is chosen.
+def _settings(
+    model: Any, sampling: Sampling, end_ids: Collection[int], room: int
+) -> GenerationConfig:
+    padding = list(range(known_vocab_size(model.config), model.config.vocab_size))
+    choice: dict[str, Any] = {"do_sample": False}
+    if not sampling.is_greedy:
+        choice = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+        }
+    ends = sorted(end_ids)
+    return GenerationConfig(
+        max_new_tokens=min(sampling.max_tokens, room),
+        repetition_penalty=sampling.repetition_penalty,
+        suppress_tokens=padding or None,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+        **choice,
+    )
 
-    The model is in eval mode from the first token to the last: close the iterator (or exhaust it)
-    before the model is used for something else.
 
-    Args:
-        model: See `Batch`. It is called beside torch.compile, which would compile it anew for each
-            length.
-        prompt: See `GrowingText`.
-        sampling: How tokens are chosen.
-        end_ids: Tokens that end the text; they are not yielded.
-        should_stop: Asked before each token.
-
-    Raises:
-        UsageError: The prompt is empty or holds ids that the model does not have.
-    """
-    batch = Batch(model, [GrowingText(prompt, sampling)], end_ids)
-    with evaluating(model):
-        while batch.is_growing and not should_stop():
-            for row in batch.step():
-                yield row.tokens[-1]
+def _up_to_end(tokens: list[int], end_ids: Collection[int]) -> list[int]:
+    end = next((place for place, token in enumerate(tokens) if token in end_ids), len(tokens))
+    return tokens[:end]
 
 
 def require_known_ids(prompt: Sequence[int], vocab_size: int) -> None:
@@ -267,17 +202,24 @@ def require_known_ids(prompt: Sequence[int], vocab_size: int) -> None:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def looking_at(model: Any, seed: int) -> Iterator[None]:
     """Put the model into eval mode, and every part of it back into its own mode afterwards.
 
-    What is compiled runs as it is written meanwhile.
+    Random numbers come from `seed` meanwhile; every generator of torch is afterwards what it was.
+    What is compiled runs as it is written: it would be compiled anew for each length. Defaults of
+    the model's own `generation_config` would fill in what a caller leaves out: there are none.
     """
+    device = next(model.parameters()).device
     modes = [(module, module.training, module._compiled_call_impl) for module in model.modules()]
+    defaults, model.generation_config = model.generation_config, GenerationConfig()
     model.eval()
     for module, _, _ in modes:
         module._compiled_call_impl = None
     try:
-        yield
+        with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+            torch.manual_seed(seed)
+            yield
     finally:
+        model.generation_config = defaults
         for module, training, compiled in modes:
             module.training, module._compiled_call_impl = training, compiled

@@ -18,8 +18,7 @@ from accelerate.utils import DistributedType
 
 from configs.training_config import TrainingConfig
 from utils.base.text import printable, printable_lines
-from utils.models.generation import generate
-from utils.models.token_choice import Sampling
+from utils.models.generation import Sampling, StopWhen, generate_tokens
 from utils.models.tokenizer import begin_like_data, encode_prompt, load_tokenizer
 from utils.tracking.metrics_log import append_metrics
 from utils.training_utils import TrainState
@@ -109,12 +108,12 @@ class Sampler:
             end = self._tokenizer.eos_token_id
             ids = encode_prompt(self._tokenizer, prompt)
             with state.accelerator.autocast():
-                tokens = generate(
+                (tokens,) = generate_tokens(
                     state.core_model,
-                    ids,
+                    [ids],
                     self._sampling,
                     end_ids=() if end is None else (end,),
-                    should_stop=should_stop,
+                    stop_when=[StopWhen(lambda ids: should_stop())],
                 )
             if should_stop():
                 return []

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from utils.base.errors import UsageError
-from utils.models.generation import generate, stream_tokens
-from utils.models.token_choice import Sampling, choose_token
+from utils.models.generation import NotFiniteError, Sampling, StopWhen, generate_tokens
 
 VOCAB, CONTEXT = 61, 24
 PROMPT = [5, 17, 3, 44]
@@ -51,6 +49,11 @@ def neox() -> Any:
     return build()
 
 
+def generate(model: Any, prompt: list[int], sampling: Sampling, **options: Any) -> list[int]:
+    (tokens,) = generate_tokens(model, [prompt], sampling, **options)
+    return tokens
+
+
 def without_cache(model: Any, prompt: list[int], number: int) -> list[int]:
     ids = list(prompt)
     model.eval()
@@ -68,22 +71,33 @@ def test_the_cache_changes_no_token(kind: str) -> None:
     assert generate(model, PROMPT, GREEDY) == without_cache(model, PROMPT, 12)
 
 
-@pytest.mark.parametrize("kind", ["neox", "gpt2"])
-def test_a_text_goes_on_when_the_context_is_full(kind: str) -> None:
-    model = build(kind)
-    tokens = generate(model, PROMPT, Sampling(max_tokens=70, temperature=0))
-    assert len(tokens) == 70
-    begin = CONTEXT + 1 - len(PROMPT)  # what fits, and the one that the full context gives
-    assert tokens[:begin] == without_cache(model, PROMPT, begin)
-    # From there on it reads the newer half again.
-    half = [*PROMPT, *tokens[:begin]][-CONTEXT // 2 :]
-    assert tokens[begin : begin + 5] == without_cache(model, half, 5)
+@pytest.mark.parametrize("kind", ["neox", "llama", "gpt2"])
+def test_greedy_texts_beside_each_other_are_those_that_they_are_alone(kind: str) -> None:
+    model = build(kind).double()  # rounding chooses no token
+    prompts = [PROMPT, [7], [9, 9, 9, 9, 9, 9]]
+    alone = [generate_tokens(model, [prompt], GREEDY)[0] for prompt in prompts]
+    assert generate_tokens(model, prompts, GREEDY) == alone
 
 
-def test_of_a_prompt_longer_than_the_context_the_end_is_used(neox: Any) -> None:
-    prompt = [number % VOCAB for number in range(3 * CONTEXT)]
-    expected = without_cache(neox, prompt[-CONTEXT // 2 :], 3)
-    assert generate(neox, prompt, Sampling(max_tokens=3, temperature=0)) == expected
+def test_a_text_ends_where_the_context_is_full(neox: Any) -> None:
+    assert len(generate(neox, PROMPT, Sampling(max_tokens=70))) == CONTEXT - len(PROMPT)
+    with pytest.raises(UsageError, match="24 tokens leaves no room in the 24 tokens"):
+        generate(neox, list(range(CONTEXT)), GREEDY)
+
+
+def test_ids_that_pad_the_vocabulary_are_never_chosen() -> None:
+    model = build()
+    with torch.no_grad():  # the likeliest by far
+        model.get_output_embeddings().weight[VOCAB - 1] = (
+            100
+            * model.get_output_embeddings().weight[
+                generate(model, PROMPT, Sampling(1, temperature=0))[0]
+            ]
+        )
+    assert VOCAB - 1 in generate(model, PROMPT, GREEDY)
+    model.config.unpadded_vocab_size = VOCAB - 1
+    assert VOCAB - 1 not in generate(model, PROMPT, GREEDY)
+    assert VOCAB - 1 not in generate(model, PROMPT, Sampling(max_tokens=12))
 
 
 def test_a_seed_decides_the_text(neox: Any) -> None:
@@ -96,15 +110,12 @@ def test_a_look_leaves_everything_as_it_was(neox: Any) -> None:
     modes = [module.training for module in neox.modules()]
     weights = {name: tensor.clone() for name, tensor in neox.state_dict().items()}
     buffers = {name: tensor.clone() for name, tensor in neox.named_buffers()}
+    defaults = neox.generation_config
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
 
     generate(neox, PROMPT, Sampling(max_tokens=2 * CONTEXT, temperature=0.9, top_p=0.9))
-    tokens = stream_tokens(neox, PROMPT, GREEDY)
-    next(tokens)
-    assert not neox.training
-    assert torch.is_grad_enabled()  # between two tokens
-    tokens.close()
 
+    assert neox.generation_config is defaults
     assert [module.training for module in neox.modules()] == modes
     neox.train()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in neox.state_dict().items())
@@ -143,18 +154,21 @@ def test_a_text_ends_at_an_end_token_at_the_limit_and_when_asked(neox: Any) -> N
     assert generate(neox, PROMPT, Sampling(max_tokens=0)) == []
     asked: list[bool] = []
 
-    def should_stop() -> bool:
-        asked.append(len(asked) == 3)
+    def should_stop(ids: torch.Tensor) -> bool:
+        assert ids.shape == (1, len(PROMPT) + len(asked) + 1)
+        asked.append(len(asked) == 2)
         return asked[-1]
 
-    assert generate(neox, PROMPT, GREEDY, should_stop=should_stop) == tokens[:3]
+    assert generate(neox, PROMPT, GREEDY, stop_when=[StopWhen(should_stop)]) == tokens[:3]
 
 
 def test_broken_weights_have_no_text() -> None:
     model = build()
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
-    assert generate(model, PROMPT, Sampling(max_tokens=5)) == []
+    with pytest.raises(NotFiniteError, match="weights are broken"):
+        generate(model, PROMPT, Sampling(max_tokens=5))
+    assert model.training
 
 
 @pytest.mark.parametrize("prompt", [[], [VOCAB], [-1]])
@@ -172,44 +186,10 @@ def test_a_prompt_that_the_model_cannot_read_is_an_error(neox: Any, prompt: list
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"seed": 2**64},
+        {"repetition_penalty": 0.0},
     ],
 )
 def test_a_value_out_of_range_is_an_error(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(values))} must be"):
         Sampling(**values)
-
-
-PROBABILITIES = torch.tensor([0.05, 0.5, 0.15, 0.3])
-
-
-@pytest.mark.parametrize(
-    ("sampling", "possible"),
-    [
-        (Sampling(), {0, 1, 2, 3}),
-        (Sampling(top_k=1), {1}),
-        (Sampling(top_k=3), {1, 2, 3}),
-        (Sampling(top_k=99), {0, 1, 2, 3}),
-        (Sampling(top_p=0.01), {1}),
-        (Sampling(top_p=0.5), {1}),
-        (Sampling(top_p=0.51), {1, 3}),
-        (Sampling(top_p=0.9), {1, 2, 3}),
-        # Of the two likeliest, the first alone has 0.625.
-        (Sampling(top_k=2, top_p=0.6), {1}),
-        (Sampling(temperature=0), {1}),
-        (Sampling(temperature=1e-300), {1}),
-    ],
-)
-def test_what_can_be_chosen(sampling: Sampling, possible: set[int]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = PROBABILITIES.log()
-    assert {choose_token(logits, sampling, generator) for _ in range(300)} == possible
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_choices_have_the_probabilities_of_the_model(temperature: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    sampling = Sampling(temperature=temperature)
-    chosen = [choose_token(PROBABILITIES.log(), sampling, generator) for _ in range(4000)]
-    expected = nn.functional.softmax(PROBABILITIES.log() / temperature, dim=0)
-    shares = np.bincount(chosen, minlength=4) / len(chosen)
-    np.testing.assert_allclose(shares, expected.numpy(), atol=0.03)

@@ -44,12 +44,12 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """What the model was given."""
     given: list[list[int]] = []
 
-    def generate(model: Any, ids: list[int], *_: Any, **options: Any) -> list[int]:
+    def generate(model: Any, ids: list[list[int]], *_: Any, **options: Any) -> list[list[int]]:
         assert options["end_ids"] == (7,)
-        given.append(ids)
-        return [1, 2]
+        given.extend(ids)
+        return [[1, 2]]
 
-    monkeypatch.setattr(sample_texts, "generate", generate)
+    monkeypatch.setattr(sample_texts, "generate_tokens", generate)
     monkeypatch.setattr(sample_texts, "load_tokenizer", lambda files: Tokenizer())
     return given
 
@@ -90,11 +90,11 @@ def test_a_prompt_begins_like_the_data_and_does_not_end(
     content = write_tokenizer(tmp_path, {"eos_token": "</s>", "bos_token": "<s>"}, "<s> $A </s>")
     monkeypatch.setattr(sample_texts, "load_tokenizer", load_tokenizer)
 
-    def generate(model: Any, ids: list[int], *_: Any, **options: Any) -> list[int]:
-        prompts.append(ids)
-        return [5]
+    def generate(model: Any, ids: list[list[int]], *_: Any, **options: Any) -> list[list[int]]:
+        prompts.extend(ids)
+        return [[5]]
 
-    monkeypatch.setattr(sample_texts, "generate", generate)
+    monkeypatch.setattr(sample_texts, "generate_tokens", generate)
     state = state_of()
     state.core_model.config.bos_token_id = 2
     files = {"tokenizer.json": content, "tokenizer_config.json": SETTINGS}

@@ -2,29 +2,34 @@
 
     prompts -> jobs -> batches of similar length -> tokens -> pieces of text -> texts
 
-A text depends on its model, prompt and sampling (the seed in it); which other texts are made beside
-it matters only by the rounding of batched products (`utils/models/generation.py`).
+A greedy text depends on its model and prompt (and on the rounding of batched products); a sampled
+one also on the texts that are made beside it, which share its random numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+from transformers import TextStreamer
 
 from utils.base.errors import ResourceShortageError, UsageError
 from utils.base.text import printable
-from utils.models.generation import Batch, GrowingText, evaluating, require_known_ids
-from utils.models.text_stream import StopFinder, TextStream
-from utils.models.token_choice import Sampling
+from utils.models.generation import (
+    NotFiniteError,
+    Sampling,
+    StopWhen,
+    generate_tokens,
+    require_known_ids,
+)
 from utils.models.tokenizer import encode_prompt
 from utils.tools.generation.loading import LoadedModel
 
-STOP_TEXT = "stop_text"
+END_TOKEN, MAX_TOKENS, STOP_TEXT, NOT_FINITE = "end_token", "max_tokens", "stop_text", "not_finite"
 WINDOW_BATCHES = 32
 """Prompts of so many batches are sorted by length together: texts come before all are done."""
 MOST_SAMPLES = 100_000
@@ -33,7 +38,7 @@ OnPiece = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Job:
+class TextJob:
     """A text to be written.
 
     Attributes:
@@ -59,10 +64,10 @@ class Text:
         token_ids: Its tokens, those of the stop text too, without the end token.
         finish: `end_token`, `max_tokens`, `stop_text` or `not_finite` (broken weights).
         first_token_seconds: From the begin of its batch to its first token.
-        seconds: From the begin of its batch to its end.
+        seconds: From the begin of its batch to the end of the batch.
     """
 
-    job: Job
+    job: TextJob
     text: str
     token_ids: list[int]
     finish: str
@@ -76,15 +81,9 @@ class Speed:
 
     texts: int = 0
     prompt_tokens: int = 0
-    first_tokens: int = 0
+    tokens: int = 0
     prefill_seconds: float = 0.0
-    decoded_tokens: int = 0
     decode_seconds: float = 0.0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that were made."""
-        return self.first_tokens + self.decoded_tokens
 
     def describe(self) -> str:
         """Return a line for people."""
@@ -97,9 +96,75 @@ class Speed:
             line = f"{made}; prompt: {read}, first token after {self.prefill_seconds:.3f}s"
         if several and self.prefill_seconds > 0:
             line += f", {self.prompt_tokens / self.prefill_seconds:,.0f} tokens/s"
-        if self.decoded_tokens and self.decode_seconds > 0:
-            line += f"; then {self.decoded_tokens / self.decode_seconds:,.1f} tokens/s"
+        decoded = self.tokens - self.texts
+        if decoded > 0 and self.decode_seconds > 0:
+            line += f"; then {decoded / self.decode_seconds:,.1f} tokens/s"
         return line
+
+
+class StopFinder:
+    """Ends a text before the first of several texts in it.
+
+    The text that is complete first counts (of those that end together the longest), so the result
+    is the same whatever pieces the text comes in.
+
+    Args:
+        stops: Texts, none empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, piece: str) -> str:
+        """Return what may be shown; nothing more once `found` is set."""
+        if self.found is not None:
+            return ""
+        text = self._held + piece
+        ends = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stops]
+        complete = min((end for end in ends if end[1] >= 0), default=None)
+        if complete is not None:
+            self.found = complete[2]
+        begin = len(text) - self._open_end(text) if complete is None else complete[1]
+        shown, self._held = text[:begin], text[begin:]
+        return shown
+
+    def close(self) -> str:
+        """Return what was held back, because a stop text might have begun with it."""
+        return "" if self.found is not None else self._held
+
+    def _open_end(self, text: str) -> int:
+        """Return the length of the longest end of the text that a stop text begins with."""
+        lengths = range(max(map(len, self._stops), default=1) - 1, 0, -1)
+        return next((n for n in lengths if any(stop[:n] == text[-n:] for stop in self._stops)), 0)
+
+
+class _Pieces(TextStreamer):
+    """Tells each piece of a text as soon as its words are whole, up to a stop text.
+
+    The prompt is decoded along: some tokenizers drop the space at the begin of what they decode.
+    """
+
+    def __init__(self, generator: TextGenerator, prompt: Sequence[int], on_piece: OnPiece) -> None:
+        super().__init__(generator.tokenizer, clean_up_tokenization_spaces=False)
+        self._end_ids, self._on_piece = generator.end_ids, on_piece
+        self._hidden = len(generator.decode(prompt))
+        self._finder = StopFinder(generator.stops)
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, then each token; a token that ends the text is no part of it."""
+        if value.dim() == 1 and value.tolist()[0] in self._end_ids:
+            return
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass on what follows the prompt."""
+        hidden = min(self._hidden, len(text))
+        self._hidden -= hidden
+        self._on_piece(self._finder.push(text[hidden:]))
+        if stream_end:
+            self._on_piece(self._finder.close())
 
 
 class TextGenerator:
@@ -127,12 +192,17 @@ class TextGenerator:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}.")
         if not all(stops):
             raise UsageError("A stop text must not be empty.")
-        self._loaded, self._stops, self._batch_size = loaded, tuple(stops), batch_size
-        self._tokenizer = loaded.require_tokenizer()
-        self._end_ids = () if ignore_end else find_end_ids(loaded)
+        self._loaded, self._batch_size = loaded, batch_size
+        self.tokenizer, self.stops = loaded.require_tokenizer(), tuple(stops)
+        self.end_ids = () if ignore_end else find_end_ids(loaded)
         self.speed = Speed()
 
-    def plan(self, prompts: Sequence[str], sampling: Sampling, samples: int = 1) -> list[Job]:
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens as it is, special ones and spaces too."""
+        text: str = self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return text
+
+    def plan(self, prompts: Sequence[str], sampling: Sampling, samples: int = 1) -> list[TextJob]:
         """Return the jobs of prompts: sample n of any prompt has the seed + n.
 
         Raises:
@@ -146,10 +216,10 @@ class TextGenerator:
         jobs = []
         for prompt in prompts:
             ids = self._encode(prompt)
-            jobs += [Job(prompt, ids, own, number) for number, own in enumerate(seeds)]
+            jobs += [TextJob(prompt, ids, own, number) for number, own in enumerate(seeds)]
         return jobs
 
-    def write(self, jobs: Sequence[Job], on_piece: OnPiece | None = None) -> Iterator[Text]:
+    def write(self, jobs: Sequence[TextJob], on_piece: OnPiece | None = None) -> Iterator[Text]:
         """Yield the texts of jobs in their order.
 
         Args:
@@ -176,7 +246,7 @@ class TextGenerator:
     def _encode(self, prompt: str) -> list[int]:
         try:
             prompt.encode("utf-8")  # bytes of a command line that are none
-            ids = encode_prompt(self._tokenizer, prompt)
+            ids = encode_prompt(self.tokenizer, prompt)
             require_known_ids(ids, self._loaded.vocab_size)
         except UnicodeEncodeError as exc:
             raise UsageError(f"The prompt {printable(prompt, 60)!r} is no UTF-8.") from exc
@@ -184,76 +254,63 @@ class TextGenerator:
             raise UsageError(f"The prompt {printable(prompt, 60)!r}: {exc}") from exc
         return ids
 
-    def _write_together(self, jobs: Sequence[Job], on_piece: OnPiece | None) -> list[Text]:
-        growing = [_Growing(job, self._tokenizer, self._stops) for job in jobs]
-        with (
-            _memory_errors_explained(jobs, self._loaded),
-            evaluating(self._loaded.model),
-            torch.inference_mode(),  # a tenth quicker where the model is small
-        ):
-            self._grow(growing, on_piece or (lambda piece: None))
-        return [one.result() for one in growing]
+    def _write_together(self, jobs: Sequence[TextJob], on_piece: OnPiece | None) -> list[Text]:
+        longest = max(len(job.ids) for job in jobs)
+        begin, times = time.perf_counter(), []
 
-    def _grow(self, growing: Sequence[_Growing], on_piece: OnPiece) -> None:
-        begin = time.perf_counter()
-        first = 0.0
-        owners = {id(one.row): one for one in growing}
-        batch = Batch(self._loaded.model, [one.row for one in growing], self._end_ids)
+        def is_over(ids: torch.Tensor) -> Sequence[bool] | bool:
+            times.append(time.perf_counter() - begin)
+            return (
+                [self._has_stop(row) for row in ids[:, longest:].tolist()] if self.stops else False
+            )
+
         try:
-            while batch.is_growing:
-                for row in batch.step():
-                    on_piece(owners[id(row)].read())
-                now = time.perf_counter() - begin
-                first = first or now
-                for one in growing:
-                    if one.row.finish and not one.is_closed:
-                        on_piece(one.close(first, now))
-        finally:
-            self._count(growing, first, time.perf_counter() - begin)
+            with _memory_errors_explained(jobs, self._loaded):
+                found: Sequence[list[int] | None] = generate_tokens(
+                    self._loaded.model,
+                    [job.ids for job in jobs],
+                    jobs[0].sampling,
+                    end_ids=self.end_ids,
+                    stop_when=[StopWhen(is_over)],
+                    streamer=None if on_piece is None else _Pieces(self, jobs[0].ids, on_piece),
+                )
+        except NotFiniteError:
+            found = [None] * len(jobs)
+        seconds = time.perf_counter() - begin
+        first = times[0] if times else seconds
+        texts = [
+            self._finish(job, tokens, len(times), first, seconds)
+            for job, tokens in zip(jobs, found, strict=True)
+        ]
+        self._count(texts, first, seconds)
+        return texts
 
-    def _count(self, growing: Sequence[_Growing], first: float, seconds: float) -> None:
-        speed, made = self.speed, [len(one.row.tokens) for one in growing]
-        speed.texts += len(growing)
-        speed.prompt_tokens += sum(len(one.row.prompt) for one in growing)
-        speed.first_tokens += sum(map(bool, made))
+    def _has_stop(self, tokens: Sequence[int]) -> bool:
+        text = self.decode(tokens)
+        return any(stop in text for stop in self.stops)
+
+    def _finish(
+        self, job: TextJob, tokens: list[int] | None, steps: int, first: float, seconds: float
+    ) -> Text:
+        """Return the text of tokens, None where the weights are broken; `steps`: of the batch."""
+        if tokens is None:
+            return Text(job, "", [], NOT_FINITE, first, seconds)
+        before = self.decode(job.ids)
+        finder = StopFinder(self.stops)
+        text = finder.push(self.decode([*job.ids, *tokens])[len(before) :]) + finder.close()
+        finish = MAX_TOKENS if len(tokens) == steps else END_TOKEN
+        if finder.found is not None:
+            prefixes = [tokens[:count] for count in range(len(tokens) + 1)]
+            tokens, finish = prefixes[bisect_left(prefixes, True, key=self._has_stop)], STOP_TEXT
+        return Text(job, text, tokens, finish, first, seconds)
+
+    def _count(self, texts: Sequence[Text], first: float, seconds: float) -> None:
+        speed = self.speed
+        speed.texts += len(texts)
+        speed.prompt_tokens += sum(len(text.job.ids) for text in texts)
+        speed.tokens += sum(len(text.token_ids) for text in texts)
         speed.prefill_seconds += first
-        speed.decoded_tokens += sum(max(0, tokens - 1) for tokens in made)
         speed.decode_seconds += seconds - first
-
-
-class _Growing:
-    """A text on its way."""
-
-    def __init__(self, job: Job, tokenizer: Any, stops: Sequence[str]) -> None:
-        self.row = GrowingText(job.ids, job.sampling)
-        self.is_closed = False
-        self._job = job
-        # Before the begin of a text stands a token, but no text.
-        self._stream = TextStream(tokenizer, job.ids if job.prompt else ())
-        self._finder = StopFinder(stops)
-        self._pieces: list[str] = []
-        self._seconds = (0.0, 0.0)
-
-    def read(self) -> str:
-        """Return what the newest token adds to the text; end the row at a stop text."""
-        return self._take(self._finder.push(self._stream.push(self.row.tokens[-1])))
-
-    def close(self, first: float, seconds: float) -> str:
-        """Return what was held back; no more tokens come."""
-        self.is_closed, self._seconds = True, (first, seconds)
-        last = "" if self._finder.found is not None else self._finder.push(self._stream.close())
-        return self._take(last + self._finder.close())
-
-    def result(self) -> Text:
-        """Return the finished text."""
-        text = "".join(self._pieces)
-        return Text(self._job, text, self.row.tokens, self.row.finish, *self._seconds)
-
-    def _take(self, piece: str) -> str:
-        if self._finder.found is not None:
-            self.row.finish = STOP_TEXT
-        self._pieces.append(piece)
-        return piece
 
 
 def find_end_ids(loaded: LoadedModel) -> tuple[int, ...]:
@@ -269,7 +326,7 @@ def _count_of(number: int, thing: str) -> str:
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
-def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[int]]:
+def _batches(jobs: Sequence[TextJob], size: int) -> Iterator[list[int]]:
     """Yield the numbers of jobs that grow together: of similar length, the longest first.
 
     What does not fit into memory then fails at the begin and not after an hour.
@@ -282,7 +339,7 @@ def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _memory_errors_explained(jobs: Sequence[Job], loaded: LoadedModel) -> Iterator[None]:
+def _memory_errors_explained(jobs: Sequence[TextJob], loaded: LoadedModel) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as exc:

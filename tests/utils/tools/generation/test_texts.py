@@ -5,19 +5,32 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from transformers import GenerationConfig
 
 from utils.base.errors import ResourceShortageError, UsageError
 from utils.checkpoints.layout import read_manifest
-from utils.models.generation import Batch, generate
-from utils.models.token_choice import Sampling
+from utils.models.generation import Sampling, generate_tokens
 from utils.tools.generation import texts as text_generation
-from utils.tools.generation.loading import LoadedModel, ModelSource, load_model
-from utils.tools.generation.texts import MOST_SAMPLES, Speed, Text, TextGenerator, find_end_ids
+from utils.tools.generation.loading import (
+    LoadedModel,
+    ModelSource,
+    load_model,
+    load_named_tokenizer,
+)
+from utils.tools.generation.texts import (
+    MOST_SAMPLES,
+    Speed,
+    StopFinder,
+    Text,
+    TextGenerator,
+    _Pieces,
+    find_end_ids,
+)
 
 PROMPTS = ["The end", "", "a", "In the year of our", "x" * 30, "One more"]
 SAMPLING = Sampling(8, 0.9, top_p=0.95, seed=5)
@@ -39,12 +52,11 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The lengths of the prompts of each batch that is made."""
     made: list[list[int]] = []
 
-    class Watched(Batch):
-        def __init__(self, model: Any, rows: Any, end_ids: Any) -> None:
-            made.append([len(row.prompt) for row in rows])
-            super().__init__(model, rows, end_ids)
+    def watched(model: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
+        made.append([len(prompt) for prompt in prompts])
+        return generate_tokens(model, prompts, *arguments, **options)
 
-    monkeypatch.setattr(text_generation, "Batch", Watched)
+    monkeypatch.setattr(text_generation, "generate_tokens", watched)
     return made
 
 
@@ -56,20 +68,30 @@ def write(
     return list(generator.write(generator.plan(prompts, sampling, samples)))
 
 
-def test_a_text_is_the_same_alone_and_among_others(
+def test_a_greedy_text_is_the_same_alone_and_among_others(
     loaded: LoadedModel, batches: list[list[int]]
 ) -> None:
-    together = write(loaded, PROMPTS, SAMPLING, samples=3, batch_size=4)
-    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 2]
+    together = write(loaded, PROMPTS, GREEDY, batch_size=4)
+    assert [len(batch) for batch in batches] == [4, 2]
     lengths = [length for batch in batches for length in batch]
     assert lengths == sorted(lengths, reverse=True)
-    places = [(text.job.prompt, text.job.sample) for text in together]
-    assert places == [(prompt, sample) for prompt in PROMPTS for sample in range(3)]
+    assert [text.job.prompt for text in together] == PROMPTS
     for text in together:
-        own = replace(SAMPLING, seed=SAMPLING.seed + text.job.sample)
-        (alone,) = write(loaded, [text.job.prompt], own)
+        (alone,) = write(loaded, [text.job.prompt], GREEDY)
         assert (alone.text, alone.token_ids) == (text.text, text.token_ids)
-    assert len({text.text for text in together}) > len(PROMPTS)
+
+
+def test_samples_of_a_prompt_are_texts_of_their_own(loaded: LoadedModel) -> None:
+    texts = write(loaded, ["The", "a"], SAMPLING, samples=3, batch_size=4)
+    places = [(text.job.prompt, text.job.sample) for text in texts]
+    assert places == [(prompt, sample) for prompt in ("The", "a") for sample in range(3)]
+    assert len({text.text for text in texts}) == 6
+    assert texts == [
+        replace(again, first_token_seconds=one.first_token_seconds, seconds=one.seconds)
+        for one, again in zip(
+            texts, write(loaded, ["The", "a"], SAMPLING, samples=3, batch_size=4), strict=True
+        )
+    ]
 
 
 def test_texts_come_before_all_are_done(
@@ -86,7 +108,7 @@ def test_texts_come_before_all_are_done(
 
 def test_a_text_is_what_a_run_writes_with_the_same_seed(loaded: LoadedModel) -> None:
     ids = loaded.tokenizer("The end")["input_ids"]
-    tokens = generate(loaded.model, ids, SAMPLING, end_ids=find_end_ids(loaded))
+    (tokens,) = generate_tokens(loaded.model, [ids], SAMPLING, end_ids=find_end_ids(loaded))
     (text,) = write(loaded, ["The end"], SAMPLING)
     assert text.token_ids == tokens
     assert text.text == loaded.tokenizer.decode(tokens)
@@ -121,11 +143,10 @@ def test_a_stop_text_ends_a_text_and_is_no_part_of_it(loaded: LoadedModel) -> No
     assert text.text == whole.text[: whole.text.index(stop)] == "".join(pieces)
     assert text.token_ids == whole.token_ids[: len(text.token_ids)]
     assert len(text.token_ids) <= place + 3
-    assert sum(map(bool, pieces)) > 5
-    (other,) = write(loaded, ["x"], sampling)
-    beside = write(loaded, ["The", "x"], sampling, stops=[stop], batch_size=2)
-    assert beside[0].text == text.text
-    assert beside[1].text == other.text.split(stop)[0]
+    (greedy,) = write(loaded, ["x"], GREEDY)
+    stop = greedy.text[3:5]
+    beside = write(loaded, ["The", "x"], GREEDY, stops=[stop], batch_size=2)
+    assert beside[1].text == greedy.text.split(stop)[0]
 
 
 def test_an_end_token_ends_a_text_unless_it_is_to_be_ignored(
@@ -136,7 +157,7 @@ def test_an_end_token_ends_a_text_unless_it_is_to_be_ignored(
         n for n, t in enumerate(whole.token_ids) if n > 1 and t not in whole.token_ids[:n]
     )
     end = whole.token_ids[number]
-    settings = SimpleNamespace(eos_token_id=[end, 3])
+    settings = GenerationConfig(eos_token_id=[end, 3])
     monkeypatch.setattr(loaded.model, "generation_config", settings)
     own = loaded.tokenizer.eos_token_id
     assert set(find_end_ids(loaded)) == {end, 3, own}
@@ -171,10 +192,10 @@ def test_no_tokens_and_broken_weights_are_told(loaded: LoadedModel) -> None:
 def test_too_little_memory_is_told_with_what_to_do(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def fail(self: Batch) -> None:
+    def fail(*_: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr(Batch, "step", fail)
+    monkeypatch.setattr(loaded.model, "generate", fail)
     with pytest.raises(ResourceShortageError, match=r"4 text\(s\) .*Try --batch-size 2"):
         write(loaded, PROMPTS, SAMPLING, batch_size=4)
     with pytest.raises(ResourceShortageError, match="--dtype bfloat16"):
@@ -184,10 +205,10 @@ def test_too_little_memory_is_told_with_what_to_do(
 def test_any_other_error_is_left_as_it_is(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: Batch) -> None:
+    def fail(*_: Any, **options: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(Batch, "step", fail)
+    monkeypatch.setattr(loaded.model, "generate", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         write(loaded, PROMPTS, SAMPLING)
 
@@ -218,17 +239,52 @@ def test_the_speed_is_told_for_prompts_and_tokens_apart(loaded: LoadedModel) -> 
     generator = TextGenerator(loaded, batch_size=2)
     list(generator.write(generator.plan(["The end", "a", "b"], replace(SAMPLING, max_tokens=4))))
     speed = generator.speed
-    assert (speed.texts, speed.first_tokens, speed.decoded_tokens) == (3, 3, 9)
+    assert (speed.texts, speed.tokens) == (3, 12)
     assert speed.prompt_tokens == sum(
         len(loaded.tokenizer(p)["input_ids"]) for p in ("The end", "a", "b")
     )
     assert speed.prefill_seconds > 0
     assert speed.decode_seconds > 0
-    one = Speed(1, 5, 1, 0.25, 10, 2.0)
+    one = Speed(1, 5, 11, 0.25, 2.0)
     assert one.describe() == (
         "11 tokens; prompt: 5 tokens, first token after 0.250s; then 5.0 tokens/s"
     )
-    assert Speed(2, 50, 2, 0.5, 1000, 2.0).describe() == (
+    assert Speed(2, 50, 1002, 0.5, 2.0).describe() == (
         "1,002 tokens in 2 texts, 2.50s; prompts: 50 tokens, 100 tokens/s; then 500.0 tokens/s"
     )
     assert Speed(1, 1, 1, 0.5).describe() == "1 token; prompt: 1 token, first token after 0.500s"
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+@pytest.mark.parametrize(
+    ("text", "stops", "shown"),
+    [
+        ("one two", [], "one two"),
+        ("one two", ["tw"], "one "),
+        ("one two", ["two", "ne"], "o"),
+        ("aaab", ["aab"], "a"),
+        ("abab", ["abc", "bab"], "a"),
+        ("one tw", ["two"], "one tw"),
+    ],
+)
+def test_a_text_ends_before_a_stop_text(text: str, stops: list[str], shown: str, size: int) -> None:
+    finder = StopFinder(stops)
+    pieces = [text[begin : begin + size] for begin in range(0, len(text), size)]
+    assert "".join(finder.push(piece) for piece in pieces) + finder.close() == shown
+
+
+def test_a_word_after_a_prompt_keeps_its_space(tmp_path: Path, loaded: LoadedModel) -> None:
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, "\u2581a": 1, "\u2581b": 2, "</s>": 3}, "<unk>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_named_tokenizer(str(tmp_path / "tokenizer.json"))
+    generator = TextGenerator(LoadedModel(loaded.source, loaded.model, tokenizer))
+    found: list[str] = []
+    pieces = _Pieces(generator, [1], found.append)
+    for value in (torch.tensor([[1]]), torch.tensor([2]), torch.tensor([1])):
+        pieces.put(value)
+    pieces.end()
+    assert "".join(found) == " b a"
