@@ -30,8 +30,6 @@ FOREIGN_ERRORS = (
     RecursionError,
 )
 
-LARGEST_EXPONENT = 700.0  # math.exp of much more is no float
-
 
 def number(value: object) -> float | None:
     """Return a finite number as float, None for anything else (booleans too)."""

@@ -4,8 +4,8 @@
 
 It is a process and not a thread because pickling, hashing and JSON hold the interpreter that the
 training loop needs; it is niced because it should take only the cores that training leaves. It
-cannot commit: the trainer renames what it has written, so a trainer that dies takes a save in
-progress with it and the next start finds leftovers, never a late checkpoint.
+cannot commit: the trainer renames what it has written (`saver.py`), so a trainer that dies takes a
+save in progress with it and the next attempt finds leftovers, never a late checkpoint.
 
 It needs torch, which takes a second to load. So a run starts it before it loads its own libraries,
 which take one core alone, and hands it the memory later; nothing here loads torch until then.

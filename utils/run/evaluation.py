@@ -1,4 +1,7 @@
-"""Validation loss of the model as it is; changes neither its weights nor any random state."""
+"""Validation loss of the model as it is; changes neither its weights nor any random state.
+
+The best one so far is kept by `TrainingProgress.add_validation` in `utils/training_utils.py`.
+"""
 
 from __future__ import annotations
 
