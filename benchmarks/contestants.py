@@ -24,7 +24,7 @@ OURS, PLAIN, TRAINER = "ours", "plain", "trainer"
 
 
 class Clock:
-    """Takes the time of the steps behind `first_step` up to `last_step`, turn by turn."""
+    """Takes the time of the steps after `first_step` up to `last_step`, turn by turn."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.first, self.last = task["first_step"], task["last_step"]

@@ -199,7 +199,7 @@ class TrainingConfig:
     bad_step: str = "stop"
     """When the loss or gradients of a step are not finite, or its loss is a spike: its update is
     left out, then stop (saved), skip (go on with the next samples), or rollback (to the newest
-    checkpoint, then on behind the step's samples)."""
+    checkpoint, then on after the step's samples)."""
 
     max_bad_steps: int = 10
     """With skip or rollback: more bad steps than this among the last 1000 stop the run."""
@@ -291,7 +291,7 @@ class TrainingConfig:
     the first of these that can write, read and delete in the bucket."""
 
     upload_compression: str = "fast"
-    """Of archives: fast, small or none (tar.gz), or zstd (tar.zst)."""
+    """Compression of archives: fast, small or none (tar.gz), or zstd (tar.zst)."""
 
     upload_streams: int = 4
     """Connections of one upload by python, each of which sends parts of 32 MiB. 1: one resumable
@@ -605,7 +605,7 @@ def compare_configs(old: Mapping[str, Any], new: TrainingConfig) -> ConfigChange
 
 
 def find_config_file(name: str) -> Path:
-    """Return the file behind `--config`: `configs/NAME.json`, or a path that ends in .json.
+    """Return the file that `--config` names: `configs/NAME.json`, or a path that ends in .json.
 
     Raises:
         ConfigError: There is no such file; the message lists what there is.

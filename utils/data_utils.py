@@ -102,7 +102,7 @@ class SampleReader:
                 log.warning("Skipping a bad shard, its samples are replaced: %s", error)
 
     def _replacement(self, position: int) -> Span:
-        """Return the next sample behind `position` that lies within one shard not known as bad."""
+        """Return the next sample after `position` that lies within one shard not known as bad."""
         length, last = self.order.sequence_length, position + 2 * self.order.samples_per_epoch
         for first in range(position + 1, last, SEARCH_BLOCK):
             shards, starts = self.order.locate(first, SEARCH_BLOCK)
@@ -193,7 +193,7 @@ class BatchLoader:
             yield item
 
     def close(self) -> None:
-        """Stop the thread and the cache behind it."""
+        """Stop the thread and its cache."""
         self._stopped.set()
         with contextlib.suppress(queue.Empty):
             while True:

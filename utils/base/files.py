@@ -63,7 +63,7 @@ class FollowedFile:
 
     Args:
         path: The file; it need not be there yet.
-        tail_bytes: Of a file that is there at the first call, only so much of the end is read, from
+        tail_bytes: Only so much of the end is read of a file that is there at the first call, from
             the next line on. None for all.
     """
 

@@ -102,7 +102,7 @@ def gather_to_main(value: T, group: Any | None = None) -> list[T] | None:
 
     Args:
         value: Anything that can be pickled.
-        group: Of `new_host_group`, for calls from another thread; None: the host group.
+        group: What `new_host_group` returned, for calls from another thread; None: the host group.
     """
     if not are_ranks_connected():
         return [value]

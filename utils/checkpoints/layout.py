@@ -210,7 +210,7 @@ class RunIdentity:
         run_id: Id of the run.
         branch: How often it was resumed from an older checkpoint than its newest.
         forks: The branches that it comes from, oldest first and itself last, as (branch, step at
-            which it began); empty for a run that never branched. What a branch did behind the step
+            which it began); empty for a run that never branched. What a branch did after the step
             where the next one left it is not part of this one.
     """
 
@@ -275,7 +275,7 @@ class Manifest:
         branch: How often the run was resumed from an older checkpoint than its newest.
         world_size: Ranks of the run; each has a random state file.
         files: Every other file of the checkpoint.
-        forks: Of `RunIdentity`.
+        forks: Forks as in `RunIdentity`.
     """
 
     run_id: str

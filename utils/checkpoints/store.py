@@ -210,7 +210,7 @@ def set_aside(checkpoint: Path, directory: Path) -> Path:
 def delete_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint; its name goes first, so that no half of it ever looks complete.
 
-    Taking the name away is one step. What a crash leaves behind it is a leftover, which the next
+    Taking the name away is one step. What a crash leaves is a leftover, which the next
     start removes.
     """
     doomed = checkpoint.with_name(f"{SAVING_PREFIX}deleted-{checkpoint.name}")

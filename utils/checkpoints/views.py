@@ -36,7 +36,7 @@ from utils.checkpoints.layout import (
 )
 from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_bytes
 
-# The numbers that a history begins with, to the last comma behind them. Its name ends with a bare
+# The numbers that a history begins with, to the last comma after them. Its name ends with a bare
 # quote, so this never matches within a JSON string.
 _LONG_HISTORY = re.compile(rb'("(?:loss_history|learning_rates)":\s*\[)[-+.,0-9eE\sNaInfityul]*,')
 
@@ -197,7 +197,7 @@ def read_local_checkpoint(
     Args:
         path: The directory.
         upload: The newest journal entry about it.
-        brief: Of each history in its metadata, only the last entry: a quarter of the time.
+        brief: Read only the last entry of each history in its metadata: a quarter of the time.
 
     Raises:
         CheckpointError: The directory's name is not a checkpoint's.

@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 
 def open_output(uri: str, option: str = "--output") -> Bucket:
-    """Return the bucket behind a URI that is to be written.
+    """Return the bucket of a URI that is to be written.
 
     Raises:
         UsageError: It is no bucket, or a file is where a directory is needed.

@@ -211,7 +211,7 @@ class FileSource:
 def find_files(
     patterns: Iterable[str], also: Sequence[str] = (), option: str = "--input"
 ) -> tuple[Path, ...]:
-    """Return the files behind paths, directories and globs: in the order given, each once.
+    """Return the files that paths, directories and globs name: in the order given, each once.
 
     Directories are searched below for text, JSONL and Parquet files, in sorted order; hidden
     files are left out. A file given by its own name may have any suffix, and is then text.

@@ -292,7 +292,7 @@ class _Piece(NamedTuple):
     split: str
     is_wanted: bool
     is_last: bool
-    """Of what came as one document."""
+    """Whether it is the last piece of what came as one document."""
     has_end: bool
     """The end token follows."""
 

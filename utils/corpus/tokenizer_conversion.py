@@ -250,7 +250,7 @@ def _vocabulary_of(
         pairs = [pair for pair in splits if pair[0] in ranks and pair[1] in ranks]
         merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     vocab = {spell(token): ranks[token] for token in ordered} | special
-    # Ids without a token, as cl100k_base's 100256, would move those behind them.
+    # Ids without a token, as cl100k_base's 100256, would move those after them.
     for unused in set(range(max(vocab.values()))) - set(vocab.values()):
         vocab[f"<|unused_{unused}|>"] = unused
     return vocab, [(spell(left), spell(right)) for left, right in merges]

@@ -23,13 +23,13 @@ class Costs:
     """The figures that are shown; None where one is not known.
 
     Attributes:
-        starts: Of the run.
+        starts: Attempts of the run.
         seconds: Machine time over all of them.
-        dollars: Of the seconds whose price is known.
+        dollars: Cost of the seconds whose price is known.
         unpriced_seconds: Those whose price is not.
         lost_seconds: Lost to restarts.
         lost_dollars: The same in dollars.
-        hourly_price: Of the newest start.
+        hourly_price: Price in the newest attempt.
         dollars_per_million_tokens: Where every second has a price.
         remaining_seconds: To the end of the run.
         remaining_dollars: The same in dollars, at the newest price.

@@ -28,7 +28,7 @@ class GpuType:
     Attributes:
         name: As utils/models/mfu.py knows it.
         memory_bytes: What the driver reports as its memory.
-        memory_bytes_per_second: Of its own memory.
+        memory_bytes_per_second: Bandwidth of its own memory.
         link_bytes_per_second: Sent by one GPU to the others of its machine, in one direction, as
             collectives reach it.
         network_bytes_per_second: Sent by one machine to others, over all of its cards together.

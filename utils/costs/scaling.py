@@ -69,13 +69,13 @@ class TrainingJob:
     """What is to be planned.
 
     Attributes:
-        shape: Of the model.
+        shape: The model's sizes.
         gpu: Kind of GPU, with its machine.
         gpus: How many.
         strategy: A key of `STRATEGIES`; on one GPU there is nothing to shard.
         global_batch: Samples in a step over all GPUs.
         sequence_length: Tokens in a sample.
-        reduce_bytes: Of a gradient on its way between GPUs, 4 or 2.
+        reduce_bytes: Bytes of a gradient on its way between GPUs, 4 or 2.
     """
 
     shape: ModelShape
@@ -102,7 +102,7 @@ class TrainingJob:
 
     @property
     def flops_per_token(self) -> float:
-        """Of the model, forward and backward."""
+        """FLOPs of the model for a token, forward and backward."""
         shape = self.shape
         return flops_per_token(
             shape.parameters, shape.layers, shape.attention_width, self.sequence_length
@@ -141,9 +141,9 @@ class StepPlan:
         memory: On one GPU.
         compute_seconds: Forward, backward and what is computed again.
         optimizer_seconds: Gradient norm and AdamW, bound by memory.
-        communication_seconds: Of all collectives, overlapped or not.
+        communication_seconds: Time of all collectives, overlapped or not.
         step_seconds: All of the step.
-        tokens_per_second: Of all GPUs.
+        tokens_per_second: Rate of all GPUs together.
         mfu: Model FLOPs utilization.
     """
 

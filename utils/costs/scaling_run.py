@@ -22,7 +22,7 @@ TOKENS_PER_PARAMETER = 20
 TOKEN_BYTES = 2  # uint16 in a shard, for vocabularies up to 65536
 SHARD_TOKENS = 50_000_000  # what scripts/prepare_data.py writes
 UPLOAD_BYTES_PER_SECOND = 500e6
-"""Of one machine into the bucket, four streams with compression; `--dry-run` measures yours."""
+"""One machine into the bucket, four streams with compression; `--dry-run` measures yours."""
 DOWNLOAD_BYTES_PER_SECOND = 500e6
 STAGING_BYTES_PER_SECOND = 20e9
 """From a GPU into host memory, over PCIe; the whole of it is a pause at the worst."""
@@ -43,9 +43,9 @@ class Saving:
     Attributes:
         failure_seconds: Mean time between failures of the whole job.
         young_seconds: Between two saves by Young's formula.
-        upload_seconds: Of one checkpoint.
+        upload_seconds: Time of one checkpoint's upload.
         interval_seconds: The longest of these two and `SHORTEST_INTERVAL_SECONDS`.
-        lost_share: Of the time of the run: pauses, work done again, restarts.
+        lost_share: Share of the run's time: pauses, work done again, restarts.
     """
 
     failure_seconds: float
@@ -92,7 +92,7 @@ def plan_saving(parameters: int, pause: float, between_failures: float, uploads:
     """Return how often to save, and what is lost.
 
     Args:
-        parameters: Of the model.
+        parameters: Weights of the model.
         pause: Seconds that training waits for a save.
         between_failures: Seconds, on average.
         uploads: Machines that upload their part at the same time.

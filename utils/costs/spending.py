@@ -36,7 +36,7 @@ class Amount:
 
     Attributes:
         seconds: All of it.
-        dollars: Of the seconds whose price was known.
+        dollars: Cost of the seconds whose price was known.
         unpriced_seconds: Those whose price was not.
     """
 
@@ -88,7 +88,7 @@ class Spending:
         total: All of it.
         lost: The part that is in no state that was gone on from.
         starts: How many starts, that of the moment too.
-        hourly_price: Of the newest start, None where it is not known.
+        hourly_price: Price in the newest attempt, None where it is not known.
     """
 
     total: Amount = Amount()

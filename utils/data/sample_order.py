@@ -90,7 +90,7 @@ class EpochOrder:
     def window_shards(self, window: int) -> list[int]:
         """Return the shards that the samples of a window touch, in stream order."""
         last = (window + 1) * self._window
-        # Its last sample may reach into the shards behind the window.
+        # Its last sample may reach into the shards after the window.
         reach = int(self._bounds[window + 1]) * self._length if window < self.num_windows else 0
         while last < len(self.shards) and self._starts[last] < reach:
             last += 1
@@ -123,7 +123,7 @@ class EpochOrder:
         return plan.shards[part], plan.starts[part]
 
     def window_end(self, window: int) -> int:
-        """Return the epoch's number of the first sample behind a window."""
+        """Return the epoch's number of the first sample after a window."""
         return int(self._bounds[window + 1])
 
     def upcoming_shards(self, sample: int) -> list[int]:

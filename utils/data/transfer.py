@@ -43,7 +43,7 @@ class TransferReport:
     files: int
     bytes: int
     skipped_files: int
-    """Of the files, those that were there already."""
+    """Those of the files that were there already."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def require_language_model(
         raise ConfigError(f"A {name} of these values gives no finite numbers.")
     if _differ(one[:HALF], other[:HALF]):
         raise ConfigError(
-            f"This {name} is no causal language model: what it predicts depends on tokens behind. "
+            f"This {name} is no causal language model: what it predicts depends on later tokens. "
             "For a decoder set model_overrides.is_decoder=true where it has that key."
         )
     if mask_documents:

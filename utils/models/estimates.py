@@ -38,7 +38,7 @@ FRAGMENTATION = {"cpu": 1.03, "cuda": 1.0}
 ACTIVATION_FRAGMENTATION = {"cpu": 1.2, "cuda": 1.0}
 
 FORWARD_SHARE = 1 / 3
-"""Of a forward and backward pass: the backward takes two products for each one of the forward."""
+"""Products of a forward and backward pass: the backward takes two for each one of the forward."""
 
 
 PLAIN_MLPS = (
@@ -76,7 +76,7 @@ class ModelShape:
         kind: Model type of transformers, which decides what a layer keeps.
         queries: Width of all heads' queries together; None: `hidden`.
         keys: Width of all heads' keys together, and of their values; None: `hidden`.
-        mlp_tensors: Of the MLP's inner width, kept for the backward pass.
+        mlp_tensors: Tensors of the MLP's inner width, kept for the backward pass.
     """
 
     parameters: int
@@ -150,10 +150,10 @@ class MemoryEstimate:
 
     Attributes:
         state: Weights and the optimizer's moments.
-        gradients: Of all weights, with their buckets where ranks exchange them.
+        gradients: Gradients of all weights, with their buckets where ranks exchange them.
         casts: 16-bit copies of the weights that autocast keeps during a step.
         activations: Kept for the backward pass.
-        logits: Of the loss and its gradient.
+        logits: Logits of the loss and its gradient.
         total: At the peak; less than the sum, because gradients come as activations go.
     """
 

@@ -37,7 +37,7 @@ class Utilization:
     """What turns a rate of tokens into a share of what the devices can compute.
 
     Attributes:
-        flops_per_token: Of the model, forward and backward.
+        flops_per_token: FLOPs of the model, forward and backward.
         peak_flops: FLOPs a second of all devices; None where they are not known.
     """
 
@@ -56,7 +56,7 @@ def find_peak_flops(device: str, precision: str) -> float | None:
 
     Args:
         device: Its name, as the driver gives it.
-        precision: Of the run's mixed precision; only 16-bit rates are known.
+        precision: The run's mixed precision; only 16-bit rates are known.
     """
     if precision not in SIXTEEN_BIT:
         return None

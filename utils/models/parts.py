@@ -96,7 +96,7 @@ def part_header(shapes: Mapping[str, tuple[int, ...]], part: RowChoice) -> dict[
     """Return the header of a part's file: one entry, safetensors writes several in any order.
 
     Args:
-        shapes: Of the whole tensors that the file has rows of.
+        shapes: Shapes of the whole tensors that the file has rows of.
         part: Whose rows they are. A scalar is whole.
     """
     info = {
@@ -158,7 +158,7 @@ class PartFiles:
     """The files of all parts.
 
     Args:
-        paths: Of `find_part_files`.
+        paths: What `find_part_files` returned.
         stack: Closes them.
 
     Raises:

@@ -119,7 +119,7 @@ def begin_like_data(tokenizer: Any, begin_id: int | None) -> Any:
     puts around a text (`<s> $A </s>`) was never seen there, and an end token ends a prompt.
 
     Args:
-        tokenizer: Of transformers, changed in place; None stays None.
+        tokenizer: A tokenizer of transformers, changed in place; None stays None.
         begin_id: Token id before a text in the data; None leaves the tokenizer's own.
     """
     if not getattr(tokenizer, "is_fast", False):
@@ -190,7 +190,7 @@ def build_files(tokenizer: Any, content: bytes | None) -> dict[str, bytes]:
     """Return the files of which anybody gets the tokenizer: file name -> bytes.
 
     Args:
-        tokenizer: Of `find_tokenizer`, after `begin_like_data`.
+        tokenizer: What `find_tokenizer` returned, after `begin_like_data`.
         content: Its `tokenizer.json`, kept byte for byte; None where it was made of other files.
     """
     content = content or tokenizer.backend_tokenizer.to_str(pretty=True).encode("utf-8")

@@ -68,7 +68,7 @@ class Sidecar:
         name: The checkpoint's name.
         manifest: Its manifest.
         archive: Bytes and base64 crc32c of its archive.
-        format: Of its archive.
+        format: Format of its archive.
     """
 
     name: str

@@ -365,8 +365,8 @@ def judge_changes(
 
     Args:
         changes: As the configurations name them.
-        of_model: Of `describe_model_changes`; None where they are not known. Another name of the
-            same model is a free change, the same name of another model is none.
+        of_model: What `describe_model_changes` returns; None where they are not known. Another name
+            of the same model is a free change, the same name of another model is none.
         has_dropout: Whether the model has dropout, whose random numbers depend on how it is
             computed.
         is_compiled: Whether it is compiled now.

@@ -27,7 +27,7 @@ def open_bucket(
     retry_seconds: float = DEFAULT_RETRY_SECONDS,
     meter: Meter | None = None,
 ) -> Bucket:
-    """Return the bucket behind a URI.
+    """Return the bucket of a URI.
 
     Args:
         uri: `gs://bucket/prefix` or a directory.

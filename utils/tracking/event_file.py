@@ -65,7 +65,7 @@ class EventFile:
             raise
 
     def purge_from(self, step: int) -> None:
-        """Take back what earlier starts have at `step` and behind it."""
+        """Take back what earlier attempts have at `step` and after it."""
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         self._add(step=step, session_log=SessionLog(status=SessionLog.START))

@@ -4,7 +4,7 @@
 
 Each run has a folder, and each branch of it: `--fresh` begins a curve beside the old one. The
 starts of a run share its folder, one event file each, and make one curve. TensorBoard has two
-loaders. One drops what lies behind the step of a `START` record; the other drops, for each tag,
+loaders. One drops what comes after the step of a `START` record; the other drops, for each tag,
 what is not before the next step that it reads. So a start begins with that record, and within a tag
 steps only grow.
 """

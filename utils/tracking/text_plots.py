@@ -64,7 +64,7 @@ def draw_chart(
 
     Args:
         curves: One is drawn in dots, several in `MARKS`, in that order.
-        encoding: Of the output.
+        encoding: Encoding of the output.
         width: Characters in a line.
         height: Lines of the drawing, without the axis; at least 2.
     """

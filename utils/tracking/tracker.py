@@ -105,7 +105,7 @@ class RunTracker(GeneralTracker):
 
     @on_main_process
     def roll_back(self, step: int) -> None:
-        """Take back what lies behind `step`, in the middle of a start."""
+        """Take back what comes after `step`, in the middle of an attempt."""
         self._attempt(lambda: self._roll_back(step))
 
     @on_main_process

@@ -2,7 +2,7 @@
 
     train step -> metrics.jsonl, TensorBoard, W&B -> viewer, monitor, people
 
-Curves do not go back in time after a resume: each tracker takes back what lies behind the resumed
+Curves do not go back in time after a resume: each tracker takes back what comes after the resumed
 step, and `metrics.jsonl` gets a `resume` record that its reader obeys. No tracker stops a run.
 """
 
@@ -226,7 +226,7 @@ def log_samples(accelerator: Accelerator, samples: Sequence[Any], step: int) -> 
 
 
 def record_rollback(accelerator: Accelerator, logs: Path, step: int) -> None:
-    """Take back what the curves have behind `step`, in the middle of a start."""
+    """Take back what the curves have after `step`, in the middle of an attempt."""
     if not accelerator.is_main_process:
         return
     record_event(logs, {"event": "rollback", "step": step})

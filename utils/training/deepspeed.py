@@ -87,7 +87,7 @@ class ZeroPartitioned(Division):
 
     Args:
         accelerator: This process among the ranks.
-        stage: Of ZeRO, 1 or 2.
+        stage: Stage of ZeRO, 1 or 2.
         micro_batch: Samples of a rank in a micro-step.
     """
 

@@ -35,7 +35,7 @@ class HeldState:
         weights: By name: whole, or this rank's rows.
         optimizer: State dict of AdamW; without its moments where they are in `moments`.
         moments: This rank's rows, as INDEX.NAME.
-        shapes: Of the whole tensors that `weights` and `moments` have rows of.
+        shapes: Shapes of the whole tensors that `weights` and `moments` have rows of.
         rows: Where the rows belong; None: everything is whole.
     """
 
@@ -95,7 +95,7 @@ class Division(ABC):
         """Scale the step's gradients down to a norm; return what it was, on every rank.
 
         Args:
-            max_norm: Of all gradients together; infinite leaves them.
+            max_norm: Largest norm of all gradients together; infinite leaves them.
         """
         norm: torch.Tensor = self._accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
         return norm

@@ -62,7 +62,7 @@ class PreemptionWatch:
 
     Args:
         on_notice: Called once, in that thread, with the reason for a stop.
-        address: Of `metadata_address`; None for no watch at all.
+        address: What `metadata_address` returns; None for no watch at all.
         poll_seconds: How long the server may keep one request open.
         first_retry_seconds: Wait after the first error, doubled up to 5 s; also the least time
             between two requests.

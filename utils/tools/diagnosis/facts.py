@@ -177,8 +177,8 @@ class Timing:
         device: As torch names it.
         precision: Mixed precision: no, bf16 or fp16.
         product_tflops: FLOPs of the product in a second, in 1e12.
-        product_share: Of the device's dense peak, None where that is not known.
-        parameters: Of the model.
+        product_share: Share of the device's dense peak, None where that is not known.
+        parameters: Weights of the model.
         step_seconds: Forward, backward and AdamW.
         tokens_per_second: In training.
         step_tflops: FLOPs of training (6N and attention) in a second, in 1e12.

@@ -61,7 +61,7 @@ class TextPlan:
         data_uri: Shards; None for those of the model's run.
         split: One of `MEASURED_SPLITS`.
         sequence_length: Tokens that the model sees at once; None for those of its run.
-        stride: Of `covering_windows`.
+        stride: As `covering_windows` takes it.
         max_tokens: Only so many, the first; None for all.
         mask_documents: Whether attention stays within documents; None as in the model's run.
         is_like_training: The samples of the evaluations during training.
@@ -83,9 +83,9 @@ class EvaluationPlan:
     Attributes:
         text: None leaves loss and perplexity out.
         questions: By task.
-        tasks: Of lm-evaluation-harness.
+        tasks: Names of tasks of lm-evaluation-harness.
         tasks_path: A directory with more of its tasks.
-        num_fewshot: Of `run_harness`.
+        num_fewshot: As `run_harness` takes it.
         limit: Questions of each task, None for all.
         batch_size: Samples or continuations in one forward; None for as many as are quick.
     """
@@ -125,7 +125,7 @@ class Evaluator:
 
     Args:
         plan: What.
-        config: Of the run; says where its cache is, and its data where a model does not.
+        config: The run's configuration: where its cache is, and its data where no model says it.
     """
 
     def __init__(self, plan: EvaluationPlan, config: TrainingConfig) -> None:

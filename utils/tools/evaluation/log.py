@@ -40,7 +40,7 @@ class Evaluation:
         what: What decides about the figures: data by their fingerprints, lengths, limits.
         how: What should not: places, device, versions.
         step: Optimizer updates; None where the model is no checkpoint.
-        run_id: Of the run that made it, None where unknown.
+        run_id: The run that made it, None where unknown.
         weights: Which weights, of `weights_id`; None where no manifest vouches for them.
         time: When it ended, in UTC.
     """
@@ -195,7 +195,7 @@ class MetricPoints:
 
     Attributes:
         name: Task and figure, with a dot between.
-        steps: Of the checkpoints, each once.
+        steps: Steps of the checkpoints, each once.
         values: At these steps.
         num_other: Checkpoints that are left out, because another run made them or the question to
             them was another one.

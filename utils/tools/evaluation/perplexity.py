@@ -30,7 +30,7 @@ class TextScore:
     Attributes:
         total_nats: Sum of the losses of all predicted tokens.
         tokens: Predicted tokens.
-        bytes: Of text that these stand for; None where that is not known.
+        bytes: Bytes of text that these stand for; None where that is not known.
         seconds: Time it took.
     """
 

@@ -25,7 +25,7 @@ from utils.models.tokenizer import encode_text
 
 @dataclass(frozen=True)
 class Request:
-    """A continuation to be scored behind its context; token ids, one at least of each."""
+    """A continuation to be scored after its context; token ids, one at least of each."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]

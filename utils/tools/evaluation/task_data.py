@@ -35,7 +35,7 @@ class Choice:
     """A question with several answers, of which one is right.
 
     Attributes:
-        context: What the answers stand behind, without the space between.
+        context: What the answers follow, without the space between.
         answers: Two or more texts.
         right: Number of the right one.
     """
@@ -96,7 +96,7 @@ def _read_file(task: str, path: Path) -> Iterator[tuple[str, Any]]:
     except FileNotFoundError as exc:
         raise UsageError(
             f"--{task} {printable(str(path))}: there is no such file. Without a file, for the "
-            f"data set on the Hub, --{task} stands behind the models."
+            f"data set on the Hub, --{task} stands after the models."
         ) from exc
     except (OSError, ValueError) as exc:
         raise UsageError(f"--{task} {printable(str(path))} cannot be read: {exc}.") from exc

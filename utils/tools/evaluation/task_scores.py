@@ -69,7 +69,7 @@ def judge_choices(items: Sequence[Choice], scores: Sequence[Score]) -> dict[str,
 
     Args:
         items: The questions.
-        scores: Of all answers of the first one, then of the second, and so on.
+        scores: Scores of all answers of the first one, then of the second, and so on.
 
     Returns:
         `acc`: by log-likelihood. `acc_norm`: by log-likelihood for each character of the answer

@@ -19,7 +19,7 @@ _SHOWN_NAMES = {
     "bits_per_byte": "bits/byte",
     "tokens_per_second": "tokens/s",
 }
-# Behind the figures, where they are known.
+# Beside the figures, where they are known.
 SHOWN_CIRCUMSTANCES = ("tokens", "tokens_per_second", "items")
 _CELL_CHARACTERS = 60
 CHART_LINES = 8

@@ -21,7 +21,7 @@ class ByteCounter:
     """Counts the UTF-8 bytes of text that tokens stand for.
 
     Args:
-        tokenizer: Of transformers.
+        tokenizer: A tokenizer of transformers.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -29,7 +29,7 @@ class ByteCounter:
         self._sizes = _byte_level_sizes(tokenizer)
 
     def count(self, before: int, tokens: np.ndarray[Any, Any]) -> int | None:
-        """Return the bytes of some tokens that stand behind another one.
+        """Return the bytes of some tokens that follow another one.
 
         Args:
             before: The token before them, without which a tokenizer may drop their first space.

@@ -31,7 +31,7 @@ class DiskTrend:
         """Take a look into account.
 
         Args:
-            seconds: Of a clock that never goes back.
+            seconds: Time by a clock that never goes back.
             free_bytes: What is free at that moment.
         """
         if self._lows and self._lows[-1][0] // SLOT_SECONDS == seconds // SLOT_SECONDS:

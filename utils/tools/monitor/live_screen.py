@@ -86,7 +86,7 @@ class LiveScreen:
     """A context manager that owns the terminal.
 
     Args:
-        encoding: Of the terminal; what it lacks is shown as `?`.
+        encoding: Encoding of the terminal; what it lacks is shown as `?`.
         has_color: Whether styles are shown.
     """
 

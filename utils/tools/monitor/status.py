@@ -43,7 +43,7 @@ class CheckpointStatus:
 
     Attributes:
         upload: State of the upload, None where the journal does not know the checkpoint.
-        upload_progress: Of `describe_progress`, empty where nothing is under way.
+        upload_progress: What `describe_progress` says, empty where nothing is under way.
     """
 
     name: str

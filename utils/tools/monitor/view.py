@@ -145,7 +145,7 @@ def build_rows(
 
     Args:
         status: The look.
-        encoding: Of the output.
+        encoding: Encoding of the output.
         width: Columns of the output.
         notes: What the monitor has to say of itself.
         hint: Shown beside the title.

@@ -135,7 +135,7 @@ def judge_state(
     Args:
         state: A value of RunState.
         silent_seconds: Time since the last record, None where there is none.
-        stall_seconds: Of `stall_seconds`.
+        stall_seconds: What the function `stall_seconds` returned.
     """
     silence = "no record yet"
     if silent_seconds is not None:
@@ -298,9 +298,9 @@ def judge_disk(
     """Warn of a disk that is nearly full, or will be before the run ends.
 
     Args:
-        free_bytes: Of the disk of the checkpoints, None where it cannot be read.
+        free_bytes: Free bytes on the disk of the checkpoints, None where it cannot be read.
         seconds_left: Until it is full at the pace so far, None where it is not filling.
-        checkpoint_bytes: Of the newest checkpoint, None where it is not known.
+        checkpoint_bytes: Size of the newest checkpoint, None where it is not known.
         eta_seconds: To the end of the run, None where it is not known.
     """
     found = []

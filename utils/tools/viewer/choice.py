@@ -93,7 +93,7 @@ def parse_condition(text: str) -> Condition:
 
 
 def parse_quantity(text: str) -> float | None:
-    """Return a number, with k, M, G, T (powers of 1000) or Ki, Mi, Gi, Ti (of 1024) behind it."""
+    """Return a number, with k, M, G, T (powers of 1000) or Ki, Mi, Gi, Ti (of 1024) after it."""
     match = _NUMBER.fullmatch(text)
     if match is None or (match[3] and not match[2]):
         return None

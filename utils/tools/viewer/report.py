@@ -205,7 +205,7 @@ def measure_storage(where: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, 
 
     Args:
         where: The bucket's URI.
-        rows: Of all checkpoints in it.
+        rows: Rows of all checkpoints in it.
 
     Returns:
         None where there is no price for it.
@@ -265,7 +265,7 @@ def _shards_between(older: CheckpointView, newer: CheckpointView) -> int | None:
 
 
 def _logged_rate(older: CheckpointView, newer: CheckpointView) -> float | None:
-    """Return the mean of the logged rates behind one checkpoint, up to another."""
+    """Return the mean of the logged rates after one checkpoint, up to another."""
     history, _ = read_part(newer, METRICS_HISTORY_FILE)
     steps, rates = history.get("steps"), history.get("tokens_per_second")
     if not isinstance(steps, list) or not isinstance(rates, list):

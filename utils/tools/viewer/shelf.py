@@ -223,7 +223,7 @@ def run_config(name: str, output_dir: str | None, run_name: str | None) -> Train
     """Return the configuration that says where a run's checkpoints and its bucket are.
 
     Args:
-        name: Of a configuration, or a file.
+        name: Name of a configuration, or a file.
         output_dir: In place of the configuration's; None leaves it.
         run_name: The same.
 

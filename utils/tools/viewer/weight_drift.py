@@ -58,7 +58,7 @@ class Drift:
         num_tensors: Tensors that both checkpoints have.
         num_elements: Elements of them.
         older_nonfinite: NaN and infinite elements of the older checkpoint.
-        newer_nonfinite: Of the newer one.
+        newer_nonfinite: The same in the newer one.
     """
 
     num_tensors: int = 0
