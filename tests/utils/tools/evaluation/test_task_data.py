@@ -126,7 +126,7 @@ def test_what_is_no_file_of_questions_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(UsageError, match="holds no questions"):
         read_questions(LAMBADA, str(tmp_path / "empty"))
-    with pytest.raises(UsageError, match=r"no such file.*--lambada stands behind the models"):
+    with pytest.raises(UsageError, match=r"no such file.*--lambada stands after the models"):
         read_questions(LAMBADA, "latest")
     with pytest.raises(UsageError, match="line 1 is no question of hellaswag: no ctx"):
         read_questions(HELLASWAG, write(tmp_path / "a", {"endings": []}))
