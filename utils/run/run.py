@@ -153,6 +153,7 @@ class TrainingRun:
             raise ResourceShortageError(shortage) from error
         if error is None:
             accelerator.end_training()
+            ranks.disconnect()
 
     def _end_quietly(self) -> None:
         try:

@@ -84,7 +84,8 @@ with StopRequest() as stop:
     agreed += [stop.is_agreed(), stop.is_agreed()]
     found["agreed"], found["reason"] = agreed, stop.reason
 found["only the host group"] = bool(used) and all(used)
-torch.distributed.destroy_process_group()
+ranks.disconnect()
+del group
 found["after"] = ranks.host_group() is None
 Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
 """
