@@ -243,6 +243,7 @@ def test_an_id_that_pads_the_vocabulary_is_never_generated() -> None:
         model.get_output_embeddings().weight[101:] = 100.0
         model.get_output_embeddings().weight[:101] = 0.0
         model.gpt_neox.final_layer_norm.bias.fill_(1.0)
-    tokens = generation.generate(model, [5], generation.Sampling(max_tokens=20, seed=1))
+    sampling = generation.Sampling(max_tokens=20, seed=1)
+    (tokens,) = generation.generate_tokens(model, [[5]], sampling)
     assert len(tokens) == 20
     assert max(tokens) < 101
