@@ -97,7 +97,15 @@ if [ -z "$has_environment" ]; then
     [ -d "$VENV/Scripts" ] && bin="$VENV/Scripts"
 fi
 
-pip() { "$bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+# A line for each package that is fetched: it takes minutes, and a bar would not show in a log.
+pip() {
+    "$bin/python" -m pip --disable-pip-version-check "$@" | awk '
+    /^ *(Downloading|Using cached) / && !/metadata/ {
+        file = $(NF - 2); sub(/.*\//, "", file); split(file, part, "-")
+        printf "setup.sh:   %s %s %s %s\n", part[1], part[2], $(NF - 1), $NF; fflush()
+    }
+    /^Installing collected packages/ { print "setup.sh: unpacking", NF - 3, "packages."; fflush() }'
+}
 if [ -n "${TORCH_INDEX_URL:-}" ]; then
     echo "setup.sh: installing torch from TORCH_INDEX_URL."
     pip install --index-url "$TORCH_INDEX_URL" --constraint constraints.txt torch

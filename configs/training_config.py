@@ -769,9 +769,14 @@ def _describe(expected: Any) -> str:
 
 def _expand(value: Any) -> Any:
     if isinstance(value, str):
-        return value.replace(PROJECT_PLACEHOLDER, str(PROJECT_DIRECTORY))
+        return value.replace(PROJECT_PLACEHOLDER, str(_project_folder()))
     if isinstance(value, list):
         return [_expand(item) for item in value]
     if isinstance(value, dict):
         return {key: _expand(item) for key, item in value.items()}
     return value
+
+
+def _project_folder() -> Path:
+    """Return the folder of a clone; among packages that pip has installed, the working folder."""
+    return PROJECT_DIRECTORY if (PROJECT_DIRECTORY / "run.sh").exists() else Path.cwd()
