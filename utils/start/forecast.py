@@ -5,8 +5,6 @@ small step, short upload -> expected step, run and upload time -> preflight
 
 from __future__ import annotations
 
-import psutil
-
 from utils.base.text import format_bytes, format_duration
 from utils.checkpoints.layout import REMOTE_FOLDER
 from utils.costs.costs import TOKENS_PER_UNIT, format_dollars
@@ -15,8 +13,7 @@ from utils.costs.spending import Amount
 from utils.models.estimates import count_pauses, estimate_checkpoint_bytes
 from utils.start.checks import Check
 from utils.start.facts import RunFacts
-from utils.start.machine_checks import find_free_memory
-from utils.start.step_probe import StepProbe, measure_matmul_rate, measure_step
+from utils.start.step_probe import StepProbe, measure_matmul_rate
 from utils.training.throughput import RemainingTime
 from utils.uploads.rate import measure_upload_rate
 from utils.uploads.transports import TransportOptions
@@ -26,7 +23,6 @@ LONG_RUN_SECONDS = 900.0
 STEP_EFFICIENCY = 0.4
 # Compressing and checking an archive, bytes a second of one core: BENCHMARKS.md.
 ARCHIVE_BYTES_PER_SECOND = 250e6
-BUSY_SECONDS = 0.3
 BUSY_CPU_SHARE = 0.25
 LATE_SHARE = 1.0
 BUSY_SHARE = 0.5
@@ -41,21 +37,10 @@ def is_long_run(facts: RunFacts) -> bool:
     return measure_matmul_rate(facts.device, facts.precision, enough=needed) < needed
 
 
-def probe_step(facts: RunFacts) -> StepProbe | None:
-    """Measure a small step of the run; None where not even that fits into the memory."""
-    free, _ = find_free_memory(facts.device)
-    return measure_step(facts, free)
-
-
 def estimate_run_seconds(facts: RunFacts, step_seconds: float) -> float:
     """Return the time of the rest of a run with steps of that time."""
     remaining = RemainingTime(facts.config, facts.samples_per_step, facts.evaluation_samples)
     return remaining.seconds(facts.step, step_seconds)
-
-
-def measure_busy_share() -> float:
-    """Return the share of this machine's CPUs that is in use, watched for a moment."""
-    return float(psutil.cpu_percent(BUSY_SECONDS)) / 100
 
 
 def check_times(
@@ -66,11 +51,7 @@ def check_times(
 ) -> list[Check]:
     """Return what is expected of steps, run and uploads.
 
-    Args:
-        facts: What is to be trained, and where.
-        probe: The small step; None where not even that fits.
-        transport: The way to the bucket; None uploads nothing.
-        busy_share: Share of the CPUs that others used before the small step.
+    Without a probe not even a small step fits; without a transport nothing is uploaded.
     """
     if probe is None:
         text = "unknown: not even a small step fits into the memory, so none was measured"

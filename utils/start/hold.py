@@ -26,11 +26,7 @@ def hold_and_plan(
 ) -> Plan:
     """Hold the run's directory and bucket, then decide where to begin; for the main process.
 
-    Args:
-        stack: Lets go of both.
-        args: The command line.
-        config: The run's configuration.
-        run_id: Names the holder of the bucket until the plan says which run it is.
+    `run_id` names the holder of the bucket until the plan says which run it is.
 
     Raises:
         LockedError: Another trainer holds one of them.

@@ -10,8 +10,10 @@ that is whole but does not fit this configuration is refused: an older one would
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,6 @@ from utils.checkpoints.layout import (
     SAVING_PREFIX,
     TRAINING_CONFIG_FILE,
     Manifest,
-    RunIdentity,
     RunPaths,
     read_json,
     read_manifest,
@@ -56,34 +57,24 @@ _MODEL_KEYS = ("model:", "model_overrides:", "pad_vocab_to_multiple_of:")
 _DRAWING_KEYS = ("torch_compile:", "attn_implementation:", "use_regional_compilation:")
 
 
-@dataclass(frozen=True)
-class Consent:
-    """What the user accepts that a resume would otherwise refuse.
-
-    Attributes:
-        data_change: Go on although the shards are not the checkpoint's.
-        config_change: Go on although the configuration trains something else.
-        missing_random_state: Go on although the random states cannot be read.
-    """
-
-    data_change: bool = False
-    config_change: bool = False
-    missing_random_state: bool = False
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Consent:
-        """Return what a command line of train.py accepts."""
-        return cls(
-            args.accept_data_change, args.accept_config_change, args.accept_missing_random_state
-        )
-
-
 def begin(
-    plan: Plan, config: TrainingConfig, state: TrainState, data: TrainingData, consent: Consent
+    plan: Plan,
+    config: TrainingConfig,
+    state: TrainState,
+    data: TrainingData,
+    args: argparse.Namespace,
 ) -> Start:
     """Restore the first candidate of a plan that can be used; every rank calls this.
 
     Nothing is moved here but damaged checkpoints; `commit_start` does the rest.
+
+    Args:
+        plan: Where the attempt may begin.
+        config: The run's configuration.
+        state: Changed in place.
+        data: The run's data, for the position in them.
+        args: What the command line accepts: `accept_data_change`, `accept_config_change`,
+            `accept_missing_random_state`.
 
     Raises:
         CheckpointError: No candidate can be used.
@@ -91,28 +82,28 @@ def begin(
         DataError: The data are not those of the checkpoint.
         StorageError: The bucket does not give the only candidate.
     """
-    paths, forgives = RunPaths.of(config), consent.missing_random_state
+    paths, forgives = RunPaths.of(config), bool(args.accept_missing_random_state)
     if not plan.candidates:
         return fresh_start(plan, paths)
     for candidate in plan.candidates:
-        found = ranks.compute_on_main(lambda c=candidate: _bring(plan, c, config, consent))  # type: ignore[misc]
+        found = ranks.compute_on_main(functools.partial(_bring, plan, candidate, config, forgives))
         if found is None:
             continue
         checkpoint, manifest = found
         with on_every_machine(
             checkpoint, manifest, paths.checkpoints, forgive_random_states=forgives
         ) as here:
-            saved = _read(here, manifest, state, consent)
+            saved = _read(here, manifest, state, forgives)
             if isinstance(saved, UnreadableCheckpointError):
                 _pass_over(plan, replace(candidate, path=checkpoint), paths, saved)
                 continue
-            _require_same_config(here, saved, state, config, is_accepted=consent.config_change)
+            _require_same_config(here, saved, state, config, is_accepted=args.accept_config_change)
         restore_state(state, saved, config)
         start = ranks.compute_on_main(
-            lambda c=checkpoint, m=manifest: resolve_start(plan, paths, c, m)  # type: ignore[misc]
+            functools.partial(resolve_start, plan, paths, checkpoint, manifest)
         )
         bad_shards = _place_in_data(
-            state.progress, saved.data_state, data, is_change_accepted=consent.data_change
+            state.progress, saved.data_state, data, is_change_accepted=args.accept_data_change
         )
         log.info("Resumed from %s (step %d).", checkpoint, state.progress.step)
         return replace(start, bad_shards=bad_shards)
@@ -129,17 +120,13 @@ def commit_start(start: Start, paths: RunPaths) -> None:
         # Another run's states; they belong to the checkpoints that are set aside.
         paths.set_aside.mkdir(exist_ok=True)
         paths.journal.rename(paths.set_aside / f"uploads-before-{start.identity.run_id}.jsonl")
-    write_run_identity(paths, start.identity)
+    # Replaced as a whole.
+    temporary = paths.run_file.with_suffix(".json.new")
+    write_json(temporary, start.identity.to_json())
+    temporary.replace(paths.run_file)
     for name, reason in start.obsolete.items():
         moved = set_aside(paths.checkpoints / name, paths.checkpoints)
         log.info("Set %s aside as %s: %s.", name, moved, reason)
-
-
-def write_run_identity(paths: RunPaths, identity: RunIdentity) -> None:
-    """Note which run and branch writes here; the file is replaced as a whole."""
-    temporary = paths.run_file.with_suffix(".json.new")
-    write_json(temporary, identity.to_json())
-    temporary.replace(paths.run_file)
 
 
 def require_shared_directory(directory: Path, token: str) -> None:
@@ -197,13 +184,10 @@ def obtain(
             candidate.path, forgive_random_states=forgive_random_states
         )
     _make_way(candidate, paths)
-    bucket = open_bucket(candidate.bucket_uri)
-    try:
+    with contextlib.closing(open_bucket(candidate.bucket_uri)) as bucket:
         path = download_checkpoint(
             bucket, str(candidate.name), paths.checkpoints, Journal(paths.journal), on_progress
         )
-    finally:
-        bucket.close()
     return path, read_manifest(path)
 
 
@@ -236,29 +220,28 @@ def discard(candidate: Candidate, paths: RunPaths, reason: str) -> None:
 
 
 def _bring(
-    plan: Plan, candidate: Candidate, config: TrainingConfig, consent: Consent
+    plan: Plan, candidate: Candidate, config: TrainingConfig, forgive_random_states: bool
 ) -> tuple[Path, Manifest] | None:
     """Return a verified directory; None where it cannot be used and the next may be tried."""
-    paths, live = RunPaths.of(config), LiveLine(enabled=True)
+    paths = RunPaths.of(config)
 
     def show(stage: str, done: int, total: int | None) -> None:
         live.show(f"{stage} {candidate.name}: {format_bytes(done)} of {format_bytes(total)}")
 
-    try:
-        if candidate.path is None:
-            log.info("Bringing %s.", candidate)
-        return obtain(
-            candidate,
-            paths,
-            on_progress=show,
-            forgive_random_states=consent.missing_random_state,
-            open_bucket=lambda uri: open_bucket(uri, config.gcs_user_project or None),
-        )
-    except (CheckpointError, StorageError) as exc:
-        _pass_over(plan, candidate, paths, exc)
-        return None
-    finally:
-        live.close()
+    if candidate.path is None:
+        log.info("Downloading %s.", candidate)
+    with contextlib.closing(LiveLine()) as live:
+        try:
+            return obtain(
+                candidate,
+                paths,
+                on_progress=show,
+                forgive_random_states=forgive_random_states,
+                open_bucket=lambda uri: open_bucket(uri, config.gcs_user_project or None),
+            )
+        except (CheckpointError, StorageError) as exc:
+            _pass_over(plan, candidate, paths, exc)
+            return None
 
 
 def _pass_over(
@@ -272,7 +255,7 @@ def _pass_over(
 
 
 def _read(
-    checkpoint: Path, manifest: Manifest, state: TrainState, consent: Consent
+    checkpoint: Path, manifest: Manifest, state: TrainState, forgive_random_states: bool
 ) -> SavedState | UnreadableCheckpointError:
     """Return what a checkpoint holds, or why the main process cannot read it; on every rank.
 
@@ -287,7 +270,7 @@ def _read(
             manifest,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
-            accept_missing_random_state=consent.missing_random_state,
+            accept_missing_random_state=forgive_random_states,
             part=state.division.rows,
         )
     except UnreadableCheckpointError as exc:
@@ -317,9 +300,12 @@ def _require_same_config(
         ConfigError: There is such a difference, and it was not accepted.
     """
     model_config = state.core_model.config
+    before: Any = None
+    with contextlib.suppress(OSError, ValueError):
+        before = read_json(checkpoint / CONFIG_FILE)
     changes = judge_changes(
         compare_configs(read_json(checkpoint / TRAINING_CONFIG_FILE), config),
-        describe_model_changes(_read_model(checkpoint), model_config),
+        describe_model_changes(before, model_config),
         has_dropout=bool(find_dropouts(model_config)),
         is_compiled=config.torch_compile,
     )
@@ -334,10 +320,9 @@ def _require_same_config(
         log.info("Changed since the checkpoint: %s.", change)
         if change.startswith("max_steps:") and config.lr_scheduler_type != "constant":
             log.info(
-                "The schedule is now: warm-up to step %d, then %s to %.3g at step %d.",
+                "The schedule is now: warm-up to step %d, then %s to step %d.",
                 config.warmup_steps,
                 config.lr_scheduler_type,
-                config.learning_rate * config.min_lr_rate,
                 config.max_steps,
             )
     if guarded and not is_accepted:
@@ -348,14 +333,6 @@ def _require_same_config(
         )
     for change in guarded:
         log.warning("Changed since the checkpoint, as accepted: %s.", change)
-
-
-def _read_model(checkpoint: Path) -> Any:
-    """Return what a checkpoint says of its model; None where that cannot be read."""
-    try:
-        return read_json(checkpoint / CONFIG_FILE)
-    except (OSError, ValueError):
-        return None
 
 
 def judge_changes(
@@ -390,12 +367,6 @@ def _place_in_data(
     progress: TrainingProgress, before: DataState, data: TrainingData, *, is_change_accepted: bool
 ) -> tuple[int, ...]:
     """Put the position in the data where the checkpoint was; return the shards known as bad.
-
-    Args:
-        progress: Restored already.
-        before: What the checkpoint says of the data.
-        data: As they are now.
-        is_change_accepted: Other shards are no error: the run goes on at the next epoch.
 
     Raises:
         DataError: The data are not those of the checkpoint.
