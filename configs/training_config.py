@@ -73,7 +73,7 @@ class TrainingConfig:
 
     data_uri: str | list[dict[str, Any]] = ""
     """Bucket of the NPZ shards: `gs://bucket/prefix` or a directory; or a mixture: a list of
-    `{"uri": ..., "weight": ...}`, drawn by weight."""
+    `{"uri": ..., "weight": ...}`, sampled by weight."""
 
     checkpoint_uri: str = ""
     """Bucket that archives go to, below `Checkpoints/`. Empty: nothing is uploaded."""
@@ -304,7 +304,7 @@ class TrainingConfig:
     """An upload that makes no progress for so long is ended and tried again."""
 
     upload_deadline_seconds: float = 600.0
-    """How long the end of a start waits for uploads."""
+    """How long the end of an attempt waits for uploads."""
 
     gcs_user_project: str = ""
     """Project that pays for requests to requester-pays buckets."""

@@ -64,6 +64,15 @@ def differences(left: Any, right: Any, where: str = "") -> list[str]:
     return [] if same else [where]
 
 
+@pytest.fixture
+def goes_on(trained_run: Path, tmp_path: Path) -> Path:
+    """The folder `run` with a copy of the trained run and its bucket, to go on from."""
+    folder = Path(shutil.copytree(trained_run, tmp_path / "run"))
+    journal = folder / "checkpoints" / "uploads.jsonl"  # names the bucket by its whole path
+    journal.write_text(journal.read_text("utf-8").replace(str(trained_run), str(folder)))
+    return folder
+
+
 def test_a_stopped_and_resumed_run_is_bit_identical_to_a_straight_one(
     run_train: Train, tmp_path: Path
 ) -> None:
@@ -315,12 +324,6 @@ def test_a_new_best_and_the_clock_can_ask_for_a_save(
     assert saved == [2, 4, 6]
 
 
-@pytest.fixture
-def goes_on(trained_run: Path, tmp_path: Path) -> Path:
-    """The folder `run` with a copy of the trained run, to go on from."""
-    return Path(shutil.copytree(trained_run, tmp_path / "run"))
-
-
 def test_a_configuration_that_trains_something_else_wants_a_flag(
     run_train: Train, goes_on: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -421,33 +424,30 @@ def test_an_upload_that_fails_is_exit_4_and_the_checkpoint_is_kept(
 
 
 def test_verified_in_another_bucket_is_not_verified_in_this_one(
-    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_train: Train, goes_on: Path
 ) -> None:
     settings = ("save_steps=2", "keep_checkpoints=1", "max_eval_samples=1")
-    assert run_train("--max-steps", "4", settings=settings) == 0
-    elsewhere = (*settings, "checkpoint_uri=elsewhere")
-    assert run_train("--max-steps", "6", "--resume", "latest", settings=elsewhere) == 0
+    words = ("--max-steps", "6", "--resume", "latest")
+    assert run_train(*words, settings=(*settings, "checkpoint_uri=elsewhere")) == 0
     # What this machine still had is brought to the new bucket too, before it may go.
-    here = {str(n) for n in find_checkpoints(tmp_path / "run/checkpoints")}
-    there = {p.name for p in (tmp_path / "run/elsewhere/Checkpoints").iterdir()}
+    here = {str(name) for name in find_checkpoints(goes_on / "checkpoints")}
+    there = {path.name for path in (goes_on / "elsewhere/Checkpoints").iterdir()}
     assert {f"{name}.tar.gz" for name in here} <= there
     assert "checkpoint-epoch0-step4-files0.tar.gz" in there
 
 
 def test_a_branch_uploads_its_own_files_under_a_name_that_was_verified_before(
-    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_train: Train, goes_on: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ("save_steps=2", "keep_checkpoints=9")
-    assert run_train("--max-steps", "6", settings=settings) == 0
     # A crash between the commit of the branch's step 4 and its queueing.
     monkeypatch.setattr("utils.uploads.uploader.Uploader.submit", lambda self, checkpoint: None)
-    words = ("--max-steps", "6", "--resume", "2", "--stop-after", "4")
-    assert run_train(*words, settings=settings) == 0
+    assert run_train("--max-steps", "4", "--resume", "2", settings=settings) == 0
     monkeypatch.undo()
-    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
+    assert run_train("--max-steps", "4", "--resume", "latest", settings=settings) == 0
     name = "checkpoint-epoch0-step4-files0"
-    sidecar = read_json(tmp_path / "run/bucket/Checkpoints" / f"{name}.json")
-    assert sidecar["manifest"] == read_json(tmp_path / "run/checkpoints" / name / "manifest.json")
+    sidecar = read_json(goes_on / "bucket/Checkpoints" / f"{name}.json")
+    assert sidecar["manifest"] == read_json(goes_on / "checkpoints" / name / "manifest.json")
     assert sidecar["manifest"]["branch"] == 1
 
 

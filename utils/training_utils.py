@@ -464,7 +464,7 @@ def _update(state: TrainState, code: torch.Tensor) -> None:
     elif state.accelerator.scaler is not None:
         state.accelerator.scaler.update()
     with warnings.catch_warnings():
-        # Told when the very first update is left out.
+        # torch warns when the very first update is left out.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         state.scheduler.step()
 

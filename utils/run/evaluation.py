@@ -5,18 +5,11 @@ The best one so far is kept by `TrainingProgress.add_validation` in `utils/train
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 
-from configs.training_config import TrainingConfig
-from utils.checkpoints.layout import RunPaths
-from utils.data_utils import TrainingData, ValidationData
-from utils.run.metrics import RunMetrics
-from utils.run.sample_texts import Sampler
-from utils.tracking import tracking
-from utils.training.stopping import StopRequest
+from utils.data_utils import ValidationData
 from utils.training_utils import TrainState, forward_loss
 
 
@@ -72,55 +65,3 @@ def evaluate(
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total.to(accelerator.device), "sum")
     return float(total.item()) / data.num_samples
-
-
-class RunEvaluator:
-    """Measures the validation loss of a run, and has sample texts written; a stop ends both."""
-
-    def __init__(
-        self,
-        config: TrainingConfig,
-        state: TrainState,
-        data: TrainingData,
-        sampler: Sampler,
-        metrics: RunMetrics,
-        stop: StopRequest,
-    ) -> None:
-        self._config, self._state, self._data = config, state, data
-        self._sampler, self._metrics, self._stop = sampler, metrics, stop
-        self._logs = RunPaths.of(config).logs
-
-    def evaluate(self, document_end: int | None) -> bool:
-        """Measure the validation loss, once a step at most; tell whether it is the best so far."""
-        progress = self._state.progress
-        if progress.validation_step == progress.step and progress.validation_loss is not None:
-            return False
-        started, data = time.perf_counter(), self._data.validation
-        if self._state.accelerator.is_main_process:
-            tracking.record_evaluating(self._logs, progress.step)
-        loss = evaluate(
-            self._state,
-            data,
-            self._config.eval_batch_size,
-            document_end,
-            self._stop.is_agreed,
-            lambda done: self._metrics.show_pause(
-                f"evaluating, {done} of {data.num_samples} samples"
-            ),
-        )
-        loss_seconds = time.perf_counter() - started
-        self._write_samples()
-        self._metrics.note_evaluation(time.perf_counter() - started, is_complete=loss is not None)
-        if loss is None:
-            return False
-        is_best = progress.add_validation(loss)
-        self._metrics.log_validation(loss, loss_seconds)
-        return is_best
-
-    def _write_samples(self) -> None:
-        """Have the main process write sample texts; other ranks wait at their next agreement."""
-        accelerator = self._state.accelerator
-        if accelerator.is_main_process and self._stop.reason is None:
-            self._metrics.show_pause("writing sample texts")
-            samples = self._sampler.write(self._state, lambda: self._stop.reason is not None)
-            tracking.log_samples(accelerator, samples, self._state.progress.step)

@@ -1,4 +1,4 @@
-"""What is said of the time between a request to stop and the end of the machine: pure functions.
+"""Log lines about the time between a request to stop and the end of the machine: pure functions.
 
     stop request -> save -> upload what still reaches the bucket -> what survived, and where
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from utils.base.text import format_bytes
 
 _NEW = "the new checkpoint"
-# Whether an upload ends in time (None: unknown) -> what is said of it.
+# Whether an upload ends in time (None: unknown) -> its words.
 _NEW_FATES = {
     True: "it reaches the bucket in time.",
     False: "it will not reach the bucket in time; it stays on this disk and goes up at the next "

@@ -1,4 +1,4 @@
-"""How an attempt of a run ends: what the time is enough for, the uploads, what is said, the code.
+"""How an attempt of a run ends: last uploads, messages, exit code.
 
 request to stop or last step -> last save -> uploads, verified -> exit code
 """

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from types import TracebackType
 from typing import Any
 
 import google_crc32c
@@ -27,9 +26,8 @@ from utils.checkpoints.layout import RunPaths
 from utils.costs.costs import describe_costs, summarize_costs
 from utils.costs.spending import Spending, open_meter
 from utils.data_utils import TrainingData
-from utils.run import leaving
+from utils.run import evaluation, leaving
 from utils.run.bad_steps import BadSteps
-from utils.run.evaluation import RunEvaluator
 from utils.run.metrics import RunMetrics
 from utils.run.sample_texts import Sampler
 from utils.run.saving import RunSaving, SavedParts, SavingOptions
@@ -109,17 +107,9 @@ class TrainingRun:
         )
         self._saving = RunSaving(config, self._parts, self.stop, self._options, self._notes.add)
         self._metrics = RunMetrics(config, self.state, self._data)
-        self._evaluator = RunEvaluator(
-            config, self.state, self._data, self._sampler, self._metrics, self.stop
-        )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Stop every thread, close every file, and note how it ended.
 
         Raises:
@@ -244,9 +234,38 @@ class TrainingRun:
         A request to stop ends it without a result.
         """
         self._bad_steps.judge(newest=True)
-        if self._bad_steps.rollback_from is not None:
+        progress, data, metrics = self.state.progress, self._data.validation, self._metrics
+        is_measured = progress.validation_step == progress.step
+        if self._bad_steps.rollback_from is not None or (
+            is_measured and progress.validation_loss is not None
+        ):
             return False
-        return self._evaluator.evaluate(self._document_end)
+        started = time.perf_counter()
+        if self._is_main:
+            tracking.record_evaluating(self.paths.logs, progress.step)
+        loss = evaluation.evaluate(
+            self.state,
+            data,
+            self.config.eval_batch_size,
+            self._document_end,
+            self.stop.is_agreed,
+            lambda done: metrics.show_pause(f"evaluating, {done} of {data.num_samples} samples"),
+        )
+        loss_seconds = time.perf_counter() - started
+        self._write_sample_texts()
+        metrics.note_evaluation(time.perf_counter() - started, is_complete=loss is not None)
+        if loss is None:
+            return False
+        is_best = progress.add_validation(loss)
+        metrics.log_validation(loss, loss_seconds)
+        return is_best
+
+    def _write_sample_texts(self) -> None:
+        """Have the main process write them; other ranks wait at their next agreement."""
+        if self._is_main and self.stop.reason is None:
+            self._metrics.show_pause("writing sample texts")
+            samples = self._sampler.write(self.state, lambda: self.stop.reason is not None)
+            tracking.log_samples(self.state.accelerator, samples, self.state.progress.step)
 
     def save(self) -> None:
         """Begin to save a checkpoint; training goes on while it is written."""

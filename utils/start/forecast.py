@@ -5,6 +5,8 @@ small step, short upload -> expected step, run and upload time -> preflight
 
 from __future__ import annotations
 
+import os
+
 from utils.base.text import format_bytes, format_duration
 from utils.checkpoints.layout import REMOTE_FOLDER
 from utils.costs.costs import TOKENS_PER_UNIT, format_dollars
@@ -13,13 +15,14 @@ from utils.costs.spending import Amount
 from utils.models.estimates import count_pauses, estimate_checkpoint_bytes
 from utils.start.checks import Check
 from utils.start.facts import RunFacts
-from utils.start.step_probe import StepProbe, measure_matmul_rate
+from utils.start.step_probe import StepProbe
 from utils.training.throughput import RemainingTime
 from utils.uploads.rate import measure_upload_rate
 from utils.uploads.transports import TransportOptions
 
 LONG_RUN_SECONDS = 900.0
-# Of what a large product of matrices reaches, a step reaches about so much.
+# FLOPs a second of a core and of a GPU whose peak is not known, and the share that a step reaches.
+CPU_FLOPS, GPU_FLOPS = 5e10, 2e13
 STEP_EFFICIENCY = 0.4
 # Compressing and checking an archive, bytes a second of one core: BENCHMARKS.md.
 ARCHIVE_BYTES_PER_SECOND = 250e6
@@ -32,9 +35,11 @@ def is_long_run(facts: RunFacts) -> bool:
     """Tell whether the rest of a run is long enough to measure a small step first."""
     steps = facts.config.max_steps - facts.step
     flops = steps * facts.tokens_per_step * facts.utilization.flops_per_token
-    needed = flops / LONG_RUN_SECONDS / facts.world_size / STEP_EFFICIENCY
-    # A short run is known by the first product already: this is part of every run.
-    return measure_matmul_rate(facts.device, facts.precision, enough=needed) < needed
+    rate = facts.utilization.peak_flops
+    if rate is None:
+        each = CPU_FLOPS * (os.cpu_count() or 1) if facts.device.type == "cpu" else GPU_FLOPS
+        rate = facts.world_size * each
+    return flops / rate / STEP_EFFICIENCY > LONG_RUN_SECONDS
 
 
 def estimate_run_seconds(facts: RunFacts, step_seconds: float) -> float:

@@ -1,7 +1,7 @@
 """What a run holds before it decides where it begins: its directory, and its prefix of the bucket.
 
-Until both are held, another trainer may save, upload or finish there. What the checks before said
-of that was true at the time, and decides nothing.
+Until both are held, another trainer may save, upload or finish there: what the checks found before
+may not hold any more, and decides nothing.
 """
 
 from __future__ import annotations

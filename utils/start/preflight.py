@@ -6,7 +6,7 @@ Each check returns findings instead of raising, so that one problem does not hid
 finding says what to do. Checks that wait for a network have short limits.
 
 `check_start` comes first and reads all that can refuse a run; another trainer may still work there.
-Where the run begins is decided once nobody else does (`utils/start/hold.py`).
+Where the run begins is decided once directory and bucket are held (`utils/start/hold.py`).
 """
 
 from __future__ import annotations
@@ -93,9 +93,10 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
             )
         try:
             bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
-            index = build_shard_index(
-                bucket, config.file_limit, skip_bad_shards=config.bad_shard == "skip"
-            )
+            with contextlib.closing(bucket):
+                index = build_shard_index(
+                    bucket, config.file_limit, skip_bad_shards=config.bad_shard == "skip"
+                )
         except StorageError as exc:
             findings.append(Check("data", "fail", _advise(exc, "read", uri)))
             continue
@@ -103,7 +104,6 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
         shards, tokens = len(index.training), index.training_tokens
         text = f"{shards} training shards with {tokens:,} tokens in {bucket.uri}"
         findings.append(Check("data", "ok", text))
-        bucket.close()
     return sources, findings
 
 
@@ -145,7 +145,7 @@ def read_tokenizers(config: TrainingConfig, sources: Sequence[DataSource]) -> di
 
 
 def check_tokenizer(files: Mapping[str, bytes], model_config: Any) -> list[Check]:
-    """Say whether `AutoTokenizer` would read a new run's tokenizer in another way than it is.
+    """Say whether `AutoTokenizer` would read a new run's tokenizer differently from its file.
 
     For some types of model, transformers builds a tokenizer by rules of its own.
     """
@@ -265,7 +265,7 @@ def check_start(
     config, model_config = facts.config, facts.model_config
     paths = RunPaths.of(config)
     plan, resuming, owning = _look_for_start(config, resume, is_fresh=is_fresh)
-    # Data first: what is wrong with them is told before anything is written to the other bucket.
+    # Data first: they are refused before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config)
     tokenizer = read_tokenizers(config, sources)

@@ -22,7 +22,6 @@ from configs.training_config import ConfigChanges, TrainingConfig, compare_confi
 from utils.base import ranks
 from utils.base.console import LiveLine
 from utils.base.errors import CheckpointError, ConfigError, StorageError, UnreadableCheckpointError
-from utils.base.progress import OnProgress
 from utils.base.text import format_bytes
 from utils.checkpoint_utils import SavedState, read_checkpoint, restore_state
 from utils.checkpoints.journal import Journal
@@ -42,7 +41,6 @@ from utils.remote.download import download_checkpoint
 from utils.start.machine_sharing import on_every_machine
 from utils.start.resume import (
     Candidate,
-    OpenBucket,
     Plan,
     Start,
     fresh_start,
@@ -86,7 +84,16 @@ def begin(
     if not plan.candidates:
         return fresh_start(plan, paths)
     for candidate in plan.candidates:
-        found = ranks.compute_on_main(functools.partial(_bring, plan, candidate, config, forgives))
+        found = ranks.compute_on_main(
+            functools.partial(
+                bring,
+                plan,
+                candidate,
+                paths,
+                forgive_random_states=forgives,
+                user_project=config.gcs_user_project or None,
+            )
+        )
         if found is None:
             continue
         checkpoint, manifest = found
@@ -158,35 +165,56 @@ def require_shared_directory(directory: Path, token: str) -> None:
     ranks.compute_on_main(judge)
 
 
-def obtain(
+def bring(
+    plan: Plan,
     candidate: Candidate,
     paths: RunPaths,
     *,
-    on_progress: OnProgress,
     forgive_random_states: bool = False,
-    open_bucket: OpenBucket = open_bucket,
-) -> tuple[Path, Manifest]:
+    user_project: str | None = None,
+) -> tuple[Path, Manifest] | None:
     """Return a candidate as a verified directory on this machine, downloaded where it is not here.
 
     Args:
+        plan: Says whether the next candidate may be tried where this one cannot be used.
         candidate: What to bring.
         paths: The run's directories; a download is committed there.
-        on_progress: Told how far a download is.
         forgive_random_states: Damaged random states are no error.
-        open_bucket: Opens a bucket for reading.
+        user_project: Who pays for requests to a requester-pays bucket.
+
+    Returns:
+        None where it cannot be used and was passed over.
 
     Raises:
-        CheckpointError: It is damaged or incomplete.
-        StorageError: The bucket does not give it.
+        CheckpointError: It is damaged or incomplete, and no other may be tried.
+        StorageError: The bucket does not give it, and no other may be tried.
     """
-    if candidate.path is not None:
+    try:
+        if candidate.path is None:
+            return _download(candidate, paths, user_project)
         return candidate.path, verify_checkpoint(
             candidate.path, forgive_random_states=forgive_random_states
         )
+    except (CheckpointError, StorageError) as exc:
+        _pass_over(plan, candidate, paths, exc)
+        return None
+
+
+def _download(
+    candidate: Candidate, paths: RunPaths, user_project: str | None
+) -> tuple[Path, Manifest]:
+    log.info("Downloading %s.", candidate)
     _make_way(candidate, paths)
-    with contextlib.closing(open_bucket(candidate.bucket_uri)) as bucket:
+    with (
+        contextlib.closing(LiveLine()) as live,
+        contextlib.closing(open_bucket(candidate.bucket_uri, user_project)) as bucket,
+    ):
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            live.show(f"{stage} {candidate.name}: {format_bytes(done)} of {format_bytes(total)}")
+
         path = download_checkpoint(
-            bucket, str(candidate.name), paths.checkpoints, Journal(paths.journal), on_progress
+            bucket, str(candidate.name), paths.checkpoints, Journal(paths.journal), show
         )
     return path, read_manifest(path)
 
@@ -196,52 +224,11 @@ def _make_way(candidate: Candidate, paths: RunPaths) -> None:
     taken = paths.checkpoints / str(candidate.name)
     if not taken.exists():
         return
-    try:
+    with contextlib.suppress(CheckpointError):
         if verify_checkpoint(taken).identity == candidate.identity:
             return
-    except CheckpointError as exc:
-        log.debug("%s", exc)
-    log.warning(
-        "%s was set aside as %s: its name is needed for %s.",
-        taken,
-        set_aside(taken, paths.checkpoints),
-        candidate,
-    )
-
-
-def discard(candidate: Candidate, paths: RunPaths, reason: str) -> None:
-    """Set a checkpoint aside that cannot be used; call it under the lock of the directory."""
-    own = paths.checkpoints.resolve()
-    if candidate.path is None or candidate.path.resolve().parent != own:
-        log.warning("%s Trying the one before.", reason)
-        return
-    moved = set_aside(candidate.path, paths.checkpoints)
-    log.warning("%s It was set aside as %s; trying the one before.", reason, moved)
-
-
-def _bring(
-    plan: Plan, candidate: Candidate, config: TrainingConfig, forgive_random_states: bool
-) -> tuple[Path, Manifest] | None:
-    """Return a verified directory; None where it cannot be used and the next may be tried."""
-    paths = RunPaths.of(config)
-
-    def show(stage: str, done: int, total: int | None) -> None:
-        live.show(f"{stage} {candidate.name}: {format_bytes(done)} of {format_bytes(total)}")
-
-    if candidate.path is None:
-        log.info("Downloading %s.", candidate)
-    with contextlib.closing(LiveLine()) as live:
-        try:
-            return obtain(
-                candidate,
-                paths,
-                on_progress=show,
-                forgive_random_states=forgive_random_states,
-                open_bucket=lambda uri: open_bucket(uri, config.gcs_user_project or None),
-            )
-        except (CheckpointError, StorageError) as exc:
-            _pass_over(plan, candidate, paths, exc)
-            return None
+    moved = set_aside(taken, paths.checkpoints)
+    log.warning("%s was set aside as %s: its name is needed for %s.", taken, moved, candidate)
 
 
 def _pass_over(
@@ -250,8 +237,13 @@ def _pass_over(
     """Set a candidate aside so that the next one may be tried; raise where none may be."""
     if not plan.can_walk_back:
         raise error
-    if ranks.is_main_rank():
-        discard(candidate, paths, str(error))
+    if not ranks.is_main_rank():
+        return
+    if candidate.path is None or candidate.path.resolve().parent != paths.checkpoints.resolve():
+        log.warning("%s Trying the one before.", error)
+        return
+    moved = set_aside(candidate.path, paths.checkpoints)
+    log.warning("%s It was set aside as %s; trying the one before.", error, moved)
 
 
 def _read(

@@ -290,7 +290,7 @@ def _plan_chosen(
     others = [*local, *remote]
     if others and parse_checkpoint_name(which) is None:
         run_id = _find_identity(paths, local, remote).run_id
-        # One whose manifest cannot be read is of this run as far as anyone knows.
+        # One whose manifest cannot be read may be of this run.
         views = [view for view in views if view.manifest is None or view.manifest.run_id == run_id]
         remote = [one for one in remote if one.identity.run_id == run_id]
     try:

@@ -37,8 +37,6 @@ PROBE_SECONDS = 8.0
 GROWING_SHARE = 0.25  # of that, for finding the size
 TIMED_PASSES = 3
 SMALLEST_TOKENS = 64
-MATMUL_SIZE = {"cpu": 768, "cuda": 4096}
-MATMULS = 4
 MEMORY_SHARE = 0.7
 JUDGED_BYTES = 256 * 2**20
 CONSTANT_WEIGHT = 0.02
@@ -64,26 +62,6 @@ class StepProbe:
     samples: int
     tokens: int
     memory_ratio: float | None
-
-
-def measure_matmul_rate(
-    device: torch.device, precision: str, enough: float = float("inf")
-) -> float:
-    """Return the FLOPs a second of a square matrix product, the best of a few.
-
-    Once `enough` is reached, nothing more is measured.
-    """
-    size = MATMUL_SIZE["cpu" if device.type == "cpu" else "cuda"]
-    dtype = _dtype(precision) or torch.float32
-    left = torch.full((size, size), CONSTANT_WEIGHT, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(MATMULS):  # the first one loads kernels
-        begin = _now(device)
-        left @ left
-        best = min(best, _now(device) - begin)
-        if 2 * size**3 / best >= enough:
-            break
-    return 2 * size**3 / best
 
 
 def measure_step(facts: RunFacts, available_bytes: int) -> StepProbe | None:
