@@ -13,12 +13,11 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
 from utils.base.machine import PeakMemory
 from utils.models.building import (
@@ -28,9 +27,10 @@ from utils.models.building import (
     enable_checkpointing,
     with_layers,
 )
-from utils.models.estimates import ModelShape, StepSetup, attention_widths, estimate_training_memory
+from utils.models.estimates import attention_widths
 from utils.models.mfu import flops_per_token
 from utils.start.facts import RunFacts
+from utils.start.machine_checks import estimate_memory
 from utils.training_utils import build_optimizer, forward_loss
 
 PROBE_SECONDS = 8.0
@@ -69,20 +69,18 @@ def measure_step(facts: RunFacts, available_bytes: int) -> StepProbe | None:
     config, device = facts.config, facts.device
     small = with_layers(facts.model_config, 2)
     counts = count_parameters(small)
-    shape = ModelShape.of(small, counts.total, counts.embedding)
 
     def estimate(size: Size) -> int:
-        return estimate_training_memory(
-            shape,
-            StepSetup(
-                micro_batch=size[0],
-                sequence_length=size[1],
-                precision=facts.precision,
-                gradient_checkpointing=config.checkpointing_policy,
-                device=device.type,
-                is_loss_chunked=is_loss_chunked(small.model_type, config.loss_implementation),
-            ),
-        ).total
+        own = replace(
+            config,
+            per_device_train_batch_size=size[0],
+            sequence_length=size[1],
+            global_batch_size=None,
+            gradient_accumulation_steps=None,
+            auto_find_batch_size=False,
+        )
+        alone = replace(facts, config=own, model_config=small, counts=counts, world_size=1)
+        return estimate_memory(alone).total
 
     fitting = [
         size
@@ -102,7 +100,7 @@ def measure_step(facts: RunFacts, available_bytes: int) -> StepProbe | None:
         one_layer = one.time_pass(size)
         one.free()
     passes = facts.accumulation * extrapolate_pass(facts, size, one_layer, two_layers)
-    seconds = passes + update / shape.parameters * facts.counts.total
+    seconds = passes + update / counts.total * facts.counts.total
     estimated = estimate(size)
     is_seen = measured > 0 and estimated >= JUDGED_BYTES
     return StepProbe(seconds, *size, measured / estimated if is_seen else None)
