@@ -29,6 +29,7 @@ from utils.checkpoints.layout import (
     SAVING_PREFIX,
     TRAINING_CONFIG_FILE,
     Manifest,
+    RunIdentity,
     RunPaths,
     read_json,
     read_manifest,
@@ -127,13 +128,17 @@ def commit_start(start: Start, paths: RunPaths) -> None:
         # Another run's states; they belong to the checkpoints that are set aside.
         paths.set_aside.mkdir(exist_ok=True)
         paths.journal.rename(paths.set_aside / f"uploads-before-{start.identity.run_id}.jsonl")
-    # Replaced as a whole.
-    temporary = paths.run_file.with_suffix(".json.new")
-    write_json(temporary, start.identity.to_json())
-    temporary.replace(paths.run_file)
+    write_run_identity(paths, start.identity)
     for name, reason in start.obsolete.items():
         moved = set_aside(paths.checkpoints / name, paths.checkpoints)
         log.info("Set %s aside as %s: %s.", name, moved, reason)
+
+
+def write_run_identity(paths: RunPaths, identity: RunIdentity) -> None:
+    """Note which run and branch writes here; the file is replaced as a whole."""
+    temporary = paths.run_file.with_suffix(".json.new")
+    write_json(temporary, identity.to_json())
+    temporary.replace(paths.run_file)
 
 
 def require_shared_directory(directory: Path, token: str) -> None:

@@ -29,7 +29,7 @@ PREEMPTED_PATH = "/computeMetadata/v1/instance/preempted"
 FLAVOR_HEADER, FLAVOR = "Metadata-Flavor", "Google"
 NOTICE = "preemption notice"
 
-POLL_SECONDS = 1.0
+QUESTION_SECONDS = 1.0
 ANSWER_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class PreemptionWatch:
                     log.warning("This machine is being preempted.")
                     self._on_notice(NOTICE)
                     return
-            self._closing.wait(POLL_SECONDS)
+            self._closing.wait(QUESTION_SECONDS)
 
 
 def _ask(address: str) -> bool:

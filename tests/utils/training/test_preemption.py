@@ -87,7 +87,7 @@ Serve = Callable[..., MetadataServer]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preemption, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(preemption, "QUESTION_SECONDS", 0.005)
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_what_is_no_answer_of_a_metadata_server_is_no_notice_and_is_asked_again(
 def test_between_two_questions_is_a_pause_which_the_end_cuts_short(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preemption, "POLL_SECONDS", 1e6)
+    monkeypatch.setattr(preemption, "QUESTION_SECONDS", 1e6)
     monkeypatch.setattr(preemption, "ANSWER_SECONDS", PATIENCE_SECONDS)
     server = serve(say("FALSE"))
     with PreemptionWatch(Notices(), server.address):
