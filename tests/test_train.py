@@ -549,19 +549,6 @@ def test_training_connects_to_nothing(run_train: Train, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing_gives_the_same_curve(run_train: Train, tmp_path: Path) -> None:
-    settings = ("logging_steps=1", "model_overrides.num_hidden_layers=2")
-    assert run_train("--max-steps", "3", folder="kept", settings=settings) == 0
-    settings += ("gradient_checkpointing=true",)
-    assert run_train("--max-steps", "3", folder="recomputed", settings=settings) == 0
-    curves = [
-        read_metrics(tmp_path / folder / "logs/metrics.jsonl").series("loss")[1]
-        for folder in ("kept", "recomputed")
-    ]
-    np.testing.assert_allclose(*curves, rtol=0, atol=1e-6)
-
-
-@pytest.mark.slow
 @pytest.mark.filterwarnings(  # torch's own compiler; as errors they would end the compilation
     "ignore:`torch.jit:DeprecationWarning",
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",

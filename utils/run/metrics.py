@@ -93,12 +93,11 @@ class RunMetrics:
         }
         self._state.accelerator.log(record, step=progress.step)
         log.info(
-            "Validation at step %d: loss %.4f, perplexity %.1f, best %.4f (%d samples, %s).",
+            "Validation at step %d: loss %.4f, ppl %.1f, best %.4f, took %s.",
             progress.step,
             loss,
             record["validation_perplexity"],
             progress.best_validation_loss,
-            self._data.validation.num_samples,
             format_duration(seconds),
         )
 

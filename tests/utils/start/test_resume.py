@@ -412,14 +412,6 @@ def test_what_is_here_comes_before_what_is_there(old_run: RunPaths, bucket: Path
     ]
 
 
-def test_the_bucket_mends_a_damaged_latest(old_run: RunPaths, bucket: Path) -> None:
-    damage(old_run.checkpoints / name(30))
-    start = begin(plan(old_run, bucket_uri=str(bucket)), old_run)
-    assert start.checkpoint == old_run.checkpoints / name(30)
-    verify_checkpoint(start.checkpoint)
-    assert (old_run.set_aside / name(30)).is_dir()
-
-
 def test_the_bucket_is_nearer_than_the_next_one_here(old_run: RunPaths, bucket: Path) -> None:
     (old_run.checkpoints / name(20)).rename(bucket / "gone")
     (old_run.checkpoints / name(30)).rename(bucket / "gone too")
