@@ -98,7 +98,7 @@ def start(args: argparse.Namespace, config: TrainingConfig, writer: WriterProces
         set_determinism(config)
         state = build_train_state(accelerator, facts.model_config, config)
         data = TrainingData(config, facts.sources, RunPaths.of(config).cache, facts.vocab_size)
-        begun = restore.begin(plan, config, state, data, restore.Consent.of(args))
+        begun = restore.begin(plan, config, state, data, args)
 
         options = SavingOptions(found.transport, not args.no_background_upload, writer)
         run = TrainingRun(config, state, data, begun, stop, options, facts.hourly_price)

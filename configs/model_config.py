@@ -16,13 +16,13 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from configs.model_presets import PRESETS, ModelPreset
-from utils.base.errors import ConfigError
+from utils.base.errors import ConfigError, first_line
 from utils.base.files import read_regular_file
-from utils.base.text import parse_json
+from utils.base.text import parse_json_object, printable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -103,11 +103,9 @@ def get_preset(name: str) -> ModelPreset:
     """
     if name in PRESETS:
         return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
     raise ConfigError(
         f"model {name!r} is no known preset ({', '.join(PRESETS)}), and no path that ends in "
-        f"{FILE_SUFFIX}.{hint}"
+        f"{FILE_SUFFIX}.{_suggest(name, PRESETS)}"
     )
 
 
@@ -202,7 +200,7 @@ def read_model_file(path: str) -> tuple[str, dict[str, Any]]:
     """
     try:
         text = read_regular_file(path, MAX_FILE_BYTES)
-        found = parse_json(text, parse_float=_finite, parse_constant=_finite)
+        found = parse_json_object(text, parse_float=_finite, parse_constant=_finite)
     except OSError as exc:
         reason = exc.strerror or exc
         raise ConfigError(
@@ -210,9 +208,7 @@ def read_model_file(path: str) -> tuple[str, dict[str, Any]]:
             "the config.json of its newest checkpoint."
         ) from exc
     except ValueError as exc:
-        raise ConfigError(f"model {path}: not valid JSON: {_shown(_first_line(exc))}.") from exc
-    if not isinstance(found, dict):
-        raise ConfigError(f"model {path}: must hold one JSON object, as config.json does.")
+        raise ConfigError(f"model {path}: not valid JSON: {_shown(first_line(exc))}.") from exc
     return _checked_values(path, found)
 
 
@@ -227,11 +223,9 @@ def _checked_values(path: str, found: dict[str, Any]) -> tuple[str, dict[str, An
         raise ConfigError(f"model {path}: it has no model_type, such as llama or gpt2.")
     known = _causal_types()
     if model_type not in known:
-        near = difflib.get_close_matches(model_type, known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(
             f"model {path}: model_type {_shown(model_type)} is no causal language model of "
-            f"transformers.{hint}"
+            f"transformers.{_suggest(model_type, known)}"
         )
     fields = _known_keys(model_type)
     unknown = sorted(key for key in found if key not in fields and key not in IGNORED_KEYS)
@@ -360,8 +354,7 @@ def _require_known(model_type: str, overrides: Mapping[str, Any]) -> None:
     known = _known_keys(model_type) | {"model_type"}  # which transformers refuses itself
     for key in overrides:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = _suggest(key, known)
             raise ConfigError(f"model_overrides.{key} is no key of {model_type}.{hint}")
 
 
@@ -386,7 +379,9 @@ def _build(
             with contextlib.suppress(Exception):  # of the few types that must have one
                 config.pad_token_id = None
     except Exception as exc:  # strict dataclasses of transformers raise their own family
-        raise ConfigError(f"{source} {name}: {_shown(_first_line(exc), 300)}") from exc
+        raise ConfigError(
+            f"{source} {name}: {printable(' '.join(str(exc).split()) or type(exc).__name__)}"
+        ) from exc
     for key in NEEDED:
         if not isinstance(getattr(config, key, None), int):
             raise ConfigError(
@@ -434,12 +429,11 @@ def _finite(text: str) -> float:
     return value
 
 
-def _shown(text: str, limit: int = _SHOWN_CHARACTERS) -> str:
+def _shown(text: str) -> str:
     """Return a text of a file as a terminal may see it."""
-    shown = "".join(c if c.isprintable() else "?" for c in text[:limit])
-    return shown.encode("utf-8", "replace").decode("utf-8") + ("..." if len(text) > limit else "")
+    return printable(text, _SHOWN_CHARACTERS)
 
 
-def _first_line(exc: Exception) -> str:
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(exc).__name__
+def _suggest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""

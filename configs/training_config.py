@@ -8,39 +8,34 @@ nearest known one. No torch and no transformers here: `train.py --help` has to b
 from __future__ import annotations
 
 import difflib
-import functools
 import json
 import math
 import sys
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from utils.base.archive_formats import COMPRESSIONS
 from utils.base.errors import ConfigError
-from utils.base.text import parse_json
+from utils.base.text import parse_json, parse_json_object
 from utils.base.uri import LOCAL_PLACES, PLACES, find_mistake
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parents[1]
 CONFIG_DIRECTORY = PROJECT_DIRECTORY / "configs"
 PROJECT_PLACEHOLDER = "{project}"
 
-LR_SCHEDULER_TYPES = ("cosine", "linear", "constant")
-SAVE_FORMATS = ("safetensors", "bin")
-UPLOAD_TRANSPORTS = ("auto", "python", "gcloud", "gsutil", "directory")
-UPLOAD_COMPRESSIONS = tuple(COMPRESSIONS)
-AUTO = "auto"
-REPORT_TARGETS = ("tensorboard", "wandb")
-MAX_SEED = 2**63 - 1
-MAX_HOURLY_PRICE = 1e9
-BAD_STEP_SPAN = 1000  # `max_bad_steps` is counted over so many steps
-BAD_SHARD_POLICIES = ("stop", "skip")
-BAD_STEP_POLICIES = ("stop", "skip", "rollback")
-SAVE_OVERLAP_POLICIES = ("wait", "skip")
-FAILED_SAVE_POLICIES = ("continue", "stop")
+LR_SCHEDULERS: dict[str, tuple[str, ...]] = {
+    "cosine": (),
+    "linear": (),
+    "constant": (),
+    "constant_with_warmup": (),
+    "polynomial": ("power",),
+    "cosine_with_restarts": ("num_cycles",),
+    "inverse_sqrt": ("timescale",),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
+"""Each learning rate schedule, and the `lr_scheduler_kwargs` that it knows."""
 ATTENTION_IMPLEMENTATIONS = (
     "sdpa",
     "flash_attention_2",
@@ -48,10 +43,9 @@ ATTENTION_IMPLEMENTATIONS = (
     "flex_attention",
     "eager",
 )
-CHECKPOINTING_POLICIES = ("full", "selective")
-LOSS_IMPLEMENTATIONS = ("auto", "chunked", "model")
-SHARDINGS = ("none", "fsdp2", "zero1", "zero2")
-LOG_LEVELS = ("debug", "info", "warning", "error")
+BAD_STEP_SPAN = 1000  # `max_bad_steps` is counted over so many steps
+AUTO = "auto"
+REPORT_TARGETS = ("tensorboard", "wandb")
 
 RENAMED_KEYS = {
     "max_train_files": "max_files",
@@ -79,7 +73,7 @@ class TrainingConfig:
 
     data_uri: str | list[dict[str, Any]] = ""
     """Bucket of the NPZ shards: `gs://bucket/prefix` or a directory; or a mixture: a list of
-    `{"uri": ..., "weight": ...}`, drawn by weight."""
+    `{"uri": ..., "weight": ...}`, sampled by weight."""
 
     checkpoint_uri: str = ""
     """Bucket that archives go to, below `Checkpoints/`. Empty: nothing is uploaded."""
@@ -125,10 +119,16 @@ class TrainingConfig:
     """Peak learning rate."""
 
     lr_scheduler_type: str = "cosine"
-    """cosine, linear or constant, each after the warm-up."""
+    """What follows the warm-up, a schedule of transformers: cosine, linear, polynomial,
+    cosine_with_restarts, warmup_stable_decay, inverse_sqrt, or constant (constant_with_warmup)."""
+
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Settings of that schedule, as transformers names them: num_decay_steps of
+    warmup_stable_decay, num_cycles of cosine_with_restarts, power of polynomial, timescale of
+    inverse_sqrt."""
 
     min_lr_rate: float = 0.1
-    """Learning rate at the last step, as a share of the peak (cosine and linear)."""
+    """Learning rate at the last step, as a share of the peak, where the schedule would end at 0."""
 
     warmup_steps: int = 100
     """Steps over which the learning rate rises to its peak."""
@@ -304,7 +304,7 @@ class TrainingConfig:
     """An upload that makes no progress for so long is ended and tried again."""
 
     upload_deadline_seconds: float = 600.0
-    """How long the end of a start waits for uploads."""
+    """How long the end of an attempt waits for uploads."""
 
     gcs_user_project: str = ""
     """Project that pays for requests to requester-pays buckets."""
@@ -325,6 +325,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _check_ranges(self)
         _check_choices(self)
+        _check_schedule(self)
         _check_places(self)
         _check_contents(self)
         _check_batch(self)
@@ -420,8 +421,8 @@ _LEAST_VALUES = {
     ),
 }
 _INTERVALS = {
-    "hourly_price": (0, MAX_HOURLY_PRICE),
-    "seed": (0, MAX_SEED),
+    "hourly_price": (0, 1e9),
+    "seed": (0, 2**63 - 1),
     "min_lr_rate": (0.0, 1.0),
 }
 _BELOW_ONE = ("adam_beta1", "adam_beta2")
@@ -433,19 +434,19 @@ _ABOVE_ZERO = (
     "upload_stall_seconds",
 )
 _CHOICES = {
-    "lr_scheduler_type": LR_SCHEDULER_TYPES,
-    "save_format": SAVE_FORMATS,
-    "upload_transport": UPLOAD_TRANSPORTS,
-    "upload_compression": UPLOAD_COMPRESSIONS,
+    "lr_scheduler_type": tuple(LR_SCHEDULERS),
+    "save_format": ("safetensors", "bin"),
+    "upload_transport": ("auto", "python", "gcloud", "gsutil", "directory"),
+    "upload_compression": tuple(COMPRESSIONS),
     "attn_implementation": ATTENTION_IMPLEMENTATIONS,
-    "gradient_checkpointing_policy": CHECKPOINTING_POLICIES,
-    "loss_implementation": LOSS_IMPLEMENTATIONS,
-    "sharding": SHARDINGS,
-    "log_level": LOG_LEVELS,
-    "bad_shard": BAD_SHARD_POLICIES,
-    "bad_step": BAD_STEP_POLICIES,
-    "save_overlap": SAVE_OVERLAP_POLICIES,
-    "failed_save": FAILED_SAVE_POLICIES,
+    "gradient_checkpointing_policy": ("full", "selective"),
+    "loss_implementation": ("auto", "chunked", "model"),
+    "sharding": ("none", "fsdp2", "zero1", "zero2"),
+    "log_level": ("debug", "info", "warning", "error"),
+    "bad_shard": ("stop", "skip"),
+    "bad_step": ("stop", "skip", "rollback"),
+    "save_overlap": ("wait", "skip"),
+    "failed_save": ("continue", "stop"),
 }
 
 
@@ -483,6 +484,21 @@ def _check_choices(config: TrainingConfig) -> None:
         raise ConfigError("bf16 and fp16 are both true: choose one.")
 
 
+def _check_schedule(config: TrainingConfig) -> None:
+    kind, values = config.lr_scheduler_type, config.lr_scheduler_kwargs
+    for key, value in values.items():
+        if key not in LR_SCHEDULERS[kind]:
+            known = ", ".join(LR_SCHEDULERS[kind]) or "none"
+            raise ConfigError(f"lr_scheduler_kwargs of {kind} are {known}; got {key!r}.")
+        if not _is_number(value) or not 0 < value < math.inf:
+            raise ConfigError(f"lr_scheduler_kwargs.{key} must be above 0, got {value!r}.")
+    if kind == "warmup_stable_decay" and not values:
+        raise ConfigError(
+            "lr_scheduler_type warmup_stable_decay needs lr_scheduler_kwargs.num_decay_steps: over "
+            "how many steps the learning rate falls at the end."
+        )
+
+
 def _check_places(config: TrainingConfig) -> None:
     if isinstance(config.data_uri, list):
         _check_mixture(config.data_uri)
@@ -500,7 +516,7 @@ def _check_contents(config: TrainingConfig) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"model_overrides.{key} must be a finite number, got {value}.")
     for prompt in config.sample_prompts:
-        if not _is_text(prompt):
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ConfigError(f"sample_prompts: {prompt!a} is no text that can be encoded.")
 
 
@@ -523,26 +539,22 @@ def _check_batch(config: TrainingConfig) -> None:
             )
 
 
-def _is_text(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_mixture(sources: list[dict[str, Any]]) -> None:
     if not sources:
         raise ConfigError("data_uri is an empty list.")
     for source in sources:
-        uri, weight = source.get("uri"), source.get("weight")
-        valid = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if set(source) != {"uri", "weight"} or not isinstance(uri, str) or not valid:
+        uri = source.get("uri")
+        weight: Any = source.get("weight")
+        if set(source) != {"uri", "weight"} or not isinstance(uri, str) or not _is_number(weight):
             raise ConfigError(
                 'data_uri must hold {"uri": "...", "weight": number} for each source, got '
                 f"{json.dumps(source, default=str)}."
             )
-        if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight > 0):
+        if not 0 < weight < math.inf:
             raise ConfigError(f"data_uri: the weight of {uri} must be above 0, got {weight}.")
 
 
@@ -553,6 +565,7 @@ GUARDED_KEYS = (
     "sequence_length",
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "min_lr_rate",
     "warmup_steps",
     "weight_decay",
@@ -604,12 +617,8 @@ def compare_configs(old: Mapping[str, Any], new: TrainingConfig) -> ConfigChange
     return ConfigChanges(tuple(free), tuple(guarded))
 
 
-def find_config_file(name: str) -> Path:
-    """Return the file that `--config` names: `configs/NAME.json`, or a path that ends in .json.
-
-    Raises:
-        ConfigError: There is no such file; the message lists what there is.
-    """
+def _find_config_file(name: str) -> Path:
+    """Return the file that `--config` names."""
     path = Path(name) if name.endswith(".json") else CONFIG_DIRECTORY / f"{name}.json"
     if path.is_file():
         return path
@@ -632,12 +641,11 @@ def get_training_config(
     Raises:
         ConfigError: A file, key or value is wrong; the message says where.
     """
-    path = find_config_file(name)
-    values = _read_config_file(path)
+    path = _find_config_file(name)
     source = _display_path(path)
     merged: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for key, value in values.items():
+    for key, value in _read_config_file(path).items():
         _apply(merged, sources, key, value, source)
     for key, value in (overrides or {}).items():
         _apply(merged, sources, key, value, "command line")
@@ -646,15 +654,6 @@ def get_training_config(
     except ConfigError as exc:
         key = str(exc).split(" ", 1)[0]
         raise ConfigError(f"{sources.get(key, source)}: {exc}") from exc
-
-
-def config_from_json(values: Mapping[str, Any]) -> TrainingConfig:
-    """Return the configuration that `TrainingConfig.to_json` wrote; unknown keys are dropped.
-
-    A checkpoint of a newer or older version may have other keys than this one.
-    """
-    known = {item.name for item in fields(TrainingConfig)}
-    return TrainingConfig(**{key: value for key, value in values.items() if key in known})
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -677,14 +676,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 def _read_config_file(path: Path) -> dict[str, Any]:
     try:
-        values = parse_json(path.read_text("utf-8"))
+        return parse_json_object(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{_display_path(path)}: cannot be read: {exc}.") from exc
     except ValueError as exc:
         raise ConfigError(f"{_display_path(path)}: not valid JSON: {exc}.") from exc
-    if not isinstance(values, dict):
-        raise ConfigError(f"{_display_path(path)}: must hold one JSON object.")
-    return values
 
 
 def _display_path(path: Path) -> str:
@@ -698,7 +694,7 @@ def _apply(
 ) -> None:
     sources[key] = source
     parent, _, child = key.partition(".")
-    if child and parent == "model_overrides":
+    if child and parent in ("model_overrides", "lr_scheduler_kwargs"):
         merged[parent] = {**merged.get(parent, {}), child: value}
         return
     known = {item.name: item for item in fields(TrainingConfig)}
@@ -707,7 +703,7 @@ def _apply(
         value = 1 if value == AUTO else value
     if key not in known:
         raise ConfigError(f"{source}: unknown key {key!r}.{_suggest(key, list(known))}")
-    merged[key] = _checked_type(source, key, value)
+    merged[key] = _checked_type(source, key, str(known[key].type), value)
 
 
 def _suggest(key: str, known: list[str]) -> str:
@@ -716,55 +712,31 @@ def _suggest(key: str, known: list[str]) -> str:
     return f" Did you mean {real}?" if real else " Known keys: see the table in README.md."
 
 
-@functools.cache
-def _type_hints() -> dict[str, Any]:
-    return typing.get_type_hints(TrainingConfig)
-
-
-def _checked_type(source: str, key: str, value: Any) -> Any:
-    expected = _type_hints()[key]
-    is_union = typing.get_origin(expected) in (Union, types.UnionType)
-    for option in typing.get_args(expected) if is_union else (expected,):
-        accepted, converted = _convert(option, value)
-        if accepted:
-            return converted
-    raise ConfigError(
-        f"{source}: {key} must be {_describe(expected)}, got {json.dumps(value, default=str)}."
-    )
-
-
-def _convert(option: Any, value: Any) -> tuple[bool, Any]:
-    if option is float and isinstance(value, int) and not isinstance(value, bool):
-        fits = abs(value) <= sys.float_info.max
-        return fits, float(value) if fits else value
-    if option is int and isinstance(value, bool):
-        return False, value
-    origin = typing.get_origin(option)
-    if origin is list:
-        item_type = typing.get_origin(typing.get_args(option)[0]) or typing.get_args(option)[0]
-        return isinstance(value, list) and all(isinstance(v, item_type) for v in value), value
-    if origin is dict:
-        return isinstance(value, dict), value
-    return isinstance(value, option), value
-
-
-_TYPE_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a string",
-    type(None): "null",
+# Annotation of a field -> what it is called, and whether a JSON value is one.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number", lambda value: type(value) is int),
+    "float": ("a number", lambda value: type(value) is float),
+    "bool": ("true or false", lambda value: type(value) is bool),
+    "str": ("a string", lambda value: type(value) is str),
+    "None": ("null", lambda value: value is None),
+    "dict[str, Any]": ("an object", lambda value: type(value) is dict),
+    "list[str]": ("a list of strings", lambda value: _is_list_of(str, value)),
+    "list[dict[str, Any]]": ("a list of objects", lambda value: _is_list_of(dict, value)),
 }
 
 
-def _describe(expected: Any) -> str:
-    origin = typing.get_origin(expected)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(expected))
-    if origin is list:
-        items = typing.get_args(expected)[0]
-        return "a list of strings" if items is str else "a list of objects"
-    return "an object" if origin is dict else _TYPE_NAMES[expected]
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _checked_type(source: str, key: str, annotation: str, value: Any) -> Any:
+    options = annotation.split(" | ")
+    if "float" in options and type(value) is int and abs(value) <= sys.float_info.max:
+        value = float(value)
+    if any(_TYPES[option][1](value) for option in options):
+        return value
+    wanted = " or ".join(_TYPES[option][0] for option in options)
+    raise ConfigError(f"{source}: {key} must be {wanted}, got {json.dumps(value, default=str)}.")
 
 
 def _expand(value: Any) -> Any:

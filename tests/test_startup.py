@@ -1,4 +1,4 @@
-"""A start up to its first step: what it loads, when, and what it does meanwhile."""
+"""An attempt up to its first step: what it loads, when, and what it does meanwhile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from configs.training_config import PROJECT_DIRECTORY
 from tests.conftest import TINY
 from utils.base.errors import ExitCode
 
-# What a start does without before its first step, and whom it is for.
+# What an attempt does without before its first step, and whom it is for.
 NOT_NEEDED = {
     "matplotlib": "the viewer's curves as pictures",
     "pandas": "data preparation, through datasets",
@@ -112,7 +112,7 @@ def test_a_step_gets_the_memory_that_the_one_before_freed(first_step: dict[str, 
     assert min(first_step["page_faults"][1:]) < 10
 
 
-def test_a_start_that_is_refused_for_its_checkpoints_does_not_wait_for_torch(
+def test_an_attempt_that_is_refused_for_its_checkpoints_does_not_wait_for_torch(
     tmp_path: Path,
 ) -> None:
     checkpoint = tmp_path / "checkpoints" / "checkpoint-epoch0-step2-files0"

@@ -227,7 +227,7 @@ def test_data_without_a_tokenizer_have_no_texts_and_say_so_once(
     settings = (f"data_uri={data}", "eval_steps=1", *SAMPLES)
     assert run_train("--max-steps", "3", settings=settings) == 0
     told = capsys.readouterr().out
-    assert told.count("No sample texts in this start: the data come without a tokenizer.") == 1
+    assert told.count("No sample texts in this attempt: the data come without a tokenizer.") == 1
     assert not (tmp_path / "run/logs/samples.jsonl").exists()
 
 

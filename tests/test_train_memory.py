@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def corpus(sample_data: Path) -> None:
     assert prepare_data.main(["put", str(sample_data), "mem://corpus/data"]) == 0
 
 
-def test_a_run_reads_uploads_resumes_and_gives_back(
+def test_a_run_reads_uploads_resumes_exports_and_gives_back(
     run_train: Train, corpus: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_train("--max-steps", "4", settings=SETTINGS) == 0
@@ -47,6 +46,12 @@ def test_a_run_reads_uploads_resumes_and_gives_back(
     assert upload_manager.main(["verify", "--deep", *WORDS]) == 0
     assert upload_manager.main(["download", "latest", "--to", "back", *WORDS]) == 0
     assert verify_checkpoint(tmp_path / "run" / "back" / NAMES[1]).step == 4
+    command = ["mem://runs/a/latest", "--output", "mem://runs/exports/small", "--device", "cpu"]
+    assert export_model.main(command) == 0
+    assert export_model.main(command) == ExitCode.USAGE
+    for model in ("mem://runs/exports/small", "mem://runs/a/latest"):
+        options = ["--data", "mem://corpus/data", "--max-tokens", "200", "--device", "cpu"]
+        assert evaluate.main([model, *options, "--json"]) == 0
     capsys.readouterr()
     words = ("--max-steps", "6", "--accept-config-change", "--resume", "mem://runs/a/latest")
     assert run_train(*words, folder="new", settings=SETTINGS) == 0
@@ -55,28 +60,10 @@ def test_a_run_reads_uploads_resumes_and_gives_back(
     assert steps == [4, 6]
     assert upload_manager.main(["prune", "--remote", "--keep", "1", "--yes", *WORDS]) == 0
     assert not [name for name in STORED["runs"] if NAMES[0] in name]
-
-
-def test_what_is_damaged_there_is_found(run_train: Train, corpus: None) -> None:
-    assert run_train("--max-steps", "2", settings=SETTINGS) == 0
-    name = f"a/Checkpoints/{NAMES[0]}.tar.gz"
-    data, generation = STORED["runs"][name]
-    STORED["runs"][name] = (data[:-1] + b"?", generation)
+    archive = "a/Checkpoints/checkpoint-epoch0-step6-files0.tar.gz"
+    data, generation = STORED["runs"][archive]
+    STORED["runs"][archive] = (data[:-1] + b"?", generation)
     assert upload_manager.main(["verify", *WORDS]) == ExitCode.NOT_VERIFIED
-
-
-def test_a_model_is_exported_there_and_evaluated_from_there(
-    run_train: Train, corpus: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_train("--max-steps", "2", settings=SETTINGS) == 0
-    command = ["mem://runs/a/latest", "--output", "mem://runs/exports/small", "--device", "cpu"]
-    assert export_model.main(command) == 0
-    assert export_model.main(command) == ExitCode.USAGE
-    capsys.readouterr()
-    for model in ("mem://runs/exports/small", "mem://runs/a/latest"):
-        words = ["--data", "mem://corpus/data", "--max-tokens", "200", "--device", "cpu"]
-        assert evaluate.main([model, *words, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)
 
 
 def test_its_addresses_are_checked_as_others_are(tmp_path: Path) -> None:

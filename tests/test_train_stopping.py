@@ -894,13 +894,10 @@ class MetadataHandler(BaseHTTPRequestHandler):
     server: Metadata
 
     def do_GET(self) -> None:
-        if "wait_for_change" in self.path:
-            self.server.asked.set()
-            self.server.preempted.wait(PATIENCE_SECONDS)
+        self.server.asked.set()
         value = b"TRUE" if self.server.preempted.is_set() else b"FALSE"
         self.send_response(200)
         self.send_header("Metadata-Flavor", "Google")
-        self.send_header("ETag", f"tag-{value.decode()}")
         self.send_header("Content-Length", str(len(value)))
         self.end_headers()
         self.wfile.write(value)

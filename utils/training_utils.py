@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from configs.training_config import TrainingConfig
 from utils.base import ranks
@@ -40,6 +41,15 @@ from utils.training.division import Division, Replicated
 from utils.training.fsdp import FullySharded
 from utils.training.sharding import deepspeed_hidden, resolve_sharding
 from utils.training.step_guard import GOOD, StepGuard
+
+# Names that mean something else in transformers: its own constant has no warm-up, its own linear
+# rounds in another way than runs that were begun here.
+_SCHEDULERS: dict[str, tuple[str, dict[str, float]]] = {
+    "constant": ("constant_with_warmup", {}),
+    "linear": ("polynomial", {"lr_end": 0.0}),
+    "polynomial": ("polynomial", {"lr_end": 0.0}),
+}
+_ENDLESS_SCHEDULERS = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +83,6 @@ def build_accelerator(
     config: TrainingConfig, precision: str, trackers: Sequence[Any], logs: Path
 ) -> Accelerator:
     """Return the Accelerator of this process; the number of ranks comes from the launcher.
-
-    Args:
-        config: The run's configuration.
-        precision: no, bf16 or fp16 (`resolve_precision`).
-        trackers: What follows the run (`utils.tracking.tracking.build_trackers`).
-        logs: The run's log directory.
 
     Raises:
         ConfigError: The batch or the state cannot be divided over the ranks as it is asked for.
@@ -115,12 +119,7 @@ def set_determinism(config: TrainingConfig) -> None:
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Return AdamW with decay on matrices only, fused where the device has it.
-
-    Args:
-        model: Parameters of 2 or more dimensions decay; biases and norms do not.
-        config: Learning rate, decay, betas and epsilon.
-    """
+    """Return AdamW with decay on matrices only, fused where the device has it."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -135,36 +134,31 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     )
 
 
-def learning_rate_factor(
-    step: int, *, schedule: str, warmup_steps: int, max_steps: int, min_rate: float
-) -> float:
-    """Return the share of the peak learning rate that the step after `step` done steps uses.
+def learning_rate_share(config: TrainingConfig) -> Callable[[int], float]:
+    """Return what tells the share of the peak learning rate that the step after N done steps uses.
 
-    It rises linearly to 1 at step `warmup_steps`, then follows the schedule to `min_rate` at
-    `max_steps` and stays there.
+    A schedule of transformers, read one step ahead: there the first step has a rate of 0. It rises
+    linearly to 1 at step `warmup_steps`, and ends at `min_lr_rate` where transformers' ends at 0.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step + 1 - warmup_steps) / max(1, max_steps - warmup_steps))
-    shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress
-    return min_rate + (1.0 - min_rate) * shape
+    kind, warmup = config.lr_scheduler_type, config.warmup_steps
+    name, settings = _SCHEDULERS.get(kind, (kind, {}))
+    last = max(config.max_steps, warmup + 1)  # some divide by the steps after the warm-up
+    peak = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    found = get_scheduler(name, peak, warmup, last, {**settings, **config.lr_scheduler_kwargs})
+    schedule = found.lr_lambdas[0]
+    floor = 0.0 if kind in _ENDLESS_SCHEDULERS else config.min_lr_rate
+
+    def share(step: int) -> float:
+        value = float(schedule(min(step + 1, last)))
+        return value if step < warmup else floor + (1.0 - floor) * value
+
+    return share
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> LambdaLR:
     """Return the learning rate schedule of a run of `max_steps` steps."""
-    return LambdaLR(
-        optimizer,
-        # A plain function: LambdaLR would save an object's fields and bring back an old max_steps.
-        lambda step: learning_rate_factor(
-            step,
-            schedule=config.lr_scheduler_type,
-            warmup_steps=config.warmup_steps,
-            max_steps=config.max_steps,
-            min_rate=config.min_lr_rate,
-        ),
-    )
+    # A plain function: LambdaLR would save an object's fields and bring back an old max_steps.
+    return LambdaLR(optimizer, learning_rate_share(config))
 
 
 @dataclass
@@ -470,7 +464,7 @@ def _update(state: TrainState, code: torch.Tensor) -> None:
     elif state.accelerator.scaler is not None:
         state.accelerator.scaler.update()
     with warnings.catch_warnings():
-        # Told when the very first update is left out.
+        # torch warns when the very first update is left out.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         state.scheduler.step()
 

@@ -16,8 +16,6 @@ from configs.training_config import (
     PROJECT_DIRECTORY,
     TrainingConfig,
     compare_configs,
-    config_from_json,
-    find_config_file,
     get_training_config,
     parse_assignment,
 )
@@ -57,14 +55,6 @@ def test_shipped_production_configuration_holds_the_users_values() -> None:
     assert config.upload_transport == "gsutil"
 
 
-def test_shipped_configurations_are_found_from_any_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert find_config_file("test").is_file()
-    assert find_config_file("production").is_file()
-
-
 @pytest.mark.parametrize("name", ["prodution", "nowhere.json", "", "."])
 def test_a_missing_file_lists_the_known_names(name: str) -> None:
     with pytest.raises(ConfigError, match=r"does not exist.*production, test") as caught:
@@ -78,62 +68,38 @@ def test_a_missing_file_lists_the_known_names(name: str) -> None:
         ('{"max_stepz": 1}', "unknown key 'max_stepz'. Did you mean max_steps?"),
         ('{"max_train_files": 5}', "unknown key 'max_train_files'. Did you mean max_files?"),
         ('{"batch_size": 4}', "Did you mean per_device_train_batch_size?"),
-        ('{"lr": 4}', "Did you mean learning_rate?"),
         ('{"qqq": 4}', "unknown key 'qqq'. Known keys:"),
         ('{"model_override.hidden_size": 4}', "Did you mean model_overrides?"),
-        ('{"max_steps.x": 4}', "Did you mean max_steps?"),
         ('{"max_steps": "10"}', 'max_steps must be a whole number, got "10".'),
         ('{"max_steps": true}', "max_steps must be a whole number, got true."),
-        ('{"max_steps": 1.5}', "max_steps must be a whole number, got 1.5."),
-        ('{"max_steps": null}', "max_steps must be a whole number, got null."),
         ('{"max_files": "all"}', 'max_files must be a whole number or null, got "all".'),
         ('{"learning_rate": "2e-4"}', 'learning_rate must be a number, got "2e-4".'),
-        ('{"learning_rate": false}', "learning_rate must be a number, got false."),
         ('{"gradient_checkpointing": 1}', "gradient_checkpointing must be true or false, got 1."),
         ('{"bf16": "yes"}', "bf16 must be true or false or null"),
-        ('{"model": 5}', "model must be a string, got 5."),
         ('{"report_to": "wandb"}', "report_to must be a list of strings"),
-        ('{"report_to": [1]}', "report_to must be a list of strings"),
         ('{"report_to": ["mlflow"]}', "report_to must hold only tensorboard, wandb; got 'mlflow'."),
         ('{"model_overrides": []}', "model_overrides must be an object, got []."),
         ('{"max_steps": 0}', "max_steps must be at least 1, got 0."),
-        ('{"save_steps": -1}', "save_steps must be at least 1, got -1."),
-        ('{"logging_steps": 0}', "logging_steps must be at least 1, got 0."),
-        ('{"eval_steps": 0}', "eval_steps must be at least 1, got 0."),
-        ('{"keep_checkpoints": 0}', "keep_checkpoints must be at least 1, got 0."),
-        ('{"max_unverified": 0}', "max_unverified must be at least 1, got 0."),
-        ('{"shuffle_window_shards": 0}', "shuffle_window_shards must be at least 1, got 0."),
-        ('{"gradient_accumulation_steps": 0}', "must be at least 1, got 0."),
-        ('{"global_batch_size": 0}', "global_batch_size must be at least 1, got 0."),
         ('{"sequence_length": 1}', "sequence_length must be at least 2, got 1."),
         ('{"max_files": 0}', "max_files must be at least 1, or null or -1 for all; got 0."),
-        ('{"max_files": -2}', "max_files must be at least 1, or null or -1 for all; got -2."),
         ('{"warmup_steps": -1}', "warmup_steps must be at least 0, got -1."),
-        ('{"weight_decay": -0.1}', "weight_decay must be at least 0, got -0.1."),
-        ('{"max_grad_norm": -1}', "max_grad_norm must be at least 0, got -1.0."),
-        ('{"upload_deadline_seconds": -1}', "upload_deadline_seconds must be at least 0"),
-        ('{"seed": -1}', "seed must be between 0 and"),
         ('{"seed": 9223372036854775808}', "seed must be between 0 and 9223372036854775807"),
         ('{"learning_rate": 0}', "learning_rate must be above 0, got 0.0."),
-        ('{"adam_epsilon": 0}', "adam_epsilon must be above 0, got 0.0."),
         ('{"min_lr_rate": 1.1}', "min_lr_rate must be between 0.0 and 1.0, got 1.1."),
         ('{"adam_beta1": 1}', "adam_beta1 must be at least 0.0 and below 1.0, got 1.0."),
-        ('{"adam_beta2": -0.1}', "adam_beta2 must be at least 0.0 and below 1.0, got -0.1."),
-        ('{"learning_rate": NaN}', "learning_rate must be above 0, got nan."),
         ('{"learning_rate": Infinity}', "learning_rate must be above 0, got inf."),
-        ('{"learning_rate": 1e999}', "learning_rate must be above 0, got inf."),
         ('{"weight_decay": NaN}', "weight_decay must be at least 0, got nan."),
         ('{"max_grad_norm": Infinity}', "max_grad_norm must be at least 0, got inf."),
-        ('{"upload_deadline_seconds": 1e999}', "upload_deadline_seconds must be at least 0"),
-        ('{"adam_beta1": NaN}', "adam_beta1 must be at least 0.0 and below 1.0, got nan."),
-        ('{"min_lr_rate": -Infinity}', "min_lr_rate must be between 0.0 and 1.0, got -inf."),
         ('{"max_steps": NaN}', "max_steps must be a whole number, got NaN."),
-        ('{"max_steps": Infinity}', "max_steps must be a whole number, got Infinity."),
         ('{"model_overrides": {"a": NaN}}', "model_overrides.a must be a finite number, got nan."),
         ('{"learning_rate": 1' + "0" * 400 + "}", "learning_rate must be a number, got 1000"),
-        ('{"lr_scheduler_type": "cosin"}', "must be one of cosine, linear, constant; got 'cosin'."),
-        ('{"save_format": "pt"}', "save_format must be one of safetensors, bin; got 'pt'."),
-        ('{"upload_transport": "ftp"}', "one of auto, python, gcloud, gsutil, directory; got"),
+        ('{"lr_scheduler_type": "cosin"}', "must be one of cosine, linear, constant, const"),
+        ('{"lr_scheduler_kwargs": {"power": 2}}', "lr_scheduler_kwargs of cosine are none; got "),
+        ('{"lr_scheduler_type": "warmup_stable_decay"}', "needs lr_scheduler_kwargs.num_decay_st"),
+        (
+            '{"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "x"}}',
+            "lr_scheduler_kwargs.power must be above 0, got 'x'.",
+        ),
         ('{"log_level": "INFO"}', "log_level must be one of debug, info, warning, error; got"),
         ('{"bf16": true, "fp16": true}', "bf16 and fp16 are both true: choose one."),
         (
@@ -143,12 +109,9 @@ def test_a_missing_file_lists_the_known_names(name: str) -> None:
         ),
         ("", "not valid JSON"),
         ('{"max_steps": 10', "not valid JSON"),
-        ("{'max_steps': 10}", "not valid JSON"),
-        ("\ufeff{}", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ('{"max_steps": ' + "9" * 5000 + "}", "not valid JSON"),
-        ("[]", "must hold one JSON object."),
-        ("null", "must hold one JSON object."),
+        ("[]", "it holds no JSON object."),
         (b"\xff\xfe{}", "cannot be read"),
     ],
 )
@@ -184,7 +147,9 @@ def test_the_command_line_wins_and_model_overrides_are_merged(tmp_path: Path) ->
         tmp_path,
         '{"max_steps": 3, "model_overrides": {"hidden_size": 64, "vocab_size": 100}}',
         **{"max_steps": 5, "model_overrides.vocab_size": 200, "model_overrides.rotary_pct": 0.5},
+        **{"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs.power": 2},
     )
+    assert config.lr_scheduler_kwargs == {"power": 2}
     assert config.max_steps == 5
     assert config.model_overrides == {"hidden_size": 64, "vocab_size": 200, "rotary_pct": 0.5}
 
@@ -269,15 +234,9 @@ def test_samples_that_do_not_divide_over_the_ranks_are_refused(
         config.resolve_batch(world_size)
 
 
-def test_a_configuration_survives_json_and_unknown_keys() -> None:
+def test_a_configuration_survives_json() -> None:
     config = get_training_config("test", {"model_overrides.hidden_size": 64, "bf16": False})
-    written = json.loads(json.dumps(config.to_json()))
-    assert config_from_json({**written, "key_of_another_version": 1}) == config
-
-
-def test_evaluation_batches_are_those_of_training_unless_set() -> None:
-    assert TrainingConfig(per_device_train_batch_size=3).eval_batch_size == 3
-    assert TrainingConfig(per_device_eval_batch_size=8).eval_batch_size == 8
+    assert TrainingConfig(**json.loads(json.dumps(config.to_json()))) == config
 
 
 JSON_VALUES = st.recursive(

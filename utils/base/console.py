@@ -153,15 +153,22 @@ class LiveLine:
             self._live = Live(console=get_console(), refresh_per_second=4, transient=True)
             self._live.start()
 
-    def show(self, text: str) -> None:
-        """Replace the line."""
+    def show(self, text: str, *, is_logged: bool = True) -> None:
+        """Replace the line.
+
+        Args:
+            text: The new line.
+            is_logged: False shows it on a terminal alone, and begins the time of the next log line.
+        """
         if self._live is not None:
             from rich.text import Text
 
             self._live.update(Text(text, style="bold"))
         elif self._plain_seconds is not None:
             now = time.monotonic()
-            if now - self._plain_at >= self._plain_seconds:
+            if not is_logged:
+                self._plain_at = now
+            elif now - self._plain_at >= self._plain_seconds:
                 self._plain_at = now
                 log.info("%s", text)
 

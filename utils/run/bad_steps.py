@@ -30,10 +30,7 @@ log = logging.getLogger("train")
 def describe(verdict: Verdict, progress: TrainingProgress, policy: str) -> dict[str, Any]:
     """Return what is noted of a bad step.
 
-    Args:
-        verdict: What the guard says; it may come when a later step is done already.
-        progress: The run's counters.
-        policy: `bad_step` of the configuration.
+    The verdict may come when a later step is done already; `policy` is the run's `bad_step`.
     """
     steps_since_begin = progress.step - verdict.step + 1
     return {
@@ -51,10 +48,7 @@ def find_divergence(
 ) -> DivergenceError | None:
     """Return why the run must not go on after a bad step, None where it may.
 
-    Args:
-        verdict: What the guard says; its record is among the bad steps of `progress`.
-        progress: The run's counters.
-        config: The run's configuration.
+    Its record is among the bad steps of `progress` already.
     """
     if config.bad_step == "stop":
         return DivergenceError(
@@ -74,10 +68,7 @@ def find_divergence(
 class BadSteps:
     """Acts on the bad steps of a run, in the same way on every rank.
 
-    Args:
-        config: The run's configuration.
-        state: The train state, whose guard judges.
-        fail: Called with the reason where the run must not go on.
+    `fail` is called with the reason where the run must not go on.
     """
 
     def __init__(

@@ -5,19 +5,11 @@ The best one so far is kept by `TrainingProgress.add_validation` in `utils/train
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 
 import torch
 
-from configs.training_config import TrainingConfig
-from utils.checkpoints.layout import RunPaths
-from utils.data_utils import TrainingData, ValidationData
-from utils.run.metrics import RunMetrics
-from utils.run.sample_texts import Sampler
-from utils.tracking import tracking
-from utils.training.stopping import StopRequest
+from utils.data_utils import ValidationData
 from utils.training_utils import TrainState, forward_loss
 
 
@@ -27,6 +19,7 @@ def evaluate(
     batch_size: int,
     document_end: int | None = None,
     should_stop: Callable[[], bool] | None = None,
+    show: Callable[[int], None] = lambda done: None,
 ) -> float | None:
     """Return the mean loss over the validation samples, over all ranks; None without samples.
 
@@ -40,6 +33,7 @@ def evaluate(
         document_end: End-of-text id where attention must not cross documents.
         should_stop: Asked before each batch, on all ranks equally often, so that they may agree
             on the answer; once it says so, the evaluation ends with None.
+        show: Called before each batch with the samples done by all ranks.
     """
     if data.num_samples == 0:
         return None
@@ -49,11 +43,13 @@ def evaluate(
     total = torch.zeros((), dtype=torch.float64)
     empty = torch.zeros((1, data.sequence_length), dtype=torch.int64)
     batches = data.batches(batch_size, accelerator.process_index, accelerator.num_processes)
+    samples_per_round = accelerator.num_processes * batch_size
     model.eval()
     try:
         with torch.no_grad():
             # The rounds of the rank with most samples; another one may have none in the last.
-            for _ in range(math.ceil(data.num_samples / (accelerator.num_processes * batch_size))):
+            for done in range(0, data.num_samples, samples_per_round):
+                show(done)
                 if should_stop is not None and should_stop():
                     return None
                 found = next(batches, None)
@@ -69,65 +65,3 @@ def evaluate(
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total.to(accelerator.device), "sum")
     return float(total.item()) / data.num_samples
-
-
-class RunEvaluator:
-    """The evaluations of a run: the validation loss and the sample texts of a step.
-
-    Args:
-        config: The run's configuration.
-        state: Left as it is, but for what its progress notes of the loss.
-        data: The run's data, opened.
-        sampler: Writes the sample texts.
-        metrics: Told of the loss and of the time.
-        stop: A request to stop ends an evaluation without a result.
-    """
-
-    def __init__(
-        self,
-        config: TrainingConfig,
-        state: TrainState,
-        data: TrainingData,
-        sampler: Sampler,
-        metrics: RunMetrics,
-        stop: StopRequest,
-    ) -> None:
-        self._config, self._state, self._data = config, state, data
-        self._sampler, self._metrics, self._stop = sampler, metrics, stop
-        self._logs = RunPaths.of(config).logs
-
-    def evaluate(self, document_end: int | None) -> bool:
-        """Measure the validation loss, once a step at most; tell whether it is the best so far.
-
-        Args:
-            document_end: End-of-text id where attention must not cross documents.
-        """
-        progress = self._state.progress
-        if progress.validation_step == progress.step and progress.validation_loss is not None:
-            return False
-        started = time.perf_counter()
-        if self._state.accelerator.is_main_process:
-            tracking.record_evaluating(self._logs, progress.step)
-            self._metrics.show_live("evaluating")
-        loss = evaluate(
-            self._state,
-            self._data.validation,
-            self._config.eval_batch_size,
-            document_end,
-            self._stop.is_agreed,
-        )
-        loss_seconds = time.perf_counter() - started
-        self._write_samples()
-        self._metrics.note_evaluation(time.perf_counter() - started, is_complete=loss is not None)
-        if loss is None:
-            return False
-        is_best = progress.add_validation(loss)
-        self._metrics.log_validation(loss, loss_seconds)
-        return is_best
-
-    def _write_samples(self) -> None:
-        """Have the main process write sample texts; other ranks wait at their next agreement."""
-        accelerator = self._state.accelerator
-        if accelerator.is_main_process and self._stop.reason is None:
-            samples = self._sampler.write(self._state, lambda: self._stop.reason is not None)
-            tracking.log_samples(accelerator, samples, self._state.progress.step)

@@ -1,4 +1,4 @@
-"""How an attempt of a run ends: what the time is enough for, the uploads, what is said, the code.
+"""How an attempt of a run ends: last uploads, messages, exit code.
 
 request to stop or last step -> last save -> uploads, verified -> exit code
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import logging
 
+import torch
+
 from utils.base import ranks
 from utils.base.console import LiveLine
 from utils.base.errors import CheckpointError, ExitCode, PretrainError
 from utils.base.text import format_duration
 from utils.checkpoints.layout import read_manifest
-from utils.run.grace import describe_outcome, plan_grace
+from utils.run.grace import describe_outcome, describe_plan
 from utils.run.saving import RunSaving
 
 log = logging.getLogger("train")
@@ -30,14 +32,14 @@ def tell_plan(saving: RunSaving, remaining_seconds: float) -> None:
     for path in uploader.pending_paths:
         with contextlib.suppress(CheckpointError):  # one that was given up is gone
             pending.append((path.name, read_manifest(path).total_bytes))
-    plan = plan_grace(
+    plan = describe_plan(
         remaining_seconds,
         saving.saver.last_seconds,
         saving.snapshot_bytes,
         uploader.bytes_per_second,
         sorted(pending, key=lambda item: item[0]),
     )
-    log.info("%s", plan.describe())
+    log.info("%s", plan)
 
 
 def wait_for_uploads(
@@ -119,11 +121,7 @@ def find_failure(own: PretrainError | None) -> PretrainError | None:
 def conclude(code: ExitCode, reason: str | None, step: int, max_steps: int) -> ExitCode:
     """Say how an attempt without an error has ended; return its exit code.
 
-    Args:
-        code: What `wait_for_uploads` returned.
-        reason: What asked for the stop; None where nothing has.
-        step: Steps done.
-        max_steps: Those of the whole run.
+    `reason` is what asked for the stop, None where nothing has.
     """
     if step >= max_steps and (code is ExitCode.DONE or reason is None):
         log.info("Done: step %d of %d.", step, max_steps)
@@ -134,3 +132,18 @@ def conclude(code: ExitCode, reason: str | None, step: int, max_steps: int) -> E
     else:
         log.info("Ended after step %d as asked. Go on with --resume latest.", step)
     return code
+
+
+def describe_shortage(error: BaseException | None) -> str | None:
+    """Return what to change where an error means that memory is short, else None."""
+    is_host = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+    if not is_host and not isinstance(error, torch.OutOfMemoryError):
+        return None
+    where = "host memory" if is_host else "GPU memory"
+    return (
+        f"Out of {where}. Lower per_device_train_batch_size (global_batch_size keeps the step's "
+        "size), set gradient_checkpointing=true, or choose a smaller model. Steps since the last "
+        "checkpoint are lost; go on with --resume latest."
+    )

@@ -14,17 +14,13 @@ from utils.data_utils import TrainingData
 from utils.training.throughput import RemainingTime, Throughput
 from utils.training_utils import TrainState, mean_loss
 
+WAIT_LINE_SECONDS = 30.0
+
 log = logging.getLogger("train")
 
 
 class RunMetrics:
-    """Measures how fast a run is; shows, logs and records its steps and evaluations.
-
-    Args:
-        config: The run's configuration.
-        state: The train state; its progress keeps every record.
-        data: The run's data, opened.
-    """
+    """Measures how fast a run is; shows, logs and records its steps and evaluations."""
 
     def __init__(self, config: TrainingConfig, state: TrainState, data: TrainingData) -> None:
         self._config, self._state, self._data = config, state, data
@@ -34,12 +30,19 @@ class RunMetrics:
         self._remaining = RemainingTime(config, samples, data.validation.num_samples)
         self._last_record: dict[str, float] = {}
         self._throughput = Throughput()
-        self.live = LiveLine(enabled=state.accelerator.is_main_process)
+        self.live = LiveLine(
+            enabled=state.accelerator.is_main_process, plain_seconds=WAIT_LINE_SECONDS
+        )
 
     def note_step(self) -> None:
         """Count a step, and show it."""
         self._throughput.step()
-        self.show_live()
+        step, record = self._state.progress.step, self._last_record
+        text = self._describe(record) if record else f"{step}/{self._config.max_steps}"
+        best = self._state.progress.best_validation_loss
+        if best is not None:
+            text += f"  best val {best:.4f}"
+        self.live.show(text, is_logged=False)  # `log_step` logs
 
     def note_save(self, seconds: float) -> None:
         """Leave out of the speed how long training waited for a save."""
@@ -90,37 +93,36 @@ class RunMetrics:
         }
         self._state.accelerator.log(record, step=progress.step)
         log.info(
-            "Validation at step %d: loss %.4f, perplexity %.1f, best %.4f (%d samples, %s).",
+            "Validation at step %d: loss %.4f, ppl %.1f, best %.4f, took %s.",
             progress.step,
             loss,
             record["validation_perplexity"],
             progress.best_validation_loss,
-            self._data.validation.num_samples,
             format_duration(seconds),
         )
 
-    def show_live(self, doing: str = "") -> None:
-        """Show the newest record, or what is done instead of a step."""
-        if self._last_record and not doing:
-            self.live.show(self._describe(self._last_record))
-        else:
-            text = f"{self._state.progress.step}/{self._config.max_steps}"
-            self.live.show(f"{text}  {doing}" if doing else text)
+    def show_pause(self, doing: str) -> None:
+        """Show what is done instead of a step; without a terminal, a log line now and then."""
+        self.live.show(f"Step {self._state.progress.step}/{self._config.max_steps}  {doing}")
 
     def _eta_seconds(self, newest_step_seconds: float) -> float:
         step_seconds = self._throughput.recent_step_seconds or newest_step_seconds
         return self._remaining.seconds(self._state.progress.step, step_seconds)
 
     def _describe(self, record: dict[str, float]) -> str:
-        progress = self._state.progress
-        best = progress.best_validation_loss
-        milliseconds = record["step_seconds"] * 1e3
-        eta_seconds = self._eta_seconds(record["step_seconds"])
+        eta = format_duration(self._eta_seconds(record["step_seconds"]))
+        # A terminal of 100 columns has room for 82 characters after time and level.
         return (
-            f"{progress.step}/{self._config.max_steps}  loss {record['loss']:.4f}  "
-            f"ppl {record['perplexity']:.1f}  "
-            f"best val {'-' if best is None else format(best, '.4f')}  "
-            f"lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.2f}  "
-            f"{record['tokens_per_second']:,.0f} tok/s  "
-            f"{milliseconds:.0f} ms/step  ETA {format_duration(eta_seconds)}"
+            f"{self._state.progress.step}/{self._config.max_steps}  loss {record['loss']:.4f}  "
+            f"lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.2g}  "
+            f"{shorten(record['tokens_per_second'])} tok/s  ETA {eta}"
         )
+
+
+def shorten(count: float) -> str:
+    """Return a count in three digits: 547, 12.3k, 1.23M."""
+    for unit in ("", "k", "M"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}G"

@@ -9,13 +9,11 @@ A request to stop is acted on between two steps, when every rank has its batch o
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from types import TracebackType
 from typing import Any
 
 import google_crc32c
@@ -23,19 +21,16 @@ import torch
 
 from configs.training_config import TrainingConfig
 from utils.base import ranks
-from utils.base.console import LiveLine
 from utils.base.errors import ExitCode, PretrainError, ResourceShortageError, SaveError
 from utils.checkpoints.layout import RunPaths
 from utils.costs.costs import describe_costs, summarize_costs
 from utils.costs.spending import Spending, open_meter
 from utils.data_utils import TrainingData
-from utils.run import leaving
+from utils.run import evaluation, leaving
 from utils.run.bad_steps import BadSteps
-from utils.run.evaluation import RunEvaluator
 from utils.run.metrics import RunMetrics
 from utils.run.sample_texts import Sampler
 from utils.run.saving import RunSaving, SavedParts, SavingOptions
-from utils.run.shortage import describe_shortage
 from utils.start.restore import commit_start
 from utils.start.resume import Start
 from utils.storage.bucket import encode_crc32c
@@ -44,23 +39,11 @@ from utils.tracking.metrics_log import append_metrics
 from utils.training.stopping import StopRequest
 from utils.training_utils import TrainState, train_step
 
-WAIT_LINE_SECONDS = 30.0
-
 log = logging.getLogger("train")
 
 
 class TrainingRun:
-    """A context manager that holds everything of one attempt.
-
-    Args:
-        config: The run's configuration.
-        state: The train state, restored already.
-        data: The run's data; opened here.
-        start: Where it begins.
-        stop: Asked between two steps.
-        options: How checkpoints are written and uploaded.
-        hourly_price: Dollars an hour of all machines together, None where it is not known.
-    """
+    """A context manager that holds everything of one attempt."""
 
     def __init__(
         self,
@@ -106,7 +89,8 @@ class TrainingRun:
             "device": str(accelerator.device),
             "precision": accelerator.mixed_precision,
             "num_parameters": sum(p.numel() for p in self.state.core_model.parameters()),
-            "tokens_per_step": self.tokens_per_step,
+            "tokens_per_step": config.resolve_batch(accelerator.num_processes)[0]
+            * config.sequence_length,
             **asdict(self.state.utilization(config.sequence_length)),
             "launched_at": self._meter.launched_at,
             "hourly_price": self._meter.read().hourly_price,
@@ -123,27 +107,19 @@ class TrainingRun:
         )
         self._saving = RunSaving(config, self._parts, self.stop, self._options, self._notes.add)
         self._metrics = RunMetrics(config, self.state, self._data)
-        self._evaluator = RunEvaluator(
-            config, self.state, self._data, self._sampler, self._metrics, self.stop
-        )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Stop every thread, close every file, and note how it ended.
 
         Raises:
             ResourceShortageError: In place of an error that says that memory is short.
         """
-        shortage, accelerator = describe_shortage(error), self.state.accelerator
+        shortage, accelerator = leaving.describe_shortage(error), self.state.accelerator
         self._metrics.live.close()
         if shortage is not None and self._saving.is_writing:
             log.error("Out of memory: finishing the save and the uploads in progress.")
-            self._end_quietly()
+            self._finish_saves()
         self._data.close()
         self._saving.close()
         step, spending = self.state.progress.step, self._meter.read().to_json()
@@ -155,18 +131,12 @@ class TrainingRun:
             accelerator.end_training()
             ranks.disconnect()
 
-    def _end_quietly(self) -> None:
+    def _finish_saves(self) -> None:
         try:
             seconds = self.config.upload_deadline_seconds
             leaving.wait_for_uploads(self._saving, self._metrics.live, seconds, is_leaving=False)
         except SaveError as exc:
             log.error("%s", exc)
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer update over all ranks."""
-        samples, _ = self.config.resolve_batch(self.state.accelerator.num_processes)
-        return samples * self.config.sequence_length
 
     def batches(self, last_step: int) -> Iterator[list[torch.Tensor]]:
         """Yield this rank's micro-batches of each step, up to `last_step` or an agreed stop."""
@@ -264,9 +234,38 @@ class TrainingRun:
         A request to stop ends it without a result.
         """
         self._bad_steps.judge(newest=True)
-        if self._bad_steps.rollback_from is not None:
+        progress, data, metrics = self.state.progress, self._data.validation, self._metrics
+        is_measured = progress.validation_step == progress.step
+        if self._bad_steps.rollback_from is not None or (
+            is_measured and progress.validation_loss is not None
+        ):
             return False
-        return self._evaluator.evaluate(self._document_end)
+        started = time.perf_counter()
+        if self._is_main:
+            tracking.record_evaluating(self.paths.logs, progress.step)
+        loss = evaluation.evaluate(
+            self.state,
+            data,
+            self.config.eval_batch_size,
+            self._document_end,
+            self.stop.is_agreed,
+            lambda done: metrics.show_pause(f"evaluating, {done} of {data.num_samples} samples"),
+        )
+        loss_seconds = time.perf_counter() - started
+        self._write_sample_texts()
+        metrics.note_evaluation(time.perf_counter() - started, is_complete=loss is not None)
+        if loss is None:
+            return False
+        is_best = progress.add_validation(loss)
+        metrics.log_validation(loss, loss_seconds)
+        return is_best
+
+    def _write_sample_texts(self) -> None:
+        """Have the main process write them; other ranks wait at their next agreement."""
+        if self._is_main and self.stop.reason is None:
+            self._metrics.show_pause("writing sample texts")
+            samples = self._sampler.write(self.state, lambda: self.stop.reason is not None)
+            tracking.log_samples(self.state.accelerator, samples, self.state.progress.step)
 
     def save(self) -> None:
         """Begin to save a checkpoint; training goes on while it is written."""
@@ -294,15 +293,13 @@ class TrainingRun:
             saving.save_last()
         left = leave_at - time.monotonic()
         upload_seconds = max(0.0, min(config.upload_deadline_seconds, left))
-        self._metrics.live.close()
         failure = leaving.find_failure(self._failure)
         code = ExitCode.DONE
         try:
             if self._is_main:
-                with contextlib.closing(LiveLine(plain_seconds=WAIT_LINE_SECONDS)) as live:
-                    code = leaving.wait_for_uploads(
-                        saving, live, upload_seconds, is_leaving=reason is not None
-                    )
+                code = leaving.wait_for_uploads(
+                    saving, self._metrics.live, upload_seconds, is_leaving=reason is not None
+                )
         finally:
             # A launcher ends all ranks once one has left with another code than 0.
             if reason is not None:
@@ -310,16 +307,11 @@ class TrainingRun:
         if failure is not None:
             raise failure
         self._outcome = "done" if progress.step >= config.max_steps else "stopped"
-        self._log_costs()
-        if code is not ExitCode.DONE:
-            reason = self.stop.reason  # it may have come while uploads were waited for
-        return leaving.conclude(code, reason, progress.step, config.max_steps)
-
-    def _log_costs(self) -> None:
         costs = summarize_costs(
-            self._meter.read(),
-            tokens_seen=self.state.progress.tokens_seen,
-            remaining_seconds=None,
+            self._meter.read(), tokens_seen=progress.tokens_seen, remaining_seconds=None
         )
         if costs is not None:
             log.info("%s", describe_costs(costs))
+        if code is not ExitCode.DONE:
+            reason = self.stop.reason  # it may have come while uploads were waited for
+        return leaving.conclude(code, reason, progress.step, config.max_steps)

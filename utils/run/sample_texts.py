@@ -2,8 +2,8 @@
 
     prompts, tokenizer of the data -> generation -> samples.jsonl, TensorBoard, W&B
 
-A look, and no more: it changes nothing of the training (see `utils/models/generation.py`), and what
-goes wrong here is said once and ends the looking, never the run. The main process alone does it.
+Training is left as it is (see `utils/models/generation.py`). An error here is logged once and ends
+the sample texts, never the run. The main process alone writes them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import DistributedType
-
 from configs.training_config import TrainingConfig
 from utils.base.text import printable, printable_lines
 from utils.models.generation import Sampling, StopWhen, generate_tokens
@@ -25,8 +23,6 @@ from utils.training_utils import TrainState
 
 TEMPERATURE = 0.8
 TOP_P = 0.95
-# Ranks hold parts of the weights: a forward of one rank alone would wait for the others.
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 log = logging.getLogger("train")
 
@@ -94,7 +90,7 @@ class Sampler:
         return samples
 
     def _sample(self, state: TrainState, should_stop: Callable[[], bool]) -> list[Sample]:
-        if not state.division.has_whole_weights or state.accelerator.distributed_type in SHARDED:
+        if not state.division.has_whole_weights:  # a forward of one rank would wait for the others
             self._give_up("each rank holds a part of the weights only")
             return []
         if self._tokenizer is None and not self._files:
@@ -121,5 +117,5 @@ class Sampler:
         return samples
 
     def _give_up(self, reason: str, level: int = logging.INFO) -> None:
-        log.log(level, "No sample texts in this start: %s.", reason.rstrip("."))
+        log.log(level, "No sample texts in this attempt: %s.", reason.rstrip("."))
         self._prompts = []

@@ -177,7 +177,7 @@ class RunSaving:
         """Tell whether `save_seconds` have passed, or a failed save is to be tried again."""
         seconds = self.config.save_seconds
         due = seconds is not None and time.monotonic() - self._saved_at >= seconds
-        return self._stop.any_rank(due or self._is_retry_due())
+        return ranks.any_rank(due or self._is_retry_due())
 
     def save(self, *, is_last: bool = False) -> float:
         """Begin to save a checkpoint; training goes on while it is written.
@@ -193,7 +193,7 @@ class RunSaving:
         if step == self.saved_step:
             return 0.0
         started = time.perf_counter()
-        if self._stop.any_rank(self.saver.is_busy):
+        if ranks.any_rank(self.saver.is_busy):
             if self.config.save_overlap == "skip" and not is_last:
                 log.warning(
                     "Step %d is not saved: the save before it is still being written.", step
@@ -216,14 +216,14 @@ class RunSaving:
         """Save what is not saved yet, wait until it is written; try a failed save once more."""
         self.save(is_last=True)
         self.wait()
-        if self._stop.any_rank(self.failure is not None):
+        if ranks.any_rank(self.failure is not None):
             log.info("Saving once more.")
             self.saved_step = -1
             self.save(is_last=True)
 
     def wait(self) -> None:
         """Wait until nothing is being written; no rank waits in one collective for long."""
-        while self._stop.any_rank(not self.saver.wait(0.5)):
+        while ranks.any_rank(not self.saver.wait(0.5)):
             pass
 
     @property

@@ -34,7 +34,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="configs/NAME.json or a path that ends in .json (default: test)",
     )
     add("--max-steps", type=int, metavar="N", help="length of the run and of its schedule")
-    add("--stop-after", type=int, metavar="N", help="save and end this start after step N")
+    add("--stop-after", type=int, metavar="N", help="save and end this attempt after step N")
     add("--hourly-price", type=float, metavar="X", help="dollars an hour of all machines together")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(

@@ -5,7 +5,7 @@ small step, short upload -> expected step, run and upload time -> preflight
 
 from __future__ import annotations
 
-import psutil
+import os
 
 from utils.base.text import format_bytes, format_duration
 from utils.checkpoints.layout import REMOTE_FOLDER
@@ -15,18 +15,17 @@ from utils.costs.spending import Amount
 from utils.models.estimates import count_pauses, estimate_checkpoint_bytes
 from utils.start.checks import Check
 from utils.start.facts import RunFacts
-from utils.start.machine_checks import find_free_memory
-from utils.start.step_probe import StepProbe, measure_matmul_rate, measure_step
+from utils.start.step_probe import StepProbe
 from utils.training.throughput import RemainingTime
 from utils.uploads.rate import measure_upload_rate
 from utils.uploads.transports import TransportOptions
 
 LONG_RUN_SECONDS = 900.0
-# Of what a large product of matrices reaches, a step reaches about so much.
+# FLOPs a second of a core and of a GPU whose peak is not known, and the share that a step reaches.
+CPU_FLOPS, GPU_FLOPS = 5e10, 2e13
 STEP_EFFICIENCY = 0.4
 # Compressing and checking an archive, bytes a second of one core: BENCHMARKS.md.
 ARCHIVE_BYTES_PER_SECOND = 250e6
-BUSY_SECONDS = 0.3
 BUSY_CPU_SHARE = 0.25
 LATE_SHARE = 1.0
 BUSY_SHARE = 0.5
@@ -36,26 +35,17 @@ def is_long_run(facts: RunFacts) -> bool:
     """Tell whether the rest of a run is long enough to measure a small step first."""
     steps = facts.config.max_steps - facts.step
     flops = steps * facts.tokens_per_step * facts.utilization.flops_per_token
-    needed = flops / LONG_RUN_SECONDS / facts.world_size / STEP_EFFICIENCY
-    # A short run is known by the first product already: this is part of every run.
-    return measure_matmul_rate(facts.device, facts.precision, enough=needed) < needed
-
-
-def probe_step(facts: RunFacts) -> StepProbe | None:
-    """Measure a small step of the run; None where not even that fits into the memory."""
-    free, _ = find_free_memory(facts.device)
-    return measure_step(facts, free)
+    rate = facts.utilization.peak_flops
+    if rate is None:
+        each = CPU_FLOPS * (os.cpu_count() or 1) if facts.device.type == "cpu" else GPU_FLOPS
+        rate = facts.world_size * each
+    return flops / rate / STEP_EFFICIENCY > LONG_RUN_SECONDS
 
 
 def estimate_run_seconds(facts: RunFacts, step_seconds: float) -> float:
     """Return the time of the rest of a run with steps of that time."""
     remaining = RemainingTime(facts.config, facts.samples_per_step, facts.evaluation_samples)
     return remaining.seconds(facts.step, step_seconds)
-
-
-def measure_busy_share() -> float:
-    """Return the share of this machine's CPUs that is in use, watched for a moment."""
-    return float(psutil.cpu_percent(BUSY_SECONDS)) / 100
 
 
 def check_times(
@@ -66,11 +56,7 @@ def check_times(
 ) -> list[Check]:
     """Return what is expected of steps, run and uploads.
 
-    Args:
-        facts: What is to be trained, and where.
-        probe: The small step; None where not even that fits.
-        transport: The way to the bucket; None uploads nothing.
-        busy_share: Share of the CPUs that others used before the small step.
+    Without a probe not even a small step fits; without a transport nothing is uploaded.
     """
     if probe is None:
         text = "unknown: not even a small step fits into the memory, so none was measured"

@@ -1,7 +1,7 @@
 """What a run holds before it decides where it begins: its directory, and its prefix of the bucket.
 
-Until both are held, another trainer may save, upload or finish there. What the checks before said
-of that was true at the time, and decides nothing.
+Until both are held, another trainer may save, upload or finish there: what the checks found before
+may not hold any more, and decides nothing.
 """
 
 from __future__ import annotations
@@ -26,11 +26,7 @@ def hold_and_plan(
 ) -> Plan:
     """Hold the run's directory and bucket, then decide where to begin; for the main process.
 
-    Args:
-        stack: Lets go of both.
-        args: The command line.
-        config: The run's configuration.
-        run_id: Names the holder of the bucket until the plan says which run it is.
+    `run_id` names the holder of the bucket until the plan says which run it is.
 
     Raises:
         LockedError: Another trainer holds one of them.

@@ -68,11 +68,7 @@ def check_memory(
 ) -> Check:
     """Compare the estimated memory of training with what the device has.
 
-    Args:
-        config: The run's configuration.
-        need: The estimate.
-        device: Where the run is trained.
-        ratio: Measured over estimated memory of a small step; None where none was measured.
+    `ratio` is measured over estimated memory of a small step, None where none was measured.
     """
     available, where = find_free_memory(device)
     # What the formula does not know of, it is not to be trusted with.
@@ -117,13 +113,7 @@ def check_snapshot(config: TrainingConfig, counts: ParameterCounts) -> Check:
 def check_disk(
     config: TrainingConfig, counts: ParameterCounts, transport: TransportOptions | None = None
 ) -> Check:
-    """Compare the space that checkpoints take with what is free.
-
-    Args:
-        config: The run's configuration.
-        counts: Its model's parameters.
-        transport: The way to the bucket; gsutil's needs room for an archive.
-    """
+    """Compare the space that checkpoints take with what is free."""
     one = estimate_checkpoint_bytes(counts.total)
     has_archive = transport is not None and transport.name == "gsutil"
     copies = config.keep_checkpoints + 2 + has_archive  # the best, and one being written

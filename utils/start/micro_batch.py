@@ -32,8 +32,7 @@ LARGEST_MICRO_BATCH = 2**16
 def resolve_micro_batch(facts: RunFacts) -> RunFacts:
     """Return the facts with the largest micro-batch that fits on every rank; all ranks call this.
 
-    Args:
-        facts: With `auto_find_batch_size`; others come back as they are.
+    Facts without `auto_find_batch_size` come back as they are.
 
     Raises:
         ConfigError: The samples of a step cannot be divided over the ranks.

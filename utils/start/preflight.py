@@ -6,7 +6,7 @@ Each check returns findings instead of raising, so that one problem does not hid
 finding says what to do. Checks that wait for a network have short limits.
 
 `check_start` comes first and reads all that can refuse a run; another trainer may still work there.
-Where the run begins is decided once nobody else does (`utils/start/hold.py`).
+Where the run begins is decided once directory and bucket are held (`utils/start/hold.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from configs.model_config import CONFIG_FILE, find_dropouts, known_vocab_size
 from configs.training_config import TrainingConfig
@@ -44,16 +46,23 @@ from utils.models.estimates import estimate_checkpoint_bytes
 from utils.models.tokenizer import find_misreading, write_tokenizer_files
 from utils.start.checks import Check, print_checks, require_all
 from utils.start.facts import RunFacts
-from utils.start.forecast import check_times, is_long_run, measure_busy_share, probe_step
-from utils.start.machine_checks import check_disk, check_memory, check_snapshot, estimate_memory
+from utils.start.forecast import check_times, is_long_run
+from utils.start.machine_checks import (
+    check_disk,
+    check_memory,
+    check_snapshot,
+    estimate_memory,
+    find_free_memory,
+)
 from utils.start.resume import Plan, look_for_start, require_startable
-from utils.start.step_probe import StepProbe
+from utils.start.step_probe import StepProbe, measure_step
 from utils.storage.open import open_bucket
 from utils.training.sharding import resolve_sharding
 from utils.training_utils import device_name
 from utils.uploads.transports import TransportOptions, probe_transport
 
 PROBE_RETRY_SECONDS = 4.0
+BUSY_SECONDS = 0.3
 USUAL_TOKENS_PER_PARAMETER = 20
 # Up to here, tokens that are seen again are worth nearly as much (Muennighoff et al. 2023).
 MANY_EPOCHS = 4
@@ -84,9 +93,10 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
             )
         try:
             bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
-            index = build_shard_index(
-                bucket, config.file_limit, skip_bad_shards=config.bad_shard == "skip"
-            )
+            with contextlib.closing(bucket):
+                index = build_shard_index(
+                    bucket, config.file_limit, skip_bad_shards=config.bad_shard == "skip"
+                )
         except StorageError as exc:
             findings.append(Check("data", "fail", _advise(exc, "read", uri)))
             continue
@@ -94,7 +104,6 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
         shards, tokens = len(index.training), index.training_tokens
         text = f"{shards} training shards with {tokens:,} tokens in {bucket.uri}"
         findings.append(Check("data", "ok", text))
-        bucket.close()
     return sources, findings
 
 
@@ -135,11 +144,10 @@ def read_tokenizers(config: TrainingConfig, sources: Sequence[DataSource]) -> di
     return found[0] if found else {}
 
 
-def check_tokenizer(files: Mapping[str, bytes], model_config: Any, *, is_new: bool) -> list[Check]:
-    """Say where `AutoTokenizer` would read a checkpoint's tokenizer in another way than it is.
+def check_tokenizer(files: Mapping[str, bytes], model_config: Any) -> list[Check]:
+    """Say whether `AutoTokenizer` would read a new run's tokenizer differently from its file.
 
-    For some types of model, transformers builds a tokenizer by rules of its own. A run that has
-    begun with one is only warned.
+    For some types of model, transformers builds a tokenizer by rules of its own.
     """
     if TOKENIZER_FILE not in files:
         return []
@@ -155,7 +163,7 @@ def check_tokenizer(files: Mapping[str, bytes], model_config: Any, *, is_new: bo
     return [
         Check(
             "tokenizer",
-            "fail" if is_new else "warn",
+            "fail",
             f"For a model of type {model_config.model_type}, transformers reads "
             f"{printable(repr(text), 80)} in another way than the data's {TOKENIZER_FILE}: nobody "
             "who loads a checkpoint would get the ids that it was trained with. Train another type "
@@ -188,9 +196,7 @@ def check_upload(
 ) -> tuple[TransportOptions | None, list[Check]]:
     """Return the transport that can write, read and delete a small object, and what was found.
 
-    Args:
-        config: The run's configuration.
-        scratch: Directory for a local archive, where the transport needs one.
+    `scratch` is a directory for a local archive, where the transport needs one.
     """
     if not config.checkpoint_uri:
         return None, [Check("upload", "warn", "checkpoint_uri is empty: nothing is uploaded")]
@@ -259,7 +265,7 @@ def check_start(
     config, model_config = facts.config, facts.model_config
     paths = RunPaths.of(config)
     plan, resuming, owning = _look_for_start(config, resume, is_fresh=is_fresh)
-    # Data first: what is wrong with them is told before anything is written to the other bucket.
+    # Data first: they are refused before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config)
     tokenizer = read_tokenizers(config, sources)
@@ -270,9 +276,8 @@ def check_start(
     checks = [
         *resuming,
         *data,
-        *([check_tokens(facts)] if sources else []),
-        *([check_vocabulary(sources, model_config)] if sources else []),
-        *check_tokenizer(tokenizer, model_config, is_new=plan.step == 0),
+        *([check_tokens(facts), check_vocabulary(sources, model_config)] if sources else []),
+        *([] if plan.step else check_tokenizer(tokenizer, model_config)),
         memory,
         check_snapshot(config, facts.counts),
         check_disk(config, facts.counts, transport),
@@ -317,8 +322,8 @@ def _measure(
     if facts.step >= facts.config.max_steps or not (should_measure or is_long_run(facts)):
         return memory, [], None, 0.0
     log.info("Measuring a small step.")
-    busy_share = measure_busy_share()
-    probe = probe_step(facts)
+    busy_share = float(psutil.cpu_percent(BUSY_SECONDS)) / 100
+    probe = measure_step(facts, find_free_memory(facts.device)[0])
     if probe is None:
         return memory, check_times(facts, None, None), None, busy_share
     memory = check_memory(facts.config, need, facts.device, probe.memory_ratio)

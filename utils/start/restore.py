@@ -10,8 +10,10 @@ that is whole but does not fit this configuration is refused: an older one would
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ from configs.training_config import ConfigChanges, TrainingConfig, compare_confi
 from utils.base import ranks
 from utils.base.console import LiveLine
 from utils.base.errors import CheckpointError, ConfigError, StorageError, UnreadableCheckpointError
-from utils.base.progress import OnProgress
 from utils.base.text import format_bytes
 from utils.checkpoint_utils import SavedState, read_checkpoint, restore_state
 from utils.checkpoints.journal import Journal
@@ -41,7 +42,6 @@ from utils.remote.download import download_checkpoint
 from utils.start.machine_sharing import on_every_machine
 from utils.start.resume import (
     Candidate,
-    OpenBucket,
     Plan,
     Start,
     fresh_start,
@@ -56,34 +56,24 @@ _MODEL_KEYS = ("model:", "model_overrides:", "pad_vocab_to_multiple_of:")
 _DRAWING_KEYS = ("torch_compile:", "attn_implementation:", "use_regional_compilation:")
 
 
-@dataclass(frozen=True)
-class Consent:
-    """What the user accepts that a resume would otherwise refuse.
-
-    Attributes:
-        data_change: Go on although the shards are not the checkpoint's.
-        config_change: Go on although the configuration trains something else.
-        missing_random_state: Go on although the random states cannot be read.
-    """
-
-    data_change: bool = False
-    config_change: bool = False
-    missing_random_state: bool = False
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Consent:
-        """Return what a command line of train.py accepts."""
-        return cls(
-            args.accept_data_change, args.accept_config_change, args.accept_missing_random_state
-        )
-
-
 def begin(
-    plan: Plan, config: TrainingConfig, state: TrainState, data: TrainingData, consent: Consent
+    plan: Plan,
+    config: TrainingConfig,
+    state: TrainState,
+    data: TrainingData,
+    args: argparse.Namespace,
 ) -> Start:
     """Restore the first candidate of a plan that can be used; every rank calls this.
 
     Nothing is moved here but damaged checkpoints; `commit_start` does the rest.
+
+    Args:
+        plan: Where the attempt may begin.
+        config: The run's configuration.
+        state: Changed in place.
+        data: The run's data, for the position in them.
+        args: What the command line accepts: `accept_data_change`, `accept_config_change`,
+            `accept_missing_random_state`.
 
     Raises:
         CheckpointError: No candidate can be used.
@@ -91,28 +81,37 @@ def begin(
         DataError: The data are not those of the checkpoint.
         StorageError: The bucket does not give the only candidate.
     """
-    paths, forgives = RunPaths.of(config), consent.missing_random_state
+    paths, forgives = RunPaths.of(config), bool(args.accept_missing_random_state)
     if not plan.candidates:
         return fresh_start(plan, paths)
     for candidate in plan.candidates:
-        found = ranks.compute_on_main(lambda c=candidate: _bring(plan, c, config, consent))  # type: ignore[misc]
+        found = ranks.compute_on_main(
+            functools.partial(
+                bring,
+                plan,
+                candidate,
+                paths,
+                forgive_random_states=forgives,
+                user_project=config.gcs_user_project or None,
+            )
+        )
         if found is None:
             continue
         checkpoint, manifest = found
         with on_every_machine(
             checkpoint, manifest, paths.checkpoints, forgive_random_states=forgives
         ) as here:
-            saved = _read(here, manifest, state, consent)
+            saved = _read(here, manifest, state, forgives)
             if isinstance(saved, UnreadableCheckpointError):
                 _pass_over(plan, replace(candidate, path=checkpoint), paths, saved)
                 continue
-            _require_same_config(here, saved, state, config, is_accepted=consent.config_change)
+            _require_same_config(here, saved, state, config, is_accepted=args.accept_config_change)
         restore_state(state, saved, config)
         start = ranks.compute_on_main(
-            lambda c=checkpoint, m=manifest: resolve_start(plan, paths, c, m)  # type: ignore[misc]
+            functools.partial(resolve_start, plan, paths, checkpoint, manifest)
         )
         bad_shards = _place_in_data(
-            state.progress, saved.data_state, data, is_change_accepted=consent.data_change
+            state.progress, saved.data_state, data, is_change_accepted=args.accept_data_change
         )
         log.info("Resumed from %s (step %d).", checkpoint, state.progress.step)
         return replace(start, bad_shards=bad_shards)
@@ -171,39 +170,57 @@ def require_shared_directory(directory: Path, token: str) -> None:
     ranks.compute_on_main(judge)
 
 
-def obtain(
+def bring(
+    plan: Plan,
     candidate: Candidate,
     paths: RunPaths,
     *,
-    on_progress: OnProgress,
     forgive_random_states: bool = False,
-    open_bucket: OpenBucket = open_bucket,
-) -> tuple[Path, Manifest]:
+    user_project: str | None = None,
+) -> tuple[Path, Manifest] | None:
     """Return a candidate as a verified directory on this machine, downloaded where it is not here.
 
     Args:
+        plan: Says whether the next candidate may be tried where this one cannot be used.
         candidate: What to bring.
         paths: The run's directories; a download is committed there.
-        on_progress: Told how far a download is.
         forgive_random_states: Damaged random states are no error.
-        open_bucket: Opens a bucket for reading.
+        user_project: Who pays for requests to a requester-pays bucket.
+
+    Returns:
+        None where it cannot be used and was passed over.
 
     Raises:
-        CheckpointError: It is damaged or incomplete.
-        StorageError: The bucket does not give it.
+        CheckpointError: It is damaged or incomplete, and no other may be tried.
+        StorageError: The bucket does not give it, and no other may be tried.
     """
-    if candidate.path is not None:
+    try:
+        if candidate.path is None:
+            return _download(candidate, paths, user_project)
         return candidate.path, verify_checkpoint(
             candidate.path, forgive_random_states=forgive_random_states
         )
+    except (CheckpointError, StorageError) as exc:
+        _pass_over(plan, candidate, paths, exc)
+        return None
+
+
+def _download(
+    candidate: Candidate, paths: RunPaths, user_project: str | None
+) -> tuple[Path, Manifest]:
+    log.info("Downloading %s.", candidate)
     _make_way(candidate, paths)
-    bucket = open_bucket(candidate.bucket_uri)
-    try:
+    with (
+        contextlib.closing(LiveLine()) as live,
+        contextlib.closing(open_bucket(candidate.bucket_uri, user_project)) as bucket,
+    ):
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            live.show(f"{stage} {candidate.name}: {format_bytes(done)} of {format_bytes(total)}")
+
         path = download_checkpoint(
-            bucket, str(candidate.name), paths.checkpoints, Journal(paths.journal), on_progress
+            bucket, str(candidate.name), paths.checkpoints, Journal(paths.journal), show
         )
-    finally:
-        bucket.close()
     return path, read_manifest(path)
 
 
@@ -212,53 +229,11 @@ def _make_way(candidate: Candidate, paths: RunPaths) -> None:
     taken = paths.checkpoints / str(candidate.name)
     if not taken.exists():
         return
-    try:
+    with contextlib.suppress(CheckpointError):
         if verify_checkpoint(taken).identity == candidate.identity:
             return
-    except CheckpointError as exc:
-        log.debug("%s", exc)
-    log.warning(
-        "%s was set aside as %s: its name is needed for %s.",
-        taken,
-        set_aside(taken, paths.checkpoints),
-        candidate,
-    )
-
-
-def discard(candidate: Candidate, paths: RunPaths, reason: str) -> None:
-    """Set a checkpoint aside that cannot be used; call it under the lock of the directory."""
-    own = paths.checkpoints.resolve()
-    if candidate.path is None or candidate.path.resolve().parent != own:
-        log.warning("%s Trying the one before.", reason)
-        return
-    moved = set_aside(candidate.path, paths.checkpoints)
-    log.warning("%s It was set aside as %s; trying the one before.", reason, moved)
-
-
-def _bring(
-    plan: Plan, candidate: Candidate, config: TrainingConfig, consent: Consent
-) -> tuple[Path, Manifest] | None:
-    """Return a verified directory; None where it cannot be used and the next may be tried."""
-    paths, live = RunPaths.of(config), LiveLine(enabled=True)
-
-    def show(stage: str, done: int, total: int | None) -> None:
-        live.show(f"{stage} {candidate.name}: {format_bytes(done)} of {format_bytes(total)}")
-
-    try:
-        if candidate.path is None:
-            log.info("Bringing %s.", candidate)
-        return obtain(
-            candidate,
-            paths,
-            on_progress=show,
-            forgive_random_states=consent.missing_random_state,
-            open_bucket=lambda uri: open_bucket(uri, config.gcs_user_project or None),
-        )
-    except (CheckpointError, StorageError) as exc:
-        _pass_over(plan, candidate, paths, exc)
-        return None
-    finally:
-        live.close()
+    moved = set_aside(taken, paths.checkpoints)
+    log.warning("%s was set aside as %s: its name is needed for %s.", taken, moved, candidate)
 
 
 def _pass_over(
@@ -267,12 +242,17 @@ def _pass_over(
     """Set a candidate aside so that the next one may be tried; raise where none may be."""
     if not plan.can_walk_back:
         raise error
-    if ranks.is_main_rank():
-        discard(candidate, paths, str(error))
+    if not ranks.is_main_rank():
+        return
+    if candidate.path is None or candidate.path.resolve().parent != paths.checkpoints.resolve():
+        log.warning("%s Trying the one before.", error)
+        return
+    moved = set_aside(candidate.path, paths.checkpoints)
+    log.warning("%s It was set aside as %s; trying the one before.", error, moved)
 
 
 def _read(
-    checkpoint: Path, manifest: Manifest, state: TrainState, consent: Consent
+    checkpoint: Path, manifest: Manifest, state: TrainState, forgive_random_states: bool
 ) -> SavedState | UnreadableCheckpointError:
     """Return what a checkpoint holds, or why the main process cannot read it; on every rank.
 
@@ -287,7 +267,7 @@ def _read(
             manifest,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
-            accept_missing_random_state=consent.missing_random_state,
+            accept_missing_random_state=forgive_random_states,
             part=state.division.rows,
         )
     except UnreadableCheckpointError as exc:
@@ -317,9 +297,12 @@ def _require_same_config(
         ConfigError: There is such a difference, and it was not accepted.
     """
     model_config = state.core_model.config
+    before: Any = None
+    with contextlib.suppress(OSError, ValueError):
+        before = read_json(checkpoint / CONFIG_FILE)
     changes = judge_changes(
         compare_configs(read_json(checkpoint / TRAINING_CONFIG_FILE), config),
-        describe_model_changes(_read_model(checkpoint), model_config),
+        describe_model_changes(before, model_config),
         has_dropout=bool(find_dropouts(model_config)),
         is_compiled=config.torch_compile,
     )
@@ -334,10 +317,9 @@ def _require_same_config(
         log.info("Changed since the checkpoint: %s.", change)
         if change.startswith("max_steps:") and config.lr_scheduler_type != "constant":
             log.info(
-                "The schedule is now: warm-up to step %d, then %s to %.3g at step %d.",
+                "The schedule is now: warm-up to step %d, then %s to step %d.",
                 config.warmup_steps,
                 config.lr_scheduler_type,
-                config.learning_rate * config.min_lr_rate,
                 config.max_steps,
             )
     if guarded and not is_accepted:
@@ -348,14 +330,6 @@ def _require_same_config(
         )
     for change in guarded:
         log.warning("Changed since the checkpoint, as accepted: %s.", change)
-
-
-def _read_model(checkpoint: Path) -> Any:
-    """Return what a checkpoint says of its model; None where that cannot be read."""
-    try:
-        return read_json(checkpoint / CONFIG_FILE)
-    except (OSError, ValueError):
-        return None
 
 
 def judge_changes(
@@ -390,12 +364,6 @@ def _place_in_data(
     progress: TrainingProgress, before: DataState, data: TrainingData, *, is_change_accepted: bool
 ) -> tuple[int, ...]:
     """Put the position in the data where the checkpoint was; return the shards known as bad.
-
-    Args:
-        progress: Restored already.
-        before: What the checkpoint says of the data.
-        data: As they are now.
-        is_change_accepted: Other shards are no error: the run goes on at the next epoch.
 
     Raises:
         DataError: The data are not those of the checkpoint.

@@ -8,9 +8,10 @@ not past the step where a later branch left its own.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from configs.training_config import TrainingConfig
@@ -79,7 +80,8 @@ class Plan:
         candidates: Newest first; the first that can be used is taken. Empty at step 0.
         can_walk_back: Whether the next candidate may be taken where one cannot be used.
         is_older: Whether the candidate is known not to be the newest of its run.
-        known: Other identities that were seen in the bucket.
+        known: Other identities that were seen beside the candidates.
+        in_bucket: Identities of all that the run's own bucket holds.
         searched: Where a checkpoint was looked for in vain, "" where none was.
     """
 
@@ -88,6 +90,7 @@ class Plan:
     can_walk_back: bool = False
     is_older: bool = False
     known: tuple[RunIdentity, ...] = ()
+    in_bucket: tuple[RunIdentity, ...] = ()
     searched: str = ""
 
     @property
@@ -158,10 +161,9 @@ def look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, li
     def open_with_patience(uri: str) -> Bucket:
         return open_bucket(uri, config.gcs_user_project or None, LOOK_RETRY_SECONDS)
 
-    # Before the plan, which then knows whatever a run uploads in between.
-    owners = _find_owners(uri, open_with_patience) if uri else set()
     plan = plan_start(paths, resume=resume, bucket_uri=uri, open_bucket=open_with_patience)
-    others = owners - ({plan.identity.run_id} if plan.candidates else set())
+    own = {plan.identity.run_id} if plan.candidates else set()
+    others = {identity.run_id for identity in plan.in_bucket} - own
     if not others:
         return plan, []
     text = (
@@ -169,19 +171,6 @@ def look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, li
         "which are never overwritten. Give this run a name of its own: --set run_name=NAME."
     )
     return plan, [Check("upload", "fail", text)]
-
-
-def _find_owners(uri: str, open_bucket: OpenBucket) -> set[str]:
-    """Return the runs whose checkpoints a bucket holds, as far as it can be read."""
-    bucket = open_bucket(uri)
-    try:
-        remote = read_remote_checkpoints(bucket, newest=READ_SIDECARS)
-    except StorageError as exc:
-        log.debug("The bucket's checkpoints cannot be listed: %s", exc)
-        return set()
-    finally:
-        bucket.close()
-    return {view.manifest.run_id for view in remote if view.manifest}
 
 
 def plan_start(
@@ -204,66 +193,66 @@ def plan_start(
         UsageError: There is no such checkpoint, or it is not clear which one is meant.
         StorageError: The bucket that is needed cannot be read.
     """
-    if resume is None:
-        return Plan(RunIdentity(new_run_id()))
-    named = parse_remote_name(resume)
-    if named is not None:
-        uri, which = named
-        return _plan_named(which, _read_bucket(open_bucket, uri), f"{uri}/{REMOTE_FOLDER}")
-    path = Path(resume)
-    if path.name != resume or path.is_absolute():  # a path rather than a name
-        if not path.is_dir():
-            raise UsageError(f"--resume {resume}: there is no such directory or bucket.")
-        manifest = read_manifest(path)
-        name = parse_checkpoint_name(path.name) or CheckpointName(manifest.step, 0, 0)
-        remote = _read_bucket_or_warn(open_bucket, bucket_uri) if bucket_uri else []
-        return _plan_one(Candidate(name, manifest.identity, path), remote)
     local = _local_candidates(paths.checkpoints)
-    # Where nothing is here, a bucket that cannot be read must not look like one that is empty.
-    read = _read_bucket_or_warn if local else _read_bucket
-    remote = read(open_bucket, bucket_uri) if bucket_uri else []
-    if resume == "latest":
+    named = None if resume is None else parse_remote_name(resume)
+    is_path = resume is not None and Path(resume).name != resume
+    remote: list[Candidate] = []
+    in_bucket: tuple[RunIdentity, ...] = ()
+    if bucket_uri:
+        try:
+            remote, in_bucket = _read_bucket(open_bucket, bucket_uri)
+        except StorageError as exc:
+            # Where nothing is here, a bucket that cannot be read must not look like an empty one.
+            if resume is not None and not is_path and not local:
+                raise
+            log.warning("The checkpoints in %s cannot be listed: %s", bucket_uri, exc)
+    if resume is None:
+        plan = Plan(RunIdentity(new_run_id()))
+    elif named is not None:
+        uri, which = named
+        there = remote if remote and uri == bucket_uri else _read_bucket(open_bucket, uri)[0]
+        plan = _plan_named(which, there, f"{uri}/{REMOTE_FOLDER}")
+    elif is_path:
+        plan = _plan_path(Path(resume), remote)
+    elif resume == "latest":
         where = f"{paths.checkpoints} or {bucket_uri}" if bucket_uri else str(paths.checkpoints)
-        return _plan_latest(paths, local, remote, where)
-    return _plan_chosen(resume, paths, local, remote)
+        plan = _plan_latest(paths, local, remote, where)
+    else:
+        plan = _plan_chosen(resume, paths, local, remote)
+    return replace(plan, in_bucket=in_bucket)
 
 
-def _plan_one(found: Candidate, others: Sequence[Candidate]) -> Plan:
-    """Return a plan for a checkpoint that was named, where others are known."""
-    return Plan(
-        found.identity,
-        (found,),
-        is_older=any(_is_ahead(one, found) for one in others),
-        known=tuple(one.identity for one in others),
-    )
-
-
-def _is_ahead(one: Candidate, other: Candidate) -> bool:
-    return one.identity.run_id == other.identity.run_id and one.name.step > other.name.step
-
-
-def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[Candidate]:
-    """Return what a bucket has with a usable sidecar, by step."""
-    bucket = open_bucket(uri)
-    try:
+def _read_bucket(
+    open_bucket: OpenBucket, uri: str
+) -> tuple[list[Candidate], tuple[RunIdentity, ...]]:
+    """Return what a bucket has that can be used, by step, and all that says whose it is."""
+    with contextlib.closing(open_bucket(uri)) as bucket:
         views = read_remote_checkpoints(bucket, newest=READ_SIDECARS)
-    finally:
-        bucket.close()
     found = []
     for view in views:
         if view.manifest is None or view.problem is not None:
             log.info("%s in %s is passed over: %s.", view.name, uri, view.problem)
         else:
             found.append(Candidate(view.name, view.manifest.identity, None, uri, view))
-    return found
+    return found, tuple(view.manifest.identity for view in views if view.manifest)
 
 
-def _read_bucket_or_warn(open_bucket: OpenBucket, uri: str) -> list[Candidate]:
-    try:
-        return _read_bucket(open_bucket, uri)
-    except StorageError as exc:
-        log.warning("The checkpoints in %s cannot be listed: %s", uri, exc)
-        return []
+def _plan_path(path: Path, remote: Sequence[Candidate]) -> Plan:
+    if not path.is_dir():
+        raise UsageError(f"--resume {path}: there is no such directory or bucket.")
+    manifest = read_manifest(path)
+    name = parse_checkpoint_name(path.name) or CheckpointName(manifest.step, 0, 0)
+    return _plan_one(Candidate(name, manifest.identity, path), remote)
+
+
+def _plan_one(found: Candidate, others: Sequence[Candidate]) -> Plan:
+    """Return a plan for a checkpoint that was named, where others are known."""
+    is_older = any(
+        one.identity.run_id == found.identity.run_id and one.name.step > found.name.step
+        for one in others
+    )
+    known = tuple(one.identity for one in others)
+    return Plan(found.identity, (found,), is_older=is_older, known=known)
 
 
 def _plan_named(which: str, remote: Sequence[Candidate], where: str) -> Plan:
@@ -301,7 +290,7 @@ def _plan_chosen(
     others = [*local, *remote]
     if others and parse_checkpoint_name(which) is None:
         run_id = _find_identity(paths, local, remote).run_id
-        # One whose manifest cannot be read is of this run as far as anyone knows.
+        # One whose manifest cannot be read may be of this run.
         views = [view for view in views if view.manifest is None or view.manifest.run_id == run_id]
         remote = [one for one in remote if one.identity.run_id == run_id]
     try:
@@ -369,7 +358,7 @@ def _order(candidates: Iterable[Candidate], identity: RunIdentity) -> tuple[Cand
 
 
 def resolve_start(plan: Plan, paths: RunPaths, checkpoint: Path, manifest: Manifest) -> Start:
-    """Return the start at a checkpoint that can be used: its branch, and what is obsolete.
+    """Return where an attempt begins that goes on from a checkpoint: its branch, what is obsolete.
 
     `latest` goes on with the branch, also where newer checkpoints of it could not be used; a
     checkpoint that was named and is not the newest begins a new branch.
@@ -404,25 +393,18 @@ def resolve_start(plan: Plan, paths: RunPaths, checkpoint: Path, manifest: Manif
 
 def _branches_taken(plan: Plan, paths: RunPaths, run_id: str) -> set[int]:
     """Return the branch numbers of a run that are known here or in the plan."""
-    known = [
-        *_local_candidates(paths.checkpoints),
-        *_local_candidates(paths.set_aside),
-        *plan.candidates,
-    ]
-    identities = [*(one.identity for one in known), *plan.known]
-    recorded = read_run_identity(paths)
-    if recorded is not None:
-        identities.append(recorded)
+    here = [*_local_candidates(paths.checkpoints), *_local_candidates(paths.set_aside)]
+    identities = [one.identity for one in (*here, *plan.candidates)]
     return {
         branch
-        for identity in identities
-        if identity.run_id == run_id
+        for identity in (*identities, *plan.known, *plan.in_bucket, read_run_identity(paths))
+        if identity is not None and identity.run_id == run_id
         for branch in (identity.branch, *(fork[0] for fork in identity.forks))
     }
 
 
 def fresh_start(plan: Plan, paths: RunPaths) -> Start:
-    """Return the start of a new run at step 0."""
+    """Return where an attempt begins that is a new run's first."""
     if plan.searched:
         log.info("There is no checkpoint in %s yet: starting at step 0.", plan.searched)
     names = find_checkpoints(paths.checkpoints)
@@ -435,8 +417,7 @@ def read_run_identity(paths: RunPaths) -> RunIdentity | None:
     It decides between checkpoints that are there; without it they decide themselves.
     """
     try:
-        value = read_json(paths.run_file)
-        return RunIdentity.from_json(value)
+        return RunIdentity.from_json(read_json(paths.run_file))
     except FileNotFoundError:
         return None
     except (OSError, *FOREIGN_ERRORS) as exc:

@@ -2,10 +2,10 @@
 
     model config -> the same model with one layer and with two -> seconds and bytes -> a whole step
 
-Two small models tell what a layer costs and what the rest costs, which is all there is. They have
-the run's width, vocabulary and precision. Samples grow until they are the run's own, or the time
-or the memory is used up; then the last two sizes tell what a token costs and what the weights cost.
-Weights are a constant: kernels take the same time for any numbers. No random state is touched.
+Two small models tell what a layer costs and what the rest costs. They have the run's width,
+vocabulary and precision. Samples grow until they are the run's own, or the time or the memory is
+used up; what the last size takes counts in proportion to its tokens. Weights are a constant:
+kernels take the same time for any numbers. No random state is touched.
 """
 
 from __future__ import annotations
@@ -13,33 +13,30 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
 from utils.base.machine import PeakMemory
 from utils.models.building import (
     LossModel,
-    ParameterCounts,
     build_core,
     count_parameters,
     enable_checkpointing,
     with_layers,
 )
-from utils.models.estimates import ModelShape, StepSetup, attention_widths, estimate_training_memory
+from utils.models.estimates import attention_widths
 from utils.models.mfu import flops_per_token
 from utils.start.facts import RunFacts
+from utils.start.machine_checks import estimate_memory
 from utils.training_utils import build_optimizer, forward_loss
 
 PROBE_SECONDS = 8.0
 GROWING_SHARE = 0.25  # of that, for finding the size
 TIMED_PASSES = 3
 SMALLEST_TOKENS = 64
-MATMUL_SIZE = {"cpu": 768, "cuda": 4096}
-MATMULS = 4
 MEMORY_SHARE = 0.7
 JUDGED_BYTES = 256 * 2**20
 CONSTANT_WEIGHT = 0.02
@@ -67,52 +64,23 @@ class StepProbe:
     memory_ratio: float | None
 
 
-def measure_matmul_rate(
-    device: torch.device, precision: str, enough: float = float("inf")
-) -> float:
-    """Return the FLOPs a second of a square matrix product, the best of a few.
-
-    Args:
-        device: Where to multiply.
-        precision: no, bf16 or fp16.
-        enough: FLOPs a second; once they are reached, nothing more is measured.
-    """
-    size = MATMUL_SIZE["cpu" if device.type == "cpu" else "cuda"]
-    dtype = _dtype(precision) or torch.float32
-    left = torch.full((size, size), CONSTANT_WEIGHT, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(MATMULS):  # the first one loads kernels
-        begin = _now(device)
-        left @ left
-        best = min(best, _now(device) - begin)
-        if 2 * size**3 / best >= enough:
-            break
-    return 2 * size**3 / best
-
-
 def measure_step(facts: RunFacts, available_bytes: int) -> StepProbe | None:
-    """Return what an optimizer update of the run takes; None where not even a small one fits.
-
-    Args:
-        facts: What is to be trained, and where.
-        available_bytes: Free memory of the device.
-    """
+    """Return what an optimizer update of the run takes; None where not even a small one fits."""
     config, device = facts.config, facts.device
     small = with_layers(facts.model_config, 2)
-    shape = ModelShape.of(small, *_both_counts(small))
+    counts = count_parameters(small)
 
     def estimate(size: Size) -> int:
-        return estimate_training_memory(
-            shape,
-            StepSetup(
-                micro_batch=size[0],
-                sequence_length=size[1],
-                precision=facts.precision,
-                gradient_checkpointing=config.checkpointing_policy,
-                device=device.type,
-                is_loss_chunked=is_loss_chunked(small.model_type, config.loss_implementation),
-            ),
-        ).total
+        own = replace(
+            config,
+            per_device_train_batch_size=size[0],
+            sequence_length=size[1],
+            global_batch_size=None,
+            gradient_accumulation_steps=None,
+            auto_find_batch_size=False,
+        )
+        alone = replace(facts, config=own, model_config=small, counts=counts, world_size=1)
+        return estimate_memory(alone).total
 
     fitting = [
         size
@@ -124,44 +92,39 @@ def measure_step(facts: RunFacts, available_bytes: int) -> StepProbe | None:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         peak = _DevicePeak(device)
         two = _SmallModel(config, small, facts.precision, device)
-        sizes = _find_sizes(two, fitting)
-        two_layers, update = [two.time_pass(size) for size in sizes], two.time_update()
+        size = _find_size(two, fitting)
+        two_layers, update = two.time_pass(size), two.time_update()
         measured = peak.read()
         two.free()
         one = _SmallModel(config, with_layers(facts.model_config, 1), facts.precision, device)
-        one_layer = [one.time_pass(size) for size in sizes]
+        one_layer = one.time_pass(size)
         one.free()
-    passes = facts.accumulation * _extrapolate_pass(facts, sizes, one_layer, two_layers)
-    seconds = passes + update / shape.parameters * facts.counts.total
-    estimated = estimate(sizes[-1])
+    passes = facts.accumulation * extrapolate_pass(facts, size, one_layer, two_layers)
+    seconds = passes + update / counts.total * facts.counts.total
+    estimated = estimate(size)
     is_seen = measured > 0 and estimated >= JUDGED_BYTES
-    return StepProbe(seconds, *sizes[-1], measured / estimated if is_seen else None)
+    return StepProbe(seconds, *size, measured / estimated if is_seen else None)
 
 
-def _extrapolate_pass(
-    facts: RunFacts, sizes: list[Size], one_layer: list[float], two_layers: list[float]
-) -> float:
+def extrapolate_pass(facts: RunFacts, size: Size, one_layer: float, two_layers: float) -> float:
     """Return the seconds of a micro-step of the whole model from those of the small ones."""
-    layers = [max(0.0, b - a) for a, b in zip(one_layer, two_layers, strict=True)]
-    rests = [max(0.0, a - layer) for a, layer in zip(one_layer, layers, strict=True)]
-    length = facts.config.sequence_length
-    tokens = [samples * count for samples, count in sizes]
-    wanted = facts.config.per_device_train_batch_size * length
-    layer, rest = _extrapolate(tokens, layers, wanted), _extrapolate(tokens, rests, wanted)
+    layer = max(0.0, two_layers - one_layer)
+    rest = max(0.0, one_layer - layer)
+    config, model_config = facts.config, facts.model_config
+    tokens = config.per_device_train_batch_size * config.sequence_length
+    layers, (width, _) = model_config.num_hidden_layers, attention_widths(model_config)
     # Attention costs more in a longer sample; everything else is the same for each token.
-    model_config = facts.model_config
     whole, timed = (
-        _layer_flops(model_config, facts.counts, count) for count in (length, sizes[-1][1])
+        flops_per_token(facts.counts.without_embedding, layers, width, length)
+        for length in (config.sequence_length, size[1])
     )
-    return rest + float(model_config.num_hidden_layers) * layer * whole / timed
+    return tokens / (size[0] * size[1]) * float(rest + layers * layer * whole / timed)
 
 
 def try_step(facts: RunFacts, other_bytes: int = 0) -> bool:
     """Tell whether two updates of the whole model fit into the memory of a GPU, with some to spare.
 
-    Args:
-        facts: What is to be trained, with the micro-batch in question.
-        other_bytes: What training takes besides, and the trial does not.
+    `other_bytes` are what training takes besides, and the trial does not.
     """
     config, device = facts.config, facts.device
     size = (config.per_device_train_batch_size, config.sequence_length)
@@ -185,11 +148,6 @@ def try_step(facts: RunFacts, other_bytes: int = 0) -> bool:
     return True
 
 
-def _both_counts(model_config: Any) -> tuple[int, int]:
-    counts = count_parameters(model_config)
-    return counts.total, counts.embedding
-
-
 def _growing_sizes(micro_batch: int, length: int) -> Iterator[Size]:
     """Yield sizes up to the run's own, each at most twice the one before."""
     tokens = min(SMALLEST_TOKENS, length)
@@ -203,28 +161,15 @@ def _growing_sizes(micro_batch: int, length: int) -> Iterator[Size]:
     yield micro_batch, length
 
 
-def _find_sizes(model: _SmallModel, fitting: list[Size]) -> list[Size]:
-    """Return the run's own size, or the last two that the time was enough for."""
+def _find_size(model: _SmallModel, fitting: list[Size]) -> Size:
+    """Return the run's own size, or the last one that the time was enough for."""
     begin = time.perf_counter()
-    count = 0
-    for count, size in enumerate(fitting, start=1):  # noqa: B007
+    for size in fitting:
         model.run_pass(size)
-        elapsed = time.perf_counter() - begin
-        # The next one takes as much as all before it, and all are timed several times.
-        if elapsed > GROWING_SHARE * PROBE_SECONDS / 2:
+        # The next one takes as much as all before it, and each is timed several times.
+        if time.perf_counter() - begin > GROWING_SHARE * PROBE_SECONDS / 2:
             break
-    is_whole = count == len(fitting)
-    return fitting[:count][-1:] if is_whole else fitting[:count][-2:]
-
-
-def _extrapolate(tokens: list[int], seconds: list[float], wanted: int) -> float:
-    """Return the seconds of more tokens: a line through two points, never below proportion 0."""
-    if len(tokens) == 1:
-        return seconds[0] * wanted / tokens[0]
-    slope = (seconds[1] - seconds[0]) / (tokens[1] - tokens[0])
-    # Noise may give no slope at all; time never grows faster than tokens.
-    slope = min(max(slope, 0.0), seconds[1] / tokens[1])
-    return seconds[1] + slope * (wanted - tokens[1])
+    return size
 
 
 class _DevicePeak:
@@ -292,11 +237,6 @@ class _SmallModel:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _layer_flops(model_config: Any, counts: ParameterCounts, tokens: int) -> float:
-    layers, (width, _) = model_config.num_hidden_layers, attention_widths(model_config)
-    return flops_per_token(counts.without_embedding, layers, width, tokens)
 
 
 def _dtype(precision: str) -> torch.dtype | None:

@@ -53,11 +53,6 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def require_deepspeed(config: TrainingConfig, how: Sharding | None, precision: str) -> None:
     """Where DeepSpeed is asked for, refuse what it cannot do here.
 
-    Args:
-        config: The run's configuration.
-        how: What is asked for.
-        precision: no, bf16 or fp16.
-
     Raises:
         ConfigError: The package is missing, or a setting does not go with it.
     """
@@ -83,13 +78,7 @@ def require_deepspeed(config: TrainingConfig, how: Sharding | None, precision: s
 
 
 class ZeroPartitioned(Division):
-    """Each rank holds whole weights, and flat partitions of all the rest; DeepSpeed divides them.
-
-    Args:
-        accelerator: This process among the ranks.
-        stage: Stage of ZeRO, 1 or 2.
-        micro_batch: Samples of a rank in a micro-step.
-    """
+    """Each rank holds whole weights, and DeepSpeed's flat partitions of all the rest."""
 
     def __init__(self, accelerator: Accelerator, stage: int, micro_batch: int) -> None:
         super().__init__(accelerator)

@@ -51,9 +51,6 @@ class Division(ABC):
 
     Call `place` once, then `prepare` once. What is not abstract goes through Accelerate.
 
-    Args:
-        accelerator: This process among the ranks.
-
     Attributes:
         loss_model: The loss model without wrappers of ranks.
         model: What to call in training.

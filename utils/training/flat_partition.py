@@ -5,7 +5,7 @@
 DeepSpeed's ZeRO optimizer lays the weights of a parameter group end to end, pads the end, and gives
 each rank an equal part, so that a rank may begin or end in the middle of a row. Checkpoints are
 made of rows (`utils/models/parts.py`): a row belongs to the rank that has its first element, and
-the next rank gives it the rest, its `head`. Indices alone; tensors are somebody else's.
+the next rank gives it the rest, its `head`. This module knows indices alone, no tensors.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 torch's own `fully_shard` (Zhao et al. 2023, PyTorch FSDP, in its per-parameter form) is applied
 here and not through `Accelerator.prepare`: that refuses CPUs, and maps the optimizer's parameters
 by the address of their memory, which weights without a row on a rank share. Launched by `torchrun`
-or `accelerate launch`, on CPUs or GPUs, it is the same code. Weights are drawn on the CPU, whole,
-by each rank, so that they are those of one process; a layer goes to the device when it is sharded.
+or `accelerate launch`, on CPUs or GPUs, it is the same code. Each rank initializes whole weights on
+the CPU, so that they are those of one process; a layer goes to the device when it is sharded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is asked for: how the state is divided over the ranks, and by whom that was said.
+"""How the state is to be divided over the ranks, and who asked for it.
 
     configuration, variables of `accelerate launch` -> Sharding -> build_division
 
@@ -38,7 +38,7 @@ class Sharding:
 
     Attributes:
         reshard_after_forward: Whether a layer's weights are let go between forward and backward.
-        source: Who asked for it, to be told.
+        source: Who asked for it, for messages.
         zero_stage: Stage of DeepSpeed's ZeRO, 1 or 2; 0 is FSDP2.
     """
 

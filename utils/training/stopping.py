@@ -23,7 +23,7 @@ import signal
 import socket
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from utils.base import ranks
@@ -81,12 +81,7 @@ class StopRequest:
         _entered.append(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Put back what was there before; nothing is left of the thread and its descriptors."""
         _entered.remove(self)
         self._put_back()
@@ -117,14 +112,10 @@ class StopRequest:
 
     def is_agreed(self) -> bool:
         """Tell whether any rank was asked to stop; all ranks call this at the same safe point."""
-        if self.any_rank(self.reason is not None):
+        if ranks.any_rank(self.reason is not None):
             self._is_agreed = True
             self.request("another rank was asked to stop")
         return self._is_agreed
-
-    def any_rank(self, wish: bool) -> bool:
-        """Tell whether any rank wishes so; all ranks call this at the same point."""
-        return ranks.any_rank(wish)
 
     def _watch(self, reader: socket.socket) -> None:
         poll = select.poll()

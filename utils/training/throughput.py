@@ -67,13 +67,7 @@ class Throughput:
 
 
 class RemainingTime:
-    """The time to the end of a run: steps, evaluations, and waiting for saves.
-
-    Args:
-        config: The run's configuration.
-        samples_per_step: Over all ranks.
-        evaluation_samples: Samples of one evaluation.
-    """
+    """The time to the end of a run: steps, evaluations, and waiting for saves."""
 
     def __init__(
         self, config: TrainingConfig, samples_per_step: int, evaluation_samples: int

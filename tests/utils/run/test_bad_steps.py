@@ -1,4 +1,4 @@
-"""What is noted of a bad step, and which one ends a start."""
+"""What is noted of a bad step, and which one ends an attempt."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_record_names_the_samples_of_the_step_and_is_strict_json(steps_since: 
         ("rollback", [1001, 1999], "3 of the last 1000 steps were bad"),
     ],
 )
-def test_one_too_many_of_the_last_steps_ends_the_start(
+def test_one_too_many_of_the_last_steps_ends_the_attempt(
     policy: Any, earlier: list[int], message: str | None
 ) -> None:
     config = TrainingConfig(bad_step=policy, max_bad_steps=2)

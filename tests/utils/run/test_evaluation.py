@@ -56,13 +56,14 @@ def open_data(directory: Path, num_samples: int) -> ValidationData:
     )
 
 
-@pytest.mark.parametrize("num_samples", [1, 5, 8, 9, 13])
-@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 4), (2, 1), (2, 2), (3, 4), (4, 3)])
+@pytest.mark.parametrize("num_samples", [1, 8, 13])
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 4), (2, 2), (4, 3)])
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_all_ranks_ask_equally_often_and_their_losses_add_up_to_the_mean(
     tmp_path: Path, num_samples: int, world_size: int, batch_size: int, is_sharded: bool
 ) -> None:
     asked, total, seen = [0] * world_size, 0.0, 0
+    shown: list[int] = []
     data = open_data(tmp_path, num_samples)
     for rank in range(world_size):
         model = MeanToken()
@@ -76,6 +77,7 @@ def test_all_ranks_ask_equally_often_and_their_losses_add_up_to_the_mean(
             data,
             batch_size,
             should_stop=should_stop,
+            show=shown.append,
         )
         assert loss is not None
         total += loss
@@ -86,6 +88,7 @@ def test_all_ranks_ask_equally_often_and_their_losses_add_up_to_the_mean(
         assert model.training
     data.close()
     assert len(set(asked)) == 1
+    assert shown == list(range(0, num_samples, world_size * batch_size)) * world_size
     assert asked[0] == -(-num_samples // (world_size * batch_size))
     assert seen == num_samples or (is_sharded and seen > num_samples)
     assert total == pytest.approx((LENGTH * num_samples - 1) / 2 + 1)

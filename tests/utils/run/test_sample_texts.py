@@ -10,11 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from accelerate.utils import DistributedType
 
 from configs.training_config import TrainingConfig
 from tests.utils.models.test_tokenizer import write_tokenizer
-from utils.corpus.tokenization import build_tokenizer
 from utils.models.tokenizer import load_tokenizer
 from utils.run import sample_texts
 from utils.run.sample_texts import Sample, Sampler
@@ -54,12 +52,11 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return given
 
 
-def state_of(kind: DistributedType = DistributedType.NO) -> Any:
-    accelerator = SimpleNamespace(distributed_type=kind, autocast=contextlib.nullcontext)
+def state_of(*, has_whole_weights: bool = True) -> Any:
     return SimpleNamespace(
-        accelerator=accelerator,
+        accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
         core_model=SimpleNamespace(config=SimpleNamespace(bos_token_id=7)),
-        division=SimpleNamespace(has_whole_weights=True),
+        division=SimpleNamespace(has_whole_weights=has_whole_weights),
         progress=SimpleNamespace(step=40),
     )
 
@@ -76,7 +73,7 @@ def test_each_prompt_gets_a_text_and_a_line(tmp_path: Path, prompts: list[list[i
     path = tmp_path / "logs" / "samples.jsonl"
     found = Sampler(config(), FILES, path).write(state_of(), lambda: False)
     assert found == [Sample("", "text"), Sample("ab", "text")]
-    assert prompts == [[7], [97, 98]]  # an empty prompt begins behind the end of a text
+    assert prompts == [[7], [97, 98]]  # an empty prompt begins after the end of a text
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["prompt"], line["text"]) for line in lines] == [
         (40, "", "text"),
@@ -122,24 +119,21 @@ def test_a_text_cannot_steer_a_terminal(
 
 
 @pytest.mark.parametrize(
-    ("files", "kind", "reason"),
-    [
-        ({}, DistributedType.NO, "without a tokenizer"),
-        (FILES, DistributedType.FSDP, "a part of the weights only"),
-        (FILES, DistributedType.DEEPSPEED, "a part of the weights only"),
-    ],
+    ("files", "has_whole_weights", "reason"),
+    [({}, True, "without a tokenizer"), (FILES, False, "a part of the weights only")],
 )
 def test_texts_that_cannot_be_had_are_told_once(
     tmp_path: Path,
     prompts: list[list[int]],
     caplog: pytest.LogCaptureFixture,
     files: dict[str, bytes],
-    kind: DistributedType,
+    has_whole_weights: bool,
     reason: str,
 ) -> None:
     caplog.set_level("INFO")
     sampler = Sampler(config(), files, tmp_path / "samples.jsonl")
-    assert [sampler.write(state_of(kind), lambda: False) for _ in range(3)] == [[], [], []]
+    state = state_of(has_whole_weights=has_whole_weights)
+    assert [sampler.write(state, lambda: False) for _ in range(3)] == [[], [], []]
     (record,) = caplog.records
     assert reason in record.getMessage()
     assert prompts == []
@@ -167,7 +161,7 @@ def test_an_error_ends_the_texts_and_not_the_run(
     monkeypatch.setattr(sample_texts, "load_tokenizer", fail)
     sampler = Sampler(config(), FILES, tmp_path / "samples.jsonl")
     assert [sampler.write(state_of(), lambda: False) for _ in range(2)] == [[], []]
-    assert warnings(caplog) == ["No sample texts in this start: expected `,` at line 1."]
+    assert warnings(caplog) == ["No sample texts in this attempt: expected `,` at line 1."]
 
 
 def test_texts_go_on_when_the_file_cannot_be_written(
@@ -185,11 +179,3 @@ def test_a_request_to_stop_leaves_no_half_texts(tmp_path: Path, prompts: list[li
     assert sampler.write(state_of(), lambda: len(prompts) == 2) == []
     assert not list(tmp_path.iterdir())
     assert len(sampler.write(state_of(), lambda: False)) == 2
-
-
-def test_the_tokenizer_of_the_data_is_loaded_from_its_files_alone() -> None:
-    text = "the with statement"
-    files = build_tokenizer([text], 300).files
-    for chosen in (files, {"tokenizer.json": files["tokenizer.json"]}):
-        tokenizer = load_tokenizer(chosen)
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -7,12 +7,11 @@ import torch
 
 from configs.model_config import build_model_config
 from configs.training_config import TrainingConfig
-from utils.base.errors import PreflightError
 from utils.data.shard_index import DataSource, ShardFacts, ShardIndex
 from utils.models.building import ParameterCounts
 from utils.models.estimates import MemoryEstimate
 from utils.start import machine_checks
-from utils.start.checks import Check, require_all
+from utils.start.checks import Check
 from utils.start.facts import RunFacts
 from utils.start.machine_checks import check_memory, find_free_memory
 from utils.start.preflight import check_settings, check_tokens, check_vocabulary
@@ -46,12 +45,6 @@ def test_tokens_are_compared_with_the_data_and_the_model(
 ) -> None:
     check = tokens_check(parameters, available, steps)
     assert (check.status, text in check.message) == (status, True), check.message
-
-
-def test_an_unknown_vocabulary_of_the_data_is_said() -> None:
-    model = build_model_config("neox-tiny")
-    assert "in the data: 512" in check_vocabulary([source_of(1, 512)], model).message
-    assert "no index.json" in check_vocabulary([source_of(1)], model).message
 
 
 @pytest.mark.parametrize(
@@ -91,10 +84,3 @@ def test_ranks_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyPatch
     free, where = find_free_memory(CPU)
     assert free == 5 * GIB
     assert "for each of 2 ranks" in where
-
-
-def test_all_reasons_are_given_at_once() -> None:
-    checks = [Check("disk", "fail", "full"), Check("data", "ok", ""), Check("upload", "fail", "no")]
-    with pytest.raises(PreflightError, match="(?s)disk: full.*upload: no"):
-        require_all(checks)
-    require_all([Check("data", "warn", "")])

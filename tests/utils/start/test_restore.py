@@ -1,4 +1,4 @@
-"""What a start looks at before it begins."""
+"""What an attempt looks at before it begins."""
 
 from __future__ import annotations
 

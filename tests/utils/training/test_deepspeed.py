@@ -30,7 +30,7 @@ def whole() -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("count", [1, 3, 16])
 def test_partitions_become_rows_and_rows_partitions(count: int) -> None:
     tensors = whole()
     flat = torch.cat([tensor.flatten() for tensor in tensors])

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.training.flat_partition import FlatGroup, Fragment
+from utils.training.flat_partition import FlatGroup
 
 Shapes = st.lists(
     st.lists(st.integers(1, 7), min_size=0, max_size=3).map(tuple), min_size=1, max_size=6
@@ -59,13 +59,3 @@ def test_every_row_is_one_ranks_and_heads_complete_it(
             assert (end - 1) * length < fragments[index].end <= end * length
     assert given_away == [group.head(rank) for rank in range(count)]
     assert rows == {index: list(range((*shape, 1)[0])) for index, shape in enumerate(shapes)}
-
-
-def test_a_row_may_be_longer_than_a_partition() -> None:
-    group = FlatGroup(((2, 10),), 6, 4)
-    assert [group.head(rank) for rank in range(4)] == [0, 4, 6, 2]
-    assert [group.own_rows(rank) for rank in range(4)] == [{0: (0, 1)}, {0: (1, 2)}, {}, {}]
-    assert group.following_heads(0, 4) == [(1, 4)]
-    assert group.following_heads(1, 8) == [(2, 6), (3, 2)]
-    assert group.fragments(3) == [Fragment(0, 18, 20, 0)]
-    assert group.covering_rows(2) == {0: (1, 2)}

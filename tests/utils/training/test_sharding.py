@@ -85,27 +85,21 @@ def test_parts_are_safetensors() -> None:
         resolve_sharding(config, 2, {})
 
 
-def test_accelerates_configuration_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = PROJECT_DIRECTORY / FSDP2_FILE
-    words = ["--config_file", str(file), "--num_processes", "2", str(Path("train.py"))]
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # it wants GPUs for FSDP
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
-    environment = prepare_multi_gpu_env(args)
-    assert args.use_fsdp
-    assert resolve_sharding(TrainingConfig(), 2, environment) == Sharding(True, "accelerate launch")
-
-
-def test_accelerates_configuration_asks_for_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = PROJECT_DIRECTORY / DEEPSPEED_FILE
-    words = ["--config_file", str(file), "--num_processes", "2", str(Path("train.py"))]
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+@pytest.mark.parametrize(("file", "zero_stage"), [(FSDP2_FILE, 0), (DEEPSPEED_FILE, 2)])
+def test_accelerates_configuration_asks_for_it(
+    file: str, zero_stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(PROJECT_DIRECTORY / file)
+    words = ["--config_file", path, "--num_processes", "2", str(Path("train.py"))]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # it wants GPUs for both
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
     args.deepspeed_fields_from_accelerate_config = ""  # what launch_command does
-    _, environment = prepare_deepspeed_cmd_env(args)
-    assert args.use_deepspeed
-    expected = Sharding(False, "accelerate launch", zero_stage=2)
+    if zero_stage:
+        _, environment = prepare_deepspeed_cmd_env(args)
+    else:
+        environment = prepare_multi_gpu_env(args)
+    expected = Sharding(not zero_stage, "accelerate launch", zero_stage=zero_stage)
     assert resolve_sharding(TrainingConfig(), 2, environment) == expected
 
 

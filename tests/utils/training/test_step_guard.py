@@ -37,20 +37,15 @@ def test_overflow_is_the_loss_scalers_business() -> None:
 def test_a_spike_is_beyond_sigma_deviations_of_a_full_window() -> None:
     guard = StepGuard(CPU, sigma=3.0, window=4)
     losses = [2.0, 2.2, 1.8, 2.0]
-    for step, loss in enumerate([*losses[:3], 50.0][:3]):
-        assert judge(guard, step + 1, loss) == GOOD  # the window is not full: nothing is a spike
-    assert judge(guard, 4, losses[3]) == GOOD
+    assert judge(guard, 0, 5000.0) == GOOD  # the window is not full: nothing is a spike
+    for step, loss in enumerate(losses, start=1):
+        assert judge(guard, step, loss) == GOOD
     window = torch.tensor(losses)
     limit = float(window.mean() + 3 * window.std())
     assert judge(guard, 5, limit * 1.001) == SPIKE
     assert guard.losses.tolist() == pytest.approx(losses)  # a spike does not raise the limit
     assert judge(guard, 6, limit * 0.999) == GOOD
     assert judge(guard, 7, 0.1) == GOOD  # a fall is no spike
-
-
-def test_before_the_window_is_full_nothing_is_a_spike() -> None:
-    guard = StepGuard(CPU, sigma=1.0, window=3)
-    assert [judge(guard, step, loss) for step, loss in enumerate([1.0, 90.0, 5000.0])] == [GOOD] * 3
 
 
 def test_a_window_is_brought_back() -> None:
@@ -60,10 +55,7 @@ def test_a_window_is_brought_back() -> None:
     saved = [None if math.isnan(loss) else loss for loss in guard.losses.tolist()]
     other = StepGuard(CPU, sigma=3.0, window=4)
     other.restore(saved)
-    assert torch.equal(other.losses, guard.losses) or (
-        other.losses.isnan().tolist() == [True, False, False, False]
-        and torch.equal(other.losses[1:], guard.losses[1:])
-    )
+    torch.testing.assert_close(other.losses, guard.losses, rtol=0, atol=0, equal_nan=True)
     shorter = StepGuard(CPU, sigma=3.0, window=2)
     shorter.restore(saved)
     assert shorter.losses.tolist() == pytest.approx([2.2, 1.8])

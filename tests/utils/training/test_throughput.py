@@ -6,7 +6,7 @@ import pytest
 
 from configs.training_config import TrainingConfig
 from utils.training import throughput
-from utils.training.throughput import RECENT_STEPS, RemainingTime, Throughput
+from utils.training.throughput import RemainingTime, Throughput
 
 
 class Clock:
@@ -32,7 +32,7 @@ def run_steps(speed: Throughput, clock: Clock, *seconds: float) -> None:
         speed.step()
 
 
-def test_the_first_steps_of_a_start_say_nothing_of_the_others(clock: Clock) -> None:
+def test_the_first_steps_of_an_attempt_say_nothing_of_the_others(clock: Clock) -> None:
     speed = Throughput()
     assert speed.recent_step_seconds is None
     run_steps(speed, clock, 30.0, 20.0)
@@ -52,12 +52,6 @@ def test_pauses_are_no_part_of_a_step(clock: Clock) -> None:
     assert report == pytest.approx(
         {"tokens_per_second": 8.0, "step_seconds": 1.0, "data_wait_share": 0.25}
     )
-    assert speed.recent_step_seconds == pytest.approx(1.0)
-
-
-def test_what_is_long_past_is_forgotten(clock: Clock) -> None:
-    speed = Throughput()
-    run_steps(speed, clock, *[9.0] * 10, *[1.0] * RECENT_STEPS)
     assert speed.recent_step_seconds == pytest.approx(1.0)
 
 

@@ -1,0 +1,90 @@
+"""What a person sees of a run: lines that fit a terminal of 100 columns, and signs of life."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from configs.training_config import TrainingConfig
+from utils.base import console
+from utils.models.mfu import Utilization
+from utils.run import metrics
+from utils.run.metrics import RunMetrics, shorten
+
+PREFIX = "12:00:00 INFO     "  # of a log line on a terminal
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def metrics_of(step: int, **progress: Any) -> RunMetrics:
+    """Return the metrics of a run of 100,000 steps."""
+    state = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=1, is_main_process=True, log=lambda *_, **__: 0),
+        utilization=lambda length: Utilization(1.0, None),
+        progress=SimpleNamespace(
+            step=step,
+            sample_index=0,
+            tokens_seen=0,
+            best_validation_loss=None,
+            add_metrics=lambda record: None,
+            **progress,
+        ),
+        interval=SimpleNamespace(zero_=lambda: None),
+        last_learning_rate=2e-4,
+        grad_norm=SimpleNamespace(item=lambda: 1234.5678),
+    )
+    data = SimpleNamespace(
+        validation=SimpleNamespace(num_samples=51),
+        take_wait_seconds=lambda: 0.0,
+        order=SimpleNamespace(epoch_of=lambda index: (0, 0)),
+    )
+    config = TrainingConfig(max_steps=100_000, global_batch_size=1024)
+    return RunMetrics(config, state, data)  # type: ignore[arg-type]
+
+
+def test_the_log_line_of_a_step_fits_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics, "mean_loss", lambda state: 10.82497)
+    with caplog.at_level(logging.INFO, logger="train"):
+        metrics_of(99_999).log_step()
+    (record,) = caplog.records
+    assert len(PREFIX + record.getMessage()) <= 100
+    for part in (
+        "Step 99999/100000",
+        "loss 10.8250",
+        "lr 2.00e-04",
+        "grad 1.2e+03",
+        "tok/s",
+        "ETA",
+    ):
+        assert part in record.getMessage()
+
+
+def test_a_count_is_short() -> None:
+    counts = (0.5, 547, 999.4, 999.6, 12_345, 1_234_567, 2.5e9)
+    assert [*map(shorten, counts)] == ["0.5", "547", "999", "1k", "12.3k", "1.23M", "2.5G"]
+
+
+def test_without_a_terminal_a_long_evaluation_is_told_of_now_and_then(
+    clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = metrics_of(40)
+    with caplog.at_level(logging.INFO):
+        clock.now = 1000.0
+        found.note_step()
+        for seconds, done in ((10, 4), (29, 8), (31, 12), (50, 16), (62, 20)):
+            clock.now = 1000.0 + seconds
+            found.show_pause(f"evaluating, {done} of 51 samples")
+    assert [record.getMessage() for record in caplog.records] == [
+        "Step 40/100000  evaluating, 12 of 51 samples",
+        "Step 40/100000  evaluating, 20 of 51 samples",
+    ]

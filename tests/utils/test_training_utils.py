@@ -1,0 +1,83 @@
+"""Learning rates of whole runs: those that runs were begun with, and those of other schedules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from configs.training_config import TrainingConfig
+from utils.training_utils import build_scheduler
+
+
+def learning_rates(**values: Any) -> list[float]:
+    """Return the learning rate of each step of a run."""
+    config = TrainingConfig(**values)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    scheduler, rates = build_scheduler(optimizer, config), []
+    for _ in range(config.max_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.state_dict()["lr_lambdas"] == [None]  # nothing of it outlives a change of keys
+    return rates
+
+
+def formula(kind: str, step: int, warmup: int, last: int, floor: float) -> float:
+    """Return the share of the peak, as checkpoints of earlier versions have it."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if kind == "constant":
+        return 1.0
+    progress = min(1.0, (step + 1 - warmup) / max(1, last - warmup))
+    shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0 - progress
+    return floor + (1.0 - floor) * shape
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(
+    ("warmup", "last"), [(0, 1), (0, 97), (10, 300), (7, 7), (9, 5), (99, 100)]
+)
+@pytest.mark.parametrize("floor", [0.0, 0.1, 0.37, 1.0])
+def test_every_step_of_a_run_has_the_learning_rate_that_it_always_had(
+    kind: str, warmup: int, last: int, floor: float
+) -> None:
+    expected = [2e-4 * formula(kind, step, warmup, last, floor) for step in range(last)]
+    found = learning_rates(
+        lr_scheduler_type=kind, warmup_steps=warmup, max_steps=last, min_lr_rate=floor
+    )
+    assert found == expected  # to the bit
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        ("constant_with_warmup", {}, [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        (
+            "polynomial",
+            {"power": 2},
+            [0.5, 1, *(0.2 + 0.8 * (n / 8) ** 2 for n in range(7, -1, -1))],
+        ),
+        ("warmup_stable_decay", {"num_decay_steps": 2}, [0.5, 1, 1, 1, 1, 1, 1, 1, 0.6, 0.2]),
+        (
+            "cosine_with_restarts",
+            {"num_cycles": 2},
+            [0.5, 1, *(0.6 + 0.4 * math.cos(math.pi * n / 4) for n in (1, 2, 3, 0, 1, 2, 3, 4))],
+        ),
+        ("inverse_sqrt", {}, [0.5, *(math.sqrt(2 / n) for n in range(2, 11))]),
+    ],
+)
+def test_the_other_schedules_of_transformers_warm_up_and_end_alike(
+    kind: str, settings: dict[str, float], expected: list[float]
+) -> None:
+    found = learning_rates(
+        lr_scheduler_type=kind,
+        lr_scheduler_kwargs=settings,
+        warmup_steps=2,
+        max_steps=10,
+        min_lr_rate=0.2,
+        learning_rate=1.0,
+    )
+    assert found == pytest.approx(expected)
