@@ -4,7 +4,7 @@ the tutorial and MIGRATION.md are run as they are written."""
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -32,6 +32,7 @@ __all__ = ["modal_app"]  # the fixture
 COMMAND = re.compile(r"(?:python|torchrun|bash) [^`]+")
 # Paid for, or on the other side of a network.
 ELSEWHERE = ("bash setup.sh", "modal", "rclone", "pip")
+OPTIONAL = {"--hellaswag": "lm_eval"}  # option -> package that it needs, run where that is
 # Programs that take their words from a script behind them, or give them to train.py.
 LAUNCHERS = ("python", "torchrun", "accelerate", "bash run.sh", "bash cloud", "sbatch", "NUM_NODES")
 FOR_TRAIN = ("run.sh", "node.sh", "slurm.sbatch")
@@ -102,7 +103,10 @@ def commands_of(page: Path, *begin: str) -> list[list[str]]:
 
 
 def is_elsewhere(command: str) -> bool:
-    return command.startswith(ELSEWHERE)
+    missing = [
+        option for option, name in OPTIONAL.items() if importlib.util.find_spec(name) is None
+    ]
+    return command.startswith(ELSEWHERE) or any(option in command for option in missing)
 
 
 def parse(words: list[str]) -> argparse.Namespace | None:
