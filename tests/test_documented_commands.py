@@ -33,7 +33,7 @@ COMMAND = re.compile(r"(?:python|torchrun|bash) [^`]+")
 # Paid for, or on the other side of a network.
 ELSEWHERE = ("bash setup.sh", "modal", "rclone", "pip")
 OPTIONAL = {"--hellaswag": "lm_eval"}  # option -> package that it needs, run where that is
-# Programs that take their words from a script behind them, or give them to train.py.
+# Programs whose words are those of the script that follows, or of train.py.
 LAUNCHERS = ("python", "torchrun", "accelerate", "bash run.sh", "bash cloud", "sbatch", "NUM_NODES")
 FOR_TRAIN = ("run.sh", "node.sh", "slurm.sbatch")
 UNPARSED = ("debug_gpu.py",)  # no words of its own but --quick; some document is run with it
