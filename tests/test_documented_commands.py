@@ -239,7 +239,7 @@ def run(words: list[str], folder: Path, project: Path = PROJECT_DIRECTORY) -> No
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=1800,  # only ends a command that hangs
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     said = result.stdout + result.stderr
