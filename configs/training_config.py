@@ -709,7 +709,7 @@ def _apply(
 def _suggest(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     real = RENAMED_KEYS.get(key) or (near[0] if near else None)
-    return f" Did you mean {real}?" if real else " Known keys: see the table in README.md."
+    return f" Did you mean {real}?" if real else " Known keys: see docs/CONFIGURATION.md."
 
 
 # Annotation of a field -> what it is called, and whether a JSON value is one.

@@ -1,8 +1,11 @@
-"""The commands of the tutorial and of README's "Coming from ...", run as they are written."""
+"""The commands of the pages: all are read by their programs; those of the README's six commands,
+the tutorial and MIGRATION.md are run as they are written."""
 
 from __future__ import annotations
 
-import importlib
+import argparse
+import importlib.util
+import inspect
 import json
 import os
 import random
@@ -13,19 +16,27 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
 from configs.model_presets import PRESETS
-from configs.training_config import PROJECT_DIRECTORY, get_training_config
+from configs.training_config import PROJECT_DIRECTORY, get_training_config, parse_assignment
+from tests.test_modal_app import modal_app
+from tests.test_readme import DOCS, GUIDES, README, name_of, without_first_cells
 
-SECTION = "## Coming from ..."
+__all__ = ["modal_app"]  # the fixture
+
 COMMAND = re.compile(r"(?:python|torchrun|bash) [^`]+")
 # Paid for, or on the other side of a network.
 ELSEWHERE = ("bash setup.sh", "modal", "rclone", "pip")
-# No script with words of its own; debug_gpu.py is run below.
-UNPARSED = ("python -c", "python debug_gpu.py")
+OPTIONAL = {"--hellaswag": "lm_eval"}  # option -> package that it needs, run where that is
+# Programs whose words are those of the script that follows, or of train.py.
+LAUNCHERS = ("python", "torchrun", "accelerate", "bash run.sh", "bash cloud", "sbatch", "NUM_NODES")
+FOR_TRAIN = ("run.sh", "node.sh", "slurm.sbatch")
+UNPARSED = ("debug_gpu.py",)  # no words of its own but --quick; some document is run with it
 # What makes a training of the documents one that a test can wait for.
 SMALL = (
     "sequence_length=32",
@@ -47,66 +58,112 @@ NAMES = ("Lily", "Tom", "Anna", "Ben", "the dog", "the bird")
 ENDINGS = ("went home.", "was happy.", "saw a big tree.", "laughed.", "ran to the river.")
 
 
-def parts_of_readme() -> dict[str, list[str]]:
-    """Return the commands of each sub-section, in order: title -> commands."""
-    text = (PROJECT_DIRECTORY / "README.md").read_text("utf-8").split(SECTION, 1)[1]
-    text = text.split("\n## ", 1)[0]
+def parts_of_migration() -> dict[str, list[str]]:
+    """Return the commands of each table, in order: title -> commands."""
+    text = (DOCS / "MIGRATION.md").read_text("utf-8")
     found = {}
-    for part in text.split("\n### ")[1:]:
+    for part in text.split("\n## ")[1:]:
         title, _, body = part.partition("\n")
         rows = [line for line in body.splitlines() if line.startswith("| ")][1:]
         cells = [row.split(" | ", 1)[1] for row in rows]
         quoted = [piece for cell in cells for piece in re.findall(r"`([^`]+)`", cell)]
         found[title] = [piece.replace("\\|", "|") for piece in quoted if COMMAND.fullmatch(piece)]
-    return found
+    return {title: commands for title, commands in found.items() if commands}
 
 
-def blocks_of_tutorial() -> list[str]:
-    """Return the commands and the Python code of the tutorial, in order."""
-    text = (PROJECT_DIRECTORY / "docs" / "TUTORIAL.md").read_text("utf-8")
+def blocks_of(text: str) -> list[str]:
+    """Return the commands and the Python code of a text's blocks, in order."""
     found = []
     for kind, body in re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL):
-        found += body.strip().splitlines() if kind == "bash" else []
+        found += body.strip().replace("\\\n", " ").splitlines() if kind == "bash" else []
         if kind == "python":
             found.append(f"python -c {shlex.quote(body)}")
     return found
 
 
-def all_commands() -> list[str]:
-    commands = [command for part in parts_of_readme().values() for command in part]
-    return [command for command in commands + blocks_of_tutorial() if not is_elsewhere(command)]
+def blocks_of_tutorial() -> list[str]:
+    return blocks_of((DOCS / "TUTORIAL.md").read_text("utf-8"))
+
+
+def six_commands() -> list[str]:
+    section = README.read_text("utf-8").split("## From text to a model of your own\n", 1)[1]
+    return blocks_of(section.split("\n## ", 1)[0])
+
+
+def commands_of(page: Path, *begin: str) -> list[list[str]]:
+    """Return the words of a page's commands that begin so, in blocks and in sentences."""
+    text = page.read_text("utf-8")
+    lines = blocks_of(text)
+    outside = without_first_cells(re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    lines += [
+        span.replace("\n", " ").replace("\\|", "|") for span in re.findall(r"`([^`]+)`", outside)
+    ]
+    lines = [line.partition(" > ")[0] for line in lines if line.startswith(begin)]
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 def is_elsewhere(command: str) -> bool:
-    return command.startswith(ELSEWHERE)
+    missing = [
+        option for option, name in OPTIONAL.items() if importlib.util.find_spec(name) is None
+    ]
+    return command.startswith(ELSEWHERE) or any(option in command for option in missing)
+
+
+def parse(words: list[str]) -> argparse.Namespace | None:
+    """Return what a program understands of its words; None where they name none of ours."""
+    at = next((i for i, word in enumerate(words) if word.endswith((".py", *FOR_TRAIN))), None)
+    if at is None or "--help" in words or words[at] in UNPARSED:
+        return None
+    program, given = words[at], words[at + 1 :]
+    assert (PROJECT_DIRECTORY / program).is_file()
+    if program == "run.sh" and given[1:2] and given[1].isdigit():
+        given = [given[0], "--max-steps", *given[1:]]
+    if program == "run.sh":
+        given = ["--config", *given]
+    if program.endswith(FOR_TRAIN):
+        program = "train.py"
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    if hasattr(module, "parse_arguments"):
+        return module.parse_arguments(given)  # type: ignore[no-any-return]
+    of_data = program.endswith("prepare_data.py") and given and not given[0].startswith("-")
+    parser = module.build_command_parser() if of_data else module.build_parser()
+    return parser.parse_args(given)  # type: ignore[no-any-return]
 
 
 def test_each_document_has_its_commands() -> None:
-    counts = [len(commands) for commands in parts_of_readme().values()]
+    counts = [len(commands) for commands in parts_of_migration().values()]
     assert len(counts) == 4
     assert min(counts) >= 8
     assert len(blocks_of_tutorial()) >= 14
+    assert len(six_commands()) == 6
 
 
-@pytest.mark.parametrize("command", [one for one in all_commands() if not one.startswith(UNPARSED)])
-def test_the_command_line_knows_every_word_of_it(command: str) -> None:
-    words = shlex.split(command)
-    at = next(number for number, word in enumerate(words) if word.endswith(".py"))
-    module = importlib.import_module(words[at].removesuffix(".py").replace("/", "."))
-    arguments = words[at + 1 :]
-    if hasattr(module, "parse_arguments"):
-        known = module.parse_arguments(arguments)
-    elif arguments and arguments[0] == "inspect":
-        known = module.build_command_parser().parse_args(arguments)
-    else:
-        known = module.build_parser().parse_args(arguments)
-    config = getattr(known, "config", None) or "test"
-    assert (PROJECT_DIRECTORY / "configs" / f"{config}.json").is_file()
+@pytest.mark.parametrize("page", GUIDES, ids=name_of)
+def test_every_command_of_a_page_is_understood(page: Path) -> None:
+    for words in commands_of(page, *LAUNCHERS):
+        known = parse(words)
+        settings = dict(parse_assignment(text) for text in getattr(known, "set", None) or [])
+        config = getattr(known, "config", None) or "test"
+        if config in ("NAME", "mine"):  # to be written by the reader
+            config = "test"
+        assert get_training_config(config, settings), words
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=name_of)
+def test_every_modal_command_has_its_options(page: Path, modal_app: ModuleType) -> None:
+    for words in commands_of(page, "modal run cloud/", "modal run --detach cloud/"):
+        at = next(number for number, word in enumerate(words) if "::" in word)
+        name = words[at].partition("::")[2]
+        parameters: Any = inspect.signature(modal_app.app.entrypoints[name]).parameters
+        options = [word[2:].replace("-", "_") for word in words[at:] if word.startswith("--")]
+        assert [option for option in options if option not in parameters] == [], words
+        needed = {key for key, one in parameters.items() if one.default is one.empty}
+        assert not options or needed <= set(options), words
 
 
 @pytest.mark.parametrize(
     "commands",
-    [*parts_of_readme().values(), blocks_of_tutorial()],
+    [*parts_of_migration().values(), blocks_of_tutorial()],
     ids=lambda words: words[-2][:40],
 )
 def test_the_tokenizer_has_as_many_tokens_as_the_model(commands: list[str]) -> None:
@@ -167,13 +224,13 @@ def shrunk(words: list[str]) -> list[str]:
     return [*words, "--max-steps", str(steps), *(f"--set={value}" for value in SMALL)]
 
 
-def run(words: list[str], folder: Path) -> str:
-    """Run a command in a folder, with this Python and this project; return what it said."""
+def run(words: list[str], folder: Path, project: Path = PROJECT_DIRECTORY) -> None:
+    """Run a command of a project in a folder, with this Python."""
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", *words[1:]]
     program = [sys.executable, *words[1:]]
     program = [
-        str(PROJECT_DIRECTORY / word) if word.endswith(".py") and number < 6 else word
+        str(project / word) if word.endswith(".py") and number < 6 else word
         for number, word in enumerate(program)
     ]
     result = subprocess.run(
@@ -182,18 +239,17 @@ def run(words: list[str], folder: Path) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=1800,  # only ends a command that hangs
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     said = result.stdout + result.stderr
     assert result.returncode == 0, f"{shlex.join(words)}\n{said}"
-    return said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("title", list(parts_of_readme()))
+@pytest.mark.parametrize("title", list(parts_of_migration()))
 def test_every_command_of_a_document_works(title: str, folder: Path) -> None:
-    for command in parts_of_readme()[title]:
+    for command in parts_of_migration()[title]:
         if not is_elsewhere(command):
             run(shrunk(shlex.split(command)), folder)
 
@@ -204,3 +260,20 @@ def test_every_command_of_the_tutorial_works(folder: Path) -> None:
         if not is_elsewhere(command):
             run(shlex.split(command), folder)
     assert (folder / "tinystories-model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_six_commands_of_the_readme_make_a_model(folder: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    for name in ("configs", "scripts", "utils"):
+        shutil.copytree(PROJECT_DIRECTORY / name, clone / name)
+    shutil.copy(PROJECT_DIRECTORY / "train.py", clone)
+    values = json.loads(README.read_text("utf-8").split("```json\n", 1)[1].split("```", 1)[0])
+    values |= {"max_steps": STEPS, "save_steps": 2, "warmup_steps": 1}
+    (clone / "configs" / "mine.json").write_text(json.dumps(values))
+    (clone / "texts").mkdir()
+    shutil.copy(folder / "train.txt", clone / "texts")
+    shutil.copy(folder / "file2.txt", clone / "texts")
+    for command in six_commands():
+        run(shlex.split(command, comments=True), clone, clone)
+    assert (clone / "my-model" / "model.safetensors").is_file()
