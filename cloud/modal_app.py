@@ -31,7 +31,6 @@ PRETRAIN_WANDB_SECRET  secret with WANDB_API_KEY, for --wandb (default: wandb-se
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -68,9 +67,6 @@ SAVE_SECONDS = 600
 NOT_VERIFIED, STOPPED = 4, 75  # exit codes of train.py
 FOR_GOOD = (2, 3)
 """Wrong configuration or data, refused by the preflight: it would fail again."""
-
-PRICE_NAMES = {"A10G": "A10", "A100": "A100-40GB"}
-"""GPUs whose name in configs/prices/modal.json is another one."""
 
 
 def ignored() -> list[str]:
@@ -133,14 +129,6 @@ def config_word(config: str, project: Path = PROJECT) -> str:
     if not path.is_file() or not path.is_relative_to(project):
         refuse(f"--config {config} is no file of this project: put it into configs/.")
     return f"{REMOTE_PROJECT}/{path.relative_to(project).as_posix()}"
-
-
-def machine_type(gpu: str, project: Path = PROJECT) -> str:
-    """Return what the costs of a run are counted with; '' where Modal's list has no such GPU."""
-    name = gpu.partition(":")[0].rstrip("!").upper()
-    name = PRICE_NAMES.get(name, name)
-    prices = json.loads((project / "configs" / "prices" / "modal.json").read_text("utf-8"))
-    return f"modal/{name}" if name in prices["machines"] else ""
 
 
 def run_settings(
@@ -426,8 +414,7 @@ def train(
         refuse(f"--hours of one attempt must be {least:g} to {MAX_HOURS:g}, got {hours:g}.")
     if max_steps < 0:
         refuse(f"--max-steps must be at least 1, got {max_steps}.")
-    more = [f"machine_type={found}" for found in [machine_type(gpu)] if found]
-    more += ['report_to=["tensorboard","wandb"]'] if wandb else []
+    more = ['report_to=["tensorboard","wandb"]'] if wandb else []
     words = run_settings(
         config_word(config), data, checkpoints, run_name, [*more, *shlex.split(settings)]
     )

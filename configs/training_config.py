@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import logging
 import math
+import os
 import sys
 import types
 import typing
@@ -53,6 +55,8 @@ LOSS_IMPLEMENTATIONS = ("auto", "chunked", "model")
 SHARDINGS = ("none", "fsdp2", "zero1", "zero2")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
+log = logging.getLogger(__name__)
+
 RENAMED_KEYS = {
     "max_train_files": "max_files",
     "batch_size": "per_device_train_batch_size",
@@ -60,6 +64,8 @@ RENAMED_KEYS = {
     "lr": "learning_rate",
     "num_layers": "model_overrides.num_hidden_layers",
 }
+REMOVED_KEYS = {"machine_type": "prices are no longer looked up; hourly_price sets one"}
+"""Keys of earlier versions that are left out with a warning: a run that has one still resumes."""
 
 
 @dataclass(frozen=True)
@@ -310,11 +316,8 @@ class TrainingConfig:
     """Project that pays for requests to requester-pays buckets."""
 
     hourly_price: float | None = None
-    """Dollars an hour of all machines of the run together. null: that of `machine_type`."""
-
-    machine_type: str = ""
-    """PROVIDER/MACHINE whose price is looked up in configs/prices, with `:spot` for the spot price.
-    Empty: the machine time is counted, dollars are not."""
+    """Dollars an hour of all machines of the run together. null: machine time is counted, dollars
+    are not."""
 
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Where curves go besides metrics.jsonl: tensorboard, wandb."""
@@ -700,6 +703,10 @@ def _apply(
     parent, _, child = key.partition(".")
     if child and parent == "model_overrides":
         merged[parent] = {**merged.get(parent, {}), child: value}
+        return
+    if key in REMOVED_KEYS:
+        if os.environ.get("RANK", "0") == "0":
+            log.warning("%s: %s is ignored: %s.", source, key, REMOVED_KEYS[key])
         return
     known = {item.name: item for item in fields(TrainingConfig)}
     if key == "per_device_train_batch_size":

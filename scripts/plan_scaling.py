@@ -2,11 +2,10 @@
 
     plan_scaling.py --model pythia-6.9b --gpus 64                  every strategy on 64 H100
     plan_scaling.py --model pythia-12b --gpus 8 64 512 --gpu A100 --strategy fsdp hsdp
-    plan_scaling.py --table time                                   a table of docs/SCALING.md
-    plan_scaling.py --write              all tables, into docs/SCALING.md and docs/CLOUD.md
+    plan_scaling.py --gpus 64 --price 3.50                         dollars, too
 
-Nothing is measured: docs/SCALING.md has the formulas. `train.py --dry-run` measures
-a step on the machine at hand: the MFU of one GPU, as a share, is the --efficiency to give.
+Nothing is measured: docs/SCALING.md has the formulas. `train.py --dry-run` measures a step on the
+machine at hand: the MFU of one GPU, as a share, is the --efficiency to give.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.training_config import PROJECT_DIRECTORY
+
 from utils.base.console import print_table, run_command
 from utils.base.errors import UsageError
 from utils.base.text import format_bytes, format_duration, to_json_text
-from utils.costs import cloud_tables, scaling_run
+from utils.costs import scaling_run
 from utils.costs.gpu_types import GPU_TYPES, GpuType, find_gpu_type
 from utils.costs.scaling import (
     CHECKPOINTING,
@@ -38,13 +37,21 @@ from utils.costs.scaling import (
     shape_of_preset,
     smallest_memory,
 )
-from utils.costs.scaling_tables import TABLES, format_time, to_markdown, write_tables
 from utils.models.estimates import estimate_checkpoint_bytes
 
-DOCUMENT = PROJECT_DIRECTORY / "docs" / "SCALING.md"
-CLOUD_DOCUMENT = PROJECT_DIRECTORY / "docs" / "CLOUD.md"
 MAX_GPUS = 2**20
-NUMBERS = ("GPUs", "memory", "micro-batch", "step", "MFU %", "waits %", "GB sent", "days", "$")
+NUMBERS = (
+    "GPUs",
+    "memory",
+    "micro-batch",
+    "step",
+    "MFU %",
+    "waits %",
+    "GB sent",
+    "days",
+    "GPU hours",
+    "$",
+)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -76,22 +83,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--network-gbps", type=float, metavar="X", help="gigabits a second of a machine's network")
     add("--price", type=float, metavar="X", help="dollars for an hour of one GPU")
     add("--json", action="store_true", help="print JSON")
-    add("--table", choices=TABLES, metavar="NAME", help=f"print one: {', '.join(TABLES)}")
-    add("--write", action="store_true", help="write all tables into docs/SCALING.md and CLOUD.md")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a plan or a table."""
-    if args.write:
-        for page, tables in ((DOCUMENT, TABLES), (CLOUD_DOCUMENT, cloud_tables.CLOUD_TABLES)):
-            page.write_text(write_tables(page.read_text("utf-8"), tables), "utf-8")
-            print(f"Wrote the tables of {page.relative_to(PROJECT_DIRECTORY)}.")
-        return 0
-    if args.table:
-        print(to_markdown(TABLES[args.table]()), end="")
-        return 0
+    """Print a plan."""
     gpu = _gpu(args)
     _require_counts(args)
     records = [
@@ -99,21 +96,17 @@ def run(args: argparse.Namespace) -> int:
     ]
     facts = _describe_run(args, gpu)
     if args.json:
-        print(
-            to_json_text(
-                {
-                    "model": args.model,
-                    "gpu": dataclasses.asdict(gpu),
-                    "run": facts,
-                    "plans": records,
-                }
-            )
-        )
+        values = {"model": args.model, "gpu": dataclasses.asdict(gpu)}
+        print(to_json_text({**values, "run": facts, "plans": records}))
         return 0
+    rows = [_row(record) for record in records]
+    if args.price is None:
+        for row in rows:
+            del row["$"]
     print_table(
         f"{args.model} on {gpu.name}, {args.global_batch} samples of {args.sequence_length} tokens "
         "in a step (estimates)",
-        [_row(record) for record in records],
+        rows,
         right_aligned=NUMBERS,
     )
     print()
@@ -133,8 +126,6 @@ def _gpu(args: argparse.Namespace) -> GpuType:
         raise UsageError(f"--efficiency is a share of the peak, 0 to 1, got {args.efficiency}.")
     if args.network_gbps is not None:
         gpu = dataclasses.replace(gpu, network_bytes_per_second=args.network_gbps * 1e9 / 8)
-    if args.price is not None:
-        gpu = dataclasses.replace(gpu, hourly_price=args.price, price_source="--price")
     return gpu
 
 
@@ -190,7 +181,7 @@ def _describe(args: argparse.Namespace, gpu: GpuType, gpus: int, strategy: str) 
         "sent_bytes": sent_bytes(job, plan.accumulation),
         "run_seconds": seconds,
         "gpu_hours": seconds / 3600 * gpus,
-        "dollars": seconds / 3600 * gpus * gpu.hourly_price,
+        "dollars": None if args.price is None else seconds / 3600 * gpus * args.price,
         **{key: value for key, value in dataclasses.asdict(plan).items() if key != "memory"},
     }
 
@@ -202,6 +193,7 @@ def _tokens(args: argparse.Namespace) -> float:
 
 
 def _row(record: dict[str, Any]) -> dict[str, str]:
+    """Return a plan as a row of the table."""
     row = {
         "strategy": record["strategy"],
         "GPUs": str(record["gpus"]),
@@ -219,7 +211,8 @@ def _row(record: dict[str, Any]) -> dict[str, str]:
         "waits %": f"{100 * record['exposed_share']:.0f}",
         "GB sent": f"{record['sent_bytes'] / 1e9:.1f}",
         "days": f"{record['run_seconds'] / 86400:.1f}",
-        "$": f"{record['dollars']:,.0f}",
+        "GPU hours": f"{record['gpu_hours']:,.0f}",
+        "$": f"{record['dollars'] or 0:,.0f}",
     }
 
 
@@ -231,15 +224,11 @@ def _describe_run(args: argparse.Namespace, gpu: GpuType) -> dict[str, Any]:
     batch = args.global_batch * args.sequence_length
     gpus = max(args.gpus)
     machines = TrainingJob(shape_of_preset(args.model), gpu, gpus, "ddp").machines
-    pause = scaling_run.pause_seconds(parameters, 1)
-    savings = {
-        kind: dataclasses.asdict(
-            scaling_run.plan_saving(
-                parameters, pause, scaling_run.failure_seconds(gpus, machines, is_spot=spot), 1
-            )
-        )
-        for kind, spot in (("reserved", False), ("spot", True))
-    }
+    pause = scaling_run.pause_seconds(parameters)
+    savings = {}
+    for kind, is_spot in (("reserved", False), ("spot", True)):
+        between = scaling_run.failure_seconds(gpus, machines, is_spot=is_spot)
+        savings[kind] = dataclasses.asdict(scaling_run.plan_saving(parameters, pause, between))
     return {
         "parameters": parameters,
         "tokens": tokens,
@@ -261,16 +250,17 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     return [
         f"Tokens: {facts['tokens'] / 1e9:.1f} B in {facts['shards']} shards; expected loss "
         f"{facts['expected_loss']:.2f} (Hoffmann 2022).",
-        f"Batch: {facts['batch_tokens'] / 1e6:.2f} M tokens; critical "
-        f"{facts['critical_batch_tokens'] / 1e6:.2f} M (McCandlish 2018, Kaplan 2020): "
-        f"{facts['batch_overhead']:.2f} times the tokens of a small batch.",
+        f"Batch: {facts['batch_tokens'] / 1e6:.2f} M tokens; the critical batch has "
+        f"{facts['critical_batch_tokens'] / 1e6:.2f} M (McCandlish 2018, Kaplan 2020), so this one "
+        f"needs {facts['batch_overhead']:.2f} times the tokens of a small batch.",
         f"Checkpoint: {format_bytes(facts['checkpoint_bytes'])}, uploaded by one machine in "
-        f"{format_time(reserved['upload_seconds'])}.",
-        f"On {facts['gpus']} GPUs in {facts['machines']} machines a failure in "
-        f"{format_time(reserved['failure_seconds'])}: save every "
-        f"{format_time(reserved['interval_seconds'])}, {100 * reserved['lost_share']:.1f}% "
-        f"lost; on spot machines in {format_time(spot['failure_seconds'])}: every "
-        f"{format_time(spot['interval_seconds'])}, {100 * spot['lost_share']:.1f}% lost.",
+        f"{format_duration(reserved['upload_seconds'])}.",
+        f"{facts['gpus']} GPUs in {facts['machines']} machines fail about every "
+        f"{format_duration(reserved['failure_seconds'])}: save every "
+        f"{format_duration(reserved['interval_seconds'])} and lose "
+        f"{100 * reserved['lost_share']:.1f}% of the time. Spot machines: about every "
+        f"{format_duration(spot['failure_seconds'])}; save every "
+        f"{format_duration(spot['interval_seconds'])} and lose {100 * spot['lost_share']:.1f}%.",
     ]
 
 

@@ -107,24 +107,18 @@ def test_an_old_checkpoint_is_resumed(run_train: Train, tmp_path: Path) -> None:
     assert run_train(*words, "--stop-after", "2", settings=SETTINGS) == 0
     forget_spending(checkpoint(tmp_path, 2))
     (tmp_path / "run/logs/metrics.jsonl").unlink()
-    assert run_train(*words, "--resume", "latest", *A_DOLLAR_A_SECOND, settings=SETTINGS) == 0
+    # What an earlier version took as a setting breaks no resume.
+    settings = (*SETTINGS, "machine_type=gcp/a2-highgpu-8g")
+    assert run_train(*words, "--resume", "latest", *A_DOLLAR_A_SECOND, settings=settings) == 0
     last = spending_of(read_log(tmp_path).events[-1])
     assert (last.starts, last.lost.seconds) == (1, 0)
     assert last.total.dollars > 0
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (
-            ("--hourly-price", "-1"),
-            "command line: hourly_price must be between 0 and 1000000000.0, got -1.0",
-        ),
-        (("--set", "machine_type=gcp/a2-highgpu-1x"), "Did you mean gcp/a2-highgpu-"),
-    ],
-)
-def test_a_wrong_price_or_machine_is_one_message(
-    run_train: Train, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+@pytest.mark.parametrize("price", ["-1", "nan", "inf"])
+def test_a_wrong_price_is_one_message(
+    run_train: Train, capsys: pytest.CaptureFixture[str], price: str
 ) -> None:
-    assert run_train("--max-steps", "2", *words) == 2
+    assert run_train("--max-steps", "2", "--hourly-price", price) == 2
+    message = "command line: hourly_price must be between 0 and 1000000000.0, got "
     assert message in capsys.readouterr().err

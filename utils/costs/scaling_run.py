@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from utils.models.estimates import estimate_checkpoint_bytes
 
 TOKENS_PER_PARAMETER = 20
-TOKEN_BYTES = 2  # uint16 in a shard, for vocabularies up to 65536
 SHARD_TOKENS = 50_000_000  # what scripts/prepare_data.py writes
 UPLOAD_BYTES_PER_SECOND = 500e6
 """One machine into the bucket, four streams with compression; `--dry-run` measures yours."""
@@ -75,9 +74,9 @@ def data_objects(tokens: float) -> int:
     return math.ceil(tokens / SHARD_TOKENS)
 
 
-def pause_seconds(parameters: float, gpus_that_copy: int) -> float:
+def pause_seconds(parameters: int) -> float:
     """Return how long training waits for a save at the most: the copy into host memory."""
-    return estimate_checkpoint_bytes(int(parameters)) / gpus_that_copy / STAGING_BYTES_PER_SECOND
+    return estimate_checkpoint_bytes(parameters) / STAGING_BYTES_PER_SECOND
 
 
 def failure_seconds(gpus: int, machines: int, *, is_spot: bool) -> float:
@@ -88,18 +87,17 @@ def failure_seconds(gpus: int, machines: int, *, is_spot: bool) -> float:
     return 3600.0 / rate
 
 
-def plan_saving(parameters: int, pause: float, between_failures: float, uploads: int) -> Saving:
+def plan_saving(parameters: int, pause: float, between_failures: float) -> Saving:
     """Return how often to save, and what is lost.
 
     Args:
         parameters: Weights of the model.
         pause: Seconds that training waits for a save.
         between_failures: Seconds, on average.
-        uploads: Machines that upload their part at the same time.
     """
     num_bytes = estimate_checkpoint_bytes(parameters)
-    upload = num_bytes / uploads / UPLOAD_BYTES_PER_SECOND
-    restart = RESTART_SECONDS + num_bytes / uploads / DOWNLOAD_BYTES_PER_SECOND
+    upload = num_bytes / UPLOAD_BYTES_PER_SECOND
+    restart = RESTART_SECONDS + num_bytes / DOWNLOAD_BYTES_PER_SECOND
     young = math.sqrt(2 * pause * between_failures)
     interval = max(young, upload, SHORTEST_INTERVAL_SECONDS)
     # A checkpoint counts from the end of its upload on.
