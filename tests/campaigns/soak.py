@@ -50,6 +50,7 @@ if __package__ in (None, ""):
 
 from configs.training_config import PROJECT_DIRECTORY, get_training_config, parse_assignment
 from tests.campaigns.findings import Finding, count_findings, note_finding
+from tests.campaigns.fork_server import ForkServer
 from utils.base.console import configure_logging, print_table, run_command
 from utils.base.errors import CheckpointError, ExitCode, PretrainError, UsageError
 from utils.base.text import format_duration, printable
@@ -73,7 +74,6 @@ from utils.tools.proofs.run_comparison import compare_checkpoints, compare_logs,
 from utils.tools.proofs.started_runs import (
     RUN_POLL_SECONDS,
     CommandLauncher,
-    ForkServer,
     Launcher,
     Running,
     StepWatch,

@@ -49,6 +49,7 @@ if __package__ in (None, ""):
 
 from configs.training_config import PROJECT_DIRECTORY
 from tests.campaigns.findings import Finding, count_findings, note_finding
+from tests.campaigns.fork_server import find_marked
 from tests.campaigns.stand_in_trainer import (
     Sizes,
     TrainerPlan,
@@ -78,7 +79,6 @@ from utils.checkpoints.layout import new_run_id, parse_checkpoint_name
 from utils.tools.proofs.started_runs import (
     Running,
     find_family,
-    find_marked,
     kill_processes,
     kill_tree,
     killed_at_exit,
