@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,6 @@ from utils.costs.scaling import (
     plan_step,
     sent_bytes,
     shape_of_preset,
-    smallest_memory,
 )
 from utils.models.estimates import estimate_checkpoint_bytes
 
@@ -91,6 +91,9 @@ def run(args: argparse.Namespace) -> int:
     """Print a plan."""
     gpu = _gpu(args)
     _require_counts(args)
+    if args.tokens is None:
+        parameters = shape_of_preset(args.model).parameters
+        args.tokens = float(scaling_run.TOKENS_PER_PARAMETER * parameters)
     records = [
         _describe(args, gpu, gpus, strategy) for gpus in args.gpus for strategy in args.strategy
     ]
@@ -165,31 +168,21 @@ def _describe(args: argparse.Namespace, gpu: GpuType, gpus: int, strategy: str) 
     record: dict[str, Any] = {"gpus": gpus, "strategy": strategy}
     if args.micro_batch or args.checkpointing:
         plan = plan_step(job, args.micro_batch or 1, args.checkpointing or "none", args.efficiency)
-        if not fits(job, plan.memory):
-            return {**record, "fits": False, "memory_bytes": plan.memory.total}
-    else:
-        best = best_plan(job, args.efficiency)
-        if best is None:
-            return {**record, "fits": False, "memory_bytes": smallest_memory(job).total}
-        plan = best
-    seconds = _tokens(args) / plan.tokens_per_second
+    else:  # where none fits, the plan that needs the least memory
+        plan = best_plan(job, args.efficiency) or plan_step(job, 1, "full", args.efficiency)
+    if not fits(job, plan.memory):
+        return {**record, "fits": False, "memory_bytes": plan.memory.total}
+    seconds = args.tokens / plan.tokens_per_second
     return {
         **record,
         "fits": True,
         "memory_bytes": plan.memory.total,
-        "exposed_share": max(0.0, plan.exposed_share),
         "sent_bytes": sent_bytes(job, plan.accumulation),
         "run_seconds": seconds,
         "gpu_hours": seconds / 3600 * gpus,
         "dollars": None if args.price is None else seconds / 3600 * gpus * args.price,
         **{key: value for key, value in dataclasses.asdict(plan).items() if key != "memory"},
     }
-
-
-def _tokens(args: argparse.Namespace) -> float:
-    if args.tokens is not None:
-        return float(args.tokens)
-    return float(scaling_run.TOKENS_PER_PARAMETER * shape_of_preset(args.model).parameters)
 
 
 def _row(record: dict[str, Any]) -> dict[str, str]:
@@ -218,8 +211,8 @@ def _row(record: dict[str, Any]) -> dict[str, str]:
 
 def _describe_run(args: argparse.Namespace, gpu: GpuType) -> dict[str, Any]:
     """Return what holds for the run, whatever the strategy."""
-    parameters, tokens = shape_of_preset(args.model).parameters, _tokens(args)
-    loss = scaling_run.expected_loss(parameters, tokens)
+    parameters = shape_of_preset(args.model).parameters
+    loss = scaling_run.expected_loss(parameters, args.tokens)
     critical = scaling_run.critical_batch_tokens(loss)
     batch = args.global_batch * args.sequence_length
     gpus = max(args.gpus)
@@ -231,13 +224,13 @@ def _describe_run(args: argparse.Namespace, gpu: GpuType) -> dict[str, Any]:
         savings[kind] = dataclasses.asdict(scaling_run.plan_saving(parameters, pause, between))
     return {
         "parameters": parameters,
-        "tokens": tokens,
+        "tokens": args.tokens,
         "expected_loss": loss,
         "batch_tokens": batch,
         "critical_batch_tokens": critical,
         "batch_overhead": scaling_run.batch_overhead(batch, critical),
         "checkpoint_bytes": estimate_checkpoint_bytes(parameters),
-        "shards": scaling_run.data_objects(tokens),
+        "shards": math.ceil(args.tokens / scaling_run.SHARD_TOKENS),
         "gpus": gpus,
         "machines": machines,
         "saving": savings,

@@ -59,7 +59,7 @@ def test_spending_goes_on_over_starts_and_prices(run_train: Train, tmp_path: Pat
     metadata = read_json(checkpoint(tmp_path, 4) / "metadata.json")
     assert before.total.seconds < spending_of(metadata).total.seconds < last.total.seconds
     text = (tmp_path / "run/logs/train.log").read_text()
-    assert " in 2 starts (" in text
+    assert " in 2 attempts (" in text
     assert " per million tokens; " in text
     assert text.splitlines()[-1].endswith("Done: step 4 of 4.")
 

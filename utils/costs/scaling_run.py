@@ -69,11 +69,6 @@ def batch_overhead(batch_tokens: float, critical_tokens: float) -> float:
     return 1 + batch_tokens / critical_tokens
 
 
-def data_objects(tokens: float) -> int:
-    """Return the number of shards of so many tokens."""
-    return math.ceil(tokens / SHARD_TOKENS)
-
-
 def pause_seconds(parameters: int) -> float:
     """Return how long training waits for a save at the most: the copy into host memory."""
     return estimate_checkpoint_bytes(parameters) / STAGING_BYTES_PER_SECOND

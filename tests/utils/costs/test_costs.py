@@ -32,7 +32,7 @@ def test_the_summary_of_a_run_with_a_price() -> None:
         Spending(Amount(3.2 * HOUR, 35.4), Amount(730, 2.2), starts=2, hourly_price=11.0)
     )
     assert describe_costs(costs) == (
-        "Spent 3h12m, $35.40 in 2 starts "
+        "Spent 3h12m, $35.40 in 2 attempts "
         "($1.77 per million tokens; 12m10s, $2.20 lost to restarts)."
     )
     assert describe_costs_so_far(costs) == (
@@ -47,7 +47,7 @@ def test_the_summary_of_a_run_without_a_price() -> None:
         None,
         None,
     )
-    assert describe_costs(costs) == "Spent 1h00m in 1 start (1m00s lost to restarts)."
+    assert describe_costs(costs) == "Spent 1h00m in 1 attempt (1m00s lost to restarts)."
     assert describe_costs_so_far(costs) == (
         "1h00m so far, 1m00s lost to restarts (--hourly-price X shows dollars)"
     )
@@ -67,7 +67,7 @@ def test_a_price_given_later_is_for_the_time_that_had_none() -> None:
 
 def test_a_run_on_ones_own_machine_costs_nothing() -> None:
     costs = summarize(Spending(Amount(HOUR, 0.0), starts=1, hourly_price=0.0))
-    assert describe_costs(costs) == "Spent 1h00m, $0.00 in 1 start ($0.00 per million tokens)."
+    assert describe_costs(costs) == "Spent 1h00m, $0.00 in 1 attempt ($0.00 per million tokens)."
 
 
 @pytest.mark.parametrize("tokens", [None, 0.0, 5e-324])

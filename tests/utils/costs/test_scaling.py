@@ -212,7 +212,7 @@ def test_no_plan_is_better_than_it_can_be(
     model: str, strategy: str, gpu: object, gpus: int
 ) -> None:
     here = TrainingJob(shape_of_preset(model), gpu, gpus, strategy)  # type: ignore[arg-type]
-    plans = list(candidate_plans(here))
+    plans = candidate_plans(here)
     assert {plan.micro_batch * plan.accumulation * gpus for plan in plans} == {1024}
     for plan in plans:
         least = plan.compute_seconds + plan.optimizer_seconds
@@ -228,7 +228,7 @@ def test_no_plan_is_better_than_it_can_be(
 
 
 def test_a_batch_that_cannot_be_shared_or_a_model_that_does_not_fit_has_no_plan() -> None:
-    assert list(candidate_plans(job("ddp", 16, batch=24))) == []
+    assert candidate_plans(job("ddp", 16, batch=24)) == []
     assert best_plan(job("ddp", 2048)) is None
     assert best_plan(job("ddp", 512, shape_of_preset("gpt-neox-20b"))) is None  # does not fit
 
@@ -239,7 +239,6 @@ def test_losses_and_batches_are_those_of_the_papers() -> None:
     # 2e8 / 2.5^4.762
     assert run.critical_batch_tokens(2.5) == pytest.approx(2.548e6, rel=1e-3)
     assert run.batch_overhead(1e6, 1e6) == 2
-    assert run.data_objects(50_000_001) == 2
 
 
 def test_saves_follow_young_but_never_overtake_an_upload() -> None:
