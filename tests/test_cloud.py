@@ -199,13 +199,16 @@ def test_the_help_is_the_top_of_the_file(bash: Callable[..., Any]) -> None:
     assert [name for name in variables - {"RANK"} if name not in result.stdout] == []
 
 
-# Notes every SIGTERM, says when it is ready, and leaves with 1 once the file GO is there.
+# Notes every SIGTERM, says when it is ready, and leaves with 1 once the file GO is there and node.sh
+# has nothing more to pass on: no signal waits for it, and it sleeps.
 PATIENT_LAUNCHER = f"""exec {sys.executable} -c '
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: open(os.environ["NOTES"], "a").write("got\\n"))
 os.write(1, b"ready\\n")
-while not os.path.exists(os.environ["GO"]): time.sleep(0.05)
-time.sleep(0.3)  # for a signal that should not come
+def is_calm():
+    status = open(f"/proc/{{os.getppid()}}/status").read()
+    return "ShdPnd:\\t0000000000000000" in status and "State:\\tS" in status
+while not (os.path.exists(os.environ["GO"]) and is_calm()): time.sleep(0.02)
 sys.exit(1)
 '"""
 

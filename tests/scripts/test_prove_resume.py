@@ -26,7 +26,7 @@ from utils.tools.proofs.run_comparison import (
     compare_logs,
     values_by_step,
 )
-from utils.tools.proofs.started_runs import Launcher, Running, read_records
+from utils.tools.proofs.started_runs import CommandLauncher, Launcher, Running, read_records
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks train.py"),
@@ -95,7 +95,7 @@ def proven(
     report = work.with_name("report.json")
     with pytest.MonkeyPatch.context() as patch, report.open("w", encoding="utf-8") as file:
         patch.setattr(sys, "stdout", file)
-        code = prove(patch, launcher, sample_data, work, "--steps", "16", "--keep")
+        code = prove(patch, launcher, sample_data, work, "--steps", "8", "--keep")
     value = read_json(report)
     assert code == 0, value
     return work, value, launcher.starts
@@ -120,10 +120,10 @@ def test_two_kills_one_resume_from_the_bucket_and_no_difference(
     comparisons = report["comparisons"]
     assert isinstance(comparisons, list)
     compared = {comparison["what"]: comparison["extent"] for comparison in comparisons}
-    assert compared["loss"] == "16 steps"
+    assert compared["loss"] == "8 steps"
     for name in ("model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
         assert name in compared
-    assert compared["batches (crc32c)"] == "16 steps"
+    assert compared["batches (crc32c)"] == "8 steps"
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_one_changed_loss_or_missing_step_is_found(
             else:
                 lines.append(line)
         (other / "metrics.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-        differing = {c.what: c.differences for c in compare_logs(straight, other, 16)}
+        differing = {c.what: c.differences for c in compare_logs(straight, other, 8)}
         assert len(differing["loss"]) == 1
         assert differing["loss"][0].startswith("step 7")
         assert bool(differing["curve"]) is not line_of_change
@@ -300,21 +300,11 @@ def test_a_start_that_does_not_look_into_the_bucket_is_found_out(
 
 
 @pytest.mark.slow
-def test_the_command_as_a_user_runs_it_with_two_ranks(
-    sample_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    command = ["--processes", "2", "--kills", "2", "--steps", "8", "--workdir", "work"]
-    for setting in (*SETTINGS, f"data_uri={sample_data}"):
-        command += ["--set", setting]
-    assert prove_resume.main(command) == 0
-    output = capsys.readouterr().out
-    assert "8 steps with 2 kills (seed 0): no difference." in output
-    assert "random_states_1.pkl" in output
-    assert not (tmp_path / "work").exists()
+def test_two_ranks_are_started_as_a_user_starts_them(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    running = CommandLauncher(2).start(["--help"], output)
+    assert running.wait() == 0
+    assert output.read_text().count("usage: train.py") == 2
 
 
 @pytest.mark.parametrize(

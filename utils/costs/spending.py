@@ -259,7 +259,7 @@ def open_meter(
     """
     log = MetricsLog()
     if metrics is not None:
-        # A log that cannot be read is missing in the sums; only one that cannot be written is fatal.
+        # A log that cannot be read is missing in the sums; what cannot be written is fatal.
         with contextlib.suppress(OSError):
             log = read_metrics(metrics)
     checkpoint = Spending.from_json(saved) if step else Spending()
