@@ -18,13 +18,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from benchmarks.figures import TRAIN, prepare_sample, ratios, run_module, spread
+from benchmarks.loop_parts import Clocks
 from configs.training_config import TrainingConfig, get_training_config
 
 if TYPE_CHECKING:
@@ -148,45 +149,16 @@ def _describe_phases(runs: Sequence[dict[str, float]]) -> dict[str, str]:
     return figures
 
 
-class Clock:
-    """Notes how long each phase of this process takes."""
-
-    def __init__(self) -> None:
-        self.phases: dict[str, float] = {}
-        self._now = time.perf_counter()
-        began = psutil.Process().create_time()
-        self.phases["the interpreter"] = max(0.0, time.time() - began)
-
-    def end(self, phase: str) -> None:
-        """Note the end of a phase, the time since the end of the one before."""
-        now = time.perf_counter()
-        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._now
-        self._now = now
-
-    def around(self, owner: Any, name: str, before: str, during: str) -> None:
-        """End two phases at each call of a function: what comes before it, and the call."""
-        function: Callable[..., Any] = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self.end(before)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.end(during)
-
-        setattr(owner, name, timed)
-
-
 def main(folder: str, *words: str) -> int:
     """Print the phases of train.py in a new folder as JSON, up to the end of its first step."""
-    clock = Clock()
+    clocks = Clocks()
+    interpreter = max(0.0, time.time() - psutil.Process().create_time())
     Path(folder).mkdir()
     os.chdir(folder)
-    around = clock.around
     import train
     from utils.base import startup
 
-    around(startup, "load_libraries", "what needs no torch", "torch, transformers, accelerate")
+    clocks.wrap(startup, "load_libraries", "torch, transformers, accelerate")
     start = train.start
 
     def start_timed(*args: Any, **kwargs: Any) -> int:
@@ -194,19 +166,20 @@ def main(folder: str, *words: str) -> int:
         from utils.run.run import TrainingRun
         from utils.start import preflight
 
-        clock.end("the project's own modules")
-        around(preflight, "check_start", "model class, counts, Accelerator", "preflight")
-        build = "model, optimizer, data order"
-        around(training_utils, "build_train_state", "lock, lease, plan", build)
-        around(TrainingRun, "__init__", build, build)
-        around(TrainingRun, "__enter__", "trackers, snapshots", "trackers, snapshots")
-        around(TrainingRun, "train_step", "the first batch", "the first step")
+        clocks.wrap(preflight, "check_start", "preflight")
+        clocks.wrap(training_utils, "build_train_state", "model and optimizer")
+        clocks.wrap(TrainingRun, "__enter__", "trackers, snapshots")
+        clocks.wrap(TrainingRun, "train_step", "the first step")
         return start(*args, **kwargs)
 
     def step_once(run: TrainingRun, config: TrainingConfig, stop_after: int | None) -> int:
         for batches in run.batches(1):
             run.train_step(batches)
-        print(json.dumps(clock.phases), flush=True)
+        clocks.end_step()
+        (phases,) = clocks.steps
+        whole = phases.pop("whole step")
+        phases["all the rest"] = whole - sum(phases.values())
+        print(json.dumps({"the interpreter": interpreter, **phases}), flush=True)
         os._exit(0)
 
     train.start, train.loop = start_timed, step_once

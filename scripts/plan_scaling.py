@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,6 @@ if __package__ in (None, ""):
 from utils.base.console import print_table, run_command
 from utils.base.errors import UsageError
 from utils.base.text import format_bytes, format_duration, to_json_text
-from utils.costs import scaling_run
 from utils.costs.gpu_types import GPU_TYPES, GpuType, find_gpu_type
 from utils.costs.scaling import (
     CHECKPOINTING,
@@ -40,6 +38,7 @@ from utils.costs.scaling import (
 from utils.models.estimates import estimate_checkpoint_bytes
 
 MAX_GPUS = 2**20
+TOKENS_PER_PARAMETER = 20  # near the optimum of Hoffmann et al. 2022 (Chinchilla)
 NUMBERS = (
     "GPUs",
     "memory",
@@ -88,17 +87,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a plan."""
+    """Print a plan for each number of GPUs and each strategy."""
     gpu = _gpu(args)
     _require_counts(args)
+    shape = shape_of_preset(args.model)
     if args.tokens is None:
-        parameters = shape_of_preset(args.model).parameters
-        args.tokens = float(scaling_run.TOKENS_PER_PARAMETER * parameters)
+        args.tokens = float(TOKENS_PER_PARAMETER * shape.parameters)
+    batch = (args.global_batch, args.sequence_length, args.reduce_bytes)
     records = [
-        _describe(args, gpu, gpus, strategy) for gpus in args.gpus for strategy in args.strategy
+        _describe(args, TrainingJob(shape, gpu, gpus, strategy, *batch))
+        for gpus in args.gpus
+        for strategy in args.strategy
     ]
-    facts = _describe_run(args, gpu)
+    checkpoint = estimate_checkpoint_bytes(shape.parameters)
     if args.json:
+        facts = {"parameters": shape.parameters, "tokens": args.tokens}
+        facts["checkpoint_bytes"] = checkpoint
         values = {"model": args.model, "gpu": dataclasses.asdict(gpu)}
         print(to_json_text({**values, "run": facts, "plans": records}))
         return 0
@@ -112,9 +116,7 @@ def run(args: argparse.Namespace) -> int:
         rows,
         right_aligned=NUMBERS,
     )
-    print()
-    for line in _lines(facts):
-        print(line)
+    print(f"\nTokens: {args.tokens / 1e9:.1f} B. Checkpoint: {format_bytes(checkpoint)}.")
     return 0
 
 
@@ -154,18 +156,9 @@ def _require_counts(args: argparse.Namespace) -> None:
         raise UsageError(f"--sequence-length must be 1 to {2**24}, got {args.sequence_length}.")
 
 
-def _describe(args: argparse.Namespace, gpu: GpuType, gpus: int, strategy: str) -> dict[str, Any]:
+def _describe(args: argparse.Namespace, job: TrainingJob) -> dict[str, Any]:
     """Return one plan as a record."""
-    job = TrainingJob(
-        shape_of_preset(args.model),
-        gpu,
-        gpus,
-        strategy,
-        args.global_batch,
-        args.sequence_length,
-        args.reduce_bytes,
-    )
-    record: dict[str, Any] = {"gpus": gpus, "strategy": strategy}
+    record: dict[str, Any] = {"gpus": job.gpus, "strategy": job.strategy}
     if args.micro_batch or args.checkpointing:
         plan = plan_step(job, args.micro_batch or 1, args.checkpointing or "none", args.efficiency)
     else:  # where none fits, the plan that needs the least memory
@@ -173,14 +166,15 @@ def _describe(args: argparse.Namespace, gpu: GpuType, gpus: int, strategy: str) 
     if not fits(job, plan.memory):
         return {**record, "fits": False, "memory_bytes": plan.memory.total}
     seconds = args.tokens / plan.tokens_per_second
+    gpu_hours = seconds / 3600 * job.gpus
     return {
         **record,
         "fits": True,
         "memory_bytes": plan.memory.total,
         "sent_bytes": sent_bytes(job, plan.accumulation),
         "run_seconds": seconds,
-        "gpu_hours": seconds / 3600 * gpus,
-        "dollars": None if args.price is None else seconds / 3600 * gpus * args.price,
+        "gpu_hours": gpu_hours,
+        "dollars": None if args.price is None else gpu_hours * args.price,
         **{key: value for key, value in dataclasses.asdict(plan).items() if key != "memory"},
     }
 
@@ -207,54 +201,6 @@ def _row(record: dict[str, Any]) -> dict[str, str]:
         "GPU hours": f"{record['gpu_hours']:,.0f}",
         "$": f"{record['dollars'] or 0:,.0f}",
     }
-
-
-def _describe_run(args: argparse.Namespace, gpu: GpuType) -> dict[str, Any]:
-    """Return what holds for the run, whatever the strategy."""
-    parameters = shape_of_preset(args.model).parameters
-    loss = scaling_run.expected_loss(parameters, args.tokens)
-    critical = scaling_run.critical_batch_tokens(loss)
-    batch = args.global_batch * args.sequence_length
-    gpus = max(args.gpus)
-    machines = TrainingJob(shape_of_preset(args.model), gpu, gpus, "ddp").machines
-    pause = scaling_run.pause_seconds(parameters)
-    savings = {}
-    for kind, is_spot in (("reserved", False), ("spot", True)):
-        between = scaling_run.failure_seconds(gpus, machines, is_spot=is_spot)
-        savings[kind] = dataclasses.asdict(scaling_run.plan_saving(parameters, pause, between))
-    return {
-        "parameters": parameters,
-        "tokens": args.tokens,
-        "expected_loss": loss,
-        "batch_tokens": batch,
-        "critical_batch_tokens": critical,
-        "batch_overhead": scaling_run.batch_overhead(batch, critical),
-        "checkpoint_bytes": estimate_checkpoint_bytes(parameters),
-        "shards": math.ceil(args.tokens / scaling_run.SHARD_TOKENS),
-        "gpus": gpus,
-        "machines": machines,
-        "saving": savings,
-    }
-
-
-def _lines(facts: dict[str, Any]) -> list[str]:
-    """Return the facts of the run as text."""
-    spot, reserved = facts["saving"]["spot"], facts["saving"]["reserved"]
-    return [
-        f"Tokens: {facts['tokens'] / 1e9:.1f} B in {facts['shards']} shards; expected loss "
-        f"{facts['expected_loss']:.2f} (Hoffmann 2022).",
-        f"Batch: {facts['batch_tokens'] / 1e6:.2f} M tokens; the critical batch has "
-        f"{facts['critical_batch_tokens'] / 1e6:.2f} M (McCandlish 2018, Kaplan 2020), so this one "
-        f"needs {facts['batch_overhead']:.2f} times the tokens of a small batch.",
-        f"Checkpoint: {format_bytes(facts['checkpoint_bytes'])}, uploaded by one machine in "
-        f"{format_duration(reserved['upload_seconds'])}.",
-        f"{facts['gpus']} GPUs in {facts['machines']} machines fail about every "
-        f"{format_duration(reserved['failure_seconds'])}: save every "
-        f"{format_duration(reserved['interval_seconds'])} and lose "
-        f"{100 * reserved['lost_share']:.1f}% of the time. Spot machines: about every "
-        f"{format_duration(spot['failure_seconds'])}; save every "
-        f"{format_duration(spot['interval_seconds'])} and lose {100 * spot['lost_share']:.1f}%.",
-    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -199,8 +199,8 @@ def test_the_help_is_the_top_of_the_file(bash: Callable[..., Any]) -> None:
     assert [name for name in variables - {"RANK"} if name not in result.stdout] == []
 
 
-# Notes every SIGTERM, says when it is ready, and leaves with 1 once the file GO is there and node.sh
-# has nothing more to pass on: no signal waits for it, and it sleeps.
+# Notes every SIGTERM, says when it is ready, and leaves with 1 once the file GO is there and its
+# parent, node.sh, has nothing left to pass on: no signal is pending for it, and it sleeps.
 PATIENT_LAUNCHER = f"""exec {sys.executable} -c '
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: open(os.environ["NOTES"], "a").write("got\\n"))

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from configs.model_config import build_model_config
 from utils.base.errors import ConfigError, UsageError
-from utils.costs import scaling_run as run
 from utils.costs.gpu_types import GIB, GPU_TYPES, find_gpu_type, gather_seconds, reduce_seconds
 from utils.costs.scaling import (
     CHECKPOINTING,
@@ -231,30 +230,6 @@ def test_a_batch_that_cannot_be_shared_or_a_model_that_does_not_fit_has_no_plan(
     assert candidate_plans(job("ddp", 16, batch=24)) == []
     assert best_plan(job("ddp", 2048)) is None
     assert best_plan(job("ddp", 512, shape_of_preset("gpt-neox-20b"))) is None  # does not fit
-
-
-def test_losses_and_batches_are_those_of_the_papers() -> None:
-    # Chinchilla itself, 70e9 parameters and 1.4e12 tokens: 1.69 + 0.083 + 0.163.
-    assert run.expected_loss(70e9, 1.4e12) == pytest.approx(1.69 + 0.0835 + 0.1631, abs=1e-3)
-    # 2e8 / 2.5^4.762
-    assert run.critical_batch_tokens(2.5) == pytest.approx(2.548e6, rel=1e-3)
-    assert run.batch_overhead(1e6, 1e6) == 2
-
-
-def test_saves_follow_young_but_never_overtake_an_upload() -> None:
-    hours = run.failure_seconds(50_000, 1, is_spot=False) / 3600
-    assert hours == pytest.approx(1)
-    assert run.failure_seconds(0, 24, is_spot=True) == pytest.approx(3600)
-    # 10^9 parameters: 12 GB and a little, 24 s up and down.
-    calm = run.plan_saving(10**9, pause=2.0, between_failures=1e6)
-    assert calm.upload_seconds == pytest.approx(24, rel=1e-3)
-    assert calm.interval_seconds == calm.young_seconds == pytest.approx(2000)
-    assert calm.lost_share == pytest.approx(2 / 2000 + (1000 + 24 + 300 + 24) / 1e6, rel=1e-3)
-    large = run.plan_saving(10**11, pause=0.1, between_failures=1e4)
-    assert large.interval_seconds == large.upload_seconds == pytest.approx(2400, rel=1e-3)
-    tiny = run.plan_saving(10**6, pause=1e-3, between_failures=1e3)
-    assert tiny.interval_seconds == run.SHORTEST_INTERVAL_SECONDS
-    assert run.plan_saving(10**12, 1.0, 1.0).lost_share == 1
 
 
 def test_every_gpu_has_a_plausible_memory_and_a_peak() -> None:
