@@ -64,22 +64,6 @@ def test_spending_goes_on_over_starts_and_prices(run_train: Train, tmp_path: Pat
     assert text.splitlines()[-1].endswith("Done: step 4 of 4.")
 
 
-def test_going_back_to_an_older_checkpoint_loses_what_came_after(
-    run_train: Train, tmp_path: Path
-) -> None:
-    words = ("--max-steps", "6")
-    assert run_train(*words, "--stop-after", "4", settings=SETTINGS) == 0
-    name = checkpoint(tmp_path, 2).name
-    assert run_train(*words, "--resume", name, "--stop-after", "3", settings=SETTINGS) == 0
-    events = read_log(tmp_path).events
-    stopped, resumed, _ = (event for event in events if event["event"] in ("end", "resume"))
-    saved = spending_of(read_json(checkpoint(tmp_path, 2) / "metadata.json"))
-    lost = spending_of(stopped).total.seconds - saved.total.seconds
-    assert spending_of(resumed).lost.seconds == pytest.approx(lost)
-    # Without a price, the time is counted all the same.
-    assert spending_of(resumed).total.unpriced_seconds == spending_of(stopped).total.seconds
-
-
 def test_a_rollback_loses_what_its_checkpoint_has_not(
     run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
