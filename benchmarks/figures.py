@@ -131,7 +131,7 @@ class Setup:
 
 
 def build_setup(folder: Path, settings: Mapping[str, Any]) -> Setup:
-    """Build a train state; one that was built before in this process is let go of.
+    """Build a train state, in place of one that was built before in this process.
 
     Args:
         folder: For scratch files.

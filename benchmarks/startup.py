@@ -54,7 +54,7 @@ print("stepped", flush=True)
 
 
 Milestones = dict[str, tuple[float, float]]
-"""What a process told of -> (wall seconds since its launch, its CPU seconds)."""
+"""Line that a process printed -> (wall seconds since its launch, its CPU seconds)."""
 
 
 def measure_startup(folder: Path, runs: int) -> dict[str, str]:
@@ -82,7 +82,7 @@ def measure_startup(folder: Path, runs: int) -> dict[str, str]:
 
 
 def _describe_peer(folder: Path) -> str:
-    """Return what the peer is told: the model and the micro-batches of a step."""
+    """Return the settings of the peer: the model and the micro-batches of a step."""
     from configs.model_config import build_model_config
 
     config = get_training_config("test")

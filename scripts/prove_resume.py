@@ -8,7 +8,7 @@ started again with `--resume latest`. For one of the kills the whole local check
 deleted after a checkpoint was verified in the bucket, so that the next attempt has only the bucket.
 Then batches, losses, weights, optimizer, schedule, random states and data position of both are
 compared bit by bit. Exit code 0 means that there is no difference. Everything happens in a folder
-of its own, and in a directory that stands for a bucket unless --use-bucket is given.
+of its own, with a directory as the bucket unless --use-bucket is given.
 """
 
 from __future__ import annotations

@@ -77,6 +77,7 @@ def test_time_is_counted_without_a_price_and_dollars_with_one() -> None:
     assert Amount.of(1800, 4.0) == Amount(1800, 2.0, 0)
     assert Amount.of(1800, None) == Amount(1800, 0, 1800)
     assert Amount.of(-5, 4.0) == Amount()
+    assert Amount.of(1800, 4.0) - Amount.of(3600, 8.0) == Amount()
     mixed = Amount.of(1800, 4.0) + Amount.of(1800, None)
     assert mixed.known_dollars == 2.0
     assert mixed.priced_at(8.0) == Amount(3600, 6.0, 0)

@@ -59,7 +59,7 @@ class CommandLauncher:
     """Starts train.py as a user does, each time in a session of its own.
 
     Args:
-        processes: Ranks; more than one start through torch.distributed.run.
+        processes: Ranks; more than one are launched through torch.distributed.run.
         prefix: Words before the Python interpreter, such as those of strace.
         environment: Variables besides those of this process.
     """
@@ -211,7 +211,7 @@ def tail(output: Path) -> str:
 
 @contextlib.contextmanager
 def killed_at_exit(running: Running) -> Iterator[None]:
-    """Leave no process behind, whatever happens in between."""
+    """Leave no process running, even after an error."""
     try:
         yield
     finally:
@@ -230,7 +230,7 @@ def open_work_folder(args: argparse.Namespace) -> Iterator[Path]:
     work: Path = args.workdir or Path(tempfile.mkdtemp(prefix="crashes-"))
     work.mkdir(parents=True, exist_ok=True)
     if any(work.iterdir()):
-        raise UsageError(f"{work} is not empty: --workdir wants a folder of its own.")
+        raise UsageError(f"{work} is not empty: --workdir must name a new or empty folder.")
     try:
         yield work.resolve()
     finally:
