@@ -21,7 +21,7 @@ def test_a_plan_shows_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[
 
 
 def test_json_has_every_number(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--gpus", "8", "--strategy", "fsdp", "--price", "2", "--tokens", "1e9", "--json"]
+    arguments = ["--gpu=h200", "--gpus=8", "--strategy=fsdp", "--price=2", "--tokens=1e9", "--json"]
     assert main([*arguments, "--micro-batch", "4", "--checkpointing", "full"]) == 0
     answer = json.loads(capsys.readouterr().out)
     (plan,) = answer["plans"]
@@ -54,6 +54,7 @@ def test_the_network_and_the_efficiency_can_be_given(capsys: pytest.CaptureFixtu
         (["--global-batch", "0"], "cannot be shared"),
         (["--gpu", "H101"], "Did you mean H100"),
         (["--model", "gpt-5"], "no known preset"),
+        (["--model", "pythia-6.9"], "Did you mean pythia-6.9b"),
     ],
 )
 def test_wrong_words_get_one_message(
