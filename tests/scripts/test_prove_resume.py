@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
 from scripts import prove_resume
 from tests.campaigns.fork_server import ForkServer
 from tests.conftest import TINY
@@ -315,12 +314,19 @@ def test_two_ranks_are_started_as_a_user_starts_them(tmp_path: Path) -> None:
         (("--set", "max_steps=5"), "--set max_steps: the proof decides this itself"),
         (("--set", "checkpoint_uri=bucket"), "takes effect only with --use-bucket"),
         (("--use-bucket", "--set", "checkpoint_uri="), "the configuration has no checkpoint_uri"),
-        (("--workdir", str(PROJECT_DIRECTORY)), "is not empty"),
+        (("--workdir", "full"), "is not empty"),
         (("--set", "max_step=5"), "Did you mean max_steps?"),
     ],
 )
 def test_bad_input_is_one_clear_message_and_exit_2(
-    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").touch()
     assert prove_resume.main(list(words)) == 2
     assert message in capsys.readouterr().err
