@@ -6,8 +6,8 @@ All train the same model from the same shards in the same batches and precision.
 with everything on: data from a bucket, metrics, TensorBoard, checkpoints, uploads. `plain` is a
 PyTorch loop with nothing but the step. `trainer` is `transformers.Trainer` without saves.
 
-Each says a line when it is warm and at the end of each turn of `turn_steps` steps, and then waits
-for a line of standard input (`benchmarks/turns.py`); where that is closed, it goes on at once.
+Each prints a line when it is warm and at the end of each turn of `turn_steps` steps, and then waits
+for a line of standard input (`benchmarks/turns.py`).
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ OURS, PLAIN, TRAINER = "ours", "plain", "trainer"
 
 
 class Clock:
-    """Takes the time of the steps after `first_step` up to `last_step`, turn by turn."""
+    """Takes the time of the steps after `first_step`, turn by turn, up to step `last`."""
 
     def __init__(self, task: dict[str, Any]) -> None:
-        self.first, self.last = task["first_step"], task["last_step"]
-        self._turn_steps = task.get("turn_steps", self.last - self.first)
+        self._first, self._turn_steps = task["first_step"], task["turn_steps"]
+        self.last = self._first + task["turns"] * self._turn_steps
         self._begin = 0.0
-        self.seconds = 0.0
-        """Of all turns so far."""
 
     def note(self, step: int) -> None:
         """Take the end of a step; at the end of a turn, wait for the next one."""
-        if not self.first <= step <= self.last or (step - self.first) % self._turn_steps:
+        if not self._first <= step <= self.last or (step - self._first) % self._turn_steps:
             return
-        _wait_for_device()
-        taken = time.perf_counter() - self._begin if step > self.first else 0.0
-        self.seconds += taken
-        print(json.dumps({"turn_seconds": taken}), file=sys.__stdout__, flush=True)
+        torch, peak = sys.modules["torch"], 0
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+        taken = time.perf_counter() - self._begin
+        report = {"turn_seconds": taken, "peak_bytes": peak}
+        print(json.dumps(report), file=sys.__stdout__, flush=True)
         if step < self.last:
             sys.stdin.readline()
         self._begin = time.perf_counter()
@@ -141,12 +142,7 @@ def _build_model(task: dict[str, Any]) -> tuple[Any, Any, Any]:
     from configs.model_config import build_model_config
 
     settings = task["settings"]
-    overrides = {
-        key.removeprefix("model_overrides."): value
-        for key, value in settings.items()
-        if key.startswith("model_overrides.")
-    }
-    config = build_model_config(settings["model"], overrides, settings["sequence_length"])
+    config = build_model_config(settings["model"], {}, settings["sequence_length"])
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation="sdpa", dtype=torch.float32
@@ -169,24 +165,14 @@ def _read_samples(task: dict[str, Any], steps: int) -> Any:
     return torch.from_numpy(tokens.reshape(wanted, length))
 
 
-def _wait_for_device() -> None:
-    torch = sys.modules["torch"]
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 CONTESTANTS = {OURS: run_ours, PLAIN: run_plain, TRAINER: run_trainer}
 
 
 def main() -> None:
-    """Time one contestant; print its seconds, and the peak of the GPU's memory."""
+    """Run one contestant; its clock prints what its turns take."""
     name, task = sys.argv[1], json.loads(sys.argv[2])
-    clock = Clock(task)
     os.chdir(task["folder"])
-    CONTESTANTS[name](task, clock)
-    torch = sys.modules["torch"]
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    print(json.dumps({"seconds": clock.seconds, "peak_bytes": peak}))
+    CONTESTANTS[name](task, Clock(task))
 
 
 if __name__ == "__main__":

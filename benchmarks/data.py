@@ -6,11 +6,10 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import anonymous_bytes, compare, spread
+from benchmarks.figures import anonymous_bytes, interleave, ratios, spread, timed
 
 SEQUENCE_LENGTH = 2048
 MICRO_BATCH = 8
@@ -41,6 +40,11 @@ def write_shards(folder: Path, num_shards: int, tokens: int) -> None:
         np.savez(path, input_ids=random.integers(0, VOCABULARY, tokens, dtype=np.uint16))
         row = {"name": path.name, "tokens": tokens, "size": path.stat().st_size}
         rows.append({**row, "crc32c": crc32c_of_file(path)})
+    write_index(folder, rows)
+
+
+def write_index(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the index of shards, as prepare_data does."""
     index = {"format": 1, "vocab_size": VOCABULARY, "shards": rows, "tokenizer_files": []}
     (folder / "index.json").write_text(json.dumps(index))
 
@@ -97,12 +101,12 @@ def measure_warm_cache(folder: Path, runs: int) -> dict[str, str]:
         tokens = sum(batch.numel() for batch in batches())
         return tokens / (time.perf_counter() - begin)
 
-    left, right, ratios = compare(lambda: rate(ours), lambda: rate(peer), runs)
+    rates = interleave({"ours": lambda: rate(ours), "peer": lambda: rate(peer)}, runs)
     reader.cache.close()
     return {
-        "warm cache, tokens/s": spread(left, " M", 1e6),
-        "np.memmap loader, tokens/s": spread(right, " M", 1e6),
-        "ratio": spread(ratios, "x"),
+        "warm cache, tokens/s": spread(rates["ours"], " M", 1e6),
+        "np.memmap loader, tokens/s": spread(rates["peer"], " M", 1e6),
+        "ratio": spread(ratios(rates["ours"], rates["peer"]), "x"),
     }
 
 
@@ -117,42 +121,32 @@ def measure_far_start(folder: Path, runs: int) -> dict[str, str]:
         {"name": f"train_{n:05}.npz", "tokens": 50_000_000, "size": 10**8, "crc32c": "AAAAAA=="}
         for n in range(10_000)
     ]
-    index = {"format": 1, "vocab_size": VOCABULARY, "shards": rows, "tokenizer_files": []}
-    (folder / "index.json").write_text(json.dumps(index))
-    seconds = []
-    for _ in range(runs):
-        begin = time.perf_counter()
+    write_index(folder, rows)
+
+    def find_place() -> None:
         shards = build_shard_index(open_bucket(str(folder))).training
         order = SampleOrder([shard.tokens for shard in shards], SEQUENCE_LENGTH, 42, 8)
         order.upcoming_shards(10**9)
         order.locate(10**9, 512)
         order.shards_consumed(10**9)
-        seconds.append(time.perf_counter() - begin)
+
+    seconds = [timed(find_place) for _ in range(runs)]
     return {"ready at sample 10^9 of 10,000 shards": spread(seconds, " s")}
 
 
-@contextmanager
-def serve_bucket(folder: Path) -> Iterator[Any]:
-    """Serve a directory as gs://corpus from the tests' fake server on 127.0.0.1."""
+def measure_cold_bucket(folder: Path, runs: int) -> dict[str, str]:
+    """Time to the first batch of a cold gs:// bucket, and to download the shards it touches."""
     from tests.gcs_server import FakeGcsServer
+    from utils.data_utils import BatchLoader, StepShape
+    from utils.storage.open import open_bucket
 
+    write_shards(folder / "data", 1000, 2**18)
+    firsts, extra = [], []
     with FakeGcsServer(folder / "server") as server:
         server.create_bucket("corpus")
         for path in (folder / "data").iterdir():
             server.put_object("corpus", path.name, path.read_bytes())
         os.environ.update(server.client_environment())
-        yield server
-
-
-def measure_cold_bucket(folder: Path, runs: int) -> dict[str, str]:
-    """Time to the first batch of a cold gs:// bucket, and to download the shards it touches."""
-    from utils.data_utils import BatchLoader, StepShape
-    from utils.storage.open import open_bucket
-
-    write_shards(folder / "data", 1000, 2**18)
-    extra = []
-    firsts = []
-    with serve_bucket(folder):
         for number in range(runs + 1):
             begin = time.perf_counter()
             reader = build_reader("gs://corpus", folder / f"cache-{number}")

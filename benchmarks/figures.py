@@ -1,14 +1,28 @@
-"""What all measurements share: pairs of runs, their spread, the machine."""
+"""What all measurements share: interleaved runs and their spread, processes, a train state."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.training_config import PROJECT_DIRECTORY, TrainingConfig, get_training_config
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from utils.training_utils import TrainState
 
 RUNS = 7
+TRAIN = (sys.executable, str(PROJECT_DIRECTORY / "train.py"))
 
 
 def describe_machine() -> str:
@@ -21,14 +35,25 @@ def describe_machine() -> str:
     )
 
 
-def compare(
-    ours: Callable[[], float], peer: Callable[[], float], runs: int
-) -> tuple[list[float], list[float], list[float]]:
-    """Return the rates of interleaved runs of both, and their ratios pair by pair."""
-    ours(), peer()  # warm both
-    pairs = [(ours(), peer()) for _ in range(runs)]
-    left, right = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return left, right, [a / b for a, b in pairs]
+def timed(action: Callable[[], object]) -> float:
+    """Return the seconds of a call."""
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def interleave(
+    ways: Mapping[str, Callable[[], float]], runs: int, *, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Return the figures of each way, one a run; the ways take turns in each run.
+
+    Args:
+        ways: Name -> what returns one figure.
+        runs: Of each way.
+        warm_up: Whether a first run of all of them is left out.
+    """
+    rounds = [{name: way() for name, way in ways.items()} for _ in range(runs + warm_up)]
+    return {name: [figures[name] for figures in rounds[warm_up:]] for name in ways}
 
 
 def spread(values: Sequence[float], unit: str = "", scale: float = 1.0) -> str:
@@ -37,9 +62,101 @@ def spread(values: Sequence[float], unit: str = "", scale: float = 1.0) -> str:
     return f"{middle / scale:.2f}{unit} ({low / scale:.2f} to {high / scale:.2f})"
 
 
+def ratios(ours: Sequence[float], peer: Sequence[float]) -> list[float]:
+    """Return the ratio of each pair of runs that were made side by side."""
+    return [a / b for a, b in zip(ours, peer, strict=True)]
+
+
 def anonymous_bytes() -> int:
     """Return this process's anonymous resident memory (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def prepare_sample(folder: Path) -> Path:
+    """Write the sample corpus as shards; return their folder."""
+    data = folder / "data"
+    script = str(PROJECT_DIRECTORY / "scripts" / "prepare_data.py")
+    words = [sys.executable, script, "--sample", "--output", str(data), "--quiet"]
+    subprocess.run(words, check=True, cwd=folder)  # noqa: S603
+    return data
+
+
+def run_module(name: str, *words: str, **variables: str) -> Any:
+    """Run a module of this folder in a process of its own; return the JSON of its last line."""
+    output = subprocess.run(  # noqa: S603
+        [sys.executable, "-m", f"benchmarks.{name}", *words],
+        check=True,
+        cwd=PROJECT_DIRECTORY,
+        env={**os.environ, **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A train state as a run builds it, without data.
+
+    Attributes:
+        config: The test configuration with some settings.
+        model_config: transformers config of its model.
+        accelerator: What it is prepared with.
+        state: Model, optimizer and schedule.
+    """
+
+    config: TrainingConfig
+    model_config: Any
+    accelerator: Accelerator
+    state: TrainState
+
+    def random_batches(self) -> list[Any]:
+        """Return the micro-batches of a step: int64 [micro-batch, sequence_length] each."""
+        import torch
+
+        samples, accumulation = self.config.resolve_batch(1)
+        shape = (samples // accumulation, self.config.sequence_length)
+        vocabulary = self.model_config.vocab_size
+        return [torch.randint(vocabulary, shape) for _ in range(accumulation)]
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        import torch
+
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def build_setup(folder: Path, settings: Mapping[str, Any]) -> Setup:
+    """Build a train state, in place of one that was built before in this process.
+
+    Args:
+        folder: For scratch files.
+        settings: Key -> value, over the test configuration.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+
+    from configs.model_config import build_model_config
+    from utils.training_utils import (
+        build_accelerator,
+        build_train_state,
+        resolve_precision,
+        set_determinism,
+    )
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    config = get_training_config("test", {"cache_dir": str(folder), **settings})
+    model_config = build_model_config(
+        config.model,
+        config.model_overrides,
+        config.sequence_length,
+        config.pad_vocab_to_multiple_of,
+    )
+    set_determinism(config)
+    accelerator = build_accelerator(config, resolve_precision(config), [], folder)
+    state = build_train_state(accelerator, model_config, config)
+    return Setup(config, model_config, accelerator, state)

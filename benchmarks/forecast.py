@@ -7,31 +7,24 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
 
-from benchmarks.figures import spread
-from configs.training_config import PROJECT_DIRECTORY
+from benchmarks.figures import TRAIN, prepare_sample, spread
 from utils.tracking.metrics_log import read_metrics
 
-TRAIN = (sys.executable, str(PROJECT_DIRECTORY / "train.py"))
-PREPARE = (sys.executable, str(PROJECT_DIRECTORY / "scripts" / "prepare_data.py"))
 ASKED_STEP = 20
 FORECAST = re.compile(r"^ +run +ok +about (?:(\d+)h)?(?:(\d+)m)?(?:([\d.]+)s)? for steps", re.M)
 
 
 def measure_forecast(folder: Path, runs: int) -> dict[str, str]:
     """Run the test configuration a few times, each after a dry run."""
-    data = folder / "data"
-    words = [*PREPARE, "--sample", "--output", str(data), "--quiet"]
-    subprocess.run(words, check=True, cwd=folder)  # noqa: S603
+    settings = ["--config", "test", "--set", f"data_uri={prepare_sample(folder)}"]
     before, after, checking = [], [], []
     for number in range(min(3, runs)):
         work = folder / f"run-{number}"
         work.mkdir()
-        settings = ["--config", "test", "--set", f"data_uri={data}"]
         begin = time.perf_counter()
         told = subprocess.run(  # noqa: S603
             [*TRAIN, *settings, "--dry-run"], check=True, cwd=work, capture_output=True, text=True

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -20,32 +19,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.training_config import PROJECT_DIRECTORY
+from benchmarks.figures import prepare_sample, run_module
 
 STEPS = 300
 WARM_STEPS = 50
 LOGGING_STEPS = 10
 MODEL, OURS = "model", "ours"
-PREPARE = (sys.executable, str(PROJECT_DIRECTORY / "scripts" / "prepare_data.py"))
 
 
 def measure_loop(folder: Path, runs: int) -> dict[str, str]:
     """Return the microseconds of each part, median over steps, then over a few runs."""
-    data = folder / "data"
-    words = [*PREPARE, "--sample", "--output", str(data), "--quiet"]
-    subprocess.run(words, check=True, cwd=folder)  # noqa: S603
+    data = prepare_sample(folder)
     found: dict[str, list[float]] = defaultdict(list)
     for number in range(min(runs, 3)):
         work = folder / f"loop-{number}"
         work.mkdir()
         task = json.dumps({"folder": str(work), "data": str(data)})
-        output = subprocess.run(  # noqa: S603
-            [sys.executable, "-m", "benchmarks.loop_parts", task],
-            check=True,
-            cwd=PROJECT_DIRECTORY,
-            stdout=subprocess.PIPE,
-        ).stdout
-        for part, microseconds in json.loads(output.splitlines()[-1]).items():
+        for part, microseconds in run_module("loop_parts", task).items():
             found[part].append(microseconds)
     return {
         part: f"{statistics.median(values):,.0f} us ({min(values):,.0f} to {max(values):,.0f})"
@@ -157,11 +147,10 @@ def run(task: dict[str, str]) -> dict[str, float]:
 
 def summarize(steps: list[dict[str, float]]) -> dict[str, float]:
     """Return the median microseconds of each part, and what all of ours take together."""
-    parts = sorted({part for step in steps for part in step})
-    medians = {}
-    for part in parts:
-        known = [step[part] * 1e6 for step in steps if part in step]
-        medians[part] = statistics.median(known)
+    medians = {
+        part: statistics.median(step[part] * 1e6 for step in steps if part in step)
+        for part in sorted({part for step in steps for part in step})
+    }
     added = [
         1e6 * (step["whole step"] - sum(v for k, v in step.items() if k.startswith(MODEL)))
         for step in steps

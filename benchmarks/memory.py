@@ -7,12 +7,11 @@ model is built, on a GPU `max_memory_allocated`.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from configs.training_config import PROJECT_DIRECTORY
+from benchmarks.figures import run_module
 
 STEPS = 3  # the optimizer's moments are there from the second on
 CPU_CASES = {"neox-tiny": (1, 4, 8), "pythia-70m": (1, 2, 4), "pythia-160m": (1, 2, 4)}
@@ -27,22 +26,15 @@ def measure_memory(folder: Path, runs: int) -> dict[str, str]:
     del runs
     on_gpu = torch.cuda.is_available()
     cases, length = (GPU_CASES, GPU_SEQUENCE_LENGTH) if on_gpu else (CPU_CASES, CPU_SEQUENCE_LENGTH)
-    return {
-        f"{preset}, {micro_batch} x {length}": describe(
-            measure_peak(folder, preset, micro_batch, length)
+    found = {}
+    for preset, micro_batch in ((preset, one) for preset, each in cases.items() for one in each):
+        result = measure_peak(folder, preset, micro_batch, length)
+        measured, estimated = (result[key] / 1e6 for key in ("measured", "estimated"))
+        found[f"{preset}, {micro_batch} x {length}"] = (
+            f"measured {measured:,.0f} MB, estimated {estimated:,.0f} MB, "
+            f"ratio {estimated / measured:.3f}"
         )
-        for preset, batches in cases.items()
-        for micro_batch in batches
-    }
-
-
-def describe(result: dict[str, Any]) -> str:
-    """Return a result as a line."""
-    ratio = result["estimated"] / result["measured"]
-    return (
-        f"measured {result['measured'] / 1e6:,.0f} MB, estimated "
-        f"{result['estimated'] / 1e6:,.0f} MB, ratio {ratio:.3f}"
-    )
+    return found
 
 
 def measure_peak(
@@ -64,11 +56,7 @@ def measure_peak(
         "report_to": [],
         **settings,
     }
-    words = [sys.executable, "-m", "benchmarks.memory", str(folder), json.dumps(values)]
-    output = subprocess.run(  # noqa: S603
-        words, cwd=PROJECT_DIRECTORY, check=True, stdout=subprocess.PIPE
-    ).stdout
-    result: dict[str, Any] = json.loads(output)
+    result: dict[str, Any] = run_module("memory", str(folder), json.dumps(values))
     return result
 
 

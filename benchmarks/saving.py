@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import anonymous_bytes, spread
+from benchmarks.figures import anonymous_bytes, build_setup, interleave, ratios, spread, timed
 
-VOCABULARY = 50257
+GPU_SETTINGS = {
+    "model": "refocused-1.2b",
+    "sequence_length": 2048,
+    "per_device_train_batch_size": 8,
+    "global_batch_size": 16,
+}
+# 70M parameters.
+CPU_SHAPE = {
+    "hidden_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+    "vocab_size": 50257,
+}
 
 
 def measure_checkpoint(folder: Path, runs: int) -> dict[str, str]:
     """Measure saving: a GPT-NeoX of 70M parameters on a CPU, the 1.2B one on a GPU."""
-    bench = SavingBench(folder)
+    bench = SavingBench(folder, CPU_SHAPE)
     try:
         return {**bench.measure_blocking(runs), **bench.measure_steps(runs), **bench.measure_run(3)}
     finally:
-        bench.close()
+        bench.saver.close()
 
 
 class SavingBench:
@@ -27,70 +42,28 @@ class SavingBench:
 
     Args:
         folder: For checkpoints.
-        shape: Of the model on a CPU; 70M parameters by default.
+        shape: Sizes of the model on a CPU.
     """
 
-    def __init__(self, folder: Path, shape: dict[str, int] | None = None) -> None:
+    def __init__(self, folder: Path, shape: dict[str, int]) -> None:
         import torch
-        from accelerate.state import AcceleratorState
 
-        from configs.model_config import build_model_config
-        from configs.training_config import get_training_config
         from utils.base.machine import available_memory
         from utils.checkpoints.saver import CheckpointSaver
-        from utils.training_utils import (
-            build_accelerator,
-            build_train_state,
-            resolve_precision,
-            set_determinism,
-        )
 
-        AcceleratorState._reset_state(reset_partial_state=True)
         self.folder = folder
-        on_gpu = torch.cuda.is_available()
-        shape = shape or {
-            "hidden_size": 512,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 8,
-            "intermediate_size": 2048,
-            "vocab_size": VOCABULARY,
-        }
-        overrides: dict[str, Any] = {f"model_overrides.{k}": v for k, v in shape.items()}
-        overrides["global_batch_size"] = 1
-        if on_gpu:
-            overrides = {
-                "model": "refocused-1.2b",
-                "sequence_length": 2048,
-                "per_device_train_batch_size": 8,
-                "global_batch_size": 16,
-            }
-        self.config = get_training_config("test", {**overrides, "max_steps": 10**6})
-        model_config = build_model_config(
-            self.config.model, self.config.model_overrides, self.config.sequence_length
-        )
-        precision = resolve_precision(self.config)
-        self.accelerator = build_accelerator(self.config, precision, [], folder)
-        set_determinism(self.config)
-        self.state = build_train_state(self.accelerator, model_config, self.config)
-        tokens = (self.config.per_device_train_batch_size, 2048 if on_gpu else 128)
-        vocabulary = model_config.vocab_size
-        self.batches = [torch.randint(0, vocabulary, tokens) for _ in range(2 if on_gpu else 1)]
-        self.number = 0
-        self.saver = CheckpointSaver(
-            folder / "ours", self.accelerator.device, lambda checkpoint: None
-        )
+        settings: dict[str, Any] = {"global_batch_size": 1, "sequence_length": 128}
+        settings |= {f"model_overrides.{key}": value for key, value in shape.items()}
+        if torch.cuda.is_available():
+            settings = dict(GPU_SETTINGS)
+        self.setup = build_setup(folder, {**settings, "max_steps": 10**6})
+        self.state, self.batches = self.setup.state, self.setup.random_batches()
+        device = self.setup.accelerator.device
+        self.saver = CheckpointSaver(folder / "ours", device, lambda checkpoint: None)
         self.step()
         self.saver.prepare(self.state.division.snapshot_bytes(), available_memory())
         while self.saver._writer is not None and not self.saver._writer.is_ready():
             time.sleep(0.1)
-        self.parameters = sum(p.numel() for p in self.state.core_model.parameters())
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        import torch
-
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def step(self) -> float:
         """Do one step; return its seconds."""
@@ -98,58 +71,44 @@ class SavingBench:
 
         begin = time.perf_counter()
         train_step(self.state, self.batches, 1.0, None, self.saver.fence)
-        self.synchronize()
+        self.setup.synchronize()
         return time.perf_counter() - begin
 
     def save(self) -> float:
         """Begin to save as a run does; return the seconds that training waits."""
         from utils.base.machine import available_memory
-        from utils.checkpoint_utils import (
-            add_held_state,
-            capture_random_state,
-            collect_files,
-        )
+        from utils.checkpoint_utils import add_held_state, capture_random_state, collect_files
         from utils.checkpoints.layout import RunIdentity
         from utils.data.data_state import DataState
 
-        self.number += 1
-        self.state.progress.step = self.number
+        self.state.progress.step += 1
         begin = time.perf_counter()
-        told = (
-            DataState(0, 0, 0, 128, 0, 1, ()),
-            self.config,
-            RunIdentity("20260101-0a1b2c3d"),
-        )
+        position = DataState(0, 0, 0, 128, 0, 1, ())
+        told = (position, self.setup.config, RunIdentity("20260101-0a1b2c3d"))
         rest = collect_files(self.state, *told, [capture_random_state(self.state)], {})
         files = add_held_state(self.state, *told, rest)
         assert files is not None
         self.saver.save(files, available_memory())
         return time.perf_counter() - begin
 
-    def finish_save(self) -> None:
-        """Wait for the commit; remove what was written."""
-        import shutil
-
+    def finish_save(self) -> float:
+        """Wait for the commit and remove what was written; return the seconds it all took."""
         self.saver.wait()
         if self.saver.failure is not None:
             raise self.saver.failure
         shutil.rmtree(self.folder / "ours")
         (self.folder / "ours").mkdir()
+        return self.saver.last_seconds or 0.0
 
     def save_by_accelerate(self) -> float:
         """Return the seconds of Accelerator.save_state of the same state."""
-        import shutil
-
-        begin = time.perf_counter()
-        self.accelerator.save_state(str(self.folder / "accelerate"))
-        seconds = time.perf_counter() - begin
-        shutil.rmtree(self.folder / "accelerate")
+        target = self.folder / "accelerate"
+        seconds = timed(lambda: self.setup.accelerator.save_state(str(target)))
+        shutil.rmtree(target)
         return seconds
 
     def save_by_dcp(self) -> float:
         """Return the seconds until torch's async_save of the same state returns."""
-        import shutil
-
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
         state = {
@@ -167,87 +126,98 @@ class SavingBench:
         """Compare how long training waits for a save; ours and the peers take turns."""
         import torch.distributed
 
-        torch.distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{self.folder / 'meeting-point'}",
-            rank=0,
-            world_size=1,
-        )
-        ways = {"ours": self.save, "accelerate": self.save_by_accelerate, "dcp": self.save_by_dcp}
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
         commits = []
+
+        def save() -> float:
+            seconds = self.save()
+            commits.append(self.finish_save())
+            return seconds
+
+        def after_a_step(way: Callable[[], float]) -> Callable[[], float]:
+            def measure() -> float:
+                os.sync()  # what the one before wrote is no burden to this one
+                self.step()
+                return way()
+
+            return measure
+
+        ways = {"ours": save, "accelerate": self.save_by_accelerate, "dcp": self.save_by_dcp}
+        meeting_point = f"file://{self.folder / 'meeting-point'}"
+        torch.distributed.init_process_group("gloo", meeting_point, rank=0, world_size=1)
         try:
-            for number in range(runs + 1):
-                for way, measure in ways.items():
-                    os.sync()  # what the one before wrote is no burden to this one
-                    self.step()
-                    taken = measure()
-                    if way == "ours":
-                        self.finish_save()
-                        commits.append(self.saver.last_seconds or 0.0)
-                    if number:  # the first is a warm-up
-                        seconds[way].append(taken)
+            seconds = interleave({name: after_a_step(way) for name, way in ways.items()}, runs)
         finally:
             torch.distributed.destroy_process_group()
         shares = {
-            way: [100 * a / b for a, b in zip(seconds["ours"], seconds[way], strict=True)]
-            for way in ("accelerate", "dcp")
+            name: spread([100 * share for share in ratios(seconds["ours"], seconds[name])], "%")
+            for name in ("accelerate", "dcp")
         }
+        parameters = sum(p.numel() for p in self.state.core_model.parameters())
         return {
-            "parameters": f"{self.parameters / 1e6:.0f} M",
+            "parameters": f"{parameters / 1e6:.0f} M",
             "training waits for a save": spread(seconds["ours"], " ms", 1e-3),
             "Accelerator.save_state of the same state": spread(seconds["accelerate"], " ms", 1e-3),
-            "share of it": spread(shares["accelerate"], "%"),
+            "share of it": shares["accelerate"],
             "torch async_save until it returns": spread(seconds["dcp"], " ms", 1e-3),
-            "share of that": spread(shares["dcp"], "%"),
+            "share of that": shares["dcp"],
             "from the beginning of a save to its commit": spread(commits[1:], " s"),
+        }
+
+    def compare_steps(
+        self, runs: int, begin: Callable[[], object], is_busy: Callable[[], bool], what: str
+    ) -> dict[str, str]:
+        """Compare steps alone with steps beside something in the background.
+
+        Args:
+            runs: How often it begins.
+            begin: Begins it.
+            is_busy: Whether it is still going on.
+            what: What it is, for the name of the figure.
+        """
+        alone, beside = [], []
+        for _ in range(runs):
+            alone += [self.step() for _ in range(4)]
+            begin()
+            while is_busy():
+                seconds = self.step()
+                if is_busy():
+                    beside.append(seconds)
+        ratio = statistics.median(beside) / statistics.median(alone)
+        return {
+            "a step alone": spread(alone, " ms", 1e-3),
+            f"a step while a checkpoint is {what}": spread(beside, " ms", 1e-3),
+            "ratio of the medians": f"{ratio:.3f}x",
         }
 
     def measure_steps(self, runs: int) -> dict[str, str]:
         """Compare steps beside a save in progress with steps alone."""
-        alone, beside = [], []
-        for _ in range(runs):
-            alone += [self.step() for _ in range(4)]
-            self.save()
-            while self.saver.is_busy:
-                seconds = self.step()
-                if self.saver.is_busy:
-                    beside.append(seconds)
-            self.finish_save()
-        ratio = statistics.median(beside) / statistics.median(alone)
-        return {
-            "a step alone": spread(alone, " ms", 1e-3),
-            "a step while a checkpoint is written": spread(beside, " ms", 1e-3),
-            "ratio of the medians": f"{ratio:.3f}x",
-        }
+        found = self.compare_steps(runs, self.save, lambda: self.saver.is_busy, "written")
+        self.finish_save()
+        return found
 
     def measure_run(self, runs: int, steps: int = 50) -> dict[str, str]:
         """Compare a run of 50 steps with five saves with the same run without."""
 
-        def train(saves: int) -> float:
-            begin = time.perf_counter()
+        def train(*save_steps: int) -> None:
             for number in range(1, steps + 1):
                 self.step()
-                if saves and number % (steps // saves) == 0:
+                if number in save_steps:
                     self.saver.wait()
                     self.save()
             self.saver.wait()
-            seconds = time.perf_counter() - begin
-            if saves:
-                self.finish_save()
+
+        def train_with_saves() -> float:
+            seconds = timed(lambda: train(*range(steps // 5, steps + 1, steps // 5)))
+            self.finish_save()
             return seconds
 
-        ratios, before = [], anonymous_bytes()
-        for _ in range(runs):
-            plain = train(0)
-            ratios.append(train(5) / plain)
+        before = anonymous_bytes()
+        ways = {"none": lambda: timed(train), "five": train_with_saves}
+        seconds = interleave(ways, runs, warm_up=False)
+        growth = (anonymous_bytes() - before) / 2**20
         return {
-            f"{steps} steps with 5 saves against none": spread(ratios, "x"),
-            "growth of host memory over these runs": (
-                f"{(anonymous_bytes() - before) / 2**20:.1f} MiB"
+            f"{steps} steps with 5 saves against none": spread(
+                ratios(seconds["five"], seconds["none"]), "x"
             ),
+            "growth of host memory over these runs": f"{growth:.1f} MiB",
         }
-
-    def close(self) -> None:
-        """End the saver."""
-        self.saver.close()

@@ -5,7 +5,9 @@ and one step of the same size. Both are processes of their own, as a user starts
 each is ended once its step is done. The aim is about the import and the step alone, so the peer's
 time to build the model is left out there.
 
-A third process tells where the seconds of ours go, as `python -m benchmarks.startup WORDS...`.
+A third process tells where the seconds of ours go:
+
+    python -m benchmarks.startup FOLDER WORDS...
 """
 
 from __future__ import annotations
@@ -16,21 +18,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from benchmarks.figures import spread
-from configs.training_config import PROJECT_DIRECTORY, TrainingConfig, get_training_config
+from benchmarks.figures import TRAIN, prepare_sample, ratios, run_module, spread
+from benchmarks.loop_parts import Clocks
+from configs.training_config import TrainingConfig, get_training_config
 
 if TYPE_CHECKING:
     from utils.run.run import TrainingRun
 
-TRAIN = str(PROJECT_DIRECTORY / "train.py")
-PREPARE = str(PROJECT_DIRECTORY / "scripts" / "prepare_data.py")
 STEP_LINE = "Step 1/"
 
 PLAIN = """
@@ -53,40 +53,39 @@ print("stepped", flush=True)
 """
 
 
-@dataclass(frozen=True)
-class Milestones:
-    """When a process reached what it told of: seconds since its launch, and its CPU seconds."""
-
-    wall: dict[str, float]
-    cpu: dict[str, float]
+Milestones = dict[str, tuple[float, float]]
+"""Line that a process printed -> (wall seconds since its launch, its CPU seconds)."""
 
 
 def measure_startup(folder: Path, runs: int) -> dict[str, str]:
     """Measure the start of the test configuration, with data and caches in place."""
-    data = folder / "data"
-    words = [sys.executable, PREPARE, "--sample", "--output", str(data), "--quiet"]
-    subprocess.run(words, check=True, cwd=folder)  # noqa: S603
+    # A user's Python keeps the bytecode that it has compiled.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    data = prepare_sample(folder)
     words = ["--config", "test", "--set", f"data_uri={data}", "--set", "logging_steps=1"]
-    settings = _describe_peer(folder, get_training_config("test", {}))
+    settings = _describe_peer(folder)
     measured = []
     for number in range(runs + 1):
         work = folder / f"run-{number}"
+        work.mkdir()
+        peer = [sys.executable, "-c", PLAIN, settings]
         measured.append(
             (
-                _watch(work, [TRAIN, *words], [STEP_LINE]),
-                _watch(work, ["-c", PLAIN, settings], ["imported", "built", "stepped"]),
-                _time_phases(work / "phases", words),
+                _watch(work, [*TRAIN, *words], [STEP_LINE]),
+                _watch(work, peer, ["imported", "built", "stepped"]),
+                run_module("startup", str(work / "phases"), *words, "--quiet"),
             )
         )
     # The first is a warm-up: it also writes bytecode.
-    ours, peer, phases = zip(*measured[1:], strict=True)
-    return {**_compare(ours, peer), **_describe_phases(phases)}
+    ours, peers, phases = zip(*measured[1:], strict=True)
+    return {**_compare(ours, peers), **_describe_phases(phases)}
 
 
-def _describe_peer(folder: Path, config: TrainingConfig) -> str:
-    """Return what the peer is told: the model and the micro-batches of a step."""
+def _describe_peer(folder: Path) -> str:
+    """Return the settings of the peer: the model and the micro-batches of a step."""
     from configs.model_config import build_model_config
 
+    config = get_training_config("test")
     path = folder / "model.json"
     model = build_model_config(config.model, config.model_overrides, config.sequence_length)
     path.write_text(json.dumps(model.to_dict()), "utf-8")
@@ -95,54 +94,37 @@ def _describe_peer(folder: Path, config: TrainingConfig) -> str:
     return json.dumps({"model": str(path), "micro_steps": accumulation, "shape": shape})
 
 
-def _environment() -> dict[str, str]:
-    """Return the environment of a user, whose Python keeps the bytecode that it has compiled."""
-    return {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-
-
 def _watch(folder: Path, words: Sequence[str], awaited: Sequence[str]) -> Milestones:
-    """Start Python in a folder; return when each awaited text was told, then end it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Start a process in a folder; return when each awaited text was told, then end it."""
     began = time.perf_counter()
-    process = subprocess.Popen(  # noqa: S603
-        [sys.executable, *words],
+    told, left, found = [], list(awaited), {}
+    with subprocess.Popen(  # noqa: S603
+        words,
         cwd=folder,
-        env=_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    assert process.stdout is not None
-    try:
-        with process.stdout:
-            return _read_milestones(psutil.Process(process.pid), process.stdout, awaited, began)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _read_milestones(
-    process: psutil.Process, output: IO[str], awaited: Sequence[str], began: float
-) -> Milestones:
-    told, left = [], list(awaited)
-    found = Milestones({}, {})
-    for line in output:
-        told.append(line)
-        if left[0] in line:
-            text, times = left.pop(0), process.cpu_times()
-            found.wall[text] = time.perf_counter() - began
-            found.cpu[text] = times.user + times.system
-            if not left:
-                return found
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            told.append(line)
+            if left[0] in line:
+                times = psutil.Process(process.pid).cpu_times()
+                seconds = time.perf_counter() - began
+                found[left.pop(0)] = seconds, times.user + times.system
+                if not left:
+                    process.kill()
+                    return found
     raise RuntimeError(f"no {left[0]!r} in: {''.join(told)}")
 
 
-def _compare(ours: Sequence[Milestones], peer: Sequence[Milestones]) -> dict[str, str]:
+def _compare(ours: Sequence[Milestones], peers: Sequence[Milestones]) -> dict[str, str]:
+    """Return the time of ours and its ratio to the peer's, as wall time and as CPU time."""
     figures: dict[str, str] = {}
-    for name in ("wall", "cpu"):
-        own = [getattr(found, name)[STEP_LINE] for found in ours]
-        times = [getattr(found, name) for found in peer]
+    for place, name in enumerate(("wall", "cpu")):
+        own = [found[STEP_LINE][place] for found in ours]
+        times = [{text: when[place] for text, when in found.items()} for found in peers]
         imports = [found["imported"] for found in times]
         wholes = [found["stepped"] for found in times]
         aims = [found["imported"] + found["stepped"] - found["built"] for found in times]
@@ -150,29 +132,10 @@ def _compare(ours: Sequence[Milestones], peer: Sequence[Milestones]) -> dict[str
             f"python train.py to the end of step 1, {name}": spread(own, " s"),
             f"import of the model class, {name}": spread(imports, " s"),
             f"import and one step, {name}": spread(aims, " s"),
-            f"ratio to import and one step, {name}": spread(_ratios(own, aims)),
-            f"ratio to import, model and one step, {name}": spread(_ratios(own, wholes)),
+            f"ratio to import and one step, {name}": spread(ratios(own, aims)),
+            f"ratio to import, model and one step, {name}": spread(ratios(own, wholes)),
         }
     return figures
-
-
-def _ratios(left: Sequence[float], right: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(left, right, strict=True)]
-
-
-def _time_phases(folder: Path, words: Sequence[str]) -> dict[str, float]:
-    """Return the seconds of each phase of a start, in its order."""
-    folder.mkdir(parents=True)
-    told = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "benchmarks.startup", *words, "--quiet"],
-        cwd=folder,
-        env={**_environment(), "PYTHONPATH": str(PROJECT_DIRECTORY)},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    phases: dict[str, float] = json.loads(told)
-    return phases
 
 
 def _describe_phases(runs: Sequence[dict[str, float]]) -> dict[str, str]:
@@ -186,43 +149,16 @@ def _describe_phases(runs: Sequence[dict[str, float]]) -> dict[str, str]:
     return figures
 
 
-class Clock:
-    """Notes how long each phase of this process takes."""
-
-    def __init__(self) -> None:
-        self.phases: dict[str, float] = {}
-        self._now = time.perf_counter()
-        began = psutil.Process().create_time()
-        self.phases["the interpreter"] = max(0.0, time.time() - began)
-
-    def end(self, phase: str) -> None:
-        """Note the end of a phase, the time since the end of the one before."""
-        now = time.perf_counter()
-        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._now
-        self._now = now
-
-    def around(self, owner: Any, name: str, before: str, during: str) -> None:
-        """End two phases at each call of a function: what comes before it, and the call."""
-        function: Callable[..., Any] = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self.end(before)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.end(during)
-
-        setattr(owner, name, timed)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Print the phases of a start as JSON, up to the end of its first step."""
-    clock = Clock()
-    around = clock.around
+def main(folder: str, *words: str) -> int:
+    """Print the phases of train.py in a new folder as JSON, up to the end of its first step."""
+    clocks = Clocks()
+    interpreter = max(0.0, time.time() - psutil.Process().create_time())
+    Path(folder).mkdir()
+    os.chdir(folder)
     import train
     from utils.base import startup
 
-    around(startup, "load_libraries", "what needs no torch", "torch, transformers, accelerate")
+    clocks.wrap(startup, "load_libraries", "torch, transformers, accelerate")
     start = train.start
 
     def start_timed(*args: Any, **kwargs: Any) -> int:
@@ -230,24 +166,25 @@ def main(argv: Sequence[str]) -> int:
         from utils.run.run import TrainingRun
         from utils.start import preflight
 
-        clock.end("the project's own modules")
-        around(preflight, "check_start", "model class, counts, Accelerator", "preflight")
-        build = "model, optimizer, data order"
-        around(training_utils, "build_train_state", "lock, lease, plan", build)
-        around(TrainingRun, "__init__", build, build)
-        around(TrainingRun, "__enter__", "trackers, snapshots", "trackers, snapshots")
-        around(TrainingRun, "train_step", "the first batch", "the first step")
+        clocks.wrap(preflight, "check_start", "preflight")
+        clocks.wrap(training_utils, "build_train_state", "model and optimizer")
+        clocks.wrap(TrainingRun, "__enter__", "trackers, snapshots")
+        clocks.wrap(TrainingRun, "train_step", "the first step")
         return start(*args, **kwargs)
 
     def step_once(run: TrainingRun, config: TrainingConfig, stop_after: int | None) -> int:
         for batches in run.batches(1):
             run.train_step(batches)
-        print(json.dumps(clock.phases), flush=True)
+        clocks.end_step()
+        (phases,) = clocks.steps
+        whole = phases.pop("whole step")
+        phases["all the rest"] = whole - sum(phases.values())
+        print(json.dumps({"the interpreter": interpreter, **phases}), flush=True)
         os._exit(0)
 
     train.start, train.loop = start_timed, step_once
-    return train.main(list(argv))
+    return train.main(list(words))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

@@ -1,6 +1,6 @@
-"""Turns: processes that are timed against each other run one at a time, each for some steps.
+"""A trainer in a process of its own that does its steps turn by turn, and is stopped in between.
 
-    start, warm up, stop -> (continue one, its steps, stop it) in turns, again and again -> seconds
+    start, warm up, stop -> (continue, the steps of a turn, stop) again and again -> end
 
 Machines that others share are now fast, now slow, for seconds or minutes. Whole runs one after the
 other meet different machines; turns of some seconds meet the same one. A process that is not in
@@ -11,42 +11,67 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
+from configs.training_config import PROJECT_DIRECTORY
+
+FIRST_STEP = 5  # the steps before it warm up
 END_SECONDS = 120.0
 
 
-class Runner:
-    """A process that says a JSON line at the end of each turn and then waits for a line.
+class Contestant:
+    """One of `benchmarks/contestants.py`, warm and stopped once it is entered.
 
     Args:
-        command: Of the process.
-        folder: Its working directory.
-        environment: Its environment.
+        name: Which one.
+        settings: Of its configuration.
+        folder: Gets the folder of its run, which is removed at the end, and what is compiled, which
+            stays for the next one: the time of compilation is not what is compared.
+        turns: How many turns it will be given.
+        turn_steps: Steps of a turn.
+
+    Attributes:
+        peak_bytes: The peak of the GPU's memory so far.
     """
 
     def __init__(
-        self, command: Sequence[str], folder: Path, environment: Mapping[str, str]
+        self, name: str, settings: dict[str, Any], folder: Path, *, turns: int, turn_steps: int
     ) -> None:
-        self._name = " ".join(command)
+        self.peak_bytes = 0
+        self._folder = folder / f"run-{name}-{settings.get('torch_compile', False)}"
+        self._folder.mkdir()
+        self._tokens = turn_steps * settings["global_batch_size"] * settings["sequence_length"]
+        task = {
+            "first_step": FIRST_STEP,
+            "turn_steps": turn_steps,
+            "turns": turns,
+            "folder": str(self._folder),
+            "settings": settings,
+        }
         self._process = subprocess.Popen(  # noqa: S603
-            command,
-            cwd=folder,
-            env=environment,
+            [sys.executable, "-m", "benchmarks.contestants", name, json.dumps(task)],
+            cwd=PROJECT_DIRECTORY,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "kept-compilations")},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def __enter__(self) -> Runner:
-        """Return the process, warm and stopped."""
-        self._read()
-        self._stop()
+    def __enter__(self) -> Contestant:
+        """Wait until it is warm, and stop it."""
+        try:
+            self._read_turn()
+        except RuntimeError as exc:
+            self.__exit__(type(exc), exc, None)
+            raise
         return self
 
     def __exit__(
@@ -55,51 +80,38 @@ class Runner:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Let it end by itself; after an error of ours, end it."""
+        """Let it end by itself; after an error, end it."""
         for one in self._tree():
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.resume() if error is None else one.kill()
         self._process.communicate(timeout=END_SECONDS)
+        shutil.rmtree(self._folder)
         if error is None and self._process.returncode:
-            raise RuntimeError(f"{self._name} ended with {self._process.returncode}")
+            raise RuntimeError(f"{self._folder.name} ended with {self._process.returncode}")
 
-    def turn(self) -> float:
-        """Return the seconds of one turn."""
+    def take_turn(self) -> float:
+        """Do the steps of a turn; return tokens a second."""
         assert self._process.stdin is not None
         for one in self._tree():
             one.resume()
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        seconds = self._read()
-        self._stop()
-        return seconds
+        rate: float = self._tokens / self._read_turn()
+        return rate
 
-    def _read(self) -> float:
-        """Return what it says at the end of a turn; other lines are its own affair."""
+    def _read_turn(self) -> float:
+        """Return the seconds it reports at the end of a turn, and stop it; skip other lines."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                return float(json.loads(line)["turn_seconds"])
-        raise RuntimeError(f"{self._name} ended before its turn")
-
-    def _stop(self) -> None:
-        for one in self._tree():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.suspend()
+                report = json.loads(line)
+                seconds, self.peak_bytes = float(report["turn_seconds"]), report["peak_bytes"]
+                for one in self._tree():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.suspend()
+                return seconds
+        raise RuntimeError(f"{self._folder.name} ended before its turn")
 
     def _tree(self) -> list[psutil.Process]:
         process = psutil.Process(self._process.pid)
         return [process, *process.children(recursive=True)]
-
-
-def take_turns(runners: Mapping[str, Runner], turns: int) -> Iterator[dict[str, float]]:
-    """Yield the seconds of each round, by name; every other round goes backwards.
-
-    Args:
-        runners: Warm and stopped.
-        turns: Of each.
-    """
-    names = list(runners)
-    for _ in range(turns):
-        yield {name: runners[name].turn() for name in names}
-        names.reverse()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from benchmarks.contestants import OURS
-from benchmarks.figures import spread
-from benchmarks.training import CASES, EVERYTHING_ON, GPU_SHAPE, PREPARE, run_contestant
+from benchmarks.figures import prepare_sample, spread
+from benchmarks.training import CASES, EVERYTHING_ON, GPU_SHAPE, RUN_STEPS
+from benchmarks.turns import Contestant
+from utils.costs.scaling import shape_of_preset
+from utils.models.mfu import find_peak_flops, flops_per_token
 
 PADDED = {"pad_vocab_to_multiple_of": 64}
 COMPILED = {**PADDED, "torch_compile": True}
@@ -54,60 +55,39 @@ GPU_VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def measure_variants(folder: Path, runs: int) -> dict[str, str]:
-    """Measure every variant, interleaved; one that fails is told of and left out."""
+    """Measure every variant, interleaved; one that fails is named and left out."""
     import torch
 
-    data = folder / "data"
-    words = [*PREPARE, "--sample", "--output", str(data), "--quiet"]
-    subprocess.run(words, check=True, cwd=folder)  # noqa: S603
+    data = str(prepare_sample(folder))
     on_gpu = torch.cuda.is_available()
-    shape = GPU_SHAPE if on_gpu else CASES["test preset"]["settings"]
+    shape = GPU_SHAPE if on_gpu else CASES["test preset"]
     variants = GPU_VARIANTS if on_gpu else CPU_VARIANTS
     found: dict[str, str] = {}
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-    for number in range(runs):
-        for name, known in list(results.items()):
-            settings = {**EVERYTHING_ON, **shape, **variants[name], "data_uri": str(data)}
-            work = folder / f"{number}-{name}".replace(" ", "-").replace(",", "")
-            work.mkdir()
-            task = {"first_step": 5, "last_step": 25, "folder": str(work), "settings": settings}
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    peaks = dict.fromkeys(variants, 0)
+    for _ in range(runs):
+        for name in list(rates):
+            settings = {**EVERYTHING_ON, **shape, **variants[name], "data_uri": data}
             try:
-                result = run_contestant(OURS, task)
-            except subprocess.CalledProcessError as exc:
-                found[name] = f"failed with exit code {exc.returncode}"
-                del results[name]
-                continue
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-            tokens = 20 * settings["global_batch_size"] * settings["sequence_length"]
-            known.append({**result, "rate": tokens / result["seconds"]})
-    for name, known in results.items():
-        found[name] = _describe(known, on_gpu=on_gpu)
+                with Contestant(OURS, settings, folder, turns=1, turn_steps=RUN_STEPS) as one:
+                    rates[name].append(one.take_turn())
+                    peaks[name] = max(peaks[name], one.peak_bytes)
+            except RuntimeError as exc:
+                found[name] = f"failed: {exc}"
+                del rates[name]
+    for name, known in rates.items():
+        found[name] = spread(known, " tokens/s")
+        if on_gpu:
+            share = max(known) * _flops_per_token() / _peak_flops(torch.cuda.get_device_name())
+            found[name] += f", MFU {share:.1%} at best, {peaks[name] / 2**30:.1f} GiB"
     return found
 
 
-def _describe(known: list[dict[str, float]], *, on_gpu: bool) -> str:
-    text = spread([result["rate"] for result in known], " tokens/s")
-    if on_gpu:
-        share = max(result["rate"] for result in known) * _flops_per_token() / _peak_flops()
-        peak = max(result["peak_bytes"] for result in known)
-        text += f", MFU {share:.1%} at best, {peak / 2**30:.1f} GiB"
-    return text
-
-
 def _flops_per_token() -> float:
-    from configs.model_presets import PRESETS
-    from utils.models.mfu import flops_per_token
-
-    preset = PRESETS[GPU_SHAPE["model"]]
-    layers, hidden = (preset.values[key] for key in ("num_hidden_layers", "hidden_size"))
-    return flops_per_token(preset.parameters, layers, hidden, GPU_SHAPE["sequence_length"])
+    shape, length = shape_of_preset(GPU_SHAPE["model"]), GPU_SHAPE["sequence_length"]
+    return flops_per_token(shape.parameters, shape.layers, shape.attention_width, length)
 
 
-def _peak_flops() -> float:
+def _peak_flops(gpu: str) -> float:
     """Return the dense 16-bit peak; float8 is held against the same."""
-    import torch
-
-    from utils.models.mfu import find_peak_flops
-
-    return find_peak_flops(torch.cuda.get_device_name(), "bf16") or float("nan")
+    return find_peak_flops(gpu, "bf16") or float("nan")

@@ -11,7 +11,7 @@
     modal run cloud/modal_app.py::delete --path checkpoints/first
 
 `modal run cloud/modal_app.py::train --help` lists the options of each. `--detach` lets a run go on
-when this machine goes away. The same words again go on from the newest checkpoint.
+when this machine goes away. The same command again goes on from the newest checkpoint.
 
     volume: data/            what prepare_data.py wrote
             checkpoints/RUN/Checkpoints/*.tar.gz    the bucket of a run: archives and sidecars
@@ -20,8 +20,8 @@ when this machine goes away. The same words again go on from the newest checkpoi
 
 Modal restarts a container that it takes away (SIGINT, 30 s), that crashed, or whose time was up; a
 restart resumes the newest archive of the volume. What the volume has not committed when a container
-is killed is lost: seconds. One start at a time for a run name: containers do not see each other's
-files before a commit, so the lease in the bucket cannot tell two of them apart.
+is killed is lost: seconds. Run one container at a time for a run name: containers do not see each
+other's files before a commit, so the lease in the bucket cannot tell two of them apart.
 
 PRETRAIN_VOLUME        name of the volume (default: pretrain); made if it is missing
 PRETRAIN_GCS_SECRET    secret with SERVICE_ACCOUNT_JSON, for gs:// (default: googlecloud-secret)
@@ -31,7 +31,6 @@ PRETRAIN_WANDB_SECRET  secret with WANDB_API_KEY, for --wandb (default: wandb-se
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -68,9 +67,6 @@ SAVE_SECONDS = 600
 NOT_VERIFIED, STOPPED = 4, 75  # exit codes of train.py
 FOR_GOOD = (2, 3)
 """Wrong configuration or data, refused by the preflight: it would fail again."""
-
-PRICE_NAMES = {"A10G": "A10", "A100": "A100-40GB"}
-"""GPUs whose name in configs/prices/modal.json is another one."""
 
 
 def ignored() -> list[str]:
@@ -135,14 +131,6 @@ def config_word(config: str, project: Path = PROJECT) -> str:
     return f"{REMOTE_PROJECT}/{path.relative_to(project).as_posix()}"
 
 
-def machine_type(gpu: str, project: Path = PROJECT) -> str:
-    """Return what the costs of a run are counted with; '' where Modal's list has no such GPU."""
-    name = gpu.partition(":")[0].rstrip("!").upper()
-    name = PRICE_NAMES.get(name, name)
-    prices = json.loads((project / "configs" / "prices" / "modal.json").read_text("utf-8"))
-    return f"modal/{name}" if name in prices["machines"] else ""
-
-
 def run_settings(
     config: str, data: str, checkpoints: str, run_name: str, more: Sequence[str] = ()
 ) -> list[str]:
@@ -166,7 +154,7 @@ def run_settings(
 
 
 def train_command(settings: Sequence[str], max_steps: int) -> list[str]:
-    """Return the command of a start; node.sh resumes the newest checkpoint by itself."""
+    """Return the command of an attempt; node.sh resumes the newest checkpoint by itself."""
     length = ["--max-steps", str(max_steps)] if max_steps else []
     return ["bash", f"{REMOTE_PROJECT}/cloud/node.sh", *settings, *length]
 
@@ -176,15 +164,11 @@ def script_command(script: str, *words: str) -> list[str]:
     return [sys.executable, f"{REMOTE_PROJECT}/scripts/{script}.py", *words]
 
 
-def needed_secrets(*uris: str, wandb: bool = False) -> list[str]:
-    """Return the names of the secrets that a run needs."""
+def find_secrets(*uris: str, wandb: bool = False) -> list[modal.Secret]:
+    """Return the secrets that a container needs."""
     names = [GCS_SECRET] if any(uri.startswith("gs://") for uri in uris) else []
-    return [*names, WANDB_SECRET] if wandb else names
-
-
-def is_over(code: int) -> bool:
-    """Tell whether a start that ended so is the last one: done, or nothing that a retry mends."""
-    return code == 0 or code in FOR_GOOD
+    names += [WANDB_SECRET] if wandb else []
+    return [modal.Secret.from_name(name) for name in names]
 
 
 def container_environment(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
@@ -263,7 +247,7 @@ def attempt(settings: list[str], max_steps: int, folder: Path, seconds: float) -
         upload_all = script_command("upload_manager", "upload-all", *settings)
         if run_script(upload_all, folder, environment) == 0 and code == NOT_VERIFIED:
             code = 0
-    if not is_over(code):
+    if code != 0 and code not in FOR_GOOD:
         raise RuntimeError(f"train.py ended with code {code}: the next attempt goes on from there.")
     return code
 
@@ -360,11 +344,6 @@ def get(store: Any, path: str, folder: Path) -> int:
     return count
 
 
-def ask(question: str) -> bool:
-    """Ask on the terminal; without one the answer is no."""
-    return sys.stdin.isatty() and input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-
-
 def end(code: int) -> None:
     """End a command with the exit code of what it ran."""
     if code:
@@ -402,8 +381,10 @@ def delete(path: str, yes: bool = False) -> None:
     if not target:
         refuse("--path must name what is to go: the whole volume does not.")
     count = sum(1 for _ in find_files(volume, target))
-    if not yes and not ask(f"Delete {target} ({count} files) from the volume {VOLUME}?"):
-        refuse("nothing was deleted; say --yes.")
+    if not yes:
+        question = f"Delete {target} ({count} files) from the volume {VOLUME}? [y/N] "
+        if not sys.stdin.isatty() or input(question).strip().lower() not in ("y", "yes"):
+            refuse("nothing was deleted; give --yes.")
     volume.remove_file(f"/{target}", recursive=True)
     print(f"Deleted {target} ({count} files).")
 
@@ -426,8 +407,7 @@ def train(
         refuse(f"--hours of one attempt must be {least:g} to {MAX_HOURS:g}, got {hours:g}.")
     if max_steps < 0:
         refuse(f"--max-steps must be at least 1, got {max_steps}.")
-    more = [f"machine_type={found}" for found in [machine_type(gpu)] if found]
-    more += ['report_to=["tensorboard","wandb"]'] if wandb else []
+    more = ['report_to=["tensorboard","wandb"]'] if wandb else []
     words = run_settings(
         config_word(config), data, checkpoints, run_name, [*more, *shlex.split(settings)]
     )
@@ -490,8 +470,3 @@ def run_on_checkpoint(
         gpu=gpu, cpu=CORES, memory=MEMORY_MIB, secrets=find_secrets(checkpoints, *words)
     )
     end(function.remote(script, settings, checkpoint, run_name, words))
-
-
-def find_secrets(*uris: str, wandb: bool = False) -> list[modal.Secret]:
-    """Return the secrets that a container needs."""
-    return [modal.Secret.from_name(name) for name in needed_secrets(*uris, wandb=wandb)]

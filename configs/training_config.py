@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -47,6 +49,8 @@ BAD_STEP_SPAN = 1000  # `max_bad_steps` is counted over so many steps
 AUTO = "auto"
 REPORT_TARGETS = ("tensorboard", "wandb")
 
+log = logging.getLogger(__name__)
+
 RENAMED_KEYS = {
     "max_train_files": "max_files",
     "batch_size": "per_device_train_batch_size",
@@ -54,6 +58,8 @@ RENAMED_KEYS = {
     "lr": "learning_rate",
     "num_layers": "model_overrides.num_hidden_layers",
 }
+REMOVED_KEYS = {"machine_type": "prices are no longer looked up; hourly_price sets one"}
+"""Keys of earlier versions that are left out with a warning: a run that has one still resumes."""
 
 
 @dataclass(frozen=True)
@@ -310,11 +316,8 @@ class TrainingConfig:
     """Project that pays for requests to requester-pays buckets."""
 
     hourly_price: float | None = None
-    """Dollars an hour of all machines of the run together. null: that of `machine_type`."""
-
-    machine_type: str = ""
-    """PROVIDER/MACHINE whose price is looked up in configs/prices, with `:spot` for the spot price.
-    Empty: the machine time is counted, dollars are not."""
+    """Dollars an hour of all machines of the run together. null: machine time is counted, dollars
+    are not."""
 
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Where curves go besides metrics.jsonl: tensorboard, wandb."""
@@ -696,6 +699,10 @@ def _apply(
     parent, _, child = key.partition(".")
     if child and parent in ("model_overrides", "lr_scheduler_kwargs"):
         merged[parent] = {**merged.get(parent, {}), child: value}
+        return
+    if key in REMOVED_KEYS:
+        if os.environ.get("RANK", "0") == "0":
+            log.warning("%s: %s is ignored: %s.", source, key, REMOVED_KEYS[key])
         return
     known = {item.name: item for item in fields(TrainingConfig)}
     if key == "per_device_train_batch_size":

@@ -211,7 +211,7 @@ def run_list(args: argparse.Namespace) -> None:
     rows = choose_rows(
         every, conditions, last=args.last, sort_key=args.sort, is_reversed=args.reverse
     )
-    storage = measure_storage(shelf.where, every) if args.remote else None
+    storage = measure_storage(every) if args.remote else None
     if args.json:
         values = {"where": shelf.where, "checkpoints": rows, "notes": shelf.notes}
         print(to_json_text({**values, "num_checkpoints": len(every), "storage": storage}))

@@ -2,11 +2,10 @@
 
     plan_scaling.py --model pythia-6.9b --gpus 64                  every strategy on 64 H100
     plan_scaling.py --model pythia-12b --gpus 8 64 512 --gpu A100 --strategy fsdp hsdp
-    plan_scaling.py --table time                                   a table of docs/SCALING.md
-    plan_scaling.py --write              all tables, into docs/SCALING.md and docs/CLOUD.md
+    plan_scaling.py --gpus 64 --price 3.50                         dollars, too
 
-Nothing is measured: docs/SCALING.md has the formulas. `train.py --dry-run` measures
-a step on the machine at hand: the MFU of one GPU, as a share, is the --efficiency to give.
+Nothing is measured: docs/SCALING.md has the formulas. `train.py --dry-run` measures a step on the
+machine at hand: the MFU of one GPU, as a share, is the --efficiency to give.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.training_config import PROJECT_DIRECTORY
+
 from utils.base.console import print_table, run_command
 from utils.base.errors import UsageError
 from utils.base.text import format_bytes, format_duration, to_json_text
-from utils.costs import cloud_tables, scaling_run
 from utils.costs.gpu_types import GPU_TYPES, GpuType, find_gpu_type
 from utils.costs.scaling import (
     CHECKPOINTING,
@@ -36,15 +34,23 @@ from utils.costs.scaling import (
     plan_step,
     sent_bytes,
     shape_of_preset,
-    smallest_memory,
 )
-from utils.costs.scaling_tables import TABLES, format_time, to_markdown, write_tables
 from utils.models.estimates import estimate_checkpoint_bytes
 
-DOCUMENT = PROJECT_DIRECTORY / "docs" / "SCALING.md"
-CLOUD_DOCUMENT = PROJECT_DIRECTORY / "docs" / "CLOUD.md"
 MAX_GPUS = 2**20
-NUMBERS = ("GPUs", "memory", "micro-batch", "step", "MFU %", "waits %", "GB sent", "days", "$")
+TOKENS_PER_PARAMETER = 20  # near the optimum of Hoffmann et al. 2022 (Chinchilla)
+NUMBERS = (
+    "GPUs",
+    "memory",
+    "micro-batch",
+    "step",
+    "MFU %",
+    "waits %",
+    "GB sent",
+    "days",
+    "GPU hours",
+    "$",
+)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -76,49 +82,41 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--network-gbps", type=float, metavar="X", help="gigabits a second of a machine's network")
     add("--price", type=float, metavar="X", help="dollars for an hour of one GPU")
     add("--json", action="store_true", help="print JSON")
-    add("--table", choices=TABLES, metavar="NAME", help=f"print one: {', '.join(TABLES)}")
-    add("--write", action="store_true", help="write all tables into docs/SCALING.md and CLOUD.md")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a plan or a table."""
-    if args.write:
-        for page, tables in ((DOCUMENT, TABLES), (CLOUD_DOCUMENT, cloud_tables.CLOUD_TABLES)):
-            page.write_text(write_tables(page.read_text("utf-8"), tables), "utf-8")
-            print(f"Wrote the tables of {page.relative_to(PROJECT_DIRECTORY)}.")
-        return 0
-    if args.table:
-        print(to_markdown(TABLES[args.table]()), end="")
-        return 0
+    """Print a plan for each number of GPUs and each strategy."""
     gpu = _gpu(args)
     _require_counts(args)
+    shape = shape_of_preset(args.model)
+    if args.tokens is None:
+        args.tokens = float(TOKENS_PER_PARAMETER * shape.parameters)
+    batch = (args.global_batch, args.sequence_length, args.reduce_bytes)
     records = [
-        _describe(args, gpu, gpus, strategy) for gpus in args.gpus for strategy in args.strategy
+        _describe(args, TrainingJob(shape, gpu, gpus, strategy, *batch))
+        for gpus in args.gpus
+        for strategy in args.strategy
     ]
-    facts = _describe_run(args, gpu)
+    checkpoint = estimate_checkpoint_bytes(shape.parameters)
     if args.json:
-        print(
-            to_json_text(
-                {
-                    "model": args.model,
-                    "gpu": dataclasses.asdict(gpu),
-                    "run": facts,
-                    "plans": records,
-                }
-            )
-        )
+        facts = {"parameters": shape.parameters, "tokens": args.tokens}
+        facts["checkpoint_bytes"] = checkpoint
+        values = {"model": args.model, "gpu": dataclasses.asdict(gpu)}
+        print(to_json_text({**values, "run": facts, "plans": records}))
         return 0
+    rows = [_row(record) for record in records]
+    if args.price is None:
+        for row in rows:
+            del row["$"]
     print_table(
         f"{args.model} on {gpu.name}, {args.global_batch} samples of {args.sequence_length} tokens "
         "in a step (estimates)",
-        [_row(record) for record in records],
+        rows,
         right_aligned=NUMBERS,
     )
-    print()
-    for line in _lines(facts):
-        print(line)
+    print(f"\nTokens: {args.tokens / 1e9:.1f} B. Checkpoint: {format_bytes(checkpoint)}.")
     return 0
 
 
@@ -133,8 +131,6 @@ def _gpu(args: argparse.Namespace) -> GpuType:
         raise UsageError(f"--efficiency is a share of the peak, 0 to 1, got {args.efficiency}.")
     if args.network_gbps is not None:
         gpu = dataclasses.replace(gpu, network_bytes_per_second=args.network_gbps * 1e9 / 8)
-    if args.price is not None:
-        gpu = dataclasses.replace(gpu, hourly_price=args.price, price_source="--price")
     return gpu
 
 
@@ -160,48 +156,31 @@ def _require_counts(args: argparse.Namespace) -> None:
         raise UsageError(f"--sequence-length must be 1 to {2**24}, got {args.sequence_length}.")
 
 
-def _describe(args: argparse.Namespace, gpu: GpuType, gpus: int, strategy: str) -> dict[str, Any]:
+def _describe(args: argparse.Namespace, job: TrainingJob) -> dict[str, Any]:
     """Return one plan as a record."""
-    job = TrainingJob(
-        shape_of_preset(args.model),
-        gpu,
-        gpus,
-        strategy,
-        args.global_batch,
-        args.sequence_length,
-        args.reduce_bytes,
-    )
-    record: dict[str, Any] = {"gpus": gpus, "strategy": strategy}
+    record: dict[str, Any] = {"gpus": job.gpus, "strategy": job.strategy}
     if args.micro_batch or args.checkpointing:
         plan = plan_step(job, args.micro_batch or 1, args.checkpointing or "none", args.efficiency)
-        if not fits(job, plan.memory):
-            return {**record, "fits": False, "memory_bytes": plan.memory.total}
-    else:
-        best = best_plan(job, args.efficiency)
-        if best is None:
-            return {**record, "fits": False, "memory_bytes": smallest_memory(job).total}
-        plan = best
-    seconds = _tokens(args) / plan.tokens_per_second
+    else:  # where none fits, the plan that needs the least memory
+        plan = best_plan(job, args.efficiency) or plan_step(job, 1, "full", args.efficiency)
+    if not fits(job, plan.memory):
+        return {**record, "fits": False, "memory_bytes": plan.memory.total}
+    seconds = args.tokens / plan.tokens_per_second
+    gpu_hours = seconds / 3600 * job.gpus
     return {
         **record,
         "fits": True,
         "memory_bytes": plan.memory.total,
-        "exposed_share": max(0.0, plan.exposed_share),
         "sent_bytes": sent_bytes(job, plan.accumulation),
         "run_seconds": seconds,
-        "gpu_hours": seconds / 3600 * gpus,
-        "dollars": seconds / 3600 * gpus * gpu.hourly_price,
+        "gpu_hours": gpu_hours,
+        "dollars": None if args.price is None else gpu_hours * args.price,
         **{key: value for key, value in dataclasses.asdict(plan).items() if key != "memory"},
     }
 
 
-def _tokens(args: argparse.Namespace) -> float:
-    if args.tokens is not None:
-        return float(args.tokens)
-    return float(scaling_run.TOKENS_PER_PARAMETER * shape_of_preset(args.model).parameters)
-
-
 def _row(record: dict[str, Any]) -> dict[str, str]:
+    """Return a plan as a row of the table."""
     row = {
         "strategy": record["strategy"],
         "GPUs": str(record["gpus"]),
@@ -219,59 +198,9 @@ def _row(record: dict[str, Any]) -> dict[str, str]:
         "waits %": f"{100 * record['exposed_share']:.0f}",
         "GB sent": f"{record['sent_bytes'] / 1e9:.1f}",
         "days": f"{record['run_seconds'] / 86400:.1f}",
-        "$": f"{record['dollars']:,.0f}",
+        "GPU hours": f"{record['gpu_hours']:,.0f}",
+        "$": f"{record['dollars'] or 0:,.0f}",
     }
-
-
-def _describe_run(args: argparse.Namespace, gpu: GpuType) -> dict[str, Any]:
-    """Return what holds for the run, whatever the strategy."""
-    parameters, tokens = shape_of_preset(args.model).parameters, _tokens(args)
-    loss = scaling_run.expected_loss(parameters, tokens)
-    critical = scaling_run.critical_batch_tokens(loss)
-    batch = args.global_batch * args.sequence_length
-    gpus = max(args.gpus)
-    machines = TrainingJob(shape_of_preset(args.model), gpu, gpus, "ddp").machines
-    pause = scaling_run.pause_seconds(parameters, 1)
-    savings = {
-        kind: dataclasses.asdict(
-            scaling_run.plan_saving(
-                parameters, pause, scaling_run.failure_seconds(gpus, machines, is_spot=spot), 1
-            )
-        )
-        for kind, spot in (("reserved", False), ("spot", True))
-    }
-    return {
-        "parameters": parameters,
-        "tokens": tokens,
-        "expected_loss": loss,
-        "batch_tokens": batch,
-        "critical_batch_tokens": critical,
-        "batch_overhead": scaling_run.batch_overhead(batch, critical),
-        "checkpoint_bytes": estimate_checkpoint_bytes(parameters),
-        "shards": scaling_run.data_objects(tokens),
-        "gpus": gpus,
-        "machines": machines,
-        "saving": savings,
-    }
-
-
-def _lines(facts: dict[str, Any]) -> list[str]:
-    """Return the facts of the run as text."""
-    spot, reserved = facts["saving"]["spot"], facts["saving"]["reserved"]
-    return [
-        f"Tokens: {facts['tokens'] / 1e9:.1f} B in {facts['shards']} shards; expected loss "
-        f"{facts['expected_loss']:.2f} (Hoffmann 2022).",
-        f"Batch: {facts['batch_tokens'] / 1e6:.2f} M tokens; critical "
-        f"{facts['critical_batch_tokens'] / 1e6:.2f} M (McCandlish 2018, Kaplan 2020): "
-        f"{facts['batch_overhead']:.2f} times the tokens of a small batch.",
-        f"Checkpoint: {format_bytes(facts['checkpoint_bytes'])}, uploaded by one machine in "
-        f"{format_time(reserved['upload_seconds'])}.",
-        f"On {facts['gpus']} GPUs in {facts['machines']} machines a failure in "
-        f"{format_time(reserved['failure_seconds'])}: save every "
-        f"{format_time(reserved['interval_seconds'])}, {100 * reserved['lost_share']:.1f}% "
-        f"lost; on spot machines in {format_time(spot['failure_seconds'])}: every "
-        f"{format_time(spot['interval_seconds'])}, {100 * spot['lost_share']:.1f}% lost.",
-    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,11 +5,10 @@
 
 The second run is killed by SIGKILL at random instants between its first step and its end, and
 started again with `--resume latest`. For one of the kills the whole local checkpoint directory is
-deleted after a checkpoint was verified in the bucket, so that the next start has only the bucket.
+deleted after a checkpoint was verified in the bucket, so that the next attempt has only the bucket.
 Then batches, losses, weights, optimizer, schedule, random states and data position of both are
 compared bit by bit. Exit code 0 means that there is no difference. Everything happens in a folder
-of its own, and in a directory that stands for a bucket unless --use-bucket is given. No torch until
-tensors are compared.
+of its own, with a directory as the bucket unless --use-bucket is given.
 """
 
 from __future__ import annotations
@@ -21,21 +20,17 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.training_config import (
-    TrainingConfig,
-    get_training_config,
-    parse_assignment,
-)
+from configs.training_config import TrainingConfig, get_training_config, parse_assignment
 from utils.base.console import configure_logging, print_table, run_command
 from utils.base.errors import CheckpointError, ExitCode, PretrainError, UsageError
+from utils.base.progress import ProgressDisplay
 from utils.base.text import format_duration, printable, to_json_text
 from utils.base.uri import join_uri, local_path
 from utils.checkpoints.journal import Journal, UploadState
@@ -88,7 +83,7 @@ log = logging.getLogger("prove_resume")
 
 @dataclass
 class Start:
-    """One start of the interrupted run, as the report shows it.
+    """One attempt of the interrupted run, as the report shows it.
 
     Attributes:
         number: 1 for the first.
@@ -116,10 +111,9 @@ class Report:
     Attributes:
         seed: Seed of the instants.
         steps: Length of the run.
-        starts: Starts of the interrupted run.
+        starts: Attempts of the interrupted run.
         comparisons: What was compared.
         problems: What kept the proof from being carried out, or contradicts it by itself.
-        notes: What was left out, with the reason.
     """
 
     seed: int
@@ -127,7 +121,6 @@ class Report:
     starts: list[Start] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     @property
     def holds(self) -> bool:
@@ -137,31 +130,29 @@ class Report:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A start of the interrupted run while it is carried out.
+    """A train.py that was started.
 
     Attributes:
-        start: What the report says of it.
-        expected: The step that it has to resume at.
+        shown: What the report says of it.
         watch: What it logs.
         running: Its process.
-        output: What it prints.
-        started: When, in seconds of the monotonic clock.
+        output: The file with what it prints.
+        began: When, in seconds of the monotonic clock.
     """
 
-    start: Start
-    expected: int
+    shown: Start
     watch: StepWatch
     running: Running
     output: Path
-    started: float
+    began: float
 
 
 class TooLateError(Exception):
-    """A start ended before its kill came."""
+    """An attempt ended before its kill came."""
 
 
 class ProofError(PretrainError):
-    """A start did what it must not do; the proof ends there."""
+    """An attempt did what it must not do; the proof ends there."""
 
 
 class Proof:
@@ -171,10 +162,17 @@ class Proof:
         args: The command line.
         work: An empty folder.
         launcher: How train.py is started.
+        progress: Shows the steps of each attempt.
     """
 
-    def __init__(self, args: argparse.Namespace, work: Path, launcher: Launcher) -> None:
-        self._args, self._work, self._launcher = args, work, launcher
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        work: Path,
+        launcher: Launcher,
+        progress: ProgressDisplay,
+    ) -> None:
+        self._args, self._work, self._launcher, self._progress = args, work, launcher, progress
         self._random = random.Random(args.seed)
         self._unique = f"prove-resume-{new_run_id()}-" if args.use_bucket else ""
         self._outputs = 0
@@ -227,31 +225,63 @@ class Proof:
         overrides["max_steps"] = self._args.steps
         return get_training_config(self._args.config, overrides)
 
-    def _launch(self, name: str, *words: str) -> tuple[Running, Path]:
+    def _begin(self, name: str, shown: Start) -> Attempt:
+        """Start train.py for one of the two runs."""
         self._outputs += 1
         output = self._work / f"start-{self._outputs}.log"
-        command = ["--config", self._args.config, "--max-steps", str(self._args.steps), *words]
+        command = ["--config", self._args.config, "--max-steps", str(self._args.steps)]
+        if shown.number > 1:
+            command += ["--resume", "latest"]
         for setting in self._settings(name):
             command += ["--set", setting]
-        return self._launcher.start(command, output), output
+        watch = StepWatch((self._straight if name == STRAIGHT else self._paths).metrics)
+        running = self._launcher.start(command, output)
+        return Attempt(shown, watch, running, output, time.monotonic())
+
+    def _follow(self, attempt: Attempt, should_kill: Callable[[], bool]) -> bool:
+        """Wait for the end of an attempt, or kill it; show its steps meanwhile.
+
+        Args:
+            attempt: What is running.
+            should_kill: Asked again and again; True kills it.
+
+        Returns:
+            Whether it was killed.
+        """
+        number, total = attempt.shown.number, self._args.kills + 1
+        stage = f"attempt {number} of {total}" if number else "straight run"
+        was_killed = False
+        with killed_at_exit(attempt.running):
+            while attempt.running.poll() is None and not was_killed:
+                attempt.watch.read()
+                self._progress.update(stage, attempt.watch.last or 0, self._args.steps)
+                if should_kill():
+                    kill_tree(attempt.running.pid)
+                    was_killed = True
+                time.sleep(RUN_POLL_SECONDS)
+        attempt.watch.read()
+        self._progress.update(stage, attempt.watch.last or 0, self._args.steps)
+        return was_killed
 
     def _train_straight(self) -> None:
         """Train without a kill; take the time from the first step to the end."""
-        log.info("Straight run of %d steps in %s.", self._args.steps, self._work)
-        watch = StepWatch(self._straight.metrics)
-        running, output = self._launch(STRAIGHT)
-        seen: dict[int | None, float] = {}
-        with killed_at_exit(running):
-            while (code := running.poll()) is None:
-                watch.read()
-                seen.setdefault(watch.last, time.monotonic())
-                time.sleep(RUN_POLL_SECONDS)
-        watch.read()
-        if code != ExitCode.DONE or watch.last != self._args.steps:
-            raise ProofError(f"The straight run ended with exit code {code}:\n{tail(output)}")
-        logged = [moment for step, moment in seen.items() if step is not None]
-        self._span_seconds = logged[-1] - logged[0] if logged else 0.0
-        log.info("Its steps took %s.", format_duration(self._span_seconds))
+        log.info("Working in %s.", self._work)
+        attempt = self._begin(STRAIGHT, Start(0, "nothing"))
+        seen: dict[int, float] = {}
+
+        def note_step() -> bool:
+            if attempt.watch.last is not None:
+                seen.setdefault(attempt.watch.last, time.monotonic())
+            return False
+
+        self._follow(attempt, note_step)
+        code = attempt.running.wait()
+        if code != ExitCode.DONE or attempt.watch.last != self._args.steps:
+            last_lines = tail(attempt.output)
+            raise ProofError(f"The straight run ended with exit code {code}:\n{last_lines}")
+        moments = list(seen.values())
+        self._span_seconds = moments[-1] - moments[0] if moments else 0.0
+        log.info("The steps of the straight run took %s.", format_duration(self._span_seconds))
 
     def _train_with_kills(self) -> None:
         scale = 1.0
@@ -260,7 +290,8 @@ class Proof:
                 self._try_with_kills(scale)
             except TooLateError as exc:
                 scale /= 2
-                log.info("%s The interrupted run begins anew, with kills twice as early.", exc)
+                log.info("%s", exc)
+                log.info("The interrupted run begins anew, with kills twice as early.")
                 self._report.starts.clear()
                 self._remove_run()
                 self._verified_step = 0
@@ -274,69 +305,65 @@ class Proof:
     def _try_with_kills(self, scale: float) -> None:
         kills = self._args.kills
         instants = sorted(self._random.uniform(FIRST_INSTANT, LAST_INSTANT) for _ in range(kills))
-        source, before = "nothing", 0.0
-        for number, instant in enumerate(instants):
+        before = 0.0
+        for place, instant in enumerate(instants):
             delay = (instant - before) * self._span_seconds * scale
             before = instant
-            aim = UPLOADED if number == self._bucket_kill else ANYTIME if number == 0 else SAVING
-            self._start_and_kill(number + 1, source, delay, aim)
+            aim = UPLOADED if place == self._bucket_kill else ANYTIME if place == 0 else SAVING
+            self._attempt(place + 1, delay, aim)
             if aim == UPLOADED:
-                log.info("Deleting %s: only the bucket is left.", self._paths.checkpoints)
+                log.info("Deleted the local checkpoints: only the bucket is left.")
                 shutil.rmtree(self._paths.checkpoints)
-            source = self._find_source()
-        self._start_to_the_end(kills + 1, source)
+        self._attempt(kills + 1, None, "")
 
-    def _begin(self, number: int, source: str) -> Attempt:
-        words = ("--resume", "latest") if number > 1 else ()
-        expected = self._expected_step(source)
-        watch = StepWatch(self._paths.metrics)
-        running, output = self._launch(INTERRUPTED, *words)
-        start = Start(number, source)
-        self._report.starts.append(start)
-        return Attempt(start, expected, watch, running, output, time.monotonic())
+    def _attempt(self, number: int, delay: float | None, aim: str) -> None:
+        """Start the interrupted run once more, and kill it or wait for its end.
 
-    def _find_source(self) -> str:
-        """Return where the next start has to resume from."""
-        if find_checkpoints(self._paths.checkpoints):
-            return "directory"
-        return "bucket" if self._verified_step else "nothing"
-
-    def _expected_step(self, source: str) -> int:
-        """Return the step that a start has to resume at; from the bucket: at least."""
-        if source == "directory":
-            return find_checkpoints(self._paths.checkpoints)[-1].step
-        return self._verified_step
-
-    def _start_and_kill(self, number: int, source: str, delay: float, aim: str) -> None:
-        """Start, and kill it some seconds after its first step, or as soon then as the aim says.
+        Args:
+            number: 1 for the first.
+            delay: Seconds from its first step to the kill; None lets it end.
+            aim: What the kill waits for after that.
 
         Raises:
             TooLateError: It was done before.
             ProofError: It failed, or resumed from the wrong place.
         """
-        attempt = self._begin(number, source)
-        running, watch = attempt.running, attempt.watch
+        source, expected = self._find_source()
+        shown = Start(number, source)
+        self._report.starts.append(shown)
+        attempt = self._begin(INTERRUPTED, shown)
         due: float | None = None
-        was_killed = False
-        with killed_at_exit(running):
-            while running.poll() is None:
-                watch.read()
-                if watch.last is not None and due is None:
-                    due = time.monotonic() + delay
-                if due is not None and self._is_kill_due(due, watch, aim):
-                    kill_tree(running.pid)
-                    was_killed = True
-                    break
-                time.sleep(RUN_POLL_SECONDS)
-        self._note(attempt)
-        if running.wait() == ExitCode.DONE:  # also where the kill met a process that had ended
-            raise TooLateError(f"Start {number} was done before its kill came.")
-        if not was_killed:
-            self._fail(attempt)
-        attempt.start.ended = f"killed while {phase_of(self._paths, watch)}"
+
+        def should_kill() -> bool:
+            nonlocal due
+            if delay is None or attempt.watch.last is None:
+                return False
+            due = time.monotonic() + delay if due is None else due
+            return self._is_kill_due(due, attempt.watch, aim)
+
+        was_killed = self._follow(attempt, should_kill)
+        self._note(attempt, expected)
+        code = attempt.running.wait()
+        is_done = code == ExitCode.DONE  # also where the kill met a process that had ended
+        if is_done and delay is not None:
+            raise TooLateError(f"Attempt {number} was done before its kill came.")
+        if not is_done and not was_killed:
+            shown.ended = f"exit code {code}"
+            raise ProofError(f"Attempt {number} ended with {shown.ended}:\n{tail(attempt.output)}")
+        shown.ended = f"killed while {phase_of(self._paths, attempt.watch)}"
+        if delay is None:
+            shown.ended = "done"
         if aim == UPLOADED:
             self._verified_step = max(self._verified_steps())
-        self._show(attempt.start)
+        where = f"from {source}: steps {shown.begin} to {shown.last}"
+        log.info("Attempt %d of %d %s, %s.", number, self._args.kills + 1, where, shown.ended)
+
+    def _find_source(self) -> tuple[str, int]:
+        """Return where the next attempt resumes from, and at which step; a bucket: at least."""
+        local = find_checkpoints(self._paths.checkpoints)
+        if local:
+            return "directory", local[-1].step
+        return ("bucket" if self._verified_step else "nothing"), self._verified_step
 
     def _is_kill_due(self, due: float, watch: StepWatch, aim: str) -> bool:
         last = watch.last or 0
@@ -358,66 +385,25 @@ class Proof:
         )
         return [name.step for name in names if name is not None]
 
-    def _start_to_the_end(self, number: int, source: str) -> None:
-        attempt = self._begin(number, source)
-        with killed_at_exit(attempt.running):
-            code = attempt.running.wait()
-        self._note(attempt)
-        if code != ExitCode.DONE:
-            self._fail(attempt)
-        attempt.start.ended = "done"
-        self._show(attempt.start)
-
-    def _fail(self, attempt: Attempt) -> NoReturn:
-        code = attempt.running.wait()
-        attempt.start.ended = f"exit code {code}"
-        output = attempt.output.read_text("utf-8", errors="replace")
-        if attempt.start.source == "bucket" and "starting at step 0" in output:
-            raise ProofError(self._not_from_bucket(attempt))
-        raise ProofError(
-            f"Start {attempt.start.number} ended with exit code {code}:\n{tail(attempt.output)}"
-        )
-
-    def _not_from_bucket(self, attempt: Attempt) -> str:
-        return (
-            f"Start {attempt.start.number} began at step 0, although step {attempt.expected} is "
-            "verified in the bucket: --resume latest does not look there when the local directory "
-            f"is gone.\n{tail(attempt.output)}"
-        )
-
-    def _note(self, attempt: Attempt) -> None:
-        """Write down where a start began, and refuse a wrong place."""
-        start, watch, expected = attempt.start, attempt.watch, attempt.expected
-        watch.read()
-        start.begin, start.last = watch.begin, watch.last
-        start.seconds = round(time.monotonic() - attempt.started, 2)
+    def _note(self, attempt: Attempt, expected: int) -> None:
+        """Write down where an attempt began; the wrong step ends the proof."""
+        shown, watch = attempt.shown, attempt.watch
+        shown.begin, shown.last = watch.begin, watch.last
+        shown.seconds = round(time.monotonic() - attempt.began, 2)
         text = attempt.output.read_text("utf-8", errors="replace")
         found = re.search(r"Resumed from (\S+) \(step \d+\)", text)
-        start.resumed = printable(found[1].rstrip("/").rsplit("/", 1)[-1]) if found else ""
+        shown.resumed = printable(found[1].rstrip("/").rsplit("/", 1)[-1]) if found else ""
         if watch.begin is None:
             return  # its exit code and last lines say why
-        wrong = watch.begin < expected if start.source == "bucket" else watch.begin != expected
+        wrong = watch.begin < expected if shown.source == "bucket" else watch.begin != expected
         if not wrong:
             return
-        start.ended = "began at the wrong step"
-        if start.source == "bucket" and watch.begin == 0:
-            raise ProofError(self._not_from_bucket(attempt))
-        raise ProofError(
-            f"Start {start.number} began at step {watch.begin}; the newest checkpoint in its "
-            f"{start.source} is of step {expected}."
+        shown.ended = "began at the wrong step"
+        message = (
+            f"Attempt {shown.number} began at step {watch.begin}, although step {expected} is "
         )
-
-    def _show(self, start: Start) -> None:
-        log.info(
-            "Start %d of %d: steps %s to %s, from %s, %s after %s.",
-            start.number,
-            self._args.kills + 1,
-            start.begin,
-            start.last,
-            start.source,
-            start.ended,
-            format_duration(start.seconds),
-        )
+        message += "verified in the bucket" if shown.source == "bucket" else "in the directory"
+        raise ProofError(f"{message}:\n{tail(attempt.output)}")
 
     def _compare(self) -> None:
         log.info("Comparing both runs.")
@@ -455,9 +441,6 @@ class Proof:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-# The command.
-
-
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(
@@ -469,7 +452,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--config", default="test", help="configs/NAME.json or a .json file (default: test)")
     add("--steps", type=int, default=24, metavar="N", help="length of the runs (default: 24)")
     add("--kills", type=int, default=3, metavar="K", help="at least 2 (default: 3)")
-    add("--processes", type=int, default=1, metavar="P", help="ranks of each start (default: 1)")
+    add("--processes", type=int, default=1, metavar="P", help="ranks of each attempt (default: 1)")
     add("--seed", type=int, default=0, metavar="S", help="decides the instants (default: 0)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as train.py has it")
     add(
@@ -509,8 +492,8 @@ def run(args: argparse.Namespace) -> int:
     """Carry the proof out and print it; 0 without a difference, 1 with any."""
     require_usable(args)
     configure_logging("debug" if args.debug else "info", stderr=True)
-    with open_work_folder(args) as work:
-        report = Proof(args, work, CommandLauncher(args.processes)).run()
+    with open_work_folder(args) as work, ProgressDisplay(unit="steps") as progress:
+        report = Proof(args, work, CommandLauncher(args.processes), progress).run()
     if args.json:
         print(to_json_text({**asdict(report), "holds": report.holds}))
     else:
@@ -519,37 +502,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_report(report: Report) -> None:
-    """Print the starts, what was compared, and the verdict."""
-    starts = [
+    """Print the attempts, what was compared, and the verdict."""
+    attempts = [
         {
-            "start": start.number,
-            "resumed from": start.resumed or "step 0",
-            "in": start.source,
-            "steps": f"{_shown(start.begin)} to {_shown(start.last)}",
-            "ended": start.ended,
-            "time": format_duration(start.seconds),
+            "attempt": attempt.number,
+            "resumed from": attempt.source,
+            "steps": f"{_shown(attempt.begin)} to {_shown(attempt.last)}",
+            "ended": attempt.ended,
+            "time": format_duration(attempt.seconds),
         }
-        for start in report.starts
+        for attempt in report.starts
     ]
-    print_table("Starts of the interrupted run", starts)
-    rows = [
-        {
-            "compared": comparison.what,
-            "extent": comparison.extent,
-            "result": f"{len(comparison.differences)} differences"
-            if comparison.differences
-            else "the same",
-        }
-        for comparison in report.comparisons
-    ]
+    print_table("Attempts of the interrupted run", attempts)
+    rows = []
+    for one in report.comparisons:
+        count = len(one.differences)
+        result = f"{count} differences" if count else "the same"
+        rows.append({"compared": one.what, "extent": one.extent, "result": result})
     print_table("Against the straight run", rows)
     for comparison in report.comparisons:
         for difference in comparison.differences[:SHOWN_DIFFERENCES]:
             print(f"{comparison.what}: {printable(difference)}")
-    for line in (*report.notes, *report.problems):
+    for line in report.problems:
         print(line)
     verdict = "no difference" if report.holds else "NOT proven"
-    kills = sum(start.ended.startswith("killed") for start in report.starts)
+    kills = sum(attempt.ended.startswith("killed") for attempt in report.starts)
     print(f"{report.steps} steps with {kills} kills (seed {report.seed}): {verdict}.")
 
 

@@ -1,6 +1,7 @@
 """A stand-in for the package `modal`: the names that cloud/modal_app.py uses.
 
-It takes no argument that the real one does not: a slow test compares them. A volume is a directory.
+A volume is a directory. A slow test imports the app with the real package, which then sees what the
+image, the app and its functions are given, and compares the arguments of what is called later.
 """
 
 from __future__ import annotations
@@ -41,45 +42,14 @@ class Secret:
         return Secret(name)
 
 
-@dataclass(frozen=True)
-class Retries:
-    max_retries: int
-    backoff_coefficient: float = 2.0
-    initial_delay: float = 1.0
-    max_delay: float = 60.0
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.max_retries <= 10
-        assert 0 <= self.initial_delay <= 60
-        assert 1 <= self.backoff_coefficient <= 10
-
-
-@dataclass
 class Image:
     """Every call on it is written down."""
 
-    steps: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    def __init__(self, steps: tuple[Any, ...] = ()) -> None:
+        self.steps = steps
 
-    @staticmethod
-    def debian_slim(python_version: str | None = None) -> Image:
-        return Image([("debian_slim", (), {"python_version": python_version})])
-
-    def _with(self, name: str, *words: Any, **options: Any) -> Image:
-        return Image([*self.steps, (name, words, options)])
-
-    def add_local_file(self, local_path: str, remote_path: str, *, copy: bool = False) -> Image:
-        return self._with("add_local_file", local_path, remote_path, copy=copy)
-
-    def add_local_dir(
-        self, local_path: str, remote_path: str, *, copy: bool = False, ignore: Any = ()
-    ) -> Image:
-        return self._with("add_local_dir", local_path, remote_path, copy=copy, ignore=ignore)
-
-    def run_commands(self, *commands: str) -> Image:
-        return self._with("run_commands", *commands)
-
-    def env(self, vars: dict[str, str]) -> Image:
-        return self._with("env", vars)
+    def __getattr__(self, name: str) -> Callable[..., Image]:
+        return lambda *words, **options: Image((*self.steps, (name, words, options)))
 
 
 @dataclass
@@ -183,27 +153,7 @@ class App:
     functions: dict[str, Function] = field(default_factory=dict)
     entrypoints: dict[str, Callable[..., None]] = field(default_factory=dict)
 
-    def function(
-        self,
-        *,
-        image: Any = None,
-        gpu: str | None = None,
-        volumes: Any = None,
-        cpu: Any = None,
-        memory: Any = None,
-        retries: Any = None,
-        timeout: int = 300,
-    ) -> Callable[[Callable[..., Any]], Function]:
-        options = {
-            "image": image,
-            "gpu": gpu,
-            "volumes": volumes,
-            "cpu": cpu,
-            "memory": memory,
-            "retries": retries,
-            "timeout": timeout,
-        }
-
+    def function(self, **options: Any) -> Callable[[Callable[..., Any]], Function]:
         def register(function: Callable[..., Any]) -> Function:
             self.functions[function.__name__] = Function(function, options, [], [0])
             return self.functions[function.__name__]
@@ -223,8 +173,8 @@ def build_module() -> ModuleType:
     module = ModuleType("modal")
     names = {
         "App": App,
-        "Image": Image,
-        "Retries": Retries,
+        "Image": Image(),
+        "Retries": SimpleNamespace,
         "Secret": Secret,
         "Volume": Volume,
         "exception": SimpleNamespace(NotFoundError=NotFoundError),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,21 +200,47 @@ def test_the_help_is_the_top_of_the_file(bash: Callable[..., Any]) -> None:
     assert [name for name in variables - {"RANK"} if name not in result.stdout] == []
 
 
-# Notes every SIGTERM, says when it is ready, and leaves with 1 once the file GO is there.
+# Notes every SIGTERM, says when it is ready, and leaves with 1 once the file GO is there and its
+# parent, node.sh, has nothing left to pass on: no signal is pending for it, and it sleeps.
 PATIENT_LAUNCHER = f"""exec {sys.executable} -c '
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: open(os.environ["NOTES"], "a").write("got\\n"))
 os.write(1, b"ready\\n")
-while not os.path.exists(os.environ["GO"]): time.sleep(0.05)
-time.sleep(0.3)  # for a signal that should not come
+def is_calm():
+    status = open(f"/proc/{{os.getppid()}}/status").read()
+    return "ShdPnd:\\t0000000000000000" in status and "State:\\tS" in status
+while not (os.path.exists(os.environ["GO"]) and is_calm()): time.sleep(0.02)
 sys.exit(1)
 '"""
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait until a condition holds; fail when the process ends or a minute passes before."""
+@contextlib.contextmanager
+def patient(
+    script: Path, ready: int, go: Path, variables: dict[str, str]
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a script whose launchers wait for the file GO, and yield it when they are ready."""
+    process = subprocess.Popen(
+        ["bash", str(script), "--config", "test"],
+        env=variables,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(ready)] == ["ready\n"] * ready
+        yield process
+        go.touch()
+        process.communicate(timeout=60)
+    finally:
+        go.touch()
+        process.kill()
+
+
+def wait_for_text(path: Path, text: str, process: subprocess.Popen[str]) -> None:
+    """Wait until a file has a text; fail when the process ends or a minute passes before."""
     end = time.monotonic() + 60
-    while not condition():
+    while not (path.exists() and path.read_text() == text):
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -223,26 +250,12 @@ def test_however_many_signals_come_ranks_get_one(path: Path, tmp_path: Path) -> 
     # Two signals to a rank mean "leave at once".
     program(path, "torchrun", PATIENT_LAUNCHER)
     notes, go = tmp_path / "notes", tmp_path / "go"
-    process = subprocess.Popen(
-        ["bash", str(NODE), "--config", "test"],
-        env=environment(path, NOTES=str(notes), GO=str(go)),
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    with patient(NODE, 1, go, environment(path, NOTES=str(notes), GO=str(go))) as process:
         os.killpg(process.pid, signal.SIGTERM)  # all of the step, as some schedulers do
-        wait_for(notes.exists, process)
+        wait_for_text(notes, "got\n", process)
         os.killpg(process.pid, signal.SIGTERM)
-        go.touch()
-        out, _ = process.communicate(timeout=60)
-    finally:
-        go.touch()
-        process.kill()
     assert notes.read_text() == "got\n"
-    assert process.returncode == 1, out
+    assert process.returncode == 1
 
 
 SRUN = """
@@ -342,27 +355,16 @@ def test_slurm_passes_its_signal_to_the_nodes_and_not_to_srun(
     path: Path, tmp_path: Path, slurm: dict[str, str]
 ) -> None:
     program(path, "torchrun", PATIENT_LAUNCHER)
-    signals, go, notes = tmp_path / "signals", tmp_path / "go", Path(slurm["CLUSTER"])
-    process = subprocess.Popen(
-        ["bash", str(CLOUD / "slurm.sbatch"), "--config", "test"],
-        env=environment(path, **slurm, NOTES=str(signals), GO=str(go)),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
+    signals, go = tmp_path / "signals", tmp_path / "go"
+    variables = environment(path, **slurm, NOTES=str(signals), GO=str(go))
+    with patient(CLOUD / "slurm.sbatch", 2, go, variables) as process:
         process.send_signal(signal.SIGTERM)  # --signal=B:TERM reaches the batch script alone
-        wait_for(lambda: signals.exists() and signals.read_text() == "got\n" * 2, process)
-        go.touch()
-        process.communicate(timeout=60)
-    finally:
-        go.touch()
-        process.kill()
+        wait_for_text(signals, "got\n" * 2, process)
     assert signals.read_text() == "got\n" * 2
-    assert "scancel --signal=TERM 4711" in notes.read_text()
-    assert "srun got TERM" not in notes.read_text()
-    assert "scontrol requeue 4711" in notes.read_text()
+    notes = Path(slurm["CLUSTER"]).read_text()
+    assert "scancel --signal=TERM 4711" in notes
+    assert "srun got TERM" not in notes
+    assert "scontrol requeue 4711" in notes
 
 
 def test_slurm_wants_the_projects_folder(
@@ -386,10 +388,13 @@ def test_slurms_lines_stand_first_and_leave_time_for_the_save() -> None:
     assert wait > TrainingConfig().upload_deadline_seconds
 
 
-def test_skypilot_launches_every_node_with_its_number(
+def test_skypilot_wants_its_buckets_and_launches_every_node_with_its_number(
     path: Path, tmp_path: Path, bash: Callable[..., Any]
 ) -> None:
     script = load("skypilot.yaml")[0]
+    result = bash("-c", script["run"], cwd=PROJECT_DIRECTORY, **script["envs"])
+    assert result.returncode == 2
+    assert "--env DATA_URI=" in result.stderr
     program(path, "torchrun", NOTE_WORDS)
     variables = {
         **script["envs"],
@@ -411,13 +416,6 @@ def test_skypilot_launches_every_node_with_its_number(
     assert arguments.resume == "latest"
     assert "checkpoint_uri=gs://b/run 1" in arguments.set
     assert f"grace_seconds={script['envs']['GRACE_SECONDS']}" in arguments.set
-
-
-def test_skypilot_wants_its_buckets_before_machines_train(bash: Callable[..., Any]) -> None:
-    script = load("skypilot.yaml")[0]
-    result = bash("-c", script["run"], cwd=PROJECT_DIRECTORY, **script["envs"])
-    assert result.returncode == 2
-    assert "--env DATA_URI=" in result.stderr
 
 
 def test_skypilot_recovers_what_a_restart_can_mend() -> None:

@@ -67,20 +67,34 @@ def test_every_file_that_the_notebook_runs_is_there() -> None:
     assert [file for file in files if not (PROJECT_DIRECTORY / file).is_file()] == []
 
 
-def test_its_first_settings_are_those_of_the_project() -> None:
-    settings: dict[str, Any] = {}
-    exec(code_of(cells()[1]), settings)  # noqa: S102 - our own file
-    assert get_training_config(settings["CONFIG"]).model
-    assert settings["RUN_NAME"]
-    assert settings["LOCAL"] == "/content"
-
-
-def test_the_stop_button_reaches_the_program(tmp_path: Path) -> None:
-    """Colab runs a `!` line by bash and interrupts that process alone."""
+def settings_cells(tmp_path: Path) -> dict[str, Any]:
+    """Return what the first two cells leave, run without Colab in a folder."""
     given = f"WITHOUT_COLAB, LOCAL = {str(tmp_path)!r}, {str(tmp_path)!r}"
     namespace: dict[str, Any] = {}
     for code in (code_of(cells()[1]), given, code_of(cells()[2])):
         exec(code, namespace)  # noqa: S102 - our own file
+    return namespace
+
+
+def test_its_first_settings_are_those_of_the_project(tmp_path: Path) -> None:
+    settings = settings_cells(tmp_path)
+    assert get_training_config(settings["CONFIG"]).model
+    assert settings["RUN_NAME"]
+    assert 'LOCAL = "/content"' in code_of(cells()[1])
+
+
+def test_a_command_that_fails_ends_its_cell_and_a_stop_is_none(tmp_path: Path) -> None:
+    require_done = settings_cells(tmp_path)["require_done"]
+    require_done(0)
+    with pytest.raises(RuntimeError, match="ended with code 2"):
+        require_done(2)
+    with pytest.raises(SystemExit, match="Run this cell again to go on"):
+        require_done(75)
+
+
+def test_the_stop_button_reaches_the_program(tmp_path: Path) -> None:
+    """Colab runs a `!` line by bash and interrupts that process alone."""
+    namespace = settings_cells(tmp_path)
     namespace["PROJECT"].mkdir()
     (namespace["PROJECT"] / "a b.py").write_text("import os, sys; print(os.getpid(), sys.argv[1])")
     command = namespace["run"]("a b.py", "c $d")
@@ -139,6 +153,7 @@ def colab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 
 def more(*words: str) -> str:
+    """Return MORE with the settings of a very small run."""
     fast = ("logging_steps=1", "save_steps=2", "eval_steps=100", "gradient_checkpointing=true")
     settings = [word for word in (*TINY, *fast) if "vocab_size" not in word and "uri" not in word]
     return " ".join([*words, *(f"--set {setting}" for setting in settings)])
@@ -148,35 +163,21 @@ PREPARE = "--sample --vocab-size 512"
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_drive_after_a_disconnect(
+def test_every_cell_runs_and_a_run_goes_on_from_drive_after_a_disconnect(
     colab: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    words = {"CONFIG": "test", "PREPARE": PREPARE, "MAX_STEPS": 6, "until": "look"}
-    first = colab(MORE=more("--stop-after 3"), **words)
+    words = {"CONFIG": "test", "PREPARE": "--sample --vocab-size 512", "MAX_STEPS": 4}
+    first = colab(MORE=more("--stop-after 2"), until="train", **words)
     assert "512 tokens in the vocabulary" in "".join(first)
-    archives = tmp_path / "drive" / "pretrain" / "checkpoints" / "first" / "Checkpoints"
-    assert [path.name for path in archives.glob("*step3*.tar.gz")] != []
-    prepared = (tmp_path / "drive" / "pretrain" / "data" / "index.json").stat().st_mtime_ns
+    drive = tmp_path / "drive" / "pretrain"
+    archives = drive / "checkpoints" / "first" / "Checkpoints"
+    assert [path.name for path in archives.glob("*step2*.tar.gz")] != []
+    prepared = (drive / "data" / "index.json").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "content")
     second = "".join(colab(MORE=more(), **words))
-    assert "Downloaded checkpoint-epoch0-step3" in second
+    assert "Downloaded checkpoint-epoch0-step2" in second
     (newest,) = find_checkpoints(tmp_path / "content" / "run" / "checkpoints" / "first")[-1:]
-    assert newest.step == 6
-    assert list(archives.glob("*step6*.tar.gz"))
-    again = (tmp_path / "drive" / "pretrain" / "data" / "index.json").stat().st_mtime_ns
-    assert again == prepared
-
-
-@pytest.mark.slow
-def test_every_cell_runs(colab: Callable[..., list[str]], tmp_path: Path) -> None:
-    colab(CONFIG="test", PREPARE=PREPARE, MAX_STEPS=2, MORE=more())
-    exported = tmp_path / "drive" / "pretrain" / "exported" / "first"
-    assert (exported / "config.json").is_file()
-
-
-@pytest.mark.slow
-def test_a_command_that_fails_ends_its_cell(colab: Callable[..., list[str]]) -> None:
-    from nbclient.exceptions import CellExecutionError
-
-    with pytest.raises(CellExecutionError, match="ended with code 2"):
-        colab(until="data", PREPARE="--input nothing-is-here --vocab-size 512")
+    assert newest.step == 4
+    assert list(archives.glob("*step4*.tar.gz"))
+    assert (drive / "data" / "index.json").stat().st_mtime_ns == prepared
+    assert (drive / "exported" / "first" / "config.json").is_file()

@@ -59,25 +59,9 @@ def test_spending_goes_on_over_starts_and_prices(run_train: Train, tmp_path: Pat
     metadata = read_json(checkpoint(tmp_path, 4) / "metadata.json")
     assert before.total.seconds < spending_of(metadata).total.seconds < last.total.seconds
     text = (tmp_path / "run/logs/train.log").read_text()
-    assert " in 2 starts (" in text
+    assert " in 2 attempts (" in text
     assert " per million tokens; " in text
     assert text.splitlines()[-1].endswith("Done: step 4 of 4.")
-
-
-def test_going_back_to_an_older_checkpoint_loses_what_came_after(
-    run_train: Train, tmp_path: Path
-) -> None:
-    words = ("--max-steps", "6")
-    assert run_train(*words, "--stop-after", "4", settings=SETTINGS) == 0
-    name = checkpoint(tmp_path, 2).name
-    assert run_train(*words, "--resume", name, "--stop-after", "3", settings=SETTINGS) == 0
-    events = read_log(tmp_path).events
-    stopped, resumed, _ = (event for event in events if event["event"] in ("end", "resume"))
-    saved = spending_of(read_json(checkpoint(tmp_path, 2) / "metadata.json"))
-    lost = spending_of(stopped).total.seconds - saved.total.seconds
-    assert spending_of(resumed).lost.seconds == pytest.approx(lost)
-    # Without a price, the time is counted all the same.
-    assert spending_of(resumed).total.unpriced_seconds == spending_of(stopped).total.seconds
 
 
 def test_a_rollback_loses_what_its_checkpoint_has_not(
@@ -107,24 +91,18 @@ def test_an_old_checkpoint_is_resumed(run_train: Train, tmp_path: Path) -> None:
     assert run_train(*words, "--stop-after", "2", settings=SETTINGS) == 0
     forget_spending(checkpoint(tmp_path, 2))
     (tmp_path / "run/logs/metrics.jsonl").unlink()
-    assert run_train(*words, "--resume", "latest", *A_DOLLAR_A_SECOND, settings=SETTINGS) == 0
+    # What an earlier version took as a setting breaks no resume.
+    settings = (*SETTINGS, "machine_type=gcp/a2-highgpu-8g")
+    assert run_train(*words, "--resume", "latest", *A_DOLLAR_A_SECOND, settings=settings) == 0
     last = spending_of(read_log(tmp_path).events[-1])
     assert (last.starts, last.lost.seconds) == (1, 0)
     assert last.total.dollars > 0
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (
-            ("--hourly-price", "-1"),
-            "command line: hourly_price must be between 0 and 1000000000.0, got -1.0",
-        ),
-        (("--set", "machine_type=gcp/a2-highgpu-1x"), "Did you mean gcp/a2-highgpu-"),
-    ],
-)
-def test_a_wrong_price_or_machine_is_one_message(
-    run_train: Train, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+@pytest.mark.parametrize("price", ["-1", "nan", "inf"])
+def test_a_wrong_price_is_one_message(
+    run_train: Train, capsys: pytest.CaptureFixture[str], price: str
 ) -> None:
-    assert run_train("--max-steps", "2", *words) == 2
+    assert run_train("--max-steps", "2", "--hourly-price", price) == 2
+    message = "command line: hourly_price must be between 0 and 1000000000.0, got "
     assert message in capsys.readouterr().err

@@ -39,7 +39,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,14 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configs.training_config import PROJECT_DIRECTORY, get_training_config, parse_assignment
-from tests.campaigns.findings import Finding, count_findings, note_finding
+from tests.campaigns.findings import (
+    Finding,
+    build_parser,
+    conclude,
+    count_findings,
+    note_finding,
+)
+from tests.campaigns.fork_server import ForkServer
 from utils.base.console import configure_logging, print_table, run_command
 from utils.base.errors import CheckpointError, ExitCode, PretrainError, UsageError
 from utils.base.text import format_duration, printable
@@ -73,7 +80,6 @@ from utils.tools.proofs.run_comparison import compare_checkpoints, compare_logs,
 from utils.tools.proofs.started_runs import (
     RUN_POLL_SECONDS,
     CommandLauncher,
-    ForkServer,
     Launcher,
     Running,
     StepWatch,
@@ -872,24 +878,15 @@ def checksums_of(manifest: Any) -> dict[str, str]:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="soak.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    quick = "10 random kills and 2 at system calls"
+    parser = build_parser("soak.py", __doc__, quick)
     add = parser.add_argument
     add("--kills", type=int, default=300, metavar="N", help="at random instants (default: 300)")
     add("--syscall-kills", type=int, default=60, metavar="N", help="by strace (default: 60)")
-    add("--quick", action="store_true", help="10 random kills and 2 at system calls")
     add("--steps", type=int, default=100, metavar="N", help="length of a round (default: 100)")
-    add("--seed", type=int, default=0, metavar="S", help="decides the plan (default: 0)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as train.py has it")
     add("--data", type=Path, metavar="DIR", help="shards of the sample text (default: made)")
     add("--launch", action="store_true", help="launch each start; no forks of a loaded process")
-    add("--workdir", type=Path, metavar="DIR", help="a new or empty folder (default: a temporary)")
-    add("--keep", action="store_true", help="keep the folder; it is kept where anything was found")
-    add("--json", type=Path, metavar="FILE", help="write everything to FILE")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
@@ -920,10 +917,8 @@ def run(args: argparse.Namespace) -> int:
         plans = plan_kills(args.kills, args.syscall_kills, random.Random(args.seed))
         results = campaign.run(plans)
         args.keep = args.keep or bool(results.findings)
-    if args.json:
-        args.json.write_text(json.dumps(asdict(results), indent=1) + "\n", "utf-8")
     print_results(results)
-    return ExitCode.UNEXPECTED if results.findings else ExitCode.DONE
+    return conclude(results, args.json, "kill")
 
 
 def print_results(results: Results) -> None:
@@ -949,9 +944,6 @@ def print_results(results: Results) -> None:
     print_table("System calls", [{"killed at": c, "kills": n} for c, n in calls.most_common()])
     if results.skipped:
         print(f"No system call kills: {results.skipped}.")
-    for finding in results.findings:
-        print(f"{finding.kind} after kill {finding.after}: {finding.text}")
-    print(f"seed {results.seed}: {len(results.findings)} findings.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

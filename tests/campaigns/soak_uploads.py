@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import logging
 import os
 import random
@@ -48,7 +47,14 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configs.training_config import PROJECT_DIRECTORY
-from tests.campaigns.findings import Finding, count_findings, note_finding
+from tests.campaigns.findings import (
+    Finding,
+    build_parser,
+    conclude,
+    count_findings,
+    note_finding,
+)
+from tests.campaigns.fork_server import find_marked
 from tests.campaigns.stand_in_trainer import (
     Sizes,
     TrainerPlan,
@@ -78,7 +84,6 @@ from utils.checkpoints.layout import new_run_id, parse_checkpoint_name
 from utils.tools.proofs.started_runs import (
     Running,
     find_family,
-    find_marked,
     kill_processes,
     kill_tree,
     killed_at_exit,
@@ -654,20 +659,10 @@ def choose_ways(results: Results) -> list[Way]:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="soak_uploads.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = build_parser("soak_uploads.py", __doc__, "about 20 cycles")
     add = parser.add_argument
     add("--cycles", type=int, default=500, metavar="N", help="saves and uploads (default: 500)")
-    add("--quick", action="store_true", help="about 20 cycles")
-    add("--seed", type=int, default=0, metavar="S", help="decides the plan (default: 0)")
     add("--ways", metavar="A,B", help="only these: python, directory, gcloud, gsutil")
-    add("--workdir", type=Path, metavar="DIR", help="a new or empty folder (default: a temporary)")
-    add("--keep", action="store_true", help="keep the folder; it is kept where anything was found")
-    add("--json", type=Path, metavar="FILE", help="write everything to FILE")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
@@ -691,10 +686,8 @@ def run(args: argparse.Namespace) -> int:
         log.info("Seed %d, in %s.", args.seed, work)
         results = campaign.run(plan_rounds(cycles, ways, random.Random(args.seed)))
         args.keep = args.keep or bool(results.findings)
-    if args.json:
-        args.json.write_text(json.dumps(asdict(results), indent=1) + "\n", "utf-8")
     print_results(results)
-    return ExitCode.UNEXPECTED if results.findings else ExitCode.DONE
+    return conclude(results, args.json, "start")
 
 
 def print_results(results: Results) -> None:
@@ -724,12 +717,7 @@ def print_results(results: Results) -> None:
     )
     for reason in results.skipped:
         print(f"Left out: {reason}.")
-    for finding in results.findings:
-        print(f"{finding.kind} after start {finding.after}: {finding.text}")
-    print(
-        f"seed {results.seed}: {len(results.findings)} findings in "
-        f"{format_duration(results.seconds)}."
-    )
+    print(f"It took {format_duration(results.seconds)}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.campaigns import soak
+from tests.campaigns.fork_server import ForkServer
 from tests.campaigns.soak import ANCHORS, Campaign, Plan, find_strace, parse_trace, plan_kills
 from utils.checkpoints.layout import find_checkpoints, read_json
-from utils.tools.proofs.started_runs import ForkServer, Launcher, Running
+from utils.tools.proofs.started_runs import Launcher, Running
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks train.py"),

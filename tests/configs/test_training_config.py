@@ -62,6 +62,14 @@ def test_a_missing_file_lists_the_known_names(name: str) -> None:
     assert caught.value.exit_code is ExitCode.USAGE
 
 
+def test_a_key_that_was_removed_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load(tmp_path, '{"machine_type": "gcp/a2-highgpu-8g", "max_steps": 7}')
+    assert config.max_steps == 7
+    assert "run.json: machine_type is ignored: prices are no longer looked up" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from utils.tools.proofs.started_runs import ForkServer
+from tests.campaigns.fork_server import ForkServer
 
 
 @pytest.fixture(scope="module")

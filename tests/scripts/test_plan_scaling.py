@@ -6,9 +6,7 @@ import json
 
 import pytest
 
-from scripts import plan_scaling
 from scripts.plan_scaling import main
-from utils.costs.scaling_tables import TABLES, to_markdown
 
 
 def test_a_plan_shows_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,18 +17,17 @@ def test_a_plan_shows_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[
     assert all("does not fit" in " ".join(row) for row in rows[:2])
     assert len(rows) == 10
     assert "estimates" in lines[0]
-    assert "expected loss 2.19" in "\n".join(lines)
+    assert lines[-1] == "Tokens: 137.1 B. Checkpoint: 76.6 GiB."
 
 
 def test_json_has_every_number(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--gpus", "8", "--strategy", "fsdp", "--price", "2", "--tokens", "1e9", "--json"]
+    arguments = ["--gpu=h200", "--gpus=8", "--strategy=fsdp", "--price=2", "--tokens=1e9", "--json"]
     assert main([*arguments, "--micro-batch", "4", "--checkpointing", "full"]) == 0
     answer = json.loads(capsys.readouterr().out)
     (plan,) = answer["plans"]
     assert (plan["micro_batch"], plan["accumulation"], plan["checkpointing"]) == (4, 32, "full")
     assert plan["dollars"] == pytest.approx(2 * plan["gpu_hours"])
     assert plan["run_seconds"] == pytest.approx(1e9 / plan["tokens_per_second"])
-    assert answer["gpu"]["price_source"] == "--price"
     assert answer["run"]["tokens"] == 1e9
 
 
@@ -57,6 +54,7 @@ def test_the_network_and_the_efficiency_can_be_given(capsys: pytest.CaptureFixtu
         (["--global-batch", "0"], "cannot be shared"),
         (["--gpu", "H101"], "Did you mean H100"),
         (["--model", "gpt-5"], "no known preset"),
+        (["--model", "pythia-6.9"], "Did you mean pythia-6.9b"),
     ],
 )
 def test_wrong_words_get_one_message(
@@ -66,10 +64,3 @@ def test_wrong_words_get_one_message(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-
-
-def test_a_table_is_that_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--table", "models"]) == 0
-    table = capsys.readouterr().out
-    assert table == to_markdown(TABLES["models"]())
-    assert table in plan_scaling.DOCUMENT.read_text("utf-8")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -10,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
 from scripts import prove_resume
+from tests.campaigns.fork_server import ForkServer
 from tests.conftest import TINY
+from utils.base import console, progress
 from utils.base.errors import CheckpointError
 from utils.checkpoints.layout import MANIFEST_FILE, find_checkpoints, read_json, write_json
 from utils.storage.bucket import crc32c_of_file
@@ -22,7 +25,7 @@ from utils.tools.proofs.run_comparison import (
     compare_logs,
     values_by_step,
 )
-from utils.tools.proofs.started_runs import ForkServer, Launcher, Running, read_records
+from utils.tools.proofs.started_runs import CommandLauncher, Launcher, Running, read_records
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks train.py"),
@@ -91,7 +94,7 @@ def proven(
     report = work.with_name("report.json")
     with pytest.MonkeyPatch.context() as patch, report.open("w", encoding="utf-8") as file:
         patch.setattr(sys, "stdout", file)
-        code = prove(patch, launcher, sample_data, work, "--steps", "16", "--keep")
+        code = prove(patch, launcher, sample_data, work, "--steps", "8", "--keep")
     value = read_json(report)
     assert code == 0, value
     return work, value, launcher.starts
@@ -116,10 +119,10 @@ def test_two_kills_one_resume_from_the_bucket_and_no_difference(
     comparisons = report["comparisons"]
     assert isinstance(comparisons, list)
     compared = {comparison["what"]: comparison["extent"] for comparison in comparisons}
-    assert compared["loss"] == "16 steps"
+    assert compared["loss"] == "8 steps"
     for name in ("model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
         assert name in compared
-    assert compared["batches (crc32c)"] == "16 steps"
+    assert compared["batches (crc32c)"] == "8 steps"
 
 
 @pytest.mark.slow
@@ -176,10 +179,62 @@ def test_one_changed_loss_or_missing_step_is_found(
             else:
                 lines.append(line)
         (other / "metrics.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-        differing = {c.what: c.differences for c in compare_logs(straight, other, 16)}
+        differing = {c.what: c.differences for c in compare_logs(straight, other, 8)}
         assert len(differing["loss"]) == 1
         assert differing["loss"][0].startswith("step 7")
         assert bool(differing["curve"]) is not line_of_change
+
+
+class Told:
+    """A train.py that logs three steps and fails; it waits until the first one was seen."""
+
+    pid = 0
+
+    def __init__(self, metrics: Path) -> None:
+        self._metrics = metrics
+        self._steps = 0
+
+    def poll(self) -> int | None:
+        if self._steps == 3:
+            return 1
+        self._steps += 1
+        self._metrics.parent.mkdir(parents=True, exist_ok=True)
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self._steps, "loss": 1.0}) + "\n")
+        return None
+
+    def wait(self) -> int:
+        return 1
+
+
+class Telling:
+    """Starts nothing but what tells of steps."""
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+
+    def start(self, words: Sequence[str], output: Path) -> Running:
+        output.write_text("No GPU.\n", "utf-8")
+        return Told(self._work / "logs" / STRAIGHT / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("is_terminal", [False, True], ids=["pipe", "terminal"])
+def test_the_steps_of_an_attempt_are_shown_in_at_most_100_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: is_terminal  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(console, "_shared_consoles", {})
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    work = tmp_path / "work"
+    assert prove(monkeypatch, Telling(work), tmp_path / "none", work) == 1
+    shown = screen.getvalue()
+    assert ("3/24" if is_terminal else "straight run: 3 steps of 24 steps (12%)") in shown
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "\n").splitlines()
+    assert max(len(line) for line in lines if str(work) not in line) <= 100
 
 
 def test_a_torn_line_hides_no_whole_one(tmp_path: Path) -> None:
@@ -244,21 +299,11 @@ def test_a_start_that_does_not_look_into_the_bucket_is_found_out(
 
 
 @pytest.mark.slow
-def test_the_command_as_a_user_runs_it_with_two_ranks(
-    sample_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    command = ["--processes", "2", "--kills", "3", "--steps", "16", "--workdir", "work"]
-    for setting in (*SETTINGS, f"data_uri={sample_data}"):
-        command += ["--set", setting]
-    assert prove_resume.main(command) == 0
-    output = capsys.readouterr().out
-    assert "16 steps with 3 kills (seed 0): no difference." in output
-    assert "random_states_1.pkl" in output
-    assert not (tmp_path / "work").exists()
+def test_two_ranks_are_started_as_a_user_starts_them(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    running = CommandLauncher(2).start(["--help"], output)
+    assert running.wait() == 0
+    assert output.read_text().count("usage: train.py") == 2
 
 
 @pytest.mark.parametrize(
@@ -269,12 +314,19 @@ def test_the_command_as_a_user_runs_it_with_two_ranks(
         (("--set", "max_steps=5"), "--set max_steps: the proof decides this itself"),
         (("--set", "checkpoint_uri=bucket"), "takes effect only with --use-bucket"),
         (("--use-bucket", "--set", "checkpoint_uri="), "the configuration has no checkpoint_uri"),
-        (("--workdir", str(PROJECT_DIRECTORY)), "is not empty"),
+        (("--workdir", "full"), "is not empty"),
         (("--set", "max_step=5"), "Did you mean max_steps?"),
     ],
 )
 def test_bad_input_is_one_clear_message_and_exit_2(
-    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").touch()
     assert prove_resume.main(list(words)) == 2
     assert message in capsys.readouterr().err

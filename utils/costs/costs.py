@@ -1,6 +1,6 @@
 """The costs of a run as they are shown: dollars so far, per million tokens, to the end, lost.
 
-    spending (spending.py) -> figures -> monitor, viewer, the summary at the end of a start
+    spending (spending.py) -> figures -> monitor, viewer, the summary at the end of an attempt
 
 No torch here.
 """
@@ -88,7 +88,7 @@ def summarize_costs(
 
 
 def describe_costs(costs: Costs) -> str:
-    """Return the summary of a run: `Spent 3h12m, $35.40 in 2 starts (...)`."""
+    """Return the summary of a run: `Spent 3h12m, $35.40 in 2 attempts (...)`."""
     what = format_duration(costs.seconds)
     if costs.dollars is not None:
         what += f", {format_dollars(costs.dollars)}"
@@ -100,12 +100,12 @@ def describe_costs(costs: Costs) -> str:
     if costs.lost_seconds > 0:
         dollars = "" if costs.lost_dollars is None else f", {format_dollars(costs.lost_dollars)}"
         details.append(f"{format_duration(costs.lost_seconds)}{dollars} lost to restarts")
-    starts = f"{costs.starts} start{'' if costs.starts == 1 else 's'}"
-    return f"Spent {what} in {starts}" + (f" ({'; '.join(details)})" if details else "") + "."
+    attempts = f"{costs.starts} attempt{'' if costs.starts == 1 else 's'}"
+    return f"Spent {what} in {attempts}" + (f" ({'; '.join(details)})" if details else "") + "."
 
 
 def describe_costs_so_far(costs: Costs) -> str:
-    """Return the costs of a run on its way: `$12.34 so far, $0.83 per million tokens, ...`."""
+    """Return the costs of a run that goes on: `$12.34 so far, $0.83 per million tokens, ...`."""
     if costs.dollars is None:
         lost = f", {format_duration(costs.lost_seconds)} lost to restarts"
         return (

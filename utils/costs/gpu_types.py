@@ -1,4 +1,4 @@
-"""GPUs and the machines they stand in, for plans on paper: memory, speeds, links, a price.
+"""GPUs and the machines they stand in, for plans on paper: memory, speeds, links.
 
     kind of GPU, bytes, number of GPUs -> seconds that a collective takes
 
@@ -35,8 +35,6 @@ class GpuType:
         gpus_per_machine: GPUs in a machine.
         efficiency: Share of the peak that the products of a very wide model reach, with all else
             that a GPU does in a step without communication.
-        hourly_price: Dollars for one GPU.
-        price_source: Where that price is from.
     """
 
     name: str
@@ -46,8 +44,6 @@ class GpuType:
     network_bytes_per_second: float
     gpus_per_machine: int
     efficiency: float
-    hourly_price: float
-    price_source: str
 
     @property
     def peak_flops(self) -> float:
@@ -61,13 +57,13 @@ GPU_TYPES = {
     gpu.name: gpu
     for gpu in (
         # NVLink 4: 450 GB/s a direction; a network card of 400 Gb/s for each GPU.
-        GpuType("H100", 79 * GIB, 3.35e12, 360e9, 320e9, 8, 0.6, 3.99, "lambda, 8 GPUs"),
-        GpuType("H200", 139 * GIB, 4.8e12, 360e9, 320e9, 8, 0.6, 7.91, "aws, p5en.48xlarge"),
+        GpuType("H100", 79 * GIB, 3.35e12, 360e9, 320e9, 8, 0.6),
+        GpuType("H200", 139 * GIB, 4.8e12, 360e9, 320e9, 8, 0.6),
         # NVLink 3: 300 GB/s a direction; 200 Gb/s for each GPU.
-        GpuType("A100", 79 * GIB, 2.0e12, 240e9, 160e9, 8, 0.7, 2.79, "lambda, 8 GPUs of 80 GB"),
+        GpuType("A100", 79 * GIB, 2.0e12, 240e9, 160e9, 8, 0.7),
         # No NVLink: PCIe through the host; 100 Gb/s and 50 Gb/s for the machine.
-        GpuType("L4", 22 * GIB, 0.3e12, 10e9, 10e9, 8, 0.5, 1.67, "aws, g6.48xlarge"),
-        GpuType("T4", 14 * GIB, 0.32e12, 5e9, 5e9, 4, 0.5, 0.98, "aws, g4dn.12xlarge"),
+        GpuType("L4", 22 * GIB, 0.3e12, 10e9, 10e9, 8, 0.5),
+        GpuType("T4", 14 * GIB, 0.32e12, 5e9, 5e9, 4, 0.5),
     )
 }
 

@@ -8,8 +8,7 @@ What is added up (P parameters, n GPUs, float32 weights, gradients and AdamW's m
 - Memory: weights, gradients and moments divided as Rajbhandari et al. 2020 (ZeRO, section 5) do,
   gathered 16-bit weights, and the activations of utils/models/estimates.py.
 - Compute: FLOPs of utils/models/mfu.py at an assumed share of the peak; what checkpointing computes
-again
-  is added (Korthikanti et al. 2022, section 5).
+  again is added (Korthikanti et al. 2022, section 5).
 - Communication: rings send (n-1)/n of a message for a gather or a reduce-scatter and twice that for
   an all-reduce (Patarasuk and Yuan 2009); trees carry the latency of an all-reduce.
 - Overlap: a layer's gather beside the layer before it, its reduction beside the layer after it:
@@ -21,7 +20,6 @@ Everything is an estimate; pure functions, no torch here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -118,15 +116,13 @@ class DeviceMemory:
         gradients: With their buckets.
         gathered: 16-bit weights, and gradients before they are reduced.
         activations: Kept for the backward pass.
-        loss: What forming it takes, with its gradients.
-        total: At the peak; less than the sum, because gradients come as activations go.
+        total: At the peak, with the loss; gradients come as activations go.
     """
 
     state: int
     gradients: int
     gathered: int
     activations: int
-    loss: int
     total: int
 
 
@@ -143,6 +139,7 @@ class StepPlan:
         optimizer_seconds: Gradient norm and AdamW, bound by memory.
         communication_seconds: Time of all collectives, overlapped or not.
         step_seconds: All of the step.
+        exposed_share: Share of the step in which GPUs wait for communication.
         tokens_per_second: Rate of all GPUs together.
         mfu: Model FLOPs utilization.
     """
@@ -155,14 +152,9 @@ class StepPlan:
     optimizer_seconds: float
     communication_seconds: float
     step_seconds: float
+    exposed_share: float
     tokens_per_second: float
     mfu: float
-
-    @property
-    def exposed_share(self) -> float:
-        """Share of the step in which GPUs wait for communication."""
-        waiting = self.step_seconds - self.compute_seconds - self.optimizer_seconds
-        return waiting / self.step_seconds
 
 
 def shape_of_preset(name: str) -> ModelShape:
@@ -229,7 +221,7 @@ def device_memory(
     peak = max(whole.activations + loss + there, gradients + late)
     state = weights + moments
     total = int(peak + state + buckets + gathered + RUNTIME_BYTES["cuda"])
-    return DeviceMemory(state, gradients + buckets, gathered, whole.activations, loss, total)
+    return DeviceMemory(state, gradients + buckets, gathered, whole.activations, total)
 
 
 def fits(job: TrainingJob, memory: DeviceMemory) -> bool:
@@ -256,11 +248,6 @@ def sent_bytes(job: TrainingJob, accumulation: int) -> float:
     return accumulation * (sharded + (between if job.strategy == "hsdp" else 0.0))
 
 
-def efficiency_of(shape: ModelShape, gpu: GpuType) -> float:
-    """Return the assumed share of the peak in compute: narrow models fill a GPU less."""
-    return gpu.efficiency * shape.hidden / (shape.hidden + HALF_EFFICIENCY_WIDTH)
-
-
 def plan_step(
     job: TrainingJob, micro_batch: int, checkpointing: str, efficiency: float | None = None
 ) -> StepPlan:
@@ -270,10 +257,13 @@ def plan_step(
         job: What is planned.
         micro_batch: Samples in a forward and backward of one GPU.
         checkpointing: One of `CHECKPOINTING`.
-        efficiency: Share of the peak in compute; None for the assumption.
+        efficiency: Share of the peak in compute; None for the assumption: narrow models fill a GPU
+            less.
     """
     accumulation = job.global_batch // (job.gpus * micro_batch)
-    efficiency = efficiency_of(job.shape, job.gpu) if efficiency is None else efficiency
+    if efficiency is None:
+        width = job.shape.hidden
+        efficiency = job.gpu.efficiency * width / (width + HALF_EFFICIENCY_WIDTH)
     tokens = micro_batch * job.sequence_length
     both = tokens * job.flops_per_token / (job.gpu.peak_flops * efficiency)
     forward = FORWARD_SHARE * both
@@ -284,19 +274,20 @@ def plan_step(
     times = _replicated if job.strategy in ("ddp", "zero1") or job.gpus == 1 else _sharded
     passes, communication = times(job, forward, backward, accumulation)
     step = passes + optimizer
-    samples = job.gpus * accumulation * micro_batch
-    speed = samples * job.sequence_length / step
+    compute = accumulation * (forward + backward)
+    speed = job.gpus * accumulation * tokens / step
     return StepPlan(
-        micro_batch,
-        checkpointing,
-        accumulation,
-        device_memory(job, micro_batch, checkpointing, accumulation),
-        accumulation * (forward + backward),
-        optimizer,
-        communication,
-        step,
-        speed,
-        speed * job.flops_per_token / (job.gpus * job.gpu.peak_flops),
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+        accumulation=accumulation,
+        memory=device_memory(job, micro_batch, checkpointing, accumulation),
+        compute_seconds=compute,
+        optimizer_seconds=optimizer,
+        communication_seconds=communication,
+        step_seconds=step,
+        exposed_share=max(0.0, (step - compute - optimizer) / step),
+        tokens_per_second=speed,
+        mfu=speed * job.flops_per_token / (job.gpus * job.gpu.peak_flops),
     )
 
 
@@ -350,13 +341,16 @@ def _sharded(
     return accumulation * one, accumulation * sent
 
 
-def candidate_plans(job: TrainingJob, efficiency: float | None = None) -> Iterator[StepPlan]:
-    """Yield every micro-batch that divides a GPU's samples evenly, with every checkpointing."""
+def candidate_plans(job: TrainingJob, efficiency: float | None = None) -> list[StepPlan]:
+    """Return a plan for every micro-batch that divides a GPU's samples, and every checkpointing."""
     samples, rest = divmod(job.global_batch, job.gpus)
-    for micro_batch in range(1, 0 if rest else min(samples, MAX_MICRO_BATCH) + 1):
-        if samples % micro_batch == 0:
-            for checkpointing in CHECKPOINTING:
-                yield plan_step(job, micro_batch, checkpointing, efficiency)
+    sizes = range(1, 0 if rest else min(samples, MAX_MICRO_BATCH) + 1)
+    return [
+        plan_step(job, micro_batch, checkpointing, efficiency)
+        for micro_batch in sizes
+        for checkpointing in CHECKPOINTING
+        if samples % micro_batch == 0
+    ]
 
 
 def best_plan(job: TrainingJob, efficiency: float | None = None) -> StepPlan | None:
@@ -373,9 +367,3 @@ def best_plan(job: TrainingJob, efficiency: float | None = None) -> StepPlan | N
         key=lambda plan: (plan.micro_batch, -CHECKPOINTING.index(plan.checkpointing)),
         default=None,
     )
-
-
-def smallest_memory(job: TrainingJob) -> DeviceMemory:
-    """Return what a GPU needs at the least: one sample, every layer checkpointed."""
-    samples = max(1, job.global_batch // job.gpus)
-    return device_memory(job, 1, "full", samples)

@@ -1,12 +1,12 @@
-"""What a run has spent: machine time and dollars over all of its starts, and what restarts lost.
+"""What a run has spent: machine time and dollars over all of its attempts, and what restarts lost.
 
-    metrics.jsonl, checkpoint -> spending before a start -> meter -> checkpoint, end event
+    metrics.jsonl, checkpoint -> spending before an attempt -> meter -> checkpoint, end event
 
-A start counts from the launch of its process to its end; the time between two starts is not
-counted. Seconds are counted with or without a price; dollars are summed start by start, so that a
-price may change between them. Lost is everything spent that is not in the state that a start goes
-on from: steps that are done again, starts that failed, and the way from the launch of a restart to
-its first step. A clock that goes wrong makes no negative spending. No torch here.
+An attempt counts from the launch of its process to its end; the time between two of them does not
+count. Seconds count with or without a price; dollars are summed attempt by attempt, so that the
+price may change between them. Lost is the time of work that no later attempt built on: steps that
+were done again, attempts that failed, and the time from the launch of a restart to its first step.
+A clock that goes wrong makes no negative spending. No torch here.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Spending:
 
     Attributes:
         total: All of it.
-        lost: The part that is in no state that was gone on from.
-        starts: How many starts, that of the moment too.
+        lost: The part whose work was done again or came to nothing.
+        starts: How many attempts, the current one too.
         hourly_price: Price in the newest attempt, None where it is not known.
     """
 
@@ -137,13 +137,13 @@ def read_price(value: object) -> float | None:
 
 
 def read_spending(log: MetricsLog, now: float | None = None) -> Spending | None:
-    """Return what a run has spent as its metrics.jsonl tells; None where no start is in it.
+    """Return what a run has spent according to its metrics.jsonl; None without an attempt in it.
 
-    A start that was killed counts up to its last record: what it did after that is not known.
+    An attempt that was killed counts up to its last record: what it did after that is not known.
 
     Args:
         log: Everything that was read of the file.
-        now: Seconds since 1970 where the newest start is still running.
+        now: Seconds since 1970 where the newest attempt is still running.
     """
     found = [place for place, event in enumerate(log.events) if event["event"] in START_EVENTS]
     if not found:
@@ -174,16 +174,17 @@ def read_spending(log: MetricsLog, now: float | None = None) -> Spending | None:
 
 
 def find_spending_before(run_id: str, checkpoint: Spending | None, log: MetricsLog) -> Spending:
-    """Return what a run has spent before a start, and what of it is lost.
+    """Return what a run has spent before an attempt, and what of it is lost.
 
-    The checkpoint tells up to its save, metrics.jsonl up to the last record; the greater one is
-    taken. On a new machine, or without the logs, only the checkpoint is known: a lower bound.
+    The checkpoint knows the spending up to its save, metrics.jsonl up to the last record; the
+    greater one counts. On a new machine, or without logs, only the checkpoint is known: a lower
+    bound.
 
     Args:
         run_id: The run that goes on; a log of another one is left out.
-        checkpoint: What the state had taken when it was saved: nothing at step 0; None where the
-            checkpoint is of a version that did not count.
-        log: The local metrics.jsonl as it is before this start.
+        checkpoint: What the run had spent when the checkpoint was saved: nothing at step 0; None
+            where the checkpoint is of a version that did not count.
+        log: The local metrics.jsonl as it is before this attempt.
     """
     starts = [event for event in log.events if event["event"] in START_EVENTS]
     is_ours = bool(starts) and starts[-1].get("run_id") == run_id
@@ -197,12 +198,12 @@ def find_spending_before(run_id: str, checkpoint: Spending | None, log: MetricsL
 
 
 class SpendingMeter:
-    """Counts what a start spends.
+    """Counts what an attempt spends.
 
     Args:
         before: What the run had spent before it.
         hourly_price: Dollars an hour, None where it is not known.
-        age_seconds: How long ago this start was launched.
+        age_seconds: How long ago this attempt was launched.
         clock: Seconds that never go back.
     """
 
@@ -220,18 +221,18 @@ class SpendingMeter:
 
     @property
     def launched_at(self) -> str:
-        """When this start was launched: UTC, ISO 8601."""
+        """When this attempt was launched: UTC, ISO 8601."""
         moment = time.time() - (self._clock() - self._launched)
         return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
 
     def note_step(self) -> None:
-        """Call before a step: the way to the first one of a restart is lost."""
+        """Call before a step: after a restart, the time up to the first one is lost."""
         if not self._has_steps and self.before.starts:
             self._lost = self._lost + self._elapsed()
         self._has_steps = True
 
     def go_back(self, checkpoint: Spending | None) -> None:
-        """Note that this start goes on from a checkpoint again: what is not in it is lost."""
+        """Note that this attempt went back to a checkpoint: what was spent after it is lost."""
         if checkpoint is not None:
             self._lost = self.read().total - checkpoint.useful
 
@@ -247,18 +248,18 @@ class SpendingMeter:
 def open_meter(
     metrics: Path | None, run_id: str, step: int, saved: object, hourly_price: float | None
 ) -> SpendingMeter:
-    """Return the meter of a start that begins with this process.
+    """Return the meter of the attempt that is this process.
 
     Args:
-        metrics: The run's metrics.jsonl as it is before this start; None on other ranks.
+        metrics: The run's metrics.jsonl as it is before this attempt; None on other ranks.
         run_id: The run that goes on.
-        step: Steps in the state that it goes on from.
-        saved: What that state says of its spending.
+        step: Steps done when this attempt begins.
+        saved: The spending as the checkpoint has it.
         hourly_price: Dollars an hour, None where it is not known.
     """
     log = MetricsLog()
     if metrics is not None:
-        # What cannot be read is missing in the sums; that it cannot be written stops the start.
+        # A log that cannot be read is missing in the sums; what cannot be written is fatal.
         with contextlib.suppress(OSError):
             log = read_metrics(metrics)
     checkpoint = Spending.from_json(saved) if step else Spending()
@@ -267,10 +268,10 @@ def open_meter(
 
 
 def measure_age(log: MetricsLog) -> float:
-    """Return for how many seconds this start has run already.
+    """Return for how many seconds this attempt has run already.
 
-    It begins with this process, but not before the last record in the log: that was still another
-    start's time.
+    It begins with this process, but not before the last record in the log: until then the time was
+    that of another attempt.
     """
     seen = [epoch_seconds(record.get("time")) for record in log.records[-1:] + log.events[-1:]]
     return limit_age(
@@ -282,13 +283,13 @@ def measure_age(log: MetricsLog) -> float:
 
 
 def limit_age(now: float, created: float, uptime: float, seen: list[float]) -> float:
-    """Return the age of a start from clocks that may be wrong.
+    """Return the age of an attempt from clocks that may be wrong.
 
     Args:
         now: Seconds since 1970.
         created: When the process began, as the system tells.
         uptime: Seconds that the machine is up: no process is older.
-        seen: Times of records of the start before; those in the future tell nothing.
+        seen: Times of records of the attempt before; those in the future tell nothing.
     """
     past = [now - moment for moment in seen if moment <= now]
     return max(0.0, min([now - created, uptime, *past]))

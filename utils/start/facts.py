@@ -17,7 +17,6 @@ from configs.training_config import TrainingConfig
 from utils.base import ranks
 from utils.base.startup import keep_freed_memory
 from utils.checkpoints.layout import RunPaths
-from utils.costs.prices import find_hourly_price
 from utils.data.shard_index import DataSource
 from utils.models.building import ParameterCounts, count_parameters, require_kernels
 from utils.models.check import require_language_model
@@ -40,7 +39,6 @@ class RunFacts:
         step: Steps done.
         sources: Where the data come from; the first has the validation data. Empty before they
             have been read.
-        hourly_price: Dollars an hour of all machines together, None where it is not known.
     """
 
     config: TrainingConfig
@@ -51,7 +49,6 @@ class RunFacts:
     world_size: int
     step: int = 0
     sources: Sequence[DataSource] = ()
-    hourly_price: float | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -105,7 +102,6 @@ def build(config: TrainingConfig) -> tuple[RunFacts, Accelerator]:
     precision = resolve_precision(config)
     world_size = ranks.launched_world_size()
     config.resolve_batch(world_size)
-    hourly_price = find_hourly_price(config, world_size)
     model_config = build_model_config(
         config.model,
         config.model_overrides,
@@ -127,7 +123,4 @@ def build(config: TrainingConfig) -> tuple[RunFacts, Accelerator]:
     if device.type == "cpu":
         keep_freed_memory()
     ranks.connect_host_group()
-    facts = RunFacts(
-        config, model_config, counts, precision, device, world_size, hourly_price=hourly_price
-    )
-    return facts, accelerator
+    return RunFacts(config, model_config, counts, precision, device, world_size), accelerator

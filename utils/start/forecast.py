@@ -10,7 +10,6 @@ import os
 from utils.base.text import format_bytes, format_duration
 from utils.checkpoints.layout import REMOTE_FOLDER
 from utils.costs.costs import TOKENS_PER_UNIT, format_dollars
-from utils.costs.prices import HourlyPrice, find_bucket_prices, find_price
 from utils.costs.spending import Amount
 from utils.models.estimates import count_pauses, estimate_checkpoint_bytes
 from utils.start.checks import Check
@@ -74,7 +73,6 @@ def check_times(
         text += (
             f"; other processes take {busy_share:.0%} of the CPU now: without them it is quicker"
         )
-    price = find_price(config, facts.world_size)
     evaluations = count_pauses(facts.step, config.max_steps, config.save_steps, config.eval_steps)
     run_seconds = estimate_run_seconds(facts, seconds)
     ending = f"about {format_duration(run_seconds)} for steps {facts.step} to {config.max_steps}"
@@ -82,37 +80,21 @@ def check_times(
         Check("step", "warn" if is_busy else "ok", text),
         Check("run", "ok", f"{ending} and {evaluations} evaluations"),
         *([] if transport is None else [_check_uploads(facts, seconds, transport)]),
-        _describe_cost(facts, run_seconds, price, transport),
+        _describe_cost(facts, run_seconds),
     ]
 
 
-def _describe_cost(
-    facts: RunFacts,
-    run_seconds: float,
-    price: HourlyPrice | None,
-    transport: TransportOptions | None,
-) -> Check:
+def _describe_cost(facts: RunFacts, run_seconds: float) -> Check:
+    price = facts.config.hourly_price
     if price is None:
-        return Check("cost", "ok", "unknown: set hourly_price or machine_type")
-    dollars = Amount.of(run_seconds, price.dollars).dollars
+        return Check("cost", "ok", "unknown: set hourly_price")
+    dollars = Amount.of(run_seconds, price).dollars
     tokens = (facts.config.max_steps - facts.step) * facts.tokens_per_step
     cells = [f"about {format_dollars(dollars)} to the end"]
     if tokens > 0:
         each = format_dollars(dollars / tokens * TOKENS_PER_UNIT)
         cells.append(f"{each} per million tokens")
-    cells.append(f"at {format_dollars(price.dollars)} an hour ({price.origin})")
-    prices = None if transport is None else find_bucket_prices(transport.uri)
-    size = estimate_checkpoint_bytes(facts.counts.total)
-    saves = count_pauses(facts.step, facts.config.max_steps, facts.config.save_steps)
-    stored = None if prices is None else prices.storage_dollars_a_month(saves * size)
-    if stored is not None:
-        cells.append(
-            f"{format_dollars(stored)} a month for {saves} checkpoints in the bucket, until they "
-            "are pruned"
-        )
-    if price.gpus and facts.device.type != "cuda":
-        cells.append("but the time is that of this machine, which has no such GPU")
-        return Check("cost", "warn", ", ".join(cells))
+    cells.append(f"at {format_dollars(price)} an hour")
     return Check("cost", "ok", ", ".join(cells))
 
 

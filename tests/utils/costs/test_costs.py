@@ -27,30 +27,31 @@ def summarize(spending: Spending, price: float | None = None) -> Costs:
     return costs
 
 
-def test_the_summary_of_a_run_with_a_price() -> None:
-    costs = summarize(
-        Spending(Amount(3.2 * HOUR, 35.4), Amount(730, 2.2), starts=2, hourly_price=11.0)
-    )
-    assert describe_costs(costs) == (
-        "Spent 3h12m, $35.40 in 2 starts "
-        "($1.77 per million tokens; 12m10s, $2.20 lost to restarts)."
-    )
-    assert describe_costs_so_far(costs) == (
-        "$35.40 so far, $1.77 per million tokens, $22.00 to the end, $2.20 lost to restarts"
-    )
+SUMMARIES = {
+    "with a price": (
+        Spending(Amount(3.2 * HOUR, 35.4), Amount(730, 2.2), starts=2, hourly_price=11.0),
+        "Spent 3h12m, $35.40 in 2 attempts "
+        "($1.77 per million tokens; 12m10s, $2.20 lost to restarts).",
+        "$35.40 so far, $1.77 per million tokens, $22.00 to the end, $2.20 lost to restarts",
+    ),
+    "without a price": (
+        Spending(Amount(HOUR, 0, HOUR), Amount(60, 0, 60), starts=1),
+        "Spent 1h00m in 1 attempt (1m00s lost to restarts).",
+        "1h00m so far, 1m00s lost to restarts (--hourly-price X shows dollars)",
+    ),
+    "on one's own machine": (
+        Spending(Amount(HOUR, 0.0), starts=1, hourly_price=0.0),
+        "Spent 1h00m, $0.00 in 1 attempt ($0.00 per million tokens).",
+        "$0.00 so far, $0.00 per million tokens, $0.00 to the end",
+    ),
+}
 
 
-def test_the_summary_of_a_run_without_a_price() -> None:
-    costs = summarize(Spending(Amount(HOUR, 0, HOUR), Amount(60, 0, 60), starts=1))
-    assert (costs.dollars, costs.dollars_per_million_tokens, costs.remaining_dollars) == (
-        None,
-        None,
-        None,
-    )
-    assert describe_costs(costs) == "Spent 1h00m in 1 start (1m00s lost to restarts)."
-    assert describe_costs_so_far(costs) == (
-        "1h00m so far, 1m00s lost to restarts (--hourly-price X shows dollars)"
-    )
+@pytest.mark.parametrize(("spending", "at_end", "so_far"), SUMMARIES.values(), ids=SUMMARIES.keys())
+def test_the_summary_of_a_run(spending: Spending, at_end: str, so_far: str) -> None:
+    costs = summarize(spending)
+    assert describe_costs(costs) == at_end
+    assert describe_costs_so_far(costs) == so_far
 
 
 def test_a_price_given_later_is_for_the_time_that_had_none() -> None:
@@ -65,11 +66,6 @@ def test_a_price_given_later_is_for_the_time_that_had_none() -> None:
     assert priced.remaining_dollars == 10.0
 
 
-def test_a_run_on_ones_own_machine_costs_nothing() -> None:
-    costs = summarize(Spending(Amount(HOUR, 0.0), starts=1, hourly_price=0.0))
-    assert describe_costs(costs) == "Spent 1h00m, $0.00 in 1 start ($0.00 per million tokens)."
-
-
 @pytest.mark.parametrize("tokens", [None, 0.0, 5e-324])
 def test_what_cannot_be_divided_is_not_shown(tokens: float | None) -> None:
     costs = summarize_costs(
@@ -78,10 +74,7 @@ def test_what_cannot_be_divided_is_not_shown(tokens: float | None) -> None:
     assert costs is not None
     assert "$5.00" in describe_costs_so_far(costs)
     assert costs.remaining_dollars is None
-
-
-def test_no_spending_has_no_costs() -> None:
-    assert summarize_costs(None, tokens_seen=1.0, remaining_seconds=1.0) is None
+    assert summarize_costs(None, tokens_seen=tokens, remaining_seconds=1.0) is None
 
 
 @pytest.mark.parametrize(

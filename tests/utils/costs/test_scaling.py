@@ -1,4 +1,4 @@
-"""The simulator of docs/SCALING.md: cases computed by hand, one GPU's estimates, the page."""
+"""Plans on paper: cases computed by hand, and one GPU's estimates."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.model_config import build_model_config
-from configs.training_config import PROJECT_DIRECTORY
-from utils.base.errors import ConfigError, UsageError
-from utils.costs import scaling_run as run
-from utils.costs.gpu_types import GIB, GPU_TYPES, find_gpu_type, gather_seconds, reduce_seconds
+from utils.costs.gpu_types import GIB, GPU_TYPES, gather_seconds, reduce_seconds
 from utils.costs.scaling import (
     CHECKPOINTING,
     STRATEGIES,
@@ -27,13 +24,11 @@ from utils.costs.scaling import (
     sent_bytes,
     shape_of_preset,
 )
-from utils.costs.scaling_tables import MODELS, TABLES, best_strategy, format_time, write_tables
 from utils.models.building import count_parameters
 from utils.models.estimates import ModelShape, StepSetup, estimate_training_memory
-from utils.models.mfu import find_peak_flops
 
 H100 = GPU_TYPES["H100"]
-DOCUMENT = PROJECT_DIRECTORY / "docs" / "SCALING.md"
+MODELS = ("pythia-160m", "refocused-1.2b", "pythia-6.9b", "gpt-neox-20b")
 # 4 layers of 10^6 parameters, embeddings of 2 x 10^5.
 SMALL = ModelShape(4_200_000, 200_000, 4, 100, 400, 1000)
 
@@ -47,20 +42,6 @@ def test_the_shape_of_a_preset_is_that_of_its_model(model: str) -> None:
     config = build_model_config(model)
     counts = count_parameters(config)
     assert shape_of_preset(model) == ModelShape.of(config, counts.total, counts.embedding)
-
-
-def test_an_unknown_model_or_gpu_is_named() -> None:
-    with pytest.raises(ConfigError, match="Did you mean pythia-6.9b"):
-        shape_of_preset("pythia-6.9")
-    with pytest.raises(UsageError, match="Did you mean H100"):
-        find_gpu_type("H10")
-    assert find_gpu_type("h200") is GPU_TYPES["H200"]
-
-
-def test_every_gpu_has_a_peak() -> None:
-    assert {name: gpu.peak_flops for name, gpu in GPU_TYPES.items()} == {
-        name: find_peak_flops(name, "bf16") for name in GPU_TYPES
-    }
 
 
 @pytest.mark.parametrize("model", ["pythia-160m", "refocused-1.2b", "pythia-6.9b"])
@@ -221,7 +202,7 @@ def test_no_plan_is_better_than_it_can_be(
     model: str, strategy: str, gpu: object, gpus: int
 ) -> None:
     here = TrainingJob(shape_of_preset(model), gpu, gpus, strategy)  # type: ignore[arg-type]
-    plans = list(candidate_plans(here))
+    plans = candidate_plans(here)
     assert {plan.micro_batch * plan.accumulation * gpus for plan in plans} == {1024}
     for plan in plans:
         least = plan.compute_seconds + plan.optimizer_seconds
@@ -236,63 +217,12 @@ def test_no_plan_is_better_than_it_can_be(
         assert best.step_seconds <= 1.01 * min(plan.step_seconds for plan in usable)
 
 
-def test_a_batch_that_cannot_be_shared_evenly_has_no_plan() -> None:
-    assert list(candidate_plans(job("ddp", 16, batch=24))) == []
+def test_a_batch_that_cannot_be_shared_or_a_model_that_does_not_fit_has_no_plan() -> None:
+    assert candidate_plans(job("ddp", 16, batch=24)) == []
     assert best_plan(job("ddp", 2048)) is None
+    assert best_plan(job("ddp", 512, shape_of_preset("gpt-neox-20b"))) is None  # does not fit
 
 
-def test_a_model_of_20_billion_wants_shards_and_the_simplest_strategy_wins_a_tie() -> None:
-    assert best_strategy("gpt-neox-20b", H100, 1) is None
-    assert best_plan(job("ddp", 512, shape_of_preset("gpt-neox-20b"))) is None
-    chosen = best_strategy("pythia-160m", H100, 8)
-    assert chosen is not None
-    assert chosen[0] == "ddp"
-
-
-def test_losses_and_batches_are_those_of_the_papers() -> None:
-    # Chinchilla itself, 70e9 parameters and 1.4e12 tokens: 1.69 + 0.083 + 0.163.
-    assert run.expected_loss(70e9, 1.4e12) == pytest.approx(1.69 + 0.0835 + 0.1631, abs=1e-3)
-    # 2e8 / 2.5^4.762
-    assert run.critical_batch_tokens(2.5) == pytest.approx(2.548e6, rel=1e-3)
-    assert run.batch_overhead(1e6, 1e6) == 2
-    assert run.data_objects(50_000_001) == 2
-
-
-def test_saves_follow_young_but_never_overtake_an_upload() -> None:
-    hours = run.failure_seconds(50_000, 1, is_spot=False) / 3600
-    assert hours == pytest.approx(1)
-    assert run.failure_seconds(0, 24, is_spot=True) == pytest.approx(3600)
-    # 10^9 parameters: 12 GB and a little, 24 s up and down.
-    calm = run.plan_saving(10**9, pause=2.0, between_failures=1e6, uploads=1)
-    assert calm.upload_seconds == pytest.approx(24, rel=1e-3)
-    assert calm.interval_seconds == calm.young_seconds == pytest.approx(2000)
-    assert calm.lost_share == pytest.approx(2 / 2000 + (1000 + 24 + 300 + 24) / 1e6, rel=1e-3)
-    large = run.plan_saving(10**11, pause=0.1, between_failures=1e4, uploads=1)
-    assert large.interval_seconds == large.upload_seconds == pytest.approx(2400, rel=1e-3)
-    tiny = run.plan_saving(10**6, pause=1e-3, between_failures=1e3, uploads=1)
-    assert tiny.interval_seconds == run.SHORTEST_INTERVAL_SECONDS
-    assert run.plan_saving(10**12, 1.0, 1.0, 1).lost_share == 1
-
-
-def test_the_page_says_what_the_simulator_says() -> None:
-    text = DOCUMENT.read_text("utf-8")
-    assert write_tables(text) == text, "run: python scripts/plan_scaling.py --write"
-
-
-def test_every_table_of_the_page_is_the_simulators() -> None:
-    text = DOCUMENT.read_text("utf-8")
-    assert [name for name in TABLES if f"<!-- table {name} -->" not in text] == []
-    with pytest.raises(UsageError, match="table hardware"):
-        write_tables("A page without tables.")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0.0 min"), (90, "1.5 min"), (3600, "1.0 h"), (86400 * 12.4, "12 d")],
-)
-def test_times_have_two_digits_that_count(seconds: float, text: str) -> None:
-    assert format_time(seconds) == text
-
-
-def test_memory_of_a_gpu_is_what_its_driver_says() -> None:
+def test_every_gpu_has_a_plausible_memory_and_a_peak() -> None:
     assert all(10 * GIB < gpu.memory_bytes < 200 * GIB for gpu in GPU_TYPES.values())
+    assert all(gpu.peak_flops > 1e13 for gpu in GPU_TYPES.values())

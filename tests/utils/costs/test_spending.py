@@ -77,85 +77,79 @@ def test_time_is_counted_without_a_price_and_dollars_with_one() -> None:
     assert Amount.of(1800, 4.0) == Amount(1800, 2.0, 0)
     assert Amount.of(1800, None) == Amount(1800, 0, 1800)
     assert Amount.of(-5, 4.0) == Amount()
+    assert Amount.of(1800, 4.0) - Amount.of(3600, 8.0) == Amount()
     mixed = Amount.of(1800, 4.0) + Amount.of(1800, None)
     assert mixed.known_dollars == 2.0
     assert mixed.priced_at(8.0) == Amount(3600, 6.0, 0)
     assert Amount.of(1800, None).known_dollars is None
 
 
-def test_a_killed_start_counts_to_its_last_record() -> None:
-    found = read_spending(log_of(start(0), step(1, 50), step(2, 100)))
-    assert found == spent(100)
+END = {"event": "end", "step": 2, "time": at(500)}
+OLD = {"launched_at": ..., "hourly_price": ..., "spending": ...}  # an older version logged none
+LOGS = {
+    "killed: up to its last record": (log_of(start(0), step(1, 50), step(2, 100)), spent(100)),
+    "ended: as it says itself": (
+        log_of(start(0), step(1, 50), {**END, "spending": spent(123, 4).to_json()}),
+        spent(123, 4),
+    ),
+    "ended, and says nothing": (log_of(start(0), step(1, 50), END), spent(500)),
+    "a restart loses the time to its first step": (
+        log_of(start(200, before=spent(100, 20)), step(3, 260)),
+        spent(160, 30, starts=2),
+    ),
+    "an older version": (
+        log_of(start(0, **OLD), step(1, 110)),
+        Spending(Amount(100, 0, 100), starts=1),
+    ),
+    "a clock that was set after the launch": (
+        log_of(start(-1.7e9, time=at(5)), step(1, 100)),
+        spent(95),
+    ),
+    "no attempt": (MetricsLog(), None),
+}
 
 
-def test_a_running_start_counts_to_now() -> None:
-    found = read_spending(log_of(start(0), step(1, 50)), now=BASE + 80)
-    assert found == spent(80)
+@pytest.mark.parametrize(("log", "expected"), LOGS.values(), ids=LOGS.keys())
+def test_a_log_says_what_was_spent(log: MetricsLog, expected: Spending | None) -> None:
+    assert read_spending(log) == expected
 
 
-def test_a_clock_that_was_set_after_the_launch_makes_no_years() -> None:
-    log = log_of(start(-1.7e9, time=at(5)), step(1, 100))
-    spending = read_spending(log)
-    assert spending is not None
-    assert spending.total.seconds == pytest.approx(95)
+def test_a_running_attempt_counts_to_now() -> None:
+    assert read_spending(log_of(start(0), step(1, 50)), now=BASE + 80) == spent(80)
 
 
-def test_a_start_that_ended_says_so_itself() -> None:
-    end = {"event": "end", "step": 2, "time": at(500), "spending": spent(123, 4).to_json()}
-    assert read_spending(log_of(start(0), step(1, 50), end)) == spent(123, 4)
-    old = {"event": "end", "step": 2, "time": at(500)}
-    assert read_spending(log_of(start(0), step(1, 50), old)) == spent(500)
+# What the checkpoint says, what the log says, and what was spent and lost before the next attempt.
+BEFORE = {
+    "steps after the save are lost": (
+        spent(100),
+        log_of(start(0), step(1, 100), step(2, 150)),
+        spent(150, 50),
+    ),
+    "an attempt that saved nothing is lost": (
+        spent(100),
+        log_of(start(1000, before=spent(150, 50)), step(2, 1060)),
+        spent(210, 110, 2),
+    ),
+    "died before its first save": (Spending(), log_of(start(0), step(1, 70)), spent(70, 70)),
+    "a new machine has no log": (spent(100, 5, 3), MetricsLog(), spent(100, 5, 3)),
+    "a log that knows less": (spent(400, 5, 2), log_of(start(0), step(1, 70)), spent(400, 5, 2)),
+    "another run's log": (
+        Spending(),
+        log_of(start(0, run_id="another"), step(1, 5000)),
+        Spending(),
+    ),
+    "an old checkpoint takes the log's": (None, log_of(start(0), step(1, 70)), spent(70)),
+    "an old checkpoint and no log": (None, MetricsLog(), Spending()),
+}
 
 
-def test_the_way_to_the_first_step_of_a_restart_is_lost() -> None:
-    found = read_spending(log_of(start(200, before=spent(100, 20)), step(3, 260)))
-    assert found == spent(160, 30, starts=2)
-
-
-def test_a_log_of_an_older_version_counts_from_its_event_without_a_price() -> None:
-    event = start(0, launched_at=..., hourly_price=..., spending=...)
-    assert read_spending(log_of(event, step(1, 110))) == Spending(Amount(100, 0, 100), starts=1)
-
-
-def test_steps_done_again_are_lost() -> None:
-    """Saved at 100 s, killed after 150 s: 50 s are done again."""
-    before = find_spending_before(RUN, spent(100), log_of(start(0), step(1, 100), step(2, 150)))
-    assert (before.total.seconds, before.lost.seconds, before.starts) == (150, 50, 1)
-    assert before.lost.dollars == 50
-
-
-def test_starts_that_saved_nothing_are_lost_altogether() -> None:
-    """The second start from the same checkpoint was killed too, after 60 s."""
-    second = start(1000, before=spent(150, 50))
-    before = find_spending_before(RUN, spent(100), log_of(second, step(2, 1060)))
-    assert (before.total.seconds, before.lost.seconds, before.starts) == (210, 110, 2)
-
-
-def test_a_run_that_died_before_its_first_save_lost_everything() -> None:
-    before = find_spending_before(RUN, Spending(), log_of(start(0), step(1, 70)))
-    assert before.total == before.lost == Amount(70, 70)
-
-
-def test_a_new_machine_knows_what_the_checkpoint_says() -> None:
-    assert find_spending_before(RUN, spent(100, 5, 3), MetricsLog()) == Spending(
-        Amount(100, 100), Amount(5, 5), 3
-    )
-
-
-def test_the_checkpoint_counts_where_it_knows_more_than_the_log() -> None:
-    before = find_spending_before(RUN, spent(400, 5, 2), log_of(start(0), step(1, 70)))
-    assert (before.total.seconds, before.lost.seconds, before.starts) == (400, 5, 2)
-
-
-def test_another_runs_log_is_left_out() -> None:
-    log = log_of(start(0, run_id="another"), step(1, 5000))
-    assert find_spending_before(RUN, Spending(), log) == Spending()
-
-
-def test_an_old_checkpoint_takes_what_the_log_says() -> None:
-    before = find_spending_before(RUN, None, log_of(start(0), step(1, 70)))
-    assert before == Spending(Amount(70, 70), Amount(), 1)
-    assert find_spending_before(RUN, None, MetricsLog()) == Spending()
+@pytest.mark.parametrize(("checkpoint", "log", "expected"), BEFORE.values(), ids=BEFORE.keys())
+def test_checkpoint_and_log_say_what_was_spent_and_lost_before(
+    checkpoint: Spending | None, log: MetricsLog, expected: Spending
+) -> None:
+    before = find_spending_before(RUN, checkpoint, log)
+    assert (before.total, before.lost) == (expected.total, expected.lost)
+    assert before.starts == expected.starts
 
 
 def test_prices_may_change_between_starts() -> None:

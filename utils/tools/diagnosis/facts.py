@@ -32,7 +32,7 @@ from utils.base.machine import available_memory
 
 EXIT_SECONDS = 5.0
 NVIDIA_VENDOR = "0x10de"
-DISPLAY_CLASS = "0x03"  # the sound of a graphics card is a device of its own
+DISPLAY_CLASS = "0x03"  # a graphics card has a sound device, too
 DEVICE_PATTERNS = ("nvidia[0-9]*", "nvidiactl", "nvidia-uvm", "dxg")
 SHM = Path("/dev/shm")  # noqa: S108 - its size is asked, nothing is written
 BF16_CAPABILITY = (8, 0)
@@ -207,7 +207,7 @@ class Facts:
     interrupted: str | None = None
 
 
-# How facts are asked for, whatever breaks
+# How facts are asked for, so that one that fails hides no other
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def ask(question: Callable[[], Answer]) -> Answer | None:
     """Return the answer to a question, None where there is none."""
     try:
         return question()
-    except Exception:  # noqa: BLE001 - whatever it is, the next question is asked
+    except Exception:  # noqa: BLE001 - any error: the next question is asked all the same
         return None
 
 

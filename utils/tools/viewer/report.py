@@ -16,12 +16,10 @@ from datetime import datetime
 from typing import Any
 
 from configs.model_config import CONFIG_FILE
-from utils.base.errors import ConfigError
 from utils.base.text import number, parse_time, to_json_text
 from utils.checkpoints.layout import DATA_STATE_FILE, METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
 from utils.checkpoints.views import CheckpointView, find_best, find_latest_view, read_json_part
 from utils.costs.costs import Costs, summarize_costs
-from utils.costs.prices import find_bucket_prices
 from utils.costs.spending import Spending
 from utils.models.mfu import Utilization, find_peak_flops, flops_per_token
 from utils.tracking.metrics_log import loss_trend
@@ -200,25 +198,9 @@ def costs_as_json(costs: Costs | None) -> dict[str, Any] | None:
     return None if costs is None else asdict(costs)
 
 
-def measure_storage(where: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return what the archives of a bucket take, and cost by the month at its list price.
-
-    Args:
-        where: The bucket's URI.
-        rows: Rows of all checkpoints in it.
-
-    Returns:
-        None where there is no price for it.
-    """
-    try:
-        prices = find_bucket_prices(where)
-    except ConfigError:  # a list is no less true because a price list is wrong
-        return None
-    total = math.fsum(number(row["archive_bytes"]) or 0.0 for row in rows)
-    dollars = None if prices is None else prices.storage_dollars_a_month(total)
-    if prices is None or dollars is None:
-        return None
-    return {"archive_bytes": total, "dollars_a_month": dollars, "price_date": prices.date}
+def measure_storage(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the bytes that the archives of a bucket take: of all its rows together."""
+    return {"archive_bytes": math.fsum(number(row["archive_bytes"]) or 0.0 for row in rows)}
 
 
 def measure_between(older: CheckpointView, newer: CheckpointView) -> dict[str, Any]:

@@ -287,12 +287,8 @@ def cost_lines(costs: Costs | None) -> list[str]:
 
 
 def storage_line(storage: Mapping[str, Any]) -> str:
-    """Return what keeping the archives of a bucket costs."""
-    return (
-        f"Archives: {show_size(storage['archive_bytes'])}, about "
-        f"{format_dollars(storage['dollars_a_month'])} a month (list price of "
-        f"{printable(storage['price_date'])}, configs/prices/gcp.json)."
-    )
+    """Return what the archives of a bucket take."""
+    return f"Archives: {show_size(storage['archive_bytes'])} in all."
 
 
 def run_lines(row: Mapping[str, Any], view: CheckpointView) -> list[str]:
