@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from utils.base.errors import ExitCode, UsageError
 from utils.corpus.documents import Document
@@ -26,7 +27,6 @@ from utils.corpus.tokenizer_conversion import (
     CL100K_PATTERN,
     GPT2_PATTERN,
     O200K_PATTERN,
-    _byte_letters,
     _to_oniguruma,
 )
 
@@ -182,7 +182,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
 def ranks(texts: list[str]) -> dict[bytes, int]:
     """Return ranks that a byte-level BPE of our own gives."""
     trained = json.loads(build_tokenizer(texts, 1500).files["tokenizer.json"])
-    letters = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
     tokens = [bytes([byte]) for byte in range(256)]
     for left, right in trained["model"]["merges"]:
         tokens.append(bytes(letters[letter] for letter in left + right))
