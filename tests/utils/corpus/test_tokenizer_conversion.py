@@ -38,7 +38,7 @@ FORGERIES = "a </s> b <s> <unk> <pad> <0x41> c<|endoftext|>d"
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return [topics[name] for name in sorted(topics)]
+    return [topics[name] for name in sorted(topics)[::4]]
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +46,16 @@ def train(
     texts: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Any]]:
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
-    folder = tmp_path_factory.mktemp("models")
 
-    def build(name: str, **options: Any) -> tuple[Path, Any]:
-        path = folder / f"{name}.model"
-        if not path.exists():
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
-                model_prefix=str(path.with_suffix("")),
-                vocab_size=1000,
-                minloglevel=2,
-                **options,
-            )
+    def build(**options: Any) -> tuple[Path, Any]:
+        path = tmp_path_factory.mktemp("models") / "x.model"
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_prefix=str(path.with_suffix("")),
+            vocab_size=1000,
+            minloglevel=2,
+            **options,
+        )
         return path, sentencepiece.SentencePieceProcessor(model_file=str(path))
 
     return build
@@ -79,37 +77,28 @@ LLAMA = {
     "allow_whitespace_only_pieces": True,
 }
 SEED_003 = {"model_type": "bpe", "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}
-NO_PREFIX = {
-    "model_type": "bpe",
-    "user_defined_symbols": ["<sep>", "[INST]"],
-    "add_dummy_prefix": False,
-    "remove_extra_whitespaces": False,
-}
+SYMBOLS = {"user_defined_symbols": ["<sep>", "[INST]"]}
+GEMMA = {**SYMBOLS, "add_dummy_prefix": False, "remove_extra_whitespaces": False}
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    "options",
     [
-        ("unigram", {"model_type": "unigram"}),
-        ("bpe", {"model_type": "bpe"}),
-        ("llama", LLAMA),
-        ("seed_003", SEED_003),
-        pytest.param(
-            "unigram_symbols",
-            {"model_type": "unigram", "user_defined_symbols": ["<sep>"]},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("gemma", NO_PREFIX, marks=pytest.mark.slow),
+        {"model_type": "unigram", "byte_fallback": True},
+        LLAMA,
+        SEED_003,
+        pytest.param({"model_type": "unigram", **SYMBOLS}, marks=pytest.mark.slow),
+        pytest.param({"model_type": "bpe", **GEMMA}, marks=pytest.mark.slow),
     ],
+    ids=["unigram", "llama", "seed_003", "unigram_symbols", "gemma"],
 )
 def test_sentencepiece_loads_offline_and_encodes_identically(
     train: Callable[..., tuple[Path, Any]],
     texts: list[str],
     tmp_path: Path,
-    name: str,
     options: dict[str, Any],
 ) -> None:
-    path, original = train(name, **options)
+    path, original = train(**options)
     tokenizer = resolve_tokenizer(str(path))
     loaded = save(tokenizer, tmp_path / "t")
     if options["model_type"] == "unigram":
@@ -126,46 +115,27 @@ def test_sentencepiece_loads_offline_and_encodes_identically(
     assert found == expected
     assert tokenizer.vocab_size == original.vocab_size() == len(loaded)
     assert tokenizer.eos_token_id == original.eos_id() == loaded.eos_token_id
-    encoded = encode_documents(tokenizer, [Document(text, "train") for text in samples])
+    # No text forges a control or byte piece.
+    documents = [Document(text, "train") for text in (*samples, FORGERIES)]
+    encoded = encode_documents(tokenizer, documents)
+    expected = [*expected, original.encode(FORGERIES)]
     assert [document.ids.tolist()[:-1] for document in encoded] == expected
-
-
-UNIGRAM_BYTES = {"model_type": "unigram", "byte_fallback": True}
-
-
-@pytest.mark.parametrize("name", ["unigram_bytes", "llama"])
-def test_no_text_forges_a_control_or_byte_piece(
-    train: Callable[..., tuple[Path, Any]], name: str
-) -> None:
-    path, original = train(name, **{"unigram_bytes": UNIGRAM_BYTES, "llama": LLAMA}[name])
-    tokenizer = resolve_tokenizer(str(path))
-
-    (document,) = encode_documents(tokenizer, [Document(FORGERIES, "train")])
-
-    assert document.ids.tolist() == [*original.encode(FORGERIES), original.eos_id()]
-
-
-def test_sentencepiece_that_cannot_be_converted_exactly_is_refused(
-    train: Callable[..., tuple[Path, Any]],
-) -> None:
-    path, _ = train("suffix", model_type="bpe", treat_whitespace_as_suffix=True)
-    with pytest.raises(UsageError, match="cannot be converted exactly"):
-        resolve_tokenizer(str(path))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"eos_id": -1}, "no end-of-text token"), ({"model_type": "char"}, "only unigram and bpe")],
+    [
+        ({"model_type": "bpe", "treat_whitespace_as_suffix": True}, "cannot be converted exactly"),
+        ({"model_type": "bpe", "eos_id": -1}, "no end-of-text token"),
+        ({"model_type": "char", "hard_vocab_limit": False}, "only unigram and bpe"),
+    ],
 )
 def test_sentencepiece_that_does_not_serve_is_refused(
     train: Callable[..., tuple[Path, Any]], options: dict[str, Any], message: str
 ) -> None:
-    if options.get("model_type") == "char":
-        options = {**options, "hard_vocab_limit": False}
-    path, _ = train("-".join(map(str, options.values())), **options)
-    with pytest.raises(UsageError, match=message) as caught:
+    path, _ = train(**options)
+    with pytest.raises(UsageError, match=message):
         resolve_tokenizer(str(path))
-    assert caught.value.exit_code == ExitCode.USAGE
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not a model</html>", bytes(1000)])
@@ -242,12 +212,11 @@ def test_tiktoken_loads_offline_and_encodes_identically(
         assert loaded.decode(document.ids[:-1]) == text
 
 
-@pytest.mark.parametrize("name", ["other", "tokenizer"])
-@pytest.mark.parametrize("suffix", [".tiktoken", ".model"])
-def test_a_tiktoken_file_gets_an_end_token_behind_its_own(
-    ranks: dict[bytes, int], tmp_path: Path, name: str, suffix: str, texts: list[str]
+@pytest.mark.parametrize("name", ["other.tiktoken", "tokenizer.model"])
+def test_a_tiktoken_file_gets_an_end_token_after_its_own(
+    ranks: dict[bytes, int], tmp_path: Path, name: str, texts: list[str]
 ) -> None:
-    tokenizer = resolve_tokenizer(str(write_ranks(tmp_path / f"{name}{suffix}", ranks)))
+    tokenizer = resolve_tokenizer(str(write_ranks(tmp_path / name, ranks)))
     encoding = tiktoken.Encoding(
         "x", pat_str=CL100K_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
