@@ -25,6 +25,7 @@ from utils.data.mixture import build_order
 from utils.data.sample_order import DataOrder, Span
 from utils.data.shard_cache import ShardCache
 from utils.data.shard_index import DataSource, ShardFacts, read_tokenizer_files
+from utils.data.token_stream import read_tokens
 from utils.storage.open import open_bucket
 
 PREFETCHED_STEPS = 4
@@ -289,7 +290,10 @@ class ValidationData:
         """Yield this rank's share as int64 tensors of at most [batch_size, sequence_length]."""
         mine = range(rank, self.num_samples, world_size)
         for first in range(0, len(mine), batch_size):
-            rows = [self._sample(sample) for sample in mine[first : first + batch_size]]
+            rows = [
+                read_tokens(self._cache, self._ends, sample * self._length, self._length)
+                for sample in mine[first : first + batch_size]
+            ]
             yield torch.from_numpy(np.stack(rows))
 
     def close(self) -> None:
@@ -303,19 +307,6 @@ class ValidationData:
             log.warning("Leaving out a bad validation shard: %s", exc)
             return 0
         return shard.tokens
-
-    def _sample(self, sample: int) -> np.ndarray[Any, Any]:
-        position, parts = sample * self._length, []
-        end = position + self._length
-        shard = int(np.searchsorted(self._ends, position, side="right"))
-        while position < end:
-            begin = int(self._ends[shard - 1]) if shard else 0
-            if begin < self._ends[shard]:
-                tokens = self._cache.tokens(shard)[position - begin : end - begin]
-                parts.append(tokens.astype(np.int64))
-                position += len(tokens)
-            shard += 1
-        return np.concatenate(parts)
 
 
 class TrainingData:

@@ -20,7 +20,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -124,23 +124,33 @@ def _import(module: str, name: str) -> Any:
         ) from exc
 
 
-def _finish(backend: tokenizers.Tokenizer, settings: dict[str, str], eos_token: str) -> Conversion:
+def build_own_files(
+    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], eos_token: str
+) -> dict[str, bytes]:
+    """Return the files of a tokenizer that was made here: file name -> bytes.
+
+    Not by save_pretrained: the bytes depend on no version of transformers, and its import of 3 s is
+    saved.
+    """
     config = {
         "clean_up_tokenization_spaces": False,
-        "pad_token": eos_token,
+        "pad_token": eos_token,  # batches need one
         "tokenizer_class": PLAIN_CLASS,
         **settings,
         "bos_token": eos_token,  # what stands before a text in the data
         "eos_token": eos_token,
     }
-    files = {
+    return {
         TOKENIZER_FILE: backend.to_str(pretty=True).encode("utf-8"),
         TOKENIZER_CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
+
+
+def _finish(backend: tokenizers.Tokenizer, settings: dict[str, str], eos_token: str) -> Conversion:
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     eos_token_id = backend.token_to_id(eos_token)
     assert eos_token_id is not None
-    return Conversion(files, vocab_size, eos_token_id)
+    return Conversion(build_own_files(backend, settings, eos_token), vocab_size, eos_token_id)
 
 
 def _require_same_ids(
