@@ -272,7 +272,8 @@ class ValidationData:
         *,
         skip_bad_shards: bool = False,
     ) -> None:
-        self._cache, self._length = cache, sequence_length
+        self.sequence_length = sequence_length
+        self._cache = cache
         tokens = [shard.tokens for shard in shards]
         cache.prefetch(range(len(shards)))
         if skip_bad_shards:
@@ -281,17 +282,12 @@ class ValidationData:
         available = (int(self._ends[-1]) if len(shards) else 0) // sequence_length
         self.num_samples = available if max_samples is None else min(available, max_samples)
 
-    @property
-    def sequence_length(self) -> int:
-        """Tokens in a sample."""
-        return self._length
-
     def batches(self, batch_size: int, rank: int, world_size: int) -> Iterator[torch.Tensor]:
         """Yield this rank's share as int64 tensors of at most [batch_size, sequence_length]."""
-        mine = range(rank, self.num_samples, world_size)
+        mine, length = range(rank, self.num_samples, world_size), self.sequence_length
         for first in range(0, len(mine), batch_size):
             rows = [
-                read_tokens(self._cache, self._ends, sample * self._length, self._length)
+                read_tokens(self._cache, self._ends, sample * length, length)
                 for sample in mine[first : first + batch_size]
             ]
             yield torch.from_numpy(np.stack(rows))

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from scripts import prepare_data
-from tests.gcs_server import FakeGcsServer
 from tests.sample_json import UNREADABLE
 from tests.sample_shards import flip_bit
 from utils.base.errors import ExitCode
@@ -102,20 +101,6 @@ def test_summary_shows_what_came_out_and_where(
     assert summary["bytes"] == text_file.stat().st_size
     assert summary["vocab_size"] == 300
     assert summary["is_new"] is False
-
-
-def test_lines_directories_and_an_existing_tokenizer_go_through(
-    text_file: Path, tmp_path: Path, sample_output: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code = prepare_data.main(
-        ["--input", str(text_file.parent), "--document-per", "line", "--json"]
-        + ["--tokenizer", str(sample_output), "--output", str(tmp_path / "o")]
-        + ["--token-cache", "off"]
-    )
-    summary = json.loads(capsys.readouterr().out)
-
-    assert code == ExitCode.DONE
-    assert (summary["documents"], summary["vocab_size"]) == (300, 4096)
 
 
 def test_runs_as_a_file_and_as_a_module_from_where_the_user_is(
@@ -298,20 +283,19 @@ def _contents(directory: Path) -> dict[str, bytes]:
 # Sources and tokenizers of other kinds.
 
 
-def test_token_files_go_through_with_a_vocabulary_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_directory_of_lines_and_token_files_goes_through_with_an_existing_tokenizer(
+    text_file: Path, tmp_path: Path, sample_output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (np.arange(30_000) % 5000).astype(np.uint16).tofile("train.bin")
-    (np.arange(1_000) % 5000).astype(np.uint16).tofile("val.bin")
-    arguments = ["--input", "train.bin", "--validation-input", "val.bin", "--vocab-size", "5000"]
-    arguments += ["--token-dtype", "uint16", "--shard-tokens", "10000", "--output", "o"]
+    (tmp_path / "texts").mkdir()
+    text_file.rename(tmp_path / "texts" / "book.txt")
+    (np.arange(1_000) % 4000).astype(np.uint16).tofile("val.bin")
+    arguments = ["--input", "texts", "--document-per", "line", "--validation-input", "val.bin"]
+    arguments += ["--token-dtype", "uint16", "--tokenizer", str(sample_output), "--output", "o"]
 
-    assert prepare_data.main([*arguments, "--json"]) == ExitCode.DONE
+    assert prepare_data.main([*arguments, "--token-cache", "off", "--json"]) == ExitCode.DONE
     summary = json.loads(capsys.readouterr().out)
-    assert (summary["training_tokens"], summary["validation_tokens"]) == (30_000, 1_000)
-    assert (summary["training_shards"], summary["tokens_per_byte"]) == (3, None)
-    assert prepare_data.main([*arguments]) == ExitCode.DONE
-    assert "tokens per byte" not in capsys.readouterr().out
+    assert (summary["documents"], summary["vocab_size"]) == (301, 4096)
+    assert summary["validation_tokens"] == 1_000
     assert prepare_data.main(["inspect", "o"]) == ExitCode.DONE
 
 
@@ -472,18 +456,6 @@ def test_an_index_again_does_not_certify_a_tokenizer_that_was_damaged(
     assert (data / "index.json").read_bytes() != index
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "train_00002.npz"])
-def test_what_the_index_does_not_vouch_for_is_not_copied_with_it(
-    data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flip_bit(data / name)
-    for words in (["put", str(data), str(tmp_path / "a")], ["get", str(data), str(tmp_path / "b")]):
-        assert prepare_data.main(words) == ExitCode.USAGE
-        assert f"{data}/{name} is damaged or was replaced" in capsys.readouterr().err
-        for left in ("index.json", name):
-            assert not Path(words[2], left).exists()
-
-
 @pytest.mark.parametrize("command", ["index", "inspect", "put", "get", "ls", "rm"])
 def test_commands_on_nothing_are_one_message_and_exit_code_two(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
@@ -519,44 +491,6 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(text_file: Path, tmp_path: 
     assert b"Uploading" in shown
     assert b"\x1b[" in shown
     assert "\x1b" not in run(*command[1:], "b", cwd=tmp_path).stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
-def test_preparation_into_gcs_killed_again_and_again_ends_with_the_same_bytes(
-    tmp_path: Path,
-) -> None:
-    lines = "".join(f"Line {n}: {n * n} is the square of {n}.\n" for n in range(12_000))
-    (tmp_path / "lines.txt").write_text(lines)
-    options = [str(SCRIPT), "--input", "lines.txt", "--document-per", "line", "--shard-tokens"]
-    options += ["10000", "--vocab-size", "300", "--output"]
-    assert run(*options, "straight", "--token-cache", "off", cwd=tmp_path).returncode == 0
-    with FakeGcsServer(tmp_path / "gcs") as server:
-        server.create_bucket("runs")
-        environment = {**os.environ, **server.client_environment()}
-        for kill_at in ("train_00002.npz", "train_00006.npz", None):
-            process = subprocess.Popen(  # noqa: S603 - our own script
-                [sys.executable, *options, "gs://runs/data"],
-                cwd=tmp_path,
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            assert process.stderr is not None
-            with process.stderr as log:
-                text = ""
-                while kill_at is not None and kill_at not in text:
-                    text = log.readline()
-                    assert text, "ended before"
-                if kill_at is not None:
-                    process.kill()
-                log.read()
-            assert (process.wait() == 0) == (kill_at is None)
-        stored = {
-            name.removeprefix("data/"): server.read_object("runs", name)
-            for name in server.list_objects("runs", "data/")
-        }
-    assert stored == _contents(tmp_path / "straight")
 
 
 @pytest.mark.slow

@@ -15,12 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.sample_shards import CountingBucket, save_shard, save_shards
+from tests.sample_shards import CountingBucket, save_shards
 from utils.base.errors import ShardError
 from utils.data.mixture import build_order
 from utils.data.sample_order import DataOrder, SampleOrder
 from utils.data.shard_cache import ShardCache
-from utils.data.shard_index import ShardFacts
 from utils.data_utils import BatchLoader, SampleReader, StepShape, ValidationData
 
 VOCABULARY = 70_000
@@ -327,14 +326,6 @@ def test_a_stop_ends_the_wait_for_a_batch_after_those_that_are_ready(
     loader.close()
 
 
-def test_a_stop_does_not_drop_batches_that_are_ready(tmp_path: Path) -> None:
-    loader, bucket, _ = stalled_loader(tmp_path, 1, should_stop=lambda: True)
-    wait_for_ready(loader, 2)
-    assert len(list(loader)) == 2
-    bucket.released.set()
-    loader.close()
-
-
 def test_without_a_stop_a_late_batch_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,15 +401,3 @@ def test_validation_may_be_limited_to_its_first_samples(
     assert rows.flatten().tolist() == list(range(35))
     assert build_validation(length=7, max_samples=1000).num_samples == 57
     assert build_validation(length=404).num_samples == 0
-
-
-def test_masked_tokens_never_reach_a_batch(tmp_path: Path) -> None:
-    ids = np.arange(40, dtype=np.int32)
-    save_shard(tmp_path / "data/a.npz", input_ids=ids, attention_mask=(ids % 2).astype("u1"))
-    path = tmp_path / "data/a.npz"
-    corpus = Corpus(tmp_path / "other", [1])
-    corpus.bucket = CountingBucket(tmp_path / "data")
-    corpus.shards = [ShardFacts("a.npz", 20, path.stat().st_size, None)]
-    corpus.lengths = [20]
-    steps = corpus.steps(corpus.order(5), 0, num_steps=4, global_batch=1)
-    assert sorted(sum(steps, [])) == list(range(1, 40, 2))

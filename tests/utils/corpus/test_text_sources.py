@@ -186,17 +186,16 @@ def test_input_with_nothing_there_is_a_usage_error(tmp_path: Path, name: str) ->
         find_files([str(tmp_path / name)])
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 def test_hugging_face_dataset_gives_the_column_of_its_split(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "data" / "train.jsonl", {"text": "a", "n": 1}, {"text": "b", "n": 2})
     name = str(tmp_path / "data")
 
-    assert list(HubSource(name, streaming=streaming).documents()) == ["a", "b"]
+    assert list(HubSource(name).documents()) == ["a", "b"]
     with pytest.raises(DataError, match="body"):
-        list(HubSource(name, streaming=streaming, text_column="body").documents())
+        list(HubSource(name, text_column="body").documents())
     with pytest.raises(DataError, match="cannot be loaded"):
-        list(HubSource(name, split="nowhere", streaming=streaming).documents())
+        list(HubSource(name, split="nowhere", streaming=True).documents())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +87,30 @@ def test_compilation_is_of_layers_or_of_the_model_and_can_be_taken_back() -> Non
     assert list(model.core.state_dict()) == names
 
 
+@contextlib.contextmanager
+def train_state(folder: Path, **settings: Any) -> Iterator[Any]:
+    """Give the train state of a small model."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    config = get_training_config(
+        "test",
+        {"use_cpu": True, "cache_dir": str(folder), "sequence_length": 16}
+        | {f"model_overrides.{key}": value for key, value in SHAPE.items()}
+        | settings,
+    )
+    training_utils.set_determinism(config)
+    try:
+        accelerator = training_utils.build_accelerator(config, "no", [], folder)
+        model_config = build_model_config(config.model, config.model_overrides)
+        yield training_utils.build_train_state(accelerator, model_config, config)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
 def test_a_compiler_that_fails_is_told_of_and_training_goes_on_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
     def fail(self: torch.nn.Module, *_: Any, **__: Any) -> None:
         def call(*_: Any, **__: Any) -> None:
             raise RuntimeError("no compiler\nand more of it")
@@ -97,25 +118,12 @@ def test_a_compiler_that_fails_is_told_of_and_training_goes_on_without(
         self._compiled_call_impl = call
 
     monkeypatch.setattr(torch.nn.Module, "compile", fail)
-    config = get_training_config(
-        "test",
-        {"torch_compile": True, "use_cpu": True, "cache_dir": str(tmp_path), "sequence_length": 16}
-        | {f"model_overrides.{key}": value for key, value in SHAPE.items()},
-    )
     random_state = torch.get_rng_state()
-    try:
-        accelerator = training_utils.build_accelerator(config, "no", [], tmp_path)
-        with caplog.at_level(logging.WARNING):
-            state = training_utils.build_train_state(
-                accelerator, build_model_config(config.model, config.model_overrides), config
-            )
+    with caplog.at_level(logging.WARNING), train_state(tmp_path, torch_compile=True) as state:
         assert "does not work here, training goes on without: no compiler" in caplog.text
         assert "and more" not in caplog.text
         before = [p.clone() for p in state.loss_model.parameters()]
         training_utils.train_step(state, [torch.zeros((1, 16), dtype=torch.int64)] * 4, 1.0)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
     assert not torch.equal(random_state, torch.get_rng_state())  # the weights were drawn
     assert any(
         not torch.equal(old, new)
@@ -126,33 +134,13 @@ def test_a_compiler_that_fails_is_told_of_and_training_goes_on_without(
 def test_trying_the_compiler_draws_no_random_number_and_leaves_no_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
     states = []
+    settings = {"model_overrides.attention_dropout": 0.5}
     for compiles in (False, True):
-        config = get_training_config(
-            "test",
-            {
-                "torch_compile": compiles,
-                "use_cpu": True,
-                "cache_dir": str(tmp_path),
-                "sequence_length": 16,
-                "model_overrides.attention_dropout": 0.5,
-            }
-            | {f"model_overrides.{key}": value for key, value in SHAPE.items()},
-        )
-        training_utils.set_determinism(config)
-        try:
-            accelerator = training_utils.build_accelerator(config, "no", [], tmp_path)
-            state = training_utils.build_train_state(
-                accelerator, build_model_config(config.model, config.model_overrides), config
-            )
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-        states.append(torch.get_rng_state())
-        assert all(p.grad is None for p in state.loss_model.parameters())
+        with train_state(tmp_path, torch_compile=compiles, **settings) as state:
+            states.append(torch.get_rng_state())
+            assert all(p.grad is None for p in state.loss_model.parameters())
     assert torch.equal(*states)
 
 

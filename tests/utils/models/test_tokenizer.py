@@ -170,13 +170,20 @@ def test_prompts_begin_like_the_data_and_never_end(
         assert 2 not in (*request.context[1:], *request.continuation)
 
 
+def test_an_end_that_settings_ask_for_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "given", {"eos_token": "</s>"})
+    tokenizer: Any = load_tokenizer_from(tmp_path / "given")
+    tokenizer.add_eos_token = True
+    assert tokenizer("fox").input_ids[-1] == 2
+
+    assert 2 not in begin_like_data(tokenizer, 2)("fox").input_ids
+
+
 def test_a_model_that_does_not_say_what_begins_a_text_keeps_its_tokenizers(tmp_path: Path) -> None:
     settings = {"eos_token": "</s>", "bos_token": "<s>"}
     write_tokenizer(tmp_path / "given", settings, "<s> $A </s>")
 
-    given: Any = load_tokenizer_from(tmp_path / "given")
-    given.add_eos_token = True  # an end that settings ask for is no part of a prompt either
-    tokenizer = begin_like_data(given, None)
+    tokenizer = begin_like_data(load_tokenizer_from(tmp_path / "given"), None)
 
     assert encode_prompt(tokenizer, "fox")[0] == 1
     assert 2 not in encode_prompt(tokenizer, "fox")
