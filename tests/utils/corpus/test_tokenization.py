@@ -143,3 +143,13 @@ def test_tokenizer_that_is_broken_or_has_no_end_token_is_a_usage_error(tmp_path:
         path.write_text(content)
         with pytest.raises(UsageError, match=message):
             resolve_tokenizer(str(path))
+
+
+def test_no_text_forges_a_special_piece_of_a_unigram_model(tmp_path: Path) -> None:
+    pieces = [("<unk>", -9.0), ("</s>", 0.0), *((letter, -1.0) for letter in "a</s>")]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0))
+    backend.add_special_tokens(["</s>"])
+    path = tmp_path / "tokenizer.json"
+    backend.save(str(path))
+
+    assert encode(resolve_tokenizer(str(path)), "a</s>") == [[2, 3, 4, 5, 6, 1]]

@@ -46,6 +46,8 @@ def train(
     texts: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Any]]:
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    # Pieces that a control piece could be merged from: "</" and "s>".
+    lines += [f"{letter}</ {letter}s>" for letter in "abcdefghij"] * 100
 
     def build(**options: Any) -> tuple[Path, Any]:
         path = tmp_path_factory.mktemp("models") / "x.model"
@@ -74,6 +76,7 @@ LLAMA = {
     "normalization_rule_name": "identity",
     "remove_extra_whitespaces": False,
     "split_digits": True,
+    "split_by_unicode_script": False,
     "allow_whitespace_only_pieces": True,
 }
 SEED_003 = {"model_type": "bpe", "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}
@@ -88,7 +91,7 @@ GEMMA = {**SYMBOLS, "add_dummy_prefix": False, "remove_extra_whitespaces": False
         LLAMA,
         SEED_003,
         pytest.param({"model_type": "unigram", **SYMBOLS}, marks=pytest.mark.slow),
-        pytest.param({"model_type": "bpe", **GEMMA}, marks=pytest.mark.slow),
+        {"model_type": "bpe", **GEMMA},
     ],
     ids=["unigram", "llama", "seed_003", "unigram_symbols", "gemma"],
 )
