@@ -28,6 +28,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ if __package__ in (None, ""):
 
 from utils.base.console import configure_logging, run_command
 from utils.base.errors import ExitCode, UsageError
-from utils.base.text import format_bytes
+from utils.base.text import format_bytes, printable
 from utils.base.uri import require_path
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ DEFAULT_VALIDATION_FRACTION = 0.05
 DEFAULT_TOKEN_CACHE = "cache/tokens"  # noqa: S105 - not a password
 DEFAULT_TOKEN_CACHE_GB = 10.0
 NO_CACHE = "off"
+LONGEST_LINE = 2000
 
 _logger = logging.getLogger("prepare_data")
 
@@ -243,24 +245,21 @@ def prepare(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     sources, validation_sources, options = _build_request(arguments)
     cache = _open_cache(arguments)
-    bucket = open_output(arguments.output)
-    try:
-        with _progress(arguments) as progress:
-            preparation = prepare_corpus(
-                sources,
-                bucket,
-                options,
-                arguments.overwrite,
-                progress.update,
-                validation_sources=validation_sources,
-                token_cache=cache,
-            )
-    finally:
-        bucket.close()
+    with closing(open_output(arguments.output)) as bucket, _progress(arguments) as progress:
+        preparation = prepare_corpus(
+            sources,
+            bucket,
+            options,
+            arguments.overwrite,
+            progress.update,
+            validation_sources=validation_sources,
+            token_cache=cache,
+        )
     if cache and cache.num_hits:
         num_all = cache.num_hits + cache.num_misses
         _logger.info("Token cache %s: %d of %d found.", cache.directory, cache.num_hits, num_all)
-    _report(preparation, bucket.uri, time.monotonic() - start, arguments)
+    summary = _summarize(preparation, bucket.uri, time.monotonic() - start)
+    _say(arguments, summary, _format_summary(summary))
     return ExitCode.DONE
 
 
@@ -396,36 +395,22 @@ def _open_cache(arguments: argparse.Namespace) -> TokenCache | None:
     return TokenCache(directory, int(arguments.token_cache_gb * 1e9))
 
 
-def _report(
-    preparation: Preparation, uri: str, seconds: float, arguments: argparse.Namespace
-) -> None:
-    summary = _summarize(preparation, uri, seconds)
-    if arguments.json:
-        sys.stdout.write(json.dumps(summary, indent=1) + "\n")
-    elif not arguments.quiet:
-        sys.stdout.write(_format_summary(summary) + "\n")
-
-
 def _summarize(preparation: Preparation, uri: str, seconds: float) -> dict[str, Any]:
     index = preparation.index
     names = [shard["name"] for shard in index["shards"]]
     num_validation = sum(name.startswith("val_") for name in names)
+    num_bytes = index["summary"]["bytes"]
     return {
         "output": uri,
         "is_new": preparation.is_new,
         **index["summary"],
-        "tokens_per_byte": _tokens_per_byte(index["summary"]),
+        "tokens_per_byte": index["summary"]["tokens"] / num_bytes if num_bytes else None,
         "vocab_size": index["vocab_size"],
         "training_shards": len(names) - num_validation,
         "validation_shards": num_validation,
         "shard_bytes": sum(shard["size"] for shard in index["shards"]),
         "seconds": round(seconds, 2),
     }
-
-
-def _tokens_per_byte(summary: dict[str, Any]) -> float | None:
-    num_bytes = summary["bytes"]
-    return float(summary["tokens"] / num_bytes) if num_bytes else None
 
 
 def _format_summary(summary: dict[str, Any]) -> str:
@@ -456,11 +441,8 @@ def write_index(arguments: argparse.Namespace) -> int:
 
     if arguments.vocab_size is not None and arguments.vocab_size < 1:
         raise UsageError(f"--vocab-size must be at least 1, got {arguments.vocab_size}.")
-    bucket = open_output(arguments.uri, "index")
-    try:
+    with closing(open_output(arguments.uri, "index")) as bucket:
         index = build_index_file(bucket, arguments.vocab_size, arguments.overwrite)
-    finally:
-        bucket.close()
     summary = index["summary"]
     _say(
         arguments,
@@ -481,17 +463,14 @@ def inspect_data(arguments: argparse.Namespace) -> int:
 
     if arguments.samples < 0:
         raise UsageError(f"--samples must be at least 0, got {arguments.samples}.")
-    bucket = open_bucket(arguments.uri)
-    try:
+    with closing(open_bucket(arguments.uri)) as bucket:
         inspection = inspect_shards(bucket, arguments.samples, arguments.verify)
-    finally:
-        bucket.close()
     content = {**dataclasses.asdict(inspection), "num_bad": len(inspection.bad)}
     _say(arguments, content, _format_inspection(inspection))
     for shard in inspection.bad:
-        print(f"{_printable(shard.name)}: {_printable(shard.problem or '')}", file=sys.stderr)
+        print(f"{printable(shard.name)}: {printable(shard.problem, LONGEST_LINE)}", file=sys.stderr)
     if inspection.tokenizer_problem:
-        print(_printable(inspection.tokenizer_problem), file=sys.stderr)
+        print(printable(inspection.tokenizer_problem, LONGEST_LINE), file=sys.stderr)
     is_good = not inspection.bad and not inspection.tokenizer_problem
     return ExitCode.DONE if is_good else ExitCode.USAGE
 
@@ -501,9 +480,9 @@ def _format_inspection(inspection: Inspection) -> str:
     for shard in inspection.shards:
         arrays = ", ".join(f"{a.key} {list(a.shape)} {a.dtype}" for a in shard.arrays)
         what = f"{shard.tokens:,} tokens, {arrays}" if not shard.problem else "BAD"
-        lines.append(f"{_printable(shard.name)}  {what}, {format_bytes(shard.size)}")
+        lines.append(f"{printable(shard.name)}  {what}, {format_bytes(shard.size)}")
     for name, text in inspection.samples.items():
-        lines.append(f"{_printable(name)} begins: {text!r}")
+        lines.append(f"{printable(name)} begins: {text!r}")
     good = [shard for shard in inspection.shards if not shard.problem]
     vocabulary = f"{inspection.vocab_size:,}" if inspection.vocab_size else "unknown"
     lines.append(
@@ -521,12 +500,8 @@ def put_data(arguments: argparse.Namespace) -> int:
 
     require_path(arguments.source)
     source = Path(arguments.source).expanduser()
-    bucket = open_output(arguments.uri, "put")
-    try:
-        with _progress(arguments) as progress:
-            report = put_tree(source, bucket, progress.update)
-    finally:
-        bucket.close()
+    with closing(open_output(arguments.uri, "put")) as bucket, _progress(arguments) as progress:
+        report = put_tree(source, bucket, progress.update)
     _say_transfer(arguments, report, bucket.uri)
     return ExitCode.DONE
 
@@ -538,11 +513,8 @@ def get_data(arguments: argparse.Namespace) -> int:
     require_path(arguments.directory)
     directory = Path(arguments.directory).expanduser()
     found = find_objects(arguments.uri)
-    try:
-        with _progress(arguments) as progress:
-            report = get_tree(found, directory, progress.update)
-    finally:
-        found.bucket.close()
+    with closing(found.bucket), _progress(arguments) as progress:
+        report = get_tree(found, directory, progress.update)
     _say_transfer(arguments, report, str(directory))
     return ExitCode.DONE
 
@@ -557,7 +529,7 @@ def list_data(arguments: argparse.Namespace) -> int:
         {"name": info.name, "size": info.size, "crc32c": info.crc32c} for info in found.objects
     ]
     lines = [
-        f"{info.size:>15,}  {info.crc32c or '-':<8}  {_printable(info.name)}"
+        f"{info.size:>15,}  {info.crc32c or '-':<8}  {printable(info.name, LONGEST_LINE)}"
         for info in found.objects
     ]
     lines.append(f"{len(objects):,} files, {format_bytes(found.num_bytes)}")
@@ -572,14 +544,12 @@ def remove_data(arguments: argparse.Namespace) -> int:
 
     found = find_objects(arguments.uri)
     what = f"{len(found.objects):,} files, {format_bytes(found.num_bytes)}, in {found.bucket.uri}"
-    try:
+    with closing(found.bucket):
         if not arguments.yes and not _confirm(f"Delete {what}"):
             print("Nothing was deleted.")
             return ExitCode.DONE
         with _progress(arguments) as progress:
             remove_objects(found, progress.update)
-    finally:
-        found.bucket.close()
     _say(arguments, {"uri": arguments.uri, "removed": len(found.objects)}, f"Deleted {what}.")
     return ExitCode.DONE
 
@@ -611,11 +581,6 @@ def _say(
         print(json.dumps(content, indent=1))
     elif always or not arguments.quiet:
         print(text)
-
-
-def _printable(text: str) -> str:
-    """Return a text that cannot steer a terminal."""
-    return text if text.isprintable() else repr(text)
 
 
 def _progress(arguments: argparse.Namespace) -> ProgressDisplay:

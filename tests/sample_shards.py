@@ -117,23 +117,17 @@ IDS = np.arange(9, dtype=np.uint16)
 BAD_HEADERS: dict[str, tuple[bytes, str]] = {
     "empty file": (b"", "not a whole NPZ file"),
     "HTML": (b"<!DOCTYPE html><html>404 Not Found</html>", "not a whole NPZ file"),
-    "half a file": (saved(input_ids=np.arange(5000))[:20000], "not a whole NPZ file"),
     "cut end": (saved(input_ids=IDS)[:-5], "not a whole NPZ file"),
     "no array": (zipped({}), "its keys are []"),
     "wrong key": (saved(token_ids=IDS), "its keys are ['token_ids']; one of input_ids, tokens"),
-    "key without .npy": (zipped({"input_ids": b"x"}), "its keys are []"),
     "object array": (saved(input_ids=np.array([{}, 1], object)), "dtype object; integers"),
     "float array": (saved(input_ids=np.ones(9)), "dtype float64; integers are needed"),
     "bool array": (saved(input_ids=np.ones(9, bool)), "dtype bool; integers are needed"),
-    "text array": (saved(input_ids=np.array(["a"])), "integers are needed"),
     "structured array": (saved(input_ids=np.zeros(3, "i4,i4")), "integers are needed"),
     "no dimension": (saved(input_ids=np.int64(3)), "has shape (); 1-D, 2-D or [n, length, 1]"),
     "3-D": (saved(input_ids=np.ones((2, 3, 2), "i4")), "has shape (2, 3, 2); 1-D"),
-    "4-D": (saved(input_ids=np.ones((2, 3, 1, 1), "i4")), "has shape (2, 3, 1, 1); 1-D"),
     "no tokens": (saved(input_ids=np.array([], "i4")), "it holds no tokens"),
-    "no rows": (saved(input_ids=np.empty((0, 512), "i4")), "it holds no tokens"),
     "all masked": (saved(input_ids=IDS, attention_mask=np.zeros(9, "u1")), "it holds no tokens"),
-    "text for an array": (zipped({"input_ids.npy": b"hello"}), "header of input_ids cannot be"),
     "no header": (zipped({"input_ids.npy": b""}), "header of input_ids cannot be read"),
     "broken header": (zipped({"input_ids.npy": npy("{'descr': ")}), "header of input_ids cannot"),
     "unknown version": (
@@ -146,10 +140,6 @@ BAD_HEADERS: dict[str, tuple[bytes, str]] = {
     ),
     "shape that wraps around": (
         zipped({"input_ids.npy": npy(_header("(4611686018427387904, 4)"), bytes(18))}),
-        "unpacks to more than",
-    ),
-    "shape beyond 64 bits": (
-        zipped({"input_ids.npy": npy(_header(f"({10**30},)"), bytes(18))}),
         "unpacks to more than",
     ),
     "negative shape": (

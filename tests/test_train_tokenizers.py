@@ -104,13 +104,8 @@ def test_a_model_that_reads_tokenizers_by_rules_of_its_own_is_refused(
     data = prepare(tmp_path)
     (tmp_path / "qwen2.json").write_text(json.dumps({**LLAMA, "model_type": "qwen2"}))
 
-    code = run_train(
-        "--config",
-        "test",
-        "--max-steps",
-        "2",
-        settings=(f"data_uri={data}", f"model={tmp_path / 'qwen2.json'}"),
-    )
+    settings = (f"data_uri={data}", f"model={tmp_path / 'qwen2.json'}")
+    code = run_train("--config", "test", "--max-steps", "2", settings=settings)
 
     assert code == ExitCode.PREFLIGHT
     assert "For a model of type qwen2, transformers reads" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from utils.data.mixture import build_order
 from utils.data.sample_order import DataOrder, Span
 from utils.data.shard_cache import ShardCache
 from utils.data.shard_index import DataSource, ShardFacts, read_tokenizer_files
+from utils.data.token_stream import read_tokens
 from utils.storage.open import open_bucket
 
 PREFETCHED_STEPS = 4
@@ -271,7 +272,8 @@ class ValidationData:
         *,
         skip_bad_shards: bool = False,
     ) -> None:
-        self._cache, self._length = cache, sequence_length
+        self.sequence_length = sequence_length
+        self._cache = cache
         tokens = [shard.tokens for shard in shards]
         cache.prefetch(range(len(shards)))
         if skip_bad_shards:
@@ -280,16 +282,14 @@ class ValidationData:
         available = (int(self._ends[-1]) if len(shards) else 0) // sequence_length
         self.num_samples = available if max_samples is None else min(available, max_samples)
 
-    @property
-    def sequence_length(self) -> int:
-        """Tokens in a sample."""
-        return self._length
-
     def batches(self, batch_size: int, rank: int, world_size: int) -> Iterator[torch.Tensor]:
         """Yield this rank's share as int64 tensors of at most [batch_size, sequence_length]."""
-        mine = range(rank, self.num_samples, world_size)
+        mine, length = range(rank, self.num_samples, world_size), self.sequence_length
         for first in range(0, len(mine), batch_size):
-            rows = [self._sample(sample) for sample in mine[first : first + batch_size]]
+            rows = [
+                read_tokens(self._cache, self._ends, sample * length, length)
+                for sample in mine[first : first + batch_size]
+            ]
             yield torch.from_numpy(np.stack(rows))
 
     def close(self) -> None:
@@ -303,19 +303,6 @@ class ValidationData:
             log.warning("Leaving out a bad validation shard: %s", exc)
             return 0
         return shard.tokens
-
-    def _sample(self, sample: int) -> np.ndarray[Any, Any]:
-        position, parts = sample * self._length, []
-        end = position + self._length
-        shard = int(np.searchsorted(self._ends, position, side="right"))
-        while position < end:
-            begin = int(self._ends[shard - 1]) if shard else 0
-            if begin < self._ends[shard]:
-                tokens = self._cache.tokens(shard)[position - begin : end - begin]
-                parts.append(tokens.astype(np.int64))
-                position += len(tokens)
-            shard += 1
-        return np.concatenate(parts)
 
 
 class TrainingData:

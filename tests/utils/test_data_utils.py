@@ -15,12 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.sample_shards import CountingBucket, save_shard, save_shards
+from tests.sample_shards import CountingBucket, save_shards
 from utils.base.errors import ShardError
 from utils.data.mixture import build_order
 from utils.data.sample_order import DataOrder, SampleOrder
 from utils.data.shard_cache import ShardCache
-from utils.data.shard_index import ShardFacts
 from utils.data_utils import BatchLoader, SampleReader, StepShape, ValidationData
 
 VOCABULARY = 70_000
@@ -44,17 +43,6 @@ def test_the_ranks_of_a_step_share_its_samples_without_a_gap(
     in_order = [batch for step in zip(*ranks, strict=True) for batch in step]
     samples = micro_batch * accumulation * world_size
     assert [n for batch in in_order for n in batch] == list(range(first, first + samples))
-
-
-@pytest.mark.parametrize("world_size", range(1, 9))
-def test_a_step_takes_the_same_samples_at_any_world_size(world_size: int) -> None:
-    samples = 3 * 840  # divisible by 3 x 1 to 3 x 8
-    ranks = [
-        StepShape(3, samples // (3 * world_size), rank, world_size).positions(5000)
-        for rank in range(world_size)
-    ]
-    taken = [position for rank in ranks for batch in rank for position in batch]
-    assert sorted(taken) == list(range(5000, 5000 + samples))
 
 
 class Corpus:
@@ -174,40 +162,10 @@ def test_a_stream_resumed_three_times_on_other_ranks_equals_the_straight_one(
     assert resumed == straight
 
 
-@pytest.mark.parametrize("position", [0, 1, 12, 56, 57, 58, 113, 114, 115, 171])
-def test_a_stream_may_begin_anywhere_also_around_the_end_of_an_epoch(
-    corpus: Corpus, position: int
-) -> None:
-    order = corpus.order(7)
-    assert order.samples_per_epoch == 57
-    expected = corpus.read(order, position, 36)
-    steps = corpus.steps(corpus.order(7), position, num_steps=3, global_batch=12, world_size=2)
-    assert sum(steps, []) == expected.flatten().tolist()
-
-
-def test_an_epoch_of_training_sees_every_token_once(corpus: Corpus) -> None:
-    order = corpus.order(length=13)
-    samples = order.samples_per_epoch
-    assert samples == 31
-    steps = corpus.steps(order, 0, num_steps=samples, global_batch=1)
-    seen = [token for step in steps for token in step]
-    assert len(set(seen)) == len(seen) == 31 * 13
-
-
 def test_shards_are_downloaded_once_in_two_epochs(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path, [30, 40, 50, 20, 10, 30])
     corpus.steps(corpus.order(10, window=1), 0, num_steps=36, global_batch=1)
     assert sorted(corpus.bucket.downloads) == [shard.name for shard in corpus.shards]
-
-
-def test_a_bad_shard_is_raised_where_the_training_waits(tmp_path: Path) -> None:
-    corpus = Corpus(tmp_path, [50, 50])
-    (tmp_path / "data" / corpus.shards[1].name).write_bytes(b"<html>")
-    loader = BatchLoader(corpus.reader(corpus.order(10)), StepShape(1, 1), position=0)
-    with pytest.raises(ShardError, match=corpus.shards[1].name):
-        for _ in loader:
-            pass
-    loader.close()
 
 
 # Bad shards that are skipped.
@@ -340,13 +298,13 @@ def stalled_loader(
 
 
 def wait_for_ready(loader: BatchLoader, count: int) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while loader._ready.qsize() < count:
         assert time.monotonic() < end
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("ready", [0, 1, 2])
+@pytest.mark.parametrize("ready", [0, 1])
 def test_a_stop_ends_the_wait_for_a_batch_after_those_that_are_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: int
 ) -> None:
@@ -364,15 +322,6 @@ def test_a_stop_ends_the_wait_for_a_batch_after_those_that_are_ready(
     expected = [token for shard in shards[:ready] for token in range(50 * shard, 50 * shard + 50)]
     assert sorted(sum(tokens, [])) == sorted(expected)
     assert len(tokens) == 2 * ready
-    assert 3 * 0.02 <= loader.wait_seconds < 2
-    bucket.released.set()
-    loader.close()
-
-
-def test_a_stop_does_not_drop_batches_that_are_ready(tmp_path: Path) -> None:
-    loader, bucket, _ = stalled_loader(tmp_path, 1, should_stop=lambda: True)
-    wait_for_ready(loader, 2)
-    assert len(list(loader)) == 2
     bucket.released.set()
     loader.close()
 
@@ -381,12 +330,14 @@ def test_without_a_stop_a_late_batch_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("utils.data_utils.STOP_POLL_SECONDS", 0.001)
-    loader, bucket, _ = stalled_loader(tmp_path, 1)
-    timer = threading.Timer(0.1, bucket.released.set)
-    timer.start()
+
+    def should_stop() -> bool:  # asked while nothing is ready
+        bucket.released.set()
+        return False
+
+    loader, bucket, _ = stalled_loader(tmp_path, 1, should_stop=should_stop)
     assert len([step for step, _ in zip(loader, range(3), strict=False)]) == 3
-    timer.join()
-    assert 0.05 < loader.wait_seconds < 5
+    assert bucket.released.is_set()
     loader.close()
 
 
@@ -427,8 +378,7 @@ def build_validation(
         validation.close()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 100), (3, 4), (8, 1)])
 def test_validation_samples_are_shared_by_the_ranks_without_a_gap(
     build_validation: Callable[..., ValidationData], world_size: int, batch_size: int
 ) -> None:
@@ -451,22 +401,3 @@ def test_validation_may_be_limited_to_its_first_samples(
     assert rows.flatten().tolist() == list(range(35))
     assert build_validation(length=7, max_samples=1000).num_samples == 57
     assert build_validation(length=404).num_samples == 0
-
-
-def test_no_validation_shards_are_no_samples(corpus: Corpus) -> None:
-    validation = ValidationData(corpus.cache(), [], 7, None)
-    assert validation.num_samples == 0
-    assert list(validation.batches(4, 0, 1)) == []
-    validation.close()
-
-
-def test_masked_tokens_never_reach_a_batch(tmp_path: Path) -> None:
-    ids = np.arange(40, dtype=np.int32)
-    save_shard(tmp_path / "data/a.npz", input_ids=ids, attention_mask=(ids % 2).astype("u1"))
-    path = tmp_path / "data/a.npz"
-    corpus = Corpus(tmp_path / "other", [1])
-    corpus.bucket = CountingBucket(tmp_path / "data")
-    corpus.shards = [ShardFacts("a.npz", 20, path.stat().st_size, None)]
-    corpus.lengths = [20]
-    steps = corpus.steps(corpus.order(5), 0, num_steps=4, global_batch=1)
-    assert sorted(sum(steps, [])) == list(range(1, 40, 2))

@@ -150,7 +150,8 @@ def claim_output(
     present = [
         info.name for info in bucket.list() if info.name in listed or _is_corpus_file(info.name)
     ]
-    foreign = [name for name in present if name.endswith(".npz") and not _is_own(name)]
+    shards = [name for name in present if name.endswith(".npz")]
+    foreign = [name for name in shards if not _OWN_SHARD_NAME.fullmatch(name)]
     if foreign:
         raise UsageError(
             f"--output {bucket.uri} holds shards that this program did not write "
@@ -173,10 +174,6 @@ def _is_corpus_file(name: str) -> bool:
 def _tokenizer_files(index: dict[str, Any] | None) -> Iterable[str]:
     files = index.get("tokenizer_files") if index else None
     return [str(name) for name in files] if isinstance(files, (list, dict)) else ()
-
-
-def _is_own(name: str) -> bool:
-    return _OWN_SHARD_NAME.fullmatch(name) is not None
 
 
 def find_finished_shards(bucket: Bucket, partial: dict[str, Any]) -> FinishedShards | None:

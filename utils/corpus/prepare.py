@@ -12,7 +12,6 @@ documents with `deduplicate`). The token cache changes nothing but the time.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
 import json
@@ -20,7 +19,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from utils.base.errors import UsageError
 from utils.base.progress import OnProgress
@@ -38,8 +37,9 @@ from utils.corpus.output import (
 from utils.corpus.reading import Reading
 from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, FinishedShards, ShardWriter
 from utils.corpus.text_sources import Source
+from utils.corpus.token_cache import TokenCache
 from utils.corpus.token_files import TokenFileSource
-from utils.corpus.tokenization import EncodingCache, Tokenizer
+from utils.corpus.tokenization import Tokenizer
 from utils.data.shard_index import INDEX_FORMAT, INDEX_OBJECT
 from utils.models.tokenizer import END_OF_TEXT
 from utils.storage.bucket import Bucket
@@ -139,7 +139,7 @@ def prepare_corpus(
     on_progress: OnProgress | None = None,
     *,
     validation_sources: Sequence[Source] = (),
-    token_cache: EncodingCache | None = None,
+    token_cache: TokenCache | None = None,
 ) -> Preparation:
     """Make sure that the bucket holds the corpus of these sources, and return its index.
 
@@ -159,8 +159,8 @@ def prepare_corpus(
         StorageError: The bucket cannot be read or written.
     """
     is_tokenized = _check_sources([*sources, *validation_sources], options)
-    contents = _Contents.of(sources, validation_sources)
-    fingerprint = _fingerprint(contents, options)
+    contents = [source.fingerprint() for source in sources]
+    fingerprint = _fingerprint(contents, [one.fingerprint() for one in validation_sources], options)
     found = _look_at_output(bucket, fingerprint, overwrite)
     if isinstance(found, Preparation):
         return found
@@ -169,11 +169,20 @@ def prepare_corpus(
     if tokenizer is not None:
         sources = _with_vocabulary(sources, tokenizer)
         validation_sources = _with_vocabulary(validation_sources, tokenizer)
-    reading = _open_reading(sources, validation_sources, options, on_progress)
+    reading = Reading(
+        sources,
+        validation_sources,
+        validation_fraction=options.validation_fraction,
+        validation_tail=options.validation_tail,
+        deduplicate=options.deduplicate,
+        on_progress=on_progress,
+    )
     if tokenizer is None:
         tokenizer = _train_tokenizer(reading, options)
         if token_cache is not None:
-            token_cache.put(_training_key(contents, options), _pack_tokenizer(tokenizer))
+            files = {name: data.decode() for name, data in tokenizer.files.items()}
+            packed = json.dumps([files, tokenizer.vocab_size, tokenizer.eos_token_id])
+            token_cache.put(_training_key(contents, options), packed.encode())
         # Training takes minutes: another command may have come first with this output.
         found = _look_at_output(bucket, fingerprint, overwrite)
         if isinstance(found, Preparation):
@@ -215,35 +224,6 @@ def _read_partial(
     return tokenizer, find_finished_shards(bucket, partial)
 
 
-def _open_reading(
-    sources: Sequence[Source],
-    validation_sources: Sequence[Source],
-    options: CorpusOptions,
-    on_progress: OnProgress | None,
-) -> Reading:
-    return Reading(
-        sources,
-        validation_sources,
-        validation_fraction=options.validation_fraction,
-        validation_tail=options.validation_tail,
-        deduplicate=options.deduplicate,
-        on_progress=on_progress,
-    )
-
-
-class _Contents(NamedTuple):
-    """Hashes of the sources."""
-
-    sources: tuple[str, ...]
-    validation_sources: tuple[str, ...]
-
-    @classmethod
-    def of(cls, sources: Sequence[Source], validation_sources: Sequence[Source]) -> _Contents:
-        """Read the sources."""
-        kinds = (sources, validation_sources)
-        return cls(*(tuple(source.fingerprint() for source in kind) for kind in kinds))
-
-
 def _check_sources(sources: Sequence[Source], options: CorpusOptions) -> bool:
     """Tell whether everything is tokenized already.
 
@@ -283,7 +263,7 @@ def _with_vocabulary(sources: Sequence[Source], tokenizer: Tokenizer) -> list[So
 
 
 def _find_tokenizer(
-    contents: _Contents, options: CorpusOptions, is_tokenized: bool, cache: EncodingCache | None
+    contents: Sequence[str], options: CorpusOptions, is_tokenized: bool, cache: TokenCache | None
 ) -> Tokenizer | None:
     """Return the tokenizer, or None where one is to be trained."""
     if options.tokenizer is not None:
@@ -297,31 +277,22 @@ def _find_tokenizer(
     if content is None:
         return None
     _logger.info("The tokenizer was trained before on the same text.")
-    return _unpack_tokenizer(content)
+    files, vocab_size, eos_token_id = json.loads(content)
+    return Tokenizer(
+        {name: text.encode() for name, text in files.items()}, vocab_size, eos_token_id
+    )
 
 
-def _training_key(contents: _Contents, options: CorpusOptions) -> str:
+def _training_key(contents: Sequence[str], options: CorpusOptions) -> str:
     """Return the token cache's key of the tokenizer that is trained on these sources."""
     import tokenizers
 
     own = options.fingerprint() | {"shard_tokens": None, "compress": None}
     text = json.dumps(
-        ["trained tokenizer", PREPARATION_FORMAT, tokenizers.__version__, contents.sources, own],
+        ["trained tokenizer 2", PREPARATION_FORMAT, tokenizers.__version__, contents, own],
         sort_keys=True,
     )
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _pack_tokenizer(tokenizer: Tokenizer) -> bytes:
-    files = {name: base64.b64encode(data).decode() for name, data in tokenizer.files.items()}
-    return json.dumps([files, tokenizer.vocab_size, tokenizer.eos_token_id]).encode()
-
-
-def _unpack_tokenizer(content: bytes) -> Tokenizer:
-    files, vocab_size, eos_token_id = json.loads(content)
-    return Tokenizer(
-        {name: base64.b64decode(data) for name, data in files.items()}, vocab_size, eos_token_id
-    )
 
 
 def _train_tokenizer(reading: Reading, options: CorpusOptions) -> Tokenizer:
@@ -387,7 +358,7 @@ def _tokenize(
     reading: Reading,
     tokenizer: Tokenizer,
     finished: FinishedShards | None,
-    cache: EncodingCache | None,
+    cache: TokenCache | None,
 ) -> Iterable[TokenizedDocument]:
     left = {split: finished.num_documents(split) if finished else 0 for split in SPLITS}
 
@@ -426,12 +397,14 @@ def _build_index(
     }
 
 
-def _fingerprint(contents: _Contents, options: CorpusOptions) -> str:
+def _fingerprint(
+    contents: Sequence[str], validation_contents: Sequence[str], options: CorpusOptions
+) -> str:
     content: dict[str, Any] = {
         "format": PREPARATION_FORMAT,
-        "sources": contents.sources,
+        "sources": contents,
         "options": options.fingerprint(),
     }
-    if contents.validation_sources:
-        content["validation_sources"] = contents.validation_sources
+    if validation_contents:
+        content["validation_sources"] = validation_contents
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

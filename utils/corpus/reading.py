@@ -21,8 +21,6 @@ from utils.corpus.text_sources import Source
 
 REPORT_BYTES = 2**20
 
-"""Called with the stage, the bytes done, and the bytes in all where they are known."""
-
 
 class Reading:
     """Reads the sources any number of times; the counts are those of the last time.

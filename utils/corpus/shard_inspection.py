@@ -13,7 +13,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 from utils.base.errors import DataError, ShardError, UsageError
 from utils.base.text import parse_json_object
 from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, get_old_json, put_json
+from utils.data.shard_cache import require_in_vocabulary
 from utils.data.shard_index import (
     HEADER_THREADS,
     INDEX_FORMAT,
@@ -31,6 +32,7 @@ from utils.data.shard_index import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     find_token_key,
+    find_tokenizer_files,
     get_json,
     is_validation_shard,
     open_shard,
@@ -230,21 +232,11 @@ def _refuse_bad(bucket: Bucket, looks: Iterable[ShardLook]) -> None:
 def _describe_stored_tokenizer(
     bucket: Bucket, names: set[str], vocab_size: int | None, old: dict[str, Any] | None
 ) -> dict[str, Any]:
-    known = [
-        name
-        for name in (
-            TOKENIZER_FILE,
-            TOKENIZER_CONFIG_FILE,
-            "special_tokens_map.json",
-            "added_tokens.json",
-            "chat_template.jinja",
-        )
-        if name in names
-    ]
     if TOKENIZER_FILE not in names:
         return {"vocab_size": vocab_size, "tokenizer_files": []}
     try:
-        files = read_recorded_files(bucket, known, recorded_checksums(old or {}))
+        known = recorded_checksums(old or {})
+        files = read_recorded_files(bucket, find_tokenizer_files(names), known)
     except DataError as exc:
         raise DataError(f"{exc} To record what is there now: --overwrite.") from exc
     vocabulary = _vocabulary_of(files[TOKENIZER_FILE])
@@ -310,8 +302,7 @@ def _compare(look: ShardLook, expected: dict[str, dict[str, Any]]) -> ShardLook:
     for key, value in (("size", look.size), ("tokens", look.tokens), ("crc32c", look.crc32c)):
         said = entry.get(key)
         if said is not None and value is not None and said != value:
-            problem = f"its {key} is {value}, index.json says {said}."
-            return ShardLook(look.name, look.size, look.crc32c, look.tokens, look.arrays, problem)
+            return replace(look, problem=f"its {key} is {value}, index.json says {said}.")
     return look
 
 
@@ -327,24 +318,12 @@ def _verify(
             said = look.crc32c or expected.get(look.name, {}).get("crc32c") or checksum
             if checksum != said:
                 raise ShardError(look.name, f"its crc32c is {checksum}, {said} was expected.")
-            _check_ids(path, look, vocab_size)
+            with path.open("rb") as file, open_shard(file, look.name) as archive:
+                for block in read_array_blocks(archive, look.arrays[0].key, look.name):
+                    require_in_vocabulary(block, look.name, vocab_size)
     except ShardError as exc:
-        return ShardLook(look.name, look.size, checksum, look.tokens, look.arrays, exc.reason)
-    return ShardLook(look.name, look.size, checksum, look.tokens, look.arrays)
-
-
-def _check_ids(path: Path, look: ShardLook, vocab_size: int | None) -> None:
-    with path.open("rb") as file, open_shard(file, look.name) as archive:
-        for block in read_array_blocks(archive, look.arrays[0].key, look.name):
-            if not block.size:
-                continue
-            low, high = int(block.min()), int(block.max())
-            if low < 0:
-                raise ShardError(look.name, f"token id {low} is negative.")
-            if vocab_size is not None and high >= vocab_size:
-                raise ShardError(
-                    look.name, f"token id {high} is outside the vocabulary of {vocab_size}."
-                )
+        return replace(look, crc32c=checksum, problem=exc.reason)
+    return replace(look, crc32c=checksum)
 
 
 def _decode_samples(

@@ -32,7 +32,6 @@ from utils.storage.bucket import Bucket, crc32c_of_file
 PARTIAL_INDEX_FILE = "index.partial.json"
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 COUNT_BLOCK_TOKENS = 2**20
-FIRST_BUFFER_TOKENS = 2**16
 
 log = logging.getLogger(__name__)
 
@@ -65,26 +64,11 @@ class FinishedShards:
 
 @dataclass
 class _OpenShard:
-    """The documents collected for the next shard of one split, in one growing array."""
+    """The documents collected for the next shard of one split."""
 
     number: int = 0
     num_tokens: int = 0
-    num_documents: int = 0
-    buffer: TokenArray = field(default_factory=lambda: np.zeros(0, np.uint16))
-
-    @property
-    def ids(self) -> TokenArray:
-        return self.buffer[: self.num_tokens]
-
-    def append(self, ids: TokenArray) -> None:
-        stop = self.num_tokens + len(ids)
-        if stop > len(self.buffer):
-            grown = np.empty(max(stop, 2 * len(self.buffer), FIRST_BUFFER_TOKENS), ids.dtype)
-            grown[: self.num_tokens] = self.ids
-            self.buffer = grown
-        self.buffer[self.num_tokens : stop] = ids
-        self.num_tokens = stop
-        self.num_documents += 1
+    documents: list[TokenArray] = field(default_factory=list)
 
 
 def shard_name(split: str, number: int) -> str:
@@ -136,23 +120,25 @@ class ShardWriter:
     def add(self, ids: TokenArray, split: str) -> None:
         """Append one document to its split; puts the shard that it fills."""
         shard = self._open[split]
-        shard.append(ids)
+        shard.documents.append(ids)
+        shard.num_tokens += len(ids)
         if shard.num_tokens >= self._shard_tokens:
             self._put(split)
 
     def finish(self) -> FinishedShards:
         """Put the shards that are not full."""
         for split, shard in self._open.items():
-            if shard.num_documents:
+            if shard.documents:
                 self._put(split)
         return self.progress
 
     def _put(self, split: str) -> None:
         shard = self._open[split]
         name = shard_name(split, shard.number)
-        entry = self._put_file(name, shard.ids, shard.num_documents)
+        ids = np.concatenate(shard.documents)
+        entry = self._put_file(name, ids, len(shard.documents))
         if split == TRAINING:
-            self._counts = self._counts + count_tokens(shard.ids, len(self._counts))
+            self._counts = self._counts + count_tokens(ids, len(self._counts))
         self._shards.append(entry)
         self._open[split] = _OpenShard(shard.number + 1)
         if self._on_shard:

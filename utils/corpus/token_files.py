@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from utils.base.errors import DataError, UsageError
 from utils.corpus.documents import TokenArray
+from utils.data.shard_cache import token_dtype
 
 NPY_SUFFIX = ".npy"
 BIN_SUFFIX = ".bin"
@@ -126,10 +127,7 @@ class TokenFileSource:
 
     def _blocks(self, path: Path) -> Iterator[TokenArray]:
         array = self._open(path)
-        if self.vocab_size is None:
-            dtype = np.dtype("<u8")
-        else:
-            dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+        dtype = np.uint64 if self.vocab_size is None else token_dtype(self.vocab_size)
         for start in range(0, len(array), BLOCK_TOKENS):
             # A copy: the memory map's pages are given back with it.
             block = np.array(array[start : start + BLOCK_TOKENS])

@@ -16,14 +16,13 @@ import hashlib
 import itertools
 import json
 import logging
-import struct
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +30,18 @@ import numpy.typing as npt
 from utils.base.errors import UsageError, first_line
 from utils.base.text import printable
 from utils.corpus.documents import Document, OpenText, TokenArray, TokenizedDocument
-from utils.corpus.tokenizer_conversion import IMPOSSIBLE_SCORE, convert_tokenizer, is_convertible
+from utils.corpus.token_cache import TokenCache
+from utils.corpus.tokenizer_conversion import (
+    IMPOSSIBLE_SCORE,
+    build_own_files,
+    convert_tokenizer,
+    is_convertible,
+)
+from utils.data.shard_cache import token_dtype
 from utils.data.shard_index import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, find_tokenizer_files
 from utils.models.tokenizer import (
     END_OF_TEXT,
     END_TOKENS,
-    PLAIN_CLASS,
     begin_like_data,
     build_files,
     find_misreading,
@@ -54,7 +59,7 @@ NUM_BYTE_TOKENS = 256
 BATCH_CHARACTERS = 2**20
 BATCH_PIECES = 2**14
 # Part of every key of the token cache: raise it when the same text would get other ids.
-ENCODING_FORMAT = 1
+ENCODING_FORMAT = 2
 # Part of a given tokenizer's fingerprint: raise it when the same files would give other ids.
 READING = b"tokenizer.json decides"
 # A longer document is encoded in pieces: an encoding takes about 100 times the text's memory,
@@ -62,16 +67,6 @@ READING = b"tokenizer.json decides"
 PIECE_CHARACTERS = 2**16
 PROBE_HEADS = ("One, two.\n", "  three\n  four\n", "it's\n", "\t{7}\n", "\u00e9t\u00e9\n")
 PROBE_TAILS = ("One, two.\n", "'s it\n", "7", "{\n\n", "\u00e9t\u00e9")
-
-
-class EncodingCache(Protocol):
-    """Keeps what was encoded already."""
-
-    def get(self, key: str) -> bytes | None:
-        """Return what was put under the key, or None."""
-
-    def put(self, key: str, content: bytes) -> None:
-        """Keep the content, if possible."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +90,8 @@ class Tokenizer:
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
-        """Smallest little-endian type that holds every id: uint16 or uint32."""
-        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+        """Smallest type that holds every id: uint16 or uint32."""
+        return np.dtype(token_dtype(self.vocab_size))
 
     def build_backend(self) -> tokenizers.Tokenizer:
         """Return a backend that encodes whole documents, special tokens in the text as text."""
@@ -176,22 +171,10 @@ def build_tokenizer(
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    # Written here and not by save_pretrained: the bytes then depend on the text alone, not on
-    # the version of transformers, and its import of 3 s is saved.
-    settings: dict[str, Any] = {
-        "bos_token": END_OF_TEXT,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,  # batches need one
-        "tokenizer_class": PLAIN_CLASS,
-        "unk_token": END_OF_TEXT,
-    }
+    settings: dict[str, Any] = {"unk_token": END_OF_TEXT}
     if special_tokens:
         settings["additional_special_tokens"] = list(special_tokens)
-    files = {
-        TOKENIZER_FILE: backend.to_str(pretty=True).encode("utf-8"),
-        TOKENIZER_CONFIG_FILE: (json.dumps(settings, indent=2) + "\n").encode("utf-8"),
-    }
+    files = build_own_files(backend, settings, END_OF_TEXT)
     return Tokenizer(files, backend.get_vocab_size(), eos_token_id=0)
 
 
@@ -268,7 +251,7 @@ def _find_end_token(vocabulary: dict[str, int], name: str) -> str:
 
 
 def encode_documents(
-    tokenizer: Tokenizer, documents: Iterable[Document], cache: EncodingCache | None = None
+    tokenizer: Tokenizer, documents: Iterable[Document], cache: TokenCache | None = None
 ) -> Iterator[TokenizedDocument]:
     """Yield each wanted document's ids followed by the end token, in order.
 
@@ -310,7 +293,7 @@ class _Ids(NamedTuple):
 
 
 class _Encoder:
-    def __init__(self, tokenizer: Tokenizer, cache: EncodingCache | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, cache: TokenCache | None) -> None:
         import tokenizers
 
         self._backend = tokenizer.build_backend()
@@ -349,9 +332,8 @@ class _Encoder:
         if not any(piece.is_wanted for piece in batch.pieces):
             return _Ids(np.zeros(len(batch.pieces), np.uint32), np.zeros(0, self._dtype))
         content = self._cache.get(self._key_of(batch)) if self._cache else None
-        found = _unpack(content, self._dtype, len(batch.pieces)) if content else None
-        if found is not None:
-            return found
+        if content is not None:
+            return _unpack(content, self._dtype, len(batch.pieces))
         texts = [piece.text for piece in batch.pieces]
         encodings: list[tokenizers.Encoding] = self._backend.encode_batch_fast(
             texts, add_special_tokens=False
@@ -369,7 +351,7 @@ class _Encoder:
             int(lengths.sum()),
         )
         if self._cache:
-            self._cache.put(self._key_of(batch), _pack(lengths, ids))
+            self._cache.put(self._key_of(batch), lengths.tobytes() + ids.tobytes())
         return _Ids(lengths, ids)
 
     def _key_of(self, batch: _Batch) -> str:
@@ -384,22 +366,10 @@ class _Encoder:
         return [ids[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
-_HEADER = struct.Struct("<4sII")
-_MAGIC = b"TOK1"
-
-
-def _pack(lengths: npt.NDArray[np.uint32], ids: TokenArray) -> bytes:
-    header = _HEADER.pack(_MAGIC, len(lengths), len(ids))
-    return b"".join([header, lengths.astype("<u4").tobytes(), ids.tobytes()])
-
-
-def _unpack(content: bytes, dtype: np.dtype[Any], num_pieces: int) -> _Ids | None:
-    magic, num_lengths, num_ids = _HEADER.unpack_from(content)
-    if magic != _MAGIC or num_lengths != num_pieces:
-        return None
-    lengths = np.frombuffer(content, "<u4", num_lengths, _HEADER.size)
-    ids = np.frombuffer(content, dtype, num_ids, _HEADER.size + 4 * num_lengths)
-    return _Ids(lengths, ids)
+def _unpack(content: bytes, dtype: np.dtype[Any], num_pieces: int) -> _Ids:
+    """Return what the token cache holds of a batch: the lengths of its pieces, then their ids."""
+    lengths = np.frombuffer(content, np.uint32, num_pieces)
+    return _Ids(lengths, np.frombuffer(content, dtype, offset=lengths.nbytes))
 
 
 def _pieces(documents: Iterable[Document], piece_characters: int | None) -> Iterator[_Piece]:

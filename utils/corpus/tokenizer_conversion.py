@@ -2,28 +2,25 @@ r"""SentencePiece models and tiktoken encodings as files that `AutoTokenizer` lo
 
     x.model, tiktoken:NAME, x.tiktoken --> tokenizer.json, tokenizer_config.json
 
-The ids stay as they are. SentencePiece: pieces, scores and normalization of the model become a
-Unigram or BPE of `tokenizers`; control and byte pieces can never be matched by text, as in
-SentencePiece itself. tiktoken: every way to build a token from two others becomes a merge, and
-the pattern is rewritten for the regular expressions of `tokenizers` (Oniguruma), which read
-`$` and `{1,3}+` in another way. The rules follow transformers' convert_slow_tokenizer.py.
+transformers builds the Unigram or BPE of `tokenizers` (its convert_slow_tokenizer.py). Here it gets
+what that leaves out: SentencePiece's normalization, control and byte pieces that no text can match,
+ids without a token, and tiktoken's pattern for the regular expressions of `tokenizers` (Oniguruma).
 
-Guarantee: what comes out encodes a few hundred probe texts as the original does; where it does
-not, the conversion is refused. One difference remains, in unigram models: SentencePiece adds
-scores in 32 bits and `tokenizers` in 64. Of two cuts that are as good as each other, such as
-`--- --` and `-- ---` for a run of dashes, each may take another one, and so may SentencePiece in
-texts of thousands of words, where its sums are off by some thousandths.
+Guarantee: the ids stay as they are. What comes out encodes a few hundred probe texts as the
+original does; where it does not, the conversion is refused. One difference remains, in unigram
+models: SentencePiece adds scores in 32 bits and `tokenizers` in 64. Of two cuts that are as good as
+each other, such as `--- --` and `-- ---` for a run of dashes, each may take another one, and so may
+SentencePiece in texts of thousands of words, where its sums are off by some thousandths.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,7 +37,7 @@ SENTENCEPIECE_SUFFIX = ".model"
 SPACE = "\u2581"
 # Types of pieces in sentencepiece_model.proto.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-UNIGRAM, BPE = 1, 2
+_UNIGRAM, _BPE = 1, 2
 # Of pieces that no text may match; far below every real score, so that no path contains one.
 IMPOSSIBLE_SCORE = -1e6
 
@@ -127,45 +124,52 @@ def _import(module: str, name: str) -> Any:
         ) from exc
 
 
-def _finish(backend: tokenizers.Tokenizer, settings: dict[str, str], eos_token: str) -> Conversion:
+def build_own_files(
+    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], eos_token: str
+) -> dict[str, bytes]:
+    """Return the files of a tokenizer that was made here: file name -> bytes.
+
+    Not by save_pretrained: the bytes depend on no version of transformers, and its import of 3 s is
+    saved.
+    """
     config = {
         "clean_up_tokenization_spaces": False,
-        "pad_token": eos_token,
+        "pad_token": eos_token,  # batches need one
         "tokenizer_class": PLAIN_CLASS,
         **settings,
         "bos_token": eos_token,  # what stands before a text in the data
         "eos_token": eos_token,
     }
-    files = {
+    return {
         TOKENIZER_FILE: backend.to_str(pretty=True).encode("utf-8"),
         TOKENIZER_CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
+
+
+def _finish(backend: tokenizers.Tokenizer, settings: dict[str, str], eos_token: str) -> Conversion:
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     eos_token_id = backend.token_to_id(eos_token)
     assert eos_token_id is not None
-    return Conversion(files, vocab_size, eos_token_id)
+    return Conversion(build_own_files(backend, settings, eos_token), vocab_size, eos_token_id)
 
 
-def _find_difference(
+def _require_same_ids(
     backend: tokenizers.Tokenizer,
     encode: Callable[[str], list[int]],
-    probes: Iterable[str],
+    words: Sequence[str],
+    name: str,
     *,
     ignore_order: bool = False,
-) -> str | None:
-    """Return the first probe that the two encode differently."""
-    for text in probes:
+) -> None:
+    """Refuse a conversion that encodes a probe text in another way than the original."""
+    for text in (*PROBES, *random_probes(words)):
         ids, expected = backend.encode(text, add_special_tokens=False).ids, list(encode(text))
         if ids != expected and not (ignore_order and sorted(ids) == sorted(expected)):
-            return text
-    return None
-
-
-def _refuse(name: str, kind: str, text: str) -> UsageError:
-    return UsageError(
-        f"--tokenizer {name}: this {kind} cannot be converted exactly; it would encode {text!r} in "
-        "another way. Convert it by other means, and give the tokenizer.json or its directory."
-    )
+            raise UsageError(
+                f"--tokenizer {name}: cannot be converted exactly; it would encode {text!r} in "
+                "another way. Convert it by other means, and give the tokenizer.json or its "
+                "directory."
+            )
 
 
 # tiktoken.
@@ -187,17 +191,13 @@ def _load_encoding(name: str) -> Any:
 
 def _read_encoding(path: Path, content: bytes) -> Any:
     tiktoken = _import("tiktoken", str(path))
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line:
-            continue
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as exc:
-            raise UsageError(
-                f"--tokenizer {path}: line {number} is not a base64 token and its rank."
-            ) from exc
+    try:
+        lines = [line.split() for line in content.splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError as exc:
+        raise UsageError(
+            f"--tokenizer {path}: not a tiktoken file: a line is not a base64 token and its rank."
+        ) from exc
     if len(ranks) < 256 or min(ranks.values()) < 0 or len(set(ranks.values())) != len(ranks):
         raise UsageError(f"--tokenizer {path}: not a whole tiktoken file ({len(ranks)} tokens).")
     pattern, special = KNOWN_ENCODINGS.get(
@@ -210,12 +210,19 @@ def _read_encoding(path: Path, content: bytes) -> Any:
 
 def _convert_encoding(encoding: Any, name: str) -> Conversion:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import TikTokenConverter
 
     special: dict[str, int] = encoding._special_tokens
     eos_token = next((token for token in END_TOKENS if token in special), None)
     if eos_token is None:
         raise UsageError(f"--tokenizer {name}: has none of the end tokens {', '.join(END_TOKENS)}.")
-    vocab, merges = _vocabulary_of(encoding._mergeable_ranks, special)
+    converter: Any = TikTokenConverter()
+    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks
+    vocab, merges = converter.extract_vocab_merges_from_model("")
+    vocab |= special
+    # Ids without a token, as cl100k_base's 100256, would move those after them.
+    for unused in set(range(max(vocab.values()))) - set(vocab.values()):
+        vocab[f"<|unused_{unused}|>"] = unused
     backend = Tokenizer(models.BPE(vocab, merges, fuse_unk=False, ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -228,172 +235,108 @@ def _convert_encoding(encoding: Any, name: str) -> Conversion:
         [AddedToken(token, normalized=False, special=True) for token in special]
     )
     words = [token.decode("utf-8", "ignore") for token in encoding._mergeable_ranks]
-    probes = [*PROBES, *random_probes(words)]
-    different = _find_difference(backend, encoding.encode_ordinary, probes)
-    if different is not None:
-        raise _refuse(name, "encoding", different)
+    _require_same_ids(backend, encoding.encode_ordinary, words, name)
     return _finish(backend, {"unk_token": eos_token}, eos_token)
-
-
-def _vocabulary_of(
-    ranks: dict[bytes, int], special: dict[str, int]
-) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    letters = _byte_letters()
-
-    def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    ordered = sorted(ranks, key=ranks.__getitem__)
-    merges = []
-    for token in ordered:
-        splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        pairs = [pair for pair in splits if pair[0] in ranks and pair[1] in ranks]
-        merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    vocab = {spell(token): ranks[token] for token in ordered} | special
-    # Ids without a token, as cl100k_base's 100256, would move those after them.
-    for unused in set(range(max(vocab.values()))) - set(vocab.values()):
-        vocab[f"<|unused_{unused}|>"] = unused
-    return vocab, [(spell(left), spell(right)) for left, right in merges]
-
-
-def _byte_letters() -> list[str]:
-    """Return the letter that byte-level tokenizers write for each byte (as GPT-2 does)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _to_oniguruma(pattern: str) -> str:
     """Return a pattern of tiktoken (fancy-regex) that means the same to Oniguruma."""
-    result, depth, position = "", 0, 0
-    while position < len(pattern):
-        repeat = re.compile(r"\{\d+(?:,\d*)?\}\+").match(pattern, position)
-        if pattern[position] == "\\":
-            piece = pattern[position : position + 2]
-        elif depth == 0 and repeat:
-            piece = repeat[0]
-        else:
-            piece = pattern[position]
-        position += len(piece)
-        depth += (piece == "[") - (piece == "]")
-        if depth == 0 and repeat and piece == repeat[0]:
-            piece = piece[:-1]  # x{1,3}+ would repeat the whole x{1,3}
-        elif depth == 0:
-            piece = {"$": r"\z", "^": r"\A"}.get(piece, piece)  # else ends and starts of lines
-        result += piece
-    return result
+
+    def rewrite(match: re.Match[str]) -> str:
+        # `$` and `^` would be ends and starts of lines; x{1,3}+ would repeat the whole x{1,3}.
+        return {"$": r"\z", "^": r"\A"}.get(match[0], match["repeat"] or match[0])
+
+    escape_or_set = r"\\.|\[(?:\\.|[^\]\\])*\]"
+    return re.sub(rf"{escape_or_set}|[$^]|(?P<repeat>\{{\d+(?:,\d*)?\}})\+", rewrite, pattern)
 
 
 # SentencePiece.
 
 
-class _Piece(NamedTuple):
-    text: str
-    score: float
-    type: int
-
-
 def _convert_sentencepiece(content: bytes, name: str) -> Conversion:
-    from tokenizers import normalizers
-
     sentencepiece = _import("sentencepiece", name)
-    proto = _import("sentencepiece.sentencepiece_model_pb2", name)
-    model = proto.ModelProto()
+    model = _import("sentencepiece.sentencepiece_model_pb2", name).ModelProto()
     try:
         model.ParseFromString(content)
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
     except Exception as exc:  # protobuf's DecodeError and sentencepiece's RuntimeError
         raise UsageError(f"--tokenizer {name}: not a SentencePiece model ({exc}).") from exc
-    pieces = [_Piece(piece.piece, piece.score, piece.type) for piece in model.pieces]
-    if model.trainer_spec.model_type not in (UNIGRAM, BPE):
+    if model.trainer_spec.model_type not in (_UNIGRAM, _BPE):
         raise UsageError(f"--tokenizer {name}: only unigram and bpe models can be converted.")
     if processor.eos_id() < 0:
         raise UsageError(
             f"--tokenizer {name}: no end-of-text token, which separates the documents. Train the "
             "model with --eos_id set."
         )
-    words = [
-        piece.text.replace(SPACE, " ") for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)
-    ]
-    probes = [*PROBES, *random_probes(words)]
-    different: str | None = ""
-    for prepends_first_only in (False, True):
-        backend = _build_sentencepiece_backend(model, pieces, prepends_first_only)
-        if processor.normalize("a\rb") == processor.normalize("a\nb"):
-            # Precompiled takes the pair for one character, and would make one space of it.
-            pair = normalizers.Replace("\r\n", "\n\n")
-            backend.normalizer = normalizers.Sequence([pair, backend.normalizer])
+    backend = _build_sentencepiece_backend(model)
+    if processor.normalize("a\rb") == processor.normalize("a\nb"):
+        from tokenizers import normalizers
+
+        # Precompiled takes the pair for one character, and would make one space of it.
+        pair = normalizers.Replace("\r\n", "\n\n")
+        backend.normalizer = normalizers.Sequence([pair, backend.normalizer])
+    words = [piece.piece.replace(SPACE, " ") for piece in model.pieces if _is_text(piece)]
+    _require_same_ids(
+        backend,
+        processor.encode,
+        words,
+        name,
         # Equal scores: see the top.
-        has_ties = model.trainer_spec.model_type == UNIGRAM
-        different = _find_difference(backend, processor.encode, probes, ignore_order=has_ties)
-        if different is None:
-            break
-    if different is not None:
-        raise _refuse(name, "SentencePiece model", different)
+        ignore_order=model.trainer_spec.model_type == _UNIGRAM,
+    )
     roles = {"unk": processor.unk_id(), "pad": processor.pad_id()}
-    settings = {f"{role}_token": pieces[n].text for role, n in roles.items() if n >= 0}
-    return _finish(backend, settings, pieces[processor.eos_id()].text)
+    settings = {f"{role}_token": model.pieces[n].piece for role, n in roles.items() if n >= 0}
+    return _finish(backend, settings, model.pieces[processor.eos_id()].piece)
 
 
-def _build_sentencepiece_backend(
-    model: Any, pieces: Sequence[_Piece], prepends_first_only: bool
-) -> tokenizers.Tokenizer:
-    from tokenizers import AddedToken, Tokenizer
+def _is_text(piece: Any) -> bool:
+    """Tell whether text can match a piece, as it cannot match `</s>` or `<0x41>`."""
+    return piece.type in (_NORMAL, _USER_DEFINED)
 
-    if model.trainer_spec.model_type == UNIGRAM:
-        backend = Tokenizer(_unigram_of(model, pieces))
-        added = [piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL)]
+
+def _build_sentencepiece_backend(model: Any) -> tokenizers.Tokenizer:
+    from tokenizers import AddedToken
+    from transformers.convert_slow_tokenizer import SpmConverter
+    from transformers.tokenization_utils_base import generate_merges
+
+    is_unigram = model.trainer_spec.model_type == _UNIGRAM
+    symbols = [] if is_unigram else [one.piece for one in model.pieces if one.type == _USER_DEFINED]
+    special = [one.piece for one in model.pieces if one.type in (_UNKNOWN, _CONTROL)]
+    if is_unigram:
+        vocab: Any = _unigram_scores(model.pieces)
+        merges = None
     else:
-        backend = Tokenizer(_bpe_of(model, pieces))
-        added = [piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
-    _set_normalization(backend, model, pieces, prepends_first_only)
-    for piece in added:
-        is_special = piece.type != _USER_DEFINED
-        normalized = prepends_first_only and not is_special
-        token = AddedToken(piece.text, normalized=normalized, special=is_special)
-        backend.add_special_tokens([token]) if is_special else backend.add_tokens([token])
+        vocab = {piece.piece: number for number, piece in enumerate(model.pieces)}
+        others = [piece.piece for piece in model.pieces if piece.type != _NORMAL]
+        merges = generate_merges(vocab, skip_tokens=others)
+    backend: tokenizers.Tokenizer = SpmConverter.build_tokenizer_from_spm_proto(
+        model, vocab, merges
+    )
+    _set_normalization(backend, model, has_symbols=bool(symbols))
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    backend.add_tokens([AddedToken(text, normalized=True) for text in symbols])
     return backend
 
 
-def _unigram_of(model: Any, pieces: Sequence[_Piece]) -> Any:
-    from tokenizers import models
-
+def _unigram_scores(pieces: Any) -> list[tuple[str, float]]:
     highest = max((piece.score for piece in pieces if piece.type == _NORMAL), default=0.0)
 
-    def score(piece: _Piece) -> float:
-        if piece.type == _NORMAL:
-            return piece.score
+    def score(piece: Any) -> float:
         if piece.type == _USER_DEFINED:  # as unigram_model.cc: always chosen
-            return len(piece.text) * highest - 0.1
-        return IMPOSSIBLE_SCORE
+            return len(piece.piece) * highest - 0.1
+        return piece.score if piece.type == _NORMAL else IMPOSSIBLE_SCORE
 
-    vocab = [(piece.text, score(piece)) for piece in pieces]
-    return models.Unigram(vocab, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback)
-
-
-def _bpe_of(model: Any, pieces: Sequence[_Piece]) -> Any:
-    from tokenizers import models
-
-    vocab = {piece.text: number for number, piece in enumerate(pieces)}
-    usable = {piece.text for piece in pieces if piece.type == _NORMAL}
-    merges = []
-    for piece in sorted(pieces, key=lambda piece: (-piece.score, vocab[piece.text])):
-        if piece.type == _NORMAL:
-            splits = [(piece.text[:cut], piece.text[cut:]) for cut in range(1, len(piece.text))]
-            pairs = [pair for pair in splits if usable.issuperset(pair)]
-            merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-    return models.BPE(
-        vocab,
-        merges,
-        unk_token=model.trainer_spec.unk_piece,
-        fuse_unk=True,
-        byte_fallback=model.trainer_spec.byte_fallback,
-    )
+    return [(piece.piece, score(piece)) for piece in pieces]
 
 
-def _set_normalization(
-    backend: tokenizers.Tokenizer, model: Any, pieces: Sequence[_Piece], prepends_first_only: bool
-) -> None:
+def _set_normalization(backend: tokenizers.Tokenizer, model: Any, *, has_symbols: bool) -> None:
+    """Set what stands before and after the model.
+
+    Args:
+        backend: Changed in place.
+        model: The SentencePiece model.
+        has_symbols: User-defined symbols divide the text: only its first part gets a space.
+    """
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     spec = model.normalizer_spec
@@ -403,17 +346,17 @@ def _set_normalization(
     if spec.remove_extra_whitespaces:
         steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
-    if spec.add_dummy_prefix and not prepends_first_only:
+    if spec.add_dummy_prefix and not has_symbols:
         steps.append(normalizers.Prepend(SPACE))
-    if not prepends_first_only:
+    if not has_symbols:
         steps.append(normalizers.Replace(" ", SPACE))
     backend.normalizer = normalizers.Sequence(steps)
     cutters: list[Any] = []
-    if prepends_first_only:
+    if has_symbols:
         scheme = "first" if spec.add_dummy_prefix else "never"
         cutters.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False))
     # Where no piece goes on after a space, words are encoded one by one: the same ids, much faster.
-    if not any(SPACE in piece.text.lstrip(SPACE) for piece in pieces):
+    if not any(SPACE in piece.piece.lstrip(SPACE) for piece in model.pieces):
         cutters.append(pre_tokenizers.Split(Regex(f"{SPACE}+[^{SPACE}]*"), "isolated"))
     if cutters:
         backend.pre_tokenizer = pre_tokenizers.Sequence(cutters)

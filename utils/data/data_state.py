@@ -8,7 +8,7 @@ and the settings that decide their order. No torch here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from utils.base.errors import DataError
@@ -49,15 +49,7 @@ class DataState:
         """Return the state as it is written."""
         return {
             "format": DATA_STATE_FORMAT,
-            "epoch": self.epoch,
-            "sample_index": self.sample_index,
-            "files_consumed": self.files_consumed,
-            "sequence_length": self.sequence_length,
-            "seed": self.seed,
-            "shuffle_window_shards": self.shuffle_window_shards,
-            "weights": list(self.weights),
-            "source_sizes": list(self.source_sizes),
-            "bad_shards": list(self.bad_shards),
+            **vars(self),
             "fingerprint": fingerprint_shards(self.shards),
             "shards": [[s.name, s.tokens, s.size, s.crc32c] for s in self.shards],
         }
@@ -71,18 +63,10 @@ class DataState:
         """
         if not isinstance(value, dict) or value.get("format") != DATA_STATE_FORMAT:
             raise DataError("data_state.json is of a format that this version does not know.")
-        return cls(
-            sample_index=value["sample_index"],
-            epoch=value["epoch"],
-            files_consumed=value["files_consumed"],
-            sequence_length=value["sequence_length"],
-            seed=value["seed"],
-            shuffle_window_shards=value["shuffle_window_shards"],
-            shards=tuple(ShardFacts(*row) for row in value["shards"]),
-            source_sizes=tuple(value["source_sizes"]),
-            weights=tuple(value["weights"]),
-            bad_shards=tuple(value["bad_shards"]),
-        )
+        values = {key.name: value[key.name] for key in fields(cls)}
+        lists = {key: tuple(found) for key, found in values.items() if isinstance(found, list)}
+        shards = tuple(ShardFacts(*row) for row in values["shards"])
+        return cls(**{**values, **lists, "shards": shards})
 
     def describe_changes(self, current: DataState) -> str:
         """Say how the current data give other samples or another order; empty where they do not."""

@@ -92,9 +92,9 @@ class MixtureOrder:
         later: list[int] = []
         positions = self.source_positions(position)
         for source, offset, first in zip(self._sources, self._offsets, positions, strict=True):
-            current, behind = source.upcoming_shards(first)
+            current, following = source.upcoming_shards(first)
             now += [shard + offset for shard in current]
-            later += [shard + offset for shard in behind]
+            later += [shard + offset for shard in following]
         return now, later
 
     def shards_consumed(self, position: int) -> int:

@@ -261,9 +261,9 @@ class SampleOrder:
         epoch, sample = self.epoch_of(position)
         order = self.epoch(epoch)
         end = order.window_end(order.window_of(sample))
-        return order.upcoming_shards(sample), self._window_behind(epoch, end)
+        return order.upcoming_shards(sample), self._window_after(epoch, end)
 
-    def _window_behind(self, epoch: int, sample: int) -> list[int]:
+    def _window_after(self, epoch: int, sample: int) -> list[int]:
         if sample >= self.samples_per_epoch:
             return self.epoch(epoch + 1).window_shards(0)
         order = self.epoch(epoch)

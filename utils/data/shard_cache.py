@@ -93,7 +93,7 @@ def decode_shard(path: Path, name: str, vocab_size: int) -> Iterator[Tokens]:
         for block in blocks:
             if block.size:
                 found = True
-                _require_in_vocabulary(block, name, vocab_size)
+                require_in_vocabulary(block, name, vocab_size)
                 yield block.astype(dtype)
     if not found:
         raise ShardError(name, "it holds no tokens.")
@@ -121,11 +121,21 @@ def _equal_blocks(
         b = b[length:] if len(b) > length else next(right, None)
 
 
-def _require_in_vocabulary(tokens: Tokens, name: str, vocab_size: int) -> None:
-    low, high = int(tokens.min()), int(tokens.max())
+def require_in_vocabulary(tokens: Tokens, name: str, vocab_size: int | None) -> None:
+    """Check ids of a shard as they stand in its file.
+
+    Args:
+        tokens: Any number of them.
+        name: The shard's name for messages.
+        vocab_size: Ids must be below it; None where it is not known.
+
+    Raises:
+        ShardError: One is outside the vocabulary.
+    """
+    low, high = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, -1)
     if low < 0:
         raise ShardError(name, f"token id {low} is negative.")
-    if high >= vocab_size:
+    if vocab_size is not None and high >= vocab_size:
         raise ShardError(
             name,
             f"token id {high} is outside the vocabulary of {vocab_size}. "

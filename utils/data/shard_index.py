@@ -120,11 +120,6 @@ class ShardIndex:
         """Tokens of all training shards."""
         return sum(shard.tokens for shard in self.training)
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the training shards' names, tokens, sizes and checksums."""
-        return fingerprint_shards(self.training)
-
 
 @dataclass(frozen=True)
 class DataSource:
@@ -142,7 +137,7 @@ class DataSource:
 
 
 def fingerprint_shards(shards: Sequence[ShardFacts]) -> str:
-    """Return the SHA-256 that tells one shard list from another."""
+    """Return the SHA-256 of shards' names, tokens, sizes and checksums."""
     rows = [[s.name, s.tokens, s.size, s.crc32c] for s in shards]
     return hashlib.sha256(json.dumps(rows).encode("utf-8")).hexdigest()
 

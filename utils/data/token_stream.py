@@ -9,7 +9,7 @@ during training. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,35 @@ def training_windows(num_tokens: int, length: int, max_samples: int | None) -> I
         yield Window(sample * length, length - 1, length - 1)
 
 
+def read_tokens(
+    cache: ShardCache,
+    ends: np.ndarray[Any, Any],
+    start: int,
+    length: int,
+    on_shard: Callable[[int], None] = lambda shard: None,
+) -> np.ndarray[Any, Any]:
+    """Return tokens of shards laid end to end: int64 [length].
+
+    Args:
+        cache: Where the tokens come from.
+        ends: Position after each shard's last token; a shard without tokens is left out.
+        start: Position of the first token.
+        length: Number of tokens.
+        on_shard: Told of each shard before it is read.
+    """
+    parts, end = [], start + length
+    shard = int(np.searchsorted(ends, start, side="right"))
+    while start < end:
+        begin = int(ends[shard - 1]) if shard else 0
+        if begin < ends[shard]:
+            on_shard(shard)
+            tokens = cache.tokens(shard)[start - begin : end - begin]
+            parts.append(tokens.astype(np.int64))
+            start += len(tokens)
+        shard += 1
+    return np.concatenate(parts)
+
+
 class TokenStream:
     """The tokens of shards, read in order.
 
@@ -89,16 +118,7 @@ class TokenStream:
             ShardError: A shard cannot be used; it is named.
             StorageError: A shard cannot be downloaded.
         """
-        parts, end = [], start + length
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        while start < end:
-            begin = int(self._ends[shard - 1]) if shard else 0
-            self._follow(shard)
-            tokens = self._cache.tokens(shard)[start - begin : end - begin]
-            parts.append(tokens.astype(np.int64))
-            start += len(tokens)
-            shard += 1
-        return np.concatenate(parts)
+        return read_tokens(self._cache, self._ends, start, length, self._follow)
 
     def _follow(self, shard: int) -> None:
         """Keep this shard and the one before, which a window may go back to; fetch the next."""

@@ -33,8 +33,6 @@ LAST_NAME = INDEX_OBJECT
 MAX_NAME_BYTES = 1024
 _FORBIDDEN = frozenset("*?[]#$`\"'<>|&;\\")
 
-"""Called with the stage, the bytes done, and the bytes in all."""
-
 
 @dataclass(frozen=True)
 class TransferReport:

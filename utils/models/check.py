@@ -3,8 +3,8 @@
     transformers config -> two layers, a small vocabulary -> what depends on what
 
 A type's name says little: BERT has a "language model" class that looks at the next token unless
-told not to, and some models take no notice of position ids. So it is tried, in a moment, before
-anything is spent. No random state is touched.
+told not to, and some models ignore position ids. So a small model is tried, which takes a moment.
+No random state is touched.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def require_language_model(
 
 
 def _require_separate_documents(model: Any, name: str) -> None:
-    """Refuse a model to which position ids that begin anew are no new document."""
+    """Refuse a model that does not begin a new document where position ids begin anew."""
     positions = torch.arange(TRIED_TOKENS).remainder(HALF).unsqueeze(0)
     try:
         one, other = (

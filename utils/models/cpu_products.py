@@ -3,7 +3,7 @@
     inputs, weights -> inputs @ weights.T; gradient of the inputs the same way
 
 torch has oneDNN and MKL built in, and makes float32 products with MKL alone. On AMD's processors
-with AVX-512, MKL stays behind: oneDNN takes 0.55 to 0.95 of its time for outputs and gradients of
+with AVX-512, MKL is slower: oneDNN takes 0.55 to 0.95 of its time for outputs and gradients of
 inputs (BENCHMARKS.md, "Matrix products"). For gradients of weights it does not. Which one is
 taken depends on the processor alone, so that a run that goes on has the same results.
 """
@@ -90,7 +90,7 @@ class _Product(torch.autograd.Function):
 
 
 class CpuLinear(nn.Linear):
-    """A linear layer whose products oneDNN makes; in other precisions it is as ever."""
+    """A linear layer whose float32 products oneDNN makes; other precisions stay with torch."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as torch names it
         """Return `input @ weight.T + bias`, [..., outputs]."""

@@ -314,7 +314,7 @@ def _logits(shape: ModelShape, setup: StepSetup) -> tuple[int, int]:
         return logits, max(logits, logits // 3 + output_gradients)
     chunk = min(setup.tokens, chunk_tokens(shape.vocabulary, setup.device))
     logits = CHUNK_LOGIT_BYTES * chunk * shape.vocabulary
-    # The gradients of the output layer's weights and inputs are formed meanwhile.
+    # The gradients of the output layer's weights and inputs are formed at the same time.
     return logits, logits + output_gradients + setup.width * setup.tokens * shape.hidden
 
 

@@ -144,24 +144,21 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the token ids that a model goes on from; of no text what stands before a text.
+    """Return the token ids that a model continues; for an empty prompt, `begin_of_text`.
 
     Raises:
         UsageError: There is no text, and the tokenizer has no token that stands before one.
     """
-    return encode_text(tokenizer, prompt) or begin_of_text(tokenizer)
+    ids, begin = encode_text(tokenizer, prompt), begin_of_text(tokenizer)
+    if not ids and begin is None:
+        raise UsageError("an empty prompt needs a tokenizer with an end-of-text token")
+    return ids or [begin]
 
 
-def begin_of_text(tokenizer: Any) -> list[int]:
-    """Return what stands before a text in the data: the token that ends the one before.
-
-    Raises:
-        UsageError: The tokenizer has no such token.
-    """
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return [token]
-    raise UsageError("an empty prompt needs a tokenizer with an end-of-text token")
+def begin_of_text(tokenizer: Any) -> Any:
+    """Return the id of the token that stands before a text in the data; None without one."""
+    begin = tokenizer.bos_token_id
+    return tokenizer.eos_token_id if begin is None else begin
 
 
 def read_tokenizer_json(name: str) -> bytes | None:
@@ -172,9 +169,9 @@ def read_tokenizer_json(name: str) -> bytes | None:
 
 
 def with_template_of(tokenizer: Any, content: bytes) -> bytes:
-    """Return a `tokenizer.json` that puts around a text what a tokenizer puts there.
+    """Return a `tokenizer.json` that adds the same tokens around a text as a tokenizer does.
 
-    Only where it does anything else is it not the same bytes.
+    Where it does so already, its bytes stay as they are.
     """
     import tokenizers
 

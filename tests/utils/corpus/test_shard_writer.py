@@ -1,12 +1,10 @@
-import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from utils.base.errors import StorageError
-from utils.corpus.shard_writer import ShardWriter, find_bad_shards, unigram_entropy, write_shard
+from utils.corpus.shard_writer import ShardWriter, find_bad_shards, write_shard
 from utils.storage.bucket import ObjectInfo, crc32c_of_file
 from utils.storage.directory import DirectoryBucket
 
@@ -88,12 +86,3 @@ def test_shard_that_arrives_changed_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(StorageError, match=r"train_00000\.npz is not what was written"):
         writer.add(ids(1), "train")
-
-
-def test_unigram_entropy_equals_its_definition() -> None:
-    tokens = np.random.default_rng(0).zipf(1.5, 10_000) % 100
-    counts = Counter(tokens.tolist())
-    expected = sum(c / 10_000 * math.log(10_000 / c) for c in counts.values())
-
-    assert unigram_entropy(np.bincount(tokens)) == pytest.approx(expected, abs=1e-8)
-    assert unigram_entropy(np.full(4096, 7)) == pytest.approx(math.log(4096), abs=1e-8)

@@ -7,7 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from utils.base.errors import DataError, ExitCode, UsageError
+from tests.sample_json import UNREADABLE
+from utils.base.errors import DataError, UsageError
 from utils.corpus.documents import OpenText
 from utils.corpus.text_sources import FileSource, HubSource, SampleSource, find_files
 
@@ -45,18 +46,16 @@ def test_sample_skips_what_does_not_parse_and_is_the_same_each_time(tmp_path: Pa
     assert not any("HIDDEN" in text for text in documents)
 
 
-def test_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
+def test_text_file_is_one_document_byte_for_byte_or_one_for_each_line(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(TEXT.encode())
-
     assert read(path) == [TEXT]
-
-
-def test_text_file_by_line_gives_the_lines(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\n two \nthree\xe2\x80\xa8still three")
 
     assert read(path, document_per="line") == ["one", "", " two ", "three\u2028still three"]
+    path.write_bytes(b"good\nbad \xff\n")
+    with pytest.raises(DataError, match=r"a\.txt:2: not UTF-8"):
+        read(path, document_per="line")
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -85,6 +84,7 @@ def test_jsonl_and_parquet_give_the_chosen_column(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.txt", b"good\xffbad", "byte 4 is not UTF-8"),
+        ("a.jsonl", UNREADABLE["nested deeply"], "a.jsonl:1: not JSON .it is nested too deeply"),
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "a.jsonl:2: not JSON"),
         ("a.jsonl", b'{"txt": "a", "id": 1}\n', "column 'text' is missing.*Columns: txt, id"),
         ("a.jsonl", b'{"text": 3}\n', "column 'text' is int"),
@@ -106,7 +106,6 @@ def test_unreadable_file_is_named_with_the_reason(
         read(path)
 
     assert str(path) in str(caught.value)
-    assert caught.value.exit_code == ExitCode.USAGE
 
 
 def test_text_file_is_cut_where_the_separator_stands(tmp_path: Path) -> None:
@@ -121,6 +120,9 @@ def test_text_file_is_cut_where_the_separator_stands(tmp_path: Path) -> None:
         FileSource((path,), document_separator=end).fingerprint()
         != FileSource((path,)).fingerprint()
     )
+    path.write_bytes(b"one<end>\ntw\xffo<end>")
+    with pytest.raises(DataError, match=r"byte 11 is not UTF-8"):
+        read(path, document_separator="<end>")
 
 
 def test_a_separator_is_found_wherever_blocks_end(
@@ -136,21 +138,6 @@ def test_a_separator_is_found_wherever_blocks_end(
         closed = [not isinstance(part, OpenText) for part in parts]
         assert sum(closed) == len(stories)
         assert any(isinstance(part, OpenText) for part in parts)
-
-
-def test_what_is_not_utf8_is_named_by_its_byte(tmp_path: Path) -> None:
-    path = tmp_path / "stories.txt"
-    path.write_bytes(b"one<end>\ntw\xffo<end>")
-    with pytest.raises(DataError, match=r"byte 11 is not UTF-8"):
-        read(path, document_separator="<end>")
-
-
-def test_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"good\nbad \xff\n")
-
-    with pytest.raises(DataError, match=r"a\.txt:2: not UTF-8"):
-        read(path, document_per="line")
 
 
 def test_parquet_column_that_is_not_there_or_null_is_named(tmp_path: Path) -> None:
@@ -199,17 +186,16 @@ def test_input_with_nothing_there_is_a_usage_error(tmp_path: Path, name: str) ->
         find_files([str(tmp_path / name)])
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 def test_hugging_face_dataset_gives_the_column_of_its_split(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "data" / "train.jsonl", {"text": "a", "n": 1}, {"text": "b", "n": 2})
     name = str(tmp_path / "data")
 
-    assert list(HubSource(name, streaming=streaming).documents()) == ["a", "b"]
+    assert list(HubSource(name).documents()) == ["a", "b"]
     with pytest.raises(DataError, match="body"):
-        list(HubSource(name, streaming=streaming, text_column="body").documents())
+        list(HubSource(name, text_column="body").documents())
     with pytest.raises(DataError, match="cannot be loaded"):
-        list(HubSource(name, split="nowhere", streaming=streaming).documents())
+        list(HubSource(name, split="nowhere", streaming=True).documents())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,6 @@ def built(**settings: Any) -> LossModel:
     return LossModel(build_model(build_model_config("neox-tiny", SHAPE), config))
 
 
-def loss_and_gradients(model: LossModel) -> list[torch.Tensor]:
-    model.zero_grad()
-    loss = model(TOKENS)
-    torch.autograd.backward(loss)
-    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
 class Products(TorchDispatchMode):
     """Counts products of matrices and attentions."""
 
@@ -58,17 +53,6 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("policy", ["full", "selective"])
-def test_recomputing_changes_no_number(policy: str) -> None:
-    plain = loss_and_gradients(built())
-    again = loss_and_gradients(
-        built(gradient_checkpointing=True, gradient_checkpointing_policy=policy)
-    )
-    assert len(plain) == len(again) > 20
-    for one, other in zip(plain, again, strict=True):
-        assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize("by_onednn", [False, pytest.param(True, marks=NEEDS_ONEDNN)])
 def test_selective_recomputing_repeats_no_product(
     monkeypatch: pytest.MonkeyPatch, *, by_onednn: bool
@@ -80,7 +64,7 @@ def test_selective_recomputing_repeats_no_product(
         model = built(gradient_checkpointing=policy != "none", **settings)
         use_cpu_products(model)
         with Products() as products:
-            loss_and_gradients(model)
+            torch.autograd.backward(model(TOKENS))
         counts[policy] = (products.count, products.attentions)
     # A layer has four products and an attention in its forward pass. Nobody needs the last again,
     # but a function of Python keeps its inputs only when it is done.
@@ -103,11 +87,30 @@ def test_compilation_is_of_layers_or_of_the_model_and_can_be_taken_back() -> Non
     assert list(model.core.state_dict()) == names
 
 
+@contextlib.contextmanager
+def train_state(folder: Path, **settings: Any) -> Iterator[Any]:
+    """Give the train state of a small model."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    config = get_training_config(
+        "test",
+        {"use_cpu": True, "cache_dir": str(folder), "sequence_length": 16}
+        | {f"model_overrides.{key}": value for key, value in SHAPE.items()}
+        | settings,
+    )
+    training_utils.set_determinism(config)
+    try:
+        accelerator = training_utils.build_accelerator(config, "no", [], folder)
+        model_config = build_model_config(config.model, config.model_overrides)
+        yield training_utils.build_train_state(accelerator, model_config, config)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
 def test_a_compiler_that_fails_is_told_of_and_training_goes_on_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
     def fail(self: torch.nn.Module, *_: Any, **__: Any) -> None:
         def call(*_: Any, **__: Any) -> None:
             raise RuntimeError("no compiler\nand more of it")
@@ -115,25 +118,12 @@ def test_a_compiler_that_fails_is_told_of_and_training_goes_on_without(
         self._compiled_call_impl = call
 
     monkeypatch.setattr(torch.nn.Module, "compile", fail)
-    config = get_training_config(
-        "test",
-        {"torch_compile": True, "use_cpu": True, "cache_dir": str(tmp_path), "sequence_length": 16}
-        | {f"model_overrides.{key}": value for key, value in SHAPE.items()},
-    )
     random_state = torch.get_rng_state()
-    try:
-        accelerator = training_utils.build_accelerator(config, "no", [], tmp_path)
-        with caplog.at_level(logging.WARNING):
-            state = training_utils.build_train_state(
-                accelerator, build_model_config(config.model, config.model_overrides), config
-            )
+    with caplog.at_level(logging.WARNING), train_state(tmp_path, torch_compile=True) as state:
         assert "does not work here, training goes on without: no compiler" in caplog.text
         assert "and more" not in caplog.text
         before = [p.clone() for p in state.loss_model.parameters()]
         training_utils.train_step(state, [torch.zeros((1, 16), dtype=torch.int64)] * 4, 1.0)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
     assert not torch.equal(random_state, torch.get_rng_state())  # the weights were drawn
     assert any(
         not torch.equal(old, new)
@@ -144,39 +134,14 @@ def test_a_compiler_that_fails_is_told_of_and_training_goes_on_without(
 def test_trying_the_compiler_draws_no_random_number_and_leaves_no_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
     states = []
+    settings = {"model_overrides.attention_dropout": 0.5}
     for compiles in (False, True):
-        config = get_training_config(
-            "test",
-            {
-                "torch_compile": compiles,
-                "use_cpu": True,
-                "cache_dir": str(tmp_path),
-                "sequence_length": 16,
-                "model_overrides.attention_dropout": 0.5,
-            }
-            | {f"model_overrides.{key}": value for key, value in SHAPE.items()},
-        )
-        training_utils.set_determinism(config)
-        try:
-            accelerator = training_utils.build_accelerator(config, "no", [], tmp_path)
-            state = training_utils.build_train_state(
-                accelerator, build_model_config(config.model, config.model_overrides), config
-            )
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-        states.append(torch.get_rng_state())
-        assert all(p.grad is None for p in state.loss_model.parameters())
+        with train_state(tmp_path, torch_compile=compiles, **settings) as state:
+            states.append(torch.get_rng_state())
+            assert all(p.grad is None for p in state.loss_model.parameters())
     assert torch.equal(*states)
-
-
-def test_attention_that_is_not_installed_is_a_plain_error() -> None:
-    with pytest.raises(ConfigError, match=r"attn_implementation flash_attention_2: .*installed"):
-        built(attn_implementation="flash_attention_2")
 
 
 @pytest.mark.parametrize(
@@ -205,18 +170,17 @@ def test_what_the_device_cannot_do_is_refused_before_anything_is_built(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = TrainingConfig(model="neox-tiny", model_overrides=SHAPE, **settings)
     kind = torch.device("cpu" if device == "cpu" else "cuda")
-    with pytest.raises(ConfigError, match=reason):
-        require_kernels(config, build_model_config("neox-tiny", SHAPE), precision, kind)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attention_of_torch_itself_is_never_refused(attention: str) -> None:
-    config = TrainingConfig(model="neox-tiny", model_overrides=SHAPE, attn_implementation=attention)
     model_config = build_model_config("neox-tiny", SHAPE)
-    require_kernels(config, model_config, "no", torch.device("cpu"))
+    with pytest.raises(ConfigError, match=reason):
+        require_kernels(config, model_config, precision, kind)
+    for attention in ("sdpa", "eager"):  # of torch itself, never refused
+        config = TrainingConfig(attn_implementation=attention)
+        require_kernels(config, model_config, "no", torch.device("cpu"))
 
 
-def test_fp8_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_installed_is_a_plain_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"attn_implementation flash_attention_2: .*installed"):
+        built(attn_implementation="flash_attention_2")
     monkeypatch.setitem(__import__("sys").modules, "torchao", None)
     with pytest.raises(ConfigError, match="fp8 needs the package torchao"):
         built(fp8=True)

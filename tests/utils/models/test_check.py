@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from configs.model_config import build_model_config
-from configs.model_presets import PRESETS
 from tests.sample_models import FAMILIES, write_model
 from utils.base.errors import ConfigError
 from utils.models.check import require_language_model
@@ -32,12 +31,6 @@ def test_decoders_that_keep_documents_apart_pass(tmp_path: Path, model_type: str
     require_language_model(config, attention="eager")
     assert torch.equal(torch.get_rng_state(), before)
     assert config.to_dict() == values
-
-
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gpt_neox"])
-def test_families_of_presets_keep_documents_apart(model_type: str) -> None:
-    name = next(name for name, preset in PRESETS.items() if preset.model_type == model_type)
-    require_language_model(build_model_config(name, SHAPE), mask_documents=True)
 
 
 def test_a_model_that_sees_the_next_token_is_refused_and_its_decoder_is_not(tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ def test_parts_are_torchs_chunks_and_cover_all_rows(length: int, count: int) -> 
     assert [end - begin for begin, end in rows if end > begin] == chunks
 
 
-@pytest.mark.parametrize("written", [1, 2, 3, 5, 16])
-@pytest.mark.parametrize("read", [None, 1, 2, 4, 7])
+@pytest.mark.parametrize("written", [1, 3, 16])
+@pytest.mark.parametrize("read", [None, 2, 7])
 def test_any_division_is_read_as_any_other(tmp_path: Path, written: int, read: int | None) -> None:
     paths = write_parts(tmp_path, written)
     with contextlib.ExitStack() as stack:
