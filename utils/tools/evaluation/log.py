@@ -223,18 +223,16 @@ def metric_points(evaluations: Iterable[Evaluation], name: str) -> MetricPoints:
     if not found:
         return MetricPoints(name, (), ())
     last = found[-1][0]
-    alike = {
-        step: value
-        for evaluation, step, value in found
-        if (evaluation.run_id, evaluation.question) == (last.run_id, last.question)
-    }
-    others = {(evaluation.weights or evaluation.model) for evaluation, _, _ in found} - {
-        (evaluation.weights or evaluation.model)
-        for evaluation, _, _ in found
-        if (evaluation.run_id, evaluation.question) == (last.run_id, last.question)
-    }
+    alike, models, others = {}, set(), set()
+    for evaluation, step, value in found:
+        model = evaluation.weights or evaluation.model
+        if (evaluation.run_id, evaluation.question) == (last.run_id, last.question):
+            alike[step] = value
+            models.add(model)
+        else:
+            others.add(model)
     steps = tuple(sorted(alike))
-    return MetricPoints(name, steps, tuple(alike[step] for step in steps), len(others))
+    return MetricPoints(name, steps, tuple(alike[step] for step in steps), len(others - models))
 
 
 def metric_names(evaluations: Iterable[Evaluation]) -> list[str]:

@@ -27,7 +27,7 @@ from utils.base.errors import SaveError, UsageError
 from utils.base.progress import OnProgress
 from utils.base.text import format_bytes, printable
 from utils.checkpoints.files import sync_files
-from utils.checkpoints.layout import METADATA_FILE, TRAINING_CONFIG_FILE, FileEntry, write_json
+from utils.checkpoints.layout import FileEntry, write_json
 from utils.checkpoints.views import read_json_object
 from utils.models.tokenizer import (
     build_files,
@@ -38,7 +38,7 @@ from utils.models.tokenizer import (
 )
 from utils.storage.bucket import crc32c_of_bytes, fsync_directory
 from utils.tools.export.gguf import compare_gguf, require_gguf, write_gguf
-from utils.tools.export.model_card import CONFIG_KEYS, CardFacts, build_card
+from utils.tools.export.model_card import build_card
 from utils.tools.generation.loading import LoadedModel, ModelSource, load_model
 
 FORMATS = ("hf", "gguf")
@@ -184,7 +184,7 @@ def _export_folder(
     write_json(config, with_older_keys(read_json_object(config)), indent=2)
     _write_tokenizer(loaded, staged, options.tokenizer)
     card = staged / CARD_FILE
-    card.write_text(build_card(_card_facts(loaded)), "utf-8")
+    card.write_text(build_card(loaded), "utf-8")
     for path in staged.iterdir():  # safetensors lets nobody but the owner read its files
         path.chmod(stat.S_IMODE(card.stat().st_mode))
     if not options.is_checked:
@@ -353,24 +353,6 @@ def _as_list(value: Any) -> list[int]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _card_facts(loaded: LoadedModel) -> CardFacts:
-    source, model = loaded.source, loaded.model
-    texts: dict[str, Any] = {"metadata": {}, "training": {}}
-    if source.manifest is not None and source.directory is not None:
-        for key, name in (("metadata", METADATA_FILE), ("training", TRAINING_CONFIG_FILE)):
-            if name in source.manifest.files:
-                texts[key] = read_json_object(source.directory / name)
-    return CardFacts(
-        name=source.name,
-        config={key: getattr(model.config, key, None) for key in CONFIG_KEYS},
-        parameters=model.num_parameters(),
-        dtype=_dtype_name(model),
-        manifest=source.manifest,
-        base_model=source.location if source.directory is None else None,
-        **texts,
-    )
 
 
 def _require_finite(loaded: LoadedModel, dtype: str) -> None:
