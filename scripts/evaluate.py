@@ -19,8 +19,8 @@ model's own tokenizer; special tokens have none.
 HellaSwag (acc_norm: by log-likelihood for each character of the ending) and last words (LAMBADA)
 are tasks of EleutherAI's lm-evaluation-harness over that file, --tasks any other of its tasks
 (pip install "lm-eval[hf]"). Every result is appended to logs/evaluations.jsonl, and
-checkpoint_viewer.py view NAME shows it. A model that cannot be measured does not keep the others
-from it. Exit codes: 0 done, 1 something failed, 2 usage, or a model or data that cannot be used.
+checkpoint_viewer.py view NAME shows it. If one model cannot be measured, the others
+still are. Exit codes: 0 done, 1 something failed, 2 usage, or a model or data that cannot be used.
 """
 
 from __future__ import annotations

@@ -45,20 +45,6 @@ def test_a_checkpoint_becomes_a_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
-def test_an_export_goes_to_a_bucket_and_comes_back(
-    words: list[str], tmp_path: Path, gcs: FakeGcsServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    uri = "gs://runs/exports/small"
-    command = ["latest", "--output", uri, "--dtype", "bfloat16", *words]
-    assert export_model.main(command) == 0
-    assert export_model.main(command) == ExitCode.USAGE
-    capsys.readouterr()
-    assert export_model.main([uri, "--output", "back", "--json", *words]) == 0
-    assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
-    weights = (tmp_path / "back" / "model.safetensors").read_bytes()
-    assert weights == gcs.read_object("runs", "exports/small/model.safetensors")
-
-
 def test_an_export_that_fails_its_check_is_nowhere(
     words: list[str],
     tmp_path: Path,

@@ -110,7 +110,7 @@ def test_a_text_appears_as_it_is_made(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert output == f"The{generate.without_control_characters(''.join(shown))}\n"
     assert len([piece for piece in shown if piece]) > 2
     assert "float32 on cpu" in errors
-    assert "40 tokens; prompt: " in errors
+    assert "40 tokens in 1 text; prompts: " in errors
     assert "tokens/s" in errors
     shown.clear()
     again = run(*words, "--no-stream")

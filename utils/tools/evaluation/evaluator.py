@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,8 @@ class Evaluator:
         uri, shards = self._find_shards(plan)
         self._require_same_tokens(uri, loaded)
         at_once = FORWARD_TOKENS.get(loaded.device.type, MAX_FORWARD_TOKENS)
-        with self._open_stream(uri, shards, loaded, plan.max_tokens) as stream:
+        with self._open_cache(uri, shards, loaded) as cache:
+            stream = TokenStream(cache, shards, plan.max_tokens)
             if plan.is_like_training:
                 windows = training_windows(stream.num_tokens, length, plan.max_samples)
                 total = None
@@ -171,7 +172,7 @@ class Evaluator:
     def _find_shards(self, plan: TextPlan) -> tuple[str, Sequence[ShardFacts]]:
         uri = plan.data_uri
         if not uri:
-            raise UsageError("Which data the model was made with is not known: name some, --data.")
+            raise UsageError("It is not known what the model was trained on: name data, --data.")
         _, index = self._open(uri)
         if not (index.validation or index.training):
             raise DataError(f"{uri} holds no shards (*.npz).")
@@ -232,27 +233,20 @@ class Evaluator:
             self._opened[uri] = bucket, index
         return self._opened[uri]
 
-    @contextlib.contextmanager
-    def _open_stream(
-        self,
-        uri: str,
-        shards: Sequence[ShardFacts],
-        loaded: LoadedModel,
-        max_tokens: int | None,
-    ) -> Iterator[TokenStream]:
+    def _open_cache(
+        self, uri: str, shards: Sequence[ShardFacts], loaded: LoadedModel
+    ) -> contextlib.closing[ShardCache]:
         bucket, _ = self._open(uri)
         directory, limit = RunPaths.of(self._config).cache, self._config.cache_limit_bytes
-        cache = ShardCache([(bucket, shards)], directory, loaded.vocab_size, limit)
-        try:
-            yield TokenStream(cache, shards, max_tokens)
-        finally:
-            cache.close()
+        return contextlib.closing(
+            ShardCache([(bucket, shards)], directory, loaded.vocab_size, limit)
+        )
 
     # Tasks
 
     def _measurer(self, task: str, questions: Questions | None) -> Measure:
         def measure(loaded: LoadedModel, on_progress: OnProgress) -> list[Evaluation]:
-            (found,) = run_harness(
+            ((_, values, what),) = run_harness(
                 loaded,
                 [task_of(task, questions)],
                 limit=self._plan.limit,
@@ -260,9 +254,9 @@ class Evaluator:
                 softmax_dtype="float32",
             )
             if questions is None:
-                return [self._evaluation(loaded, task, found.values, found.what)]
-            what = {"data": questions.fingerprint, **found.what}
-            return [self._evaluation(loaded, task, found.values, what, questions.source)]
+                return [self._evaluation(loaded, task, values, what)]
+            what = {"data": questions.fingerprint, **what}
+            return [self._evaluation(loaded, task, values, what, questions.source)]
 
         return measure
 
@@ -276,7 +270,7 @@ class Evaluator:
             limit=plan.limit,
             batch_size=plan.batch_size or HARNESS_ANSWERS,
         )
-        return [self._evaluation(loaded, one.task, one.values, one.what) for one in results]
+        return [self._evaluation(loaded, *result) for result in results]
 
     def _evaluation(
         self,

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.metadata
 import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,8 @@ TASKS = {HELLASWAG: "hellaswag", LAMBADA: "lambada_openai"}
 Task = str | dict[str, Any]
 """A name that the harness knows, of a group too, or the configuration of a task."""
 
-
-@dataclass(frozen=True)
-class HarnessResult:
-    """Figures of one task.
-
-    Attributes:
-        task: Its name.
-        values: Figures by name, and their standard errors.
-        what: Version, shots and number of questions: what the figures depend on.
-    """
-
-    task: str
-    values: dict[str, float | None]
-    what: dict[str, Any]
+Result = tuple[str, dict[str, float | None], dict[str, Any]]
+"""A task's name; its figures and their standard errors by name; what these depend on."""
 
 
 def require_harness(option: str) -> str:
@@ -63,12 +51,7 @@ def require_harness(option: str) -> str:
         raise UsageError(
             f'{option} needs EleutherAI\'s lm-evaluation-harness: pip install "lm-eval[hf]"'
         )
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("lm_eval")
-    except PackageNotFoundError:
-        return "unknown"
+    return importlib.metadata.version("lm_eval")
 
 
 def task_of(name: str, questions: Questions | None) -> Task:
@@ -124,7 +107,7 @@ def run_harness(
     limit: int | None = None,
     batch_size: int = 8,
     softmax_dtype: str | None = None,
-) -> list[HarnessResult]:
+) -> list[Result]:
     """Return the figures of tasks.
 
     Args:
@@ -198,7 +181,7 @@ def _find_tasks(tasks: Sequence[Task], tasks_path: Path | None, version: str) ->
     return manager
 
 
-def _result(task: str, found: Mapping[str, Any], version: str, limit: int | None) -> HarnessResult:
+def _result(task: str, found: Mapping[str, Any], version: str, limit: int | None) -> Result:
     counts = found.get("n-samples", {}).get(task) or {}
     what = {
         "harness": f"lm_eval {version}",
@@ -210,7 +193,7 @@ def _result(task: str, found: Mapping[str, Any], version: str, limit: int | None
     values = harness_values(found["results"][task])
     if "effective" in counts:
         values["items"] = counts["effective"]
-    return HarnessResult(task, values, what)
+    return task, values, what
 
 
 def harness_values(row: Mapping[str, Any]) -> dict[str, float | None]:

@@ -76,7 +76,7 @@ class DiskTarget:
     """A folder, or a file, on this machine.
 
     Attributes:
-        path: Where it comes to lie.
+        path: Where the model goes.
         is_file: The staging directory's one file goes there, not the directory.
         overwrite: Replace an exported model that is there.
     """
@@ -206,11 +206,9 @@ class BucketTarget:
                 f"--output {printable(self.location)} {problem}: not replaced. Choose another one."
             )
 
-    @contextlib.contextmanager
-    def staging(self) -> Iterator[Path]:
-        """Return an empty directory on this machine."""
-        with scratch_directory(self.scratch) as staged:
-            yield staged
+    def staging(self) -> contextlib.AbstractContextManager[Path]:
+        """Return an empty directory on this machine, which is gone afterwards."""
+        return scratch_directory(self.scratch)
 
     def publish(self, staged: Path, on_progress: OnProgress) -> None:
         """Upload the files, each verified, `config.json` last."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +26,7 @@ from transformers import (
 )
 
 from utils.base.errors import SaveError, UsageError
-from utils.checkpoints.files import seal, sync_files
 from utils.checkpoints.layout import read_manifest
-from utils.models.parts import Part, part_file, part_header
 from utils.models.tokenizer import write_tokenizer_files
 from utils.tools.export.export import ExportOptions, ExportReport, compute_logits, export_model
 from utils.tools.generation.loading import ModelSource, load_model
@@ -219,55 +216,6 @@ def test_a_large_model_has_several_files(trained_run: Path, tmp_path: Path) -> N
     assert len(parts) > 1
     assert "model.safetensors.index.json" in report.files
     assert report.max_logit_difference == 0
-
-
-def checkpoint_like(trained_run: Path, folder: Path, write: Callable[[Path], list[str]]) -> Path:
-    """Copy a checkpoint whose weights `write` writes in another form; return the directory."""
-    source = newest(trained_run)
-    target = folder / source.name
-    shutil.copytree(source.location, target)
-    assert source.manifest is not None
-    entries = dict(source.manifest.files)
-    del entries["model.safetensors"]
-    entries |= sync_files(target, write(target))
-    (target / "model.safetensors").unlink()
-    seal(target, replace(source.manifest, files=entries))
-    return target
-
-
-def write_bin(target: Path) -> list[str]:
-    torch.save(load_file(target / "model.safetensors"), target / "pytorch_model.bin")
-    return ["pytorch_model.bin"]
-
-
-def write_parts(target: Path) -> list[str]:
-    weights = load_file(target / "model.safetensors")
-    names = []
-    for rank in range(2):
-        part = Part(rank, 2)
-        held = {}
-        for key, tensor in weights.items():
-            first, behind = part.rows(tensor.shape[0])
-            if behind > first:
-                held[key] = tensor[first:behind].contiguous()
-        header = part_header({key: tuple(weights[key].shape) for key in held}, part)
-        names.append(part_file("model", part))
-        save_file(held, str(target / names[-1]), header)
-    return names
-
-
-@pytest.mark.parametrize("write", [write_bin, write_parts])
-def test_weights_of_every_form_give_the_same_export(
-    write: Callable[[Path], list[str]], trained_run: Path, tmp_path: Path
-) -> None:
-    target = checkpoint_like(trained_run, tmp_path, write)
-    source = ModelSource(target.name, str(target), read_manifest(target))
-    report = export(source, tmp_path / "out")
-    whole = export(newest(trained_run), tmp_path / "whole")
-    assert report.files["model.safetensors"] == whole.files["model.safetensors"]
-    card = (tmp_path / "out" / "README.md").read_text()
-    weights = [name for name in read_manifest(target).files if name.startswith(("model", "pytor"))]
-    assert card.count("crc32c of") == len(weights)
 
 
 @pytest.mark.parametrize("damage", ["weights", "config", "tokenizer", "missing"])

@@ -221,14 +221,11 @@ def test_the_speed_is_told_for_prompts_and_tokens_apart(loaded: LoadedModel) -> 
     )
     assert speed.prefill_seconds > 0
     assert speed.decode_seconds > 0
-    one = Speed(1, 5, 11, 0.25, 2.0)
-    assert one.describe() == (
-        "11 tokens; prompt: 5 tokens, first token after 0.250s; then 5.0 tokens/s"
+    assert Speed(1, 5, 1011, 0.25, 2.0).describe() == (
+        "1,011 tokens in 1 text; prompts: 5 tokens, first token after 0.250s; then 505.0 tokens/s"
     )
-    assert Speed(2, 50, 1002, 0.5, 2.0).describe() == (
-        "1,002 tokens in 2 texts, 2.50s; prompts: 50 tokens, 100 tokens/s; then 500.0 tokens/s"
-    )
-    assert Speed(1, 1, 1, 0.5).describe() == "1 token; prompt: 1 token, first token after 0.500s"
+    found = Speed(2, 1, 1, 0.5).describe()
+    assert found == "1 token in 2 texts; prompts: 1 token, first token after 0.500s"
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
