@@ -32,9 +32,15 @@ from utils.base.errors import UsageError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import format_bytes, printable, to_json_text
 from utils.checkpoints.layout import RunPaths
+from utils.tools.export.gguf import require_gguf
 from utils.tools.export.hub_target import HUB_PREFIX, HubTarget
 from utils.tools.export.target import GGUF_SUFFIX, BucketTarget, DiskTarget, open_target
-from utils.tools.generation.arguments import add_model_arguments, find_from, read_configuration
+from utils.tools.generation.arguments import (
+    add_model_arguments,
+    find_from,
+    load_found,
+    read_configuration,
+)
 
 if TYPE_CHECKING:
     from utils.tools.export.export import ExportReport
@@ -84,23 +90,24 @@ def run(args: argparse.Namespace) -> None:
     """Export the named model and say where it is."""
     configure_logging("debug" if args.debug else "info", quiet=not args.debug, stderr=True)
     check_arguments(args)
+    if args.format == "gguf":
+        require_gguf()
     target = find_target(args, read_configuration(args))
     target.require_free()
     source = find_from(args)
     from utils.tools.export.export import ExportOptions, export_model  # loads torch
 
     options = ExportOptions(
-        format=args.format,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         is_checked=not args.no_check,
-        device=args.device,
-        attention=args.attention,
         tokenizer=args.tokenizer,
-        file_name=file_name(args.output),
+        gguf_name=file_name(args.output) if args.format == "gguf" else None,
     )
+    if args.format == "gguf":
+        args.dtype = "auto"  # only the matrices are cast, when they are written
     with ProgressDisplay(enabled=not args.json) as display, target.staging() as staged:
-        report = export_model(source, staged, options, display.update)
+        report = export_model(load_found(args, source), staged, options, display.update)
         target.publish(staged, display.update)
     if args.json:
         place = {"model": source.name, "output": target.location, "format": args.format}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def test_a_gguf_file(words: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "small.gguf").read_bytes()[:4] == b"GGUF"
     assert [path.name for path in tmp_path.iterdir()] == ["small.gguf"]
     assert export_model.main([*command, *words]) == ExitCode.USAGE
+
+
+def test_a_missing_package_is_named_with_what_to_do(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    command = ["no-such-model", "--format", "gguf", "--output", "small.gguf"]
+    assert export_model.main([*command, *words]) == ExitCode.USAGE
+    assert "-m pip install gguf" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from utils.models.tokenizer import write_tokenizer_files
 from utils.tools.export.export import ExportOptions, ExportReport, compute_logits, export_model
 from utils.tools.generation.loading import ModelSource, load_model
 
-OPTIONS = ExportOptions(device="cpu")
+OPTIONS = ExportOptions()
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -82,7 +82,9 @@ def newest(trained_run: Path) -> ModelSource:
 
 def export(source: ModelSource, folder: Path, options: ExportOptions = OPTIONS) -> ExportReport:
     folder.mkdir(exist_ok=True)
-    return export_model(source, folder, options, lambda stage, done, total: None)
+    dtype = "auto" if options.gguf_name else options.dtype
+    loaded = load_model(source, device="cpu", dtype=dtype, tokenizer=options.tokenizer)
+    return export_model(loaded, folder, options, lambda stage, done, total: None)
 
 
 def test_an_exported_checkpoint_is_the_checkpoint(trained_run: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +24,15 @@ from tokenizers import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.utils.tools.export.test_export import OPTIONS, export, make_model, newest
-from utils.base.errors import ConfigError, SaveError, UsageError
+from tests.utils.tools.export.test_export import export, make_model, newest
+from utils.base.errors import SaveError, UsageError
 from utils.corpus import tokenizer_conversion
-from utils.tools.export.export import compute_logits
+from utils.tools.export.export import ExportOptions, compute_logits
 from utils.tools.export.gguf_model import require_architecture
 from utils.tools.export.gguf_tokenizer import find_pre_tokenizer, read_tokenizer
 from utils.tools.generation.loading import load_model
 
-GGUF = replace(OPTIONS, format="gguf", file_name="small.gguf")
+GGUF = ExportOptions(gguf_name="small.gguf")
 TEXTS = (
     "The quick brown fox: 3.14,  two spaces\tand\na na\u00efve line. ",
     "it's we'll  \n\n x 12345 \U0001f600 \u4f60\u597d   ",
@@ -136,14 +135,6 @@ def test_a_model_without_a_tokenizer_takes_ids(
     assert fields["tokenizer.ggml.model"].contents() == "no_vocab"
     assert fields["llama.vocab_size"].contents() == 96
     assert "made has no tokenizer" in caplog.text
-
-
-def test_a_missing_package_is_named_with_what_to_do(
-    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ConfigError, match="-m pip install gguf"):
-        export(newest(trained_run), tmp_path / "out", GGUF)
 
 
 def config_of(kind: str, **changes: Any) -> Any:
