@@ -126,10 +126,13 @@ def test_a_stop_text_ends_a_text_and_is_no_part_of_it(
 
 
 def test_pieces_make_the_text(loaded: LoadedModel) -> None:
-    (whole,) = write(loaded, ["The"], SAMPLING)
+    # Nobody knows what a model says that had 4 steps: a text of whole characters is looked for.
+    samplings = (replace(SAMPLING, seed=seed) for seed in range(64))
+    texts = (write(loaded, ["The"], sampling)[0] for sampling in samplings)
+    whole = next(one for one in texts if one.text.isascii() and len(one.text) > 6)
     pieces: list[str] = []
     generator = TextGenerator(loaded, stops=[whole.text[4:6]])
-    (text,) = generator.write(generator.plan(["The"], SAMPLING), pieces.append)
+    (text,) = generator.write(generator.plan(["The"], whole.job.sampling), pieces.append)
     assert "".join(pieces) == text.text == whole.text.split(whole.text[4:6])[0]
 
 
@@ -145,8 +148,11 @@ def test_an_end_token_ends_a_text_unless_it_is_to_be_ignored(
     monkeypatch.setattr(loaded.model, "generation_config", settings)
     own = loaded.tokenizer.eos_token_id
     assert set(find_end_ids(loaded)) == {end, 3, own}
-    (text,) = write(loaded, ["The"], SAMPLING)
+    pieces: list[str] = []
+    generator = TextGenerator(loaded)
+    (text,) = generator.write(generator.plan(["The"], SAMPLING), pieces.append)
     assert (text.finish, text.token_ids) == ("end_token", whole.token_ids[:number])
+    assert "".join(pieces) == text.text
     (text,) = write(loaded, ["The"], SAMPLING, ignore_end=True)
     assert text.token_ids == whole.token_ids
     settings.eos_token_id = None
