@@ -17,10 +17,10 @@ byte: nats / ln 2 over the UTF-8 bytes of the text that the predicted tokens sta
 model's own tokenizer; special tokens have none.
 
 HellaSwag (acc_norm: by log-likelihood for each character of the ending) and last words (LAMBADA)
-are scored as EleutherAI's lm-evaluation-harness does it; --tasks runs that harness itself
+are tasks of EleutherAI's lm-evaluation-harness over that file, --tasks any other of its tasks
 (pip install "lm-eval[hf]"). Every result is appended to logs/evaluations.jsonl, and
-checkpoint_viewer.py view NAME shows it. A model that cannot be measured does not keep the others
-from it. Exit codes: 0 done, 1 something failed, 2 usage, or a model or data that cannot be used.
+checkpoint_viewer.py view NAME shows it. If one model cannot be measured, the others
+still are. Exit codes: 0 done, 1 something failed, 2 usage, or a model or data that cannot be used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import contextlib
 import gc
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,8 +55,8 @@ from utils.checkpoints.layout import RunPaths
 from utils.tools.evaluation.evaluator import MEASURED_SPLITS, EvaluationPlan, Evaluator, TextPlan
 from utils.tools.evaluation.harness import require_harness
 from utils.tools.evaluation.log import Evaluation, append_evaluation, metric_points
-from utils.tools.evaluation.task_data import HELLASWAG, LAMBADA, read_questions
-from utils.tools.evaluation.text import chart_lines, series, tables
+from utils.tools.evaluation.questions import HELLASWAG, LAMBADA, read_questions
+from utils.tools.evaluation.text import series, tables
 from utils.tools.generation.arguments import (
     add_model_arguments,
     find_from,
@@ -68,7 +67,6 @@ from utils.tools.viewer.shelf import open_shelf
 from utils.tracking.plots import draw_panels, picture_path
 
 ALL = "all"
-CHART_WIDTH = 78
 _RANGE = re.compile(r"(?=.*\d)(\d{0,12})-(\d{0,12})")
 
 
@@ -149,7 +147,7 @@ def add_task_options(group: argparse._ArgumentGroup) -> None:
             nargs="?",
             const="",
             metavar="FILE",
-            help=f"{text}; no file: from the Hub, through `datasets`",
+            help=f"{text}; no file: from the Hub",
         )
     add("--tasks", metavar="A,B", help="tasks of lm-evaluation-harness")
     add("--tasks-path", type=Path, metavar="DIR", help="YAML files of more of its tasks")
@@ -210,13 +208,12 @@ def build_plan(args: argparse.Namespace) -> EvaluationPlan:
     if args.tasks_path is not None and not args.tasks_path.is_dir():
         raise UsageError(f"--tasks-path {printable(str(args.tasks_path))} is no directory.")
     tasks = [task.strip() for task in (args.tasks or "").split(",") if task.strip()]
-    if tasks:
-        require_harness()
     given = {task: getattr(args, task) for task in (HELLASWAG, LAMBADA)}
+    given = {task: source for task, source in given.items() if source is not None}
+    for option in [*given, *(["tasks"] if tasks else [])]:
+        require_harness(f"--{option}")
     questions = {
-        task: read_questions(task, source, args.limit)
-        for task, source in given.items()
-        if source is not None
+        task: read_questions(task, source) if source else None for task, source in given.items()
     }
     is_text = not (tasks or questions) or args.perplexity or args.data or args.like_training
     text = TextPlan(
@@ -344,10 +341,6 @@ class Session:
             return
         for title, rows in tables(self.evaluations):
             print_table(title, rows, right_aligned=[key for key in rows[0] if key != "model"])
-        if sys.stdout.isatty():
-            width = min(shutil.get_terminal_size().columns, CHART_WIDTH)
-            several = [points for points in drawn if len(points.steps) > 1]
-            print("\n".join(chart_lines(several, sys.stdout.encoding, width)))
         if saved is not None:
             print(f"Plot saved to {printable(str(saved))}")
         elif args.plot is not None:

@@ -19,8 +19,9 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,12 +32,20 @@ from utils.base.errors import UsageError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import format_bytes, printable, to_json_text
 from utils.checkpoints.layout import RunPaths
+from utils.tools.export.gguf import require_gguf
 from utils.tools.export.hub_target import HUB_PREFIX, HubTarget
-from utils.tools.export.target import GGUF_SUFFIX, ExportTarget, open_target
-from utils.tools.generation.arguments import add_model_arguments, find_from, read_configuration
+from utils.tools.export.target import GGUF_SUFFIX, BucketTarget, DiskTarget, open_target
+from utils.tools.generation.arguments import (
+    add_model_arguments,
+    find_from,
+    load_found,
+    read_configuration,
+)
 
 if TYPE_CHECKING:
     from utils.tools.export.export import ExportReport
+
+ExportTarget = DiskTarget | BucketTarget | HubTarget
 
 FORMATS = ("hf", "gguf")
 SCRATCH_FOLDER = "exports"
@@ -81,26 +90,28 @@ def run(args: argparse.Namespace) -> None:
     """Export the named model and say where it is."""
     configure_logging("debug" if args.debug else "info", quiet=not args.debug, stderr=True)
     check_arguments(args)
+    if args.format == "gguf":
+        require_gguf()
     target = find_target(args, read_configuration(args))
     target.require_free()
     source = find_from(args)
     from utils.tools.export.export import ExportOptions, export_model  # loads torch
 
     options = ExportOptions(
-        format=args.format,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         is_checked=not args.no_check,
-        device=args.device,
-        attention=args.attention,
         tokenizer=args.tokenizer,
-        file_name=file_name(args.output),
+        gguf_name=file_name(args.output) if args.format == "gguf" else None,
     )
+    if args.format == "gguf":
+        args.dtype = "auto"  # only the matrices are cast, when they are written
     with ProgressDisplay(enabled=not args.json) as display, target.staging() as staged:
-        report = export_model(source, staged, options, display.update)
+        report = export_model(load_found(args, source), staged, options, display.update)
         target.publish(staged, display.update)
     if args.json:
-        print(to_json_text(to_record(args, source.name, target, report)))
+        place = {"model": source.name, "output": target.location, "format": args.format}
+        print(to_json_text({**place, **asdict(report)}))
     else:
         show(source.name, target, report)
 
@@ -149,27 +160,6 @@ def file_name(output: str) -> str:
     """Return the name of a GGUF file: the output's last part."""
     name = output.rstrip("/").rpartition("/")[2]
     return name if name.endswith(GGUF_SUFFIX) else f"{name}{GGUF_SUFFIX}"
-
-
-def to_record(
-    args: argparse.Namespace, name: str, target: ExportTarget, report: ExportReport
-) -> dict[str, Any]:
-    """Return what `--json` prints."""
-    return {
-        "model": name,
-        "output": target.location,
-        "format": args.format,
-        "dtype": report.dtype,
-        "parameters": report.parameters,
-        "vocab_size": report.vocab_size,
-        "removed_rows": report.removed_rows,
-        "compared_tensors": report.compared_tensors,
-        "max_logit_difference": report.max_logit_difference,
-        "files": {
-            name: {"size": entry.size, "crc32c": entry.crc32c}
-            for name, entry in report.files.items()
-        },
-    }
 
 
 def show(name: str, target: ExportTarget, report: ExportReport) -> None:

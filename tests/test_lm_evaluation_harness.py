@@ -1,4 +1,4 @@
-"""Our scores against EleutherAI's lm-evaluation-harness itself, offline, on the same local files.
+"""evaluate.py with EleutherAI's lm-evaluation-harness itself, offline, on local files.
 
 Runs where the package is, or can be installed into a folder of the test's own; else it is skipped.
 """
@@ -7,138 +7,91 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
+import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
-from tests.small_models import TASK_FILES
+from scripts import evaluate, export_model
+from tests.small_models import TASK_FILES, build_small_model, plain_score
+from utils.tools.generation.loading import ModelSource, load_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
-# Without their dependencies, which would bring torch once more.
-PACKAGES = (
-    "lm-eval",
-    "absl-py",
-    "chardet",
-    "colorama",
-    "DataProperty",
-    "evaluate",
-    "joblib",
-    "jsonlines",
-    "lxml",
-    "mbstrdecoder",
-    "more_itertools",
-    "nltk",
-    "pathvalidate",
-    "portalocker",
-    "pytablewriter",
-    "regex",
-    "rouge-score",
-    "sacrebleu",
-    "scikit-learn",
-    "scipy",
-    "sqlitedict",
-    "tabledata",
-    "tabulate",
-    "tcolorpy",
-    "threadpoolctl",
-    "typepy",
-    "word2number",
+# What it imports here, without their dependencies, which would bring torch once more.
+PACKAGES = ("lm-eval", "colorama", "lxml", "portalocker", "sacrebleu", "tabulate")
+HELLASWAG, LAMBADA = (TASK_FILES / f"{name}.jsonl" for name in ("hellaswag", "lambada"))
+BEGIN = "<s>"
+ALONE = "Alone"  # a text of one word: nothing of it stands before the last word
+SCORE = """
+import json, sys
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+model, tasks = sys.argv[1:]
+found = simple_evaluate(
+    model="hf",
+    model_args=f"pretrained={model},dtype=float32",
+    device="cpu",
+    tasks=["local_hellaswag", "local_lambada"],
+    task_manager=TaskManager(include_path=tasks),
+    bootstrap_iters=0,
 )
-LIMIT_SECONDS = 300
-TRAINING_STEPS = 60
+print(json.dumps(found["results"], default=str))
+"""
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return what a process needs to have the harness and no network."""
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Let this process import the harness, without a network; return the folder that has it."""
     folder = tmp_path_factory.mktemp("harness")
-    values = {
-        **os.environ,
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "hf"),
-        "OMP_NUM_THREADS": "1",
-    }
-    if importlib.util.find_spec("lm_eval") is None:
-        site = folder / "site"
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
-        done = subprocess.run(
-            [*command, *PACKAGES], capture_output=True, text=True, check=False, timeout=600
-        )
-        if done.returncode:
-            pytest.skip(f"lm-eval cannot be installed: {done.stderr.strip()[-300:]}")
-        values["PYTHONPATH"] = str(site)
-    return values
-
-
-@pytest.fixture(scope="module")
-def tasks(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the harness's own tasks, which take their questions from the local files."""
-    found = subprocess.run(
-        [sys.executable, "-c", "import lm_eval; print(lm_eval.__path__[0])"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=LIMIT_SECONDS,
-    )
-    source = Path(found.stdout.strip()) / "tasks"
-    target = tmp_path_factory.mktemp("tasks")
-    shutil.copy(source / "hellaswag" / "utils.py", target)
-    changes = {
-        "hellaswag/hellaswag.yaml": ("validation", "training_split: train\n"),
-        "lambada/lambada_openai.yaml": ("test", ""),
-    }
-    for file, (split, left_out) in changes.items():
-        name = Path(file).stem.partition("_")[0]
-        lines = (source / file).read_text("utf-8").replace(left_out, "").splitlines()
-        text = "\n".join(_without_its_data(lines))
-        questions = TASK_FILES / f"{name}.jsonl"
-        text += (
-            f"\ntask: local_{name}\ndataset_path: json\n"
-            f"dataset_kwargs:\n  data_files:\n    {split}: {questions}\n"
-        )
-        (target / f"local_{name}.yaml").write_text(text, "utf-8")
-    return target
-
-
-def _without_its_data(lines: list[str]) -> list[str]:
-    """Leave out of a task its name, its data set and its tags, and nothing else."""
-    kept, is_tag = [], False
-    for line in lines:
-        is_tag = line.startswith("tag:") or (is_tag and line.startswith("  - "))
-        if not is_tag and not line.startswith(("task:", "dataset_")):
-            kept.append(line)
-    return kept
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_HOME", str(folder / "hf"))
+        if importlib.util.find_spec("lm_eval") is None:
+            command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
+            done = subprocess.run(
+                [*command, "--target", str(folder), *PACKAGES],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=600,
+            )
+            if done.returncode:
+                pytest.skip(f"lm-eval cannot be installed: {done.stderr.strip()[-300:]}")
+            patch.setattr(sys, "path", [*sys.path, str(folder)])
+            patch.setenv("PYTHONPATH", str(folder))
+        yield str(folder)
 
 
 @pytest.fixture(scope="module")
 def model(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a model that has learned some of the questions, and not the others."""
+    """Return a model that learned some of the questions, and whose texts begin with a token."""
     import torch
+    from transformers import PreTrainedTokenizerFast
 
-    from tests.small_models import build_small_model
-    from utils.tools.generation.loading import load_named_tokenizer
-
-    tokenizer = load_named_tokenizer(str(sample_data))
-    small = build_small_model(context=128)
+    plain: Any = PreTrainedTokenizerFast
+    tokenizer = plain.from_pretrained(str(sample_data))
+    tokenizer.add_special_tokens({"bos_token": BEGIN})
+    tokenizer.add_bos_token = True
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    small = build_small_model(context=128, vocab_size=len(tokenizer))
+    small.config.bos_token_id = small.generation_config.bos_token_id = tokenizer.bos_token_id
     with torch.no_grad():
         for parameter in small.parameters():
             parameter.div_(4.0)
-    texts = [record["text"] for record in read_records("lambada.jsonl")[::2]]
-    for record in read_records("hellaswag.jsonl")[::2]:
+    texts = [record["text"] for record in read_records(LAMBADA)[::2]]
+    for record in read_records(HELLASWAG)[::2]:
         ending = record["endings"][record["label"]]
         texts.append(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b']} {ending}")
     optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2)
     rows = [torch.tensor([tokenizer.encode(text)[:128]]) for text in texts]
-    for _ in range(TRAINING_STEPS):
+    for _ in range(60):
         for row in rows:
             torch.autograd.backward(small(input_ids=row, labels=row).loss)
         optimizer.step()
@@ -149,109 +102,114 @@ def model(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read_records(name: str) -> list[dict[str, Any]]:
-    lines = (TASK_FILES / name).read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def read_records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def lambada(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file of last words with a text more, of one word."""
+    path = tmp_path_factory.mktemp("questions") / "lambada.jsonl"
+    path.write_text(LAMBADA.read_text("utf-8") + json.dumps({"text": ALONE}) + "\n", "utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")
 def found(
-    model: Path, tasks: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    site: str, model: Path, lambada: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, float]]:
-    """Return the figures of evaluate.py by task, ours and those of the harness within it."""
-    words = ["--hellaswag", str(TASK_FILES / "hellaswag.jsonl")]
-    words += ["--lambada", str(TASK_FILES / "lambada.jsonl")]
-    words += ["--tasks", "local_hellaswag,local_lambada", "--tasks-path", str(tasks)]
-    done = evaluate(environment, tmp_path_factory.mktemp("run"), str(model), *words, "--json")
-    assert done.returncode == 0, done.stderr
-    return {one["task"]: one["values"] for one in json.loads(done.stdout)["evaluations"]}
+    """Return the figures of evaluate.py by task."""
+    folder = tmp_path_factory.mktemp("run")
+    words = ["--hellaswag", str(HELLASWAG), "--lambada", str(lambada), "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert evaluate.main([str(model), *words]) == 0
+    lines = (folder / "logs" / "evaluations.jsonl").read_text("utf-8").splitlines()
+    return {one["task"]: one["values"] for one in map(json.loads, lines)}
 
 
-def evaluate(
-    environment: dict[str, str], folder: Path, *words: str
-) -> subprocess.CompletedProcess[str]:
-    script = PROJECT_DIRECTORY / "scripts" / "evaluate.py"
-    return subprocess.run(
-        [sys.executable, str(script), *words, "--device", "cpu"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=LIMIT_SECONDS,
-    )
-
-
-def test_hellaswag_is_that_of_the_harness(found: dict[str, dict[str, float]]) -> None:
-    ours, theirs = found["hellaswag"], found["local_hellaswag"]
-    for figure in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
-        assert ours[figure] == pytest.approx(theirs[figure], abs=1e-12), figure
-    assert 0.3 < ours["acc_norm"] < 1.0
-    assert ours["acc"] != ours["acc_norm"]
-
-
-def test_last_words_are_those_of_the_harness(found: dict[str, dict[str, float]]) -> None:
-    ours, theirs = found["lambada"], found["local_lambada"]
-    assert ours["acc"] == theirs["acc"]
-    assert ours["acc_stderr"] == pytest.approx(theirs["acc_stderr"], abs=1e-12)
-    assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
-    assert 0.2 < ours["acc"] < 1.0
+def test_last_words_are_scored_as_a_plain_loop_does_it(
+    found: dict[str, dict[str, float]], model: Path, lambada: Path
+) -> None:
+    """Each text begins with the token that begins texts, also one of which nothing else stands."""
+    loaded = load_model(ModelSource("learned", str(model)), device="cpu")
+    scores = []
+    for record in read_records(lambada):
+        context, _, word = record["text"].rpartition(" ")
+        begin = loaded.tokenizer(context).input_ids
+        assert begin[0] == loaded.tokenizer.bos_token_id != loaded.tokenizer.eos_token_id
+        whole = loaded.tokenizer(f"{context} {word}").input_ids
+        scores.append(plain_score(loaded.model, begin, whole[len(begin) :]))
+    total = math.fsum(log_likelihood for log_likelihood, _ in scores)
+    assert found["lambada"]["acc"] == pytest.approx(sum(hit for _, hit in scores) / 21)
+    assert math.log(found["lambada"]["perplexity"]) == pytest.approx(-total / 21, rel=1e-4)
+    assert 0.2 < found["lambada"]["acc"] < 1.0
+    assert found["lambada"]["items"] == 21
 
 
 def test_the_harness_alone_loads_what_was_exported_and_finds_the_same(
-    found: dict[str, dict[str, float]],
-    model: Path,
-    tasks: Path,
-    environment: dict[str, str],
-    tmp_path: Path,
+    found: dict[str, dict[str, float]], site: str, model: Path, lambada: Path, tmp_path: Path
 ) -> None:
-    exported = tmp_path / "exported"
-    script = PROJECT_DIRECTORY / "scripts" / "export_model.py"
-    subprocess.run(
-        [sys.executable, str(script), str(model), "--output", str(exported)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        check=True,
-        timeout=LIMIT_SECONDS,
-    )
-    words = ["--model", "hf", "--model_args", f"pretrained={exported},dtype=float32"]
-    words += ["--tasks", "local_hellaswag,local_lambada", "--include_path", str(tasks)]
+    exported, tasks = tmp_path / "exported", tmp_path / "tasks"
+    assert export_model.main([str(model), "--output", str(exported), "--device", "cpu"]) == 0
+    tasks.mkdir()
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None
+    assert spec.origin is not None
+    own = Path(spec.origin).parent / "tasks"
+    shutil.copy(own / "hellaswag" / "utils.py", tasks)
+    write_task(own / "hellaswag" / "hellaswag.yaml", tasks, "hellaswag", "validation", HELLASWAG)
+    write_task(own / "lambada" / "lambada_openai.yaml", tasks, "lambada", "test", lambada)
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "lm_eval",
-            *words,
-            "--device",
-            "cpu",
-            "--batch_size",
-            "1",
-            "--output_path",
-            str(tmp_path / "out"),
-        ],
+        [sys.executable, "-c", SCORE, str(exported), str(tasks)],
         cwd=tmp_path,
-        env=environment,
         capture_output=True,
         text=True,
         check=False,
-        timeout=LIMIT_SECONDS,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    results: Any = json.loads(next((tmp_path / "out").rglob("*.json")).read_text())["results"]
-    for figure in ("acc", "acc_norm"):
-        assert found["hellaswag"][figure] == results["local_hellaswag"][f"{figure},none"]
-    assert found["lambada"]["acc"] == results["local_lambada"]["acc,none"]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert 0.3 < found["hellaswag"]["acc_norm"] < 1.0
+    for task, figure in (("hellaswag", "acc"), ("hellaswag", "acc_norm"), ("lambada", "acc")):
+        assert found[task][figure] == pytest.approx(results[f"local_{task}"][f"{figure},none"])
+    assert found["lambada"]["perplexity"] == pytest.approx(
+        results["local_lambada"]["perplexity,none"], rel=1e-5
+    )
+
+
+def write_task(own: Path, folder: Path, name: str, split: str, questions: Path) -> None:
+    """Write a task of the harness with its questions from a file, and nothing else changed."""
+    kept, is_tag = [], False
+    for line in own.read_text("utf-8").splitlines():
+        is_tag = line.startswith("tag:") or (is_tag and line.startswith("  - "))
+        if not is_tag and not line.startswith(("task:", "dataset_", "training_split:")):
+            kept.append(line)
+    data = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    {split}: {questions}"
+    text = "\n".join([*kept, f"task: local_{name}", data, ""])
+    (folder / f"local_{name}.yaml").write_text(text, "utf-8")
 
 
 @pytest.mark.parametrize(
-    ("task", "told"), [("no_such_task", "knows no no_such_task"), ("arc_easy", "lm-evaluation-har")]
+    ("words", "told"),
+    [
+        (["--tasks", "no_such_task"], "knows no no_such_task"),
+        (["--tasks", "arc_easy"], "lm-evaluation-harness"),
+        (["--lambada"], "lm-evaluation-harness"),
+    ],
 )
 def test_a_task_that_cannot_run_is_one_line(
-    model: Path, environment: dict[str, str], tmp_path: Path, task: str, told: str
+    site: str,
+    model: Path,
+    tmp_path: Path,
+    words: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = evaluate(environment, tmp_path, str(model), "--tasks", task)
-    assert done.returncode == 2
-    assert told in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main([str(model), *words, "--device", "cpu"]) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,6 @@ def test_a_checkpoint_becomes_a_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
-def test_an_export_goes_to_a_bucket_and_comes_back(
-    words: list[str], tmp_path: Path, gcs: FakeGcsServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    uri = "gs://runs/exports/small"
-    command = ["latest", "--output", uri, "--dtype", "bfloat16", *words]
-    assert export_model.main(command) == 0
-    assert export_model.main(command) == ExitCode.USAGE
-    capsys.readouterr()
-    assert export_model.main([uri, "--output", "back", "--json", *words]) == 0
-    assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
-    weights = (tmp_path / "back" / "model.safetensors").read_bytes()
-    assert weights == gcs.read_object("runs", "exports/small/model.safetensors")
-
-
 def test_an_export_that_fails_its_check_is_nowhere(
     words: list[str],
     tmp_path: Path,
@@ -86,6 +73,15 @@ def test_a_gguf_file(words: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "small.gguf").read_bytes()[:4] == b"GGUF"
     assert [path.name for path in tmp_path.iterdir()] == ["small.gguf"]
     assert export_model.main([*command, *words]) == ExitCode.USAGE
+
+
+def test_a_missing_package_is_named_with_what_to_do(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    command = ["no-such-model", "--format", "gguf", "--output", "small.gguf"]
+    assert export_model.main([*command, *words]) == ExitCode.USAGE
+    assert "-m pip install gguf" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from utils.models.tokenizer import (
     find_misreading,
     load_tokenizer_from,
 )
-from utils.tools.evaluation.scoring import encode_request
 
 TEXT = "It's 12345 and 67 o'clock; the na\u00efve fox doesn't  run \u4f60\u597d.\n" * 20
 PROBES = ("12345", "it's doesn't", "  two  spaces\n\n", "\u4f60\u597d, \ufb01ne", "a</s>b <s>")
@@ -165,9 +164,6 @@ def test_prompts_begin_like_the_data_and_never_end(
         assert encode_prompt(tokenizer, "fox") == [*begin, *plain.ids]
         assert encode_prompt(tokenizer, "") == [2]
         assert tokenizer("fox").input_ids == [*begin, *plain.ids]
-        request = encode_request(tokenizer, "the", " fox")
-        assert request.context[:1] == tuple(begin) or not begin
-        assert 2 not in (*request.context[1:], *request.continuation)
 
 
 def test_an_end_that_settings_ask_for_is_no_part_of_a_prompt(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What is measured of a trained model, and on which data.
 
-    plan, loaded model -> text (perplexity.py), questions (task_scores.py), harness -> evaluations
+    plan, loaded model -> text (perplexity.py), tasks (harness.py) -> evaluations
 
 Data are opened once for all models that are measured on them. A model's own run says which data it
 was validated on, unless the plan says it.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,15 @@ from utils.data.token_stream import TokenStream, covering_windows, training_wind
 from utils.models.tokenizer import load_tokenizer
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
-from utils.tools.evaluation.harness import run_harness
+from utils.tools.evaluation.harness import run_harness, task_of
 from utils.tools.evaluation.log import Evaluation, weights_id
-from utils.tools.evaluation.task_data import Questions
+from utils.tools.evaluation.questions import Questions
 from utils.tools.evaluation.token_bytes import ByteCounter
 from utils.tools.generation.loading import LoadedModel, ModelSource
 
 LONGEST_WINDOW = 2048
 FORWARD_TOKENS = {"cpu": 8192}
 MAX_FORWARD_TOKENS = 32768
-ANSWERS = 32
 # The harness holds the logits of all tokens of a batch.
 HARNESS_ANSWERS = 8
 MEASURED_SPLITS = ("validation", "training")
@@ -65,6 +64,7 @@ class TextPlan:
         max_tokens: Only so many, the first; None for all.
         mask_documents: Whether attention stays within documents; None as in the model's run.
         is_like_training: The samples of the evaluations during training.
+        max_samples: Of these only so many, as its run; None for all.
     """
 
     data_uri: str | None = None
@@ -74,6 +74,7 @@ class TextPlan:
     max_tokens: int | None = None
     mask_documents: bool | None = None
     is_like_training: bool = False
+    max_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class EvaluationPlan:
 
     Attributes:
         text: None leaves loss and perplexity out.
-        questions: By task.
+        questions: By task; None for those on the Hub.
         tasks: Names of tasks of lm-evaluation-harness.
         tasks_path: A directory with more of its tasks.
         num_fewshot: As `run_harness` takes it.
@@ -91,33 +92,12 @@ class EvaluationPlan:
     """
 
     text: TextPlan | None = None
-    questions: Mapping[str, Questions] = field(default_factory=dict)
+    questions: Mapping[str, Questions | None] = field(default_factory=dict)
     tasks: Sequence[str] = ()
     tasks_path: Path | None = None
     num_fewshot: int | None = None
     limit: int | None = None
     batch_size: int | None = None
-
-    def text_batch(self, length: int, device: str) -> int:
-        """Return the windows of so many tokens that one forward takes on a type of device."""
-        return self.batch_size or max(1, FORWARD_TOKENS.get(device, MAX_FORWARD_TOKENS) // length)
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What a model's run says of its own evaluations.
-
-    Attributes:
-        data_uri: Its first source of data, which has the validation shards; empty where unknown.
-        sequence_length: None where unknown.
-        mask_documents: Whether attention stayed within documents.
-        max_eval_samples: None for all.
-    """
-
-    data_uri: str
-    sequence_length: int | None
-    mask_documents: bool = False
-    max_eval_samples: int | None = None
 
 
 class Evaluator:
@@ -138,7 +118,7 @@ class Evaluator:
         found: list[tuple[str, Measure]] = []
         if self._plan.text is not None:
             found.append((self._plan.text.split, self._measure_text))
-        found += [(task, self._measurer(task)) for task in self._plan.questions]
+        found += [(task, self._measurer(task, one)) for task, one in self._plan.questions.items()]
         if self._plan.tasks:
             found.append(("lm_eval", self._measure_harness))
         return found
@@ -154,28 +134,29 @@ class Evaluator:
     def _measure_text(self, loaded: LoadedModel, on_progress: OnProgress) -> list[Evaluation]:
         from utils.tools.evaluation.perplexity import score_text  # loads torch
 
-        plan, run = self._plan.text or TextPlan(), read_run_settings(loaded.source, self._config)
-        length = choose_length(plan, run, loaded.context)
-        is_masked = run.mask_documents if plan.mask_documents is None else plan.mask_documents
-        uri, shards = self._find_shards(plan, run)
+        plan = complete_plan(self._plan.text or TextPlan(), loaded.source, self._config)
+        length = choose_length(plan, loaded.context)
+        uri, shards = self._find_shards(plan)
         self._require_same_tokens(uri, loaded)
-        with self._open_stream(uri, shards, loaded, plan.max_tokens) as stream:
+        at_once = FORWARD_TOKENS.get(loaded.device.type, MAX_FORWARD_TOKENS)
+        with self._open_cache(uri, shards, loaded) as cache:
+            stream = TokenStream(cache, shards, plan.max_tokens)
             if plan.is_like_training:
-                windows = training_windows(stream.num_tokens, length, run.max_eval_samples)
+                windows = training_windows(stream.num_tokens, length, plan.max_samples)
                 total = None
             else:
                 windows = covering_windows(stream.num_tokens, length, plan.stride)
                 total = stream.num_tokens - 1
-            score = score_text(
+            values = score_text(
                 loaded.model,
                 stream,
                 windows,
-                batch_size=self._plan.text_batch(length, loaded.device.type),
-                document_end=_document_end(loaded, is_masked=is_masked),
+                batch_size=self._plan.batch_size or max(1, at_once // length),
+                document_end=_document_end(loaded) if plan.mask_documents else None,
                 counter=None if loaded.tokenizer is None else ByteCounter(loaded.tokenizer),
                 on_progress=lambda done: on_progress(loaded.source.name, done, total),
             )
-            if score is None:
+            if values is None:
                 raise DataError(f"{uri} has too few {plan.split} tokens ({stream.num_tokens}).")
         what = {
             "data": fingerprint_shards(shards)[:16],
@@ -183,26 +164,24 @@ class Evaluator:
             "sequence_length": length,
             "stride": plan.stride or length,
             "max_tokens": plan.max_tokens,
-            "max_samples": run.max_eval_samples if plan.is_like_training else None,
-            "mask_documents": is_masked,
+            "max_samples": plan.max_samples if plan.is_like_training else None,
+            "mask_documents": plan.mask_documents,
         }
-        return [self._evaluation(loaded, plan.split, score.to_values(), what, data_uri=uri)]
+        return [self._evaluation(loaded, plan.split, values, what, data_uri=uri)]
 
-    def _find_shards(self, plan: TextPlan, run: RunSettings) -> tuple[str, Sequence[ShardFacts]]:
-        uri = plan.data_uri or run.data_uri
+    def _find_shards(self, plan: TextPlan) -> tuple[str, Sequence[ShardFacts]]:
+        uri = plan.data_uri
         if not uri:
-            raise UsageError("Which data the model was made with is not known: name some, --data.")
+            raise UsageError("It is not known what the model was trained on: name data, --data.")
         _, index = self._open(uri)
-        shards = index.validation if plan.split == MEASURED_SPLITS[0] else index.training
         if not (index.validation or index.training):
             raise DataError(f"{uri} holds no shards (*.npz).")
+        if plan.split == MEASURED_SPLITS[0]:
+            shards, other = index.validation, MEASURED_SPLITS[1]
+            make = " prepare_data.py --validation-fraction makes some."
+        else:
+            shards, other, make = index.training, MEASURED_SPLITS[0], ""
         if not shards:
-            other = "validation" if plan.split == MEASURED_SPLITS[1] else "training"
-            make = (
-                " prepare_data.py --validation-fraction makes some."
-                if plan.split == MEASURED_SPLITS[0]
-                else ""
-            )
             raise DataError(
                 f"{uri} holds no {plan.split} shards; --split {other} takes the others.{make}"
             )
@@ -254,41 +233,30 @@ class Evaluator:
             self._opened[uri] = bucket, index
         return self._opened[uri]
 
-    @contextlib.contextmanager
-    def _open_stream(
-        self,
-        uri: str,
-        shards: Sequence[ShardFacts],
-        loaded: LoadedModel,
-        max_tokens: int | None,
-    ) -> Iterator[TokenStream]:
+    def _open_cache(
+        self, uri: str, shards: Sequence[ShardFacts], loaded: LoadedModel
+    ) -> contextlib.closing[ShardCache]:
         bucket, _ = self._open(uri)
         directory, limit = RunPaths.of(self._config).cache, self._config.cache_limit_bytes
-        cache = ShardCache([(bucket, shards)], directory, loaded.vocab_size, limit)
-        try:
-            yield TokenStream(cache, shards, max_tokens)
-        finally:
-            cache.close()
+        return contextlib.closing(
+            ShardCache([(bucket, shards)], directory, loaded.vocab_size, limit)
+        )
 
     # Tasks
 
-    def _measurer(self, task: str) -> Measure:
+    def _measurer(self, task: str, questions: Questions | None) -> Measure:
         def measure(loaded: LoadedModel, on_progress: OnProgress) -> list[Evaluation]:
-            from utils.tools.evaluation.task_scores import score_questions  # loads torch
-
-            questions = self._plan.questions[task]
-            values = score_questions(
-                loaded.model,
-                loaded.require_tokenizer(),
-                questions,
-                context_size=loaded.context,
-                batch_size=self._plan.batch_size or ANSWERS,
-                on_progress=lambda done, total: on_progress(
-                    f"{loaded.source.name} {task}", done, total
-                ),
+            ((_, values, what),) = run_harness(
+                loaded,
+                [task_of(task, questions)],
+                limit=self._plan.limit,
+                batch_size=self._plan.batch_size or HARNESS_ANSWERS,
+                softmax_dtype="float32",
             )
-            what = {"data": questions.fingerprint[:16]}
-            return [self._evaluation(loaded, task, values, what, data_uri=questions.source)]
+            if questions is None:
+                return [self._evaluation(loaded, task, values, what)]
+            what = {"data": questions.fingerprint, **what}
+            return [self._evaluation(loaded, task, values, what, questions.source)]
 
         return measure
 
@@ -302,9 +270,7 @@ class Evaluator:
             limit=plan.limit,
             batch_size=plan.batch_size or HARNESS_ANSWERS,
         )
-        return [
-            self._evaluation(loaded, result.task, result.values, result.what) for result in results
-        ]
+        return [self._evaluation(loaded, *result) for result in results]
 
     def _evaluation(
         self,
@@ -317,7 +283,7 @@ class Evaluator:
         import torch
         import transformers
 
-        source = loaded.source
+        source, manifest = loaded.source, loaded.source.manifest
         how = {
             "data": data_uri,
             "device": str(loaded.device),
@@ -326,45 +292,47 @@ class Evaluator:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        manifest = source.manifest
-        return Evaluation(
-            source.name,
-            task,
-            values,
-            what,
-            how,
-            source.step,
-            None if manifest is None else manifest.run_id,
-            None if manifest is None else weights_id(manifest),
-        )
+        found = Evaluation(source.name, task, values, what, how, source.step)
+        if manifest is None:
+            return found
+        return replace(found, run_id=manifest.run_id, weights=weights_id(manifest))
 
 
-def read_run_settings(source: ModelSource, config: TrainingConfig) -> RunSettings:
-    """Return what a checkpoint's own configuration says; of any other model, what `config` says."""
+def complete_plan(plan: TextPlan, source: ModelSource, config: TrainingConfig) -> TextPlan:
+    """Return a plan with what it leaves open as in the model's own run.
+
+    Args:
+        plan: What the user said.
+        source: A checkpoint has its run's configuration.
+        config: Says where the data of any other model are.
+    """
     values: dict[str, Any] = {}
     if source.manifest is not None and source.directory is not None:
         with contextlib.suppress(CheckpointError):
             values = read_json_object(source.directory / TRAINING_CONFIG_FILE)
     uri = values.get("data_uri")
     if isinstance(uri, list) and uri and isinstance(uri[0], dict):
-        uri = uri[0].get("uri")
+        uri = uri[0].get("uri")  # of a mixture the first source, which has the validation shards
     length, samples = values.get("sequence_length"), values.get("max_eval_samples")
-    return RunSettings(
-        uri if isinstance(uri, str) and uri else config.data_sources[0][0],
-        length if isinstance(length, int) and length > 1 else None,
-        mask_documents=values.get("mask_documents") is True,
-        max_eval_samples=samples if isinstance(samples, int) and samples > 0 else None,
+    is_masked = plan.mask_documents
+    return replace(
+        plan,
+        data_uri=plan.data_uri
+        or (uri if isinstance(uri, str) and uri else config.data_sources[0][0]),
+        sequence_length=plan.sequence_length
+        or (length if isinstance(length, int) and length > 1 else None),
+        mask_documents=values.get("mask_documents") is True if is_masked is None else is_masked,
+        max_samples=samples if isinstance(samples, int) and samples > 0 else None,
     )
 
 
-def choose_length(plan: TextPlan, run: RunSettings, context: int | None) -> int:
+def choose_length(plan: TextPlan, context: int | None) -> int:
     """Return how many tokens the model sees at once.
 
     Raises:
         UsageError: More than it can see, or a stride that leaves tokens out.
     """
-    known = plan.sequence_length or run.sequence_length
-    length = known or min(context or LONGEST_WINDOW, LONGEST_WINDOW)
+    length = plan.sequence_length or min(context or LONGEST_WINDOW, LONGEST_WINDOW)
     if context is not None and length > context:
         raise UsageError(f"--sequence-length {length}: the model sees {context} tokens at once.")
     if plan.stride is not None and plan.stride > length:
@@ -372,14 +340,12 @@ def choose_length(plan: TextPlan, run: RunSettings, context: int | None) -> int:
     return length
 
 
-def _document_end(loaded: LoadedModel, *, is_masked: bool) -> int | None:
-    """Return the end-of-text id that training used; None where documents are not masked.
+def _document_end(loaded: LoadedModel) -> int:
+    """Return the end-of-text id that training used.
 
     Raises:
         UsageError: The model's config has none.
     """
-    if not is_masked:
-        return None
     end = getattr(loaded.model.config, "eos_token_id", None)
     if not isinstance(end, int):
         raise UsageError("--mask-documents: the model's config has no single end-of-text token.")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from utils.checkpoints.layout import Manifest
 from utils.tracking.metrics_log import GREATEST_VALUE, MAX_STEP, append_metrics
 
 MODEL_FILES = ("model", "pytorch_model")
-ERROR_SUFFIX = (
-    "_stderr"  # of the name of a figure's standard error, as lm-evaluation-harness has it
-)
+# Ends the name of a figure's standard error, as in lm-evaluation-harness.
+ERROR_SUFFIX = "_stderr"
 # What is a circumstance of a figure and not a figure.
 NO_RESULTS = ("tokens", "bytes", "tokens_per_second", "items")
 
@@ -80,16 +79,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return the evaluation as it is written; the time is added when it is."""
-        return {
-            "model": self.model,
-            "run_id": self.run_id,
-            "step": self.step,
-            "weights": self.weights,
-            "task": self.task,
-            "values": dict(self.values),
-            "what": dict(self.what),
-            "how": dict(self.how),
-        }
+        return {key: value for key, value in asdict(self).items() if key != "time"}
 
 
 @dataclass(frozen=True)
@@ -223,18 +213,16 @@ def metric_points(evaluations: Iterable[Evaluation], name: str) -> MetricPoints:
     if not found:
         return MetricPoints(name, (), ())
     last = found[-1][0]
-    alike = {
-        step: value
-        for evaluation, step, value in found
-        if (evaluation.run_id, evaluation.question) == (last.run_id, last.question)
-    }
-    others = {(evaluation.weights or evaluation.model) for evaluation, _, _ in found} - {
-        (evaluation.weights or evaluation.model)
-        for evaluation, _, _ in found
-        if (evaluation.run_id, evaluation.question) == (last.run_id, last.question)
-    }
+    alike, models, others = {}, set(), set()
+    for evaluation, step, value in found:
+        model = evaluation.weights or evaluation.model
+        if (evaluation.run_id, evaluation.question) == (last.run_id, last.question):
+            alike[step] = value
+            models.add(model)
+        else:
+            others.add(model)
     steps = tuple(sorted(alike))
-    return MetricPoints(name, steps, tuple(alike[step] for step in steps), len(others))
+    return MetricPoints(name, steps, tuple(alike[step] for step in steps), len(others - models))
 
 
 def metric_names(evaluations: Iterable[Evaluation]) -> list[str]:

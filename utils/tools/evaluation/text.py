@@ -1,6 +1,6 @@
 """What evaluate.py and the viewer print of evaluations.
 
-    evaluations (evaluation_log.py) -> titles, cells, lines, charts
+    evaluations (log.py) -> titles, cells, lines, charts
 
 Names and values may come from a foreign file: texts pass `printable`. No torch here.
 """

@@ -1,4 +1,4 @@
-"""How many bytes of text stand behind tokens, for figures that tokenizers do not change.
+"""How many bytes of text tokens stand for: figures per byte compare across tokenizers.
 
     tokenizer -> bytes of each token -> bits per byte
 

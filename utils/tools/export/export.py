@@ -1,6 +1,6 @@
 """A trained model written for others: a folder of Hugging Face files, or one GGUF file.
 
-    model source -> loaded model -> padding rows removed -> files -> read back, compared
+    loaded model -> padding rows removed -> files -> read back, compared
 
 What is written is loaded again by stock transformers, without a network: every tensor has to be
 the same bit for bit, and the logits of a fixed batch too. Only then anybody may take it. The model
@@ -27,7 +27,7 @@ from utils.base.errors import SaveError, UsageError
 from utils.base.progress import OnProgress
 from utils.base.text import format_bytes, printable
 from utils.checkpoints.files import sync_files
-from utils.checkpoints.layout import METADATA_FILE, TRAINING_CONFIG_FILE, FileEntry, write_json
+from utils.checkpoints.layout import FileEntry, write_json
 from utils.checkpoints.views import read_json_object
 from utils.models.tokenizer import (
     build_files,
@@ -37,13 +37,11 @@ from utils.models.tokenizer import (
     write_tokenizer_files,
 )
 from utils.storage.bucket import crc32c_of_bytes, fsync_directory
-from utils.tools.export.gguf import compare_gguf, require_gguf, write_gguf
-from utils.tools.export.model_card import CONFIG_KEYS, CardFacts, build_card
-from utils.tools.generation.loading import LoadedModel, ModelSource, load_model
+from utils.tools.export.gguf import compare_gguf, write_gguf
+from utils.tools.export.model_card import build_card
+from utils.tools.generation.loading import LoadedModel
 
-FORMATS = ("hf", "gguf")
 CARD_FILE = "README.md"
-DEFAULT_SHARD_SIZE = "5GB"
 CHECK_SEQUENCES, CHECK_TOKENS = 2, 32
 PROBE_TEXT = "The quick brown fox: 3.14,  two spaces\tand\na na\u00efve line."
 # What other programs read in place of a tokenizer.json.
@@ -59,24 +57,19 @@ class ExportOptions:
     """How a model is written.
 
     Attributes:
-        format: One of `FORMATS`.
-        dtype: Data type of the weights; auto keeps the one they have, float32 in a checkpoint.
+        dtype: Data type of the weights; auto keeps the one they have. Of a folder the model has it
+            already, of a GGUF file only the matrices are cast.
         max_shard_size: Bytes of a weights file, as `5GB`; a larger model has several.
         is_checked: Read back what was written, and compare.
-        device: That the logits are computed on.
-        attention: `attn_implementation` of transformers.
         tokenizer: Another one than the model's own.
-        file_name: Name of the GGUF file.
+        gguf_name: Name of the GGUF file; None for a folder.
     """
 
-    format: str = "hf"
     dtype: str = "auto"
-    max_shard_size: str = DEFAULT_SHARD_SIZE
+    max_shard_size: str = "5GB"
     is_checked: bool = True
-    device: str = "auto"
-    attention: str = "sdpa"
     tokenizer: str | None = None
-    file_name: str = "model.gguf"
+    gguf_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,8 +83,8 @@ class ExportReport:
         vocab_size: Rows of the embedding.
         removed_rows: Rows that had only padded it and were left out.
         compared_tensors: That were read back and are the same; None: not checked.
-        max_logit_difference: Largest difference between the files' logits and the model's; None:
-            not computed.
+        max_logit_difference: Between the files' logits and the model's: 0, as anything else is an
+            error; None: not computed.
     """
 
     files: Mapping[str, FileEntry]
@@ -104,33 +97,20 @@ class ExportReport:
 
 
 def export_model(
-    source: ModelSource, staged: Path, options: ExportOptions, on_progress: OnProgress
+    loaded: LoadedModel, staged: Path, options: ExportOptions, on_progress: OnProgress
 ) -> ExportReport:
     """Write a model into an empty directory, synced and checked.
 
     Args:
-        source: Where the model is.
+        loaded: The model, which is changed; after the check it has no weights any more.
         staged: The directory.
         options: How.
         on_progress: Told of bytes written, of a GGUF file.
 
     Raises:
-        CheckpointError: The checkpoint is damaged.
         UsageError: The model cannot be written like that.
-        ConfigError: A package is missing.
         SaveError: The disk is full, or what was written is not the model.
     """
-    is_gguf = options.format == "gguf"
-    if is_gguf:
-        require_gguf()
-    loaded = load_model(
-        source,
-        device=options.device,
-        # Of a GGUF file only the matrices are cast, when they are written.
-        dtype="auto" if is_gguf else options.dtype,
-        attention=options.attention,
-        tokenizer=options.tokenizer,
-    )
     model = loaded.model
     removed = remove_padding(model)
     dtype = _dtype_name(model) if options.dtype == "auto" else options.dtype
@@ -138,14 +118,15 @@ def export_model(
     _set_special_ids(model, loaded.tokenizer)
     _require_space(staged, model, dtype)
     try:
-        if is_gguf:
-            compared, difference = _export_gguf(loaded, staged, options, dtype, on_progress), None
+        if options.gguf_name is None:
+            compared = _export_folder(loaded, staged, options)
         else:
-            compared, difference = _export_folder(loaded, staged, options)
+            path = staged / options.gguf_name
+            compared = _export_gguf(loaded, path, options, dtype, on_progress)
         files = sync_files(staged, [path.name for path in staged.iterdir()])
         fsync_directory(staged)
     except (OSError, SafetensorError) as exc:
-        raise SaveError(f"{source.name} was not exported: {_reason(exc)}.") from exc
+        raise SaveError(f"{loaded.source.name} was not exported: {_reason(exc)}.") from exc
     return ExportReport(
         files=files,
         parameters=model.num_parameters(),
@@ -153,7 +134,7 @@ def export_model(
         vocab_size=model.config.vocab_size,
         removed_rows=removed,
         compared_tensors=compared,
-        max_logit_difference=difference,
+        max_logit_difference=None if options.gguf_name or compared is None else 0.0,
     )
 
 
@@ -172,9 +153,7 @@ def remove_padding(model: Any) -> int:
     return removed
 
 
-def _export_folder(
-    loaded: LoadedModel, staged: Path, options: ExportOptions
-) -> tuple[int | None, float | None]:
+def _export_folder(loaded: LoadedModel, staged: Path, options: ExportOptions) -> int | None:
     model = loaded.model
     try:
         model.save_pretrained(str(staged), max_shard_size=options.max_shard_size)
@@ -184,11 +163,12 @@ def _export_folder(
     write_json(config, with_older_keys(read_json_object(config)), indent=2)
     _write_tokenizer(loaded, staged, options.tokenizer)
     card = staged / CARD_FILE
-    card.write_text(build_card(_card_facts(loaded)), "utf-8")
+    card.write_text(build_card(loaded), "utf-8")
     for path in staged.iterdir():  # safetensors lets nobody but the owner read its files
         path.chmod(stat.S_IMODE(card.stat().st_mode))
     if not options.is_checked:
-        return None, None
+        return None
+    attention = model.config._attn_implementation
     checksums, logits = checksum_tensors(model), compute_logits(model)
     if not logits.isfinite().all():
         raise UsageError(
@@ -197,7 +177,7 @@ def _export_folder(
         )
     device = loaded.device
     model.to_empty(device="meta")  # its memory is the other one's now
-    return compare_folder(staged, checksums, logits, device, options.attention, loaded.tokenizer)
+    return compare_folder(staged, checksums, logits, device, attention, loaded.tokenizer)
 
 
 def compare_folder(
@@ -207,7 +187,7 @@ def compare_folder(
     device: torch.device,
     attention: str,
     tokenizer: Any,
-) -> tuple[int, float]:
+) -> int:
     """Load a folder as anybody would, and compare it with what it was written from.
 
     Args:
@@ -219,7 +199,7 @@ def compare_folder(
         tokenizer: That has to come out; None for none.
 
     Returns:
-        Tensors compared, and the largest difference of the logits: 0.
+        Tensors compared.
 
     Raises:
         SaveError: It is another model.
@@ -250,7 +230,7 @@ def compare_folder(
         )
     if tokenizer is not None:
         _compare_tokenizer(folder, read, tokenizer)
-    return len(found), difference
+    return len(found)
 
 
 def _compare_tokenizer(folder: Path, read: Any, tokenizer: Any) -> None:
@@ -291,10 +271,9 @@ def compute_logits(model: Any) -> torch.Tensor:
 
 
 def _export_gguf(
-    loaded: LoadedModel, staged: Path, options: ExportOptions, dtype: str, on_progress: OnProgress
+    loaded: LoadedModel, path: Path, options: ExportOptions, dtype: str, on_progress: OnProgress
 ) -> int | None:
-    path, total = staged / options.file_name, _num_bytes(loaded.model, dtype)
-    done = 0
+    total, done = _num_bytes(loaded.model, dtype), 0
 
     def on_tensor(num_bytes: int) -> None:
         nonlocal done
@@ -353,24 +332,6 @@ def _as_list(value: Any) -> list[int]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _card_facts(loaded: LoadedModel) -> CardFacts:
-    source, model = loaded.source, loaded.model
-    texts: dict[str, Any] = {"metadata": {}, "training": {}}
-    if source.manifest is not None and source.directory is not None:
-        for key, name in (("metadata", METADATA_FILE), ("training", TRAINING_CONFIG_FILE)):
-            if name in source.manifest.files:
-                texts[key] = read_json_object(source.directory / name)
-    return CardFacts(
-        name=source.name,
-        config={key: getattr(model.config, key, None) for key in CONFIG_KEYS},
-        parameters=model.num_parameters(),
-        dtype=_dtype_name(model),
-        manifest=source.manifest,
-        base_model=source.location if source.directory is None else None,
-        **texts,
-    )
 
 
 def _require_finite(loaded: LoadedModel, dtype: str) -> None:

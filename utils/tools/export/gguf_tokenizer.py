@@ -68,7 +68,7 @@ def read_tokenizer(tokenizer: Any, vocab_size: int) -> GgufTokenizer:
         vocab_size: Rows of the embedding: ids without a token become unused ones.
 
     Raises:
-        UsageError: GGUF cannot say what it does.
+        UsageError: GGUF cannot express what it does.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise _refuse("it has no tokenizer.json")

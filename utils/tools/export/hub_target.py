@@ -77,11 +77,9 @@ class HubTarget:
                 "another name, or add --overwrite: its history keeps what is there."
             )
 
-    @contextlib.contextmanager
-    def staging(self) -> Iterator[Path]:
-        """Return an empty directory on this machine."""
-        with scratch_directory(self.scratch) as staged:
-            yield staged
+    def staging(self) -> contextlib.AbstractContextManager[Path]:
+        """Return an empty directory on this machine, which is gone afterwards."""
+        return scratch_directory(self.scratch)
 
     def publish(self, staged: Path, on_progress: OnProgress) -> None:
         """Commit the files at once; those of an earlier model that this one lacks are removed."""

@@ -1,6 +1,6 @@
 """The `README.md` of an exported model: what is known of it, and where it comes from.
 
-    config, metadata.json, training_config.json, manifest -> front matter, tables
+    loaded model, metadata.json, training_config.json, manifest -> front matter, tables
 
 Only what a reader of the model needs: no paths or buckets, no times, no licence that nobody gave.
 What files say is escaped; the same model gives the same text. No torch here.
@@ -8,15 +8,17 @@ What files say is escaped; the same model gives the same text. No torch here.
 
 from __future__ import annotations
 
-import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from utils.base.text import number, printable
-from utils.checkpoints.layout import Manifest
+from utils.checkpoints.layout import METADATA_FILE, TRAINING_CONFIG_FILE, Manifest
+from utils.checkpoints.views import read_json_object
 from utils.models.parts import OPTIMIZER_PREFIX
+from utils.tools.generation.loading import LoadedModel, ModelSource
 
 WEIGHTS_SUFFIXES = (".safetensors", "pytorch_model.bin")
 HYPERPARAMETERS = (
@@ -52,40 +54,43 @@ CONFIG_KEYS = ("model_type", *(key for _, key in _SHAPE))
 """Keys of a model's config that a model card has."""
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What a card is made of.
+def build_card(loaded: LoadedModel) -> str:
+    """Return the text of a model card.
 
-    Attributes:
-        name: The model's, as a heading.
-        config: Its values of `CONFIG_KEYS`.
-        parameters: Number of weights, tied ones once.
-        dtype: Data type of the weights.
-        manifest: The checkpoint's; None for any other model.
-        metadata: Its `metadata.json`.
-        training: Its `training_config.json`.
-        base_model: Name on the Hub that the model comes from.
+    Raises:
+        CheckpointError: The checkpoint's metadata cannot be read.
     """
+    source, model = loaded.source, loaded.model
+    config = {key: getattr(model.config, key, None) for key in CONFIG_KEYS}
+    kind = str(config["model_type"])
+    size = f"A {escape(kind)} language model of {model.num_parameters():,} parameters"
+    data: Any = ModelCardData  # its annotations do not allow that no licence is known
+    front = data(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=source.location if source.directory is None else None,
+        tags=["text-generation", kind],
+    )
+    rows = [("architecture", kind), *((title, config[key]) for title, key in _SHAPE)]
+    rows += [("parameters", model.num_parameters()), ("weights", str(model.dtype)[6:])]
+    origin = f"exported from {escape(source.name)}"
+    tables = [_table("Model", rows)]
+    if source.manifest is not None:
+        metadata = _read(source, METADATA_FILE)
+        training = _read(source, TRAINING_CONFIG_FILE)
+        origin = f"pre-trained for {source.manifest.step:,} steps"
+        tables.append(_table("Training", _training_rows(source.manifest, metadata, training)))
+        tables.append(_table("Origin", _origin_rows(source.name, source.manifest, metadata)))
+        tables.append(_NOT_SAID)
+    begin = [f"---\n{front.to_yaml()}\n---", f"# {escape(source.name)}", f"{size}, {origin}."]
+    return "\n\n".join([*begin, _USE, *tables]) + "\n"
 
-    name: str
-    config: Mapping[str, Any]
-    parameters: int
-    dtype: str
-    manifest: Manifest | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    base_model: str | None = None
 
-
-def build_card(facts: CardFacts) -> str:
-    """Return the text of a model card."""
-    parts = [_front_matter(facts), f"# {escape(facts.name)}", _introduction(facts), _USE]
-    parts.append(_table("Model", _model_rows(facts)))
-    if facts.manifest is not None:
-        parts.append(_table("Training", _training_rows(facts)))
-        parts.append(_table("Origin", _origin_rows(facts, facts.manifest)))
-        parts.append(_NOT_SAID)
-    return "\n\n".join(parts) + "\n"
+def _read(source: ModelSource, name: str) -> Mapping[str, Any]:
+    """Return what a file of a checkpoint says; nothing where the manifest does not vouch for it."""
+    if source.manifest is None or source.directory is None or name not in source.manifest.files:
+        return {}
+    return read_json_object(source.directory / name)
 
 
 _USE = """## Use
@@ -110,59 +115,38 @@ def escape(value: object) -> str:
     return "".join(c if c in _PLAIN or ord(c) > 127 else f"\\{c}" for c in text)
 
 
-def _front_matter(facts: CardFacts) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
-    if facts.base_model and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", facts.base_model):
-        lines.append(f"base_model: {facts.base_model}")
-    lines += ["tags:", "- text-generation"]
-    model_type = str(facts.config.get("model_type", ""))
-    if re.fullmatch(r"[A-Za-z][\w-]*", model_type):
-        lines.append(f"- {model_type}")
-    return "\n".join(["---", *lines, "---"])
-
-
-def _introduction(facts: CardFacts) -> str:
-    kind = escape(facts.config.get("model_type", "causal"))
-    size = f"A {kind} language model of {facts.parameters:,} parameters"
-    if facts.manifest is None:
-        return f"{size}, exported from {escape(facts.base_model or facts.name)}."
-    return f"{size}, pre-trained for {facts.manifest.step:,} steps."
-
-
-def _model_rows(facts: CardFacts) -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = [("architecture", facts.config.get("model_type"))]
-    rows += [(title, facts.config.get(key)) for title, key in _SHAPE]
-    return [*rows, ("parameters", facts.parameters), ("weights", facts.dtype)]
-
-
-def _training_rows(facts: CardFacts) -> list[tuple[str, object]]:
-    progress = _mapping(facts.metadata.get("training_progress"))
-    validation = _mapping(facts.metadata.get("validation_metrics"))
-    rows: list[tuple[str, object]] = [
-        ("preset", facts.training.get("model")),
-        ("steps", facts.manifest.step if facts.manifest else None),
+def _training_rows(
+    manifest: Manifest, metadata: Mapping[str, Any], training: Mapping[str, Any]
+) -> list[tuple[str, object]]:
+    progress = _mapping(metadata.get("training_progress"))
+    validation = _mapping(metadata.get("validation_metrics"))
+    return [
+        ("preset", training.get("model")),
+        ("steps", manifest.step),
         ("tokens seen", progress.get("tokens_seen")),
-        ("training loss, last logged", facts.metadata.get("current_loss")),
+        ("training loss, last logged", metadata.get("current_loss")),
         ("validation loss", validation.get("validation_loss")),
         ("validation perplexity", validation.get("perplexity")),
+        *((key, training.get(key)) for key in HYPERPARAMETERS),
     ]
-    return rows + [(key, facts.training.get(key)) for key in HYPERPARAMETERS]
 
 
-def _origin_rows(facts: CardFacts, manifest: Manifest) -> list[tuple[str, object]]:
-    system = _mapping(facts.metadata.get("system_info"))
-    rows: list[tuple[str, object]] = [
-        ("checkpoint", facts.name),
+def _origin_rows(
+    name: str, manifest: Manifest, metadata: Mapping[str, Any]
+) -> list[tuple[str, object]]:
+    system = _mapping(metadata.get("system_info"))
+    return [
+        ("checkpoint", name),
         ("run", manifest.run_id),
         ("branch", manifest.branch),
+        *(
+            (f"crc32c of {file}", manifest.files[file].crc32c)
+            for file in sorted(manifest.files)
+            if file.endswith(WEIGHTS_SUFFIXES) and not file.startswith(OPTIMIZER_PREFIX)
+        ),
+        ("code", metadata.get("git_commit")),
+        *((key, system.get(key)) for key in ("torch", "transformers", "accelerate")),
     ]
-    rows += [
-        (f"crc32c of {name}", manifest.files[name].crc32c)
-        for name in sorted(manifest.files)
-        if name.endswith(WEIGHTS_SUFFIXES) and not name.startswith(OPTIMIZER_PREFIX)
-    ]
-    rows.append(("code", facts.metadata.get("git_commit")))
-    return rows + [(key, system.get(key)) for key in ("torch", "transformers", "accelerate")]
 
 
 def _table(title: str, rows: Sequence[tuple[str, object]]) -> str:

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from filelock import FileLock, Timeout
 
@@ -40,28 +39,6 @@ _EXPORT_FILE = re.compile(
 )
 
 
-class ExportTarget(Protocol):
-    """A place that an exported model goes to."""
-
-    @property
-    def location(self) -> str:
-        """What a user calls it."""
-
-    def require_free(self) -> None:
-        """Refuse what cannot be written, before anything costs time.
-
-        Raises:
-            UsageError: Something is there, or it is no place for a model.
-            StorageError: It cannot be reached.
-        """
-
-    def staging(self) -> contextlib.AbstractContextManager[Path]:
-        """Return an empty directory for the files; it is gone afterwards."""
-
-    def publish(self, staged: Path, on_progress: OnProgress) -> None:
-        """Bring the files of the staging directory to their place."""
-
-
 def is_export_file(name: str) -> bool:
     """Tell whether an exported model may have a file of this name."""
     return bool(_EXPORT_FILE.fullmatch(name) or find_tokenizer_files([name]))
@@ -69,7 +46,7 @@ def is_export_file(name: str) -> bool:
 
 def open_target(
     output: str, scratch: Path, *, overwrite: bool, user_project: str | None = None
-) -> ExportTarget:
+) -> DiskTarget | BucketTarget:
     """Return the folder, file or bucket of an `--output`; one that ends in `.gguf` is a file.
 
     Args:
@@ -99,7 +76,7 @@ class DiskTarget:
     """A folder, or a file, on this machine.
 
     Attributes:
-        path: Where it comes to lie.
+        path: Where the model goes.
         is_file: The staging directory's one file goes there, not the directory.
         overwrite: Replace an exported model that is there.
     """
@@ -114,7 +91,11 @@ class DiskTarget:
         return str(self.path)
 
     def require_free(self) -> None:
-        """Refuse what is there already, or a place that cannot be written."""
+        """Refuse what is there already, or is no place for a model, before anything costs time.
+
+        Raises:
+            UsageError: It is.
+        """
         if not self.path.exists() and self._beside("replaced").exists():
             self._beside("replaced").rename(self.path)  # killed between the renames of `publish`
         for parent in self.path.parents:
@@ -204,7 +185,12 @@ class BucketTarget:
     overwrite: bool
 
     def require_free(self) -> None:
-        """Refuse what is there already."""
+        """Refuse what is there already, before anything costs time.
+
+        Raises:
+            UsageError: Something is, and it is not to be replaced.
+            StorageError: The bucket cannot be reached.
+        """
         names = self._names_there()
         if not names:
             return
@@ -220,11 +206,9 @@ class BucketTarget:
                 f"--output {printable(self.location)} {problem}: not replaced. Choose another one."
             )
 
-    @contextlib.contextmanager
-    def staging(self) -> Iterator[Path]:
-        """Return an empty directory on this machine."""
-        with scratch_directory(self.scratch) as staged:
-            yield staged
+    def staging(self) -> contextlib.AbstractContextManager[Path]:
+        """Return an empty directory on this machine, which is gone afterwards."""
+        return scratch_directory(self.scratch)
 
     def publish(self, staged: Path, on_progress: OnProgress) -> None:
         """Upload the files, each verified, `config.json` last."""

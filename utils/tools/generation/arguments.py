@@ -96,11 +96,6 @@ def find_from(args: argparse.Namespace, text: str | None = None) -> ModelSource:
         return find_model(name, read_configuration(args), display.update)
 
 
-def load_from(args: argparse.Namespace, text: str | None = None) -> LoadedModel:
-    """Return the model of a command line, loaded; see `find_from`."""
-    return load_found(args, find_from(args, text))
-
-
 def load_found(args: argparse.Namespace, source: ModelSource) -> LoadedModel:
     """Return a model that was found, loaded as the command line says.
 

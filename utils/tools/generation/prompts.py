@@ -1,6 +1,6 @@
 """The prompts that a user gives in a file: a line each, or JSON lines.
 
-    file, pipe or standard input -> prompts; every bad line in one error
+    file, pipe or standard input -> lines -> prompts
 
 No torch here.
 """
@@ -8,7 +8,6 @@ No torch here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +17,6 @@ from utils.base.text import parse_json, printable
 STDIN = "-"
 MAX_BYTES = 256 * 2**20
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
-_SHOWN_PROBLEMS = 3
 
 
 def read_prompts(name: str) -> list[str]:
@@ -31,23 +29,40 @@ def read_prompts(name: str) -> list[str]:
         name: A path, of a pipe too, or `-` for standard input.
 
     Raises:
-        UsageError: It cannot be read, holds no prompt, or has lines that are none; the message
-            names them.
+        UsageError: It cannot be read, holds no prompt, or has a line that is none; it is named.
     """
-    lines = [(n, line) for n, line in _numbered_lines(name, _read(name)) if line.strip()]
+    lines = read_lines(name)
     if not lines:
         raise UsageError(f"{_shown(name)} holds no prompt.")
-    if not (name.endswith(_JSON_SUFFIXES) or _is_prompt_object(lines[0][1])):
+    is_json = name.endswith(_JSON_SUFFIXES) or _problem_of(lines[0][1]) is None
+    if not is_json:
         return [line for _, line in lines]
-    prompts, problems = [], []
     for number, line in lines:
+        problem = _problem_of(line)
+        if problem is not None:
+            raise UsageError(f"{_shown(name)}, line {number}: {problem}. Nothing was generated.")
+    return [parse_json(line)["prompt"] for _, line in lines]
+
+
+def read_lines(name: str) -> list[tuple[int, str]]:
+    """Return (number, text) of each line of a file that is not empty.
+
+    Args:
+        name: A path, of a pipe too, or `-` for standard input.
+
+    Raises:
+        UsageError: It cannot be read, or a line is no UTF-8; it is named.
+    """
+    lines = []
+    for number, line in enumerate(_read(name).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         try:
-            prompts.append(_prompt_of(line))
-        except ValueError as exc:
-            problems.append((number, str(exc)))
-    if problems:
-        raise UsageError(_describe(name, problems))
-    return prompts
+            text = line.removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as exc:
+            place = f"{_shown(name)}, line {number}"
+            raise UsageError(f"{place}: byte {exc.start + 1} is no UTF-8.") from exc
+        if text.strip():
+            lines.append((number, text))
+    return lines
 
 
 def _read(name: str) -> bytes:
@@ -67,50 +82,15 @@ def _read_within_limit(name: str, file: BinaryIO) -> bytes:
     return data
 
 
-def _numbered_lines(name: str, data: bytes) -> Iterator[tuple[int, str]]:
-    problems = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            text = line.removesuffix(b"\r").decode("utf-8")
-        except UnicodeDecodeError as exc:
-            problems.append((number, f"byte {exc.start + 1} is no UTF-8"))
-            continue
-        yield number, text
-    if problems:
-        raise UsageError(_describe(name, problems))
-
-
-def _is_prompt_object(line: str) -> bool:
-    try:
-        _prompt_of(line)
-    except ValueError:
-        return False
-    return True
-
-
-def _prompt_of(line: str) -> str:
-    """Return the prompt of a JSON line.
-
-    Raises:
-        ValueError: It has none.
-    """
+def _problem_of(line: str) -> str | None:
+    """Return why a line is no JSON object with a prompt; None where it is one."""
     try:
         value = parse_json(line)
-    except ValueError as exc:
-        raise ValueError("it is no JSON") from exc
+    except ValueError:
+        return "it is no JSON"
     if not isinstance(value, dict):
-        raise ValueError("it is no JSON object")
-    prompt = value.get("prompt")
-    if not isinstance(prompt, str):
-        raise ValueError('it has no text "prompt"')
-    return prompt
-
-
-def _describe(name: str, problems: list[tuple[int, str]]) -> str:
-    shown = "; ".join(f"line {number}: {reason}" for number, reason in problems[:_SHOWN_PROBLEMS])
-    more = len(problems) - _SHOWN_PROBLEMS
-    rest = f"; and {more} more" if more > 0 else ""
-    return f"{_shown(name)}: {shown}{rest}. Nothing was generated."
+        return "it is no JSON object"
+    return None if isinstance(value.get("prompt"), str) else 'it has no text "prompt"'
 
 
 def _shown(name: str) -> str:

@@ -87,15 +87,9 @@ class Speed:
 
     def describe(self) -> str:
         """Return a line for people."""
-        several = self.texts > 1
         made, read = _count_of(self.tokens, "token"), _count_of(self.prompt_tokens, "token")
-        if several:
-            seconds = self.prefill_seconds + self.decode_seconds
-            line = f"{made} in {_count_of(self.texts, 'text')}, {seconds:.2f}s; prompts: {read}"
-        else:
-            line = f"{made}; prompt: {read}, first token after {self.prefill_seconds:.3f}s"
-        if several and self.prefill_seconds > 0:
-            line += f", {self.prompt_tokens / self.prefill_seconds:,.0f} tokens/s"
+        line = f"{made} in {_count_of(self.texts, 'text')}; "
+        line += f"prompts: {read}, first token after {self.prefill_seconds:.3f}s"
         decoded = self.tokens - self.texts
         if decoded > 0 and self.decode_seconds > 0:
             line += f"; then {decoded / self.decode_seconds:,.1f} tokens/s"

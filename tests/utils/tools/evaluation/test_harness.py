@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-
-import pytest
-
-from utils.base.errors import UsageError
-from utils.tools.evaluation.harness import harness_values, require_harness
-
-
-def test_without_the_package_the_way_to_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r'pip install "lm-eval\[hf\]'):
-        require_harness()
+from utils.tools.evaluation.harness import harness_values
 
 
 def test_figures_have_plain_names() -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.gcs_server import FakeGcsServer
 from utils.base.errors import LockedError, StorageError, UsageError
 from utils.storage.directory import DirectoryBucket
-from utils.tools.export.target import BucketTarget, ExportTarget, is_export_file, open_target
+from utils.tools.export.target import BucketTarget, DiskTarget, is_export_file, open_target
 
 OLD = {"config.json": "old", "README.md": "old", "model.safetensors": "old"}
 NEW = {
@@ -20,7 +20,7 @@ NEW = {
 }
 
 
-def export(target: ExportTarget, files: dict[str, str]) -> None:
+def export(target: DiskTarget | BucketTarget, files: dict[str, str]) -> None:
     target.require_free()
     with target.staging() as staged:
         for name, text in files.items():
@@ -32,7 +32,7 @@ def read(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
-def disk(path: Path, *, overwrite: bool = False) -> ExportTarget:
+def disk(path: Path, *, overwrite: bool = False) -> DiskTarget | BucketTarget:
     return open_target(str(path), path.parent / "scratch", overwrite=overwrite)
 
 
@@ -65,40 +65,27 @@ def test_an_exported_model_is_replaced_only_when_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("foreign", "words"),
+    ("there", "words"),
     [
-        ("thesis.txt", "holds thesis.txt"),
-        ("manifest.json", "holds manifest.json"),
-        ("folder/x", "has folders"),
-        ("", "holds no config.json"),
+        (["config.json", "thesis.txt"], "holds thesis.txt"),
+        (["config.json", "manifest.json"], "holds manifest.json"),
+        (["config.json", "folder/x"], "has folders"),
+        (["README.md"], "holds no config.json"),
+        (["config.json", "README.md", "vocab.txt"], "holds no weights of a model"),
     ],
 )
 def test_what_is_no_exported_model_is_never_replaced(
-    foreign: str, words: str, tmp_path: Path
+    there: list[str], words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "model"
-    (path / "folder").mkdir(parents=True)
-    if not foreign.startswith("folder"):
-        (path / "folder").rmdir()
-    if foreign:
-        (path / foreign).write_text("mine")
-        (path / "config.json").write_text("{}")
-    else:
-        (path / "README.md").write_text("mine")
-    before = sorted(path.rglob("*"))
-    with pytest.raises(UsageError, match=words):
-        export(disk(path, overwrite=True), NEW)
-    assert sorted(path.rglob("*")) == before
-
-
-def test_a_config_and_a_readme_of_another_project_are_never_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "project"
-    path.mkdir()
-    for name in ("config.json", "README.md", "vocab.txt"):
+    for name in there:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text("mine")
-    with pytest.raises(UsageError, match="holds no weights of a model: not replaced"):
+    with pytest.raises(UsageError, match=f"{words}.*not replaced"):
         export(disk(path, overwrite=True), NEW)
-    assert set(read(path).values()) == {"mine"}
+    found = [one for one in path.rglob("*") if one.is_file()]
+    assert sorted(str(one.relative_to(path)) for one in found) == sorted(there)
+    assert {one.read_text() for one in found} == {"mine"}
 
 
 @pytest.mark.parametrize("name", ["model", "model.gguf"])

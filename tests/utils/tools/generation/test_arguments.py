@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.tools.generation.arguments import add_model_arguments, find_from, load_from
+from utils.tools.generation.arguments import add_model_arguments, find_from, load_found
 
 
 def parse(*words: str, several: bool = False, loads: bool = True) -> argparse.Namespace:
@@ -18,23 +18,14 @@ def parse(*words: str, several: bool = False, loads: bool = True) -> argparse.Na
 
 
 def test_a_model_is_found_and_loaded_as_the_words_say(trained_run: Path) -> None:
-    where = ("--output-dir", str(trained_run / "checkpoints"))
-    loaded = load_from(parse("2", *where, "--device", "cpu", "--dtype", "bfloat16"))
+    folder = trained_run / "checkpoints"
+    other = str(next(folder.glob("*step4-*")))
+    words = ("--device", "cpu", "--dtype", "bfloat16", "--attention", "eager", "--tokenizer", other)
+    args = parse("2", "--output-dir", str(folder), *words)
+    loaded = load_found(args, find_from(args))
     assert (loaded.source.step, loaded.model.dtype) == (2, torch.bfloat16)
-    other = load_from(
-        parse(
-            "2",
-            *where,
-            "--device",
-            "cpu",
-            "--attention",
-            "eager",
-            "--tokenizer",
-            str(next((trained_run / "checkpoints").glob("*step4-*"))),
-        )
-    )
-    assert other.model.config._attn_implementation == "eager"
-    assert other.tokenizer is not None
+    assert loaded.model.config._attn_implementation == "eager"
+    assert loaded.tokenizer is not None
 
 
 def test_several_models_are_found_one_by_one(trained_run: Path) -> None:

@@ -1,22 +1,17 @@
-"""A model is found wherever it is, and loaded as it was trained (model_finding, model_loading)."""
+"""A model is found wherever it is, and loaded as it was trained."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from configs.model_config import known_vocab_size
-from configs.training_config import PROJECT_DIRECTORY, TrainingConfig, get_training_config
+from configs.training_config import TrainingConfig, get_training_config
 from tests.gcs_server import FakeGcsServer
 from tests.sample_checkpoints import make_checkpoint
 from utils.base.errors import CheckpointError, UsageError
@@ -80,62 +75,36 @@ def test_what_is_in_the_bucket_alone_is_downloaded_once(
     assert not (tmp_path / "nothing").exists()
 
 
-def test_two_commands_download_one_model_one_after_the_other(
-    trained_run: Path, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uri, inside, most = str(trained_run / "bucket"), [0], [0]
-    both = threading.Barrier(2)
+def find_after_a_wait(text: str, lock: Path, meanwhile: Callable[[], None]) -> Path:
+    """Find a model in another thread, which waits for this one's lock; return where it is."""
+    is_waiting = threading.Event()
 
-    def download(*args: Any) -> Path:
-        inside[0] += 1
-        most[0] = max(most[0], inside[0])
-        with contextlib.suppress(threading.BrokenBarrierError):
-            both.wait(0.5)  # broken, because only one of them is here
-        path = download_checkpoint(*args)
-        inside[0] -= 1
-        return path
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            assert record.getMessage().startswith("Another command downloads the same model")
+            is_waiting.set()
 
-    monkeypatch.setattr("utils.tools.generation.finding.download_checkpoint", download)
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda _: find_model(f"{uri}/latest", config), range(2)))
-    assert found[0] == found[1]
-    assert most == [1]
-
-
-WAITING = """
-import logging, sys
-from configs.training_config import get_training_config
-from utils.tools.generation.finding import find_model
-logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-sys.stdout.reconfigure(line_buffering=True)
-print(find_model(sys.argv[1], get_training_config("test")).location)
-"""
-
-
-def find_after_a_wait(text: str, folder: Path, lock: Path, meanwhile: Callable[[], None]) -> Path:
-    """Find a model in another process, which waits for this one's lock; return where it is."""
+    listener, logger = Listener(), logging.getLogger("utils.tools.generation.finding")
+    logger.addHandler(listener)
+    level = logger.level
+    logger.setLevel(logging.INFO)
     lock.parent.mkdir(parents=True)
-    with FileLock(lock) as held:
-        process = subprocess.Popen(
-            [sys.executable, "-c", WAITING, text],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)},
-        )
-        with process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("Another command downloads the same model"):
-                    break
+    try:
+        with ThreadPoolExecutor() as pool, FileLock(lock) as held:
+            found = pool.submit(find_model, text, get_training_config("test"))
+            assert is_waiting.wait(60), "it does not wait"
             meanwhile()
             held.release()
-            output = process.stdout.read()
-    assert process.returncode == 0, output
-    return folder / output.splitlines()[-1]
+            return Path(found.result(60).location)
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(listener)
 
 
-def test_who_waited_for_a_download_looks_again_what_the_bucket_has(tmp_path: Path) -> None:
+def test_who_waited_for_a_download_looks_again_what_the_bucket_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     uri, models = str(tmp_path / "bucket"), tmp_path / "cache/models"
     bucket = DirectoryBucket(tmp_path / "bucket")
     old, new = (
@@ -155,14 +124,16 @@ def test_who_waited_for_a_download_looks_again_what_the_bucket_has(tmp_path: Pat
         download_checkpoint(bucket, old.name, models / key, None)
         upload(new)
 
-    found = find_after_a_wait(f"{uri}/latest", tmp_path, models / f".{key}.lock", replace_archive)
+    found = find_after_a_wait(f"{uri}/latest", models / f".{key}.lock", replace_archive)
     assert read_manifest(found) == read_manifest(new)
     assert read_manifest(models / key / old.name) == read_manifest(old)
 
 
 def test_who_waited_for_a_folder_looks_again_what_the_bucket_has(
-    tmp_path: Path, gcs: FakeGcsServer
+    tmp_path: Path, gcs: FakeGcsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+
     def export(text: str) -> None:
         for name in ("config.json", "model.safetensors"):
             gcs.put_object("runs", f"exports/small/{name}", f"{text} {name}".encode())
@@ -170,7 +141,7 @@ def test_who_waited_for_a_folder_looks_again_what_the_bucket_has(
     export("old")
     uri = "gs://runs/exports/small"
     lock = tmp_path / f"cache/models/.{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
-    found = find_after_a_wait(uri, tmp_path, lock, lambda: export("new"))
+    found = find_after_a_wait(uri, lock, lambda: export("new"))
     assert (found / "model.safetensors").read_text() == "new model.safetensors"
 
 
@@ -265,17 +236,8 @@ def test_more_layers_than_a_model_has_are_not_built(tmp_path: Path) -> None:
         load_model(ModelSource("made", str(tmp_path)), device="cpu")
 
 
-def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
-    (tmp_path / "code.py").write_text("raise SystemExit('it was run')")
-    values = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UsageError, match="cannot be loaded"):
-        load_model(ModelSource("own", str(tmp_path)), device="cpu")
-
-
-@pytest.mark.parametrize("part", ["model", "tokenizer"])
-def test_nobody_is_asked_whether_to_run_it(
-    part: str, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_code_that_comes_with_a_model_is_not_run(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(prompt: str = "") -> str:
         raise SystemExit("it was asked")
@@ -283,21 +245,20 @@ def test_nobody_is_asked_whether_to_run_it(
     monkeypatch.setattr("builtins.input", ask)
     source = copy_of(newest(trained_run), tmp_path)
     folder = tmp_path / source.name
-    if part == "model":
-        values = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
-        (folder / "config.json").write_text(json.dumps(values))
-        with pytest.raises(UsageError, match="cannot be loaded"):
-            load_model(ModelSource("own", str(folder)), device="cpu")
-    else:
-        values = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
-        (folder / "tokenizer_config.json").write_text(json.dumps(values))
-        tokenizer = load_tokenizer_from(folder)
-        assert tokenizer is not None
-        assert tokenizer("a").input_ids  # its tokenizer.json needs no code
-        for name in ("tokenizer.json", "config.json"):
-            (folder / name).unlink()
-        with pytest.raises(ValueError, match="custom code"):
-            load_tokenizer_from(folder)
+    (folder / "code.py").write_text("raise SystemExit('it was run')")
+    values = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    tokenizer = load_tokenizer_from(folder)
+    assert tokenizer is not None
+    assert tokenizer("a").input_ids  # its tokenizer.json needs no code
+    values = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_model(ModelSource("own", str(folder)), device="cpu")
+    for name in ("tokenizer.json", "config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="custom code"):
+        load_tokenizer_from(folder)
 
 
 def test_names_of_a_foreign_file_do_not_steer_the_terminal(

@@ -1,4 +1,4 @@
-"""Prompts from files: lines, JSON lines, and every bad line named before anything is made."""
+"""Prompts from files: lines, JSON lines, and a bad line named before anything is made."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_prompts_of_a_pipe(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("a.txt", b"\n \n", "holds no prompt"),
-        ("a.txt", b"one\ntwo\xff\n", r"line 2: byte 4 is no UTF-8\. Nothing was generated"),
+        ("a.txt", b"one\ntwo\xff\n", "line 2: byte 4 is no UTF-8"),
         ("a.jsonl", b"one\n", "line 1: it is no JSON"),
         ("a.jsonl", b"[" * 100_000, "line 1: it is no JSON"),
         ("a.jsonl", b'{"prompt": "a"}\n[1]\n', "line 2: it is no JSON object"),
         ("a.txt", b'{"prompt": "a"}\n{"text": "b"}\n', 'line 2: it has no text "prompt"'),
-        ("a.jsonl", b'{"prompt": 1}\n' * 5, r"line 1: .*; line 2: .*; line 3: .*; and 2 more"),
+        ("a.jsonl", b'{"prompt": 1}\n', 'line 1: it has no text "prompt". Nothing was generated'),
     ],
 )
 def test_a_bad_file_is_one_error(tmp_path: Path, name: str, content: bytes, words: str) -> None:

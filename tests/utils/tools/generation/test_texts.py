@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,47 +107,33 @@ def test_texts_come_before_all_are_done(
     assert len(batches) == 4
 
 
-def test_a_text_is_what_a_run_writes_with_the_same_seed(loaded: LoadedModel) -> None:
-    ids = loaded.tokenizer("The end")["input_ids"]
-    (tokens,) = generate_tokens(loaded.model, [ids], SAMPLING, end_ids=find_end_ids(loaded))
-    (text,) = write(loaded, ["The end"], SAMPLING)
-    assert text.token_ids == tokens
-    assert text.text == loaded.tokenizer.decode(tokens)
+def test_a_stop_text_ends_a_text_and_is_no_part_of_it(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(self: TextGenerator, tokens: Sequence[int]) -> str:
+        return "".join(f"{token:03}" for token in tokens)  # whole characters of each token
+
+    monkeypatch.setattr(TextGenerator, "decode", decode)
+    tokens = write(loaded, ["x"], GREEDY, ignore_end=True)[0].token_ids
+    whole = decode(TextGenerator(loaded), tokens)
+    stop = whole[11:16]  # over the edges of three tokens
+    (text,) = write(loaded, ["x"], GREEDY, ignore_end=True, stops=["not there", stop])
+    count = (whole.index(stop) + len(stop) + 2) // 3
+    assert (text.finish, text.text) == ("stop_text", whole[: whole.index(stop)])
+    assert text.token_ids == tokens[:count]
+    beside = write(loaded, ["The", "x"], GREEDY, ignore_end=True, stops=[stop], batch_size=2)
+    assert beside[1].text == text.text
 
 
-def find_plain_tokens(loaded: LoadedModel) -> tuple[Text, Sampling, int]:
-    """Return a text, its sampling, and where it has three tokens of whole characters.
-
-    Nobody knows what a model says that had 4 steps, in whichever build of torch: it is looked for.
-    """
-    for seed in range(64):
-        sampling = replace(SAMPLING, max_tokens=30, seed=seed)
-        (text,) = write(loaded, ["The"], sampling)
-        if text.finish != "max_tokens":
-            continue
-        is_plain = [loaded.tokenizer.decode([token]).isascii() for token in text.token_ids]
-        for place in range(10, len(is_plain) - 2):
-            if sum(is_plain[:place]) > 7 and all(is_plain[place : place + 3]):
-                return text, sampling, place
-    raise AssertionError("no text has three such tokens")
-
-
-def test_a_stop_text_ends_a_text_and_is_no_part_of_it(loaded: LoadedModel) -> None:
-    whole, sampling, place = find_plain_tokens(loaded)
-    tokens = [loaded.tokenizer.decode([token]) for token in whole.token_ids[place : place + 3]]
-    stop = tokens[0][-1:] + tokens[1] + tokens[2][:1]  # over the edges of three tokens
-    generator = TextGenerator(loaded, stops=["not there", stop])
+def test_pieces_make_the_text(loaded: LoadedModel) -> None:
+    # Nobody knows what a model says that had 4 steps: a text of whole characters is looked for.
+    samplings = (replace(SAMPLING, seed=seed) for seed in range(64))
+    texts = (write(loaded, ["The"], sampling)[0] for sampling in samplings)
+    whole = next(one for one in texts if one.text.isascii() and len(one.text) > 6)
     pieces: list[str] = []
-    jobs = generator.plan(["The"], sampling)
-    (text,) = generator.write(jobs, pieces.append)
-    assert text.finish == "stop_text"
-    assert text.text == whole.text[: whole.text.index(stop)] == "".join(pieces)
-    assert text.token_ids == whole.token_ids[: len(text.token_ids)]
-    assert len(text.token_ids) <= place + 3
-    (greedy,) = write(loaded, ["x"], GREEDY)
-    stop = greedy.text[3:5]
-    beside = write(loaded, ["The", "x"], GREEDY, stops=[stop], batch_size=2)
-    assert beside[1].text == greedy.text.split(stop)[0]
+    generator = TextGenerator(loaded, stops=[whole.text[4:6]])
+    (text,) = generator.write(generator.plan(["The"], whole.job.sampling), pieces.append)
+    assert "".join(pieces) == text.text == whole.text.split(whole.text[4:6])[0]
 
 
 def test_an_end_token_ends_a_text_unless_it_is_to_be_ignored(
@@ -161,8 +148,11 @@ def test_an_end_token_ends_a_text_unless_it_is_to_be_ignored(
     monkeypatch.setattr(loaded.model, "generation_config", settings)
     own = loaded.tokenizer.eos_token_id
     assert set(find_end_ids(loaded)) == {end, 3, own}
-    (text,) = write(loaded, ["The"], SAMPLING)
+    pieces: list[str] = []
+    generator = TextGenerator(loaded)
+    (text,) = generator.write(generator.plan(["The"], SAMPLING), pieces.append)
     assert (text.finish, text.token_ids) == ("end_token", whole.token_ids[:number])
+    assert "".join(pieces) == text.text
     (text,) = write(loaded, ["The"], SAMPLING, ignore_end=True)
     assert text.token_ids == whole.token_ids
     settings.eos_token_id = None
@@ -200,15 +190,7 @@ def test_too_little_memory_is_told_with_what_to_do(
         write(loaded, PROMPTS, SAMPLING, batch_size=4)
     with pytest.raises(ResourceShortageError, match="--dtype bfloat16"):
         write(loaded, PROMPTS, SAMPLING)
-
-
-def test_any_other_error_is_left_as_it_is(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **options: Any) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(loaded.model, "generate", fail)
+    error = RuntimeError("a bug")  # any other is left as it is
     with pytest.raises(RuntimeError, match="a bug"):
         write(loaded, PROMPTS, SAMPLING)
 
@@ -245,14 +227,11 @@ def test_the_speed_is_told_for_prompts_and_tokens_apart(loaded: LoadedModel) -> 
     )
     assert speed.prefill_seconds > 0
     assert speed.decode_seconds > 0
-    one = Speed(1, 5, 11, 0.25, 2.0)
-    assert one.describe() == (
-        "11 tokens; prompt: 5 tokens, first token after 0.250s; then 5.0 tokens/s"
+    assert Speed(1, 5, 1011, 0.25, 2.0).describe() == (
+        "1,011 tokens in 1 text; prompts: 5 tokens, first token after 0.250s; then 505.0 tokens/s"
     )
-    assert Speed(2, 50, 1002, 0.5, 2.0).describe() == (
-        "1,002 tokens in 2 texts, 2.50s; prompts: 50 tokens, 100 tokens/s; then 500.0 tokens/s"
-    )
-    assert Speed(1, 1, 1, 0.5).describe() == "1 token; prompt: 1 token, first token after 0.500s"
+    found = Speed(2, 1, 1, 0.5).describe()
+    assert found == "1 token in 2 texts; prompts: 1 token, first token after 0.500s"
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
