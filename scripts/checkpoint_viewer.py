@@ -5,21 +5,22 @@
     compare [NAME ...]    several side by side; --weights: how far each layer moved
     plot [NAME ...]       curves, in the terminal or as a picture; --evaluation: of evaluate.py
 
-NAME is a checkpoint's name, a step number, latest, best, or what a name begins or ends with as
-long as it fits only one (epoch0-step50-files0). Reads only; torch is loaded by --weights alone. A
-checkpoint that cannot be read is listed with what is wrong with it. Exit codes: 0 done, 1 the
-bucket failed, 2 usage.
+NAME is a checkpoint's name, a step number, latest, best, or the beginning or end of a name where
+only one checkpoint fits (epoch0-step50). It only reads, and needs torch for --weights alone. A
+checkpoint that cannot be read is listed with the reason. Exit codes: 0 done, 1 the bucket failed,
+2 usage.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import io
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,6 @@ from utils.tools.viewer.shelf import Shelf, open_shelf, run_config
 from utils.tools.viewer.text import (
     RIGHT_ALIGNED,
     between_lines,
-    column_lines,
     compare_table,
     config_lines,
     cost_lines,
@@ -86,9 +86,9 @@ from utils.tracking.plots import (
 )
 from utils.tracking.text_plots import MARKS, draw_chart
 
-# rich draws about 600 rows a second: a long list is printed as plain columns.
+# rich draws about 600 rows a second: a longer list is printed as plain lines.
 MAX_TABLE_ROWS = 100
-NAMES = "name, step number, latest, best, or what one name alone begins or ends with"
+NAMES = "name, step number, latest, best, or the unique beginning or end of a name"
 CHART_WIDTH = 78
 LOSS_CHART_LINES, CHART_LINES = 12, 6
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = build_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names and texts from outside may hold what the terminal's encoding lacks.
+        # Characters that the output cannot encode are shown as ?.
         sys.stdout.reconfigure(errors="replace")
     command: Callable[[argparse.Namespace], int | None] = args.command
     return run_command(command, args)
@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--hourly-price",
         type=parse_hourly_price,
         metavar="X",
-        help="dollars an hour, for the time whose price the run did not know",
+        help="dollars an hour, for time that the run itself had no price for",
     )
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -147,7 +147,7 @@ def add_compare_options(compare: argparse.ArgumentParser) -> None:
     compare.add_argument(
         "--weights",
         action="store_true",
-        help="also how far the weights moved, layer by layer; reads all of them",
+        help="also show how far each layer's weights moved; reads all weights",
     )
 
 
@@ -158,27 +158,27 @@ def add_plot_options(plot: argparse.ArgumentParser) -> None:
         "--run",
         action="append",
         metavar="DIR",
-        help="draw NAME of this directory of checkpoints (with --remote: of this bucket URI) "
+        help="draw NAME from this directory of checkpoints (with --remote: this bucket URI) "
         "instead of the config's; repeat it for several runs in one picture",
     )
     plot.add_argument(
         "--evaluation",
         action="append",
         metavar="TASK.FIGURE",
-        help="draw a figure of evaluate.py over the steps of all checkpoints that have it, "
-        "such as validation.loss or hellaswag.acc_norm; repeat it for several",
+        help="draw a figure of evaluate.py, such as validation.loss or hellaswag.acc_norm, over "
+        "the steps of all checkpoints that have it; repeat it for several figures",
     )
     plot.add_argument(
         "--save",
         type=Path,
         metavar="F",
-        help="picture; PNG, SVG, PDF or JPG by its ending (default: none in a terminal or with "
-        "--json, ./NAME.png in a pipe)",
+        help="write a picture: PNG, SVG, PDF or JPG by the suffix of F (default: none in a "
+        "terminal or with --json, ./NAME.png in a pipe)",
     )
     plot.add_argument(
         "--terminal",
         action="store_true",
-        help="draw as text (default where standard output is a terminal and there is no --save)",
+        help="draw as text (the default in a terminal without --save)",
     )
 
 
@@ -189,13 +189,13 @@ def add_list_options(listing: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="CONDITION",
-        help="show those with, for example, 'step>=100', 'loss<3', 'size<2GiB', "
-        "'time>=2026-01-31' or 'state=verified'; repeated: all of them must hold. Keys: "
+        help="show only checkpoints with, for example, 'step>=100', 'loss<3', 'size<2GiB', "
+        "'time>=2026-01-31' or 'state=verified'; if repeated, all must hold. Keys: "
         + ", ".join(FILTER_KEYS),
     )
-    listing.add_argument("--last", type=int, metavar="N", help="the N newest of these")
+    listing.add_argument("--last", type=int, metavar="N", help="only the N newest of these")
     listing.add_argument("--sort", choices=SORT_KEYS, default="step", help="(default: step)")
-    listing.add_argument("--reverse", action="store_true", help="the greatest first")
+    listing.add_argument("--reverse", action="store_true", help="greatest first")
 
 
 # list
@@ -211,7 +211,7 @@ def run_list(args: argparse.Namespace) -> None:
     rows = choose_rows(
         every, conditions, last=args.last, sort_key=args.sort, is_reversed=args.reverse
     )
-    storage = measure_storage(shelf.where, every) if args.remote else None
+    storage = measure_storage(every) if args.remote else None
     if args.json:
         values = {"where": shelf.where, "checkpoints": rows, "notes": shelf.notes}
         print(to_json_text({**values, "num_checkpoints": len(every), "storage": storage}))
@@ -226,7 +226,7 @@ def run_list(args: argparse.Namespace) -> None:
 def print_list(
     rows: Sequence[dict[str, Any]], num_all: int, shelf: Shelf, *, is_remote: bool
 ) -> None:
-    """Print rows: a table in a terminal, in a pipe the lines of the user's example."""
+    """Print rows: a table in a terminal, the lines of the user's example in a pipe."""
     where = printable(shelf.where)
     if not num_all:
         print(f"No checkpoints in {where}.")
@@ -235,8 +235,11 @@ def print_list(
         return
     count = f"{len(rows)} of {num_all}" if len(rows) < num_all else str(num_all)
     title = f"Found {count} checkpoint{'' if num_all == 1 else 's'} in {where} (times in UTC):"
-    if sys.stdout.isatty():
-        print_wide(title, rows)
+    if sys.stdout.isatty() and 0 < len(rows) <= MAX_TABLE_ROWS:
+        cells, left_out = fit_columns([list_cells(row) for row in rows], terminal_width())
+        print_table(title, cells, right_aligned=RIGHT_ALIGNED)
+        if left_out:
+            print(f"Not shown in this width: {', '.join(left_out)}.")
         for row in rows:
             if row["problem"]:
                 print(f"{row['name']}: {printable(row['problem'])}")
@@ -247,19 +250,6 @@ def print_list(
         print(f"{index:2d}. {list_line(row)}")
         if row["problem"]:
             print(f"      Problem: {printable(row['problem'])}")
-
-
-def print_wide(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows as a table with as many columns as the terminal has room for."""
-    cells, left_out = fit_columns([list_cells(row) for row in rows], terminal_width())
-    if len(cells) <= MAX_TABLE_ROWS:
-        print_table(title, cells, right_aligned=RIGHT_ALIGNED)
-    else:
-        print("\n".join([title, *column_lines(cells)]))
-    if not cells:
-        print(title)
-    if left_out:
-        print(f"Not shown in this width: {', '.join(left_out)}.")
 
 
 def terminal_width() -> int:
@@ -360,73 +350,77 @@ def compared_costs(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_weights(older: CheckpointView, newer: CheckpointView) -> dict[str, Any]:
-    """Return the drift of the weights; where they cannot be read, nothing but the problem.
+    """Return the drift of the weights; where they cannot be read, only the problem.
 
     Raises:
         UsageError: The weights are in the bucket only.
     """
-    from utils.tools.viewer.weight_drift import DriftReport, measure_drift
+    from utils.tools.viewer.weight_drift import measure_drift
 
+    if older.path is None or newer.path is None:
+        missing = older if older.path is None else newer
+        raise UsageError(
+            "--weights reads checkpoints on this machine; first: "
+            f"python scripts/upload_manager.py download {missing.name}"
+        )
+    found: dict[str, Any] = {"layers": {}, "total": None, "problems": []}
     try:
-        sides = []
-        for view in (older, newer):
-            if view.path is None:
-                raise UsageError(
-                    "--weights reads checkpoints of this machine; first: "
-                    f"python scripts/upload_manager.py download {view.name}"
-                )
-            if view.manifest is None:
-                raise CheckpointError(f"{view.name}: its manifest cannot be read.")
-            sides.append((view.path, view.manifest))
-        report = measure_drift(*sides[0], *sides[1])
+        found = measure_drift(older.path, newer.path)
     except CheckpointError as exc:
-        report = DriftReport(problems=[str(exc)])
-    return {"from": str(older.name), "to": str(newer.name), **report.to_json()}
+        found["problems"].append(str(exc))
+    return {"from": str(older.name), "to": str(newer.name), **found}
 
 
 # plot
 
 
+@dataclass(frozen=True)
+class Plot:
+    """What `plot` draws.
+
+    Attributes:
+        name: The name of the picture, where the user gives none.
+        draw: Draws the picture and returns its path.
+        charts: Returns the charts in text.
+        values: The points, for JSON.
+        notes: What is left out, and why.
+    """
+
+    name: str
+    draw: Callable[[Path], Path]
+    charts: Callable[[], list[str]]
+    values: dict[str, Any]
+    notes: list[str]
+
+
 def run_plot(args: argparse.Namespace) -> None:
     """Draw the curves of checkpoints, as text or into a file."""
     is_text = args.terminal or (args.save is None and sys.stdout.isatty() and not args.json)
-    if args.save is not None:
-        args.save = picture_path(args.save)
-    if args.evaluation:
-        plot_evaluations(args, is_text=is_text)
-        return
-    found = find_curves(args)
-    all_curves, notes = keep_comparable([curves for _, curves, _ in found])
-    notes = [
-        f"{curves.label}: {problem}; drawn from metadata.json (last {HISTORY_LIMIT} only)"
-        for _, curves, problem in found
-        if problem
-    ] + notes
-    require_drawable(all_curves)
-    path = args.save
+    path = None if args.save is None else picture_path(args.save)
+    plot = plot_of_evaluations(args) if args.evaluation else plot_of_checkpoints(args)
     if path is None and not is_text and not args.json:
-        path = Path(f"{found[0][0].name}.png")
-    saved = None if path is None else draw_picture(all_curves, path)
+        path = Path(f"{plot.name}.png".replace("/", "_"))
+    saved = None if path is None else str(plot.draw(path))
     if args.json:
-        print_curves_as_json(found, saved, notes)
+        print(to_json_text({**plot.values, "saved": saved, "notes": plot.notes}))
         return
-    for note in notes:
+    for note in plot.notes:
         print(f"Note: {printable(note)}.")
     if is_text:
-        print("\n".join(chart_lines(all_curves, sys.stdout.encoding)))
+        print("\n".join(plot.charts()))
     if saved is not None:
         print(f"Plot saved to {printable(saved)}")
 
 
-def plot_evaluations(args: argparse.Namespace, *, is_text: bool) -> None:
-    """Draw figures of evaluate.py over the steps of checkpoints.
+def plot_of_evaluations(args: argparse.Namespace) -> Plot:
+    """Return the plot of figures of evaluate.py over the steps of checkpoints.
 
     Raises:
-        UsageError: Checkpoints are named too, or nothing has such a figure.
+        UsageError: Checkpoints are named too, or no checkpoint has such a figure.
     """
     if args.names or args.run or args.remote:
         raise UsageError(
-            "--evaluation draws all checkpoints of the run: it takes no NAME or --run."
+            "--evaluation draws all checkpoints of the run: it takes no NAME, --run or --remote."
         )
     log = read_evaluations(RunPaths.of(load_config(args)).evaluations)
     drawn = [metric_points(log.evaluations, name) for name in args.evaluation]
@@ -439,71 +433,55 @@ def plot_evaluations(args: argparse.Namespace, *, is_text: bool) -> None:
         for points in drawn
         if points.num_other
     ]
-    notes += [log.problem] if log.problem else []
-    path = args.save
-    if path is None and not is_text and not args.json:
-        path = Path(f"{drawn[0].name}.png".replace("/", "_"))
-    saved = None
-    if path is not None:
-        saved = draw_panels({points.name: series(points) for points in drawn}, path)
-    if args.json:
-        values = [vars(points) for points in drawn]
-        picture = None if saved is None else str(saved)
-        print(to_json_text({"evaluations": values, "saved": picture, "notes": notes}))
-        return
-    for note in notes:
-        print(f"Note: {printable(note)}.")
-    if is_text:
-        width = min(terminal_width(), CHART_WIDTH)
-        print("\n".join(evaluation_charts(drawn, sys.stdout.encoding, width)))
-    if saved is not None:
-        print(f"Plot saved to {printable(saved)}")
+    return Plot(
+        drawn[0].name,
+        lambda path: draw_panels({points.name: series(points) for points in drawn}, path),
+        lambda: evaluation_charts(drawn, sys.stdout.encoding, chart_width()),
+        {"evaluations": [vars(points) for points in drawn]},
+        notes + ([log.problem] if log.problem else []),
+    )
 
 
-FoundCurves = tuple[CheckpointView, Curves, "str | None"]
-
-
-def find_curves(args: argparse.Namespace) -> list[FoundCurves]:
-    """Return (checkpoint, its curves, why they are not whole) of all names in all places."""
-    found: list[FoundCurves] = []
+def plot_of_checkpoints(args: argparse.Namespace) -> Plot:
+    """Return the plot of all named checkpoints in all places."""
+    names, every, notes, values = [], [], [], []
     places = args.run or [None]
     for place in places:
         with opened_shelf(args, place) as shelf:
             for name in args.names or ["latest"]:
                 view = shelf.select(name)
                 label = str(view.name) if len(places) == 1 else f"{shelf.where}: {view.name}"
-                found.append((view, *read_curves(view, label)))
-    return found
-
-
-def keep_comparable(all_curves: Sequence[Curves]) -> tuple[list[Curves], list[str]]:
-    """Return (what can be drawn over one axis, what is left out)."""
-    with_steps = [curves for curves in all_curves if curves.has_steps and curves.series]
-    if not with_steps:
-        return list(all_curves), []
-    others = [curves for curves in all_curves if curves not in with_steps]
-    return with_steps, [f"{curves.label} is left out: its steps are not known" for curves in others]
-
-
-def print_curves_as_json(
-    found: Sequence[FoundCurves], saved: Path | None, notes: Sequence[str]
-) -> None:
-    """Print all points."""
-    values = [
-        {
-            "checkpoint": str(view.name),
-            "label": curves.label,
-            "has_steps": curves.has_steps,
-            "problem": problem,
-            "series": {
-                metric: {"steps": series.steps, "values": series.values}
-                for metric, series in curves.series.items()
-            },
-        }
-        for view, curves, problem in found
+                curves, problem = read_curves(view, label)
+                if problem:
+                    kept = f"drawn from metadata.json (last {HISTORY_LIMIT} only)"
+                    notes.append(f"{label}: {problem}; {kept}")
+                names.append(str(view.name))
+                every.append(curves)
+                values.append({"checkpoint": str(view.name), **curves_json(curves, problem)})
+    drawn = [curves for curves in every if curves.has_steps and curves.series] or every
+    notes += [
+        f"{curves.label} is left out: its steps are not known"
+        for curves in every
+        if curves not in drawn
     ]
-    picture = None if saved is None else str(saved)
-    print(to_json_text({"curves": values, "saved": picture, "notes": notes}))
+    require_drawable(drawn)
+    return Plot(
+        names[0],
+        lambda path: draw_picture(drawn, path),
+        lambda: chart_lines(drawn, sys.stdout.encoding),
+        {"curves": values},
+        notes,
+    )
+
+
+def curves_json(curves: Curves, problem: str | None) -> dict[str, Any]:
+    """Return all points of curves, for JSON."""
+    return {
+        "label": curves.label,
+        "has_steps": curves.has_steps,
+        "problem": problem,
+        "series": {metric: asdict(series) for metric, series in curves.series.items()},
+    }
 
 
 def chart_lines(all_curves: Sequence[Curves], encoding: str | None) -> list[str]:
@@ -523,10 +501,15 @@ def chart_lines(all_curves: Sequence[Curves], encoding: str | None) -> list[str]
             for curves in all_curves
         ]
         height = LOSS_CHART_LINES if metric == "loss" else CHART_LINES
-        chart = draw_chart(curves, encoding, min(terminal_width(), CHART_WIDTH), height)
+        chart = draw_chart(curves, encoding, chart_width(), height)
         if chart:
             lines += ["", f"{title} over {x_label(all_curves)}", *chart]
     return lines
+
+
+def chart_width() -> int:
+    """Return the columns of a chart."""
+    return min(terminal_width(), CHART_WIDTH)
 
 
 # all
@@ -537,17 +520,17 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
     return run_config(args.config, args.output_dir, args.run_name)
 
 
-@contextlib.contextmanager
-def opened_shelf(args: argparse.Namespace, place: str | None = None) -> Iterator[Shelf]:
-    """Open the checkpoints that the options point at."""
-    with open_shelf(load_config(args), is_remote=args.remote, place=place) as shelf:
-        yield shelf
+def opened_shelf(
+    args: argparse.Namespace, place: str | None = None
+) -> AbstractContextManager[Shelf]:
+    """Open the checkpoints that the options name."""
+    return open_shelf(load_config(args), is_remote=args.remote, place=place)
 
 
 def read_rows(
     shelf: Shelf, views: Sequence[CheckpointView], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Return what is shown of checkpoints, with the price of the command line in their costs."""
+    """Return the rows of checkpoints; their costs count `--hourly-price`."""
     rows = shelf.rows(views)
     if args.hourly_price is not None:
         for row, view in zip(rows, views, strict=True):
@@ -567,5 +550,5 @@ def print_section(title: str, lines: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    gc.disable()  # a short process: its many small lists and objects are never garbage
+    gc.disable()  # a short process whose many small objects never become garbage
     sys.exit(main())

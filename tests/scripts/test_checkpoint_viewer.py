@@ -17,14 +17,21 @@ import pytest
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import checkpoint_viewer as viewer
 from scripts.checkpoint_viewer import main
-from tests.sample_checkpoints import RUN_ID, make_checkpoint, make_history, put_remote, seal
+from tests.sample_checkpoints import (
+    RUN_ID,
+    make_checkpoint,
+    make_history,
+    make_metadata,
+    put_remote,
+    seal,
+)
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import find_checkpoints
 from utils.storage.bucket import crc32c_of_file
 from utils.storage.directory import DirectoryBucket
 from utils.tools.viewer import shelf
 from utils.tools.viewer.report import measure_storage
-from utils.tools.viewer.text import show_count, show_loss, show_time, storage_line
+from utils.tools.viewer.text import show_time, storage_line
 
 SCRIPT = PROJECT_DIRECTORY / "scripts" / "checkpoint_viewer.py"
 PNG_SIGNATURE = b"\x89PNG"
@@ -38,7 +45,11 @@ def _work_in_an_empty_directory(tmp_path, monkeypatch):
 @pytest.fixture
 def two_checkpoints(tmp_path):
     directory = tmp_path / "checkpoints"
-    paths = [make_checkpoint(directory, step) for step in (50, 100)]
+    progress = {**make_metadata(50)["training_progress"], "mfu": 0.412}
+    paths = [
+        make_checkpoint(directory, 50, training_progress=progress),
+        make_checkpoint(directory, 100),
+    ]
     journal = Journal(directory / "uploads.jsonl")
     journal.record(paths[0].name, RUN_ID, UploadState.VERIFIED, destination="bucket/a.tar.gz")
     journal.record(paths[1].name, RUN_ID, UploadState.FAILED, error="403 Forbidden")
@@ -57,11 +68,18 @@ def run_json(capsys, *argv):
     return json.loads(out, parse_constant=pytest.fail)
 
 
-def run_process(*command, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
+def run_process(*command: object, cwd: Path, **environment: str) -> str:
+    values = {**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY), **environment}
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=values,
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_list_of_nothing_says_so(capsys):
@@ -102,31 +120,12 @@ def test_damaged_and_foreign_things_are_named_and_the_rest_is_listed(capsys, two
     assert "\x1b" not in out
 
 
-def test_hostile_metadata_reaches_the_terminal_as_plain_text(capsys, tmp_path):
-    make_checkpoint(
-        tmp_path / "checkpoints",
-        50,
-        timestamp="\x1b]0;owned\x07",
-        run_id={"a": 1},
-        git_commit="\x1b[31m" * 1000,
-        current_loss=10**400,
-        loss_history=["x", None, math.nan, True, 2.0],
-        learning_rates="none",
-        validation_metrics={"\x1b[2J": "\x1b[2J", "deep": [[["\x1b"]]]},
-        training_progress=[1],
-        system_info=7,
-    )
-    for command in (["list"], ["view", "50"], ["compare", "50", "50"]):
-        code, out, err = run(capsys, *command)
-        assert (code, err) == (0, "")
-        assert "\x1b" not in out
-        assert "\x07" not in out
-    assert run_json(capsys, "view", "50")["loss_statistics"]["length"] == 1
-
-
-def test_view_shows_everything_of_the_users_example(capsys, two_checkpoints):
+def test_view_shows_everything_of_the_users_example_and_more(
+    capsys: pytest.CaptureFixture[str], two_checkpoints: list[Path]
+) -> None:
     code, out, _ = run(capsys, "view", two_checkpoints[0].name)
     assert code == 0
+    lines = out.splitlines()
     for line in (
         "Checkpoint Summary: checkpoint-epoch0-step50-files0",
         "Timestamp: 2026-01-01T12:30:25.123456+00:00",
@@ -146,18 +145,11 @@ def test_view_shows_everything_of_the_users_example(capsys, two_checkpoints):
         "  current_avg_loss: 6.464046",
         "  steps_since_best: 0",
         "  loss_trend: improving",
-    ):
-        assert line in out.splitlines()
-    assert "Loss Trend: " in out
-
-
-def test_view_shows_progress_position_run_upload_and_files(capsys, two_checkpoints):
-    _, out, _ = run(capsys, "view", "50")
-    for line in (
         "  validation_loss: 6.564046",
         "  perplexity: 709.135413",
         "Tokens Seen: 102,400",
         "Tokens/s: 3,400",
+        "MFU: 41.2%",
         "  sample_index: 200",
         "  num_shards: 1",
         f"Run ID: {RUN_ID}",
@@ -167,10 +159,13 @@ def test_view_shows_progress_position_run_upload_and_files(capsys, two_checkpoin
         "  model.safetensors           700 B  crc32c UH9VIA==",
         "  learning_rate: 0.004",
     ):
-        assert line in out.splitlines()
+        assert line in lines
+    assert "Loss Trend: " in out
     assert "State: verified (" in out
-    _, out, _ = run(capsys, "view", "100")
-    assert "  error: 403 Forbidden" in out
+    (curve,) = (line for line in lines if line.startswith("Loss Curve: "))
+    assert curve.split()[2][0] == "\u2588"
+    assert curve.endswith(" 7.895204 to 6.464046")
+    assert "  error: 403 Forbidden" in run(capsys, "view", "100")[1]
 
 
 def test_view_names_files_that_are_missing_or_of_another_size(capsys, two_checkpoints):
@@ -208,13 +203,6 @@ def test_compare_takes_the_two_newest_by_default(capsys, tmp_path, two_checkpoin
     assert "max_steps" not in out
 
 
-@pytest.mark.usefixtures("two_checkpoints")
-def test_compare_shows_any_number(capsys):
-    value = run_json(capsys, "compare", "50", "best", "latest")
-    assert [row["step"] for row in value["checkpoints"]] == [50, 100, 100]
-    assert value["config_differences"] == {}
-
-
 def test_compare_takes_what_is_no_number_for_the_same_in_both(capsys, two_checkpoints):
     for path in two_checkpoints:
         (path / "training_config.json").write_text('{"learning_rate": NaN}')
@@ -229,27 +217,16 @@ def test_compare_says_which_configuration_cannot_be_read(capsys, two_checkpoints
 
 
 @pytest.mark.usefixtures("two_checkpoints")
-def test_plot_writes_a_picture_of_the_checkpoints_name(capsys, tmp_path):
+def test_plot_writes_a_picture(capsys, tmp_path):
     code, out, _ = run(capsys, "plot", "100")
     assert code == 0
     assert "Plot saved to checkpoint-epoch0-step100-files0.png" in out
     picture = tmp_path / "checkpoint-epoch0-step100-files0.png"
     assert picture.read_bytes().startswith(PNG_SIGNATURE)
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_plot_saves_where_it_is_told(capsys, tmp_path):
     value = run_json(capsys, "plot", "latest", "--save", "curve.svg")
     assert value["saved"] == "curve.svg"
     (curves,) = value["curves"]
     assert curves["checkpoint"] == curves["label"] == "checkpoint-epoch0-step100-files0"
-    assert list(curves["series"]) == [
-        "loss",
-        "validation_loss",
-        "learning_rate",
-        "grad_norm",
-        "tokens_per_second",
-    ]
     assert curves["series"]["loss"]["steps"] == list(range(10, 101, 10))
     assert curves["series"]["validation_loss"]["steps"] == [100]
     assert "<svg" in (tmp_path / "curve.svg").read_text()
@@ -318,9 +295,9 @@ def test_output_dir_and_run_name_say_where_to_look(capsys, tmp_path):
         (["view", "\x1b[2J"], "There is no checkpoint '?[2J'"),
         (["list", "--last", "0"], "--last must be at least 1, got 0"),
         (["list", "--filter", "steps>1"], "the keys are step, epoch"),
-        (["list", "--filter", "step>many"], "'many' is no number"),
-        (["list", "--filter", "time>today"], "'today' is no time"),
-        (["list", "--filter", "state>a"], "only = and != apply"),
+        (["list", "--filter", "step>many"], "'many' is not a number"),
+        (["list", "--filter", "time>today"], "'today' is not a time"),
+        (["list", "--filter", "state>a"], "takes only = and !="),
     ],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(capsys, tmp_path, argv, message):
@@ -332,7 +309,9 @@ def test_wrong_input_is_one_message_and_exit_code_2(capsys, tmp_path, argv, mess
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("argv", [[], ["lsit"], ["view"], ["list", "--nonsense"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["lsit"], ["view"], ["list", "--nonsense"], ["list", "--hourly-price", "cheap"]]
+)
 def test_unknown_command_lines_exit_with_2(argv):
     with pytest.raises(SystemExit) as caught:
         main(argv)
@@ -342,14 +321,10 @@ def test_unknown_command_lines_exit_with_2(argv):
 @pytest.mark.parametrize(
     ("timestamp", "shown"),
     [
-        ("2026-01-01T12:00:00+00:00", "2026-01-01 12:00:00"),
-        ("2026-01-01T12:00:00Z", "2026-01-01 12:00:00"),
         ("2026-01-01T12:00:00.5+02:00", "2026-01-01 10:00:00"),
         ("2024-01-15T14:30:25.123456", "2024-01-15 14:30:25"),
         ("0001-01-01T00:00:00+14:00", "0001-01-01T00:00:00"),
-        ("yesterday", "yesterday"),
         (None, "-"),
-        (7, "7"),
     ],
 )
 def test_times_are_shown_in_utc(timestamp, shown):
@@ -364,32 +339,7 @@ def test_viewer_loads_neither_torch_nor_drawing_nor_cloud_libraries(tmp_path):
         "heavy = ('torch', 'transformers', 'numpy', 'matplotlib', 'rich', 'google.cloud.storage')\n"
         "assert not [name for name in heavy if name in sys.modules]"
     )
-    result = run_process(sys.executable, "-c", code, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_script_works_by_path_and_as_a_module_from_any_directory(tmp_path):
-    by_path = subprocess.run(
-        [sys.executable, SCRIPT, "list"], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    module = (sys.executable, "-m", "scripts.checkpoint_viewer", "list")
-    assert run_process(*module, cwd=tmp_path).stdout == by_path.stdout
-    assert "Found 2 checkpoints" in by_path.stdout
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_terminal_without_arrows_gets_the_word(tmp_path):
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(
-        [sys.executable, SCRIPT, "view", "50"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "Loss Trend: improving\n" in result.stdout
+    run_process("-c", code, cwd=tmp_path)
 
 
 def test_reading_changes_no_file(capsys, tmp_path, two_checkpoints):
@@ -438,10 +388,8 @@ def five_checkpoints(tmp_path):
         ("--sort time", [50, 40, 30, 20, 10]),
         ("--sort size --last 2", [40, 50]),
         ("--last 3", [30, 40, 50]),
-        ("--last 9", [10, 20, 30, 40, 50]),
         ("--filter step>=20 --filter loss<4", [20, 40]),
         ("--filter loss<4.5 --last 2 --sort loss", [40, 50]),
-        ("--filter state=verified", [10]),
         ("--filter state!=verified", [20, 30, 40, 50]),
         ("--filter kept=latest", [50]),
         ("--filter size>1GiB", []),
@@ -494,11 +442,11 @@ def test_list_tells_another_buckets_uploads_from_this_ones(capsys, two_checkpoin
     assert run_json(capsys, "list")["checkpoints"][0]["state"] == "verified"
 
 
-def run_in_terminal(tmp_path, *argv, columns=200, encoding="utf-8"):
+def run_in_terminal(tmp_path, *argv, columns):
     """Run the viewer with a pseudo-terminal as its standard output."""
     main_end, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "TERM": "xterm", "NO_COLOR": "1"}
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "TERM": "xterm", "NO_COLOR": "1"}
     environment.pop("COLUMNS", None)
     with subprocess.Popen(
         [sys.executable, SCRIPT, *argv],
@@ -516,14 +464,18 @@ def run_in_terminal(tmp_path, *argv, columns=200, encoding="utf-8"):
         os.close(main_end)
         error = process.stderr.read().decode()
         assert process.wait() == 0, error
-    return output.decode(encoding)
+    return output.decode()
 
 
-@pytest.mark.usefixtures("two_checkpoints")
-def test_terminal_gets_a_table_that_fits_it(tmp_path):
-    wide = run_in_terminal(tmp_path, "list")
+def test_terminal_gets_a_table_that_fits_it_and_cannot_be_steered(tmp_path, two_checkpoints):
+    make_checkpoint(tmp_path / "checkpoints", 150, timestamp="\x1b]0;owned\x07")
+    (tmp_path / "checkpoints" / "uploads.jsonl").unlink()
+    wide = run_in_terminal(tmp_path, "list", columns=200)
     for text in ("\u2502", "tokens", "checkpoint-epoch0-step50-files0", "newest 3", "latest, best"):
         assert text in wide
+    assert "?]0;owned?" in wide
+    assert "\x1b]" not in wide
+    assert "\x07" not in wide
     narrow = run_in_terminal(tmp_path, "list", columns=80)
     assert "checkpoint-epoch0" not in narrow
     assert "epoch0-step50-files0" in narrow
@@ -532,110 +484,33 @@ def test_terminal_gets_a_table_that_fits_it(tmp_path):
     assert max(len(line) for line in plain.splitlines()) <= 80
 
 
-def test_a_long_list_in_a_terminal_is_plain_columns(tmp_path, monkeypatch, capsys):
-    for step in (10, 20):
-        make_checkpoint(tmp_path / "checkpoints", step)
+@pytest.fixture
+def terminal(capsys, monkeypatch):
+    """Make this process believe that it writes to a terminal."""
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+
+
+@pytest.mark.usefixtures("two_checkpoints", "terminal")
+def test_a_long_list_in_a_terminal_is_plain_lines(monkeypatch, capsys):
     monkeypatch.setattr(viewer, "MAX_TABLE_ROWS", 1)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(viewer, "terminal_width", lambda: 300)
-    _, out, _ = run(capsys, "list")
-    lines = out.splitlines()
-    assert lines[1].split()[:2] == ["checkpoint", "step"]
-    assert lines[2].startswith("checkpoint-epoch0-step10-files0 ")
-    assert len(lines) == 4
-
-
-def test_hostile_texts_do_not_steer_a_terminal(tmp_path):
-    path = make_checkpoint(
-        tmp_path / "checkpoints",
-        50,
-        timestamp="\x1b]0;owned\x07",
-        git_commit="\x9b31m\u202e",
-        training_progress={"tokens_seen": "\x1b[2J", "max_steps": 1e308},
-    )
-    config = {"\x1b[2J": "\x1b[2J", "deep": [["\x1b"]]}
-    (path / "training_config.json").write_text(json.dumps(config))
-    seal(path, 50)
-    for command in (["list"], ["view", "50"], ["compare", "50", "50"], ["plot", "50"]):
-        output = run_in_terminal(tmp_path, *command)
-        for text in ("\x1b]", "\x1b[2J", "\x07", "\x9b", "\u202e"):
-            assert text not in output
+    assert " 1. checkpoint-epoch0-step50-files0 " in run(capsys, "list")[1]
 
 
 def test_values_that_the_output_cannot_encode_are_replaced(tmp_path):
     make_checkpoint(tmp_path / "checkpoints", 50, run_id="\u00e9", git_commit="\u4e2d\ud800")
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, SCRIPT, "view", "50"]
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert "Git Commit: ??" in result.stdout
-
-
-# Names
+    out = run_process(SCRIPT, "view", "50", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert "Git Commit: ??" in out
+    assert "Loss Trend: improving\n" in out  # without an arrow
 
 
 @pytest.mark.usefixtures("two_checkpoints")
-@pytest.mark.parametrize(
-    ("name", "step"),
-    [
-        ("latest", 100),
-        ("best", 100),
-        ("50", 50),
-        ("checkpoint-epoch0-step50-files0", 50),
-        ("checkpoint-epoch0-step5", 50),
-        ("epoch0-step5", 50),
-        ("step100-files0", 100),
-    ],
-)
+@pytest.mark.parametrize(("name", "step"), [("latest", 100), ("best", 100), ("epoch0-step5", 50)])
 def test_names_may_be_abbreviated(capsys, name, step):
-    assert run_json(capsys, "view", name)["step"] == step
-    assert [row["step"] for row in run_json(capsys, "compare", name, name)["checkpoints"]] == [
-        step,
-        step,
-    ]
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_an_ambiguous_name_lists_what_it_fits(capsys):
-    code, _, err = run(capsys, "view", "files0")
-    assert code == 2
-    assert "'files0' fits checkpoint-epoch0-step50-files0, checkpoint-epoch0-step100-files0" in err
+    rows = run_json(capsys, "compare", name, name)["checkpoints"]
+    assert [row["step"] for row in rows] == [step, step]
 
 
 # view, compare
-
-
-def test_view_shows_mfu_where_the_device_is_known(capsys, tmp_path):
-    system = {
-        "device": "NVIDIA H100 80GB HBM3",
-        "mixed_precision": "bf16",
-        "world_size": 8,
-        "num_parameters": 10**9,
-    }
-    progress = {"tokens_per_second": 500_000}
-    path = make_checkpoint(
-        tmp_path / "checkpoints",
-        50,
-        config={"sequence_length": 2048},
-        system_info=system,
-        training_progress=progress,
-    )
-    (path / "config.json").write_text('{"num_hidden_layers": 24, "hidden_size": 2048}')
-    expected = 500_000 * (6e9 + 12 * 24 * 2048 * 2048) / (8 * 989e12)
-    assert run_json(capsys, "view", "50")["mfu"] == pytest.approx(expected)
-    _, out, _ = run(capsys, "view", "50")
-    assert f"MFU: {100 * expected:.1f}%" in out.splitlines()
-    (row, _) = run_json(capsys, "compare", "50", "50")["checkpoints"]
-    assert row["mfu"] == pytest.approx(expected)
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_view_draws_the_losses_it_has(capsys):
-    _, out, _ = run(capsys, "view", "100")
-    (line,) = (line for line in out.splitlines() if line.startswith("Loss Curve: "))
-    assert line.endswith(" 7.895204 to 5.034204")
-    assert line.split()[2][0] == "\u2588"
 
 
 def test_compare_says_what_was_seen_between(capsys, tmp_path):
@@ -653,7 +528,6 @@ def test_compare_says_what_was_seen_between(capsys, tmp_path):
         "shards": 0,
         "seconds": 10,
         "tokens_per_second": 10240,
-        "logged_tokens_per_second": 3400.5,
     }
     _, out, _ = run(capsys, "compare")
     rows = {line[:20].strip(): line[20:].split() for line in out.splitlines()}
@@ -723,36 +597,15 @@ def test_weights_that_cannot_be_read_are_a_problem_of_that_pair(capsys, tmp_path
 # plot
 
 
-@pytest.mark.usefixtures("two_checkpoints")
-def test_plot_in_a_terminal_is_text_and_writes_no_file(tmp_path):
+@pytest.mark.usefixtures("two_checkpoints", "terminal")
+def test_plot_in_a_terminal_is_text_and_writes_no_file(capsys, tmp_path):
     before = _snapshot(tmp_path)
-    output = run_in_terminal(tmp_path, "plot")
-    for text in (
-        "checkpoint-epoch0-step100-files0",
-        "training loss over step",
-        "gradient norm",
-        "\u28c0",
-    ):
-        assert text in output
+    _, out, _ = run(capsys, "plot")
+    for text in ("checkpoint-epoch0-step100-files0", "training loss over step", "gradient norm"):
+        assert text in out
     assert _snapshot(tmp_path) == before
-    output = run_in_terminal(tmp_path, "plot", "latest", "--save", "a.png")
-    assert "training loss" not in output
+    assert "training loss" not in run(capsys, "plot", "--save", "a.png")[1]
     assert (tmp_path / "a.png").exists()
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_plot_as_text_in_ascii(capsys, tmp_path):
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(
-        [sys.executable, SCRIPT, "plot", "--terminal"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "     7.895 |*" in result.stdout
-    assert not list(tmp_path.glob("*.png"))
 
 
 def test_plot_draws_several_checkpoints_and_runs_in_one_picture(capsys, tmp_path, two_checkpoints):
@@ -873,49 +726,72 @@ ENDLESS_FILE = '{"size": %s, "crc32c": ""}' % ("9" * 4300)  # noqa: UP031
 DEEP = "[" * 500 + "]" * 500
 
 
+METADATA = [
+    {
+        "loss_history": f"[1.0, {HUGE}, 2e308, -2e308]",
+        "learning_rates": '[1, "\\u001b[2J", {"a": [2]}]',
+        "timestamp": '"9999-12-31T23:59:59-23:59"',
+        "run_id": DEEP,
+        "git_commit": '"\\u001b[31m\\u0007"',
+        "spending": DEEP,
+        "training_progress": f'{{"tokens_seen": {HUGE}, "samples_seen": 1e308}}',
+        "system_info": '{"world_size": 0, "num_parameters": -1, "device": []}',
+        "validation_metrics": f'{{"\\u001b[2J": {DEEP}, "validation_loss": "x"}}',
+    },
+    {
+        "loss_history": "[1.0, 1.7e308, 1.7e308]",
+        "timestamp": DEEP,
+        "current_loss": f"{HUGE}",
+        "spending": f'{{"seconds": {HUGE}, "dollars": -1, "starts": {HUGE}}}',
+        "training_progress": '{"mfu": "\\u001b", "tokens_seen": "\\u001b[2J", "max_steps": 1e308}',
+        "system_info": "7",
+    },
+    {
+        "loss_history": DEEP,
+        "extra": DEEP,
+        "spending": '{"seconds": 1e308, "dollars": 1e308, "hourly_price": 9e9}',
+        "training_progress": "[1]",
+    },
+]
+
+
 @pytest.mark.parametrize(
-    ("file", "key", "value"),
+    ("file", "values"),
     [
-        ("manifest.json", "files", json.dumps({"model.safetensors": {"size": HUGE, "crc32c": 1}})),
-        ("manifest.json", "files", f'{{"a": {ENDLESS_FILE}, "b": {ENDLESS_FILE}}}'),
-        ("manifest.json", "branch", "-5"),
-        ("manifest.json", "files", r'{"\u001b[2J": {"size": -1, "crc32c": "\u001b[2J"}}'),
-        ("metadata.json", "loss_history", f"[1.0, {HUGE}, 2e308, -2e308]"),
-        ("metadata.json", "loss_history", "[1.0, 1.7e308, 1.7e308]"),
-        ("metadata.json", "loss_history", DEEP),
-        ("metadata.json", "learning_rates", '[1, "\\u001b[2J", {"a": [2]}]'),
-        ("metadata.json", "timestamp", '"9999-12-31T23:59:59-23:59"'),
-        ("metadata.json", "timestamp", DEEP),
-        ("metadata.json", "run_id", DEEP),
-        ("metadata.json", "extra", DEEP),
-        ("metadata.json", "spending", DEEP),
-        ("metadata.json", "spending", f'{{"seconds": {HUGE}, "dollars": -1, "starts": {HUGE}}}'),
-        ("metadata.json", "spending", '{"seconds": 1e308, "dollars": 1e308, "hourly_price": 9e9}'),
-        ("metadata.json", "training_progress", f'{{"tokens_seen": {HUGE}, "samples_seen": 1e308}}'),
-        ("metadata.json", "system_info", '{"world_size": 0, "num_parameters": -1, "device": []}'),
-        ("metadata.json", "validation_metrics", f'{{"deep": {DEEP}, "validation_loss": "x"}}'),
-        ("training_config.json", "learning_rate", DEEP),
-        ("data_state.json", "shards", f"[{DEEP}]"),
-        ("training_metrics.json", "steps", f'[{HUGE}, "x", null, 1e308]'),
-        ("training_metrics.json", "tokens_per_second", f"[{', '.join(10 * ['1.7e308'])}]"),
+        ("manifest.json", {"files": f'{{"model.safetensors": {{"size": {HUGE}, "crc32c": 1}}}}'}),
+        ("manifest.json", {"files": f'{{"a": {ENDLESS_FILE}, "b": {ENDLESS_FILE}}}'}),
+        ("manifest.json", {"branch": "-5"}),
+        (
+            "manifest.json",
+            {"files": r'{"\u001b[2J": {"size": -1, "crc32c": "\u001b[2J"}}'},
+        ),
+        *(("metadata.json", values) for values in METADATA),
+        ("training_config.json", {"learning_rate": DEEP, r"\u001b[2J": '"\\u001b[2J"'}),
+        ("data_state.json", {"shards": f"[{DEEP}]"}),
+        (
+            "training_metrics.json",
+            {
+                "steps": f'[{HUGE}, "x", null, 1e308]',
+                "tokens_per_second": f"[{', '.join(10 * ['1.7e308'])}]",
+            },
+        ),
     ],
 )
-def test_absurd_values_stop_no_command(capsys, two_checkpoints, file, key, value):
+def test_absurd_values_stop_no_command_and_steer_no_terminal(capsys, two_checkpoints, file, values):
     path = two_checkpoints[1] / file
-    changed = {**json.loads(path.read_text()), key: "PLACE"}
-    path.write_text(json.dumps(changed).replace('"PLACE"', value))
+    known = {**json.loads(path.read_text()), **{key: f"PLACE {key}" for key in values}}
+    text = json.dumps(known)
+    for key, value in values.items():
+        text = text.replace(json.dumps(f"PLACE {key}"), value)
+    path.write_text(text)
     for argv in (["list"], ["view", "100"], ["compare"], ["plot", "--terminal"]):
         for options in ([], ["--json"]):
             code, out, err = run(capsys, *argv, *options)
             assert (code, err) == (0, "")
             assert "\x1b" not in out
+            assert "\x07" not in out
             if options:
                 json.loads(out, parse_constant=pytest.fail)
-
-
-def test_absurd_numbers_do_not_fill_the_screen():
-    for show in (show_count, show_loss):
-        assert len(show(-1e308)) < 20
 
 
 def test_a_directory_that_cannot_be_read_is_one_message(capsys, tmp_path):
@@ -934,7 +810,7 @@ def test_a_checkpoint_that_vanishes_meanwhile_is_left_out(capsys, monkeypatch, t
     rows = run_json(capsys, "list")["checkpoints"]
     assert [row["step"] for row in rows] == [100]
     code, _, err = run(capsys, "view", "50")
-    assert (code, "was deleted at this moment" in err) == (2, True)
+    assert (code, "has just been deleted" in err) == (2, True)
 
 
 SPENDING = {
@@ -983,17 +859,6 @@ def test_compare_shows_costs(capsys, tmp_path):
     assert rows["Cost"][1:] == ["$20.00", "$17.50", "-$2.50"]
 
 
-def test_archives_of_a_google_bucket_have_a_price():
+def test_the_archives_of_a_bucket_are_summed_up():
     rows = [{"archive_bytes": 50 * 2**30}, {"archive_bytes": None}, {"archive_bytes": 50 * 2**30}]
-    storage = measure_storage("gs://runs/a", rows)
-    assert storage["dollars_a_month"] == pytest.approx(2.0)
-    assert "100.0 GiB, about $2.00 a month" in storage_line(storage)
-    assert measure_storage("/mnt/bucket", rows) is None
-
-
-@pytest.mark.parametrize("price", ["-1", "nan", "cheap"])
-def test_a_wrong_price_exits_with_2(capsys, price):
-    with pytest.raises(SystemExit) as caught:
-        main(["list", "--hourly-price", price])
-    assert caught.value.code == 2
-    assert "--hourly-price" in capsys.readouterr().err
+    assert "100.0 GiB" in storage_line(measure_storage(rows))

@@ -1,9 +1,9 @@
-"""Runs a command of the user's when something happens, and never waits for it.
+"""Runs the user's command when something happens, and never waits for it.
 
     event -> command: environment PRETRAIN_*, JSON on standard input
 
-The command gets no shell. It runs in a thread's care, one at a time; one that is missing, fails or
-hangs costs one line for the user and nothing else. No torch here.
+The command gets no shell. A thread runs one at a time; a command that is missing, fails or hangs
+costs one line for the user and nothing else. No torch here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ERROR_BYTES = 2000
 
 @dataclass(frozen=True)
 class RunEvent:
-    """Something that the user is told of once.
+    """Something that the user is notified of once.
 
     Attributes:
         event: stalled, crashed, failed, stopped, finished, not_finite, bad_steps or upload_failed.
@@ -84,22 +84,20 @@ class Notifier:
         self._thread.start()
 
     def tell(self, event: RunEvent) -> None:
-        """Run the command for an event, soon."""
+        """Have the command run for an event."""
         try:
             self._queue.put_nowait(event)
         except queue.Full:
-            self._complaints.append(f"{event.event} was not notified: {MAX_WAITING} are waiting")
+            self._complaints.append(
+                f"no notification of {event.event}: {MAX_WAITING} are waiting already"
+            )
 
     def take_complaints(self) -> list[str]:
         """Return what went wrong since the last call, a line each."""
-        found = []
-        with contextlib.suppress(IndexError):
-            while True:
-                found.append(self._complaints.popleft())
-        return found
+        return [self._complaints.popleft() for _ in range(len(self._complaints))]
 
     def close(self, seconds: float = LEAVE_SECONDS) -> None:
-        """Wait for what was told, then end what is still running."""
+        """Wait for the waiting events, then kill what is still running."""
         end = time.monotonic() + seconds
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(None)
@@ -131,7 +129,7 @@ class Notifier:
             "PRETRAIN_RUN": event.run,
             "PRETRAIN_STEP": "" if event.step is None else str(event.step),
         }
-        # Files, not pipes: a command that reads nothing or writes much holds nobody up.
+        # Files, not pipes: a command may read nothing or write much without blocking.
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as told:
             given.write(json.dumps(asdict(event)).encode() + b"\n")
             given.seek(0)
