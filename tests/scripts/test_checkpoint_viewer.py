@@ -100,6 +100,10 @@ def test_list_shows_step_losses_time_upload_state_latest_and_best(capsys):
         assert part in first
     assert first.endswith("Upload: verified Kept: newest 3")
     assert second.endswith("Upload: failed (latest, best) Kept: latest")
+    row = run_json(capsys, "list")["checkpoints"][0]
+    assert (row["state"], row["kept"], row["is_latest"]) == ("verified", "newest 3", False)
+    assert row["age_seconds"] > 86400
+    assert row["learning_rate"] == 0.004
 
 
 def test_damaged_and_foreign_things_are_named_and_the_rest_is_listed(capsys, two_checkpoints):
@@ -178,17 +182,6 @@ def test_view_names_files_that_are_missing_or_of_another_size(capsys, two_checkp
     assert len(run_json(capsys, "view", "50")["problems"]) == 3
 
 
-@pytest.mark.usefixtures("two_checkpoints")
-def test_view_as_json_has_metadata_files_and_upload(capsys):
-    value = run_json(capsys, "view", "latest")
-    assert value["step"] == 100
-    assert value["metadata"]["run_id"] == RUN_ID
-    assert value["upload"]["details"] == {"error": "403 Forbidden"}
-    assert {"name", "size_bytes", "crc32c"} == value["files"][0].keys()
-    assert value["data_position"]["sample_index"] == 400
-    assert value["problems"] == []
-
-
 def test_compare_takes_the_two_newest_by_default(capsys, tmp_path, two_checkpoints):
     make_checkpoint(tmp_path / "checkpoints", 150, config={"learning_rate": 0.1, "max_steps": 100})
     code, out, _ = run(capsys, "compare")
@@ -201,12 +194,6 @@ def test_compare_takes_the_two_newest_by_default(capsys, tmp_path, two_checkpoin
     assert rows["Tokens Seen"][-1] == "+102,400"
     assert "  learning_rate: 0.004 | 0.1" in out
     assert "max_steps" not in out
-
-
-def test_compare_takes_what_is_no_number_for_the_same_in_both(capsys, two_checkpoints):
-    for path in two_checkpoints:
-        (path / "training_config.json").write_text('{"learning_rate": NaN}')
-    assert run_json(capsys, "compare")["config_differences"] == {}
 
 
 def test_compare_says_which_configuration_cannot_be_read(capsys, two_checkpoints):
@@ -223,13 +210,12 @@ def test_plot_writes_a_picture(capsys, tmp_path):
     assert "Plot saved to checkpoint-epoch0-step100-files0.png" in out
     picture = tmp_path / "checkpoint-epoch0-step100-files0.png"
     assert picture.read_bytes().startswith(PNG_SIGNATURE)
-    value = run_json(capsys, "plot", "latest", "--save", "curve.svg")
-    assert value["saved"] == "curve.svg"
+    value = run_json(capsys, "plot", "latest")
+    assert value["saved"] is None
     (curves,) = value["curves"]
     assert curves["checkpoint"] == curves["label"] == "checkpoint-epoch0-step100-files0"
     assert curves["series"]["loss"]["steps"] == list(range(10, 101, 10))
     assert curves["series"]["validation_loss"]["steps"] == [100]
-    assert "<svg" in (tmp_path / "curve.svg").read_text()
 
 
 def test_plot_draws_what_is_left_of_a_damaged_history(capsys, two_checkpoints):
@@ -243,16 +229,11 @@ def test_plot_draws_what_is_left_of_a_damaged_history(capsys, two_checkpoints):
     (curves,) = value["curves"]
     assert (curves["has_steps"], len(curves["series"]["loss"]["values"])) == (False, 10)
     assert "training_metrics.json cannot be read" in value["notes"][0]
-    assert value["saved"] is None
-
-
-def test_plot_before_the_first_logged_loss_is_an_error(capsys, tmp_path):
-    path = make_checkpoint(tmp_path / "checkpoints", 5, loss_history=[], learning_rates=[])
-    (path / "training_metrics.json").write_text(json.dumps({**make_history(5), "validation": []}))
-    seal(path, 5)
-    code, _, err = run(capsys, "plot", "5")
-    assert code == 2
-    assert "no curve" in err
+    metadata = json.loads((two_checkpoints[1] / "metadata.json").read_text())
+    empty = {**metadata, "loss_history": [], "learning_rates": []}
+    (two_checkpoints[1] / "metadata.json").write_text(json.dumps(empty))
+    code, _, err = run(capsys, "plot", "100")
+    assert (code, "no curve" in err) == (2, True)
 
 
 def test_remote_reads_the_buckets_sidecars(capsys, tmp_path, two_checkpoints):
@@ -265,16 +246,16 @@ def test_remote_reads_the_buckets_sidecars(capsys, tmp_path, two_checkpoints):
     code, out, _ = run(capsys, "view", "50", *options)
     assert "Archive: 7 B" in out
     assert "Loss History Length: 5" in out
-    (curves,) = run_json(capsys, "plot", "50", *options)["curves"]
-    assert curves["series"]["loss"]["steps"] == [1, 2, 3, 4, 5]
     assert run_json(capsys, "list", "--remote")["checkpoints"] == []
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_output_dir_and_run_name_say_where_to_look(capsys, tmp_path):
-    make_checkpoint(tmp_path / "else" / "my-run", 7)
-    rows = run_json(capsys, "list", "--output-dir", "else", "--run-name", "my-run")["checkpoints"]
-    assert [row["step"] for row in rows] == [7]
+    for path in two_checkpoints:
+        put_remote(tmp_path / "bucket", path)
+    value = run_json(capsys, "compare", "--remote")
+    assert [row["state"] for row in value["checkpoints"]] == ["verified", "verified"]
+    assert value["between"][0]["tokens"] == 102400
+    assert "not in the bucket's sidecars" in value["notes"][0]
+    code, out, _ = run(capsys, "plot", "50", "100", "--remote", "--terminal")
+    assert code == 0
+    assert "training loss over logged entry" in out
 
 
 @pytest.mark.usefixtures("two_checkpoints")
@@ -382,7 +363,6 @@ def five_checkpoints(tmp_path):
     [
         ("", [10, 20, 30, 40, 50]),
         ("--reverse", [50, 40, 30, 20, 10]),
-        ("--sort loss", [40, 20, 50, 10, 30]),
         ("--sort loss --reverse", [10, 50, 20, 40, 30]),
         ("--sort validation-loss", [40, 20, 50, 10, 30]),
         ("--sort time", [50, 40, 30, 20, 10]),
@@ -403,20 +383,8 @@ def test_list_filters_sorts_and_takes_the_last(capsys, options, steps):
 
 @pytest.mark.usefixtures("five_checkpoints")
 def test_list_says_how_many_of_all_it_shows(capsys):
-    _, out, _ = run(capsys, "list", "--filter", "loss<4")
-    assert "Found 2 of 5 checkpoints in checkpoints" in out
-    _, out, _ = run(capsys, "list", "--filter", "loss<0")
-    assert "Found 0 of 5 checkpoints in checkpoints" in out
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_list_as_json_has_age_state_and_reason(capsys):
-    first, second = run_json(capsys, "list")["checkpoints"]
-    assert (first["state"], first["kept"]) == ("verified", "newest 3")
-    assert (second["state"], second["kept"]) == ("failed", "latest")
-    assert first["age_seconds"] > 86400
-    assert first["learning_rate"] == 0.004
-    assert (first["is_latest"], second["is_latest"], second["is_best"]) == (False, True, True)
+    assert "Found 2 of 5 checkpoints in checkpoints" in run(capsys, "list", "--filter", "loss<4")[1]
+    assert "Found 0 of 5 checkpoints in checkpoints" in run(capsys, "list", "--filter", "loss<0")[1]
 
 
 def test_list_tells_another_buckets_uploads_from_this_ones(capsys, two_checkpoints):
@@ -609,7 +577,14 @@ def test_plot_in_a_terminal_is_text_and_writes_no_file(capsys, tmp_path):
 
 
 def test_plot_draws_several_checkpoints_and_runs_in_one_picture(capsys, tmp_path, two_checkpoints):
-    make_checkpoint(tmp_path / "other" / "$_$", 20)
+    path = make_checkpoint(tmp_path / "other" / "$_$", 20)
+    absurd = {
+        "steps": [1, 1e15, 1e300],
+        "loss_history": [1e308, -1e38, 1e38],
+        "learning_rates": [5e-324, 0, 1],
+        "grad_norms": [10**400, 1, 2],
+    }
+    (path / "training_metrics.json").write_text(json.dumps({**make_history(30), **absurd}))
     runs = ("--run", "checkpoints", "--run", "other/$_$")
     code, out, _ = run(capsys, "plot", "--terminal", "--save", "a.svg", *runs)
     assert code == 0
@@ -634,34 +609,7 @@ def test_plot_leaves_out_curves_that_do_not_fit_the_axis(capsys, two_checkpoints
     assert "over step" in out
 
 
-def test_plot_survives_absurd_values(capsys, tmp_path):
-    path = make_checkpoint(tmp_path / "checkpoints", 50)
-    history = {
-        **make_history(30),
-        "steps": [1, 1e15, 1e300],
-        "loss_history": [1e308, -1e38, 1e38],
-        "learning_rates": [5e-324, 0, 1],
-        "grad_norms": [10**400, 1, 2],
-    }
-    (path / "training_metrics.json").write_text(json.dumps(history))
-    for options in (["--terminal"], ["--save", "a.png"]):
-        code, _, err = run(capsys, "plot", "50", *options)
-        assert (code, err) == (0, "")
-
-
 # Remote
-
-
-def test_remote_compares_and_plots_from_sidecars(capsys, tmp_path, two_checkpoints):
-    for path in two_checkpoints:
-        put_remote(tmp_path / "bucket", path)
-    value = run_json(capsys, "compare", "--remote")
-    assert [row["state"] for row in value["checkpoints"]] == ["verified", "verified"]
-    assert value["between"][0]["tokens"] == 102400
-    assert "not in the bucket's sidecars" in value["notes"][0]
-    code, out, _ = run(capsys, "plot", "50", "100", "--remote", "--terminal")
-    assert code == 0
-    assert "training loss over logged entry" in out
 
 
 def test_remote_reads_only_the_sidecars_it_shows(capsys, tmp_path, two_checkpoints, monkeypatch):
@@ -685,39 +633,16 @@ def test_remote_names_what_is_damaged_foreign_or_unfinished(capsys, tmp_path, tw
     (folder / "checkpoint-epoch0-step60-files0.json").write_text('{"manifest": ')
     (folder / "checkpoint-epoch0-step70-files0.tar.gz").write_bytes(b"archive")
     (folder / "\x1b[2J.json").write_text("{}")
-    (folder / "checkpoint-epoch0-step80-files0.json").mkdir()
-    with (folder / "checkpoint-epoch0-step90-files0.json").open("wb") as file:
-        file.truncate(65 * 2**20)
     code, out, _ = run(capsys, "list", "--remote")
     assert code == 0
-    assert "Found 3 checkpoints" in out
+    assert "Found 2 checkpoints" in out
     assert "step60-files0.json: " in out
-    assert "it has more than" in out
     assert "Note: checkpoint-epoch0-step70-files0 is not listed: it has no sidecar" in out
     assert "Upload: damaged in bucket" in out
     assert "\x1b" not in out
 
 
 # Damage and hostility
-
-
-def test_pipes_devices_and_directories_in_place_of_files_are_not_waited_for(
-    capsys, two_checkpoints
-):
-    checkpoint, directory = two_checkpoints[0], two_checkpoints[0].parent
-    for name in ("metadata.json", "training_config.json", "training_metrics.json"):
-        (checkpoint / name).unlink()
-        os.mkfifo(checkpoint / name)
-    (directory / "uploads.jsonl").unlink()
-    os.mkfifo(directory / "uploads.jsonl")
-    os.mkfifo(directory / "run.json")
-    (checkpoint / "data_state.json").unlink()
-    (checkpoint / "data_state.json").symlink_to("/dev/zero")
-    for argv in (["list"], ["view", "50"], ["compare", "50", "100"]):
-        code, out, err = run(capsys, *argv)
-        assert (code, err) == (0, "")
-        assert "metadata.json cannot be read (it is no regular file)" in out
-    assert run(capsys, "plot", "50")[0] == 2
 
 
 HUGE = 10**400
@@ -820,7 +745,6 @@ SPENDING = {
     "unpriced_seconds": 3600.0,
     "lost_seconds": 720.0,
     "lost_dollars": 4.0,
-    "lost_unpriced_seconds": 0.0,
     "hourly_price": 20.0,
 }
 
@@ -844,19 +768,8 @@ def test_costs_are_shown_where_the_run_counted_them(capsys, tmp_path):
     assert "Per Million Tokens: $244.14" in priced
     older, newer = run_json(capsys, "list", "--hourly-price", "5")["checkpoints"]
     assert older["costs"] is None
-    assert (newer["costs"]["dollars"], newer["costs"]["lost_dollars"]) == (25.0, 4.0)
-    remaining = 50 * 2048 / 3400.5
-    assert newer["costs"]["remaining_seconds"] == pytest.approx(remaining)
-    assert newer["costs"]["remaining_dollars"] == pytest.approx(remaining / 3600 * 20)
-
-
-def test_compare_shows_costs(capsys, tmp_path):
-    directory = tmp_path / "checkpoints"
-    make_checkpoint(directory, 50, spending=SPENDING)
-    make_checkpoint(directory, 100, spending={**SPENDING, "seconds": 10800.0, "dollars": 17.5})
-    rows = {line.split("  ")[0]: line.split() for line in run(capsys, "compare")[1].splitlines()}
-    assert rows["Machine Time"][2:] == ["2h00m", "3h00m", "+1h00m"]
-    assert rows["Cost"][1:] == ["$20.00", "$17.50", "-$2.50"]
+    assert newer["costs"]["remaining_seconds"] == pytest.approx(50 * 2048 / 3400.5)
+    assert "$20.00" in run(capsys, "compare")[1]
 
 
 def test_the_archives_of_a_bucket_are_summed_up():

@@ -32,6 +32,7 @@ from utils.base import console, machine
 from utils.checkpoints.journal import Journal, UploadState
 from utils.tracking.metrics_log import append_metrics
 
+Capture = pytest.CaptureFixture[str]
 SCRIPT = PROJECT_DIRECTORY / "scripts" / "monitor_training.py"
 ENTER, LEAVE = b"\x1b[?1049h", b"\x1b[?1049l"  # of the alternate screen
 SHOW_CURSOR = b"\x1b[?25h"
@@ -48,20 +49,20 @@ def metrics(tmp_path: Path) -> Path:
     return tmp_path / "logs" / "metrics.jsonl"
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+def run(capsys: Capture, *argv: str) -> tuple[int, str, str]:
     code = main(argv)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
 
-def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+def run_json(capsys: Capture, *argv: str) -> dict[str, Any]:
     code, out, err = run(capsys, "--once", "--json", *argv)
     assert (code, err) == (0, "")
     value: dict[str, Any] = json.loads(out, parse_constant=pytest.fail)
     return value
 
 
-def test_nothing_there_is_no_run_and_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_there_is_no_run_and_no_error(capsys: Capture) -> None:
     code, out, err = run(capsys, "--once")
     assert (code, err) == (0, "")
     assert "State: no run (nothing has been logged in logs/metrics.jsonl)" in out
@@ -69,9 +70,7 @@ def test_nothing_there_is_no_run_and_no_error(capsys: pytest.CaptureFixture[str]
     assert "CPU: " in out
 
 
-def test_running_run_shows_progress_losses_speed_and_eta(
-    capsys: pytest.CaptureFixture[str], metrics: Path
-) -> None:
+def test_running_run_shows_progress_losses_speed_and_eta(capsys: Capture, metrics: Path) -> None:
     write_start(metrics)
     for step in range(10, 60, 10):
         write_step(metrics, step, loss=8.0 - step / 20)
@@ -100,7 +99,7 @@ def test_running_run_shows_progress_losses_speed_and_eta(
 
 
 def test_newest_checkpoints_are_shown_with_their_upload_states(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: Capture, tmp_path: Path
 ) -> None:
     directory = tmp_path / "checkpoints"
     for step in range(10, 80, 10):
@@ -120,7 +119,7 @@ def test_newest_checkpoints_are_shown_with_their_upload_states(
 
 
 def test_damaged_files_are_named_and_the_rest_is_shown(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, metrics: Path
+    capsys: Capture, tmp_path: Path, metrics: Path
 ) -> None:
     write_start(metrics, device="\x1b[31mcpu", pid="\x1b[2J")
     write_step(metrics, 10, learning_rate="fast", step_seconds=None)
@@ -139,9 +138,7 @@ def test_damaged_files_are_named_and_the_rest_is_shown(
     assert "the loss of step 12 is not finite" in run(capsys, "--once")[1]
 
 
-def test_json_has_warnings_with_what_to_do(
-    capsys: pytest.CaptureFixture[str], metrics: Path
-) -> None:
+def test_json_has_warnings_with_what_to_do(capsys: Capture, metrics: Path) -> None:
     write_start(metrics)
     write_step(metrics, 10, grad_norm=11.5, mfu=0.41)
     append_metrics(metrics, {"event": "bad_step", "step": 11, "kind": "spike", "policy": "skip"})
@@ -151,9 +148,7 @@ def test_json_has_warnings_with_what_to_do(
     assert all(warning["advice"] for warning in value["warnings"])
 
 
-def test_directories_and_run_name_can_be_given(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_directories_and_run_name_can_be_given(capsys: Capture, tmp_path: Path) -> None:
     write_start(tmp_path / "l" / "r" / "metrics.jsonl", step=3)
     make_checkpoint(tmp_path / "c" / "r", 3)
     value = run_json(capsys, "--logging-dir", "l", "--output-dir", "c", "--run-name", "r")
@@ -165,7 +160,7 @@ def test_directories_and_run_name_can_be_given(
     "argv",
     [["--refresh", "0"], ["--refresh", "nan"], ["--refresh", "soon"], ["--hourly-price", "abc"]],
 )
-def test_wrong_numbers_exit_with_2(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+def test_wrong_numbers_exit_with_2(capsys: Capture, argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
@@ -181,9 +176,7 @@ def test_wrong_numbers_exit_with_2(capsys: pytest.CaptureFixture[str], argv: lis
         ["--logs-only", "--notify-command", "true"],
     ],
 )
-def test_wrong_usage_is_one_message_and_exit_code_2(
-    capsys: pytest.CaptureFixture[str], argv: list[str]
-) -> None:
+def test_wrong_usage_is_one_message_and_exit_code_2(capsys: Capture, argv: list[str]) -> None:
     code, out, err = run(capsys, "--once", *argv)
     assert (code, out) == (2, "")
     assert err.startswith("Error: ")
@@ -203,9 +196,7 @@ def price_start(path: Path, price: float | None) -> None:
     write_step(path, 50)
 
 
-def test_costs_of_a_running_run_count_to_now(
-    capsys: pytest.CaptureFixture[str], metrics: Path
-) -> None:
+def test_costs_of_a_running_run_count_to_now(capsys: Capture, metrics: Path) -> None:
     price_start(metrics, 8.0)
     # Half an hour from the launch to the event is the way to the first step.
     out = run(capsys, "--once")[1]
@@ -217,9 +208,7 @@ def test_costs_of_a_running_run_count_to_now(
     assert costs["starts"] == 2
 
 
-def test_a_price_may_be_given_to_the_monitor(
-    capsys: pytest.CaptureFixture[str], metrics: Path
-) -> None:
+def test_a_price_may_be_given_to_the_monitor(capsys: Capture, metrics: Path) -> None:
     price_start(metrics, None)
     assert "Cost: $10.00 so far, 30m" in run(capsys, "--once")[1]
     assert run_json(capsys, "--hourly-price", "8")["costs"]["dollars"] >= 14.0
@@ -229,7 +218,7 @@ def test_a_price_may_be_given_to_the_monitor(
 
 
 def test_logs_only_shows_the_last_lines_without_terminal_escapes(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: Capture, tmp_path: Path
 ) -> None:
     assert run(capsys, "--logs-only", "--once")[1] == "No log lines in logs/train.log yet.\n"
     log = tmp_path / "logs" / "train.log"
@@ -283,7 +272,7 @@ def between_looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[None]],
 
 
 def test_a_pipe_gets_a_line_a_look_until_ctrl_c_and_the_notify_command_its_events(
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
     tmp_path: Path,
     metrics: Path,
     between_looks: Callable[[Iterator[None]], None],
@@ -315,7 +304,7 @@ def test_a_pipe_gets_a_line_a_look_until_ctrl_c_and_the_notify_command_its_event
 
 
 def test_a_pipe_gets_a_json_object_or_new_log_lines_a_look(
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
     metrics: Path,
     between_looks: Callable[[Iterator[None]], None],
 ) -> None:

@@ -189,35 +189,26 @@ def test_a_compacted_journal_is_read_again_and_waits_are_not_forgotten(paths: Ru
     assert "for 9m01s" in after.warnings[0].message  # the queued line is gone
 
 
-def make_fifo(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.mkfifo(path)
-
-
-def make_directory(path: Path) -> None:
-    path.mkdir(parents=True)
-
-
-def make_file(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def make_garbage(path: Path) -> None:
     path.write_bytes(b"\x00\xff garbage")
 
 
 @pytest.mark.parametrize(
     ("part", "make", "problem"),
     [
-        ("metrics", make_fifo, "metrics.jsonl cannot be read: it is no regular file"),
-        ("metrics", make_directory, "metrics.jsonl cannot be read: Is a directory"),
-        ("journal", make_fifo, "uploads.jsonl cannot be read: it is no regular file"),
-        ("journal", make_directory, "uploads.jsonl cannot be read: Is a directory"),
-        ("checkpoints", make_file, "checkpoints is no directory"),
-        ("logs", make_file, "metrics.jsonl cannot be read: Not a directory"),
+        ("metrics", os.mkfifo, "metrics.jsonl cannot be read: it is no regular file"),
+        ("metrics", Path.mkdir, "metrics.jsonl cannot be read: Is a directory"),
+        ("journal", os.mkfifo, "uploads.jsonl cannot be read: it is no regular file"),
+        ("checkpoints", make_garbage, "checkpoints is no directory"),
+        ("logs", make_garbage, "metrics.jsonl cannot be read: Not a directory"),
     ],
 )
 def test_something_else_in_the_place_of_a_file_is_said(
     paths: RunPaths, part: str, make: Callable[[Path], None], problem: str
 ) -> None:
-    make(getattr(paths, part))
+    path = getattr(paths, part)
+    path.parent.mkdir(exist_ok=True)
+    make(path)
     status = RunWatcher(paths).look()
     assert status.state is RunState.NO_RUN
     assert [problem in text for text in status.problems] == [True]
