@@ -33,47 +33,13 @@ from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import printable, to_json_text
 from utils.checkpoints.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView
-from utils.costs.costs import parse_hourly_price
+from utils.costs.costs import describe_costs, parse_hourly_price
 from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
 from utils.tools.evaluation.text import chart_lines as evaluation_charts
 from utils.tools.evaluation.text import evaluation_lines, series
+from utils.tools.viewer import report, text
 from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
-from utils.tools.viewer.report import (
-    check_files,
-    config_differences,
-    costs_as_json,
-    data_position,
-    loss_statistics,
-    measure_between,
-    measure_costs,
-    measure_storage,
-    measure_throughput,
-    read_curves,
-    read_part,
-    section,
-)
 from utils.tools.viewer.shelf import Shelf, open_shelf, run_config
-from utils.tools.viewer.text import (
-    RIGHT_ALIGNED,
-    between_lines,
-    compare_table,
-    config_lines,
-    cost_lines,
-    difference_lines,
-    drift_lines,
-    file_lines,
-    fit_columns,
-    list_cells,
-    list_line,
-    plain_lines,
-    progress_lines,
-    run_lines,
-    state_lines,
-    storage_line,
-    table_lines,
-    training_lines,
-    upload_lines,
-)
 from utils.tracking.metrics_log import HISTORY_LIMIT
 from utils.tracking.plots import (
     METRICS,
@@ -125,8 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Callable[..., None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, parents=[common], help=text, description=text)
+    def add(name: str, command: Callable[..., None], summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, parents=[common], help=summary, description=summary)
         sub.set_defaults(command=command)
         return sub
 
@@ -203,7 +169,7 @@ def add_list_options(listing: argparse.ArgumentParser) -> None:
 
 def run_list(args: argparse.Namespace) -> None:
     """List checkpoints."""
-    conditions = [parse_condition(text) for text in args.filter]
+    conditions = [parse_condition(word) for word in args.filter]
     if args.last is not None and args.last < 1:
         raise UsageError(f"--last must be at least 1, got {args.last}.")
     with opened_shelf(args) as shelf:
@@ -211,14 +177,14 @@ def run_list(args: argparse.Namespace) -> None:
     rows = choose_rows(
         every, conditions, last=args.last, sort_key=args.sort, is_reversed=args.reverse
     )
-    storage = measure_storage(every) if args.remote else None
+    storage = report.measure_storage(every) if args.remote else None
     if args.json:
         values = {"where": shelf.where, "checkpoints": rows, "notes": shelf.notes}
         print(to_json_text({**values, "num_checkpoints": len(every), "storage": storage}))
         return
     print_list(rows, len(every), shelf, is_remote=args.remote)
     if storage is not None:
-        print(storage_line(storage))
+        print(text.storage_line(storage))
     for note in shelf.notes:
         print(f"Note: {printable(note)}")
 
@@ -236,8 +202,8 @@ def print_list(
     count = f"{len(rows)} of {num_all}" if len(rows) < num_all else str(num_all)
     title = f"Found {count} checkpoint{'' if num_all == 1 else 's'} in {where} (times in UTC):"
     if sys.stdout.isatty() and 0 < len(rows) <= MAX_TABLE_ROWS:
-        cells, left_out = fit_columns([list_cells(row) for row in rows], terminal_width())
-        print_table(title, cells, right_aligned=RIGHT_ALIGNED)
+        cells, left_out = text.fit_columns([text.list_cells(row) for row in rows], terminal_width())
+        print_table(title, cells, right_aligned=text.RIGHT_ALIGNED)
         if left_out:
             print(f"Not shown in this width: {', '.join(left_out)}.")
         for row in rows:
@@ -247,7 +213,7 @@ def print_list(
     print(title)
     print("=" * 78)
     for index, row in enumerate(rows, start=1):
-        print(f"{index:2d}. {list_line(row)}")
+        print(f"{index:2d}. {text.list_line(row)}")
         if row["problem"]:
             print(f"      Problem: {printable(row['problem'])}")
 
@@ -265,21 +231,22 @@ def run_view(args: argparse.Namespace) -> None:
     with opened_shelf(args) as shelf:
         view = shelf.select(args.name)
         (row,) = read_rows(shelf, [view], args)
-    files, problems = check_files(view)
-    data_state, data_problem = read_part(view, DATA_STATE_FILE)
-    config, config_problem = read_part(view, TRAINING_CONFIG_FILE)
-    throughput = measure_throughput(view)
+    files, problems = report.check_files(view)
+    data_state, data_problem = report.read_part(view, DATA_STATE_FILE)
+    config, config_problem = report.read_part(view, TRAINING_CONFIG_FILE)
+    throughput = report.measure_throughput(view)
+    costs = report.measure_costs(view, args.hourly_price)
     evaluations = read_evaluations(RunPaths.of(load_config(args)).evaluations)
     measured = of_weights(evaluations.evaluations, view.manifest)
     found = (view.problem, data_problem, config_problem, evaluations.problem)
-    problems += [text for text in found if text]
+    problems += [problem for problem in found if problem]
     if args.json:
         details = {
             **throughput,
-            "loss_statistics": loss_statistics(view.metadata),
+            "loss_statistics": report.loss_statistics(view.metadata),
             "metadata": view.metadata,
             "config": config,
-            "data_position": data_position(data_state),
+            "data_position": report.data_position(data_state),
             "evaluations": [{"time": one.time, **one.to_json()} for one in measured],
             "files": files,
             "problems": problems,
@@ -290,17 +257,19 @@ def run_view(args: argparse.Namespace) -> None:
     print(f"Checkpoint Summary: {view.name}")
     print("=" * 60)
     sections = {
-        "": state_lines(view),
-        "Training Metrics": training_lines(view.metadata, encoding),
-        "Validation Metrics": plain_lines(section(view.metadata, "validation_metrics"), "  "),
+        "": text.state_lines(view),
+        "Training Metrics": text.training_lines(view.metadata, encoding),
+        "Validation Metrics": text.plain_lines(
+            report.section(view.metadata, "validation_metrics"), "  "
+        ),
         "Evaluations": evaluation_lines(measured),
-        "Progress": progress_lines(view.metadata, throughput),
-        "Costs": cost_lines(measure_costs(view, args.hourly_price)),
-        "Data Position": plain_lines(data_position(data_state), "  "),
-        "Run": run_lines(row, view),
-        "Upload": upload_lines(row, shelf.where if args.remote else ""),
-        "Configuration": config_lines(config),
-        "Files": file_lines(files),
+        "Progress": text.progress_lines(view.metadata, throughput),
+        "Costs": [] if costs is None else [describe_costs(costs)],
+        "Data Position": text.plain_lines(report.data_position(data_state), "  "),
+        "Run": text.run_lines(row, view),
+        "Upload": text.upload_lines(row, shelf.where if args.remote else ""),
+        "Configuration": text.config_lines(config),
+        "Files": text.file_lines(files),
         "Problems": [f"  {printable(problem)}" for problem in problems],
     }
     for title, lines in sections.items():
@@ -319,12 +288,12 @@ def run_compare(args: argparse.Namespace) -> None:
             raise UsageError(f"compare needs at least two checkpoints, {len(names)} {where}.")
         chosen = [shelf.select(name) for name in names]
         rows = [
-            {**row, "mfu": measure_throughput(view)["mfu"], **compared_costs(row)}
+            {**row, "mfu": report.measure_throughput(view)["mfu"], **compared_costs(row)}
             for row, view in zip(read_rows(shelf, chosen, args), chosen, strict=True)
         ]
     pairs = list(zip(chosen, chosen[1:], strict=False))
-    between = [measure_between(*pair) for pair in pairs]
-    differences, notes = config_differences(chosen)
+    between = [report.measure_between(*pair) for pair in pairs]
+    differences, notes = report.config_differences(chosen)
     drifts = [measure_weights(*pair) for pair in pairs] if args.weights else None
     if args.json:
         values = {"checkpoints": rows, "config_differences": differences, "notes": notes}
@@ -334,11 +303,11 @@ def run_compare(args: argparse.Namespace) -> None:
     for index, row in enumerate(rows, start=1):
         print(f"  [{index}] {row['name']}")
     print("=" * 60)
-    print("\n".join(table_lines(compare_table(rows))))
-    print_section("Between Them", between_lines(between))
-    print_section("Configuration Differences", difference_lines(differences, notes))
+    print("\n".join(text.table_lines(text.compare_table(rows))))
+    print_section("Between Them", text.between_lines(between))
+    print_section("Configuration Differences", text.difference_lines(differences, notes))
     for index, drift in enumerate(drifts or [], start=1):
-        print_section(f"Weights, [{index}] to [{index + 1}]", drift_lines(drift))
+        print_section(f"Weights, [{index}] to [{index + 1}]", text.drift_lines(drift))
     problems = [f"  {row['name']}: {printable(row['problem'])}" for row in rows if row["problem"]]
     print_section("Problems", problems)
 
@@ -451,7 +420,7 @@ def plot_of_checkpoints(args: argparse.Namespace) -> Plot:
             for name in args.names or ["latest"]:
                 view = shelf.select(name)
                 label = str(view.name) if len(places) == 1 else f"{shelf.where}: {view.name}"
-                curves, problem = read_curves(view, label)
+                curves, problem = report.read_curves(view, label)
                 if problem:
                     kept = f"drawn from metadata.json (last {HISTORY_LIMIT} only)"
                     notes.append(f"{label}: {problem}; {kept}")
@@ -534,7 +503,7 @@ def read_rows(
     rows = shelf.rows(views)
     if args.hourly_price is not None:
         for row, view in zip(rows, views, strict=True):
-            row["costs"] = costs_as_json(measure_costs(view, args.hourly_price))
+            row["costs"] = report.costs_as_json(report.measure_costs(view, args.hourly_price))
     return rows
 
 

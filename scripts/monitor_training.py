@@ -50,7 +50,7 @@ from utils.base.text import printable, to_json_text
 from utils.checkpoints.layout import RunPaths
 from utils.costs.costs import parse_hourly_price
 from utils.tools.monitor.events import EventTracker
-from utils.tools.monitor.notifier import LIMIT_SECONDS, Notifier, parse_command
+from utils.tools.monitor.notifier import LEAVE_SECONDS, LIMIT_SECONDS, Notifier, parse_command
 from utils.tools.monitor.status import RunStatus, RunWatcher
 from utils.tools.monitor.view import WIDTH, ViewRow, build_rows, fit_rows, one_line
 
@@ -133,7 +133,7 @@ def run_monitor(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         return
     finally:
-        watch.close(LIMIT_SECONDS if args.once else None)
+        watch.close(LIMIT_SECONDS if args.once else LEAVE_SECONDS)
 
 
 def load_config(args: argparse.Namespace) -> TrainingConfig:
@@ -168,19 +168,17 @@ class Watch:
 
     def complaints(self) -> list[str]:
         """Return what went wrong with the user's command since the last call."""
-        if self._notifier is None:
-            return []
-        return [f"--notify-command: {text}" for text in self._notifier.take_complaints()]
+        return [] if self._notifier is None else self._notifier.take_complaints()
 
     def print_complaints(self) -> None:
         """Print what went wrong with the user's command on standard error."""
         for text in self.complaints():
             print(text, file=sys.stderr, flush=True)
 
-    def close(self, seconds: float | None = None) -> None:
-        """Wait a moment for the user's command, or so many seconds."""
+    def close(self, seconds: float) -> None:
+        """Wait for the user's command, then kill it."""
         if self._notifier is not None:
-            self._notifier.close(*([] if seconds is None else [seconds]))
+            self._notifier.close(seconds)
             self.print_complaints()
 
 
@@ -309,21 +307,20 @@ def follow_log(log: LogTail, args: argparse.Namespace) -> None:
     Raises:
         UsageError: The log cannot be read.
     """
-    try:
-        lines = log.read_new()
-        if not lines and not args.json:
-            print(f"No log lines in {printable(log.path)} yet.", flush=True)
-        while True:
-            for line in lines:
-                print(to_json_text({"line": line}, indent=None) if args.json else line, flush=True)
-            if args.once:
-                return
-            time.sleep(args.refresh)
+    is_first = True
+    while True:
+        try:
             lines = log.read_new()
-    except BrokenPipeError:
-        raise
-    except OSError as exc:
-        raise UsageError(f"{log.path} cannot be read: {exc.strerror or exc}.") from exc
+        except OSError as exc:
+            raise UsageError(f"{log.path} cannot be read: {exc.strerror or exc}.") from exc
+        if is_first and not lines and not args.json:
+            print(f"No log lines in {printable(log.path)} yet.", flush=True)
+        for line in lines:
+            print(to_json_text({"line": line}, indent=None) if args.json else line, flush=True)
+        if args.once:
+            return
+        is_first = False
+        time.sleep(args.refresh)
 
 
 if __name__ == "__main__":

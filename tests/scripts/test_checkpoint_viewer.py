@@ -497,31 +497,12 @@ def test_compare_says_what_was_seen_between(capsys, tmp_path):
         "seconds": 10,
         "tokens_per_second": 10240,
     }
-    _, out, _ = run(capsys, "compare")
-    rows = {line[:20].strip(): line[20:].split() for line in out.splitlines()}
-    assert rows["Samples"] == ["200"]
-    assert rows["Tokens/s, pauses too"] == ["10,240"]
+    assert "Tokens/s, pauses too      10,240" in run(capsys, "compare")[1]
     manifest = json.loads((newer / "manifest.json").read_text())
     (newer / "manifest.json").write_text(json.dumps({**manifest, "run_id": "other"}))
     (between,) = run_json(capsys, "compare")["between"]
     assert between["tokens"] is None
     assert "different runs" in between["problem"]
-
-
-def test_compare_counts_shards_over_epochs(capsys, tmp_path):
-    directory = tmp_path / "checkpoints"
-    shards = {"fingerprint": "a", "shards": [["a"], ["b"], ["c"]]}
-    for step, name in (
-        (50, "checkpoint-epoch0-step50-files2"),
-        (100, "checkpoint-epoch2-step100-files1"),
-    ):
-        path = make_checkpoint(directory, step).rename(directory / name)
-        (path / "data_state.json").write_text(json.dumps(shards))
-    (between,) = run_json(capsys, "compare")["between"]
-    assert between["shards"] == 5
-    (path / "data_state.json").write_text(json.dumps({**shards, "fingerprint": "b"}))
-    (between,) = run_json(capsys, "compare")["between"]
-    assert between["shards"] is None
 
 
 def put_weights(checkpoint, step, tensors):
@@ -754,18 +735,12 @@ def test_costs_are_shown_where_the_run_counted_them(capsys, tmp_path):
     make_checkpoint(directory, 25)
     make_checkpoint(directory, 50, spending=SPENDING)
     assert "Cost" not in run(capsys, "view", "25")[1]
-    out = run(capsys, "view", "50")[1]
-    for line in (
-        "Machine Time: 2h00m in 2 starts",
-        "Cost: $20.00 (1h00m without a price)",
-        "Per Million Tokens: -",
-        "Lost to Restarts: 12m00s, $4.00",
-        "Hourly Price: $20.00",
-    ):
-        assert line in out.splitlines()
-    priced = run(capsys, "view", "50", "--hourly-price", "5")[1].splitlines()
-    assert "Cost: $25.00" in priced
-    assert "Per Million Tokens: $244.14" in priced
+    spent = (
+        "Spent 2h00m, $20.00 in 2 starts (1h00m without a price; 12m00s, $4.00 lost to restarts)."
+    )
+    assert spent in run(capsys, "view", "50")[1]
+    priced = run(capsys, "view", "50", "--hourly-price", "5")[1]
+    assert "Spent 2h00m, $25.00 in 2 starts ($244.14 per million tokens; " in priced
     older, newer = run_json(capsys, "list", "--hourly-price", "5")["checkpoints"]
     assert older["costs"] is None
     assert newer["costs"]["remaining_seconds"] == pytest.approx(50 * 2048 / 3400.5)

@@ -88,15 +88,16 @@ class Notifier:
         try:
             self._queue.put_nowait(event)
         except queue.Full:
-            self._complaints.append(
-                f"no notification of {event.event}: {MAX_WAITING} are waiting already"
-            )
+            self._complain(f"no notification of {event.event}: {MAX_WAITING} are waiting already")
+
+    def _complain(self, text: str) -> None:
+        self._complaints.append(f"--notify-command: {text}")
 
     def take_complaints(self) -> list[str]:
         """Return what went wrong since the last call, a line each."""
         return [self._complaints.popleft() for _ in range(len(self._complaints))]
 
-    def close(self, seconds: float = LEAVE_SECONDS) -> None:
+    def close(self, seconds: float) -> None:
         """Wait for the waiting events, then kill what is still running."""
         end = time.monotonic() + seconds
         with contextlib.suppress(queue.Full):
@@ -118,7 +119,7 @@ class Notifier:
                 complaint = str(exc.strerror or exc)
             if complaint is not None:
                 name = printable(self._words[0], 80)
-                self._complaints.append(f"{name} for {event.event}: {printable(complaint, 200)}")
+                self._complain(f"{name} for {event.event}: {printable(complaint, 200)}")
 
     def _run(self, event: RunEvent) -> str | None:
         """Run the command once; return what went wrong."""

@@ -74,9 +74,11 @@ def show_milliseconds(status: RunStatus) -> str:
 def show_steps(status: RunStatus) -> str:
     """Return the step, of how many, and the share."""
     text = f"{format_figure(status.step, ',')} / {format_figure(status.max_steps, ',')}"
-    if status.step is None or not status.max_steps:
-        return text
-    return f"{text} ({status.step / status.max_steps:.1%})"
+    return text if not status.max_steps else f"{text} ({_share_done(status):.1%})"
+
+
+def _share_done(status: RunStatus) -> float:
+    return min(1.0, max(0, status.step or 0) / status.max_steps) if status.max_steps else 0.0
 
 
 def show_uploads(status: RunStatus) -> str:
@@ -205,8 +207,7 @@ def _describe_attempt(status: RunStatus) -> str:
 
 
 def _progress_bar(status: RunStatus) -> str:
-    share = min(1.0, (status.step or 0) / status.max_steps) if status.max_steps else 0.0
-    filled = max(0, round(share * BAR_WIDTH))
+    filled = round(_share_done(status) * BAR_WIDTH)
     return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}]"
 
 

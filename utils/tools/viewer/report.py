@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from utils.base.text import number, parse_time, to_json_text
-from utils.checkpoints.layout import DATA_STATE_FILE, METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
+from utils.checkpoints.layout import METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
 from utils.checkpoints.views import CheckpointView, find_best, find_latest_view, read_json_part
 from utils.costs.costs import Costs, summarize_costs
 from utils.costs.spending import Spending
@@ -190,6 +190,7 @@ def measure_between(older: CheckpointView, newer: CheckpointView) -> dict[str, A
     """
     runs = [view.manifest.run_id if view.manifest else None for view in (older, newer)]
     is_one_run = None not in runs and runs[0] == runs[1]
+    is_one_epoch = older.name.epoch == newer.name.epoch
     before, after = summarize(older), summarize(newer)
     written = parse_time(before["timestamp"]), parse_time(after["timestamp"])
     seconds = (written[1] - written[0]).total_seconds() if written[0] and written[1] else None
@@ -198,7 +199,7 @@ def measure_between(older: CheckpointView, newer: CheckpointView) -> dict[str, A
         "steps": newer.name.step - older.name.step,
         "samples": _difference(before["samples_seen"], after["samples_seen"]),
         "tokens": tokens,
-        "shards": _shards_between(older, newer),
+        "shards": newer.name.files - older.name.files if is_one_epoch else None,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds if tokens is not None and seconds else None,
     }
@@ -212,19 +213,6 @@ def measure_between(older: CheckpointView, newer: CheckpointView) -> dict[str, A
 
 def _difference(older: float | None, newer: float | None) -> float | None:
     return None if older is None or newer is None else newer - older
-
-
-def _shards_between(older: CheckpointView, newer: CheckpointView) -> int | None:
-    """Return how many shards the run finished; an epoch consumes all of them."""
-    if older.name.epoch == newer.name.epoch:
-        return newer.name.files - older.name.files
-    states = [read_part(view, DATA_STATE_FILE)[0] for view in (older, newer)]
-    shards = [state.get("shards") for state in states]
-    is_same = states[0].get("fingerprint") == states[1].get("fingerprint")
-    if not is_same or not isinstance(shards[0], list):
-        return None
-    epochs = newer.name.epoch - older.name.epoch
-    return epochs * len(shards[0]) + newer.name.files - older.name.files
 
 
 def config_differences(

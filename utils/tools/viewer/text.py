@@ -24,7 +24,7 @@ from utils.base.text import (
 )
 from utils.checkpoints.layout import CHECKPOINT_PREFIX
 from utils.checkpoints.views import CheckpointView
-from utils.costs.costs import Costs, format_dollars
+from utils.costs.costs import format_dollars
 from utils.tools.viewer.report import loss_statistics, numbers, section
 from utils.tracking.metrics_log import HISTORY_LIMIT
 from utils.tracking.text_plots import format_figure, is_encodable, sparkline
@@ -231,24 +231,6 @@ def progress_lines(metadata: Mapping[str, Any], throughput: Mapping[str, Any]) -
         f"Tokens/s: {show_count(throughput['tokens_per_second'])}",
         f"MFU: {show_share(throughput['mfu'])}"
         + ("" if throughput["mfu"] is not None else " (the device's peak speed is not known)"),
-    ]
-
-
-def cost_lines(costs: Costs | None) -> list[str]:
-    """Return what the run had cost at the save; nothing where that was not recorded."""
-    if costs is None:
-        return []
-    lost = format_duration(costs.lost_seconds)
-    unpriced = costs.unpriced_seconds
-    hint = f" ({format_duration(unpriced)} without a price)" if unpriced > 0 else ""
-    starts = f"{costs.starts} start{'' if costs.starts == 1 else 's'}"
-    return [
-        f"Machine Time: {format_duration(costs.seconds)} in {starts}",
-        f"Cost: {format_dollars(costs.dollars)}{hint}",
-        f"Per Million Tokens: {format_dollars(costs.dollars_per_million_tokens)}",
-        f"To the End: {format_dollars(costs.remaining_dollars)}",
-        f"Lost to Restarts: {lost}, {format_dollars(costs.lost_dollars)}",
-        f"Hourly Price: {format_dollars(costs.hourly_price)}",
     ]
 
 

@@ -82,7 +82,7 @@ def test_a_command_that_hangs_is_ended_with_its_children_and_the_next_one_runs(
     with notifier("sh", "-c", script, limit_seconds=0.2) as running:
         running.tell(EVENT)
         running.tell(RunEvent("finished", "", "", None, "finished", ""))
-    assert running.take_complaints() == ["sh for stalled: was ended after 0.2 s"]
+    assert running.take_complaints() == ["--notify-command: sh for stalled: was ended after 0.2 s"]
     assert len((tmp_path / "begun").read_text().splitlines()) == 2
 
 
