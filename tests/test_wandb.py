@@ -160,9 +160,8 @@ def test_a_machine_without_a_login_keeps_its_run_offline_and_changes_nothing(
     assert_same_training(tmp_path, "run", "without")
 
 
-@pytest.mark.parametrize("mode", ["", "online"])
 def test_a_service_that_cannot_be_reached_is_waited_for_but_not_long(
-    tmp_path: Path, sample_data: Path, mode: str
+    tmp_path: Path, sample_data: Path
 ) -> None:
     told = train(
         tmp_path / "run",
@@ -171,7 +170,6 @@ def test_a_service_that_cannot_be_reached_is_waited_for_but_not_long(
         "4",
         WANDB_API_KEY="0" * 40,
         WANDB_BASE_URL="http://127.0.0.1:9",
-        **({"WANDB_MODE": mode} if mode else {}),
     )
     assert "W&B cannot be reached (" in told
     assert "this attempt is kept offline" in told

@@ -390,24 +390,15 @@ def test_list_says_how_many_of_all_it_shows(capsys):
 def test_list_tells_another_buckets_uploads_from_this_ones(capsys, two_checkpoints):
     journal = Journal(two_checkpoints[0].parent / "uploads.jsonl")
     manifest = crc32c_of_file(two_checkpoints[0] / "manifest.json")
-    for step, bucket in ((50, "elsewhere"), (100, "bucket")):
-        journal.record(
-            f"checkpoint-epoch0-step{step}-files0",
-            RUN_ID,
-            UploadState.VERIFIED,
-            bucket=str(Path(bucket).absolute()),
-            manifest_crc32c=manifest,
-        )
-    rows = run_json(capsys, "list")["checkpoints"]
-    assert [row["state"] for row in rows] == ["not in this bucket"] * 2  # the second: other files
-    journal.record(
-        two_checkpoints[0].name,
-        RUN_ID,
-        UploadState.VERIFIED,
-        bucket=str(Path("bucket").absolute()),
-        manifest_crc32c=manifest,
-    )
-    assert run_json(capsys, "list")["checkpoints"][0]["state"] == "verified"
+    for path, bucket, state in (
+        (two_checkpoints[0], "elsewhere", "not in this bucket"),
+        (two_checkpoints[1], "bucket", "not in this bucket"),  # these are other files
+        (two_checkpoints[0], "bucket", "verified"),
+    ):
+        details = {"bucket": str(Path(bucket).absolute()), "manifest_crc32c": manifest}
+        journal.record(path.name, RUN_ID, UploadState.VERIFIED, **details)
+        states = {row["name"]: row["state"] for row in run_json(capsys, "list")["checkpoints"]}
+        assert states[path.name] == state
 
 
 def run_in_terminal(tmp_path, *argv, columns):

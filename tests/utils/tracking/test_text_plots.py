@@ -23,7 +23,6 @@ numbers = st.floats(allow_nan=True, allow_infinity=True)
         ([0.0, math.nan, 7.0], "utf-8", "\u2581\u2588"),
         (list(range(8)), "utf-8", "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"),
         (list(range(8)), "ascii", "_.-=+*%#"),
-        (list(range(8)), None, "_.-=+*%#"),
         (list(range(8)), "no such encoding", "_.-=+*%#"),
         ([0.0] * 40 + [1.0] * 40, "ascii", "_" * 20 + "#" * 20),
     ],
