@@ -182,7 +182,9 @@ def test_wrong_usage_is_one_message_and_exit_code_2(capsys: Capture, argv: list[
     assert err.startswith("Error: ")
 
 
-def price_start(path: Path, price: float | None) -> None:
+def test_costs_of_a_running_run_count_to_now_at_a_given_price_too(
+    capsys: Capture, metrics: Path
+) -> None:
     launched = datetime.now(UTC) - timedelta(minutes=30)
     before = {
         "starts": 1,
@@ -191,27 +193,15 @@ def price_start(path: Path, price: float | None) -> None:
         "lost_seconds": 360.0,
         "lost_dollars": 1.0,
     }
-    facts = {"launched_at": launched.isoformat(), "hourly_price": price, "spending": before}
-    write_start(path, "resume", 10, **facts)
-    write_step(path, 50)
-
-
-def test_costs_of_a_running_run_count_to_now(capsys: Capture, metrics: Path) -> None:
-    price_start(metrics, 8.0)
-    # Half an hour from the launch to the event is the way to the first step.
-    out = run(capsys, "--once")[1]
-    assert "Cost: $14.0" in out
-    assert " so far, $13" in out
-    costs = run_json(capsys)["costs"]
+    write_start(metrics, "resume", 10, launched_at=launched.isoformat(), spending=before)
+    write_step(metrics, 50)
+    assert "Cost: $10.00 so far, 30m" in run(capsys, "--once")[1]
+    costs = run_json(capsys, "--hourly-price", "8")["costs"]
     assert costs["seconds"] >= 5400
+    assert costs["dollars"] >= 14.0
+    # Half an hour from the launch to the event is the way to the first step.
     assert costs["lost_dollars"] == pytest.approx(5.0, abs=0.02)
     assert costs["starts"] == 2
-
-
-def test_a_price_may_be_given_to_the_monitor(capsys: Capture, metrics: Path) -> None:
-    price_start(metrics, None)
-    assert "Cost: $10.00 so far, 30m" in run(capsys, "--once")[1]
-    assert run_json(capsys, "--hourly-price", "8")["costs"]["dollars"] >= 14.0
 
 
 # The log.
