@@ -14,7 +14,7 @@ ends it.
   finished     all steps are done
   not_finite   the loss is not a finite number
   bad_steps    the update of a step was skipped
-  upload_failed  an upload failed for good, or five times in a row
+  upload_failed  an upload failed for good, or after five attempts
 CMD gets PRETRAIN_EVENT, PRETRAIN_MESSAGE, PRETRAIN_RUN and PRETRAIN_STEP in its environment and the
 same as JSON on standard input. It is split into words as by a shell but not run by one: for pipes,
 write sh -c '...'. It is killed after 30 s; the monitor goes on whatever it does.

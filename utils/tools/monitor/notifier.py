@@ -131,7 +131,7 @@ class Notifier:
             "PRETRAIN_STEP": "" if event.step is None else str(event.step),
         }
         # Files, not pipes: a command may read nothing or write much without blocking.
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as told:
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as errors:
             given.write(json.dumps(asdict(event)).encode() + b"\n")
             given.seek(0)
             try:
@@ -139,7 +139,7 @@ class Notifier:
                     self._words,
                     stdin=given,
                     stdout=subprocess.DEVNULL,
-                    stderr=told,
+                    stderr=errors,
                     env=environment,
                     start_new_session=True,
                 )
@@ -152,8 +152,8 @@ class Notifier:
                 return f"was ended after {self._limit_seconds:g} s"
             if not code:
                 return None
-            told.seek(0)
-            lines = told.read(_ERROR_BYTES).decode("utf-8", "replace").strip().splitlines()
+            errors.seek(0)
+            lines = errors.read(_ERROR_BYTES).decode("utf-8", "replace").strip().splitlines()
             return f"exit code {code}{': ' + lines[-1] if lines else ''}"
 
     def _kill(self) -> None:

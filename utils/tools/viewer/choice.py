@@ -11,7 +11,6 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -47,24 +46,8 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-@dataclass(frozen=True)
-class Condition:
-    """One `--filter`.
-
-    Attributes:
-        key: One of `FILTER_KEYS`.
-        operator: A key of `_OPERATORS`; the checkpoint's value stands left of it.
-        value: A number, a time or a text, depending on the key.
-    """
-
-    key: str
-    operator: str
-    value: float | datetime | str
-
-    def holds(self, row: Mapping[str, Any]) -> bool:
-        """Tell whether a row fulfils it."""
-        value = value_of(row, self.key)
-        return value is not None and _OPERATORS[self.operator](value, self.value)
+Condition = Callable[[Mapping[str, Any]], bool]
+"""Tells whether a row fulfils a `--filter`."""
 
 
 def parse_condition(text: str) -> Condition:
@@ -80,17 +63,23 @@ def parse_condition(text: str) -> Condition:
             f"the keys are {', '.join(FILTER_KEYS)}."
         )
     key, sign, word = match.groups()
+    wanted: float | datetime | str | None = word
     if key in TEXT_KEYS:
         if sign not in ("=", "==", "!="):
             raise UsageError(
                 f"--filter {printable(text)!r}: {key} is a text and takes only = and !=."
             )
-        return Condition(key, sign, word)
-    value = parse_time(word) if key == TIME_KEY else parse_quantity(word)
-    if value is None:
+    else:
+        wanted = parse_time(word) if key == TIME_KEY else parse_quantity(word)
+    if wanted is None:
         kind = "time (ISO 8601, UTC)" if key == TIME_KEY else "number (such as 100, 1.5e9, 2GiB)"
         raise UsageError(f"--filter {printable(text)!r}: {printable(word)!r} is not a {kind}.")
-    return Condition(key, sign, value)
+
+    def holds(row: Mapping[str, Any]) -> bool:
+        value = value_of(row, key)
+        return value is not None and _OPERATORS[sign](value, wanted)
+
+    return holds
 
 
 def parse_quantity(text: str) -> float | None:
@@ -132,7 +121,7 @@ def choose_rows(
         sort_key: One of `SORT_KEYS`.
         is_reversed: The greatest first.
     """
-    chosen = [row for row in rows if all(condition.holds(row) for condition in conditions)]
+    chosen = [row for row in rows if all(holds(row) for holds in conditions)]
     if last is not None:
         chosen = chosen[-last:] if last > 0 else []
     keyed = [(value_of(row, sort_key), row) for row in chosen]
