@@ -318,6 +318,12 @@ def test_a_pipe_gets_a_json_object_or_new_log_lines_a_look(
 # A terminal.
 
 
+def take_terminal() -> None:
+    """Make standard input the controlling terminal, and Ctrl-C work also below a background job."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """The monitor on a pseudo-terminal of its own, as its controlling terminal."""
 
@@ -335,7 +341,7 @@ class Terminal:
             stdout=self.theirs,
             stderr=self.theirs,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=take_terminal,
         )
         self.unread = b""
 
