@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 from configs.training_config import TrainingConfig, get_training_config
 from utils.base.errors import CheckpointError, UsageError
-from utils.base.files import MAX_REGULAR_FILE_BYTES
 from utils.base.text import printable
 from utils.base.uri import join_uri, require_path
 from utils.checkpoints.journal import Journal, JournalEntry
@@ -132,12 +130,7 @@ class LocalShelf(Shelf):
 
     def _read_journal(self, path: Path) -> dict[str, JournalEntry]:
         try:
-            facts = path.stat()
-            if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_REGULAR_FILE_BYTES:
-                raise OSError("it is no regular file, or too large")
             return Journal(path).latest()
-        except FileNotFoundError:
-            return {}
         except (OSError, RecursionError) as exc:
             self.notes.append(f"upload states are unknown, the journal cannot be read: {exc}")
             return {}
