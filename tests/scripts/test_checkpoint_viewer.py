@@ -172,6 +172,11 @@ def test_view_shows_everything_of_the_users_example_and_more(
     assert "  error: 403 Forbidden" in run(capsys, "view", "100")[1]
 
 
+def test_latest_is_the_newest_without_a_problem(capsys, two_checkpoints):
+    (two_checkpoints[1] / "metadata.json").write_text("{")
+    assert run_json(capsys, "view", "latest")["step"] == 50
+
+
 def test_view_names_files_that_are_missing_or_of_another_size(capsys, two_checkpoints):
     (two_checkpoints[0] / "model.safetensors").write_bytes(b"short")
     (two_checkpoints[0] / "data_state.json").unlink()

@@ -6,6 +6,7 @@ import errno
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -298,7 +299,8 @@ def test_a_rollback_takes_the_curve_back(tmp_path: Path) -> None:
 
 
 def test_the_configuration_cannot_break_its_table() -> None:
-    shown = describe_configuration(start_of(sample_prompts=["a|b`c\n\x1b"], run_name="x|y"))
+    start = start_of(sample_prompts=["a|b`c\n\x1b"], run_name="x|y")
+    shown = describe_configuration(replace(start, facts={"device": "\x1b[2J\n"}))
     rows = [line for line in shown.split("\n") if line.startswith("|")]
     assert all(row.replace("\\|", "").count("|") == 3 for row in rows)
     assert "| run_name | `x\\|y` |" in rows
