@@ -143,7 +143,7 @@ def test_nothing_steers_a_terminal_and_nothing_is_too_long() -> None:
         ],
         machine=replace(MACHINE, gpus=[replace(gpu(0), name=bad)], gpu_note=bad),
     )
-    for line in [*text_of(look, notes=[bad]), one_line(look)]:
+    for line in [*text_of(look, notes=[bad]), one_line(look), one_line(replace(look, step=None))]:
         assert line.isprintable()
         assert len(line) < 2000
 
