@@ -77,13 +77,12 @@ def _watch(watched: Watched, form: str) -> dict[str, str]:
     watched.read_first_view()
     process = psutil.Process(watched.process.pid)
     before, begin = _cpu_seconds(process), time.perf_counter()
-    refreshes = watched.read_for(WATCH_SECONDS)
+    size = watched.read_for(WATCH_SECONDS)
     seconds, after = time.perf_counter() - begin, _cpu_seconds(process)
-    sizes = sorted(refreshes)
     return {
         f"CPU of a core over {seconds:.0f} s, {form}": f"{(after - before) / seconds:.2%}",
         f"the same with the start, {form}": f"{after / seconds:.2%}",
-        f"bytes a refresh, {form}": spread([float(size) for size in sizes] or [0.0]),
+        f"bytes a refresh, {form}": f"{size * REFRESH_SECONDS / seconds:,.0f}",
         f"resident memory, {form}": f"{process.memory_info().rss / 2**20:.0f} MiB",
     }
 
@@ -112,19 +111,14 @@ class Watched:
             shown += data
         return time.perf_counter() - self.began
 
-    def read_for(self, seconds: float) -> list[int]:
-        """Read for a while; return the bytes of each refresh: what comes without a pause."""
-        sizes: list[int] = []
+    def read_for(self, seconds: float) -> int:
+        """Read for a while; return the bytes that came."""
+        size = 0
         end = time.perf_counter() + seconds
-        last = 0.0
         while (left := end - time.perf_counter()) > 0:
             if select.select([self.output], [], [], left)[0]:
-                now, size = time.perf_counter(), len(os.read(self.output, 2**16))
-                if now - last > REFRESH_SECONDS / 4:
-                    sizes.append(0)
-                sizes[-1] += size
-                last = now
-        return sizes
+                size += len(os.read(self.output, 2**16))
+        return size
 
 
 @contextmanager

@@ -5,21 +5,22 @@
     compare [NAME ...]    several side by side; --weights: how far each layer moved
     plot [NAME ...]       curves, in the terminal or as a picture; --evaluation: of evaluate.py
 
-NAME is a checkpoint's name, a step number, latest, best, or what a name begins or ends with as
-long as it fits only one (epoch0-step50-files0). Reads only; torch is loaded by --weights alone. A
-checkpoint that cannot be read is listed with what is wrong with it. Exit codes: 0 done, 1 the
-bucket failed, 2 usage.
+NAME is a checkpoint's name, a step number, latest, best, or the beginning or end of a name where
+only one checkpoint fits (epoch0-step50). It only reads, and needs torch for --weights alone. A
+checkpoint that cannot be read is listed with the reason. Exit codes: 0 done, 1 the bucket failed,
+2 usage.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import io
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,48 +33,13 @@ from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import printable, to_json_text
 from utils.checkpoints.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView
-from utils.costs.costs import parse_hourly_price
+from utils.costs.costs import describe_costs, parse_hourly_price
 from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
 from utils.tools.evaluation.text import chart_lines as evaluation_charts
 from utils.tools.evaluation.text import evaluation_lines, series
+from utils.tools.viewer import report, text
 from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
-from utils.tools.viewer.report import (
-    check_files,
-    config_differences,
-    costs_as_json,
-    data_position,
-    loss_statistics,
-    measure_between,
-    measure_costs,
-    measure_storage,
-    measure_throughput,
-    read_curves,
-    read_part,
-    section,
-)
 from utils.tools.viewer.shelf import Shelf, open_shelf, run_config
-from utils.tools.viewer.text import (
-    RIGHT_ALIGNED,
-    between_lines,
-    column_lines,
-    compare_table,
-    config_lines,
-    cost_lines,
-    difference_lines,
-    drift_lines,
-    file_lines,
-    fit_columns,
-    list_cells,
-    list_line,
-    plain_lines,
-    progress_lines,
-    run_lines,
-    state_lines,
-    storage_line,
-    table_lines,
-    training_lines,
-    upload_lines,
-)
 from utils.tracking.metrics_log import HISTORY_LIMIT
 from utils.tracking.plots import (
     METRICS,
@@ -86,9 +52,9 @@ from utils.tracking.plots import (
 )
 from utils.tracking.text_plots import MARKS, draw_chart
 
-# rich draws about 600 rows a second: a long list is printed as plain columns.
+# rich draws about 600 rows a second: a longer list is printed as plain lines.
 MAX_TABLE_ROWS = 100
-NAMES = "name, step number, latest, best, or what one name alone begins or ends with"
+NAMES = "name, step number, latest, best, or the unique beginning or end of a name"
 CHART_WIDTH = 78
 LOSS_CHART_LINES, CHART_LINES = 12, 6
 
@@ -97,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = build_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names and texts from outside may hold what the terminal's encoding lacks.
+        # Characters that the output cannot encode are shown as ?.
         sys.stdout.reconfigure(errors="replace")
     command: Callable[[argparse.Namespace], int | None] = args.command
     return run_command(command, args)
@@ -114,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--hourly-price",
         type=parse_hourly_price,
         metavar="X",
-        help="dollars an hour, for the time whose price the run did not know",
+        help="dollars an hour, for time that the run itself had no price for",
     )
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -125,8 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Callable[..., None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, parents=[common], help=text, description=text)
+    def add(name: str, command: Callable[..., None], summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, parents=[common], help=summary, description=summary)
         sub.set_defaults(command=command)
         return sub
 
@@ -147,7 +113,7 @@ def add_compare_options(compare: argparse.ArgumentParser) -> None:
     compare.add_argument(
         "--weights",
         action="store_true",
-        help="also how far the weights moved, layer by layer; reads all of them",
+        help="also show how far each layer's weights moved; reads all weights",
     )
 
 
@@ -158,27 +124,27 @@ def add_plot_options(plot: argparse.ArgumentParser) -> None:
         "--run",
         action="append",
         metavar="DIR",
-        help="draw NAME of this directory of checkpoints (with --remote: of this bucket URI) "
+        help="draw NAME from this directory of checkpoints (with --remote: this bucket URI) "
         "instead of the config's; repeat it for several runs in one picture",
     )
     plot.add_argument(
         "--evaluation",
         action="append",
         metavar="TASK.FIGURE",
-        help="draw a figure of evaluate.py over the steps of all checkpoints that have it, "
-        "such as validation.loss or hellaswag.acc_norm; repeat it for several",
+        help="draw a figure of evaluate.py, such as validation.loss or hellaswag.acc_norm, over "
+        "the steps of all checkpoints that have it; repeat it for several figures",
     )
     plot.add_argument(
         "--save",
         type=Path,
         metavar="F",
-        help="picture; PNG, SVG, PDF or JPG by its ending (default: none in a terminal or with "
-        "--json, ./NAME.png in a pipe)",
+        help="write a picture: PNG, SVG, PDF or JPG by the suffix of F (default: none in a "
+        "terminal or with --json, ./NAME.png in a pipe)",
     )
     plot.add_argument(
         "--terminal",
         action="store_true",
-        help="draw as text (default where standard output is a terminal and there is no --save)",
+        help="draw as text (the default in a terminal without --save)",
     )
 
 
@@ -189,13 +155,13 @@ def add_list_options(listing: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="CONDITION",
-        help="show those with, for example, 'step>=100', 'loss<3', 'size<2GiB', "
-        "'time>=2026-01-31' or 'state=verified'; repeated: all of them must hold. Keys: "
+        help="show only checkpoints with, for example, 'step>=100', 'loss<3', 'size<2GiB', "
+        "'time>=2026-01-31' or 'state=verified'; if repeated, all must hold. Keys: "
         + ", ".join(FILTER_KEYS),
     )
-    listing.add_argument("--last", type=int, metavar="N", help="the N newest of these")
+    listing.add_argument("--last", type=int, metavar="N", help="only the N newest of these")
     listing.add_argument("--sort", choices=SORT_KEYS, default="step", help="(default: step)")
-    listing.add_argument("--reverse", action="store_true", help="the greatest first")
+    listing.add_argument("--reverse", action="store_true", help="greatest first")
 
 
 # list
@@ -203,7 +169,7 @@ def add_list_options(listing: argparse.ArgumentParser) -> None:
 
 def run_list(args: argparse.Namespace) -> None:
     """List checkpoints."""
-    conditions = [parse_condition(text) for text in args.filter]
+    conditions = [parse_condition(word) for word in args.filter]
     if args.last is not None and args.last < 1:
         raise UsageError(f"--last must be at least 1, got {args.last}.")
     with opened_shelf(args) as shelf:
@@ -211,14 +177,14 @@ def run_list(args: argparse.Namespace) -> None:
     rows = choose_rows(
         every, conditions, last=args.last, sort_key=args.sort, is_reversed=args.reverse
     )
-    storage = measure_storage(every) if args.remote else None
+    storage = report.measure_storage(every) if args.remote else None
     if args.json:
         values = {"where": shelf.where, "checkpoints": rows, "notes": shelf.notes}
         print(to_json_text({**values, "num_checkpoints": len(every), "storage": storage}))
         return
     print_list(rows, len(every), shelf, is_remote=args.remote)
     if storage is not None:
-        print(storage_line(storage))
+        print(text.storage_line(storage))
     for note in shelf.notes:
         print(f"Note: {printable(note)}")
 
@@ -226,7 +192,7 @@ def run_list(args: argparse.Namespace) -> None:
 def print_list(
     rows: Sequence[dict[str, Any]], num_all: int, shelf: Shelf, *, is_remote: bool
 ) -> None:
-    """Print rows: a table in a terminal, in a pipe the lines of the user's example."""
+    """Print rows: a table in a terminal, the lines of the user's example in a pipe."""
     where = printable(shelf.where)
     if not num_all:
         print(f"No checkpoints in {where}.")
@@ -235,8 +201,11 @@ def print_list(
         return
     count = f"{len(rows)} of {num_all}" if len(rows) < num_all else str(num_all)
     title = f"Found {count} checkpoint{'' if num_all == 1 else 's'} in {where} (times in UTC):"
-    if sys.stdout.isatty():
-        print_wide(title, rows)
+    if sys.stdout.isatty() and 0 < len(rows) <= MAX_TABLE_ROWS:
+        cells, left_out = text.fit_columns([text.list_cells(row) for row in rows], terminal_width())
+        print_table(title, cells, right_aligned=text.RIGHT_ALIGNED)
+        if left_out:
+            print(f"Not shown in this width: {', '.join(left_out)}.")
         for row in rows:
             if row["problem"]:
                 print(f"{row['name']}: {printable(row['problem'])}")
@@ -244,22 +213,9 @@ def print_list(
     print(title)
     print("=" * 78)
     for index, row in enumerate(rows, start=1):
-        print(f"{index:2d}. {list_line(row)}")
+        print(f"{index:2d}. {text.list_line(row)}")
         if row["problem"]:
             print(f"      Problem: {printable(row['problem'])}")
-
-
-def print_wide(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows as a table with as many columns as the terminal has room for."""
-    cells, left_out = fit_columns([list_cells(row) for row in rows], terminal_width())
-    if len(cells) <= MAX_TABLE_ROWS:
-        print_table(title, cells, right_aligned=RIGHT_ALIGNED)
-    else:
-        print("\n".join([title, *column_lines(cells)]))
-    if not cells:
-        print(title)
-    if left_out:
-        print(f"Not shown in this width: {', '.join(left_out)}.")
 
 
 def terminal_width() -> int:
@@ -275,21 +231,22 @@ def run_view(args: argparse.Namespace) -> None:
     with opened_shelf(args) as shelf:
         view = shelf.select(args.name)
         (row,) = read_rows(shelf, [view], args)
-    files, problems = check_files(view)
-    data_state, data_problem = read_part(view, DATA_STATE_FILE)
-    config, config_problem = read_part(view, TRAINING_CONFIG_FILE)
-    throughput = measure_throughput(view)
+    files, problems = report.check_files(view)
+    data_state, data_problem = report.read_part(view, DATA_STATE_FILE)
+    config, config_problem = report.read_part(view, TRAINING_CONFIG_FILE)
+    throughput = report.measure_throughput(view)
+    costs = report.measure_costs(view, args.hourly_price)
     evaluations = read_evaluations(RunPaths.of(load_config(args)).evaluations)
     measured = of_weights(evaluations.evaluations, view.manifest)
     found = (view.problem, data_problem, config_problem, evaluations.problem)
-    problems += [text for text in found if text]
+    problems += [problem for problem in found if problem]
     if args.json:
         details = {
             **throughput,
-            "loss_statistics": loss_statistics(view.metadata),
+            "loss_statistics": report.loss_statistics(view.metadata),
             "metadata": view.metadata,
             "config": config,
-            "data_position": data_position(data_state),
+            "data_position": report.data_position(data_state),
             "evaluations": [{"time": one.time, **one.to_json()} for one in measured],
             "files": files,
             "problems": problems,
@@ -300,17 +257,19 @@ def run_view(args: argparse.Namespace) -> None:
     print(f"Checkpoint Summary: {view.name}")
     print("=" * 60)
     sections = {
-        "": state_lines(view),
-        "Training Metrics": training_lines(view.metadata, encoding),
-        "Validation Metrics": plain_lines(section(view.metadata, "validation_metrics"), "  "),
+        "": text.state_lines(view),
+        "Training Metrics": text.training_lines(view.metadata, encoding),
+        "Validation Metrics": text.plain_lines(
+            report.section(view.metadata, "validation_metrics"), "  "
+        ),
         "Evaluations": evaluation_lines(measured),
-        "Progress": progress_lines(view.metadata, throughput),
-        "Costs": cost_lines(measure_costs(view, args.hourly_price)),
-        "Data Position": plain_lines(data_position(data_state), "  "),
-        "Run": run_lines(row, view),
-        "Upload": upload_lines(row, shelf.where if args.remote else ""),
-        "Configuration": config_lines(config),
-        "Files": file_lines(files),
+        "Progress": text.progress_lines(view.metadata, throughput),
+        "Costs": [] if costs is None else [describe_costs(costs)],
+        "Data Position": text.plain_lines(report.data_position(data_state), "  "),
+        "Run": text.run_lines(row, view),
+        "Upload": text.upload_lines(row, shelf.where if args.remote else ""),
+        "Configuration": text.config_lines(config),
+        "Files": text.file_lines(files),
         "Problems": [f"  {printable(problem)}" for problem in problems],
     }
     for title, lines in sections.items():
@@ -329,12 +288,12 @@ def run_compare(args: argparse.Namespace) -> None:
             raise UsageError(f"compare needs at least two checkpoints, {len(names)} {where}.")
         chosen = [shelf.select(name) for name in names]
         rows = [
-            {**row, "mfu": measure_throughput(view)["mfu"], **compared_costs(row)}
+            {**row, "mfu": report.measure_throughput(view)["mfu"], **compared_costs(row)}
             for row, view in zip(read_rows(shelf, chosen, args), chosen, strict=True)
         ]
     pairs = list(zip(chosen, chosen[1:], strict=False))
-    between = [measure_between(*pair) for pair in pairs]
-    differences, notes = config_differences(chosen)
+    between = [report.measure_between(*pair) for pair in pairs]
+    differences, notes = report.config_differences(chosen)
     drifts = [measure_weights(*pair) for pair in pairs] if args.weights else None
     if args.json:
         values = {"checkpoints": rows, "config_differences": differences, "notes": notes}
@@ -344,11 +303,11 @@ def run_compare(args: argparse.Namespace) -> None:
     for index, row in enumerate(rows, start=1):
         print(f"  [{index}] {row['name']}")
     print("=" * 60)
-    print("\n".join(table_lines(compare_table(rows))))
-    print_section("Between Them", between_lines(between))
-    print_section("Configuration Differences", difference_lines(differences, notes))
+    print("\n".join(text.table_lines(text.compare_table(rows))))
+    print_section("Between Them", text.between_lines(between))
+    print_section("Configuration Differences", text.difference_lines(differences, notes))
     for index, drift in enumerate(drifts or [], start=1):
-        print_section(f"Weights, [{index}] to [{index + 1}]", drift_lines(drift))
+        print_section(f"Weights, [{index}] to [{index + 1}]", text.drift_lines(drift))
     problems = [f"  {row['name']}: {printable(row['problem'])}" for row in rows if row["problem"]]
     print_section("Problems", problems)
 
@@ -360,73 +319,77 @@ def compared_costs(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_weights(older: CheckpointView, newer: CheckpointView) -> dict[str, Any]:
-    """Return the drift of the weights; where they cannot be read, nothing but the problem.
+    """Return the drift of the weights; where they cannot be read, only the problem.
 
     Raises:
         UsageError: The weights are in the bucket only.
     """
-    from utils.tools.viewer.weight_drift import DriftReport, measure_drift
+    from utils.tools.viewer.weight_drift import measure_drift
 
+    if older.path is None or newer.path is None:
+        missing = older if older.path is None else newer
+        raise UsageError(
+            "--weights reads checkpoints on this machine; first: "
+            f"python scripts/upload_manager.py download {missing.name}"
+        )
+    found: dict[str, Any] = {"layers": {}, "total": None, "problems": []}
     try:
-        sides = []
-        for view in (older, newer):
-            if view.path is None:
-                raise UsageError(
-                    "--weights reads checkpoints of this machine; first: "
-                    f"python scripts/upload_manager.py download {view.name}"
-                )
-            if view.manifest is None:
-                raise CheckpointError(f"{view.name}: its manifest cannot be read.")
-            sides.append((view.path, view.manifest))
-        report = measure_drift(*sides[0], *sides[1])
+        found = measure_drift(older.path, newer.path)
     except CheckpointError as exc:
-        report = DriftReport(problems=[str(exc)])
-    return {"from": str(older.name), "to": str(newer.name), **report.to_json()}
+        found["problems"].append(str(exc))
+    return {"from": str(older.name), "to": str(newer.name), **found}
 
 
 # plot
 
 
+@dataclass(frozen=True)
+class Plot:
+    """What `plot` draws.
+
+    Attributes:
+        name: The name of the picture, where the user gives none.
+        draw: Draws the picture and returns its path.
+        charts: Returns the charts in text.
+        values: The points, for JSON.
+        notes: What is left out, and why.
+    """
+
+    name: str
+    draw: Callable[[Path], Path]
+    charts: Callable[[], list[str]]
+    values: dict[str, Any]
+    notes: list[str]
+
+
 def run_plot(args: argparse.Namespace) -> None:
     """Draw the curves of checkpoints, as text or into a file."""
     is_text = args.terminal or (args.save is None and sys.stdout.isatty() and not args.json)
-    if args.save is not None:
-        args.save = picture_path(args.save)
-    if args.evaluation:
-        plot_evaluations(args, is_text=is_text)
-        return
-    found = find_curves(args)
-    all_curves, notes = keep_comparable([curves for _, curves, _ in found])
-    notes = [
-        f"{curves.label}: {problem}; drawn from metadata.json (last {HISTORY_LIMIT} only)"
-        for _, curves, problem in found
-        if problem
-    ] + notes
-    require_drawable(all_curves)
-    path = args.save
+    path = None if args.save is None else picture_path(args.save)
+    plot = plot_of_evaluations(args) if args.evaluation else plot_of_checkpoints(args)
     if path is None and not is_text and not args.json:
-        path = Path(f"{found[0][0].name}.png")
-    saved = None if path is None else draw_picture(all_curves, path)
+        path = Path(f"{plot.name}.png".replace("/", "_"))
+    saved = None if path is None else str(plot.draw(path))
     if args.json:
-        print_curves_as_json(found, saved, notes)
+        print(to_json_text({**plot.values, "saved": saved, "notes": plot.notes}))
         return
-    for note in notes:
+    for note in plot.notes:
         print(f"Note: {printable(note)}.")
     if is_text:
-        print("\n".join(chart_lines(all_curves, sys.stdout.encoding)))
+        print("\n".join(plot.charts()))
     if saved is not None:
         print(f"Plot saved to {printable(saved)}")
 
 
-def plot_evaluations(args: argparse.Namespace, *, is_text: bool) -> None:
-    """Draw figures of evaluate.py over the steps of checkpoints.
+def plot_of_evaluations(args: argparse.Namespace) -> Plot:
+    """Return the plot of figures of evaluate.py over the steps of checkpoints.
 
     Raises:
-        UsageError: Checkpoints are named too, or nothing has such a figure.
+        UsageError: Checkpoints are named too, or no checkpoint has such a figure.
     """
     if args.names or args.run or args.remote:
         raise UsageError(
-            "--evaluation draws all checkpoints of the run: it takes no NAME or --run."
+            "--evaluation draws all checkpoints of the run: it takes no NAME, --run or --remote."
         )
     log = read_evaluations(RunPaths.of(load_config(args)).evaluations)
     drawn = [metric_points(log.evaluations, name) for name in args.evaluation]
@@ -439,71 +402,55 @@ def plot_evaluations(args: argparse.Namespace, *, is_text: bool) -> None:
         for points in drawn
         if points.num_other
     ]
-    notes += [log.problem] if log.problem else []
-    path = args.save
-    if path is None and not is_text and not args.json:
-        path = Path(f"{drawn[0].name}.png".replace("/", "_"))
-    saved = None
-    if path is not None:
-        saved = draw_panels({points.name: series(points) for points in drawn}, path)
-    if args.json:
-        values = [vars(points) for points in drawn]
-        picture = None if saved is None else str(saved)
-        print(to_json_text({"evaluations": values, "saved": picture, "notes": notes}))
-        return
-    for note in notes:
-        print(f"Note: {printable(note)}.")
-    if is_text:
-        width = min(terminal_width(), CHART_WIDTH)
-        print("\n".join(evaluation_charts(drawn, sys.stdout.encoding, width)))
-    if saved is not None:
-        print(f"Plot saved to {printable(saved)}")
+    return Plot(
+        drawn[0].name,
+        lambda path: draw_panels({points.name: series(points) for points in drawn}, path),
+        lambda: evaluation_charts(drawn, sys.stdout.encoding, chart_width()),
+        {"evaluations": [vars(points) for points in drawn]},
+        notes + ([log.problem] if log.problem else []),
+    )
 
 
-FoundCurves = tuple[CheckpointView, Curves, "str | None"]
-
-
-def find_curves(args: argparse.Namespace) -> list[FoundCurves]:
-    """Return (checkpoint, its curves, why they are not whole) of all names in all places."""
-    found: list[FoundCurves] = []
+def plot_of_checkpoints(args: argparse.Namespace) -> Plot:
+    """Return the plot of all named checkpoints in all places."""
+    names, every, notes, values = [], [], [], []
     places = args.run or [None]
     for place in places:
         with opened_shelf(args, place) as shelf:
             for name in args.names or ["latest"]:
                 view = shelf.select(name)
                 label = str(view.name) if len(places) == 1 else f"{shelf.where}: {view.name}"
-                found.append((view, *read_curves(view, label)))
-    return found
-
-
-def keep_comparable(all_curves: Sequence[Curves]) -> tuple[list[Curves], list[str]]:
-    """Return (what can be drawn over one axis, what is left out)."""
-    with_steps = [curves for curves in all_curves if curves.has_steps and curves.series]
-    if not with_steps:
-        return list(all_curves), []
-    others = [curves for curves in all_curves if curves not in with_steps]
-    return with_steps, [f"{curves.label} is left out: its steps are not known" for curves in others]
-
-
-def print_curves_as_json(
-    found: Sequence[FoundCurves], saved: Path | None, notes: Sequence[str]
-) -> None:
-    """Print all points."""
-    values = [
-        {
-            "checkpoint": str(view.name),
-            "label": curves.label,
-            "has_steps": curves.has_steps,
-            "problem": problem,
-            "series": {
-                metric: {"steps": series.steps, "values": series.values}
-                for metric, series in curves.series.items()
-            },
-        }
-        for view, curves, problem in found
+                curves, problem = report.read_curves(view, label)
+                if problem:
+                    kept = f"drawn from metadata.json (last {HISTORY_LIMIT} only)"
+                    notes.append(f"{label}: {problem}; {kept}")
+                names.append(str(view.name))
+                every.append(curves)
+                values.append({"checkpoint": str(view.name), **curves_json(curves, problem)})
+    drawn = [curves for curves in every if curves.has_steps and curves.series] or every
+    notes += [
+        f"{curves.label} is left out: its steps are not known"
+        for curves in every
+        if curves not in drawn
     ]
-    picture = None if saved is None else str(saved)
-    print(to_json_text({"curves": values, "saved": picture, "notes": notes}))
+    require_drawable(drawn)
+    return Plot(
+        names[0],
+        lambda path: draw_picture(drawn, path),
+        lambda: chart_lines(drawn, sys.stdout.encoding),
+        {"curves": values},
+        notes,
+    )
+
+
+def curves_json(curves: Curves, problem: str | None) -> dict[str, Any]:
+    """Return all points of curves, for JSON."""
+    return {
+        "label": curves.label,
+        "has_steps": curves.has_steps,
+        "problem": problem,
+        "series": {metric: asdict(series) for metric, series in curves.series.items()},
+    }
 
 
 def chart_lines(all_curves: Sequence[Curves], encoding: str | None) -> list[str]:
@@ -523,10 +470,15 @@ def chart_lines(all_curves: Sequence[Curves], encoding: str | None) -> list[str]
             for curves in all_curves
         ]
         height = LOSS_CHART_LINES if metric == "loss" else CHART_LINES
-        chart = draw_chart(curves, encoding, min(terminal_width(), CHART_WIDTH), height)
+        chart = draw_chart(curves, encoding, chart_width(), height)
         if chart:
             lines += ["", f"{title} over {x_label(all_curves)}", *chart]
     return lines
+
+
+def chart_width() -> int:
+    """Return the columns of a chart."""
+    return min(terminal_width(), CHART_WIDTH)
 
 
 # all
@@ -537,21 +489,21 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
     return run_config(args.config, args.output_dir, args.run_name)
 
 
-@contextlib.contextmanager
-def opened_shelf(args: argparse.Namespace, place: str | None = None) -> Iterator[Shelf]:
-    """Open the checkpoints that the options point at."""
-    with open_shelf(load_config(args), is_remote=args.remote, place=place) as shelf:
-        yield shelf
+def opened_shelf(
+    args: argparse.Namespace, place: str | None = None
+) -> AbstractContextManager[Shelf]:
+    """Open the checkpoints that the options name."""
+    return open_shelf(load_config(args), is_remote=args.remote, place=place)
 
 
 def read_rows(
     shelf: Shelf, views: Sequence[CheckpointView], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Return what is shown of checkpoints, with the price of the command line in their costs."""
+    """Return the rows of checkpoints; their costs count `--hourly-price`."""
     rows = shelf.rows(views)
     if args.hourly_price is not None:
         for row, view in zip(rows, views, strict=True):
-            row["costs"] = costs_as_json(measure_costs(view, args.hourly_price))
+            row["costs"] = report.costs_as_json(report.measure_costs(view, args.hourly_price))
     return rows
 
 
@@ -567,5 +519,5 @@ def print_section(title: str, lines: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    gc.disable()  # a short process: its many small lists and objects are never garbage
+    gc.disable()  # a short process whose many small objects never become garbage
     sys.exit(main())

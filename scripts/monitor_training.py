@@ -2,19 +2,22 @@
 
     logs/metrics.jsonl, journal, checkpoints/ -> a live view, plain lines in a pipe, or --json
 
-Reads only, so it may be started, stopped and run twice at any time, before, during and after a
-run, on the machine of the run or over a shared disk. A terminal gets a view that is renewed in
-place, a pipe a line each time. Ctrl-C or q ends it.
+It only reads, so any number of monitors may run before, during and after a run, on the machine of
+the run or over a shared disk. A terminal gets a live view, a pipe one line per look. Ctrl-C or q
+ends it.
 
---notify-command CMD runs CMD once when one of these begins to hold, also at the first look:
+--notify-command CMD runs CMD once when one of these begins to hold, at the first look too:
   stalled      no record for long: the process hangs, or cannot be seen from here
-  crashed      the process is gone without an end record        failed   it ended with an error
-  stopped      saved on request        finished   all steps are done
-  not_finite   the loss is no number   bad_steps  a step's update was left out
-  upload_failed  a checkpoint is not in the bucket, for good or after five attempts
+  crashed      the process is gone without an end record
+  failed       the run ended with an error
+  stopped      it was stopped on request and saved
+  finished     all steps are done
+  not_finite   the loss is not a finite number
+  bad_steps    the update of a step was skipped
+  upload_failed  an upload failed for good, or after five attempts
 CMD gets PRETRAIN_EVENT, PRETRAIN_MESSAGE, PRETRAIN_RUN and PRETRAIN_STEP in its environment and the
-same as JSON on standard input. It is split as by a shell but gets none: for pipes, sh -c '...'. It
-is ended after 30 s; the monitor goes on whatever it does.
+same as JSON on standard input. It is split into words as by a shell but not run by one: for pipes,
+write sh -c '...'. It is killed after 30 s; the monitor goes on whatever it does.
 """
 
 from __future__ import annotations
@@ -22,36 +25,37 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
+import select
 import shutil
+import signal
 import sys
+import termios
 import time
-from collections.abc import Sequence
+import tty
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.training_config import TrainingConfig, get_training_config  # noqa: E402
-from utils.base.console import run_command  # noqa: E402
-from utils.base.errors import UsageError  # noqa: E402
-from utils.base.files import FollowedFile  # noqa: E402
-from utils.base.text import printable, to_json_text  # noqa: E402
-from utils.checkpoints.layout import RunPaths  # noqa: E402
-from utils.costs.costs import parse_hourly_price  # noqa: E402
-from utils.tools.monitor.events import EventTracker  # noqa: E402
-from utils.tools.monitor.live_screen import (
-    Line,
-    LiveScreen,
-    can_be_renewed,
-    paint,
-    terminal_encoding,
-    wants_color,
-)
-from utils.tools.monitor.notifier import LIMIT_SECONDS, Notifier, parse_command  # noqa: E402
-from utils.tools.monitor.status import RunStatus, RunWatcher  # noqa: E402
-from utils.tools.monitor.view import WIDTH, build_rows, fit_rows, one_line  # noqa: E402
+from configs.training_config import TrainingConfig, get_training_config
+from utils.base.console import get_console, run_command
+from utils.base.errors import UsageError
+from utils.base.files import FollowedFile
+from utils.base.text import printable, to_json_text
+from utils.checkpoints.layout import RunPaths
+from utils.costs.costs import parse_hourly_price
+from utils.tools.monitor.events import EventTracker
+from utils.tools.monitor.notifier import LEAVE_SECONDS, LIMIT_SECONDS, Notifier, parse_command
+from utils.tools.monitor.status import RunStatus, RunWatcher
+from utils.tools.monitor.view import WIDTH, ViewRow, build_rows, fit_rows, one_line
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 DEFAULT_REFRESH_SECONDS = 2.0
 TAIL_LINES = 20
@@ -77,9 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--once", action="store_true", help="look once and exit")
     parser.add_argument("--logs-only", action="store_true", help="show and follow train.log only")
-    parser.add_argument("--json", action="store_true", help="print JSON, one object a look")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object per look")
     parser.add_argument(
-        "--notify-command", metavar="CMD", help="run CMD on a stall, crash, end, ...; see above"
+        "--notify-command", metavar="CMD", help="run CMD on a stall, crash, end, ... (see above)"
     )
     parser.add_argument("--config", default="test", help="name or .json file (default: test)")
     parser.add_argument("--output-dir", help="directory of the checkpoints (default: the config's)")
@@ -89,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--hourly-price",
         type=parse_hourly_price,
         metavar="X",
-        help="dollars an hour, for the time whose price the run did not know",
+        help="dollars an hour, for time that the run itself had no price for",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -109,11 +113,11 @@ def run_monitor(args: argparse.Namespace) -> None:
     """Show the run once, or until Ctrl-C or q."""
     paths = RunPaths.of(load_config(args))
     words = None if args.notify_command is None else parse_command(args.notify_command)
-    # What the output's encoding lacks is shown as ?, and no reason to end.
+    # Characters that the output cannot encode are shown as ?.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     if args.logs_only and words is not None:
-        raise UsageError("--notify-command needs a look at the run: leave --logs-only out.")
+        raise UsageError("--notify-command does not work with --logs-only.")
     if args.logs_only:
         with contextlib.suppress(KeyboardInterrupt):  # the usual way to end it
             follow_log(LogTail(paths.train_log), args)
@@ -122,14 +126,14 @@ def run_monitor(args: argparse.Namespace) -> None:
     try:
         if args.once:
             show_once(watch, args)
-        elif args.json or not can_be_renewed():
+        elif args.json or not has_movable_cursor():
             repeat_lines(watch, args)
         else:
             show_live(watch, args.refresh)
     except KeyboardInterrupt:
         return
     finally:
-        watch.close(LIMIT_SECONDS if args.once else None)
+        watch.close(LIMIT_SECONDS if args.once else LEAVE_SECONDS)
 
 
 def load_config(args: argparse.Namespace) -> TrainingConfig:
@@ -140,12 +144,12 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
 
 
 class Watch:
-    """Looks at the run, and has the user told of what begins.
+    """Looks at the run, and notifies the user of events.
 
     Args:
         paths: The run's directories.
         notifier: Runs the user's command, None where there is none.
-        hourly_price: For the time whose price the run did not know.
+        hourly_price: Dollars an hour for time that the run itself had no price for.
     """
 
     def __init__(
@@ -164,20 +168,18 @@ class Watch:
 
     def complaints(self) -> list[str]:
         """Return what went wrong with the user's command since the last call."""
-        if self._notifier is None:
-            return []
-        return [f"--notify-command: {text}" for text in self._notifier.take_complaints()]
+        return [] if self._notifier is None else self._notifier.take_complaints()
 
-    def complain(self) -> None:
-        """Say on standard error what went wrong with the user's command."""
+    def print_complaints(self) -> None:
+        """Print what went wrong with the user's command on standard error."""
         for text in self.complaints():
             print(text, file=sys.stderr, flush=True)
 
-    def close(self, seconds: float | None = None) -> None:
-        """Wait a moment for the user's command, or so many seconds."""
+    def close(self, seconds: float) -> None:
+        """Wait for the user's command, then kill it."""
         if self._notifier is not None:
-            self._notifier.close(*([] if seconds is None else [seconds]))
-            self.complain()
+            self._notifier.close(seconds)
+            self.print_complaints()
 
 
 def show_once(watch: Watch, args: argparse.Namespace) -> None:
@@ -185,9 +187,8 @@ def show_once(watch: Watch, args: argparse.Namespace) -> None:
     status = watch.look()
     if args.json:
         print(status_json(status, indent=2))
-        return
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
-    print_lines(fit_rows(build_rows(status, output_encoding(), width=width), None))
+    else:
+        print_view(status)
 
 
 def repeat_lines(watch: Watch, args: argparse.Namespace) -> None:
@@ -195,42 +196,80 @@ def repeat_lines(watch: Watch, args: argparse.Namespace) -> None:
     while True:
         status = watch.look()
         print(status_json(status) if args.json else one_line(status), flush=True)
-        watch.complain()
+        watch.print_complaints()
         time.sleep(args.refresh)
 
 
 def show_live(watch: Watch, refresh_seconds: float) -> None:
-    """Renew the whole view in place; the last one stays on the terminal."""
-    encoding = output_encoding()
+    """Show the view on the alternate screen until q; the last one stays on the terminal."""
+    from rich.live import Live
+
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # Ctrl-Z would leave the terminal as it is here
+    console = get_console()
     notes: list[str] = []
     status = watch.look()
     try:
-        with LiveScreen(encoding, has_color=wants_color()) as screen:
-
-            def draw() -> None:
-                columns, rows = screen.size
-                view = build_rows(status, encoding, width=columns, notes=notes, hint="q: quit")
-                screen.show(fit_rows(view, rows))
-
-            draw()
-            while not screen.wait(refresh_seconds, draw):
+        with reading_keys(), Live(console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                view = build_rows(
+                    status, console.encoding, width=console.width, notes=notes, hint="q: quit"
+                )
+                text = as_text(fit_rows(view, console.height))
+                text.no_wrap, text.overflow = True, "ellipsis"
+                live.update(text, refresh=True)
+                if is_quit_within(refresh_seconds):
+                    break
                 status = watch.look()
                 now = f"{datetime.now().astimezone():%H:%M}"
                 notes = [*notes, *(f"{now} {text}" for text in watch.complaints())][-1:]
-                draw()
     finally:
-        width = shutil.get_terminal_size().columns
-        print_lines(fit_rows(build_rows(status, encoding, width=width, notes=notes), None))
+        print_view(status, notes)
 
 
-def print_lines(lines: Sequence[Line]) -> None:
-    """Print rows as they are, with their styles where there is a terminal for them."""
-    print("\n".join(paint(line, has_color=wants_color()) for line in lines), flush=True)
+@contextlib.contextmanager
+def reading_keys() -> Iterator[None]:
+    """Have the terminal pass on each key at once; afterwards it is as before."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    mode = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, mode)
 
 
-def output_encoding() -> str:
-    """Return what standard output can show."""
-    return terminal_encoding() if sys.stdout.isatty() else sys.stdout.encoding or "ascii"
+def is_quit_within(seconds: float) -> bool:
+    """Wait for so long or until a key is pressed; tell whether the user wants to quit."""
+    sources = [sys.stdin] if sys.stdin.isatty() else []
+    if not select.select(sources, [], [], seconds)[0]:
+        return False
+    keys = os.read(sys.stdin.fileno(), 512)
+    return not keys or b"q" in keys.lower()  # no keys: the terminal is gone
+
+
+def has_movable_cursor() -> bool:
+    """Tell whether standard output is a terminal whose cursor can be moved."""
+    return sys.stdout.isatty() and not get_console().is_dumb_terminal
+
+
+def print_view(status: RunStatus, notes: Sequence[str] = ()) -> None:
+    """Print the whole view, with its styles where there is a terminal for them."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+    rows = build_rows(status, sys.stdout.encoding, width=width, notes=notes)
+    if sys.stdout.isatty():
+        get_console().print(as_text(rows), soft_wrap=True)
+    else:
+        print("\n".join(row.text for row in rows), flush=True)
+
+
+def as_text(rows: Sequence[ViewRow]) -> Text:
+    """Return rows for `rich`."""
+    from rich.text import Text
+
+    return Text("\n").join(Text(row.text, row.style) for row in rows)
 
 
 def status_json(status: RunStatus, *, indent: int | None = None) -> str:
@@ -268,21 +307,20 @@ def follow_log(log: LogTail, args: argparse.Namespace) -> None:
     Raises:
         UsageError: The log cannot be read.
     """
-    try:
-        lines = log.read_new()
-        if not lines and not args.json:
-            print(f"No log lines in {printable(log.path)} yet.", flush=True)
-        while True:
-            for line in lines:
-                print(to_json_text({"line": line}, indent=None) if args.json else line, flush=True)
-            if args.once:
-                return
-            time.sleep(args.refresh)
+    is_first = True
+    while True:
+        try:
             lines = log.read_new()
-    except BrokenPipeError:
-        raise
-    except OSError as exc:
-        raise UsageError(f"{log.path} cannot be read: {exc.strerror or exc}.") from exc
+        except OSError as exc:
+            raise UsageError(f"{log.path} cannot be read: {exc.strerror or exc}.") from exc
+        if is_first and not lines and not args.json:
+            print(f"No log lines in {printable(log.path)} yet.", flush=True)
+        for line in lines:
+            print(to_json_text({"line": line}, indent=None) if args.json else line, flush=True)
+        if args.once:
+            return
+        is_first = False
+        time.sleep(args.refresh)
 
 
 if __name__ == "__main__":

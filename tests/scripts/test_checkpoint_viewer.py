@@ -17,14 +17,21 @@ import pytest
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import checkpoint_viewer as viewer
 from scripts.checkpoint_viewer import main
-from tests.sample_checkpoints import RUN_ID, make_checkpoint, make_history, put_remote, seal
+from tests.sample_checkpoints import (
+    RUN_ID,
+    make_checkpoint,
+    make_history,
+    make_metadata,
+    put_remote,
+    seal,
+)
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import find_checkpoints
 from utils.storage.bucket import crc32c_of_file
 from utils.storage.directory import DirectoryBucket
 from utils.tools.viewer import shelf
 from utils.tools.viewer.report import measure_storage
-from utils.tools.viewer.text import show_count, show_loss, show_time, storage_line
+from utils.tools.viewer.text import show_time, storage_line
 
 SCRIPT = PROJECT_DIRECTORY / "scripts" / "checkpoint_viewer.py"
 PNG_SIGNATURE = b"\x89PNG"
@@ -38,7 +45,11 @@ def _work_in_an_empty_directory(tmp_path, monkeypatch):
 @pytest.fixture
 def two_checkpoints(tmp_path):
     directory = tmp_path / "checkpoints"
-    paths = [make_checkpoint(directory, step) for step in (50, 100)]
+    progress = {**make_metadata(50)["training_progress"], "mfu": 0.412}
+    paths = [
+        make_checkpoint(directory, 50, training_progress=progress),
+        make_checkpoint(directory, 100),
+    ]
     journal = Journal(directory / "uploads.jsonl")
     journal.record(paths[0].name, RUN_ID, UploadState.VERIFIED, destination="bucket/a.tar.gz")
     journal.record(paths[1].name, RUN_ID, UploadState.FAILED, error="403 Forbidden")
@@ -57,11 +68,18 @@ def run_json(capsys, *argv):
     return json.loads(out, parse_constant=pytest.fail)
 
 
-def run_process(*command, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
+def run_process(*command: object, cwd: Path, **environment: str) -> str:
+    values = {**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY), **environment}
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=values,
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_list_of_nothing_says_so(capsys):
@@ -82,6 +100,10 @@ def test_list_shows_step_losses_time_upload_state_latest_and_best(capsys):
         assert part in first
     assert first.endswith("Upload: verified Kept: newest 3")
     assert second.endswith("Upload: failed (latest, best) Kept: latest")
+    row = run_json(capsys, "list")["checkpoints"][0]
+    assert (row["state"], row["kept"], row["is_latest"]) == ("verified", "newest 3", False)
+    assert row["age_seconds"] > 86400
+    assert row["learning_rate"] == 0.004
 
 
 def test_damaged_and_foreign_things_are_named_and_the_rest_is_listed(capsys, two_checkpoints):
@@ -102,31 +124,12 @@ def test_damaged_and_foreign_things_are_named_and_the_rest_is_listed(capsys, two
     assert "\x1b" not in out
 
 
-def test_hostile_metadata_reaches_the_terminal_as_plain_text(capsys, tmp_path):
-    make_checkpoint(
-        tmp_path / "checkpoints",
-        50,
-        timestamp="\x1b]0;owned\x07",
-        run_id={"a": 1},
-        git_commit="\x1b[31m" * 1000,
-        current_loss=10**400,
-        loss_history=["x", None, math.nan, True, 2.0],
-        learning_rates="none",
-        validation_metrics={"\x1b[2J": "\x1b[2J", "deep": [[["\x1b"]]]},
-        training_progress=[1],
-        system_info=7,
-    )
-    for command in (["list"], ["view", "50"], ["compare", "50", "50"]):
-        code, out, err = run(capsys, *command)
-        assert (code, err) == (0, "")
-        assert "\x1b" not in out
-        assert "\x07" not in out
-    assert run_json(capsys, "view", "50")["loss_statistics"]["length"] == 1
-
-
-def test_view_shows_everything_of_the_users_example(capsys, two_checkpoints):
+def test_view_shows_everything_of_the_users_example_and_more(
+    capsys: pytest.CaptureFixture[str], two_checkpoints: list[Path]
+) -> None:
     code, out, _ = run(capsys, "view", two_checkpoints[0].name)
     assert code == 0
+    lines = out.splitlines()
     for line in (
         "Checkpoint Summary: checkpoint-epoch0-step50-files0",
         "Timestamp: 2026-01-01T12:30:25.123456+00:00",
@@ -146,18 +149,11 @@ def test_view_shows_everything_of_the_users_example(capsys, two_checkpoints):
         "  current_avg_loss: 6.464046",
         "  steps_since_best: 0",
         "  loss_trend: improving",
-    ):
-        assert line in out.splitlines()
-    assert "Loss Trend: " in out
-
-
-def test_view_shows_progress_position_run_upload_and_files(capsys, two_checkpoints):
-    _, out, _ = run(capsys, "view", "50")
-    for line in (
         "  validation_loss: 6.564046",
         "  perplexity: 709.135413",
         "Tokens Seen: 102,400",
         "Tokens/s: 3,400",
+        "MFU: 41.2%",
         "  sample_index: 200",
         "  num_shards: 1",
         f"Run ID: {RUN_ID}",
@@ -167,10 +163,18 @@ def test_view_shows_progress_position_run_upload_and_files(capsys, two_checkpoin
         "  model.safetensors           700 B  crc32c UH9VIA==",
         "  learning_rate: 0.004",
     ):
-        assert line in out.splitlines()
+        assert line in lines
+    assert "Loss Trend: " in out
     assert "State: verified (" in out
-    _, out, _ = run(capsys, "view", "100")
-    assert "  error: 403 Forbidden" in out
+    (curve,) = (line for line in lines if line.startswith("Loss Curve: "))
+    assert curve.split()[2][0] == "\u2588"
+    assert curve.endswith(" 7.895204 to 6.464046")
+    assert "  error: 403 Forbidden" in run(capsys, "view", "100")[1]
+
+
+def test_latest_is_the_newest_without_a_problem(capsys, two_checkpoints):
+    (two_checkpoints[1] / "metadata.json").write_text("{")
+    assert run_json(capsys, "view", "latest")["step"] == 50
 
 
 def test_view_names_files_that_are_missing_or_of_another_size(capsys, two_checkpoints):
@@ -181,17 +185,6 @@ def test_view_names_files_that_are_missing_or_of_another_size(capsys, two_checkp
     assert "model.safetensors has 5 bytes, the manifest says 700" in out
     assert "data_state.json is missing" in out
     assert len(run_json(capsys, "view", "50")["problems"]) == 3
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_view_as_json_has_metadata_files_and_upload(capsys):
-    value = run_json(capsys, "view", "latest")
-    assert value["step"] == 100
-    assert value["metadata"]["run_id"] == RUN_ID
-    assert value["upload"]["details"] == {"error": "403 Forbidden"}
-    assert {"name", "size_bytes", "crc32c"} == value["files"][0].keys()
-    assert value["data_position"]["sample_index"] == 400
-    assert value["problems"] == []
 
 
 def test_compare_takes_the_two_newest_by_default(capsys, tmp_path, two_checkpoints):
@@ -208,19 +201,6 @@ def test_compare_takes_the_two_newest_by_default(capsys, tmp_path, two_checkpoin
     assert "max_steps" not in out
 
 
-@pytest.mark.usefixtures("two_checkpoints")
-def test_compare_shows_any_number(capsys):
-    value = run_json(capsys, "compare", "50", "best", "latest")
-    assert [row["step"] for row in value["checkpoints"]] == [50, 100, 100]
-    assert value["config_differences"] == {}
-
-
-def test_compare_takes_what_is_no_number_for_the_same_in_both(capsys, two_checkpoints):
-    for path in two_checkpoints:
-        (path / "training_config.json").write_text('{"learning_rate": NaN}')
-    assert run_json(capsys, "compare")["config_differences"] == {}
-
-
 def test_compare_says_which_configuration_cannot_be_read(capsys, two_checkpoints):
     (two_checkpoints[1] / "training_config.json").write_text("[]")
     code, out, _ = run(capsys, "compare")
@@ -229,30 +209,18 @@ def test_compare_says_which_configuration_cannot_be_read(capsys, two_checkpoints
 
 
 @pytest.mark.usefixtures("two_checkpoints")
-def test_plot_writes_a_picture_of_the_checkpoints_name(capsys, tmp_path):
+def test_plot_writes_a_picture(capsys, tmp_path):
     code, out, _ = run(capsys, "plot", "100")
     assert code == 0
     assert "Plot saved to checkpoint-epoch0-step100-files0.png" in out
     picture = tmp_path / "checkpoint-epoch0-step100-files0.png"
     assert picture.read_bytes().startswith(PNG_SIGNATURE)
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_plot_saves_where_it_is_told(capsys, tmp_path):
-    value = run_json(capsys, "plot", "latest", "--save", "curve.svg")
-    assert value["saved"] == "curve.svg"
+    value = run_json(capsys, "plot", "latest")
+    assert value["saved"] is None
     (curves,) = value["curves"]
     assert curves["checkpoint"] == curves["label"] == "checkpoint-epoch0-step100-files0"
-    assert list(curves["series"]) == [
-        "loss",
-        "validation_loss",
-        "learning_rate",
-        "grad_norm",
-        "tokens_per_second",
-    ]
     assert curves["series"]["loss"]["steps"] == list(range(10, 101, 10))
     assert curves["series"]["validation_loss"]["steps"] == [100]
-    assert "<svg" in (tmp_path / "curve.svg").read_text()
 
 
 def test_plot_draws_what_is_left_of_a_damaged_history(capsys, two_checkpoints):
@@ -266,16 +234,11 @@ def test_plot_draws_what_is_left_of_a_damaged_history(capsys, two_checkpoints):
     (curves,) = value["curves"]
     assert (curves["has_steps"], len(curves["series"]["loss"]["values"])) == (False, 10)
     assert "training_metrics.json cannot be read" in value["notes"][0]
-    assert value["saved"] is None
-
-
-def test_plot_before_the_first_logged_loss_is_an_error(capsys, tmp_path):
-    path = make_checkpoint(tmp_path / "checkpoints", 5, loss_history=[], learning_rates=[])
-    (path / "training_metrics.json").write_text(json.dumps({**make_history(5), "validation": []}))
-    seal(path, 5)
-    code, _, err = run(capsys, "plot", "5")
-    assert code == 2
-    assert "no curve" in err
+    metadata = json.loads((two_checkpoints[1] / "metadata.json").read_text())
+    empty = {**metadata, "loss_history": [], "learning_rates": []}
+    (two_checkpoints[1] / "metadata.json").write_text(json.dumps(empty))
+    code, _, err = run(capsys, "plot", "100")
+    assert (code, "no curve" in err) == (2, True)
 
 
 def test_remote_reads_the_buckets_sidecars(capsys, tmp_path, two_checkpoints):
@@ -288,16 +251,16 @@ def test_remote_reads_the_buckets_sidecars(capsys, tmp_path, two_checkpoints):
     code, out, _ = run(capsys, "view", "50", *options)
     assert "Archive: 7 B" in out
     assert "Loss History Length: 5" in out
-    (curves,) = run_json(capsys, "plot", "50", *options)["curves"]
-    assert curves["series"]["loss"]["steps"] == [1, 2, 3, 4, 5]
     assert run_json(capsys, "list", "--remote")["checkpoints"] == []
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_output_dir_and_run_name_say_where_to_look(capsys, tmp_path):
-    make_checkpoint(tmp_path / "else" / "my-run", 7)
-    rows = run_json(capsys, "list", "--output-dir", "else", "--run-name", "my-run")["checkpoints"]
-    assert [row["step"] for row in rows] == [7]
+    for path in two_checkpoints:
+        put_remote(tmp_path / "bucket", path)
+    value = run_json(capsys, "compare", "--remote")
+    assert [row["state"] for row in value["checkpoints"]] == ["verified", "verified"]
+    assert value["between"][0]["tokens"] == 102400
+    assert "not in the bucket's sidecars" in value["notes"][0]
+    code, out, _ = run(capsys, "plot", "50", "100", "--remote", "--terminal")
+    assert code == 0
+    assert "training loss over logged entry" in out
 
 
 @pytest.mark.usefixtures("two_checkpoints")
@@ -318,9 +281,9 @@ def test_output_dir_and_run_name_say_where_to_look(capsys, tmp_path):
         (["view", "\x1b[2J"], "There is no checkpoint '?[2J'"),
         (["list", "--last", "0"], "--last must be at least 1, got 0"),
         (["list", "--filter", "steps>1"], "the keys are step, epoch"),
-        (["list", "--filter", "step>many"], "'many' is no number"),
-        (["list", "--filter", "time>today"], "'today' is no time"),
-        (["list", "--filter", "state>a"], "only = and != apply"),
+        (["list", "--filter", "step>many"], "'many' is not a number"),
+        (["list", "--filter", "time>today"], "'today' is not a time"),
+        (["list", "--filter", "state>a"], "takes only = and !="),
     ],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(capsys, tmp_path, argv, message):
@@ -332,7 +295,9 @@ def test_wrong_input_is_one_message_and_exit_code_2(capsys, tmp_path, argv, mess
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("argv", [[], ["lsit"], ["view"], ["list", "--nonsense"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["lsit"], ["view"], ["list", "--nonsense"], ["list", "--hourly-price", "cheap"]]
+)
 def test_unknown_command_lines_exit_with_2(argv):
     with pytest.raises(SystemExit) as caught:
         main(argv)
@@ -342,14 +307,10 @@ def test_unknown_command_lines_exit_with_2(argv):
 @pytest.mark.parametrize(
     ("timestamp", "shown"),
     [
-        ("2026-01-01T12:00:00+00:00", "2026-01-01 12:00:00"),
-        ("2026-01-01T12:00:00Z", "2026-01-01 12:00:00"),
         ("2026-01-01T12:00:00.5+02:00", "2026-01-01 10:00:00"),
         ("2024-01-15T14:30:25.123456", "2024-01-15 14:30:25"),
         ("0001-01-01T00:00:00+14:00", "0001-01-01T00:00:00"),
-        ("yesterday", "yesterday"),
         (None, "-"),
-        (7, "7"),
     ],
 )
 def test_times_are_shown_in_utc(timestamp, shown):
@@ -364,32 +325,7 @@ def test_viewer_loads_neither_torch_nor_drawing_nor_cloud_libraries(tmp_path):
         "heavy = ('torch', 'transformers', 'numpy', 'matplotlib', 'rich', 'google.cloud.storage')\n"
         "assert not [name for name in heavy if name in sys.modules]"
     )
-    result = run_process(sys.executable, "-c", code, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_script_works_by_path_and_as_a_module_from_any_directory(tmp_path):
-    by_path = subprocess.run(
-        [sys.executable, SCRIPT, "list"], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    module = (sys.executable, "-m", "scripts.checkpoint_viewer", "list")
-    assert run_process(*module, cwd=tmp_path).stdout == by_path.stdout
-    assert "Found 2 checkpoints" in by_path.stdout
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_terminal_without_arrows_gets_the_word(tmp_path):
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(
-        [sys.executable, SCRIPT, "view", "50"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "Loss Trend: improving\n" in result.stdout
+    run_process("-c", code, cwd=tmp_path)
 
 
 def test_reading_changes_no_file(capsys, tmp_path, two_checkpoints):
@@ -432,16 +368,13 @@ def five_checkpoints(tmp_path):
     [
         ("", [10, 20, 30, 40, 50]),
         ("--reverse", [50, 40, 30, 20, 10]),
-        ("--sort loss", [40, 20, 50, 10, 30]),
         ("--sort loss --reverse", [10, 50, 20, 40, 30]),
         ("--sort validation-loss", [40, 20, 50, 10, 30]),
         ("--sort time", [50, 40, 30, 20, 10]),
         ("--sort size --last 2", [40, 50]),
         ("--last 3", [30, 40, 50]),
-        ("--last 9", [10, 20, 30, 40, 50]),
         ("--filter step>=20 --filter loss<4", [20, 40]),
         ("--filter loss<4.5 --last 2 --sort loss", [40, 50]),
-        ("--filter state=verified", [10]),
         ("--filter state!=verified", [20, 30, 40, 50]),
         ("--filter kept=latest", [50]),
         ("--filter size>1GiB", []),
@@ -455,50 +388,29 @@ def test_list_filters_sorts_and_takes_the_last(capsys, options, steps):
 
 @pytest.mark.usefixtures("five_checkpoints")
 def test_list_says_how_many_of_all_it_shows(capsys):
-    _, out, _ = run(capsys, "list", "--filter", "loss<4")
-    assert "Found 2 of 5 checkpoints in checkpoints" in out
-    _, out, _ = run(capsys, "list", "--filter", "loss<0")
-    assert "Found 0 of 5 checkpoints in checkpoints" in out
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_list_as_json_has_age_state_and_reason(capsys):
-    first, second = run_json(capsys, "list")["checkpoints"]
-    assert (first["state"], first["kept"]) == ("verified", "newest 3")
-    assert (second["state"], second["kept"]) == ("failed", "latest")
-    assert first["age_seconds"] > 86400
-    assert first["learning_rate"] == 0.004
-    assert (first["is_latest"], second["is_latest"], second["is_best"]) == (False, True, True)
+    assert "Found 2 of 5 checkpoints in checkpoints" in run(capsys, "list", "--filter", "loss<4")[1]
+    assert "Found 0 of 5 checkpoints in checkpoints" in run(capsys, "list", "--filter", "loss<0")[1]
 
 
 def test_list_tells_another_buckets_uploads_from_this_ones(capsys, two_checkpoints):
     journal = Journal(two_checkpoints[0].parent / "uploads.jsonl")
     manifest = crc32c_of_file(two_checkpoints[0] / "manifest.json")
-    for step, bucket in ((50, "elsewhere"), (100, "bucket")):
-        journal.record(
-            f"checkpoint-epoch0-step{step}-files0",
-            RUN_ID,
-            UploadState.VERIFIED,
-            bucket=str(Path(bucket).absolute()),
-            manifest_crc32c=manifest,
-        )
-    rows = run_json(capsys, "list")["checkpoints"]
-    assert [row["state"] for row in rows] == ["not in this bucket"] * 2  # the second: other files
-    journal.record(
-        two_checkpoints[0].name,
-        RUN_ID,
-        UploadState.VERIFIED,
-        bucket=str(Path("bucket").absolute()),
-        manifest_crc32c=manifest,
-    )
-    assert run_json(capsys, "list")["checkpoints"][0]["state"] == "verified"
+    for path, bucket, state in (
+        (two_checkpoints[0], "elsewhere", "not in this bucket"),
+        (two_checkpoints[1], "bucket", "not in this bucket"),  # these are other files
+        (two_checkpoints[0], "bucket", "verified"),
+    ):
+        details = {"bucket": str(Path(bucket).absolute()), "manifest_crc32c": manifest}
+        journal.record(path.name, RUN_ID, UploadState.VERIFIED, **details)
+        states = {row["name"]: row["state"] for row in run_json(capsys, "list")["checkpoints"]}
+        assert states[path.name] == state
 
 
-def run_in_terminal(tmp_path, *argv, columns=200, encoding="utf-8"):
+def run_in_terminal(tmp_path, *argv, columns):
     """Run the viewer with a pseudo-terminal as its standard output."""
     main_end, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "TERM": "xterm", "NO_COLOR": "1"}
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "TERM": "xterm", "NO_COLOR": "1"}
     environment.pop("COLUMNS", None)
     with subprocess.Popen(
         [sys.executable, SCRIPT, *argv],
@@ -516,14 +428,18 @@ def run_in_terminal(tmp_path, *argv, columns=200, encoding="utf-8"):
         os.close(main_end)
         error = process.stderr.read().decode()
         assert process.wait() == 0, error
-    return output.decode(encoding)
+    return output.decode()
 
 
-@pytest.mark.usefixtures("two_checkpoints")
-def test_terminal_gets_a_table_that_fits_it(tmp_path):
-    wide = run_in_terminal(tmp_path, "list")
+def test_terminal_gets_a_table_that_fits_it_and_cannot_be_steered(tmp_path, two_checkpoints):
+    make_checkpoint(tmp_path / "checkpoints", 150, timestamp="\x1b]0;owned\x07")
+    (tmp_path / "checkpoints" / "uploads.jsonl").unlink()
+    wide = run_in_terminal(tmp_path, "list", columns=200)
     for text in ("\u2502", "tokens", "checkpoint-epoch0-step50-files0", "newest 3", "latest, best"):
         assert text in wide
+    assert "?]0;owned?" in wide
+    assert "\x1b]" not in wide
+    assert "\x07" not in wide
     narrow = run_in_terminal(tmp_path, "list", columns=80)
     assert "checkpoint-epoch0" not in narrow
     assert "epoch0-step50-files0" in narrow
@@ -532,110 +448,33 @@ def test_terminal_gets_a_table_that_fits_it(tmp_path):
     assert max(len(line) for line in plain.splitlines()) <= 80
 
 
-def test_a_long_list_in_a_terminal_is_plain_columns(tmp_path, monkeypatch, capsys):
-    for step in (10, 20):
-        make_checkpoint(tmp_path / "checkpoints", step)
+@pytest.fixture
+def terminal(capsys, monkeypatch):
+    """Make this process believe that it writes to a terminal."""
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+
+
+@pytest.mark.usefixtures("two_checkpoints", "terminal")
+def test_a_long_list_in_a_terminal_is_plain_lines(monkeypatch, capsys):
     monkeypatch.setattr(viewer, "MAX_TABLE_ROWS", 1)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(viewer, "terminal_width", lambda: 300)
-    _, out, _ = run(capsys, "list")
-    lines = out.splitlines()
-    assert lines[1].split()[:2] == ["checkpoint", "step"]
-    assert lines[2].startswith("checkpoint-epoch0-step10-files0 ")
-    assert len(lines) == 4
-
-
-def test_hostile_texts_do_not_steer_a_terminal(tmp_path):
-    path = make_checkpoint(
-        tmp_path / "checkpoints",
-        50,
-        timestamp="\x1b]0;owned\x07",
-        git_commit="\x9b31m\u202e",
-        training_progress={"tokens_seen": "\x1b[2J", "max_steps": 1e308},
-    )
-    config = {"\x1b[2J": "\x1b[2J", "deep": [["\x1b"]]}
-    (path / "training_config.json").write_text(json.dumps(config))
-    seal(path, 50)
-    for command in (["list"], ["view", "50"], ["compare", "50", "50"], ["plot", "50"]):
-        output = run_in_terminal(tmp_path, *command)
-        for text in ("\x1b]", "\x1b[2J", "\x07", "\x9b", "\u202e"):
-            assert text not in output
+    assert " 1. checkpoint-epoch0-step50-files0 " in run(capsys, "list")[1]
 
 
 def test_values_that_the_output_cannot_encode_are_replaced(tmp_path):
     make_checkpoint(tmp_path / "checkpoints", 50, run_id="\u00e9", git_commit="\u4e2d\ud800")
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, SCRIPT, "view", "50"]
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert "Git Commit: ??" in result.stdout
-
-
-# Names
+    out = run_process(SCRIPT, "view", "50", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert "Git Commit: ??" in out
+    assert "Loss Trend: improving\n" in out  # without an arrow
 
 
 @pytest.mark.usefixtures("two_checkpoints")
-@pytest.mark.parametrize(
-    ("name", "step"),
-    [
-        ("latest", 100),
-        ("best", 100),
-        ("50", 50),
-        ("checkpoint-epoch0-step50-files0", 50),
-        ("checkpoint-epoch0-step5", 50),
-        ("epoch0-step5", 50),
-        ("step100-files0", 100),
-    ],
-)
+@pytest.mark.parametrize(("name", "step"), [("latest", 100), ("best", 100), ("epoch0-step5", 50)])
 def test_names_may_be_abbreviated(capsys, name, step):
-    assert run_json(capsys, "view", name)["step"] == step
-    assert [row["step"] for row in run_json(capsys, "compare", name, name)["checkpoints"]] == [
-        step,
-        step,
-    ]
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_an_ambiguous_name_lists_what_it_fits(capsys):
-    code, _, err = run(capsys, "view", "files0")
-    assert code == 2
-    assert "'files0' fits checkpoint-epoch0-step50-files0, checkpoint-epoch0-step100-files0" in err
+    rows = run_json(capsys, "compare", name, name)["checkpoints"]
+    assert [row["step"] for row in rows] == [step, step]
 
 
 # view, compare
-
-
-def test_view_shows_mfu_where_the_device_is_known(capsys, tmp_path):
-    system = {
-        "device": "NVIDIA H100 80GB HBM3",
-        "mixed_precision": "bf16",
-        "world_size": 8,
-        "num_parameters": 10**9,
-    }
-    progress = {"tokens_per_second": 500_000}
-    path = make_checkpoint(
-        tmp_path / "checkpoints",
-        50,
-        config={"sequence_length": 2048},
-        system_info=system,
-        training_progress=progress,
-    )
-    (path / "config.json").write_text('{"num_hidden_layers": 24, "hidden_size": 2048}')
-    expected = 500_000 * (6e9 + 12 * 24 * 2048 * 2048) / (8 * 989e12)
-    assert run_json(capsys, "view", "50")["mfu"] == pytest.approx(expected)
-    _, out, _ = run(capsys, "view", "50")
-    assert f"MFU: {100 * expected:.1f}%" in out.splitlines()
-    (row, _) = run_json(capsys, "compare", "50", "50")["checkpoints"]
-    assert row["mfu"] == pytest.approx(expected)
-
-
-@pytest.mark.usefixtures("two_checkpoints")
-def test_view_draws_the_losses_it_has(capsys):
-    _, out, _ = run(capsys, "view", "100")
-    (line,) = (line for line in out.splitlines() if line.startswith("Loss Curve: "))
-    assert line.endswith(" 7.895204 to 5.034204")
-    assert line.split()[2][0] == "\u2588"
 
 
 def test_compare_says_what_was_seen_between(capsys, tmp_path):
@@ -653,33 +492,13 @@ def test_compare_says_what_was_seen_between(capsys, tmp_path):
         "shards": 0,
         "seconds": 10,
         "tokens_per_second": 10240,
-        "logged_tokens_per_second": 3400.5,
     }
-    _, out, _ = run(capsys, "compare")
-    rows = {line[:20].strip(): line[20:].split() for line in out.splitlines()}
-    assert rows["Samples"] == ["200"]
-    assert rows["Tokens/s, pauses too"] == ["10,240"]
+    assert "Tokens/s, pauses too      10,240" in run(capsys, "compare")[1]
     manifest = json.loads((newer / "manifest.json").read_text())
     (newer / "manifest.json").write_text(json.dumps({**manifest, "run_id": "other"}))
     (between,) = run_json(capsys, "compare")["between"]
     assert between["tokens"] is None
     assert "different runs" in between["problem"]
-
-
-def test_compare_counts_shards_over_epochs(capsys, tmp_path):
-    directory = tmp_path / "checkpoints"
-    shards = {"fingerprint": "a", "shards": [["a"], ["b"], ["c"]]}
-    for step, name in (
-        (50, "checkpoint-epoch0-step50-files2"),
-        (100, "checkpoint-epoch2-step100-files1"),
-    ):
-        path = make_checkpoint(directory, step).rename(directory / name)
-        (path / "data_state.json").write_text(json.dumps(shards))
-    (between,) = run_json(capsys, "compare")["between"]
-    assert between["shards"] == 5
-    (path / "data_state.json").write_text(json.dumps({**shards, "fingerprint": "b"}))
-    (between,) = run_json(capsys, "compare")["between"]
-    assert between["shards"] is None
 
 
 def put_weights(checkpoint, step, tensors):
@@ -723,40 +542,26 @@ def test_weights_that_cannot_be_read_are_a_problem_of_that_pair(capsys, tmp_path
 # plot
 
 
-@pytest.mark.usefixtures("two_checkpoints")
-def test_plot_in_a_terminal_is_text_and_writes_no_file(tmp_path):
+@pytest.mark.usefixtures("two_checkpoints", "terminal")
+def test_plot_in_a_terminal_is_text_and_writes_no_file(capsys, tmp_path):
     before = _snapshot(tmp_path)
-    output = run_in_terminal(tmp_path, "plot")
-    for text in (
-        "checkpoint-epoch0-step100-files0",
-        "training loss over step",
-        "gradient norm",
-        "\u28c0",
-    ):
-        assert text in output
+    _, out, _ = run(capsys, "plot")
+    for text in ("checkpoint-epoch0-step100-files0", "training loss over step", "gradient norm"):
+        assert text in out
     assert _snapshot(tmp_path) == before
-    output = run_in_terminal(tmp_path, "plot", "latest", "--save", "a.png")
-    assert "training loss" not in output
+    assert "training loss" not in run(capsys, "plot", "--save", "a.png")[1]
     assert (tmp_path / "a.png").exists()
 
 
-@pytest.mark.usefixtures("two_checkpoints")
-def test_plot_as_text_in_ascii(capsys, tmp_path):
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(
-        [sys.executable, SCRIPT, "plot", "--terminal"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "     7.895 |*" in result.stdout
-    assert not list(tmp_path.glob("*.png"))
-
-
 def test_plot_draws_several_checkpoints_and_runs_in_one_picture(capsys, tmp_path, two_checkpoints):
-    make_checkpoint(tmp_path / "other" / "$_$", 20)
+    path = make_checkpoint(tmp_path / "other" / "$_$", 20)
+    absurd = {
+        "steps": [1, 1e15, 1e300],
+        "loss_history": [1e308, -1e38, 1e38],
+        "learning_rates": [5e-324, 0, 1],
+        "grad_norms": [10**400, 1, 2],
+    }
+    (path / "training_metrics.json").write_text(json.dumps({**make_history(30), **absurd}))
     runs = ("--run", "checkpoints", "--run", "other/$_$")
     code, out, _ = run(capsys, "plot", "--terminal", "--save", "a.svg", *runs)
     assert code == 0
@@ -781,34 +586,7 @@ def test_plot_leaves_out_curves_that_do_not_fit_the_axis(capsys, two_checkpoints
     assert "over step" in out
 
 
-def test_plot_survives_absurd_values(capsys, tmp_path):
-    path = make_checkpoint(tmp_path / "checkpoints", 50)
-    history = {
-        **make_history(30),
-        "steps": [1, 1e15, 1e300],
-        "loss_history": [1e308, -1e38, 1e38],
-        "learning_rates": [5e-324, 0, 1],
-        "grad_norms": [10**400, 1, 2],
-    }
-    (path / "training_metrics.json").write_text(json.dumps(history))
-    for options in (["--terminal"], ["--save", "a.png"]):
-        code, _, err = run(capsys, "plot", "50", *options)
-        assert (code, err) == (0, "")
-
-
 # Remote
-
-
-def test_remote_compares_and_plots_from_sidecars(capsys, tmp_path, two_checkpoints):
-    for path in two_checkpoints:
-        put_remote(tmp_path / "bucket", path)
-    value = run_json(capsys, "compare", "--remote")
-    assert [row["state"] for row in value["checkpoints"]] == ["verified", "verified"]
-    assert value["between"][0]["tokens"] == 102400
-    assert "not in the bucket's sidecars" in value["notes"][0]
-    code, out, _ = run(capsys, "plot", "50", "100", "--remote", "--terminal")
-    assert code == 0
-    assert "training loss over logged entry" in out
 
 
 def test_remote_reads_only_the_sidecars_it_shows(capsys, tmp_path, two_checkpoints, monkeypatch):
@@ -832,14 +610,10 @@ def test_remote_names_what_is_damaged_foreign_or_unfinished(capsys, tmp_path, tw
     (folder / "checkpoint-epoch0-step60-files0.json").write_text('{"manifest": ')
     (folder / "checkpoint-epoch0-step70-files0.tar.gz").write_bytes(b"archive")
     (folder / "\x1b[2J.json").write_text("{}")
-    (folder / "checkpoint-epoch0-step80-files0.json").mkdir()
-    with (folder / "checkpoint-epoch0-step90-files0.json").open("wb") as file:
-        file.truncate(65 * 2**20)
     code, out, _ = run(capsys, "list", "--remote")
     assert code == 0
-    assert "Found 3 checkpoints" in out
+    assert "Found 2 checkpoints" in out
     assert "step60-files0.json: " in out
-    assert "it has more than" in out
     assert "Note: checkpoint-epoch0-step70-files0 is not listed: it has no sidecar" in out
     assert "Upload: damaged in bucket" in out
     assert "\x1b" not in out
@@ -848,74 +622,78 @@ def test_remote_names_what_is_damaged_foreign_or_unfinished(capsys, tmp_path, tw
 # Damage and hostility
 
 
-def test_pipes_devices_and_directories_in_place_of_files_are_not_waited_for(
-    capsys, two_checkpoints
-):
-    checkpoint, directory = two_checkpoints[0], two_checkpoints[0].parent
-    for name in ("metadata.json", "training_config.json", "training_metrics.json"):
-        (checkpoint / name).unlink()
-        os.mkfifo(checkpoint / name)
-    (directory / "uploads.jsonl").unlink()
-    os.mkfifo(directory / "uploads.jsonl")
-    os.mkfifo(directory / "run.json")
-    (checkpoint / "data_state.json").unlink()
-    (checkpoint / "data_state.json").symlink_to("/dev/zero")
-    for argv in (["list"], ["view", "50"], ["compare", "50", "100"]):
-        code, out, err = run(capsys, *argv)
-        assert (code, err) == (0, "")
-        assert "metadata.json cannot be read (it is no regular file)" in out
-    assert run(capsys, "plot", "50")[0] == 2
-
-
 HUGE = 10**400
 # As many digits as Python reads and writes; a sum of two has one more.
 ENDLESS_FILE = '{"size": %s, "crc32c": ""}' % ("9" * 4300)  # noqa: UP031
 DEEP = "[" * 500 + "]" * 500
 
 
+METADATA = [
+    {
+        "loss_history": f"[1.0, {HUGE}, 2e308, -2e308]",
+        "learning_rates": '[1, "\\u001b[2J", {"a": [2]}]',
+        "timestamp": '"9999-12-31T23:59:59-23:59"',
+        "run_id": DEEP,
+        "git_commit": '"\\u001b[31m\\u0007"',
+        "spending": DEEP,
+        "training_progress": f'{{"tokens_seen": {HUGE}, "samples_seen": 1e308}}',
+        "system_info": '{"world_size": 0, "num_parameters": -1, "device": []}',
+        "validation_metrics": f'{{"\\u001b[2J": {DEEP}, "validation_loss": "x"}}',
+    },
+    {
+        "loss_history": "[1.0, 1.7e308, 1.7e308]",
+        "timestamp": DEEP,
+        "current_loss": f"{HUGE}",
+        "spending": f'{{"seconds": {HUGE}, "dollars": -1, "starts": {HUGE}}}',
+        "training_progress": '{"mfu": "\\u001b", "tokens_seen": "\\u001b[2J", "max_steps": 1e308}',
+        "system_info": "7",
+    },
+    {
+        "loss_history": DEEP,
+        "extra": DEEP,
+        "spending": '{"seconds": 1e308, "dollars": 1e308, "hourly_price": 9e9}',
+        "training_progress": "[1]",
+    },
+]
+
+
 @pytest.mark.parametrize(
-    ("file", "key", "value"),
+    ("file", "values"),
     [
-        ("manifest.json", "files", json.dumps({"model.safetensors": {"size": HUGE, "crc32c": 1}})),
-        ("manifest.json", "files", f'{{"a": {ENDLESS_FILE}, "b": {ENDLESS_FILE}}}'),
-        ("manifest.json", "branch", "-5"),
-        ("manifest.json", "files", r'{"\u001b[2J": {"size": -1, "crc32c": "\u001b[2J"}}'),
-        ("metadata.json", "loss_history", f"[1.0, {HUGE}, 2e308, -2e308]"),
-        ("metadata.json", "loss_history", "[1.0, 1.7e308, 1.7e308]"),
-        ("metadata.json", "loss_history", DEEP),
-        ("metadata.json", "learning_rates", '[1, "\\u001b[2J", {"a": [2]}]'),
-        ("metadata.json", "timestamp", '"9999-12-31T23:59:59-23:59"'),
-        ("metadata.json", "timestamp", DEEP),
-        ("metadata.json", "run_id", DEEP),
-        ("metadata.json", "extra", DEEP),
-        ("metadata.json", "spending", DEEP),
-        ("metadata.json", "spending", f'{{"seconds": {HUGE}, "dollars": -1, "starts": {HUGE}}}'),
-        ("metadata.json", "spending", '{"seconds": 1e308, "dollars": 1e308, "hourly_price": 9e9}'),
-        ("metadata.json", "training_progress", f'{{"tokens_seen": {HUGE}, "samples_seen": 1e308}}'),
-        ("metadata.json", "system_info", '{"world_size": 0, "num_parameters": -1, "device": []}'),
-        ("metadata.json", "validation_metrics", f'{{"deep": {DEEP}, "validation_loss": "x"}}'),
-        ("training_config.json", "learning_rate", DEEP),
-        ("data_state.json", "shards", f"[{DEEP}]"),
-        ("training_metrics.json", "steps", f'[{HUGE}, "x", null, 1e308]'),
-        ("training_metrics.json", "tokens_per_second", f"[{', '.join(10 * ['1.7e308'])}]"),
+        ("manifest.json", {"files": f'{{"model.safetensors": {{"size": {HUGE}, "crc32c": 1}}}}'}),
+        ("manifest.json", {"files": f'{{"a": {ENDLESS_FILE}, "b": {ENDLESS_FILE}}}'}),
+        ("manifest.json", {"branch": "-5"}),
+        (
+            "manifest.json",
+            {"files": r'{"\u001b[2J": {"size": -1, "crc32c": "\u001b[2J"}}'},
+        ),
+        *(("metadata.json", values) for values in METADATA),
+        ("training_config.json", {"learning_rate": DEEP, r"\u001b[2J": '"\\u001b[2J"'}),
+        ("data_state.json", {"shards": f"[{DEEP}]"}),
+        (
+            "training_metrics.json",
+            {
+                "steps": f'[{HUGE}, "x", null, 1e308]',
+                "tokens_per_second": f"[{', '.join(10 * ['1.7e308'])}]",
+            },
+        ),
     ],
 )
-def test_absurd_values_stop_no_command(capsys, two_checkpoints, file, key, value):
+def test_absurd_values_stop_no_command_and_steer_no_terminal(capsys, two_checkpoints, file, values):
     path = two_checkpoints[1] / file
-    changed = {**json.loads(path.read_text()), key: "PLACE"}
-    path.write_text(json.dumps(changed).replace('"PLACE"', value))
+    known = {**json.loads(path.read_text()), **{key: f"PLACE {key}" for key in values}}
+    text = json.dumps(known)
+    for key, value in values.items():
+        text = text.replace(json.dumps(f"PLACE {key}"), value)
+    path.write_text(text)
     for argv in (["list"], ["view", "100"], ["compare"], ["plot", "--terminal"]):
         for options in ([], ["--json"]):
             code, out, err = run(capsys, *argv, *options)
             assert (code, err) == (0, "")
             assert "\x1b" not in out
+            assert "\x07" not in out
             if options:
                 json.loads(out, parse_constant=pytest.fail)
-
-
-def test_absurd_numbers_do_not_fill_the_screen():
-    for show in (show_count, show_loss):
-        assert len(show(-1e308)) < 20
 
 
 def test_a_directory_that_cannot_be_read_is_one_message(capsys, tmp_path):
@@ -934,7 +712,7 @@ def test_a_checkpoint_that_vanishes_meanwhile_is_left_out(capsys, monkeypatch, t
     rows = run_json(capsys, "list")["checkpoints"]
     assert [row["step"] for row in rows] == [100]
     code, _, err = run(capsys, "view", "50")
-    assert (code, "was deleted at this moment" in err) == (2, True)
+    assert (code, "has just been deleted" in err) == (2, True)
 
 
 SPENDING = {
@@ -944,7 +722,6 @@ SPENDING = {
     "unpriced_seconds": 3600.0,
     "lost_seconds": 720.0,
     "lost_dollars": 4.0,
-    "lost_unpriced_seconds": 0.0,
     "hourly_price": 20.0,
 }
 
@@ -954,43 +731,18 @@ def test_costs_are_shown_where_the_run_counted_them(capsys, tmp_path):
     make_checkpoint(directory, 25)
     make_checkpoint(directory, 50, spending=SPENDING)
     assert "Cost" not in run(capsys, "view", "25")[1]
-    out = run(capsys, "view", "50")[1]
-    for line in (
-        "Machine Time: 2h00m in 2 starts",
-        "Cost: $20.00 (1h00m without a price)",
-        "Per Million Tokens: -",
-        "Lost to Restarts: 12m00s, $4.00",
-        "Hourly Price: $20.00",
-    ):
-        assert line in out.splitlines()
-    priced = run(capsys, "view", "50", "--hourly-price", "5")[1].splitlines()
-    assert "Cost: $25.00" in priced
-    assert "Per Million Tokens: $244.14" in priced
+    spent = (
+        "Spent 2h00m, $20.00 in 2 starts (1h00m without a price; 12m00s, $4.00 lost to restarts)."
+    )
+    assert spent in run(capsys, "view", "50")[1]
+    priced = run(capsys, "view", "50", "--hourly-price", "5")[1]
+    assert "Spent 2h00m, $25.00 in 2 starts ($244.14 per million tokens; " in priced
     older, newer = run_json(capsys, "list", "--hourly-price", "5")["checkpoints"]
     assert older["costs"] is None
-    assert (newer["costs"]["dollars"], newer["costs"]["lost_dollars"]) == (25.0, 4.0)
-    remaining = 50 * 2048 / 3400.5
-    assert newer["costs"]["remaining_seconds"] == pytest.approx(remaining)
-    assert newer["costs"]["remaining_dollars"] == pytest.approx(remaining / 3600 * 20)
+    assert newer["costs"]["remaining_seconds"] == pytest.approx(50 * 2048 / 3400.5)
+    assert "$20.00" in run(capsys, "compare")[1]
 
 
-def test_compare_shows_costs(capsys, tmp_path):
-    directory = tmp_path / "checkpoints"
-    make_checkpoint(directory, 50, spending=SPENDING)
-    make_checkpoint(directory, 100, spending={**SPENDING, "seconds": 10800.0, "dollars": 17.5})
-    rows = {line.split("  ")[0]: line.split() for line in run(capsys, "compare")[1].splitlines()}
-    assert rows["Machine Time"][2:] == ["2h00m", "3h00m", "+1h00m"]
-    assert rows["Cost"][1:] == ["$20.00", "$17.50", "-$2.50"]
-
-
-def test_archives_of_a_bucket_are_summed():
+def test_the_archives_of_a_bucket_are_summed_up():
     rows = [{"archive_bytes": 50 * 2**30}, {"archive_bytes": None}, {"archive_bytes": 50 * 2**30}]
-    assert storage_line(measure_storage(rows)) == "Archives: 100.0 GiB in all."
-
-
-@pytest.mark.parametrize("price", ["-1", "nan", "cheap"])
-def test_a_wrong_price_exits_with_2(capsys, price):
-    with pytest.raises(SystemExit) as caught:
-        main(["list", "--hourly-price", price])
-    assert caught.value.code == 2
-    assert "--hourly-price" in capsys.readouterr().err
+    assert "100.0 GiB" in storage_line(measure_storage(rows))

@@ -5,39 +5,28 @@
 torch's SummaryWriter hands records to a thread, whose death (a full disk) costs a traceback in the
 terminal and every later record. Here a record is one `write`: a killed process tears at most the
 last one, and a record that does not fit on the disk is cut away again, so that later ones can be
-read. Files sort in the order of the starts, whatever the clocks of their machines say: TensorBoard
-reads them by name, and what it reads later takes back what an earlier start had from that step on.
+read. Files sort in the order of the attempts, whatever the clocks of their machines say:
+TensorBoard reads them by name, and a later file takes back what earlier ones have from its first
+step on.
+
+TensorBoard and its parts of torch are imported when something is written and not before.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import socket
-import struct
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
-
 FILE_VERSION = "brain.Event:2"  # from this one on TensorBoard obeys `purge_from`
 _NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
-
-# TensorBoard's own RecordWriter does what is done here; importing it imports all of TensorBoard.
-
-
-def frame_record(data: bytes) -> bytes:
-    """Return the bytes of a record in a file, as TensorFlow's record_writer.h describes them."""
-    length = struct.pack("<Q", len(data))
-    return length + _masked_crc32c(length) + data + _masked_crc32c(data)
-
-
-def _masked_crc32c(data: bytes) -> bytes:
-    crc = google_crc32c.value(data)
-    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 class EventFile:
@@ -70,15 +59,21 @@ class EventFile:
 
         self._add(step=step, session_log=SessionLog(status=SessionLog.START))
 
-    def add(self, summary: Any, step: int = 0, seconds: float | None = None) -> None:
-        """Write a summary.
+    def add(self, summary: Any, step: int = 0) -> None:
+        """Write a Summary, with any number of values."""
+        self._add(step=step, summary=summary)
 
-        Args:
-            summary: A Summary, with any number of values.
-            step: Where in the curve it belongs.
-            seconds: Time of it, since the epoch; now by default.
-        """
-        self._add(seconds, step=step, summary=summary)
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Write scalars by tag."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        pairs = values.items()
+        self.add(Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in pairs]), step)
+
+    def add_text(self, tag: str, markdown: str, step: int) -> None:
+        """Write a text."""
+        summary: Any = importlib.import_module("torch.utils.tensorboard.summary")
+        self.add(summary.text(tag, markdown), step)
 
     def close(self) -> None:
         """Close the file; whatever comes later is an error."""
@@ -90,7 +85,7 @@ class EventFile:
         self.path.unlink(missing_ok=True)
 
     def write(self, record: bytes) -> None:
-        """Write the bytes of a record: all of them or none."""
+        """Write the bytes of a record, as `RecordWriter` frames it: all of them or none."""
         end = os.fstat(self._file.fileno()).st_size
         view = memoryview(record)
         try:
@@ -102,12 +97,13 @@ class EventFile:
                 self._file.seek(end)
             raise
 
-    def _add(self, seconds: float | None = None, **content: Any) -> None:
+    def _add(self, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        event = Event(wall_time=time.time() if seconds is None else seconds, **content)
+        event = Event(wall_time=time.time(), **content)
         with self._lock:
-            self.write(frame_record(event.SerializeToString()))
+            RecordWriter(self).write(event.SerializeToString())
 
 
 def _newest(directory: Path) -> int:

@@ -1,6 +1,6 @@
 """`metrics.jsonl`: one record a line, appended by the run, read by everything that shows it.
 
-It is append-only. A `resume` record takes back every later step when the file is read, so a curve
+It is append-only. When it is read, a `resume` record takes back every later step, so that a curve
 never goes back in time and nothing is lost.
 """
 
@@ -22,6 +22,13 @@ MAX_STEP = 2**63
 GREATEST_VALUE = 1e39
 RECORD_BYTES = 512  # of a line of metrics.jsonl, at most
 START_EVENTS = ("start", "resume")
+# Metric -> its list in training_metrics.json.
+HISTORY_KEYS = {
+    "loss": "loss_history",
+    "learning_rate": "learning_rates",
+    "grad_norm": "grad_norms",
+    "tokens_per_second": "tokens_per_second",
+}
 
 
 @dataclass
@@ -29,8 +36,8 @@ class MetricsLog:
     """`metrics.jsonl`, folded to the current branch.
 
     Attributes:
-        limit: How many of the newest records are kept, and as many events; None for all. Of a long
-            file only the end is parsed then, and the events before it.
+        limit: How many of the newest records and events are kept; None for all. With a limit, only
+            the end of a long file is parsed, and the events before it.
         records: Metric records by step, oldest first; several may share a step.
         events: Records with an `event` (start, resume, rollback, bad_step, evaluating, finishing,
             end), oldest first.

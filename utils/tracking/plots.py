@@ -2,8 +2,8 @@
 
     training_metrics.json, metadata.json -> curves -> picture; text_plots.py for a terminal
 
-matplotlib is imported when something is drawn and not before: it takes longer than everything else
-the viewer does. No torch here.
+matplotlib is imported when something is drawn and not before: importing it takes longer than
+everything else that the viewer does. No torch here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from utils.base.errors import PretrainError, UsageError
 from utils.base.text import number, printable
 from utils.base.uri import require_path
-from utils.tracking.metrics_log import GREATEST_VALUE, HISTORY_LIMIT
+from utils.tracking.metrics_log import GREATEST_VALUE, HISTORY_KEYS, HISTORY_LIMIT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,12 +40,6 @@ METRICS = {
     "tokens_per_second": "tokens/s",
 }
 LOSSES = ("loss", "validation_loss")
-HISTORY_KEYS = {
-    "loss": "loss_history",
-    "learning_rate": "learning_rates",
-    "grad_norm": "grad_norms",
-    "tokens_per_second": "tokens_per_second",
-}
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class Curves:
     Attributes:
         label: What it is called in the picture.
         series: By metric; those without a point are left out.
-        has_steps: Whether the steps are known; else entries are counted.
+        has_steps: Whether the steps are known; else the entries are numbered.
     """
 
     label: str
@@ -112,7 +106,7 @@ def _list(value: object) -> list[Any]:
 
 
 def _series(steps: Sequence[object], values: Sequence[object]) -> Series:
-    """Pair steps with values; what is no number becomes a gap, a missing step drops the point."""
+    """Pair steps with values; a value that is not a number is a gap, a missing step no point."""
     points = [
         (_number(step, GREATEST_STEP), _number(value, GREATEST_VALUE))
         for step, value in zip(steps, values, strict=False)
@@ -140,7 +134,7 @@ def require_drawable(all_curves: Sequence[Curves]) -> None:
 
 
 def x_label(all_curves: Sequence[Curves]) -> str:
-    """Say what the steps of curves count."""
+    """Return what the horizontal axis of curves counts."""
     if all(curves.has_steps for curves in all_curves):
         return "step"
     return f"logged entry (of the last {HISTORY_LIMIT})"
@@ -150,7 +144,7 @@ def picture_path(path: Path) -> Path:
     """Return where a picture goes: `path`, with .png added where it has no suffix.
 
     Raises:
-        UsageError: The suffix is of no kind of picture, or it is no path on this machine.
+        UsageError: The suffix is of no kind of picture, or the path is a URI.
     """
     require_path(str(path))
     target = path if path.suffix else path.with_name(path.name + DEFAULT_SUFFIX)
@@ -167,15 +161,13 @@ def draw_picture(all_curves: Sequence[Curves], path: Path) -> Path:
         path: The file, of `picture_path`.
 
     Returns:
-        The file that was written.
+        The file.
 
     Raises:
-        UsageError: There is nothing to draw, or the file cannot be written.
+        UsageError: The file cannot be written.
         PretrainError: matplotlib is not installed.
     """
-    target = picture_path(path)
-    require_drawable(all_curves)
-    return _save(_build_figure(all_curves), target)
+    return _save(_build_figure(all_curves), path)
 
 
 def draw_panels(panels: Mapping[str, Series], path: Path, title: str = "") -> Path:
@@ -187,13 +179,12 @@ def draw_panels(panels: Mapping[str, Series], path: Path, title: str = "") -> Pa
         title: Above all.
 
     Returns:
-        The file that was written.
+        The file.
 
     Raises:
         UsageError: There is nothing to draw, or the file cannot be written.
         PretrainError: matplotlib is not installed.
     """
-    target = picture_path(path)
     if not any(series.num_points for series in panels.values()):
         raise UsageError("There is nothing to draw: no figure of a checkpoint is known.")
     figure, every = _new_figure([LOSS_INCHES / 1.5] * len(panels))
@@ -203,7 +194,7 @@ def draw_panels(panels: Mapping[str, Series], path: Path, title: str = "") -> Pa
         axes.grid(alpha=0.3)
     every[0].set_title(_plain(title))
     every[-1].set_xlabel("step")
-    return _save(figure, target)
+    return _save(figure, path)
 
 
 def _save(figure: Any, target: Path) -> Path:

@@ -1,15 +1,18 @@
-"""Curves as text: a sparkline, and a chart for a terminal.
+"""Figures and curves as text: a number, a sparkline, and a chart for a terminal.
 
     numbers -> lines of block, Braille or ASCII characters
 
 Braille cells hold 2 x 4 points; where the output's encoding lacks them, or several curves have to
-be told apart without colour, a cell is one character. Nothing but the standard library.
+be told apart without colour, a cell is one character.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+
+from utils.base.text import ABSENT
 
 _LEVELS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _ASCII_LEVELS = "_.-=+*%#"
@@ -18,6 +21,7 @@ BRAILLE = 0x2800
 # Bit of the dot in column x, row y of a Braille cell (Unicode 15, chapter 21.1).
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 _LABEL_WIDTH = 11  # of -1.234e+123
+_LONGEST = 1e15
 
 Curve = tuple[Sequence[float], Sequence[float]]
 """Steps and values, of the same length; what is not finite is a gap."""
@@ -32,18 +36,27 @@ def is_encodable(text: str, encoding: str | None) -> bool:
     return True
 
 
+def format_figure(value: float | None, form: str) -> str:
+    """Return a number in a format, shorter where that would be very long, `-` for None."""
+    if value is None:
+        return ABSENT
+    return format(value, form if abs(value) < _LONGEST or math.isnan(value) else ".3e")
+
+
+def means_of_pieces(values: Sequence[float], count: int) -> list[float]:
+    """Return at most `count` values: the means of equal pieces, in order."""
+    count = min(count, len(values))
+    edges = [index * len(values) // count for index in range(count + 1)] if count else []
+    pieces = (values[begin:end] for begin, end in itertools.pairwise(edges))
+    return [math.fsum(value / len(piece) for value in piece) for piece in pieces]
+
+
 def sparkline(values: Sequence[float], encoding: str | None, width: int = 40) -> str:
     """Return finite values as one line of bars, means of neighbours where there are more."""
-    known = [value for value in values if math.isfinite(value)]
-    if not known:
+    means = means_of_pieces([value for value in values if math.isfinite(value)], width)
+    if not means:
         return ""
     levels = _LEVELS if is_encodable(_LEVELS, encoding) else _ASCII_LEVELS
-    count = min(width, len(known))
-    edges = [index * len(known) // count for index in range(count + 1)]
-    means = [
-        math.fsum(value / (end - begin) for value in known[begin:end])
-        for begin, end in zip(edges, edges[1:], strict=False)
-    ]
     low, high = min(means), max(means)
     scale = _scale(low, high, len(levels))
     return "".join(

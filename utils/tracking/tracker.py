@@ -33,15 +33,15 @@ log = logging.getLogger("train")
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a tracker is told when a start begins.
+    """What a tracker needs to know of an attempt when it begins.
 
     Attributes:
         identity: Run and branch.
-        step: Steps done before this start.
+        step: Steps done before this attempt.
         config: The run's configuration.
-        facts: Numbers and names of this start: ranks, device, precision, parameters, ...
-        hyperparameters: What decides the training, flat: name -> number or text.
-        missing: Metrics by step that the logs on this machine lack: another one logged them.
+        facts: Numbers and names of this attempt: ranks, device, precision, parameters, ...
+        hyperparameters: Settings that change the result, flat: name -> number or text.
+        missing: (step, metrics) that another machine logged and this one's logs lack.
     """
 
     identity: RunIdentity
@@ -53,7 +53,7 @@ class RunStart:
 
     @property
     def curve(self) -> str:
-        """Name of the curve: a run that is resumed goes on with its own, a branch has another."""
+        """Name of the curve: the same for all attempts of a run, another one for a branch."""
         branch = self.identity.branch
         return self.identity.run_id + (f"-branch{branch}" if branch else "")
 
@@ -69,7 +69,7 @@ def group_metrics(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 class RunTracker(GeneralTracker):
-    """A tracker of one start; every method may be called from any thread, and none raises."""
+    """A tracker of one attempt; every method may be called from any thread, and none raises."""
 
     name = ""
     requires_logging_directory = False
@@ -80,7 +80,7 @@ class RunTracker(GeneralTracker):
 
     @property
     def tracker(self) -> Any:
-        """What does the work, as Accelerate asks for it."""
+        """The object that Accelerate hands out for this tracker."""
         return self
 
     @on_main_process
@@ -110,11 +110,7 @@ class RunTracker(GeneralTracker):
 
     @on_main_process
     def end(self, outcome: str) -> None:
-        """Close it; nothing comes after this.
-
-        Args:
-            outcome: done, stopped or failed.
-        """
+        """Close it; nothing comes after this. `outcome` is done, stopped or failed."""
         self._attempt(functools.partial(self._end, outcome))
 
     def _attempt(self, action: Callable[[], None]) -> None:
@@ -131,7 +127,7 @@ class RunTracker(GeneralTracker):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Its name in messages."""
         return self.name
 
     def _begin(self, start: RunStart) -> None:

@@ -1,4 +1,4 @@
-"""Where logged metrics go: `metrics.jsonl` always, TensorBoard or W&B through Accelerate.
+"""Where metrics are logged: `metrics.jsonl` always, TensorBoard or W&B through Accelerate.
 
     train step -> metrics.jsonl, TensorBoard, W&B -> viewer, monitor, people
 
@@ -14,6 +14,7 @@ import os
 import platform
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from configs.training_config import GUARDED_KEYS, TrainingConfig
 from utils.base.errors import ConfigError
 from utils.base.text import number, perplexity_of, printable, to_json_text
 from utils.checkpoints.layout import METRICS_FILE, RunIdentity
-from utils.tracking.metrics_log import append_metrics, read_metrics
+from utils.tracking.metrics_log import HISTORY_KEYS, append_metrics, read_metrics
 from utils.tracking.tensorboard import FOLDER, TensorBoardTracker
 from utils.tracking.tracker import RunStart, RunTracker
 from utils.tracking.wandb import WandbTracker
@@ -45,7 +46,7 @@ class JsonLinesTracker(RunTracker):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Its name in messages."""
         return str(self._path)
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
@@ -78,16 +79,16 @@ def start_trackers(
     step: int,
     history: Mapping[str, Sequence[Any]],
 ) -> None:
-    """Begin the curves of this start at `step`.
+    """Begin the curves of this attempt at `step`.
 
     Args:
         accelerator: Made with `build_trackers`.
         config: The run's configuration.
         logs: The run's log directory.
         identity: Run and branch.
-        facts: What `metrics.jsonl` says about this start.
+        facts: What `metrics.jsonl` says about this attempt.
         step: Steps done before it.
-        history: Every metric that the checkpoint brought along: `TrainingProgress.history`.
+        history: The metrics in the checkpoint: `TrainingProgress.history`.
     """
     accelerator.init_trackers(FOLDER)
     if not accelerator.is_main_process:
@@ -95,10 +96,9 @@ def start_trackers(
     facts = {"run_id": identity.run_id, "branch": identity.branch, **facts}
     hyperparameters = find_hyperparameters(config, facts)
     start = RunStart(identity, step, config, facts, hyperparameters)
-    folder = logs / FOLDER / start.curve
-    known = last_logged_step(logs, step) if folder.is_dir() else 0
+    known = last_logged_step(logs, step) if (logs / FOLDER / start.curve).is_dir() else 0
     missing = [item for item in metrics_of(history) if known < item[0] <= step]
-    start = RunStart(identity, step, config, facts, hyperparameters, missing)
+    start = replace(start, missing=missing)
     for tracker in accelerator.trackers:
         tracker.begin(start)
     place = {"pid": os.getpid(), "hostname": platform.node()}
@@ -108,7 +108,7 @@ def start_trackers(
 def find_hyperparameters(
     config: TrainingConfig, facts: Mapping[str, Any]
 ) -> dict[str, float | str]:
-    """Return what decides the training, under flat names, as numbers and texts."""
+    """Return the settings that change the result, under flat names, as numbers and texts."""
     values = {key: getattr(config, key) for key in GUARDED_KEYS}
     overrides = values.pop("model_overrides")
     values |= {f"model_overrides.{key}": value for key, value in overrides.items()}
@@ -136,16 +136,9 @@ def last_logged_step(logs: Path, limit: int) -> int:
 
 def metrics_of(history: Mapping[str, Sequence[Any]]) -> list[tuple[int, dict[str, float]]]:
     """Return the metrics of a checkpoint's histories by step, under the names of the log."""
-    names = {
-        "loss_history": "loss",
-        "learning_rates": "learning_rate",
-        "grad_norms": "grad_norm",
-        "tokens_per_second": "tokens_per_second",
-    }
     by_step: dict[int, dict[str, float]] = {step: {} for step in history.get("steps", ())}
-    for key, metric in names.items():
-        pairs = zip(history.get("steps", ()), history.get(key, ()), strict=False)
-        for step, value in pairs:
+    for metric, key in HISTORY_KEYS.items():
+        for step, value in zip(history.get("steps", ()), history.get(key, ()), strict=False):
             _put(by_step, step, metric, value)
             if metric == "loss":
                 _put(by_step, step, "perplexity", _perplexity(value))
@@ -171,14 +164,14 @@ def _perplexity(loss: object) -> float | None:
 
 
 class Notes:
-    """What happened to checkpoints and uploads, on its way from any thread to the trackers.
+    """Events of checkpoints and uploads, which come from any thread, for the trackers.
 
-    A board wants the steps of a text to grow, and uploads end in any order. So what was noted since
-    the last step is one text, at the step that training had reached, written by the training loop.
+    A board needs the steps of a text to grow, and uploads end in any order. So the training loop
+    writes what was noted since its last step as one text, at the step that it has reached.
 
     Args:
-        accelerator: Whose trackers take them.
-        step: Steps done before this start; what an earlier one noted there stays.
+        accelerator: Has the trackers.
+        step: Steps done before this attempt; the last one may have written a text there.
     """
 
     def __init__(self, accelerator: Accelerator, step: int) -> None:
@@ -191,9 +184,10 @@ class Notes:
         """Note one event; call it from any thread.
 
         Args:
-            title: Name of the text that it is a line of.
+            title: Name of the text that gets the line.
             line: What happened.
-            step: Where it belongs, for a title whose steps only grow; None for where training is.
+            step: Its step, for a title whose steps only grow; None for the step that training has
+                reached.
         """
         with self._lock:
             self._waiting.append((title, printable(line, MAX_NOTE), step))
@@ -203,7 +197,8 @@ class Notes:
 
         Args:
             step: Steps done.
-            is_last: Whether no step follows; else another text at the same step waits for the next.
+            is_last: Whether no step follows. Else a second text at the same step waits for the
+                next step.
         """
         if not self._waiting or (step == self._written and not is_last):
             return
@@ -235,17 +230,17 @@ def record_rollback(accelerator: Accelerator, logs: Path, step: int) -> None:
 
 
 def record_evaluating(logs: Path, step: int) -> None:
-    """Note that an evaluation has begun: the next record may take longer than between steps."""
+    """Note that an evaluation has begun: the next record may take longer than usual."""
     record_event(logs, {"event": "evaluating", "step": step})
 
 
 def record_finishing(logs: Path, step: int) -> None:
-    """Note that what follows is saving and uploading: no record is to be expected for a while."""
+    """Note that only saving and uploading are left: no records are due for a while."""
     record_event(logs, {"event": "finishing", "step": step})
 
 
 def record_end(accelerator: Accelerator, logs: Path, step: int, outcome: str, **facts: Any) -> None:
-    """Note how this start ended (done, stopped or failed), and close the trackers."""
+    """Note how this attempt ended (done, stopped or failed), and close the trackers."""
     if not accelerator.is_main_process:
         return
     record_event(logs, {"event": "end", "step": step, "outcome": outcome, **facts})
@@ -254,7 +249,7 @@ def record_end(accelerator: Accelerator, logs: Path, step: int, outcome: str, **
 
 
 def record_event(logs: Path, event: dict[str, Any]) -> None:
-    """Append an event to `metrics.jsonl`; what cannot be written is told, and no more."""
+    """Append an event to `metrics.jsonl`; where that fails, log a warning and go on."""
     try:
         append_metrics(logs / METRICS_FILE, event)
     except OSError as exc:

@@ -2,8 +2,8 @@
 
     metrics, texts of a run -> wandb -> its service, or a folder in the logs that `wandb sync` sends
 
-No question is ever asked: a machine without a login, or one that cannot reach the service, keeps
-the run offline and says so. A run that is resumed goes on under its id.
+It never asks a question: a machine without a login, or one that cannot reach the service, keeps the
+run offline and says so. A run that is resumed goes on under its id.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger("train")
 
 
 class WandbTracker(RunTracker):
-    """Writes one start of a run to W&B.
+    """Writes one attempt of a run to W&B.
 
     Args:
         logs: The run's log directory; wandb keeps its own files in a folder of it.
@@ -51,7 +51,7 @@ class WandbTracker(RunTracker):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Its name in messages."""
         return "W&B"
 
     def _begin(self, start: RunStart) -> None:
@@ -62,7 +62,7 @@ class WandbTracker(RunTracker):
             if mode is not None:
                 raise
             reason = printable(exc) or type(exc).__name__
-            log.warning("W&B cannot be reached (%s): this start is kept offline.", reason)
+            log.warning("W&B cannot be reached (%s): this attempt is kept offline.", reason)
             _import_wandb().teardown()  # else its service still holds the id of this run
             self._inner = self._init(start, "offline")
         run = self._inner.tracker
@@ -70,7 +70,7 @@ class WandbTracker(RunTracker):
         self._highest = int(run.step or 0)
         if run.offline:
             folder = Path(run.dir).parent
-            log.info("W&B is offline. To send this start later: wandb sync %s", folder)
+            log.info("W&B is offline. To send this attempt later: wandb sync %s", folder)
         elif run.url:
             log.info("W&B: %s", printable(run.url))
 
@@ -79,13 +79,12 @@ class WandbTracker(RunTracker):
         from accelerate.tracking import WandBTracker
 
         wandb = _import_wandb()
-        wished = {
-            "silent": True,
-            "console": "off",  # wandb would put itself between us and the terminal
-            "init_timeout": INIT_SECONDS,
-            "finish_timeout": FINISH_SECONDS,
-        }
-        known = getattr(wandb.Settings, "model_fields", wished)
+        settings = wandb.Settings(
+            silent=True,
+            console="off",  # wandb would put itself between us and the terminal
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+        )
         self._logs.mkdir(parents=True, exist_ok=True)
         inner = WandBTracker(
             os.environ.get("WANDB_PROJECT") or PROJECT,
@@ -95,7 +94,7 @@ class WandbTracker(RunTracker):
             resume="allow",
             dir=str(self._logs),
             mode=mode,
-            settings=wandb.Settings(**{key: wished[key] for key in wished if key in known}),
+            settings=settings,
         )
         inner.start()
         return inner
@@ -105,7 +104,7 @@ class WandbTracker(RunTracker):
             self._inner.log(group_metrics(values), step=step)
 
     def _log_lines(self, title: str, lines: Sequence[str], step: int) -> None:
-        # Steps of W&B only grow: what is told late goes to where it is now.
+        # Steps of W&B only grow: a late event goes to the newest step.
         if self._is_new(max(step, self._highest)):
             rows = [[line] for line in lines]
             self._inner.log_table(title, EVENT_COLUMNS, rows, step=self._highest)
@@ -116,7 +115,7 @@ class WandbTracker(RunTracker):
             self._inner.log_table("samples", SAMPLE_COLUMNS, rows, step=step)
 
     def _is_new(self, step: int) -> bool:
-        """Tell whether W&B takes this step: what a run has done again after a crash, it has."""
+        """Tell whether W&B takes this step: it refuses steps below those it has."""
         if self._inner is None or step < self._highest:
             return False
         self._highest = step
@@ -129,9 +128,9 @@ class WandbTracker(RunTracker):
 
 
 def find_mode() -> str | None:
-    """Return the mode to ask wandb for: None where it finds its own, offline without a login.
+    """Return "offline" where there is no login, None where wandb may choose its mode itself.
 
-    Without one, wandb would ask the terminal for a key.
+    Without a login, wandb would ask for a key in the terminal.
     """
     settings = _import_wandb().setup().settings
     if settings.mode not in ("online", "shared"):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.tracking.text_plots import draw_chart, sparkline
+from utils.tracking.text_plots import draw_chart, format_figure, means_of_pieces, sparkline
 
 numbers = st.floats(allow_nan=True, allow_infinity=True)
 
@@ -23,7 +23,6 @@ numbers = st.floats(allow_nan=True, allow_infinity=True)
         ([0.0, math.nan, 7.0], "utf-8", "\u2581\u2588"),
         (list(range(8)), "utf-8", "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"),
         (list(range(8)), "ascii", "_.-=+*%#"),
-        (list(range(8)), None, "_.-=+*%#"),
         (list(range(8)), "no such encoding", "_.-=+*%#"),
         ([0.0] * 40 + [1.0] * 40, "ascii", "_" * 20 + "#" * 20),
     ],
@@ -72,11 +71,27 @@ def test_the_whole_range_of_numbers_is_drawn(values: list[float]) -> None:
 def test_a_range_too_small_to_divide_by_is_flat() -> None:
     assert draw_chart([([0.0, 1e-310], [0.0, 1e-310])], "ascii", width=21, height=2)
     assert sparkline([0.0, 1e-310], "ascii") == "__"
-
-
-def test_nothing_finite_is_no_chart() -> None:
-    assert draw_chart([], "utf-8") == []
     assert draw_chart([([1], [math.nan]), ((), ())], "utf-8") == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (12345.678, "12,345.7"), (-1e300, "-1.000e+300")]
+)
+def test_figures_stay_short(value: float | None, text: str) -> None:
+    assert format_figure(value, ",.1f") == text
+
+
+@pytest.mark.parametrize(
+    ("values", "count", "means"),
+    [
+        ([], 4, []),
+        ([1.0, 2.0], 4, [1.0, 2.0]),
+        ([1.0, 2.0, 3.0], 2, [1.0, 2.5]),
+        ([1e308] * 4, 2, [1e308, 1e308]),
+    ],
+)
+def test_long_curves_become_means(values: list[float], count: int, means: list[float]) -> None:
+    assert means_of_pieces(values, count) == means
 
 
 @given(

@@ -1,12 +1,11 @@
-"""How long a disk lasts, from how fast its free space falls while somebody watches.
+"""How long a disk lasts, from how fast its free space falls while the monitor watches.
 
     free bytes at each look -> lows of the first and the second half -> seconds until it is full
 
-Checkpoints come and go: free space falls with each save and rises when retention lets go of an old
-one. Two looks, or a line through all of them, would take the last save for a trend. So the lowest
-free space of the first half of the watch is compared with that of the second half: what comes back
-has the same lows. This needs a watch that holds some saves in each half; before that, and while
-the lows do not fall, nothing is said. Nothing but the standard library.
+Free space falls with each save and rises when an old checkpoint is deleted, so a line through two
+looks would take the last save for a trend. Instead the lowest free space in the first half of the
+watch is compared with the lowest in the second half. Each half needs some saves; before that, and
+while the lows do not fall, there is no answer.
 """
 
 from __future__ import annotations
@@ -28,12 +27,7 @@ class DiskTrend:
         self._lows: deque[tuple[float, int]] = deque(maxlen=NUM_SLOTS)  # (seconds, bytes) of each
 
     def add(self, seconds: float, free_bytes: int) -> None:
-        """Take a look into account.
-
-        Args:
-            seconds: Time by a clock that never goes back.
-            free_bytes: What is free at that moment.
-        """
+        """Note the free bytes at a time, in seconds of a clock that never goes back."""
         if self._lows and self._lows[-1][0] // SLOT_SECONDS == seconds // SLOT_SECONDS:
             if free_bytes < self._lows[-1][1]:
                 self._lows[-1] = (seconds, free_bytes)

@@ -1,9 +1,9 @@
-"""What a user wants to be told of: changes between two looks at a run.
+"""What a user is notified of: changes between two looks at a run.
 
     RunStatus, look by look -> events, each once -> notifier
 
-An event comes when it begins to hold, also when it holds at the first look, and not again until it
-has ceased. No torch here.
+An event is reported when its condition first holds, at the first look too, and again only after it
+has ceased to hold. No torch here.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ EVENT_WARNINGS = ("not_finite", "bad_steps", "upload_failed")
 
 
 class EventTracker:
-    """Tells what is new since the look before."""
+    """Finds what is new since the look before."""
 
     def __init__(self) -> None:
         self._held: set[tuple[str, str]] = set()
 
     def take(self, status: RunStatus) -> list[RunEvent]:
-        """Return the events that begin with this look."""
+        """Return the events whose conditions hold for the first time in a row."""
         holding: dict[tuple[str, str], str] = {}
         name = EVENT_OF_STATE.get(status.state)
         if name is not None:
-            # Another start may have gone the same way between two looks.
-            start = printable((status.start.get("time"), status.start.get("pid")))
-            told = [w.message for w in status.warnings if w.kind == status.state.value]
-            holding[name, start] = "; ".join([f"{status.state.value}: {status.detail}", *told])
+            # Another attempt may have ended the same way between two looks.
+            attempt = printable((status.start.get("time"), status.start.get("pid")))
+            details = [w.message for w in status.warnings if w.kind == status.state.value]
+            message = "; ".join([f"{status.state.value}: {status.detail}", *details])
+            holding[name, attempt] = message
         for warning in status.warnings:
             if warning.kind in EVENT_WARNINGS:
                 holding[warning.kind, warning.subject] = warning.message

@@ -8,8 +8,6 @@ are counted. No torch here.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,6 +27,7 @@ from utils.tools.monitor.warnings import (
     stall_seconds,
 )
 from utils.tracking.metrics_log import MetricsLog
+from utils.tracking.text_plots import means_of_pieces
 
 CURVE_RECORDS = 1000
 CURVE_POINTS = 40
@@ -56,18 +55,13 @@ class Metrics:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Metrics:
         """Return the figures that a record holds."""
-        return cls(**{item.name: _figure(record, item.name) for item in fields(cls)})
-
-
-def _figure(record: Mapping[str, Any], key: str) -> float | None:
-    """Return a number as it was logged, NaN and infinities too."""
-    value = record.get(key)
-    return value if isinstance(value, float) else number(value)
+        values = {item.name: record.get(item.name) for item in fields(cls)}
+        return cls(**{k: v if isinstance(v, float) else number(v) for k, v in values.items()})
 
 
 @dataclass(frozen=True)
 class LogFindings:
-    """What follows from the log alone, worked out when there is something new in it."""
+    """What follows from the log alone."""
 
     start: dict[str, Any]
     step: int | None
@@ -84,14 +78,11 @@ class LogFindings:
         start = find_start(log.events)
         newest = _last_record(log.records, "loss")
         metrics = Metrics.of({**newest, **_last_record(log.records, "validation_loss")})
-        curve = [
-            loss
-            for record in log.records[-CURVE_RECORDS:]
-            if (loss := number(record.get("loss"))) is not None
-        ]
-        parts = [part[-1] for part in (log.records, log.events) if part]
-        step = max((record["step"] for record in parts), default=None)
-        times = [epoch_seconds(record.get("time")) for record in parts]
+        losses = (number(record.get("loss")) for record in log.records[-CURVE_RECORDS:])
+        curve = [loss for loss in losses if loss is not None]
+        last = [part[-1] for part in (log.records, log.events) if part]
+        step = max((record["step"] for record in last), default=None)
+        times = [epoch_seconds(record.get("time")) for record in last]
         found = [judge_bad_steps(log.events, step), judge_loss(curve)]
         return cls(
             start=start,
@@ -99,30 +90,20 @@ class LogFindings:
             newest_time=max((time for time in times if time is not None), default=None),
             newest=newest,
             metrics=metrics,
-            loss_curve=condense(curve, CURVE_POINTS),
+            loss_curve=means_of_pieces(curve, CURVE_POINTS),
             stall_seconds=_stall_seconds(log.records[-PACE_RECORDS:], start),
             warnings=judge_newest(newest, metrics.loss) + [one for one in found if one],
         )
 
 
 def _stall_seconds(records: Sequence[dict[str, Any]], start: Mapping[str, Any]) -> float:
-    times = [epoch_seconds(record.get("time")) for record in records]
-    timed = [record for record, time in zip(records, times, strict=True) if time is not None]
-    known = [time for time in times if time is not None]
-    return stall_seconds(measure_pace(timed, known, epoch_seconds(start.get("time"))))
+    pairs = [(record, epoch_seconds(record.get("time"))) for record in records]
+    timed = [(record, time) for record, time in pairs if time is not None]
+    return stall_seconds(measure_pace(timed, epoch_seconds(start.get("time"))))
 
 
 def _last_record(records: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
     return next((record for record in reversed(records) if key in record), {})
-
-
-def condense(values: Sequence[float], points: int) -> list[float]:
-    """Return at most `points` values: the means of equal pieces, in order."""
-    if len(values) <= points:
-        return list(values)
-    edges = [index * len(values) // points for index in range(points + 1)]
-    pieces = (values[low:high] for low, high in itertools.pairwise(edges))
-    return [math.fsum(value / len(piece) for value in piece) for piece in pieces]
 
 
 class UploadLog:
@@ -175,7 +156,7 @@ class UploadLog:
             self._waits_since.setdefault(name, moment)
 
     def waiting_seconds(self, now: float) -> dict[str, float]:
-        """Return for how long each checkpoint that is owed to the bucket has been so."""
+        """Return for how long each checkpoint has waited for its upload to be verified."""
         return {
             name: max(0.0, now - since)
             for name, since in self._waits_since.items()

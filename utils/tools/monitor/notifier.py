@@ -1,9 +1,9 @@
-"""Runs a command of the user's when something happens, and never waits for it.
+"""Runs the user's command when something happens, and never waits for it.
 
     event -> command: environment PRETRAIN_*, JSON on standard input
 
-The command gets no shell. It runs in a thread's care, one at a time; one that is missing, fails or
-hangs costs one line for the user and nothing else. No torch here.
+The command gets no shell. A thread runs one at a time; a command that is missing, fails or hangs
+costs one line for the user and nothing else. No torch here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ERROR_BYTES = 2000
 
 @dataclass(frozen=True)
 class RunEvent:
-    """Something that the user is told of once.
+    """Something that the user is notified of once.
 
     Attributes:
         event: stalled, crashed, failed, stopped, finished, not_finite, bad_steps or upload_failed.
@@ -84,22 +84,21 @@ class Notifier:
         self._thread.start()
 
     def tell(self, event: RunEvent) -> None:
-        """Run the command for an event, soon."""
+        """Have the command run for an event."""
         try:
             self._queue.put_nowait(event)
         except queue.Full:
-            self._complaints.append(f"{event.event} was not notified: {MAX_WAITING} are waiting")
+            self._complain(f"no notification of {event.event}: {MAX_WAITING} are waiting already")
+
+    def _complain(self, text: str) -> None:
+        self._complaints.append(f"--notify-command: {text}")
 
     def take_complaints(self) -> list[str]:
         """Return what went wrong since the last call, a line each."""
-        found = []
-        with contextlib.suppress(IndexError):
-            while True:
-                found.append(self._complaints.popleft())
-        return found
+        return [self._complaints.popleft() for _ in range(len(self._complaints))]
 
-    def close(self, seconds: float = LEAVE_SECONDS) -> None:
-        """Wait for what was told, then end what is still running."""
+    def close(self, seconds: float) -> None:
+        """Wait for the waiting events, then kill what is still running."""
         end = time.monotonic() + seconds
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(None)
@@ -120,7 +119,7 @@ class Notifier:
                 complaint = str(exc.strerror or exc)
             if complaint is not None:
                 name = printable(self._words[0], 80)
-                self._complaints.append(f"{name} for {event.event}: {printable(complaint, 200)}")
+                self._complain(f"{name} for {event.event}: {printable(complaint, 200)}")
 
     def _run(self, event: RunEvent) -> str | None:
         """Run the command once; return what went wrong."""
@@ -131,8 +130,8 @@ class Notifier:
             "PRETRAIN_RUN": event.run,
             "PRETRAIN_STEP": "" if event.step is None else str(event.step),
         }
-        # Files, not pipes: a command that reads nothing or writes much holds nobody up.
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as told:
+        # Files, not pipes: a command may read nothing or write much without blocking.
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as errors:
             given.write(json.dumps(asdict(event)).encode() + b"\n")
             given.seek(0)
             try:
@@ -140,7 +139,7 @@ class Notifier:
                     self._words,
                     stdin=given,
                     stdout=subprocess.DEVNULL,
-                    stderr=told,
+                    stderr=errors,
                     env=environment,
                     start_new_session=True,
                 )
@@ -153,8 +152,8 @@ class Notifier:
                 return f"was ended after {self._limit_seconds:g} s"
             if not code:
                 return None
-            told.seek(0)
-            lines = told.read(_ERROR_BYTES).decode("utf-8", "replace").strip().splitlines()
+            errors.seek(0)
+            lines = errors.read(_ERROR_BYTES).decode("utf-8", "replace").strip().splitlines()
             return f"exit code {code}{': ' + lines[-1] if lines else ''}"
 
     def _kill(self) -> None:

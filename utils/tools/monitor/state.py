@@ -2,8 +2,8 @@
 
     events of metrics.jsonl, process table, silence -> RunState -> monitor
 
-The process can be seen on its own machine only. Over a shared disk its records have to do: as long
-as they come the run lives, and when they stay away nobody can tell a stall from a crash. No torch.
+The process can be seen on its own machine only. Over a shared disk, new records show that the run
+lives; when they stop, a stall cannot be told from a crash. No torch here.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class RunState(StrEnum):
 
     @property
     def is_live(self) -> bool:
-        """Whether the run is on its way, as far as can be seen."""
+        """Whether the run still goes on, as far as can be seen."""
         return self in (RunState.RUNNING, RunState.STALLED)
 
 
 def find_start(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the record of the last start or resume, empty where there is none."""
+    """Return the newest start or resume record, empty where there is none."""
     found = (event for event in reversed(events) if event["event"] in START_EVENTS)
     return dict(next(found, {}))
 
@@ -55,15 +55,15 @@ def judge_run(
     has_records: bool = False,
     is_evaluating: bool = False,
 ) -> tuple[RunState, str]:
-    """Return (state, what it rests on) from the events of metrics.jsonl, oldest first.
+    """Return (state, the evidence for it) from the events of metrics.jsonl, oldest first.
 
     Args:
         events: Records with an `event`: start, resume, finishing or end.
-        is_alive: Whether the process of the last start lives; None where that cannot be seen.
+        is_alive: Whether the process of the last attempt lives; None where that cannot be seen.
         silent_seconds: Time since the last record of any kind, None where there is none.
-        stall_seconds: After so long without a record a run has stalled.
+        stall_seconds: Silence after which a run counts as stalled.
         has_records: Whether there are any metric records.
-        is_evaluating: Whether an evaluation has begun and left no record yet.
+        is_evaluating: Whether an evaluation has begun and not yet logged its result.
     """
     known = (*START_EVENTS, "finishing", "end")
     last = next((event for event in reversed(events) if event["event"] in known), None)
@@ -83,12 +83,12 @@ def judge_run(
         return RunState.CRASHED, f"{who} is gone"
     if is_alive:
         if is_silent:
-            return RunState.STALLED, f"{who} lives, but logs nothing"
-        doing = ", saving and uploading its last" if is_finishing else ""
+            return RunState.STALLED, f"{who} is alive but logs nothing"
+        doing = ", saving and uploading the last checkpoint" if is_finishing else ""
         return RunState.RUNNING, f"{who}{doing or (', evaluating' if is_evaluating else '')}"
     if is_silent:
         return RunState.UNKNOWN, f"{who} cannot be seen from here and is silent: stalled or crashed"
-    return RunState.RUNNING, f"{who}, as its records say; it cannot be seen from here"
+    return RunState.RUNNING, f"{who} cannot be seen from here, but its records come"
 
 
 def _judge_end(event: Mapping[str, Any]) -> tuple[RunState, str]:
@@ -96,14 +96,14 @@ def _judge_end(event: Mapping[str, Any]) -> tuple[RunState, str]:
     if outcome == "done":
         return RunState.FINISHED, "all steps are done"
     if outcome == "stopped":
-        return RunState.STOPPED, "saved on request; --resume latest goes on"
+        return RunState.STOPPED, "stopped on request and saved; --resume latest continues"
     return RunState.FAILED, f"ended with outcome {printable(outcome, 80)}; see the log"
 
 
 def is_process_alive(start: Mapping[str, Any]) -> bool | None:
     """Tell whether the process of a start record lives, None where that cannot be seen.
 
-    A process of that number which began after the record is another one.
+    A process with that id that began after the record is another one.
     """
     pid = start.get("pid")
     if not isinstance(pid, int) or isinstance(pid, bool):

@@ -3,8 +3,7 @@
     metrics.jsonl, journal, checkpoints/, process table, psutil, NVML -> RunStatus -> monitor
 
 Watching changes nothing: files are only read, no lock is touched, no signal is sent. Each look
-reads what is new: the end of metrics.jsonl and of the journal, checkpoints not seen before; what
-follows from the log is worked out again only when there is something new in it. What cannot be read
+reads what is new in metrics.jsonl and the journal, and the newest checkpoints. What cannot be read
 is named in `problems`, and the rest is shown. No torch here.
 """
 
@@ -15,13 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from utils.base.machine import MachineLoad, MachineProbe
 from utils.base.text import epoch_seconds, number
 from utils.checkpoints.journal import JournalEntry, UploadState
-from utils.checkpoints.layout import MANIFEST_FILE, METADATA_FILE, RunPaths, find_checkpoints
+from utils.checkpoints.layout import RunPaths, find_checkpoints
 from utils.checkpoints.views import CheckpointView, read_local_checkpoint
 from utils.costs.costs import Costs, summarize_costs
 from utils.costs.spending import read_spending
@@ -39,11 +37,11 @@ MAX_ETA_SECONDS = 100 * 365 * 86400.0
 
 @dataclass(frozen=True)
 class CheckpointStatus:
-    """One of the newest checkpoints and where it is on its way to the bucket.
+    """One of the newest checkpoints, and the state of its upload.
 
     Attributes:
         upload: State of the upload, None where the journal does not know the checkpoint.
-        upload_progress: What `describe_progress` says, empty where nothing is under way.
+        upload_progress: What `describe_progress` returns; empty while nothing is being uploaded.
     """
 
     name: str
@@ -63,23 +61,23 @@ class RunStatus:
 
     Attributes:
         state: What the run is doing.
-        detail: What that rests on.
-        start: The record of the last start or resume, empty where there is none.
+        detail: The evidence for that state.
+        start: The newest start or resume record, empty where there is none.
         step: Newest step of any record.
         max_steps: Length of the run.
         eta_seconds: Time to the end of a running run.
         silent_seconds: Time since the newest record.
-        stall_seconds: After so long without a record it has stalled.
+        stall_seconds: Silence after which it counts as stalled.
         metrics: The newest figures.
         loss_curve: Training loss, the newest records condensed.
         checkpoints: The newest ones on this machine.
         save_interval_seconds: Time between the two newest.
         uploads: Upload state -> number of checkpoints.
         machine: Load of this machine.
-        disk_seconds_left: Until the checkpoints' disk is full; None while it is not filling, or not
-            watched for long enough to tell.
-        costs: Machine time and dollars over all starts of the run.
-        warnings: What to look after.
+        disk_seconds_left: Time until the checkpoints' disk is full; None while it is not filling,
+            or has not been watched for long enough to tell.
+        costs: Machine time and dollars over all attempts of the run.
+        warnings: What needs attention.
         problems: What cannot be read.
     """
 
@@ -107,8 +105,8 @@ class RunWatcher:
     """Looks at one run again and again, reading what is new.
 
     Args:
-        paths: Where the run keeps its things.
-        hourly_price: For the time whose price the run did not know.
+        paths: The run's directories.
+        hourly_price: Dollars an hour for time that the run itself had no price for.
         clock: Seconds since 1970, as the records have them.
         monotonic: Seconds that never go back.
     """
@@ -123,14 +121,13 @@ class RunWatcher:
         self._paths, self._hourly_price = paths, hourly_price
         self._clock, self._monotonic = clock, monotonic
         self._metrics = MetricsLog(limit=KEPT_RECORDS)
-        self._findings: LogFindings | None = None
         self._uploads = UploadLog(paths.journal)
         self._machine = MachineProbe(paths.checkpoints)
         self._disk = DiskTrend()
-        self._views: dict[str, tuple[object, CheckpointView]] = {}
+        self._is_first_look = True
         self._began_at = monotonic()
         self._grew_at: float | None = None
-        self._was_gone = False  # the process of the start, at the last look
+        self._was_gone = False  # the process of the run, at the last look
         self._is_elsewhere = False
 
     def look(self) -> RunStatus:
@@ -138,11 +135,10 @@ class RunWatcher:
         problems: list[str] = []
         has_grown = self._read_metrics(problems)
         self._read_journal(problems)
-        findings, events = self._findings or LogFindings.of(self._metrics), self._metrics.events
-        self._findings = findings
+        findings = LogFindings.of(self._metrics)
         silent_seconds = self._silent_seconds(findings)
         state, detail = judge_run(
-            events,
+            self._metrics.events,
             is_alive=self._see_process(findings.start, has_grown),
             silent_seconds=silent_seconds,
             stall_seconds=findings.stall_seconds,
@@ -152,7 +148,10 @@ class RunWatcher:
         if state is RunState.NO_RUN:
             detail = f"{detail} in {self._paths.metrics}"
         names = self._find_checkpoints(problems)
-        views = self._read_views(names[-NEWEST_CHECKPOINTS:])
+        views = [
+            read_local_checkpoint(self._paths.checkpoints / name, brief=True)
+            for name in names[-NEWEST_CHECKPOINTS:]
+        ]
         machine = self._machine.look()
         interval = _save_interval(views)
         if machine.disk_free_bytes is not None:
@@ -194,7 +193,7 @@ class RunWatcher:
         )
 
     def _is_evaluating(self) -> bool:
-        """Tell whether the newest event is an evaluation whose result is not there yet."""
+        """Tell whether an evaluation has begun and not yet logged its result."""
         records, events = self._metrics.records, self._metrics.events
         if not events or events[-1]["event"] != "evaluating":
             return False
@@ -209,14 +208,12 @@ class RunWatcher:
         path, log = self._paths.metrics, self._metrics
         has_grown = False
         try:
-            is_first = self._findings is None
             has_grown = log.read_new(path)
             if (log.records or log.events) and not path.exists():
-                problems.append(f"{path} is gone; what it held is shown")
-            if has_grown or not (log.records or log.events):  # grown, or emptied
-                self._findings = None
-            if has_grown and not is_first:
+                problems.append(f"{path} is gone; what was read from it before is shown")
+            if has_grown and not self._is_first_look:
                 self._grew_at = self._monotonic()
+            self._is_first_look = False
         except OSError as exc:
             problems.append(f"{path} cannot be read: {exc.strerror or exc}")
         if log.bad_lines:
@@ -228,7 +225,7 @@ class RunWatcher:
         try:
             self._uploads.read_new()
         except NotADirectoryError:
-            return  # its directory is none, which is told of the checkpoints
+            return  # `_find_checkpoints` says so
         except OSError as exc:
             problems.append(f"{path} cannot be read: {exc.strerror or exc}")
         if self._uploads.bad_lines:
@@ -237,8 +234,8 @@ class RunWatcher:
     def _silent_seconds(self, findings: LogFindings) -> float | None:
         """Return the time since the last record, None where there is none.
 
-        Clocks of two machines differ, so what was seen while watching counts first: when the log
-        last grew; and as long as it has not, it is silent for the whole watch at least.
+        Clocks of two machines differ, so the moment at which the log was seen to grow comes first.
+        While it has not grown, the run has been silent for at least as long as the watch.
         """
         now = self._monotonic()
         if self._grew_at is not None:
@@ -250,8 +247,8 @@ class RunWatcher:
     def _see_process(self, start: Mapping[str, Any], has_grown: bool) -> bool | None:
         """Tell whether the process lives, None where it cannot be seen.
 
-        A container may share the host's name and not its processes: a log that grows although its
-        process was gone at the look before has its process elsewhere.
+        A container may share the host's name but not its processes. So where the log grows although
+        the process was gone at the look before, the process lives elsewhere.
         """
         is_alive = is_process_alive(start)
         self._is_elsewhere = is_alive is False and (
@@ -263,7 +260,7 @@ class RunWatcher:
     def _judge_uploads(
         self, names: Collection[str], save_interval_seconds: float | None
     ) -> list[RunWarning]:
-        """Judge the uploads of what is here: what was set aside or deleted is not owed."""
+        """Judge the uploads of checkpoints that are still here."""
         failures = self._uploads.failures
         waiting = self._uploads.waiting_seconds(self._clock())
         return judge_uploads(
@@ -282,28 +279,6 @@ class RunWatcher:
             problems.append(f"{directory} cannot be read: {exc.strerror or exc}")
             return []
         return [str(name) for name in names]
-
-    def _read_views(self, names: Sequence[str]) -> list[CheckpointView]:
-        """Return checkpoints; one whose files have not changed is not read again."""
-        directory = self._paths.checkpoints
-        views: dict[str, tuple[object, CheckpointView]] = {}
-        for name in names:
-            version = [_version(directory / name / file) for file in (MANIFEST_FILE, METADATA_FILE)]
-            known = self._views.get(name)
-            if known is None or known[0] != version:
-                known = (version, read_local_checkpoint(directory / name, brief=True))
-            views[name] = known
-        self._views = views
-        return [view for _, view in views.values()]
-
-
-def _version(path: Path) -> tuple[int, int, int] | None:
-    """Return what changes when a file does, None where there is none."""
-    try:
-        facts = path.stat()
-    except OSError:
-        return None
-    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def _remaining_seconds(

@@ -1,10 +1,9 @@
 """What the monitor shows: a look at a run as rows for a terminal, and as one line.
 
-    RunStatus -> rows of (text, style), each with its importance -> what fits, or all of them
+    RunStatus -> rows, each with its style and its importance -> those that fit, or all of them
 
-Rows are short enough for 80 columns where their values are; on a terminal that is too low the least
-important ones are left out. Values come from files that may be foreign: they pass `printable`.
-No torch here.
+A terminal that is too low loses the least important rows. Values come from files that may be
+foreign: they pass `printable`. No torch here.
 """
 
 from __future__ import annotations
@@ -15,19 +14,16 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from utils.base.machine import Gpu, MachineLoad
-from utils.base.text import ABSENT, format_bytes, printable
-from utils.checkpoints.layout import CHECKPOINT_PREFIX
+from utils.base.text import ABSENT, format_bytes, format_duration, printable
 from utils.costs.costs import describe_costs_so_far
-from utils.tools.monitor.live_screen import Line
 from utils.tools.monitor.state import RunState
 from utils.tools.monitor.status import CheckpointStatus, RunStatus
 from utils.tools.monitor.warnings import DAY_SECONDS
-from utils.tracking.text_plots import sparkline
+from utils.tracking.text_plots import format_figure, sparkline
 
 WIDTH = 80
 SPARK_WIDTH = 32
-MIN_BAR_WIDTH = 10
-MAX_BAR_WIDTH = 40
+BAR_WIDTH = 30
 MAX_GPU_ROWS = 2
 MAX_WARNING_ROWS = 3
 STATE_STYLES = {
@@ -48,7 +44,7 @@ class ViewRow:
 
     Attributes:
         text: What it says.
-        style: A key of the screen's styles, or an empty string.
+        style: A style of `rich`, or an empty string.
         importance: 0 stays longest when there is no room.
     """
 
@@ -57,48 +53,32 @@ class ViewRow:
     importance: int = 2
 
 
-def fit_rows(rows: Sequence[ViewRow], height: int | None) -> list[Line]:
+def fit_rows(rows: Sequence[ViewRow], height: int) -> list[ViewRow]:
     """Return the rows that fit, in their order; the least important last ones go first."""
     kept = list(enumerate(rows))
-    if height is not None and len(kept) > height:
-        kept.sort(key=lambda item: (item[1].importance, item[0]))
-        kept = sorted(kept[:height])
-    return [(row.text, row.style) for _, row in kept]
-
-
-def show_figure(value: float | None, form: str) -> str:
-    """Return a number in a format, shorter where that would be very long, `-` for None."""
-    if value is None:
-        return ABSENT
-    return format(value, form if abs(value) < 1e15 or value != value else ".3e")
+    kept.sort(key=lambda item: (item[1].importance, item[0]))
+    return [rows[index] for index in sorted(index for index, _ in kept[:height])]
 
 
 def show_seconds(seconds: float | None) -> str:
-    """Return a duration as `3d04h`, `1h02m`, `3m20s` or `4s`, `-` for None."""
-    if seconds is None:
-        return ABSENT
-    minutes, rest = divmod(int(seconds), 60)
-    if not minutes:
-        return f"{rest}s"
-    hours, minutes = divmod(minutes, 60)
-    if not hours:
-        return f"{minutes}m{rest:02d}s"
-    days, hours = divmod(hours, 24)
-    return f"{days}d{hours:02d}h" if days > 1 else f"{24 * days + hours}h{minutes:02d}m"
+    """Return a duration, `-` for None."""
+    return ABSENT if seconds is None else format_duration(seconds)
 
 
 def show_milliseconds(status: RunStatus) -> str:
     """Return the time of a step."""
     seconds = status.metrics.step_seconds
-    return ABSENT if seconds is None else show_figure(seconds * 1000, ",.0f")
+    return ABSENT if seconds is None else format_figure(seconds * 1000, ",.0f")
 
 
 def show_steps(status: RunStatus) -> str:
     """Return the step, of how many, and the share."""
-    text = f"{show_figure(status.step, ',')} / {show_figure(status.max_steps, ',')}"
-    if status.step is None or not status.max_steps:
-        return text
-    return f"{text} ({status.step / status.max_steps:.1%})"
+    text = f"{format_figure(status.step, ',')} / {format_figure(status.max_steps, ',')}"
+    return text if not status.max_steps else f"{text} ({_share_done(status):.1%})"
+
+
+def _share_done(status: RunStatus) -> float:
+    return min(1.0, max(0, status.step or 0) / status.max_steps) if status.max_steps else 0.0
 
 
 def show_uploads(status: RunStatus) -> str:
@@ -118,14 +98,14 @@ def one_line(status: RunStatus) -> str:
     cells = [
         f"{now} {status.state.value}",
         f"step {show_steps(status)}",
-        f"loss {show_figure(metrics.loss, '.6f')}",
-        f"ppl {show_figure(metrics.perplexity, ',.2f')}",
-        f"val {show_figure(metrics.validation_loss, '.6f')}",
-        f"lr {show_figure(metrics.learning_rate, '.2e')}",
-        f"{show_figure(metrics.tokens_per_second, ',.0f')} tokens/s",
+        f"loss {format_figure(metrics.loss, '.6f')}",
+        f"ppl {format_figure(metrics.perplexity, ',.2f')}",
+        f"val {format_figure(metrics.validation_loss, '.6f')}",
+        f"lr {format_figure(metrics.learning_rate, '.2e')}",
+        f"{format_figure(metrics.tokens_per_second, ',.0f')} tokens/s",
         f"{show_milliseconds(status)} ms/step",
-        *([] if metrics.mfu is None else [f"MFU {show_figure(metrics.mfu, '.1%')}"]),
-        f"data wait {show_figure(metrics.data_wait_share, '.1%')}",
+        *([] if metrics.mfu is None else [f"MFU {format_figure(metrics.mfu, '.1%')}"]),
+        f"data wait {format_figure(metrics.data_wait_share, '.1%')}",
         f"ETA {show_seconds(status.eta_seconds)}",
         f"uploads: {show_uploads(status)}",
         *worries,
@@ -147,140 +127,115 @@ def build_rows(
         status: The look.
         encoding: Encoding of the output.
         width: Columns of the output.
-        notes: What the monitor has to say of itself.
+        notes: What went wrong with the monitor itself.
         hint: Shown beside the title.
     """
     blank, now = ViewRow("", importance=8), datetime.now().astimezone()
     return [
         ViewRow(f"Training Monitor  {now:%Y-%m-%d %H:%M:%S %Z}  {hint}".rstrip(), "bold", 3),
-        *run_rows(status, encoding, width),
+        *_run_rows(status, encoding),
         blank,
-        *checkpoint_rows(status, width),
+        *_checkpoint_rows(status),
         blank,
-        *machine_rows(status),
+        *_machine_rows(status),
         *_warning_rows(status, width, notes),
     ]
 
 
-def run_rows(status: RunStatus, encoding: str | None, width: int = WIDTH) -> list[ViewRow]:
-    """Return state, progress, losses and speed."""
+def _run_rows(status: RunStatus, encoding: str | None) -> list[ViewRow]:
+    """Return state, progress, losses, speed and costs."""
     style = STATE_STYLES.get(status.state, "")
     rows = [ViewRow(f"State: {status.state.value} ({printable(status.detail)})", style, 0)]
     if status.step is None:
         return rows
-    metrics = status.metrics
-    steps = f"Step: {show_steps(status)}  "
-    eta = f"  ETA: {show_seconds(status.eta_seconds)}"
-    silent = (
-        ABSENT if status.silent_seconds is None else f"{show_seconds(status.silent_seconds)} ago"
-    )
-    mfu = "" if metrics.mfu is None else f"MFU: {show_figure(metrics.mfu, '.1%')}  "
-    return [
-        *rows,
-        ViewRow(describe_start(status), importance=4),
-        ViewRow(f"{steps}{progress_bar(status, width - len(steps) - len(eta) - 2)}{eta}", "", 0),
+    metrics, curve = status.metrics, status.loss_curve
+    silent = ABSENT
+    if status.silent_seconds is not None:
+        silent = f"{format_duration(status.silent_seconds)} ago"
+    progress = f"{show_steps(status)}  {_progress_bar(status)}"
+    mfu = "" if metrics.mfu is None else f"MFU: {format_figure(metrics.mfu, '.1%')}  "
+    rows += [
+        ViewRow(_describe_attempt(status), importance=4),
+        ViewRow(f"Step: {progress}  ETA: {show_seconds(status.eta_seconds)}", importance=0),
         ViewRow(
-            f"Loss: {show_figure(metrics.loss, '.6f')}  "
-            f"Perplexity: {show_figure(metrics.perplexity, ',.2f')}  "
-            f"Gradient Norm: {show_figure(metrics.grad_norm, '.3f')}",
+            f"Loss: {format_figure(metrics.loss, '.6f')}  "
+            f"Perplexity: {format_figure(metrics.perplexity, ',.2f')}  "
+            f"Gradient Norm: {format_figure(metrics.grad_norm, '.3f')}",
             importance=0,
         ),
-        *_curve_rows(status, encoding),
-        ViewRow(
-            f"Validation Loss: {show_figure(metrics.validation_loss, '.6f')}  "
-            f"Best: {show_figure(metrics.best_validation_loss, '.6f')}",
-            importance=1,
-        ),
-        ViewRow(
-            f"Speed: {show_figure(metrics.tokens_per_second, ',.0f')} tokens/s  "
-            f"{show_milliseconds(status)} ms/step  {mfu}"
-            f"Data Wait: {show_figure(metrics.data_wait_share, '.1%')}",
-            importance=1,
-        ),
-        ViewRow(
-            f"Last Record: {silent}  Learning Rate: {show_figure(metrics.learning_rate, '.2e')}  "
-            f"Tokens Seen: {show_figure(metrics.tokens_seen, ',.0f')}",
-            importance=2,
-        ),
-        *_cost_rows(status),
     ]
+    if len(curve) > 1:
+        bars = sparkline(curve, encoding, SPARK_WIDTH)
+        ends = f"{format_figure(curve[0], '.3f')} to {format_figure(curve[-1], '.3f')}"
+        rows.append(ViewRow(f"Loss Curve: {bars}  {ends}", importance=3))
+    rows += [
+        ViewRow(
+            f"Validation Loss: {format_figure(metrics.validation_loss, '.6f')}  "
+            f"Best: {format_figure(metrics.best_validation_loss, '.6f')}",
+            importance=1,
+        ),
+        ViewRow(
+            f"Speed: {format_figure(metrics.tokens_per_second, ',.0f')} tokens/s  "
+            f"{show_milliseconds(status)} ms/step  {mfu}"
+            f"Data Wait: {format_figure(metrics.data_wait_share, '.1%')}",
+            importance=1,
+        ),
+        ViewRow(
+            f"Last Record: {silent}  "
+            f"Learning Rate: {format_figure(metrics.learning_rate, '.2e')}  "
+            f"Tokens Seen: {format_figure(metrics.tokens_seen, ',.0f')}",
+        ),
+    ]
+    if status.costs is not None:
+        rows.append(ViewRow(f"Cost: {describe_costs_so_far(status.costs)}", importance=3))
+    return rows
 
 
-def _cost_rows(status: RunStatus) -> list[ViewRow]:
-    if status.costs is None:
-        return []
-    return [ViewRow(f"Cost: {describe_costs_so_far(status.costs)}", importance=3)]
-
-
-def _curve_rows(status: RunStatus, encoding: str | None) -> list[ViewRow]:
-    curve = status.loss_curve
-    if len(curve) < 2:
-        return []
-    bars = sparkline(curve, encoding, SPARK_WIDTH)
-    first, last = (show_figure(value, ".3f") for value in (curve[0], curve[-1]))
-    return [ViewRow(f"Loss Curve: {bars}  {first} to {last}", importance=3)]
-
-
-def describe_start(status: RunStatus) -> str:
+def _describe_attempt(status: RunStatus) -> str:
     """Return which run it is and what it runs on."""
     start = status.start
-    ranks, parameters = start.get("world_size"), start.get("num_parameters")
+    ranks, parameters = start.get("world_size", ABSENT), start.get("num_parameters")
     cells = [
         f"Run: {printable(start.get('run_id', ABSENT), 60)}",
         f"on {printable(start.get('device', ABSENT), 60)}",
         f"precision {printable(start.get('precision', ABSENT), 20)}",
-        f"{printable(ABSENT if ranks is None else ranks, 20)} rank{'' if ranks == 1 else 's'}",
+        f"{printable(ranks, 20)} rank{'' if ranks == 1 else 's'}",
     ]
     if isinstance(parameters, int) and 0 < parameters < 2**63:
         cells.append(f"{parameters / 1e6:,.1f}M parameters")
     return ", ".join(cells)
 
 
-def progress_bar(status: RunStatus, width: int) -> str:
-    """Return the share of the steps as a bar."""
-    width = min(MAX_BAR_WIDTH, max(MIN_BAR_WIDTH, width))
-    share = min(1.0, (status.step or 0) / status.max_steps) if status.max_steps else 0.0
-    filled = max(0, round(share * width))
-    return f"[{'#' * filled}{'.' * (width - filled)}]"
+def _progress_bar(status: RunStatus) -> str:
+    filled = round(_share_done(status) * BAR_WIDTH)
+    return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}]"
 
 
-def checkpoint_rows(status: RunStatus, width: int = WIDTH) -> list[ViewRow]:
+def _checkpoint_rows(status: RunStatus) -> list[ViewRow]:
     """Return the newest checkpoints, the very newest last, with their upload states."""
-    heading = ViewRow(f"Checkpoints:  (uploads: {show_uploads(status)})", "bold", 1)
+    rows = [ViewRow(f"Checkpoints:  (uploads: {show_uploads(status)})", "bold", 1)]
     if not status.checkpoints:
-        return [heading, ViewRow("  none yet", importance=5)]
-    prefix = "" if width >= WIDTH else CHECKPOINT_PREFIX  # what all names begin with
-    names = [checkpoint.name.removeprefix(prefix) for checkpoint in status.checkpoints]
-    texts = [
-        checkpoint_text(f"{name:<{max(map(len, names))}}", checkpoint, width)
-        for name, checkpoint in zip(names, status.checkpoints, strict=True)
-    ]
-    rows = [
-        ViewRow(text, importance=1 if not age else min(7, 3 + age))
-        for age, text in enumerate(reversed(texts))
-    ]
-    return [heading, *reversed(rows)]
+        return [*rows, ViewRow("  none yet", importance=5)]
+    width = max(len(checkpoint.name) for checkpoint in status.checkpoints)
+    for age, checkpoint in zip(
+        reversed(range(len(status.checkpoints))), status.checkpoints, strict=True
+    ):
+        text = _checkpoint_text(f"{checkpoint.name:<{width}}", checkpoint)
+        rows.append(ViewRow(text, importance=1 if not age else min(7, 3 + age)))
+    return rows
 
 
-def checkpoint_text(name: str, checkpoint: CheckpointStatus, width: int = WIDTH) -> str:
-    """Return one checkpoint's row."""
-    begin = (
-        f"  {name}  Val: {show_figure(checkpoint.validation_loss, '.4f')}  "
-        f"{checkpoint.upload or 'not uploaded'}"
-    )
-    progress = checkpoint.upload_progress
-    if progress:
-        percent, eta = progress["percent"], progress["eta_seconds"]
-        cells = [printable(progress["text"])]  # with the rate
-        if len(begin) + 1 + len(cells[0]) > width:
-            cells = [] if percent is None else [f"{percent:.0f}%"]
-            cells += [] if eta is None or eta < 0 else [f"{show_seconds(eta)} left"]
-        begin = f"{begin} {', '.join(cells)}"
-    troubles = [checkpoint.upload_error, checkpoint.problem]
-    return "  ".join([begin, *(f"({printable(text, 120)})" for text in troubles if text)])
+def _checkpoint_text(name: str, checkpoint: CheckpointStatus) -> str:
+    upload = checkpoint.upload or "not uploaded"
+    if checkpoint.upload_progress:
+        upload += f" {printable(checkpoint.upload_progress['text'])}"
+    loss = format_figure(checkpoint.validation_loss, ".4f")
+    troubles = (checkpoint.upload_error, checkpoint.problem)
+    shown = [f"({printable(trouble, 120)})" for trouble in troubles if trouble]
+    return "  ".join([f"  {name}", upload, f"Val: {loss}", *shown])
 
 
-def machine_rows(status: RunStatus) -> list[ViewRow]:
+def _machine_rows(status: RunStatus) -> list[ViewRow]:
     """Return the load of GPUs, CPU, memory and disk."""
     machine = status.machine
     memory = machine.memory_used_bytes / max(1, machine.memory_total_bytes)
@@ -289,39 +244,35 @@ def machine_rows(status: RunStatus) -> list[ViewRow]:
         disk += f" of {format_bytes(machine.disk_total_bytes)}"
     if status.disk_seconds_left is not None:
         days = status.disk_seconds_left / DAY_SECONDS
-        disk += f" ({show_figure(days, '.1f' if days < 10 else '.0f')} days left)"
+        disk += f" ({format_figure(days, '.1f' if days < 10 else '.0f')} days left)"
     rows = _gpu_rows(machine)
     if machine.gpu_note:
         rows.append(ViewRow(f"GPU: {printable(machine.gpu_note)}", importance=6))
-    rows.append(
-        ViewRow(
-            f"CPU: {machine.cpu_percent:.0f}%  Memory: {format_bytes(machine.memory_used_bytes)} "
-            f"of {format_bytes(machine.memory_total_bytes)} ({memory:.0%})",
-            importance=2,
-        )
+    processor = (
+        f"CPU: {machine.cpu_percent:.0f}%  Memory: {format_bytes(machine.memory_used_bytes)} "
+        f"of {format_bytes(machine.memory_total_bytes)} ({memory:.0%})"
     )
-    return [*rows, ViewRow(disk, importance=2)]
+    return [*rows, ViewRow(processor), ViewRow(disk)]
 
 
 def _gpu_rows(machine: MachineLoad) -> list[ViewRow]:
     """Return a row for each GPU; of many, a row that sums them up stays longest."""
     if len(machine.gpus) <= MAX_GPU_ROWS:
-        return [ViewRow(gpu_text(gpu), importance=1) for gpu in machine.gpus]
-    rows = [ViewRow(gpu_text(gpu), importance=7) for gpu in machine.gpus]
-    return [ViewRow(describe_gpus(machine.gpus), importance=1), *rows]
+        return [ViewRow(_gpu_text(gpu), importance=1) for gpu in machine.gpus]
+    rows = [ViewRow(_gpu_text(gpu), importance=7) for gpu in machine.gpus]
+    return [ViewRow(_describe_gpus(machine.gpus), importance=1), *rows]
 
 
-def gpu_text(gpu: Gpu) -> str:
-    """Return the load of one GPU."""
+def _gpu_text(gpu: Gpu) -> str:
     return (
-        f"GPU {gpu.index}: {show_figure(gpu.utilization_percent, '.0f')}%  "
+        f"GPU {gpu.index}: {format_figure(gpu.utilization_percent, '.0f')}%  "
         f"{format_bytes(gpu.memory_used_bytes)} of {format_bytes(gpu.memory_total_bytes)}  "
-        f"{show_figure(gpu.temperature_celsius, '.0f')} C  "
-        f"{show_figure(gpu.power_watts, '.0f')} W  {printable(gpu.name, 80)}"
+        f"{format_figure(gpu.temperature_celsius, '.0f')} C  "
+        f"{format_figure(gpu.power_watts, '.0f')} W  {printable(gpu.name, 80)}"
     )
 
 
-def describe_gpus(gpus: Sequence[Gpu]) -> str:
+def _describe_gpus(gpus: Sequence[Gpu]) -> str:
     """Return the load of several GPUs: range of use, fullest memory, highest heat, all power."""
     use = [gpu.utilization_percent for gpu in gpus if gpu.utilization_percent is not None]
     memory = [gpu.memory_used_bytes for gpu in gpus if gpu.memory_used_bytes is not None]
@@ -329,10 +280,9 @@ def describe_gpus(gpus: Sequence[Gpu]) -> str:
     power = [gpu.power_watts for gpu in gpus if gpu.power_watts is not None]
     share = f"{min(use):.0f} to {max(use):.0f}%" if use else ABSENT
     return (
-        f"{len(gpus)} GPUs: {share}  "
-        f"up to {format_bytes(max(memory, default=None))}  "
-        f"{show_figure(max(heat, default=None), '.0f')} C  "
-        f"{show_figure(sum(power) if power else None, ',.0f')} W"
+        f"{len(gpus)} GPUs: {share}  up to {format_bytes(max(memory, default=None))}  "
+        f"{format_figure(max(heat, default=None), '.0f')} C  "
+        f"{format_figure(sum(power) if power else None, ',.0f')} W"
     )
 
 
@@ -340,12 +290,9 @@ def _warning_rows(status: RunStatus, width: int, notes: Sequence[str]) -> list[V
     rows = []
     for warning in status.warnings:
         style = "red" if warning.kind in SEVERE_WARNINGS else "yellow"
-        text = f"{warning.message}. Do: {warning.advice}"
-        rows += _wrap(text, width, style, importance=1)
-    for problem in status.problems:
+        rows += _wrap(f"{warning.message}. Do: {warning.advice}", width, style, importance=1)
+    for problem in (*status.problems, *notes):
         rows += _wrap(printable(problem), width, "yellow", importance=3)
-    for note in notes:
-        rows += _wrap(printable(note), width, "yellow", importance=3)
     return [ViewRow("", importance=8), ViewRow("Warnings:", "bold", 3), *rows] if rows else []
 
 

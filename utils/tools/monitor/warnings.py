@@ -1,4 +1,4 @@
-"""What is worrying about a run: pure judgements of what was logged and measured.
+"""What to worry about in a run: pure judgements of what was logged and measured.
 
     records, events, journal, disk -> warnings, each with what to do -> monitor
 
@@ -8,6 +8,7 @@ run has stalled when the next record is long overdue by the run's own pace. No t
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,19 +35,18 @@ FAILED_ATTEMPTS = 5  # after so many the uploader tries only now and then
 UPLOAD_MIN_SECONDS = 60.0  # no upload is late before
 DISK_MIN_BYTES = 2**30
 DISK_CHECKPOINTS = 2  # there should be room for so many more
-DISK_DAYS_LIMIT = 1.0
 DAY_SECONDS = 86400.0
 
 
 @dataclass(frozen=True)
 class RunWarning:
-    """Something to look after.
+    """Something that needs attention.
 
     Attributes:
-        kind: One word that stays the same while it lasts.
-        message: What it is.
+        kind: One word that names the warning.
+        message: What is wrong.
         advice: What to do.
-        subject: What it is about, where there may be several of a kind.
+        subject: The checkpoint or step that it is about, where a kind can have several.
     """
 
     kind: str
@@ -57,14 +57,14 @@ class RunWarning:
 
 @dataclass(frozen=True)
 class Pace:
-    """How records of the present start have come.
+    """How fast records come in the present attempt.
 
     Attributes:
-        usual_seconds: Median time between two records of the training loss; from the time of a
-            step where there are too few; None where nothing is known.
+        usual_seconds: Median time between two records of the training loss; estimated from the
+            time of a step where there are too few; None where nothing is known.
         longest_seconds: Longest time without any record so far.
-        has_begun: Whether this start has logged anything.
-        has_evaluated: Whether an evaluation was among them.
+        has_begun: Whether this attempt has logged anything.
+        has_evaluated: Whether it has logged an evaluation.
     """
 
     usual_seconds: float | None = None
@@ -74,39 +74,36 @@ class Pace:
 
 
 def measure_pace(
-    records: Sequence[Mapping[str, Any]], times: Sequence[float], start_time: float | None
+    timed: Sequence[tuple[Mapping[str, Any], float]], start_time: float | None
 ) -> Pace:
-    """Return the pace of a start.
+    """Return the pace of an attempt.
 
     Args:
-        records: Metric records, oldest first.
-        times: When each was written, in seconds.
-        start_time: When the start began, on the same clock; None where it is not known.
+        timed: (metric record, seconds at which it was written), oldest first.
+        start_time: When the attempt began, on the same clock; None where it is not known.
     """
-    own = [
-        (time, record)
-        for time, record in zip(times, records, strict=True)
-        if start_time is None or time >= start_time
-    ]
-    losses = [(time, record) for time, record in own if "loss" in record]
-    usual = _median([b[0] - a[0] for a, b in zip(losses, losses[1:], strict=False)])
+    own = [pair for pair in timed if start_time is None or pair[1] >= start_time]
+    usual = _median(_gaps([time for record, time in own if "loss" in record]))
     if usual is None:
-        usual = _expected_gap([record for record in records if "loss" in record])
-    moments = [] if start_time is None or not own else [start_time]
-    moments += [time for time, _ in own]
-    gaps = [b - a for a, b in zip(moments, moments[1:], strict=False)]
+        usual = _expected_gap([record for record, _ in timed if "loss" in record])
+    moments = [time for _, time in own]
+    if own and start_time is not None:
+        moments = [start_time, *moments]
     return Pace(
         usual_seconds=usual,
-        longest_seconds=max(gaps, default=0.0),
+        longest_seconds=max(_gaps(moments), default=0.0),
         has_begun=bool(own),
-        has_evaluated=any("validation_loss" in record for _, record in own),
+        has_evaluated=any("validation_loss" in record for record, _ in own),
     )
+
+
+def _gaps(values: Sequence[float]) -> list[float]:
+    return [after - before for before, after in itertools.pairwise(values)]
 
 
 def _expected_gap(losses: Sequence[Mapping[str, Any]]) -> float | None:
     """Return the time of a step x the steps between two records."""
-    steps = [b["step"] - a["step"] for a, b in zip(losses, losses[1:], strict=False)]
-    interval = _median([float(step) for step in steps if step > 0])
+    interval = _median([gap for gap in _gaps([record["step"] for record in losses]) if gap > 0])
     seconds = number(losses[-1].get("step_seconds")) if losses else None
     return None if interval is None or seconds is None else max(0.0, seconds * interval)
 
@@ -130,7 +127,7 @@ def stall_seconds(pace: Pace) -> float:
 def judge_state(
     state: str, silent_seconds: float | None, stall_seconds: float
 ) -> RunWarning | None:
-    """Warn of a run that does not go on although nobody asked it to stop.
+    """Warn of a run that has stopped or hangs although nobody asked it to stop.
 
     Args:
         state: A value of RunState.
@@ -147,7 +144,7 @@ def judge_state(
             "see the end of train.log and the GPUs; py-spy dump --pid shows where it hangs; stop "
             "it, then --resume latest",
         ),
-        "unknown": (due, "look at the run's own machine: it hangs, is gone, or its disk is away"),
+        "unknown": (due, "look at the run's machine: is the process there, is its disk mounted?"),
         "crashed": (
             "the process is gone without an end record: killed or crashed",
             "see train.log and dmesg (memory?); --resume latest goes on from the last checkpoint",
@@ -158,10 +155,10 @@ def judge_state(
 
 
 def judge_loss(losses: Sequence[float]) -> RunWarning | None:
-    """Warn where the loss is above where it has been, and does not fall.
+    """Warn of a loss that has risen and is not falling again.
 
-    The median of the newest window is compared with the lowest median of the windows before, by
-    the noise within that window and by a share of it.
+    The median of the newest window must exceed the lowest median before it by more than the noise
+    of that window, and be no lower than the median just before.
 
     Args:
         losses: Finite training losses, oldest first.
@@ -181,7 +178,7 @@ def judge_loss(losses: Sequence[float]) -> RunWarning | None:
     return RunWarning(
         "loss_rising",
         f"the loss rises: median {newest:.4g} of the last {size} records, {low:.4g} before",
-        "lower learning_rate and resume from a checkpoint before the rise, if it goes on",
+        "if it goes on, lower learning_rate and resume from a checkpoint before the rise",
     )
 
 
@@ -189,8 +186,8 @@ def judge_newest(record: Mapping[str, Any], loss: float | None) -> list[RunWarni
     """Warn of what the newest record says.
 
     Args:
-        record: It, empty where there is none.
-        loss: Its loss as it was logged, None for anything that is no number.
+        record: The newest record, empty where there is none.
+        loss: Its loss as it was logged, None where it is not a number.
     """
     if "loss" not in record:
         return []
@@ -210,14 +207,14 @@ def judge_newest(record: Mapping[str, Any], loss: float | None) -> list[RunWarni
                 "gradient_norm",
                 f"gradient norm {norm:.4g} at step {record['step']} "
                 f"is above {GRADIENT_NORM_LIMIT:g}",
-                "normal in the first steps; later: a lower learning_rate, more warmup_steps",
+                "normal in the first steps; later, lower learning_rate or raise warmup_steps",
             )
         )
     return found
 
 
 def judge_bad_steps(events: Iterable[Mapping[str, Any]], step: int | None) -> RunWarning | None:
-    """Warn of steps whose update was left out, among the last ones."""
+    """Warn of recent steps whose update was skipped."""
     bad = [
         event
         for event in events
@@ -232,13 +229,13 @@ def judge_bad_steps(events: Iterable[Mapping[str, Any]], step: int | None) -> Ru
     return RunWarning(
         "bad_steps",
         f"{count} in the last {BAD_STEP_SPAN}, the last at {last['step']}: {kind} ({policy})",
-        "see the log; a lower learning_rate or more warmup_steps, if more of them come",
+        "see the log; if there are more of them, lower learning_rate or raise warmup_steps",
         subject=str(last["step"]),
     )
 
 
 def has_failed(entry: JournalEntry) -> bool:
-    """Tell whether an upload has failed for good, or is tried only now and then."""
+    """Tell whether an upload has failed for good, or is only retried now and then."""
     attempts = number(entry.details.get("attempts")) or 0
     is_permanent = entry.details.get("permanent") is True
     return entry.state is UploadState.FAILED and (is_permanent or attempts >= FAILED_ATTEMPTS)
@@ -252,15 +249,15 @@ def judge_uploads(
     """Warn of uploads that failed, and of those that are slower than saves.
 
     Args:
-        failures: The last failure of each checkpoint that has failed and is not verified since.
-        waiting_seconds: How long ago the journal first had each one that is not verified.
+        failures: The last failure of each checkpoint that has not been verified since.
+        waiting_seconds: How long each checkpoint that is not verified has waited.
         save_interval_seconds: Time between two checkpoints, None where it is not known.
     """
     found = []
     for name, entry in failures.items():
         is_permanent = entry.details.get("permanent") is True
-        error = printable(entry.details.get("error", "no reason is given"), 200)
-        again = "it is not tried again" if is_permanent else "it is tried again now and then"
+        error = printable(entry.details.get("error", "no reason given"), 200)
+        again = "not retried" if is_permanent else "retried now and then"
         found.append(
             RunWarning(
                 "upload_failed",
@@ -283,7 +280,8 @@ def judge_uploads(
                 "upload_lagging",
                 f"uploads lag: {len(late)} older than the time between saves, "
                 f"{printable(name, 80)} for {format_duration(seconds)}",
-                "python scripts/upload_manager.py status; a faster line, or a larger save_steps",
+                "python scripts/upload_manager.py status; a faster connection or a larger "
+                "save_steps",
             )
         )
     return found
@@ -299,22 +297,22 @@ def judge_disk(
 
     Args:
         free_bytes: Free bytes on the disk of the checkpoints, None where it cannot be read.
-        seconds_left: Until it is full at the pace so far, None where it is not filling.
+        seconds_left: Time until it is full at the pace so far, None where it is not filling.
         checkpoint_bytes: Size of the newest checkpoint, None where it is not known.
-        eta_seconds: To the end of the run, None where it is not known.
+        eta_seconds: Time to the end of the run, None where it is not known.
     """
     found = []
     advice = "free some space, lower keep_checkpoints, or let uploads catch up"
     needed = max(DISK_MIN_BYTES, DISK_CHECKPOINTS * (checkpoint_bytes or 0))
     if free_bytes is not None and free_bytes < needed:
         message = (
-            f"{free_bytes / 2**30:.1f} GiB of disk are free; "
-            f"{DISK_CHECKPOINTS} more checkpoints and some room want {needed / 2**30:.1f} GiB"
+            f"only {free_bytes / 2**30:.1f} GiB of disk are free; "
+            f"{DISK_CHECKPOINTS} more checkpoints need {needed / 2**30:.1f} GiB"
         )
         found.append(RunWarning("disk_low", message, advice))
-    limit = max(DISK_DAYS_LIMIT * DAY_SECONDS, eta_seconds or 0.0)
+    limit = max(DAY_SECONDS, eta_seconds or 0.0)
     if seconds_left is not None and seconds_left < limit:
-        message = f"the disk is full in {seconds_left / DAY_SECONDS:.1f} days at this pace"
+        message = f"the disk will be full in {seconds_left / DAY_SECONDS:.1f} days at this pace"
         if eta_seconds is not None and seconds_left < eta_seconds:
             message += ", before the run ends"
         found.append(RunWarning("disk_filling", message, advice))

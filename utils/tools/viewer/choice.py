@@ -1,10 +1,9 @@
-"""Which checkpoints are meant, and in which order: names, filters, keys to sort by.
+"""Which checkpoints the user means, and in which order: names, filters, keys to sort by.
 
-    words of the command line, rows of checkpoint_report.py -> names, rows
+    words of the command line, rows of report.py -> names, rows
 
 A filter is KEY OPERATOR VALUE, such as `step>=100`, `size<2GiB`, `time>=2026-01-31`,
-`state=verified`. What is not known of a checkpoint fulfils no condition and is sorted last. No
-torch here.
+`state=verified`. A value that is not known fulfils no condition and is sorted last. No torch here.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -48,52 +46,44 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-@dataclass(frozen=True)
-class Condition:
-    """One `--filter`.
-
-    Attributes:
-        key: One of `FILTER_KEYS`.
-        operator: Between a checkpoint's value and this one.
-        value: A number, a time or a text, as the key has it.
-    """
-
-    key: str
-    operator: str
-    value: float | datetime | str
-
-    def holds(self, row: Mapping[str, Any]) -> bool:
-        """Tell whether a row fulfils it."""
-        value = value_of(row, self.key)
-        return value is not None and _OPERATORS[self.operator](value, self.value)
+Condition = Callable[[Mapping[str, Any]], bool]
+"""Tells whether a row fulfils a `--filter`."""
 
 
 def parse_condition(text: str) -> Condition:
     """Return the condition that a `--filter` states.
 
     Raises:
-        UsageError: It is none.
+        UsageError: It is not a condition.
     """
     match = _CONDITION.fullmatch(text)
     if match is None or match[1] not in FILTER_KEYS:
         raise UsageError(
-            f"--filter {printable(text)!r}: KEY OPERATOR VALUE is expected, such as 'step>=100'; "
+            f"--filter {printable(text)!r} must be KEY OPERATOR VALUE, such as 'step>=100'; "
             f"the keys are {', '.join(FILTER_KEYS)}."
         )
     key, sign, word = match.groups()
+    wanted: float | datetime | str | None = word
     if key in TEXT_KEYS:
         if sign not in ("=", "==", "!="):
-            raise UsageError(f"--filter {printable(text)!r}: {key} is a text; only = and != apply.")
-        return Condition(key, sign, word)
-    value = parse_time(word) if key == TIME_KEY else parse_quantity(word)
-    if value is None:
+            raise UsageError(
+                f"--filter {printable(text)!r}: {key} is a text and takes only = and !=."
+            )
+    else:
+        wanted = parse_time(word) if key == TIME_KEY else parse_quantity(word)
+    if wanted is None:
         kind = "time (ISO 8601, UTC)" if key == TIME_KEY else "number (such as 100, 1.5e9, 2GiB)"
-        raise UsageError(f"--filter {printable(text)!r}: {printable(word)!r} is no {kind}.")
-    return Condition(key, sign, value)
+        raise UsageError(f"--filter {printable(text)!r}: {printable(word)!r} is not a {kind}.")
+
+    def holds(row: Mapping[str, Any]) -> bool:
+        value = value_of(row, key)
+        return value is not None and _OPERATORS[sign](value, wanted)
+
+    return holds
 
 
 def parse_quantity(text: str) -> float | None:
-    """Return a number, with k, M, G, T (powers of 1000) or Ki, Mi, Gi, Ti (of 1024) after it."""
+    """Return a number that k, M, G, T (powers of 1000) or Ki, Mi, Gi, Ti (of 1024) may follow."""
     match = _NUMBER.fullmatch(text)
     if match is None or (match[3] and not match[2]):
         return None
@@ -105,7 +95,7 @@ def parse_quantity(text: str) -> float | None:
 
 
 def value_of(row: Mapping[str, Any], key: str) -> Any:
-    """Return what filters and sorting see of a row, None where it is not known."""
+    """Return the value of a row that filters and sorting use, None where it is not known."""
     if key in NUMBER_KEYS:
         return number(row[NUMBER_KEYS[key]])
     if key == TIME_KEY:
@@ -122,16 +112,16 @@ def choose_rows(
     sort_key: str = "step",
     is_reversed: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return the rows that fulfil all conditions, of these the newest, in order.
+    """Return the newest of the rows that fulfil all conditions, sorted.
 
     Args:
         rows: By step.
-        conditions: What a row must fulfil.
+        conditions: All of them must hold.
         last: How many of the newest; None for all.
         sort_key: One of `SORT_KEYS`.
         is_reversed: The greatest first.
     """
-    chosen = [row for row in rows if all(condition.holds(row) for condition in conditions)]
+    chosen = [row for row in rows if all(holds(row) for holds in conditions)]
     if last is not None:
         chosen = chosen[-last:] if last > 0 else []
     keyed = [(value_of(row, sort_key), row) for row in chosen]
@@ -141,12 +131,12 @@ def choose_rows(
 
 
 def choose_name(text: str, names: Sequence[CheckpointName]) -> CheckpointName:
-    """Return the checkpoint that a name, a step number, or a beginning or end of a name means.
+    """Return the checkpoint with this name, this step, or this beginning or end of its name.
 
     A beginning may leave out `checkpoint-`. Digits alone are a step.
 
     Raises:
-        UsageError: There is none, or more than one.
+        UsageError: No checkpoint fits, or more than one.
     """
     exact = [name for name in names if str(name) == text]
     if text.isdecimal():

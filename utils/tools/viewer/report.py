@@ -1,9 +1,9 @@
 """The figures of checkpoints for the viewer: summary, statistics, throughput, files, differences.
 
-    checkpoint views (metadata.py) -> plain values, ready for text and for JSON
+    checkpoint views -> plain values, ready for text and for JSON
 
-Nothing here stops at a damaged file: a figure that is not known is None, and what is wrong comes
-back as text. No torch here.
+A damaged file stops nothing: a figure that is not known is None, and what is wrong is returned as
+text. No torch here.
 """
 
 from __future__ import annotations
@@ -15,17 +15,13 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from configs.model_config import CONFIG_FILE
 from utils.base.text import number, parse_time, to_json_text
-from utils.checkpoints.layout import DATA_STATE_FILE, METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
+from utils.checkpoints.layout import METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
 from utils.checkpoints.views import CheckpointView, find_best, find_latest_view, read_json_part
 from utils.costs.costs import Costs, summarize_costs
 from utils.costs.spending import Spending
-from utils.models.mfu import Utilization, find_peak_flops, flops_per_token
 from utils.tracking.metrics_log import loss_trend
 from utils.tracking.plots import Curves, curves_from_history, curves_from_metadata
-
-_SHAPE_FILES = (CONFIG_FILE, TRAINING_CONFIG_FILE)
 
 
 def summarize_all(
@@ -35,19 +31,19 @@ def summarize_all(
 
     Args:
         views: The checkpoints.
-        now: For their age.
-        every: All checkpoints there, by step; None: which one is latest or best is not known.
+        now: The time that ages count to.
+        every: All checkpoints there, by step. Without them (None), which one is the latest or the
+            best is not known.
     """
-    latest, best = find_latest_view(every or ()), find_best(every or ())
+    marked = {"is_latest": find_latest_view(every or ()), "is_best": find_best(every or ())}
     rows = []
     for view in views:
         row = summarize(view)
         written = parse_time(row["timestamp"])
         row["age_seconds"] = (now - written).total_seconds() if written else None
-        row["is_latest"] = (
-            None if every is None else latest is not None and view.name == latest.name
-        )
-        row["is_best"] = None if every is None else best is not None and view.name == best.name
+        for key, chosen in marked.items():
+            is_chosen = chosen is not None and view.name == chosen.name
+            row[key] = None if every is None else is_chosen
         rows.append(row)
     return rows
 
@@ -86,7 +82,7 @@ def summarize(view: CheckpointView) -> dict[str, Any]:
 
 
 def summarize_upload(view: CheckpointView) -> dict[str, Any] | None:
-    """Return the upload state of a local checkpoint, or that a remote one is in the bucket."""
+    """Return the upload state of a checkpoint, None for a local one that no journal names."""
     if view.upload is not None:
         entry = view.upload
         return {"state": entry.state.value, "time": entry.time, "details": entry.details}
@@ -96,7 +92,7 @@ def summarize_upload(view: CheckpointView) -> dict[str, Any] | None:
 
 
 def _byte_count(value: int | None) -> int | None:
-    """Return a size from outside where it can be calculated with; JSON has integers without end."""
+    """Return a size from a foreign file, None where it is too large to compute with."""
     return None if number(value) is None else value
 
 
@@ -116,7 +112,7 @@ def loss_statistics(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_part(view: CheckpointView, name: str) -> tuple[dict[str, Any], str | None]:
-    """Return (a JSON file of the checkpoint, what is wrong with it); empty for a remote one."""
+    """Return (a JSON file of a checkpoint, what is wrong with it); empty for a remote one."""
     return ({}, None) if view.path is None else read_json_part(view.path / name, view.manifest)
 
 
@@ -148,37 +144,21 @@ def check_files(view: CheckpointView) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def measure_throughput(view: CheckpointView) -> dict[str, Any]:
-    """Return how fast the run was at the save, and its MFU where the device's peak is known.
-
-    The shape of the model is in the checkpoint; of one in the bucket attention is left out.
-    """
+    """Return how fast the run was at the save, and its MFU where it knew its device's peak."""
     progress = section(view.metadata, "training_progress")
-    system = section(view.metadata, "system_info")
-    rate, parameters = (
-        number(progress.get("tokens_per_second")),
-        number(system.get("num_parameters")),
-    )
-    ranks = number(system.get("world_size"))
-    peak = find_peak_flops(str(system.get("device")), str(system.get("mixed_precision")))
-    mfu = number(progress.get("mfu"))
-    if mfu is None and rate and parameters and ranks and peak:
-        shape, config = (read_part(view, name)[0] for name in _SHAPE_FILES)
-        cost = flops_per_token(
-            parameters,
-            number(shape.get("num_hidden_layers", shape.get("n_layer"))) or 0,
-            number(shape.get("hidden_size", shape.get("n_embd"))) or 0,
-            number(config.get("sequence_length")) or 0,
-        )
-        mfu = Utilization(cost, peak * ranks).at(rate)
-    return {"tokens_per_second": rate, "mfu": mfu, "device": system.get("device")}
+    return {
+        "tokens_per_second": number(progress.get("tokens_per_second")),
+        "mfu": number(progress.get("mfu")),
+        "device": section(view.metadata, "system_info").get("device"),
+    }
 
 
 def measure_costs(view: CheckpointView, hourly_price: float | None = None) -> Costs | None:
-    """Return what the run had cost at the save; None where its version did not count.
+    """Return what the run had cost at the save, None where that was not recorded.
 
     Args:
         view: The checkpoint.
-        hourly_price: For the time whose price the run did not know.
+        hourly_price: Dollars an hour for time that the run itself had no price for.
     """
     progress = section(view.metadata, "training_progress")
     keys = ("tokens_seen", "tokens_per_second", "completed_steps", "max_steps")
@@ -204,15 +184,13 @@ def measure_storage(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def measure_between(older: CheckpointView, newer: CheckpointView) -> dict[str, Any]:
-    """Return what was seen from one checkpoint to another; None where it is not known.
+    """Return what the run did between two checkpoints; None where it is not known.
 
-    `tokens_per_second` is over the time between the two saves, whatever the run did meanwhile;
-    `logged_tokens_per_second` is the mean of what was logged of its steps.
+    `tokens_per_second` is over the time between the two saves, pauses and restarts included.
     """
-    values: dict[str, Any] = {"from": str(older.name), "to": str(newer.name)}
     runs = [view.manifest.run_id if view.manifest else None for view in (older, newer)]
     is_one_run = None not in runs and runs[0] == runs[1]
-    values["problem"] = None if is_one_run else "they are of different runs, or of unknown ones"
+    is_one_epoch = older.name.epoch == newer.name.epoch
     before, after = summarize(older), summarize(newer)
     written = parse_time(before["timestamp"]), parse_time(after["timestamp"])
     seconds = (written[1] - written[0]).total_seconds() if written[0] and written[1] else None
@@ -221,72 +199,49 @@ def measure_between(older: CheckpointView, newer: CheckpointView) -> dict[str, A
         "steps": newer.name.step - older.name.step,
         "samples": _difference(before["samples_seen"], after["samples_seen"]),
         "tokens": tokens,
-        "shards": _shards_between(older, newer),
+        "shards": newer.name.files - older.name.files if is_one_epoch else None,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds if tokens is not None and seconds else None,
-        "logged_tokens_per_second": _logged_rate(older, newer),
     }
-    return values | {key: value if is_one_run else None for key, value in figures.items()}
+    return {
+        "from": str(older.name),
+        "to": str(newer.name),
+        "problem": None if is_one_run else "they are of different runs, or of unknown ones",
+        **(figures if is_one_run else dict.fromkeys(figures)),
+    }
 
 
 def _difference(older: float | None, newer: float | None) -> float | None:
     return None if older is None or newer is None else newer - older
 
 
-def _shards_between(older: CheckpointView, newer: CheckpointView) -> int | None:
-    """Return how many shards were wholly consumed; an epoch consumes all of them."""
-    if older.name.epoch == newer.name.epoch:
-        return newer.name.files - older.name.files
-    states = [read_part(view, DATA_STATE_FILE)[0] for view in (older, newer)]
-    shards = [state.get("shards") for state in states]
-    is_same = states[0].get("fingerprint") == states[1].get("fingerprint")
-    if not is_same or not isinstance(shards[0], list):
-        return None
-    epochs = newer.name.epoch - older.name.epoch
-    return epochs * len(shards[0]) + newer.name.files - older.name.files
-
-
-def _logged_rate(older: CheckpointView, newer: CheckpointView) -> float | None:
-    """Return the mean of the logged rates after one checkpoint, up to another."""
-    history, _ = read_part(newer, METRICS_HISTORY_FILE)
-    steps, rates = history.get("steps"), history.get("tokens_per_second")
-    if not isinstance(steps, list) or not isinstance(rates, list):
-        return None
-    pairs = ((number(step), number(rate)) for step, rate in zip(steps, rates, strict=False))
-    first, last = older.name.step, newer.name.step
-    between = [rate for step, rate in pairs if step and rate is not None and first < step <= last]
-    return math.fsum(rate / len(between) for rate in between) if between else None
-
-
 def config_differences(
     views: Sequence[CheckpointView],
 ) -> tuple[dict[str, list[Any]], list[str]]:
-    """Return (configuration key -> its value in each checkpoint, where they differ; notes)."""
+    """Return (key of the configuration -> its differing values; why that is not known)."""
     if any(view.path is None for view in views):
         return {}, ["configurations are in the archives, not in the bucket's sidecars"]
     parts = [read_part(view, TRAINING_CONFIG_FILE) for view in views]
     notes = [f"{view.name}: {part[1]}" for view, part in zip(views, parts, strict=True) if part[1]]
-    configs = [values for values, problem in parts if problem is None]
     if notes:
         return {}, notes
-    keys = sorted(set().union(*configs))
-    values = {key: [config.get(key) for config in configs] for key in keys}
-    # As text: values from outside may be nested deeper than `==` can follow.
-    return {
-        key: found
-        for key, found in values.items()
-        if len({to_json_text(value, indent=None) for value in found}) > 1
-    }, []
+    differences = {}
+    for key in sorted(set().union(*(config for config, _ in parts))):
+        values = [config.get(key) for config, _ in parts]
+        # As text: values from outside may be nested deeper than `==` can follow.
+        if len({to_json_text(value, indent=None) for value in values}) > 1:
+            differences[key] = values
+    return differences, []
 
 
 def read_curves(view: CheckpointView, label: str) -> tuple[Curves, str | None]:
-    """Return (the curves up to a checkpoint, why they are not whole).
+    """Return (the curves up to a checkpoint, why they are incomplete).
 
-    All logged points are in training_metrics.json; metadata.json has the last ones only.
+    training_metrics.json has all logged points, metadata.json the last ones.
     """
     history, problem = read_part(view, METRICS_HISTORY_FILE)
     if view.path is None:
-        problem = "the whole history is in the archive"
+        problem = "the full history is in the archive only"
     elif problem is None and not isinstance(history.get("steps"), list):
         problem = f"{METRICS_HISTORY_FILE} has no steps"
     if isinstance(history.get("steps"), list):

@@ -2,15 +2,14 @@
 
     checkpoint directory, journal | sidecars in the bucket -> names, views, rows
 
-Names come from one listing; what a command shows is read, and nothing else. What lies there and
-cannot be read is named in `notes`. Nothing is locked or changed. No torch here.
+Names come from one listing, and only the checkpoints that a command shows are read. What cannot be
+listed is named in `notes`. Nothing is locked or changed. No torch here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 from configs.training_config import TrainingConfig, get_training_config
 from utils.base.errors import CheckpointError, UsageError
-from utils.base.files import MAX_REGULAR_FILE_BYTES
 from utils.base.text import printable
 from utils.base.uri import join_uri, require_path
 from utils.checkpoints.journal import Journal, JournalEntry
@@ -55,8 +53,8 @@ class Shelf:
 
     Attributes:
         where: Directory or bucket.
-        names: Those that are complete, by step.
-        notes: What is there besides and is not shown.
+        names: The complete checkpoints, by step.
+        notes: What else is there and why it is not listed.
     """
 
     def __init__(self, where: str, names: list[CheckpointName], notes: list[str]) -> None:
@@ -67,20 +65,16 @@ class Shelf:
         raise NotImplementedError
 
     def _all_known(self) -> list[CheckpointView] | None:
-        """Return all checkpoints; None where reading the others would take a while."""
+        """Return all checkpoints; None where that would take many requests."""
         raise NotImplementedError
 
     def _add_states(self, views: Sequence[CheckpointView], rows: list[dict[str, Any]]) -> None:
         raise NotImplementedError
 
     def read(self, names: Sequence[CheckpointName], *, brief: bool = False) -> list[CheckpointView]:
-        """Return checkpoints in the order of their names; what has vanished meanwhile is left out.
+        """Return checkpoints in the order of `names`, each read once; deleted ones are left out.
 
-        Each is read once.
-
-        Args:
-            names: Which.
-            brief: Their histories are not needed.
+        With `brief` their histories are not read.
         """
         missing = [name for name in dict.fromkeys(names) if (name, brief) not in self._views]
         found = self._read(missing, brief=brief) if missing else []
@@ -88,10 +82,10 @@ class Shelf:
         return [self._views[name, brief] for name in names if (name, brief) in self._views]
 
     def select(self, text: str) -> CheckpointView:
-        """Return the checkpoint that a user means: `latest`, `best`, or as `choose_name` says.
+        """Return the checkpoint that a user means: `latest`, `best`, or a text for `choose_name`.
 
         Raises:
-            UsageError: There is none, or more than one.
+            UsageError: No checkpoint fits, or more than one.
         """
         name: CheckpointName | None = None
         if text == "latest":
@@ -103,13 +97,12 @@ class Shelf:
             name = best.name if best is not None else None
         found = self.read([name or choose_name(text, self.names)])
         if not found:
-            raise UsageError(f"{printable(text)} was deleted at this moment; list shows the rest.")
+            raise UsageError(f"{printable(text)} has just been deleted; list shows the others.")
         return found[0]
 
     def rows(self, views: Sequence[CheckpointView]) -> list[dict[str, Any]]:
-        """Return what is shown of checkpoints: the figures, the state in the bucket, why kept."""
-        every = self._all_known()
-        rows = summarize_all(views, datetime.now(UTC), every)
+        """Return the figures of checkpoints, their states in the bucket, and why they are kept."""
+        rows = summarize_all(views, datetime.now(UTC), self._all_known())
         self._add_states(views, rows)
         return rows
 
@@ -118,8 +111,8 @@ class LocalShelf(Shelf):
     """The checkpoints of an output directory.
 
     Args:
-        directory: Where they lie.
-        config: Says where they are uploaded to, and which are kept.
+        directory: The output directory.
+        config: The run's configuration: its bucket, and which checkpoints it keeps.
 
     Raises:
         CheckpointError: The directory cannot be read.
@@ -137,12 +130,7 @@ class LocalShelf(Shelf):
 
     def _read_journal(self, path: Path) -> dict[str, JournalEntry]:
         try:
-            facts = path.stat()
-            if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_REGULAR_FILE_BYTES:
-                raise OSError("it is no regular file, or too large")
             return Journal(path).latest()
-        except FileNotFoundError:
-            return {}
         except (OSError, RecursionError) as exc:
             self.notes.append(f"upload states are unknown, the journal cannot be read: {exc}")
             return {}
@@ -163,30 +151,28 @@ class LocalShelf(Shelf):
     def _add_states(self, views: Sequence[CheckpointView], rows: list[dict[str, Any]]) -> None:
         config = self._config
         uri = join_uri(config.checkpoint_uri, config.run_name) if config.checkpoint_uri else ""
-        every = self._all_known()  # one is kept or goes because of the others
-        decisions = {
-            decision.name: decision
-            for decision in decide_retention(
-                every, config, run_id=self._find_run(every), is_uploading_on=bool(uri)
-            )
-        }
+        every = self._all_known()  # which one is kept depends on the others
+        found = decide_retention(
+            every, config, run_id=self._find_run(every), is_uploading_on=bool(uri)
+        )
+        decisions = {decision.name: decision for decision in found}
         for view, row in zip(views, rows, strict=True):
             row["state"] = describe_state(view, None, uri, NOT_READ)
             row["kept"] = describe_decision(decisions.get(str(view.name)))
 
     def _find_run(self, views: Sequence[CheckpointView]) -> str:
-        """Return the run that works here: as run.json says, else that of the newest checkpoint."""
+        """Return the id of the run: of run.json, else of the newest checkpoint."""
         with contextlib.suppress(CheckpointError):
             return str(read_json_object(self._directory / RUN_FILE).get("run_id"))
         return next((view.manifest.run_id for view in reversed(views) if view.manifest), "")
 
 
 class RemoteShelf(Shelf):
-    """The checkpoints in a bucket, as far as the sidecars beside their archives tell.
+    """The checkpoints in a bucket, by the sidecars beside their archives.
 
     Args:
-        where: What the user calls the bucket.
-        bucket: The bucket, open.
+        where: The bucket's URI as the user wrote it.
+        bucket: The open bucket.
 
     Raises:
         StorageError: It cannot be listed.
@@ -195,10 +181,9 @@ class RemoteShelf(Shelf):
     def __init__(self, where: str, bucket: Bucket) -> None:
         self._bucket = bucket
         self._listing: RemoteListing = list_remote(bucket)
-        without_sidecar = sorted(self._listing.archives.keys() - self._listing.sidecars.keys())
         notes = [
             f"{name} is not listed: it has no sidecar, so its upload is not finished."
-            for name in without_sidecar
+            for name in sorted(self._listing.archives.keys() - self._listing.sidecars.keys())
         ]
         super().__init__(where, sorted(self._listing.sidecars), notes)
 
@@ -206,7 +191,7 @@ class RemoteShelf(Shelf):
         return read_sidecars(self._bucket, self._listing, names)
 
     def read(self, names: Sequence[CheckpointName], *, brief: bool = False) -> list[CheckpointView]:
-        """Return checkpoints as `Shelf.read` does; a sidecar comes as a whole or not at all."""
+        """Return checkpoints as `Shelf.read` does; a sidecar is always read whole."""
         return super().read(names)
 
     def _all_known(self) -> list[CheckpointView] | None:
@@ -220,12 +205,7 @@ class RemoteShelf(Shelf):
 
 
 def run_config(name: str, output_dir: str | None, run_name: str | None) -> TrainingConfig:
-    """Return the configuration that says where a run's checkpoints and its bucket are.
-
-    Args:
-        name: Name of a configuration, or a file.
-        output_dir: In place of the configuration's; None leaves it.
-        run_name: The same.
+    """Return a configuration by name or file, with another output_dir or run_name where given.
 
     Raises:
         ConfigError: A file or value is wrong.
@@ -242,11 +222,11 @@ def open_shelf(
 
     Args:
         config: The run's configuration.
-        is_remote: Those in the bucket instead of those on this machine.
-        place: Another directory, or another bucket, than the configuration's.
+        is_remote: Open those in the bucket instead of those on this machine.
+        place: A directory or bucket to use instead of the configuration's.
 
     Raises:
-        UsageError: No bucket is named.
+        UsageError: The configuration names no bucket.
         CheckpointError: The directory cannot be read.
         StorageError: The bucket cannot be listed.
     """
@@ -263,7 +243,7 @@ def open_shelf(
 
 
 def _incomplete_notes(directory: Path, complete: Sequence[CheckpointName]) -> list[str]:
-    """Name what is called like a checkpoint and was never committed."""
+    """Name what is called like a checkpoint but was never committed."""
     if not directory.is_dir():
         return []
     known = {str(name) for name in complete}

@@ -1,6 +1,6 @@
 """What the viewer prints: lines and cells from rows, views and reports.
 
-    checkpoint_report.py, checkpoint_shelf.py, weight_drift.py -> text
+    report.py, shelf.py, weight_drift.py -> text
 
 Values come from files that may be foreign: every one passes `printable` or a number's format. No
 torch here.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from utils.base.text import (
@@ -23,15 +24,14 @@ from utils.base.text import (
 )
 from utils.checkpoints.layout import CHECKPOINT_PREFIX
 from utils.checkpoints.views import CheckpointView
-from utils.costs.costs import Costs, format_dollars
+from utils.costs.costs import format_dollars
 from utils.tools.viewer.report import loss_statistics, numbers, section
 from utils.tracking.metrics_log import HISTORY_LIMIT
-from utils.tracking.text_plots import is_encodable, sparkline
+from utils.tracking.text_plots import format_figure, is_encodable, sparkline
 
 TREND_SIGNS = {"improving": "\u2193", "worsening": "\u2191", "flat": "\u2192"}
-GREATEST_COUNT = 1e15
 _CELL_CHARACTERS = 40
-# What a narrow terminal does without, in this order.
+# The columns that a narrow terminal drops, in this order.
 LEFT_OUT_FIRST = ("tokens", "size", "time (UTC)", "step", "kept", "age", "val")
 RIGHT_ALIGNED = ("step", "loss", "val", "tokens", "size", "age")
 
@@ -39,28 +39,10 @@ RIGHT_ALIGNED = ("step", "loss", "val", "tokens", "size", "age")
 # Values
 
 
-def show_loss(value: float | None) -> str:
-    """Return a loss with six decimals."""
-    if value is None:
-        return ABSENT
-    return f"{value:.6f}" if abs(value) < GREATEST_COUNT else f"{value:.6e}"
-
-
-def show_rate(value: float | None) -> str:
-    """Return a learning rate."""
-    return ABSENT if value is None else f"{value:.2e}"
-
-
-def show_count(value: float | None) -> str:
-    """Return a count with separators."""
-    if value is None:
-        return ABSENT
-    return f"{value:,.0f}" if abs(value) < GREATEST_COUNT else f"{value:.6e}"
-
-
-def show_share(value: float | None) -> str:
-    """Return a share as a percentage."""
-    return ABSENT if value is None else f"{100 * value:.1f}%"
+show_loss = partial(format_figure, form=".6f")
+show_rate = partial(format_figure, form=".2e")
+show_count = partial(format_figure, form=",.0f")
+show_share = partial(format_figure, form=".1%")
 
 
 def show_duration(value: float | None) -> str:
@@ -79,7 +61,7 @@ def show_text(value: object) -> str:
 
 
 def show_time(timestamp: object) -> str:
-    """Return an ISO 8601 time in UTC to the second; without a zone it is shown as it is."""
+    """Return an ISO 8601 time in UTC to the second; anything else is shown as it is."""
     moment = parse_time(timestamp)
     if moment is None:
         return printable(timestamp or ABSENT)[:19]
@@ -87,7 +69,7 @@ def show_time(timestamp: object) -> str:
 
 
 def show_age(seconds: float | None) -> str:
-    """Return an age in its greatest unit; a clock that goes wrong makes no negative one."""
+    """Return an age in its largest unit, 0s where a clock went back."""
     if seconds is None:
         return ABSENT
     age = max(0.0, seconds)
@@ -98,7 +80,7 @@ def show_age(seconds: float | None) -> str:
 
 
 def show_value(value: object) -> str:
-    """Return a value of an open-ended list, losses with six decimals."""
+    """Return any value on one line, floats with six decimals."""
     if isinstance(value, float):
         return show_loss(value)
     if isinstance(value, (dict, list)):
@@ -107,7 +89,7 @@ def show_value(value: object) -> str:
 
 
 def show_trend(trend: str, encoding: str | None) -> str:
-    """Return a trend with its arrow, where the output's encoding has arrows."""
+    """Return a trend, with its arrow where the output can show it."""
     sign = TREND_SIGNS.get(trend, "")
     return f"{sign} {trend}".strip() if is_encodable(sign, encoding) else trend
 
@@ -117,20 +99,22 @@ def show_trend(trend: str, encoding: str | None) -> str:
 
 def list_line(row: Mapping[str, Any]) -> str:
     """Return a checkpoint's line in the list, in the form of the user's example."""
-    cells = [
-        f"{row['name']:<38}",
-        f"Step: {row['step']:<6}",
-        f"Loss: {show_loss(row['current_loss']):<10}",
-        f"Val: {show_loss(row['validation_loss']):<10}",
-        f"Time: {show_time(row['timestamp']):<19}",
-        f"Age: {show_age(row['age_seconds']):<4}",
-        f"Tokens: {show_count(row['tokens_seen']):<14}",
-        f"Size: {show_size(row['size_bytes']):<10}",
-        f"Upload: {row['state']}",
-    ]
+    cells = list_cells(row)
+    columns = {
+        "Step": ("step", 6),
+        "Loss": ("loss", 10),
+        "Val": ("val", 10),
+        "Time": ("time (UTC)", 19),
+        "Age": ("age", 4),
+        "Tokens": ("tokens", 14),
+        "Size": ("size", 10),
+        "Upload": ("state", 0),
+    }
+    parts = [f"{label}: {cells[key]:<{width}}" for label, (key, width) in columns.items()]
     marks = _marks(row)
-    kept = f" Kept: {printable(row['kept'], _CELL_CHARACTERS)}" if row["kept"] else ""
-    return " ".join(cells) + (f" ({', '.join(marks)})" if marks else "") + kept
+    parts += [f"({', '.join(marks)})"] if marks else []
+    parts += [f"Kept: {cells['kept']}"] if row["kept"] else []
+    return " ".join([f"{row['name']:<38}", *parts])
 
 
 def _marks(row: Mapping[str, Any]) -> list[str]:
@@ -158,44 +142,26 @@ def list_cells(row: Mapping[str, Any]) -> dict[str, str]:
 def fit_columns(
     rows: Sequence[Mapping[str, str]], width: int
 ) -> tuple[list[dict[str, str]], list[str]]:
-    """Return (rows that fit a width, the columns that were left out for it).
+    """Return (rows that fit a width, the columns that were dropped for it).
 
-    Names lose what all of them begin with before a column goes; a name without it is understood.
+    Names lose the prefix that all of them share before a column is dropped.
     """
-    if not rows:
-        return [], []
     fitting = [dict(row) for row in rows]
     left_out: list[str] = []
-    candidates = iter(LEFT_OUT_FIRST)
-    while _table_width(fitting) > width:
-        if fitting[0]["checkpoint"].startswith(CHECKPOINT_PREFIX):
-            fitting = [
-                row | {"checkpoint": row["checkpoint"][len(CHECKPOINT_PREFIX) :]} for row in fitting
-            ]
-            continue
-        column = next(candidates, None)
-        if column is None:
+    for column in ("checkpoint", *LEFT_OUT_FIRST):
+        if not fitting or _table_width(fitting) <= width:
             break
-        left_out.append(column)
-        fitting = [{key: row[key] for key in row if key != column} for row in fitting]
+        if column == "checkpoint":
+            for row in fitting:
+                row[column] = row[column].removeprefix(CHECKPOINT_PREFIX)
+        else:
+            left_out.append(column)
+            fitting = [{key: row[key] for key in row if key != column} for row in fitting]
     return fitting, left_out
 
 
 def _table_width(rows: Sequence[Mapping[str, str]]) -> int:
     return 1 + sum(3 + max(len(key), *(len(row[key]) for row in rows)) for key in rows[0])
-
-
-def column_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return cells in columns, numbers to the right."""
-    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
-    lines = []
-    for row in [{key: key for key in widths}, *rows]:
-        cells = (
-            f"{row[key]:>{width}}" if key in RIGHT_ALIGNED else f"{row[key]:<{width}}"
-            for key, width in widths.items()
-        )
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 # view
@@ -252,7 +218,7 @@ def training_lines(metadata: Mapping[str, Any], encoding: str | None) -> list[st
 
 
 def progress_lines(metadata: Mapping[str, Any], throughput: Mapping[str, Any]) -> list[str]:
-    """Return what the run has done so far, and how fast."""
+    """Return the progress of the run and its speed."""
     progress = section(metadata, "training_progress")
     labels = {
         "max_steps": "Max Steps",
@@ -264,25 +230,7 @@ def progress_lines(metadata: Mapping[str, Any], throughput: Mapping[str, Any]) -
         *(f"{label}: {show_count(number(progress.get(key)))}" for key, label in labels.items()),
         f"Tokens/s: {show_count(throughput['tokens_per_second'])}",
         f"MFU: {show_share(throughput['mfu'])}"
-        + ("" if throughput["mfu"] is not None else " (the peak of this device is not known)"),
-    ]
-
-
-def cost_lines(costs: Costs | None) -> list[str]:
-    """Return what the run had cost at the save; nothing where that was not counted."""
-    if costs is None:
-        return []
-    lost = format_duration(costs.lost_seconds)
-    unpriced = costs.unpriced_seconds
-    hint = f" ({format_duration(unpriced)} without a price)" if unpriced > 0 else ""
-    starts = f"{costs.starts} start{'' if costs.starts == 1 else 's'}"
-    return [
-        f"Machine Time: {format_duration(costs.seconds)} in {starts}",
-        f"Cost: {format_dollars(costs.dollars)}{hint}",
-        f"Per Million Tokens: {format_dollars(costs.dollars_per_million_tokens)}",
-        f"To the End: {format_dollars(costs.remaining_dollars)}",
-        f"Lost to Restarts: {lost}, {format_dollars(costs.lost_dollars)}",
-        f"Hourly Price: {format_dollars(costs.hourly_price)}",
+        + ("" if throughput["mfu"] is not None else " (the device's peak speed is not known)"),
     ]
 
 
@@ -307,7 +255,7 @@ def run_lines(row: Mapping[str, Any], view: CheckpointView) -> list[str]:
 
 
 def upload_lines(row: Mapping[str, Any], bucket_uri: str) -> list[str]:
-    """Return where the checkpoint is on its way to the bucket, and why it is kept here."""
+    """Return the state of the upload, and why the checkpoint is kept here."""
     if bucket_uri:
         size = row["archive_bytes"]
         archive = "missing" if size is None else format_bytes(size)
@@ -366,7 +314,6 @@ BETWEEN: tuple[tuple[str, str, Formatter], ...] = (
     ("Shards", "shards", show_count),
     ("Time", "seconds", show_duration),
     ("Tokens/s, pauses too", "tokens_per_second", show_count),
-    ("Tokens/s as logged", "logged_tokens_per_second", show_count),
 )
 
 
@@ -388,7 +335,7 @@ def _indices(rows: Sequence[object]) -> list[str]:
 
 
 def between_lines(between: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what was seen from each checkpoint to the next."""
+    """Return what the run did from each checkpoint to the next."""
     heads = [f"[{index}] to [{index + 1}]" for index in range(1, len(between) + 1)]
     table = [["", *heads]]
     table += [[label, *(show(pair[key]) for pair in between)] for label, key, show in BETWEEN]
@@ -402,26 +349,27 @@ def between_lines(between: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def drift_lines(pair: Mapping[str, Any]) -> list[str]:
     """Return the drift of the weights from one checkpoint to the next, layer by layer."""
+    problems = [f"  {printable(problem)}" for problem in pair["problems"]]
+    if pair["total"] is None:
+        return problems
     table = [["", "elements", "norm", "change", "cosine", "NaN before", "NaN"]]
     for name, figures in {**pair["layers"], "total": pair["total"]}.items():
-        norm, change = number(figures["norm"]), number(figures["change"])
-        cosine = number(figures["cosine"])
         table.append(
             [
                 f"  {printable(name, _CELL_CHARACTERS)}",
                 show_count(figures["num_elements"]),
-                ABSENT if norm is None else f"{norm:.4g}",
-                ABSENT if change is None else f"{change:.3e}",
-                ABSENT if cosine is None else f"{cosine:.8f}",
+                format_figure(figures["norm"], ".4g"),
+                format_figure(figures["change"], ".3e"),
+                format_figure(figures["cosine"], ".8f"),
                 show_count(figures["older_nan"]),
                 show_count(figures["nan"]),
             ]
         )
-    return [*table_lines(table), *(f"  {printable(problem)}" for problem in pair["problems"])]
+    return [*table_lines(table), *problems]
 
 
 def table_lines(table: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows in columns, the first to the left, the others to the right."""
+    """Return rows in columns, the first one left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = []
     for row in table:

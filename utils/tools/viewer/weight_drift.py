@@ -1,114 +1,105 @@
 """How far the weights moved from one checkpoint to the next, layer by layer.
 
-    weights of two checkpoints, whole or in parts -> norm, change, cosine, NaN a layer
+    weights of two checkpoints, whole or in parts -> norm, change, cosine, NaN of each layer
 
-Files are loaded only where they are what their manifest says, by crc32c, and pickles with
-`weights_only`. Tensors are read one at a time from memory maps and summed in blocks of float64, so
-host memory is bounded by one tensor of each checkpoint. torch and safetensors are imported when
-weights are read and not before.
+Files are read only where their crc32c is their manifest's. Tensors come one at a time and are
+summed in blocks of float64, so host memory is bounded by one tensor of each checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import pickle
 import re
-import stat
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from utils.base.errors import CheckpointError, PretrainError
-from utils.base.text import printable
-from utils.checkpoints.layout import BIN_WEIGHTS_FILE, SAFE_WEIGHTS_FILE, Manifest
-from utils.models.parts import MODEL_PREFIX, PartFiles, find_part_files
-from utils.storage.bucket import crc32c_of_file
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from utils.base.errors import CheckpointError
+from utils.checkpoints.layout import BIN_WEIGHTS_FILE, SAFE_WEIGHTS_FILE
+from utils.checkpoints.state_files import find_parts, mapped_errors
+from utils.checkpoints.store import verify_checkpoint
+from utils.models.parts import MODEL_PREFIX, LoadedTensors, PartFiles, TensorReader, WholeFile
 
 WEIGHT_FILES = (SAFE_WEIGHTS_FILE, BIN_WEIGHTS_FILE)
 BLOCK_ELEMENTS = 2**18  # 2 MiB of float64: a block stays in the cache
 TOTAL = "total"
-
-_LAYER = re.compile(r"(.*?\.\d+)\..*")
-_LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    EOFError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    OverflowError,
-    pickle.UnpicklingError,
+# What is summed over the elements of a tensor; those that are not finite are only counted.
+SUMS = (
+    "num_tensors",
+    "num_elements",
+    "older_nan",
+    "nan",
+    "older_squares",
+    "squares",
+    "products",
+    "difference_squares",
 )
 
+_LAYER = re.compile(r"(.*?\.\d+)\..*")
 
-@dataclass
-class Drift:
-    """Sums over the elements of a layer, and what follows from them.
 
-    Elements that are not finite on either side are counted and take no part in the sums.
+def measure_drift(older: Path, newer: Path) -> dict[str, Any]:
+    """Compare the weights of two checkpoint directories.
 
-    Attributes:
-        num_tensors: Tensors that both checkpoints have.
-        num_elements: Elements of them.
-        older_nonfinite: NaN and infinite elements of the older checkpoint.
-        newer_nonfinite: The same in the newer one.
+    Returns:
+        `layers` in the order of their names, each with its `figures_of`; their `total`; and
+        `problems`: tensors that cannot be compared.
+
+    Raises:
+        CheckpointError: Weights are missing, damaged, or cannot be read.
     """
-
-    num_tensors: int = 0
-    num_elements: int = 0
-    older_nonfinite: int = 0
-    newer_nonfinite: int = 0
-    _older_squares: float = 0.0
-    _newer_squares: float = 0.0
-    _difference_squares: float = 0.0
-    _products: float = 0.0
-
-    def add(self, other: Drift) -> None:
-        """Take in another one."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures; None where one is not defined.
-
-        `change` is the norm of the difference as a share of the older norm; `cosine` is that of the
-        angle between the older and the newer weights.
-        """
-        older, newer = math.sqrt(self._older_squares), math.sqrt(self._newer_squares)
-        cosine = self._products / (older * newer) if older and newer else None
-        return {
-            "num_tensors": self.num_tensors,
-            "num_elements": self.num_elements,
-            "older_norm": older,
-            "norm": newer,
-            "change": math.sqrt(self._difference_squares) / older if older else None,
-            "cosine": None if cosine is None else max(-1.0, min(1.0, cosine)),
-            "older_nan": self.older_nonfinite,
-            "nan": self.newer_nonfinite,
-        }
+    layers: dict[str, torch.Tensor] = {}
+    total = torch.zeros(len(SUMS), dtype=torch.float64)
+    problems = []
+    with contextlib.ExitStack() as stack:
+        before, after = open_weights(older, stack), open_weights(newer, stack)
+        old_names, new_names = set(before.names), set(after.names)
+        for name in sorted(old_names & new_names, key=_natural_order):
+            with mapped_errors(older, name):
+                left = before.read(name)
+            with mapped_errors(newer, name):
+                right = after.read(name)
+            if left.shape != right.shape:
+                shapes = f"{list(left.shape)} and {list(right.shape)}"
+                problems.append(f"{name} has different shapes: {shapes}")
+                continue
+            sums, layer = _sums_of(left, right), layer_of(name)
+            layers[layer] = layers.get(layer, 0) + sums
+            total += sums
+    for names, where in ((old_names - new_names, older), (new_names - old_names, newer)):
+        problems += [f"{name} is only in {where.name}" for name in sorted(names)]
+    figures = {name: figures_of(sums) for name, sums in layers.items()}
+    return {"layers": figures, TOTAL: figures_of(total), "problems": problems}
 
 
-@dataclass
-class DriftReport:
-    """What became of every layer, in the order of their names, and what could not be compared."""
+def open_weights(checkpoint: Path, stack: contextlib.ExitStack) -> TensorReader:
+    """Return the weights of a checkpoint, whole or in parts, open for reading.
 
-    layers: dict[str, Drift] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    Raises:
+        CheckpointError: They are missing, damaged, or cannot be read.
+    """
+    manifest = verify_checkpoint(checkpoint, is_wanted=_has_weights)
+    parts = find_parts(checkpoint, manifest, MODEL_PREFIX)
+    name = next((name for name in WEIGHT_FILES if name in manifest.files), None)
+    with mapped_errors(checkpoint, f"{MODEL_PREFIX}-part-*" if parts else str(name)):
+        if parts:
+            return PartFiles(parts, stack)
+        if name == SAFE_WEIGHTS_FILE:
+            return WholeFile(checkpoint / name, stack)
+        if name == BIN_WEIGHTS_FILE:
+            state = torch.load(checkpoint / name, "cpu", weights_only=True, mmap=True)
+            tensors = {k: v for k, v in dict(state).items() if isinstance(v, torch.Tensor)}
+            for key, tensor in tensors.items():
+                if not tensor.is_contiguous():  # strides of 0 make any size out of one element
+                    raise ValueError(f"{key} is not a plain tensor")
+            return LoadedTensors(tensors)
+    raise CheckpointError(f"{checkpoint.name} has no weights ({' or '.join(WEIGHT_FILES)}).")
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the layers, their total, and the problems."""
-        total = Drift()
-        for drift in self.layers.values():
-            total.add(drift)
-        rows = {name: drift.to_json() for name, drift in self.layers.items()}
-        return {"layers": rows, TOTAL: total.to_json(), "problems": self.problems}
+
+def _has_weights(name: str) -> bool:
+    return name in WEIGHT_FILES or name.startswith(f"{MODEL_PREFIX}-part-")
 
 
 def layer_of(tensor: str) -> str:
@@ -119,168 +110,42 @@ def layer_of(tensor: str) -> str:
     return tensor.rpartition(".")[0] or tensor
 
 
-def measure_drift(
-    older: Path, older_manifest: Manifest, newer: Path, newer_manifest: Manifest
-) -> DriftReport:
-    """Compare the weights of two checkpoints.
-
-    Args:
-        older: Directory of the older one.
-        older_manifest: Its manifest.
-        newer: Directory of the newer one.
-        newer_manifest: Its manifest.
-
-    Raises:
-        CheckpointError: Weights are missing, damaged, or cannot be read.
-        PretrainError: torch or safetensors is not installed.
-    """
-    _require_libraries()
-    report = DriftReport()
-    with _Weights(older, older_manifest) as before, _Weights(newer, newer_manifest) as after:
-        for name in sorted(before.names & after.names, key=_natural_order):
-            left, right = before.read(name), after.read(name)
-            if left.shape != right.shape:
-                shapes = f"{list(left.shape)} and {list(right.shape)}"
-                report.problems.append(f"{name} has other shapes: {shapes}")
-                continue
-            report.layers.setdefault(layer_of(name), Drift()).add(_drift_of(left, right))
-        for names, where in (
-            (before.names - after.names, older.name),
-            (after.names - before.names, newer.name),
-        ):
-            alone = sorted(names, key=_natural_order)
-            report.problems += [f"{name} is only in {where}" for name in alone]
-    return report
-
-
-def _require_libraries() -> None:
-    try:
-        import safetensors
-        import torch
-
-        del safetensors, torch
-    except ImportError as exc:
-        raise PretrainError(f"--weights needs torch and safetensors: {exc}.") from exc
-
-
 def _natural_order(name: str) -> list[tuple[int, int, str]]:
     parts = re.split(r"(\d+)", name)
     return [(1, int(part[:18]), part) if part.isdecimal() else (0, 0, part) for part in parts]
 
 
-def _drift_of(left: torch.Tensor, right: torch.Tensor) -> Drift:
-    """Return the drift of one tensor of any floating point type."""
-    import torch
-
-    drift = Drift(num_tensors=1, num_elements=left.numel())
+def _sums_of(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return the `SUMS` over the elements of a tensor in two checkpoints."""
+    total = torch.zeros(len(SUMS), dtype=torch.float64)
+    total[0], total[1] = 1, left.numel()
     flat = (left.detach().reshape(-1), right.detach().reshape(-1))
     for begin in range(0, left.numel(), BLOCK_ELEMENTS):
         older, newer = (part[begin : begin + BLOCK_ELEMENTS].to(torch.float64) for part in flat)
-        older_finite, newer_finite = torch.isfinite(older), torch.isfinite(newer)
-        drift.older_nonfinite += older.numel() - int(older_finite.sum())
-        drift.newer_nonfinite += newer.numel() - int(newer_finite.sum())
-        usable = older_finite & newer_finite
-        if not usable.all():
-            older, newer = older[usable], newer[usable]
-        difference = newer - older
-        drift._older_squares += float(torch.dot(older, older))
-        drift._newer_squares += float(torch.dot(newer, newer))
-        drift._products += float(torch.dot(older, newer))
-        drift._difference_squares += float(torch.dot(difference, difference))
-    return drift
+        total[2] += (~torch.isfinite(older)).sum()
+        total[3] += (~torch.isfinite(newer)).sum()
+        usable = torch.isfinite(older) & torch.isfinite(newer)
+        older, newer = older[usable], newer[usable]
+        for index, (one, other) in enumerate(
+            ((older, older), (newer, newer), (older, newer), (newer - older, newer - older)), 4
+        ):
+            total[index] += torch.dot(one, other)
+    return total
 
 
-class _Weights(contextlib.ExitStack):
-    """The weights of one checkpoint, open.
+def figures_of(sums: torch.Tensor) -> dict[str, Any]:
+    """Return the figures that follow from the `SUMS` of a layer; None where one is not defined.
 
-    Args:
-        path: Its directory.
-        manifest: Its manifest.
-
-    Raises:
-        CheckpointError: They are missing, damaged, or cannot be read.
+    `change` is the norm of the difference as a share of the older norm; `cosine` is that of the
+    angle between the older and the newer weights; `nan` counts NaN and infinite elements.
     """
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        super().__init__()
-        self._read: Callable[[str], torch.Tensor]
-        self._file = path / f"{MODEL_PREFIX}-part-*"
-        with _mapped_errors(self._file):
-            parts = [path / part for part in find_part_files(manifest.files, MODEL_PREFIX)]
-            for part in parts:
-                require_intact(part, manifest)
-            if parts:
-                reader = PartFiles(parts, self)
-                self.names, self._read = set(reader.names), reader.read
-                return
-        name = next((name for name in WEIGHT_FILES if name in manifest.files), None)
-        if name is None:
-            raise CheckpointError(f"{path.name} has no weights ({' or '.join(WEIGHT_FILES)}).")
-        self._file = path / name
-        require_intact(self._file, manifest)
-        with _mapped_errors(self._file):
-            if self._file.suffix == ".safetensors":
-                from safetensors import safe_open
-
-                opened = self.enter_context(safe_open(str(self._file), framework="pt"))
-                self.names, self._read = set(opened.keys()), opened.get_tensor
-            else:
-                tensors = _load_pickle(self._file)
-                self.names, self._read = set(tensors), tensors.__getitem__
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor."""
-        with _mapped_errors(self._file):
-            tensor: torch.Tensor = self._read(name)
-            return tensor
-
-
-@contextlib.contextmanager
-def _mapped_errors(file: Path) -> Iterator[None]:
-    """Make whatever the libraries raise for a damaged file one error."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (*_LOAD_ERRORS, SafetensorError) as exc:
-        where = f"{file.parent.name}: {file.name}"
-        raise CheckpointError(f"{where} cannot be read ({printable(exc)}).") from exc
-
-
-def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a state dict; every one has to lie in the file."""
-    import torch
-
-    value = torch.load(file, "cpu", weights_only=True, mmap=True)
-    if not isinstance(value, Mapping):
-        raise ValueError("it holds no state dict")
-    tensors = {str(name): item for name, item in value.items() if isinstance(item, torch.Tensor)}
-    for name, tensor in tensors.items():
-        # A view with strides of 0 can have more elements than any machine has memory.
-        is_dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
-        size = tensor.numel() * tensor.element_size()
-        if not is_dense or size > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{name} is no plain tensor")
-    return tensors
-
-
-def require_intact(file: Path, manifest: Manifest) -> None:
-    """Refuse a file that is not what the manifest says.
-
-    Raises:
-        CheckpointError: It is missing, no regular file, or of another size or crc32c.
-    """
-    expected = manifest.files[file.name]
-    try:
-        facts = file.stat()
-        is_intact = (
-            stat.S_ISREG(facts.st_mode)
-            and facts.st_size == expected.size
-            and crc32c_of_file(file) == expected.crc32c
-        )
-    except OSError as exc:
-        raise CheckpointError(
-            f"{file.parent.name}: {file.name} cannot be read ({exc.strerror or exc})."
-        ) from exc
-    if not is_intact:
-        raise CheckpointError(f"{file.parent.name}: {file.name} is not what its manifest says.")
+    values = dict(zip(SUMS, sums.tolist(), strict=True))
+    older, newer = math.sqrt(values["older_squares"]), math.sqrt(values["squares"])
+    cosine = values["products"] / (older * newer) if older and newer else None
+    return {
+        **{key: int(values[key]) for key in SUMS[:4]},
+        "older_norm": older,
+        "norm": newer,
+        "change": math.sqrt(values["difference_squares"]) / older if older else None,
+        "cosine": None if cosine is None else max(-1.0, min(1.0, cosine)),
+    }

@@ -93,18 +93,20 @@ def test_bad_steps_count_among_the_last_thousand() -> None:
     assert judge_bad_steps([], None) is None
 
 
-def records_every(seconds: float, count: int, **last: Any) -> tuple[list[Any], list[float]]:
-    records = [{"step": 10 * i, "loss": 1.0, "step_seconds": seconds / 10} for i in range(count)]
-    times = [1000 + seconds * i for i in range(count)]
-    if last:
-        records.append({"step": 10 * count, **last})
-        times.append(times[-1] + 200)
-    return records, times
+Timed = list[tuple[dict[str, Any], float]]
+
+
+def records_every(seconds: float, count: int, begin: float = 1000.0) -> Timed:
+    return [
+        ({"step": 10 * i, "loss": 1.0, "step_seconds": seconds / 10}, begin + seconds * i)
+        for i in range(count)
+    ]
 
 
 def test_a_stall_is_measured_by_the_pace_of_the_run_itself() -> None:
-    records, times = records_every(30, 20, validation_loss=1.0)
-    pace = measure_pace(records, times, 990.0)
+    timed = records_every(30, 20)
+    timed.append(({"step": 200, "validation_loss": 1.0}, timed[-1][1] + 200))
+    pace = measure_pace(timed, 990.0)
     assert pace == Pace(30.0, 200.0, has_begun=True, has_evaluated=True)
     assert stall_seconds(pace) == 400.0  # twice the longest gap, which the evaluation made
     assert stall_seconds(Pace(300.0, 310.0, True, True)) == 1500.0  # five usual ones
@@ -112,15 +114,18 @@ def test_a_stall_is_measured_by_the_pace_of_the_run_itself() -> None:
     assert stall_seconds(Pace(0.1, 0.2, True, False)) == FIRST_EVALUATION_SECONDS
 
 
-def test_a_start_that_has_logged_nothing_yet_is_given_time() -> None:
-    assert stall_seconds(measure_pace([], [], 1000.0)) == FIRST_RECORD_SECONDS
-    records, times = records_every(30, 20)
-    resumed = measure_pace(records, times, 10_000.0)
+def test_an_attempt_that_has_logged_nothing_yet_is_given_time() -> None:
+    assert stall_seconds(measure_pace([], 1000.0)) == FIRST_RECORD_SECONDS
+    timed = records_every(30, 20)
+    resumed = measure_pace(timed, 10_000.0)
     assert resumed == Pace(30.0)
     assert stall_seconds(resumed) == FIRST_RECORD_SECONDS
-    one = measure_pace([*records, {"step": 200, "loss": 1.0}], [*times, 10_100.0], 10_000.0)
+    one = measure_pace([*timed, ({"step": 200, "loss": 1.0}, 10_100.0)], 10_000.0)
     assert one.longest_seconds == 100.0  # from the start to its first record
     assert one.has_begun
+    # Gaps between two attempts do not count.
+    both = measure_pace([*timed, *records_every(30, 20, 101_000.0)], 101_000.0)
+    assert both.longest_seconds == 30.0
 
 
 @pytest.mark.parametrize(
@@ -140,13 +145,6 @@ def test_a_run_that_does_not_go_on_is_a_warning(state: str, message: str | None)
     assert (warning and warning.message) == message
     assert warning is None or warning.advice
     assert "no record yet" in str(judge_state("stalled", None, 60.0))
-
-
-def test_gaps_between_two_starts_do_not_count() -> None:
-    records, times = records_every(30, 20)
-    later = [time + 100_000 for time in times]
-    pace = measure_pace([*records, *records], [*times, *later], later[0])
-    assert pace.longest_seconds == 30.0
 
 
 def entry(state: UploadState = UploadState.FAILED, **details: Any) -> JournalEntry:
