@@ -11,12 +11,8 @@ from dataclasses import dataclass, field
 class RequestRecord:
     """One request; filled in while it is served, complete when `finished` is set."""
 
-    method: str
-    path: str
-    """As sent, with the query."""
     operation: str
     """The server's name for what was asked: upload.start, object.get, ...; see `routes`."""
-    bucket: str
     name: str
     headers: dict[str, str]
     status: int | None = None
