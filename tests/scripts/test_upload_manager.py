@@ -275,12 +275,6 @@ def test_status_without_its_bucket_shows_what_is_here(gcs_place: Place, gcs: Fak
     ]
 
 
-def test_status_of_an_empty_place(place: Place) -> None:
-    code, text = place.call("status")
-    assert code == ExitCode.DONE
-    assert "No checkpoints" in text
-
-
 def test_list_shows_what_is_here_or_in_the_bucket(either: Place) -> None:
     either.publish_only(10)
     either.save(20)
@@ -610,12 +604,6 @@ def test_verify_lists_what_belongs_to_no_checkpoint_of_the_run(either: Place) ->
     assert either.read("verify")[0] == ExitCode.DONE
 
 
-def test_verify_of_a_name_that_is_none(place: Place) -> None:
-    place.save(10)
-    assert place.call("verify", f"../{ESCAPE}")[0] == ExitCode.USAGE
-    assert ESCAPE not in place.stderr
-
-
 # Hostile names and contents.
 
 
@@ -683,15 +671,6 @@ def test_download_brings_the_one_that_is_meant(either: Place, text: str, step: i
     code, output = either.call("download", text)
     assert code == ExitCode.DONE
     assert "is already here" in output
-
-
-def test_download_to_another_directory_leaves_nothing_else_there(place: Place) -> None:
-    place.publish_only(10)
-    place.forget()
-    code, _ = place.read("download", "latest", "--to", "elsewhere")
-    assert code == ExitCode.DONE
-    assert [path.name for path in Path("elsewhere").iterdir()] == [name(10)]
-    assert not place.checkpoints.exists()
 
 
 def test_download_reads_only_the_sidecars_that_it_needs(

@@ -138,10 +138,8 @@ def _check_sidecar(
 class Retrying:
     """Tries again what may succeed then, in all `MAX_ATTEMPTS` times for each thing to do."""
 
-    def __init__(
-        self, name: str, source: str, first_backoff_seconds: float = FIRST_RETRY_SECONDS
-    ) -> None:
-        self._name, self._source, self._backoff = name, source, first_backoff_seconds
+    def __init__(self, name: str, source: str) -> None:
+        self._name, self._source = name, source
 
     def run(self, operation: Callable[[], T]) -> T:
         """Return what `operation` returns.
@@ -153,7 +151,7 @@ class Retrying:
         try:
             return retry(
                 operation,
-                itertools.islice(backoff(self._backoff, ARCHIVE_FACTOR), MAX_ATTEMPTS - 1),
+                itertools.islice(backoff(FIRST_RETRY_SECONDS, ARCHIVE_FACTOR), MAX_ATTEMPTS - 1),
                 lambda delay, exc: log.warning(message, self._name, delay, exc),
             )
         except TransientStorageError as exc:
