@@ -396,6 +396,21 @@ def test_a_damaged_checkpoint_is_said_and_does_not_stop_the_others(place: Place)
     assert "1 of 2 checkpoints were not uploaded" in place.stderr
 
 
+def test_archives_of_both_formats_lie_beside_each_other(place: Place) -> None:
+    for step, compression in ((10, "fast"), (20, "zstd")):
+        place.save(step)
+        code, _ = place.read("upload-all", "--set", f"upload_compression={compression}")
+        assert code == ExitCode.DONE
+    archives = [f"{name(10)}.tar.gz", f"{name(20)}.tar.zst"]
+    assert place.objects() == sorted([*archives, f"{name(10)}.json", f"{name(20)}.json"])
+    assert place.read("upload-all")[1] == {"verified": [], "failed": {}}
+    assert place.read("verify", "--deep")[0] == ExitCode.DONE
+    assert place.read("download", "latest", "--to", "elsewhere")[0] == ExitCode.DONE
+    assert [path.name for path in Path("elsewhere").iterdir()] == [name(20)]
+    assert place.read("prune", "--remote", "--keep", "1", "--yes")[0] == ExitCode.DONE
+    assert place.objects() == [f"{name(20)}.json", archives[1]]
+
+
 def test_retry_takes_what_failed_alone(place: Place) -> None:
     for step in (10, 20):
         place.save(step)
