@@ -20,7 +20,6 @@ class ApiError(Exception):
     """A request that is answered with an error status."""
 
     def __init__(self, status: int, message: str) -> None:
-        """Keep status and message."""
         super().__init__(f"{status} {message}")
         self.status = status
         self.message = message

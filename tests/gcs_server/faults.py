@@ -119,26 +119,22 @@ class FaultPlan:
     """All faults of a server."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self._lock = threading.Lock()
         self._faults: list[Fault] = []
         self.closing = threading.Event()
 
     def add(self, fault: Fault) -> Fault:
-        """Add a fault; those added first are tried first."""
         with self._lock:
             self._faults.append(fault)
         return fault
 
     def clear(self) -> None:
-        """Remove all faults, and let what they hold go on."""
         with self._lock:
             faults, self._faults = self._faults, []
         for fault in faults:
             fault.release()
 
     def close(self) -> None:
-        """End all waiting, because the server stops."""
         self.closing.set()
         with self._lock:
             faults = list(self._faults)
@@ -156,7 +152,6 @@ class RequestFaults:
     """The faults that may hit one request; each hits it once at most."""
 
     def __init__(self, faults: list[Fault], closing: threading.Event) -> None:
-        """`closing` ends all waiting, when the server stops."""
         self._waiting = faults
         self.closing = closing
         self.fired: list[str] = []
@@ -185,7 +180,6 @@ class Gate:
     """The place all body bytes pass on their way; here the body faults fire."""
 
     def __init__(self, faults: RequestFaults) -> None:
-        """Begin at position 0."""
         self._faults = faults
         self._position = 0
         self._bytes_per_second: int | None = None

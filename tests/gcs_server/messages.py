@@ -23,7 +23,6 @@ class RequestBody:
     """A body of known length that is read once, from the front."""
 
     def __init__(self, raw: Any, length: int) -> None:
-        """`raw` is a buffered reader (of a socket, or over bytes)."""
         self._raw = raw
         self._unread = length
         self._ahead = b""
@@ -60,7 +59,6 @@ class RequestBody:
         return data if self.gate is None else self.gate.passed(data)
 
     def read_all(self) -> bytes:
-        """The rest, in memory."""
         return b"".join(iter(self.read, b""))
 
     def drain(self) -> None:
@@ -95,7 +93,6 @@ class Request:
     """Scheme and host as the client sees them, for the links in answers."""
 
     def json(self) -> dict[str, Any]:
-        """The body as a JSON object; an empty body is an empty object."""
         try:
             value = json.loads(self.body.read_all() or b"{}")
         except ValueError as exc:
@@ -143,11 +140,9 @@ class Response:
 
     @property
     def length(self) -> int:
-        """Bytes of the body."""
         return len(self.body) if isinstance(self.body, bytes) else self.body.length
 
     def close(self) -> None:
-        """Close the file behind the body."""
         if isinstance(self.body, FileSlice):
             self.body.file.close()
 

@@ -31,7 +31,6 @@ def storage_layout(call: Call) -> Response:
 
 
 def list_objects(call: Call) -> Response:
-    """`objects.list`: one page."""
     store, query = call.state.store, call.request.query
     limit = min(int(query.get("maxResults") or 1000), call.state.max_page_size)
     names, prefixes, token = list_page(
@@ -166,11 +165,11 @@ def _find(call: Call) -> StoredObject:
 
 
 def _compose_source(call: Call, entry: dict[str, Any]) -> StoredObject:
+    source = call.state.store.get(call.bucket, entry["name"])
     expected = entry.get("objectPreconditions", {}).get("ifGenerationMatch")
-    store = call.state.store
-    store.require_generation(call.bucket, entry["name"], int(expected) if expected else None)
-    generation = entry.get("generation")
-    return store.get(call.bucket, entry["name"], int(generation) if generation else None)
+    if expected is not None:
+        call.state.store.require_generation(call.bucket, entry["name"], int(expected))
+    return source
 
 
 def _join(

@@ -30,29 +30,24 @@ class RequestLog:
     """All requests in the order of their arrival; safe to use from many threads."""
 
     def __init__(self) -> None:
-        """Begin empty."""
         self._changed = threading.Condition()
         self._records: list[RequestRecord] = []
 
     def add(self, record: RequestRecord) -> None:
-        """A request arrived."""
         with self._changed:
             self._records.append(record)
             self._changed.notify_all()
 
     def finish(self, record: RequestRecord) -> None:
-        """Nothing more happens to the request."""
         with self._changed:
             record.finished = True
             self._changed.notify_all()
 
     def records(self) -> list[RequestRecord]:
-        """A copy of the list."""
         with self._changed:
             return list(self._records)
 
     def clear(self) -> None:
-        """Forget all requests so far."""
         with self._changed:
             self._records.clear()
 

@@ -26,7 +26,6 @@ class FakeGcsServer:
     """
 
     def __init__(self, directory: Path, *, tls: bool = False) -> None:
-        """Keep files in `directory`."""
         self._directory = directory
         self._state = State(Store(directory / "objects"))
         self._service = Service(self._state)
@@ -37,7 +36,6 @@ class FakeGcsServer:
         self._key: Path | None = None
 
     def __enter__(self) -> FakeGcsServer:
-        """Start."""
         self.start()
         return self
 
@@ -74,12 +72,10 @@ class FakeGcsServer:
 
     @property
     def port(self) -> int:
-        """The port of plain HTTP."""
         return self._ports["http"]
 
     @property
     def url(self) -> str:
-        """The address over plain HTTP, without a slash at the end."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
@@ -97,12 +93,9 @@ class FakeGcsServer:
         """Variables for `google.cloud.storage.Client`."""
         return environments.client_environment(self.url)
 
-    def gcloud_environment(self, directory: Path, *, tls: bool = False) -> dict[str, str]:
+    def gcloud_environment(self, directory: Path) -> dict[str, str]:
         """Variables for `gcloud storage`, whose configuration goes below `directory`."""
-        if not tls:
-            return environments.gcloud_environment(directory, self.url)
-        url = f"https://127.0.0.1:{self.tls_port}"
-        return environments.gcloud_environment(directory, url, self._require_tls())
+        return environments.gcloud_environment(directory, self.url)
 
     def gsutil_environment(
         self, directory: Path, options: Mapping[str, str] | None = None
@@ -145,7 +138,6 @@ class FakeGcsServer:
         )
 
     def put_object(self, bucket: str, name: str, data: bytes) -> StoredObject:
-        """Store an object directly."""
         with self._state.store.new_writer() as writer:
             writer.write(data)
             blob = writer.finish()
@@ -165,11 +157,9 @@ class FakeGcsServer:
         return self._state.store.get(bucket, name)
 
     def list_objects(self, bucket: str, prefix: str = "") -> list[str]:
-        """The names of the objects, sorted."""
         return [name for name in self._state.store.names(bucket) if name.startswith(prefix)]
 
     def delete_object(self, bucket: str, name: str) -> None:
-        """Remove an object directly."""
         self._state.store.delete(bucket, name)
 
     def unfinished_uploads(self) -> list[str]:
@@ -188,7 +178,6 @@ class FakeGcsServer:
         return self._service.faults.add(fault)
 
     def clear_faults(self) -> None:
-        """Remove all faults and let stalled requests go on."""
         self._service.faults.clear()
 
     def requests(self, operation: str = "", name: str | None = None) -> list[RequestRecord]:
@@ -201,7 +190,6 @@ class FakeGcsServer:
         ]
 
     def clear_requests(self) -> None:
-        """Forget the requests so far."""
         self._service.log.clear()
 
     def wait_for_request(

@@ -34,7 +34,6 @@ class Service:
     """The fake service, without any connection."""
 
     def __init__(self, state: State) -> None:
-        """Serve a state, with no faults and an empty log."""
         self.state = state
         self.faults = FaultPlan()
         self.log = RequestLog()

@@ -20,19 +20,16 @@ class Sessions:
     """Resumable uploads by their id."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self._lock = threading.Lock()
         self._sessions: dict[str, UploadSession] = {}
 
     def add(self, session: UploadSession) -> str:
-        """Keep a session under a new id."""
         session_id = secrets.token_urlsafe(24)
         with self._lock:
             self._sessions[session_id] = session
         return session_id
 
     def get(self, session_id: str) -> UploadSession:
-        """The session, or 404."""
         with self._lock:
             session = self._sessions.get(session_id)
         if session is None:

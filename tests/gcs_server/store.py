@@ -34,7 +34,6 @@ class StoredObject:
 
     @property
     def size(self) -> int:
-        """Bytes."""
         return self.blob.size
 
 
@@ -61,7 +60,6 @@ class Store:
     """All buckets, and the folder that holds the bytes of their objects."""
 
     def __init__(self, directory: Path) -> None:
-        """Use `directory`, which is made if needed, for files."""
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._lock = threading.RLock()
@@ -86,7 +84,6 @@ class Store:
             self._buckets[name] = bucket
 
     def bucket(self, name: str) -> Bucket:
-        """The bucket, or 404."""
         with self._lock:
             found = self._buckets.get(name)
         if found is None:
@@ -99,7 +96,6 @@ class Store:
         return BlobWriter(path, composite=composite)
 
     def find(self, bucket: str, name: str) -> StoredObject | None:
-        """The live version, if there is one."""
         with self._lock:
             return self.bucket(bucket).objects.get(name)
 
@@ -111,7 +107,6 @@ class Store:
         return found
 
     def names(self, bucket: str) -> list[str]:
-        """The names of all objects, in the service's order."""
         with self._lock:
             return sorted(self.bucket(bucket).objects)
 
@@ -160,7 +155,6 @@ class Store:
             stored.blob.path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget all buckets and remove all files."""
         with self._lock:
             self._buckets.clear()
             for path in self._directory.glob("*.blob"):
