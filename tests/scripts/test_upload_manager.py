@@ -457,7 +457,7 @@ DAMAGES: dict[str, tuple[Callable[[Place, Path], object], str]] = {
     "nothing": (lambda place, _: remove(place, ARCHIVE, SIDECAR), "bucket: not there"),
     "truncated": (
         lambda place, _: place.change_archive(10, place.archive(10)[:-5]),
-        "its archive has ",
+        "its archive is damaged (it has ",
     ),
     "bad sidecar": (
         lambda place, _: place.bucket.put_bytes(SIDECAR, b'{"manifest": 5}'),
@@ -517,7 +517,7 @@ def test_verify_misses_what_the_journal_has_as_verified_though_it_is_not_here(
 
 @pytest.mark.parametrize(
     ("damaged", "message"),
-    [("archive", "is damaged (its crc32c is"), ("file", "model.safetensors is damaged")],
+    [("archive", "is damaged (it has crc32c"), ("file", "model.safetensors is damaged")],
 )
 def test_verify_sees_bytes_of_a_directory_only_when_deep(
     place: Place, damaged: str, message: str
@@ -542,7 +542,7 @@ def test_verify_compares_the_checksum_that_a_bucket_keeps(gcs_place: Place) -> N
     gcs_place.change_archive(10, bytes(archive))
     code, result = gcs_place.read("verify")
     assert code == ExitCode.NOT_VERIFIED
-    assert "its archive has crc32c" in result["checkpoints"][0]["wrong"][0]
+    assert "is damaged (it has crc32c" in result["checkpoints"][0]["wrong"][0]
 
 
 def test_an_archive_that_ends_at_a_member_is_refused_though_its_sidecar_vouches_for_it(

@@ -108,14 +108,6 @@ class LeaseRecord:
         )
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """One version of the lease object."""
-
-    record: LeaseRecord
-    info: ObjectInfo
-
-
 @contextlib.contextmanager
 def hold_prefix(
     bucket: Bucket,
@@ -186,7 +178,7 @@ class PrefixLease:
         """
         for _ in range(MAX_ROUNDS):
             seen = self._read()
-            expected = None if seen is None else self._find_replaceable(seen, on_wait)
+            expected = None if seen is None else self._find_replaceable(*seen, on_wait)
             try:
                 self._info = self._bucket.put_bytes_if(
                     LEASE_OBJECT, self._record.to_bytes(), expected
@@ -194,7 +186,7 @@ class PrefixLease:
             except ConflictError:
                 winner = self._read()
                 if winner is not None:
-                    raise self._locked_by(winner.record) from None
+                    raise self._locked_by(winner[0]) from None
             else:
                 self.is_held = True
                 self._thread.start()
@@ -215,8 +207,8 @@ class PrefixLease:
             return
         try:
             seen = self._read()
-            if seen is not None and seen.record.token == self._record.token:
-                self._bucket.delete_if(LEASE_OBJECT, seen.info)
+            if seen is not None and seen[0].token == self._record.token:
+                self._bucket.delete_if(LEASE_OBJECT, seen[1])
         except ConflictError as exc:
             log.debug("The lease was taken over at the end: %s", exc)
         except StorageError as exc:
@@ -231,27 +223,28 @@ class PrefixLease:
             PATIENCE_HEARTBEATS * self._record.heartbeat_seconds,
         )
 
-    def _read(self) -> _Seen | None:
+    def _read(self) -> tuple[LeaseRecord, ObjectInfo] | None:
         try:
             data, info = self._bucket.read_version(LEASE_OBJECT)
         except ObjectNotFoundError:
             return None
-        return _Seen(LeaseRecord.from_bytes(data, self._record.heartbeat_seconds), info)
+        return LeaseRecord.from_bytes(data, self._record.heartbeat_seconds), info
 
-    def _find_replaceable(self, seen: _Seen, on_wait: OnWait) -> ObjectInfo | None:
+    def _find_replaceable(
+        self, record: LeaseRecord, info: ObjectInfo, on_wait: OnWait
+    ) -> ObjectInfo | None:
         """Return the version of a dead holder's lease, or None once it was released.
 
         Raises:
             LockedError: The holder is alive.
         """
-        record = seen.record
         if record.machine and record.machine == self._record.machine and _is_gone(record):
             log.info(
                 "Taking %s over from a trainer of this machine that is gone (%s).",
                 self._bucket.uri,
                 record,
             )
-            return seen.info
+            return info
         patience = PATIENCE_HEARTBEATS * record.heartbeat_seconds
         log.info(
             "%s has a lease (%s). Waiting up to %.0f s to see whether that trainer is alive.",
@@ -259,13 +252,16 @@ class PrefixLease:
             record,
             patience,
         )
-        return self._watch(seen, patience, on_wait)
+        return info if self._is_silent(record, info, patience, on_wait) else None
 
-    def _watch(self, seen: _Seen, patience: float, on_wait: OnWait) -> ObjectInfo | None:
+    def _is_silent(
+        self, record: LeaseRecord, info: ObjectInfo, patience: float, on_wait: OnWait
+    ) -> bool:
+        """Watch a lease; tell whether nothing happened to it, False once it is released."""
         failures = 0
         end = time.monotonic() + patience
         while (remaining := end - time.monotonic()) > 0:
-            on_wait(str(seen.record), remaining)
+            on_wait(str(record), remaining)
             time.sleep(min(patience / POLLS_PER_WATCH, remaining))
             try:
                 found = self._read()
@@ -278,16 +274,16 @@ class PrefixLease:
                 end = time.monotonic() + patience
                 continue
             if found is None:
-                return None
-            if found.info != seen.info:
-                raise self._locked_by(found.record)
+                return False
+            if found[1] != info:
+                raise self._locked_by(found[0])
         log.warning(
             "The trainer that held %s (%s) gave no sign of life for %.0f s. Taking over.",
             self._bucket.uri,
-            seen.record,
+            record,
             patience,
         )
-        return seen.info
+        return True
 
     def _locked_by(self, holder: LeaseRecord) -> LockedError:
         return LockedError(
@@ -326,11 +322,11 @@ class PrefixLease:
             )
         except ConflictError:
             found = self._read()
-            if found is not None and found.record.token != self._record.token:
-                self._lose(found.record)
+            if found is not None and found[0].token != self._record.token:
+                self._lose(found[0])
                 return
             # Our own write, whose answer was lost, or somebody removed the object.
-            self._info = found.info if found is not None else None
+            self._info = found[1] if found is not None else None
             self._info = self._bucket.put_bytes_if(
                 LEASE_OBJECT, self._record.to_bytes(), self._info
             )

@@ -383,7 +383,7 @@ def cut_at_a_member_boundary(data: bytes) -> bytes:
 
 
 DAMAGED_ARCHIVES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "flipped": (flip, "is damaged .*its crc32c is"),
+    "flipped": (flip, "is damaged .*it has crc32c"),
     "cut": (lambda data: data[:-100], "is damaged .*it has"),
     "cut at a member": (cut_at_a_member_boundary, "is damaged .*it has"),
     "longer": (lambda data: data + b"\0" * 100_000, "is damaged .*it has"),

@@ -92,7 +92,7 @@ class Way:
         self.transport, self.bucket, self.scratch = transport, bucket, scratch
 
     def version(self, name: str) -> ObjectInfo | None:
-        return BucketTransport(self.bucket).stat(name)
+        return BucketTransport(TransportOptions(self.bucket.uri), Meter()).stat(name)
 
     def names(self) -> list[str]:
         return [info.name for info in self.bucket.list()]
@@ -560,7 +560,7 @@ def test_auto_takes_the_next_one_where_one_does_not_work_and_probes_in_a_hurry(
         raise AccessDeniedError("403")
 
     def accept(options: TransportOptions, meter: Meter) -> Transport:
-        return BucketTransport(open_bucket(str(tmp_path)))
+        return BucketTransport(TransportOptions(str(tmp_path)), meter)
 
     monkeypatch.setitem(transports.TRANSPORTS, "gs", {"python": refuse, "gsutil": accept})
     found = probe("gs://runs/team", stall_seconds=77.0)
