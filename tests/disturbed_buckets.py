@@ -1,6 +1,6 @@
 """Buckets that fail, at random, while somebody uploads into them: a directory, and the fake GCS.
 
-A `Stage` is given the troubles of a start before it begins, is asked to `tick` while it runs, and
+A `Stage` is given the troubles of a run before it begins, is asked to `tick` while it runs, and
 is calmed when it is over. What happens follows from the random source that draws the troubles.
 """
 
@@ -111,7 +111,7 @@ class Stage(Protocol):
         """Return what is there: object name -> file with its bytes."""
 
     def disturb(self, troubles: list[Trouble]) -> None:
-        """Set the troubles of the next start."""
+        """Set the troubles of the next run."""
 
     def tick(self, seconds: float) -> None:
         """Do what is due so many seconds after the launch."""
@@ -143,7 +143,7 @@ class DirectoryStage:
         return {path.relative_to(self._root).as_posix(): path for path in files}
 
     def disturb(self, troubles: list[Trouble]) -> None:
-        """Set the troubles of the next start; all but `down` are for servers."""
+        """Set the troubles of the next run; all but `down` are for servers."""
         self._troubles = [trouble for trouble in troubles if trouble.kind == "down"]
         self._seen |= self.objects().keys()
         self._num_before = len(self._seen)
@@ -199,13 +199,13 @@ class ServerStage:
         """Return every object; those outside of the run's prefix keep their whole name."""
         found = {}
         for name in self._server.list_objects(BUCKET):
-            with contextlib.suppress(ApiError):  # a request of a killed start may remove it yet
+            with contextlib.suppress(ApiError):  # a request of a killed run may remove it yet
                 path = self._server.get_object(BUCKET, name).blob.path
                 found[name.removeprefix(f"{self._prefix}/")] = path
         return found
 
     def disturb(self, troubles: list[Trouble]) -> None:
-        """Set the troubles of the next start."""
+        """Set the troubles of the next run."""
         self._server.clear_requests()
         self._troubles = troubles
 
@@ -231,7 +231,7 @@ class ServerStage:
         return met
 
     def count_events(self, operation: str) -> int:
-        """Return how many there were in this start."""
+        """Return how many there were in this run."""
         return len(self._server.requests(operation))
 
     def phase(self) -> str:

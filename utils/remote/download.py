@@ -5,7 +5,7 @@
 The sidecar (`NAME.json`) says what the archive and every file must be; without one the upload never
 finished. Nothing is opened before the archive's size and crc32c are the sidecar's. Nothing is
 written that the sidecar's manifest does not name, no more of it than the manifest says, and nothing
-is ever unpickled. All of it happens in a `.saving-*` directory, which the next start removes after
+is ever unpickled. All of it happens in a `.saving-*` directory, which the next run removes after
 a crash; the rename at the end commits. The journal then has the checkpoint as verified, so that it
 is not uploaded again. No torch here.
 """

@@ -216,7 +216,7 @@ class PrefixLease:
 
     def _warn_not_removed(self, reason: str) -> None:
         log.warning(
-            "%s/%s was not removed (%s). The next start from another machine waits %.0f s for it.",
+            "%s/%s was not removed (%s). The next run from another machine waits %.0f s for it.",
             self._bucket.uri,
             LEASE_OBJECT,
             reason,

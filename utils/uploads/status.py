@@ -181,8 +181,8 @@ def _describe_next_try(entry: JournalEntry | None, next_try: object) -> str:
     if entry.state is not UploadState.FAILED:
         return "now"
     if entry.details.get("permanent") is True:
-        return "at the next start, or: upload_manager.py retry"
-    return printable(next_try, 40) if next_try else "at the next start"
+        return "at the next run, or: upload_manager.py retry"
+    return printable(next_try, 40) if next_try else "at the next run"
 
 
 def last_errors(

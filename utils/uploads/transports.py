@@ -1,4 +1,4 @@
-"""Ways for an archive to reach the bucket, behind one small protocol.
+"""Ways for an archive to reach the bucket: one small protocol, a class for each way.
 
     python     the bucket's own methods: streams; into gs:// also in parallel parts
     gcloud     the `gcloud storage` command: streams through its standard input

@@ -222,7 +222,7 @@ class Uploader:
                     del self.failures[name]
 
     def close(self) -> None:
-        """Stop at once; what is left stays in the journal for the next start."""
+        """Stop at once; what is left stays in the journal for the next run."""
         self._closing.set()
         with self._changed:
             self._queue.clear()
@@ -285,7 +285,7 @@ class Uploader:
                 run_id = manifest.run_id
                 self._upload(item, manifest)
         except InterruptedUploadError:  # no failure: the journal says where it was
-            log.debug("The upload of %s goes on at the next start.", checkpoint.name)
+            log.debug("The upload of %s goes on at the next run.", checkpoint.name)
             with contextlib.suppress(OSError):
                 # Its writer was killed.
                 local_archive(checkpoint, self._suffix).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 import pytest
@@ -98,53 +98,39 @@ class Way:
         return [info.name for info in self.bucket.list()]
 
 
-def open_way(request: pytest.FixtureRequest, tmp_path: Path, kind: str, **fields: Any) -> Way:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    name, _, streams = kind.partition("-")
-    if name == "directory":
-        uri = str(tmp_path / "bucket")
-    else:
-        if name in ("gcloud", "gsutil") and shutil.which(name) is None:
-            pytest.skip(f"{name} is not installed")
-        request.getfixturevalue("cloud")
-        uri = "gs://runs/my team"
-    settings = {"streams": int(streams or 1), "retry_seconds": 10.0, "stall_seconds": 30.0}
-    options = TransportOptions(uri, name, scratch=str(scratch), **{**settings, **fields})
-    return Way(open_transport(options), open_bucket(uri), scratch)
-
-
-@pytest.fixture(
-    params=[
-        "directory",
-        "python-4",
-        "python-1",
-        *(pytest.param(name, marks=pytest.mark.gsutil) for name in ("gcloud", "gsutil")),
-    ]
-)
-def way(request: pytest.FixtureRequest, tmp_path: Path, small_units: None) -> Iterator[Way]:
-    opened = open_way(request, tmp_path, request.param)
-    yield opened
-    opened.transport.close()
-    opened.bucket.close()
+OpenWay = Callable[..., Way]
 
 
 @pytest.fixture
-def python(
-    request: pytest.FixtureRequest, tmp_path: Path, small_units: None
-) -> Iterator[Callable[..., Way]]:
-    """Open transports of the Python client."""
+def open_way(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OpenWay]:
+    """Open transports by kind, such as directory or python-4 (with 4 streams)."""
     opened: list[Way] = []
 
-    def open_python(streams: int = 4, **fields: Any) -> Way:
-        found = open_way(request, tmp_path, f"python-{streams}", **fields)
-        opened.append(found)
-        return found
+    def build(kind: str, **fields: Any) -> Way:
+        scratch = tmp_path / "scratch"
+        scratch.mkdir()
+        name, _, streams = kind.partition("-")
+        if name in ("gcloud", "gsutil") and shutil.which(name) is None:
+            pytest.skip(f"{name} is not installed")
+        if name != "directory":
+            request.getfixturevalue("cloud")
+        uri = str(tmp_path / "bucket") if name == "directory" else "gs://runs/my team"
+        settings = {"streams": int(streams or 1), "retry_seconds": 10.0, "stall_seconds": 30.0}
+        options = TransportOptions(uri, name, scratch=str(scratch), **{**settings, **fields})
+        opened.append(Way(open_transport(options), open_bucket(uri), scratch))
+        return opened[-1]
 
-    yield open_python
-    for found in opened:
-        found.transport.close()
-        found.bucket.close()
+    yield build
+    for way in opened:
+        way.transport.close()
+
+
+PROGRAMS = [pytest.param(name, marks=pytest.mark.gsutil) for name in ("gcloud", "gsutil")]
+
+
+@pytest.fixture(params=["directory", "python-4", "python-1", *PROGRAMS])
+def way(request: pytest.FixtureRequest, open_way: OpenWay, small_units: None) -> Way:
+    return open_way(request.param)
 
 
 # What every transport does.
@@ -163,18 +149,9 @@ def test_what_is_put_is_there_whole_small_or_large(way: Way) -> None:
     assert list(way.scratch.iterdir()) == []
 
 
-@pytest.fixture(
-    params=[
-        "directory",
-        "python-4",
-        *(pytest.param(name, marks=pytest.mark.gsutil) for name in ("gcloud", "gsutil")),
-    ]
-)
-def reader(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Way]:
-    opened = open_way(request, tmp_path, request.param)
-    yield opened
-    opened.transport.close()
-    opened.bucket.close()
+@pytest.fixture(params=["directory", "python-4", *PROGRAMS])
+def reader(request: pytest.FixtureRequest, open_way: OpenWay) -> Way:
+    return open_way(request.param)
 
 
 def test_what_is_there_can_be_seen_read_copied_and_removed(reader: Way) -> None:
@@ -225,39 +202,21 @@ def test_an_error_while_writing_comes_out_and_nothing_is_there(way: Way) -> None
     assert [path for path in Path(way.bucket.uri).rglob("*") if path.is_file()] == []
 
 
-def test_what_interrupted_uploads_left_is_swept_but_for_what_is_of_use(
-    request: pytest.FixtureRequest, tmp_path: Path, small_units: None, cloud: FakeGcsServer
-) -> None:
-    def interrupted(sink: IO[bytes]) -> None:
-        sink.write(bytes(2 * BLOCK))
-        raise KeyError
-
-    way = open_way(request, tmp_path, "python-4")
-    names = [f"Checkpoints/{name}" for name in ("a", "b", "ab")]
-    for name in names:
-        with pytest.raises(KeyError):
-            way.transport.put(name, interrupted, None, LARGE)
-        assert way.bucket.stat(f"Checkpoints/.parts/{PurePosixPath(name).name}/00000")
-    way.transport.remove_unfinished("Checkpoints", only="Checkpoints/b")
-    way.transport.remove_unfinished("Checkpoints", frozenset({"Checkpoints/a"}))
-    assert way.names() == [f"Checkpoints/.parts/a/{number:05}" for number in range(2)]
-    way.transport.remove_unfinished("Checkpoints")
-    assert way.names() == []
-    way.transport.close()
-    way.bucket.close()
-
-
 # No local archive, but for gsutil.
 
 
 @pytest.mark.parametrize("kind", ["directory", "python-4", "python-1"])
 def test_a_stream_needs_no_local_file(
-    request: pytest.FixtureRequest, tmp_path: Path, small_units: None, kind: str
+    open_way: OpenWay,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_units: None,
+    kind: str,
 ) -> None:
-    way = open_way(request, tmp_path, kind)
+    way = open_way(kind)
     places = [way.scratch, tmp_path / "temporary"]
     places[1].mkdir()
-    request.getfixturevalue("monkeypatch").setattr("tempfile.tempdir", str(places[1]))
+    monkeypatch.setattr("tempfile.tempdir", str(places[1]))
     seen: set[Path] = set()
 
     def write(sink: IO[bytes]) -> None:
@@ -267,8 +226,6 @@ def test_a_stream_needs_no_local_file(
 
     way.transport.put("a", write, None, 8 * BLOCK)
     assert seen == set()
-    way.transport.close()
-    way.bucket.close()
 
 
 RECORDER = f"""#!{sys.executable} -SE
@@ -596,10 +553,7 @@ def test_where_parts_could_not_be_removed_there_are_none(
     assert [name for name in cloud.list_objects("keeping") if ".parts" in name] == []
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["python", *(pytest.param(name, marks=pytest.mark.gsutil) for name in ("gcloud", "gsutil"))],
-)
+@pytest.mark.parametrize("name", ["python", *PROGRAMS])
 @pytest.mark.parametrize(
     ("bucket", "error"), [("locked", AccessDeniedError), ("nowhere", ObjectNotFoundError)]
 )
@@ -628,9 +582,13 @@ def test_a_refusal_is_found_at_once(
     ],
 )
 def test_faults_on_the_way_change_no_byte(
-    python: Callable[..., Way], cloud: FakeGcsServer, streams: int, options: dict[str, Any]
+    open_way: OpenWay,
+    small_units: None,
+    cloud: FakeGcsServer,
+    streams: int,
+    options: dict[str, Any],
 ) -> None:
-    way, data = python(streams), os.urandom(LARGE)
+    way, data = open_way(f"python-{streams}"), os.urandom(LARGE)
     fault = cloud.add_fault(Fault(**{"operation": "upload", **options}))
     try:
         way.transport.put("a", writer(data), None, LARGE)
@@ -644,13 +602,14 @@ def test_faults_on_the_way_change_no_byte(
 
 @pytest.mark.parametrize("streams", [1, 4])
 def test_a_server_that_stalls_is_given_up(
-    python: Callable[..., Way],
+    open_way: OpenWay,
+    small_units: None,
     cloud: FakeGcsServer,
     monkeypatch: pytest.MonkeyPatch,
     streams: int,
 ) -> None:
     monkeypatch.setattr(gcs, "READ_TIMEOUT_SECONDS", 0.3)
-    way = python(streams, retry_seconds=1.0)
+    way = open_way(f"python-{streams}", retry_seconds=1.0)
     cloud.add_fault(Fault("stall", times=None, operation="upload"))
     with pytest.raises(TransientStorageError):
         way.transport.put("a", writer(bytes(LARGE)), None, LARGE)
@@ -668,14 +627,13 @@ FAULTS = {
 @pytest.mark.parametrize("name", ["gsutil", "gcloud"])
 @pytest.mark.parametrize("options", FAULTS.values(), ids=FAULTS)
 def test_programs_survive_faults(
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
+    open_way: OpenWay,
+    cloud: FakeGcsServer,
     small_units: None,
     name: str,
     options: dict[str, Any],
 ) -> None:
-    way = open_way(request, tmp_path, name, retry_seconds=60)
-    cloud = request.getfixturevalue("cloud")
+    way = open_way(name, retry_seconds=60)
     fault = cloud.add_fault(Fault(**{"operation": "upload.chunk", **options}))
     data = os.urandom(LARGE)
     try:
@@ -684,17 +642,15 @@ def test_programs_survive_faults(
         assert fault.kind == "lost_answer"
     assert fault.fired == fault.times
     assert cloud.read_object("runs", "my team/a") == data
-    way.bucket.close()
 
 
 @pytest.mark.gsutil
 @pytest.mark.parametrize("name", ["gcloud", "gsutil"])
 @pytest.mark.parametrize("status", [404, 410])
 def test_programs_that_lose_their_session_are_worth_another_try(
-    request: pytest.FixtureRequest, tmp_path: Path, name: str, status: int
+    open_way: OpenWay, cloud: FakeGcsServer, name: str, status: int
 ) -> None:
-    way = open_way(request, tmp_path, name)
-    cloud = request.getfixturevalue("cloud")
+    way = open_way(name)
     fault = cloud.add_fault(Fault("lost_session", times=None, status=status))
     with pytest.raises(TransientStorageError, match=str(status)):
         put_bytes(way.transport, "a", b"data", None)
@@ -702,7 +658,6 @@ def test_programs_that_lose_their_session_are_worth_another_try(
     cloud.clear_faults()
     put_bytes(way.transport, "a", b"data", None)
     assert cloud.read_object("runs", "my team/a") == b"data"
-    way.bucket.close()
 
 
 @pytest.mark.parametrize(
@@ -729,10 +684,9 @@ def test_gcloud_says_the_same_of_a_lost_session_and_of_no_bucket(
 @pytest.mark.gsutil
 @pytest.mark.parametrize("name", ["gcloud", "gsutil"])
 def test_programs_give_up(
-    request: pytest.FixtureRequest, tmp_path: Path, small_units: None, name: str
+    open_way: OpenWay, cloud: FakeGcsServer, small_units: None, name: str
 ) -> None:
-    way = open_way(request, tmp_path, name, retry_seconds=5, stall_seconds=5)
-    cloud = request.getfixturevalue("cloud")
+    way = open_way(name, retry_seconds=5, stall_seconds=5)
     cloud.add_fault(Fault("status", times=None, operation="upload"))
     with pytest.raises(TransientStorageError):
         way.transport.put("a", writer(bytes(LARGE)), None, LARGE)

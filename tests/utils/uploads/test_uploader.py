@@ -520,7 +520,7 @@ def test_the_speed_is_that_of_what_was_sent(run: Run) -> None:
     assert run.journal.latest()[NAMES[0]].details["bytes_per_second"] == 500
 
 
-# The end of a start, and the next one.
+# The end of a run, and the next one.
 
 
 def test_drain_ends_at_its_deadline_or_when_asked_and_names_what_is_pending(run: Run) -> None:
