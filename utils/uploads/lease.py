@@ -93,18 +93,18 @@ class LeaseRecord:
             value = parse_json_object(data)
         except ValueError:
             value = {}
-        text = {key: str(value.get(key, "")) for key in ("machine", "process_start", "token")}
-        pid, beat = number(value.get("pid")) or 0, number(value.get("beat")) or 0
-        heartbeat = number(value.get("heartbeat_seconds")) or 0.0
+        pid, heartbeat = number(value.get("pid")) or 0, number(value.get("heartbeat_seconds")) or 0
+        if heartbeat <= 0:
+            heartbeat = default_heartbeat
         return cls(
             run_id=str(value.get("run_id", "unknown")),
             host=str(value.get("host", "an unknown host")),
             pid=int(pid) if 0 < pid < 2**31 else 0,
-            heartbeat_seconds=(
-                min(heartbeat, MAX_HEARTBEAT_SECONDS) if heartbeat > 0 else default_heartbeat
-            ),
-            beat=int(beat),
-            **text,
+            machine=str(value.get("machine", "")),
+            process_start=str(value.get("process_start", "")),
+            token=str(value.get("token", "")),
+            heartbeat_seconds=min(heartbeat, MAX_HEARTBEAT_SECONDS),
+            beat=int(number(value.get("beat")) or 0),
         )
 
 

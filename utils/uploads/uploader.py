@@ -519,13 +519,8 @@ def find_unfinished(
     """Return the local checkpoints that are owed to the bucket `uri`, by step.
 
     Owed is what the journal has not as verified there or given up, also what it does not know at
-    all: a crash between commit and queueing.
-
-    Args:
-        directory: Where the checkpoints lie.
-        journal: What is known of their uploads.
-        uri: The bucket.
-        uploads: Newest journal entry of each checkpoint; None reads the journal.
+    all: a crash between commit and queueing. `uploads` are the journal's newest entries, where they
+    have been read.
     """
     latest = journal.latest() if uploads is None else uploads
     owed = []

@@ -491,7 +491,6 @@ HOSTILE: dict[str, tuple[Callable[[Members], bytes], str]] = {
     "parent": (lambda m: pack([*m, member("../evil", b"x")]), "outside the destination"),
     "parent inside": (lambda m: pack([*m, member(f"{NAME}/../../evil", b"x")]), "outside"),
     "absolute": (lambda m: pack([*m, member("/evil", b"x")]), "'/?evil' does not belong|absolute"),
-    "beside": (lambda m: pack([*m, member("evil", b"x")]), "'evil' does not belong"),
     "deeper": (lambda m: pack([*m, member(f"{NAME}/sub/evil", b"x")]), "does not belong"),
     "own parent": (
         lambda m: pack([member(f"{NAME}/x/../{i.name.split('/')[1]}", d) for i, d in m]),
@@ -501,10 +500,6 @@ HOSTILE: dict[str, tuple[Callable[[Members], bytes], str]] = {
     "all of another checkpoint": (lambda m: pack(renamed(m)), "does not belong"),
     "extra member": (lambda m: pack([*m, member(f"{NAME}/evil.py", b"x")]), "does not belong"),
     "member twice": (lambda m: pack([*m, m[-1]]), "does not belong"),
-    "folder": (
-        lambda m: pack([member(f"{NAME}/", type=tarfile.DIRTYPE), *m]),
-        "does not belong",
-    ),
     "folder as a file": (
         lambda m: pack(
             [*without(m, "empty.json"), member(f"{NAME}/empty.json", type=tarfile.DIRTYPE)]
@@ -531,10 +526,6 @@ HOSTILE: dict[str, tuple[Callable[[Members], bytes], str]] = {
     "huge member": (
         lambda m: pack(with_content(m, "optimizer.bin", bytes(LARGE))),
         f"has {LARGE} bytes, its manifest says 50000",
-    ),
-    "huge extra member first": (
-        lambda m: pack([member(f"{NAME}/evil", bytes(LARGE)), *m]),
-        "does not belong",
     ),
     "huge manifest": (
         lambda m: pack(with_content(m, "manifest.json", bytes(LARGE))),
@@ -579,8 +570,6 @@ HOSTILE: dict[str, tuple[Callable[[Members], bytes], str]] = {
     ),
     "no tar": (lambda m: compress(os.urandom(5000)), "cannot be unpacked"),
     "no gzip": (lambda m: os.urandom(5000), "cannot be unpacked"),
-    "cut gzip": (lambda m: pack(m)[:-3000], "cannot be unpacked"),
-    "damaged gzip": (lambda m: flip(pack(m)), "cannot be unpacked|does not belong|not what its"),
     "nothing": (lambda m: compress(b""), "cannot be unpacked"),
 }
 

@@ -827,15 +827,6 @@ def test_bytes_that_changed_on_the_way_are_never_taken(
         remote.get_file("a", tmp_path / "back")
 
 
-def test_an_answer_lost_after_the_commit_does_not_fail_the_upload(
-    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path
-) -> None:
-    fault = gcs.add_fault(Fault("lost_answer", operation="upload"))
-    remote.put_file("a", write(tmp_path / "a", b"data"))
-    assert fault.fired == 1
-    assert gcs.read_object("runs", "team/a/a") == b"data"
-
-
 @pytest.mark.parametrize("is_new", [True, False])
 def test_an_answer_lost_after_the_commit_is_no_conflict(
     gcs: FakeGcsServer, remote: Bucket, is_new: bool

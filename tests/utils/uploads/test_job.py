@@ -641,27 +641,6 @@ def test_killed_at_any_step_the_next_attempt_completes_it(
 # What interrupted uploads left.
 
 
-@pytest.mark.parametrize(
-    ("should_sweep", "owed", "keep", "only"),
-    [
-        (False, (), set(), ARCHIVE),
-        (False, (NAME, "other"), {archive_object("other")}, ARCHIVE),
-        (True, (), set(), None),
-        (True, (NAME, "other"), {archive_object("other")}, None),
-    ],
-)
-def test_what_is_removed_is_ones_own_or_with_sweeps_what_nobody_needs(
-    place: Place,
-    checkpoint: Path,
-    should_sweep: bool,
-    owed: tuple[str, ...],
-    keep: set[str],
-    only: Any,
-) -> None:
-    place.upload(checkpoint, should_sweep=should_sweep, owed=owed)
-    assert place.calls[-1] == ("remove_unfinished", "Checkpoints", frozenset(keep), only)
-
-
 @pytest.mark.parametrize("should_sweep", [True, False])
 def test_parts_of_interrupted_uploads_are_removed(
     gs: Place, checkpoint: Path, should_sweep: bool

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -257,24 +256,22 @@ def test_a_process_that_not_even_a_kill_ends_does_not_hold_the_uploads_up(
 # Its parent, and what it starts.
 
 PARENT = """
-import json, os, signal, sys, time
+import json, os, sys, time
 from utils.uploads import process as upload_process
 from utils.uploads.transports import TransportOptions
 from utils.uploads.job import UploadJob
 
 if __name__ == "__main__":
     checkpoint, options = sys.argv[1], json.loads(sys.argv[2])
-    signal.signal(signal.SIGINT, lambda *_: print("interrupted", flush=True))
-
     def tell(report):
         if "fork" in sys.argv:
             sys.argv.remove("fork")
             if os.fork() == 0:  # as workers do, which then hold the connection open too
                 time.sleep(60)
-        print("sent" if report.sent else "busy", flush=True)
+        print("busy", flush=True)
 
     job = UploadJob(checkpoint, TransportOptions(**options), "none")
-    print(upload_process.run_in_process(job, tell).crc32c, flush=True)
+    upload_process.run_in_process(job, tell)
 """
 
 
@@ -302,17 +299,9 @@ class Parent:
         found: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
         return found
 
-    def wait_for(self, line: str) -> None:
+    def wait_until_busy(self) -> None:
         assert self.process.stdout is not None
-        for found in self.process.stdout:
-            if found.strip() == line:
-                return
-        pytest.fail(f"it never said {line}")
-
-    def result(self) -> str:
-        output, _ = self.process.communicate(timeout=WAIT_SECONDS)
-        assert self.process.returncode == 0
-        return str(output.split()[-1])
+        assert self.process.stdout.readline() == "busy\n"
 
 
 @pytest.fixture
@@ -341,7 +330,7 @@ def test_when_the_trainer_is_killed_it_goes_with_all_that_it_started(
 ) -> None:
     with Parent(checkpoint, forks=forks, uri="gs://runs/a", name="gsutil") as parent:
         wait_until(sleeping_gsutil.exists)
-        parent.wait_for("busy")
+        parent.wait_until_busy()
         processes = parent.descendants()
         workers = [p for p in processes if os.getsid(p.pid) == parent.process.pid]
         processes = [p for p in processes if p not in workers]
@@ -373,13 +362,3 @@ def test_what_it_started_ends_with_it(
         run_in_process(job, must_end=must_end)
     assert len(processes) == 3
     require_gone(processes)
-
-
-def test_ctrl_c_in_the_terminal_does_not_reach_it(large: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"uri": str(tmp_path / "bucket"), "name": "directory"}
-    with Parent(large, **options, max_bytes_per_second=6 * MEGABYTE) as parent:
-        parent.wait_for("sent")
-        os.killpg(parent.process.pid, signal.SIGINT)
-        parent.wait_for("interrupted")
-        result = parent.result()
-    assert json.loads((tmp_path / "bucket" / SIDECAR).read_text())["archive"]["crc32c"] == result
