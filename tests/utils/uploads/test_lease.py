@@ -10,7 +10,6 @@ import platform
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ import pytest
 
 from tests.gcs_server import FakeGcsServer, Fault
 from tests.sample_checkpoints import RUN_ID
+from tests.utils.uploads.waiting import WAIT_SECONDS, wait_until
 from utils.base.errors import ConflictError, LockedError, StorageError, TransientStorageError
 from utils.storage.bucket import Bucket, ObjectInfo
 from utils.storage.directory import DirectoryBucket
@@ -36,7 +36,6 @@ from utils.uploads.lease import (
 
 PROJECT = Path(__file__).resolve().parents[3]
 BEAT = 0.05
-WAIT_SECONDS = 10.0
 
 
 @pytest.fixture
@@ -102,13 +101,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def wait_for_beat(bucket: Bucket) -> None:
     beat = record_in(bucket).beat
     wait_until(lambda: record_in(bucket).beat > beat)
-
-
-def wait_until(condition: Any) -> None:
-    end = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def never(holder: str, seconds: float) -> None:

@@ -8,8 +8,7 @@ import os
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 
 from configs.training_config import PROJECT_DIRECTORY
 from tests.sample_checkpoints import make_checkpoint, seal
+from tests.utils.uploads.waiting import WAIT_SECONDS, wait_until
 from utils.base.child_process import AUTOGROUP_FILE, NICENESS
 from utils.base.errors import (
     CheckpointError,
@@ -33,7 +33,6 @@ from utils.uploads.transports import TransportOptions
 
 NAME = "checkpoint-epoch0-step10-files0"
 ARCHIVE, SIDECAR = archive_object(NAME), sidecar_object(NAME)
-WAIT_SECONDS = 20.0
 GONE_SECONDS = 3.0
 MEGABYTE = 2**20
 CANARY = "canary-5f2c"
@@ -76,13 +75,6 @@ def slow_job(checkpoint: Path, bucket: Path, bytes_per_second: float, **options:
         str(bucket), "directory", max_bytes_per_second=bytes_per_second, **options
     )
     return UploadJob(str(checkpoint), way, "none")
-
-
-def wait_until(is_so: Callable[[], object], seconds: float = WAIT_SECONDS) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
 
 
 def the_child() -> psutil.Process:

@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
 from tests.sample_checkpoints import RUN_ID, make_checkpoint
+from tests.utils.uploads.waiting import WAIT_SECONDS, wait_until
 from utils.base.errors import (
     AccessDeniedError,
     CheckpointError,
@@ -54,7 +55,6 @@ from utils.uploads.uploader import (
 )
 
 NAMES = [f"checkpoint-epoch0-step{step}-files0" for step in (10, 20, 30)]
-WAIT_SECONDS = 20.0
 MEGABYTE = 2**20
 CANARY = "canary-5f2c"
 RESULT = UploadResult(2 * MEGABYTE, "AAAAAA==", 0.5, MEGABYTE)
@@ -157,13 +157,6 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 def drain(uploader: Uploader) -> None:
     assert uploader.drain(WAIT_SECONDS, lambda text: None) == []
-
-
-def wait_until(is_so: Callable[[], object]) -> None:
-    end = time.monotonic() + WAIT_SECONDS
-    while not is_so():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.005)
 
 
 def give_up(uploader: Uploader, journal: Journal, checkpoint: Path) -> None:

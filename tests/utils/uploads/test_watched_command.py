@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from typing import IO, Any
 import psutil
 import pytest
 
+from tests.utils.uploads.waiting import wait_until
 from utils.base.errors import (
     AccessDeniedError,
     ConflictError,
@@ -44,13 +44,6 @@ def run_shell(
         [str(program)], "gs://runs/a", fields.get("stall_seconds", 10), Meter()
     )
     return watched.run("go", [], write=write)
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_what_it_prints_comes_back_and_its_input_arrives() -> None:
