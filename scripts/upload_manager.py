@@ -5,7 +5,7 @@
     upload NAME         upload one (a name, a step number, latest or best)
     upload-all          upload everything that is not verified in the bucket
     retry               upload what failed, also what failed for good
-    verify [--deep]     hold journal, directory and bucket together; --deep reads every byte
+    verify [--deep]     compare journal, directory and bucket; --deep reads every byte
     download NAME       bring one back: verified, unpacked, committed
     prune --remote      delete old checkpoints from the bucket, after a look and a question
 
@@ -573,7 +573,7 @@ class PrunePlan:
         return [self.views[one.name] for one in self.decisions if one.action is Action.DELETE]
 
     def still_doomed(self, confirmed: Sequence[CheckpointView]) -> list[CheckpointView]:
-        """Return those of a plan before that this one would delete too; say why not the others."""
+        """Return those of an earlier plan that this one deletes too; log why the others stay."""
         names = {str(view.name) for view in confirmed}
         for one in self.decisions:
             if one.name in names and one.action is not Action.DELETE:

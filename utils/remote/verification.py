@@ -1,4 +1,4 @@
-"""Whether what should be in the bucket is there: journal, directory and bucket held together.
+"""Whether what should be in the bucket is there: journal, directory and bucket compared.
 
     journal, checkpoint directory, archive and sidecar in the bucket -> a report for each checkpoint
 

@@ -2,14 +2,14 @@
 
     Checkpoints/.lease.json     who works here: run, host, process, a random token, a beat counter
 
-The holder writes the object anew every heartbeat. Who finds one there watches it for two of the
-holder's heartbeats, on a monotonic clock of their own: one that changes belongs to a live trainer
-and is refused with its name; one that does not is taken over. A holder of this very machine whose
-process is gone is not waited for. Clocks of different machines are never compared.
+The holder writes the object anew every heartbeat. A trainer that finds one there watches it for two
+of the holder's heartbeats, on its own monotonic clock. If it changes, its holder is alive: the new
+trainer refuses to start and names it. If not, the lease is taken over. A holder on this machine
+whose process is gone is not waited for. Clocks of different machines are never compared.
 
-Every write has a condition, so that of two who want it at once one wins. A holder that stalled for
-so long that it was taken over notices at its next beat: it says so and goes on, because an upload
-to another run's checkpoints is refused anyway. No torch here.
+Every write has a condition, so that one of two simultaneous writers wins. A holder that stalled
+until it was taken over notices at its next beat: it says so and goes on, because an upload over
+another run's checkpoints is refused anyway. No torch here.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def hold_prefix(
     Args:
         bucket: The run's bucket; it stays open as long as the lease is held. How long it retries is
             also how long the release may take when it is down.
-        run_id: The run, as far as it is known: only who holds the prefix can decide which one
-            goes on, and then sets the lease's `run_id`.
+        run_id: The run, as far as it is known yet. Which run goes on is decided while the prefix
+            is held; the caller then sets the lease's `run_id`.
         heartbeat_seconds: How often the lease is written anew.
         on_wait: Told about the wait for a holder that may be dead.
 

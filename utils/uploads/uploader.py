@@ -74,7 +74,7 @@ class _Item:
         delays: Mean seconds before each next attempt.
         attempts: How often it was tried.
         ready_at: When it may be tried next, on the monotonic clock.
-        is_late: It has failed as often as one waits for; it is tried again, but not waited for.
+        is_late: It has failed `UPLOAD_ATTEMPTS` times: it is tried again, but not waited for.
         is_elsewhere: Another process uploads it.
     """
 
