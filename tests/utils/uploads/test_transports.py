@@ -393,7 +393,7 @@ def test_arguments_are_a_list_without_secrets_and_the_session_its_own(
     transport.copy("x", "y")
     transport.delete("x")
     gcloud = open_transport(replace(wanted, name="gcloud"))
-    put_bytes(gcloud, "-x", b"data", None)
+    put_bytes(gcloud, "-x", b"data", ObjectInfo("-x", 4, "", 7))
 
     calls = recorder.calls
     for call in calls[:-1]:
@@ -412,7 +412,7 @@ def test_arguments_are_a_list_without_secrets_and_the_session_its_own(
         "storage",
         "--no-user-output-enabled",
         "cp",
-        "--if-generation-match=0",
+        "--if-generation-match=7",
         "-",
         "gs://runs/a/-x",
     ]
