@@ -151,6 +151,7 @@ def test_a_second_trainer_is_refused_and_told_who_is_there(
             pass
         assert first.lost is None
         assert record_in(bucket).run_id == "run-1"
+    assert clock.slept == pytest.approx(2 * 0.01 / POLLS_PER_WATCH)  # at its first beat
     message = str(caught.value)
     assert f"{bucket.uri} is in use" in message
     assert f"run run-1, process {os.getpid()} on {platform.node()}" in message
@@ -468,6 +469,12 @@ def test_a_holder_that_was_taken_over_says_so_and_touches_nothing(
         assert not lease._thread.is_alive()
     assert record_in(bucket) == usurper
     assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+def test_a_holder_taken_over_since_its_last_beat_leaves_the_new_lease(bucket: Bucket) -> None:
+    with hold_prefix(bucket, RUN_ID, heartbeat_seconds=30):
+        usurper = take_over(bucket)
+    assert record_in(bucket) == usurper
 
 
 def test_a_lease_that_cannot_be_removed_ends_the_run_all_the_same(
