@@ -755,15 +755,6 @@ def test_a_copy_whose_token_is_lost_is_worth_another_try(
     assert remote.read_bytes("b") == b"1"
 
 
-def test_a_bucket_that_does_not_exist_is_not_found(gcs: FakeGcsServer) -> None:
-    nowhere = open_bucket("gs://nowhere")
-    assert nowhere.stat("x") is None
-    for use in (lambda: list(nowhere.list()), lambda: nowhere.put_bytes("x", b"1")):
-        with pytest.raises(ObjectNotFoundError, match="gs://nowhere"):
-            use()
-    nowhere.close()
-
-
 def test_requester_pays_buckets_are_asked_in_the_name_of_the_project(gcs: FakeGcsServer) -> None:
     gcs.create_bucket("paid", requester_pays=True)
     paid = open_bucket("gs://paid", user_project="my-project")
