@@ -5,7 +5,7 @@
     upload NAME         upload one (a name, a step number, latest or best)
     upload-all          upload everything that is not verified in the bucket
     retry               upload what failed, also what failed for good
-    verify [--deep]     hold journal, directory and bucket together; --deep reads every byte
+    verify [--deep]     compare journal, directory and bucket; --deep reads every byte
     download NAME       bring one back: verified, unpacked, committed
     prune --remote      delete old checkpoints from the bucket, after a look and a question
 
@@ -473,14 +473,6 @@ def print_reports(reports: Sequence[CheckpointReport], orphans: Sequence[Orphan]
 # download
 
 
-@contextlib.contextmanager
-def _told_of_other_directories() -> Iterator[None]:
-    try:
-        yield
-    except LockedError as exc:
-        raise LockedError(f"{exc} Or download elsewhere: --to DIR.") from exc
-
-
 def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
     """Bring a checkpoint from the bucket into the run's directory or another one."""
     require_path(args.to or "", "--to")
@@ -488,12 +480,13 @@ def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) 
     is_own = directory.resolve() == paths.checkpoints.resolve()
     # No trainer may begin meanwhile: it would take the files so far for what a crash has left.
     held = hold_output_directory(paths) if is_own else contextlib.nullcontext()
-    with (
-        _told_of_other_directories(),
-        held,
-        opened_bucket(config) as bucket,
-        ProgressDisplay(enabled=not args.json) as display,
-    ):
+    shown = ProgressDisplay(enabled=not args.json)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held)
+        except LockedError as exc:
+            raise LockedError(f"{exc} Or download elsewhere: --to DIR.") from exc
+        bucket, display = stack.enter_context(opened_bucket(config)), stack.enter_context(shown)
         identity = find_identity(paths)  # once held: a trainer may have been here until now
         chosen = parse_checkpoint_name(args.name) or choose_remote(bucket, args.name, identity)
         name = str(chosen)
@@ -580,7 +573,7 @@ class PrunePlan:
         return [self.views[one.name] for one in self.decisions if one.action is Action.DELETE]
 
     def still_doomed(self, confirmed: Sequence[CheckpointView]) -> list[CheckpointView]:
-        """Return those of a plan before that this one would delete too; say why not the others."""
+        """Return those of an earlier plan that this one deletes too; log why the others stay."""
         names = {str(view.name) for view in confirmed}
         for one in self.decisions:
             if one.name in names and one.action is not Action.DELETE:

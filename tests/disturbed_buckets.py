@@ -1,6 +1,6 @@
 """Buckets that fail, at random, while somebody uploads into them: a directory, and the fake GCS.
 
-A `Stage` is given the troubles of a start before it begins, is asked to `tick` while it runs, and
+A `Stage` is given the troubles of a run before it begins, is asked to `tick` while it runs, and
 is calmed when it is over. What happens follows from the random source that draws the troubles.
 """
 
@@ -111,7 +111,7 @@ class Stage(Protocol):
         """Return what is there: object name -> file with its bytes."""
 
     def disturb(self, troubles: list[Trouble]) -> None:
-        """Set the troubles of the next start."""
+        """Set the troubles of the next run."""
 
     def tick(self, seconds: float) -> None:
         """Do what is due so many seconds after the launch."""
@@ -138,18 +138,15 @@ class DirectoryStage:
         self._num_before = 0
 
     def objects(self) -> dict[str, Path]:
-        """Return every file, also temporary ones."""
         files = (path for path in self._root.rglob("*") if path.is_file())
         return {path.relative_to(self._root).as_posix(): path for path in files}
 
     def disturb(self, troubles: list[Trouble]) -> None:
-        """Set the troubles of the next start; all but `down` are for servers."""
         self._troubles = [trouble for trouble in troubles if trouble.kind == "down"]
         self._seen |= self.objects().keys()
         self._num_before = len(self._seen)
 
     def tick(self, seconds: float) -> None:
-        """Take the directory away, or bring it back."""
         for trouble in self._troubles:
             if not trouble.has_begun and seconds >= trouble.at and self._root.is_dir():
                 trouble.has_begun, trouble.over_at = True, seconds + trouble.seconds
@@ -160,7 +157,6 @@ class DirectoryStage:
                 self._bring_back()
 
     def calm(self) -> Counter[str]:
-        """Bring the directory back."""
         self._bring_back()
         return Counter(trouble.kind for trouble in self._troubles if trouble.has_begun)
 
@@ -196,21 +192,18 @@ class ServerStage:
         self._is_up = True
 
     def objects(self) -> dict[str, Path]:
-        """Return every object; those outside of the run's prefix keep their whole name."""
         found = {}
         for name in self._server.list_objects(BUCKET):
-            with contextlib.suppress(ApiError):  # a request of a killed start may remove it yet
+            with contextlib.suppress(ApiError):  # a request of a killed run may remove it yet
                 path = self._server.get_object(BUCKET, name).blob.path
                 found[name.removeprefix(f"{self._prefix}/")] = path
         return found
 
     def disturb(self, troubles: list[Trouble]) -> None:
-        """Set the troubles of the next start."""
         self._server.clear_requests()
         self._troubles = troubles
 
     def tick(self, seconds: float) -> None:
-        """Begin and end what is due."""
         for trouble in self._troubles:
             if not trouble.has_begun and seconds >= trouble.at:
                 self._begin(trouble, seconds)
@@ -222,7 +215,6 @@ class ServerStage:
                 self._end(trouble)
 
     def calm(self) -> Counter[str]:
-        """End all troubles."""
         self._server.clear_faults()
         self._set_up(is_up=True)
         met: Counter[str] = Counter()
@@ -231,7 +223,7 @@ class ServerStage:
         return met
 
     def count_events(self, operation: str) -> int:
-        """Return how many there were in this start."""
+        """Return how many there were in this run."""
         return len(self._server.requests(operation))
 
     def phase(self) -> str:

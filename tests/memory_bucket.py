@@ -37,7 +37,6 @@ class MemoryBucket:
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Yield the objects whose name starts with `prefix`, sorted by name."""
         with _lock:
             names = sorted(self._objects)
         for full in names:
@@ -46,7 +45,6 @@ class MemoryBucket:
                 yield info
 
     def stat(self, name: str) -> ObjectInfo | None:
-        """Return size, checksum and generation."""
         found = self._objects.get(self._prefix + name)
         if found is None:
             return None
@@ -54,73 +52,60 @@ class MemoryBucket:
         return ObjectInfo(name, len(data), crc32c_of_bytes(data), generation)
 
     def crc32c(self, name: str) -> str:
-        """Return the checksum of the stored bytes."""
         return crc32c_of_bytes(self.read_bytes(name))
 
     def read_bytes(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """Return the object's bytes, or `length` of them from `start`."""
         found = self._objects.get(self._prefix + name)
         if found is None:
             raise ObjectNotFoundError(f"{self.uri}/{name} does not exist.")
         return found[0][start : None if length is None else start + length]
 
     def get_file(self, name: str, path: Path) -> str:
-        """Write the bytes to `path`; return their checksum."""
         path.write_bytes(self.read_bytes(name))
         return self.crc32c(name)
 
     def fetch(self, name: str, scratch: Path) -> Path:
-        """Write the bytes to `scratch`."""
         self.get_file(name, scratch)
         return scratch
 
     def put_file(self, name: str, path: Path) -> ObjectInfo:
-        """Store a file's bytes."""
         return self.put_bytes(name, path.read_bytes())
 
     def put_stream(self, name: str, write: WriteStream, expected: ObjectInfo | None) -> None:
-        """Store what `write` writes, where `expected` is still there."""
         memory = io.BytesIO()
         write(memory)
         self.put_bytes_if(name, memory.getvalue(), expected)
 
     def copy(self, name: str, target: str) -> None:
-        """Copy an object."""
         self.put_bytes(target, self.read_bytes(name))
 
     def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
-        """Store bytes."""
         self._meter.pass_on(len(data))
         generation = next(_generations)
         self._objects[self._prefix + name] = (bytes(data), generation)
         return ObjectInfo(name, len(data), crc32c_of_bytes(data), generation)
 
     def read_version(self, name: str) -> tuple[bytes, ObjectInfo]:
-        """Return an object's bytes and their generation."""
         with _lock:
             data, info = self.read_bytes(name), self.stat(name)
         assert info is not None
         return data, info
 
     def put_bytes_if(self, name: str, data: bytes, expected: ObjectInfo | None) -> ObjectInfo:
-        """Store bytes where the generation of `expected` is still there."""
         with _lock:
             self._require(name, expected)
             return self.put_bytes(name, data)
 
     def delete(self, name: str) -> None:
-        """Remove the object; one that does not exist is no error."""
         self._objects.pop(self._prefix + name, None)
 
     def delete_if(self, name: str, expected: ObjectInfo) -> None:
-        """Remove the object where the generation of `expected` is still there."""
         with _lock:
             if self.stat(name) is not None:
                 self._require(name, expected)
                 self.delete(name)
 
     def deletion_notes(self) -> Sequence[str]:
-        """Say that nothing is kept."""
         return ["In memory: what is deleted is gone at once."]
 
     def close(self) -> None:

@@ -12,19 +12,17 @@ The way of a request:
     listener    sockets, TLS, threads
     connection  HTTP in and out
     service     route, permission, faults, record
-    objects, uploads, xml_uploads, batch     the operations
+    objects, uploads     the operations
     store       buckets and objects; bytes in files (`blobs`)
 
-It speaks the JSON API and the XML API's multipart uploads, enforces preconditions, and keeps
-hashes. It has no object versions, no ACLs, no encryption keys and no transcoding of gzip.
+It speaks as much of the JSON API as the project's own uploads, downloads and listings need, through
+google-cloud-storage, gsutil and gcloud; it enforces preconditions on generations and keeps hashes.
 """
 
 from __future__ import annotations
 
 from .errors import ApiError
 from .faults import Fault
-from .request_log import RequestRecord
 from .server import FakeGcsServer
-from .store import StoredObject
 
-__all__ = ["ApiError", "FakeGcsServer", "Fault", "RequestRecord", "StoredObject"]
+__all__ = ["ApiError", "FakeGcsServer", "Fault"]

@@ -44,7 +44,6 @@ class BlobWriter:
         self._finished = False
 
     def __enter__(self) -> BlobWriter:
-        """Return itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,7 +52,6 @@ class BlobWriter:
             self.discard()
 
     def write(self, data: bytes) -> None:
-        """Append and hash."""
         self._file.write(data)
         if self._md5 is not None:
             self._md5.update(data)
@@ -61,7 +59,6 @@ class BlobWriter:
         self.size += len(data)
 
     def finish(self) -> Blob:
-        """Close the file and return what it holds."""
         self._file.close()
         self._finished = True
         md5 = base64.b64encode(self._md5.digest()).decode() if self._md5 else None
@@ -69,7 +66,6 @@ class BlobWriter:
         return Blob(self.path, self.size, crc32c, md5)
 
     def discard(self) -> None:
-        """Close the file and remove it."""
         self._file.close()
         self.path.unlink(missing_ok=True)
 

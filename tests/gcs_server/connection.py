@@ -61,7 +61,6 @@ class Connection(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = serve  # noqa: N815
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
-        """Write to the debug log, not to stderr."""
         logger.debug(format, *args)
 
     def _send(self, exchange: Exchange, response: Response) -> None:

@@ -54,16 +54,8 @@ def gsutil_environment(
     return {"BOTO_CONFIG": str(boto), "BOTO_PATH": "", **trust, **_cloudsdk(home)}
 
 
-def gcloud_environment(
-    directory: Path, url: str, certificate: Path | None = None
-) -> dict[str, str]:
-    """Set up `gcloud storage`.
-
-    Args:
-        directory: Where gcloud's configuration goes.
-        url: The server's URL.
-        certificate: The server's certificate, where the URL is one of HTTPS.
-    """
+def gcloud_environment(directory: Path, url: str) -> dict[str, str]:
+    """Set up `gcloud storage`, whose configuration goes below `directory`."""
     home = directory / "gcloud"
     home.mkdir(parents=True, exist_ok=True)
     return {
@@ -71,7 +63,6 @@ def gcloud_environment(
         "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "True",
         "CLOUDSDK_STORAGE_PROCESS_COUNT": "1",
         "CLOUDSDK_STORAGE_THREAD_COUNT": "4",
-        **({} if certificate is None else {"REQUESTS_CA_BUNDLE": str(certificate)}),
         **_cloudsdk(home),
     }
 

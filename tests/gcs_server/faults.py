@@ -35,21 +35,9 @@ from .errors import ConnectionCut
 Kind = Literal[
     "status", "reset", "truncate", "stall", "slow", "corrupt", "lost_answer", "lost_session"
 ]
-CONTENT_OPERATIONS = frozenset(
-    {"upload.media", "upload.multipart", "upload.chunk", "upload.xml_part", "object.download"}
-)
+CONTENT_OPERATIONS = frozenset({"upload.multipart", "upload.chunk", "object.download"})
 SESSION_OPERATIONS = frozenset({"upload.chunk", "upload.query"})
 BODY_KINDS = frozenset({"reset", "truncate", "stall", "slow", "corrupt"})
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a fault is matched against."""
-
-    operation: str
-    method: str
-    bucket: str
-    name: str
 
 
 @dataclass(eq=False)
@@ -61,15 +49,11 @@ class Fault:
     """How often it fires; None: for ever."""
     operation: str = "*"
     """A pattern, or the first word of a name: "upload" matches "upload.start" too."""
-    method: str = "*"
-    bucket: str = "*"
     name: str = "*"
     """A pattern for the object's name; * crosses slashes."""
     skip: int = 0
     """How many matching requests pass first."""
     status: int = 503
-    retry_after: int | None = None
-    """Seconds for a `Retry-After` header, or None for no such header."""
     after_bytes: int = 0
     bytes_per_second: int = 64 * 1024
     fired: int = field(default=0, init=False)
@@ -79,14 +63,9 @@ class Fault:
     )
     _released: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
 
-    def matches(self, target: Target) -> bool:
+    def matches(self, operation: str, name: str) -> bool:
         """Whether the fault may hit such a request."""
-        return (
-            self._matches_operation(target.operation)
-            and fnmatchcase(target.method, self.method)
-            and fnmatchcase(target.bucket, self.bucket)
-            and fnmatchcase(target.name, self.name)
-        )
+        return self._matches_operation(operation) and fnmatchcase(name, self.name)
 
     def release(self) -> None:
         """Let stalled requests go on, now and later."""
@@ -140,36 +119,32 @@ class FaultPlan:
     """All faults of a server."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self._lock = threading.Lock()
         self._faults: list[Fault] = []
         self.closing = threading.Event()
 
     def add(self, fault: Fault) -> Fault:
-        """Add a fault; those added first are tried first."""
         with self._lock:
             self._faults.append(fault)
         return fault
 
     def clear(self) -> None:
-        """Remove all faults, and let what they hold go on."""
         with self._lock:
             faults, self._faults = self._faults, []
         for fault in faults:
             fault.release()
 
     def close(self) -> None:
-        """End all waiting, because the server stops."""
         self.closing.set()
         with self._lock:
             faults = list(self._faults)
         for fault in faults:
             fault.wake()
 
-    def begin(self, target: Target) -> RequestFaults:
+    def begin(self, operation: str, name: str) -> RequestFaults:
         """The faults that may hit this request."""
         with self._lock:
-            faults = [fault for fault in self._faults if fault.matches(target)]
+            faults = [fault for fault in self._faults if fault.matches(operation, name)]
         return RequestFaults([fault for fault in faults if fault.begin()], self.closing)
 
 
@@ -177,7 +152,6 @@ class RequestFaults:
     """The faults that may hit one request; each hits it once at most."""
 
     def __init__(self, faults: list[Fault], closing: threading.Event) -> None:
-        """`closing` ends all waiting, when the server stops."""
         self._waiting = faults
         self.closing = closing
         self.fired: list[str] = []
@@ -206,7 +180,6 @@ class Gate:
     """The place all body bytes pass on their way; here the body faults fire."""
 
     def __init__(self, faults: RequestFaults) -> None:
-        """Begin at position 0."""
         self._faults = faults
         self._position = 0
         self._bytes_per_second: int | None = None

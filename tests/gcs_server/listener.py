@@ -37,15 +37,12 @@ class Listener(ThreadingHTTPServer):
 
     @property
     def port(self) -> int:
-        """The port that is listened on."""
         return int(self.server_address[1])
 
     def start(self) -> None:
-        """Begin to accept connections."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Close all connections and wait for their threads."""
         self.shutdown()
         self._thread.join()
         self.socket.close()

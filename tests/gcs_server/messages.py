@@ -7,7 +7,6 @@ gate of the request's faults.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.message import Message
@@ -24,7 +23,6 @@ class RequestBody:
     """A body of known length that is read once, from the front."""
 
     def __init__(self, raw: Any, length: int) -> None:
-        """`raw` is a buffered reader (of a socket, or over bytes)."""
         self._raw = raw
         self._unread = length
         self._ahead = b""
@@ -61,7 +59,6 @@ class RequestBody:
         return data if self.gate is None else self.gate.passed(data)
 
     def read_all(self) -> bytes:
-        """The rest, in memory."""
         return b"".join(iter(self.read, b""))
 
     def drain(self) -> None:
@@ -89,16 +86,13 @@ class Request:
 
     method: str
     path: str
-    raw_query: str
     query: Mapping[str, str]
-    """The last value of each parameter."""
     headers: Message
     body: RequestBody
     base_url: str
     """Scheme and host as the client sees them, for the links in answers."""
 
     def json(self) -> dict[str, Any]:
-        """The body as a JSON object; an empty body is an empty object."""
         try:
             value = json.loads(self.body.read_all() or b"{}")
         except ValueError as exc:
@@ -107,24 +101,23 @@ class Request:
             raise ApiError(400, "The body is not a JSON object.")
         return value
 
-    def generation(self) -> int | None:
-        """The generation that is asked for, if one is."""
-        value = self.query.get("generation")
-        if value is not None and not value.isdigit():
-            raise ApiError(400, f"Invalid generation: {value!r}")
-        return None if value is None else int(value)
+    def number(self, key: str) -> int | None:
+        """A number in the query, None where there is none."""
+        value = self.query.get(key)
+        if value is None:
+            return None
+        if not value.isdigit():
+            raise ApiError(400, f"Invalid value for {key}: {value!r}")
+        return int(value)
 
 
 def build_request(
     method: str, target: str, headers: Message, body: RequestBody, base_url: str
 ) -> Request:
-    """A request from its line, headers and body.
-
-    `target` is the path with the query; batches have whole URLs there.
-    """
-    path, _, raw_query = re.sub(r"^https?://[^/]*", "", target).partition("?")
-    query = dict(parse_qsl(raw_query, keep_blank_values=True))
-    return Request(method, path, raw_query, query, headers, body, base_url)
+    """A request from its line (`target` is the path with the query), headers and body."""
+    path, _, query = target.partition("?")
+    values = dict(parse_qsl(query, keep_blank_values=True))
+    return Request(method, path, values, headers, body, base_url)
 
 
 @dataclass
@@ -147,11 +140,9 @@ class Response:
 
     @property
     def length(self) -> int:
-        """Bytes of the body."""
         return len(self.body) if isinstance(self.body, bytes) else self.body.length
 
     def close(self) -> None:
-        """Close the file behind the body."""
         if isinstance(self.body, FileSlice):
             self.body.file.close()
 

@@ -1,4 +1,4 @@
-"""Bodies in several parts: `multipart/related` uploads as a stream, `multipart/mixed` batches.
+"""Bodies of `multipart/related` uploads: metadata, then the content as a stream.
 
 Clients differ: gsutil quotes the boundary with single quotes, and ends lines with a bare
 newline where the Python client sends CRLF. Both are understood.
@@ -22,31 +22,26 @@ HEAD_LIMIT_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class RelatedHead:
-    """What comes before the media of an upload."""
+    """What comes before the content of an upload."""
 
     metadata: dict[str, Any]
     media_type: str | None
     media_offset: int
     end: bytes
-    """What follows the media."""
-
-
-def find_boundary(content_type: str) -> bytes:
-    """The boundary of a multipart body, without quotes of either kind."""
-    found = re.search(r"boundary=(\"[^\"]+\"|'[^']+'|[^;\s]+)", content_type)
-    if found is None:
-        raise ApiError(400, f"Content-Type has no boundary: {content_type!r}")
-    return found.group(1).strip("\"'").encode()
+    """What follows the content."""
 
 
 def parse_related_head(start: bytes, content_type: str) -> RelatedHead:
-    """Parse the metadata part and the headers of the media part.
+    """Parse the metadata part and the headers of the content's part.
 
     Args:
         start: The first bytes of the body; all of the head must be in them.
         content_type: The request's own.
     """
-    boundary = b"--" + find_boundary(content_type)
+    found = re.search(r"boundary=(\"[^\"]+\"|'[^']+'|[^;\s]+)", content_type)
+    if found is None:
+        raise ApiError(400, f"Content-Type has no boundary: {content_type!r}")
+    boundary = b"--" + found.group(1).strip("\"'").encode()
     opening = re.compile(re.escape(boundary) + rb"[ \t]*(\r\n|\n)")
     first = opening.search(start)
     second = opening.search(start, first.end()) if first else None
@@ -55,21 +50,19 @@ def parse_related_head(start: bytes, content_type: str) -> RelatedHead:
     newline = second.group(1)
     _, metadata_at = _part_headers(start, first.end(), newline)
     media_headers, media_at = _part_headers(start, second.end(), newline)
-    try:
-        metadata = json.loads(start[metadata_at : second.start()] or b"{}")
-    except ValueError as exc:
-        raise ApiError(400, f"Parse error in the metadata part: {exc}") from exc
-    end = newline + boundary + b"--"
-    return RelatedHead(metadata, media_headers["Content-Type"], media_at, end)
+    metadata = json.loads(start[metadata_at : second.start()] or b"{}")
+    return RelatedHead(
+        metadata, media_headers["Content-Type"], media_at, newline + boundary + b"--"
+    )
 
 
 def copy_media(body: RequestBody, head: RelatedHead, write: Callable[[bytes], None]) -> None:
-    """Pass the media of an upload to `write`; the body must not have been read before."""
+    """Pass the content of an upload to `write`; the body must not have been read before."""
     skip = head.media_offset
     while skip:
         data = body.read(skip)
         if not data:
-            raise ApiError(400, "The body ends before the media part.")
+            raise ApiError(400, "The body ends before its second part.")
         skip -= len(data)
     held_back = len(head.end) + 16
     tail = b""
@@ -82,19 +75,6 @@ def copy_media(body: RequestBody, head: RelatedHead, write: Callable[[bytes], No
     if end < 0:
         raise ApiError(400, "The closing boundary is missing.")
     write(tail[:end])
-
-
-def split_mixed(body: bytes, content_type: str) -> list[tuple[str, bytes]]:
-    """The parts of a batch as (Content-ID, embedded HTTP message)."""
-    find_boundary(content_type)
-    message = message_from_bytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
-    parts = []
-    for part in message.walk():
-        if not part.is_multipart():
-            payload = part.get_payload(decode=True)
-            content = payload if isinstance(payload, bytes) else b""
-            parts.append((str(part.get("Content-ID", "")), content))
-    return parts
 
 
 def _part_headers(data: bytes, start: int, newline: bytes) -> tuple[Message, int]:

@@ -11,12 +11,8 @@ from dataclasses import dataclass, field
 class RequestRecord:
     """One request; filled in while it is served, complete when `finished` is set."""
 
-    method: str
-    path: str
-    """As sent, with the query."""
     operation: str
     """The server's name for what was asked: upload.start, object.get, ...; see `routes`."""
-    bucket: str
     name: str
     headers: dict[str, str]
     status: int | None = None
@@ -34,29 +30,24 @@ class RequestLog:
     """All requests in the order of their arrival; safe to use from many threads."""
 
     def __init__(self) -> None:
-        """Begin empty."""
         self._changed = threading.Condition()
         self._records: list[RequestRecord] = []
 
     def add(self, record: RequestRecord) -> None:
-        """A request arrived."""
         with self._changed:
             self._records.append(record)
             self._changed.notify_all()
 
     def finish(self, record: RequestRecord) -> None:
-        """Nothing more happens to the request."""
         with self._changed:
             record.finished = True
             self._changed.notify_all()
 
     def records(self) -> list[RequestRecord]:
-        """A copy of the list."""
         with self._changed:
             return list(self._records)
 
     def clear(self) -> None:
-        """Forget all requests so far."""
         with self._changed:
             self._records.clear()
 

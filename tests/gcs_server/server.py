@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from ssl import SSLContext
 from typing import Any
 
 from . import environments
-from .context import State
 from .faults import Fault
 from .listener import Listener
-from .preconditions import Preconditions
 from .request_log import RequestRecord
 from .service import Service
-from .store import Bucket, Clock, Store, StoredObject
+from .state import State
+from .store import Store, StoredObject
 from .tls import build_context, write_certificate
-
-
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
 
 
 class FakeGcsServer:
@@ -31,10 +25,9 @@ class FakeGcsServer:
     removed at the end.
     """
 
-    def __init__(self, directory: Path, *, tls: bool = False, clock: Clock = _utc_now) -> None:
-        """Keep files in `directory`; `clock` gives the times of objects, in UTC."""
+    def __init__(self, directory: Path, *, tls: bool = False) -> None:
         self._directory = directory
-        self._state = State(Store(directory / "objects", clock))
+        self._state = State(Store(directory / "objects"))
         self._service = Service(self._state)
         self._tls = tls
         self._ports = {"http": 0, "https": 0}
@@ -43,16 +36,14 @@ class FakeGcsServer:
         self._key: Path | None = None
 
     def __enter__(self) -> FakeGcsServer:
-        """Start."""
         self.start()
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         """Stop, and remove the files; a fault of the server itself fails the test."""
         self.stop()
-        for upload in self._state.uploads.active():
-            if upload.stored is None:
-                upload.writer.discard()
+        for upload in self._state.uploads.unfinished():
+            upload.writer.discard()
         self._state.store.clear()
         if self._service.failures and error_type is None:
             raise RuntimeError("the fake server failed") from self._service.failures[0]
@@ -81,12 +72,10 @@ class FakeGcsServer:
 
     @property
     def port(self) -> int:
-        """The port of plain HTTP."""
         return self._ports["http"]
 
     @property
     def url(self) -> str:
-        """The address over plain HTTP, without a slash at the end."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
@@ -104,12 +93,9 @@ class FakeGcsServer:
         """Variables for `google.cloud.storage.Client`."""
         return environments.client_environment(self.url)
 
-    def gcloud_environment(self, directory: Path, *, tls: bool = False) -> dict[str, str]:
+    def gcloud_environment(self, directory: Path) -> dict[str, str]:
         """Variables for `gcloud storage`, whose configuration goes below `directory`."""
-        if not tls:
-            return environments.gcloud_environment(directory, self.url)
-        url = f"https://127.0.0.1:{self.tls_port}"
-        return environments.gcloud_environment(directory, url, self._require_tls())
+        return environments.gcloud_environment(directory, self.url)
 
     def gsutil_environment(
         self, directory: Path, options: Mapping[str, str] | None = None
@@ -132,7 +118,7 @@ class FakeGcsServer:
         without: Collection[str] = (),
         requester_pays: bool = False,
         fields: Mapping[str, Any] | None = None,
-    ) -> Bucket:
+    ) -> None:
         """Make an empty bucket.
 
         Args:
@@ -143,7 +129,7 @@ class FakeGcsServer:
             requester_pays: Whether requests without a user project are refused.
             fields: Settings that `buckets.get` tells, such as `retentionPolicy`.
         """
-        return self._state.store.create_bucket(
+        self._state.store.create_bucket(
             name,
             writable=writable,
             without=without,
@@ -151,12 +137,11 @@ class FakeGcsServer:
             fields=fields or {},
         )
 
-    def put_object(self, bucket: str, name: str, data: bytes, **fields: Any) -> StoredObject:
-        """Store an object directly; `fields` are those of the API (contentType, metadata)."""
+    def put_object(self, bucket: str, name: str, data: bytes) -> StoredObject:
         with self._state.store.new_writer() as writer:
             writer.write(data)
             blob = writer.finish()
-        return self._state.store.commit(bucket, name, blob, fields, Preconditions())
+        return self._state.store.commit(bucket, name, blob)
 
     def read_object(self, bucket: str, name: str) -> bytes:
         """The content of an object."""
@@ -172,24 +157,20 @@ class FakeGcsServer:
         return self._state.store.get(bucket, name)
 
     def list_objects(self, bucket: str, prefix: str = "") -> list[str]:
-        """The names of the objects, sorted."""
         return [name for name in self._state.store.names(bucket) if name.startswith(prefix)]
 
     def delete_object(self, bucket: str, name: str) -> None:
-        """Remove an object directly."""
-        self._state.store.delete(bucket, name, None, Preconditions())
+        self._state.store.delete(bucket, name)
 
     def unfinished_uploads(self) -> list[str]:
-        """The names of objects of which a resumable or XML upload is begun, not complete."""
-        resumable = [upload for upload in self._state.uploads.active() if upload.stored is None]
-        names = [upload.name for upload in resumable]
-        return names + [upload.name for upload in self._state.parts_uploads.active()]
+        """The names of objects of which a resumable upload is begun, not complete."""
+        return [upload.name for upload in self._state.uploads.unfinished()]
 
     # Behaviour and observation.
 
     @property
     def settings(self) -> State:
-        """`max_page_size` and `minimum_part_bytes` can be set on it."""
+        """`max_page_size` can be set on it."""
         return self._state
 
     def add_fault(self, fault: Fault) -> Fault:
@@ -197,7 +178,6 @@ class FakeGcsServer:
         return self._service.faults.add(fault)
 
     def clear_faults(self) -> None:
-        """Remove all faults and let stalled requests go on."""
         self._service.faults.clear()
 
     def requests(self, operation: str = "", name: str | None = None) -> list[RequestRecord]:
@@ -210,7 +190,6 @@ class FakeGcsServer:
         ]
 
     def clear_requests(self) -> None:
-        """Forget the requests so far."""
         self._service.log.clear()
 
     def wait_for_request(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .context import Call, State
 from .errors import ApiError, ConnectionCut
-from .faults import Fault, FaultPlan, Gate, RequestFaults, Target
+from .faults import Fault, FaultPlan, Gate, RequestFaults
 from .messages import Request, Response
 from .request_log import RequestLog, RequestRecord
 from .routes import Match, find_route
+from .state import Call, State
 from .uploads import drop_session, peek_name
 
 
@@ -29,17 +29,11 @@ class Exchange:
     refusal: ApiError | None = None
     """Why it cannot be served, when that was found while beginning."""
 
-    @property
-    def is_xml(self) -> bool:
-        """Whether errors are to be told in XML."""
-        return self.match is not None and self.match.route.operation.startswith("upload.xml")
-
 
 class Service:
     """The fake service, without any connection."""
 
     def __init__(self, state: State) -> None:
-        """Serve a state, with no faults and an empty log."""
         self.state = state
         self.faults = FaultPlan()
         self.log = RequestLog()
@@ -61,12 +55,8 @@ class Service:
         except ApiError as error:
             refusal = error
         operation = match.route.operation if match else "unknown"
-        bucket = match.bucket if match else ""
-        faults = self.faults.begin(Target(operation, request.method, bucket, name))
-        path = request.path + ("?" + request.raw_query if request.raw_query else "")
-        record = RequestRecord(
-            request.method, path, operation, bucket, name, dict(request.headers.items())
-        )
+        faults = self.faults.begin(operation, name)
+        record = RequestRecord(operation, name, dict(request.headers.items()))
         record.faults = faults.fired
         record.request_bytes = request.body.bytes_ahead
         request.body.record = record
@@ -88,70 +78,41 @@ class Service:
             raise ConnectionCut("the answer is lost")
         return response
 
-    def answer_embedded(self, request: Request) -> Response:
-        """Answer a part of a batch."""
-        exchange = self.begin(request)
-        try:
-            response = self.answer(exchange)
-            exchange.record.status = response.status
-            return response
-        finally:
-            self.log.finish(exchange.record)
-
     def _operate(self, exchange: Exchange) -> Response:
         fault = exchange.faults.claim("status")
         if fault is not None:
-            return _scripted_response(fault, exchange)
+            return _scripted_response(fault)
         fault = exchange.faults.claim("lost_session")
         if fault is not None:
             drop_session(self.state, exchange.request)
-            return _scripted_response(fault, exchange)
+            return _scripted_response(fault)
         try:
             if exchange.match is None or exchange.refusal is not None:
                 raise exchange.refusal or ApiError(400, "no route")
             return self._call(exchange.match, exchange)
         except ApiError as error:
-            return error_response(error, exchange)
+            return error_response(error)
 
     def _call(self, match: Match, exchange: Exchange) -> Response:
         request = exchange.request
-        if match.bucket:
-            bucket = self.state.store.bucket(match.bucket)
-            payer = request.query.get("userProject") or request.headers.get("x-goog-user-project")
-            # The address of a session stands for what its first request said.
-            is_session = "upload_id" in request.query
-            if bucket.requester_pays and not payer and not is_session:
-                message = "Bucket is a requester pays bucket but no user project provided."
-                raise ApiError(400, message, "UserProjectMissing")
-            bucket.require(match.route.permission)
+        bucket = self.state.store.bucket(match.bucket)
+        payer = request.query.get("userProject") or request.headers.get("x-goog-user-project")
+        # The address of a session stands for what its first request said.
+        is_session = "upload_id" in request.query
+        if bucket.requester_pays and not payer and not is_session:
+            raise ApiError(400, "Bucket is a requester pays bucket but no user project provided.")
+        bucket.require(match.route.permission)
         if match.route.operation.startswith("upload.") and not exchange.record.name:
             raise ApiError(400, "Required parameter: name")
-        call = Call(
-            self.state,
-            request,
-            match.bucket,
-            exchange.record.name,
-            match.source_bucket,
-            match.source_name,
-            self.answer_embedded,
-        )
+        call = Call(self.state, request, match.bucket, exchange.record.name, match.source_name)
         return match.route.call(call)
 
 
-def error_response(error: ApiError, exchange: Exchange) -> Response:
-    """The answer to a request that fails, in the words of the API that was asked."""
-    if error.status == 304:
-        return Response(304)
-    if exchange.is_xml:
-        headers = {"Content-Type": "application/xml; charset=UTF-8"}
-        return Response(error.status, headers, error.xml_body())
+def error_response(error: ApiError) -> Response:
+    """The answer to a request that fails."""
     headers = {"Content-Type": "application/json; charset=UTF-8"}
     return Response(error.status, headers, error.json_body())
 
 
-def _scripted_response(fault: Fault, exchange: Exchange) -> Response:
-    error = ApiError(fault.status, f"Scripted answer {fault.status}.")
-    response = error_response(error, exchange)
-    if fault.retry_after is not None:
-        response.headers["Retry-After"] = str(fault.retry_after)
-    return response
+def _scripted_response(fault: Fault) -> Response:
+    return error_response(ApiError(fault.status, f"Scripted answer {fault.status}."))

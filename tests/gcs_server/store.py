@@ -8,47 +8,33 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .blobs import Blob, BlobWriter
 from .errors import ApiError
-from .preconditions import Preconditions
-
-Clock = Callable[[], datetime]
 
 READ_PERMISSIONS = frozenset({"storage.buckets.get", "storage.objects.get", "storage.objects.list"})
-WRITE_PERMISSIONS = frozenset(
-    {"storage.objects.create", "storage.objects.delete", "storage.objects.update"}
-)
+WRITE_PERMISSIONS = frozenset({"storage.objects.create", "storage.objects.delete"})
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """The live version of an object. `fields` are those a client may set (contentType, ...)."""
+    """The live version of an object."""
 
     bucket: str
     name: str
     generation: int
-    metageneration: int
     blob: Blob
-    fields: Mapping[str, Any]
+    content_type: str
     created: datetime
-    updated: datetime
-    component_count: int | None = None
 
     @property
     def size(self) -> int:
-        """Bytes."""
         return self.blob.size
-
-    @property
-    def versions(self) -> tuple[int, int]:
-        """What preconditions look at."""
-        return self.generation, self.metageneration
 
 
 @dataclass
@@ -73,11 +59,9 @@ class Bucket:
 class Store:
     """All buckets, and the folder that holds the bytes of their objects."""
 
-    def __init__(self, directory: Path, clock: Clock) -> None:
-        """Use `directory`, which is made if needed, for files; `clock` gives UTC times."""
+    def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        self._clock = clock
         self._lock = threading.RLock()
         self._buckets: dict[str, Bucket] = {}
         self._file_numbers = itertools.count()
@@ -91,34 +75,27 @@ class Store:
         without: Collection[str],
         requester_pays: bool,
         fields: Mapping[str, Any],
-    ) -> Bucket:
+    ) -> None:
         """Make an empty bucket in place of any of that name."""
         permissions = READ_PERMISSIONS | (WRITE_PERMISSIONS if writable else frozenset())
-        bucket = Bucket(name, self._clock(), permissions - set(without), requester_pays, fields)
+        created = datetime.now(UTC)
+        bucket = Bucket(name, created, permissions - set(without), requester_pays, fields)
         with self._lock:
             self._buckets[name] = bucket
-        return bucket
-
-    def buckets(self) -> list[Bucket]:
-        """All buckets by name."""
-        with self._lock:
-            return sorted(self._buckets.values(), key=lambda bucket: bucket.name)
 
     def bucket(self, name: str) -> Bucket:
-        """The bucket, or 404."""
         with self._lock:
             found = self._buckets.get(name)
         if found is None:
-            raise ApiError(404, "The specified bucket does not exist.", "NoSuchBucket")
+            raise ApiError(404, "The specified bucket does not exist.")
         return found
 
     def new_writer(self, *, composite: bool = False) -> BlobWriter:
-        """A file for bytes that will become an object, or a part of one."""
+        """A file for bytes that will become an object."""
         path = self._directory / f"{next(self._file_numbers):08d}.blob"
         return BlobWriter(path, composite=composite)
 
     def find(self, bucket: str, name: str) -> StoredObject | None:
-        """The live version, if there is one."""
         with self._lock:
             return self.bucket(bucket).objects.get(name)
 
@@ -130,7 +107,6 @@ class Store:
         return found
 
     def names(self, bucket: str) -> list[str]:
-        """The names of all objects, in the service's order."""
         with self._lock:
             return sorted(self.bucket(bucket).objects)
 
@@ -146,76 +122,51 @@ class Store:
         bucket: str,
         name: str,
         blob: Blob,
-        fields: Mapping[str, Any],
-        preconditions: Preconditions,
-        component_count: int | None = None,
+        content_type: str | None = None,
+        expected: int | None = None,
     ) -> StoredObject:
         """Make the bytes the live version; on an error (403, 412) they are removed."""
         with self._lock:
             try:
-                existing = self._check(bucket, name, preconditions)
+                existing = self.require_generation(bucket, name, expected)
                 if existing is not None:
                     self.bucket(bucket).require("storage.objects.delete")
             except ApiError:
                 blob.path.unlink(missing_ok=True)
                 raise
-            now = self._clock()
+            now = datetime.now(UTC)
             generation = max(self._last_generation + 1, int(now.timestamp() * 1_000_000))
             self._last_generation = generation
-            stored = StoredObject(
-                bucket, name, generation, 1, blob, dict(fields), now, now, component_count
-            )
+            kind = content_type or "application/octet-stream"
+            stored = StoredObject(bucket, name, generation, blob, kind, now)
             self.bucket(bucket).objects[name] = stored
             if existing is not None:
                 existing.blob.path.unlink(missing_ok=True)
             return stored
 
-    def patch(
-        self, bucket: str, name: str, changes: Mapping[str, Any], preconditions: Preconditions
-    ) -> StoredObject:
-        """Change fields; a value of None removes one, and `metadata` is merged key by key."""
-        with self._lock:
-            self._check(bucket, name, preconditions)
-            stored = self.get(bucket, name)
-            changed = replace(
-                stored,
-                fields=_merge(stored.fields, changes),
-                metageneration=stored.metageneration + 1,
-                updated=self._clock(),
-            )
-            self.bucket(bucket).objects[name] = changed
-            return changed
-
     def delete(
-        self, bucket: str, name: str, generation: int | None, preconditions: Preconditions
+        self, bucket: str, name: str, generation: int | None = None, expected: int | None = None
     ) -> None:
         """Remove the live version and its bytes."""
         with self._lock:
-            self._check(bucket, name, preconditions)
+            self.require_generation(bucket, name, expected)
             stored = self.get(bucket, name, generation)
             del self.bucket(bucket).objects[name]
             stored.blob.path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget all buckets and remove all files."""
         with self._lock:
             self._buckets.clear()
             for path in self._directory.glob("*.blob"):
                 path.unlink(missing_ok=True)
 
-    def _check(self, bucket: str, name: str, preconditions: Preconditions) -> StoredObject | None:
+    def require_generation(
+        self, bucket: str, name: str, expected: int | None
+    ) -> StoredObject | None:
+        """Return the live version, or 412 where it is not the expected one (0: none at all)."""
         existing = self.find(bucket, name)
-        preconditions.check(existing.versions if existing else None)
+        generation = existing.generation if existing else 0
+        if expected not in (None, generation):
+            message = "At least one of the pre-conditions you specified did not hold."
+            raise ApiError(412, f"{message} {expected} expected, but it is {generation}.")
         return existing
-
-
-def _merge(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(fields)
-    for key, value in changes.items():
-        if key == "metadata" and value is not None:
-            value = _merge(merged.get("metadata", {}), value)
-        if value is None:
-            merged.pop(key, None)
-        else:
-            merged[key] = value
-    return merged

@@ -1,4 +1,4 @@
-"""Uploads of the JSON API: media, multipart and resumable.
+"""Uploads of the JSON API: multipart and resumable.
 
 A resumable session keeps whole quanta of 256 KiB of what arrives, as the service does, so a
 connection that breaks leaves a position that the client must ask for. Whatever a client does
@@ -16,26 +16,15 @@ from typing import Any
 from urllib.parse import quote
 
 from .blobs import Blob, BlobWriter
-from .context import Call, State
 from .errors import ApiError, ConnectionCut
 from .messages import Request, RequestBody, Response, json_response
 from .multipart import HEAD_LIMIT_BYTES, copy_media, parse_related_head
-from .preconditions import Preconditions
-from .resources import object_resource, writable_fields
+from .resources import object_resource
+from .state import Call, State
 from .store import StoredObject
 
 QUANTUM_BYTES = 256 * 1024
 CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+|\*)|\*)/(\d+|\*)")
-
-
-def upload_media(call: Call) -> Response:
-    """The content is the body, the name is in the query."""
-    with call.state.store.new_writer() as writer:
-        while data := call.request.body.read():
-            writer.write(data)
-        blob = writer.finish()
-    media_type = call.request.headers.get("Content-Type")
-    return _commit(call, blob, {"contentType": media_type} if media_type else {})
 
 
 def upload_multipart(call: Call) -> Response:
@@ -48,7 +37,8 @@ def upload_multipart(call: Call) -> Response:
     with call.state.store.new_writer() as writer:
         copy_media(body, head, writer.write)
         blob = writer.finish()
-    return _commit(call, blob, metadata)
+    expected = call.request.number("ifGenerationMatch")
+    return _store(call, blob, metadata, expected)[0]
 
 
 def peek_name(request: Request) -> str:
@@ -71,7 +61,8 @@ class UploadSession:
     bucket: str
     name: str
     metadata: dict[str, Any]
-    preconditions: Preconditions
+    expected: int | None
+    """The generation that it is to replace, 0 for none, None for any."""
     writer: BlobWriter
     lock: threading.Lock = field(default_factory=threading.Lock)
     turn: int = 0
@@ -121,11 +112,9 @@ def start_resumable(call: Call) -> Response:
     media_type = request.headers.get("X-Upload-Content-Type")
     if media_type:
         metadata.setdefault("contentType", media_type)
-    existing = store.find(call.bucket, call.name)
-    call.preconditions().check(existing.versions if existing else None)
-    session = UploadSession(
-        call.bucket, call.name, metadata, call.preconditions(), store.new_writer()
-    )
+    expected = request.number("ifGenerationMatch")
+    store.require_generation(call.bucket, call.name, expected)
+    session = UploadSession(call.bucket, call.name, metadata, expected, store.new_writer())
     session_id = call.state.uploads.add(session)
     location = (
         f"{request.base_url}{request.path}?uploadType=resumable"
@@ -212,27 +201,23 @@ def _complete(call: Call, session: UploadSession, turn: int) -> Response:
         session.require_turn(turn)
         blob = session.writer.finish()
         try:
-            response, session.stored = _store(call, blob, session.metadata, session.preconditions)
+            response, session.stored = _store(call, blob, session.metadata, session.expected)
         except ApiError:
             call.state.uploads.remove(call.request.query["upload_id"])
             raise
         return response
 
 
-def _commit(call: Call, blob: Blob, metadata: Mapping[str, Any]) -> Response:
-    return _store(call, blob, metadata, call.preconditions())[0]
-
-
 def _store(
-    call: Call, blob: Blob, metadata: Mapping[str, Any], preconditions: Preconditions
+    call: Call, blob: Blob, metadata: Mapping[str, Any], expected: int | None
 ) -> tuple[Response, StoredObject]:
     try:
         _check_hashes(call.request, metadata, blob)
     except ApiError:
         blob.path.unlink()
         raise
-    fields = writable_fields(metadata)
-    stored = call.state.store.commit(call.bucket, call.name, blob, fields, preconditions)
+    content_type = metadata.get("contentType")
+    stored = call.state.store.commit(call.bucket, call.name, blob, content_type, expected)
     resource = object_resource(stored, call.request.base_url)
     return json_response(resource, committed=True), stored
 
@@ -240,14 +225,10 @@ def _store(
 def _check_hashes(request: Request, metadata: Mapping[str, Any], blob: Blob) -> None:
     """Refuse content that is not what the client said it sends."""
     wanted = {"crc32c": metadata.get("crc32c"), "md5": metadata.get("md5Hash")}
-    wanted |= parse_hash_header(request.headers.get("X-Goog-Hash", ""))
+    for part in request.headers.get("X-Goog-Hash", "").split(","):
+        kind, _, digest = part.strip().partition("=")
+        wanted[kind] = digest
     for kind, found in (("crc32c", blob.crc32c), ("md5", blob.md5)):
-        if wanted[kind] and found and wanted[kind] != found:
+        if wanted.get(kind) and found and wanted[kind] != found:
             message = f"Provided {kind} hash {wanted[kind]!r} doesn't match calculated {found!r}."
-            raise ApiError(400, message, "BadDigest")
-
-
-def parse_hash_header(value: str) -> dict[str, str]:
-    """`X-Goog-Hash: crc32c=...,md5=...` as a dictionary."""
-    pairs = (part.strip().partition("=") for part in value.split(",") if "=" in part)
-    return {kind: digest for kind, _, digest in pairs}
+            raise ApiError(400, message)

@@ -81,6 +81,14 @@ class Sidecar:
         """Object name of the archive."""
         return archive_object(self.name, self.format.suffix)
 
+    def find_difference(self, size: int, crc32c: str | None) -> str | None:
+        """Say how an archive is not this one, None where it is as far as is known."""
+        expected = self.archive
+        if size == expected.size and crc32c in (None, expected.crc32c):
+            return None
+        found = f"{size} bytes" if size != expected.size else f"crc32c {crc32c}"
+        return f"it has {found}; its sidecar says {expected.size} bytes, crc32c {expected.crc32c}"
+
 
 def read_sidecar(bucket: Bucket, name: str) -> Sidecar:
     """Return the sidecar of an uploaded checkpoint.
@@ -138,10 +146,8 @@ def _check_sidecar(
 class Retrying:
     """Tries again what may succeed then, in all `MAX_ATTEMPTS` times for each thing to do."""
 
-    def __init__(
-        self, name: str, source: str, first_backoff_seconds: float = FIRST_RETRY_SECONDS
-    ) -> None:
-        self._name, self._source, self._backoff = name, source, first_backoff_seconds
+    def __init__(self, name: str, source: str) -> None:
+        self._name, self._source = name, source
 
     def run(self, operation: Callable[[], T]) -> T:
         """Return what `operation` returns.
@@ -153,7 +159,7 @@ class Retrying:
         try:
             return retry(
                 operation,
-                itertools.islice(backoff(self._backoff, ARCHIVE_FACTOR), MAX_ATTEMPTS - 1),
+                itertools.islice(backoff(FIRST_RETRY_SECONDS, ARCHIVE_FACTOR), MAX_ATTEMPTS - 1),
                 lambda delay, exc: log.warning(message, self._name, delay, exc),
             )
         except TransientStorageError as exc:
@@ -184,10 +190,7 @@ class ArchiveBytes:
                 f"{self._sidecar.name} cannot be used: its archive is not in {self._bucket.uri}. "
                 f"{_CHOOSE_ANOTHER}"
             )
-        if stored.size != self._sidecar.archive.size:
-            raise self._damaged(f"it has {stored.size} bytes")
-        if stored.crc32c not in (None, self._sidecar.archive.crc32c):
-            raise self._damaged(f"its crc32c is {stored.crc32c}")
+        self._require_same(stored.size, stored.crc32c)
         self._is_vouched_for = stored.crc32c is not None
 
     def read_block(self) -> bytes:
@@ -216,16 +219,16 @@ class ArchiveBytes:
             return
         self._size = self._checksum = 0
         if not self._is_vouched_for:
-            raise self._damaged(f"its crc32c is {found}")
+            self._require_same(self._sidecar.archive.size, found)
         raise TransientStorageError("the archive's bytes changed on the way.")
 
-    def _damaged(self, found: str) -> CheckpointError:
-        expected = self._sidecar.archive
-        return CheckpointError(
-            f"{self._sidecar.name} cannot be used: {join_uri(self._bucket.uri, self._object)} is "
-            f"damaged ({found}; its sidecar says {expected.size} bytes, crc32c {expected.crc32c}). "
-            f"{_CHOOSE_ANOTHER}"
-        )
+    def _require_same(self, size: int, crc32c: str | None) -> None:
+        difference = self._sidecar.find_difference(size, crc32c)
+        if difference is not None:
+            raise CheckpointError(
+                f"{self._sidecar.name} cannot be used: {join_uri(self._bucket.uri, self._object)} "
+                f"is damaged ({difference}). {_CHOOSE_ANOTHER}"
+            )
 
 
 class Sink(Protocol):

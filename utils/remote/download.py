@@ -5,7 +5,7 @@
 The sidecar (`NAME.json`) says what the archive and every file must be; without one the upload never
 finished. Nothing is opened before the archive's size and crc32c are the sidecar's. Nothing is
 written that the sidecar's manifest does not name, no more of it than the manifest says, and nothing
-is ever unpickled. All of it happens in a `.saving-*` directory, which the next start removes after
+is ever unpickled. All of it happens in a `.saving-*` directory, which the next run removes after
 a crash; the rename at the end commits. The journal then has the checkpoint as verified, so that it
 is not uploaded again. No torch here.
 """
@@ -23,7 +23,6 @@ from typing import IO
 
 from utils.base.errors import CheckpointError, TransientStorageError
 from utils.base.progress import OnProgress
-from utils.base.retrying import FIRST_RETRY_SECONDS
 from utils.base.uri import join_uri, normalize_uri
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
@@ -51,8 +50,6 @@ def download_checkpoint(
     directory: Path,
     journal: Journal | None,
     on_progress: OnProgress = lambda stage, done, total: None,
-    *,
-    first_backoff_seconds: float = FIRST_RETRY_SECONDS,
 ) -> Path:
     """Bring a checkpoint from the bucket into `directory`; return where it is.
 
@@ -65,7 +62,6 @@ def download_checkpoint(
         journal: Takes the entry that it is verified in the bucket; None where it is no run's
             directory.
         on_progress: Told what is done.
-        first_backoff_seconds: Wait before the second attempt; the third comes after 4 times that.
 
     Raises:
         UsageError: `name` is not a checkpoint's name.
@@ -74,7 +70,7 @@ def download_checkpoint(
         StorageError: The bucket could not be read.
     """
     require_checkpoint_name(name)
-    retrying = Retrying(name, bucket.uri, first_backoff_seconds)
+    retrying = Retrying(name, bucket.uri)
     sidecar = retrying.run(lambda: read_sidecar(bucket, name))
     source = join_uri(bucket.uri, sidecar.archive_object)
     target = directory / name

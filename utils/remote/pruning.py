@@ -116,12 +116,10 @@ def find_damage(bucket: Bucket, listing: RemoteListing, view: CheckpointView) ->
         return view.problem
     archive = listing.archives[view.name]
     try:
-        expected = read_sidecar(bucket, str(view.name)).archive
+        sidecar = read_sidecar(bucket, str(view.name))
     except CheckpointError as exc:
         return str(exc)
-    if archive.size != expected.size or archive.crc32c not in (None, expected.crc32c):
-        return "its archive is not the one of its sidecar"
-    return None
+    return sidecar.find_difference(archive.size, archive.crc32c)
 
 
 def delete_remote(

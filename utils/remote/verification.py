@@ -1,4 +1,4 @@
-"""Whether what should be in the bucket is there: journal, directory and bucket held together.
+"""Whether what should be in the bucket is there: journal, directory and bucket compared.
 
     journal, checkpoint directory, archive and sidecar in the bucket -> a report for each checkpoint
 
@@ -218,16 +218,9 @@ class Verifier:
         report.run_id = report.run_id or sidecar.manifest.run_id
         if archive is None:
             return sidecar
-        if archive.size != sidecar.archive.size:
-            report.wrong.append(
-                f"bucket: its archive has {archive.size} bytes, "
-                f"its sidecar says {sidecar.archive.size}"
-            )
-        elif archive.crc32c not in (None, sidecar.archive.crc32c):
-            report.wrong.append(
-                f"bucket: its archive has crc32c {archive.crc32c}, "
-                f"its sidecar says {sidecar.archive.crc32c}"
-            )
+        difference = sidecar.find_difference(archive.size, archive.crc32c)
+        if difference is not None:
+            report.wrong.append(f"bucket: its archive is damaged ({difference})")
         else:
             kept = "size" if archive.crc32c is None else "size and crc32c"
             report.right.append(
@@ -388,6 +381,5 @@ def _find_lack(
     except CheckpointError as exc:
         return str(exc)
     crc32c = archive.crc32c or bucket.crc32c(archive.name)
-    if (archive.size, crc32c) != (sidecar.archive.size, sidecar.archive.crc32c):
-        return "its archive is damaged"
-    return None
+    difference = sidecar.find_difference(archive.size, crc32c)
+    return difference and f"its archive is damaged ({difference})"

@@ -65,8 +65,8 @@ class _HashingReader:
 class _HashingWriter:
     """Passes bytes on and keeps their count and checksum, until the sink fails.
 
-    The error is kept for `raise_error` and the bytes after it are dropped: igzip's writer, where it
-    meets an error at its begin, cannot be closed any more, and complains of that when it is freed.
+    The error is kept for `raise_error` and the bytes after it are dropped: igzip's writer cannot be
+    closed after an error at its beginning, and complains about that when it is freed.
     """
 
     def __init__(self, sink: IO[bytes]) -> None:

@@ -198,12 +198,7 @@ class _Upload:
     def _make_way(
         self, data: bytes, found: _FoundSidecar | None, stored: ObjectInfo | None
     ) -> None:
-        """Deal with a sidecar that is not this checkpoint's.
-
-        Args:
-            data: Its bytes.
-            found: What they say, as far as they can be read.
-            stored: The archive that it describes, None where there is none.
+        """Take away a sidecar that is not this checkpoint's, and the archive that it describes.
 
         Raises:
             CheckpointError: It must not be overwritten.

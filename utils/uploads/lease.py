@@ -2,14 +2,14 @@
 
     Checkpoints/.lease.json     who works here: run, host, process, a random token, a beat counter
 
-The holder writes the object anew every heartbeat. Who finds one there watches it for two of the
-holder's heartbeats, on a monotonic clock of their own: one that changes belongs to a live trainer
-and is refused with its name; one that does not is taken over. A holder of this very machine whose
-process is gone is not waited for. Clocks of different machines are never compared.
+The holder writes the object anew every heartbeat. A trainer that finds one there watches it for two
+of the holder's heartbeats, on its own monotonic clock. If it changes, its holder is alive: the new
+trainer refuses to start and names it. If not, the lease is taken over. A holder on this machine
+whose process is gone is not waited for. Clocks of different machines are never compared.
 
-Every write has a condition, so that of two who want it at once one wins. A holder that stalled for
-so long that it was taken over notices at its next beat: it says so and goes on, because an upload
-to another run's checkpoints is refused anyway. No torch here.
+Every write has a condition, so that one of two simultaneous writers wins. A holder that stalled
+until it was taken over notices at its next beat: it says so and goes on, because an upload over
+another run's checkpoints is refused anyway. No torch here.
 """
 
 from __future__ import annotations
@@ -93,27 +93,19 @@ class LeaseRecord:
             value = parse_json_object(data)
         except ValueError:
             value = {}
-        text = {key: str(value.get(key, "")) for key in ("machine", "process_start", "token")}
-        pid, beat = number(value.get("pid")) or 0, number(value.get("beat")) or 0
-        heartbeat = number(value.get("heartbeat_seconds")) or 0.0
+        pid, heartbeat = number(value.get("pid")) or 0, number(value.get("heartbeat_seconds")) or 0
+        if heartbeat <= 0:
+            heartbeat = default_heartbeat
         return cls(
             run_id=str(value.get("run_id", "unknown")),
             host=str(value.get("host", "an unknown host")),
             pid=int(pid) if 0 < pid < 2**31 else 0,
-            heartbeat_seconds=(
-                min(heartbeat, MAX_HEARTBEAT_SECONDS) if heartbeat > 0 else default_heartbeat
-            ),
-            beat=int(beat),
-            **text,
+            machine=str(value.get("machine", "")),
+            process_start=str(value.get("process_start", "")),
+            token=str(value.get("token", "")),
+            heartbeat_seconds=min(heartbeat, MAX_HEARTBEAT_SECONDS),
+            beat=int(number(value.get("beat")) or 0),
         )
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """One version of the lease object."""
-
-    record: LeaseRecord
-    info: ObjectInfo
 
 
 @contextlib.contextmanager
@@ -131,8 +123,8 @@ def hold_prefix(
     Args:
         bucket: The run's bucket; it stays open as long as the lease is held. How long it retries is
             also how long the release may take when it is down.
-        run_id: The run, as far as it is known: only who holds the prefix can decide which one
-            goes on, and then sets the lease's `run_id`.
+        run_id: The run, as far as it is known yet. Which run goes on is decided while the prefix
+            is held; the caller then sets the lease's `run_id`.
         heartbeat_seconds: How often the lease is written anew.
         on_wait: Told about the wait for a holder that may be dead.
 
@@ -186,7 +178,7 @@ class PrefixLease:
         """
         for _ in range(MAX_ROUNDS):
             seen = self._read()
-            expected = None if seen is None else self._find_replaceable(seen, on_wait)
+            expected = None if seen is None else self._find_replaceable(*seen, on_wait)
             try:
                 self._info = self._bucket.put_bytes_if(
                     LEASE_OBJECT, self._record.to_bytes(), expected
@@ -194,7 +186,7 @@ class PrefixLease:
             except ConflictError:
                 winner = self._read()
                 if winner is not None:
-                    raise self._locked_by(winner.record) from None
+                    raise self._locked_by(winner[0]) from None
             else:
                 self.is_held = True
                 self._thread.start()
@@ -215,8 +207,8 @@ class PrefixLease:
             return
         try:
             seen = self._read()
-            if seen is not None and seen.record.token == self._record.token:
-                self._bucket.delete_if(LEASE_OBJECT, seen.info)
+            if seen is not None and seen[0].token == self._record.token:
+                self._bucket.delete_if(LEASE_OBJECT, seen[1])
         except ConflictError as exc:
             log.debug("The lease was taken over at the end: %s", exc)
         except StorageError as exc:
@@ -224,34 +216,35 @@ class PrefixLease:
 
     def _warn_not_removed(self, reason: str) -> None:
         log.warning(
-            "%s/%s was not removed (%s). The next start from another machine waits %.0f s for it.",
+            "%s/%s was not removed (%s). The next run from another machine waits %.0f s for it.",
             self._bucket.uri,
             LEASE_OBJECT,
             reason,
             PATIENCE_HEARTBEATS * self._record.heartbeat_seconds,
         )
 
-    def _read(self) -> _Seen | None:
+    def _read(self) -> tuple[LeaseRecord, ObjectInfo] | None:
         try:
             data, info = self._bucket.read_version(LEASE_OBJECT)
         except ObjectNotFoundError:
             return None
-        return _Seen(LeaseRecord.from_bytes(data, self._record.heartbeat_seconds), info)
+        return LeaseRecord.from_bytes(data, self._record.heartbeat_seconds), info
 
-    def _find_replaceable(self, seen: _Seen, on_wait: OnWait) -> ObjectInfo | None:
+    def _find_replaceable(
+        self, record: LeaseRecord, info: ObjectInfo, on_wait: OnWait
+    ) -> ObjectInfo | None:
         """Return the version of a dead holder's lease, or None once it was released.
 
         Raises:
             LockedError: The holder is alive.
         """
-        record = seen.record
         if record.machine and record.machine == self._record.machine and _is_gone(record):
             log.info(
                 "Taking %s over from a trainer of this machine that is gone (%s).",
                 self._bucket.uri,
                 record,
             )
-            return seen.info
+            return info
         patience = PATIENCE_HEARTBEATS * record.heartbeat_seconds
         log.info(
             "%s has a lease (%s). Waiting up to %.0f s to see whether that trainer is alive.",
@@ -259,13 +252,16 @@ class PrefixLease:
             record,
             patience,
         )
-        return self._watch(seen, patience, on_wait)
+        return info if self._is_silent(record, info, patience, on_wait) else None
 
-    def _watch(self, seen: _Seen, patience: float, on_wait: OnWait) -> ObjectInfo | None:
+    def _is_silent(
+        self, record: LeaseRecord, info: ObjectInfo, patience: float, on_wait: OnWait
+    ) -> bool:
+        """Watch a lease; tell whether nothing happened to it, False once it is released."""
         failures = 0
         end = time.monotonic() + patience
         while (remaining := end - time.monotonic()) > 0:
-            on_wait(str(seen.record), remaining)
+            on_wait(str(record), remaining)
             time.sleep(min(patience / POLLS_PER_WATCH, remaining))
             try:
                 found = self._read()
@@ -278,16 +274,16 @@ class PrefixLease:
                 end = time.monotonic() + patience
                 continue
             if found is None:
-                return None
-            if found.info != seen.info:
-                raise self._locked_by(found.record)
+                return False
+            if found[1] != info:
+                raise self._locked_by(found[0])
         log.warning(
             "The trainer that held %s (%s) gave no sign of life for %.0f s. Taking over.",
             self._bucket.uri,
-            seen.record,
+            record,
             patience,
         )
-        return seen.info
+        return True
 
     def _locked_by(self, holder: LeaseRecord) -> LockedError:
         return LockedError(
@@ -326,11 +322,11 @@ class PrefixLease:
             )
         except ConflictError:
             found = self._read()
-            if found is not None and found.record.token != self._record.token:
-                self._lose(found.record)
+            if found is not None and found[0].token != self._record.token:
+                self._lose(found[0])
                 return
             # Our own write, whose answer was lost, or somebody removed the object.
-            self._info = found.info if found is not None else None
+            self._info = found[1] if found is not None else None
             self._info = self._bucket.put_bytes_if(
                 LEASE_OBJECT, self._record.to_bytes(), self._info
             )

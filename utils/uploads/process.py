@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -27,6 +26,7 @@ from configs.training_config import PROJECT_DIRECTORY
 from utils.base.child_process import live_no_longer_than, step_back
 from utils.base.errors import PretrainError, StorageError, TransientStorageError
 from utils.uploads.job import ProgressReport, UploadJob, UploadProgress, UploadResult, run_job
+from utils.uploads.watched_command import StallTimer
 
 REPORT_SECONDS = 0.5
 # The watch over a program is the first to act, and says more; this one is for all else.
@@ -97,20 +97,21 @@ def _follow(
     must_end: Callable[[], bool],
 ) -> UploadResult:
     limit = stall_seconds + STALL_MARGIN_SECONDS
-    known: ProgressReport | None = None
-    since = time.monotonic()
+    timer = StallTimer(limit)
+    message: Any = None
     while not must_end():
-        message: Any = connection.recv() if connection.poll(REPORT_SECONDS) else known
+        if connection.poll(REPORT_SECONDS):
+            message = connection.recv()
         if isinstance(message, UploadResult):
             return message
         if isinstance(message, Exception):
             raise message
         if isinstance(message, logging.LogRecord):
             _log_here(message)
-        elif message != known:
-            known, since = message, time.monotonic()
+            message = None
+        elif message is not None and timer.see(message):
             on_progress(message)
-        elif time.monotonic() - since > limit:
+        elif timer.is_over:
             raise TransientStorageError(f"no progress for {limit:.0f} s; the upload was ended.")
     raise InterruptedUploadError
 

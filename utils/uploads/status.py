@@ -81,13 +81,9 @@ def build_upload_rows(
 def describe_state(
     view: CheckpointView | None, sidecar: CheckpointView | None, uri: str, problem: str | None
 ) -> str:
-    """Say where a checkpoint stands; what the journal says is held against the bucket.
+    """Say where a checkpoint stands: `view` is of this machine, `sidecar` of the bucket `uri`.
 
-    Args:
-        view: The checkpoint on this machine, None where it is not here.
-        sidecar: The checkpoint in the bucket, None where it is not there.
-        uri: The bucket, "" for none.
-        problem: Why the bucket could not be read, None where it was.
+    What the journal says is compared with the bucket, unless that had a `problem`.
     """
     entry = view.upload if view else None
     if view is None or view.path is None or entry is None:
@@ -181,8 +177,8 @@ def _describe_next_try(entry: JournalEntry | None, next_try: object) -> str:
     if entry.state is not UploadState.FAILED:
         return "now"
     if entry.details.get("permanent") is True:
-        return "at the next start, or: upload_manager.py retry"
-    return printable(next_try, 40) if next_try else "at the next start"
+        return "at the next run, or: upload_manager.py retry"
+    return printable(next_try, 40) if next_try else "at the next run"
 
 
 def last_errors(

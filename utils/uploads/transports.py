@@ -1,4 +1,4 @@
-"""Ways for an archive to reach the bucket, behind one small protocol.
+"""Ways for an archive to reach the bucket: one small protocol, a class for each way.
 
     python     the bucket's own methods: streams; into gs:// also in parallel parts
     gcloud     the `gcloud storage` command: streams through its standard input
@@ -34,7 +34,6 @@ from utils.base.text import parse_json
 from utils.base.uri import join_uri, local_path, require_place, scheme_of
 from utils.checkpoints.layout import SAVING_PREFIX
 from utils.storage.bucket import (
-    Bucket,
     Meter,
     ObjectInfo,
     StreamSink,
@@ -141,7 +140,7 @@ class Transport(Protocol):
     def remove_unfinished(
         self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
     ) -> None:
-        """Remove what interrupted uploads left in a folder.
+        """Remove what interrupted uploads left in a folder; by default they leave nothing.
 
         Args:
             folder: Where the objects are.
@@ -150,7 +149,7 @@ class Transport(Protocol):
         """
 
     def close(self) -> None:
-        """Release connections."""
+        """Release connections, where there are any."""
 
 
 def put_bytes(
@@ -160,19 +159,16 @@ def put_bytes(
     transport.put(object_name, lambda sink: sink.write(data), expected, len(data))
 
 
-class BucketTransport:
+class BucketTransport(Transport):
     """Through the methods that each bucket has."""
 
     name = "python"
 
-    def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
-        self.uri = bucket.uri
-
-    @classmethod
-    def open(cls, options: TransportOptions, meter: Meter) -> BucketTransport:
-        """Return it with the bucket of the options."""
-        return cls(open_bucket(options.uri, options.user_project, options.retry_seconds, meter))
+    def __init__(self, options: TransportOptions, meter: Meter) -> None:
+        uri, project = options.uri, options.user_project
+        self._bucket = open_bucket(uri, project, options.retry_seconds, meter)
+        self._streams = options.streams
+        self.uri = self._bucket.uri
 
     def put(
         self, object_name: str, write: WriteStream, expected: ObjectInfo | None, max_bytes: int
@@ -213,11 +209,6 @@ class BucketTransport:
         else:
             self._bucket.delete_if(object_name, expected)
 
-    def remove_unfinished(
-        self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
-    ) -> None:
-        """Do nothing: a stream that is not finished leaves nothing."""
-
     def close(self) -> None:
         """Close the bucket."""
         self._bucket.close()
@@ -228,39 +219,22 @@ class DirectoryTransport(BucketTransport):
 
     name = "directory"
 
-    def __init__(self, directory: DirectoryBucket) -> None:
-        super().__init__(directory)
-        self._directory = directory
-
-    @classmethod
-    def open(cls, options: TransportOptions, meter: Meter) -> DirectoryTransport:
-        """Return it with the directory of the options."""
-        return cls(DirectoryBucket(Path(options.uri), meter))
-
     def remove_unfinished(
         self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
     ) -> None:
         """Remove temporary files."""
+        assert isinstance(self._bucket, DirectoryBucket)
         if only is None:
-            self._directory.remove_unfinished(folder, keep)
+            self._bucket.remove_unfinished(folder, keep)
 
 
 class GcsTransport(BucketTransport):
     """Through google-cloud-storage, in parallel parts where more than one stream is allowed."""
 
-    def __init__(self, bucket: GcsBucket, streams: int) -> None:
-        super().__init__(bucket)
-        self._gcs, self._streams = bucket, streams
-
-    @classmethod
-    def open(cls, options: TransportOptions, meter: Meter) -> GcsTransport:
-        """Return it with the bucket of the options."""
-        bucket = GcsBucket(options.uri, options.user_project, options.retry_seconds, meter)
-        return cls(bucket, options.streams)
-
     def _put_large(self, object_name: str, write: WriteStream, expected: ObjectInfo | None) -> None:
+        assert isinstance(self._bucket, GcsBucket)
         if self._streams > 1:
-            put_parallel(self._gcs, object_name, write, expected, streams=self._streams)
+            put_parallel(self._bucket, object_name, write, expected, streams=self._streams)
         else:
             super()._put_large(object_name, write, expected)
 
@@ -268,14 +242,14 @@ class GcsTransport(BucketTransport):
         self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
     ) -> None:
         """Remove parts."""
+        assert isinstance(self._bucket, GcsBucket)
         prefix = f"{folder}/{PARTS_FOLDER}/" if only is None else parts_prefix(only)
-        remove_parts(self._gcs, prefix, keep)
+        remove_parts(self._bucket, prefix, keep)
 
 
-class _CommandTransport:
+class _CommandTransport(Transport):
     """What gsutil and gcloud have in common."""
 
-    name: str
     _quiet: tuple[str, ...] = ()
 
     def __init__(self, words: list[str], options: TransportOptions, meter: Meter) -> None:
@@ -306,14 +280,6 @@ class _CommandTransport:
     def _conditions(self, expected: ObjectInfo | None) -> tuple[tuple[str, ...], list[str]]:
         """Return the (options, words) that ask for a version; none for any."""
         raise NotImplementedError
-
-    def remove_unfinished(
-        self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
-    ) -> None:
-        """Do nothing: these uploads leave nothing behind."""
-
-    def close(self) -> None:
-        """Nothing to release."""
 
     @classmethod
     def _require(cls, program: str | None, hint: str) -> str:
@@ -491,7 +457,7 @@ def find_gsutil() -> str | None:
 OpenTransport = Callable[[TransportOptions, Meter], Transport]
 
 TRANSPORTS: dict[str, dict[str, OpenTransport]] = {
-    "gs": {"python": GcsTransport.open, "gcloud": GcloudTransport, "gsutil": GsutilTransport}
+    "gs": {"python": GcsTransport, "gcloud": GcloudTransport, "gsutil": GsutilTransport}
 }
 """Scheme -> its transports by name, the fastest first (BENCHMARKS.md). `auto` takes the first that
 works."""
@@ -500,8 +466,8 @@ works."""
 def _openers(uri: str) -> dict[str, OpenTransport]:
     """Return the transports to a place, by name, in the order in which `auto` tries them."""
     if local_path(uri) is not None:
-        return {"directory": DirectoryTransport.open}
-    return TRANSPORTS.get(scheme_of(uri) or "", {"python": BucketTransport.open})
+        return {"directory": DirectoryTransport}
+    return TRANSPORTS.get(scheme_of(uri) or "", {"python": BucketTransport})
 
 
 def _settle(uri: str, name: str) -> str:

@@ -74,7 +74,7 @@ class _Item:
         delays: Mean seconds before each next attempt.
         attempts: How often it was tried.
         ready_at: When it may be tried next, on the monotonic clock.
-        is_late: It has failed as often as one waits for; it is tried again, but not waited for.
+        is_late: It has failed `UPLOAD_ATTEMPTS` times: it is tried again, but not waited for.
         is_elsewhere: Another process uploads it.
     """
 
@@ -222,7 +222,7 @@ class Uploader:
                     del self.failures[name]
 
     def close(self) -> None:
-        """Stop at once; what is left stays in the journal for the next start."""
+        """Stop at once; what is left stays in the journal for the next run."""
         self._closing.set()
         with self._changed:
             self._queue.clear()
@@ -285,7 +285,7 @@ class Uploader:
                 run_id = manifest.run_id
                 self._upload(item, manifest)
         except InterruptedUploadError:  # no failure: the journal says where it was
-            log.debug("The upload of %s goes on at the next start.", checkpoint.name)
+            log.debug("The upload of %s goes on at the next run.", checkpoint.name)
             with contextlib.suppress(OSError):
                 # Its writer was killed.
                 local_archive(checkpoint, self._suffix).unlink(missing_ok=True)
@@ -519,13 +519,8 @@ def find_unfinished(
     """Return the local checkpoints that are owed to the bucket `uri`, by step.
 
     Owed is what the journal has not as verified there or given up, also what it does not know at
-    all: a crash between commit and queueing.
-
-    Args:
-        directory: Where the checkpoints lie.
-        journal: What is known of their uploads.
-        uri: The bucket.
-        uploads: Newest journal entry of each checkpoint; None reads the journal.
+    all: a crash between commit and queueing. `uploads` are the journal's newest entries, where they
+    have been read.
     """
     latest = journal.latest() if uploads is None else uploads
     owed = []

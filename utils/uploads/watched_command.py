@@ -39,6 +39,31 @@ QUIET_ENVIRONMENT = {"CLOUDSDK_CORE_DISABLE_PROMPTS": "1", "PYTHONWARNINGS": "ig
 log = logging.getLogger(__name__)
 
 
+class StallTimer:
+    """Tells when something has stayed the same for too long.
+
+    Args:
+        seconds: How long it may.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._state: object = None
+        self._since = time.monotonic()
+
+    def see(self, state: object) -> bool:
+        """Take the newest state; tell whether it has changed."""
+        if state == self._state:
+            return False
+        self._state, self._since = state, time.monotonic()
+        return True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has not changed for too long."""
+        return time.monotonic() - self._since > self._seconds
+
+
 class WatchedCommand:
     """Runs a program and watches that it makes progress.
 
@@ -180,14 +205,12 @@ class _Watch:
         end_process(self._process)
 
     def _watch(self) -> None:
-        known, since = -1.0, time.monotonic()
+        timer = StallTimer(self._stall_seconds)
         while not self._over.wait(POLL_SECONDS):
-            activity = _activity(self._process.pid)
             self._meter_position()
-            if activity != known:
-                known, since = activity, time.monotonic()
+            if timer.see(_activity(self._process.pid)):
                 self._meter.show_life()
-            elif time.monotonic() - since > self._stall_seconds:
+            elif timer.is_over:
                 self.has_stalled = True
                 end_process(self._process)
                 return

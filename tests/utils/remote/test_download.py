@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,47 +79,47 @@ class VouchingBucket(ScriptedBucket):
         return info and ObjectInfo(name, info.size, self.crc32c(name))
 
 
+@dataclass
+class Here:
+    """A checkpoint where it was written, a bucket, and a machine that has neither of them."""
+
+    source: Path
+    bucket: ScriptedBucket
+    directory: Path
+
+    def upload(self, bucket: Bucket | None = None) -> None:
+        """Upload as the trainer does, but in this process."""
+        bucket = bucket or self.bucket
+        journal = Journal(self.source.parent / "uploads.jsonl")
+        options = TransportOptions(bucket.uri, "directory" if local_path(bucket.uri) else "python")
+        with Uploader(
+            options, journal, perform=lambda job, *_: run_job(job, UploadProgress())
+        ) as uploader:
+            uploader.submit(self.source)
+            uploader.drain(60, lambda _: None)
+        assert uploader.verified == [self.source.name]
+        self.bucket.reads.clear()
+
+    def fetch(self, name: str = NAME, using: Bucket | None = None, **options: Any) -> Path:
+        journal = Journal(self.directory / "uploads.jsonl")
+        return download_checkpoint(using or self.bucket, name, self.directory, journal, **options)
+
+    def refuse(self, message: str, **options: Any) -> CheckpointError:
+        """Fetch it, which is refused and leaves nothing."""
+        with pytest.raises(CheckpointError, match=message) as caught:
+            self.fetch(**options)
+        assert_nothing_was_left(self.directory)
+        return caught.value
+
+
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """The checkpoint where it was written."""
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
+    monkeypatch.setattr(archive_reading, "FIRST_RETRY_SECONDS", 0.001)
     checkpoint = make_checkpoint(tmp_path / "source", 50)
     (checkpoint / "optimizer.bin").write_bytes(os.urandom(50_000))
     (checkpoint / "empty.json").write_bytes(b"")
     seal(checkpoint, 50)
-    return checkpoint
-
-
-@pytest.fixture
-def bucket(tmp_path: Path) -> ScriptedBucket:
-    return ScriptedBucket(tmp_path / "bucket")
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoints"
-
-
-@pytest.fixture
-def fetch(bucket: Bucket, directory: Path) -> Callable[..., Path]:
-    def download(name: str = NAME, using: Bucket | None = None, **options: Any) -> Path:
-        journal = Journal(directory / "uploads.jsonl")
-        return download_checkpoint(
-            using or bucket, name, directory, journal, first_backoff_seconds=0.001, **options
-        )
-
-    return download
-
-
-def upload(bucket: Bucket, checkpoint: Path) -> None:
-    """Upload as the trainer does, but in this process."""
-    journal = Journal(checkpoint.parent / "uploads.jsonl")
-    options = TransportOptions(bucket.uri, "directory" if local_path(bucket.uri) else "python")
-    with Uploader(
-        options, journal, perform=lambda job, *_: run_job(job, UploadProgress())
-    ) as uploader:
-        uploader.submit(checkpoint)
-        uploader.drain(60, lambda _: None)
-    assert uploader.verified == [checkpoint.name]
+    return Here(checkpoint, ScriptedBucket(tmp_path / "bucket"), tmp_path / "checkpoints")
 
 
 def make_sidecar(checkpoint: Path, archive: bytes, **more: str) -> dict[str, Any]:
@@ -159,70 +160,67 @@ def assert_nothing_was_left(directory: Path) -> None:
 # What comes back.
 
 
-def test_a_download_is_the_checkpoint_that_was_uploaded(
-    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
-) -> None:
-    upload(bucket, source)
+def test_a_download_is_the_checkpoint_that_was_uploaded(here: Here) -> None:
+    here.upload()
     progress: list[tuple[str, int, int]] = []
-    found = fetch(on_progress=lambda *report: progress.append(report))
+    found = here.fetch(on_progress=lambda *report: progress.append(report))
 
-    assert found == directory / NAME
-    assert contents(found) == contents(source)
-    assert verify_checkpoint(found) == read_manifest(source)
-    left = {path.name for path in directory.iterdir()}
+    assert found == here.directory / NAME
+    assert contents(found) == contents(here.source)
+    assert verify_checkpoint(found) == read_manifest(here.source)
+    left = {path.name for path in here.directory.iterdir()}
     assert left == {NAME, "uploads.jsonl", "uploads.jsonl.lock"}
-    archive_bytes = (bucket.root / archive_object(NAME)).stat().st_size
-    total = read_manifest(source).total_bytes
+    archive_bytes = (here.bucket.root / archive_object(NAME)).stat().st_size
+    total = read_manifest(here.source).total_bytes
     assert progress[0] == ("downloading", archive_bytes, archive_bytes)
     assert progress[-1] == ("unpacking", total, total)
 
 
-def test_a_download_is_known_as_verified_and_not_uploaded_again(
-    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
-) -> None:
-    upload(bucket, source)
-    found = fetch()
-    entry = Journal(directory / "uploads.jsonl").latest()[NAME]
-    uploaded = Journal(source.parent / "uploads.jsonl").latest()[NAME]
+def test_a_download_is_known_as_verified_and_not_uploaded_again(here: Here) -> None:
+    here.upload()
+    found = here.fetch()
+    journal = Journal(here.directory / "uploads.jsonl")
+    entry = journal.latest()[NAME]
+    uploaded = Journal(here.source.parent / "uploads.jsonl").latest()[NAME]
     assert (entry.run_id, entry.state) == (RUN_ID, UploadState.VERIFIED)
     assert entry.details.items() <= uploaded.details.items()
-    assert is_verified_in(bucket.uri, found, entry)
-    assert find_unfinished(directory, Journal(directory / "uploads.jsonl"), bucket.uri) == []
+    assert is_verified_in(here.bucket.uri, found, entry)
+    assert find_unfinished(here.directory, journal, here.bucket.uri) == []
 
 
 def test_a_journal_that_cannot_be_written_costs_only_a_second_upload(
-    bucket: ScriptedBucket, source: Path, directory: Path, caplog: pytest.LogCaptureFixture
+    here: Here, caplog: pytest.LogCaptureFixture
 ) -> None:
-    upload(bucket, source)
-    directory.mkdir()
-    found = download_checkpoint(bucket, NAME, directory, Journal(directory / NAME))
+    here.upload()
+    here.directory.mkdir()
+    found = download_checkpoint(here.bucket, NAME, here.directory, Journal(here.directory / NAME))
     assert verify_checkpoint(found)
     assert "will be uploaded again" in caplog.text
 
 
 def test_a_download_from_gs_survives_faults_and_is_the_same(
-    gcs: FakeGcsServer, source: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+    gcs: FakeGcsServer, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archive_reading, "DOWNLOAD_BLOCK_BYTES", 20_000)
     remote = open_bucket("gs://runs/team/a", retry_seconds=5)
-    upload(remote, source)
+    here.upload(remote)
     busy = gcs.add_fault(Fault("status", times=2, operation="object.download", status=503))
     cut = gcs.add_fault(
         Fault("reset", operation="object.download", name="*.tar.gz", after_bytes=5_000)
     )
-    journal = Journal(directory / "uploads.jsonl")
-    found = download_checkpoint(remote, NAME, directory, journal)
+    journal = Journal(here.directory / "uploads.jsonl")
+    found = download_checkpoint(remote, NAME, here.directory, journal)
     assert (busy.fired, cut.fired) == (2, 1)
-    assert contents(found) == contents(source)
+    assert contents(found) == contents(here.source)
     assert is_verified_in(remote.uri, found, journal.latest()[NAME])
 
-    shutil.rmtree(directory)
+    shutil.rmtree(here.directory)
     damaged = gcs.read_object("runs", f"team/a/{archive_object(NAME)}")
     damaged = damaged[:-9] + bytes([damaged[-9] ^ 1]) + damaged[-8:]
     gcs.put_object("runs", f"team/a/{archive_object(NAME)}", damaged)
     gcs.clear_requests()
     with pytest.raises(CheckpointError, match="is damaged"):
-        download_checkpoint(remote, NAME, directory, journal)
+        download_checkpoint(remote, NAME, here.directory, journal)
     # The bucket's own checksum tells, before 3 GB are downloaded for nothing.
     assert len(gcs.requests("object.download")) == 1
     remote.close()
@@ -231,59 +229,51 @@ def test_a_download_from_gs_survives_faults_and_is_the_same(
 # What is there already.
 
 
-def test_the_same_checkpoint_on_this_machine_is_left_as_it_is(
-    bucket: ScriptedBucket, source: Path, fetch: Callable[..., Path]
-) -> None:
-    upload(bucket, source)
-    found = fetch()
-    bucket.reads.clear()
-    assert fetch() == found
-    assert bucket.reads == [(sidecar_object(NAME), 0)]
+def test_the_same_checkpoint_on_this_machine_is_left_as_it_is(here: Here) -> None:
+    here.upload()
+    found = here.fetch()
+    here.bucket.reads.clear()
+    assert here.fetch() == found
+    assert here.bucket.reads == [(sidecar_object(NAME), 0)]
 
 
-def test_another_checkpoint_of_that_name_is_never_replaced(
-    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
-) -> None:
-    upload(bucket, source)
-    own = make_checkpoint(directory, 50, current_loss=1.0)
+def test_another_checkpoint_of_that_name_is_never_replaced(here: Here) -> None:
+    here.upload()
+    own = make_checkpoint(here.directory, 50, current_loss=1.0)
     before = contents(own)
     with pytest.raises(CheckpointError, match=r"exists and is not what .* but another one\. Noth"):
-        fetch()
+        here.fetch()
     assert contents(own) == before
 
 
 @pytest.mark.parametrize("damage", ["file", "manifest", "link"])
-def test_a_damaged_checkpoint_of_that_name_is_never_replaced(
-    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path], damage: str
-) -> None:
-    upload(bucket, source)
-    found = fetch()
+def test_a_damaged_checkpoint_of_that_name_is_never_replaced(here: Here, damage: str) -> None:
+    here.upload()
+    found = here.fetch()
     if damage == "link":
-        found.rename(directory / "elsewhere")
-        found.symlink_to(directory / "nowhere")
+        found.rename(here.directory / "elsewhere")
+        found.symlink_to(here.directory / "nowhere")
     elif damage == "file":
         os.truncate(found / "model.safetensors", 5)
     else:
         (found / "manifest.json").unlink()
-    left = sorted(directory.rglob("*"))
+    left = sorted(here.directory.rglob("*"))
     with pytest.raises(CheckpointError, match="not a whole one.*Move it away"):
-        fetch()
-    assert sorted(directory.rglob("*")) == left
+        here.fetch()
+    assert sorted(here.directory.rglob("*")) == left
 
 
-def test_a_checkpoint_that_appears_meanwhile_is_not_replaced(
-    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
-) -> None:
-    upload(bucket, source)
+def test_a_checkpoint_that_appears_meanwhile_is_not_replaced(here: Here) -> None:
+    here.upload()
 
     def save(stage: str, done: int, total: int) -> None:
-        if stage == "unpacking" and not (directory / NAME).exists():
-            make_checkpoint(directory, 50, current_loss=1.0)
+        if stage == "unpacking" and not (here.directory / NAME).exists():
+            make_checkpoint(here.directory, 50, current_loss=1.0)
 
     with pytest.raises(CheckpointError, match="cannot be written"):
-        fetch(on_progress=save)
-    assert read_json(directory / NAME / "metadata.json")["current_loss"] == 1.0
-    assert [path.name for path in directory.iterdir()] == [NAME]
+        here.fetch(on_progress=save)
+    assert read_json(here.directory / NAME / "metadata.json")["current_loss"] == 1.0
+    assert [path.name for path in here.directory.iterdir()] == [NAME]
 
 
 # The name and the sidecar.
@@ -291,22 +281,12 @@ def test_a_checkpoint_that_appears_meanwhile_is_not_replaced(
 
 @pytest.mark.parametrize("name", ["", "..", "../x", f"../{NAME}", f"{NAME}/", f"{NAME}\n", "-rf"])
 def test_what_is_no_checkpoint_name_is_refused_before_anything_is_read(
-    bucket: ScriptedBucket, directory: Path, fetch: Callable[..., Path], name: str
+    here: Here, name: str
 ) -> None:
     with pytest.raises(UsageError, match="not a checkpoint name"):
-        fetch(name)
-    assert bucket.reads == []
-    assert_nothing_was_left(directory)
-
-
-def test_an_upload_that_was_killed_before_its_sidecar_is_ignored(
-    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
-) -> None:
-    upload(bucket, source)
-    bucket.delete(sidecar_object(NAME))
-    with pytest.raises(CheckpointError, match=f"{NAME} is ignored: .*not uploaded to its end"):
-        fetch()
-    assert_nothing_was_left(directory)
+        here.fetch(name)
+    assert here.bucket.reads == []
+    assert_nothing_was_left(here.directory)
 
 
 def manifest_with(sidecar: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -330,6 +310,10 @@ BAD_SIDECARS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "nothing in it": (lambda sidecar: {}, "no 'manifest'"),
     "no archive": (lambda sidecar: {"manifest": sidecar["manifest"]}, "no 'archive'"),
     "archive a list": (lambda sidecar: {**sidecar, "archive": [1]}, "not a usable sidecar"),
+    "unknown format": (
+        lambda sidecar: archive_with(sidecar, format=".tar.xz"),
+        "archive of the unknown format '.tar.xz'",
+    ),
     "archive negative": (lambda sidecar: archive_with(sidecar, size=-1), "archive of -1 bytes"),
     "archive true": (lambda sidecar: archive_with(sidecar, size=True), "archive of True bytes"),
     "no checksum": (lambda sidecar: archive_with(sidecar, crc32c=None), "crc32c None"),
@@ -352,32 +336,35 @@ BAD_SIDECARS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_SIDECARS)
-def test_a_bad_sidecar_is_refused_and_no_archive_is_read(
-    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path], case: str
-) -> None:
-    upload(bucket, source)
+def test_a_bad_sidecar_is_refused_and_no_archive_is_read(here: Here, case: str) -> None:
+    here.upload()
     change, message = BAD_SIDECARS[case]
-    sidecar = change(json.loads(bucket.read_bytes(sidecar_object(NAME))))
+    sidecar = change(json.loads(here.bucket.read_bytes(sidecar_object(NAME))))
     data = sidecar if isinstance(sidecar, bytes) else json.dumps(sidecar).encode()
-    bucket.put_bytes(sidecar_object(NAME), data)
-    bucket.reads.clear()
+    here.bucket.put_bytes(sidecar_object(NAME), data)
+    here.bucket.reads.clear()
     with pytest.raises(CheckpointError, match=message) as caught:
-        fetch()
+        here.fetch()
     assert str(caught.value).startswith(f"{NAME} cannot be used: ")
-    assert bucket.reads == [(sidecar_object(NAME), 0)]
-    assert_nothing_was_left(directory)
+    assert here.bucket.reads == [(sidecar_object(NAME), 0)]
+    assert_nothing_was_left(here.directory)
+
+
+def test_an_upload_that_lacks_a_half_is_refused(here: Here) -> None:
+    here.upload()
+    here.bucket.delete(archive_object(NAME))
+    here.refuse("its archive is not in")
+    here.bucket.delete(sidecar_object(NAME))
+    here.refuse(f"{NAME} is ignored: .*not uploaded to its end")
 
 
 def test_a_sidecar_without_end_is_not_read_to_its_end(
-    bucket: ScriptedBucket,
-    source: Path,
-    fetch: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
+    here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upload(bucket, source)
+    here.upload()
     monkeypatch.setattr(archive_reading, "MAX_SIDECAR_BYTES", 100)
     with pytest.raises(CheckpointError, match="more than 100 bytes"):
-        fetch()
+        here.fetch()
 
 
 # The archive as bytes: nothing is opened that is not what the sidecar says.
@@ -396,7 +383,7 @@ def cut_at_a_member_boundary(data: bytes) -> bytes:
 
 
 DAMAGED_ARCHIVES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "flipped": (flip, "is damaged .*its crc32c is"),
+    "flipped": (flip, "is damaged .*it has crc32c"),
     "cut": (lambda data: data[:-100], "is damaged .*it has"),
     "cut at a member": (cut_at_a_member_boundary, "is damaged .*it has"),
     "longer": (lambda data: data + b"\0" * 100_000, "is damaged .*it has"),
@@ -408,56 +395,40 @@ DAMAGED_ARCHIVES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 @pytest.mark.parametrize("kind", [ScriptedBucket, VouchingBucket])
 def test_a_damaged_archive_is_never_opened(
     tmp_path: Path,
-    source: Path,
-    directory: Path,
-    fetch: Callable[..., Path],
+    here: Here,
     monkeypatch: pytest.MonkeyPatch,
     kind: type[ScriptedBucket],
     case: str,
 ) -> None:
     bucket = kind(tmp_path / "bucket")
-    upload(bucket, source)
+    here.upload(bucket)
     damage, message = DAMAGED_ARCHIVES[case]
     bucket.put_bytes(archive_object(NAME), damage(bucket.read_bytes(archive_object(NAME))))
     monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("it was opened"))
     monkeypatch.setattr(igzip, "open", lambda *_, **__: pytest.fail("it was opened"))
     with pytest.raises(CheckpointError, match=message) as caught:
-        fetch(using=bucket)
+        here.fetch(using=bucket)
     assert f"{NAME} cannot be used" in str(caught.value)
     assert "its sidecar says" in str(caught.value)
-    assert_nothing_was_left(directory)
-
-
-def test_a_sidecar_without_its_archive_is_refused(
-    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
-) -> None:
-    upload(bucket, source)
-    bucket.delete(archive_object(NAME))
-    with pytest.raises(CheckpointError, match="its archive is not in"):
-        fetch()
-    assert_nothing_was_left(directory)
+    assert_nothing_was_left(here.directory)
 
 
 def test_the_disk_must_have_room_for_archive_and_files_before_the_download(
-    bucket: ScriptedBucket,
-    source: Path,
-    directory: Path,
-    fetch: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
+    here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upload(bucket, source)
-    archive = (bucket.root / archive_object(NAME)).stat().st_size
-    files = read_manifest(source).total_bytes
+    here.upload()
+    archive = (here.bucket.root / archive_object(NAME)).stat().st_size
+    files = read_manifest(here.source).total_bytes
     needed = archive + files
     usage = SimpleNamespace(free=needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     numbers = f"needs {needed} bytes .*archive {archive}, files {files}.*; {needed - 1} are free"
     with pytest.raises(CheckpointError, match=numbers):
-        fetch()
-    assert all(name == sidecar_object(NAME) for name, _ in bucket.reads)
-    assert_nothing_was_left(directory)
+        here.fetch()
+    assert all(name == sidecar_object(NAME) for name, _ in here.bucket.reads)
+    assert_nothing_was_left(here.directory)
     usage.free = needed
-    assert fetch() == directory / NAME
+    assert here.fetch() == here.directory / NAME
 
 
 # The archive as files. Its bytes are what the sidecar says, so that only its content can tell.
@@ -520,7 +491,6 @@ HOSTILE: dict[str, tuple[Callable[[Members], bytes], str]] = {
     "parent": (lambda m: pack([*m, member("../evil", b"x")]), "outside the destination"),
     "parent inside": (lambda m: pack([*m, member(f"{NAME}/../../evil", b"x")]), "outside"),
     "absolute": (lambda m: pack([*m, member("/evil", b"x")]), "'/?evil' does not belong|absolute"),
-    "beside": (lambda m: pack([*m, member("evil", b"x")]), "'evil' does not belong"),
     "deeper": (lambda m: pack([*m, member(f"{NAME}/sub/evil", b"x")]), "does not belong"),
     "own parent": (
         lambda m: pack([member(f"{NAME}/x/../{i.name.split('/')[1]}", d) for i, d in m]),
@@ -530,10 +500,6 @@ HOSTILE: dict[str, tuple[Callable[[Members], bytes], str]] = {
     "all of another checkpoint": (lambda m: pack(renamed(m)), "does not belong"),
     "extra member": (lambda m: pack([*m, member(f"{NAME}/evil.py", b"x")]), "does not belong"),
     "member twice": (lambda m: pack([*m, m[-1]]), "does not belong"),
-    "folder": (
-        lambda m: pack([member(f"{NAME}/", type=tarfile.DIRTYPE), *m]),
-        "does not belong",
-    ),
     "folder as a file": (
         lambda m: pack(
             [*without(m, "empty.json"), member(f"{NAME}/empty.json", type=tarfile.DIRTYPE)]
@@ -560,10 +526,6 @@ HOSTILE: dict[str, tuple[Callable[[Members], bytes], str]] = {
     "huge member": (
         lambda m: pack(with_content(m, "optimizer.bin", bytes(LARGE))),
         f"has {LARGE} bytes, its manifest says 50000",
-    ),
-    "huge extra member first": (
-        lambda m: pack([member(f"{NAME}/evil", bytes(LARGE)), *m]),
-        "does not belong",
     ),
     "huge manifest": (
         lambda m: pack(with_content(m, "manifest.json", bytes(LARGE))),
@@ -608,8 +570,6 @@ HOSTILE: dict[str, tuple[Callable[[Members], bytes], str]] = {
     ),
     "no tar": (lambda m: compress(os.urandom(5000)), "cannot be unpacked"),
     "no gzip": (lambda m: os.urandom(5000), "cannot be unpacked"),
-    "cut gzip": (lambda m: pack(m)[:-3000], "cannot be unpacked"),
-    "damaged gzip": (lambda m: flip(pack(m)), "cannot be unpacked|does not belong|not what its"),
     "nothing": (lambda m: compress(b""), "cannot be unpacked"),
 }
 
@@ -618,89 +578,58 @@ def dict_of(members: Members) -> dict[str, bytes]:
     return {info.name.partition("/")[2]: data for info, data in members}
 
 
-def test_a_packed_checkpoint_is_fine_as_long_as_nothing_is_changed(
-    bucket: ScriptedBucket, source: Path, fetch: Callable[..., Path]
-) -> None:
-    publish(bucket, source, pack(members_of(source)))
-    assert contents(fetch()) == contents(source)
-
-
 @pytest.mark.parametrize("suffix", ARCHIVE_SUFFIXES)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_archive_leaves_nothing_behind(
-    bucket: ScriptedBucket,
-    source: Path,
-    directory: Path,
-    fetch: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    case: str,
-    suffix: str,
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, suffix: str
 ) -> None:
     if suffix == ".tar.zst":
         monkeypatch.setattr(sys.modules[__name__], "compress", zstandard.compress)
-    (source.parent / "secret").write_bytes(b"x" * 50_000)
+    (here.source.parent / "secret").write_bytes(b"x" * 50_000)
     build, message = HOSTILE[case]
-    publish(bucket, source, build(members_of(source)), suffix)
+    publish(here.bucket, here.source, build(members_of(here.source)), suffix)
     written = [0]
-    before = sorted(path for path in tmp_path.rglob("*") if directory not in path.parents)
+    before = sorted(path for path in tmp_path.rglob("*") if here.directory not in path.parents)
 
     def watch(stage: str, done: int, total: int) -> None:
         if stage == "unpacking":
-            files = [path for path in directory.rglob("*") if path.is_file()]
+            files = [path for path in here.directory.rglob("*") if path.is_file()]
             sizes = [path.stat().st_size for path in files if path.suffix not in (".gz", ".zst")]
             written[0] = max(written[0], sum(sizes))
 
     with pytest.raises(CheckpointError, match=message) as caught:
-        fetch(on_progress=watch)
-    assert str(caught.value).startswith(f"{NAME} cannot be used: {bucket.uri}")
-    assert_nothing_was_left(directory)
-    after = sorted(path for path in tmp_path.rglob("*") if directory not in path.parents)
-    assert [path for path in after if path != directory] == before
-    assert written[0] <= read_manifest(source).total_bytes + 100_000
+        here.fetch(on_progress=watch)
+    assert str(caught.value).startswith(f"{NAME} cannot be used: {here.bucket.uri}")
+    assert_nothing_was_left(here.directory)
+    after = sorted(path for path in tmp_path.rglob("*") if here.directory not in path.parents)
+    assert [path for path in after if path != here.directory] == before
+    assert written[0] <= read_manifest(here.source).total_bytes + 100_000
 
 
 @pytest.mark.parametrize("suffix", ARCHIVE_SUFFIXES)
-def test_each_format_comes_back(
-    bucket: ScriptedBucket, source: Path, fetch: Callable[..., Path], suffix: str
-) -> None:
+def test_each_format_comes_back(here: Here, suffix: str) -> None:
     sink = io.BytesIO()
     chosen = next(key for key, each in COMPRESSIONS.items() if each.suffix == suffix)
-    write_archive(source, read_manifest(source), sink, compression=chosen)
-    publish(bucket, source, sink.getvalue(), suffix)
-    assert contents(fetch()) == contents(source)
+    write_archive(here.source, read_manifest(here.source), sink, compression=chosen)
+    publish(here.bucket, here.source, sink.getvalue(), suffix)
+    assert contents(here.fetch()) == contents(here.source)
 
 
-def test_a_frame_that_asks_for_much_memory_is_refused(
-    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
-) -> None:
-    raw = igzip.decompress(pack(members_of(source)))
+def test_a_frame_that_asks_for_much_memory_is_refused(here: Here) -> None:
+    raw = igzip.decompress(pack(members_of(here.source)))
     parameters = zstandard.ZstdCompressionParameters(window_log=27, write_content_size=False)
     packed = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
-    publish(bucket, source, packed.compress(raw) + packed.flush(), ".tar.zst")
-    with pytest.raises(CheckpointError, match="cannot be unpacked.*memory"):
-        fetch()
-    assert_nothing_was_left(directory)
+    publish(here.bucket, here.source, packed.compress(raw) + packed.flush(), ".tar.zst")
+    here.refuse("cannot be unpacked.*memory")
 
 
-def test_an_archive_of_another_format_is_refused(
-    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
-) -> None:
-    publish(bucket, source, b"x", ".tar.xz")
-    with pytest.raises(CheckpointError, match="archive of the unknown format '.tar.xz'"):
-        fetch()
-    assert_nothing_was_left(directory)
-
-
-def test_pickles_are_only_bytes(
-    bucket: ScriptedBucket, source: Path, fetch: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_pickles_are_only_bytes(here: Here, tmp_path: Path) -> None:
     trap = tmp_path / "executed"
     code = b"cposix\nsystem\n(S'touch %s'\ntR." % str(trap).encode()
-    (source / "random_states_0.pkl").write_bytes(code)
-    seal(source, 50)
-    upload(bucket, source)
-    assert (fetch() / "random_states_0.pkl").read_bytes() == code
+    (here.source / "random_states_0.pkl").write_bytes(code)
+    seal(here.source, 50)
+    here.upload()
+    assert (here.fetch() / "random_states_0.pkl").read_bytes() == code
     assert not trap.exists()
 
 
@@ -708,109 +637,85 @@ def test_pickles_are_only_bytes(
 
 
 def test_two_transient_errors_are_survived_and_nothing_is_read_twice(
-    bucket: ScriptedBucket,
-    source: Path,
-    fetch: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
+    here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archive_reading, "DOWNLOAD_BLOCK_BYTES", 20_000)
-    upload(bucket, source)
-    bucket.faults = {
+    here.upload()
+    here.bucket.faults = {
         sidecar_object(NAME): [TransientStorageError("503"), TransientStorageError("503")],
         archive_object(NAME): [bytes, TransientStorageError("reset"), lambda data: data[:-1]],
     }
-    bucket.reads.clear()
-    assert contents(fetch()) == contents(source)
-    archive_reads = [start for name, start in bucket.reads if name == archive_object(NAME)]
+    here.bucket.reads.clear()
+    assert contents(here.fetch()) == contents(here.source)
+    archive_reads = [start for name, start in here.bucket.reads if name == archive_object(NAME)]
     assert archive_reads == [0, 20_000, 20_000, 20_000, 40_000]
 
 
-def test_bytes_that_changed_on_the_way_are_fetched_again(
-    tmp_path: Path, source: Path, directory: Path, fetch: Callable[..., Path]
-) -> None:
+def test_bytes_that_changed_on_the_way_are_fetched_again(tmp_path: Path, here: Here) -> None:
     bucket = VouchingBucket(tmp_path / "bucket")
-    upload(bucket, source)
+    here.upload(bucket)
     bucket.faults = {archive_object(NAME): [flip, flip]}
-    assert contents(fetch(using=bucket)) == contents(source)
+    assert contents(here.fetch(using=bucket)) == contents(here.source)
 
-    shutil.rmtree(directory)
+    shutil.rmtree(here.directory)
     bucket.faults = {archive_object(NAME): [flip] * 99}
     with pytest.raises(StorageError, match=r"changed on the way\. \(3 attempts\)"):
-        fetch(using=bucket)
-    assert_nothing_was_left(directory)
+        here.fetch(using=bucket)
+    assert_nothing_was_left(here.directory)
 
 
 @pytest.mark.parametrize("object_name", [sidecar_object(NAME), archive_object(NAME)])
-def test_a_bucket_that_stays_down_is_given_up(
-    bucket: ScriptedBucket,
-    source: Path,
-    directory: Path,
-    fetch: Callable[..., Path],
-    object_name: str,
-) -> None:
-    upload(bucket, source)
-    bucket.faults = {object_name: [TransientStorageError("503 Busy")] * 99}
-    bucket.reads.clear()
+def test_a_bucket_that_stays_down_is_given_up(here: Here, object_name: str) -> None:
+    here.upload()
+    here.bucket.faults = {object_name: [TransientStorageError("503 Busy")] * 99}
+    here.bucket.reads.clear()
     with pytest.raises(StorageError, match=f"{NAME} could not be downloaded .*503 Busy"):
-        fetch()
-    assert [name for name, _ in bucket.reads].count(object_name) == MAX_ATTEMPTS
-    assert_nothing_was_left(directory)
+        here.fetch()
+    assert [name for name, _ in here.bucket.reads].count(object_name) == MAX_ATTEMPTS
+    assert_nothing_was_left(here.directory)
 
 
-def test_a_refusal_is_not_tried_again(
-    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
-) -> None:
-    upload(bucket, source)
-    bucket.faults = {archive_object(NAME): [AccessDeniedError("403 Forbidden")]}
+def test_a_refusal_is_not_tried_again(here: Here) -> None:
+    here.upload()
+    here.bucket.faults = {archive_object(NAME): [AccessDeniedError("403 Forbidden")]}
     with pytest.raises(AccessDeniedError, match="403"):
-        fetch()
-    assert_nothing_was_left(directory)
+        here.fetch()
+    assert_nothing_was_left(here.directory)
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_a_disk_that_fails_leaves_nothing(
-    bucket: ScriptedBucket,
-    source: Path,
-    directory: Path,
-    fetch: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    call: str,
+    here: Here, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    upload(bucket, source)
+    here.upload()
 
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(CheckpointError, match=f"{NAME} cannot be written to .*No space left"):
-        fetch()
+        here.fetch()
     monkeypatch.undo()
-    assert_nothing_was_left(directory)
-    assert fetch() == directory / NAME
+    assert_nothing_was_left(here.directory)
+    assert here.fetch() == here.directory / NAME
 
 
-def test_an_interrupt_leaves_nothing(
-    bucket: ScriptedBucket, source: Path, directory: Path, fetch: Callable[..., Path]
-) -> None:
-    upload(bucket, source)
+def test_an_interrupt_leaves_nothing(here: Here) -> None:
+    here.upload()
 
     def interrupt(stage: str, done: int, total: int) -> None:
         if stage == "unpacking":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fetch(on_progress=interrupt)
-    assert_nothing_was_left(directory)
+        here.fetch(on_progress=interrupt)
+    assert_nothing_was_left(here.directory)
 
 
 def test_files_are_synced_before_the_name_is_given(
-    bucket: ScriptedBucket,
-    source: Path,
-    directory: Path,
-    fetch: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
+    here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upload(bucket, source)
+    here.upload()
     synced: list[str] = []
     fsync = os.fsync
 
@@ -819,10 +724,10 @@ def test_files_are_synced_before_the_name_is_given(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
-    fetch()
-    files = [path.name for path in source.iterdir()]
+    here.fetch()
+    files = [path.name for path in here.source.iterdir()]
     assert sorted(synced[: len(files)]) == sorted(files)
-    assert synced[len(files) :] == [NAME, directory.name, "uploads.jsonl", directory.name]
+    assert synced[len(files) :] == [NAME, here.directory.name, "uploads.jsonl", here.directory.name]
 
 
 KILLED = """
@@ -842,21 +747,18 @@ download_checkpoint(open_bucket(sys.argv[1]), sys.argv[3], directory, journal, k
 
 @pytest.mark.parametrize("stage", ["downloading", "unpacking"])
 def test_what_a_killed_download_left_is_removed_at_the_next_start(
-    bucket: ScriptedBucket,
-    source: Path,
-    directory: Path,
-    fetch: Callable[..., Path],
-    caplog: pytest.LogCaptureFixture,
-    stage: str,
+    here: Here, caplog: pytest.LogCaptureFixture, stage: str
 ) -> None:
     caplog.set_level(logging.INFO)
-    upload(bucket, source)
-    command = [sys.executable, "-c", KILLED, bucket.uri, str(directory), NAME, stage]
+    here.upload()
+    command = [sys.executable, "-c", KILLED, here.bucket.uri, str(here.directory), NAME, stage]
     result = subprocess.run(command, cwd=PROJECT, check=False)
     assert result.returncode == -signal.SIGKILL
-    left = list(directory.iterdir())
+    left = list(here.directory.iterdir())
     assert len(left) == 1
     assert left[0].name.startswith(".saving-")
-    remove_leftovers(directory)
-    assert_nothing_was_left(directory)
-    assert crc32c_of_file(fetch() / "manifest.json") == crc32c_of_file(source / "manifest.json")
+    remove_leftovers(here.directory)
+    assert_nothing_was_left(here.directory)
+    assert crc32c_of_file(here.fetch() / "manifest.json") == crc32c_of_file(
+        here.source / "manifest.json"
+    )

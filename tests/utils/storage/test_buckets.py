@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +29,16 @@ from utils.base.errors import (
     UsageError,
 )
 from utils.base.uri import BUCKETS, join_uri
+from utils.storage import bucket as bucket_module
 from utils.storage import gcs as gcs_bucket
-from utils.storage.bucket import Bucket, Meter, ObjectInfo, crc32c_of_bytes, crc32c_of_file
+from utils.storage.bucket import (
+    SEND_BLOCK_BYTES,
+    Bucket,
+    Meter,
+    ObjectInfo,
+    crc32c_of_bytes,
+    crc32c_of_file,
+)
 from utils.storage.directory import DirectoryBucket
 from utils.storage.gcs import GcsBucket
 from utils.storage.open import open_bucket
@@ -83,33 +90,27 @@ def test_crc32c_is_written_as_gcs_writes_it(tmp_path: Path) -> None:
 
 
 def test_what_is_put_is_there_whole(bucket: Bucket, tmp_path: Path) -> None:
-    data = os.urandom(100_000)
-    info = bucket.put_file("Checkpoints/a.tar.gz", write(tmp_path / "a", data))
-    assert (info.name, info.size) == ("Checkpoints/a.tar.gz", len(data))
-    assert info.crc32c == bucket.crc32c("Checkpoints/a.tar.gz") == crc32c_of_bytes(data)
-    assert bucket.read_bytes("Checkpoints/a.tar.gz") == data
-    checksum = bucket.get_file("Checkpoints/a.tar.gz", tmp_path / "back")
-    assert checksum == crc32c_of_bytes(data)
-    assert (tmp_path / "back").read_bytes() == data
-    found = bucket.stat("Checkpoints/a.tar.gz")
+    data, name = os.urandom(100_000), "Checkpoints/a.tar.gz"
+    bucket.put_bytes(name, b"an older one")
+    info = bucket.put_file(name, write(tmp_path / "a", data))
+    assert (info.name, info.size) == (name, len(data))
+    assert info.crc32c == bucket.crc32c(name) == crc32c_of_bytes(data)
+    assert bucket.get_file(name, tmp_path / "back") == crc32c_of_bytes(data)
+    assert (tmp_path / "back").read_bytes() == bucket.read_bytes(name) == data
+    found = bucket.stat(name)
     assert found is not None
     assert found.size == len(data)
+    bucket.delete(name)
+    assert bucket.stat(name) is None
+    assert list(bucket.list()) == []
 
 
-def test_an_object_is_replaced_as_a_whole(bucket: Bucket) -> None:
-    bucket.put_bytes("a", b"long content")
-    info = bucket.put_bytes("a", b"new")
-    assert (info.size, info.crc32c) == (3, crc32c_of_bytes(b"new"))
-    assert bucket.read_bytes("a") == b"new"
-
-
-@pytest.mark.parametrize(
-    ("start", "length", "expected"),
-    [(0, None, b"0123456789"), (3, None, b"3456789"), (0, 2, b"01"), (8, 9, b"89"), (4, 0, b"")],
-)
-def test_a_range_is_read(bucket: Bucket, start: int, length: int | None, expected: bytes) -> None:
+def test_a_range_is_read(bucket: Bucket) -> None:
     bucket.put_bytes("a", b"0123456789")
-    assert bucket.read_bytes("a", start, length) == expected
+    assert bucket.read_bytes("a", 3) == b"3456789"
+    assert bucket.read_bytes("a", 0, 2) == b"01"
+    assert bucket.read_bytes("a", 8, 9) == b"89"
+    assert bucket.read_bytes("a", 4, 0) == b""
 
 
 def test_objects_are_listed_by_name_below_their_prefix(bucket: Bucket) -> None:
@@ -136,49 +137,29 @@ def test_what_is_not_there(bucket: Bucket, tmp_path: Path) -> None:
             read()
 
 
-def test_a_deleted_object_is_gone(bucket: Bucket) -> None:
-    bucket.put_bytes("a", b"1")
-    bucket.delete("a")
-    assert bucket.stat("a") is None
-    assert list(bucket.list()) == []
-
-
-def test_an_object_that_may_not_exist_yet_is_created_once(bucket: Bucket) -> None:
-    first = bucket.put_bytes_if("a/b", b"first", None)
-    assert (first.name, first.size, first.crc32c) == ("a/b", 5, crc32c_of_bytes(b"first"))
-    with pytest.raises(ConflictError, match="a/b"):
-        bucket.put_bytes_if("a/b", b"second", None)
-    assert bucket.read_bytes("a/b") == b"first"
-    assert [info.name for info in bucket.list()] == ["a/b"]
-
-
-def test_an_object_is_replaced_only_where_it_is_the_one_that_was_seen(bucket: Bucket) -> None:
-    written = bucket.put_bytes_if("a", b"1", None)
-    data, seen = bucket.read_version("a")
+def test_an_object_is_written_or_removed_only_where_it_is_the_one_that_was_seen(
+    bucket: Bucket,
+) -> None:
+    written = bucket.put_bytes_if("a/b", b"1", None)
+    assert (written.name, written.size, written.crc32c) == ("a/b", 1, crc32c_of_bytes(b"1"))
+    data, seen = bucket.read_version("a/b")
     assert (data, seen) == (b"1", written)
-    newer = bucket.put_bytes_if("a", b"2", seen)
+    newer = bucket.put_bytes_if("a/b", b"2", seen)
     for stale in (seen, None):
-        with pytest.raises(ConflictError, match="a"):
-            bucket.put_bytes_if("a", b"3", stale)
-    assert bucket.read_version("a") == (b"2", newer)
-    bucket.delete("a")
+        with pytest.raises(ConflictError, match="a/b"):
+            bucket.put_bytes_if("a/b", b"3", stale)
     with pytest.raises(ConflictError):
-        bucket.put_bytes_if("a", b"3", newer)
-    assert bucket.stat("a") is None
-
-
-def test_an_object_is_removed_only_where_it_is_the_one_that_was_seen(bucket: Bucket) -> None:
-    older = bucket.put_bytes_if("a", b"1", None)
-    newer = bucket.put_bytes_if("a", b"2", older)
+        bucket.delete_if("a/b", seen)
+    assert bucket.read_version("a/b") == (b"2", newer)
+    assert [info.name for info in bucket.list()] == ["a/b"]
+    bucket.delete_if("a/b", newer)
     with pytest.raises(ConflictError):
-        bucket.delete_if("a", older)
-    assert bucket.read_bytes("a") == b"2"
-    bucket.delete_if("a", newer)
-    assert bucket.stat("a") is None
-    bucket.delete_if("a", newer)
+        bucket.put_bytes_if("a/b", b"3", newer)
+    assert bucket.stat("a/b") is None
+    bucket.delete_if("a/b", newer)
     bucket.delete_if("folder/none", newer)
     with pytest.raises(ObjectNotFoundError):
-        bucket.read_version("a")
+        bucket.read_version("a/b")
 
 
 @pytest.mark.parametrize("is_new", [True, False])
@@ -210,16 +191,9 @@ def test_what_is_no_bucket_is_refused(uri: str) -> None:
         open_bucket(uri)
 
 
-@pytest.mark.parametrize(
-    ("parts", "expected"),
-    [
-        (("gs://b/p/", "a"), "gs://b/p/a"),
-        (("gs://b", "", "a/b"), "gs://b/a/b"),
-        (("bucket", "run", ""), "bucket/run"),
-    ],
-)
-def test_uris_are_joined_with_one_slash(parts: tuple[str, ...], expected: str) -> None:
-    assert join_uri(*parts) == expected
+def test_uris_are_joined_with_one_slash() -> None:
+    assert join_uri("gs://b/p/", "a") == "gs://b/p/a"
+    assert join_uri("bucket", "", "run", "") == "bucket/run"
 
 
 # Streams.
@@ -230,7 +204,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gcs_bucket, "STREAM_CHUNK_BYTES", CHUNK)
 
 
-@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+@pytest.mark.parametrize("size", [0, CHUNK, 3 * CHUNK + 1])
 def test_a_stream_of_any_length_arrives(bucket: Bucket, small_chunks: None, size: int) -> None:
     data = os.urandom(size)
 
@@ -298,52 +272,59 @@ def test_an_object_is_copied_within_the_bucket(bucket: Bucket) -> None:
 # A meter.
 
 
-def test_threads_that_share_a_meter_share_its_rate() -> None:
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_meter_holds_all_that_passes_to_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(bucket_module, "time", clock)
     meter = Meter(1_000_000)
-    started = time.monotonic()
-
-    def send() -> None:
-        for _ in range(5):
-            meter.pass_on(25_000)
-
-    threads = [threading.Thread(target=send) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert time.monotonic() - started >= 0.5
-    assert meter.sent == 500_000
-
-
-def test_a_meter_does_not_make_up_for_a_pause() -> None:
-    meter = Meter(1_000_000)
-    meter.pass_on(1000)
-    time.sleep(0.3)
-    started = time.monotonic()
+    for _ in range(4):
+        meter.pass_on(50_000)
+    assert clock.now == pytest.approx(100.2)
+    clock.now = 500.0  # a pause is not made up for
     meter.pass_on(200_000)
-    assert time.monotonic() - started >= 0.2
+    assert clock.now == pytest.approx(500.2)
+    meter.count(10**12)  # another process has sent it
+    assert clock.now == pytest.approx(500.2)
+    Meter().pass_on(10**12)
+    assert clock.now == pytest.approx(500.2)
+    assert meter.sent == 10**12 + 400_000
 
 
-def test_a_meter_without_rate_counts() -> None:
-    meter = Meter()
-    meter.pass_on(10**12)
-    meter.count(5)
-    meter.show_life()
-    assert (meter.sent, meter.signs_of_life) == (10**12 + 5, 1)
+class Blocks(Meter):
+    """Keeps the size of every block that is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def pass_on(self, count: int) -> None:
+        super().pass_on(count)
+        self.sizes.append(count)
 
 
-@pytest.mark.parametrize("kind", ["directory", "gs"])
-def test_what_is_sent_is_held_to_the_rate(
-    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+@pytest.mark.parametrize("uri", ["bucket", "gs://runs"])
+def test_what_is_sent_is_metered_block_by_block(
+    gcs: FakeGcsServer, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kind == "gs":
-        request.getfixturevalue("gcs")
-    meter = Meter(2_000_000)
-    bucket = open_bucket("gs://runs" if kind == "gs" else str(tmp_path / "bucket"), meter=meter)
-    started = time.monotonic()
+    """Sent in one call, a body on a slow line would be taken for one on a dead line."""
+    monkeypatch.chdir(tmp_path)
+    meter = Blocks()
+    bucket = open_bucket(uri, meter=meter)
     bucket.put_stream("a", lambda sink: sink.write(bytes(1_000_000)), None)
-    assert time.monotonic() - started >= 0.5
     assert 1_000_000 <= meter.sent < 1_010_000
+    assert max(meter.sizes) == SEND_BLOCK_BYTES
     bucket.close()
 
 
@@ -375,12 +356,12 @@ def test_a_name_that_leaves_the_directory_is_refused(
     assert (tmp_path / "b").read_bytes() == b"outside"
 
 
-def test_a_strange_but_harmless_name_is_only_a_name(directory: DirectoryBucket) -> None:
-    names = ["-rf", "a b", "a*b", "$(x)", "new\nline", "\u00fc/\u0661"]
+def test_a_strange_but_harmless_name_is_only_a_name(bucket: Bucket) -> None:
+    names = ["-rf", "a b", "a*b", "a[1] #2?", "$(x)", "new\nline", "\u00fc/\u0661"]
     for name in names:
-        directory.put_bytes(name, name.encode())
-    assert [info.name for info in directory.list()] == sorted(names)
-    assert all(directory.read_bytes(name) == name.encode() for name in names)
+        bucket.put_bytes(name, name.encode())
+    assert [info.name for info in bucket.list()] == sorted(names)
+    assert all(bucket.read_bytes(name) == name.encode() for name in names)
 
 
 @contextmanager
@@ -426,13 +407,6 @@ def test_who_reads_while_an_object_is_replaced_sees_the_old_one_whole(
             assert reader.read() == before[2:]
 
 
-def test_what_another_process_is_still_writing_is_not_listed(directory: DirectoryBucket) -> None:
-    directory.put_bytes("a/b", b"1")
-    write(directory.root / ".tmp-1234", b"half")
-    write(directory.root / "a/.tmp-1234", b"half")
-    assert [info.name for info in directory.list()] == ["a/b"]
-
-
 KILLED_WRITER = """
 import sys
 sys.path.insert(0, {root!r})
@@ -469,7 +443,7 @@ def test_a_killed_stream_leaves_the_old_object_and_one_file_that_is_used_again(
     assert [path.name for path in (directory.root / "folder").iterdir()] == ["a"]
 
 
-def test_what_killed_streams_left_is_removed_but_for_what_is_of_use(
+def test_what_killed_streams_left_is_not_listed_and_is_removed_but_for_what_is_of_use(
     directory: DirectoryBucket,
 ) -> None:
     directory.put_bytes("folder/a", b"1")
@@ -477,6 +451,7 @@ def test_what_killed_streams_left_is_removed_but_for_what_is_of_use(
     for name in names:
         write(directory.root / "folder" / name, b"half")
     write(directory.root / ".tmp-e.part", b"half")
+    assert [info.name for info in directory.list()] == ["folder/a", "folder/d.part"]
     directory.remove_unfinished("folder", frozenset({"folder/c"}))
     left = sorted(path.name for path in (directory.root / "folder").iterdir())
     assert left == [".tmp-.lease-1.part", ".tmp-c.part", "a", "d.part"]
@@ -557,11 +532,12 @@ def test_a_mounted_directory_without_sync_or_locks_still_gets_its_objects(
     assert (directory.read_bytes("a"), directory.read_bytes("b")) == (b"2", b"333")
 
 
-def test_a_sync_that_fails_is_no_object(
-    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.ENOTCONN])
+def test_a_sync_that_fails_is_no_object_and_worth_another_try(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     directory.put_bytes("a", b"1")
-    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    monkeypatch.setattr(os, "fsync", failing(number))
     with pytest.raises(TransientStorageError):
         directory.put_bytes("a", b"2")
     assert directory.read_bytes("a") == b"1"
@@ -581,14 +557,22 @@ def test_a_mounted_directory_without_links_still_creates_only_once(
     assert directory.read_bytes("a") == b"1"
 
 
-def test_a_conditional_write_waits_for_that_of_another_process(directory: DirectoryBucket) -> None:
+def test_a_conditional_write_waits_for_that_of_another_process(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = directory.put_bytes_if("a", b"1", None)
     descriptor = os.open(directory.root, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+    flock, asked = fcntl.flock, threading.Event()
+
+    def note(file: int, operation: int) -> None:
+        asked.set()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", note)
     thread = threading.Thread(target=lambda: directory.put_bytes_if("a", b"2", before))
     thread.start()
-    thread.join(0.05)
-    assert thread.is_alive()
+    assert asked.wait(10)
     assert directory.read_bytes("a") == b"1"
     os.close(descriptor)
     thread.join(10)
@@ -641,41 +625,23 @@ def test_a_directory_without_rights_is_access_denied(directory: DirectoryBucket)
 # gs://, through the real client against the fake server.
 
 
-def test_a_long_list_is_read_page_by_page(gcs: FakeGcsServer, remote: Bucket) -> None:
+def test_a_long_list_is_read_page_by_page_below_the_uri(gcs: FakeGcsServer, remote: Bucket) -> None:
     gcs.settings.max_page_size = 3
-    names = [f"{number:02}.npz" for number in range(8)]
-    for name in names:
-        gcs.put_object("runs", f"team/a/{name}", b"x")
-    assert [info.name for info in remote.list()] == names
+    stored = gcs.put_object("runs", "team/a/00", b"123456789")
+    for name in ["team/b/x", "team/ab", *(f"team/a/{number:02}" for number in range(1, 8))]:
+        gcs.put_object("runs", name, b"x")
+    found = list(remote.list())
+    assert [info.name for info in found] == [f"{number:02}" for number in range(8)]
+    assert found[0] == remote.stat("00") == ObjectInfo("00", 9, "4waSgw==", stored.generation)
     assert len(gcs.requests("object.list")) == 3
+    whole = open_bucket("gs://runs/")
+    assert whole.uri == "gs://runs"
+    whole.put_bytes("a", b"1")
+    assert gcs.read_object("runs", "a") == b"1"
+    whole.close()
 
 
-def test_only_objects_below_the_uri_exist(gcs: FakeGcsServer, remote: Bucket) -> None:
-    gcs.put_object("runs", "team/b/x", b"1")
-    gcs.put_object("runs", "team/ab", b"1")
-    remote.put_bytes("x", b"2")
-    assert [info.name for info in remote.list()] == ["x"]
-    assert gcs.read_object("runs", "team/a/x") == b"2"
-    remote.delete("x")
-    assert gcs.list_objects("runs") == ["team/ab", "team/b/x"]
-
-
-def test_facts_of_an_object_are_those_of_the_server(gcs: FakeGcsServer, remote: Bucket) -> None:
-    stored = gcs.put_object("runs", "team/a/x", b"123456789")
-    info = remote.stat("x")
-    assert info is not None
-    assert (info.size, info.crc32c, info.generation) == (9, "4waSgw==", stored.generation)
-    assert list(remote.list()) == [info]
-
-
-def test_a_large_file_goes_up_and_comes_back(remote: Bucket, tmp_path: Path) -> None:
-    data = os.urandom(LARGE)
-    info = remote.put_file("big", write(tmp_path / "big", data))
-    assert info.crc32c == crc32c_of_bytes(data)
-    assert remote.get_file("big", tmp_path / "back") == info.crc32c
-
-
-def operations(bucket: Bucket, path: Path) -> list[object]:
+def operations(bucket: Bucket, path: Path) -> list[Callable[[], object]]:
     return [
         lambda: bucket.put_bytes("a", b"1"),
         lambda: bucket.put_file("a", path),
@@ -705,7 +671,7 @@ def test_a_refusal_is_told_apart_and_not_tried_again(
     for use in operations(remote, write(tmp_path / "source", b"1")):
         gcs.clear_requests()
         with pytest.raises(StorageError, match="gs://runs/team/a") as caught:
-            use()  # type: ignore[operator]
+            use()
         assert type(caught.value) is error
         assert len(gcs.requests()) == 1
 
@@ -713,43 +679,32 @@ def test_a_refusal_is_told_apart_and_not_tried_again(
 LARGE = 9 * 2**20  # above 8 MiB: a resumable upload
 
 
-def large_uploads(bucket: Bucket, path: Path) -> list[Callable[[], object]]:
-    data = path.read_bytes()
-    return [
-        lambda: bucket.put_file("a", path),
-        lambda: bucket.put_bytes("b", data),
-        lambda: bucket.put_bytes_if("c", data, None),
-    ]
-
-
 @pytest.mark.parametrize("status", [404, 410])
 def test_a_lost_session_is_begun_anew(
     gcs: FakeGcsServer, remote: Bucket, tmp_path: Path, status: int
 ) -> None:
-    source = write(tmp_path / "source", os.urandom(LARGE))
-    for use in large_uploads(remote, source):
-        fault = gcs.add_fault(Fault("lost_session", times=2, status=status))
-        use()
-        assert fault.fired == 2
-    for name in ("a", "b", "c"):
-        assert gcs.read_object("runs", f"team/a/{name}") == source.read_bytes()
-    assert len(gcs.requests("upload.start")) == 3 * 3
+    data = os.urandom(LARGE)
+    fault = gcs.add_fault(Fault("lost_session", times=2, status=status))
+    if status == 404:
+        remote.put_file("a", write(tmp_path / "source", data))
+    else:
+        remote.put_bytes_if("a", data, None)
+    assert fault.fired == 2
+    assert gcs.read_object("runs", "team/a/a") == data
+    assert len(gcs.requests("upload.start")) == 3
 
 
 @pytest.mark.parametrize("status", [404, 410])
 def test_sessions_that_are_lost_again_and_again_are_given_up_for_now(
-    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path, status: int
+    gcs: FakeGcsServer, remote: Bucket, status: int
 ) -> None:
     gcs.add_fault(Fault("lost_session", times=None, status=status))
-    source = write(tmp_path / "source", os.urandom(LARGE))
-    for use in large_uploads(remote, source):
-        gcs.clear_requests()
-        with pytest.raises(TransientStorageError, match=f"gs://runs/team/a.*{status}") as caught:
-            use()
-        assert "upload_id=..." in str(caught.value)
-        assert len(gcs.requests("upload.start")) == 3
+    with pytest.raises(TransientStorageError, match=f"gs://runs/team/a.*{status}") as caught:
+        remote.put_bytes("a", bytes(LARGE))
+    assert "upload_id=..." in str(caught.value)  # who knows the address may write to it
+    assert len(gcs.requests("upload.start")) == 3
     with pytest.raises(TransientStorageError, match=f"gs://runs/team/a/d.*{status}"):
-        remote.put_stream("d", lambda sink: sink.write(source.read_bytes()), None)
+        remote.put_stream("d", lambda sink: sink.write(bytes(LARGE)), None)
     assert gcs.list_objects("runs") == []
 
 
@@ -800,23 +755,6 @@ def test_a_copy_whose_token_is_lost_is_worth_another_try(
     assert remote.read_bytes("b") == b"1"
 
 
-def test_a_bucket_that_may_not_be_written_is_access_denied(gcs: FakeGcsServer) -> None:
-    gcs.create_bucket("locked", writable=False)
-    locked = open_bucket("gs://locked/a")
-    with pytest.raises(AccessDeniedError, match="gs://locked/a/x"):
-        locked.put_bytes("x", b"1")
-    locked.close()
-
-
-def test_a_bucket_that_does_not_exist_is_not_found(gcs: FakeGcsServer) -> None:
-    nowhere = open_bucket("gs://nowhere")
-    assert nowhere.stat("x") is None
-    for use in (lambda: list(nowhere.list()), lambda: nowhere.put_bytes("x", b"1")):
-        with pytest.raises(ObjectNotFoundError, match="gs://nowhere"):
-            use()
-    nowhere.close()
-
-
 def test_requester_pays_buckets_are_asked_in_the_name_of_the_project(gcs: FakeGcsServer) -> None:
     gcs.create_bucket("paid", requester_pays=True)
     paid = open_bucket("gs://paid", user_project="my-project")
@@ -833,32 +771,21 @@ def test_two_bad_answers_are_survived_by_every_operation(
     gcs.put_object("runs", "team/a/a", b"1")
     for use in operations(remote, write(tmp_path / "source", b"1")):
         fault = gcs.add_fault(Fault("status", times=2, status=status))
-        use()  # type: ignore[operator]
+        use()
         assert fault.fired == 2
 
 
-def test_a_server_that_is_down_for_ever_is_given_up_within_the_limit(
-    gcs: FakeGcsServer, tmp_path: Path
-) -> None:
+def test_a_server_that_is_down_for_ever_is_given_up(gcs: FakeGcsServer, tmp_path: Path) -> None:
     gcs.put_object("runs", "a", b"1")
     gcs.add_fault(Fault("status", times=None, status=503))
-    impatient = open_bucket("gs://runs", retry_seconds=0.15)
+    impatient = open_bucket("gs://runs", retry_seconds=0.1)
     for use in operations(impatient, write(tmp_path / "source", b"1")):
-        gcs.clear_requests()
-        started = time.monotonic()
         with pytest.raises(TransientStorageError, match="gs://runs"):
-            use()  # type: ignore[operator]
-        assert time.monotonic() - started < 5
-        assert len(gcs.requests()) > 2
-    impatient.close()
-
-
-def test_a_server_that_is_not_there_is_worth_another_try(gcs: FakeGcsServer) -> None:
-    lost = open_bucket("gs://runs", retry_seconds=0.1)
+            use()
     gcs.stop()
     with pytest.raises(TransientStorageError, match="no connection"):
-        lost.read_bytes("a")
-    lost.close()
+        impatient.read_bytes("a")
+    impatient.close()
 
 
 def test_a_connection_cut_in_the_middle_changes_no_byte(
@@ -874,36 +801,21 @@ def test_a_connection_cut_in_the_middle_changes_no_byte(
 
 
 def test_bytes_that_changed_on_the_way_are_never_taken(
-    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path
+    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path, small_chunks: None
 ) -> None:
     source = write(tmp_path / "a", bytes(50_000))
     gcs.add_fault(Fault("corrupt", times=None, operation="upload", after_bytes=20_000))
     with pytest.raises(StorageError):
         remote.put_file("a", source)
     assert remote.stat("a") is None
+    with pytest.raises(StorageError):
+        remote.put_stream("b", lambda sink: sink.write(os.urandom(2 * CHUNK)), None)
 
     gcs.clear_faults()
     remote.put_file("a", source)
     gcs.add_fault(Fault("corrupt", times=None, operation="object.download", after_bytes=20_000))
     with pytest.raises(TransientStorageError):
         remote.get_file("a", tmp_path / "back")
-
-
-def test_a_stream_whose_bytes_changed_on_the_way_has_failed(
-    gcs: FakeGcsServer, remote: Bucket, small_chunks: None
-) -> None:
-    gcs.add_fault(Fault("corrupt", operation="upload", after_bytes=20_000))
-    with pytest.raises(StorageError):
-        remote.put_stream("a", lambda sink: sink.write(os.urandom(2 * CHUNK)), None)
-
-
-def test_an_answer_lost_after_the_commit_does_not_fail_the_upload(
-    gcs: FakeGcsServer, remote: Bucket, tmp_path: Path
-) -> None:
-    fault = gcs.add_fault(Fault("lost_answer", operation="upload"))
-    remote.put_file("a", write(tmp_path / "a", b"data"))
-    assert fault.fired == 1
-    assert gcs.read_object("runs", "team/a/a") == b"data"
 
 
 @pytest.mark.parametrize("is_new", [True, False])
@@ -946,18 +858,6 @@ def test_a_stream_that_broke_off_is_not_finished_later(
     assert gcs.list_objects("runs") == []
 
 
-def test_a_slow_line_is_no_dead_one(gcs: FakeGcsServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    # More than the buffers of a connection hold, and slow enough to need 4 s.
-    size, rate = 8_000_000, 2_000_000
-    monkeypatch.setattr(gcs_bucket, "CONNECT_TIMEOUT_SECONDS", 1.5)
-    gcs.add_fault(Fault("slow", times=None, operation="upload", bytes_per_second=rate))
-    bucket = open_bucket("gs://runs", retry_seconds=3)
-    bucket.put_bytes("a", bytes(size))
-    assert gcs.get_object("runs", "a").size == size
-    assert len(gcs.requests("upload")) == 1
-    bucket.close()
-
-
 def test_parts_are_joined_where_each_is_what_was_seen(gcs: FakeGcsServer, remote: Bucket) -> None:
     assert isinstance(remote, GcsBucket)
     parts = [remote.put_bytes(name, name.encode()) for name in ("b", "a")]
@@ -970,40 +870,3 @@ def test_parts_are_joined_where_each_is_what_was_seen(gcs: FakeGcsServer, remote
     with pytest.raises(ConflictError):
         remote.compose("c", parts, joined)
     assert remote.read_bytes("c") == b"ba"
-
-
-def test_one_bucket_serves_many_threads(gcs: FakeGcsServer, remote: Bucket) -> None:
-    for number in range(16):
-        gcs.put_object("runs", f"team/a/{number}", str(number).encode())
-    found: dict[int, bytes] = {}
-
-    def read(number: int) -> None:
-        found[number] = remote.read_bytes(str(number))
-
-    threads = [threading.Thread(target=read, args=(number,)) for number in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {number: str(number).encode() for number in range(16)}
-
-
-def test_the_uri_without_prefix_is_the_whole_bucket(gcs: FakeGcsServer) -> None:
-    bucket = open_bucket("gs://runs/")
-    assert isinstance(bucket, GcsBucket)
-    assert bucket.uri == "gs://runs"
-    bucket.put_bytes("a", b"1")
-    assert gcs.list_objects("runs") == ["a"]
-    bucket.close()
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.ENOTCONN])
-def test_what_a_directory_may_recover_from_is_worth_another_try(
-    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(TransientStorageError):
-        directory.put_bytes("a", b"1")

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import io
 import os
-import resource
 import subprocess
 import sys
 import tarfile
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import zstandard
 
@@ -23,7 +21,7 @@ from configs.training_config import PROJECT_DIRECTORY
 from tests.sample_checkpoints import make_checkpoint, seal
 from utils.base.archive_formats import COMPRESSIONS
 from utils.base.errors import CheckpointError, TransientStorageError
-from utils.checkpoints.layout import Manifest, read_manifest
+from utils.checkpoints.layout import read_manifest
 from utils.storage.bucket import crc32c_of_bytes
 from utils.uploads.archive import write_archive
 
@@ -127,18 +125,6 @@ def test_only_the_files_of_the_manifest_go_in_and_the_manifest_last(checkpoint: 
     assert all(m.uname == m.gname == "" for m in members)
 
 
-def test_it_is_about_as_small_as_tar_makes_it(tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path, 50)
-    np.random.default_rng(0).normal(0, 0.02, 1_000_000).astype(np.float32).tofile(
-        path / "model.bin"
-    )
-    seal(path, 50)
-    subprocess.run(["tar", "czf", tmp_path / "a.tar.gz", "-C", tmp_path, NAME], check=True)
-    usual = (tmp_path / "a.tar.gz").stat().st_size
-    assert len(archive(path, compression="fast")) < 1.05 * usual
-    assert len(archive(path, compression="small")) < 1.05 * usual
-
-
 def test_what_is_read_is_reported(checkpoint: Path) -> None:
     counts: list[int] = []
     archive(checkpoint, on_read=counts.append)
@@ -165,16 +151,16 @@ class Sink(io.BufferedIOBase):
         return taken
 
 
-@pytest.mark.parametrize(
-    ("compression", "threads"), [("fast", 1), ("fast", 4), ("none", 1), ("zstd", 4)]
-)
-@pytest.mark.parametrize("room", [0, 5, 1000, 3_500_000])
+@pytest.mark.parametrize(("compression", "threads"), WAYS)
+@pytest.mark.parametrize("room", [0, 5, 1000, 3_500_000, -30, -1])
 @pytest.mark.parametrize(
     "then", [None, OSError(errno.ENOSPC, "No space left"), TransientStorageError("503")]
 )
 def test_a_sink_that_fails_is_an_error_not_a_short_archive(
     checkpoint: Path, compression: str, threads: int, room: int, then: Exception | None
 ) -> None:
+    if room < 0:  # at the very end
+        room += len(archive(checkpoint, compression=compression))
     error = within_seconds(
         lambda: write_into(Sink(room, then), checkpoint, compression=compression, threads=threads)
     )
@@ -183,20 +169,6 @@ def test_a_sink_that_fails_is_an_error_not_a_short_archive(
     else:
         assert isinstance(error, OSError)
         assert "short write" in str(error)
-
-
-@pytest.mark.parametrize(
-    ("compression", "threads"), [("fast", 1), ("fast", 4), ("none", 1), ("zstd", 4)]
-)
-@pytest.mark.parametrize("last_missing", [1, 5, 9, 30])
-def test_a_sink_that_fails_at_the_very_end_is_an_error(
-    checkpoint: Path, compression: str, threads: int, last_missing: int
-) -> None:
-    room = len(archive(checkpoint, compression=compression)) - last_missing
-    error = within_seconds(
-        lambda: write_into(Sink(room, None), checkpoint, compression=compression, threads=threads)
-    )
-    assert isinstance(error, OSError)
 
 
 FAILING_SINKS = """
@@ -233,37 +205,14 @@ def test_nothing_complains_later_of_a_sink_that_failed(checkpoint: Path) -> None
     assert (result.stdout, result.stderr) == ("full\n" * 12, "")
 
 
-@pytest.mark.parametrize("buffering", [0, 8192])
-def test_a_file_that_may_not_grow_any_more_is_an_error(
-    checkpoint: Path, tmp_path: Path, buffering: int
-) -> None:
-    """Without a buffer the write is short first, then comes EFBIG."""
-
-    def work() -> None:
-        with (tmp_path / "a.tar.gz").open("wb", buffering=buffering) as sink:
-            write_archive(checkpoint, read_manifest(checkpoint), sink, threads=2)
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-    try:
-        error = within_seconds(work)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert isinstance(error, OSError)
-    assert "short write" in str(error) or error.errno == errno.EFBIG
-
-
 @pytest.mark.parametrize("change", ["cut", "flipped", "longer"])
-@pytest.mark.parametrize("threads", [1, 4])
-def test_a_file_that_is_not_what_was_committed_is_an_error(
-    checkpoint: Path, change: str, threads: int
-) -> None:
+def test_a_file_that_is_not_what_was_committed_is_an_error(checkpoint: Path, change: str) -> None:
     path = checkpoint / "optimizer.bin"
     data = path.read_bytes()
     flipped = bytes([data[0] ^ 1]) + data[1:]
     path.write_bytes({"cut": data[:-1], "flipped": flipped, "longer": data + b"x"}[change])
     with pytest.raises(CheckpointError, match=f"{NAME}: optimizer.bin is damaged"):
-        write_archive(checkpoint, read_manifest(checkpoint), io.BytesIO(), threads=threads)
+        write_archive(checkpoint, read_manifest(checkpoint), io.BytesIO(), threads=4)
 
 
 @pytest.mark.parametrize("is_folder", [True, False])
@@ -310,23 +259,12 @@ def test_a_file_that_grows_meanwhile_is_archived_as_it_was_committed(
         assert member.read() == committed
 
 
-@pytest.mark.parametrize("size", [0, 2**20 + 7, 5_299_999])
-def test_a_file_that_shrinks_meanwhile_is_an_error(checkpoint: Path, size: int) -> None:
+def test_a_file_that_shrinks_meanwhile_is_an_error(checkpoint: Path) -> None:
     path = checkpoint / "optimizer.bin"
 
     def shrink(count: int) -> None:
         if count == 2**20:
-            os.truncate(path, size)
+            os.truncate(path, 2**20 + 7)
 
     with pytest.raises(CheckpointError, match="optimizer.bin became shorter while it was read"):
         write_archive(checkpoint, read_manifest(checkpoint), io.BytesIO(), on_read=shrink)
-
-
-def test_a_checkpoint_without_files_is_an_archive_of_its_manifest(tmp_path: Path) -> None:
-    path = tmp_path / NAME
-    path.mkdir()
-    (path / "manifest.json").write_text("{}")
-    sink = io.BytesIO()
-    write_archive(path, Manifest("r", 50, 0, 1), sink)
-    with tarfile.open(fileobj=io.BytesIO(sink.getvalue())) as tar:
-        assert tar.getnames() == [f"{NAME}/manifest.json"]

@@ -6,15 +6,12 @@ import gc
 import json
 import os
 import shutil
-import signal
 import stat
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 import pytest
@@ -29,7 +26,7 @@ from utils.base.errors import (
 )
 from utils.checkpoints.layout import SAVING_PREFIX
 from utils.storage import gcs
-from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_bytes
+from utils.storage.bucket import Bucket, Meter, ObjectInfo, crc32c_of_bytes
 from utils.storage.open import open_bucket
 from utils.uploads import transports
 from utils.uploads.parallel_upload import put_parallel
@@ -42,6 +39,7 @@ from utils.uploads.transports import (
     probe_transport,
     put_bytes,
 )
+from utils.uploads.watched_command import START_SECONDS
 
 ROOT = Path(__file__).parents[3]
 SMALL, BLOCK = 64 * 1024, 256 * 1024
@@ -94,59 +92,45 @@ class Way:
         self.transport, self.bucket, self.scratch = transport, bucket, scratch
 
     def version(self, name: str) -> ObjectInfo | None:
-        return BucketTransport(self.bucket).stat(name)
+        return BucketTransport(TransportOptions(self.bucket.uri), Meter()).stat(name)
 
     def names(self) -> list[str]:
         return [info.name for info in self.bucket.list()]
 
 
-def open_way(request: pytest.FixtureRequest, tmp_path: Path, kind: str, **fields: Any) -> Way:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    name, _, streams = kind.partition("-")
-    if name == "directory":
-        uri = str(tmp_path / "bucket")
-    else:
-        if name in ("gcloud", "gsutil") and shutil.which(name) is None:
-            pytest.skip(f"{name} is not installed")
-        request.getfixturevalue("cloud")
-        uri = "gs://runs/my team"
-    settings = {"streams": int(streams or 1), "retry_seconds": 10.0, "stall_seconds": 30.0}
-    options = TransportOptions(uri, name, scratch=str(scratch), **{**settings, **fields})
-    return Way(open_transport(options), open_bucket(uri), scratch)
-
-
-@pytest.fixture(
-    params=[
-        "directory",
-        "python-4",
-        "python-1",
-        *(pytest.param(name, marks=pytest.mark.gsutil) for name in ("gcloud", "gsutil")),
-    ]
-)
-def way(request: pytest.FixtureRequest, tmp_path: Path, small_units: None) -> Iterator[Way]:
-    opened = open_way(request, tmp_path, request.param)
-    yield opened
-    opened.transport.close()
-    opened.bucket.close()
+OpenWay = Callable[..., Way]
 
 
 @pytest.fixture
-def python(
-    request: pytest.FixtureRequest, tmp_path: Path, small_units: None
-) -> Iterator[Callable[..., Way]]:
-    """Open transports of the Python client."""
+def open_way(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OpenWay]:
+    """Open transports by kind, such as directory or python-4 (with 4 streams)."""
     opened: list[Way] = []
 
-    def open_python(streams: int = 4, **fields: Any) -> Way:
-        found = open_way(request, tmp_path, f"python-{streams}", **fields)
-        opened.append(found)
-        return found
+    def build(kind: str, **fields: Any) -> Way:
+        scratch = tmp_path / "scratch"
+        scratch.mkdir()
+        name, _, streams = kind.partition("-")
+        if name in ("gcloud", "gsutil") and shutil.which(name) is None:
+            pytest.skip(f"{name} is not installed")
+        if name != "directory":
+            request.getfixturevalue("cloud")
+        uri = str(tmp_path / "bucket") if name == "directory" else "gs://runs/my team"
+        settings = {"streams": int(streams or 1), "retry_seconds": 10.0, "stall_seconds": 30.0}
+        options = TransportOptions(uri, name, scratch=str(scratch), **{**settings, **fields})
+        opened.append(Way(open_transport(options), open_bucket(uri), scratch))
+        return opened[-1]
 
-    yield open_python
-    for found in opened:
-        found.transport.close()
-        found.bucket.close()
+    yield build
+    for way in opened:
+        way.transport.close()
+
+
+PROGRAMS = [pytest.param(name, marks=pytest.mark.gsutil) for name in ("gcloud", "gsutil")]
+
+
+@pytest.fixture(params=["directory", "python-4", "python-1", *PROGRAMS])
+def way(request: pytest.FixtureRequest, open_way: OpenWay, small_units: None) -> Way:
+    return open_way(request.param)
 
 
 # What every transport does.
@@ -165,18 +149,9 @@ def test_what_is_put_is_there_whole_small_or_large(way: Way) -> None:
     assert list(way.scratch.iterdir()) == []
 
 
-@pytest.fixture(
-    params=[
-        "directory",
-        "python-4",
-        *(pytest.param(name, marks=pytest.mark.gsutil) for name in ("gcloud", "gsutil")),
-    ]
-)
-def reader(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Way]:
-    opened = open_way(request, tmp_path, request.param)
-    yield opened
-    opened.transport.close()
-    opened.bucket.close()
+@pytest.fixture(params=["directory", "python-4", *PROGRAMS])
+def reader(request: pytest.FixtureRequest, open_way: OpenWay) -> Way:
+    return open_way(request.param)
 
 
 def test_what_is_there_can_be_seen_read_copied_and_removed(reader: Way) -> None:
@@ -193,17 +168,18 @@ def test_what_is_there_can_be_seen_read_copied_and_removed(reader: Way) -> None:
     transport.delete(NAME)
 
 
-def test_only_the_version_that_was_seen_is_replaced(way: Way) -> None:
+@pytest.mark.parametrize("size", [1000, LARGE])
+def test_only_the_version_that_was_seen_is_replaced(way: Way, size: int) -> None:
     way.bucket.put_bytes("a", b"first")
     stale = way.version("a")
     way.bucket.delete("a")
     way.bucket.put_bytes("a", b"second, and longer")
-    data = os.urandom(LARGE)
+    data = os.urandom(size)
     for expected in (None, stale):
         with pytest.raises(ConflictError):
-            way.transport.put("a", writer(data), expected, LARGE)
+            way.transport.put("a", writer(data), expected, size)
         assert way.bucket.read_bytes("a") == b"second, and longer"
-    way.transport.put("a", writer(data), way.version("a"), LARGE)
+    way.transport.put("a", writer(data), way.version("a"), size)
     assert way.bucket.read_bytes("a") == data
 
 
@@ -226,63 +202,21 @@ def test_an_error_while_writing_comes_out_and_nothing_is_there(way: Way) -> None
     assert [path for path in Path(way.bucket.uri).rglob("*") if path.is_file()] == []
 
 
-def test_what_interrupted_uploads_left_is_swept_but_for_what_is_of_use(
-    request: pytest.FixtureRequest, tmp_path: Path, small_units: None, cloud: FakeGcsServer
-) -> None:
-    def interrupted(sink: IO[bytes]) -> None:
-        sink.write(bytes(2 * BLOCK))
-        raise KeyError
-
-    way = open_way(request, tmp_path, "python-4")
-    names = [f"Checkpoints/{name}" for name in ("a", "b", "ab")]
-    for name in names:
-        with pytest.raises(KeyError):
-            way.transport.put(name, interrupted, None, LARGE)
-        assert way.bucket.stat(f"Checkpoints/.parts/{PurePosixPath(name).name}/00000")
-    way.transport.remove_unfinished("Checkpoints", only="Checkpoints/b")
-    way.transport.remove_unfinished("Checkpoints", frozenset({"Checkpoints/a"}))
-    assert way.names() == [f"Checkpoints/.parts/a/{number:05}" for number in range(2)]
-    way.transport.remove_unfinished("Checkpoints")
-    assert way.names() == []
-    way.transport.close()
-    way.bucket.close()
-
-
-def test_a_transport_may_be_held_to_a_rate(python: Callable[..., Way]) -> None:
-    way = python()
-    rate = LARGE / 1.0
-    slow = open_transport(TransportOptions(way.bucket.uri, "python", max_bytes_per_second=rate))
-    started = time.monotonic()
-    slow.put("a", writer(os.urandom(LARGE)), None, LARGE)
-    assert time.monotonic() - started >= 1.0
-    slow.close()
-
-
-@pytest.mark.parametrize("kind", ["directory", "python-4"])
-def test_a_small_object_is_not_replaced_unseen(
-    request: pytest.FixtureRequest, tmp_path: Path, kind: str
-) -> None:
-    way = open_way(request, tmp_path, kind)
-    way.bucket.put_bytes("a", b"old")
-    with pytest.raises(ConflictError):
-        put_bytes(way.transport, "a", b"new", None)
-    put_bytes(way.transport, "a", b"new", way.transport.stat("a"))
-    assert way.bucket.read_bytes("a") == b"new"
-    way.transport.close()
-    way.bucket.close()
-
-
 # No local archive, but for gsutil.
 
 
 @pytest.mark.parametrize("kind", ["directory", "python-4", "python-1"])
 def test_a_stream_needs_no_local_file(
-    request: pytest.FixtureRequest, tmp_path: Path, small_units: None, kind: str
+    open_way: OpenWay,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_units: None,
+    kind: str,
 ) -> None:
-    way = open_way(request, tmp_path, kind)
+    way = open_way(kind)
     places = [way.scratch, tmp_path / "temporary"]
     places[1].mkdir()
-    request.getfixturevalue("monkeypatch").setattr("tempfile.tempdir", str(places[1]))
+    monkeypatch.setattr("tempfile.tempdir", str(places[1]))
     seen: set[Path] = set()
 
     def write(sink: IO[bytes]) -> None:
@@ -292,8 +226,6 @@ def test_a_stream_needs_no_local_file(
 
     way.transport.put("a", write, None, 8 * BLOCK)
     assert seen == set()
-    way.transport.close()
-    way.bucket.close()
 
 
 RECORDER = f"""#!{sys.executable} -SE
@@ -444,23 +376,14 @@ def test_credentials_that_cannot_be_read_are_an_error_of_the_bucket(
         open_transport(TransportOptions("gs://runs", "python"))
 
 
-def test_a_directory_that_is_replaced_by_a_file_is_an_error_of_the_upload(tmp_path: Path) -> None:
-    folder = tmp_path / "bucket" / "Checkpoints"
-
-    def write(sink: IO[bytes]) -> None:
-        sink.write(b"data")
-        shutil.rmtree(folder)
-        folder.touch()
-
-    transport = open_transport(TransportOptions(str(tmp_path / "bucket"), "directory"))
-    with pytest.raises(StorageError, match="Checkpoints/a: Not a directory"):
-        transport.put("Checkpoints/a", write, None, 2 * transports.SMALL_BYTES)
-
-
 # How the programs are called.
 
 
-def test_arguments_are_a_list_and_the_session_its_own(recorder: Recorder, tmp_path: Path) -> None:
+def test_arguments_are_a_list_without_secrets_and_the_session_its_own(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_AUTH_ACCESS_TOKEN", "HF_TOKEN"):
+        monkeypatch.setenv(key, "canary-5f2c")
     wanted = TransportOptions("gs://runs/a/", "gsutil", user_project="payer")
     transport = open_transport(wanted)
     put_bytes(transport, "$(touch pwned); 'x'", b"data", ObjectInfo("x", 1, "", 42))
@@ -470,7 +393,7 @@ def test_arguments_are_a_list_and_the_session_its_own(recorder: Recorder, tmp_pa
     transport.copy("x", "y")
     transport.delete("x")
     gcloud = open_transport(replace(wanted, name="gcloud"))
-    put_bytes(gcloud, "-x", b"data", None)
+    put_bytes(gcloud, "-x", b"data", ObjectInfo("-x", 4, "", 7))
 
     calls = recorder.calls
     for call in calls[:-1]:
@@ -489,7 +412,7 @@ def test_arguments_are_a_list_and_the_session_its_own(recorder: Recorder, tmp_pa
         "storage",
         "--no-user-output-enabled",
         "cp",
-        "--if-generation-match=0",
+        "--if-generation-match=7",
         "-",
         "gs://runs/a/-x",
     ]
@@ -497,6 +420,7 @@ def test_arguments_are_a_list_and_the_session_its_own(recorder: Recorder, tmp_pa
     for call in calls:
         assert call["session"] == call["pid"] != os.getsid(0)
     assert not Path("pwned").exists()
+    assert "canary" not in json.dumps(calls)
 
 
 @pytest.mark.parametrize("name", ["gsutil", "gcloud"])
@@ -516,38 +440,6 @@ def test_a_name_that_a_program_takes_for_a_pattern_is_refused(
         with pytest.raises(StorageError, match=f"{name} takes .* for a part of a pattern"):
             use()
     assert not (recorder.folder / "calls.jsonl").exists()
-
-
-@pytest.mark.parametrize("kind", ["directory", "python-4"])
-def test_elsewhere_a_name_is_only_a_name(
-    request: pytest.FixtureRequest, tmp_path: Path, small_units: None, kind: str
-) -> None:
-    way = open_way(request, tmp_path, kind)
-    names = ["-rf", "a*b", "a[1] #2?", "$(x)"]
-    for name in names:
-        way.transport.put(name, writer(bytes(LARGE)), None, LARGE)
-        way.transport.remove_unfinished(".", only=name)
-    assert way.names() == sorted(names)
-    way.transport.close()
-    way.bucket.close()
-
-
-def test_no_secret_of_the_environment_becomes_an_argument(
-    recorder: Recorder, small_units: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for key in ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_AUTH_ACCESS_TOKEN", "HF_TOKEN"):
-        monkeypatch.setenv(key, "canary-5f2c")
-    for name in ("gsutil", "gcloud"):
-        options = TransportOptions("gs://runs", name, "payer", scratch=str(tmp_path))
-        transport = open_transport(options)
-        recorder.answer()
-        put_bytes(transport, "a", b"x", None)
-        transport.put("a", writer(bytes(LARGE)), None, LARGE)
-        transport.read("a")
-        recorder.answer(STAT_OUTPUT, "No URLs matched", 1)
-        transport.stat("a")
-    assert len(recorder.calls) == 8
-    assert "canary" not in json.dumps(recorder.calls)
 
 
 def test_what_is_missing_is_none_and_may_be_deleted(recorder: Recorder) -> None:
@@ -575,51 +467,6 @@ def test_a_stat_without_checksum_is_no_proof(
         open_transport(TransportOptions("gs://runs", name)).stat("x")
 
 
-PROGRAM = """
-import os, sys
-os.setpgrp()
-sys.path.insert(0, {root!r})
-from utils.uploads.transports import TransportOptions, open_transport, put_bytes
-transport = open_transport(TransportOptions("gs://runs", "gsutil"))
-try:
-    put_bytes(transport, "a", b"x", None)
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-"""
-DEAF = """#!{python} -SE
-import os, signal, sys, time
-signal.signal(signal.SIGINT, lambda *_: open({heard!r}, "w").close())
-with open({ready!r}, "w") as file:
-    file.write(str(os.getpid()))
-os.rename({ready!r}, {pid!r})
-time.sleep(60)
-"""
-
-
-def test_ctrl_c_in_the_terminal_does_not_reach_the_program(
-    tmp_path: Path, recorder: Recorder
-) -> None:
-    paths = {key: str(tmp_path / key) for key in ("heard", "ready", "pid")}
-    (recorder.folder / "gsutil").write_text(DEAF.format(python=sys.executable, **paths))
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(root=str(ROOT))], stdout=subprocess.PIPE, text=True
-    ) as program:
-        wait_until(lambda: Path(paths["pid"]).exists())
-        os.killpg(program.pid, signal.SIGINT)
-        out, _ = program.communicate(timeout=20)
-    assert out == "interrupted\n"
-    assert not Path(paths["heard"]).exists()
-    pid = int(Path(paths["pid"]).read_text())
-    wait_until(lambda: not Path(f"/proc/{pid}").exists())  # ended by the program, not by the signal
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 # Which one is opened, and which works.
 
 
@@ -627,6 +474,8 @@ def test_a_directory_is_its_own_transport(tmp_path: Path) -> None:
     for choice in ("auto", "directory"):
         transport = open_transport(TransportOptions(str(tmp_path), choice))
         assert (transport.name, transport.uri) == ("directory", str(tmp_path))
+    assert probe(str(tmp_path)) == ProbeResult(TransportOptions(str(tmp_path), "auto"))
+    assert list((tmp_path / "Checkpoints").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -658,46 +507,23 @@ def test_auto_takes_the_first_that_works(cloud: FakeGcsServer, recorder: Recorde
     assert not (recorder.folder / "calls.jsonl").exists()
 
 
-def test_auto_of_a_directory_is_the_directory(tmp_path: Path) -> None:
-    found = probe(str(tmp_path))
-    assert found == ProbeResult(TransportOptions(str(tmp_path), "auto"))
-    assert list((tmp_path / "Checkpoints").iterdir()) == []
-
-
-@pytest.mark.slow
-def test_auto_takes_gsutil_where_the_others_may_not_write(
-    cloud: FakeGcsServer, monkeypatch: pytest.MonkeyPatch
+def test_auto_takes_the_next_one_where_one_does_not_work_and_probes_in_a_hurry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if shutil.which("gsutil") is None:
-        pytest.skip("gsutil is not installed")
-    which = shutil.which
-    monkeypatch.setattr(shutil, "which", lambda name: None if name == "gcloud" else which(name))
-    denied = cloud.add_fault(Fault("status", times=1, operation="upload", status=403))
+    asked: list[TransportOptions] = []
+
+    def refuse(options: TransportOptions, meter: Meter) -> Transport:
+        asked.append(options)
+        raise AccessDeniedError("403")
+
+    def accept(options: TransportOptions, meter: Meter) -> Transport:
+        return BucketTransport(TransportOptions(str(tmp_path)), meter)
+
+    monkeypatch.setitem(transports.TRANSPORTS, "gs", {"python": refuse, "gsutil": accept})
     found = probe("gs://runs/team", stall_seconds=77.0)
-    assert denied.fired == 1
     # What it was asked for is kept; only the probe itself is in a hurry.
     assert found == ProbeResult(TransportOptions("gs://runs/team", "gsutil", stall_seconds=77.0))
-    assert cloud.list_objects("runs") == []
-
-
-def test_gcloud_is_probed_by_writing_reading_and_deleting(cloud: FakeGcsServer) -> None:
-    if shutil.which("gcloud") is None:
-        pytest.skip("gcloud is not installed")
-    assert probe("gs://runs/team", "gcloud").warnings == ()
-    assert cloud.list_objects("runs") == []
-    operations = [record.operation for record in cloud.requests()]
-    assert {"object.download", "object.delete"} < set(operations)
-
-
-def test_a_probe_does_not_wait_for_a_program_as_long_as_an_upload_does(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transports, "START_SECONDS", 0.5)
-    (recorder.folder / "gsutil").write_text("#!/bin/sh\nexec sleep 60\n")
-    started = time.monotonic()
-    with pytest.raises(TransientStorageError, match="no progress"):
-        probe_transport(TransportOptions("gs://runs", "gsutil"), "Checkpoints", 0.5)
-    assert time.monotonic() - started < 15
+    assert (asked[0].retry_seconds, asked[0].stall_seconds) == (2, START_SECONDS + 2)
 
 
 def test_where_nothing_works_all_reasons_are_told(cloud: FakeGcsServer, recorder: Recorder) -> None:
@@ -727,7 +553,7 @@ def test_where_parts_could_not_be_removed_there_are_none(
     assert [name for name in cloud.list_objects("keeping") if ".parts" in name] == []
 
 
-@pytest.mark.parametrize("name", ["python", "gcloud", "gsutil"])
+@pytest.mark.parametrize("name", ["python", *PROGRAMS])
 @pytest.mark.parametrize(
     ("bucket", "error"), [("locked", AccessDeniedError), ("nowhere", ObjectNotFoundError)]
 )
@@ -736,11 +562,9 @@ def test_a_refusal_is_found_at_once(
 ) -> None:
     if name != "python" and shutil.which(name) is None:
         pytest.skip(f"{name} is not installed")
-    started = time.monotonic()
     with pytest.raises(StorageError, match=f"gs://{bucket}") as caught:
         probe(f"gs://{bucket}", name)
     assert type(caught.value) is error
-    assert time.monotonic() - started < 20
     assert len(cloud.requests("upload")) <= 1
 
 
@@ -749,75 +573,46 @@ def test_a_refusal_is_found_at_once(
 
 @pytest.mark.parametrize("streams", [1, 4])
 @pytest.mark.parametrize(
-    ("operation", "status"), [("upload", 503), ("upload", 429), ("object.*", 503)]
+    "options",
+    [
+        {"kind": "status", "times": 2},
+        {"kind": "reset", "times": 2, "after_bytes": 100_000},
+        {"kind": "truncate", "times": 2, "after_bytes": 100_000},
+        {"kind": "lost_answer", "name": "my team/a", "operation": "*"},
+    ],
 )
-def test_two_bad_answers_are_survived(
-    python: Callable[..., Way], cloud: FakeGcsServer, streams: int, operation: str, status: int
+def test_faults_on_the_way_change_no_byte(
+    open_way: OpenWay,
+    small_units: None,
+    cloud: FakeGcsServer,
+    streams: int,
+    options: dict[str, Any],
 ) -> None:
-    way, data = python(streams), os.urandom(LARGE)
-    fault = cloud.add_fault(Fault("status", times=2, operation=operation, status=status))
-    way.transport.put("a", writer(data), None, LARGE)
+    way, data = open_way(f"python-{streams}"), os.urandom(LARGE)
+    fault = cloud.add_fault(Fault(**{"operation": "upload", **options}))
+    try:
+        way.transport.put("a", writer(data), None, LARGE)
+    except (ConflictError, TransientStorageError):
+        assert fault.kind == "lost_answer"  # who put it looks, and finds it there
+    assert fault.fired == fault.times
     found = way.transport.stat("a")
-    assert fault.fired == 2
     assert found is not None
     assert found.crc32c == crc32c_of_bytes(data)
 
 
 @pytest.mark.parametrize("streams", [1, 4])
-def test_a_server_that_is_down_is_given_up_within_the_limit(
-    python: Callable[..., Way], cloud: FakeGcsServer, streams: int
-) -> None:
-    way = python(streams, retry_seconds=0.3)
-    cloud.add_fault(Fault("status", times=None, operation="upload"))
-    started = time.monotonic()
-    with pytest.raises(TransientStorageError, match="503"):
-        way.transport.put("a", writer(bytes(LARGE)), None, LARGE)
-    assert time.monotonic() - started < 10
-    assert len(cloud.requests("upload")) > 2
-    assert way.names() == []
-
-
-@pytest.mark.parametrize("streams", [1, 4])
-@pytest.mark.parametrize("kind", ["reset", "truncate"])
-def test_a_connection_cut_in_the_middle_changes_no_byte(
-    python: Callable[..., Way], cloud: FakeGcsServer, streams: int, kind: Any
-) -> None:
-    way, data = python(streams), os.urandom(LARGE)
-    fault = cloud.add_fault(Fault(kind, times=2, operation="upload", after_bytes=100_000))
-    way.transport.put("a", writer(data), None, LARGE)
-    assert fault.fired == 2
-    assert cloud.get_object("runs", "my team/a").blob.crc32c == crc32c_of_bytes(data)
-
-
-@pytest.mark.parametrize("streams", [1, 4])
-@pytest.mark.parametrize("size", [1000, LARGE])
-def test_an_answer_lost_after_the_commit_loses_nothing(
-    python: Callable[..., Way], cloud: FakeGcsServer, streams: int, size: int
-) -> None:
-    way, data = python(streams), os.urandom(size)
-    fault = cloud.add_fault(Fault("lost_answer", name="my team/a"))
-    try:
-        way.transport.put("a", writer(data), None, size)
-    except (ConflictError, TransientStorageError):
-        assert size == LARGE  # who put it looks, and finds it there
-    assert fault.fired == 1
-    assert cloud.read_object("runs", "my team/a") == data
-
-
-@pytest.mark.parametrize("streams", [1, 4])
 def test_a_server_that_stalls_is_given_up(
-    python: Callable[..., Way],
+    open_way: OpenWay,
+    small_units: None,
     cloud: FakeGcsServer,
     monkeypatch: pytest.MonkeyPatch,
     streams: int,
 ) -> None:
     monkeypatch.setattr(gcs, "READ_TIMEOUT_SECONDS", 0.3)
-    way = python(streams, retry_seconds=1.0)
+    way = open_way(f"python-{streams}", retry_seconds=1.0)
     cloud.add_fault(Fault("stall", times=None, operation="upload"))
-    started = time.monotonic()
     with pytest.raises(TransientStorageError):
         way.transport.put("a", writer(bytes(LARGE)), None, LARGE)
-    assert time.monotonic() - started < 20
     assert way.names() == []
 
 
@@ -828,26 +623,17 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        *(pytest.param("gsutil", FAULTS[key], id=f"gsutil {key}") for key in FAULTS),
-        pytest.param("gcloud", FAULTS["503 twice"], id="gcloud 503 twice"),
-        *(
-            pytest.param("gcloud", FAULTS[key], id=f"gcloud {key}", marks=pytest.mark.gsutil)
-            for key in ("reset", "lost answer")
-        ),
-    ],
-)
+@pytest.mark.gsutil
+@pytest.mark.parametrize("name", ["gsutil", "gcloud"])
+@pytest.mark.parametrize("options", FAULTS.values(), ids=FAULTS)
 def test_programs_survive_faults(
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
+    open_way: OpenWay,
+    cloud: FakeGcsServer,
     small_units: None,
     name: str,
     options: dict[str, Any],
 ) -> None:
-    way = open_way(request, tmp_path, name, retry_seconds=60)
-    cloud = request.getfixturevalue("cloud")
+    way = open_way(name, retry_seconds=60)
     fault = cloud.add_fault(Fault(**{"operation": "upload.chunk", **options}))
     data = os.urandom(LARGE)
     try:
@@ -856,17 +642,15 @@ def test_programs_survive_faults(
         assert fault.kind == "lost_answer"
     assert fault.fired == fault.times
     assert cloud.read_object("runs", "my team/a") == data
-    way.bucket.close()
 
 
 @pytest.mark.gsutil
 @pytest.mark.parametrize("name", ["gcloud", "gsutil"])
 @pytest.mark.parametrize("status", [404, 410])
 def test_programs_that_lose_their_session_are_worth_another_try(
-    request: pytest.FixtureRequest, tmp_path: Path, name: str, status: int
+    open_way: OpenWay, cloud: FakeGcsServer, name: str, status: int
 ) -> None:
-    way = open_way(request, tmp_path, name)
-    cloud = request.getfixturevalue("cloud")
+    way = open_way(name)
     fault = cloud.add_fault(Fault("lost_session", times=None, status=status))
     with pytest.raises(TransientStorageError, match=str(status)):
         put_bytes(way.transport, "a", b"data", None)
@@ -874,7 +658,6 @@ def test_programs_that_lose_their_session_are_worth_another_try(
     cloud.clear_faults()
     put_bytes(way.transport, "a", b"data", None)
     assert cloud.read_object("runs", "my team/a") == b"data"
-    way.bucket.close()
 
 
 @pytest.mark.parametrize(
@@ -898,16 +681,14 @@ def test_gcloud_says_the_same_of_a_lost_session_and_of_no_bucket(
     assert type(caught.value) is error
 
 
-@pytest.mark.parametrize("name", [pytest.param("gcloud", marks=pytest.mark.gsutil), "gsutil"])
-def test_programs_give_up_in_time(
-    request: pytest.FixtureRequest, tmp_path: Path, small_units: None, name: str
+@pytest.mark.gsutil
+@pytest.mark.parametrize("name", ["gcloud", "gsutil"])
+def test_programs_give_up(
+    open_way: OpenWay, cloud: FakeGcsServer, small_units: None, name: str
 ) -> None:
-    way = open_way(request, tmp_path, name, retry_seconds=5, stall_seconds=5)
-    cloud = request.getfixturevalue("cloud")
+    way = open_way(name, retry_seconds=5, stall_seconds=5)
     cloud.add_fault(Fault("status", times=None, operation="upload"))
-    started = time.monotonic()
     with pytest.raises(TransientStorageError):
         way.transport.put("a", writer(bytes(LARGE)), None, LARGE)
-    assert time.monotonic() - started < 45
     assert list(way.scratch.iterdir()) == []
     way.bucket.close()

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import logging
 import math
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 from filelock import FileLock
 
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
-from tests.gcs_server import FakeGcsServer
-from tests.sample_checkpoints import RUN_ID, make_checkpoint, seal
+from tests.sample_checkpoints import RUN_ID, make_checkpoint
+from tests.utils.uploads.waiting import WAIT_SECONDS, wait_until
 from utils.base.errors import (
     AccessDeniedError,
     CheckpointError,
@@ -40,10 +38,9 @@ from utils.checkpoints.layout import (
     archive_object,
     find_checkpoints,
     local_archive,
-    read_manifest,
     sidecar_object,
 )
-from utils.checkpoints.store import apply_retention
+from utils.checkpoints.store import apply_retention, hold_upload
 from utils.checkpoints.views import find_best, read_local_checkpoints
 from utils.storage.bucket import crc32c_of_file
 from utils.uploads import uploader as uploader_module
@@ -58,7 +55,6 @@ from utils.uploads.uploader import (
 )
 
 NAMES = [f"checkpoint-epoch0-step{step}-files0" for step in (10, 20, 30)]
-WAIT_SECONDS = 20.0
 MEGABYTE = 2**20
 CANARY = "canary-5f2c"
 RESULT = UploadResult(2 * MEGABYTE, "AAAAAA==", 0.5, MEGABYTE)
@@ -114,74 +110,53 @@ class Performer:
         return gate
 
 
-@pytest.fixture
-def performer() -> Performer:
-    return Performer()
+class Run:
+    """A run's checkpoints, its journal, and uploaders that upload nowhere."""
+
+    def __init__(self, folder: Path) -> None:
+        self.options = TransportOptions(str(folder / "bucket"), "directory")
+        self.journal = Journal(folder / "checkpoints/uploads.jsonl")
+        self.performer = Performer()
+        self.opened: list[Uploader] = []
+
+    @functools.cached_property
+    def checkpoints(self) -> list[Path]:
+        """Three of them; the oldest has the lowest loss."""
+        return [make_checkpoint(self.journal.path.parent, step) for step in (10, 20, 30)]
+
+    def open(self, **changes: Any) -> Uploader:
+        """Return an uploader; one with `perform=None` uploads to a directory."""
+        wanted = {"first_backoff_seconds": 0.001, "perform": self.performer, **changes}
+        self.opened.append(Uploader(self.options, wanted.pop("journal", self.journal), **wanted))
+        return self.opened[-1]
+
+    def hold_first(self, checkpoints: Sequence[Path] = ()) -> tuple[Uploader, Gate]:
+        """Submit them; the first one is on its way, and held, when the others come."""
+        checkpoints = checkpoints or self.checkpoints
+        gate = self.performer.hold(checkpoints[0].name)
+        uploader = self.open()
+        for checkpoint in checkpoints:
+            uploader.submit(checkpoint)
+            gate.wait()
+        return uploader, gate
+
+    def states(self, name: str) -> list[str]:
+        """Return the states of a checkpoint, the oldest first."""
+        entries = self.journal.entries()
+        return [entry.state.value for entry in entries if entry.checkpoint == name]
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> TransportOptions:
-    return TransportOptions(str(tmp_path / "bucket"), "directory")
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Journal:
-    return Journal(tmp_path / "checkpoints/uploads.jsonl")
-
-
-@pytest.fixture
-def checkpoints(tmp_path: Path) -> list[Path]:
-    # The oldest has the lowest loss.
-    return [make_checkpoint(tmp_path / "checkpoints", step) for step in (10, 20, 30)]
-
-
-Open = Callable[..., Uploader]
-
-
-@pytest.fixture
-def open_uploader(
-    options: TransportOptions, journal: Journal, performer: Performer
-) -> Iterator[Open]:
-    """Build uploaders that upload nowhere, or with `perform=None` to a directory."""
-    opened: list[Uploader] = []
-
-    def build(**changes: Any) -> Uploader:
-        wanted = {"first_backoff_seconds": 0.001, "perform": performer, **changes}
-        to, into = wanted.pop("options", options), wanted.pop("journal", journal)
-        opened.append(Uploader(to, into, **wanted))
-        return opened[-1]
-
-    yield build
-    for uploader in opened:
+def run(tmp_path: Path) -> Iterator[Run]:
+    found = Run(tmp_path)
+    yield found
+    for uploader in found.opened:
         uploader.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "uploader"]
 
 
-def hold_first(
-    open_uploader: Open, performer: Performer, checkpoints: Sequence[Path]
-) -> tuple[Uploader, Gate]:
-    """Submit all of them; the first one is on its way, and held, when the others come."""
-    gate = performer.hold(checkpoints[0].name)
-    uploader = open_uploader()
-    for checkpoint in checkpoints:
-        uploader.submit(checkpoint)
-        gate.wait()
-    return uploader, gate
-
-
 def drain(uploader: Uploader) -> None:
     assert uploader.drain(WAIT_SECONDS, lambda text: None) == []
-
-
-def states(journal: Journal, name: str) -> list[str]:
-    return [entry.state.value for entry in journal.entries() if entry.checkpoint == name]
-
-
-def wait_until(is_so: Callable[[], object]) -> None:
-    end = time.monotonic() + WAIT_SECONDS
-    while not is_so():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.005)
 
 
 def give_up(uploader: Uploader, journal: Journal, checkpoint: Path) -> None:
@@ -195,120 +170,45 @@ def give_up(uploader: Uploader, journal: Journal, checkpoint: Path) -> None:
 
 
 def test_a_checkpoint_ends_verified_with_archive_and_sidecar_in_the_bucket(
-    open_uploader: Open,
-    options: TransportOptions,
-    journal: Journal,
-    checkpoints: list[Path],
-    tmp_path: Path,
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    uploader = open_uploader(perform=None)
-    uploader.submit(checkpoints[0])
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    caplog.set_level(logging.DEBUG)
+    uploader = run.open(perform=None)
+    uploader.submit(run.checkpoints[0])
     drain(uploader)
 
-    assert states(journal, NAMES[0])[0] == "queued"
-    assert states(journal, NAMES[0])[-1] == "verified"
+    assert "Verified" in caplog.text
+    assert run.states(NAMES[0])[0] == "queued"
+    assert run.states(NAMES[0])[-1] == "verified"
     assert (uploader.verified, uploader.failures, uploader.pending) == ([NAMES[0]], {}, [])
     archive = tmp_path / "bucket" / archive_object(NAMES[0])
-    details = journal.latest()[NAMES[0]].details
+    details = run.journal.latest()[NAMES[0]].details
     assert details["bytes"] == archive.stat().st_size
     assert details["crc32c"] == crc32c_of_file(archive)
-    assert (details["uri"], details["bucket"]) == (str(archive), options.uri)
-    assert details["manifest_crc32c"] == crc32c_of_file(checkpoints[0] / "manifest.json")
+    assert (details["uri"], details["bucket"]) == (str(archive), run.options.uri)
+    assert details["manifest_crc32c"] == crc32c_of_file(run.checkpoints[0] / "manifest.json")
     assert details["transport"] == "directory"
     assert (tmp_path / "bucket" / sidecar_object(NAMES[0])).is_file()
     subprocess.run(["tar", "xzf", archive, "-C", tmp_path], check=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / NAMES[0]).iterdir()} == {
-        path.name: path.read_bytes() for path in checkpoints[0].iterdir()
+        path.name: path.read_bytes() for path in run.checkpoints[0].iterdir()
     }
-    # Nothing but the checkpoints, the journal and its lock stays on this machine.
-    left = {path.name for path in checkpoints[0].parent.iterdir()} - {"uploads.jsonl.lock"}
-    assert left == {*NAMES, "uploads.jsonl"}
-
-
-def test_a_disk_that_fills_up_meanwhile_fails_the_upload_and_commits_nothing(
-    open_uploader: Open, journal: Journal, checkpoints: list[Path], tmp_path: Path
-) -> None:
-    (checkpoints[0] / "optimizer.bin").write_bytes(os.urandom(9 * MEGABYTE))
-    seal(checkpoints[0], 10)
-    uploader = open_uploader(perform=None)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MEGABYTE, hard))  # the process inherits it
-    try:
-        uploader.submit(checkpoints[0])
-        drain(uploader)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "File too large" in uploader.failures[NAMES[0]]
-    assert states(journal, NAMES[0])[-1] == "failed"
-    assert not [path for path in (tmp_path / "bucket").rglob("*") if path.is_file()]
-
-
-def test_a_refusing_bucket_is_asked_once_and_told_apart(
-    gcs: FakeGcsServer, open_uploader: Open, journal: Journal, checkpoints: list[Path]
-) -> None:
-    gcs.create_bucket("locked", writable=False)
-    uploader = open_uploader(options=TransportOptions("gs://locked/a", "python"), perform=None)
-    uploader.submit(checkpoints[0])
-    drain(uploader)
-    assert "gs://locked/a/Checkpoints" in uploader.failures[NAMES[0]]
-    assert journal.latest()[NAMES[0]].details["permanent"] is True
-    assert len(gcs.requests("upload")) == 1
-
-
-def test_a_process_that_is_killed_is_started_again(
-    open_uploader: Open, journal: Journal, checkpoints: list[Path], tmp_path: Path
-) -> None:
-    (checkpoints[0] / "optimizer.bin").write_bytes(os.urandom(9 * MEGABYTE))
-    seal(checkpoints[0], 10)
-    slow = TransportOptions(
-        str(tmp_path / "bucket"), "directory", max_bytes_per_second=9 * MEGABYTE
-    )
-    uploader = open_uploader(options=slow, perform=None)
-    uploader.submit(checkpoints[0])
-    wait_until(lambda: "uploading" in states(journal, NAMES[0]))
-    psutil.Process().children()[0].kill()
-    drain(uploader)
-    assert "the upload process ended (code -9)" in [
-        entry.details.get("error", "").rstrip(".") for entry in journal.entries()
+    texts = [
+        caplog.text.encode(),
+        run.journal.path.read_bytes(),
+        gzip.decompress(archive.read_bytes()),
     ]
-    assert uploader.verified == [NAMES[0]]
-
-
-def test_no_secret_of_the_environment_is_in_journal_log_or_archive(
-    open_uploader: Open,
-    journal: Journal,
-    checkpoints: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", CANARY)
-    caplog.set_level(logging.DEBUG)
-    uploader = open_uploader(perform=None)
-    uploader.submit(checkpoints[0])
-    drain(uploader)
-    assert "Verified" in caplog.text
-    archive = tmp_path / "bucket" / archive_object(NAMES[0])
-    texts = [caplog.text.encode(), journal.path.read_bytes(), gzip.decompress(archive.read_bytes())]
     assert not [text for text in texts if CANARY.encode() in text]
+    # Nothing but the checkpoints, the journal and its lock stays on this machine.
+    left = {path.name for path in run.checkpoints[0].parent.iterdir()} - {"uploads.jsonl.lock"}
+    assert left == {*NAMES, "uploads.jsonl"}
 
 
 # Which is next.
 
 
-def test_with_nothing_waiting_they_go_in_the_order_in_which_they_came(
-    open_uploader: Open, performer: Performer, checkpoints: list[Path]
-) -> None:
-    uploader = open_uploader()
-    for checkpoint in checkpoints:
-        uploader.submit(checkpoint)
-        drain(uploader)
-    assert performer.tried == uploader.verified == NAMES
-
-
-def test_when_uploads_lag_behind_the_newest_and_the_best_go_first(
-    open_uploader: Open, performer: Performer, tmp_path: Path
-) -> None:
+def test_when_uploads_lag_behind_the_newest_and_the_best_go_first(run: Run, tmp_path: Path) -> None:
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.0, 50: 2.0}
     paths = {
         step: make_checkpoint(
@@ -319,67 +219,46 @@ def test_when_uploads_lag_behind_the_newest_and_the_best_go_first(
         )
         for step, loss in losses.items()
     }
-    uploader, gate = hold_first(open_uploader, performer, list(paths.values()))
+    uploader, gate = run.hold_first(list(paths.values()))
     assert uploader.pending[0] == paths[10].name
     gate.opened.set()
     drain(uploader)
-    assert performer.tried == [paths[step].name for step in (10, 50, 20, 40, 30)]
+    assert run.performer.tried == [paths[step].name for step in (10, 50, 20, 40, 30)]
 
 
 # What fails for now.
 
 
-def test_the_end_of_every_attempt_is_told(
-    open_uploader: Open, performer: Performer, checkpoints: list[Path]
-) -> None:
+def test_what_fails_twice_and_then_does_not_leaves_no_failure(run: Run) -> None:
     told: list[str] = []
-    performer.script[NAMES[0]] = [DOWN]
-    performer.script[NAMES[1]] = [AccessDeniedError("403 Forbidden.")]
-    performer.script[NAMES[2]] = [DOWN] * UPLOAD_ATTEMPTS
-    uploader = open_uploader(tell=told.append)
-    for checkpoint in checkpoints:
-        uploader.submit(checkpoint)
-        assert uploader.drain(WAIT_SECONDS, lambda _: None) == []
-    uploader.close()
-    assert told[0] == f"{NAMES[0]}: upload failed, trying again in 0 s: 503 Backend Error"
-    assert told[1].startswith(f"{NAMES[0]} uploaded and verified: 2.0 MiB in ")
-    assert told[2] == f"{NAMES[1]} was not uploaded: 403 Forbidden."
-    assert told[-1] == f"{NAMES[2]} was not uploaded: 503 Backend Error (5 attempts)"
-    assert len(told) == 3 + UPLOAD_ATTEMPTS
-
-
-def test_what_fails_twice_and_then_does_not_leaves_no_failure(
-    open_uploader: Open, performer: Performer, journal: Journal, checkpoints: list[Path]
-) -> None:
-    performer.script[NAMES[0]] = [DOWN, DOWN]
-    uploader = open_uploader()
-    uploader.submit(checkpoints[0])
+    run.performer.script[NAMES[0]] = [DOWN, DOWN]
+    uploader = run.open(tell=told.append)
+    uploader.submit(run.checkpoints[0])
     drain(uploader)
     attempt = ["archiving", "failed"]
-    assert states(journal, NAMES[0]) == ["queued", *attempt, *attempt, "archiving", "verified"]
-    attempts = [e.details["attempt"] for e in journal.entries() if "attempt" in e.details]
+    assert run.states(NAMES[0]) == ["queued", *attempt, *attempt, "archiving", "verified"]
+    attempts = [e.details["attempt"] for e in run.journal.entries() if "attempt" in e.details]
     assert attempts == [1, 2, 3]
     assert (uploader.verified, uploader.failures) == ([NAMES[0]], {})
+    assert told[:2] == [f"{NAMES[0]}: upload failed, trying again in 0 s: 503 Backend Error"] * 2
+    assert told[2].startswith(f"{NAMES[0]} uploaded and verified: 2.0 MiB in ")
 
 
 def test_what_fails_for_ever_is_tried_so_often_then_kept_and_the_next_goes_on(
-    open_uploader: Open,
-    performer: Performer,
-    options: TransportOptions,
-    journal: Journal,
-    checkpoints: list[Path],
-    caplog: pytest.LogCaptureFixture,
+    run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
-    performer.script[NAMES[0]] = [DOWN] * 100
-    uploader = open_uploader()
-    uploader.submit(checkpoints[0])
+    told: list[str] = []
+    run.performer.script[NAMES[0]] = [DOWN] * 100
+    uploader = run.open(tell=told.append)
+    uploader.submit(run.checkpoints[0])
     wait_until(lambda: uploader.failures and not uploader.pending)
-    assert performer.tried == [NAMES[0]] * UPLOAD_ATTEMPTS
+    assert run.performer.tried == [NAMES[0]] * UPLOAD_ATTEMPTS
     assert uploader.failures == {NAMES[0]: f"503 Backend Error ({UPLOAD_ATTEMPTS} attempts)"}
-    assert f"It is kept in {checkpoints[0].parent}" in caplog.text
+    assert f"It is kept in {run.checkpoints[0].parent}" in caplog.text
 
-    wait_until(lambda: states(journal, NAMES[0]).count("failed") == UPLOAD_ATTEMPTS)
-    last = journal.latest()[NAMES[0]]
+    wait_until(lambda: run.states(NAMES[0]).count("failed") == UPLOAD_ATTEMPTS)
+    assert told[-1] == f"{NAMES[0]} was not uploaded: 503 Backend Error (5 attempts)"
+    last = run.journal.latest()[NAMES[0]]
     assert (last.state, last.run_id) == (UploadState.FAILED, RUN_ID)
     assert last.state.is_pending
     assert {key: last.details[key] for key in ("error", "attempts", "permanent")} == {
@@ -391,88 +270,59 @@ def test_what_fails_for_ever_is_tried_so_often_then_kept_and_the_next_goes_on(
     half = timedelta(seconds=LATER_SECONDS / 2)
     assert half - timedelta(seconds=5) < wait < 3 * half
 
-    uploader.submit(checkpoints[1])
+    uploader.submit(run.checkpoints[1])
     wait_until(lambda: uploader.verified == [NAMES[1]])
-    owed = find_unfinished(journal.path.parent, journal, options.uri)
+    owed = find_unfinished(run.journal.path.parent, run.journal, run.options.uri)
     assert [path.name for path in owed] == [NAMES[0], NAMES[2]]
 
 
 def test_the_waits_between_attempts_grow_and_are_not_the_same(
-    open_uploader: Open, performer: Performer, checkpoints: list[Path]
+    run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
-    performer.always = DOWN
-    base = 0.02
-    uploader = open_uploader(first_backoff_seconds=base)
-    for checkpoint in checkpoints[:2]:
-        uploader.submit(checkpoint)
-    wait_until(lambda: len(uploader.failures) == 2)
-    waits = {
-        name: [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
-        for name, times in performer.times.items()
-    }
-    for found in waits.values():
-        assert len(found) == UPLOAD_ATTEMPTS - 1
-        for number, wait in enumerate(found):
-            mean = base * 4**number
-            assert 0.5 * mean <= wait < 1.5 * mean + 0.5
+    run.performer.script[NAMES[0]] = [DOWN] * (UPLOAD_ATTEMPTS - 1)
+    uploader = run.open()
+    uploader.submit(run.checkpoints[0])
+    drain(uploader)
+    waits = [record.args[1] for record in caplog.records if isinstance(record.args, tuple)]
+    assert len(waits) == UPLOAD_ATTEMPTS - 1
+    for number, wait in enumerate(waits):
+        assert isinstance(wait, float)
+        assert 0.5 <= wait / (0.001 * 4**number) <= 1.5
     jittered = [uploader_module._jittered(FIRST_RETRY_SECONDS) for _ in range(200)]
     assert 0.5 <= min(jittered) < 0.75 < 1.25 < max(jittered) <= 1.5
 
 
-def test_draining_tries_once_more_and_does_not_wait_for_what_fails_again(
-    open_uploader: Open, performer: Performer, checkpoints: list[Path]
-) -> None:
-    performer.script[NAMES[0]] = [DOWN] * (UPLOAD_ATTEMPTS + 1)
-    uploader = open_uploader()
-    uploader.submit(checkpoints[0])
+def test_draining_tries_once_more_and_does_not_wait_for_what_fails_again(run: Run) -> None:
+    run.performer.script[NAMES[0]] = [DOWN] * (UPLOAD_ATTEMPTS + 1)
+    gate = run.performer.hold(NAMES[0])
+    uploader = run.open()
+    uploader.submit(run.checkpoints[0])
     wait_until(lambda: uploader.failures and not uploader.pending)
     drain(uploader)
-    assert len(performer.tried) == UPLOAD_ATTEMPTS + 1
+    assert len(run.performer.tried) == UPLOAD_ATTEMPTS + 1
     assert set(uploader.failures) == {NAMES[0]}
-    drain(uploader)
-    assert uploader.verified == [NAMES[0]]
-    assert uploader.failures == {}
-
-
-def test_draining_waits_for_a_late_one_that_is_on_its_way(
-    open_uploader: Open,
-    performer: Performer,
-    checkpoints: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(uploader_module, "LATER_SECONDS", 0.01)
-    performer.script[NAMES[0]] = [DOWN] * UPLOAD_ATTEMPTS
-    gate = performer.hold(NAMES[0])
-    uploader = open_uploader()
-    uploader.submit(checkpoints[0])
-    gate.wait()
-    assert uploader.pending == [NAMES[0]]
-    threading.Timer(0.05, gate.opened.set).start()
-    drain(uploader)
+    # What is on its way is waited for.
+    assert uploader.drain(WAIT_SECONDS, lambda text: gate.opened.set()) == []
     assert (uploader.verified, uploader.failures) == ([NAMES[0]], {})
 
 
-def test_late_ones_are_tried_at_once_when_the_bucket_is_back(
-    open_uploader: Open, performer: Performer, checkpoints: list[Path]
-) -> None:
-    performer.always = DOWN
-    uploader = open_uploader()
-    for checkpoint in checkpoints[:2]:
+def test_late_ones_are_tried_at_once_when_the_bucket_is_back(run: Run) -> None:
+    run.performer.always = DOWN
+    uploader = run.open()
+    for checkpoint in run.checkpoints[:2]:
         uploader.submit(checkpoint)
     wait_until(lambda: len(uploader.failures) == 2)
-    performer.always = None
-    uploader.submit(checkpoints[2])
+    run.performer.always = None
+    uploader.submit(run.checkpoints[2])
     wait_until(lambda: len(uploader.verified) == 3)
     assert uploader.verified == [NAMES[2], NAMES[1], NAMES[0]]
     assert uploader.failures == {}
 
 
-def test_late_ones_come_after_those_that_were_not_tried_yet(
-    open_uploader: Open, performer: Performer, checkpoints: list[Path]
-) -> None:
-    performer.script[NAMES[2]] = [DOWN] * UPLOAD_ATTEMPTS
-    uploader = open_uploader()
-    uploader.submit(checkpoints[2])
+def test_late_ones_come_after_those_that_were_not_tried_yet(run: Run) -> None:
+    run.performer.script[NAMES[2]] = [DOWN] * UPLOAD_ATTEMPTS
+    uploader = run.open()
+    uploader.submit(run.checkpoints[2])
     wait_until(lambda: uploader.failures and not uploader.pending)
     gate = Gate()
 
@@ -480,14 +330,14 @@ def test_late_ones_come_after_those_that_were_not_tried_yet(
         gate(on_progress, must_end)
         raise AccessDeniedError("403")  # the bucket is not back
 
-    performer.script[NAMES[1]] = [refuse]
-    uploader.submit(checkpoints[1])
+    run.performer.script[NAMES[1]] = [refuse]
+    uploader.submit(run.checkpoints[1])
     gate.wait()
-    uploader.submit(checkpoints[0])
+    uploader.submit(run.checkpoints[0])
     uploader._queue[0].ready_at = 0.0  # its time has come
     gate.opened.set()
     wait_until(lambda: len(uploader.verified) == 2)
-    assert performer.tried[-2:] == [NAMES[0], NAMES[2]]
+    assert run.performer.tried[-2:] == [NAMES[0], NAMES[2]]
 
 
 # What fails for good.
@@ -503,68 +353,48 @@ def test_late_ones_come_after_those_that_were_not_tried_yet(
     ],
 )
 def test_a_permanent_error_is_not_tried_again_and_the_others_go_on(
-    open_uploader: Open,
-    performer: Performer,
-    journal: Journal,
-    checkpoints: list[Path],
-    error: Exception,
-    text: str,
+    run: Run, error: Exception, text: str
 ) -> None:
-    performer.script[NAMES[0]] = [error]
-    uploader = open_uploader()
-    for checkpoint in checkpoints:
+    run.performer.script[NAMES[0]] = [error]
+    uploader = run.open()
+    for checkpoint in run.checkpoints:
         uploader.submit(checkpoint)
         drain(uploader)
-    assert performer.tried == NAMES
+    assert run.performer.tried == NAMES
     assert uploader.failures == {NAMES[0]: text}
     assert uploader.verified == NAMES[1:]
-    details = journal.latest()[NAMES[0]].details
+    details = run.journal.latest()[NAMES[0]].details
     assert details == {"error": text, "attempts": 1, "permanent": True, "next_try": None}
-    assert states(journal, NAMES[0]) == ["queued", "archiving", "failed"]
+    assert run.states(NAMES[0]) == ["queued", "archiving", "failed"]
 
 
 @pytest.mark.parametrize("when", ["queued", "late", "in flight"])
-def test_what_was_given_up_is_no_failure(
-    open_uploader: Open,
-    performer: Performer,
-    journal: Journal,
-    checkpoints: list[Path],
-    when: str,
-) -> None:
-    uploader = open_uploader()
+def test_what_was_given_up_is_no_failure(run: Run, when: str) -> None:
+    uploader = run.open()
     if when == "late":
-        performer.always = DOWN
-        uploader.submit(checkpoints[1])
+        run.performer.script[NAMES[1]] = [DOWN] * UPLOAD_ATTEMPTS
+        uploader.submit(run.checkpoints[1])
         wait_until(lambda: uploader.failures)
-        performer.always = None
-    gate = performer.hold(NAMES[1] if when == "in flight" else NAMES[0])
-    if when == "in flight":
-        performer.script[NAMES[1]] += [DOWN, DOWN]
-        gate.opened.set()
-        performer.script[NAMES[1]].insert(0, DOWN)
-    uploader.submit(checkpoints[0])
-    if when != "late":
-        uploader.submit(checkpoints[1])
-    if when != "in flight":
+    gate = run.performer.hold(NAMES[1] if when == "in flight" else NAMES[0])
+    run.performer.script[NAMES[1]] += [DOWN] * 9  # what is gone fails again, and for good
+    for checkpoint in run.checkpoints[1::-1] if when == "in flight" else run.checkpoints[:2]:
+        uploader.submit(checkpoint)
         gate.wait()
-    give_up(uploader, journal, checkpoints[1])
+    give_up(uploader, run.journal, run.checkpoints[1])
     if when != "in flight":
-        assert uploader.pending == [NAMES[0]]
+        assert uploader.pending == NAMES[:1]
     gate.opened.set()
     drain(uploader)
-    assert uploader.failures == {}
-    assert NAMES[0] in uploader.verified
+    assert (uploader.failures, uploader.verified) == ({}, [NAMES[0]])
 
 
-def test_one_that_vanished_without_being_given_up_is_a_failure(
-    open_uploader: Open, performer: Performer, journal: Journal, checkpoints: list[Path]
-) -> None:
-    uploader, gate = hold_first(open_uploader, performer, checkpoints)
-    shutil.rmtree(checkpoints[1])
+def test_one_that_vanished_without_being_given_up_is_a_failure(run: Run) -> None:
+    uploader, gate = run.hold_first()
+    shutil.rmtree(run.checkpoints[1])
     gate.opened.set()
     drain(uploader)
     assert set(uploader.failures) == {NAMES[1]}
-    assert states(journal, NAMES[1])[-1] == "failed"
+    assert run.states(NAMES[1])[-1] == "failed"
     assert set(uploader.verified) == {NAMES[0], NAMES[2]}
 
 
@@ -584,43 +414,37 @@ class FullDiskJournal(Journal):
         return super().record(checkpoint, run_id, state, sync=sync, **details)
 
 
-def test_a_journal_that_cannot_be_written_loses_no_upload(
-    open_uploader: Open, performer: Performer, journal: Journal, checkpoints: list[Path]
-) -> None:
-    full = FullDiskJournal(journal.path)
-    uploader = open_uploader(journal=full)
-    uploader.submit(checkpoints[0])
+def test_a_journal_that_cannot_be_written_loses_no_upload(run: Run) -> None:
+    full = FullDiskJournal(run.journal.path)
+    uploader = run.open(journal=full)
+    uploader.submit(run.checkpoints[0])
     wait_until(lambda: uploader.failures)
     assert "No space left on device" in uploader.failures[NAMES[0]]
     assert uploader.verified == []  # it could not be remembered
-    assert len(performer.tried) == UPLOAD_ATTEMPTS
+    assert len(run.performer.tried) == UPLOAD_ATTEMPTS
     full.is_full = False
-    uploader.submit(checkpoints[1])
+    uploader.submit(run.checkpoints[1])
     drain(uploader)
     assert set(uploader.verified) == set(NAMES[:2])
     assert uploader.failures == {}
-    assert journal.latest()[NAMES[0]].state is UploadState.VERIFIED
+    assert run.journal.latest()[NAMES[0]].state is UploadState.VERIFIED
 
 
 def test_a_journal_that_cannot_be_read_stops_nothing_else(
-    open_uploader: Open,
-    performer: Performer,
-    journal: Journal,
-    checkpoints: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: Journal) -> list[bytes]:
         raise OSError(5, "Input/output error")
 
-    uploader = open_uploader()
-    gate = performer.hold(NAMES[2])
-    uploader.submit(checkpoints[2])
+    uploader = run.open()
+    gate = run.performer.hold(NAMES[2])
+    uploader.submit(run.checkpoints[2])
     gate.wait()
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "_read_lines", refuse)
-        uploader.submit(checkpoints[0])
-        uploader.submit(checkpoints[1])
-        shutil.rmtree(checkpoints[1])
+        uploader.submit(run.checkpoints[0])
+        uploader.submit(run.checkpoints[1])
+        shutil.rmtree(run.checkpoints[1])
         gate.opened.set()
         wait_until(lambda: len(uploader.failures) == 2 and not uploader.pending)
         assert "Input/output error" in uploader.failures[NAMES[0]]
@@ -629,150 +453,105 @@ def test_a_journal_that_cannot_be_read_stops_nothing_else(
     assert set(uploader.failures) == {NAMES[1]}
 
 
-def test_progress_is_in_the_journal_now_and_then_and_not_synced(
-    open_uploader: Open,
-    performer: Performer,
-    journal: Journal,
-    checkpoints: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
+def test_progress_is_in_the_journal_and_not_synced(
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synced: list[tuple[UploadState, bool]] = []
+    monkeypatch.setattr(uploader_module, "PROGRESS_SECONDS", 0.0)
+    synced: list[bool] = []
     record = Journal.record
 
     def watch(self: Journal, name: str, run_id: str, state: UploadState, **details: Any) -> Any:
-        synced.append((state, details.get("sync", True)))
+        synced.append(details.get("sync", True))
         return record(self, name, run_id, state, **details)
 
     monkeypatch.setattr(Journal, "record", watch)
-    texts: list[str] = []
 
     def progress(on_progress: OnProgress, must_end: Callable[[], bool]) -> None:
-        texts.append(uploader.describe())
         on_progress(ProgressReport("archiving", 0, 4000, 0, None, 0))
-        texts.append(uploader.describe())
-        for sent in range(0, 1001, 10):
-            on_progress(ProgressReport("uploading", 2 * sent, 4000, sent, None, 0))
-            time.sleep(0.002)
-        texts.append(uploader.describe())
-        on_progress(ProgressReport("uploading", 4000, 4000, 1500, 2000, 0))
-        texts.append(uploader.describe())
-        time.sleep(0.05)
         on_progress(ProgressReport("uploading", 4000, 4000, 1500, 2000, 0))
 
-    performer.script[NAMES[0]] = [progress]
-    uploader = open_uploader()
-    uploader.submit(checkpoints[0])
+    run.performer.script[NAMES[0]] = [progress]
+    uploader = run.open()
+    uploader.submit(run.checkpoints[0])
     drain(uploader)
-    assert states(journal, NAMES[0]) == ["queued", "archiving", "archiving", "verified"]
-    assert [sync for state, sync in synced] == [True, True, False, True]
-    assert texts[:2] == [f"uploading {NAMES[0]}", f"archiving {NAMES[0]}"]
-    assert texts[2].startswith(f"uploading {NAMES[0]}: 50% at ")
-    assert texts[2].endswith(" left")
-    assert texts[3].startswith(f"uploading {NAMES[0]}: 75% at ")
-
-    monkeypatch.setattr(uploader_module, "PROGRESS_SECONDS", 0.05)
-    performer.script[NAMES[1]] = [progress]
-    began = time.monotonic()
-    uploader.submit(checkpoints[1])
-    drain(uploader)
-    most = 3 + (time.monotonic() - began) / 0.05  # the first, the stage's, the last
-    entries = [e for e in journal.entries() if e.checkpoint == NAMES[1] and "sent" in e.details]
-    assert 3 <= len(entries) <= most
-    last = entries[-1]
-    assert last.state is UploadState.UPLOADING
+    found = ["queued", "archiving", "archiving", "uploading", "verified"]
+    assert run.states(NAMES[0]) == found
+    assert synced == [True, True, False, False, True]
+    (details,) = [e.details for e in run.journal.entries() if e.state is UploadState.UPLOADING]
     expected = {"stage": "uploading", "sent": 1500, "read": 4000, "total": 4000, "attempt": 1}
-    assert {key: last.details[key] for key in expected} == expected
-    assert last.details["bytes_per_second"] > 0
-    assert last.details["eta_seconds"] >= 0
-    assert last.details["uri"].endswith(archive_object(NAMES[1]))
+    assert {key: details[key] for key in expected} == expected
+    assert details["uri"].endswith(archive_object(NAMES[0]))
 
 
-def test_what_waits_is_described_too(
-    open_uploader: Open, performer: Performer, checkpoints: list[Path]
-) -> None:
-    uploader, gate = hold_first(open_uploader, performer, checkpoints)
-    assert uploader.describe() == f"uploading {NAMES[0]}, 2 waiting"
-    gate.opened.set()
+def test_progress_is_told_now_and_then_with_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(uploader_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    progress = uploader_module._Progress("a")
+    assert progress.describe() == "uploading a"
+    assert progress.update(ProgressReport("archiving", 0, 4000, 0, None, 0))
+    assert progress.describe() == "archiving a"
+    now[0] += 1
+    assert not progress.update(ProgressReport("uploading", 0, 4000, 0, None, 0))
+    now[0] += 1
+    assert progress.update(ProgressReport("uploading", 2000, 4000, 1024, None, 0))
+    assert progress.describe() == "uploading a: 50% at 1.0 KiB/s, 1.0s left"
+    assert progress.facts()["bytes_per_second"] == 1024
+    assert not progress.update(ProgressReport("uploading", 4000, 4000, 1536, 2048, 0))
+    assert progress.describe() == "uploading a: 75% at 1.5 KiB/s, 0.0s left"
 
 
-def test_the_speed_is_that_of_what_was_sent(
-    open_uploader: Open,
-    journal: Journal,
-    checkpoints: list[Path],
-) -> None:
+def test_the_speed_is_that_of_what_was_sent(run: Run) -> None:
     results = [
         UploadResult(1000, "AAAAAA==", 2.0, 1000),
         UploadResult(1000, "AAAAAA==", 2.0, 400),  # parts of it were there
         UploadResult(1000, "AAAAAA==", 0.001, 0),  # all of it was
     ]
-    uploader = open_uploader(perform=lambda job, on_progress, must_end: results.pop(0))
+    uploader = run.open(perform=lambda job, on_progress, must_end: results.pop(0))
     assert uploader.bytes_per_second is None
-    for checkpoint, speed in zip(checkpoints, (500, 200, 200), strict=True):
+    for checkpoint, speed in zip(run.checkpoints, (500, 200, 200), strict=True):
         uploader.submit(checkpoint)
         drain(uploader)
         assert uploader.bytes_per_second == speed
-    assert journal.latest()[NAMES[0]].details["bytes_per_second"] == 500
+    assert run.journal.latest()[NAMES[0]].details["bytes_per_second"] == 500
 
 
-# The end of a start, and the next one.
+# The end of a run, and the next one.
 
 
-def test_drain_ends_at_its_deadline_or_when_asked_and_names_what_is_pending(
-    open_uploader: Open, performer: Performer, checkpoints: list[Path]
-) -> None:
-    uploader, gate = hold_first(open_uploader, performer, checkpoints)
+def test_drain_ends_at_its_deadline_or_when_asked_and_names_what_is_pending(run: Run) -> None:
+    uploader, gate = run.hold_first()
     texts: list[str] = []
     assert uploader.drain(0.05, texts.append) == NAMES
     assert texts[0] == f"uploading {NAMES[0]}, 2 waiting"
     assert uploader.drain(0.0, texts.append) == NAMES
-    started = time.monotonic()
     assert uploader.drain(math.inf, texts.append, lambda: True) == NAMES
-    assert time.monotonic() - started < 1
     gate.opened.set()
     drain(uploader)
     assert set(uploader.verified) == set(NAMES)
 
 
-def test_closing_ends_what_is_in_flight_and_the_next_start_finds_all_of_it(
-    open_uploader: Open,
-    performer: Performer,
-    options: TransportOptions,
-    journal: Journal,
-    checkpoints: list[Path],
-) -> None:
-    uploader, gate = hold_first(open_uploader, performer, checkpoints)
+def test_closing_ends_what_is_in_flight_and_the_next_start_finds_all_of_it(run: Run) -> None:
+    uploader, gate = run.hold_first()
     uploader.close()
-    assert [states(journal, name)[-1] for name in NAMES] == ["archiving", "queued", "queued"]
-    assert find_unfinished(journal.path.parent, journal, options.uri) == checkpoints
+    assert [run.states(name)[-1] for name in NAMES] == ["archiving", "queued", "queued"]
+    assert find_unfinished(run.journal.path.parent, run.journal, run.options.uri) == run.checkpoints
     assert (uploader.failures, uploader.verified) == ({}, [])
-    assert not list(journal.path.parent.glob(".uploading-*"))
+    assert not list(run.journal.path.parent.glob(".uploading-*"))
 
-    following = open_uploader()
-    for checkpoint in checkpoints:
+    following = run.open()
+    for checkpoint in run.checkpoints:
         following.submit(checkpoint)
     drain(following)
     assert set(following.verified) == set(NAMES)
 
 
-def test_closing_interrupts_the_wait_for_the_next_attempt(
-    open_uploader: Open, performer: Performer, journal: Journal, checkpoints: list[Path]
-) -> None:
-    performer.always = DOWN
-    uploader = open_uploader(first_backoff_seconds=3600.0)
-    uploader.submit(checkpoints[0])
-    wait_until(lambda: "failed" in states(journal, NAMES[0]))
-    started = time.monotonic()
+def test_closing_interrupts_the_wait_for_the_next_attempt(run: Run) -> None:
+    run.performer.always = DOWN
+    uploader = run.open(first_backoff_seconds=3600.0)
+    uploader.submit(run.checkpoints[0])
+    wait_until(lambda: "failed" in run.states(NAMES[0]))
     uploader.close()
-    assert time.monotonic() - started < 2
-
-
-def test_as_a_context_manager_it_stops_its_worker(
-    options: TransportOptions, journal: Journal, performer: Performer, checkpoints: list[Path]
-) -> None:
-    with Uploader(options, journal, perform=performer) as uploader:
-        uploader.submit(checkpoints[0])
-        drain(uploader)
-    assert not [thread for thread in threading.enumerate() if thread.name == "uploader"]
+    assert not uploader._thread.is_alive()
 
 
 @pytest.mark.parametrize(
@@ -788,40 +567,32 @@ def test_as_a_context_manager_it_stops_its_worker(
         (["verified", "removed"], False),
     ],
 )
-def test_a_restart_knows_what_is_owed(
-    journal: Journal, checkpoints: list[Path], recorded: list[str], owed: bool
-) -> None:
+def test_a_restart_knows_what_is_owed(run: Run, recorded: list[str], owed: bool) -> None:
+    checkpoints = run.checkpoints
     for name in NAMES[1:]:
-        journal.record(name, RUN_ID, UploadState.VERIFIED)
+        run.journal.record(name, RUN_ID, UploadState.VERIFIED)
     for state in recorded:
-        journal.record(NAMES[0], RUN_ID, UploadState(state))
-    found = find_unfinished(journal.path.parent, journal, "bucket")
+        run.journal.record(NAMES[0], RUN_ID, UploadState(state))
+    (make_checkpoint(run.journal.path.parent, 5) / "manifest.json").unlink()  # it is not complete
+    found = find_unfinished(run.journal.path.parent, run.journal, "bucket")
     assert found == (checkpoints[:1] if owed else [])
+    later = make_checkpoint(run.journal.path.parent, 100)
+    found = find_unfinished(run.journal.path.parent, run.journal, "bucket")
+    assert found == [*(checkpoints[:1] if owed else []), later]
 
 
-def test_what_is_owed_comes_by_step_and_only_where_it_is_complete(
-    journal: Journal, checkpoints: list[Path]
-) -> None:
-    (checkpoints[1] / "manifest.json").unlink()
-    make_checkpoint(journal.path.parent, 100)
-    names = [path.name for path in find_unfinished(journal.path.parent, journal, "bucket")]
-    assert names == [NAMES[0], NAMES[2], "checkpoint-epoch0-step100-files0"]
-
-
-def test_what_is_owed_is_told_to_the_job_so_that_it_is_not_swept_away(
-    open_uploader: Open, performer: Performer, checkpoints: list[Path]
-) -> None:
-    performer.script[NAMES[1]] = [AccessDeniedError("403")]
-    uploader = open_uploader(should_sweep=True, compression="small")
-    uploader.submit(checkpoints[1])
+def test_what_is_owed_is_told_to_the_job_so_that_it_is_not_swept_away(run: Run) -> None:
+    run.performer.script[NAMES[1]] = [AccessDeniedError("403")]
+    uploader = run.open(should_sweep=True, compression="small")
+    uploader.submit(run.checkpoints[1])
     drain(uploader)
-    gate = performer.hold(NAMES[0])
-    uploader.submit(checkpoints[0])
+    gate = run.performer.hold(NAMES[0])
+    uploader.submit(run.checkpoints[0])
     gate.wait()
-    uploader.submit(checkpoints[2])
+    uploader.submit(run.checkpoints[2])
     gate.opened.set()
     drain(uploader)
-    job = performer.jobs[-1]
+    job = run.performer.jobs[-1]
     assert set(job.owed) == {NAMES[1], NAMES[2]}
     assert (job.should_sweep, job.compression) == (True, "small")
 
@@ -829,264 +600,121 @@ def test_what_is_owed_is_told_to_the_job_so_that_it_is_not_swept_away(
 # Two processes on one directory.
 
 OTHER = """
-import os, sys, time
+import sys
 from pathlib import Path
-from utils.checkpoints.journal import Journal
-from utils.uploads.transports import TransportOptions
-from utils.uploads.job import UploadResult
-from utils.uploads.uploader import Uploader
-from utils.uploads import uploader as module
-
-directory, uri, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-module.LOCKED_SECONDS = 0.02
-events = os.open(directory / "events", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-def perform(job, on_progress, must_end):
-    name = Path(job.checkpoint).name
-    os.write(events, f"begin {name} {os.getpid()}\\n".encode())
-    if mode == "hold":
-        sys.stdin.readline()
-    else:
-        while not (directory / "go").exists():
-            time.sleep(0.01)
-    os.write(events, f"end {name} {os.getpid()}\\n".encode())
-    return UploadResult(10, "AAAAAA==", 0.1, 10)
-
-options = TransportOptions(uri, "directory")
-with Uploader(options, Journal(directory / "uploads.jsonl"), perform=perform) as uploader:
-    for name in sys.argv[4:]:
-        uploader.submit(directory / name)
-    print("submitted", flush=True)
-    assert uploader.drain(30, lambda text: None) == []
-assert uploader.failures == {}
-print("over", flush=True)
+from utils.checkpoints.store import hold_upload
+with hold_upload(Path(sys.argv[1])) as is_alone:
+    print(is_alone, flush=True)
+    sys.stdin.read()
 """
 
 
-class Other:
-    """Another process that uploads from the same directory."""
-
-    def __init__(self, directory: Path, uri: str, mode: str, names: list[str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", OTHER, str(directory), uri, mode, *names],
-            cwd=PROJECT_DIRECTORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> Other:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def wait_for(self, line: str) -> None:
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline().strip() == line
-
-    def go_on(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-
-def test_what_another_process_is_uploading_is_left_to_it(
-    open_uploader: Open,
-    performer: Performer,
-    options: TransportOptions,
-    journal: Journal,
-    checkpoints: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_what_another_process_is_uploading_is_left_to_it_while_it_lives(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(uploader_module, "LOCKED_SECONDS", 0.02)
-    with Other(journal.path.parent, options.uri, "hold", NAMES[:1]) as other:
-        other.wait_for("submitted")
-        wait_until(lambda: "begin" in (journal.path.parent / "events").read_text())
-        uploader = open_uploader()
-        uploader.submit(checkpoints[0])
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(run.checkpoints[0])],
+        cwd=PROJECT_DIRECTORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"True\n"
+        uploader = run.open()
+        uploader.submit(run.checkpoints[0])
         wait_until(lambda: "is being uploaded by another process" in caplog.text)
-        uploader.submit(checkpoints[1])  # and does not wait for it
+        uploader.submit(run.checkpoints[1])  # and does not wait for it
         wait_until(lambda: uploader.verified == [NAMES[1]])
-        other.go_on()
-        other.wait_for("over")
+        other.kill()
     drain(uploader)
-    assert performer.tried == [NAMES[1]]
-    assert uploader.verified == [NAMES[1], NAMES[0]]
-    assert f"{NAMES[0]} was brought to the bucket by another process." in caplog.text
-    assert not list(journal.path.parent.glob(".uploading-*"))
+    assert run.performer.tried == uploader.verified == [NAMES[1], NAMES[0]]
+    assert not list(run.checkpoints[0].parent.glob(".uploading-*"))
 
 
-def test_a_process_that_was_killed_holds_nobody_up(
-    open_uploader: Open,
-    performer: Performer,
-    options: TransportOptions,
-    journal: Journal,
-    checkpoints: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(uploader_module, "LOCKED_SECONDS", 0.02)
-    with Other(journal.path.parent, options.uri, "hold", NAMES[:1]) as other:
-        other.wait_for("submitted")
-        wait_until(lambda: "begin" in (journal.path.parent / "events").read_text())
-        assert len(list(journal.path.parent.glob(".uploading-*"))) == 1
-        other.process.send_signal(signal.SIGKILL)
-        other.process.wait()
-    uploader = open_uploader()
-    uploader.submit(checkpoints[0])
-    drain(uploader)
-    assert performer.tried == uploader.verified == NAMES[:1]
-    assert not list(journal.path.parent.glob(".uploading-*"))
-
-
-def test_of_several_processes_one_uploads_each_checkpoint(
-    options: TransportOptions, journal: Journal, tmp_path: Path
-) -> None:
-    names = [make_checkpoint(tmp_path / "checkpoints", step).name for step in range(1, 9)]
-    directory = journal.path.parent
-    others = [Other(directory, options.uri, "go", names) for _ in range(3)]
-    for other in others:
-        other.wait_for("submitted")
-    (directory / "go").touch()
-    for other in others:
-        with other:
-            output, _ = other.process.communicate(timeout=WAIT_SECONDS)
-            assert output == "over\n"
-    events = [line.split() for line in (directory / "events").read_text().splitlines()]
-    for name in names:
-        own = [(kind, pid) for kind, of, pid in events if of == name]
-        assert [kind for kind, _ in own] == ["begin", "end"]  # once, and by one of them
-    assert not list(directory.glob(".uploading-*"))
-
-
-def test_the_lock_file_goes_while_it_is_held(
-    open_uploader: Open, checkpoints: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_lock_file_goes_while_it_is_held(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else it could be the one that the next process has just locked."""
-    release = FileLock.release
-    found: list[bool] = []
+    release, found = FileLock.release, []
 
     def look(self: Any, *arguments: Any, **options: Any) -> None:
-        path = Path(self.lock_file)
-        if path.name.startswith(UPLOAD_LOCK_PREFIX):
-            found.append(path.exists())
+        found.append(Path(self.lock_file).exists())
         release(self, *arguments, **options)
 
     monkeypatch.setattr(FileLock, "release", look)
-    uploader = open_uploader()
-    uploader.submit(checkpoints[0])
-    drain(uploader)
+    with hold_upload(run.checkpoints[0]):
+        pass
     assert found[:1] == [False]
 
 
 def test_a_lock_that_cannot_be_had_does_not_stop_an_upload(
-    open_uploader: Open,
-    performer: Performer,
-    checkpoints: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    uploader = open_uploader()
-    theirs = checkpoints[0].with_name(f"{UPLOAD_LOCK_PREFIX}{NAMES[0]}.lock")
+    theirs = run.checkpoints[0].with_name(f"{UPLOAD_LOCK_PREFIX}{NAMES[0]}.lock")
     theirs.touch()
-    uploader.submit(checkpoints[0])
-    drain(uploader)
-    assert uploader.verified == [NAMES[0]]
+    with hold_upload(run.checkpoints[0]) as is_alone:
+        assert is_alone
     assert f"{NAMES[0]} is used without its lock" in caplog.text
     assert theirs.exists()
 
 
-# For a long time.
-
-
-@pytest.mark.slow
-def test_over_many_uploads_neither_threads_nor_files_nor_memory_grow(
-    open_uploader: Open,
-    options: TransportOptions,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(
-        logging.getLogger("utils.uploads.uploader"), "disabled", True
-    )  # pytest keeps lines
-    path = make_checkpoint(tmp_path / "checkpoints", 10)
-
-    def perform(job: UploadJob, on_progress: OnProgress, must_end: Any) -> UploadResult:
-        on_progress(ProgressReport("uploading", 1, 2, 1, None, 0))
-        return RESULT
-
-    uploader = open_uploader(perform=perform)
-    sizes = []
-    tracemalloc.start()
-    for number in range(200):
-        path = path.rename(path.with_name(f"checkpoint-epoch0-step{number}-files0"))
-        uploader.submit(path)
-        drain(uploader)
-        if number in (50, 199):
-            facts = (threading.active_count(), len(list(Path("/proc/self/fd").iterdir())))
-            sizes.append((facts, tracemalloc.get_traced_memory()[0]))
-    tracemalloc.stop()
-    assert len(uploader.verified) == 200
-    (facts, memory), (facts_later, memory_later) = sizes
-    assert all(later <= before for before, later in zip(facts, facts_later, strict=True))
-    assert memory_later - memory < 100_000
-
-
-def test_a_failure_that_another_process_has_mended_is_none_any_more(
-    open_uploader: Open, performer: Performer, journal: Journal, checkpoints: list[Path]
-) -> None:
-    performer.always = AccessDeniedError("403")
-    uploader = open_uploader()
-    for path in checkpoints[:2]:
+def test_a_failure_that_another_process_has_mended_is_none_any_more(run: Run) -> None:
+    run.performer.always = AccessDeniedError("403")
+    uploader = run.open()
+    for path in run.checkpoints[:2]:
         uploader.submit(path)
     drain(uploader)
-    mended, failed = checkpoints[0].name, checkpoints[1].name
+    mended, failed = run.checkpoints[0].name, run.checkpoints[1].name
     assert set(uploader.failures) == {mended, failed}
-    with open_uploader(perform=lambda *_: RESULT) as other:
-        other.submit(checkpoints[0])
+    with run.open(perform=lambda *_: RESULT) as other:
+        other.submit(run.checkpoints[0])
         drain(other)
     drain(uploader)
     assert set(uploader.failures) == {failed}
+
+
+def test_what_another_process_brought_there_meanwhile_is_not_sent_again(run: Run) -> None:
+    uploader, gate = run.hold_first(run.checkpoints[:2])
+    with run.open(perform=lambda *_: RESULT) as other:
+        other.submit(run.checkpoints[1])
+        drain(other)
+    gate.opened.set()
+    drain(uploader)
+    assert (run.performer.tried, uploader.verified) == (NAMES[:1], NAMES[:2])
 
 
 # With retention, and a bucket that is down.
 
 
 def test_a_bucket_that_is_down_fills_no_disk_and_costs_neither_newest_nor_best(
-    open_uploader: Open,
-    performer: Performer,
-    journal: Journal,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     config = TrainingConfig(
         checkpoint_uri=str(tmp_path / "bucket"), keep_checkpoints=2, max_unverified=3
     )
-    directory = journal.path.parent
-    performer.always = DOWN
-    uploader = open_uploader()
+    directory = run.journal.path.parent
+    run.performer.always = DOWN
+    uploader = run.open()
     best = 4
     for step in range(1, 31):
         loss = 1.0 if step == best else 2.0 + 1 / step
         path = make_checkpoint(directory, step, validation_metrics={"validation_loss": loss})
         uploader.submit(path)
-        deleted = apply_retention(directory, journal, config, run_id=RUN_ID, is_uploading_on=True)
+        deleted = apply_retention(
+            directory, run.journal, config, run_id=RUN_ID, is_uploading_on=True
+        )
         uploader.forget(deleted)
         kept = [name.step for name in find_checkpoints(directory)]
         assert {step, step - 1} - {0} <= set(kept)
         assert step < best or best in kept
         # The newest two, three that wait, the best, and one that is on its way.
         assert len(kept) <= 2 + 3 + 1 + 1
-        assert {entry.state for entry in journal.entries() if entry.checkpoint in deleted} >= (
+        assert {entry.state for entry in run.journal.entries() if entry.checkpoint in deleted} >= (
             {UploadState.SUPERSEDED} if deleted else set()
         )
     wait_until(lambda: not uploader.pending)
@@ -1096,54 +724,26 @@ def test_a_bucket_that_is_down_fills_no_disk_and_costs_neither_newest_nor_best(
     assert view is not None
     assert view.name.step == best
 
-    performer.always = None  # and when it is back, all of it goes there
+    run.performer.always = None  # and when it is back, all of it goes there
     drain(uploader)
     assert uploader.failures == {}
     assert {str(name) for name in find_checkpoints(directory)} == set(uploader.verified)
-    apply_retention(directory, journal, config, run_id=RUN_ID, is_uploading_on=True)
+    apply_retention(directory, run.journal, config, run_id=RUN_ID, is_uploading_on=True)
     assert [name.step for name in find_checkpoints(directory)] == [best, 29, 30]
 
 
-def test_what_is_on_its_way_is_never_deleted(
-    open_uploader: Open, performer: Performer, journal: Journal, tmp_path: Path
-) -> None:
-    config = TrainingConfig(
-        checkpoint_uri=str(tmp_path / "bucket"), keep_checkpoints=1, max_unverified=1
-    )
-    directory = journal.path.parent
-    first = make_checkpoint(directory, 1, validation_metrics={"validation_loss": 9.0})
-    gate = performer.hold(first.name)
-    uploader = open_uploader()
-    uploader.submit(first)
-    gate.wait()
-    for step in range(2, 8):
-        path = make_checkpoint(directory, step, validation_metrics={"validation_loss": 1.0})
-        uploader.submit(path)
-        uploader.forget(
-            apply_retention(directory, journal, config, run_id=RUN_ID, is_uploading_on=True)
-        )
-        assert read_manifest(first).step == 1
-    gate.opened.set()
-    drain(uploader)
-    apply_retention(directory, journal, config, run_id=RUN_ID, is_uploading_on=True)
-    assert not first.exists()  # it is verified now
-    assert first.name in uploader.verified
-
-
-def test_the_local_archive_of_an_upload_that_is_ended_is_removed(
-    open_uploader: Open, checkpoints: list[Path]
-) -> None:
+def test_the_local_archive_of_an_upload_that_is_ended_is_removed(run: Run) -> None:
     begun = threading.Event()
 
     def perform(job: UploadJob, on_progress: OnProgress, must_end: Any) -> UploadResult:
-        local_archive(checkpoints[0]).write_bytes(b"half")
+        local_archive(run.checkpoints[0]).write_bytes(b"half")
         begun.set()
         while not must_end():
             time.sleep(0.01)
         raise InterruptedUploadError
 
-    uploader = open_uploader(perform=perform)
-    uploader.submit(checkpoints[0])
+    uploader = run.open(perform=perform)
+    uploader.submit(run.checkpoints[0])
     assert begun.wait(WAIT_SECONDS)
     uploader.close()
-    assert not local_archive(checkpoints[0]).exists()
+    assert not local_archive(run.checkpoints[0]).exists()

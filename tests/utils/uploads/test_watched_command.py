@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import psutil
 import pytest
 
-from tests.gcs_server import FakeGcsServer, Fault
+from tests.utils.uploads.waiting import wait_until
 from utils.base.errors import (
     AccessDeniedError,
     ConflictError,
@@ -24,8 +22,7 @@ from utils.base.errors import (
 )
 from utils.storage.bucket import Meter
 from utils.uploads import watched_command
-from utils.uploads.transports import TransportOptions, open_transport
-from utils.uploads.watched_command import WatchedCommand, _activity
+from utils.uploads.watched_command import StallTimer, WatchedCommand, _activity
 
 BLOCK = 256 * 1024
 BLOCKS = 60
@@ -49,13 +46,6 @@ def run_shell(
     return watched.run("go", [], write=write)
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_what_it_prints_comes_back_and_its_input_arrives() -> None:
     data, meter = os.urandom(3 * BLOCK + 17), Meter()
     watched = command("sys.stdout.buffer.write(sys.stdin.buffer.read())", meter=meter)
@@ -70,13 +60,6 @@ def test_what_it_prints_comes_back_and_its_input_arrives() -> None:
     assert command("print(sys.stdin.read() == '', *sys.argv)").run("two words", ["-x"]) == (
         b"True -c two words -x\n"
     )
-
-
-def test_its_input_is_held_to_the_rate() -> None:
-    started = time.monotonic()
-    watched = command("sys.stdin.buffer.read()", meter=Meter(4 * BLOCK))
-    watched.run("go", [], write=lambda sink: sink.write(bytes(3 * BLOCK)))
-    assert time.monotonic() - started >= 0.75
 
 
 def test_what_it_reads_of_a_file_is_metered(
@@ -165,50 +148,67 @@ def test_an_error_while_writing_ends_it_before_its_input_does(
     tmp_path: Path, raised: BaseException
 ) -> None:
     # A shell and what it starts: the end of the input must reach neither.
-    whole = tmp_path / "whole"
-    (tmp_path / "reader").write_text("#!/bin/sh\ncat > /dev/null\ntouch $1\n")
+    whole, pids = tmp_path / "whole", tmp_path / "pids"
+    (tmp_path / "reader").write_text("#!/bin/sh\necho $$ $PPID > $2\ncat > /dev/null\ntouch $1\n")
 
     def write(sink: IO[bytes]) -> None:
         sink.write(bytes(4 * BLOCK))
+        wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
         raise raised
 
     with pytest.raises(type(raised)) as caught:
-        run_shell(tmp_path, f"sh {tmp_path}/reader {whole}; touch {whole}", write)
+        run_shell(tmp_path, f"sh {tmp_path}/reader {whole} {pids}; touch {whole}", write)
     assert caught.value is raised
-    time.sleep(0.2)
+    wait_until(lambda: not any(psutil.pid_exists(int(pid)) for pid in pids.read_text().split()))
     assert not whole.exists()
 
 
 # Stalls.
 
 
-def test_one_that_stalls_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+def test_only_what_stays_the_same_has_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(watched_command, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    timer = StallTimer(10)
+    for state in range(5):
+        now[0] += 9  # slow, but it goes on
+        assert timer.see(state)
+        assert not timer.is_over
+    now[0] += 10
+    assert not timer.see(4)
+    assert not timer.is_over
+    now[0] += 1
+    assert timer.is_over
+
+
+def stalls_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every program be taken for stalled once a file is there, and not before."""
+    monkeypatch.setattr(StallTimer, "see", lambda self, state: False)
+    monkeypatch.setattr(StallTimer, "is_over", property(lambda self: path.exists()))
+
+
+def test_one_that_stalls_is_killed_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stalls_once(tmp_path / "pids", monkeypatch)
     script = (
-        "trap '' TERM INT HUP\nsleep 600 &\n"
+        "trap '' TERM INT HUP\nsleep 600 &\none=$!\n"
         f"sh -c 'sleep 600 & echo $$ $! > {tmp_path}/more; wait' &\n"
-        f"echo $$ $! > {tmp_path}/pids\nwait"
+        f"while [ ! -s {tmp_path}/more ]; do sleep 0.02; done\n"
+        f"echo $$ $one $(cat {tmp_path}/more) > {tmp_path}/new\n"
+        f"mv {tmp_path}/new {tmp_path}/pids\nwait"
     )
-    started = time.monotonic()
-    with pytest.raises(TransientStorageError, match=r"program go gs://runs/a: no progress for 1 s"):
-        run_shell(tmp_path, script, stall_seconds=1.0)
-    assert time.monotonic() - started < 20
-    pids = [
-        int(word) for name in ("pids", "more") for word in (tmp_path / name).read_text().split()
-    ]
+    with pytest.raises(TransientStorageError, match="program go gs://runs/a: no progress for"):
+        run_shell(tmp_path, script)
+    pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 4
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
 def test_one_that_does_not_read_its_input_is_killed() -> None:
+    watched = command("time.sleep(600)", 1.0)
     with pytest.raises(TransientStorageError, match="no progress for 1 s"):
-        command("time.sleep(600)", 1.0).run(
-            "go", [], write=lambda sink: sink.write(bytes(50 * BLOCK))
-        )
-
-
-def test_one_that_is_slow_is_left_alone() -> None:
-    script = "for n in range(6): time.sleep(0.4); os.write(1, b'.')"
-    assert command(script, 1.5).run("go", []) == b"......"
+        watched.run("go", [], write=lambda sink: sink.write(bytes(50 * BLOCK)))
 
 
 def test_where_the_system_counts_no_bytes_its_work_is_progress(
@@ -218,93 +218,6 @@ def test_where_the_system_counts_no_bytes_its_work_is_progress(
         raise psutil.AccessDenied(process.pid)
 
     monkeypatch.setattr(psutil.Process, "io_counters", refuse)
-    before, end = _activity(os.getpid()), time.process_time() + 1.1
-    while time.process_time() < end:
-        pass
-    assert _activity(os.getpid()) > before
-    with pytest.raises(TransientStorageError):
-        command("time.sleep(600)", 1.0).run("go", [])
-
-
-# The real programs, against a server that stalls or is slow.
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=pytest.mark.gsutil)
-        for name in ("gcloud", "gsutil", "gsutil from a file")
-    ]
-)
-def program(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[FakeGcsServer, Callable[[float], None]]]:
-    """A server, and a way to upload 15 MB to it, given how long it may stall."""
-    name = request.param.split()[0]
-    if shutil.which(name) is None:
-        pytest.skip(f"{name} is not installed")
-    with FakeGcsServer(tmp_path / "gcs", tls=True) as server:
-        server.create_bucket("runs")
-        environment = (
-            server.gsutil_environment(tmp_path, {"GSUtil:resumable_threshold": "262144"})
-            if name == "gsutil"
-            else server.gcloud_environment(tmp_path, tls=True)
-        )
-        for key, value in environment.items():
-            monkeypatch.setenv(key, value)
-
-        def upload(stall_seconds: float) -> None:
-            rate = 1e12 if request.param == "gsutil" else None  # held to a rate, it streams
-            options = TransportOptions(
-                "gs://runs", name, None, 1, rate, stall_seconds, scratch=str(tmp_path)
-            )
-            most = BLOCKS * BLOCK
-            monkeypatch.setattr("utils.uploads.transports.SMALL_BYTES", 0)
-            open_transport(options).put("a", lambda sink: feed_late(sink, BLOCKS), None, most)
-
-        yield server, upload
-
-
-def descendants() -> set[int]:
-    return {process.pid for process in psutil.Process().children(recursive=True)}
-
-
-def test_a_program_that_hangs_on_a_silent_server_is_ended(
-    program: tuple[FakeGcsServer, Callable[[float], None]],
-) -> None:
-    server, upload = program
-    before, started = descendants(), set()
-    fault = server.add_fault(
-        Fault("stall", times=None, operation="upload.chunk", after_bytes=1_000_000)
-    )
-
-    def look() -> None:
-        assert fault.wait_fired(30)
-        started.update(descendants() - before)
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    begun = time.monotonic()
-    with pytest.raises(TransientStorageError, match="no progress for 3 s; it was ended"):
-        upload(3.0)
-    watcher.join()
-    assert time.monotonic() - begun < 25
-    assert fault.fired >= 1
-    assert started
-    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in started))
-    server.clear_faults()
-    assert server.list_objects("runs") == []
-
-
-@pytest.mark.slow
-def test_a_program_on_a_slow_line_is_left_alone(
-    program: tuple[FakeGcsServer, Callable[[float], None]],
-) -> None:
-    # 6 s in all; the buffers of a connection, whose end is a silent one, hold less than 2 s of it.
-    server, upload = program
-    server.add_fault(
-        Fault("slow", times=None, operation="upload.chunk", bytes_per_second=2_500_000)
-    )
-    begun = time.monotonic()
-    upload(4.0)
-    assert time.monotonic() - begun > 5.5
-    assert server.get_object("runs", "a").size == BLOCKS * BLOCK
+    times = [(1.0, 0.2), (5.0, 0.4)]
+    monkeypatch.setattr(psutil.Process, "cpu_times", lambda process: times.pop(0))
+    assert [_activity(os.getpid()) for _ in range(2)] == [1, 5]
