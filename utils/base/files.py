@@ -1,4 +1,4 @@
-"""Files that others append to, or whose names anybody may have given to a pipe or a device.
+"""Files that other processes append to, and files that may turn out to be a pipe or a device.
 
     metrics.jsonl, journal, train.log -> blocks of whole lines -> whoever follows
 

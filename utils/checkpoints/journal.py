@@ -6,8 +6,8 @@ beside it; readers need no lock. A torn last line (a crash in the middle of an a
 readers and closed with a line break by the next writer.
 
 The journal is bounded: once it has outgrown its limit, a new file with the lines that still matter
-takes its place by one rename. A crash leaves the old file or the new one, whole; who reads the old
-one at that moment reads it to its end. No torch here.
+takes its place by one rename. A crash leaves the old file or the new one, whole; a reader of the
+old one can read it to its end. No torch here.
 """
 
 from __future__ import annotations
@@ -98,14 +98,9 @@ class Journal:
     def record(
         self, checkpoint: str, run_id: str, state: UploadState, *, sync: bool = True, **details: Any
     ) -> JournalEntry:
-        """Append one line.
+        """Append one line, made of the fields of `JournalEntry`.
 
-        Args:
-            checkpoint: The checkpoint's name.
-            run_id: The run that wrote it.
-            state: What happened.
-            sync: Whether the line is on disk before this returns; progress need not be.
-            details: What belongs to this state.
+        With `sync`, the line is on disk before this returns; progress need not be.
 
         Raises:
             OSError: It cannot be written.
