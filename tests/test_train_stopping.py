@@ -622,7 +622,7 @@ def plan_of(trainer: Trainer) -> str:
     return find_line(trainer, r"s of grace: ")
 
 
-def test_a_stop_during_a_step_saves_that_step_and_is_quick(start: Start, straight: Trainer) -> None:
+def test_a_stop_during_a_step_saves_that_step(start: Start, straight: Trainer) -> None:
     trainer = start(hooks=[("hold_step", 6)], writer=True)
     trainer.wait_at("step")
     trainer.wait_for(f"Verified {name_of(4)}")
@@ -971,51 +971,3 @@ def test_out_of_host_memory_is_one_message_after_the_save_and_its_upload(start: 
     assert trainer.errors.startswith("Error: Out of host memory. Lower per_device_train_batch_size")
     assert len(trainer.errors.strip().splitlines()) == 1
     assert trainer.steps == trainer.uploaded == [2]
-
-
-@pytest.mark.slow
-def test_two_ranks_stop_at_the_same_step_and_one_goes_on(
-    start: Start, straight: Trainer, data: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    command += ["2", str(PROJECT_DIRECTORY / "train.py")]
-    for setting in (*SETTINGS, f"data_uri={data}", "max_steps=100000", "save_steps=100000"):
-        command += ["--set", setting]
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    with process, process.stdout, process.stderr, contextlib.ExitStack() as stack:
-        stack.callback(process.kill)
-        for line in process.stdout:
-            if "Step 3/" in line:
-                process.terminate()
-                break
-        output, errors = process.stdout.read(), process.stderr.read()
-        process.wait(PATIENCE_SECONDS)
-    checkpoints = folder / "checkpoints"
-    (saved,) = find_checkpoints(checkpoints)
-    assert f"Stopped by SIGTERM at step {saved.step}, saved." in output, output + errors
-    assert errors.count("SIGTERM: finishing this step") == 2
-    manifest = verify_checkpoint(checkpoints / str(saved))
-    assert (manifest.step, manifest.world_size) == (saved.step, 2)
-    assert f"Saved {saved}, verified in the bucket." in output
-    last = saved.step + 2
-    words = (*GO_ON, "--accept-config-change")
-    again = start(*words, settings=(f"max_steps={last}",), hooks=[("leave_quickly",)])
-    assert again.end() == 0, str(again)
-    assert read_metrics(again.paths.metrics).series("loss")[0] == list(range(1, last + 1))
-    records = map(json.loads, again.paths.batches.read_text("utf-8").splitlines())
-    batches = [(record["step"], record["crc32c"]) for record in records]
-    expected = map(json.loads, straight.paths.batches.read_text("utf-8").splitlines())
-    assert [step for step, _ in batches] == list(range(1, last + 1))
-    tokens = dict(batches)
-    for record in expected:
-        assert tokens.get(record["step"], record["crc32c"]) == record["crc32c"]

@@ -66,7 +66,7 @@ from utils.checkpoints.layout import (
     sidecar_object,
 )
 from utils.checkpoints.store import verify_checkpoint
-from utils.remote.listing import list_remote, read_sidecars
+from utils.remote.listing import read_remote_checkpoints
 from utils.storage.directory import TEMPORARY_PREFIX
 from utils.storage.open import open_bucket
 from utils.tools.proofs.run_comparison import compare_checkpoints, compare_logs, values_by_step
@@ -708,7 +708,7 @@ class Campaign:
     def _look_into_bucket(self, current: Round, last: str) -> None:
         """Compare every archive with its sidecar, and the sidecar with the straight run."""
         bucket = open_bucket(str(current.bucket))
-        views = read_sidecars(bucket, list_remote(bucket))
+        views = read_remote_checkpoints(bucket)
         if last not in [str(view.name) for view in views]:
             self._find("lost", f"round {current.number}: {last} is not in the bucket.")
         for view in views:

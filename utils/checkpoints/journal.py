@@ -25,7 +25,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from utils.base.files import read_regular_file
+from utils.base.files import append_line, read_regular_file
 from utils.base.text import FOREIGN_ERRORS, parse_json
 from utils.storage.bucket import fsync_directory
 
@@ -117,7 +117,7 @@ class Journal:
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._alone() as is_alone:
-            size = self._append(line.encode("utf-8") + b"\n", sync=sync)
+            size = self._append(line.encode("utf-8"), sync=sync)
             limit = max(COMPACT_BYTES, COMPACT_GROWTH * self._bytes_after_compaction)
             if is_alone and size > limit:
                 self._compact()
@@ -170,20 +170,11 @@ class Journal:
 
     def _append(self, line: bytes, *, sync: bool) -> int:
         """Append a line; return the size of the file."""
-        if self.path.exists() and not self.path.is_file():
+        is_new = not self.path.exists()
+        if not is_new and not self.path.is_file():
             raise OSError(errno.EINVAL, "it is no regular file", str(self.path))
-        with self.path.open("ab+") as file:
-            end = file.seek(0, os.SEEK_END)
-            if end:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    line = b"\n" + line
-            file.write(line)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-            size = file.tell()
-        if not end:
+        size = append_line(self.path, line, sync=sync)
+        if is_new:
             fsync_directory(self.path.parent)
         return size
 

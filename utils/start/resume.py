@@ -34,7 +34,7 @@ from utils.checkpoints.views import (
     read_local_checkpoints,
     select_checkpoint,
 )
-from utils.remote.listing import list_remote, parse_remote_name, read_sidecars
+from utils.remote.listing import parse_remote_name, read_remote_checkpoints
 from utils.start.checks import Check, require_all
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
@@ -170,17 +170,11 @@ def look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, li
     return plan, [Check("upload", "fail", text)]
 
 
-def _read_newest(bucket: Bucket) -> list[CheckpointView]:
-    """Return the newest checkpoints of a bucket that have a sidecar, by step."""
-    listing = list_remote(bucket)
-    return read_sidecars(bucket, listing, sorted(listing.sidecars)[-READ_SIDECARS:])
-
-
 def _find_owners(uri: str, open_bucket: OpenBucket) -> set[str]:
     """Return the runs whose checkpoints a bucket holds, as far as it can be read."""
     bucket = open_bucket(uri)
     try:
-        remote = _read_newest(bucket)
+        remote = read_remote_checkpoints(bucket, newest=READ_SIDECARS)
     except StorageError as exc:
         log.debug("The bucket's checkpoints cannot be listed: %s", exc)
         return set()
@@ -251,7 +245,7 @@ def _read_bucket(open_bucket: OpenBucket, uri: str) -> list[Candidate]:
     """Return what a bucket has with a usable sidecar, by step."""
     bucket = open_bucket(uri)
     try:
-        views = _read_newest(bucket)
+        views = read_remote_checkpoints(bucket, newest=READ_SIDECARS)
     finally:
         bucket.close()
     found = []

@@ -32,15 +32,6 @@ def test_a_pipe_gets_a_line_every_five_seconds(caplog: pytest.LogCaptureFixture)
     ]
 
 
-def test_nothing_is_shown_when_it_is_not_enabled(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    clock = Clock()
-    with ProgressDisplay(enabled=False, clock=clock) as progress:
-        clock.now += 60
-        progress.update("Tokenizing", 1, 2)
-    assert caplog.messages == []
-
-
 def test_other_things_than_bytes_are_counted_also_without_a_total(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

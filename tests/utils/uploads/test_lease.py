@@ -21,7 +21,7 @@ import pytest
 from tests.gcs_server import FakeGcsServer, Fault
 from tests.sample_checkpoints import RUN_ID, make_checkpoint, put_remote
 from utils.base.errors import ConflictError, LockedError, StorageError, TransientStorageError
-from utils.remote.listing import list_remote
+from utils.remote.listing import read_remote_checkpoints
 from utils.storage.bucket import Bucket, ObjectInfo
 from utils.storage.directory import DirectoryBucket
 from utils.storage.open import open_bucket
@@ -144,7 +144,7 @@ def test_the_lease_is_no_checkpoint(tmp_path: Path) -> None:
     bucket = DirectoryBucket(tmp_path / "bucket")
     with hold_prefix(bucket, RUN_ID):
         assert bucket.stat(LEASE_OBJECT) is not None
-        assert [name.step for name in list_remote(bucket).complete] == [10]
+        assert [view.name.step for view in read_remote_checkpoints(bucket)] == [10]
 
 
 # Two at once.
