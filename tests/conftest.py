@@ -5,16 +5,29 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
+import shutil
+import signal
+import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
 
-from scripts import prepare_data
-from tests.gcs_server import FakeGcsServer
+if TYPE_CHECKING:
+    from tests.gcs_server import FakeGcsServer
 
+# All that the tests see of the user's environment. Proxies, credentials, caches, languages and
+# launchers of other programs change what is tested.
+KEPT_VARIABLES = re.compile(
+    "PATH|HOME|USER|LOGNAME|SHELL|TMPDIR|LD_LIBRARY_PATH|CC|CXX|CUDA_HOME|CUDA_VISIBLE_DEVICES|"
+    "PYTHON(PATH|PYCACHEPREFIX|DONTWRITEBYTECODE)|BOARD_SHOTS|"
+    "(PYTEST|HYPOTHESIS|COVERAGE|PIP|UV|PLAYWRIGHT)_.*"
+)
 TINY = (
     "warmup_steps=2",
     "model_overrides.num_hidden_layers=1",
@@ -28,9 +41,46 @@ TINY = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the tests one environment, whatever the user's is, before they are imported."""
+    os.umask(0o022)
+    if not hasattr(config, "workerinput"):  # processes of pytest-xdist inherit it
+        for name in list(os.environ):
+            if not KEPT_VARIABLES.fullmatch(name):
+                del os.environ[name]
+        empty = tempfile.mkdtemp(prefix="tests-")
+        config.add_cleanup(lambda: shutil.rmtree(empty, ignore_errors=True))
+        os.environ.update(
+            LANG="C.UTF-8",
+            TERM="xterm-256color",
+            TZ="UTC",
+            OMP_NUM_THREADS="1",  # the models are too small to gain from threads
+            HF_HOME=f"{empty}/huggingface",  # also where `accelerate config` writes
+            CLOUDSDK_CONFIG=f"{empty}/gcloud",
+        )
+    time.tzset()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals() -> Iterator[None]:
+    """Let child processes hear the signals that nohup and `&` in a script have ignored.
+
+    This process goes on not to care: what has a handler is reset in a child, what is ignored is
+    not.
+    """
+    ignored = [n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, lambda *_: None)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @pytest.fixture(scope="session")
 def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory bucket with the sample text, tokenized with a small vocabulary."""
+    from scripts import prepare_data
+
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # once for all processes of the tests
         base = base.parent
@@ -110,6 +160,8 @@ def gcs(
 ) -> Iterator[FakeGcsServer]:
     """A server with the bucket `runs`, which the google-cloud-storage client talks to."""
     from google.cloud.storage import retry
+
+    from tests.gcs_server import FakeGcsServer
 
     # The client's own pauses between attempts are 1, 2, 4, ... s.
     fast = retry.DEFAULT_RETRY.with_delay(initial=0.01, maximum=0.05)

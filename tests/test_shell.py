@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs.training_config import PROJECT_DIRECTORY
+from tests.conftest import _forget_log_handlers
 from utils.checkpoints.layout import find_checkpoints
 
 ENVIRONMENT = Path(sys.prefix)
@@ -48,12 +51,21 @@ def bash(project: Path, script: str, *words: str, **variables: str) -> subproces
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=1200,  # to end a test that hangs
     )
 
 
+def write_program(path: Path, script: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 @needs_environment
-def test_run_test_trains_saves_uploads_and_says_how_to_look_at_it(project: Path) -> None:
+def test_run_test_trains_saves_uploads_and_says_how_to_look_at_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = bash(project, "run.sh", "test", "2", *SMALL)
     assert first.returncode == 0, first.stderr
     saved = find_checkpoints(project / "checkpoints")
@@ -63,48 +75,13 @@ def test_run_test_trains_saves_uploads_and_says_how_to_look_at_it(project: Path)
     shown = [line.strip() for line in first.stdout.splitlines() if line.startswith("  ")]
     assert "tensorboard --logdir logs" in shown
 
+    monkeypatch.chdir(project)
     for line in shown:  # every command that it names works
-        if line.startswith("python "):
-            words = line.split()[1:]
-            result = subprocess.run(
-                [sys.executable, *words], cwd=project, capture_output=True, text=True, check=False
-            )
-            assert result.returncode == 0, (line, result.stderr)
-
-
-@pytest.mark.slow
-@needs_environment
-def test_run_test_goes_on_where_it_stopped(project: Path) -> None:
-    first = bash(project, "run.sh", "test", "2", *SMALL)
-    assert first.returncode == 0, first.stderr
-    second = bash(project, "run.sh", "test", "3", *SMALL)
-    assert second.returncode == 0, second.stderr
-    assert "Resumed from" in second.stdout
-    assert find_checkpoints(project / "checkpoints")[-1].step == 3
-
-
-@pytest.mark.slow
-@needs_environment
-def test_run_production_says_within_seconds_what_this_machine_lacks(project: Path) -> None:
-    # Nothing answers there, neither the client nor gsutil: no test talks to a real bucket.
-    boto = project / "boto"
-    address = "\n".join(f"{kind}_host = 127.0.0.1\n{kind}_port = 9" for kind in ("gs", "gs_json"))
-    boto.write_text(f"[Credentials]\n{address}\n[GSUtil]\nstate_dir = {project}\n")
-    (project / "gcloud").mkdir()
-    result = bash(
-        project,
-        "run.sh",
-        "production",
-        "5000",
-        STORAGE_EMULATOR_HOST="http://127.0.0.1:9",
-        BOTO_CONFIG=str(boto),
-        CLOUDSDK_CONFIG=str(project / "gcloud"),
-    )
-    assert result.returncode == 3, result.stderr
-    assert "data:" in result.stderr
-    assert "upload:" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not (project / "checkpoints").exists()
+        words = shlex.split(line)
+        if words[0] == "python":
+            script = importlib.import_module(f"scripts.{Path(words[1]).stem}")
+            assert script.main(words[2:]) == 0, line
+    _forget_log_handlers()
 
 
 @needs_environment
@@ -116,12 +93,8 @@ def test_setup_is_quick_when_nothing_is_to_do(project: Path) -> None:
 
 def fake_python(directory: Path, refuse: str) -> str:
     """Return an interpreter that fails where its arguments hold `refuse`."""
-    script = directory / "python-without"
-    script.write_text(
-        f'#!/bin/sh\ncase "$*" in *{refuse}*) exit 1 ;; esac\nexec "{sys.executable}" "$@"\n'
-    )
-    script.chmod(0o755)
-    return str(script)
+    script = f'case "$*" in *{refuse}*) exit 1 ;; esac\nexec "{sys.executable}" "$@"'
+    return write_program(directory / "python-without", script)
 
 
 def test_a_missing_venv_module_gets_the_one_command_that_mends_it(project: Path) -> None:
@@ -139,23 +112,17 @@ def test_an_old_python_is_refused(project: Path) -> None:
     assert "Python 3.11 to 3.14 is needed" in result.stderr
 
 
-def stand_in(path: Path, version: str) -> Path:
+def stand_in(path: Path, version: str) -> None:
     """Write an interpreter that cannot make environments; one of no version does not run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     numbers = version.replace(".", ", ")
-    path.write_text(
-        f"""#!/bin/sh
-case "{version} $*" in
+    script = f"""case "{version} $*" in
 " "*) echo "not selected" >&2; exit 127 ;;
 *ensurepip*) exit 1 ;;
 *--version) echo "Python {version}" ;;
 *) exec "{sys.executable}" -c "import sys; sys.version_info = ({numbers})
 $2" ;;
-esac
-"""
-    )
-    path.chmod(0o755)
-    return path
+esac"""
+    write_program(path, script)
 
 
 @pytest.fixture
@@ -178,11 +145,9 @@ def machine(project: Path) -> dict[str, str]:
     ("pythons", "chosen"),
     [
         ({"python3": "3.10.1", "python3.11": "3.11.1", "python3.12": "3.12.1"}, "3.12"),
-        ({"python3": "3.9.1", "python3.14": "", "python3.13": "3.13.1"}, "3.13"),
-        ({"python3": "", "python3.11": "3.11.1"}, "3.11"),
-        ({"python3": "3.15.1", "python3.14": "3.14.1"}, "3.14"),
+        ({"python3": "", "python3.14": "", "python3.13": "3.13.1"}, "3.13"),
         ({"python3": "3.11.1", "python3.13": "3.13.1"}, "3.11"),
-        ({"python3": "3.10.1", "../home/.local/bin/python3.13": "3.13.1"}, "3.13"),
+        ({"python3": "3.15.1", "../home/.local/bin/python3.13": "3.13.1"}, "3.13"),
     ],
 )
 def test_python3_is_taken_or_else_the_newest_python_that_works(
@@ -209,9 +174,8 @@ def test_without_a_newer_python_the_command_that_installs_one_is_named(
     stand_in(project / "programs" / "python3", "3.10.1")
     stand_in(project / "programs" / "python3.10", "3.10.1")
     if tool is not None:
-        program = project / "programs" / tool
-        program.write_text('#!/bin/sh\n[ "$2" = python3.12-venv ] && echo "Package: $2"\n')
-        program.chmod(0o755)
+        script = '[ "$2" = python3.12-venv ] && echo "Package: $2"'
+        write_program(project / "programs" / tool, script)
     result = bash(project, "setup.sh", **machine)
     assert result.returncode == 2
     assert "python3 cannot be used (Python 3.10.1)" in result.stderr
@@ -246,15 +210,10 @@ def two_gpus(project: Path) -> dict[str, str]:
     """An environment whose python sees two GPUs and writes down how it is called."""
     (project / "setup.sh").write_text("exit 0\n")
     binaries = project / "fake" / "bin"
-    binaries.mkdir(parents=True)
     note = f'echo "$(basename "$0") $*" >> {project}/calls\n'
-    (binaries / "python").write_text(
-        f'#!/bin/sh\n{note}case "$*" in *device_count*) echo 2 ;; *--dry-run*) exit '
-        '"${DRY_RUN_CODE:-0}" ;; esac\n'
-    )
-    (binaries / "accelerate").write_text(f"#!/bin/sh\n{note}exit 75\n")
-    for program in binaries.iterdir():
-        program.chmod(0o755)
+    answer = 'case "$*" in *device_count*) echo 2 ;; *--dry-run*) exit "${DRY_RUN_CODE:-0}" ;; esac'
+    write_program(binaries / "python", note + answer)
+    write_program(binaries / "accelerate", f"{note}exit 75")
     return {"VENV": str(project / "fake"), "HF_HOME": str(project / "hf")}
 
 

@@ -18,7 +18,7 @@ import platform
 import random
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -101,15 +101,8 @@ def collect_files(
     """Return the files that the main process alone writes, without weights and optimizer.
 
     Tensors are the live ones: the caller copies or writes them before the next update. Everything
-    else is captured here.
-
-    Args:
-        state: What to save.
-        data_state: Position in the data.
-        config: The run's configuration.
-        identity: Run id and branch.
-        random_states: What `capture_random_state` returned, by rank.
-        tokenizer_files: File name -> bytes, copied in so that `AutoTokenizer` loads.
+    else is captured here. `random_states` is what `capture_random_state` returned, by rank;
+    `tokenizer_files` (file name -> bytes) are copied in so that `AutoTokenizer` loads.
     """
     pickles: dict[str, Any] = {}
     pickles[SCHEDULER_FILE] = state.scheduler.state_dict()
@@ -122,10 +115,8 @@ def collect_files(
         pickles[SCALER_FILE] = state.accelerator.scaler.state_dict()
     for rank, states in enumerate(random_states):
         pickles[random_states_file(rank)] = states
-    step, epoch, files = state.progress.step, data_state.epoch, data_state.files_consumed
-    return CheckpointFiles(
-        CheckpointName(step, epoch, files),
-        Manifest(identity.run_id, step, identity.branch, len(random_states), forks=identity.forks),
+    return replace(
+        _no_files(state, data_state, identity),
         pickles=pickles,
         documents={
             TRAINING_CONFIG_FILE: config.to_json(),
@@ -146,33 +137,31 @@ def add_held_state(
 ) -> CheckpointFiles | None:
     """Return all that this rank writes of a checkpoint; None for nothing. All ranks call this.
 
-    Args:
-        state: What to save; tensors are the live ones.
-        data_state: Position in the data.
-        config: The run's configuration.
-        identity: Run id and branch.
-        files: What `collect_files` returned on the main process; None on the others.
+    `files` is what `collect_files` returned on the main process, None on the others; the rest is
+    as it was given to that.
     """
     held = state.division.held_state()
     if held is None:
         return files
     part = Part(state.accelerator.process_index, state.accelerator.num_processes)
-    step, epoch, consumed = state.progress.step, data_state.epoch, data_state.files_consumed
-    files = files or CheckpointFiles(
-        CheckpointName(step, epoch, consumed),
-        Manifest(identity.run_id, step, identity.branch, part.count, forks=identity.forks),
-    )
+    files = files or _no_files(state, data_state, identity)
     return add_state(files, held, part, config.save_format)
+
+
+def _no_files(state: TrainState, data_state: DataState, identity: RunIdentity) -> CheckpointFiles:
+    """Return name and manifest of a checkpoint that has no files yet."""
+    step, world_size = state.progress.step, state.accelerator.num_processes
+    return CheckpointFiles(
+        CheckpointName(step, data_state.epoch, data_state.files_consumed),
+        Manifest(identity.run_id, step, identity.branch, world_size, forks=identity.forks),
+    )
 
 
 def _progress_document(state: TrainState) -> dict[str, Any]:
     """Return `training_metrics.json`: histories and counters; lists are copied, they grow."""
     progress = state.progress
-    counters = {
-        entry.name: getattr(progress, entry.name)
-        for entry in fields(progress)
-        if entry.name != "history"
-    }
+    counters = {entry.name: getattr(progress, entry.name) for entry in fields(progress)}
+    del counters["history"]
     counters["bad_steps"] = list(progress.bad_steps)
     # JSON keeps every float exactly; a float32 is a float.
     counters["interval"] = state.interval.clone()
@@ -213,7 +202,7 @@ def build_metadata(
             "steps_since_best": progress.step - progress.best_loss_step,
             "loss_trend": loss_trend([loss for loss in recent if loss is not None]),
             "validation_loss": validation_loss,
-            "perplexity": _perplexity(validation_loss),
+            "perplexity": None if validation_loss is None else perplexity_of(validation_loss),
             "best_validation_loss": best,
         },
         "training_progress": {
@@ -234,10 +223,6 @@ def build_metadata(
         "run_id": identity.run_id,
         "git_commit": git_commit(),
     }
-
-
-def _perplexity(loss: float | None) -> float | None:
-    return None if loss is None else perplexity_of(loss)
 
 
 def system_info(state: TrainState) -> dict[str, Any]:
@@ -364,7 +349,7 @@ def restore_state(state: TrainState, saved: SavedState, config: TrainingConfig) 
         _restore_settings(state, config)
         _restore_random_state(state, saved, config)
     except Exception as exc:  # load_state_dict raises many families
-        # load_state_dict has a title, and its first finding in the line below.
+        # The message of load_state_dict is a title, with its first finding on the next line.
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(exc).__name__
         raise CheckpointError(

@@ -73,7 +73,7 @@ from utils.checkpoints.layout import (
     sidecar_object,
 )
 from utils.checkpoints.store import verify_checkpoint
-from utils.checkpoints.views import read_remote_checkpoints
+from utils.remote.listing import read_remote_checkpoints
 from utils.storage.directory import TEMPORARY_PREFIX
 from utils.storage.open import open_bucket
 from utils.tools.proofs.run_comparison import compare_checkpoints, compare_logs, values_by_step

@@ -51,10 +51,9 @@ class Gzip(ArchiveFormat):
     @contextlib.contextmanager
     def open_write(self, sink: IO[bytes], threads: int) -> Iterator[Any]:
         """Return a file whose bytes go to `sink`, compressed."""
-        if self.level == 0:
-            stored = _StoredGzip(sink)
-            yield stored
-            stored.close()
+        if self.level == 0:  # which igzip does not have
+            with gzip.GzipFile("", "wb", 0, sink, mtime=0) as stored:
+                yield stored
             return
         from isal import igzip_threaded
 
@@ -74,21 +73,6 @@ class Gzip(ArchiveFormat):
                 yield unpacked
         except (EOFError, gzip.BadGzipFile, zlib.error, isal_error) as exc:
             raise tarfile.ReadError(str(exc)) from exc
-
-
-class _StoredGzip:
-    """A gzip file whose content is not compressed."""
-
-    def __init__(self, sink: IO[bytes]) -> None:
-        self._sink = sink
-        self._gzip = zlib.compressobj(level=0, wbits=zlib.MAX_WBITS | 16)
-
-    def write(self, data: bytes) -> int:
-        self._sink.write(self._gzip.compress(data))
-        return len(data)
-
-    def close(self) -> None:
-        self._sink.write(self._gzip.flush())
 
 
 @dataclass(frozen=True)

@@ -80,13 +80,13 @@ def configure_logging(
 
 
 def leave_closed_outputs() -> None:
-    """Send to nowhere what nobody can read any more: a terminal or a pipe that is gone.
+    """Redirect to os.devnull what nobody can read any more: a terminal or a pipe that is gone.
 
-    Each write to it would fail, and what has to be done needs no reader.
+    Each write to it would fail, and the work that is left needs no reader.
     """
     poll = select.poll()
     for descriptor in (STANDARD_OUTPUT, STANDARD_ERROR):
-        poll.register(descriptor, 0)  # hang-ups and errors are told in any case
+        poll.register(descriptor, 0)  # hang-ups and errors are reported in any case
     for descriptor, _ in poll.poll(0):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, descriptor)
@@ -116,7 +116,7 @@ def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
 
 
 def _leave_output(ordinary: Callable[[logging.LogRecord], None], record: logging.LogRecord) -> None:
-    """Go on without an output that nobody reads; a log line that is wrong is told as ever."""
+    """Go on without an output that nobody reads; report a faulty log call as usual."""
     if isinstance(sys.exc_info()[1], OSError):
         leave_closed_outputs()
     else:

@@ -1,4 +1,4 @@
-"""Files that others append to, or whose names anybody may have given to a pipe or a device.
+"""Files that other processes append to, and files that may turn out to be a pipe or a device.
 
     metrics.jsonl, journal, train.log -> blocks of whole lines -> whoever follows
 
@@ -39,6 +39,26 @@ def read_regular_file(path: str | Path, limit: int = MAX_REGULAR_FILE_BYTES) -> 
             return file.read()
     finally:
         os.close(descriptor)
+
+
+def append_line(path: Path, line: bytes, *, sync: bool = False) -> int:
+    """Append a line, given without its line break; return the size of the file.
+
+    A torn last line, left by a crash, is closed first: it would swallow this one.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = b"\n" + line
+        file.write(line + b"\n")
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+        return file.tell()
 
 
 @dataclass(frozen=True)

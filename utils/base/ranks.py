@@ -46,15 +46,15 @@ def connect_host_group() -> None:
     """Create the host group where there is none yet; all ranks call this at the same point."""
     if are_ranks_connected() and host_group() is None:
         group = torch.distributed.new_group(backend="gloo", timeout=HOST_TIMEOUT)
-        _host_groups.clear()  # those of ranks that have parted since
+        _host_groups.clear()  # those of ranks that have disconnected since
         _host_groups[torch.distributed.group.WORLD] = group
 
 
 def disconnect() -> None:
-    """Let go of all groups of the ranks; nothing is exchanged after this.
+    """Destroy all groups of the ranks; nothing is exchanged after this.
 
-    Their threads end now. One that is still at work while the interpreter goes away aborts the
-    process, whose exit code then says that a run failed that did not.
+    Their threads end here. One that still runs while the interpreter shuts down aborts the process,
+    and a run that succeeded would end with the exit code of a failure.
     """
     _host_groups.clear()
     if are_ranks_connected():

@@ -10,7 +10,7 @@ from typing import TypeVar
 from utils.base.errors import TransientStorageError
 
 FIRST_RETRY_SECONDS = 1.0
-ARCHIVE_FACTOR = 4.0  # a whole archive is on its way again: fewer attempts, further apart
+ARCHIVE_FACTOR = 4.0  # each attempt sends a whole archive: fewer attempts, further apart
 
 T = TypeVar("T")
 

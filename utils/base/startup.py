@@ -78,7 +78,7 @@ def keep_freed_memory() -> bool:
 def keep_compiled(cache: Path) -> None:
     """Have torch.compile keep its results in a cache, where the user has not said otherwise.
 
-    It has to be said before transformers is loaded, which settles on a folder of its own.
+    Call it before transformers is loaded, which chooses a folder of its own.
 
     Raises:
         ConfigError: The folder cannot be made.

@@ -19,8 +19,8 @@ MAX_DEPTH = 32
 ABSENT = "-"  # shown where a value is not known
 GREATEST_EXPONENT = 700.0  # exp() of 710 is no float any more
 TOO_DEEP = "(too deep)"
-# Raised on the way from parsed JSON to a value of ours, where another writer wrote it: other types,
-# missing keys, infinite numbers, or so deep that str() gives up.
+# What can be raised while JSON that somebody else wrote becomes a value of ours: other types,
+# missing keys, infinite numbers, or nesting too deep for str().
 FOREIGN_ERRORS = (
     ValueError,
     KeyError,
@@ -80,15 +80,6 @@ def printable(value: object, limit: int = MAX_SHOWN_CHARACTERS) -> str:
 def reason_of(exc: BaseException) -> str:
     """Return what an error of a library says, in one line that no terminal obeys."""
     return printable(first_line(exc))
-
-
-def printable_lines(text: str) -> str:
-    """Return a text of several lines that cannot steer a terminal."""
-    lines = text.expandtabs(4).split("\n")
-    return "\n".join(
-        "".join(character if character.isprintable() else "?" for character in line)
-        for line in lines
-    )
 
 
 def to_json_text(value: object, *, indent: int | None = 2) -> str:

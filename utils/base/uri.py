@@ -1,8 +1,8 @@
 """What a user calls a place: a bucket such as `gs://bucket/prefix`, or a path on this machine.
 
 Everything else that looks like an address, such as `gs:/bucket` or `s3://bucket`, is refused: taken
-for a directory, it would be made, written and found in order. Whoever reads the name of a place
-asks here. Nothing is imported but errors, so that the configuration can.
+for a directory, it would silently be created and written to. Everything that reads the name of a
+place asks here. Only errors are imported, so that the configuration can import this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BUCKET_PLACES = ", ".join(f"{scheme}://bucket/prefix" for scheme in BUCKETS)
 PLACES = f"{BUCKET_PLACES} or a directory"
 LOCAL_PLACES = "a path on this machine"
 _OTHER_NAMES = {"gcs": "gs"}  # of schemes
-# A slash is forgotten easily, but only where the scheme is a known one is it no directory.
+# `s3//bucket` may be a directory, unless what comes before the slashes is a known scheme.
 _KNOWN_SCHEMES = frozenset({*_OTHER_NAMES, "s3", "http", "https", "file"})
 _BEGINNING = re.compile(r"\s*([^/\\:]*)(:?[/\\]*)(.*)", re.DOTALL)
 _SCHEME = re.compile(r"[A-Za-z]+[0-9]?")

@@ -34,7 +34,7 @@ def consolidate(checkpoint: Path, output: Path) -> Path:
 
     Args:
         checkpoint: Its directory; verified first.
-        output: Directory that the whole one comes to lie in.
+        output: Directory for the whole checkpoint.
 
     Raises:
         CheckpointError: It is damaged, has no parts, or is there already.
@@ -59,7 +59,7 @@ def consolidate(checkpoint: Path, output: Path) -> Path:
 
 
 def _part_names(checkpoint: Path, manifest: Manifest) -> set[str]:
-    """Return the names of the files that whole ones take the place of."""
+    """Return the names of the files that whole files replace."""
     try:
         weights = find_part_files(manifest.files, MODEL_PREFIX)
         moments = find_part_files(manifest.files, OPTIMIZER_PREFIX)

@@ -6,8 +6,8 @@ beside it; readers need no lock. A torn last line (a crash in the middle of an a
 readers and closed with a line break by the next writer.
 
 The journal is bounded: once it has outgrown its limit, a new file with the lines that still matter
-takes its place by one rename. A crash leaves the old file or the new one, whole; who reads the old
-one at that moment reads it to its end. No torch here.
+takes its place by one rename. A crash leaves the old file or the new one, whole; a reader of the
+old one can read it to its end. No torch here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from utils.base.files import read_regular_file
+from utils.base.files import append_line, read_regular_file
 from utils.base.text import FOREIGN_ERRORS, parse_json
 from utils.storage.bucket import fsync_directory
 
@@ -98,14 +98,9 @@ class Journal:
     def record(
         self, checkpoint: str, run_id: str, state: UploadState, *, sync: bool = True, **details: Any
     ) -> JournalEntry:
-        """Append one line.
+        """Append one line, made of the fields of `JournalEntry`.
 
-        Args:
-            checkpoint: The checkpoint's name.
-            run_id: The run that wrote it.
-            state: What happened.
-            sync: Whether the line is on disk before this returns; progress need not be.
-            details: What belongs to this state.
+        With `sync`, the line is on disk before this returns; progress need not be.
 
         Raises:
             OSError: It cannot be written.
@@ -122,7 +117,7 @@ class Journal:
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._alone() as is_alone:
-            size = self._append(line.encode("utf-8") + b"\n", sync=sync)
+            size = self._append(line.encode("utf-8"), sync=sync)
             limit = max(COMPACT_BYTES, COMPACT_GROWTH * self._bytes_after_compaction)
             if is_alone and size > limit:
                 self._compact()
@@ -175,20 +170,11 @@ class Journal:
 
     def _append(self, line: bytes, *, sync: bool) -> int:
         """Append a line; return the size of the file."""
-        if self.path.exists() and not self.path.is_file():
+        is_new = not self.path.exists()
+        if not is_new and not self.path.is_file():
             raise OSError(errno.EINVAL, "it is no regular file", str(self.path))
-        with self.path.open("ab+") as file:
-            end = file.seek(0, os.SEEK_END)
-            if end:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    line = b"\n" + line
-            file.write(line)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-            size = file.tell()
-        if not end:
+        size = append_line(self.path, line, sync=sync)
+        if is_new:
             fsync_directory(self.path.parent)
         return size
 

@@ -46,7 +46,7 @@ JOURNAL_FILE = "uploads.jsonl"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 REMOTE_FOLDER = "Checkpoints"
-ARCHIVE_SUFFIX = Gzip.suffix  # where a sidecar names none
+ARCHIVE_SUFFIX = Gzip.suffix  # of an archive whose sidecar does not name one
 UPLOAD_LOCK_PREFIX = ".uploading-"
 SAVING_PREFIX = ".saving-"
 SET_ASIDE_FOLDER = "set-aside"
@@ -161,7 +161,7 @@ class RunPaths:
 
     @property
     def train_log(self) -> Path:
-        """The log lines of every start of this run."""
+        """The log lines of every attempt of this run."""
         return self.logs / "train.log"
 
 
@@ -219,11 +219,9 @@ class RunIdentity:
     forks: tuple[tuple[int, int], ...] = ()
 
     def fork(self, step: int, taken: Iterable[int] = ()) -> RunIdentity:
-        """Return the identity of a new branch that begins at `step`.
+        """Return the identity of a new branch that leaves this one at `step`.
 
-        Args:
-            step: Where it leaves this one.
-            taken: Branch numbers that the run has used already.
+        `taken` are the branch numbers that the run has used already.
         """
         branch = max([self.branch, *taken]) + 1
         forks = self.forks or ((self.branch, 0),)
@@ -241,16 +239,12 @@ class RunIdentity:
 
     def to_json(self) -> dict[str, Any]:
         """Return the identity as it is written."""
-        return {"run_id": self.run_id, "branch": self.branch, "forks": _plain(self.forks)}
+        return {**asdict(self), "forks": [list(fork) for fork in self.forks]}
 
     @classmethod
     def from_json(cls, value: Any) -> RunIdentity:
         """Return the identity in `value`; raises the errors of a malformed JSON value."""
         return cls(str(value["run_id"]), int(value["branch"]), _parse_forks(value))
-
-
-def _plain(forks: tuple[tuple[int, int], ...]) -> list[list[int]]:
-    return [list(fork) for fork in forks]
 
 
 def _parse_forks(value: Any) -> tuple[tuple[int, int], ...]:
@@ -297,7 +291,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as it is written."""
-        return {"format": MANIFEST_FORMAT, **asdict(self), "forks": _plain(self.forks)}
+        forks = [list(fork) for fork in self.forks]
+        return {"format": MANIFEST_FORMAT, **asdict(self), "forks": forks}
 
     @classmethod
     def from_json(cls, value: object, source: str) -> Manifest:
@@ -349,23 +344,12 @@ def read_manifest(checkpoint: Path) -> Manifest:
 def find_checkpoints(directory: Path) -> list[CheckpointName]:
     """Return the committed checkpoints of a directory, by step, without verifying them."""
     try:
-        entries = [entry.name for entry in os.scandir(directory) if _is_directory(entry)]
+        names = [parse_checkpoint_name(entry.name) for entry in os.scandir(directory)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    names = (parse_checkpoint_name(entry) for entry in entries)
-    base = str(directory)  # of 1,000 checkpoints, Path objects would take longer than the disk
-    return sorted(n for n in names if n and _is_file(f"{base}/{n}/{MANIFEST_FILE}"))
-
-
-def _is_directory(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a loop of symbolic links
-        return False
-
-
-def _is_file(path: str) -> bool:
-    return os.path.isfile(path)  # noqa: PTH113
+    # For 1,000 checkpoints, Path objects would take longer than the disk.
+    manifests = {name: f"{directory}/{name}/{MANIFEST_FILE}" for name in names if name}
+    return sorted(name for name, path in manifests.items() if os.path.isfile(path))  # noqa: PTH113
 
 
 def upload_lock(checkpoint: Path) -> Path:
@@ -389,7 +373,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
-    """Write a JSON file and sync it; the caller makes its name durable."""
+    """Write a JSON file and sync it; the caller syncs the directory."""
     with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=indent)
         file.write("\n")
@@ -397,11 +381,10 @@ def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
         os.fsync(file.fileno())
 
 
-def free_name(directory: Path, name: str, taken: Iterable[str] = ()) -> Path:
+def free_name(directory: Path, name: str) -> Path:
     """Return a path in `directory` that does not exist: `name`, or `name.2`, `name.3`, ..."""
-    known = set(taken)
     candidate, count = directory / name, 1
-    while candidate.exists() or candidate.name in known:
+    while candidate.exists():
         count += 1
         candidate = directory / f"{name}.{count}"
     return candidate

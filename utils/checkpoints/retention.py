@@ -128,13 +128,9 @@ def _reason_to_go(facts: CheckpointFacts, is_uploading_on: bool) -> str | None:
 def decide_retention(
     views: Sequence[CheckpointView], config: TrainingConfig, *, run_id: str, is_uploading_on: bool
 ) -> list[Decision]:
-    """Return what the rules say of each local checkpoint of a run, oldest first.
+    """Return what the rules say of each checkpoint of a run on this machine, oldest first.
 
-    Args:
-        views: The checkpoints on this machine; those of other runs and damaged ones are left out.
-        config: The run's configuration.
-        run_id: The run.
-        is_uploading_on: Whether checkpoints go to a bucket at all.
+    Checkpoints of other runs and damaged ones are left out.
     """
     own = [view for view in views if view.manifest is not None and view.manifest.run_id == run_id]
     best = find_best(own)

@@ -160,7 +160,7 @@ def remove_leftovers(directory: Path) -> None:
                 log.info("Removing %s, left by an interrupted upload.", path.name)
                 path.unlink(missing_ok=True)
         elif parse_checkpoint_name(path.name) and not (path / MANIFEST_FILE).is_file():
-            # A deletion stopped between its manifest and its name, or a copy by hand is not whole.
+            # A deletion that stopped halfway, or an incomplete copy made by hand.
             log.warning(
                 "%s is incomplete. It was set aside as %s.", path, set_aside(path, directory)
             )
@@ -168,7 +168,7 @@ def remove_leftovers(directory: Path) -> None:
 
 @contextlib.contextmanager
 def hold_upload(checkpoint: Path) -> Iterator[bool]:
-    """Keep others from uploading a checkpoint, or giving it up; False where one is at it."""
+    """Keep others from uploading or giving up a checkpoint; False where one of them does."""
     path = upload_lock(checkpoint)
     lock = FileLock(path)
     try:
@@ -183,12 +183,12 @@ def hold_upload(checkpoint: Path) -> Iterator[bool]:
     finally:
         if lock.is_locked:
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)  # while it is held: who waits for it looks again
+                path.unlink(missing_ok=True)  # still held: whoever waits for it looks again
         lock.release()
 
 
 def _remove_locks(directory: Path) -> None:
-    """Remove the locks of uploads, but for those that are going on."""
+    """Remove the locks of uploads, except of those in progress."""
     for path in directory.glob(f"{UPLOAD_LOCK_PREFIX}*.lock"):
         lock = FileLock(path)
         with contextlib.suppress(Timeout):
@@ -210,8 +210,7 @@ def set_aside(checkpoint: Path, directory: Path) -> Path:
 def delete_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint; its name goes first, so that no half of it ever looks complete.
 
-    Taking the name away is one step. What a crash leaves is a leftover, which the next
-    start removes.
+    Taking the name away is one step. What a crash leaves behind, the next attempt removes.
     """
     doomed = checkpoint.with_name(f"{SAVING_PREFIX}deleted-{checkpoint.name}")
     shutil.rmtree(doomed, ignore_errors=True)

@@ -8,18 +8,15 @@ No torch here: 1,000 checkpoints list in 0.5 s.
 
 from __future__ import annotations
 
-import functools
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.base.archive_formats import ARCHIVE_SUFFIXES
 from utils.base.errors import CheckpointError, StorageError, UsageError
 from utils.base.files import read_regular_file
-from utils.base.text import FOREIGN_ERRORS, number, parse_json, printable
+from utils.base.text import FOREIGN_ERRORS, number, parse_json, parse_json_object, printable
 from utils.base.uri import normalize_uri
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
@@ -27,7 +24,6 @@ from utils.checkpoints.layout import (
     MANIFEST_FILE,
     MAX_SIDECAR_BYTES,
     METADATA_FILE,
-    REMOTE_FOLDER,
     CheckpointName,
     Manifest,
     find_checkpoints,
@@ -88,14 +84,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is missing, no regular file, too large, or not a JSON object.
     """
-    return _require_object(path.name, _parse_json(path.name, _read_file(path.name, str(path))))
+    return _parse_object(path.name, _read_file(path.name, str(path)))
 
 
 def read_json_part(path: Path, manifest: Manifest | None) -> tuple[dict[str, Any], str | None]:
     """Return (a JSON file of a checkpoint as far as it can be read, what is wrong with it)."""
     try:
         data = _read_file(path.name, str(path))
-        value = _require_object(path.name, _parse_json(path.name, data))
+        value = _parse_object(path.name, data)
     except CheckpointError as exc:
         return {}, str(exc)
     return value, find_file_damage(path.name, data, manifest)
@@ -109,12 +105,6 @@ def find_file_damage(name: str, data: bytes, manifest: Manifest | None) -> str |
     return f"{name} is damaged (its crc32c is not the manifest's)"
 
 
-def _require_object(name: str, value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{name} cannot be read (it holds no JSON object)")
-    return value
-
-
 def _read_file(name: str, path: str) -> bytes:
     try:
         return read_regular_file(path)
@@ -126,18 +116,11 @@ def _read_file(name: str, path: str) -> bytes:
         raise CheckpointError(f"{name} cannot be read ({exc})") from exc
 
 
-def _parse_json(name: str, data: bytes) -> Any:
+def _parse_object(name: str, data: bytes) -> dict[str, Any]:
     try:
-        return parse_json(data)
+        return parse_json_object(data)
     except ValueError as exc:
         raise CheckpointError(f"{name} cannot be read ({exc})") from exc
-
-
-@functools.lru_cache(maxsize=8)
-def _normalize(uri: str, directory: str) -> str:
-    """Return the one spelling of a bucket URI; a relative one depends on the current directory."""
-    del directory
-    return normalize_uri(uri)
 
 
 def is_verified_in(
@@ -147,17 +130,13 @@ def is_verified_in(
 
     A name alone says too little: another branch may have written it, or another bucket hold it.
 
-    Args:
-        uri: The bucket.
-        checkpoint: Directory of the checkpoint.
-        entry: What the journal has of it.
-        manifest_crc32c: Of its manifest, where that has been read already.
+    `manifest_crc32c` is that of its manifest, where that has been read already.
     """
     if entry is None or entry.state is not UploadState.VERIFIED:
         return False
     if "manifest_crc32c" not in entry.details:
         return True  # the entry names no files
-    if entry.details.get("bucket") != _normalize(uri, os.getcwd()):  # noqa: PTH109
+    if entry.details.get("bucket") != normalize_uri(uri):
         return False
     try:
         found = manifest_crc32c or crc32c_of_bytes(read_regular_file(checkpoint / MANIFEST_FILE))
@@ -171,9 +150,7 @@ def read_local_checkpoints(
 ) -> list[CheckpointView]:
     """Return the committed checkpoints of an output directory, by step.
 
-    Args:
-        directory: Where the checkpoints lie.
-        uploads: Newest journal entry of each checkpoint; None reads the journal there.
+    `uploads` has the newest journal entry of each checkpoint; None reads the journal there.
 
     Raises:
         OSError: The journal is there and cannot be read.
@@ -212,7 +189,7 @@ def read_local_checkpoint(
         source = f"{directory}/{MANIFEST_FILE}"
         data = _read_file(MANIFEST_FILE, source)
         crc32c = crc32c_of_bytes(data)
-        manifest = Manifest.from_json(_parse_json(MANIFEST_FILE, data), source)
+        manifest = Manifest.from_json(_parse_object(MANIFEST_FILE, data), source)
         if manifest.step != name.step:
             problems.append(f"its manifest is of step {manifest.step}")
     except CheckpointError as exc:
@@ -220,7 +197,7 @@ def read_local_checkpoint(
     try:
         data = _read_file(METADATA_FILE, f"{directory}/{METADATA_FILE}")
         short = _LONG_HISTORY.sub(rb"\1", data) if brief else data
-        metadata = _require_object(METADATA_FILE, _parse_json(METADATA_FILE, short))
+        metadata = _parse_object(METADATA_FILE, short)
         damage = find_file_damage(METADATA_FILE, data, manifest)
         problems += [damage] if damage else []
     except CheckpointError as exc:
@@ -231,47 +208,17 @@ def read_local_checkpoint(
     )
 
 
-def read_remote_checkpoints(bucket: Bucket, newest: int | None = None) -> list[CheckpointView]:
-    """Return the checkpoints of a run's bucket that have a sidecar, by step.
-
-    One whose archive is missing says so in `problem`.
-
-    Args:
-        bucket: The run's bucket.
-        newest: Read only the sidecars of so many highest steps; None for all.
-    """
-    objects = {
-        info.name.removeprefix(f"{REMOTE_FOLDER}/"): info
-        for info in bucket.list(f"{REMOTE_FOLDER}/")
-    }
-    found = (
-        parse_checkpoint_name(name.removesuffix(".json"))
-        for name in objects
-        if name.endswith(".json")
-    )
-    names = sorted(name for name in found if name is not None)
-    views = []
-    for name in names[-newest:] if newest else names:
-        names_of_it = [f"{name}{suffix}" for suffix in ARCHIVE_SUFFIXES]
-        archive = newest_object(objects[each] for each in names_of_it if each in objects)
-        views.append(read_remote_checkpoint(bucket, name, archive))
-    return views
-
-
 def newest_object(infos: Iterable[ObjectInfo]) -> ObjectInfo | None:
-    """Return the object written last: of a checkpoint's archives, that which its sidecar names."""
+    """Return the object written last: of several archives, the one that the sidecar describes."""
     return max(infos, key=lambda info: info.generation or 0, default=None)
 
 
 def read_remote_checkpoint(
     bucket: Bucket, name: CheckpointName, archive: ObjectInfo | None
 ) -> CheckpointView:
-    """Return one checkpoint of a bucket as far as its sidecar can be read.
+    """Return one checkpoint of a run's bucket as far as its sidecar can be read.
 
-    Args:
-        bucket: The run's bucket.
-        name: The checkpoint's name.
-        archive: What the bucket says of its archive, None where there is none.
+    `archive` is what the bucket says of its archive, None where there is none.
     """
     object_name = sidecar_object(str(name))
     archive_bytes = None if archive is None else archive.size
@@ -290,14 +237,14 @@ def read_remote_checkpoint(
 
 
 def _archive_problem(told: object, archive: ObjectInfo | None) -> str | None:
-    """Return what is wrong with an archive, from what its sidecar tells and the bucket says."""
+    """Return what is wrong with an archive: does its sidecar describe what the bucket has?"""
     if archive is None:
         return "its archive is not in the bucket"
     if not isinstance(told, dict):
-        return "its sidecar says nothing of its archive"
+        return "its sidecar does not describe its archive"
     found = (archive.size, archive.crc32c or told.get("crc32c"))
     if found != (told.get("size"), told.get("crc32c")):
-        return "its archive is not the one that its sidecar tells of"
+        return "its archive is not the one that its sidecar describes"
     return None
 
 

@@ -111,6 +111,16 @@ def read_sidecars(
         return list(pool.map(read, sorted(listing.sidecars if names is None else names)))
 
 
+def read_remote_checkpoints(bucket: Bucket, newest: int | None = None) -> list[CheckpointView]:
+    """Return the checkpoints of a run's bucket that have a sidecar, by step.
+
+    `newest` reads only the sidecars of so many highest steps; None reads all.
+    """
+    listing = list_remote(bucket)
+    names = sorted(listing.sidecars)
+    return read_sidecars(bucket, listing, names[-newest:] if newest else names)
+
+
 def newest_branch(
     views: Sequence[CheckpointView], recorded: RunIdentity | None
 ) -> RunIdentity | None:

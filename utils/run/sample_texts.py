@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.training_config import TrainingConfig
-from utils.base.text import printable, printable_lines
+from utils.base.console import without_control_characters
+from utils.base.text import printable
 from utils.models.generation import Sampling, StopWhen, generate_tokens
 from utils.models.tokenizer import begin_like_data, encode_prompt, load_tokenizer
 from utils.tracking.metrics_log import append_metrics
@@ -113,7 +114,8 @@ class Sampler:
                 )
             if should_stop():
                 return []
-            samples.append(Sample(prompt, printable_lines(self._tokenizer.decode(tokens))))
+            text = self._tokenizer.decode(tokens).expandtabs(4)
+            samples.append(Sample(prompt, without_control_characters(text)))
         return samples
 
     def _give_up(self, reason: str, level: int = logging.INFO) -> None:

@@ -33,10 +33,9 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.views import (
     CheckpointView,
     read_local_checkpoints,
-    read_remote_checkpoints,
     select_checkpoint,
 )
-from utils.remote.listing import parse_remote_name
+from utils.remote.listing import parse_remote_name, read_remote_checkpoints
 from utils.start.checks import Check, require_all
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket

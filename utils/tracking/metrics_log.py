@@ -6,13 +6,12 @@ never goes back in time and nothing is lost.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.base.files import FollowedFile
+from utils.base.files import FollowedFile, append_line
 from utils.base.text import FOREIGN_ERRORS, number, parse_json, to_json_text
 from utils.checkpoints.journal import utc_now
 
@@ -131,18 +130,10 @@ def read_metrics(path: Path) -> MetricsLog:
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
-    """Append one record with the time; `step` is required.
-
-    A torn last line, left by a crash, is closed first: it would swallow this record.
-    """
+    """Append one record with the time; `step` is required."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = to_json_text({"time": utc_now(), **record}, indent=None) + "\n"
-    with path.open("ab+") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = f"\n{line}"
-        file.write(line.encode("utf-8"))
+    line = to_json_text({"time": utc_now(), **record}, indent=None)
+    append_line(path, line.encode("utf-8"))
 
 
 def loss_trend(losses: Sequence[float]) -> str:

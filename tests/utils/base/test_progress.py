@@ -32,30 +32,18 @@ def test_a_pipe_gets_a_line_every_five_seconds(caplog: pytest.LogCaptureFixture)
     ]
 
 
-def test_an_unknown_total_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    clock = Clock()
-    with ProgressDisplay(clock=clock) as progress:
-        progress.update("Measuring", 0, None)
-        clock.now += 8
-        progress.update("Measuring", 2**23, None)
-    assert caplog.messages == ["Measuring: 8.0 MiB, 1.0 MiB/s"]
-
-
-def test_nothing_is_shown_when_it_is_not_enabled(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    clock = Clock()
-    with ProgressDisplay(enabled=False, clock=clock) as progress:
-        clock.now += 60
-        progress.update("Tokenizing", 1, 2)
-    assert caplog.messages == []
-
-
-def test_other_things_than_bytes_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+def test_other_things_than_bytes_are_counted_also_without_a_total(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.INFO)
     clock = Clock()
     with ProgressDisplay(clock=clock, unit="tokens") as progress:
         progress.update("step 4", 0, 20_000)
         clock.now += 8
         progress.update("step 4", 16_000, 20_000)
-    assert caplog.messages == ["step 4: 16,000 tokens of 20,000 tokens (80%), 2,000 tokens/s"]
+        clock.now += 8
+        progress.update("step 4", 16_000, None)
+    assert caplog.messages == [
+        "step 4: 16,000 tokens of 20,000 tokens (80%), 2,000 tokens/s",
+        "step 4: 16,000 tokens, 1,000 tokens/s",
+    ]

@@ -6,15 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from configs.training_config import PROJECT_DIRECTORY
 from utils.base import ranks
 from utils.base.errors import ConfigError
-
-PROJECT = Path(__file__).resolve().parents[3]
 
 
 def test_one_process_is_all_ranks() -> None:
@@ -36,13 +34,14 @@ PROGRAM = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
+from configs.training_config import PROJECT_DIRECTORY
 from utils.base import ranks
 from utils.base.errors import ConfigError
 from utils.training.stopping import StopRequest
 
 found, rank = {}, int(os.environ["RANK"])
 torch.distributed.init_process_group(
-    "gloo", init_method=f"file://{sys.argv[1]}/meeting", rank=rank, world_size=2
+    "gloo", init_method=f"file://{sys.argv[1]}/rendezvous", rank=rank, world_size=2
 )
 
 def fail():
@@ -98,14 +97,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(directory)],
-            cwd=PROJECT,
+            cwd=PROJECT_DIRECTORY,
             env={**os.environ, "RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(2)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,11 @@ from utils.checkpoints.layout import (
     FileEntry,
     Manifest,
     RunPaths,
-    archive_object,
     find_checkpoints,
-    free_name,
-    new_run_id,
     parse_checkpoint_name,
     read_json,
     read_manifest,
     require_checkpoint_name,
-    sidecar_object,
     validate_run_name,
     write_json,
 )
@@ -42,11 +37,8 @@ MANIFEST = Manifest("20260101-0a1b2c3d", 50, 2, 4, {"a.bin": FileEntry(3, "AAAAA
 )
 def test_a_checkpoint_name_keeps_its_numbers(step: int, epoch: int, files: int) -> None:
     name = CheckpointName(step=step, epoch=epoch, files=files)
+    assert str(name) == f"checkpoint-epoch{epoch}-step{step}-files{files}"
     assert parse_checkpoint_name(str(name)) == name
-
-
-def test_a_checkpoint_name_is_the_one_that_users_know() -> None:
-    assert str(CheckpointName(step=500, epoch=1, files=7)) == "checkpoint-epoch1-step500-files7"
 
 
 @pytest.mark.parametrize(
@@ -78,16 +70,6 @@ def test_anything_else_is_no_checkpoint_name(text: str) -> None:
         require_checkpoint_name(text)
 
 
-def test_names_are_ordered_by_step_first() -> None:
-    names = [CheckpointName(9, 3, 8), CheckpointName(10, 0, 0), CheckpointName(100, 0, 0)]
-    assert sorted([names[2], names[0], names[1]]) == names
-
-
-@pytest.mark.parametrize("name", ["", "a", "run-2.1_b", "0", "A" * 100])
-def test_run_names_that_are_safe_are_taken(name: str) -> None:
-    assert validate_run_name(name) == name
-
-
 @pytest.mark.parametrize(
     "name",
     ["..", ".hidden", "-rf", "a/b", "a b", "a*", "$(x)", "a\n", "\u00e4", "A" * 101, "a\0", "~"],
@@ -97,6 +79,7 @@ def test_run_names_that_could_leave_their_folder_are_refused(name: str) -> None:
         validate_run_name(name)
     with pytest.raises(UsageError, match="run_name"):
         RunPaths.of(TrainingConfig(run_name=name))
+    assert validate_run_name("run-2.1_b") == "run-2.1_b"
 
 
 def test_a_run_name_adds_a_folder_to_every_path() -> None:
@@ -112,18 +95,6 @@ def test_a_run_name_adds_a_folder_to_every_path() -> None:
     assert paths.metrics == Path("log/a/metrics.jsonl")
     assert paths.train_log == Path("log/a/train.log")
     assert RunPaths.of(TrainingConfig()).checkpoints == Path("checkpoints")
-
-
-def test_objects_in_the_bucket_have_the_documented_names() -> None:
-    name = "checkpoint-epoch0-step50-files0"
-    assert archive_object(name) == f"Checkpoints/{name}.tar.gz"
-    assert sidecar_object(name) == f"Checkpoints/{name}.json"
-
-
-def test_run_ids_are_dated_and_never_the_same() -> None:
-    ids = {new_run_id() for _ in range(100)}
-    assert len(ids) == 100
-    assert all(re.fullmatch(r"20\d{6}-[0-9a-f]{8}", run_id) for run_id in ids)
 
 
 def test_a_manifest_survives_its_file(tmp_path: Path) -> None:
@@ -147,24 +118,18 @@ def without(key: str) -> dict[str, Any]:
         [],
         {},
         changed(format=2),
-        changed(format="1"),
         without("run_id"),
         without("step"),
-        without("branch"),
-        without("world_size"),
         without("files"),
         changed(step="x"),
         changed(step=float("inf")),
-        changed(step=None),
         changed(files=[]),
         changed(files={"a": 5}),
         changed(files={"a": {"size": 1}}),
         changed(files={"a": {"size": float("nan"), "crc32c": "x"}}),
         changed(files={"../a": {"size": 1, "crc32c": "x"}}),
         changed(files={"/etc/passwd": {"size": 1, "crc32c": "x"}}),
-        changed(files={"a/b": {"size": 1, "crc32c": "x"}}),
         changed(files={"..": {"size": 1, "crc32c": "x"}}),
-        changed(files={".": {"size": 1, "crc32c": "x"}}),
         changed(files={"": {"size": 1, "crc32c": "x"}}),
         changed(files={"a\0": {"size": 1, "crc32c": "x"}}),
     ],
@@ -194,22 +159,10 @@ def test_committed_checkpoints_are_found_by_step_and_nothing_else_is(tmp_path: P
     make_checkpoint(tmp_path, 300).rename(tmp_path / ".saving-checkpoint-epoch0-step300-files0")
     make_checkpoint(tmp_path, 400).rename(tmp_path / "checkpoint-epoch0-step400-files0.2")
     (tmp_path / "checkpoint-epoch0-step500-files0").write_text("a file")
-
+    (tmp_path / "checkpoint-epoch0-step600-files0").symlink_to("checkpoint-epoch0-step600-files0")
     assert [name.step for name in find_checkpoints(tmp_path)] == [9, 10, 100]
-
-
-def test_a_missing_directory_holds_no_checkpoints(tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path / "none") == []
-    (tmp_path / "file").write_text("")
-    assert find_checkpoints(tmp_path / "file") == []
-
-
-def test_free_names_count_up(tmp_path: Path) -> None:
-    assert free_name(tmp_path, "a") == tmp_path / "a"
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a.2").mkdir()
-    assert free_name(tmp_path, "a") == tmp_path / "a.3"
-    assert free_name(tmp_path, "a", taken=["a.3"]) == tmp_path / "a.4"
+    assert find_checkpoints(tmp_path / "checkpoint-epoch0-step500-files0") == []
 
 
 def test_json_is_synced_before_the_writer_returns(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from utils.checkpoints.writer import starting_early
 
 CPU = torch.device("cpu")
 PLENTY = 2**40
+PATIENCE_SECONDS = 300.0  # to end a test that hangs
 
 
 def make_files(step: int, value: float, numbers: int = 1000) -> CheckpointFiles:
@@ -67,20 +67,18 @@ def saver(tmp_path: Path, recorder: Recorder) -> Iterator[CheckpointSaver]:
 
 def wait_for_writer(saver: CheckpointSaver) -> psutil.Process:
     """Wait until the writer process has loaded torch; until then a thread writes."""
-    assert saver._writer is not None
-    deadline = time.monotonic() + 60
-    while not saver._writer.is_ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return psutil.Process(saver._writer.pid)
+    writer = saver._writer
+    assert writer is not None
+    if not writer.is_ready():
+        assert writer._connection.poll(PATIENCE_SECONDS)
+        assert writer.is_ready()
+    return psutil.Process(writer.pid)
 
 
-def run_code(
-    code: str, directory: Path, within: Sequence[str] = ()
-) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own, which is started by the command `within`."""
+def run_code(code: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own."""
     return subprocess.run(
-        [*within, sys.executable, "-c", code, str(directory)],
+        [sys.executable, "-c", textwrap.dedent(code), str(directory)],
         cwd=PROJECT_DIRECTORY,
         capture_output=True,
         text=True,
@@ -102,14 +100,13 @@ def test_what_is_saved_is_the_state_of_the_step(
     tmp_path: Path, recorder: Recorder, writer: str
 ) -> None:
     saver = CheckpointSaver(tmp_path, CPU, recorder, background=writer != "foreground")
-    saver.prepare(1000, PLENTY)  # too small: the first save makes it larger
+    # Too small for the thread: its first save makes the block larger.
+    saver.prepare(100_000 if writer == "process" else 1000, PLENTY)
     if writer == "process":
         wait_for_writer(saver)
     for step in (1, 2, 3):
         files = make_files(step, value=step / 2)
         saver.save(files, PLENTY)
-        if writer == "process" and step == 1:
-            wait_for_writer(saver)
         for tensor in (
             files.weights["model.safetensors"]["weights"],
             files.pickles["optimizer.bin"]["state"][0]["exp_avg"],
@@ -117,7 +114,7 @@ def test_what_is_saved_is_the_state_of_the_step(
             if writer != "foreground":
                 saver.fence()
                 tensor.fill_(-1)  # training goes on
-        assert saver.wait(30)
+        assert saver.wait(PATIENCE_SECONDS)
         assert saver.failure is None
     saver.close()
     assert [value_of(tmp_path / name) for name in recorder.committed] == [0.5, 1.0, 1.5]
@@ -126,53 +123,79 @@ def test_what_is_saved_is_the_state_of_the_step(
     assert saver.last_seconds is not None
 
 
-def test_the_writer_is_niced_and_in_a_session_of_its_own(saver: CheckpointSaver) -> None:
-    saver.prepare(100_000, PLENTY)
-    process = wait_for_writer(saver)
-    assert process.nice() >= NICENESS
-    assert os.getsid(process.pid) == process.pid  # Ctrl-C in the terminal does not reach it
-    group = Path(f"/proc/{process.pid}/autogroup")
-    if group.is_file():  # the session is scheduled as a group, which has a niceness of its own
-        assert group.read_text().split()[-1] == str(process.nice())
-    saver.close()
-    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+def test_all_is_synced_before_the_rename_and_the_manifest_is_written_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    rename = Path.rename
+
+    def note_sync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        done.append(path.name)
+        if path.is_dir() and path != tmp_path:
+            assert sorted(p.name for p in path.iterdir()) == sorted(done[:-1])
+
+    def note_rename(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    saver = CheckpointSaver(tmp_path, CPU, lambda checkpoint: None, background=False)
+    saver.save(make_files(1, 1.0), PLENTY)
+    assert saver.failure is None
+    *files, manifest, folder, renamed, parent = done
+    assert sorted(files) == ["config.json", "metadata.json", "model.safetensors", "optimizer.bin"]
+    assert (manifest, renamed, parent) == ("manifest.json", "rename", tmp_path.name)
+    assert folder == ".saving-checkpoint-epoch0-step1-files0"
 
 
 def test_a_writer_that_dies_costs_no_checkpoint(
     saver: CheckpointSaver, recorder: Recorder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saver.prepare(100_000, PLENTY)
+    process = wait_for_writer(saver)
+    process.kill()
+    process.wait()
     for step in (1, 2):
-        process = wait_for_writer(saver)
-        process.kill()
-        process.wait()
         saver.save(make_files(step, 1.0), PLENTY)
         saver.wait()
         assert saver.failure is None
-        saver.save(make_files(step + 10, 2.0), PLENTY)  # and the next has a new one
-        saver.wait()
-    assert len(recorder.committed) == 4
+    assert len(recorder.committed) == 2
     assert "a thread writes" in caplog.text
+    assert saver._writer is not None  # the second save has a new one
+    assert saver._writer.pid != process.pid
 
 
-def test_a_writer_that_was_started_early_writes(tmp_path: Path, recorder: Recorder) -> None:
+def test_a_writer_that_was_started_early_steps_back_writes_and_ends(
+    tmp_path: Path, recorder: Recorder
+) -> None:
     with starting_early(is_wanted=True) as writer:
         assert writer is not None
         saver = CheckpointSaver(tmp_path, CPU, recorder, writer=writer)
         saver.prepare(100_000, PLENTY)
         process = wait_for_writer(saver)
         assert process.pid == writer.pid
+        assert process.nice() >= NICENESS
+        assert os.getsid(process.pid) == process.pid  # Ctrl-C in the terminal does not reach it
+        group = Path(f"/proc/{process.pid}/autogroup")
+        if group.is_file():  # the session is scheduled as a group, which has a niceness of its own
+            assert group.read_text().split()[-1] == str(NICENESS)
         saver.save(make_files(1, 1.0), PLENTY)
         saver.close()
         assert not psutil.pid_exists(process.pid)
     assert value_of(tmp_path / recorder.committed[0]) == 1.0
+    with starting_early(is_wanted=True) as writer:  # preflight refuses
+        assert writer is not None
+        assert psutil.pid_exists(writer.pid)
+    assert not psutil.pid_exists(writer.pid)
 
 
 def test_an_early_writer_that_has_died_is_replaced(tmp_path: Path, recorder: Recorder) -> None:
     with starting_early(is_wanted=True) as writer:
         assert writer is not None
         psutil.Process(writer.pid).kill()
-        psutil.wait_procs([psutil.Process(writer.pid)], timeout=10)
+        psutil.wait_procs([psutil.Process(writer.pid)], timeout=PATIENCE_SECONDS)
         saver = CheckpointSaver(tmp_path, CPU, recorder, writer=writer)
         saver.prepare(100_000, PLENTY)
         assert saver._writer is not None
@@ -180,21 +203,11 @@ def test_an_early_writer_that_has_died_is_replaced(tmp_path: Path, recorder: Rec
         saver.close()
 
 
-def test_an_early_writer_that_is_never_used_ends() -> None:
-    with starting_early(is_wanted=True) as writer:  # preflight refuses
-        assert writer is not None
-        assert psutil.pid_exists(writer.pid)
-    assert not psutil.pid_exists(writer.pid)
-    with starting_early(is_wanted=False) as none:
-        assert none is None
-
-
 def test_a_full_disk_is_told_with_numbers_and_leaves_what_was_there(
     tmp_path: Path, recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     """RLIMIT_FSIZE makes the writer's large files fail as a full disk does, in a child of ours."""
-    code = textwrap.dedent(
-        """
+    code = """
         import json, resource, signal, sys, torch
         from pathlib import Path
         from tests.utils.checkpoints.test_saver import *
@@ -215,7 +228,6 @@ def test_a_full_disk_is_told_with_numbers_and_leaves_what_was_there(
         print(json.dumps([first, second, str(saver.failure)]))
         saver.close()
         """
-    )
     result = run_code(code, tmp_path)
     assert result.returncode == 0, result.stderr
     first, second, third = json.loads(result.stdout)
@@ -228,36 +240,6 @@ def test_a_full_disk_is_told_with_numbers_and_leaves_what_was_there(
     for name in find_checkpoints(tmp_path):
         verify_checkpoint(tmp_path / str(name))
     assert not list(tmp_path.glob(".saving-*"))
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_really_full_disk(tmp_path: Path, recorder: Recorder) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting is not permitted here")
-    saver = CheckpointSaver(small, CPU, recorder)
-    try:
-        saver.prepare(50_000_000, PLENTY)
-        wait_for_writer(saver)
-        saver.save(make_files(1, 1.0), PLENTY)
-        saver.wait()
-        saver.save(make_files(2, 1.0, numbers=200_000), PLENTY)
-        saver.wait()
-        assert saver.failure is not None
-        assert "1 MiB" not in str(saver.failure)  # what is free, not the size
-        assert "could not be saved" in str(saver.failure)
-        assert [path.name for path in small.iterdir()] == recorder.committed
-        verify_checkpoint(small / recorder.committed[0])
-        saver.save(make_files(3, 1.0), PLENTY)  # there is room for a small one
-        saver.wait()
-        assert saver.failure is None
-    finally:
-        saver.close()
-        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_what_follows_a_commit_may_fail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -301,38 +283,9 @@ def test_no_room_at_all_writes_while_training_waits_and_says_so(
 
 
 @pytest.mark.slow
-def test_a_small_dev_shm_does_not_matter(tmp_path: Path) -> None:
-    """As in a container: 1 MB of /dev/shm, a snapshot of 24 MB."""
-    unshare = shutil.which("unshare")
-    if os.geteuid() != 0 or unshare is None:
-        pytest.skip("a mount namespace needs root and unshare")
-    code = textwrap.dedent(
-        """
-        import shutil, sys
-        from tests.utils.checkpoints.test_saver import *
-
-        assert shutil.disk_usage("/dev/shm").total <= 2**20
-        saver = CheckpointSaver(Path(sys.argv[1]), CPU, lambda checkpoint: None)
-        saver.prepare(30_000_000, PLENTY)
-        wait_for_writer(saver)
-        saver.save(make_files(1, 1.0, numbers=3_000_000), PLENTY); saver.wait()
-        assert saver.failure is None, saver.failure
-        saver.close()
-        """
-    )
-    mount = 'mount -t tmpfs -o size=1m none /dev/shm && exec "$0" "$@"'
-    result = run_code(code, tmp_path, [unshare, "-m", "sh", "-c", mount])
-    if "not permitted" in result.stderr.lower():
-        pytest.skip("mounting is not permitted here")
-    assert result.returncode == 0, result.stderr
-    assert value_of(tmp_path / "checkpoint-epoch0-step1-files0") == 1.0
-
-
-@pytest.mark.slow
 def test_memory_and_descriptors_do_not_grow_over_200_saves(tmp_path: Path) -> None:
     """In a process of its own: what other tests leave behind comes and goes."""
-    code = textwrap.dedent(
-        """
+    code = """
         import json, shutil, sys
         from tests.utils.checkpoints.test_saver import *
 
@@ -352,7 +305,6 @@ def test_memory_and_descriptors_do_not_grow_over_200_saves(tmp_path: Path) -> No
         print(json.dumps([save(20), save(200), len(recorder.committed)]))
         saver.close()
         """
-    )
     result = run_code(code, tmp_path)
     assert result.returncode == 0, result.stderr
     before, after, count = json.loads(result.stdout)
@@ -362,19 +314,31 @@ def test_memory_and_descriptors_do_not_grow_over_200_saves(tmp_path: Path) -> No
         assert descriptors_after == descriptors
 
 
+class Endless:
+    """Takes for ever to be written by another process than its own."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+
+    def __reduce__(self) -> tuple[type[Endless], tuple[int]]:
+        if os.getpid() != self._pid:
+            time.sleep(3600)
+        return Endless, (self._pid,)
+
+
 TRAINER = """
-import sys, time
 from tests.utils.checkpoints.test_saver import *
 
 saver = CheckpointSaver(Path(sys.argv[1]), CPU, lambda checkpoint: None)
-saver.prepare(400_000_000, PLENTY)
+saver.prepare(100_000, PLENTY)
 wait_for_writer(saver)
 saver.save(make_files(1, 1.0), PLENTY)
 saver.wait()
 print(saver._writer.pid, flush=True)
-saver.save(make_files(2, 2.0, numbers=30_000_000), PLENTY)
-print("saving", flush=True)
-time.sleep(60)
+files = make_files(2, 2.0)
+files.pickles["optimizer.bin"]["endless"] = Endless(os.getpid())
+saver.save(files, PLENTY)
+saver.wait()
 """
 
 
@@ -387,33 +351,14 @@ def test_a_trainer_that_is_killed_takes_the_save_in_progress_with_it(tmp_path: P
     )
     assert process.stdout is not None
     writer = psutil.Process(int(process.stdout.readline()))
-    assert process.stdout.readline() == "saving\n"
-    while not list(tmp_path.glob(".saving-*")):
+    while not list(tmp_path.glob(".saving-*/optimizer.bin")):
+        assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    psutil.wait_procs([writer], timeout=10)
+    psutil.wait_procs([writer], timeout=PATIENCE_SECONDS)
     assert not writer.is_running()
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-epoch0-step1-files0"]
     assert value_of(tmp_path / "checkpoint-epoch0-step1-files0") == 1.0
-
-
-def test_a_trainer_that_is_killed_early_takes_its_writer_with_it() -> None:
-    code = (
-        "import time\n"
-        "from utils.checkpoints.writer import WriterProcess\n"
-        "print(WriterProcess().pid, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=PROJECT_DIRECTORY, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    writer = psutil.Process(int(process.stdout.readline()))
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    psutil.wait_procs([writer], timeout=10)
-    assert not writer.is_running()
