@@ -732,11 +732,11 @@ def test_costs_are_shown_where_the_run_counted_them(capsys, tmp_path):
     make_checkpoint(directory, 50, spending=SPENDING)
     assert "Cost" not in run(capsys, "view", "25")[1]
     spent = (
-        "Spent 2h00m, $20.00 in 2 starts (1h00m without a price; 12m00s, $4.00 lost to restarts)."
+        "Spent 2h00m, $20.00 in 2 attempts (1h00m without a price; 12m00s, $4.00 lost to restarts)."
     )
     assert spent in run(capsys, "view", "50")[1]
     priced = run(capsys, "view", "50", "--hourly-price", "5")[1]
-    assert "Spent 2h00m, $25.00 in 2 starts ($244.14 per million tokens; " in priced
+    assert "Spent 2h00m, $25.00 in 2 attempts ($244.14 per million tokens; " in priced
     older, newer = run_json(capsys, "list", "--hourly-price", "5")["checkpoints"]
     assert older["costs"] is None
     assert newer["costs"]["remaining_seconds"] == pytest.approx(50 * 2048 / 3400.5)

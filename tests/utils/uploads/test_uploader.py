@@ -283,7 +283,8 @@ def test_the_waits_between_attempts_grow_and_are_not_the_same(
     uploader = run.open()
     uploader.submit(run.checkpoints[0])
     drain(uploader)
-    waits = [record.args[1] for record in caplog.records if isinstance(record.args, tuple)]
+    retries = [record.args for record in caplog.records if "trying again" in record.msg]
+    waits = [args[1] for args in retries if isinstance(args, tuple)]
     assert len(waits) == UPLOAD_ATTEMPTS - 1
     for number, wait in enumerate(waits):
         assert isinstance(wait, float)
