@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _NO_HOME = "Could not determine home directory."  # of Path.expanduser, which has no type for it
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
+LOG_TIME = "%Y-%m-%d %H:%M:%S"  # short, so that a step line fits 100 columns
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 NOISY_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "google", "matplotlib")
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def configure_logging(
     if file is not None and main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
         file_handler = logging.FileHandler(file, encoding="utf-8")
-        file_handler.setFormatter(_HarmlessFormatter(LOG_FORMAT))
+        file_handler.setFormatter(_HarmlessFormatter(LOG_FORMAT, LOG_TIME))
         root.addHandler(file_handler)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -109,7 +110,7 @@ def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
     else:
         handler = logging.StreamHandler(stream)
         handler.setLevel(level)
-        handler.setFormatter(_HarmlessFormatter(LOG_FORMAT))
+        handler.setFormatter(_HarmlessFormatter(LOG_FORMAT, LOG_TIME))
     ordinary = handler.handleError
     handler.handleError = functools.partial(_leave_output, ordinary)  # type: ignore[method-assign]
     return handler
