@@ -61,7 +61,7 @@ if [ "$code" -eq 0 ] || [ "$code" -eq 4 ] || [ "$code" -eq 75 ]; then
     python scripts/checkpoint_viewer.py list --config "$config" || true
     cat <<EOF
 
-Made: checkpoints in checkpoints/, metrics and curves in logs/, archives in the configuration's bucket.
+Made: checkpoints in checkpoints/, metrics and curves in logs/, archives in the bucket.
 Look at it:
   source $bin/activate
   python scripts/checkpoint_viewer.py view latest --config $config
