@@ -155,12 +155,9 @@ def build_model_config(
 ) -> PretrainedConfig:
     """Return the transformers config of a preset or a file.
 
-    Args:
-        name: A key of `PRESETS`, or a path that ends in .json, relative to the current directory.
-        overrides: Values that replace the preset's or the file's.
-        sequence_length: Tokens in a sample; must fit the model's positions.
-        pad_vocab_to_multiple_of: Round the size of the vocabulary up; the config then also has
-            `unpadded_vocab_size`.
+    `name` is a key of `PRESETS`, or a path that ends in .json, relative to the current directory.
+    `overrides` replace its values. The model's positions must hold `sequence_length` tokens. A
+    vocabulary that is rounded up also gets `unpadded_vocab_size`.
 
     Raises:
         ConfigError: An unknown preset or key, a file that is no causal language model's, or values
@@ -271,14 +268,8 @@ def _drop_older_keys(values: dict[str, Any]) -> None:
 def describe_model_changes(before: Any, config: Any) -> list[str] | None:
     """Return how a model differs from that of a checkpoint, as `key: old -> new`.
 
-    What a version of transformers adds, and what the data decide, is no difference.
-
-    Args:
-        before: The checkpoint's `config.json`.
-        config: The model's.
-
-    Returns:
-        None where the checkpoint's cannot be understood.
+    What a version of transformers adds, and what the data decide, is no difference. `before` is the
+    checkpoint's `config.json`; None where it cannot be understood.
     """
     if not isinstance(before, Mapping):
         return None

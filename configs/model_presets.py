@@ -16,10 +16,8 @@ from typing import Any
 class ModelPreset:
     """A model type and its shape.
 
-    Attributes:
-        model_type: `model_type` of the transformers config class.
-        values: Keyword arguments of that class.
-        parameters: Number of parameters with embeddings, for its own vocabulary.
+    `values` are keyword arguments of the transformers config class. `parameters` counts embeddings
+    too, for its own vocabulary.
     """
 
     model_type: str

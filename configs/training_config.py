@@ -591,9 +591,7 @@ GUARDED_KEYS = (
 class ConfigChanges:
     """How a configuration differs from the one of a checkpoint, as `key: old -> new`.
 
-    Attributes:
-        free: Changes that leave what is trained as it was.
-        guarded: Changes that do not.
+    `free` ones leave what is trained as it was, `guarded` ones do not.
     """
 
     free: tuple[str, ...]
@@ -637,9 +635,8 @@ def get_training_config(
 ) -> TrainingConfig:
     """Return the configuration of a name or a JSON file.
 
-    Args:
-        name: `test`, `production`, any NAME of `configs/NAME.json`, or a path to a .json file.
-        overrides: Key -> value, applied after the file; `model_overrides.KEY` sets one of its keys.
+    `name` is `test`, `production`, any NAME of `configs/NAME.json`, or a path to a .json file.
+    `overrides` come after the file; `model_overrides.KEY` sets one of its keys.
 
     Raises:
         ConfigError: A file, key or value is wrong; the message says where.

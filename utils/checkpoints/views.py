@@ -41,15 +41,10 @@ _LONG_HISTORY = re.compile(rb'("(?:loss_history|learning_rates)":\s*\[)[-+.,0-9e
 class CheckpointView:
     """One checkpoint as the scripts see it.
 
-    Attributes:
-        name: Its name and numbers.
-        metadata: `metadata.json`, empty where it cannot be read.
-        manifest: The manifest, None where it cannot be read.
-        path: Its directory, None for one that is only in the bucket.
-        upload: The newest journal entry about it, None where there is none.
-        archive_bytes: Size of the archive in the bucket, None where unknown.
-        problem: What is wrong with it, None where nothing is.
-        manifest_crc32c: Of `manifest.json` as it was read, None where it was not.
+    `metadata` is empty and `manifest` None where they cannot be read; `path` is None for one that
+    is only in the bucket. `upload` is the newest journal entry about it, `archive_bytes` the size
+    in the bucket. `problem` says what is wrong with it, None where nothing is. `manifest_crc32c` is
+    that of `manifest.json` as it was read.
     """
 
     name: CheckpointName
@@ -171,10 +166,8 @@ def read_local_checkpoint(
 ) -> CheckpointView:
     """Return one checkpoint directory as far as it can be read.
 
-    Args:
-        path: The directory.
-        upload: The newest journal entry about it.
-        brief: Read only the last entry of each history in its metadata: a quarter of the time.
+    `upload` is the newest journal entry about it. `brief` reads only the last entry of each history
+    in its metadata: a quarter of the time.
 
     Raises:
         CheckpointError: The directory's name is not a checkpoint's.

@@ -143,14 +143,8 @@ def prepare_corpus(
 ) -> Preparation:
     """Make sure that the bucket holds the corpus of these sources, and return its index.
 
-    Args:
-        sources: Read one after the other, up to three times.
-        bucket: Output; shards are put there as they are finished.
-        options: How to tokenize, split and cut.
-        overwrite: Replace another corpus in the bucket.
-        on_progress: Told about every MiB of text.
-        validation_sources: What is held out, besides the share that the options say.
-        token_cache: Keeps what is tokenized, for another time.
+    `sources` are read one after the other, up to three times; shards are put into the bucket as
+    they are finished. `validation_sources` are held out, besides the share that the options say.
 
     Raises:
         DataError: A source cannot be read or has no text, a token id is outside the vocabulary, or

@@ -97,12 +97,8 @@ def build_index_file(
 ) -> dict[str, Any]:
     """Write `index.json` for shards that came from elsewhere; return its content.
 
-    The checksums are those that the bucket keeps; a directory keeps none.
-
-    Args:
-        bucket: Where the shards are.
-        vocab_size: Size of the vocabulary, where no tokenizer.json says it.
-        overwrite: Replace an index that `prepare` wrote, which says more.
+    The checksums are those that the bucket keeps; a directory keeps none. `vocab_size` is for where
+    no tokenizer.json says it. `overwrite` replaces an index that `prepare` wrote, which says more.
 
     Raises:
         DataError: There are no shards, or some are bad; the index that is there cannot be read, or
@@ -139,10 +135,8 @@ def build_index_file(
 def inspect_shards(bucket: Bucket, num_samples: int = 3, verify: bool = False) -> Inspection:
     """Look at every shard, and at the text of some.
 
-    Args:
-        bucket: Where the shards are.
-        num_samples: How many shards are decoded, where there is a tokenizer.
-        verify: Read everything: checksums, and every token id.
+    `num_samples` shards are decoded, where there is a tokenizer. `verify` reads everything:
+    checksums, and every token id.
 
     Raises:
         DataError: There are no shards.

@@ -216,10 +216,7 @@ def find_files(
     Directories are searched below for text, JSONL and Parquet files, in sorted order; hidden
     files are left out. A file given by its own name may have any suffix, and is then text.
 
-    Args:
-        patterns: Paths, directories and globs.
-        also: Further suffixes to look for in directories.
-        option: The option that an error names.
+    `also` are further suffixes to look for in directories; `option` is what an error names.
 
     Raises:
         UsageError: A path does not exist, or nothing usable is there.

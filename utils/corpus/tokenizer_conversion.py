@@ -332,10 +332,7 @@ def _unigram_scores(pieces: Any) -> list[tuple[str, float]]:
 def _set_normalization(backend: tokenizers.Tokenizer, model: Any, *, has_symbols: bool) -> None:
     """Set what stands before and after the model.
 
-    Args:
-        backend: Changed in place.
-        model: The SentencePiece model.
-        has_symbols: User-defined symbols divide the text: only its first part gets a space.
+    User-defined symbols divide the text: only its first part gets a space.
     """
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 

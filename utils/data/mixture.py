@@ -25,11 +25,6 @@ class MixtureOrder:
     global sample index gives the source and the index within that source by arithmetic. Each
     source has epochs of its own; the mixture's epoch ends after as many samples as all sources
     have together.
-
-    Args:
-        sources: The order of each source.
-        weights: Share of each source, in any unit.
-        seed: Seed of the run.
     """
 
     def __init__(self, sources: Sequence[SampleOrder], weights: Sequence[float], seed: int) -> None:
@@ -151,12 +146,7 @@ def build_order(
 ) -> DataOrder:
     """Return the order of one source, or of several drawn by weight.
 
-    Args:
-        source_tokens: Tokens of each shard, for each source.
-        weights: Share of each source.
-        sequence_length: Tokens in a sample.
-        seed: Seed of the run.
-        window: `shuffle_window_shards`.
+    `source_tokens` are the tokens of each shard, for each source.
 
     Raises:
         DataError: A source is smaller than one sample, or its weight too small.

@@ -78,11 +78,8 @@ log = logging.getLogger(__name__)
 class ShardFacts:
     """One shard, known from the index or its headers.
 
-    Attributes:
-        name: Object name.
-        tokens: Tokens that training sees (those under a zero of the mask are not counted).
-        size: Bytes of the object.
-        crc32c: Base64 checksum of the object, None where neither index nor bucket has one.
+    `tokens` are those that training sees, without those under a zero of the mask. `crc32c` is
+    base64, None where neither index nor bucket has one.
     """
 
     name: str
@@ -95,15 +92,9 @@ class ShardFacts:
 class ShardIndex:
     """The shards of one data URI.
 
-    Attributes:
-        training: Training shards by name, limited to `max_files`.
-        validation: Validation shards by name.
-        vocab_size: Vocabulary of the tokenizer that made them, None where unknown.
-        unigram_entropy: Entropy of the training tokens in nats, None where unknown.
-        tokenizer_files: Object names of the tokenizer's own files.
-        tokenizer_hash: SHA-256 of the tokenizer, None where unknown.
-        tokenizer_checksums: Base64 crc32c of the tokenizer's files, as far as the index has them.
-        eos_token_id: Id between documents, None where unknown.
+    Shards are sorted by name, those of training limited to `max_files`. `unigram_entropy` of the
+    training tokens is in nats, `tokenizer_hash` is SHA-256, `tokenizer_checksums` are base64 crc32c
+    as far as the index has them, and `eos_token_id` stands between documents. None: unknown.
     """
 
     training: tuple[ShardFacts, ...]
@@ -125,10 +116,7 @@ class ShardIndex:
 class DataSource:
     """One source of a run's data.
 
-    Attributes:
-        uri: Its bucket.
-        weight: Share of its samples, in any unit.
-        index: What its shards hold.
+    `weight` is its share of the samples, in any unit.
     """
 
     uri: str
@@ -166,11 +154,9 @@ def build_shard_index(
 ) -> ShardIndex:
     """Return what the shards of a bucket hold.
 
-    Args:
-        bucket: Where the shards are.
-        max_files: Use only so many training shards, the first by name.
-        skip_bad_shards: Leave out shards whose headers cannot be read, with a warning.
-        is_trained: There have to be training shards.
+    Only the first `max_files` training shards by name are used. `skip_bad_shards` leaves out those
+    whose headers cannot be read, with a warning. Without `is_trained` there may be no training
+    shards.
 
     Raises:
         DataError: There are no training shards, or `index.json` is not usable.
@@ -264,8 +250,7 @@ def find_tokenizer_files(names: Iterable[str]) -> tuple[str, ...]:
 def recorded_checksums(index: Mapping[str, Any]) -> dict[str, str]:
     """Return name -> base64 crc32c of the files of data, as far as `index.json` has them.
 
-    Args:
-        index: Its content; that of another program's file says nothing.
+    What another program has written says nothing.
     """
     shards, tokenizer = index.get("shards"), index.get("tokenizer_crc32c")
     found = dict(tokenizer) if isinstance(tokenizer, dict) else {}

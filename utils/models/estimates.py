@@ -66,17 +66,10 @@ STEPWISE_ACTIVATIONS = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")
 class ModelShape:
     """What decides the memory of a model.
 
-    Attributes:
-        parameters: All of them, shared ones once.
-        embedding: Those of the token embedding and the output layer.
-        layers: Number of layers.
-        hidden: Width of the residual stream.
-        intermediate: Width within an MLP.
-        vocabulary: Number of token ids.
-        kind: Model type of transformers, which decides what a layer keeps.
-        queries: Width of all heads' queries together; None: `hidden`.
-        keys: Width of all heads' keys together, and of their values; None: `hidden`.
-        mlp_tensors: Tensors of the MLP's inner width, kept for the backward pass.
+    `parameters` counts shared ones once, `embedding` those of the token embedding and the output
+    layer. The `kind`, transformers' model type, decides what a layer keeps. `queries` and `keys`
+    are the widths of all heads together (None: `hidden`), `mlp_tensors` the tensors of the MLP's
+    inner width that are kept for the backward pass.
     """
 
     parameters: int
@@ -168,9 +161,7 @@ class MemoryEstimate:
 def chunk_tokens(vocabulary: int, device: str) -> int:
     """Return how many tokens' logits are there at a time in a loss that is formed in chunks.
 
-    Args:
-        vocabulary: Number of token ids.
-        device: Its type, cpu or cuda; others are taken for cuda.
+    Devices other than cpu are taken for cuda.
     """
     elements = CHUNK_ELEMENTS["cpu" if device == "cpu" else "cuda"]
     return max(MIN_CHUNK_TOKENS, elements // vocabulary)
@@ -357,10 +348,7 @@ def estimate_checkpoint_bytes(num_parameters: int) -> int:
 def count_pauses(begin: int, end: int, *intervals: int | None) -> int:
     """Return how many of the steps after `begin` up to `end` are the last, or due by an interval.
 
-    Args:
-        begin: Steps done.
-        end: The last step.
-        intervals: At most two; None for none.
+    `intervals` are at most two, None for none.
     """
     if begin >= end:
         return 0

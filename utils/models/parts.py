@@ -36,9 +36,7 @@ _PART_FILE = re.compile(r"([a-z]+)-part-(\d{5})-of-(\d{5})\.safetensors")
 class Part:
     """Which part of the state a rank holds.
 
-    Attributes:
-        rank: Counted from 0.
-        count: Parts of the whole.
+    `rank` counts from 0.
     """
 
     rank: int
@@ -58,8 +56,7 @@ class Part:
 class RowRanges:
     """Rows of each tensor, where they are not those that fully_shard gives a rank.
 
-    Attributes:
-        ranges: (first, one after the last) by name; tensors that are not named are whole.
+    `ranges` are (first, one after the last) by name; tensors that are not named are whole.
     """
 
     ranges: Mapping[str, tuple[int, int]]
@@ -95,9 +92,7 @@ def find_part_files(names: Iterable[str], prefix: str) -> list[str]:
 def part_header(shapes: Mapping[str, tuple[int, ...]], part: RowChoice) -> dict[str, str]:
     """Return the header of a part's file: one entry, safetensors writes several in any order.
 
-    Args:
-        shapes: Shapes of the whole tensors that the file has rows of.
-        part: Whose rows they are. A scalar is whole.
+    `shapes` are those of the whole tensors that the file has rows of. A scalar is whole.
     """
     info = {
         name: {

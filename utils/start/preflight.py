@@ -223,14 +223,9 @@ def _advise(exc: StorageError, action: str, uri: str) -> str:
 class StartChecks:
     """What is known before a run begins, while another trainer may still work there.
 
-    Attributes:
-        run_id: The run that it would belong to, if it began now.
-        step: Steps that would be done before it, if it began now.
-        sources: The sources of data that can be read.
-        checks: What was found, good and bad, at whichever step it begins.
-        transport: The way to the bucket that works; None for none.
-        probe: A small step of the run; None where none was measured.
-        busy_share: Share of the CPUs that others used before the small step.
+    `run_id` and `step` are those it would begin with now. `checks` hold at whichever step it
+    begins. `transport` is the way to the bucket that works, `probe` a small step if one was
+    measured, and `busy_share` the share of the CPUs that others used before it.
     """
 
     run_id: str
@@ -252,11 +247,8 @@ def check_start(
 ) -> StartChecks:
     """Return what is known before a run begins; nothing is decided by it but a refusal.
 
-    Args:
-        facts: What is to be trained, and where; step and sources are found here.
-        resume: What to go on from, as the user says it; None for nothing.
-        is_fresh: Whether to set an old run aside.
-        should_measure: Measure a small step and a short upload, as before a long run in any case.
+    Step and sources of `facts` are found here. `resume` is what to go on from, as the user says it.
+    `should_measure` measures a small step and a short upload, as before a long run in any case.
 
     Raises:
         UsageError: There is no such checkpoint to resume from.

@@ -34,12 +34,9 @@ class FullySharded(Division):
     """Each rank holds its rows of every tensor; a layer's weights are gathered when it is needed.
 
     What is in no layer (embedding, output layer, last norm) is gathered when the forward begins and
-    kept to the end of the backward.
-
-    Args:
-        accelerator: This process among the ranks. Its precision is that of gathered weights and
-            activations; gradients are reduced in float32, and the shards are float32.
-        should_reshard: Whether a layer's weights are let go between forward and backward.
+    kept to the end of the backward. Gathered weights and activations have the accelerator's
+    precision; gradients are reduced in float32, and the shards are float32. With `should_reshard` a
+    layer's weights are let go between forward and backward.
     """
 
     has_whole_weights = False

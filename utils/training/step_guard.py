@@ -22,11 +22,8 @@ KINDS = {NON_FINITE: "non-finite", SPIKE: "spike"}
 class Verdict:
     """What was found of one step.
 
-    Attributes:
-        step: The step, counted from 1.
-        code: GOOD, NON_FINITE or SPIKE.
-        loss: Its mean loss over all ranks, before the update.
-        grad_norm: Norm of its gradients before clipping.
+    Steps count from 1. `loss` is the mean over all ranks, before the update; `grad_norm` is that
+    before clipping.
     """
 
     step: int
@@ -71,10 +68,8 @@ class StepGuard:
     def judge(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """Return the verdict's code: float32, shape [], on the device.
 
-        Args:
-            step: The step being done, counted from 1.
-            loss: Its mean loss over all ranks, float32, shape [].
-            grad_norm: Norm of its gradients, shape [].
+        `step` counts from 1; `loss` is the mean over all ranks, float32, shape []; `grad_norm` has
+        shape [].
         """
         finite = torch.isfinite(loss)
         if self._should_check_gradients:
@@ -98,8 +93,7 @@ class StepGuard:
     def take(self, *, newest: bool) -> list[Verdict]:
         """Return the verdicts that were not returned yet.
 
-        Args:
-            newest: Also that of the last step, waiting for the device.
+        With `newest` also that of the last step, for which the device is waited for.
         """
         found = []
         while len(self._unread) > (1 if self.is_on_device and not newest else 0):
