@@ -21,8 +21,8 @@ import torch
 from configs.training_config import TrainingConfig
 from utils.base.errors import ShardError
 from utils.data.data_state import DataState
-from utils.data.mixture import build_order
-from utils.data.sample_order import DataOrder, Span
+from utils.data.mixture import DataOrder, build_order
+from utils.data.sample_order import Span
 from utils.data.shard_cache import ShardCache
 from utils.data.shard_index import DataSource, ShardFacts, read_tokenizer_files
 from utils.data.token_stream import read_tokens

@@ -105,10 +105,9 @@ def _read_file(name: str, path: str) -> bytes:
         return read_regular_file(path)
     except FileNotFoundError as exc:
         raise CheckpointError(f"{name} is missing") from exc
-    except OSError as exc:
-        raise CheckpointError(f"{name} cannot be read ({exc.strerror or exc})") from exc
-    except ValueError as exc:  # a zero byte in the path
-        raise CheckpointError(f"{name} cannot be read ({exc})") from exc
+    except (OSError, ValueError) as exc:  # a zero byte in the path
+        reason = getattr(exc, "strerror", None) or exc
+        raise CheckpointError(f"{name} cannot be read ({reason})") from exc
 
 
 def _parse_object(name: str, data: bytes) -> dict[str, Any]:

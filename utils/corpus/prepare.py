@@ -336,16 +336,12 @@ def _write_shards(
     shard_tokens = options.shard_tokens
     if shard_tokens is None:
         tokens = list(tokens)
-        shard_tokens = _even_shard_tokens(tokens)
+        total = sum(len(document.ids) for document in tokens if document.split == TRAINING)
+        shard_tokens = max(1, math.ceil(total / NUM_EVEN_SHARDS))
     writer = ShardWriter(bucket, vocab_size, shard_tokens, options.compress, finished, log.record)
     for document in tokens:
         writer.add(document.ids, document.split)
     return writer.finish()
-
-
-def _even_shard_tokens(tokens: Sequence[TokenizedDocument]) -> int:
-    total = sum(len(document.ids) for document in tokens if document.split == TRAINING)
-    return max(1, math.ceil(total / NUM_EVEN_SHARDS))
 
 
 def _tokenize(

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from utils.base.errors import DataError, ShardError, UsageError
 from utils.base.text import parse_json_object
 from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, get_old_json, put_json
@@ -337,11 +335,6 @@ def _decode_samples(
 
 def _first_ids(bucket: Bucket, info: ObjectInfo, array: ArrayLook) -> list[int]:
     with open_stored_shard(bucket, info) as archive:
-        member = archive.getinfo(f"{array.key}.npy")
-        _, dtype = read_array_header(archive, array.key, info.name)
-        header_bytes = member.file_size - int(np.prod(array.shape)) * dtype.itemsize
-        with archive.open(member) as file:
-            file.read(header_bytes)
-            data = file.read(SAMPLE_TOKENS * dtype.itemsize)
-    ids: list[int] = np.frombuffer(data, dtype).tolist()
+        blocks = read_array_blocks(archive, array.key, info.name, SAMPLE_TOKENS)
+        ids: list[int] = next(blocks)[:SAMPLE_TOKENS].tolist()
     return ids

@@ -424,10 +424,7 @@ def _hash_files(label: str, paths: Iterable[Path]) -> str:
     digest = hashlib.sha256(label.encode())
     for path in paths:
         with _read_errors(path), path.open("rb") as file:
-            content = hashlib.sha256()
-            while block := file.read(_READ_BLOCK_BYTES):
-                content.update(block)
-        digest.update(content.digest())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -98,8 +98,7 @@ class TokenFileSource:
             content = hashlib.sha256(path.suffix.lower().encode())
             try:
                 with path.open("rb") as file:
-                    while block := file.read(BLOCK_TOKENS):
-                        content.update(block)
+                    hashlib.file_digest(file, lambda content=content: content)
             except OSError as exc:
                 raise DataError(f"{path}: cannot be read ({exc}).") from exc
             digest.update(content.digest())

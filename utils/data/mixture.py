@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from utils.base.errors import DataError
-from utils.data.sample_order import DataOrder, Indices, SampleOrder, Span, frozen_permutation
+from utils.data.sample_order import Indices, SampleOrder, Span, frozen_permutation
 
 MIXTURE_BLOCK = 1024
 
@@ -116,6 +116,10 @@ class MixtureOrder:
     def _source_position(self, block: int, place: int, number: int) -> int:
         before = int(np.count_nonzero(self._labels(block)[:place] == number))
         return block * self._counts[number] + before
+
+
+DataOrder = SampleOrder | MixtureOrder
+"""What the loader takes its samples from: one source or several."""
 
 
 def _apportion(weights: Sequence[float], seats: int) -> list[int]:

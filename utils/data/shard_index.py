@@ -17,7 +17,6 @@ import lzma
 import math
 import re
 import struct
-import tokenize
 import zipfile
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -44,7 +43,6 @@ VALIDATION_PREFIX = "val_"
 MAX_SHARD_BYTES = 8 * 2**30
 MAX_UNPACK_RATIO = 100
 SMALL_ARRAY_BYTES = 64 * 2**20
-_BLOCK_ELEMENTS = 2**20
 HEADER_READ_BYTES = 16 * 2**10
 HEADER_THREADS = 16
 
@@ -59,10 +57,8 @@ DAMAGE_ERRORS = (
     OSError,
     OverflowError,
     RuntimeError,
-    SyntaxError,
     ValueError,
     struct.error,
-    tokenize.TokenError,
 )
 
 _NPY_MAGIC = b"\x93NUMPY"
@@ -425,9 +421,9 @@ def read_array_header(
 
 
 def read_array_blocks(
-    archive: zipfile.ZipFile, key: str, name: str
+    archive: zipfile.ZipFile, key: str, name: str, block_elements: int = 2**20
 ) -> Generator[np.ndarray[Any, Any], None, None]:
-    """Yield one array of a shard, flat, in blocks of `_BLOCK_ELEMENTS`, after checking its header.
+    """Yield one array of a shard, flat, block by block, after checking its header.
 
     Raises:
         ShardError: The header is not acceptable or the bytes are damaged.
@@ -441,7 +437,7 @@ def read_array_blocks(
                 yield np.frombuffer(file.read(), dtype).reshape(shape, order="F").reshape(-1)
                 return
             # Reaching the end makes zipfile compare the CRC.
-            while data := file.read(_BLOCK_ELEMENTS * dtype.itemsize):
+            while data := file.read(block_elements * dtype.itemsize):
                 yield np.frombuffer(data, dtype=dtype)
     except DAMAGE_ERRORS as exc:
         raise ShardError(name, f"{key} is damaged ({exc}).") from exc

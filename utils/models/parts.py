@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from utils.base.text import parse_json
 
@@ -104,18 +104,6 @@ def part_header(shapes: Mapping[str, tuple[int, ...]], part: RowChoice) -> dict[
         for name, shape in shapes.items()
     }
     return {OFFSETS_HEADER: json.dumps(info)}
-
-
-class TensorReader(Protocol):
-    """Tensors of one or several files, open."""
-
-    names: list[str]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a whole tensor."""
-
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """Return a tensor, or the rows from the first up to the second."""
 
 
 class WholeFile:
@@ -237,6 +225,9 @@ class LoadedTensors:
         """Return a tensor, or some of its rows; other rows are not kept in memory."""
         tensor = self._tensors[name]
         return tensor if rows is None else tensor[slice(*rows)].clone()
+
+
+TensorReader = WholeFile | PartFiles | LoadedTensors
 
 
 def read_tensors(reader: TensorReader, part: RowChoice | None) -> dict[str, torch.Tensor]:
