@@ -33,7 +33,7 @@ def _neox(
     vocab_size: int = 50304,
     positions: int = 2048,
 ) -> ModelPreset:
-    """Return a shape of Pythia (Biderman et al. 2023, table 1, and the models' `config.json`)."""
+    """Return a GPT-NeoX as Pythia has it (Biderman et al. 2023, table 1, and `config.json`)."""
     return ModelPreset(
         "gpt_neox",
         {

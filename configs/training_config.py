@@ -25,7 +25,6 @@ from utils.base.uri import LOCAL_PLACES, PLACES, find_mistake
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parents[1]
 CONFIG_DIRECTORY = PROJECT_DIRECTORY / "configs"
-PROJECT_PLACEHOLDER = "{project}"
 
 LR_SCHEDULERS: dict[str, tuple[str, ...]] = {
     "cosine": (),
@@ -46,7 +45,6 @@ ATTENTION_IMPLEMENTATIONS = (
     "eager",
 )
 BAD_STEP_SPAN = 1000  # `max_bad_steps` is counted over so many steps
-AUTO = "auto"
 REPORT_TARGETS = ("tensorboard", "wandb")
 
 log = logging.getLogger(__name__)
@@ -694,8 +692,8 @@ def _apply(
         return
     known = {item.name: item for item in fields(TrainingConfig)}
     if key == "per_device_train_batch_size":
-        merged["auto_find_batch_size"] = value == AUTO
-        value = 1 if value == AUTO else value
+        merged["auto_find_batch_size"] = value == "auto"
+        value = 1 if value == "auto" else value
     if key not in known:
         raise ConfigError(f"{source}: unknown key {key!r}.{_suggest(key, list(known))}")
     merged[key] = _checked_type(source, key, str(known[key].type), value)
@@ -736,14 +734,11 @@ def _checked_type(source: str, key: str, annotation: str, value: Any) -> Any:
 
 def _expand(value: Any) -> Any:
     if isinstance(value, str):
-        return value.replace(PROJECT_PLACEHOLDER, str(_project_folder()))
+        # The folder of a clone; among packages that pip has installed, the working folder.
+        is_clone = (PROJECT_DIRECTORY / "run.sh").exists()
+        return value.replace("{project}", str(PROJECT_DIRECTORY if is_clone else Path.cwd()))
     if isinstance(value, list):
         return [_expand(item) for item in value]
     if isinstance(value, dict):
         return {key: _expand(item) for key, item in value.items()}
     return value
-
-
-def _project_folder() -> Path:
-    """Return the folder of a clone; among packages that pip has installed, the working folder."""
-    return PROJECT_DIRECTORY if (PROJECT_DIRECTORY / "run.sh").exists() else Path.cwd()

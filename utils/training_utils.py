@@ -165,20 +165,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig) ->
 class TrainingProgress:
     """Counters and histories of a run: what a checkpoint keeps besides tensors.
 
-    Attributes:
-        step: Optimizer updates done.
-        sample_index: Samples consumed, over all ranks; the position in the data.
-        tokens_seen: Tokens consumed, over all ranks.
-        global_batch_size: Samples of the last step, over all ranks.
-        best_loss: Lowest logged training loss.
-        best_loss_step: Step of it.
-        best_validation_loss: Lowest validation loss.
-        validation_loss: Newest validation loss, None where it is not finite.
-        validation_step: Step of it.
-        bad_steps: Steps whose update was left out, and why, oldest first.
-        spending: What the run had taken at the save (`Spending.to_json`), None before the first
-            one; no result depends on it.
-        history: Every logged metric: `training_metrics.json`.
+    `sample_index` (the position in the data), `tokens_seen` and `global_batch_size` (of the last
+    step) count over all ranks. `best_loss` is the lowest logged training loss, `validation_loss`
+    the newest, None where it is not finite. `bad_steps` are those whose update was left out, and
+    why, oldest first. `spending` is what the run had taken at the save (`Spending.to_json`); no
+    result depends on it. `history`, every logged metric, is `training_metrics.json`.
     """
 
     step: int = 0

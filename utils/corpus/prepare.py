@@ -158,7 +158,8 @@ def prepare_corpus(
     found = _look_at_output(bucket, fingerprint, overwrite)
     if isinstance(found, Preparation):
         return found
-    tokenizer, finished = _read_partial(bucket, found.partial, options)
+    partial, stale = found
+    tokenizer, finished = _read_partial(bucket, partial, options)
     tokenizer = tokenizer or _find_tokenizer(contents, options, is_tokenized, token_cache)
     if tokenizer is not None:
         sources = _with_vocabulary(sources, tokenizer)
@@ -181,9 +182,10 @@ def prepare_corpus(
         found = _look_at_output(bucket, fingerprint, overwrite)
         if isinstance(found, Preparation):
             return found
+        _, stale = found
     log = ShardLog(bucket, fingerprint, tokenizer)
     if finished is None:
-        log.begin(found.stale)
+        log.begin(stale)
     tokens = _tokenize(reading, tokenizer, finished, token_cache)
     shards = _write_shards(bucket, tokens, tokenizer.vocab_size, options, finished, log)
     index = _build_index(fingerprint, tokenizer, reading, shards)

@@ -115,13 +115,13 @@ class SampleSource:
     def _modules(self) -> list[Path]:
         found = []
         for folder, folders, files in os.walk(self._stdlib):
-            folders[:] = [name for name in folders if _is_sample_folder(name)]
+            folders[:] = [
+                name
+                for name in folders
+                if name not in SAMPLE_SKIPPED_FOLDERS and not name.startswith("config-")
+            ]
             found += [Path(folder, name) for name in files if name.endswith(".py")]
         return sorted(found, key=lambda path: path.relative_to(self._stdlib).parts)
-
-
-def _is_sample_folder(name: str) -> bool:
-    return name not in SAMPLE_SKIPPED_FOLDERS and not name.startswith("config-")
 
 
 def _python_topics() -> list[str]:
@@ -489,7 +489,8 @@ class HubSource:
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         try:
-            if _is_saved_to_disk(Path(self.name).expanduser()):
+            directory = Path(self.name).expanduser()
+            if any((directory / one).is_file() for one in ("state.json", "dataset_dict.json")):
                 return self._open_saved(datasets)
             return datasets.load_dataset(
                 self.name, self.configuration, split=self.split, streaming=self.streaming
@@ -505,7 +506,3 @@ class HubSource:
         if self.split not in ("train", str(saved.split)):
             raise ValueError(f"it holds the split {saved.split} only")
         return saved
-
-
-def _is_saved_to_disk(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("state.json", "dataset_dict.json"))

@@ -98,7 +98,8 @@ class TokenFileSource:
             content = hashlib.sha256(path.suffix.lower().encode())
             try:
                 with path.open("rb") as file:
-                    hashlib.file_digest(file, lambda content=content: content)
+                    while block := file.read(BLOCK_TOKENS):
+                        content.update(block)
             except OSError as exc:
                 raise DataError(f"{path}: cannot be read ({exc}).") from exc
             digest.update(content.digest())

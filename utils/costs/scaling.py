@@ -105,12 +105,9 @@ class TrainingJob:
 class DeviceMemory:
     """Bytes on one GPU.
 
-    Attributes:
-        state: Weights and moments.
-        gradients: With their buckets.
-        gathered: 16-bit weights, and gradients before they are reduced.
-        activations: Kept for the backward pass.
-        total: At the peak, with the loss; gradients come as activations go.
+    `state` is weights and moments, `gradients` have their buckets with them, `gathered` are 16-bit
+    weights and gradients before they are reduced. `total` is at the peak, with the loss; gradients
+    come as activations go.
     """
 
     state: int

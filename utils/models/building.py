@@ -232,9 +232,7 @@ class LossModel(nn.Module):
     ) -> torch.Tensor:
         """Return the mean loss over all tokens that have a next one: float32, a scalar.
 
-        Args:
-            input_ids: int64 [samples, tokens].
-            position_ids: int64 of the same shape; None counts from 0.
+        Both are int64 [samples, tokens]; without `position_ids` positions count from 0.
         """
         core: Any = self.core
         inputs = {"input_ids": input_ids, "use_cache": False}

@@ -131,11 +131,8 @@ def chunk_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return a chunk's summed loss, and its gradient over the logits divided by `divisor`.
 
-    Args:
-        logits: [tokens, vocabulary].
-        targets: int64 [tokens].
-        divisor: The number of targets of all chunks, or 1.
-        is_trained: Whether the gradient is wanted.
+    `logits` are [tokens, vocabulary], `targets` int64 [tokens]; `divisor` is the number of targets
+    of all chunks, or 1. Without `is_trained` there is no gradient.
     """
     known = targets != IGNORED
     places = targets.clamp(min=0).unsqueeze(1)

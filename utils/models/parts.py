@@ -109,9 +109,7 @@ def part_header(shapes: Mapping[str, tuple[int, ...]], part: RowChoice) -> dict[
 class WholeFile:
     """A safetensors file of whole tensors.
 
-    Args:
-        path: The file.
-        stack: Closes it.
+    `stack` closes it.
     """
 
     def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
@@ -140,9 +138,7 @@ class _Piece:
 class PartFiles:
     """The files of all parts.
 
-    Args:
-        paths: What `find_part_files` returned.
-        stack: Closes them.
+    `paths` are those that `find_part_files` found; `stack` closes them.
 
     Raises:
         ValueError: They do not make up whole tensors.
@@ -207,11 +203,7 @@ class PartFiles:
 
 
 class LoadedTensors:
-    """Tensors of a pickle that is mapped into memory.
-
-    Args:
-        tensors: By name.
-    """
+    """Tensors of a pickle that is mapped into memory."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors

@@ -170,14 +170,11 @@ class RunSaving:
         return ranks.any_rank(due or self._is_retry_due())
 
     def save(self, *, is_last: bool = False) -> float:
-        """Begin to save a checkpoint; training goes on while it is written.
+        """Begin to save a checkpoint, written while training goes on; return the seconds waited.
 
         A save that is due while the one before is still being written waits or is skipped, as
         `save_overlap` says; the last one of an attempt always waits. A state that is saved already
         is not saved twice. Call `saver.fence` before the optimizer changes the state.
-
-        Returns:
-            The seconds that training has waited; 0 where nothing is saved.
         """
         step = self.state.progress.step
         if step == self.saved_step:

@@ -87,11 +87,7 @@ def _has(checkpoint: Path, manifest: Manifest) -> bool:
 def _send(
     folder: Path, manifest: Manifest, rank: int, lacking: Sequence[int], forgive_random_states: bool
 ) -> str | None:
-    """Send the files from rank 0 to `lacking`; all ranks call this.
-
-    Returns:
-        Why it failed on this rank, None where it did not.
-    """
+    """Send the files from rank 0 to `lacking`, all ranks taking part; return why it failed here."""
     members = [0, *lacking]
     group = _group_of(members)
     if rank not in members:

@@ -322,13 +322,9 @@ def judge_changes(
 ) -> ConfigChanges:
     """Return changes of a configuration, judged by the model that it comes to.
 
-    Args:
-        changes: As the configurations name them.
-        of_model: What `describe_model_changes` returns; None where they are not known. Another name
-            of the same model is a free change, the same name of another model is none.
-        has_dropout: Whether the model has dropout, whose random numbers depend on how it is
-            computed.
-        is_compiled: Whether it is compiled now.
+    `of_model` is what `describe_model_changes` returns, None where they are not known: another name
+    of the same model is a free change, the same name of another model is none. Random numbers of
+    dropout depend on how the model is computed.
     """
     free, guarded = list(changes.free), list(changes.guarded)
     named = [change for change in guarded if change.startswith(_MODEL_KEYS)]

@@ -70,14 +70,11 @@ class Candidate:
 class Plan:
     """Where an attempt may begin; nothing has been changed yet.
 
-    Attributes:
-        identity: The run and branch that it belongs to, a new run at step 0.
-        candidates: Newest first; the first that can be used is taken. Empty at step 0.
-        can_walk_back: Whether the next candidate may be taken where one cannot be used.
-        is_older: Whether the candidate is known not to be the newest of its run.
-        known: Other identities that were seen beside the candidates.
-        in_bucket: Identities of all that the run's own bucket holds.
-        searched: Where a checkpoint was looked for in vain, "" where none was.
+    `identity` is the run and branch that it belongs to. Candidates come newest first, none at step
+    0; the first that can be used is taken, and with `can_walk_back` the next where one cannot.
+    `is_older`: the candidate is known not to be the newest of its run. `known` are other identities
+    seen beside the candidates, `in_bucket` those of all that the run's own bucket holds. `searched`
+    is where a checkpoint was looked for in vain.
     """
 
     identity: RunIdentity

@@ -40,14 +40,10 @@ class Verdict:
 class StepGuard:
     """Judges each step; every rank has the same inputs and so the same verdicts.
 
-    Args:
-        device: Where loss and gradients are.
-        sigma: A loss this many standard deviations above the mean is a spike; None: never.
-        window: Good steps that mean and deviation are taken from; before it is full nothing is a
-            spike.
-        should_check_gradients: False where a loss scaler looks for overflow itself.
-        is_on_device: Whether the optimizer obeys the verdict on the device, and the host reads it
-            one step later.
+    A loss `sigma` standard deviations above the mean of the last `window` good steps is a spike,
+    once there are so many; with None none is. A loss scaler looks for overflow itself: then
+    gradients are not checked. With `is_on_device` the optimizer obeys the verdict on the device,
+    and the host reads it one step later.
     """
 
     def __init__(
