@@ -214,11 +214,8 @@ def _refuse_bad(bucket: Bucket, looks: Iterable[ShardLook]) -> None:
     if bad:
         lines = [f"  {look.name}: {look.problem}" for look in bad[:MAX_NAMED]]
         more = [f"  ... and {len(bad) - MAX_NAMED} more"] if len(bad) > MAX_NAMED else []
-        raise DataError(
-            "\n".join(
-                [f"{bucket.uri}: {len(bad)} bad shards; no index was written.", *lines, *more]
-            )
-        )
+        title = f"{bucket.uri}: {len(bad)} bad shards; no index was written."
+        raise DataError("\n".join([title, *lines, *more]))
 
 
 def _describe_stored_tokenizer(
