@@ -101,7 +101,7 @@ def start(args: argparse.Namespace, config: TrainingConfig, writer: WriterProces
         begun = restore.begin(plan, config, state, data, args)
 
         options = SavingOptions(found.transport, not args.no_background_upload, writer)
-        run = TrainingRun(config, state, data, begun, stop, options, config.hourly_price)
+        run = TrainingRun(config, state, data, begun, stop, options)
         stack.enter_context(run)
         return loop(run, config, args.stop_after)
 

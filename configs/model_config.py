@@ -155,12 +155,9 @@ def build_model_config(
 ) -> PretrainedConfig:
     """Return the transformers config of a preset or a file.
 
-    Args:
-        name: A key of `PRESETS`, or a path that ends in .json, relative to the current directory.
-        overrides: Values that replace the preset's or the file's.
-        sequence_length: Tokens in a sample; must fit the model's positions.
-        pad_vocab_to_multiple_of: Round the size of the vocabulary up; the config then also has
-            `unpadded_vocab_size`.
+    `name` is a key of `PRESETS`, or a path that ends in .json, relative to the current directory.
+    `overrides` replace its values. The model's positions must hold `sequence_length` tokens. A
+    vocabulary that is rounded up also gets `unpadded_vocab_size`.
 
     Raises:
         ConfigError: An unknown preset or key, a file that is no causal language model's, or values
@@ -186,8 +183,10 @@ def build_model_config(
             f"sequence_length {sequence_length} is above the {positions} positions of {name}. "
             f"Lower it, or set model_overrides.max_position_embeddings={sequence_length}."
         )
-    if pad_vocab_to_multiple_of:
-        _pad_vocabulary(config, pad_vocab_to_multiple_of)
+    size, multiple = config.vocab_size, pad_vocab_to_multiple_of
+    if multiple and size % multiple:
+        config.vocab_size = -(-size // multiple) * multiple
+        setattr(config, UNPADDED_KEY, size)
     return config
 
 
@@ -221,7 +220,8 @@ def _checked_values(path: str, found: dict[str, Any]) -> tuple[str, dict[str, An
         )
     if not isinstance(model_type, str):
         raise ConfigError(f"model {path}: it has no model_type, such as llama or gpt2.")
-    known = _causal_types()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+
     if model_type not in known:
         raise ConfigError(
             f"model {path}: model_type {_shown(model_type)} is no causal language model of "
@@ -271,14 +271,8 @@ def _drop_older_keys(values: dict[str, Any]) -> None:
 def describe_model_changes(before: Any, config: Any) -> list[str] | None:
     """Return how a model differs from that of a checkpoint, as `key: old -> new`.
 
-    What a version of transformers adds, and what the data decide, is no difference.
-
-    Args:
-        before: The checkpoint's `config.json`.
-        config: The model's.
-
-    Returns:
-        None where the checkpoint's cannot be understood.
+    What a version of transformers adds, and what the data decide, is no difference. `before` is the
+    checkpoint's `config.json`; None where it cannot be understood.
     """
     if not isinstance(before, Mapping):
         return None
@@ -302,13 +296,6 @@ def describe_model_changes(before: Any, config: Any) -> list[str] | None:
         for key in sorted(old.keys() & after.keys() - passed)
         if old[key] != after[key]
     ]
-
-
-@functools.cache
-def _causal_types() -> frozenset[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 @functools.cache
@@ -412,14 +399,6 @@ def _require_sizes(
         said = next((k for k in (key, own) if k in overrides), None)
         where = f"model_overrides.{said}" if said else f"model {name}: {own}"
         raise ConfigError(f"{where} must be {word}, got {_shown(str(size))}.")
-
-
-def _pad_vocabulary(config: PretrainedConfig, multiple: int) -> None:
-    size = config.vocab_size
-    padded = -(-size // multiple) * multiple
-    if padded != size:
-        config.vocab_size = padded
-        setattr(config, UNPADDED_KEY, size)
 
 
 def _finite(text: str) -> float:

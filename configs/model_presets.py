@@ -16,10 +16,8 @@ from typing import Any
 class ModelPreset:
     """A model type and its shape.
 
-    Attributes:
-        model_type: `model_type` of the transformers config class.
-        values: Keyword arguments of that class.
-        parameters: Number of parameters with embeddings, for its own vocabulary.
+    `values` are keyword arguments of the transformers config class. `parameters` counts embeddings
+    too, for its own vocabulary.
     """
 
     model_type: str
@@ -27,10 +25,15 @@ class ModelPreset:
     parameters: int
 
 
-def _pythia(
-    hidden: int, layers: int, heads: int, parameters: int, vocab_size: int = 50304
+def _neox(
+    hidden: int,
+    layers: int,
+    heads: int,
+    parameters: int,
+    vocab_size: int = 50304,
+    positions: int = 2048,
 ) -> ModelPreset:
-    """Return a shape of Pythia (Biderman et al. 2023, table 1, and the models' `config.json`)."""
+    """Return a GPT-NeoX as Pythia has it (Biderman et al. 2023, table 1, and `config.json`)."""
     return ModelPreset(
         "gpt_neox",
         {
@@ -39,7 +42,7 @@ def _pythia(
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "intermediate_size": 4 * hidden,
-            "max_position_embeddings": 2048,
+            "max_position_embeddings": positions,
             "rotary_pct": 0.25,
             "use_parallel_residual": True,
             "tie_word_embeddings": False,
@@ -68,57 +71,23 @@ def _llama(
     )
 
 
-def _nano(hidden: int, layers: int, heads: int, parameters: int) -> ModelPreset:
-    """Return a very small GPT-NeoX for a BPE vocabulary of 1500 ids."""
-    shape = _pythia(hidden, layers, heads, parameters, vocab_size=1500)
-    return ModelPreset("gpt_neox", {**shape.values, "max_position_embeddings": 256}, parameters)
-
-
 PRESETS: dict[str, ModelPreset] = {
     # Of the two layer counts that circulate for "1.2B" (24 and 16), 24 gives 1.21e9 parameters
     # without embeddings.
-    "refocused-1.2b": ModelPreset(
-        "gpt_neox",
-        {
-            "vocab_size": 50257,
-            "hidden_size": 2048,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "intermediate_size": 8192,
-            "max_position_embeddings": 2048,
-            "rotary_pct": 0.25,
-            "use_parallel_residual": True,
-            "tie_word_embeddings": False,
-        },
-        parameters=1_414_455_296,
-    ),
-    "neox-tiny": ModelPreset(
-        "gpt_neox",
-        {
-            "vocab_size": 4096,
-            "hidden_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "intermediate_size": 1024,
-            "max_position_embeddings": 512,
-            "rotary_pct": 0.25,
-            "use_parallel_residual": True,
-            "tie_word_embeddings": False,
-        },
-        parameters=5_256_704,
-    ),
-    "pythia-14m": _pythia(128, 6, 4, 14_067_712),
-    "pythia-31m": _pythia(256, 6, 8, 30_494_720),
-    "pythia-70m": _pythia(512, 6, 8, 70_426_624),
-    "pythia-160m": _pythia(768, 12, 12, 162_322_944),
-    "pythia-410m": _pythia(1024, 24, 16, 405_334_016),
-    "pythia-1b": _pythia(2048, 16, 8, 1_011_781_632),
-    "pythia-1.4b": _pythia(2048, 24, 16, 1_414_647_808),
-    "pythia-2.8b": _pythia(2560, 32, 32, 2_775_208_960),
-    "pythia-6.9b": _pythia(4096, 32, 32, 6_857_302_016, 50432),
-    "pythia-12b": _pythia(5120, 36, 40, 11_846_072_320, 50688),
+    "refocused-1.2b": _neox(2048, 24, 16, 1_414_455_296, 50257),
+    "neox-tiny": _neox(256, 4, 4, 5_256_704, 4096, 512),
+    "pythia-14m": _neox(128, 6, 4, 14_067_712),
+    "pythia-31m": _neox(256, 6, 8, 30_494_720),
+    "pythia-70m": _neox(512, 6, 8, 70_426_624),
+    "pythia-160m": _neox(768, 12, 12, 162_322_944),
+    "pythia-410m": _neox(1024, 24, 16, 405_334_016),
+    "pythia-1b": _neox(2048, 16, 8, 1_011_781_632),
+    "pythia-1.4b": _neox(2048, 24, 16, 1_414_647_808),
+    "pythia-2.8b": _neox(2560, 32, 32, 2_775_208_960),
+    "pythia-6.9b": _neox(4096, 32, 32, 6_857_302_016, 50432),
+    "pythia-12b": _neox(5120, 36, 40, 11_846_072_320, 50688),
     # Black et al. 2022, table 1: the same kind of layers.
-    "gpt-neox-20b": _pythia(6144, 44, 64, 20_554_567_680, 50432),
+    "gpt-neox-20b": _neox(6144, 44, 64, 20_554_567_680, 50432),
     # Radford et al. 2019. Dropout is 0 where the model type has 0.1: a pre-training sees a token a
     # few times at most. gelu_pytorch_tanh is the same function as its gelu_new, as one kernel that
     # keeps one tensor for the backward pass and not five.
@@ -148,10 +117,11 @@ PRESETS: dict[str, ModelPreset] = {
     # For TinyStories (Eldan and Li 2023) with 10000 ids. 1344 is 8/3 of the width, rounded down to
     # a multiple of 64; the output layer has weights of its own.
     "tinystories": _llama(512, 6, 8, 1344, 28_924_416, vocab_size=10000, tie_word_embeddings=False),
-    # Near 746K, 1.6M, 2.8M and 4.8M parameters ("m" lies between its neighbours), for a laptop.
-    "nano-xs": _nano(96, 4, 4, 735_552),
-    "nano-s": _nano(128, 6, 4, 1_573_888),
-    "nano-ds": _nano(128, 12, 4, 2_763_520),
-    "nano-m": _nano(192, 6, 6, 3_245_568),
-    "nano-l": _nano(240, 6, 6, 4_886_400),
+    # Near 746K, 1.6M, 2.8M and 4.8M parameters ("m" lies between its neighbours), for a laptop
+    # and a BPE vocabulary of 1500 ids.
+    "nano-xs": _neox(96, 4, 4, 735_552, 1500, 256),
+    "nano-s": _neox(128, 6, 4, 1_573_888, 1500, 256),
+    "nano-ds": _neox(128, 12, 4, 2_763_520, 1500, 256),
+    "nano-m": _neox(192, 6, 6, 3_245_568, 1500, 256),
+    "nano-l": _neox(240, 6, 6, 4_886_400, 1500, 256),
 }

@@ -25,7 +25,6 @@ from utils.base.uri import LOCAL_PLACES, PLACES, find_mistake
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parents[1]
 CONFIG_DIRECTORY = PROJECT_DIRECTORY / "configs"
-PROJECT_PLACEHOLDER = "{project}"
 
 LR_SCHEDULERS: dict[str, tuple[str, ...]] = {
     "cosine": (),
@@ -46,7 +45,6 @@ ATTENTION_IMPLEMENTATIONS = (
     "eager",
 )
 BAD_STEP_SPAN = 1000  # `max_bad_steps` is counted over so many steps
-AUTO = "auto"
 REPORT_TARGETS = ("tensorboard", "wandb")
 
 log = logging.getLogger(__name__)
@@ -387,41 +385,32 @@ class TrainingConfig:
 
 # Key -> its least value; null passes where the type allows it.
 _LEAST_VALUES = {
-    **dict.fromkeys(
-        (
-            "max_steps",
-            "per_device_train_batch_size",
-            "save_steps",
-            "logging_steps",
-            "keep_checkpoints",
-            "max_unverified",
-            "shuffle_window_shards",
-            "upload_streams",
-            "global_batch_size",
-            "gradient_accumulation_steps",
-            "per_device_eval_batch_size",
-            "eval_steps",
-            "max_eval_samples",
-            "cache_limit_bytes",
-            "keep_every_steps",
-            "pad_vocab_to_multiple_of",
-            "save_seconds",
-        ),
-        1,
-    ),
-    **dict.fromkeys(("sequence_length", "spike_window"), 2),
-    **dict.fromkeys(
-        (
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "max_bad_steps",
-            "sample_tokens",
-            "upload_deadline_seconds",
-            "grace_seconds",
-        ),
-        0,
-    ),
+    "max_steps": 1,
+    "per_device_train_batch_size": 1,
+    "save_steps": 1,
+    "logging_steps": 1,
+    "keep_checkpoints": 1,
+    "max_unverified": 1,
+    "shuffle_window_shards": 1,
+    "upload_streams": 1,
+    "global_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "per_device_eval_batch_size": 1,
+    "eval_steps": 1,
+    "max_eval_samples": 1,
+    "cache_limit_bytes": 1,
+    "keep_every_steps": 1,
+    "pad_vocab_to_multiple_of": 1,
+    "save_seconds": 1,
+    "sequence_length": 2,
+    "spike_window": 2,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "max_bad_steps": 0,
+    "sample_tokens": 0,
+    "upload_deadline_seconds": 0,
+    "grace_seconds": 0,
 }
 _INTERVALS = {
     "hourly_price": (0, 1e9),
@@ -591,9 +580,7 @@ GUARDED_KEYS = (
 class ConfigChanges:
     """How a configuration differs from the one of a checkpoint, as `key: old -> new`.
 
-    Attributes:
-        free: Changes that leave what is trained as it was.
-        guarded: Changes that do not.
+    `free` ones leave what is trained as it was, `guarded` ones do not.
     """
 
     free: tuple[str, ...]
@@ -637,9 +624,8 @@ def get_training_config(
 ) -> TrainingConfig:
     """Return the configuration of a name or a JSON file.
 
-    Args:
-        name: `test`, `production`, any NAME of `configs/NAME.json`, or a path to a .json file.
-        overrides: Key -> value, applied after the file; `model_overrides.KEY` sets one of its keys.
+    `name` is `test`, `production`, any NAME of `configs/NAME.json`, or a path to a .json file.
+    `overrides` come after the file; `model_overrides.KEY` sets one of its keys.
 
     Raises:
         ConfigError: A file, key or value is wrong; the message says where.
@@ -706,8 +692,8 @@ def _apply(
         return
     known = {item.name: item for item in fields(TrainingConfig)}
     if key == "per_device_train_batch_size":
-        merged["auto_find_batch_size"] = value == AUTO
-        value = 1 if value == AUTO else value
+        merged["auto_find_batch_size"] = value == "auto"
+        value = 1 if value == "auto" else value
     if key not in known:
         raise ConfigError(f"{source}: unknown key {key!r}.{_suggest(key, list(known))}")
     merged[key] = _checked_type(source, key, str(known[key].type), value)
@@ -748,14 +734,11 @@ def _checked_type(source: str, key: str, annotation: str, value: Any) -> Any:
 
 def _expand(value: Any) -> Any:
     if isinstance(value, str):
-        return value.replace(PROJECT_PLACEHOLDER, str(_project_folder()))
+        # The folder of a clone; among packages that pip has installed, the working folder.
+        is_clone = (PROJECT_DIRECTORY / "run.sh").exists()
+        return value.replace("{project}", str(PROJECT_DIRECTORY if is_clone else Path.cwd()))
     if isinstance(value, list):
         return [_expand(item) for item in value]
     if isinstance(value, dict):
         return {key: _expand(item) for key, item in value.items()}
     return value
-
-
-def _project_folder() -> Path:
-    """Return the folder of a clone; among packages that pip has installed, the working folder."""
-    return PROJECT_DIRECTORY if (PROJECT_DIRECTORY / "run.sh").exists() else Path.cwd()

@@ -290,13 +290,8 @@ def read_checkpoint(
 ) -> SavedState:
     """Return what a verified checkpoint holds for one rank.
 
-    Args:
-        checkpoint: Its directory.
-        manifest: Its manifest; nothing that it does not name is read.
-        rank: This process.
-        world_size: All processes now.
-        accept_missing_random_state: Return None for random states that cannot be read.
-        part: Read these rows of weights and moments only; None: all.
+    Nothing is read that the manifest does not name. `part` reads only these rows of weights and
+    moments. With `accept_missing_random_state`, random states that cannot be read are None.
 
     Raises:
         UnreadableCheckpointError: A file is missing or cannot be read.

@@ -21,8 +21,8 @@ import torch
 from configs.training_config import TrainingConfig
 from utils.base.errors import ShardError
 from utils.data.data_state import DataState
-from utils.data.mixture import build_order
-from utils.data.sample_order import DataOrder, Span
+from utils.data.mixture import DataOrder, build_order
+from utils.data.sample_order import Span
 from utils.data.shard_cache import ShardCache
 from utils.data.shard_index import DataSource, ShardFacts, read_tokenizer_files
 from utils.data.token_stream import read_tokens
@@ -42,12 +42,7 @@ class SampleReader:
     With `bad_shard: skip`, a sample that touches an unusable shard is replaced by the next sample
     of the order that lies within one usable shard. Which samples those are depends on the order and
     on which shards are unusable, on nothing else: every rank and every restart replaces the same.
-
-    Args:
-        order: Sample order.
-        cache: Where the tokens come from.
-        skip_bad_shards: Whether to replace such samples; otherwise the ShardError is raised.
-        bad_shards: Shards that were found unusable before, by number.
+    `bad_shards` are those that were found unusable before, by number.
     """
 
     def __init__(
@@ -126,11 +121,7 @@ def _copy(cache: ShardCache, spans: Sequence[Span], row: np.ndarray[Any, Any]) -
 class StepShape:
     """How the samples of a step lie over micro-steps and ranks.
 
-    Attributes:
-        micro_batch: Samples in one forward of one rank.
-        accumulation: Micro-steps in a step.
-        rank: This process.
-        world_size: All processes.
+    A micro-batch is the samples in one forward of one rank; `accumulation` of them make a step.
     """
 
     micro_batch: int
@@ -158,13 +149,9 @@ class StepShape:
 class BatchLoader:
     """Yields the micro-batches of each step, prepared ahead in a thread.
 
-    Args:
-        reader: Where the samples come from; closed with the loader.
-        shape: Which samples of a step are this rank's.
-        position: Global sample index to begin at; a multiple of nothing in particular.
-        pin_memory: Whether batches lie in memory that a GPU copies from at full speed.
-        should_stop: Asked while no batch is ready, about every 0.1 s; once it says so, the
-            iteration ends. Batches that are ready are yielded all the same.
+    The reader is closed with the loader. `position` is the global sample index to begin at, a
+    multiple of nothing in particular. `should_stop` is asked while no batch is ready, about every
+    0.1 s; once it says so, the iteration ends. Batches that are ready are yielded all the same.
     """
 
     def __init__(
@@ -255,12 +242,8 @@ class BatchLoader:
 class ValidationData:
     """The validation samples: shards in the order of their names, cut without overlap.
 
-    Args:
-        cache: Where the tokens come from.
-        shards: Validation shards.
-        sequence_length: Tokens in a sample.
-        max_samples: Use only so many, the first; None for all.
-        skip_bad_shards: Leave unusable shards out instead of failing at the first evaluation.
+    Only the first `max_samples` are used, all where it is None. `skip_bad_shards` leaves unusable
+    shards out instead of failing at the first evaluation.
     """
 
     def __init__(
@@ -308,11 +291,7 @@ class ValidationData:
 class TrainingData:
     """The data of a run: their order at once, batches and validation samples once it is opened.
 
-    Args:
-        config: The run's configuration.
-        sources: Where they come from; the first also has the validation data.
-        cache: Directory for shards.
-        vocab_size: Number of token ids that the model knows.
+    The first source also has the validation data.
     """
 
     validation: ValidationData
@@ -338,8 +317,7 @@ class TrainingData:
     def open(self, bad_shards: Iterable[int]) -> None:
         """Open the buckets.
 
-        Args:
-            bad_shards: Shards that were found unusable before, by number.
+        `bad_shards` are those that were found unusable before, by number.
 
         Raises:
             ConfigError: `cache_limit_bytes` is below what is needed at once.
@@ -401,9 +379,8 @@ class TrainingData:
     def describe(self, position: int, bad_shards: Iterable[int] = ()) -> DataState:
         """Return what a checkpoint keeps of a position in the data.
 
-        Args:
-            position: Samples consumed, over all ranks.
-            bad_shards: Shards found unusable by now, by number, on any rank.
+        `position` counts samples over all ranks; `bad_shards` were found unusable by now, on any
+        rank.
         """
         return DataState(
             sample_index=position,

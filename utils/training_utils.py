@@ -165,20 +165,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig) ->
 class TrainingProgress:
     """Counters and histories of a run: what a checkpoint keeps besides tensors.
 
-    Attributes:
-        step: Optimizer updates done.
-        sample_index: Samples consumed, over all ranks; the position in the data.
-        tokens_seen: Tokens consumed, over all ranks.
-        global_batch_size: Samples of the last step, over all ranks.
-        best_loss: Lowest logged training loss.
-        best_loss_step: Step of it.
-        best_validation_loss: Lowest validation loss.
-        validation_loss: Newest validation loss, None where it is not finite.
-        validation_step: Step of it.
-        bad_steps: Steps whose update was left out, and why, oldest first.
-        spending: What the run had taken at the save (`Spending.to_json`), None before the first
-            one; no result depends on it.
-        history: Every logged metric: `training_metrics.json`.
+    `sample_index` (the position in the data), `tokens_seen` and `global_batch_size` (of the last
+    step) count over all ranks. `best_loss` is the lowest logged training loss, `validation_loss`
+    the newest, None where it is not finite. `bad_steps` are those whose update was left out, and
+    why, oldest first. `spending` is what the run had taken at the save (`Spending.to_json`); no
+    result depends on it. `history`, every logged metric, is `training_metrics.json`.
     """
 
     step: int = 0
@@ -231,16 +222,10 @@ class TrainingProgress:
 class TrainState:
     """Everything that a step changes.
 
-    Attributes:
-        accelerator: Ranks, precision and devices.
-        division: Model and optimizer, and how they lie over the ranks.
-        scheduler: The plain schedule over the plain optimizer.
-        progress: Counters and histories.
-        guard: Judges each step before the optimizer may use it.
-        interval: Sum of the losses of the good steps since the last logged metrics, over all
-            ranks, and their number: on the device, float32, shape [2].
-        grad_norm: Norm of the last step's gradients before clipping, on the device.
-        last_learning_rate: Learning rate of the last step.
+    `scheduler` is the plain schedule over the plain optimizer, and `guard` judges each step before
+    the optimizer may use it. `interval` has the sum of the losses of the good steps since the last
+    logged metrics, over all ranks, and their number: on the device, float32, shape [2]. `grad_norm`
+    is that of the last step before clipping, on the device.
     """
 
     accelerator: Accelerator
@@ -399,10 +384,8 @@ def forward_loss(
 ) -> torch.Tensor:
     """Return the mean loss of a micro-batch, a scalar.
 
-    Args:
-        model: A `LossModel`, wrapped or not.
-        input_ids: int64 [micro-batch, sequence_length] on the model's device.
-        document_end: End-of-text id where attention must not cross documents, else None.
+    `input_ids` are int64 [micro-batch, sequence_length] on the device of the model, a `LossModel`,
+    wrapped or not. `document_end` is the end-of-text id where attention must not cross documents.
     """
     positions = None if document_end is None else document_positions(input_ids, document_end)
     loss: torch.Tensor = model(input_ids, positions)
@@ -418,12 +401,9 @@ def train_step(
 ) -> None:
     """Do one optimizer update, unless the guard finds the step bad.
 
-    Args:
-        state: Changed in place.
-        batches: This rank's micro-batches: int64 [micro-batch, sequence_length] each.
-        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
-        document_end: End-of-text id where attention must not cross documents.
-        before_update: Called when all gradients are there and nothing is changed yet.
+    `batches` are this rank's micro-batches: int64 [micro-batch, sequence_length] each. Gradients
+    are scaled down to `max_grad_norm`; 0 leaves them. `before_update` is called when all gradients
+    are there and nothing is changed yet.
     """
     accelerator, division, progress = state.accelerator, state.division, state.progress
     step_loss = torch.zeros((), device=accelerator.device)

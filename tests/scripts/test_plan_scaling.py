@@ -52,7 +52,7 @@ def test_the_network_and_the_efficiency_can_be_given(capsys: pytest.CaptureFixtu
         (["--tokens", "inf"], "--tokens must be above 0"),
         (["--sequence-length", "0"], "--sequence-length must be"),
         (["--global-batch", "0"], "cannot be shared"),
-        (["--gpu", "H101"], "Did you mean H100"),
+        (["--gpu", "H101"], "H100, H200, A100, L4, T4"),
         (["--model", "gpt-5"], "no known preset"),
         (["--model", "pythia-6.9"], "Did you mean pythia-6.9b"),
     ],

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from tests.sample_shards import CountingBucket, save_shards
 from utils.base.errors import ShardError
-from utils.data.mixture import build_order
-from utils.data.sample_order import DataOrder, SampleOrder
+from utils.data.mixture import DataOrder, build_order
+from utils.data.sample_order import SampleOrder
 from utils.data.shard_cache import ShardCache
 from utils.data_utils import BatchLoader, SampleReader, StepShape, ValidationData
 

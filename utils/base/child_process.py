@@ -21,9 +21,7 @@ _PR_SET_PDEATHSIG = 1
 def live_no_longer_than(parent: int, number: int = signal.SIGKILL) -> None:
     """Have the kernel end this process with its parent (Linux only).
 
-    Args:
-        parent: Process id of the parent as it knew it; if it is gone already, this process exits.
-        number: The signal that ends it.
+    If `parent`, its process id as it was known there, is gone already, this process exits.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)

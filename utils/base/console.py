@@ -56,12 +56,9 @@ def configure_logging(
 ) -> None:
     """Send log records to standard output, and to `file` where one is given.
 
-    Args:
-        level: debug, info, warning or error.
-        quiet: Only warnings and errors on standard output; the file still gets everything.
-        file: Log file, appended to.
-        main_process: Other ranks show warnings and errors only and write no file.
-        stderr: Standard error instead: for commands whose output is a result, such as JSON.
+    `quiet` shows only warnings and errors; `file`, which is appended to, still gets everything.
+    Ranks other than the main process show the same and write no file. `stderr` is for commands
+    whose output is a result, such as JSON.
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
@@ -139,9 +136,7 @@ def without_control_characters(text: str) -> str:
 class LiveLine:
     """One line at the bottom of a terminal that follows what goes on.
 
-    Args:
-        enabled: False shows nothing anywhere.
-        plain_seconds: Without a terminal, log the line this often; None does not.
+    Without a terminal the line is logged every `plain_seconds`, or not at all.
     """
 
     def __init__(self, *, enabled: bool = True, plain_seconds: float | None = None) -> None:
@@ -157,9 +152,8 @@ class LiveLine:
     def show(self, text: str, *, is_logged: bool = True) -> None:
         """Replace the line.
 
-        Args:
-            text: The new line.
-            is_logged: False shows it on a terminal alone, and begins the time of the next log line.
+        Without `is_logged` it is shown on a terminal alone, and the time of the next log line
+        begins.
         """
         if self._live is not None:
             from rich.text import Text
@@ -188,11 +182,7 @@ def print_table(
 ) -> None:
     """Print rows: a table, or plain lines in a pipe.
 
-    Args:
-        title: Shown above.
-        rows: Values by column.
-        columns: Those to show; None for the keys of the first row.
-        right_aligned: Columns of numbers.
+    `columns` are by default those of the first row.
     """
     if not rows:
         return

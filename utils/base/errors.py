@@ -63,12 +63,7 @@ class DataError(PretrainError):
 
 
 class ShardError(DataError):
-    """One shard cannot be used.
-
-    Args:
-        name: The shard's object name.
-        reason: What is wrong with it.
-    """
+    """One shard cannot be used."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")

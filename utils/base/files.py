@@ -81,10 +81,8 @@ class Block:
 class FollowedFile:
     """Reads what is new in one file.
 
-    Args:
-        path: The file; it need not be there yet.
-        tail_bytes: Only so much of the end is read of a file that is there at the first call, from
-            the next line on. None for all.
+    It need not be there yet. Of a file that is there at the first call, only the last `tail_bytes`
+    are read, from the next line on.
     """
 
     def __init__(self, path: Path, tail_bytes: int | None = None) -> None:

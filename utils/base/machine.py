@@ -80,7 +80,7 @@ class MachineProbe:
         memory = psutil.virtual_memory()
         disk = None
         with contextlib.suppress(OSError):  # no right to look, or a share that is gone
-            disk = psutil.disk_usage(str(_existing_parent(self._directory)))
+            disk = psutil.disk_usage(str(existing_parent(self._directory)))
         return MachineLoad(
             cpu_percent=psutil.cpu_percent(),
             memory_used_bytes=memory.total - memory.available,
@@ -144,7 +144,8 @@ def _reclaimable(group: Path) -> int:
     return 0
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """Return a path, or the nearest folder above it that exists; absolute."""
     path = path.absolute()
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())
 

@@ -30,10 +30,7 @@ _logger = logging.getLogger(__name__)
 class ProgressDisplay:
     """Shows the bytes done in each stage, as they are told by `update`.
 
-    Args:
-        enabled: False shows nothing.
-        clock: Seconds, for the time between two lines.
-        unit: What is counted instead of bytes.
+    `unit` is what is counted instead of bytes.
     """
 
     def __init__(

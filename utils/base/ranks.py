@@ -111,9 +111,7 @@ def broadcast_from_main(value: T) -> T:
 def gather_to_main(value: T, group: Any | None = None) -> list[T] | None:
     """Return every rank's value on rank 0, None on the others; all ranks call this.
 
-    Args:
-        value: Anything that can be pickled.
-        group: What `new_host_group` returned, for calls from another thread; None: the host group.
+    `group` is what `new_host_group` returned, for calls from another thread.
     """
     if not are_ranks_connected():
         return [value]

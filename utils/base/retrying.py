@@ -35,12 +35,8 @@ def retry(
 ) -> T:
     """Return what `operation` returns; after a transient error it is tried again.
 
-    Args:
-        operation: What is tried.
-        delays: Seconds before each next attempt; where they end, so do the attempts. The next one
-            is asked for after an attempt has failed.
-        tell: Called before each wait, with its seconds and the error.
-        wait: Waits so many seconds.
+    `delays` are the seconds before each next attempt; where they end, so do the attempts. `tell` is
+    called before each wait.
 
     Raises:
         TransientStorageError: The last attempt's.

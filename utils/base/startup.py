@@ -58,21 +58,15 @@ def load_libraries() -> None:
         from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel  # noqa: F401
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Have blocks up to 1 GiB reused instead of given back, and up to 2 GiB kept free for that.
 
-    Returns:
-        False where the C library is not GNU's, and nothing was changed.
+    Nothing is changed where the C library is not GNU's.
     """
-    if not sys.platform.startswith("linux"):
-        return False
     library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
-        return False
-    set_option = library.mallopt
-    return bool(set_option(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)) and bool(
-        set_option(M_TRIM_THRESHOLD, KEPT_FREE_BYTES)
-    )
+    if hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
+        library.mallopt(M_TRIM_THRESHOLD, KEPT_FREE_BYTES)
 
 
 def keep_compiled(cache: Path) -> None:

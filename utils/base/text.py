@@ -126,11 +126,7 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_json(text: bytes | str, **options: Any) -> Any:
-    """Return the value of JSON text.
-
-    Args:
-        text: UTF-8 where it is bytes.
-        **options: Of `json.loads`.
+    """Return the value of JSON text, UTF-8 where it is bytes; `options` are those of `json.loads`.
 
     Raises:
         ValueError: It is no JSON, no UTF-8, or nested too deeply.

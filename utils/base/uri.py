@@ -63,9 +63,7 @@ def find_mistake(text: str, places: str = PLACES) -> str | None:
 
     A directory whose name begins like an address is reached by `./NAME`.
 
-    Args:
-        text: What the user has written.
-        places: What it may be; a bucket only where this says so.
+    `places` is what it may be; a bucket only where this says so.
     """
     is_local = places == LOCAL_PLACES
     scheme = scheme_of(text)
@@ -86,10 +84,7 @@ def find_mistake(text: str, places: str = PLACES) -> str | None:
 def require_place(text: str, option: str = "", places: str = PLACES) -> None:
     """Refuse the name of a place that is neither a bucket nor a path.
 
-    Args:
-        text: What the user has written.
-        option: Where; it begins the message.
-        places: As `find_mistake`.
+    `option` begins the message; `places` as for `find_mistake`.
 
     Raises:
         UsageError: It looks like an address of another kind.

@@ -32,9 +32,7 @@ from utils.storage.bucket import fsync_directory
 def consolidate(checkpoint: Path, output: Path) -> Path:
     """Write a checkpoint in parts as a whole one; return where it is.
 
-    Args:
-        checkpoint: Its directory; verified first.
-        output: Directory for the whole checkpoint.
+    The checkpoint is verified first.
 
     Raises:
         CheckpointError: It is damaged, has no parts, or is there already.

@@ -34,17 +34,11 @@ from utils.storage.bucket import crc32c_of_file, fsync_directory
 class CheckpointFiles:
     """What a checkpoint consists of, by file name.
 
-    Attributes:
-        name: The checkpoint's name.
-        manifest: The manifest without its files.
-        weights: State dicts for safetensors: contiguous tensors, none of them twice.
-        pickles: Objects for `torch.save`.
-        documents: Objects for JSON; a tensor in them becomes a list of numbers, an object with
-            `to_json` what that returns.
-        raw: Bytes that are written as they are.
-        headers: Safetensors headers of `weights`, where they are not the usual one.
-        is_part: Whether other ranks write the rest of the checkpoint into the same directory; the
-            manifest then comes when all have written.
+    The manifest has no files yet. `weights` are state dicts for safetensors (contiguous tensors,
+    none of them twice), with `headers` where theirs are not the usual one; `pickles` go to
+    `torch.save`. In `documents`, which become JSON, a tensor is a list of numbers, and an object
+    with `to_json` what that returns. `raw` is written as it is. With `is_part`, other ranks write
+    the rest of the checkpoint into the same directory; the manifest comes when all have written.
     """
 
     name: CheckpointName

@@ -62,17 +62,11 @@ _KEPT_STATES = (UploadState.VERIFIED, UploadState.SUPERSEDED, UploadState.FAILED
 class JournalEntry:
     """One line of the journal.
 
-    Attributes:
-        checkpoint: The checkpoint's name.
-        run_id: The run that wrote it.
-        state: What happened.
-        time: UTC, ISO 8601; for display only.
-        details: What belongs to this state. Uploading: attempt, uri, sent and size (bytes of the
-            archive, the size as soon as it is known), read and total (bytes of the checkpoint's
-            files), bytes_per_second, eta_seconds.
-            Failed: error, attempts, permanent, next_try (UTC, None for never). Verified: bytes,
-            crc32c, uri, bucket, manifest_crc32c, seconds, transport, bytes_per_second. Superseded:
-            reason.
+    `time` is UTC, ISO 8601, for display only. `details` is what belongs to the state. Uploading:
+    attempt, uri, sent and size (bytes of the archive, the size as soon as it is known), read and
+    total (bytes of the checkpoint's files), bytes_per_second, eta_seconds. Failed: error, attempts,
+    permanent, next_try (UTC, None for never). Verified: bytes, crc32c, uri, bucket,
+    manifest_crc32c, seconds, transport, bytes_per_second. Superseded: reason.
     """
 
     checkpoint: str

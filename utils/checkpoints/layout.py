@@ -99,10 +99,7 @@ def require_checkpoint_name(text: str) -> CheckpointName:
 class RunPaths:
     """Where one run keeps its things on this machine.
 
-    Attributes:
-        checkpoints: Directory of the checkpoints, the journal and the lock.
-        logs: Directory of metrics, log and TensorBoard events.
-        cache: Directory of downloaded shards.
+    The journal and the lock lie beside the checkpoints, TensorBoard's events with the logs.
     """
 
     checkpoints: Path
@@ -263,13 +260,8 @@ class FileEntry:
 class Manifest:
     """What a complete checkpoint consists of.
 
-    Attributes:
-        run_id: The run that wrote it.
-        step: Optimizer updates done.
-        branch: How often the run was resumed from an older checkpoint than its newest.
-        world_size: Ranks of the run; each has a random state file.
-        files: Every other file of the checkpoint.
-        forks: Forks as in `RunIdentity`.
+    `files` are all others of the checkpoint. Each of the `world_size` ranks has a random state
+    file. `branch` and `forks` are those of `RunIdentity`.
     """
 
     run_id: str

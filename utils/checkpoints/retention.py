@@ -33,13 +33,8 @@ class Action(StrEnum):
 class CheckpointFacts:
     """What retention needs to know of one checkpoint.
 
-    Attributes:
-        name: Its name.
-        step: Its step; the order.
-        is_best: It has the best validation loss.
-        is_verified: Its archive is in the bucket, verified.
-        is_uploading: It is being archived or uploaded at this moment.
-        is_removed: It was in the bucket, verified, and was removed there on purpose.
+    `is_uploading`: it is being archived or uploaded at this moment. `is_removed`: it was verified
+    in the bucket, and was removed there on purpose.
     """
 
     name: str
@@ -64,10 +59,7 @@ def keep_reasons(
 ) -> Iterator[tuple[CheckpointFacts, str | None]]:
     """Yield each checkpoint, oldest first, with the first rule that keeps it; None where none does.
 
-    Args:
-        checkpoints: The usable checkpoints of one branch.
-        keep: How many of the newest to keep; the newest one always is.
-        keep_every_steps: Multiples of it are kept for ever; None for none.
+    The `keep` newest are kept, the newest one always; multiples of `keep_every_steps` for ever.
     """
     ordered = sorted(checkpoints, key=lambda facts: facts.step)
     for age, facts in zip(range(len(ordered) - 1, -1, -1), ordered, strict=True):
@@ -92,12 +84,8 @@ def plan_retention(
 ) -> list[Decision]:
     """Return a decision for each checkpoint, oldest first.
 
-    Args:
-        checkpoints: The complete checkpoints of this branch.
-        keep_checkpoints: How many of the newest to keep.
-        max_unverified: How many beyond those may wait for their upload.
-        is_uploading_on: Whether checkpoints go to a bucket at all.
-        keep_every_steps: Multiples of it are kept for ever; None for none.
+    The checkpoints are the complete ones of one branch. Beyond those that are kept,
+    `max_unverified` may wait for their upload.
     """
     decisions: dict[str, Decision] = {}
     waiting: list[str] = []

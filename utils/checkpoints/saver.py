@@ -54,15 +54,10 @@ class Rendezvous:
 class CheckpointSaver:
     """Writes checkpoints of one run, one after the other.
 
-    Args:
-        directory: Where checkpoints lie.
-        device: Where the state's tensors are.
-        on_commit: Called in the saver's thread with each committed checkpoint.
-        background: False writes within `save`, without a snapshot.
-        rendezvous: Where the savers of all ranks meet, if each saves a part; None: this one saves
-            everything.
-        writer: A writer process that has been started already, for the first snapshot; whoever
-            made it closes it too.
+    `on_commit` is called in the saver's thread with each committed checkpoint. Without
+    `background`, `save` writes within the call and takes no snapshot. `rendezvous` is where the
+    savers of all ranks meet, if each saves a part. `writer` is a process that has been started
+    already, for the first snapshot; whoever made it closes it too.
     """
 
     def __init__(
@@ -93,10 +88,8 @@ class CheckpointSaver:
     def prepare(self, size: int, free_memory: int) -> None:
         """Make room for snapshots and have a writer process; call it in the main thread.
 
-        Args:
-            size: Bytes of a snapshot.
-            free_memory: Bytes of host memory that may be used; with less than `size` the snapshot
-                goes into a file of the checkpoint directory.
+        With less `free_memory` than `size`, in bytes, the snapshot goes into a file of the
+        checkpoint directory.
         """
         if not self._background:
             return
@@ -154,9 +147,7 @@ class CheckpointSaver:
     def save(self, files: CheckpointFiles, free_memory: int) -> None:
         """Take a snapshot and have it written; returns when training may go on to `fence`.
 
-        Args:
-            files: The checkpoint, with the live tensors.
-            free_memory: As for `prepare`, should the snapshot need a larger block.
+        `files` has the live tensors; `free_memory` is for a snapshot that needs a larger block.
         """
         self.wait()
         self.failure = None

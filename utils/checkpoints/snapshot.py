@@ -38,10 +38,7 @@ log = logging.getLogger(__name__)
 class TensorSlot:
     """Stands for a tensor whose bytes lie in a block of host memory.
 
-    Attributes:
-        dtype: Its element type.
-        shape: Its shape; it is contiguous.
-        offset: Where its bytes begin in the block.
+    They begin at `offset`, and are contiguous.
     """
 
     dtype: torch.dtype
@@ -68,10 +65,8 @@ def map_leaves(tree: Any, kind: type, replace: Callable[[Any], Any]) -> Any:
 class HostBlock:
     """One block of host memory, shared with a child process by its descriptor.
 
-    Args:
-        descriptor: An open file of at least `size` bytes; closed with the block.
-        size: Bytes.
-        kind: What the file is: memory or file.
+    The `descriptor` is that of an open file of at least `size` bytes, and is closed with the block.
+    `kind` says what the file is: memory or file.
 
     Raises:
         OSError: It cannot be mapped.
@@ -93,9 +88,7 @@ class HostBlock:
     def allocate(cls, size: int, directory: Path | None = None) -> HostBlock:
         """Return a new block.
 
-        Args:
-            size: Bytes.
-            directory: Where the file lies if it has to be one; None asks for memory first.
+        It is a file in `directory` where one is given; None asks for memory first.
 
         Raises:
             OSError: Neither memory nor a file of this size can be had.
@@ -193,9 +186,7 @@ def _place(tree: Any) -> tuple[Any, list[tuple[torch.Tensor, TensorSlot]]]:
 class Snapshot:
     """Copies the tensors of a tree into a block and tells when they are there.
 
-    Args:
-        block: Holds one snapshot at a time.
-        device: Where the tensors are.
+    The block holds one snapshot at a time.
     """
 
     def __init__(self, block: HostBlock, device: torch.device) -> None:

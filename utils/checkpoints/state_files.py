@@ -49,11 +49,8 @@ def add_state(
 ) -> CheckpointFiles:
     """Return the files of a checkpoint with what a rank saves of weights and optimizer.
 
-    Args:
-        files: All others that this rank writes.
-        held: What it saves.
-        part: Which files are this rank's, where it saves rows.
-        save_format: safetensors or bin: of whole weights.
+    `files` are all others that this rank writes. `part` says which files are its own, where it
+    saves rows; `save_format` is for whole weights.
     """
     pickles = dict(files.pickles)
     if held.rows is None:

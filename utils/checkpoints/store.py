@@ -66,12 +66,8 @@ def verify_checkpoint(
 ) -> Manifest:
     """Return the manifest after comparing every file with it.
 
-    Args:
-        checkpoint: Its directory.
-        forgive_random_states: Damaged random states are no error; the manifest that is returned
-            does not name them.
-        is_wanted: Tells of a file's name whether the file is needed; those that are not are not
-            read, and the manifest that is returned does not name them.
+    Files that are not wanted by name are not read. With `forgive_random_states`, damaged ones are
+    no error. The manifest that is returned names neither.
 
     Raises:
         CheckpointError: The checkpoint is incomplete or a file is not what was written.
@@ -255,8 +251,7 @@ def apply_retention(
 def require_recorded_tokenizer(name: str) -> None:
     """Raise where a tokenizer is not what `index.json` or `manifest.json` beside it recorded.
 
-    Args:
-        name: A directory, a tokenizer's file in one, or any other name, which is left alone.
+    `name` is a directory, or a tokenizer's file in one; any other name is left alone.
 
     Raises:
         DataError: It is not, or `index.json` cannot be read.

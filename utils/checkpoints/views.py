@@ -41,15 +41,10 @@ _LONG_HISTORY = re.compile(rb'("(?:loss_history|learning_rates)":\s*\[)[-+.,0-9e
 class CheckpointView:
     """One checkpoint as the scripts see it.
 
-    Attributes:
-        name: Its name and numbers.
-        metadata: `metadata.json`, empty where it cannot be read.
-        manifest: The manifest, None where it cannot be read.
-        path: Its directory, None for one that is only in the bucket.
-        upload: The newest journal entry about it, None where there is none.
-        archive_bytes: Size of the archive in the bucket, None where unknown.
-        problem: What is wrong with it, None where nothing is.
-        manifest_crc32c: Of `manifest.json` as it was read, None where it was not.
+    `metadata` is empty and `manifest` None where they cannot be read; `path` is None for one that
+    is only in the bucket. `upload` is the newest journal entry about it, `archive_bytes` the size
+    in the bucket. `problem` says what is wrong with it, None where nothing is. `manifest_crc32c` is
+    that of `manifest.json` as it was read.
     """
 
     name: CheckpointName
@@ -110,10 +105,9 @@ def _read_file(name: str, path: str) -> bytes:
         return read_regular_file(path)
     except FileNotFoundError as exc:
         raise CheckpointError(f"{name} is missing") from exc
-    except OSError as exc:
-        raise CheckpointError(f"{name} cannot be read ({exc.strerror or exc})") from exc
-    except ValueError as exc:  # a zero byte in the path
-        raise CheckpointError(f"{name} cannot be read ({exc})") from exc
+    except (OSError, ValueError) as exc:  # a zero byte in the path
+        reason = getattr(exc, "strerror", None) or exc
+        raise CheckpointError(f"{name} cannot be read ({reason})") from exc
 
 
 def _parse_object(name: str, data: bytes) -> dict[str, Any]:
@@ -171,10 +165,8 @@ def read_local_checkpoint(
 ) -> CheckpointView:
     """Return one checkpoint directory as far as it can be read.
 
-    Args:
-        path: The directory.
-        upload: The newest journal entry about it.
-        brief: Read only the last entry of each history in its metadata: a quarter of the time.
+    `upload` is the newest journal entry about it. `brief` reads only the last entry of each history
+    in its metadata: a quarter of the time.
 
     Raises:
         CheckpointError: The directory's name is not a checkpoint's.

@@ -108,9 +108,7 @@ class WriterProcess:
     def write(self, files: CheckpointFiles, directory: Path) -> Manifest:
         """Have a checkpoint written into `directory`; return its manifest.
 
-        Args:
-            files: With slots of the block in place of tensors.
-            directory: A temporary directory, not yet the checkpoint's.
+        `files` have slots of the block in place of tensors; `directory` is a temporary one.
 
         Raises:
             WriterGoneError: The process has ended.

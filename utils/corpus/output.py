@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -121,14 +121,8 @@ def read_described_tokenizer(bucket: Bucket, description: dict[str, Any]) -> Tok
     return Tokenizer(files, description["vocab_size"], description["eos_token_id"])
 
 
-class Claim(NamedTuple):
-    """What `claim_output` found."""
-
-    partial: dict[str, Any] | None
-    """Index of an interrupted preparation to go on from."""
-
-    stale: list[str]
-    """Objects to remove once there is something to put in their place."""
+Claim = tuple[dict[str, Any] | None, list[str]]
+"""Index of an interrupted preparation to go on from; objects to remove before writing."""
 
 
 def claim_output(
@@ -142,10 +136,10 @@ def claim_output(
             program did not write.
     """
     if index and index.get("source_fingerprint") == fingerprint:
-        return Claim(None, [INDEX_OBJECT])
+        return None, [INDEX_OBJECT]
     partial = shard_writer.get_old_json(bucket, PARTIAL_INDEX_FILE, overwrite)
     if partial and partial.get("source_fingerprint") == fingerprint:
-        return Claim(partial, [])
+        return partial, []
     listed = {name for content in (index, partial) for name in _tokenizer_files(content)}
     present = [
         info.name for info in bucket.list() if info.name in listed or _is_corpus_file(info.name)
@@ -163,7 +157,7 @@ def claim_output(
             "made from other sources or with other options. Nothing was changed. Give another "
             "--output, or --overwrite to replace it."
         )
-    return Claim(None, present)
+    return None, present
 
 
 def _is_corpus_file(name: str) -> bool:

@@ -143,14 +143,8 @@ def prepare_corpus(
 ) -> Preparation:
     """Make sure that the bucket holds the corpus of these sources, and return its index.
 
-    Args:
-        sources: Read one after the other, up to three times.
-        bucket: Output; shards are put there as they are finished.
-        options: How to tokenize, split and cut.
-        overwrite: Replace another corpus in the bucket.
-        on_progress: Told about every MiB of text.
-        validation_sources: What is held out, besides the share that the options say.
-        token_cache: Keeps what is tokenized, for another time.
+    `sources` are read one after the other, up to three times; shards are put into the bucket as
+    they are finished. `validation_sources` are held out, besides the share that the options say.
 
     Raises:
         DataError: A source cannot be read or has no text, a token id is outside the vocabulary, or
@@ -164,7 +158,8 @@ def prepare_corpus(
     found = _look_at_output(bucket, fingerprint, overwrite)
     if isinstance(found, Preparation):
         return found
-    tokenizer, finished = _read_partial(bucket, found.partial, options)
+    partial, stale = found
+    tokenizer, finished = _read_partial(bucket, partial, options)
     tokenizer = tokenizer or _find_tokenizer(contents, options, is_tokenized, token_cache)
     if tokenizer is not None:
         sources = _with_vocabulary(sources, tokenizer)
@@ -187,9 +182,10 @@ def prepare_corpus(
         found = _look_at_output(bucket, fingerprint, overwrite)
         if isinstance(found, Preparation):
             return found
+        _, stale = found
     log = ShardLog(bucket, fingerprint, tokenizer)
     if finished is None:
-        log.begin(found.stale)
+        log.begin(stale)
     tokens = _tokenize(reading, tokenizer, finished, token_cache)
     shards = _write_shards(bucket, tokens, tokenizer.vocab_size, options, finished, log)
     index = _build_index(fingerprint, tokenizer, reading, shards)
@@ -342,16 +338,12 @@ def _write_shards(
     shard_tokens = options.shard_tokens
     if shard_tokens is None:
         tokens = list(tokens)
-        shard_tokens = _even_shard_tokens(tokens)
+        total = sum(len(document.ids) for document in tokens if document.split == TRAINING)
+        shard_tokens = max(1, math.ceil(total / NUM_EVEN_SHARDS))
     writer = ShardWriter(bucket, vocab_size, shard_tokens, options.compress, finished, log.record)
     for document in tokens:
         writer.add(document.ids, document.split)
     return writer.finish()
-
-
-def _even_shard_tokens(tokens: Sequence[TokenizedDocument]) -> int:
-    total = sum(len(document.ids) for document in tokens if document.split == TRAINING)
-    return max(1, math.ceil(total / NUM_EVEN_SHARDS))
 
 
 def _tokenize(

@@ -25,13 +25,8 @@ REPORT_BYTES = 2**20
 class Reading:
     """Reads the sources any number of times; the counts are those of the last time.
 
-    Args:
-        sources: Read one after the other.
-        validation_sources: All of it is held out.
-        validation_fraction: Share of the documents of `sources` that is held out.
-        validation_tail: Share of the bytes of `sources`, at their end, that is held out.
-        deduplicate: Leave out documents that repeat an earlier one exactly.
-        on_progress: Told about every MiB.
+    All of `validation_sources` is held out, and of `sources` a share: of the documents, or as
+    `validation_tail` of the bytes at their end.
     """
 
     def __init__(
@@ -176,10 +171,7 @@ def assign_tail(
 
     Where no document begins there, the end of the last one is held out, cut where a line begins.
 
-    Args:
-        contents: The documents.
-        validation_tail: Share of the bytes.
-        size: Number of documents and bytes of all of them.
+    `validation_tail` is a share of the bytes; `size` is that of all documents.
     """
     fraction = Fraction(validation_tail).limit_denominator(10**6)
     limit = (1 - fraction) * size.num_bytes

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from utils.base.errors import DataError, ShardError, UsageError
 from utils.base.text import parse_json_object
 from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, get_old_json, put_json
@@ -97,12 +95,8 @@ def build_index_file(
 ) -> dict[str, Any]:
     """Write `index.json` for shards that came from elsewhere; return its content.
 
-    The checksums are those that the bucket keeps; a directory keeps none.
-
-    Args:
-        bucket: Where the shards are.
-        vocab_size: Size of the vocabulary, where no tokenizer.json says it.
-        overwrite: Replace an index that `prepare` wrote, which says more.
+    The checksums are those that the bucket keeps; a directory keeps none. `vocab_size` is for where
+    no tokenizer.json says it. `overwrite` replaces an index that `prepare` wrote, which says more.
 
     Raises:
         DataError: There are no shards, or some are bad; the index that is there cannot be read, or
@@ -139,10 +133,8 @@ def build_index_file(
 def inspect_shards(bucket: Bucket, num_samples: int = 3, verify: bool = False) -> Inspection:
     """Look at every shard, and at the text of some.
 
-    Args:
-        bucket: Where the shards are.
-        num_samples: How many shards are decoded, where there is a tokenizer.
-        verify: Read everything: checksums, and every token id.
+    `num_samples` shards are decoded, where there is a tokenizer. `verify` reads everything:
+    checksums, and every token id.
 
     Raises:
         DataError: There are no shards.
@@ -222,11 +214,8 @@ def _refuse_bad(bucket: Bucket, looks: Iterable[ShardLook]) -> None:
     if bad:
         lines = [f"  {look.name}: {look.problem}" for look in bad[:MAX_NAMED]]
         more = [f"  ... and {len(bad) - MAX_NAMED} more"] if len(bad) > MAX_NAMED else []
-        raise DataError(
-            "\n".join(
-                [f"{bucket.uri}: {len(bad)} bad shards; no index was written.", *lines, *more]
-            )
-        )
+        title = f"{bucket.uri}: {len(bad)} bad shards; no index was written."
+        raise DataError("\n".join([title, *lines, *more]))
 
 
 def _describe_stored_tokenizer(
@@ -343,11 +332,6 @@ def _decode_samples(
 
 def _first_ids(bucket: Bucket, info: ObjectInfo, array: ArrayLook) -> list[int]:
     with open_stored_shard(bucket, info) as archive:
-        member = archive.getinfo(f"{array.key}.npy")
-        _, dtype = read_array_header(archive, array.key, info.name)
-        header_bytes = member.file_size - int(np.prod(array.shape)) * dtype.itemsize
-        with archive.open(member) as file:
-            file.read(header_bytes)
-            data = file.read(SAMPLE_TOKENS * dtype.itemsize)
-    ids: list[int] = np.frombuffer(data, dtype).tolist()
+        blocks = read_array_blocks(archive, array.key, info.name, SAMPLE_TOKENS)
+        ids: list[int] = next(blocks)[:SAMPLE_TOKENS].tolist()
     return ids

@@ -84,13 +84,9 @@ def split_of(name: str) -> str:
 class ShardWriter:
     """Packs documents into shards and puts each into the bucket as soon as it is full.
 
-    Args:
-        bucket: Where the shards go.
-        vocab_size: Size of the table of token counts.
-        shard_tokens: A shard is full when it has at least this many tokens.
-        compress: Deflate the archives: smaller in the bucket, slower to load.
-        finished: What an earlier, interrupted preparation left.
-        on_shard: Called with each shard once it is verified in the bucket, and the state then.
+    A shard is full when it has at least `shard_tokens` tokens. `finished` is what an earlier,
+    interrupted preparation left. `on_shard` is called with each shard once it is verified in the
+    bucket, and the state then.
     """
 
     def __init__(
@@ -213,10 +209,7 @@ def put_json(bucket: Bucket, name: str, content: Mapping[str, Any], indent: int 
 def get_old_json(bucket: Bucket, name: str, overwrite: bool) -> dict[str, Any] | None:
     """Return what an output says of itself before it is written to; None where it says nothing.
 
-    Args:
-        bucket: The output.
-        name: `index.json` or `index.partial.json`.
-        overwrite: What is there and cannot be read is to be replaced: it counts as nothing.
+    With `overwrite`, what cannot be read is to be replaced and counts as nothing.
 
     Raises:
         DataError: It is there and cannot be read.

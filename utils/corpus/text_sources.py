@@ -115,13 +115,13 @@ class SampleSource:
     def _modules(self) -> list[Path]:
         found = []
         for folder, folders, files in os.walk(self._stdlib):
-            folders[:] = [name for name in folders if _is_sample_folder(name)]
+            folders[:] = [
+                name
+                for name in folders
+                if name not in SAMPLE_SKIPPED_FOLDERS and not name.startswith("config-")
+            ]
             found += [Path(folder, name) for name in files if name.endswith(".py")]
         return sorted(found, key=lambda path: path.relative_to(self._stdlib).parts)
-
-
-def _is_sample_folder(name: str) -> bool:
-    return name not in SAMPLE_SKIPPED_FOLDERS and not name.startswith("config-")
 
 
 def _python_topics() -> list[str]:
@@ -216,10 +216,7 @@ def find_files(
     Directories are searched below for text, JSONL and Parquet files, in sorted order; hidden
     files are left out. A file given by its own name may have any suffix, and is then text.
 
-    Args:
-        patterns: Paths, directories and globs.
-        also: Further suffixes to look for in directories.
-        option: The option that an error names.
+    `also` are further suffixes to look for in directories; `option` is what an error names.
 
     Raises:
         UsageError: A path does not exist, or nothing usable is there.
@@ -427,10 +424,7 @@ def _hash_files(label: str, paths: Iterable[Path]) -> str:
     digest = hashlib.sha256(label.encode())
     for path in paths:
         with _read_errors(path), path.open("rb") as file:
-            content = hashlib.sha256()
-            while block := file.read(_READ_BLOCK_BYTES):
-                content.update(block)
-        digest.update(content.digest())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -495,7 +489,8 @@ class HubSource:
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         try:
-            if _is_saved_to_disk(Path(self.name).expanduser()):
+            directory = Path(self.name).expanduser()
+            if any((directory / one).is_file() for one in ("state.json", "dataset_dict.json")):
                 return self._open_saved(datasets)
             return datasets.load_dataset(
                 self.name, self.configuration, split=self.split, streaming=self.streaming
@@ -511,7 +506,3 @@ class HubSource:
         if self.split not in ("train", str(saved.split)):
             raise ValueError(f"it holds the split {saved.split} only")
         return saved
-
-
-def _is_saved_to_disk(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("state.json", "dataset_dict.json"))

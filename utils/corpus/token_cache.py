@@ -34,9 +34,7 @@ _logger = logging.getLogger(__name__)
 class TokenCache:
     """A bounded directory of entries.
 
-    Args:
-        directory: Made when something is kept.
-        limit_bytes: The entries together stay below it.
+    The directory is made when something is kept. The entries together stay below `limit_bytes`.
     """
 
     def __init__(self, directory: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:

@@ -149,10 +149,8 @@ def build_tokenizer(
 ) -> Tokenizer:
     """Train a byte-level BPE tokenizer (as GPT-2's) whose token 0 is `<|endoftext|>`.
 
-    Args:
-        texts: The documents to learn from.
-        vocab_size: Tokens wanted; fewer come out where the text has no more pairs to merge.
-        special_tokens: Further tokens that no text is ever encoded to; they get 1, 2, ...
+    Fewer than `vocab_size` tokens come out where the text has no more pairs to merge. No text is
+    ever encoded to one of `special_tokens`, which get 1, 2, ...
 
     Raises:
         UsageError: `vocab_size` does not hold the 256 bytes and the special tokens.
@@ -181,9 +179,8 @@ def build_tokenizer(
 def resolve_tokenizer(name: str) -> Tokenizer:
     """Return an existing tokenizer: its `tokenizer.json` byte for byte, and settings for it.
 
-    Args:
-        name: A directory, a `tokenizer.json`, a name on the Hugging Face hub, a SentencePiece
-            model (.model), `tiktoken:NAME` or a .tiktoken file.
+    `name` is a directory, a `tokenizer.json`, a name on the Hugging Face hub, a SentencePiece model
+    (.model), `tiktoken:NAME` or a .tiktoken file.
 
     Raises:
         UsageError: There is none, it has no `tokenizer.json` or no end token, or `AutoTokenizer`

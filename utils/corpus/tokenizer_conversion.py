@@ -22,7 +22,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import UsageError
 from utils.data.shard_index import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
@@ -78,12 +78,8 @@ KNOWN_ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-class Conversion(NamedTuple):
-    """A converted tokenizer."""
-
-    files: dict[str, bytes]
-    vocab_size: int
-    eos_token_id: int
+Conversion = tuple[dict[str, bytes], int, int]
+"""Files, size of the vocabulary, id of the end token."""
 
 
 def is_convertible(name: str) -> bool:
@@ -150,7 +146,7 @@ def _finish(backend: tokenizers.Tokenizer, settings: dict[str, str], eos_token: 
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     eos_token_id = backend.token_to_id(eos_token)
     assert eos_token_id is not None
-    return Conversion(build_own_files(backend, settings, eos_token), vocab_size, eos_token_id)
+    return build_own_files(backend, settings, eos_token), vocab_size, eos_token_id
 
 
 def _require_same_ids(
@@ -332,10 +328,7 @@ def _unigram_scores(pieces: Any) -> list[tuple[str, float]]:
 def _set_normalization(backend: tokenizers.Tokenizer, model: Any, *, has_symbols: bool) -> None:
     """Set what stands before and after the model.
 
-    Args:
-        backend: Changed in place.
-        model: The SentencePiece model.
-        has_symbols: User-defined symbols divide the text: only its first part gets a space.
+    User-defined symbols divide the text: only its first part gets a space.
     """
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 

@@ -22,17 +22,8 @@ MAX_DIGITS = 8
 class Costs:
     """The figures that are shown; None where one is not known.
 
-    Attributes:
-        starts: Attempts of the run.
-        seconds: Machine time over all of them.
-        dollars: Cost of the seconds whose price is known.
-        unpriced_seconds: Those whose price is not.
-        lost_seconds: Lost to restarts.
-        lost_dollars: The same in dollars.
-        hourly_price: Price in the newest attempt.
-        dollars_per_million_tokens: Where every second has a price.
-        remaining_seconds: To the end of the run.
-        remaining_dollars: The same in dollars, at the newest price.
+    `dollars` is the cost of the seconds whose price is known, `unpriced_seconds` are the others.
+    `lost_*` was lost to restarts; `remaining_*` reaches to the end of the run, at the newest price.
     """
 
     starts: int
@@ -56,11 +47,7 @@ def summarize_costs(
 ) -> Costs | None:
     """Return the figures of a spending; None for none.
 
-    Args:
-        spending: What was spent.
-        tokens_seen: Tokens trained on, as they count in the state.
-        remaining_seconds: To the end of the run.
-        hourly_price: For the seconds whose price the run did not know.
+    `hourly_price` is for the seconds whose price the run did not know.
     """
     if spending is None:
         return None

@@ -9,7 +9,6 @@ override. Nothing here asks a device. No torch here.
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 
@@ -76,9 +75,7 @@ def find_gpu_type(name: str) -> GpuType:
     """
     found = GPU_TYPES.get(name.upper())
     if found is None:
-        near = difflib.get_close_matches(name.upper(), GPU_TYPES, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UsageError(f"GPU {name!r} is not known ({', '.join(GPU_TYPES)}).{hint}")
+        raise UsageError(f"GPU {name!r} is not known ({', '.join(GPU_TYPES)}).")
     return found
 
 

@@ -66,14 +66,8 @@ EQUALLY_FAST = 1.01
 class TrainingJob:
     """What is to be planned.
 
-    Attributes:
-        shape: The model's sizes.
-        gpu: Kind of GPU, with its machine.
-        gpus: How many.
-        strategy: A key of `STRATEGIES`; on one GPU there is nothing to shard.
-        global_batch: Samples in a step over all GPUs.
-        sequence_length: Tokens in a sample.
-        reduce_bytes: Bytes of a gradient on its way between GPUs, 4 or 2.
+    `strategy` is a key of `STRATEGIES`; on one GPU there is nothing to shard. `global_batch` counts
+    the samples of a step over all GPUs, `reduce_bytes` the bytes of a gradient on its way (4 or 2).
     """
 
     shape: ModelShape
@@ -111,12 +105,9 @@ class TrainingJob:
 class DeviceMemory:
     """Bytes on one GPU.
 
-    Attributes:
-        state: Weights and moments.
-        gradients: With their buckets.
-        gathered: 16-bit weights, and gradients before they are reduced.
-        activations: Kept for the backward pass.
-        total: At the peak, with the loss; gradients come as activations go.
+    `state` is weights and moments, `gradients` have their buckets with them, `gathered` are 16-bit
+    weights and gradients before they are reduced. `total` is at the peak, with the loss; gradients
+    come as activations go.
     """
 
     state: int
@@ -130,18 +121,9 @@ class DeviceMemory:
 class StepPlan:
     """One way to do a step, and what it costs.
 
-    Attributes:
-        micro_batch: Samples in one forward and backward of a GPU.
-        checkpointing: One of `CHECKPOINTING`.
-        accumulation: Forward and backward passes in a step.
-        memory: On one GPU.
-        compute_seconds: Forward, backward and what is computed again.
-        optimizer_seconds: Gradient norm and AdamW, bound by memory.
-        communication_seconds: Time of all collectives, overlapped or not.
-        step_seconds: All of the step.
-        exposed_share: Share of the step in which GPUs wait for communication.
-        tokens_per_second: Rate of all GPUs together.
-        mfu: Model FLOPs utilization.
+    `communication_seconds` is the time of all collectives, overlapped or not, and `exposed_share`
+    the share of the step in which GPUs wait for them. `optimizer_seconds` has the gradient norm
+    too. The rate is that of all GPUs together.
     """
 
     micro_batch: int
@@ -253,12 +235,8 @@ def plan_step(
 ) -> StepPlan:
     """Return what a step costs.
 
-    Args:
-        job: What is planned.
-        micro_batch: Samples in a forward and backward of one GPU.
-        checkpointing: One of `CHECKPOINTING`.
-        efficiency: Share of the peak in compute; None for the assumption: narrow models fill a GPU
-            less.
+    `efficiency` is the share of the peak that compute reaches; None assumes one: narrow models fill
+    a GPU less.
     """
     accumulation = job.global_batch // (job.gpus * micro_batch)
     if efficiency is None:

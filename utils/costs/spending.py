@@ -34,10 +34,7 @@ MAX_LAUNCH_SECONDS = 86400.0  # from the launch of a process to its first record
 class Amount:
     """Machine time and what it cost.
 
-    Attributes:
-        seconds: All of it.
-        dollars: Cost of the seconds whose price was known.
-        unpriced_seconds: Those whose price was not.
+    `dollars` is the cost of the seconds whose price was known; `unpriced_seconds` are the others.
     """
 
     seconds: float = 0.0
@@ -84,11 +81,8 @@ class Amount:
 class Spending:
     """What a run has taken up to some moment.
 
-    Attributes:
-        total: All of it.
-        lost: The part whose work was done again or came to nothing.
-        starts: How many attempts, the current one too.
-        hourly_price: Price in the newest attempt, None where it is not known.
+    `lost` is the part whose work was done again or came to nothing. `starts` counts the current
+    attempt too.
     """
 
     total: Amount = Amount()
@@ -141,9 +135,7 @@ def read_spending(log: MetricsLog, now: float | None = None) -> Spending | None:
 
     An attempt that was killed counts up to its last record: what it did after that is not known.
 
-    Args:
-        log: Everything that was read of the file.
-        now: Seconds since 1970 where the newest attempt is still running.
+    `now`, in seconds since 1970, is for a newest attempt that is still running.
     """
     found = [place for place, event in enumerate(log.events) if event["event"] in START_EVENTS]
     if not found:
@@ -180,11 +172,8 @@ def find_spending_before(run_id: str, checkpoint: Spending | None, log: MetricsL
     greater one counts. On a new machine, or without logs, only the checkpoint is known: a lower
     bound.
 
-    Args:
-        run_id: The run that goes on; a log of another one is left out.
-        checkpoint: What the run had spent when the checkpoint was saved: nothing at step 0; None
-            where the checkpoint is of a version that did not count.
-        log: The local metrics.jsonl as it is before this attempt.
+    `checkpoint` is what had been spent when it was saved: nothing at step 0, None where it is of a
+    version that did not count. A log of another run is left out.
     """
     starts = [event for event in log.events if event["event"] in START_EVENTS]
     is_ours = bool(starts) and starts[-1].get("run_id") == run_id
@@ -200,11 +189,7 @@ def find_spending_before(run_id: str, checkpoint: Spending | None, log: MetricsL
 class SpendingMeter:
     """Counts what an attempt spends.
 
-    Args:
-        before: What the run had spent before it.
-        hourly_price: Dollars an hour, None where it is not known.
-        age_seconds: How long ago this attempt was launched.
-        clock: Seconds that never go back.
+    The attempt was launched `age_seconds` ago; `clock` never goes back.
     """
 
     def __init__(
@@ -250,12 +235,8 @@ def open_meter(
 ) -> SpendingMeter:
     """Return the meter of the attempt that is this process.
 
-    Args:
-        metrics: The run's metrics.jsonl as it is before this attempt; None on other ranks.
-        run_id: The run that goes on.
-        step: Steps done when this attempt begins.
-        saved: The spending as the checkpoint has it.
-        hourly_price: Dollars an hour, None where it is not known.
+    `metrics` is the run's metrics.jsonl as it is before this attempt, None on other ranks; `saved`
+    is the spending as the checkpoint has it.
     """
     log = MetricsLog()
     if metrics is not None:
@@ -285,11 +266,8 @@ def measure_age(log: MetricsLog) -> float:
 def limit_age(now: float, created: float, uptime: float, seen: list[float]) -> float:
     """Return the age of an attempt from clocks that may be wrong.
 
-    Args:
-        now: Seconds since 1970.
-        created: When the process began, as the system tells.
-        uptime: Seconds that the machine is up: no process is older.
-        seen: Times of records of the attempt before; those in the future tell nothing.
+    `now`, `created` (the process) and `seen` (records of the attempt before) are seconds since
+    1970; times in the future tell nothing. No process is older than the machine's `uptime`.
     """
     past = [now - moment for moment in seen if moment <= now]
     return max(0.0, min([now - created, uptime, *past]))

@@ -21,17 +21,9 @@ DATA_STATE_FORMAT = 1
 class DataState:
     """The position in the data, as a checkpoint keeps it.
 
-    Attributes:
-        sample_index: Samples consumed since the start of the run, over all ranks.
-        epoch: Epoch of the next sample.
-        files_consumed: Training shards wholly consumed in that epoch.
-        sequence_length: Tokens in a sample.
-        seed: Seed of the order.
-        shuffle_window_shards: Window of the order.
-        shards: The training shards, source after source.
-        source_sizes: Number of shards of each source.
-        weights: Share of each source.
-        bad_shards: Shards found unusable, whose samples were replaced.
+    `sample_index` counts samples over all ranks since the start of the run; `epoch` is that of the
+    next one, `files_consumed` the shards wholly used in it. `shards` are those of training, source
+    after source; `bad_shards` were found unusable, and their samples replaced.
     """
 
     sample_index: int

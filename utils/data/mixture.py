@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from utils.base.errors import DataError
-from utils.data.sample_order import DataOrder, Indices, SampleOrder, Span, frozen_permutation
+from utils.data.sample_order import Indices, SampleOrder, Span, frozen_permutation
 
 MIXTURE_BLOCK = 1024
 
@@ -25,11 +25,6 @@ class MixtureOrder:
     global sample index gives the source and the index within that source by arithmetic. Each
     source has epochs of its own; the mixture's epoch ends after as many samples as all sources
     have together.
-
-    Args:
-        sources: The order of each source.
-        weights: Share of each source, in any unit.
-        seed: Seed of the run.
     """
 
     def __init__(self, sources: Sequence[SampleOrder], weights: Sequence[float], seed: int) -> None:
@@ -123,6 +118,10 @@ class MixtureOrder:
         return block * self._counts[number] + before
 
 
+DataOrder = SampleOrder | MixtureOrder
+"""What the loader takes its samples from: one source or several."""
+
+
 def _apportion(weights: Sequence[float], seats: int) -> list[int]:
     """Return whole numbers in the proportion of the weights that sum to `seats`.
 
@@ -151,12 +150,7 @@ def build_order(
 ) -> DataOrder:
     """Return the order of one source, or of several drawn by weight.
 
-    Args:
-        source_tokens: Tokens of each shard, for each source.
-        weights: Share of each source.
-        sequence_length: Tokens in a sample.
-        seed: Seed of the run.
-        window: `shuffle_window_shards`.
+    `source_tokens` are the tokens of each shard, for each source.
 
     Raises:
         DataError: A source is smaller than one sample, or its weight too small.

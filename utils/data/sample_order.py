@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -166,39 +166,6 @@ class EpochOrder:
         return begin + int(self._window_plan(window).order[sample - begin])
 
 
-class DataOrder(Protocol):
-    """What the loader asks of an order, of one source or of several.
-
-    Attributes:
-        sequence_length: Tokens in a sample.
-        samples_per_epoch: Samples until each has been drawn once.
-    """
-
-    sequence_length: int
-    samples_per_epoch: int
-
-    def epoch_of(self, position: int) -> tuple[int, int]:
-        """Return (epoch, samples of that epoch before it) of a global sample index."""
-
-    def locate(self, position: int, count: int) -> tuple[Indices, Indices]:
-        """Return (shards, starts) of `count` samples; -1 says that `spans` has the answer."""
-
-    def spans(self, position: int) -> list[Span]:
-        """Return where the tokens of a global sample index are."""
-
-    def window_key(self, position: int) -> tuple[int, ...]:
-        """Return what changes when `upcoming_shards` may have changed."""
-
-    def upcoming_shards(self, position: int) -> tuple[list[int], list[int]]:
-        """Return the shards of the rest of this window, by first use, and of the next one."""
-
-    def shards_consumed(self, position: int) -> int:
-        """Return how many shards have been wholly used in the epoch of a global sample index."""
-
-    def largest_window(self) -> list[int]:
-        """Return shards whose sizes bound those of any window with what it reaches into."""
-
-
 class SampleOrder:
     """The order of all samples of one source for ever: global sample index -> epoch and tokens."""
 
@@ -252,7 +219,7 @@ class SampleOrder:
         return self.epoch(epoch).spans(sample)
 
     def window_key(self, position: int) -> tuple[int, ...]:
-        """Return (epoch, window)."""
+        """Return (epoch, window): what changes when `upcoming_shards` may have changed."""
         epoch, sample = self.epoch_of(position)
         return epoch, self.epoch(epoch).window_of(sample)
 
@@ -275,7 +242,7 @@ class SampleOrder:
         return self.epoch(epoch).shards_consumed(sample)
 
     def largest_window(self) -> list[int]:
-        """Return the largest shards, as many as a window has, and one that it reaches into."""
+        """Return shards whose sizes bound those of any window with what it reaches into."""
         tokens = self._arguments[0]
         by_size = sorted(range(len(tokens)), key=lambda shard: tokens[shard], reverse=True)
         return by_size[: self._window + 1]

@@ -71,10 +71,7 @@ def token_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:
 def decode_shard(path: Path, name: str, vocab_size: int) -> Iterator[Tokens]:
     """Yield a shard's tokens, flat, block by block, as uint16 or uint32.
 
-    Args:
-        path: The NPZ file.
-        name: Its name for messages.
-        vocab_size: Ids must be below it; checked before any cast.
+    Ids are compared with the vocabulary before any cast.
 
     Raises:
         ShardError: The file is damaged or its contents cannot be trained on.
@@ -124,10 +121,7 @@ def _equal_blocks(
 def require_in_vocabulary(tokens: Tokens, name: str, vocab_size: int | None) -> None:
     """Check ids of a shard as they stand in its file.
 
-    Args:
-        tokens: Any number of them.
-        name: The shard's name for messages.
-        vocab_size: Ids must be below it; None where it is not known.
+    `vocab_size` is None where it is not known.
 
     Raises:
         ShardError: One is outside the vocabulary.
@@ -198,11 +192,8 @@ class _LoaderThreads:
 class ShardCache:
     """Decoded shards of one or several buckets.
 
-    Args:
-        sources: Each bucket with its shards; shards are numbered through all of them.
-        directory: Where the cache lies; may be shared by processes and runs.
-        vocab_size: Token ids must be below it.
-        limit_bytes: Size that the cache is kept under; None for no limit.
+    Shards are numbered through all sources. Processes and runs may share the directory, which is
+    kept under `limit_bytes`.
     """
 
     def __init__(
@@ -243,9 +234,7 @@ class ShardCache:
     def prefetch(self, now: Sequence[int], later: Sequence[int] = ()) -> None:
         """Begin to download and decode shards in the background, in this order.
 
-        Args:
-            now: Shards that are needed; the others are let go.
-            later: Shards that come next; begun as far as the limit allows.
+        Shards in neither list are let go; those of `later` are begun as far as the limit allows.
         """
         wanted, room = list(now), self._limit
         for shard in later:

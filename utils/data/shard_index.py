@@ -17,7 +17,6 @@ import lzma
 import math
 import re
 import struct
-import tokenize
 import zipfile
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -44,7 +43,6 @@ VALIDATION_PREFIX = "val_"
 MAX_SHARD_BYTES = 8 * 2**30
 MAX_UNPACK_RATIO = 100
 SMALL_ARRAY_BYTES = 64 * 2**20
-_BLOCK_ELEMENTS = 2**20
 HEADER_READ_BYTES = 16 * 2**10
 HEADER_THREADS = 16
 
@@ -59,10 +57,8 @@ DAMAGE_ERRORS = (
     OSError,
     OverflowError,
     RuntimeError,
-    SyntaxError,
     ValueError,
     struct.error,
-    tokenize.TokenError,
 )
 
 _NPY_MAGIC = b"\x93NUMPY"
@@ -78,11 +74,8 @@ log = logging.getLogger(__name__)
 class ShardFacts:
     """One shard, known from the index or its headers.
 
-    Attributes:
-        name: Object name.
-        tokens: Tokens that training sees (those under a zero of the mask are not counted).
-        size: Bytes of the object.
-        crc32c: Base64 checksum of the object, None where neither index nor bucket has one.
+    `tokens` are those that training sees, without those under a zero of the mask. `crc32c` is
+    base64, None where neither index nor bucket has one.
     """
 
     name: str
@@ -95,15 +88,9 @@ class ShardFacts:
 class ShardIndex:
     """The shards of one data URI.
 
-    Attributes:
-        training: Training shards by name, limited to `max_files`.
-        validation: Validation shards by name.
-        vocab_size: Vocabulary of the tokenizer that made them, None where unknown.
-        unigram_entropy: Entropy of the training tokens in nats, None where unknown.
-        tokenizer_files: Object names of the tokenizer's own files.
-        tokenizer_hash: SHA-256 of the tokenizer, None where unknown.
-        tokenizer_checksums: Base64 crc32c of the tokenizer's files, as far as the index has them.
-        eos_token_id: Id between documents, None where unknown.
+    Shards are sorted by name, those of training limited to `max_files`. `unigram_entropy` of the
+    training tokens is in nats, `tokenizer_hash` is SHA-256, `tokenizer_checksums` are base64 crc32c
+    as far as the index has them, and `eos_token_id` stands between documents. None: unknown.
     """
 
     training: tuple[ShardFacts, ...]
@@ -125,10 +112,7 @@ class ShardIndex:
 class DataSource:
     """One source of a run's data.
 
-    Attributes:
-        uri: Its bucket.
-        weight: Share of its samples, in any unit.
-        index: What its shards hold.
+    `weight` is its share of the samples, in any unit.
     """
 
     uri: str
@@ -166,11 +150,9 @@ def build_shard_index(
 ) -> ShardIndex:
     """Return what the shards of a bucket hold.
 
-    Args:
-        bucket: Where the shards are.
-        max_files: Use only so many training shards, the first by name.
-        skip_bad_shards: Leave out shards whose headers cannot be read, with a warning.
-        is_trained: There have to be training shards.
+    Only the first `max_files` training shards by name are used. `skip_bad_shards` leaves out those
+    whose headers cannot be read, with a warning. Without `is_trained` there may be no training
+    shards.
 
     Raises:
         DataError: There are no training shards, or `index.json` is not usable.
@@ -264,8 +246,7 @@ def find_tokenizer_files(names: Iterable[str]) -> tuple[str, ...]:
 def recorded_checksums(index: Mapping[str, Any]) -> dict[str, str]:
     """Return name -> base64 crc32c of the files of data, as far as `index.json` has them.
 
-    Args:
-        index: Its content; that of another program's file says nothing.
+    What another program has written says nothing.
     """
     shards, tokenizer = index.get("shards"), index.get("tokenizer_crc32c")
     found = dict(tokenizer) if isinstance(tokenizer, dict) else {}
@@ -440,9 +421,9 @@ def read_array_header(
 
 
 def read_array_blocks(
-    archive: zipfile.ZipFile, key: str, name: str
+    archive: zipfile.ZipFile, key: str, name: str, block_elements: int = 2**20
 ) -> Generator[np.ndarray[Any, Any], None, None]:
-    """Yield one array of a shard, flat, in blocks of `_BLOCK_ELEMENTS`, after checking its header.
+    """Yield one array of a shard, flat, block by block, after checking its header.
 
     Raises:
         ShardError: The header is not acceptable or the bytes are damaged.
@@ -456,7 +437,7 @@ def read_array_blocks(
                 yield np.frombuffer(file.read(), dtype).reshape(shape, order="F").reshape(-1)
                 return
             # Reaching the end makes zipfile compare the CRC.
-            while data := file.read(_BLOCK_ELEMENTS * dtype.itemsize):
+            while data := file.read(block_elements * dtype.itemsize):
                 yield np.frombuffer(data, dtype=dtype)
     except DAMAGE_ERRORS as exc:
         raise ShardError(name, f"{key} is damaged ({exc}).") from exc
@@ -501,9 +482,6 @@ class _RangeReader(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._info.size}[whence]

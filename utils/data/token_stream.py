@@ -23,10 +23,8 @@ from utils.data.shard_index import ShardFacts
 class Window:
     """A piece of the stream that the model sees at once.
 
-    Attributes:
-        start: Position of its first token.
-        length: Tokens that the model sees; it predicts as many, each from those before it.
-        targets: How many of the predictions count: the last ones.
+    From token `start` on, the model sees `length` tokens and predicts as many, each from those
+    before it; the last `targets` of the predictions count.
     """
 
     start: int
@@ -37,12 +35,9 @@ class Window:
 def covering_windows(num_tokens: int, length: int, stride: int | None = None) -> Iterator[Window]:
     """Yield windows whose targets are the positions 1 to `num_tokens - 1`, each once, in order.
 
-    Args:
-        num_tokens: Tokens of the stream.
-        length: Tokens that the model sees at once.
-        stride: Tokens from one window's beginning to the next one's, at most `length`; fewer give
-            each token at least `length - stride` tokens of context, and take so much longer. None:
-            `length`.
+    `stride` is from one window's beginning to the next one's, at most `length` (None: `length`). A
+    smaller one gives each token at least `length - stride` tokens of context, and takes so much
+    longer.
     """
     start = done = 0
     while done < num_tokens - 1:
@@ -54,10 +49,7 @@ def covering_windows(num_tokens: int, length: int, stride: int | None = None) ->
 def training_windows(num_tokens: int, length: int, max_samples: int | None) -> Iterator[Window]:
     """Yield the validation samples of a run: so many tokens each, of which the first has no loss.
 
-    Args:
-        num_tokens: Tokens of the stream; those that fill no sample are left out.
-        length: `sequence_length` of the run.
-        max_samples: `max_eval_samples` of the run.
+    Tokens that fill no sample are left out.
     """
     available = num_tokens // length
     for sample in range(available if max_samples is None else min(available, max_samples)):
@@ -73,12 +65,8 @@ def read_tokens(
 ) -> np.ndarray[Any, Any]:
     """Return tokens of shards laid end to end: int64 [length].
 
-    Args:
-        cache: Where the tokens come from.
-        ends: Position after each shard's last token; a shard without tokens is left out.
-        start: Position of the first token.
-        length: Number of tokens.
-        on_shard: Told of each shard before it is read.
+    `ends` are the positions after each shard's last token; a shard without tokens is left out.
+    `on_shard` is told of each shard before it is read.
     """
     parts, end = [], start + length
     shard = int(np.searchsorted(ends, start, side="right"))
@@ -96,10 +84,7 @@ def read_tokens(
 class TokenStream:
     """The tokens of shards, read in order.
 
-    Args:
-        cache: Where the tokens come from.
-        shards: All shards of the cache.
-        max_tokens: Only so many, the first; None for all.
+    With `max_tokens`, only the first ones.
     """
 
     def __init__(

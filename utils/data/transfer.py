@@ -115,11 +115,7 @@ def put_tree(
 ) -> TransferReport:
     """Copy a file, or everything below a directory, into a bucket.
 
-    Args:
-        source: The file or directory.
-        bucket: Where to.
-        on_progress: Told of the bytes done.
-        last_name: Copied when all others are there.
+    `last_name` is copied when all others are there.
 
     Raises:
         UsageError: There is nothing to copy, or a name is refused.

@@ -74,12 +74,6 @@ def require_kernels(
 ) -> None:
     """Check, before anything is spent, that attention and products can be made here.
 
-    Args:
-        config: The run's configuration.
-        model_config: transformers config of the model.
-        precision: no, bf16 or fp16.
-        device: Where the run is trained.
-
     Raises:
         ConfigError: They cannot.
     """
@@ -130,10 +124,8 @@ def enable_checkpointing(model: nn.Module, policy: str = "full") -> None:
 
     The checkpoint lies within the layer's call, so that a compiled layer is compiled with it.
 
-    Args:
-        model: A model of transformers.
-        policy: full keeps the layers' inputs alone; selective also what products and attention
-            give, which is most of the work and, with fused attention, half of the memory.
+    The policy `full` keeps the layers' inputs alone, `selective` also what products and attention
+    give: most of the work and, with fused attention, half of the memory.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     if policy == "selective":
@@ -205,9 +197,8 @@ def _fits_float8(part: nn.Module) -> bool:
 def compile_model(model: LossModel, *, by_layer: bool) -> None:
     """Have a model compiled at its next call.
 
-    Args:
-        model: Changed in place; names of weights stay as they are.
-        by_layer: Compile one layer and use it for all, which is quicker to start.
+    Names of weights stay as they are. `by_layer` compiles one layer and uses it for all, which is
+    quicker to start.
     """
     for part in find_layers(model) if by_layer else [model.core.base_model]:
         part.compile()
@@ -226,10 +217,8 @@ def undo_compilation(model: LossModel) -> None:
 class LossModel(nn.Module):
     """A causal language model that returns its loss; what ranks, precision and compilation wrap.
 
-    Args:
-        core: A causal language model of transformers.
-        implementation: chunked: without the logits of all tokens at once. model: as the model does
-            it. auto: chunked where the model's output layer is known to be a plain product.
+    The implementation `chunked` never has the logits of all tokens at once, `model` is the model's
+    own, and `auto` is chunked where the model's output layer is known to be a plain product.
     """
 
     def __init__(self, core: Any, implementation: str = "auto") -> None:
@@ -243,9 +232,7 @@ class LossModel(nn.Module):
     ) -> torch.Tensor:
         """Return the mean loss over all tokens that have a next one: float32, a scalar.
 
-        Args:
-            input_ids: int64 [samples, tokens].
-            position_ids: int64 of the same shape; None counts from 0.
+        Both are int64 [samples, tokens]; without `position_ids` positions count from 0.
         """
         core: Any = self.core
         inputs = {"input_ids": input_ids, "use_cache": False}
@@ -266,9 +253,8 @@ class LossModel(nn.Module):
 class ParameterCounts:
     """Numbers of parameters.
 
-    Attributes:
-        total: All of them, shared ones once.
-        embedding: Those of the token embedding and the output layer.
+    `total` counts shared ones once; `embedding` are those of the token embedding and the output
+    layer.
     """
 
     total: int

@@ -34,10 +34,8 @@ def require_language_model(
 ) -> None:
     """Refuse a model that sees the token it is to predict, or that cannot be trained at all.
 
-    Args:
-        model_config: transformers config of the model.
-        attention: As the run has it; kernels that want a GPU are stood in for by sdpa.
-        mask_documents: Whether its attention must not cross documents.
+    Kernels that want a GPU are stood in for by sdpa. With `mask_documents`, its attention must not
+    cross documents.
 
     Raises:
         ConfigError: It is such a model; or one that crosses documents.

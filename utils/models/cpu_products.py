@@ -46,10 +46,7 @@ def linear(
 ) -> torch.Tensor:
     """Return `inputs @ weight.T + bias` without a gradient of its own.
 
-    Args:
-        inputs: [..., width].
-        weight: [outputs, width], of any strides.
-        bias: [outputs].
+    `inputs` are [..., width], `weight` is [outputs, width] of any strides, `bias` [outputs].
     """
     if is_onednn_faster() and _can_onednn(inputs, weight):
         return _by_onednn(inputs, weight, bias)
@@ -105,8 +102,7 @@ class CpuLinear(nn.Linear):
 def use_cpu_products(model: nn.Module) -> None:
     """Have oneDNN make the products of a model's linear layers, where that is worth it here.
 
-    Args:
-        model: Changed in place; names and weights stay as they are.
+    Names and weights stay as they are.
     """
     if not is_onednn_faster():
         return

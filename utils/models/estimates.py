@@ -66,17 +66,10 @@ STEPWISE_ACTIVATIONS = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")
 class ModelShape:
     """What decides the memory of a model.
 
-    Attributes:
-        parameters: All of them, shared ones once.
-        embedding: Those of the token embedding and the output layer.
-        layers: Number of layers.
-        hidden: Width of the residual stream.
-        intermediate: Width within an MLP.
-        vocabulary: Number of token ids.
-        kind: Model type of transformers, which decides what a layer keeps.
-        queries: Width of all heads' queries together; None: `hidden`.
-        keys: Width of all heads' keys together, and of their values; None: `hidden`.
-        mlp_tensors: Tensors of the MLP's inner width, kept for the backward pass.
+    `parameters` counts shared ones once, `embedding` those of the token embedding and the output
+    layer. The `kind`, transformers' model type, decides what a layer keeps. `queries` and `keys`
+    are the widths of all heads together (None: `hidden`), `mlp_tensors` the tensors of the MLP's
+    inner width that are kept for the backward pass.
     """
 
     parameters: int
@@ -148,13 +141,9 @@ def _mlp_tensors(model_config: Any) -> int:
 class MemoryEstimate:
     """Bytes that training needs on one device.
 
-    Attributes:
-        state: Weights and the optimizer's moments.
-        gradients: Gradients of all weights, with their buckets where ranks exchange them.
-        casts: 16-bit copies of the weights that autocast keeps during a step.
-        activations: Kept for the backward pass.
-        logits: Logits of the loss and its gradient.
-        total: At the peak; less than the sum, because gradients come as activations go.
+    `gradients` have their buckets with them where ranks exchange them. `casts` are the 16-bit
+    copies of weights that autocast keeps during a step, `logits` are those of the loss with its
+    gradient. `total` is at the peak: less than the sum, because gradients come as activations go.
     """
 
     state: int
@@ -168,9 +157,7 @@ class MemoryEstimate:
 def chunk_tokens(vocabulary: int, device: str) -> int:
     """Return how many tokens' logits are there at a time in a loss that is formed in chunks.
 
-    Args:
-        vocabulary: Number of token ids.
-        device: Its type, cpu or cuda; others are taken for cuda.
+    Devices other than cpu are taken for cuda.
     """
     elements = CHUNK_ELEMENTS["cpu" if device == "cpu" else "cuda"]
     return max(MIN_CHUNK_TOKENS, elements // vocabulary)
@@ -223,20 +210,14 @@ def selective_bytes(shape: ModelShape, precision: str) -> int:
 class StepSetup:
     """What decides the memory of a rank besides its model.
 
-    Attributes:
-        micro_batch: Samples in one forward and backward.
-        sequence_length: Tokens in a sample.
-        precision: no, bf16 or fp16.
-        gradient_checkpointing: full: keep the input of each layer only; selective: also what
-            products and attention give; empty: keep everything.
-        accumulation: Micro-steps in a step; after the first, gradients are there all the time.
-        world_size: Ranks; with more than one, gradients also lie in the buckets of DDP.
-        device: Its type, cpu or cuda; others are taken for cuda.
-        is_loss_chunked: Whether the logits of all tokens are never there at once.
-        is_sharded: Whether each rank holds a part of weights, gradients and moments only.
-        is_resharded: With that, whether a layer's gathered weights are let go after its forward.
-        zero_stage: Stage of DeepSpeed's ZeRO, where ranks hold whole weights and parts of the rest;
-            0 without it.
+    `precision` is no, bf16 or fp16; device types other than cpu are taken for cuda.
+    `gradient_checkpointing` is full (only the input of each layer is kept), selective (also what
+    products and attention give) or empty. After the first of several micro-steps, gradients are
+    there all the time; with several ranks they also lie in the buckets of DDP. `is_loss_chunked`:
+    the logits of all tokens are never there at once. `is_sharded`: each rank holds only a part of
+    weights, gradients and moments, and with `is_resharded` a layer's gathered weights are let go
+    after its forward. `zero_stage` is that of DeepSpeed's ZeRO, with whole weights and parts of the
+    rest; 0 without it.
     """
 
     micro_batch: int
@@ -357,10 +338,7 @@ def estimate_checkpoint_bytes(num_parameters: int) -> int:
 def count_pauses(begin: int, end: int, *intervals: int | None) -> int:
     """Return how many of the steps after `begin` up to `end` are the last, or due by an interval.
 
-    Args:
-        begin: Steps done.
-        end: The last step.
-        intervals: At most two; None for none.
+    `intervals` are at most two, None for none.
     """
     if begin >= end:
         return 0

@@ -10,6 +10,7 @@ called: one rank may generate while the others do not.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def generate_tokens(
             streamer=streamer,
         )
     texts: list[list[int]] = found[:, longest:].tolist()
-    return [_up_to_end(text, end_ids) for text in texts]
+    return [list(itertools.takewhile(lambda token: token not in end_ids, text)) for text in texts]
 
 
 def _room(model: Any, longest: int) -> int:
@@ -181,11 +182,6 @@ def _settings(
         pad_token_id=ends[0] if ends else 0,
         **choice,
     )
-
-
-def _up_to_end(tokens: list[int], end_ids: Collection[int]) -> list[int]:
-    end = next((place for place, token in enumerate(tokens) if token in end_ids), len(tokens))
-    return tokens[:end]
 
 
 def require_known_ids(prompt: Sequence[int], vocab_size: int) -> None:

@@ -31,8 +31,7 @@ IGNORED = -100
 def next_token_targets(input_ids: torch.Tensor) -> torch.Tensor:
     """Return each token's target, the token after it: int64 [samples * tokens].
 
-    Args:
-        input_ids: int64 [samples, tokens]. The last token of a sample has no target.
+    `input_ids` are int64 [samples, tokens]; the last token of a sample has no target.
     """
     return F.pad(input_ids[:, 1:], (0, 1), value=IGNORED).flatten()
 
@@ -48,12 +47,9 @@ def linear_cross_entropy(
 
     Under autocast the products are made in its precision, as those of a linear layer would be.
 
-    Args:
-        hidden: [tokens, width].
-        weight: [vocabulary, width].
-        targets: int64 [tokens]; `IGNORED` where there is none. One token at least has a target.
-        chunk: Tokens whose logits are there at a time; None chooses.
-        cross_entropy: `chunk_cross_entropy`, or that compiled.
+    `hidden` is [tokens, width], `weight` [vocabulary, width], `targets` int64 [tokens] with
+    `IGNORED` where there is none, not all of them. Logits are there for `chunk` tokens at a time;
+    None chooses.
     """
     device = hidden.device.type
     is_cast = torch.is_autocast_enabled(device)
@@ -135,11 +131,8 @@ def chunk_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return a chunk's summed loss, and its gradient over the logits divided by `divisor`.
 
-    Args:
-        logits: [tokens, vocabulary].
-        targets: int64 [tokens].
-        divisor: The number of targets of all chunks, or 1.
-        is_trained: Whether the gradient is wanted.
+    `logits` are [tokens, vocabulary], `targets` int64 [tokens]; `divisor` is the number of targets
+    of all chunks, or 1. Without `is_trained` there is no gradient.
     """
     known = targets != IGNORED
     places = targets.clamp(min=0).unsqueeze(1)

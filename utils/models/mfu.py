@@ -36,9 +36,8 @@ PEAK_FLOPS = {
 class Utilization:
     """What turns a rate of tokens into a share of what the devices can compute.
 
-    Attributes:
-        flops_per_token: FLOPs of the model, forward and backward.
-        peak_flops: FLOPs a second of all devices; None where they are not known.
+    `flops_per_token` counts forward and backward; `peak_flops` is for all devices, None where
+    unknown.
     """
 
     flops_per_token: float
@@ -54,9 +53,7 @@ class Utilization:
 def find_peak_flops(device: str, precision: str) -> float | None:
     """Return the FLOPs a second of one device, None where they are not known.
 
-    Args:
-        device: Its name, as the driver gives it.
-        precision: The run's mixed precision; only 16-bit rates are known.
+    Only rates of 16-bit precisions are known.
     """
     if precision not in SIXTEEN_BIT:
         return None

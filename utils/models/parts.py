@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from utils.base.text import parse_json
 
@@ -36,9 +36,7 @@ _PART_FILE = re.compile(r"([a-z]+)-part-(\d{5})-of-(\d{5})\.safetensors")
 class Part:
     """Which part of the state a rank holds.
 
-    Attributes:
-        rank: Counted from 0.
-        count: Parts of the whole.
+    `rank` counts from 0.
     """
 
     rank: int
@@ -58,8 +56,7 @@ class Part:
 class RowRanges:
     """Rows of each tensor, where they are not those that fully_shard gives a rank.
 
-    Attributes:
-        ranges: (first, one after the last) by name; tensors that are not named are whole.
+    `ranges` are (first, one after the last) by name; tensors that are not named are whole.
     """
 
     ranges: Mapping[str, tuple[int, int]]
@@ -95,9 +92,7 @@ def find_part_files(names: Iterable[str], prefix: str) -> list[str]:
 def part_header(shapes: Mapping[str, tuple[int, ...]], part: RowChoice) -> dict[str, str]:
     """Return the header of a part's file: one entry, safetensors writes several in any order.
 
-    Args:
-        shapes: Shapes of the whole tensors that the file has rows of.
-        part: Whose rows they are. A scalar is whole.
+    `shapes` are those of the whole tensors that the file has rows of. A scalar is whole.
     """
     info = {
         name: {
@@ -111,24 +106,10 @@ def part_header(shapes: Mapping[str, tuple[int, ...]], part: RowChoice) -> dict[
     return {OFFSETS_HEADER: json.dumps(info)}
 
 
-class TensorReader(Protocol):
-    """Tensors of one or several files, open."""
-
-    names: list[str]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a whole tensor."""
-
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """Return a tensor, or the rows from the first up to the second."""
-
-
 class WholeFile:
     """A safetensors file of whole tensors.
 
-    Args:
-        path: The file.
-        stack: Closes it.
+    `stack` closes it.
     """
 
     def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
@@ -157,9 +138,7 @@ class _Piece:
 class PartFiles:
     """The files of all parts.
 
-    Args:
-        paths: What `find_part_files` returned.
-        stack: Closes them.
+    `paths` are those that `find_part_files` found; `stack` closes them.
 
     Raises:
         ValueError: They do not make up whole tensors.
@@ -224,11 +203,7 @@ class PartFiles:
 
 
 class LoadedTensors:
-    """Tensors of a pickle that is mapped into memory.
-
-    Args:
-        tensors: By name.
-    """
+    """Tensors of a pickle that is mapped into memory."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
@@ -242,6 +217,9 @@ class LoadedTensors:
         """Return a tensor, or some of its rows; other rows are not kept in memory."""
         tensor = self._tensors[name]
         return tensor if rows is None else tensor[slice(*rows)].clone()
+
+
+TensorReader = WholeFile | PartFiles | LoadedTensors
 
 
 def read_tensors(reader: TensorReader, part: RowChoice | None) -> dict[str, torch.Tensor]:

@@ -118,9 +118,8 @@ def begin_like_data(tokenizer: Any, begin_id: int | None) -> Any:
     In the data a text stands after the token that ends the one before it. What a post-processor
     puts around a text (`<s> $A </s>`) was never seen there, and an end token ends a prompt.
 
-    Args:
-        tokenizer: A tokenizer of transformers, changed in place; None stays None.
-        begin_id: Token id before a text in the data; None leaves the tokenizer's own.
+    The tokenizer is changed in place, and None stays None. `begin_id` is the token before a text in
+    the data; None leaves the tokenizer's own.
     """
     if not getattr(tokenizer, "is_fast", False):
         return tokenizer
@@ -186,9 +185,7 @@ def with_template_of(tokenizer: Any, content: bytes) -> bytes:
 def build_files(tokenizer: Any, content: bytes | None) -> dict[str, bytes]:
     """Return the files of which anybody gets the tokenizer: file name -> bytes.
 
-    Args:
-        tokenizer: What `find_tokenizer` returned, after `begin_like_data`.
-        content: Its `tokenizer.json`, kept byte for byte; None where it was made of other files.
+    `content` is its `tokenizer.json`, kept byte for byte; None where it was made of other files.
     """
     content = content or tokenizer.backend_tokenizer.to_str(pretty=True).encode("utf-8")
     settings = _build_settings(tokenizer, content)
@@ -244,11 +241,8 @@ def _stored_template(template: str | Mapping[str, str]) -> Any:
 def find_misreading(directory: Path) -> str | None:
     """Return a text that `AutoTokenizer` reads in another way than the `tokenizer.json` beside it.
 
-    Args:
-        directory: Tokenizer files; a `config.json` there has its say, as in a checkpoint.
-
-    Returns:
-        None where both give the same ids, and the same text of them, for every probe.
+    A `config.json` there has its say, as in a checkpoint. None: both give the same ids for every
+    probe, and the same text of them.
     """
     import tokenizers
     from transformers import AutoTokenizer

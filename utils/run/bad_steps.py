@@ -82,8 +82,7 @@ class BadSteps:
     def judge(self, *, newest: bool) -> None:
         """Act on the bad steps that the guard has found.
 
-        Args:
-            newest: Wait for the verdict of the last step too.
+        With `newest`, the verdict of the last step is waited for too.
         """
         for verdict in self._state.guard.take(newest=newest):
             if verdict.code:
@@ -111,11 +110,8 @@ class BadSteps:
     def roll_back(self, find_newest: Callable[[int], tuple[Path, Manifest] | None]) -> bool:
         """Bring back the newest checkpoint, and the position after the samples of the bad step.
 
-        Args:
-            find_newest: Returns the newest checkpoint before a step; for the main process.
-
-        Returns:
-            Whether there was a checkpoint; if not, the run must not go on.
+        `find_newest` returns the newest checkpoint before a step; the main process calls it. False:
+        there was none, and the run must not go on.
         """
         verdict, self.rollback_from = self.rollback_from, None
         assert verdict is not None

@@ -23,17 +23,11 @@ def evaluate(
 ) -> float | None:
     """Return the mean loss over the validation samples, over all ranks; None without samples.
 
-    Every sample has the same number of predicted tokens, so the mean over samples is the mean
-    over tokens.
-
-    Args:
-        state: Its model is in train mode afterwards, also after an error.
-        data: The validation samples.
-        batch_size: Samples in one forward of one rank.
-        document_end: End-of-text id where attention must not cross documents.
-        should_stop: Asked before each batch, on all ranks equally often, so that they may agree
-            on the answer; once it says so, the evaluation ends with None.
-        show: Called before each batch with the samples done by all ranks.
+    Every sample has the same number of predicted tokens, so the mean over samples is the mean over
+    tokens. The model is in train mode afterwards, also after an error. `should_stop` is asked
+    before each batch, on all ranks equally often, so that they may agree on the answer; once it
+    says so, the evaluation ends with None. `show` is told before each batch how many samples all
+    ranks have done.
     """
     if data.num_samples == 0:
         return None

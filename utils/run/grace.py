@@ -38,12 +38,8 @@ def describe_plan(
 ) -> str:
     """Return one line that says which checkpoints reach the bucket in time.
 
-    Args:
-        grace_seconds: From now to the end.
-        save_seconds: What a save takes; None where none was measured.
-        checkpoint_bytes: Size of the new checkpoint.
-        bytes_per_second: Measured speed of uploads; None or 0 where none was measured.
-        pending_uploads: Name and bytes of what waits already, from the oldest to the newest.
+    `save_seconds` is None and `bytes_per_second` None or 0 where none was measured.
+    `pending_uploads` are name and bytes of what waits already, from the oldest to the newest.
     """
     is_known = save_seconds is not None and bool(bytes_per_second)
     fates: dict[bool | None, list[str]] = {True: [], None: [], False: []}
@@ -78,10 +74,8 @@ def describe_plan(
 def describe_outcome(saved_name: str | None, verified: Sequence[str], left: Sequence[str]) -> str:
     """Return one line that says what survived, and where.
 
-    Args:
-        saved_name: The checkpoint of this stop; None where none was saved.
-        verified: Names of the checkpoints that are verified in the bucket since the request.
-        left: Names of those that are not in the bucket.
+    `saved_name` is the checkpoint of this stop, if one was saved; `verified` are those in the
+    bucket since the request, `left` those that are not there.
     """
     if saved_name is None:
         parts = ["No new checkpoint was saved."]

@@ -48,12 +48,7 @@ def wait_for_uploads(
     """Wait for the save in progress and for uploads; say what is not in the bucket.
 
     The time that a request to stop leaves ends the wait, also where it comes in the meantime.
-
-    Args:
-        saving: The checkpoints of this attempt.
-        live: Shows what is waited for.
-        upload_seconds: How long to wait for uploads.
-        is_leaving: Whether a request to stop ends this attempt: then what is left is normal.
+    `is_leaving` says that one has come: then what is left is normal.
 
     Raises:
         SaveError: The last save failed.

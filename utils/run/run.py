@@ -53,7 +53,6 @@ class TrainingRun:
         start: Start,
         stop: StopRequest,
         options: SavingOptions,
-        hourly_price: float | None = None,
     ) -> None:
         self.config, self.state, self.start, self.stop = config, state, start, stop
         self.paths = RunPaths.of(config)
@@ -70,7 +69,7 @@ class TrainingRun:
             start.identity.run_id,
             state.progress.step,
             state.progress.spending,
-            hourly_price,
+            config.hourly_price,
         )
         self._parts = SavedParts(state, data, start.identity, self._meter, tokenizer_files)
         self._bad_steps = BadSteps(config, state, self._fail)

@@ -32,9 +32,7 @@ log = logging.getLogger("train")
 class Sample:
     """A text of the model.
 
-    Attributes:
-        prompt: What it was given.
-        text: What it wrote, without the prompt; no character of it can steer a terminal.
+    No character of the text, which is without the prompt, can steer a terminal.
     """
 
     prompt: str
@@ -44,10 +42,7 @@ class Sample:
 class Sampler:
     """Writes a text for each prompt of a configuration.
 
-    Args:
-        config: `sample_prompts`, `sample_tokens` and `seed`.
-        tokenizer_files: The data's tokenizer: file name -> bytes; empty where they have none.
-        path: `samples.jsonl`.
+    `tokenizer_files` are the data's, file name -> bytes; empty where they have none.
     """
 
     def __init__(
@@ -61,9 +56,8 @@ class Sampler:
     def write(self, state: TrainState, should_stop: Callable[[], bool]) -> list[Sample]:
         """Return the texts of the model as it is, and append them to `samples.jsonl`.
 
-        Args:
-            state: Left as it is, bit for bit.
-            should_stop: Asked before each token; once it says so, there are no texts.
+        The state is left as it is, bit for bit. `should_stop` is asked before each token; once it
+        says so, there are no texts.
         """
         if not self._prompts:
             return []

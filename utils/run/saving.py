@@ -55,10 +55,8 @@ log = logging.getLogger("train")
 class SavingOptions:
     """How checkpoints are written and uploaded.
 
-    Attributes:
-        transport: The way to the bucket; None uploads nothing.
-        is_upload_in_background: False uploads while training waits.
-        writer: A writer process that has been started already.
+    Without a `transport` nothing is uploaded; with `is_upload_in_background=False`, training waits
+    for uploads. `writer` is a process that has been started already.
     """
 
     transport: TransportOptions | None = None
@@ -70,12 +68,8 @@ class SavingOptions:
 class SavedParts:
     """What a checkpoint is made of.
 
-    Attributes:
-        state: The train state.
-        data: The data, for the position in them.
-        identity: Run and branch.
-        meter: Counts what the run spends.
-        tokenizer_files: File name -> bytes; on the main process.
+    `data` is for the position in them; `tokenizer_files` (file name -> bytes) are there on the main
+    process.
     """
 
     state: TrainState
@@ -111,12 +105,8 @@ class SavedParts:
 class RunSaving:
     """The checkpoints of one attempt of a run; every rank makes one at the same point.
 
-    Args:
-        config: The run's configuration.
-        parts: What a checkpoint is made of.
-        stop: Ends waits for uploads; with it the ranks agree.
-        options: How checkpoints are written and uploaded.
-        tell: Called with what happens to checkpoints: title, line, step it belongs to (None: now).
+    `stop` ends waits for uploads; with it the ranks agree. `tell` is called with what happens to
+    checkpoints: title, line, step it belongs to (None: now).
 
     Raises:
         CheckpointError: With sharded state: the ranks do not see the same output directory.
@@ -180,14 +170,11 @@ class RunSaving:
         return ranks.any_rank(due or self._is_retry_due())
 
     def save(self, *, is_last: bool = False) -> float:
-        """Begin to save a checkpoint; training goes on while it is written.
+        """Begin to save a checkpoint, written while training goes on; return the seconds waited.
 
         A save that is due while the one before is still being written waits or is skipped, as
         `save_overlap` says; the last one of an attempt always waits. A state that is saved already
         is not saved twice. Call `saver.fence` before the optimizer changes the state.
-
-        Returns:
-            The seconds that training has waited; 0 where nothing is saved.
         """
         step = self.state.progress.step
         if step == self.saved_step:

@@ -13,10 +13,7 @@ from utils.base.errors import PreflightError
 class Check:
     """The outcome of one check.
 
-    Attributes:
-        name: What was checked.
-        status: ok, warn or fail.
-        message: What was found, and what to do where it is not ok.
+    `status` is ok, warn or fail; where it is not ok, `message` also says what to do.
     """
 
     name: str

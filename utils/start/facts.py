@@ -29,16 +29,8 @@ from utils.training_utils import build_accelerator, find_utilization, resolve_pr
 class RunFacts:
     """What is to be trained, and where.
 
-    Attributes:
-        config: The run's configuration.
-        model_config: transformers config of its model.
-        counts: The model's parameters.
-        precision: no, bf16 or fp16.
-        device: Where this rank trains.
-        world_size: Ranks.
-        step: Steps done.
-        sources: Where the data come from; the first has the validation data. Empty before they
-            have been read.
+    `precision` is no, bf16 or fp16, `device` where this rank trains, `step` the number of steps
+    done. The first of `sources` has the validation data; they are empty before they have been read.
     """
 
     config: TrainingConfig

@@ -25,7 +25,6 @@ CPU_FLOPS, GPU_FLOPS = 5e10, 2e13
 STEP_EFFICIENCY = 0.4
 # Compressing and checking an archive, bytes a second of one core: BENCHMARKS.md.
 ARCHIVE_BYTES_PER_SECOND = 250e6
-BUSY_CPU_SHARE = 0.25
 LATE_SHARE = 1.0
 BUSY_SHARE = 0.5
 
@@ -48,10 +47,7 @@ def estimate_run_seconds(facts: RunFacts, step_seconds: float) -> float:
 
 
 def check_times(
-    facts: RunFacts,
-    probe: StepProbe | None,
-    transport: TransportOptions | None,
-    busy_share: float = 0.0,
+    facts: RunFacts, probe: StepProbe | None, transport: TransportOptions | None
 ) -> list[Check]:
     """Return what is expected of steps, run and uploads.
 
@@ -68,16 +64,11 @@ def check_times(
         f"about {_format_seconds(seconds)}, {rate:,.0f} tokens/s{share} (from {probe.samples} x "
         f"{probe.tokens} tokens through one layer and through two)"
     )
-    is_busy = facts.device.type == "cpu" and busy_share > BUSY_CPU_SHARE
-    if is_busy:
-        text += (
-            f"; other processes take {busy_share:.0%} of the CPU now: without them it is quicker"
-        )
     evaluations = count_pauses(facts.step, config.max_steps, config.save_steps, config.eval_steps)
     run_seconds = estimate_run_seconds(facts, seconds)
     ending = f"about {format_duration(run_seconds)} for steps {facts.step} to {config.max_steps}"
     return [
-        Check("step", "warn" if is_busy else "ok", text),
+        Check("step", "ok", text),
         Check("run", "ok", f"{ending} and {evaluations} evaluations"),
         *([] if transport is None else [_check_uploads(facts, seconds, transport)]),
         _describe_cost(facts, run_seconds),

@@ -36,20 +36,13 @@ def hold_and_plan(
     stack.enter_context(store.hold_output_directory(paths))
     configure_logging(config.log_level, quiet=args.quiet, file=paths.train_log)
     store.remove_leftovers(paths.checkpoints)
-    held = _hold_bucket(stack, config, run_id)
+    held = None
+    if config.checkpoint_uri:
+        uri = join_uri(config.checkpoint_uri, config.run_name)
+        bucket = open_bucket(uri, config.gcs_user_project or None, LEASE_RETRY_SECONDS)
+        stack.callback(bucket.close)
+        held = stack.enter_context(lease.hold_prefix(bucket, run_id))
     plan = decide_start(config, args.resume, fresh=args.fresh)
     if held is not None:
         held.run_id = plan.identity.run_id
     return plan
-
-
-def _hold_bucket(
-    stack: contextlib.ExitStack, config: TrainingConfig, run_id: str
-) -> lease.PrefixLease | None:
-    """Hold the run's bucket prefix, so that a second trainer refuses; None without a bucket."""
-    if not config.checkpoint_uri:
-        return None
-    uri = join_uri(config.checkpoint_uri, config.run_name)
-    bucket = open_bucket(uri, config.gcs_user_project or None, LEASE_RETRY_SECONDS)
-    stack.callback(bucket.close)
-    return stack.enter_context(lease.hold_prefix(bucket, run_id))

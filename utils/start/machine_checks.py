@@ -10,7 +10,7 @@ import torch
 from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
 from utils.base import ranks
-from utils.base.machine import available_memory
+from utils.base.machine import available_memory, existing_parent
 from utils.base.text import format_bytes
 from utils.checkpoints.layout import RunPaths
 from utils.models.building import ParameterCounts
@@ -117,9 +117,7 @@ def check_disk(
     one = estimate_checkpoint_bytes(counts.total)
     has_archive = transport is not None and transport.name == "gsutil"
     copies = config.keep_checkpoints + 2 + has_archive  # the best, and one being written
-    folder = RunPaths.of(config).checkpoints.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    folder = existing_parent(RunPaths.of(config).checkpoints)
     if not os.access(folder, os.W_OK | os.X_OK):
         return Check("disk", "fail", f"{folder} cannot be written. Set output_dir elsewhere.")
     free = shutil.disk_usage(folder).free

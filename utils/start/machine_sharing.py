@@ -40,13 +40,9 @@ def on_every_machine(
 ) -> Iterator[Path]:
     """Have a directory with the checkpoint for each rank to read.
 
-    All ranks enter it, and leave it when all have read.
-
-    Args:
-        checkpoint: Its directory on the main process's machine, verified there.
-        manifest: Its manifest, the same on every rank.
-        directory: For what a machine receives, until it has been read.
-        forgive_random_states: Damaged random states are no error.
+    All ranks enter it, and leave it when all have read. `checkpoint` is verified on the main
+    process's machine; `directory` is for what a machine receives, until it has been read. With
+    `forgive_random_states`, damaged ones are no error.
 
     Raises:
         CheckpointError: It could not be brought to a machine.
@@ -91,11 +87,7 @@ def _has(checkpoint: Path, manifest: Manifest) -> bool:
 def _send(
     folder: Path, manifest: Manifest, rank: int, lacking: Sequence[int], forgive_random_states: bool
 ) -> str | None:
-    """Send the files from rank 0 to `lacking`; all ranks call this.
-
-    Returns:
-        Why it failed on this rank, None where it did not.
-    """
+    """Send the files from rank 0 to `lacking`, all ranks taking part; return why it failed here."""
     members = [0, *lacking]
     group = _group_of(members)
     if rank not in members:

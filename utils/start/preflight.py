@@ -20,8 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from configs.model_config import CONFIG_FILE, find_dropouts, known_vocab_size
 from configs.training_config import TrainingConfig
 from utils.base import ranks
@@ -62,7 +60,6 @@ from utils.training_utils import device_name
 from utils.uploads.transports import TransportOptions, probe_transport
 
 PROBE_RETRY_SECONDS = 4.0
-BUSY_SECONDS = 0.3
 USUAL_TOKENS_PER_PARAMETER = 20
 # Up to here, tokens that are seen again are worth nearly as much (Muennighoff et al. 2023).
 MANY_EPOCHS = 4
@@ -223,14 +220,9 @@ def _advise(exc: StorageError, action: str, uri: str) -> str:
 class StartChecks:
     """What is known before a run begins, while another trainer may still work there.
 
-    Attributes:
-        run_id: The run that it would belong to, if it began now.
-        step: Steps that would be done before it, if it began now.
-        sources: The sources of data that can be read.
-        checks: What was found, good and bad, at whichever step it begins.
-        transport: The way to the bucket that works; None for none.
-        probe: A small step of the run; None where none was measured.
-        busy_share: Share of the CPUs that others used before the small step.
+    `run_id` and `step` are those it would begin with now. `checks` hold at whichever step it
+    begins. `transport` is the way to the bucket that works, `probe` a small step if one was
+    measured.
     """
 
     run_id: str
@@ -239,7 +231,6 @@ class StartChecks:
     checks: list[Check]
     transport: TransportOptions | None
     probe: StepProbe | None = None
-    busy_share: float = 0.0
 
     @property
     def has_failed(self) -> bool:
@@ -252,11 +243,8 @@ def check_start(
 ) -> StartChecks:
     """Return what is known before a run begins; nothing is decided by it but a refusal.
 
-    Args:
-        facts: What is to be trained, and where; step and sources are found here.
-        resume: What to go on from, as the user says it; None for nothing.
-        is_fresh: Whether to set an old run aside.
-        should_measure: Measure a small step and a short upload, as before a long run in any case.
+    Step and sources of `facts` are found here. `resume` is what to go on from, as the user says it.
+    `should_measure` measures a small step and a short upload, as before a long run in any case.
 
     Raises:
         UsageError: There is no such checkpoint to resume from.
@@ -272,7 +260,7 @@ def check_start(
     set_special_tokens(config, sources, model_config)
     transport, uploading = check_upload(config, paths.checkpoints)
     facts = replace(facts, step=plan.step, sources=sources)
-    memory, unmeasured, probe, busy_share = _measure(facts, should_measure=should_measure)
+    memory, unmeasured, probe = _measure(facts, should_measure=should_measure)
     checks = [
         *resuming,
         *data,
@@ -286,7 +274,7 @@ def check_start(
         *unmeasured,
     ]
     run_id = plan.identity.run_id
-    return StartChecks(run_id, plan.step, sources, checks, transport, probe, busy_share)
+    return StartChecks(run_id, plan.step, sources, checks, transport, probe)
 
 
 def _look_for_start(
@@ -308,26 +296,21 @@ def _look_for_start(
 
 def _measure(
     facts: RunFacts, *, should_measure: bool
-) -> tuple[Check, list[Check], StepProbe | None, float]:
-    """Return the memory's check, and a small step where it is to be measured.
-
-    Returns:
-        The check, why no step was measured, the step, and the busy share of the CPUs before it.
-    """
+) -> tuple[Check, list[Check], StepProbe | None]:
+    """Return the memory's check, why no step was measured, and the step that was."""
     need = estimate_memory(facts)
     memory = check_memory(facts.config, need, facts.device)
     if memory.status == "fail":
         text = "not measured: it does not fit into the memory"
-        return memory, [Check("step", "warn", text)], None, 0.0
+        return memory, [Check("step", "warn", text)], None
     if facts.step >= facts.config.max_steps or not (should_measure or is_long_run(facts)):
-        return memory, [], None, 0.0
+        return memory, [], None
     log.info("Measuring a small step.")
-    busy_share = float(psutil.cpu_percent(BUSY_SECONDS)) / 100
     probe = measure_step(facts, find_free_memory(facts.device)[0])
     if probe is None:
-        return memory, check_times(facts, None, None), None, busy_share
+        return memory, check_times(facts, None, None), None
     memory = check_memory(facts.config, need, facts.device, probe.memory_ratio)
-    return memory, [], probe, busy_share
+    return memory, [], probe
 
 
 def complete_checks(facts: RunFacts, found: StartChecks) -> list[Check]:
@@ -339,7 +322,7 @@ def complete_checks(facts: RunFacts, found: StartChecks) -> list[Check]:
     def complete() -> list[Check]:
         times = []
         if found.probe is not None and facts.step < facts.config.max_steps:
-            times = check_times(facts, found.probe, found.transport, found.busy_share)
+            times = check_times(facts, found.probe, found.transport)
         return [check_settings(facts), *found.checks, *times]
 
     return ranks.compute_on_main(complete)

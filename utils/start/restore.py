@@ -65,15 +65,9 @@ def begin(
 ) -> Start:
     """Restore the first candidate of a plan that can be used; every rank calls this.
 
-    Nothing is moved here but damaged checkpoints; `commit_start` does the rest.
-
-    Args:
-        plan: Where the attempt may begin.
-        config: The run's configuration.
-        state: Changed in place.
-        data: The run's data, for the position in them.
-        args: What the command line accepts: `accept_data_change`, `accept_config_change`,
-            `accept_missing_random_state`.
+    Nothing is moved here but damaged checkpoints; `commit_start` does the rest. `state` is changed
+    in place. `args` says what the command line accepts: `accept_data_change`,
+    `accept_config_change`, `accept_missing_random_state`.
 
     Raises:
         CheckpointError: No candidate can be used.
@@ -144,9 +138,7 @@ def write_run_identity(paths: RunPaths, identity: RunIdentity) -> None:
 def require_shared_directory(directory: Path, token: str) -> None:
     """Refuse to go on where not every rank sees what the main one writes; every rank calls this.
 
-    Args:
-        directory: Where checkpoints lie.
-        token: The same on every rank, and of no other attempt.
+    `token` is the same on every rank, and of no other attempt.
 
     Raises:
         CheckpointError: On the main process.
@@ -180,15 +172,8 @@ def bring(
 ) -> tuple[Path, Manifest] | None:
     """Return a candidate as a verified directory on this machine, downloaded where it is not here.
 
-    Args:
-        plan: Says whether the next candidate may be tried where this one cannot be used.
-        candidate: What to bring.
-        paths: The run's directories; a download is committed there.
-        forgive_random_states: Damaged random states are no error.
-        user_project: Who pays for requests to a requester-pays bucket.
-
-    Returns:
-        None where it cannot be used and was passed over.
+    A download is committed into the run's directories. None: the candidate cannot be used, and the
+    plan lets the next one be tried. With `forgive_random_states`, damaged ones are no error.
 
     Raises:
         CheckpointError: It is damaged or incomplete, and no other may be tried.
@@ -337,13 +322,9 @@ def judge_changes(
 ) -> ConfigChanges:
     """Return changes of a configuration, judged by the model that it comes to.
 
-    Args:
-        changes: As the configurations name them.
-        of_model: What `describe_model_changes` returns; None where they are not known. Another name
-            of the same model is a free change, the same name of another model is none.
-        has_dropout: Whether the model has dropout, whose random numbers depend on how it is
-            computed.
-        is_compiled: Whether it is compiled now.
+    `of_model` is what `describe_model_changes` returns, None where they are not known: another name
+    of the same model is a free change, the same name of another model is none. Random numbers of
+    dropout depend on how the model is computed.
     """
     free, guarded = list(changes.free), list(changes.guarded)
     named = [change for change in guarded if change.startswith(_MODEL_KEYS)]

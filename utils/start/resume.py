@@ -52,12 +52,8 @@ OpenBucket = Callable[[str], Bucket]
 class Candidate:
     """A checkpoint that an attempt may begin at.
 
-    Attributes:
-        name: Its name.
-        identity: Run and branch of its manifest.
-        path: Where it is on this machine; None if it is in a bucket.
-        bucket_uri: The bucket that has it, "" for one on this machine.
-        view: What that bucket's listing says of it; None for one on this machine.
+    `path` is where it is on this machine, else `bucket_uri` the bucket that has it and `view` what
+    that bucket's listing says of it. `identity` is that of its manifest.
     """
 
     name: CheckpointName
@@ -74,14 +70,11 @@ class Candidate:
 class Plan:
     """Where an attempt may begin; nothing has been changed yet.
 
-    Attributes:
-        identity: The run and branch that it belongs to, a new run at step 0.
-        candidates: Newest first; the first that can be used is taken. Empty at step 0.
-        can_walk_back: Whether the next candidate may be taken where one cannot be used.
-        is_older: Whether the candidate is known not to be the newest of its run.
-        known: Other identities that were seen beside the candidates.
-        in_bucket: Identities of all that the run's own bucket holds.
-        searched: Where a checkpoint was looked for in vain, "" where none was.
+    `identity` is the run and branch that it belongs to. Candidates come newest first, none at step
+    0; the first that can be used is taken, and with `can_walk_back` the next where one cannot.
+    `is_older`: the candidate is known not to be the newest of its run. `known` are other identities
+    seen beside the candidates, `in_bucket` those of all that the run's own bucket holds. `searched`
+    is where a checkpoint was looked for in vain.
     """
 
     identity: RunIdentity
@@ -102,12 +95,9 @@ class Plan:
 class Start:
     """Where an attempt begins.
 
-    Attributes:
-        identity: Run and branch that it writes to.
-        checkpoint: What it resumes from, None at step 0.
-        manifest: The checkpoint's manifest.
-        obsolete: Name -> why a local checkpoint does not belong to the branch.
-        bad_shards: Shards that are known as bad.
+    `checkpoint`, with its manifest, is what it resumes from, None at step 0. `obsolete` says by
+    name why a local checkpoint does not belong to the branch. `bad_shards` are those known already,
+    by number.
     """
 
     identity: RunIdentity
@@ -181,12 +171,9 @@ def plan_start(
 ) -> Plan:
     """Return where an attempt may begin, reading only.
 
-    Args:
-        paths: The run's directories.
-        resume: latest, best, a step, a name, a path, or one of these after a bucket's URI; None
-            to begin at step 0. Only a name or a path may be of another run than `latest`.
-        bucket_uri: The bucket that the run uploads to, "" for none.
-        open_bucket: Opens a bucket for reading.
+    `resume` is latest, best, a step, a name, a path, or one of these after a bucket's URI; None
+    begins at step 0. Only a name or a path may be of another run than `latest`. `bucket_uri` is
+    where the run uploads to, "" for nowhere.
 
     Raises:
         UsageError: There is no such checkpoint, or it is not clear which one is meant.

@@ -50,12 +50,9 @@ Size = tuple[int, int]
 class StepProbe:
     """What a small step says of a whole one.
 
-    Attributes:
-        step_seconds: Time of one optimizer update.
-        samples: Samples of the largest small step.
-        tokens: Tokens in each of them.
-        memory_ratio: Measured over estimated memory of the small steps; None where too little of
-            it can be seen.
+    `step_seconds` is the time of one optimizer update. The largest small step had `samples` of
+    `tokens` each. `memory_ratio` is measured over estimated memory, None where too little of it can
+    be seen.
     """
 
     step_seconds: float

@@ -155,18 +155,14 @@ class ZeroPartitioned(Division):
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale the reduced gradients down to a norm; return what it was, on every rank."""
-        gradients = self._gradients()
+        groups = self._zero.averaged_gradients  # this rank's parts, reduced, padded with zeros
+        gradients = [gradient for index in sorted(groups) for gradient in groups[index]]
         squares = torch.nn.utils.get_total_norm(gradients).float().square()
         torch.distributed.all_reduce(squares)
         norm = squares.sqrt()
         if math.isfinite(max_norm):
             torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
-
-    def _gradients(self) -> list[torch.Tensor]:
-        """Return this rank's parts of the gradients, reduced, padding included (zero)."""
-        groups = self._zero.averaged_gradients
-        return [gradient for index in sorted(groups) for gradient in groups[index]]
 
     def step(self) -> None:
         """Update this rank's partition and gather the whole weights."""

@@ -91,8 +91,7 @@ class Division(ABC):
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale the step's gradients down to a norm; return what it was, on every rank.
 
-        Args:
-            max_norm: Largest norm of all gradients together; infinite leaves them.
+        An infinite `max_norm` leaves them.
         """
         norm: torch.Tensor = self._accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
         return norm
@@ -126,9 +125,7 @@ class Division(ABC):
     def restore(self, weights: Mapping[str, torch.Tensor], optimizer: dict[str, Any]) -> None:
         """Bring back weights and optimizer; every rank calls this at the same point.
 
-        Args:
-            weights: By name, the rows of `rows`.
-            optimizer: State dict, with the same rows of its moments.
+        Tensors are the rows of `rows`, those of the optimizer's moments too.
 
         Raises:
             ValueError: They are not those of this model.

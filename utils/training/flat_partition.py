@@ -21,11 +21,8 @@ RowRange = tuple[int, int]
 class Fragment:
     """Elements of one tensor that lie in a rank's partition.
 
-    Attributes:
-        index: The tensor, by its place in the group.
-        begin: First element, in the flattened tensor.
-        end: One after the last.
-        offset: Where they begin in the partition.
+    `index` is the tensor's place in the group. Its elements from `begin` up to `end`, flattened,
+    lie from `offset` on in the partition.
     """
 
     index: int
@@ -38,10 +35,7 @@ class Fragment:
 class FlatGroup:
     """Tensors that lie end to end, divided into equal partitions.
 
-    Attributes:
-        shapes: Shapes of the tensors, in their order.
-        partition_size: Elements of a partition; what follows the last tensor is padding.
-        count: Partitions.
+    There are `count` of them; what follows the last tensor is padding.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -105,9 +99,7 @@ class FlatGroup:
     def following_heads(self, rank: int, needed: int) -> list[tuple[int, int]]:
         """Return (rank, elements) of the heads that complete a rank's last row.
 
-        Args:
-            rank: Whose row it is.
-            needed: Elements that it lacks.
+        `needed` elements are what it lacks.
         """
         found = []
         for following in range(rank + 1, self.count):

@@ -34,12 +34,9 @@ class FullySharded(Division):
     """Each rank holds its rows of every tensor; a layer's weights are gathered when it is needed.
 
     What is in no layer (embedding, output layer, last norm) is gathered when the forward begins and
-    kept to the end of the backward.
-
-    Args:
-        accelerator: This process among the ranks. Its precision is that of gathered weights and
-            activations; gradients are reduced in float32, and the shards are float32.
-        should_reshard: Whether a layer's weights are let go between forward and backward.
+    kept to the end of the backward. Gathered weights and activations have the accelerator's
+    precision; gradients are reduced in float32, and the shards are float32. With `should_reshard` a
+    layer's weights are let go between forward and backward.
     """
 
     has_whole_weights = False
@@ -162,31 +159,25 @@ def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], di
 
 def _as_sharded(optimizer: dict[str, Any], parameters: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Return an optimizer's state of rows as one of tensors that are sharded as the weights are."""
+    from torch.distributed.tensor import DTensor
 
     def convert(value: Any, parameter: torch.Tensor) -> Any:
         if not isinstance(value, torch.Tensor) or not value.dim():
             return value
         if value.shape != local_tensor(parameter).shape:
             raise ValueError(f"moments of shape {list(value.shape)} for {list(parameter.shape)}")
-        return _like_parameter(value, parameter)
+        assert isinstance(parameter, DTensor)
+        return DTensor.from_local(
+            value.to(parameter.device),
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
 
     state = {
         index: {key: convert(value, parameters[index]) for key, value in values.items()}
         for index, values in optimizer["state"].items()
     }
     return {**optimizer, "state": state}
-
-
-def _like_parameter(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return this rank's rows as a tensor that is sharded as a parameter is."""
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(parameter, DTensor)
-    return DTensor.from_local(
-        local.to(parameter.device),
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )

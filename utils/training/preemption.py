@@ -50,9 +50,8 @@ def metadata_address() -> str | None:
 class PreemptionWatch:
     """Waits for the notice in a thread, while it is entered.
 
-    Args:
-        on_notice: Called once, in that thread, with the reason for a stop.
-        address: What `metadata_address` returns; None for no watch at all.
+    `on_notice` is called once, in that thread, with the reason for a stop. Without an `address`
+    nothing is watched.
     """
 
     def __init__(self, on_notice: Callable[[str], None], address: str | None) -> None:

@@ -36,10 +36,8 @@ _REFUSED_BY_FSDP = {
 class Sharding:
     """How the state is divided over the ranks.
 
-    Attributes:
-        reshard_after_forward: Whether a layer's weights are let go between forward and backward.
-        source: Who asked for it, for messages.
-        zero_stage: Stage of DeepSpeed's ZeRO, 1 or 2; 0 is FSDP2.
+    `source` says who asked for it, for messages. `zero_stage` is that of DeepSpeed's ZeRO, 1 or 2;
+    0 is FSDP2.
     """
 
     reshard_after_forward: bool
@@ -54,10 +52,7 @@ def resolve_sharding(
 
     What `accelerate launch` put into the environment wins over the configuration.
 
-    Args:
-        config: `sharding` and `reshard_after_forward`.
-        world_size: Ranks; one alone has nothing to share.
-        environment: Variables of this process.
+    One rank alone has nothing to share.
 
     Raises:
         ConfigError: A strategy is asked for that would be ignored or go wrong.

@@ -22,11 +22,8 @@ KINDS = {NON_FINITE: "non-finite", SPIKE: "spike"}
 class Verdict:
     """What was found of one step.
 
-    Attributes:
-        step: The step, counted from 1.
-        code: GOOD, NON_FINITE or SPIKE.
-        loss: Its mean loss over all ranks, before the update.
-        grad_norm: Norm of its gradients before clipping.
+    Steps count from 1. `loss` is the mean over all ranks, before the update; `grad_norm` is that
+    before clipping.
     """
 
     step: int
@@ -43,14 +40,10 @@ class Verdict:
 class StepGuard:
     """Judges each step; every rank has the same inputs and so the same verdicts.
 
-    Args:
-        device: Where loss and gradients are.
-        sigma: A loss this many standard deviations above the mean is a spike; None: never.
-        window: Good steps that mean and deviation are taken from; before it is full nothing is a
-            spike.
-        should_check_gradients: False where a loss scaler looks for overflow itself.
-        is_on_device: Whether the optimizer obeys the verdict on the device, and the host reads it
-            one step later.
+    A loss `sigma` standard deviations above the mean of the last `window` good steps is a spike,
+    once there are so many; with None none is. A loss scaler looks for overflow itself: then
+    gradients are not checked. With `is_on_device` the optimizer obeys the verdict on the device,
+    and the host reads it one step later.
     """
 
     def __init__(
@@ -71,10 +64,8 @@ class StepGuard:
     def judge(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """Return the verdict's code: float32, shape [], on the device.
 
-        Args:
-            step: The step being done, counted from 1.
-            loss: Its mean loss over all ranks, float32, shape [].
-            grad_norm: Norm of its gradients, shape [].
+        `step` counts from 1; `loss` is the mean over all ranks, float32, shape []; `grad_norm` has
+        shape [].
         """
         finite = torch.isfinite(loss)
         if self._should_check_gradients:
@@ -98,8 +89,7 @@ class StepGuard:
     def take(self, *, newest: bool) -> list[Verdict]:
         """Return the verdicts that were not returned yet.
 
-        Args:
-            newest: Also that of the last step, waiting for the device.
+        With `newest` also that of the last step, for which the device is waited for.
         """
         found = []
         while len(self._unread) > (1 if self.is_on_device and not newest else 0):

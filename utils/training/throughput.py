@@ -51,9 +51,8 @@ class Throughput:
     def report(self, tokens_per_step: int, data_wait_seconds: float) -> dict[str, float]:
         """Return tokens_per_second, step_seconds and data_wait_share, and begin anew.
 
-        Args:
-            tokens_per_step: Over all ranks.
-            data_wait_seconds: Time waited for data since the last report.
+        `tokens_per_step` is over all ranks; `data_wait_seconds` is the time waited since the last
+        report.
         """
         now = time.perf_counter()
         elapsed = max(1e-9, now - self._started - self._paused)

@@ -97,13 +97,6 @@ def test_a_price_gives_the_cost_of_the_run() -> None:
     assert find(check_times(facts_of(), PROBE, None), "cost").message.startswith("unknown")
 
 
-def test_a_busy_machine_is_said() -> None:
-    check = find(check_times(facts_of(), PROBE, None, busy_share=0.5), "step")
-    assert check.status == "warn"
-    assert "other processes take 50% of the CPU" in check.message
-    assert find(check_times(facts_of(), PROBE, None, busy_share=0.1), "step").status == "ok"
-
-
 def test_only_a_long_run_is_worth_a_small_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "CPU_FLOPS", 1e12 / (os.cpu_count() or 1))
     # 2,048 tokens a step of 6e9 FLOPs each, and attention: some 31 s a step.
