@@ -49,6 +49,7 @@ from utils.checkpoints.layout import (
     RunIdentity,
     RunPaths,
     parse_checkpoint_name,
+    require_checkpoint_name,
 )
 from utils.checkpoints.retention import Action, Decision, decide_retention
 from utils.checkpoints.store import hold_output_directory, verify_checkpoint
@@ -68,6 +69,7 @@ from utils.uploads.uploader import Uploader, find_unfinished
 WAIT_LINE_SECONDS = 30.0
 LISTING_RETRY_SECONDS = 5.0
 READING_RETRY_SECONDS = 60.0
+COLUMNS = ("checkpoint", "step", "size", "local", "bucket", "state", "progress", "kept", "note")
 NUMBERS = ("step", "size", "bytes", "place", "attempts")
 
 log = logging.getLogger(__name__)
@@ -162,9 +164,7 @@ def find_identity(
 ) -> RunIdentity | None:
     """Return the run and branch of this machine, None where it has none.
 
-    Args:
-        paths: Where the run keeps its files.
-        local: Its checkpoints here; None reads them where they are needed.
+    `local` are its checkpoints here; None reads them where they are needed.
     """
     recorded = read_run_identity(paths)
     if recorded is not None:
@@ -225,19 +225,8 @@ def print_status(result: dict[str, Any]) -> None:
     """Print what `status` found."""
     rows, bucket = result["checkpoints"], result["bucket"] or "no bucket"
     if rows:
-        columns = [
-            "checkpoint",
-            "step",
-            "size",
-            "local",
-            "bucket",
-            "state",
-            "progress",
-            "kept",
-            "note",
-        ]
         title = f"Uploads from {result['directory']} to {bucket}"
-        print_table(title, rows, columns, NUMBERS)
+        print_table(title, rows, COLUMNS, NUMBERS)
     else:
         print(f"No checkpoints in {result['directory']}, none in {bucket}.")
     if result["bucket"]:
@@ -300,7 +289,8 @@ def upload_all(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace
     journal = Journal(paths.journal)
     owed = find_unfinished(paths.checkpoints, journal, require_uri(config))
     owed += find_lost(config, paths, journal)
-    return upload_and_report(config, paths, sorted(owed, key=step_of), args)
+    owed.sort(key=lambda path: require_checkpoint_name(path.name))
+    return upload_and_report(config, paths, owed, args)
 
 
 def find_lost(config: TrainingConfig, paths: RunPaths, journal: Journal) -> list[Path]:
@@ -331,12 +321,6 @@ def retry_failed(config: TrainingConfig, paths: RunPaths, args: argparse.Namespa
             log.warning("%s failed and is no longer here.", printable(name))
     paths_here = [path for name, path in here.items() if name in failed and path is not None]
     return upload_and_report(config, paths, paths_here, args)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step of a checkpoint directory."""
-    name = parse_checkpoint_name(checkpoint.name)
-    return name.step if name is not None else 0
 
 
 def upload_and_report(
@@ -377,10 +361,9 @@ def upload(
     config: TrainingConfig, journal: Journal, checkpoints: list[Path], *, is_shown: bool
 ) -> dict[str, str]:
     """Upload checkpoints one after the other; return name -> error of those that failed."""
-    require_uri(config)
     wanted = TransportOptions.of(config, journal.path.parent)
     if wanted.name in ("auto", "python"):  # which one works, and whether it may make parts
-        wanted = probe_transport(wanted, REMOTE_FOLDER, LISTING_RETRY_SECONDS).options
+        wanted, _ = probe_transport(wanted, REMOTE_FOLDER, LISTING_RETRY_SECONDS)
     uploader = Uploader(wanted, journal, compression=config.upload_compression)
     line = LiveLine(enabled=is_shown, plain_seconds=WAIT_LINE_SECONDS)
     with uploader, contextlib.closing(line) as live:
@@ -491,7 +474,12 @@ def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) 
         chosen = parse_checkpoint_name(args.name) or choose_remote(bucket, args.name, identity)
         name = str(chosen)
         if is_own and identity is not None:
-            require_same_run(bucket, name, identity.run_id)
+            found = read_sidecar(bucket, name).manifest.run_id
+            if found != identity.run_id:
+                raise CheckpointError(
+                    f"{name} in {bucket.uri} is of run {printable(found)}, the run here is "
+                    f"{identity.run_id}. Nothing was downloaded. Choose another place: --to DIR."
+                )
         was_here = (directory / name).exists()
         journal = Journal(paths.journal) if is_own else None
         path = download_checkpoint(bucket, name, directory, journal, display.update)
@@ -500,20 +488,6 @@ def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) 
     else:
         print(f"{path} is {'already here' if was_here else 'complete'}: every file verified.")
     return ExitCode.DONE
-
-
-def require_same_run(bucket: Bucket, name: str, run_id: str) -> None:
-    """Refuse to put another run's checkpoint among this run's.
-
-    Raises:
-        CheckpointError: It is of another run.
-    """
-    found = read_sidecar(bucket, name).manifest.run_id
-    if found != run_id:
-        raise CheckpointError(
-            f"{name} in {bucket.uri} is of run {printable(found)}, the run here is {run_id}. "
-            "Nothing was downloaded. Choose another directory: --to DIR."
-        )
 
 
 # prune
@@ -555,13 +529,7 @@ def prune_remote(config: TrainingConfig, paths: RunPaths, args: argparse.Namespa
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What prune makes of a bucket as it is at one moment.
-
-    Attributes:
-        listing: What lies there.
-        views: The checkpoints by name.
-        decisions: What becomes of each.
-    """
+    """What prune makes of a bucket as it is at one moment; `views` has the checkpoints by name."""
 
     listing: RemoteListing
     views: dict[str, CheckpointView]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, TypeVar
 
 import google_crc32c
 
@@ -62,14 +62,7 @@ _UNPACK_ERRORS = (tarfile.TarError, ValueError, OverflowError)
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What the bucket says of one uploaded checkpoint.
-
-    Attributes:
-        name: The checkpoint's name.
-        manifest: Its manifest.
-        archive: Bytes and base64 crc32c of its archive.
-        format: Format of its archive.
-    """
+    """What the bucket says of one uploaded checkpoint and its archive."""
 
     name: str
     manifest: Manifest
@@ -143,30 +136,24 @@ def _check_sidecar(
     return FileEntry(size, crc32c), ARCHIVE_FORMATS[suffix]
 
 
-class Retrying:
-    """Tries again what may succeed then, in all `MAX_ATTEMPTS` times for each thing to do."""
+def retry_download(name: str, source: str, operation: Callable[[], T]) -> T:
+    """Return what `operation` returns, after at most `MAX_ATTEMPTS` attempts.
 
-    def __init__(self, name: str, source: str) -> None:
-        self._name, self._source = name, source
-
-    def run(self, operation: Callable[[], T]) -> T:
-        """Return what `operation` returns.
-
-        Raises:
-            StorageError: It failed each time, or in a way that no other attempt mends.
-        """
-        message = "Download of %s failed, trying again in %.0f s: %s"
-        try:
-            return retry(
-                operation,
-                itertools.islice(backoff(FIRST_RETRY_SECONDS, ARCHIVE_FACTOR), MAX_ATTEMPTS - 1),
-                lambda delay, exc: log.warning(message, self._name, delay, exc),
-            )
-        except TransientStorageError as exc:
-            raise StorageError(
-                f"{self._name} could not be downloaded from {self._source}: {exc} "
-                f"({MAX_ATTEMPTS} attempts). Nothing was left here; try again later."
-            ) from exc
+    Raises:
+        StorageError: It failed each time, or in a way that no other attempt mends.
+    """
+    message = "Download of %s failed, trying again in %.0f s: %s"
+    try:
+        return retry(
+            operation,
+            itertools.islice(backoff(FIRST_RETRY_SECONDS, ARCHIVE_FACTOR), MAX_ATTEMPTS - 1),
+            lambda delay, exc: log.warning(message, name, delay, exc),
+        )
+    except TransientStorageError as exc:
+        raise StorageError(
+            f"{name} could not be downloaded from {source}: {exc} ({MAX_ATTEMPTS} attempts). "
+            "Nothing was left here; try again later."
+        ) from exc
 
 
 class ArchiveBytes:
@@ -231,14 +218,8 @@ class ArchiveBytes:
             )
 
 
-class Sink(Protocol):
-    """Takes the bytes of one file."""
-
-    def write(self, data: bytes, /) -> object:
-        """Take some more."""
-
-
-OpenSink = Callable[[str], AbstractContextManager[Sink]]
+OpenSink = Callable[[str], AbstractContextManager[Any]]
+"""Called with the name of each file, which the manifest has; returns what its bytes go to."""
 
 
 def unpack_archive(
@@ -248,14 +229,7 @@ def unpack_archive(
     open_sink: OpenSink,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> None:
-    """Read every file of an archive into a sink of its own.
-
-    Args:
-        sidecar: What it must be.
-        source: What to call it in messages.
-        archive: Its bytes.
-        open_sink: Called with the name of each file; only names of the manifest.
-        on_progress: Told what is done.
+    """Read every file of an archive, which messages call `source`, into a sink of its own.
 
     Raises:
         CheckpointError: The archive is not what the sidecar says.

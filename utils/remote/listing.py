@@ -34,13 +34,7 @@ NEWEST_SIDECARS = 50  # as many as a resume looks at
 
 @dataclass(frozen=True)
 class RemoteListing:
-    """What lies below `Checkpoints/`.
-
-    Attributes:
-        archives: By checkpoint.
-        sidecars: By checkpoint.
-        others: Objects that are neither.
-    """
+    """What lies below `Checkpoints/`: archives and sidecars by checkpoint, all else."""
 
     archives: dict[CheckpointName, ObjectInfo] = field(default_factory=dict)
     sidecars: dict[CheckpointName, ObjectInfo] = field(default_factory=dict)
@@ -98,10 +92,7 @@ def read_sidecars(
 ) -> list[CheckpointView]:
     """Return checkpoints of the bucket as far as their sidecars can be read, by step.
 
-    Args:
-        bucket: The run's bucket.
-        listing: What lies there.
-        names: Which; None for all that have a sidecar.
+    `names` says which; None for all that have a sidecar.
     """
 
     def read(name: CheckpointName) -> CheckpointView:
@@ -126,9 +117,7 @@ def newest_branch(
 ) -> RunIdentity | None:
     """Return the run and branch that checkpoints of a bucket belong to, None where there are none.
 
-    Args:
-        views: The checkpoints.
-        recorded: What this machine goes on with, None where it has no run.
+    `recorded` is what this machine goes on with, None where it has no run.
 
     Raises:
         UsageError: They are of several runs, and nothing says which one is meant.
@@ -161,12 +150,9 @@ def is_part_of(identity: RunIdentity | None, view: CheckpointView) -> bool:
 
 
 def choose_remote(bucket: Bucket, text: str, recorded: RunIdentity | None) -> CheckpointName:
-    """Return the checkpoint of a bucket that a user means; only sidecars that decide it are read.
+    """Return the checkpoint of a bucket that a user means: a step number, `latest` or `best`.
 
-    Args:
-        bucket: The run's bucket.
-        text: A step number, `latest` or `best`.
-        recorded: The run and branch of this machine, None where it has none.
+    Only sidecars that decide it are read. `recorded` is as in `newest_branch`.
 
     Raises:
         UsageError: There is none.

@@ -27,15 +27,7 @@ log = logging.getLogger(__name__)
 def plan_pruning(
     checkpoints: Sequence[CheckpointFacts], *, keep: int, keep_every_steps: int | None = None
 ) -> list[Decision]:
-    """Return a decision for each checkpoint, oldest first; the newest always stays.
-
-    Args:
-        checkpoints: The usable checkpoints of this branch in the bucket.
-        keep: How many of the newest to keep, at least 1.
-        keep_every_steps: Multiples of it stay; None for none.
-    """
-    if keep < 1:
-        raise ValueError(f"at least 1 checkpoint must be kept, not {keep}")
+    """Return a decision for each usable checkpoint of a branch, oldest first; the newest stays."""
     return [
         Decision(facts.name, Action.KEEP, reason)
         if reason is not None
@@ -56,16 +48,8 @@ def plan_bucket(
 ) -> list[Decision]:
     """Return a decision for each checkpoint of a bucket; what is not of this branch is kept.
 
-    Damaged ones are kept too, but do not count as the newest.
-
-    Args:
-        bucket: The run's bucket.
-        listing: What lies there.
-        views: The checkpoints that have a sidecar.
-        recorded: The run and branch of this machine, None where it has none.
-        is_under_way: Checkpoints whose upload is owed.
-        keep: How many of the newest to keep.
-        keep_every_steps: Multiples of it stay; None for none.
+    Damaged ones are kept too, but do not count as the newest. `views` are the checkpoints that have
+    a sidecar, `is_under_way` has those whose upload is owed; `recorded` is as in `newest_branch`.
 
     Raises:
         UsageError: The bucket holds several runs and nothing says which one is meant.
@@ -88,13 +72,11 @@ def plan_bucket(
     ]
     planned = plan_pruning(facts, keep=keep, keep_every_steps=keep_every_steps)
     decisions = {decision.name: decision for decision in planned}
-    for view, damage in zip(own, damages, strict=True):
-        if damage is not None:
-            name = str(view.name)
-            decisions[name] = Decision(name, Action.KEEP, f"damaged, not touched: {damage}")
+    damaged = {view.name: damage for view, damage in zip(own, damages, strict=True) if damage}
     for view in views:
-        reason = _why_left(view, identity)
-        decisions.setdefault(str(view.name), Decision(str(view.name), Action.KEEP, reason))
+        name, damage = str(view.name), damaged.get(view.name)
+        reason = f"damaged, not touched: {damage}" if damage else _why_left(view, identity)
+        decisions.setdefault(name, Decision(name, Action.KEEP, reason))
     return [decisions[str(view.name)] for view in sorted(views, key=lambda view: view.name)]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
 try:
     import fcntl
@@ -20,24 +21,20 @@ from utils.base.errors import AccessDeniedError, ConflictError, ObjectNotFoundEr
 from utils.storage.bucket import (
     Meter,
     ObjectInfo,
-    StreamSink,
     WriteStream,
     crc32c_of_bytes,
     crc32c_of_file,
     fsync_directory,
     map_file_error,
     metered_blocks,
+    write_file,
 )
 
 TEMPORARY_PREFIX = ".tmp-"
 STREAM_SUFFIX = ".part"
 MAX_TEMPORARY_CHARACTERS = 100
 # A mounted bucket that has no such call at all; anything else it says is a failure.
-UNSUPPORTED_ERRORS = frozenset(
-    getattr(errno, name)
-    for name in ("ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL")
-    if hasattr(errno, name)
-)
+UNSUPPORTED_ERRORS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 UNSUPPORTED_RENAME_ERRORS = UNSUPPORTED_ERRORS | {errno.EXDEV, errno.EEXIST}
 SYNC_BYTES = 64 * 2**20
 
@@ -125,22 +122,18 @@ class DirectoryBucket:
         """
         target = self._path(name)
         temporary = self._temporary(target)
-        with self._mapped_errors(name):
+        mapped_errors = functools.partial(self._mapped_errors, name)
+        with mapped_errors():
             target.parent.mkdir(parents=True, exist_ok=True)
-            file = temporary.open("wb")
-        metered: Any = _MeteredFile(file, self._meter)
-        sink: Any = StreamSink(metered, lambda: self._mapped_errors(name))
         try:
-            write(sink)
-            with self._mapped_errors(name):
-                file.close()
-                with _alone_in(target.parent):
-                    if _version(self.stat(name)) != _version(expected):
-                        raise ConflictError(f"{target} was changed by another process.")
-                    self._commit(temporary, target)
+            write_file(
+                temporary, write, mapped_errors, lambda file: _MeteredFile(file, self._meter)
+            )
+            with mapped_errors(), _alone_in(target.parent):
+                if _version(self.stat(name)) != _version(expected):
+                    raise ConflictError(f"{target} was changed by another process.")
+                self._commit(temporary, target)
         finally:
-            with contextlib.suppress(OSError):
-                file.close()
             with contextlib.suppress(OSError):  # written over by the next one
                 temporary.unlink(missing_ok=True)
 

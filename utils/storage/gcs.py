@@ -149,9 +149,8 @@ class GcsBucket:
         """Copy an object within the bucket."""
         with self._mapped_errors(name):
             source = self._bucket.blob(self._prefix + name)
-            token, *_ = (blob := self._bucket.blob(self._prefix + target)).rewrite(
-                source, **self._options
-            )
+            blob = self._bucket.blob(self._prefix + target)
+            token, *_ = blob.rewrite(source, **self._options)
             while token is not None:
                 token, *_ = blob.rewrite(source, token=token, **self._options)
 
@@ -185,18 +184,19 @@ class GcsBucket:
 
     def delete(self, name: str) -> None:
         """Remove the object; one that does not exist is no error."""
-        with contextlib.suppress(ObjectNotFoundError), self._mapped_errors(name):
-            self._bucket.blob(self._prefix + name).delete(**self._options)
+        self._delete(name)
 
     def delete_if(self, name: str, expected: ObjectInfo) -> None:
         """Remove the object where the bucket still holds the generation of `expected`."""
-        condition = {"if_generation_match": _generation(expected)}
         try:
-            with contextlib.suppress(ObjectNotFoundError), self._mapped_errors(name):
-                self._bucket.blob(self._prefix + name).delete(**condition, **self._options)
+            self._delete(name, if_generation_match=_generation(expected))
         except ConflictError:
             if self.stat(name) is not None:  # none: gone before, or the first answer was lost
                 raise
+
+    def _delete(self, name: str, **condition: int) -> None:
+        with contextlib.suppress(ObjectNotFoundError), self._mapped_errors(name):
+            self._bucket.blob(self._prefix + name).delete(**condition, **self._options)
 
     def deletion_notes(self) -> Sequence[str]:
         """Say what the bucket's settings do with objects that are deleted."""
@@ -362,10 +362,8 @@ def _map_gcs_error(exc: Exception, where: str) -> StorageError:
     if isinstance(cause, InvalidResponse):
         code = cause.response.status_code
     detail = f"{where}: {_innermost_reason(cause)}"
-    if code in (401, 403) or isinstance(
-        cause,
-        (auth.RefreshError, auth.InvalidOperation),  # the latter: anonymous and asked to log in
-    ):
+    # The last of these: anonymous and asked to log in.
+    if code in (401, 403) or isinstance(cause, (auth.RefreshError, auth.InvalidOperation)):
         return AccessDeniedError(detail)
     # An upload session, a copy or the version that is being read is lost: it can be begun anew.
     if code == 410 or (code == 404 and {"upload_id", "generation"} & _query_of(cause)):
@@ -374,10 +372,9 @@ def _map_gcs_error(exc: Exception, where: str) -> StorageError:
         return ObjectNotFoundError(detail)
     if code in (409, 412):
         return ConflictError(detail)
-    transient = (requests.exceptions.RequestException, OSError, auth.TransportError, DataCorruption)
-    if code in (408, 429) or (isinstance(code, int) and code >= 500):
-        return TransientStorageError(detail)
-    if isinstance(cause, (*transient, api.RetryError)):
+    lost = (requests.exceptions.RequestException, OSError, auth.TransportError, DataCorruption)
+    is_busy = code in (408, 429) or (isinstance(code, int) and code >= 500)
+    if is_busy or isinstance(cause, (*lost, api.RetryError)):
         return TransientStorageError(detail)
     return StorageError(detail)
 

@@ -130,15 +130,9 @@ def write_archive(
     threads: int = 1,
     on_read: OnRead = lambda count: None,
 ) -> ArchiveInfo:
-    """Write a checkpoint as an archive to `sink`.
+    """Write the files that a checkpoint's manifest names, and itself, as an archive to `sink`.
 
-    Args:
-        checkpoint: A committed checkpoint directory.
-        manifest: Its manifest; only the files that it names go in, and itself.
-        sink: Binary file that takes the bytes.
-        compression: One of `COMPRESSIONS`.
-        threads: That compress; the bytes do not depend on it.
-        on_read: Told of the bytes that were read.
+    The bytes do not depend on the number of `threads` that compress.
 
     Raises:
         OSError: The sink cannot be written.

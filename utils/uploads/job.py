@@ -11,6 +11,7 @@ that a late writer cannot overwrite a newer object. No torch here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -53,8 +54,6 @@ class UploadJob:
     Attributes:
         checkpoint: The committed checkpoint directory.
         transport: The way to the bucket; its name is not auto for gs://.
-        compression: One of `COMPRESSIONS`.
-        threads: That compress.
         should_sweep: Remove what other interrupted uploads left, but for those in `owed`.
         owed: Names of checkpoints that are still to be uploaded.
     """
@@ -69,14 +68,9 @@ class UploadJob:
 
 @dataclass(frozen=True)
 class UploadResult:
-    """A verified archive.
+    """A verified archive: its bytes, base64 crc32c and the end of its name.
 
-    Attributes:
-        size: Bytes of the archive.
-        crc32c: Its base64 crc32c.
-        seconds: How long it took.
-        sent: Bytes of it that were sent; 0 where it was there already.
-        suffix: End of its name.
+    `sent` has the bytes of it that were sent, 0 where it was there already.
     """
 
     size: int
@@ -133,12 +127,7 @@ Opener = Callable[[TransportOptions, Meter], Transport]
 def run_job(
     job: UploadJob, progress: UploadProgress, open_way: Opener = open_transport
 ) -> UploadResult:
-    """Upload one checkpoint.
-
-    Args:
-        job: What and how.
-        progress: Kept up to date.
-        open_way: Opens the transport.
+    """Upload one checkpoint, and keep `progress` up to date meanwhile.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or its name in the bucket belongs to another.
@@ -205,27 +194,22 @@ class _Upload:
             TransientStorageError: It is being changed at this moment.
         """
         where = join_uri(self._transport.uri, self._sidecar)
-        owner = found.manifest if found else None
-        if owner is None or owner.run_id != self._manifest.run_id:
+        owner, own = found.manifest.identity if found else None, self._manifest.identity
+        if owner is None or not _may_replace(own, owner):
+            theirs, ours = f"run {owner.run_id if owner else 'unknown'}", own.run_id
+            if owner is not None and owner.run_id == own.run_id:
+                theirs, ours = f"branch {owner.branch} of this run", f"branch {own.branch}"
             raise CheckpointError(
-                f"{where} belongs to run {owner.run_id if owner else 'unknown'}, not "
-                f"{self._manifest.run_id}, and is not overwritten. Give this run a name of its "
-                "own: --set run_name=NAME."
-            )
-        branch, own = owner.identity.branch, self._manifest.identity
-        if branch != own.branch and not _has_left(own, owner.identity):
-            raise CheckpointError(
-                f"{where} was written by branch {branch} of this run, which is not one that branch "
-                f"{own.branch} came from; it is not overwritten. Give this branch a name of its "
-                "own: --set run_name=NAME."
+                f"{where} belongs to {theirs}, not {ours}, and is not overwritten. "
+                "Give this run a name of its own: --set run_name=NAME."
             )
         seen = self._transport.stat(self._sidecar)
         if self._transport.read(self._sidecar) != data:
             raise TransientStorageError(f"{where} was changed by another process.")
         is_whole = found is not None and found.is_of(stored)
         archive = stored.name if stored else self._archive
-        if is_whole or branch != own.branch:
-            self._set_aside(branch, [archive, self._sidecar] if is_whole else [self._sidecar])
+        if is_whole or owner.branch != own.branch:
+            self._set_aside(owner.branch, [archive, self._sidecar] if is_whole else [self._sidecar])
         try:
             # Before the archive: a sidecar is never there without the archive that it describes.
             self._transport.delete(self._sidecar, seen)
@@ -286,7 +270,10 @@ class _Upload:
             self._transport.put(self._archive, self._write, stored, most)
         except (ConflictError, TransientStorageError) as exc:
             # The object may have been written all the same, and only the answer was lost.
-            if self._info is not None and _info_of(self._stat_quietly()) == self._info:
+            arrived = None
+            with contextlib.suppress(StorageError):
+                arrived = self._transport.stat(self._archive)
+            if self._info is not None and _info_of(arrived) == self._info:
                 log.info("%s arrived, though its answer did not: %s", self._archive, exc)
                 return
             if isinstance(exc, ConflictError):
@@ -294,12 +281,6 @@ class _Upload:
             raise
         finally:
             self._sent = self._progress.meter.sent
-
-    def _stat_quietly(self) -> ObjectInfo | None:
-        try:
-            return self._transport.stat(self._archive)
-        except StorageError:
-            return None
 
     def _finish(self, started: float) -> UploadResult:
         assert self._info is not None
@@ -375,8 +356,9 @@ def _info_of(stored: ObjectInfo | None) -> ArchiveInfo | None:
     return None if stored is None else ArchiveInfo(stored.size, str(stored.crc32c))
 
 
-def _has_left(identity: RunIdentity, other: RunIdentity) -> bool:
-    """Tell whether `other` is a branch that this one came from."""
-    return other.branch in [branch for branch, _ in identity.forks] or (
+def _may_replace(identity: RunIdentity, other: RunIdentity) -> bool:
+    """Tell whether `other` is this branch or one that it came from."""
+    is_parent = other.branch in [branch for branch, _ in identity.forks] or (
         not identity.forks and other.branch < identity.branch
     )
+    return identity.run_id == other.run_id and (is_parent or other.branch == identity.branch)

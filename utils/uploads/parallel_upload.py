@@ -49,14 +49,6 @@ def put_parallel(
 
     In memory are at most `streams` + 1 parts. Parts that were not composed stay, for the next try.
 
-    Args:
-        bucket: Where to.
-        name: Object name.
-        write: Writes the bytes into the binary file that it is given.
-        expected: From `stat`; None where there is to be no object.
-        streams: Parts under way at a time.
-        part_bytes: Bytes of each part but the last.
-
     Raises:
         ConflictError: Another version is there, or none; it was not changed.
         StorageError: A part could not be written; transient where one was removed meanwhile.

@@ -22,10 +22,6 @@ def measure_upload_rate(options: TransportOptions, folder: str) -> float | None:
 
     A small object first, and a larger one where that was quick; the time of a small request is
     taken off. Both are removed again.
-
-    Args:
-        options: A transport that works.
-        folder: Folder of the object.
     """
     name = f"{folder}/.probe-{secrets.token_hex(4)}"
     try:

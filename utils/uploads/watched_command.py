@@ -40,11 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class StallTimer:
-    """Tells when something has stayed the same for too long.
-
-    Args:
-        seconds: How long it may.
-    """
+    """Tells when something has stayed the same for so many seconds."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -65,13 +61,9 @@ class StallTimer:
 
 
 class WatchedCommand:
-    """Runs a program and watches that it makes progress.
+    """Runs a program, with `words` in every call, and watches that it reads or writes.
 
-    Args:
-        words: Program and the arguments of every call.
-        target: What it works on, for messages.
-        stall_seconds: How long it may neither read nor write.
-        meter: Told of the bytes that are sent.
+    Messages call what it works on `target`.
     """
 
     def __init__(self, words: list[str], target: str, stall_seconds: float, meter: Meter) -> None:
@@ -93,7 +85,7 @@ class WatchedCommand:
             verb: What it is to do.
             words: Arguments after the verb.
             options: Arguments before it.
-            write: Writes the program's standard input; None for none.
+            write: Writes the program's standard input.
             file: The file that it sends, so that its position can be metered.
 
         Raises:
