@@ -105,12 +105,14 @@ def read_sidecar(bucket: Bucket, name: str) -> Sidecar:
         manifest = Manifest.from_json(value["manifest"], where)
         return Sidecar(name, manifest, *_check_sidecar(name, manifest, value["archive"]))
     except CheckpointError as exc:
-        raise CheckpointError(f"{name} cannot be used: {exc} {_CHOOSE_ANOTHER}") from exc
+        raise _unusable(name, str(exc)) from exc
     except FOREIGN_ERRORS as exc:
         reason = f"no {exc}" if isinstance(exc, KeyError) else str(exc)
-        raise CheckpointError(
-            f"{name} cannot be used: {where} is not a usable sidecar ({reason}). {_CHOOSE_ANOTHER}"
-        ) from exc
+        raise _unusable(name, f"{where} is not a usable sidecar ({reason})") from exc
+
+
+def _unusable(name: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"{name} cannot be used: {reason.rstrip('.')}. {_CHOOSE_ANOTHER}")
 
 
 def _check_sidecar(
@@ -173,10 +175,7 @@ class ArchiveBytes:
         """
         stored = self._bucket.stat(self._object)
         if stored is None:
-            raise CheckpointError(
-                f"{self._sidecar.name} cannot be used: its archive is not in {self._bucket.uri}. "
-                f"{_CHOOSE_ANOTHER}"
-            )
+            raise _unusable(self._sidecar.name, f"its archive is not in {self._bucket.uri}")
         self._require_same(stored.size, stored.crc32c)
         self._is_vouched_for = stored.crc32c is not None
 
@@ -212,29 +211,12 @@ class ArchiveBytes:
     def _require_same(self, size: int, crc32c: str | None) -> None:
         difference = self._sidecar.find_difference(size, crc32c)
         if difference is not None:
-            raise CheckpointError(
-                f"{self._sidecar.name} cannot be used: {join_uri(self._bucket.uri, self._object)} "
-                f"is damaged ({difference}). {_CHOOSE_ANOTHER}"
-            )
+            where = join_uri(self._bucket.uri, self._object)
+            raise _unusable(self._sidecar.name, f"{where} is damaged ({difference})")
 
 
 OpenSink = Callable[[str], AbstractContextManager[Any]]
 """Called with the name of each file, which the manifest has; returns what its bytes go to."""
-
-
-def unpack_archive(
-    sidecar: Sidecar,
-    source: str,
-    archive: Path | IO[bytes],
-    open_sink: OpenSink,
-    on_progress: OnProgress = lambda stage, done, total: None,
-) -> None:
-    """Read every file of an archive, which messages call `source`, into a sink of its own.
-
-    Raises:
-        CheckpointError: The archive is not what the sidecar says.
-    """
-    _Unpacking(sidecar, source, open_sink, on_progress).run(archive)
 
 
 class _BoundedReader:
@@ -252,11 +234,15 @@ class _BoundedReader:
         return data
 
 
-class _Unpacking:
-    """The files of an archive, each one as the manifest has it or not at all."""
+class Unpacking:
+    """Reads the files of an archive, which messages call `source`, as the manifest has them."""
 
     def __init__(
-        self, sidecar: Sidecar, source: str, open_sink: OpenSink, on_progress: OnProgress
+        self,
+        sidecar: Sidecar,
+        source: str,
+        open_sink: OpenSink,
+        on_progress: OnProgress = lambda stage, done, total: None,
     ) -> None:
         self._sidecar, self._source, self._open_sink = sidecar, source, open_sink
         self._on_progress = on_progress
@@ -264,6 +250,11 @@ class _Unpacking:
         self._manifest = bytearray()
 
     def run(self, archive: Path | IO[bytes]) -> None:
+        """Read every file into a sink of its own.
+
+        Raises:
+            CheckpointError: The archive is not what the sidecar says.
+        """
         missing = {*self._sidecar.manifest.files, MANIFEST_FILE}
         try:
             with self._sidecar.format.open_read(archive) as unpacked:
@@ -329,7 +320,5 @@ class _Unpacking:
             raise self._refused(f"its {MANIFEST_FILE} is not that of its sidecar")
 
     def _refused(self, reason: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self._sidecar.name} cannot be used: {self._source} is not the archive of that "
-            f"checkpoint: {reason}. {_CHOOSE_ANOTHER}"
-        )
+        name, source = self._sidecar.name, self._source
+        return _unusable(name, f"{source} is not the archive of that checkpoint: {reason}")

@@ -33,9 +33,9 @@ from utils.checkpoints.store import verify_checkpoint
 from utils.remote.archive_reading import (
     ArchiveBytes,
     Sidecar,
+    Unpacking,
     read_sidecar,
     retry_download,
-    unpack_archive,
 )
 from utils.storage.bucket import Bucket, crc32c_of_file, fsync_directory
 
@@ -80,8 +80,8 @@ def download_checkpoint(
                 retrying(lambda: _write_archive(download, file))
             unpacked = Path(scratch) / name
             unpacked.mkdir()
-            unpack_archive(
-                sidecar, source, archive, lambda file: _new_file(unpacked / file), on_progress
+            Unpacking(sidecar, source, lambda file: _new_file(unpacked / file), on_progress).run(
+                archive
             )
             fsync_directory(unpacked)
             unpacked.rename(target)

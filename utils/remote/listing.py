@@ -14,17 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.base.archive_formats import ARCHIVE_SUFFIXES
-from utils.base.errors import UsageError
+from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import printable
 from utils.base.uri import require_place, scheme_of
 from utils.checkpoints.layout import (
     REMOTE_FOLDER,
     CheckpointName,
+    Manifest,
     RunIdentity,
     parse_checkpoint_name,
     strip_archive_suffix,
 )
 from utils.checkpoints.views import CheckpointView, find_best, newest_object, read_remote_checkpoint
+from utils.remote.archive_reading import read_sidecar
 from utils.storage.bucket import Bucket, ObjectInfo
 
 SIDECAR_SUFFIX = ".json"
@@ -65,6 +67,36 @@ def list_remote(bucket: Bucket) -> RemoteListing:
         else:
             listing.others.append(info)
     return listing
+
+
+def find_damage(
+    bucket: Bucket,
+    listing: RemoteListing,
+    name: CheckpointName,
+    *,
+    manifest: Manifest | None = None,
+    should_read: bool = False,
+) -> str | None:
+    """Say why a checkpoint of the bucket cannot be counted on; None where it can.
+
+    `manifest` is what it has to be, where that is known. `should_read` asks for the checksum of an
+    archive where the bucket keeps none.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
+    archive = listing.archives.get(name)
+    if archive is None or name not in listing.sidecars:
+        return f"its {'archive' if archive is None else 'sidecar'} is missing"
+    try:
+        sidecar = read_sidecar(bucket, str(name))
+    except CheckpointError as exc:
+        return str(exc)
+    if manifest not in (None, sidecar.manifest):
+        return "its sidecar is of other files"
+    crc32c = bucket.crc32c(archive.name) if should_read and not archive.crc32c else archive.crc32c
+    difference = sidecar.find_difference(archive.size, crc32c)
+    return difference and f"its archive is damaged ({difference})"
 
 
 def parse_remote_name(text: str) -> tuple[str, str] | None:

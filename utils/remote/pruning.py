@@ -11,17 +11,25 @@ import logging
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from utils.base.errors import CheckpointError, StorageError
+from utils.base.errors import StorageError
 from utils.base.uri import join_uri
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import RunIdentity, sidecar_object
 from utils.checkpoints.retention import Action, CheckpointFacts, Decision, keep_reasons
 from utils.checkpoints.views import CheckpointView, find_best
-from utils.remote.archive_reading import read_sidecar
-from utils.remote.listing import SIDECARS_AT_A_TIME, RemoteListing, is_part_of, newest_branch
+from utils.remote.listing import (
+    SIDECARS_AT_A_TIME,
+    RemoteListing,
+    find_damage,
+    is_part_of,
+    newest_branch,
+)
 from utils.storage.bucket import Bucket
 
 log = logging.getLogger(__name__)
+
+PrunePlan = list[tuple[CheckpointView, Decision]]
+"""What becomes of each checkpoint of a bucket, by step."""
 
 
 def plan_pruning(
@@ -45,7 +53,7 @@ def plan_bucket(
     is_under_way: Collection[str] = (),
     keep: int,
     keep_every_steps: int | None = None,
-) -> list[Decision]:
+) -> PrunePlan:
     """Return a decision for each checkpoint of a bucket; what is not of this branch is kept.
 
     Damaged ones are kept too, but do not count as the newest. `views` are the checkpoints that have
@@ -58,7 +66,7 @@ def plan_bucket(
     identity = newest_branch(views, recorded)
     own = [view for view in views if is_part_of(identity, view)]
     with ThreadPoolExecutor(SIDECARS_AT_A_TIME) as pool:
-        damages = list(pool.map(lambda view: find_damage(bucket, listing, view), own))
+        damages = list(pool.map(lambda view: find_damage(bucket, listing, view.name), own))
     usable = [view for view, damage in zip(own, damages, strict=True) if damage is None]
     best = find_best(usable)
     facts = [
@@ -77,7 +85,7 @@ def plan_bucket(
         name, damage = str(view.name), damaged.get(view.name)
         reason = f"damaged, not touched: {damage}" if damage else _why_left(view, identity)
         decisions.setdefault(name, Decision(name, Action.KEEP, reason))
-    return [decisions[str(view.name)] for view in sorted(views, key=lambda view: view.name)]
+    return [(view, decisions[str(view.name)]) for view in sorted(views, key=lambda one: one.name)]
 
 
 def _why_left(view: CheckpointView, identity: RunIdentity | None) -> str:
@@ -86,22 +94,6 @@ def _why_left(view: CheckpointView, identity: RunIdentity | None) -> str:
     if identity is None or view.manifest.run_id != identity.run_id:
         return f"of another run, {view.manifest.run_id}"
     return "of another branch"
-
-
-def find_damage(bucket: Bucket, listing: RemoteListing, view: CheckpointView) -> str | None:
-    """Say why a checkpoint of the bucket cannot be counted on; None where it can.
-
-    Raises:
-        StorageError: Its sidecar cannot be read.
-    """
-    if view.problem is not None:
-        return view.problem
-    archive = listing.archives[view.name]
-    try:
-        sidecar = read_sidecar(bucket, str(view.name))
-    except CheckpointError as exc:
-        return str(exc)
-    return sidecar.find_difference(archive.size, archive.crc32c)
 
 
 def delete_remote(

@@ -36,11 +36,11 @@ from utils.checkpoints.views import is_verified_in
 from utils.remote.archive_reading import (
     ArchiveBytes,
     Sidecar,
+    Unpacking,
     read_sidecar,
     retry_download,
-    unpack_archive,
 )
-from utils.remote.listing import RemoteListing
+from utils.remote.listing import RemoteListing, find_damage
 from utils.storage.bucket import Bucket, Nowhere, ObjectInfo
 from utils.uploads.lease import LEASE_OBJECT
 from utils.uploads.uploader import GIVEN_UP
@@ -77,8 +77,6 @@ class Verifier:
     Args:
         directory: The checkpoints of this machine; it need not exist.
         uploads: Newest journal entry of each checkpoint.
-        bucket: The run's bucket.
-        listing: What lies there.
         run_id: The run; None where nothing on this machine says which.
         is_deep: Read every byte, here and there.
         on_progress: Told what is read.
@@ -263,10 +261,8 @@ class Verifier:
         stream = _ArchiveStream(lambda: retrying(archive.read_block))
         refusal: CheckpointError | None = None
         try:
-            buffered = io.BufferedReader(stream)
-            unpack_archive(
-                sidecar, source, buffered, lambda name: contextlib.nullcontext(Nowhere())
-            )
+            unpacking = Unpacking(sidecar, source, lambda name: contextlib.nullcontext(Nowhere()))
+            unpacking.run(io.BufferedReader(stream))
         except CheckpointError as exc:
             refusal = exc
         stream.read_rest()
@@ -333,24 +329,11 @@ def find_unconfirmed(
         path, entry = directory / str(name), uploads.get(str(name))
         if entry is None or not is_verified_in(bucket.uri, path, entry):
             continue
-        problem = _find_lack(bucket, listing, name, path)
+        try:
+            manifest = read_manifest(path)
+            problem = find_damage(bucket, listing, name, manifest=manifest, should_read=True)
+        except CheckpointError as exc:
+            problem = str(exc)
         if problem is not None:
             unconfirmed[path] = problem
     return unconfirmed
-
-
-def _find_lack(
-    bucket: Bucket, listing: RemoteListing, name: CheckpointName, path: Path
-) -> str | None:
-    archive = listing.archives.get(name)
-    if archive is None or name not in listing.sidecars:
-        return "its archive is missing" if archive is None else "its sidecar is missing"
-    try:
-        sidecar = read_sidecar(bucket, str(name))
-        if sidecar.manifest != read_manifest(path):
-            return "its sidecar is of other files"
-    except CheckpointError as exc:
-        return str(exc)
-    crc32c = archive.crc32c or bucket.crc32c(archive.name)
-    difference = sidecar.find_difference(archive.size, crc32c)
-    return difference and f"its archive is damaged ({difference})"

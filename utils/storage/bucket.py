@@ -38,7 +38,6 @@ class ObjectInfo:
 
     Attributes:
         name: Name relative to the bucket's prefix, with `/` separators.
-        size: Bytes.
         crc32c: Base64 checksum, or None where the bucket keeps none (directories).
         generation: What tells versions of it apart: its generation on gs://, the time of its last
             change (ns) in a directory; None where unknown.
@@ -51,11 +50,7 @@ class ObjectInfo:
 
 
 class Meter:
-    """Counts bytes on their way to a bucket and holds them to a rate; threads may share one.
-
-    Args:
-        bytes_per_second: The rate; None for as fast as it goes.
-    """
+    """Counts bytes on their way to a bucket and holds them to a rate; threads may share one."""
 
     def __init__(self, bytes_per_second: float | None = None) -> None:
         self.sent = 0
@@ -89,7 +84,7 @@ class Meter:
 
 
 WriteStream = Callable[[IO[bytes]], object]
-"""Writes an object's bytes into the binary file that it is given."""
+"""Writes an object's bytes into what it is given, by its `write` alone."""
 
 
 class Bucket(Protocol):
@@ -223,9 +218,6 @@ class Nowhere:
         """Take all of it."""
         return len(data)
 
-    def flush(self) -> None:
-        """Nothing is buffered."""
-
 
 MappedErrors = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -240,11 +232,6 @@ class StreamSink:
         """Write all of it."""
         with self._mapped_errors():
             return self._file.write(data)
-
-    def flush(self) -> None:
-        """Write out what is buffered."""
-        with self._mapped_errors():
-            self._file.flush()
 
 
 def write_file(

@@ -104,19 +104,15 @@ def _follow(
         if isinstance(message, Exception):
             raise message
         if isinstance(message, logging.LogRecord):
-            _log_here(message)
+            logger = logging.getLogger(message.name)
+            if logger.isEnabledFor(message.levelno):
+                logger.handle(message)
             message = None
         elif message is not None and timer.see(message):
             on_progress(message)
         elif timer.is_over:
             raise TransientStorageError(f"no progress for {limit:.0f} s; the upload was ended.")
     raise InterruptedUploadError
-
-
-def _log_here(record: logging.LogRecord) -> None:
-    logger = logging.getLogger(record.name)
-    if logger.isEnabledFor(record.levelno):
-        logger.handle(record)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

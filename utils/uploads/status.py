@@ -51,8 +51,7 @@ def build_upload_rows(
         ]
         size = view.total_bytes if view else sidecar.archive_bytes if sidecar else None
         state = describe_state(view, sidecar, uri, bucket_problem)
-        is_under_way = entry is not None and entry.state in _UNDER_WAY
-        progress = describe_progress(entry) if entry is not None and is_under_way else {}
+        progress = describe_progress(entry) if entry and entry.state in _UNDER_WAY else {}
         rows.append(
             {
                 "checkpoint": str(name),
@@ -99,9 +98,7 @@ def describe_decision(decision: Decision | None) -> str:
     """Say why a checkpoint is kept on this machine, or that it goes; "" where no rule says."""
     if decision is None:
         return ""
-    if decision.action is Action.KEEP:
-        return decision.reason
-    return f"goes: {decision.reason}"
+    return f"{'' if decision.action is Action.KEEP else 'goes: '}{decision.reason}"
 
 
 def _error_of(entry: JournalEntry | None) -> str:

@@ -60,9 +60,7 @@ class TransportOptions:
 
     Attributes:
         name: auto, or one of `TRANSPORTS` or directory.
-        user_project: Project that pays for requests.
         streams: Connections of an upload by `python`; 1 for one resumable upload without parts.
-        max_bytes_per_second: Rate limit; None for none.
         stall_seconds: A command that makes no progress for so long is ended.
         retry_seconds: How long one request is tried again.
         scratch: Directory for the local archive that gsutil needs, made where it is not there; None
@@ -486,11 +484,8 @@ def probe_transport(
         stall_seconds = min(options.stall_seconds, START_SECONDS + retry_seconds)
         hasty = replace(wanted, retry_seconds=retry_seconds, stall_seconds=stall_seconds)
         try:
-            transport = open_transport(hasty)
-            try:
+            with contextlib.closing(open_transport(hasty)) as transport:
                 warning = _probe(transport, folder)
-            finally:
-                transport.close()
         except StorageError as exc:
             log.debug("upload_transport %s does not work: %s", name, exc)
             errors.append(exc)

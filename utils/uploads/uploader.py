@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from utils.base.archive_formats import COMPRESSIONS
@@ -71,9 +70,7 @@ class _Item:
     """A checkpoint on its way.
 
     Attributes:
-        path: Its directory.
         delays: Mean seconds before each next attempt.
-        attempts: How often it was tried.
         ready_at: When it may be tried next, on the monotonic clock.
         is_late: It has failed `UPLOAD_ATTEMPTS` times: it is tried again, but not waited for.
         is_elsewhere: Another process uploads it.
@@ -137,12 +134,7 @@ class Uploader:
         """Return the uploader itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop the worker; what is still queued stays in the journal."""
         self.close()
 
