@@ -20,8 +20,7 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +47,17 @@ from utils.checkpoints.layout import (
     CheckpointName,
     RunIdentity,
     RunPaths,
+    find_checkpoints,
     parse_checkpoint_name,
+    require_checkpoint_name,
 )
 from utils.checkpoints.retention import Action, Decision, decide_retention
-from utils.checkpoints.store import hold_output_directory, verify_checkpoint
+from utils.checkpoints.store import hold_output_directory
 from utils.checkpoints.views import CheckpointView, read_local_checkpoints, select_checkpoint
 from utils.remote.archive_reading import read_sidecar
 from utils.remote.download import download_checkpoint
 from utils.remote.listing import RemoteListing, choose_remote, list_remote, read_sidecars
-from utils.remote.pruning import delete_all, plan_bucket
+from utils.remote.pruning import PrunePlan, delete_all, plan_bucket
 from utils.remote.verification import CheckpointReport, Orphan, Verifier, find_unconfirmed
 from utils.start.resume import read_run_identity
 from utils.storage.bucket import Bucket
@@ -68,6 +69,7 @@ from utils.uploads.uploader import Uploader, find_unfinished
 WAIT_LINE_SECONDS = 30.0
 LISTING_RETRY_SECONDS = 5.0
 READING_RETRY_SECONDS = 60.0
+COLUMNS = ("checkpoint", "step", "size", "local", "bucket", "state", "progress", "kept", "note")
 NUMBERS = ("step", "size", "bytes", "place", "attempts")
 
 log = logging.getLogger(__name__)
@@ -147,14 +149,12 @@ def require_uri(config: TrainingConfig) -> str:
     return join_uri(config.checkpoint_uri, config.run_name)
 
 
-@contextlib.contextmanager
 def opened_bucket(
     config: TrainingConfig, retry_seconds: float = READING_RETRY_SECONDS
-) -> Iterator[Bucket]:
+) -> contextlib.closing[Bucket]:
     """Open the run's bucket for a while."""
-    bucket = open_bucket(require_uri(config), config.gcs_user_project or None, retry_seconds)
-    with contextlib.closing(bucket):
-        yield bucket
+    project = config.gcs_user_project or None
+    return contextlib.closing(open_bucket(require_uri(config), project, retry_seconds))
 
 
 def find_identity(
@@ -162,9 +162,7 @@ def find_identity(
 ) -> RunIdentity | None:
     """Return the run and branch of this machine, None where it has none.
 
-    Args:
-        paths: Where the run keeps its files.
-        local: Its checkpoints here; None reads them where they are needed.
+    `local` are its checkpoints here; None reads them where they are needed.
     """
     recorded = read_run_identity(paths)
     if recorded is not None:
@@ -172,9 +170,6 @@ def find_identity(
     views = read_local_checkpoints(paths.checkpoints) if local is None else local
     known = [view.manifest.identity for view in views if view.manifest is not None]
     return known[-1] if known else None
-
-
-# status, list
 
 
 def show_status(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
@@ -225,19 +220,8 @@ def print_status(result: dict[str, Any]) -> None:
     """Print what `status` found."""
     rows, bucket = result["checkpoints"], result["bucket"] or "no bucket"
     if rows:
-        columns = [
-            "checkpoint",
-            "step",
-            "size",
-            "local",
-            "bucket",
-            "state",
-            "progress",
-            "kept",
-            "note",
-        ]
         title = f"Uploads from {result['directory']} to {bucket}"
-        print_table(title, rows, columns, NUMBERS)
+        print_table(title, rows, COLUMNS, NUMBERS)
     else:
         print(f"No checkpoints in {result['directory']}, none in {bucket}.")
     if result["bucket"]:
@@ -285,14 +269,10 @@ def show_list(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace)
     return ExitCode.DONE
 
 
-# upload, upload-all, retry
-
-
 def upload_one(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
     """Upload the checkpoint that the user names."""
     view = select_checkpoint(args.name, read_local_checkpoints(paths.checkpoints))
-    assert view.path is not None
-    return upload_and_report(config, paths, [view.path], args)
+    return upload_and_report(config, paths, [paths.checkpoints / str(view.name)], args)
 
 
 def upload_all(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
@@ -300,16 +280,16 @@ def upload_all(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace
     journal = Journal(paths.journal)
     owed = find_unfinished(paths.checkpoints, journal, require_uri(config))
     owed += find_lost(config, paths, journal)
-    return upload_and_report(config, paths, sorted(owed, key=step_of), args)
+    owed.sort(key=lambda path: require_checkpoint_name(path.name))
+    return upload_and_report(config, paths, owed, args)
 
 
 def find_lost(config: TrainingConfig, paths: RunPaths, journal: Journal) -> list[Path]:
     """Return the checkpoints here that are verified by the journal alone."""
     try:
         with opened_bucket(config, LISTING_RETRY_SECONDS) as bucket:
-            lost = find_unconfirmed(
-                paths.checkpoints, journal.latest(), bucket, list_remote(bucket)
-            )
+            listing, uploads = list_remote(bucket), journal.latest()
+            lost = find_unconfirmed(paths.checkpoints, uploads, bucket, listing)
     except StorageError as exc:
         log.warning("The bucket cannot be read (%s): the journal alone decides.", exc)
         return []
@@ -320,44 +300,27 @@ def find_lost(config: TrainingConfig, paths: RunPaths, journal: Journal) -> list
 
 def retry_failed(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
     """Upload what the journal has as failed."""
-    failed = [
-        entry.checkpoint
-        for entry in Journal(paths.journal).latest().values()
-        if entry.state is UploadState.FAILED
-    ]
-    here = {str(view.name): view.path for view in read_local_checkpoints(paths.checkpoints)}
-    for name in failed:
-        if name not in here:
-            log.warning("%s failed and is no longer here.", printable(name))
-    paths_here = [path for name, path in here.items() if name in failed and path is not None]
-    return upload_and_report(config, paths, paths_here, args)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step of a checkpoint directory."""
-    name = parse_checkpoint_name(checkpoint.name)
-    return name.step if name is not None else 0
+    uploads = Journal(paths.journal).latest()
+    failed = {name for name, entry in uploads.items() if entry.state is UploadState.FAILED}
+    here = [str(name) for name in find_checkpoints(paths.checkpoints)]
+    for name in sorted(failed.difference(here)):
+        log.warning("%s failed and is no longer here.", printable(name))
+    wanted = [paths.checkpoints / name for name in here if name in failed]
+    return upload_and_report(config, paths, wanted, args)
 
 
 def upload_and_report(
     config: TrainingConfig, paths: RunPaths, checkpoints: list[Path], args: argparse.Namespace
 ) -> int:
-    """Upload checkpoints, those that are damaged left out, and print what became of them.
+    """Upload checkpoints and print what became of them.
 
     Raises:
         UploadError: Not all could be verified in the bucket.
     """
     require_uri(config)
-    failures, sound = {}, []
-    for checkpoint in checkpoints:
-        try:
-            verify_checkpoint(checkpoint)
-        except CheckpointError as exc:
-            failures[checkpoint.name] = str(exc)
-        else:
-            sound.append(checkpoint)
-    if sound:
-        failures |= upload(config, Journal(paths.journal), sound, is_shown=not args.json)
+    failures: dict[str, str] = {}
+    if checkpoints:
+        failures = upload(config, Journal(paths.journal), checkpoints, is_shown=not args.json)
     verified = [path.name for path in checkpoints if path.name not in failures]
     if args.json:
         print_json({"verified": verified, "failed": failures})
@@ -376,21 +339,20 @@ def upload_and_report(
 def upload(
     config: TrainingConfig, journal: Journal, checkpoints: list[Path], *, is_shown: bool
 ) -> dict[str, str]:
-    """Upload checkpoints one after the other; return name -> error of those that failed."""
-    require_uri(config)
+    """Upload checkpoints, newest first; return name -> error of those that failed."""
     wanted = TransportOptions.of(config, journal.path.parent)
     if wanted.name in ("auto", "python"):  # which one works, and whether it may make parts
-        wanted = probe_transport(wanted, REMOTE_FOLDER, LISTING_RETRY_SECONDS).options
+        wanted, _ = probe_transport(wanted, REMOTE_FOLDER, LISTING_RETRY_SECONDS)
     uploader = Uploader(wanted, journal, compression=config.upload_compression)
     line = LiveLine(enabled=is_shown, plain_seconds=WAIT_LINE_SECONDS)
     with uploader, contextlib.closing(line) as live:
         for checkpoint in checkpoints:
-            uploader.submit(checkpoint)
+            try:
+                uploader.submit(checkpoint)
+            except CheckpointError as exc:
+                uploader.failures[checkpoint.name] = str(exc)
         uploader.drain(math.inf, live.show)
     return uploader.failures
-
-
-# verify
 
 
 def verify_uploads(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
@@ -412,12 +374,8 @@ def verify_uploads(config: TrainingConfig, paths: RunPaths, args: argparse.Names
     if args.names:
         orphans = []
     if args.json:
-        print_json(
-            {
-                "checkpoints": [report_row(report) for report in reports],
-                "orphans": [vars(orphan) for orphan in orphans],
-            }
-        )
+        rows = [report_row(report) for report in reports]
+        print_json({"checkpoints": rows, "orphans": [vars(orphan) for orphan in orphans]})
     else:
         print_reports(reports, orphans)
     is_verified = all(report.is_verified for report in reports)
@@ -470,9 +428,6 @@ def print_reports(reports: Sequence[CheckpointReport], orphans: Sequence[Orphan]
     print(f"{len(reports) - wrong} verified, {wrong} not.")
 
 
-# download
-
-
 def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
     """Bring a checkpoint from the bucket into the run's directory or another one."""
     require_path(args.to or "", "--to")
@@ -491,7 +446,12 @@ def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) 
         chosen = parse_checkpoint_name(args.name) or choose_remote(bucket, args.name, identity)
         name = str(chosen)
         if is_own and identity is not None:
-            require_same_run(bucket, name, identity.run_id)
+            found = read_sidecar(bucket, name).manifest.run_id
+            if found != identity.run_id:
+                raise CheckpointError(
+                    f"{name} in {bucket.uri} is of run {printable(found)}, the run here is "
+                    f"{identity.run_id}. Nothing was downloaded. Choose another place: --to DIR."
+                )
         was_here = (directory / name).exists()
         journal = Journal(paths.journal) if is_own else None
         path = download_checkpoint(bucket, name, directory, journal, display.update)
@@ -500,23 +460,6 @@ def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) 
     else:
         print(f"{path} is {'already here' if was_here else 'complete'}: every file verified.")
     return ExitCode.DONE
-
-
-def require_same_run(bucket: Bucket, name: str, run_id: str) -> None:
-    """Refuse to put another run's checkpoint among this run's.
-
-    Raises:
-        CheckpointError: It is of another run.
-    """
-    found = read_sidecar(bucket, name).manifest.run_id
-    if found != run_id:
-        raise CheckpointError(
-            f"{name} in {bucket.uri} is of run {printable(found)}, the run here is {run_id}. "
-            "Nothing was downloaded. Choose another directory: --to DIR."
-        )
-
-
-# prune
 
 
 def prune_remote(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
@@ -529,10 +472,10 @@ def prune_remote(config: TrainingConfig, paths: RunPaths, args: argparse.Namespa
         raise UsageError("prune asks before it deletes, which needs a terminal: add --yes.")
     journal = Journal(paths.journal)
     with opened_bucket(config) as bucket:
-        plan = plan_prune(bucket, paths, journal, args)
-        doomed = plan.doomed
+        listing, plan = plan_prune(bucket, paths, journal, args)
+        doomed = find_doomed(plan)
         result: dict[str, Any] = {
-            "checkpoints": [prune_row(plan.views[one.name], one) for one in plan.decisions],
+            "checkpoints": [prune_row(view, decision) for view, decision in plan],
             "notes": bucket.deletion_notes() if doomed else [],
             "deleted": [],
             "failed": {},
@@ -541,9 +484,9 @@ def prune_remote(config: TrainingConfig, paths: RunPaths, args: argparse.Namespa
             print_plan(bucket.uri, result, len(doomed))
         if doomed and not args.dry_run and (args.yes or is_confirmed(len(doomed), bucket.uri)):
             if not args.yes:  # a trainer may have gone on, or begun a branch, before the answer
-                plan = plan_prune(bucket, paths, journal, args)
-                doomed = plan.still_doomed(doomed)
-            deleted = delete_all(bucket, doomed, plan.listing, journal)
+                listing, plan = plan_prune(bucket, paths, journal, args)
+                doomed = find_doomed(plan, {view.name for view in doomed})
+            deleted = delete_all(bucket, doomed, listing, journal)
             result["deleted"], result["failed"] = deleted
     if args.json:
         print_json(result)
@@ -553,50 +496,34 @@ def prune_remote(config: TrainingConfig, paths: RunPaths, args: argparse.Namespa
     return ExitCode.DONE
 
 
-@dataclass(frozen=True)
-class PrunePlan:
-    """What prune makes of a bucket as it is at one moment.
-
-    Attributes:
-        listing: What lies there.
-        views: The checkpoints by name.
-        decisions: What becomes of each.
-    """
-
-    listing: RemoteListing
-    views: dict[str, CheckpointView]
-    decisions: list[Decision]
-
-    @property
-    def doomed(self) -> list[CheckpointView]:
-        """The checkpoints to delete."""
-        return [self.views[one.name] for one in self.decisions if one.action is Action.DELETE]
-
-    def still_doomed(self, confirmed: Sequence[CheckpointView]) -> list[CheckpointView]:
-        """Return those of an earlier plan that this one deletes too; log why the others stay."""
-        names = {str(view.name) for view in confirmed}
-        for one in self.decisions:
-            if one.name in names and one.action is not Action.DELETE:
-                log.warning("%s is kept after all: %s.", one.name, printable(one.reason))
-        return [view for view in self.doomed if str(view.name) in names]
+def find_doomed(
+    plan: PrunePlan, confirmed: set[CheckpointName] | None = None
+) -> list[CheckpointView]:
+    """Return what to delete, only of what was `confirmed`; log why others of that stay."""
+    doomed = []
+    for view, decision in plan:
+        is_asked_for = confirmed is None or view.name in confirmed
+        if is_asked_for and decision.action is Action.DELETE:
+            doomed.append(view)
+        elif is_asked_for and confirmed is not None:
+            log.warning("%s is kept after all: %s.", view.name, printable(decision.reason))
+    return doomed
 
 
 def plan_prune(
     bucket: Bucket, paths: RunPaths, journal: Journal, args: argparse.Namespace
-) -> PrunePlan:
-    """Return what to delete of a bucket as it is now; nothing is changed."""
+) -> tuple[RemoteListing, PrunePlan]:
+    """Return what lies in the bucket now and what to delete of it; nothing is changed."""
     listing = list_remote(bucket)
-    views = {str(view.name): view for view in read_sidecars(bucket, listing)}
-    decisions = plan_bucket(
+    return listing, plan_bucket(
         bucket,
         listing,
-        list(views.values()),
+        read_sidecars(bucket, listing),
         RunIdentity(args.run) if args.run else find_identity(paths),
         is_under_way={name for name, one in journal.latest().items() if one.state.is_pending},
         keep=args.keep,
         keep_every_steps=args.keep_every,
     )
-    return PrunePlan(listing, views, decisions)
 
 
 def prune_row(view: CheckpointView, decision: Decision) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, TypeVar
 
 import google_crc32c
 
@@ -62,14 +62,7 @@ _UNPACK_ERRORS = (tarfile.TarError, ValueError, OverflowError)
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What the bucket says of one uploaded checkpoint.
-
-    Attributes:
-        name: The checkpoint's name.
-        manifest: Its manifest.
-        archive: Bytes and base64 crc32c of its archive.
-        format: Format of its archive.
-    """
+    """What the bucket says of one uploaded checkpoint and its archive."""
 
     name: str
     manifest: Manifest
@@ -112,12 +105,14 @@ def read_sidecar(bucket: Bucket, name: str) -> Sidecar:
         manifest = Manifest.from_json(value["manifest"], where)
         return Sidecar(name, manifest, *_check_sidecar(name, manifest, value["archive"]))
     except CheckpointError as exc:
-        raise CheckpointError(f"{name} cannot be used: {exc} {_CHOOSE_ANOTHER}") from exc
+        raise _unusable(name, str(exc)) from exc
     except FOREIGN_ERRORS as exc:
         reason = f"no {exc}" if isinstance(exc, KeyError) else str(exc)
-        raise CheckpointError(
-            f"{name} cannot be used: {where} is not a usable sidecar ({reason}). {_CHOOSE_ANOTHER}"
-        ) from exc
+        raise _unusable(name, f"{where} is not a usable sidecar ({reason})") from exc
+
+
+def _unusable(name: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"{name} cannot be used: {reason.rstrip('.')}. {_CHOOSE_ANOTHER}")
 
 
 def _check_sidecar(
@@ -143,30 +138,24 @@ def _check_sidecar(
     return FileEntry(size, crc32c), ARCHIVE_FORMATS[suffix]
 
 
-class Retrying:
-    """Tries again what may succeed then, in all `MAX_ATTEMPTS` times for each thing to do."""
+def retry_download(name: str, source: str, operation: Callable[[], T]) -> T:
+    """Return what `operation` returns, after at most `MAX_ATTEMPTS` attempts.
 
-    def __init__(self, name: str, source: str) -> None:
-        self._name, self._source = name, source
-
-    def run(self, operation: Callable[[], T]) -> T:
-        """Return what `operation` returns.
-
-        Raises:
-            StorageError: It failed each time, or in a way that no other attempt mends.
-        """
-        message = "Download of %s failed, trying again in %.0f s: %s"
-        try:
-            return retry(
-                operation,
-                itertools.islice(backoff(FIRST_RETRY_SECONDS, ARCHIVE_FACTOR), MAX_ATTEMPTS - 1),
-                lambda delay, exc: log.warning(message, self._name, delay, exc),
-            )
-        except TransientStorageError as exc:
-            raise StorageError(
-                f"{self._name} could not be downloaded from {self._source}: {exc} "
-                f"({MAX_ATTEMPTS} attempts). Nothing was left here; try again later."
-            ) from exc
+    Raises:
+        StorageError: It failed each time, or in a way that no other attempt mends.
+    """
+    message = "Download of %s failed, trying again in %.0f s: %s"
+    try:
+        return retry(
+            operation,
+            itertools.islice(backoff(FIRST_RETRY_SECONDS, ARCHIVE_FACTOR), MAX_ATTEMPTS - 1),
+            lambda delay, exc: log.warning(message, name, delay, exc),
+        )
+    except TransientStorageError as exc:
+        raise StorageError(
+            f"{name} could not be downloaded from {source}: {exc} ({MAX_ATTEMPTS} attempts). "
+            "Nothing was left here; try again later."
+        ) from exc
 
 
 class ArchiveBytes:
@@ -186,10 +175,7 @@ class ArchiveBytes:
         """
         stored = self._bucket.stat(self._object)
         if stored is None:
-            raise CheckpointError(
-                f"{self._sidecar.name} cannot be used: its archive is not in {self._bucket.uri}. "
-                f"{_CHOOSE_ANOTHER}"
-            )
+            raise _unusable(self._sidecar.name, f"its archive is not in {self._bucket.uri}")
         self._require_same(stored.size, stored.crc32c)
         self._is_vouched_for = stored.crc32c is not None
 
@@ -225,42 +211,12 @@ class ArchiveBytes:
     def _require_same(self, size: int, crc32c: str | None) -> None:
         difference = self._sidecar.find_difference(size, crc32c)
         if difference is not None:
-            raise CheckpointError(
-                f"{self._sidecar.name} cannot be used: {join_uri(self._bucket.uri, self._object)} "
-                f"is damaged ({difference}). {_CHOOSE_ANOTHER}"
-            )
+            where = join_uri(self._bucket.uri, self._object)
+            raise _unusable(self._sidecar.name, f"{where} is damaged ({difference})")
 
 
-class Sink(Protocol):
-    """Takes the bytes of one file."""
-
-    def write(self, data: bytes, /) -> object:
-        """Take some more."""
-
-
-OpenSink = Callable[[str], AbstractContextManager[Sink]]
-
-
-def unpack_archive(
-    sidecar: Sidecar,
-    source: str,
-    archive: Path | IO[bytes],
-    open_sink: OpenSink,
-    on_progress: OnProgress = lambda stage, done, total: None,
-) -> None:
-    """Read every file of an archive into a sink of its own.
-
-    Args:
-        sidecar: What it must be.
-        source: What to call it in messages.
-        archive: Its bytes.
-        open_sink: Called with the name of each file; only names of the manifest.
-        on_progress: Told what is done.
-
-    Raises:
-        CheckpointError: The archive is not what the sidecar says.
-    """
-    _Unpacking(sidecar, source, open_sink, on_progress).run(archive)
+OpenSink = Callable[[str], AbstractContextManager[Any]]
+"""Called with the name of each file, which the manifest has; returns what its bytes go to."""
 
 
 class _BoundedReader:
@@ -278,11 +234,15 @@ class _BoundedReader:
         return data
 
 
-class _Unpacking:
-    """The files of an archive, each one as the manifest has it or not at all."""
+class Unpacking:
+    """Reads the files of an archive, which messages call `source`, as the manifest has them."""
 
     def __init__(
-        self, sidecar: Sidecar, source: str, open_sink: OpenSink, on_progress: OnProgress
+        self,
+        sidecar: Sidecar,
+        source: str,
+        open_sink: OpenSink,
+        on_progress: OnProgress = lambda stage, done, total: None,
     ) -> None:
         self._sidecar, self._source, self._open_sink = sidecar, source, open_sink
         self._on_progress = on_progress
@@ -290,6 +250,11 @@ class _Unpacking:
         self._manifest = bytearray()
 
     def run(self, archive: Path | IO[bytes]) -> None:
+        """Read every file into a sink of its own.
+
+        Raises:
+            CheckpointError: The archive is not what the sidecar says.
+        """
         missing = {*self._sidecar.manifest.files, MANIFEST_FILE}
         try:
             with self._sidecar.format.open_read(archive) as unpacked:
@@ -355,7 +320,5 @@ class _Unpacking:
             raise self._refused(f"its {MANIFEST_FILE} is not that of its sidecar")
 
     def _refused(self, reason: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self._sidecar.name} cannot be used: {self._source} is not the archive of that "
-            f"checkpoint: {reason}. {_CHOOSE_ANOTHER}"
-        )
+        name, source = self._sidecar.name, self._source
+        return _unusable(name, f"{source} is not the archive of that checkpoint: {reason}")

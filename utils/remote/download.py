@@ -2,17 +2,15 @@
 
     sidecar, archive in the bucket -> archive (verified) -> files (verified) -> checkpoint directory
 
-The sidecar (`NAME.json`) says what the archive and every file must be; without one the upload never
-finished. Nothing is opened before the archive's size and crc32c are the sidecar's. Nothing is
-written that the sidecar's manifest does not name, no more of it than the manifest says, and nothing
-is ever unpickled. All of it happens in a `.saving-*` directory, which the next run removes after
-a crash; the rename at the end commits. The journal then has the checkpoint as verified, so that it
-is not uploaded again. No torch here.
+Nothing is opened before the archive's size and crc32c are those of its sidecar. All of it happens
+in a `.saving-*` directory, which the next run removes after a crash; the rename at the end commits.
+The journal then has the checkpoint as verified, so that it is not uploaded again. No torch here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -34,10 +32,10 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.store import verify_checkpoint
 from utils.remote.archive_reading import (
     ArchiveBytes,
-    Retrying,
     Sidecar,
+    Unpacking,
     read_sidecar,
-    unpack_archive,
+    retry_download,
 )
 from utils.storage.bucket import Bucket, crc32c_of_file, fsync_directory
 
@@ -53,15 +51,8 @@ def download_checkpoint(
 ) -> Path:
     """Bring a checkpoint from the bucket into `directory`; return where it is.
 
-    One that is there already and is the same is left as it is.
-
-    Args:
-        bucket: The run's bucket.
-        name: The checkpoint's name.
-        directory: The run's checkpoints, or any other directory.
-        journal: Takes the entry that it is verified in the bucket; None where it is no run's
-            directory.
-        on_progress: Told what is done.
+    One that is there already and is the same is left as it is. `journal` takes the entry that it is
+    verified in the bucket; None where `directory` is no run's.
 
     Raises:
         UsageError: `name` is not a checkpoint's name.
@@ -70,8 +61,8 @@ def download_checkpoint(
         StorageError: The bucket could not be read.
     """
     require_checkpoint_name(name)
-    retrying = Retrying(name, bucket.uri)
-    sidecar = retrying.run(lambda: read_sidecar(bucket, name))
+    retrying = functools.partial(retry_download, name, bucket.uri)
+    sidecar = retrying(lambda: read_sidecar(bucket, name))
     source = join_uri(bucket.uri, sidecar.archive_object)
     target = directory / name
     if target.is_symlink() or target.exists():
@@ -86,9 +77,13 @@ def download_checkpoint(
             archive = Path(scratch) / f"{name}{sidecar.format.suffix}"
             download = ArchiveBytes(bucket, sidecar, on_progress)
             with archive.open("wb") as file:
-                retrying.run(lambda: _write_archive(download, file))
+                retrying(lambda: _write_archive(download, file))
             unpacked = Path(scratch) / name
-            _unpack(sidecar, source, archive, unpacked, on_progress)
+            unpacked.mkdir()
+            Unpacking(sidecar, source, lambda file: _new_file(unpacked / file), on_progress).run(
+                archive
+            )
+            fsync_directory(unpacked)
             unpacked.rename(target)
         fsync_directory(directory)
     except OSError as exc:
@@ -139,15 +134,6 @@ def _write_archive(download: ArchiveBytes, file: IO[bytes]) -> None:
         raise
 
 
-def _unpack(
-    sidecar: Sidecar, source: str, archive: Path, directory: Path, on_progress: OnProgress
-) -> None:
-    """Write the archive's files into a new directory."""
-    directory.mkdir()
-    unpack_archive(sidecar, source, archive, lambda name: _new_file(directory / name), on_progress)
-    fsync_directory(directory)
-
-
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[IO[bytes]]:
     with path.open("xb") as file:
@@ -170,9 +156,5 @@ def _record(journal: Journal, bucket: Bucket, sidecar: Sidecar, checkpoint: Path
             manifest_crc32c=crc32c_of_file(checkpoint / MANIFEST_FILE),
         )
     except OSError as exc:
-        log.warning(
-            "%s cannot be written (%s); %s will be uploaded again.",
-            journal.path,
-            exc.strerror or exc,
-            sidecar.name,
-        )
+        reason = f"{journal.path} cannot be written ({exc.strerror or exc})"
+        log.warning("%s; %s will be uploaded again.", reason, sidecar.name)

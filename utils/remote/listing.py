@@ -14,17 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.base.archive_formats import ARCHIVE_SUFFIXES
-from utils.base.errors import UsageError
+from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import printable
 from utils.base.uri import require_place, scheme_of
 from utils.checkpoints.layout import (
     REMOTE_FOLDER,
     CheckpointName,
+    Manifest,
     RunIdentity,
     parse_checkpoint_name,
     strip_archive_suffix,
 )
 from utils.checkpoints.views import CheckpointView, find_best, newest_object, read_remote_checkpoint
+from utils.remote.archive_reading import read_sidecar
 from utils.storage.bucket import Bucket, ObjectInfo
 
 SIDECAR_SUFFIX = ".json"
@@ -34,13 +36,7 @@ NEWEST_SIDECARS = 50  # as many as a resume looks at
 
 @dataclass(frozen=True)
 class RemoteListing:
-    """What lies below `Checkpoints/`.
-
-    Attributes:
-        archives: By checkpoint.
-        sidecars: By checkpoint.
-        others: Objects that are neither.
-    """
+    """What lies below `Checkpoints/`: archives and sidecars by checkpoint, all else."""
 
     archives: dict[CheckpointName, ObjectInfo] = field(default_factory=dict)
     sidecars: dict[CheckpointName, ObjectInfo] = field(default_factory=dict)
@@ -73,6 +69,36 @@ def list_remote(bucket: Bucket) -> RemoteListing:
     return listing
 
 
+def find_damage(
+    bucket: Bucket,
+    listing: RemoteListing,
+    name: CheckpointName,
+    *,
+    manifest: Manifest | None = None,
+    should_read: bool = False,
+) -> str | None:
+    """Say why a checkpoint of the bucket cannot be counted on; None where it can.
+
+    `manifest` is what it has to be, where that is known. `should_read` asks for the checksum of an
+    archive where the bucket keeps none.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
+    archive = listing.archives.get(name)
+    if archive is None or name not in listing.sidecars:
+        return f"its {'archive' if archive is None else 'sidecar'} is missing"
+    try:
+        sidecar = read_sidecar(bucket, str(name))
+    except CheckpointError as exc:
+        return str(exc)
+    if manifest not in (None, sidecar.manifest):
+        return "its sidecar is of other files"
+    crc32c = bucket.crc32c(archive.name) if should_read and not archive.crc32c else archive.crc32c
+    difference = sidecar.find_difference(archive.size, crc32c)
+    return difference and f"its archive is damaged ({difference})"
+
+
 def parse_remote_name(text: str) -> tuple[str, str] | None:
     """Return (bucket URI, which) of `URI/[Checkpoints/]WHICH`, None where it is something else.
 
@@ -98,10 +124,7 @@ def read_sidecars(
 ) -> list[CheckpointView]:
     """Return checkpoints of the bucket as far as their sidecars can be read, by step.
 
-    Args:
-        bucket: The run's bucket.
-        listing: What lies there.
-        names: Which; None for all that have a sidecar.
+    `names` says which; None for all that have a sidecar.
     """
 
     def read(name: CheckpointName) -> CheckpointView:
@@ -126,9 +149,7 @@ def newest_branch(
 ) -> RunIdentity | None:
     """Return the run and branch that checkpoints of a bucket belong to, None where there are none.
 
-    Args:
-        views: The checkpoints.
-        recorded: What this machine goes on with, None where it has no run.
+    `recorded` is what this machine goes on with, None where it has no run.
 
     Raises:
         UsageError: They are of several runs, and nothing says which one is meant.
@@ -161,12 +182,9 @@ def is_part_of(identity: RunIdentity | None, view: CheckpointView) -> bool:
 
 
 def choose_remote(bucket: Bucket, text: str, recorded: RunIdentity | None) -> CheckpointName:
-    """Return the checkpoint of a bucket that a user means; only sidecars that decide it are read.
+    """Return the checkpoint of a bucket that a user means: a step number, `latest` or `best`.
 
-    Args:
-        bucket: The run's bucket.
-        text: A step number, `latest` or `best`.
-        recorded: The run and branch of this machine, None where it has none.
+    Only sidecars that decide it are read. `recorded` is as in `newest_branch`.
 
     Raises:
         UsageError: There is none.

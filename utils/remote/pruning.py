@@ -11,31 +11,31 @@ import logging
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from utils.base.errors import CheckpointError, StorageError
+from utils.base.errors import StorageError
 from utils.base.uri import join_uri
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import RunIdentity, sidecar_object
 from utils.checkpoints.retention import Action, CheckpointFacts, Decision, keep_reasons
 from utils.checkpoints.views import CheckpointView, find_best
-from utils.remote.archive_reading import read_sidecar
-from utils.remote.listing import SIDECARS_AT_A_TIME, RemoteListing, is_part_of, newest_branch
+from utils.remote.listing import (
+    SIDECARS_AT_A_TIME,
+    RemoteListing,
+    find_damage,
+    is_part_of,
+    newest_branch,
+)
 from utils.storage.bucket import Bucket
 
 log = logging.getLogger(__name__)
+
+PrunePlan = list[tuple[CheckpointView, Decision]]
+"""What becomes of each checkpoint of a bucket, by step."""
 
 
 def plan_pruning(
     checkpoints: Sequence[CheckpointFacts], *, keep: int, keep_every_steps: int | None = None
 ) -> list[Decision]:
-    """Return a decision for each checkpoint, oldest first; the newest always stays.
-
-    Args:
-        checkpoints: The usable checkpoints of this branch in the bucket.
-        keep: How many of the newest to keep, at least 1.
-        keep_every_steps: Multiples of it stay; None for none.
-    """
-    if keep < 1:
-        raise ValueError(f"at least 1 checkpoint must be kept, not {keep}")
+    """Return a decision for each usable checkpoint of a branch, oldest first; the newest stays."""
     return [
         Decision(facts.name, Action.KEEP, reason)
         if reason is not None
@@ -53,19 +53,11 @@ def plan_bucket(
     is_under_way: Collection[str] = (),
     keep: int,
     keep_every_steps: int | None = None,
-) -> list[Decision]:
+) -> PrunePlan:
     """Return a decision for each checkpoint of a bucket; what is not of this branch is kept.
 
-    Damaged ones are kept too, but do not count as the newest.
-
-    Args:
-        bucket: The run's bucket.
-        listing: What lies there.
-        views: The checkpoints that have a sidecar.
-        recorded: The run and branch of this machine, None where it has none.
-        is_under_way: Checkpoints whose upload is owed.
-        keep: How many of the newest to keep.
-        keep_every_steps: Multiples of it stay; None for none.
+    Damaged ones are kept too, but do not count as the newest. `views` are the checkpoints that have
+    a sidecar, `is_under_way` has those whose upload is owed; `recorded` is as in `newest_branch`.
 
     Raises:
         UsageError: The bucket holds several runs and nothing says which one is meant.
@@ -74,7 +66,7 @@ def plan_bucket(
     identity = newest_branch(views, recorded)
     own = [view for view in views if is_part_of(identity, view)]
     with ThreadPoolExecutor(SIDECARS_AT_A_TIME) as pool:
-        damages = list(pool.map(lambda view: find_damage(bucket, listing, view), own))
+        damages = list(pool.map(lambda view: find_damage(bucket, listing, view.name), own))
     usable = [view for view, damage in zip(own, damages, strict=True) if damage is None]
     best = find_best(usable)
     facts = [
@@ -88,14 +80,12 @@ def plan_bucket(
     ]
     planned = plan_pruning(facts, keep=keep, keep_every_steps=keep_every_steps)
     decisions = {decision.name: decision for decision in planned}
-    for view, damage in zip(own, damages, strict=True):
-        if damage is not None:
-            name = str(view.name)
-            decisions[name] = Decision(name, Action.KEEP, f"damaged, not touched: {damage}")
+    damaged = {view.name: damage for view, damage in zip(own, damages, strict=True) if damage}
     for view in views:
-        reason = _why_left(view, identity)
-        decisions.setdefault(str(view.name), Decision(str(view.name), Action.KEEP, reason))
-    return [decisions[str(view.name)] for view in sorted(views, key=lambda view: view.name)]
+        name, damage = str(view.name), damaged.get(view.name)
+        reason = f"damaged, not touched: {damage}" if damage else _why_left(view, identity)
+        decisions.setdefault(name, Decision(name, Action.KEEP, reason))
+    return [(view, decisions[str(view.name)]) for view in sorted(views, key=lambda one: one.name)]
 
 
 def _why_left(view: CheckpointView, identity: RunIdentity | None) -> str:
@@ -104,22 +94,6 @@ def _why_left(view: CheckpointView, identity: RunIdentity | None) -> str:
     if identity is None or view.manifest.run_id != identity.run_id:
         return f"of another run, {view.manifest.run_id}"
     return "of another branch"
-
-
-def find_damage(bucket: Bucket, listing: RemoteListing, view: CheckpointView) -> str | None:
-    """Say why a checkpoint of the bucket cannot be counted on; None where it can.
-
-    Raises:
-        StorageError: Its sidecar cannot be read.
-    """
-    if view.problem is not None:
-        return view.problem
-    archive = listing.archives[view.name]
-    try:
-        sidecar = read_sidecar(bucket, str(view.name))
-    except CheckpointError as exc:
-        return str(exc)
-    return sidecar.find_difference(archive.size, archive.crc32c)
 
 
 def delete_remote(

@@ -10,8 +10,9 @@ and nothing is loaded. No torch here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,32 +35,24 @@ from utils.checkpoints.store import verify_checkpoint
 from utils.checkpoints.views import is_verified_in
 from utils.remote.archive_reading import (
     ArchiveBytes,
-    Retrying,
     Sidecar,
+    Unpacking,
     read_sidecar,
-    unpack_archive,
+    retry_download,
 )
-from utils.remote.listing import RemoteListing
+from utils.remote.listing import RemoteListing, find_damage
 from utils.storage.bucket import Bucket, Nowhere, ObjectInfo
 from utils.uploads.lease import LEASE_OBJECT
-
-GIVEN_UP = (UploadState.SUPERSEDED, UploadState.REMOVED)
+from utils.uploads.uploader import GIVEN_UP
 
 
 @dataclass
 class CheckpointReport:
-    """What is right and what is wrong with one checkpoint.
-
-    Attributes:
-        name: Its name.
-        run_id: Its run as far as known, else "".
-        is_local: It is on this machine.
-        right: What was compared and agrees.
-        wrong: What does not.
-    """
+    """What is right and what is wrong with one checkpoint."""
 
     name: CheckpointName
     run_id: str = ""
+    """Its run; empty where unknown."""
     is_local: bool = False
     right: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -72,12 +65,7 @@ class CheckpointReport:
 
 @dataclass(frozen=True)
 class Orphan:
-    """An object below `Checkpoints/` that belongs to no complete checkpoint of the run.
-
-    Attributes:
-        object_name: Its name.
-        problem: What it is.
-    """
+    """An object below `Checkpoints/` that belongs to no complete checkpoint of the run."""
 
     object_name: str
     problem: str
@@ -89,11 +77,9 @@ class Verifier:
     Args:
         directory: The checkpoints of this machine; it need not exist.
         uploads: Newest journal entry of each checkpoint.
-        bucket: The run's bucket.
-        listing: What lies there.
         run_id: The run; None where nothing on this machine says which.
         is_deep: Read every byte, here and there.
-        on_progress: Told what is done, the bytes so far and in all.
+        on_progress: Told what is read.
     """
 
     def __init__(
@@ -132,13 +118,9 @@ class Verifier:
         if sidecar is not None:
             self._compare_sidecar(report, sidecar, manifest)
         self._check_journal(report)
-        is_foreign = sidecar is not None and self._run_id not in (None, sidecar.manifest.run_id)
-        if (
-            self._is_deep
-            and sidecar is not None
-            and name in self._listing.archives
-            and not is_foreign
-        ):
+        if sidecar is None or self._run_id not in (None, sidecar.manifest.run_id):
+            return report
+        if self._is_deep and name in self._listing.archives:
             self._check_archive(report, sidecar)
         return report
 
@@ -153,22 +135,17 @@ class Verifier:
                 orphans.append(Orphan(sidecar_object(str(report.name)), f"of run {report.run_id}"))
             else:
                 own.append(report)
-        for name in sorted(self._listing.archives.keys() - self._listing.sidecars.keys()):
-            orphans.append(
-                Orphan(self._listing.archives[name].name, "an archive without its sidecar")
-            )
-        for name in sorted(self._listing.sidecars.keys() - self._listing.archives.keys()):
-            orphans.append(Orphan(sidecar_object(str(name)), "a sidecar without its archive"))
+        archives, sidecars = self._listing.archives, self._listing.sidecars
+        for name in sorted(archives.keys() - sidecars.keys()):
+            orphans.append(Orphan(archives[name].name, "an archive without its sidecar"))
+        for name in sorted(sidecars.keys() - archives.keys()):
+            orphans.append(Orphan(sidecars[name].name, "a sidecar without its archive"))
         return own, [*orphans, *_group(self._listing.others)]
 
     def _is_said_to_be_there(self, entry: JournalEntry) -> bool:
-        bucket = entry.details.get("bucket", normalize_uri(self._bucket.uri))
-        is_own = self._run_id in (None, entry.run_id)
-        return (
-            entry.state is UploadState.VERIFIED
-            and is_own
-            and bucket == normalize_uri(self._bucket.uri)
-        )
+        uri = normalize_uri(self._bucket.uri)
+        is_here = self._run_id in (None, entry.run_id) and entry.details.get("bucket", uri) == uri
+        return entry.state is UploadState.VERIFIED and is_here
 
     def _check_local(self, report: CheckpointReport) -> Manifest | None:
         path = self._directory / str(report.name)
@@ -223,9 +200,7 @@ class Verifier:
             report.wrong.append(f"bucket: its archive is damaged ({difference})")
         else:
             kept = "size" if archive.crc32c is None else "size and crc32c"
-            report.right.append(
-                f"bucket: archive of {archive.size} bytes, {kept} as in its sidecar"
-            )
+            report.right.append(f"bucket: archive, {kept} as in its sidecar")
         return sidecar
 
     def _compare_sidecar(
@@ -243,9 +218,7 @@ class Verifier:
             return
         recorded = (entry.details.get("bytes"), entry.details.get("crc32c"))
         if recorded not in ((None, None), (sidecar.archive.size, sidecar.archive.crc32c)):
-            report.wrong.append(
-                "sidecar: its archive is not the one that the journal has as verified"
-            )
+            report.wrong.append("sidecar: its archive is not the one in the journal")
 
     def _check_journal(self, report: CheckpointReport) -> None:
         entry = self._uploads.get(str(report.name))
@@ -266,32 +239,30 @@ class Verifier:
     def _check_archive(self, report: CheckpointReport, sidecar: Sidecar) -> None:
         name = str(report.name)
         source = join_uri(self._bucket.uri, sidecar.archive_object)
-        retrying = Retrying(name, source)
+        retrying = functools.partial(retry_download, name, source)
         try:
-            retrying.run(lambda: self._read_archive(sidecar, source, retrying))
+            retrying(lambda: self._read_archive(sidecar, source, retrying))
         except CheckpointError as exc:
             report.wrong.append(f"archive: {exc}")
         except StorageError as exc:
             report.wrong.append(f"archive: it cannot be read: {exc}")
         else:
-            report.right.append(
-                f"archive: every byte read, {len(sidecar.manifest.files)} files as in its manifest"
-            )
+            report.right.append("archive: every byte read, every file as in its manifest")
 
-    def _read_archive(self, sidecar: Sidecar, source: str, retrying: Retrying) -> None:
+    def _read_archive(
+        self, sidecar: Sidecar, source: str, retrying: Callable[[Callable[[], bytes]], bytes]
+    ) -> None:
         archive = ArchiveBytes(
             self._bucket,
             sidecar,
             lambda stage, done, total: self._on_progress(f"{sidecar.name} there", done, total),
         )
         archive.require_expected_object()
-        stream = _ArchiveStream(archive, retrying)
+        stream = _ArchiveStream(lambda: retrying(archive.read_block))
         refusal: CheckpointError | None = None
         try:
-            buffered = io.BufferedReader(stream)
-            unpack_archive(
-                sidecar, source, buffered, lambda name: contextlib.nullcontext(Nowhere())
-            )
+            unpacking = Unpacking(sidecar, source, lambda name: contextlib.nullcontext(Nowhere()))
+            unpacking.run(io.BufferedReader(stream))
         except CheckpointError as exc:
             refusal = exc
         stream.read_rest()
@@ -323,16 +294,15 @@ def _group(others: Iterable[ObjectInfo]) -> list[Orphan]:
 class _ArchiveStream(io.RawIOBase):
     """An archive in the bucket as a file that is read once, in order."""
 
-    def __init__(self, archive: ArchiveBytes, retrying: Retrying) -> None:
-        self._archive, self._retrying = archive, retrying
-        self._block = memoryview(b"")
+    def __init__(self, read_block: Callable[[], bytes]) -> None:
+        self._read_block, self._block = read_block, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         if not self._block:
-            self._block = memoryview(self._retrying.run(self._archive.read_block))
+            self._block = memoryview(self._read_block())
         count = min(len(buffer), len(self._block))
         buffer[:count] = self._block[:count]
         self._block = self._block[count:]
@@ -340,7 +310,7 @@ class _ArchiveStream(io.RawIOBase):
 
     def read_rest(self) -> None:
         """Read what is left, for its checksum alone."""
-        while self._retrying.run(self._archive.read_block):
+        while self._read_block():
             pass
 
 
@@ -350,36 +320,20 @@ def find_unconfirmed(
     bucket: Bucket,
     listing: RemoteListing,
 ) -> dict[Path, str]:
-    """Return the checkpoints here that the journal has as verified and the bucket does not.
+    """Return the checkpoints here that only the journal has as verified, and what the bucket lacks.
 
     A bucket that keeps no checksums is read for them.
-
-    Returns:
-        Checkpoint -> what the bucket lacks.
     """
     unconfirmed = {}
     for name in find_checkpoints(directory):
         path, entry = directory / str(name), uploads.get(str(name))
         if entry is None or not is_verified_in(bucket.uri, path, entry):
             continue
-        problem = _find_lack(bucket, listing, name, path)
+        try:
+            manifest = read_manifest(path)
+            problem = find_damage(bucket, listing, name, manifest=manifest, should_read=True)
+        except CheckpointError as exc:
+            problem = str(exc)
         if problem is not None:
             unconfirmed[path] = problem
     return unconfirmed
-
-
-def _find_lack(
-    bucket: Bucket, listing: RemoteListing, name: CheckpointName, path: Path
-) -> str | None:
-    archive = listing.archives.get(name)
-    if archive is None or name not in listing.sidecars:
-        return "its archive is missing" if archive is None else "its sidecar is missing"
-    try:
-        sidecar = read_sidecar(bucket, str(name))
-        if sidecar.manifest != read_manifest(path):
-            return "its sidecar is of other files"
-    except CheckpointError as exc:
-        return str(exc)
-    crc32c = archive.crc32c or bucket.crc32c(archive.name)
-    difference = sidecar.find_difference(archive.size, crc32c)
-    return difference and f"its archive is damaged ({difference})"

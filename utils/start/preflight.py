@@ -199,12 +199,12 @@ def check_upload(
         return None, [Check("upload", "warn", "checkpoint_uri is empty: nothing is uploaded")]
     wanted = TransportOptions.of(config, scratch)
     try:
-        probe = probe_transport(wanted, REMOTE_FOLDER, PROBE_RETRY_SECONDS)
+        found, warning = probe_transport(wanted, REMOTE_FOLDER, PROBE_RETRY_SECONDS)
     except StorageError as exc:
         return None, [Check("upload", "fail", _advise(exc, "write", wanted.uri))]
-    return probe.options, [
-        Check("upload", "ok", f"{wanted.uri} can be written by {probe.options.name}"),
-        *(Check("upload", "warn", warning) for warning in probe.warnings),
+    return found, [
+        Check("upload", "ok", f"{wanted.uri} can be written by {found.name}"),
+        *([Check("upload", "warn", warning)] if warning else []),
     ]
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import google_crc32c
 
@@ -26,11 +26,10 @@ READ_BLOCK_BYTES = 4 * 2**20
 DEFAULT_RETRY_SECONDS = 120.0
 SEND_BLOCK_BYTES = 256 * 1024
 # A full disk may be emptied, a mounted one come back.
-PASSING_ERRORS = frozenset(
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN")
-    if hasattr(errno, name)
-)
+PASSING_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
+    *(errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class ObjectInfo:
 
     Attributes:
         name: Name relative to the bucket's prefix, with `/` separators.
-        size: Bytes.
         crc32c: Base64 checksum, or None where the bucket keeps none (directories).
         generation: What tells versions of it apart: its generation on gs://, the time of its last
             change (ns) in a directory; None where unknown.
@@ -52,11 +50,7 @@ class ObjectInfo:
 
 
 class Meter:
-    """Counts bytes on their way to a bucket and holds them to a rate; threads may share one.
-
-    Args:
-        bytes_per_second: The rate; None for as fast as it goes.
-    """
+    """Counts bytes on their way to a bucket and holds them to a rate; threads may share one."""
 
     def __init__(self, bytes_per_second: float | None = None) -> None:
         self.sent = 0
@@ -90,7 +84,7 @@ class Meter:
 
 
 WriteStream = Callable[[IO[bytes]], object]
-"""Writes an object's bytes into the binary file that it is given."""
+"""Writes an object's bytes into what it is given, by its `write` alone."""
 
 
 class Bucket(Protocol):
@@ -122,11 +116,6 @@ class Bucket(Protocol):
     def put_stream(self, name: str, write: WriteStream, expected: ObjectInfo | None) -> None:
         """Write what `write` writes, where the bucket still holds `expected`; whole or not at all.
 
-        Args:
-            name: Object name.
-            write: Called once.
-            expected: From `stat`; None where there is to be no object.
-
         Raises:
             ConflictError: Another version is there, or none; it was not changed.
         """
@@ -145,11 +134,7 @@ class Bucket(Protocol):
 
         An answer can be lost after the change was made, so an object that holds exactly `data`
         counts as written: put something into it that no other writer has, such as a random token.
-
-        Args:
-            name: Object name.
-            data: What it is to hold.
-            expected: From `read_version` or `put_bytes_if`; None where there is to be no object.
+        `expected` is None where there is to be no object.
 
         Raises:
             ConflictError: Another version is there, or none; nothing was changed.
@@ -233,16 +218,14 @@ class Nowhere:
         """Take all of it."""
         return len(data)
 
-    def flush(self) -> None:
-        """Nothing is buffered."""
+
+MappedErrors = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class StreamSink:
     """What a stream is written into: its errors are the bucket's, those of the writer pass by."""
 
-    def __init__(
-        self, file: IO[bytes], mapped_errors: Callable[[], contextlib.AbstractContextManager[None]]
-    ) -> None:
+    def __init__(self, file: IO[bytes], mapped_errors: MappedErrors) -> None:
         self._file, self._mapped_errors = file, mapped_errors
 
     def write(self, data: bytes) -> int:
@@ -250,7 +233,21 @@ class StreamSink:
         with self._mapped_errors():
             return self._file.write(data)
 
-    def flush(self) -> None:
-        """Write out what is buffered."""
-        with self._mapped_errors():
-            self._file.flush()
+
+def write_file(
+    path: Path,
+    write: WriteStream,
+    mapped_errors: MappedErrors,
+    wrap: Callable[[IO[bytes]], Any] = lambda file: file,
+) -> None:
+    """Write a file through `wrap`; its errors are mapped, those of `write` pass by."""
+    with mapped_errors():
+        file = path.open("wb")
+    try:
+        sink: Any = StreamSink(wrap(file), mapped_errors)
+        write(sink)
+        with mapped_errors():
+            file.close()
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()

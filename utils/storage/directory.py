@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
 try:
     import fcntl
@@ -20,26 +21,25 @@ from utils.base.errors import AccessDeniedError, ConflictError, ObjectNotFoundEr
 from utils.storage.bucket import (
     Meter,
     ObjectInfo,
-    StreamSink,
     WriteStream,
     crc32c_of_bytes,
     crc32c_of_file,
     fsync_directory,
     map_file_error,
     metered_blocks,
+    write_file,
 )
 
 TEMPORARY_PREFIX = ".tmp-"
 STREAM_SUFFIX = ".part"
 MAX_TEMPORARY_CHARACTERS = 100
 # A mounted bucket that has no such call at all; anything else it says is a failure.
-UNSUPPORTED_ERRORS = frozenset(
-    getattr(errno, name)
-    for name in ("ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL")
-    if hasattr(errno, name)
-)
+UNSUPPORTED_ERRORS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 UNSUPPORTED_RENAME_ERRORS = UNSUPPORTED_ERRORS | {errno.EXDEV, errno.EEXIST}
 SYNC_BYTES = 64 * 2**20
+
+Commit = Callable[[Path, Path], None]
+"""Makes a temporary file the object's own."""
 
 
 class DirectoryBucket:
@@ -63,9 +63,7 @@ class DirectoryBucket:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Yield the objects whose name starts with `prefix`, sorted by name."""
-        directory = self.root / PurePosixPath(prefix).parent if "/" in prefix else self.root
-        if prefix.endswith("/"):
-            directory = self.root / prefix
+        directory = self.root / prefix.rpartition("/")[0]
         found = []
         with self._mapped_errors(prefix):
             for folder, folders, files in os.walk(directory, onerror=_raise_unless_gone):
@@ -113,7 +111,7 @@ class DirectoryBucket:
 
     def put_file(self, name: str, path: Path) -> ObjectInfo:
         """Copy the file in under a temporary name, sync it, rename it."""
-        with self._written_aside(name) as temporary:
+        with self._written_aside(name, _replace) as temporary, self._mapped_errors(name):
             shutil.copyfile(path, temporary)
         target = self._path(name)
         return ObjectInfo(name, target.stat().st_size, crc32c_of_file(target))
@@ -123,26 +121,18 @@ class DirectoryBucket:
 
         The temporary name belongs to the object: what a killed writer left is written over.
         """
-        target = self._path(name)
-        temporary = self._temporary(target)
-        with self._mapped_errors(name):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file = temporary.open("wb")
-        metered: Any = _MeteredFile(file, self._meter)
-        sink: Any = StreamSink(metered, lambda: self._mapped_errors(name))
-        try:
-            write(sink)
-            with self._mapped_errors(name):
-                file.close()
-                with _alone_in(target.parent):
-                    if _version(self.stat(name)) != _version(expected):
-                        raise ConflictError(f"{target} was changed by another process.")
-                    self._commit(temporary, target)
-        finally:
-            with contextlib.suppress(OSError):
-                file.close()
-            with contextlib.suppress(OSError):  # written over by the next one
-                temporary.unlink(missing_ok=True)
+
+        def commit(temporary: Path, target: Path) -> None:
+            with _alone_in(target.parent):
+                if _version(self.stat(name)) != _version(expected):
+                    raise ConflictError(f"{target} was changed by another process.")
+                _replace(temporary, target)
+
+        mapped_errors = functools.partial(self._mapped_errors, name)
+        with self._written_aside(name, commit, mark="") as temporary:
+            write_file(
+                temporary, write, mapped_errors, lambda file: _MeteredFile(file, self._meter)
+            )
 
     def copy(self, name: str, target: str) -> None:
         """Copy an object within the directory."""
@@ -162,8 +152,7 @@ class DirectoryBucket:
 
     def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
         """Write a small object."""
-        with self._written_aside(name) as temporary:
-            temporary.write_bytes(data)
+        self._write_small(name, data, _replace)
         return ObjectInfo(name, len(data), crc32c_of_bytes(data))
 
     def read_version(self, name: str) -> tuple[bytes, ObjectInfo]:
@@ -178,11 +167,9 @@ class DirectoryBucket:
         with self._mapped_errors(name):
             target.parent.mkdir(parents=True, exist_ok=True)
             with _alone_in(target.parent):
-                if expected is None:
-                    self._create(target, data)
-                else:
+                if expected is not None:
                     self._require_version(name, expected)
-                    self.put_bytes(name, data)
+                self._write_small(name, data, _create if expected is None else _replace)
         return ObjectInfo(name, len(data), crc32c_of_bytes(data))
 
     def delete(self, name: str) -> None:
@@ -193,13 +180,10 @@ class DirectoryBucket:
     def delete_if(self, name: str, expected: ObjectInfo) -> None:
         """Remove the object where the directory still holds `expected`."""
         target = self._path(name)
-        with self._mapped_errors(name):
-            if not target.parent.is_dir():
-                return
-            with _alone_in(target.parent):
-                if target.exists():
-                    self._require_version(name, expected)
-                    target.unlink()
+        with self._mapped_errors(name), _alone_in(target.parent):
+            if target.exists():
+                self._require_version(name, expected)
+                target.unlink()
 
     def deletion_notes(self) -> Sequence[str]:
         """Say that a directory keeps nothing."""
@@ -208,23 +192,30 @@ class DirectoryBucket:
     def close(self) -> None:
         """Nothing to release."""
 
+    def _write_small(self, name: str, data: bytes, commit: Commit) -> None:
+        with self._written_aside(name, commit) as temporary, self._mapped_errors(name):
+            temporary.write_bytes(data)
+
     @contextlib.contextmanager
-    def _written_aside(self, name: str) -> Iterator[Path]:
+    def _written_aside(self, name: str, commit: Commit, mark: str | None = None) -> Iterator[Path]:
         """Give the object what is written into a temporary file; nothing where that fails."""
         target = self._path(name)
-        temporary = self._temporary(target, f"-{uuid.uuid4().hex}")
+        mark = f"-{uuid.uuid4().hex}" if mark is None else mark
+        temporary = target.with_name(
+            f"{TEMPORARY_PREFIX}{target.name[:MAX_TEMPORARY_CHARACTERS]}{mark}{STREAM_SUFFIX}"
+        )
         with self._mapped_errors(name):
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                yield temporary
-                self._commit(temporary, target)
-            finally:
+        try:
+            yield temporary
+            with self._mapped_errors(name):
+                with temporary.open("rb") as file:
+                    _sync(file)
+                commit(temporary, target)
+                fsync_directory(target.parent)
+        finally:
+            with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-
-    @staticmethod
-    def _temporary(target: Path, mark: str = "") -> Path:
-        name = target.name[:MAX_TEMPORARY_CHARACTERS]
-        return target.with_name(f"{TEMPORARY_PREFIX}{name}{mark}{STREAM_SUFFIX}")
 
     def _require_version(self, name: str, expected: ObjectInfo) -> None:
         try:
@@ -233,42 +224,6 @@ class DirectoryBucket:
             raise ConflictError(f"{self.uri}/{name} is gone.") from exc
         if (found.size, found.crc32c) != (expected.size, expected.crc32c):
             raise ConflictError(f"{self.uri}/{name} was changed by another process.")
-
-    def _create(self, target: Path, data: bytes) -> None:
-        temporary = self._temporary(target, f"-{uuid.uuid4().hex}")
-        try:
-            temporary.write_bytes(data)
-            with temporary.open("rb") as file:
-                _sync(file)
-            try:
-                os.link(temporary, target)  # unlike a rename, it replaces nothing
-            except FileExistsError:
-                raise
-            except OSError:
-                # Some mounted buckets have no links; a reader may then see half of the object.
-                with target.open("xb") as file:
-                    file.write(data)
-        except FileExistsError as exc:
-            raise ConflictError(f"{target} exists.") from exc
-        finally:
-            temporary.unlink(missing_ok=True)
-        fsync_directory(target.parent)
-
-    @staticmethod
-    def _commit(temporary: Path, target: Path) -> None:
-        with temporary.open("rb") as file:
-            _sync(file)
-        try:
-            temporary.replace(target)
-        except OSError as exc:
-            # Only where there is no rename: on a full disk a copy would destroy what it replaces.
-            if exc.errno not in UNSUPPORTED_RENAME_ERRORS:
-                raise
-            # A reader may see half of it; the caller's checksum still guards the copy.
-            shutil.copyfile(temporary, target)
-            with target.open("rb") as file:
-                _sync(file)
-        fsync_directory(target.parent)
 
     @contextlib.contextmanager
     def _mapped_errors(self, name: str) -> Iterator[None]:
@@ -295,6 +250,33 @@ def _alone_in(directory: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _create(temporary: Path, target: Path) -> None:
+    try:
+        try:
+            os.link(temporary, target)  # unlike a rename, it replaces nothing
+        except FileExistsError:
+            raise
+        except OSError:
+            # Some mounted buckets have no links; a reader may then see half of the object.
+            with target.open("xb") as file:
+                file.write(temporary.read_bytes())
+    except FileExistsError as exc:
+        raise ConflictError(f"{target} exists.") from exc
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    try:
+        temporary.replace(target)
+    except OSError as exc:
+        # Only where there is no rename: on a full disk a copy would destroy what it replaces.
+        if exc.errno not in UNSUPPORTED_RENAME_ERRORS:
+            raise
+        # A reader may see half of it; the caller's checksum still guards the copy.
+        shutil.copyfile(temporary, target)
+        with target.open("rb") as file:
+            _sync(file)
 
 
 def _sync(file: IO[bytes]) -> None:
@@ -335,6 +317,3 @@ class _MeteredFile:
             self._file.flush()
             _sync(self._file)
         return len(data)
-
-    def flush(self) -> None:
-        self._file.flush()

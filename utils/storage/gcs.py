@@ -86,15 +86,14 @@ class GcsBucket:
             return b""
         end = None if length is None else start + length - 1
         with self._mapped_errors(name):
-            blob = self._bucket.blob(self._prefix + name)
+            blob = self._blob(name)
             data: bytes = blob.download_as_bytes(start=start or None, end=end, **self._options)
         return data
 
     def get_file(self, name: str, path: Path) -> str:
         """Download to `path`; the client checks the bytes against the stored checksum."""
         with self._mapped_errors(name):
-            blob = self._bucket.blob(self._prefix + name)
-            blob.download_to_filename(str(path), checksum="crc32c", **self._options)
+            self._blob(name).download_to_filename(str(path), checksum="crc32c", **self._options)
         return crc32c_of_file(path)
 
     def fetch(self, name: str, scratch: Path) -> Path:
@@ -104,15 +103,13 @@ class GcsBucket:
 
     def put_file(self, name: str, path: Path) -> ObjectInfo:
         """Upload the file; above 8 MiB as a resumable upload."""
-        return self._upload(
-            name,
-            lambda blob: blob.upload_from_filename(str(path), checksum="crc32c", **self._options),
-        )
+        options = {"checksum": "crc32c", **self._options}
+        return self._upload(name, lambda blob: blob.upload_from_filename(str(path), **options))
 
     def put_stream(self, name: str, write: WriteStream, expected: ObjectInfo | None) -> None:
         """Write as one resumable upload, chunk by chunk."""
         with self._mapped_errors(name):
-            writer = self._bucket.blob(self._prefix + name).open(
+            writer = self._blob(name).open(
                 "wb",
                 chunk_size=STREAM_CHUNK_BYTES,
                 ignore_flush=True,
@@ -136,9 +133,9 @@ class GcsBucket:
     ) -> ObjectInfo:
         """Join up to 32 objects of the bucket to one, where it still holds `expected`."""
         with self._mapped_errors(name):
-            blob = self._bucket.blob(self._prefix + name)
+            blob = self._blob(name)
             blob.compose(
-                [self._bucket.blob(self._prefix + part.name) for part in parts],
+                [self._blob(part.name) for part in parts],
                 if_source_generation_match=[part.generation for part in parts],
                 if_generation_match=_generation(expected),
                 **self._options,
@@ -148,34 +145,30 @@ class GcsBucket:
     def copy(self, name: str, target: str) -> None:
         """Copy an object within the bucket."""
         with self._mapped_errors(name):
-            source = self._bucket.blob(self._prefix + name)
-            token, *_ = (blob := self._bucket.blob(self._prefix + target)).rewrite(
-                source, **self._options
-            )
+            source, blob = self._blob(name), self._blob(target)
+            token, *_ = blob.rewrite(source, **self._options)
             while token is not None:
                 token, *_ = blob.rewrite(source, token=token, **self._options)
 
     def put_bytes(self, name: str, data: bytes) -> ObjectInfo:
         """Write an object; above 8 MiB as a resumable upload."""
-        return self._upload(
-            name, lambda blob: blob.upload_from_string(data, checksum="crc32c", **self._options)
-        )
+        options = {"checksum": "crc32c", **self._options}
+        return self._upload(name, lambda blob: blob.upload_from_string(data, **options))
 
     def read_version(self, name: str) -> tuple[bytes, ObjectInfo]:
         """Return a small object's bytes and their generation, both of one answer."""
         with self._mapped_errors(name):
-            blob = self._bucket.blob(self._prefix + name)
+            blob = self._blob(name)
             data: bytes = blob.download_as_bytes(checksum="crc32c", **self._options)
         info = ObjectInfo(name, len(data), crc32c_of_bytes(data), int(blob.generation or 0))
         return data, info
 
     def put_bytes_if(self, name: str, data: bytes, expected: ObjectInfo | None) -> ObjectInfo:
         """Write a small object where the bucket still holds the generation of `expected`."""
-        options = {"if_generation_match": _generation(expected), **self._options}
+        condition = {"if_generation_match": _generation(expected)}
+        options = {"checksum": "crc32c", **condition, **self._options}
         try:
-            return self._upload(
-                name, lambda blob: blob.upload_from_string(data, checksum="crc32c", **options)
-            )
+            return self._upload(name, lambda blob: blob.upload_from_string(data, **options))
         except ConflictError:
             # Where the answer to the first attempt was lost, the next one meets its own object.
             found = self.stat(name)
@@ -185,18 +178,19 @@ class GcsBucket:
 
     def delete(self, name: str) -> None:
         """Remove the object; one that does not exist is no error."""
-        with contextlib.suppress(ObjectNotFoundError), self._mapped_errors(name):
-            self._bucket.blob(self._prefix + name).delete(**self._options)
+        self._delete(name)
 
     def delete_if(self, name: str, expected: ObjectInfo) -> None:
         """Remove the object where the bucket still holds the generation of `expected`."""
-        condition = {"if_generation_match": _generation(expected)}
         try:
-            with contextlib.suppress(ObjectNotFoundError), self._mapped_errors(name):
-                self._bucket.blob(self._prefix + name).delete(**condition, **self._options)
+            self._delete(name, if_generation_match=_generation(expected))
         except ConflictError:
             if self.stat(name) is not None:  # none: gone before, or the first answer was lost
                 raise
+
+    def _delete(self, name: str, **condition: int) -> None:
+        with contextlib.suppress(ObjectNotFoundError), self._mapped_errors(name):
+            self._blob(name).delete(**condition, **self._options)
 
     def deletion_notes(self) -> Sequence[str]:
         """Say what the bucket's settings do with objects that are deleted."""
@@ -214,7 +208,7 @@ class GcsBucket:
     def _upload(self, name: str, send: Callable[[Any], None]) -> ObjectInfo:
         """Have a blob sent, in a new session where the service has lost the one it was sent in."""
         for number in range(1, SESSIONS + 1):
-            blob = self._bucket.blob(self._prefix + name)
+            blob = self._blob(name)
             try:
                 with self._mapped_errors(name):
                     send(blob)
@@ -223,6 +217,9 @@ class GcsBucket:
                 if number == SESSIONS or "upload_id" not in _query_of(exc.__cause__):
                     raise
         return self._info(blob)
+
+    def _blob(self, name: str) -> Any:
+        return self._bucket.blob(self._prefix + name)
 
     def _info(self, blob: Any) -> ObjectInfo:
         name = blob.name.removeprefix(self._prefix)
@@ -256,10 +253,6 @@ def _describe_deletion(bucket: Any) -> list[str]:
             f"Retention policy ({lock}): objects younger than {_days(bucket.retention_period)} "
             "cannot be deleted."
         )
-    if bucket.default_event_based_hold:
-        notes.append("New objects are held: none can be deleted until its hold is released.")
-    if bucket.object_retention_mode:
-        notes.append("Objects may have a retention of their own, until which they stay.")
     soft_delete = bucket.soft_delete_policy.retention_duration_seconds
     if soft_delete:
         notes.append(
@@ -270,10 +263,6 @@ def _describe_deletion(bucket: Any) -> list[str]:
         notes.append(
             "Object versioning: what is deleted stays as an older version, and is paid for."
         )
-    rules = list(bucket.lifecycle_rules)
-    if rules:
-        actions = sorted({str(rule.get("action", {}).get("type")) for rule in rules})
-        notes.append(f"Lifecycle rules: {len(rules)} ({', '.join(actions)}).")
     return notes or ["What is deleted is gone at once: no retention, soft deletion or versions."]
 
 
@@ -362,10 +351,8 @@ def _map_gcs_error(exc: Exception, where: str) -> StorageError:
     if isinstance(cause, InvalidResponse):
         code = cause.response.status_code
     detail = f"{where}: {_innermost_reason(cause)}"
-    if code in (401, 403) or isinstance(
-        cause,
-        (auth.RefreshError, auth.InvalidOperation),  # the latter: anonymous and asked to log in
-    ):
+    # The last of these: anonymous and asked to log in.
+    if code in (401, 403) or isinstance(cause, (auth.RefreshError, auth.InvalidOperation)):
         return AccessDeniedError(detail)
     # An upload session, a copy or the version that is being read is lost: it can be begun anew.
     if code == 410 or (code == 404 and {"upload_id", "generation"} & _query_of(cause)):
@@ -374,10 +361,9 @@ def _map_gcs_error(exc: Exception, where: str) -> StorageError:
         return ObjectNotFoundError(detail)
     if code in (409, 412):
         return ConflictError(detail)
-    transient = (requests.exceptions.RequestException, OSError, auth.TransportError, DataCorruption)
-    if code in (408, 429) or (isinstance(code, int) and code >= 500):
-        return TransientStorageError(detail)
-    if isinstance(cause, (*transient, api.RetryError)):
+    lost = (requests.exceptions.RequestException, OSError, auth.TransportError, DataCorruption)
+    is_busy = code in (408, 429) or (isinstance(code, int) and code >= 500)
+    if is_busy or isinstance(cause, (*lost, api.RetryError)):
         return TransientStorageError(detail)
     return StorageError(detail)
 

@@ -27,13 +27,9 @@ def open_bucket(
     retry_seconds: float = DEFAULT_RETRY_SECONDS,
     meter: Meter | None = None,
 ) -> Bucket:
-    """Return the bucket of a URI.
+    """Return the bucket of a URI, whose requests `user_project` pays for.
 
-    Args:
-        uri: `gs://bucket/prefix` or a directory.
-        user_project: Project that pays for requests (requester-pays buckets).
-        retry_seconds: How long an operation over a network is retried on transient errors.
-        meter: Told of all bytes that are sent.
+    `retry_seconds` is how long an operation over a network is tried again on transient errors.
 
     Raises:
         UsageError: The URI is empty or of an unknown scheme.

@@ -75,23 +75,20 @@ class _HashingWriter:
         self._error: Exception | None = None
 
     def write(self, data: bytes) -> int:
-        self._keep_error(self._write, bytes(data))
+        if self._error is None:
+            try:
+                self._write(bytes(data))
+            except Exception as exc:  # noqa: BLE001
+                self._error = exc
         return len(data)
 
     def flush(self) -> None:
-        self._keep_error(self._sink.flush)
+        """Do nothing: whoever made the sink closes it."""
 
     def raise_error(self) -> None:
         """Raise what the sink raised, if it did."""
         if self._error is not None:
             raise self._error
-
-    def _keep_error(self, work: Callable[..., None], *arguments: bytes) -> None:
-        if self._error is None:
-            try:
-                work(*arguments)
-            except Exception as exc:  # noqa: BLE001
-                self._error = exc
 
     def _write(self, data: bytes) -> None:
         written = self._sink.write(data)
@@ -130,15 +127,9 @@ def write_archive(
     threads: int = 1,
     on_read: OnRead = lambda count: None,
 ) -> ArchiveInfo:
-    """Write a checkpoint as an archive to `sink`.
+    """Write the files that a checkpoint's manifest names, and itself, as an archive to `sink`.
 
-    Args:
-        checkpoint: A committed checkpoint directory.
-        manifest: Its manifest; only the files that it names go in, and itself.
-        sink: Binary file that takes the bytes.
-        compression: One of `COMPRESSIONS`.
-        threads: That compress; the bytes do not depend on it.
-        on_read: Told of the bytes that were read.
+    The bytes do not depend on the number of `threads` that compress.
 
     Raises:
         OSError: The sink cannot be written.

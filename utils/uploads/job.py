@@ -11,10 +11,11 @@ that a late writer cannot overwrite a newer object. No torch here.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -37,7 +38,13 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.views import read_json_part
 from utils.storage.bucket import Meter, Nowhere, ObjectInfo, map_file_error
 from utils.uploads.archive import ArchiveInfo, write_archive
-from utils.uploads.transports import Transport, TransportOptions, open_transport, put_bytes
+from utils.uploads.transports import (
+    OpenTransport,
+    Transport,
+    TransportOptions,
+    open_transport,
+    put_bytes,
+)
 
 # A stream of what does not compress grows by less than this, and so does a tar of many files.
 ARCHIVE_GROWTH = 1.01
@@ -51,10 +58,7 @@ class UploadJob:
     """What to upload and how; plain values, so that it can be sent to another process.
 
     Attributes:
-        checkpoint: The committed checkpoint directory.
         transport: The way to the bucket; its name is not auto for gs://.
-        compression: One of `COMPRESSIONS`.
-        threads: That compress.
         should_sweep: Remove what other interrupted uploads left, but for those in `owed`.
         owed: Names of checkpoints that are still to be uploaded.
     """
@@ -69,14 +73,9 @@ class UploadJob:
 
 @dataclass(frozen=True)
 class UploadResult:
-    """A verified archive.
+    """A verified archive: its bytes, base64 crc32c and the end of its name.
 
-    Attributes:
-        size: Bytes of the archive.
-        crc32c: Its base64 crc32c.
-        seconds: How long it took.
-        sent: Bytes of it that were sent; 0 where it was there already.
-        suffix: End of its name.
+    `sent` has the bytes of it that were sent, 0 where it was there already.
     """
 
     size: int
@@ -92,9 +91,7 @@ class ProgressReport:
 
     Attributes:
         stage: checking, archiving (nothing is sent yet), uploading, or verifying.
-        read: Bytes of the checkpoint that are in the archive.
-        total: Bytes of the checkpoint.
-        sent: Bytes that were sent.
+        read: Bytes of the checkpoint that are in the archive, of `total`.
         size: Bytes of the archive, None while it is being made.
         signs_of_life: Changes while something is done that neither reads nor sends.
     """
@@ -127,18 +124,10 @@ class UploadProgress:
         )
 
 
-Opener = Callable[[TransportOptions, Meter], Transport]
-
-
 def run_job(
-    job: UploadJob, progress: UploadProgress, open_way: Opener = open_transport
+    job: UploadJob, progress: UploadProgress, open_way: OpenTransport = open_transport
 ) -> UploadResult:
-    """Upload one checkpoint.
-
-    Args:
-        job: What and how.
-        progress: Kept up to date.
-        open_way: Opens the transport.
+    """Upload one checkpoint, and keep `progress` up to date meanwhile.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or its name in the bucket belongs to another.
@@ -148,49 +137,45 @@ def run_job(
     manifest = read_manifest(checkpoint)
     progress.meter = Meter(job.transport.max_bytes_per_second)
     progress.total = manifest.total_bytes
-    transport = open_way(job.transport, progress.meter)
-    try:
-        return _Upload(job, checkpoint, manifest, transport, progress).run()
-    except OSError as exc:
-        raise map_file_error(exc, str(exc.filename or checkpoint.name)) from exc
-    finally:
-        transport.close()
+    with contextlib.closing(open_way(job.transport, progress.meter)) as transport:
+        try:
+            return _Upload(job, checkpoint, manifest, transport, progress).run()
+        except OSError as exc:
+            raise map_file_error(exc, str(exc.filename or checkpoint.name)) from exc
 
 
+@dataclass
 class _Upload:
     """The steps of one upload."""
 
-    def __init__(
-        self,
-        job: UploadJob,
-        checkpoint: Path,
-        manifest: Manifest,
-        transport: Transport,
-        progress: UploadProgress,
-    ) -> None:
-        self._job, self._checkpoint, self._manifest = job, checkpoint, manifest
-        self._transport, self._progress = transport, progress
-        self._suffix = COMPRESSIONS[job.compression].suffix
-        self._archive = archive_object(checkpoint.name, self._suffix)
-        self._sidecar = sidecar_object(checkpoint.name)
-        self._info: ArchiveInfo | None = None
-        self._sent = 0
+    job: UploadJob
+    checkpoint: Path
+    manifest: Manifest
+    transport: Transport
+    progress: UploadProgress
+    info: ArchiveInfo | None = None
+    sent: int = 0
+
+    def __post_init__(self) -> None:
+        self.suffix = COMPRESSIONS[self.job.compression].suffix
+        self.archive = archive_object(self.checkpoint.name, self.suffix)
+        self.sidecar = sidecar_object(self.checkpoint.name)
 
     def run(self) -> UploadResult:
         started = time.monotonic()
-        stored = self._transport.stat(self._archive)
-        data = self._transport.read(self._sidecar)
+        stored = self.transport.stat(self.archive)
+        data = self.transport.read(self.sidecar)
         found = None if data is None else _FoundSidecar.parse(data)
         described = stored
-        if found and found.suffix != self._suffix:
-            described = self._transport.stat(archive_object(self._checkpoint.name, found.suffix))
-        if found and found.manifest == self._manifest and found.is_of(described):
+        if found and found.suffix != self.suffix:
+            described = self.transport.stat(archive_object(self.checkpoint.name, found.suffix))
+        if found and found.manifest == self.manifest and found.is_of(described):
             assert found.archive is not None
             return self._done(found.archive, started, found.suffix)
         if data is not None:
             self._make_way(data, found, described)
         if stored is not None and self._measure() == _info_of(stored):
-            log.info("The archive of %s is in the bucket already.", self._checkpoint.name)
+            log.info("The archive of %s is in the bucket already.", self.checkpoint.name)
         else:
             self._put(stored)
         return self._finish(started)
@@ -204,144 +189,129 @@ class _Upload:
             CheckpointError: It must not be overwritten.
             TransientStorageError: It is being changed at this moment.
         """
-        where = join_uri(self._transport.uri, self._sidecar)
-        owner = found.manifest if found else None
-        if owner is None or owner.run_id != self._manifest.run_id:
+        where = join_uri(self.transport.uri, self.sidecar)
+        owner, own = found.manifest.identity if found else None, self.manifest.identity
+        if owner is None or not _may_replace(own, owner):
+            theirs, ours = f"run {owner.run_id if owner else 'unknown'}", own.run_id
+            if owner is not None and owner.run_id == own.run_id:
+                theirs, ours = f"branch {owner.branch} of this run", f"branch {own.branch}"
             raise CheckpointError(
-                f"{where} belongs to run {owner.run_id if owner else 'unknown'}, not "
-                f"{self._manifest.run_id}, and is not overwritten. Give this run a name of its "
-                "own: --set run_name=NAME."
+                f"{where} belongs to {theirs}, not {ours}, and is not overwritten. "
+                "Give this run a name of its own: --set run_name=NAME."
             )
-        branch, own = owner.identity.branch, self._manifest.identity
-        if branch != own.branch and not _has_left(own, owner.identity):
-            raise CheckpointError(
-                f"{where} was written by branch {branch} of this run, which is not one that branch "
-                f"{own.branch} came from; it is not overwritten. Give this branch a name of its "
-                "own: --set run_name=NAME."
-            )
-        seen = self._transport.stat(self._sidecar)
-        if self._transport.read(self._sidecar) != data:
+        seen = self.transport.stat(self.sidecar)
+        if self.transport.read(self.sidecar) != data:
             raise TransientStorageError(f"{where} was changed by another process.")
         is_whole = found is not None and found.is_of(stored)
-        archive = stored.name if stored else self._archive
-        if is_whole or branch != own.branch:
-            self._set_aside(branch, [archive, self._sidecar] if is_whole else [self._sidecar])
+        archive = stored.name if stored else self.archive
+        if is_whole or owner.branch != own.branch:
+            self._set_aside(owner.branch, [archive, self.sidecar] if is_whole else [self.sidecar])
         try:
             # Before the archive: a sidecar is never there without the archive that it describes.
-            self._transport.delete(self._sidecar, seen)
-            if archive != self._archive:
-                self._transport.delete(archive, stored)
+            self.transport.delete(self.sidecar, seen)
+            if archive != self.archive:
+                self.transport.delete(archive, stored)
         except ConflictError as exc:
             raise TransientStorageError(str(exc)) from exc
 
     def _set_aside(self, branch: int, names: list[str]) -> None:
         """Copy what is there to where nothing replaces it."""
         folder = self._free_folder(f"{REMOTE_FOLDER}/{SET_ASIDE_FOLDER}/branch-{branch}")
-        log.log(
-            logging.WARNING if branch == self._manifest.identity.branch else logging.INFO,
-            "The bucket has another %s, of branch %d of this run. It is copied to %s.",
-            self._checkpoint.name,
-            branch,
-            join_uri(self._transport.uri, folder),
-        )
+        level = logging.WARNING if branch == self.manifest.identity.branch else logging.INFO
+        message = "The bucket has another %s, of branch %d of this run. It is copied to %s."
+        log.log(level, message, self.checkpoint.name, branch, join_uri(self.transport.uri, folder))
         for name in names:
-            self._transport.copy(name, f"{folder}/{PurePosixPath(name).name}")
+            self.transport.copy(name, f"{folder}/{PurePosixPath(name).name}")
 
     def _free_folder(self, folder: str) -> str:
         """Return a folder in which this checkpoint has not been set aside yet."""
-        sidecar, found = PurePosixPath(self._sidecar).name, folder
-        number = 1
-        while self._transport.stat(f"{found}/{sidecar}") is not None:
-            number += 1
-            found = f"{folder}-{number}"
-        return found
+        sidecar = PurePosixPath(self.sidecar).name
+        names = itertools.chain([folder], (f"{folder}-{n}" for n in itertools.count(2)))
+        return next(name for name in names if self.transport.stat(f"{name}/{sidecar}") is None)
 
     def _write(self, sink: IO[bytes]) -> None:
-        self._progress.read = 0
-        self._info = None
-        self._info = write_archive(
-            self._checkpoint,
-            self._manifest,
+        self.progress.read = 0
+        self.info = None
+        self.info = write_archive(
+            self.checkpoint,
+            self.manifest,
             sink,
-            compression=self._job.compression,
-            threads=self._job.threads,
+            compression=self.job.compression,
+            threads=self.job.threads,
             on_read=self._count,
         )
-        self._progress.size = self._info.size
+        self.progress.size = self.info.size
 
     def _count(self, count: int) -> None:
-        self._progress.read += count
+        self.progress.read += count
 
     def _measure(self) -> ArchiveInfo:
         """Return what the archive would be."""
         sink: Any = Nowhere()
         self._write(sink)
-        assert self._info is not None
-        return self._info
+        assert self.info is not None
+        return self.info
 
     def _put(self, stored: ObjectInfo | None) -> None:
-        most = int(self._manifest.total_bytes * ARCHIVE_GROWTH) + ARCHIVE_OVERHEAD_BYTES
-        self._progress.stage, self._progress.size = "archiving", None
+        most = int(self.manifest.total_bytes * ARCHIVE_GROWTH) + ARCHIVE_OVERHEAD_BYTES
+        self.progress.stage, self.progress.size = "archiving", None
         try:
-            self._transport.put(self._archive, self._write, stored, most)
+            self.transport.put(self.archive, self._write, stored, most)
         except (ConflictError, TransientStorageError) as exc:
             # The object may have been written all the same, and only the answer was lost.
-            if self._info is not None and _info_of(self._stat_quietly()) == self._info:
-                log.info("%s arrived, though its answer did not: %s", self._archive, exc)
+            arrived = None
+            with contextlib.suppress(StorageError):
+                arrived = self.transport.stat(self.archive)
+            if self.info is not None and _info_of(arrived) == self.info:
+                log.info("%s arrived, though its answer did not: %s", self.archive, exc)
                 return
             if isinstance(exc, ConflictError):
                 raise TransientStorageError(str(exc)) from exc  # look again at what is there
             raise
         finally:
-            self._sent = self._progress.meter.sent
-
-    def _stat_quietly(self) -> ObjectInfo | None:
-        try:
-            return self._transport.stat(self._archive)
-        except StorageError:
-            return None
+            self.sent = self.progress.meter.sent
 
     def _finish(self, started: float) -> UploadResult:
-        assert self._info is not None
-        self._progress.stage = "verifying"
-        stored = self._transport.stat(self._archive)
-        if _info_of(stored) != self._info:
+        assert self.info is not None
+        self.progress.stage = "verifying"
+        stored = self.transport.stat(self.archive)
+        if _info_of(stored) != self.info:
             found = f"{stored.size} bytes, crc32c {stored.crc32c}" if stored else "nothing"
             raise TransientStorageError(
-                f"the bucket holds {found} instead of {self._info.size} bytes, crc32c "
-                f"{self._info.crc32c}."
+                f"the bucket holds {found} instead of {self.info.size} bytes, crc32c "
+                f"{self.info.crc32c}."
             )
-        metadata, problem = read_json_part(self._checkpoint / METADATA_FILE, self._manifest)
+        metadata, problem = read_json_part(self.checkpoint / METADATA_FILE, self.manifest)
         if problem is not None:
-            raise CheckpointError(f"{self._checkpoint.name}: {problem}.")
-        other_format = {} if self._suffix == ARCHIVE_SUFFIX else {"format": self._suffix}
+            raise CheckpointError(f"{self.checkpoint.name}: {problem}.")
+        other_format = {} if self.suffix == ARCHIVE_SUFFIX else {"format": self.suffix}
         sidecar = {
-            "manifest": self._manifest.to_json(),
+            "manifest": self.manifest.to_json(),
             "metadata": metadata,
-            "archive": {"size": self._info.size, "crc32c": self._info.crc32c, **other_format},
+            "archive": {"size": self.info.size, "crc32c": self.info.crc32c, **other_format},
         }
         data = json.dumps(sidecar, indent=1).encode("utf-8")
         try:
-            put_bytes(self._transport, self._sidecar, data, None)  # `_make_way` made room for it
+            put_bytes(self.transport, self.sidecar, data, None)  # `_make_way` made room for it
         except ConflictError as exc:
-            if self._transport.read(self._sidecar) != data:
+            if self.transport.read(self.sidecar) != data:
                 raise TransientStorageError(str(exc)) from exc
-        return self._done(self._info, started, self._suffix)
+        return self._done(self.info, started, self.suffix)
 
     def _done(self, info: ArchiveInfo, started: float, suffix: str) -> UploadResult:
         self._remove_unfinished()
         seconds = time.monotonic() - started
-        return UploadResult(info.size, info.crc32c, seconds, self._sent, suffix)
+        return UploadResult(info.size, info.crc32c, seconds, self.sent, suffix)
 
     def _remove_unfinished(self) -> None:
         """Remove what this upload, or others before it, left on the way."""
         try:
-            owed = (archive_object(name, self._suffix) for name in self._job.owed)
-            keep = frozenset(owed) - {self._archive}
-            only = None if self._job.should_sweep else self._archive
-            self._transport.remove_unfinished(REMOTE_FOLDER, keep, only)
+            owed = (archive_object(name, self.suffix) for name in self.job.owed)
+            keep = frozenset(owed) - {self.archive}
+            only = None if self.job.should_sweep else self.archive
+            self.transport.remove_unfinished(REMOTE_FOLDER, keep, only)
         except StorageError as exc:
-            log.warning("Parts of uploads are left in %s: %s", self._transport.uri, exc)
+            log.warning("Parts of uploads are left in %s: %s", self.transport.uri, exc)
 
 
 @dataclass(frozen=True)
@@ -375,8 +345,9 @@ def _info_of(stored: ObjectInfo | None) -> ArchiveInfo | None:
     return None if stored is None else ArchiveInfo(stored.size, str(stored.crc32c))
 
 
-def _has_left(identity: RunIdentity, other: RunIdentity) -> bool:
-    """Tell whether `other` is a branch that this one came from."""
-    return other.branch in [branch for branch, _ in identity.forks] or (
+def _may_replace(identity: RunIdentity, other: RunIdentity) -> bool:
+    """Tell whether `other` is this branch or one that it came from."""
+    is_parent = other.branch in [branch for branch, _ in identity.forks] or (
         not identity.forks and other.branch < identity.branch
     )
+    return identity.run_id == other.run_id and (is_parent or other.branch == identity.branch)

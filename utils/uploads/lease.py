@@ -58,8 +58,6 @@ class LeaseRecord:
     """What the lease object says of its holder.
 
     Attributes:
-        run_id: The run that works on the prefix.
-        host: Name of the machine, for people.
         pid: Process id there, 0 where it cannot be read.
         machine: What tells this boot of this machine and its process ids from all others; empty
             where the system cannot say.
@@ -118,15 +116,9 @@ def hold_prefix(
 ) -> Iterator[PrefixLease]:
     """Hold a bucket prefix for a run, so that a second trainer on it refuses to start.
 
-    Where the credentials do not allow it, a warning is logged and the run goes on without.
-
-    Args:
-        bucket: The run's bucket; it stays open as long as the lease is held. How long it retries is
-            also how long the release may take when it is down.
-        run_id: The run, as far as it is known yet. Which run goes on is decided while the prefix
-            is held; the caller then sets the lease's `run_id`.
-        heartbeat_seconds: How often the lease is written anew.
-        on_wait: Told about the wait for a holder that may be dead.
+    Where the credentials do not allow it, a warning is logged and the run goes on without. Which
+    run goes on is decided while the prefix is held; the caller then sets the lease's `run_id`. How
+    long `bucket` retries is also how long the release may take when it is down.
 
     Raises:
         LockedError: A live trainer holds the prefix; the message names it.
@@ -180,9 +172,7 @@ class PrefixLease:
             seen = self._read()
             expected = None if seen is None else self._find_replaceable(*seen, on_wait)
             try:
-                self._info = self._bucket.put_bytes_if(
-                    LEASE_OBJECT, self._record.to_bytes(), expected
-                )
+                self._write(expected)
             except ConflictError:
                 winner = self._read()
                 if winner is not None:
@@ -202,26 +192,24 @@ class PrefixLease:
         self.is_held = False
         if self.lost is not None:
             return
-        if self._thread.is_alive():
-            self._warn_not_removed("the bucket does not answer")
-            return
         try:
+            if self._thread.is_alive():
+                raise StorageError("the bucket does not answer")
             seen = self._read()
             if seen is not None and seen[0].token == self._record.token:
                 self._bucket.delete_if(LEASE_OBJECT, seen[1])
         except ConflictError as exc:
             log.debug("The lease was taken over at the end: %s", exc)
         except StorageError as exc:
-            self._warn_not_removed(str(exc))
+            log.warning(
+                "The lease in %s was not removed (%s). A run from elsewhere waits %.0f s for it.",
+                self._bucket.uri,
+                exc,
+                PATIENCE_HEARTBEATS * self._record.heartbeat_seconds,
+            )
 
-    def _warn_not_removed(self, reason: str) -> None:
-        log.warning(
-            "%s/%s was not removed (%s). The next run from another machine waits %.0f s for it.",
-            self._bucket.uri,
-            LEASE_OBJECT,
-            reason,
-            PATIENCE_HEARTBEATS * self._record.heartbeat_seconds,
-        )
+    def _write(self, expected: ObjectInfo | None) -> None:
+        self._info = self._bucket.put_bytes_if(LEASE_OBJECT, self._record.to_bytes(), expected)
 
     def _read(self) -> tuple[LeaseRecord, ObjectInfo] | None:
         try:
@@ -238,21 +226,20 @@ class PrefixLease:
         Raises:
             LockedError: The holder is alive.
         """
+        uri = self._bucket.uri
         if record.machine and record.machine == self._record.machine and _is_gone(record):
             log.info(
-                "Taking %s over from a trainer of this machine that is gone (%s).",
-                self._bucket.uri,
-                record,
+                "Taking %s over from a trainer of this machine that is gone (%s).", uri, record
             )
             return info
         patience = PATIENCE_HEARTBEATS * record.heartbeat_seconds
-        log.info(
-            "%s has a lease (%s). Waiting up to %.0f s to see whether that trainer is alive.",
-            self._bucket.uri,
-            record,
-            patience,
-        )
-        return info if self._is_silent(record, info, patience, on_wait) else None
+        found = f"{uri} has a lease ({record})."
+        log.info("%s Waiting up to %.0f s to see whether that trainer is alive.", found, patience)
+        if not self._is_silent(record, info, patience, on_wait):
+            return None
+        message = "The trainer that held %s (%s) gave no sign of life for %.0f s. Taking over."
+        log.warning(message, uri, record, patience)
+        return info
 
     def _is_silent(
         self, record: LeaseRecord, info: ObjectInfo, patience: float, on_wait: OnWait
@@ -277,12 +264,6 @@ class PrefixLease:
                 return False
             if found[1] != info:
                 raise self._locked_by(found[0])
-        log.warning(
-            "The trainer that held %s (%s) gave no sign of life for %.0f s. Taking over.",
-            self._bucket.uri,
-            record,
-            patience,
-        )
         return True
 
     def _locked_by(self, holder: LeaseRecord) -> LockedError:
@@ -302,41 +283,26 @@ class PrefixLease:
                 self._beat()
             except AccessDeniedError as exc:
                 level = logging.DEBUG if self._was_denied else logging.WARNING
-                log.log(
-                    level,
-                    "%s A second trainer on %s would take this one for dead.",
-                    exc,
-                    self._bucket.uri,
-                )
+                log.log(level, "%s A second trainer would take this one for dead.", exc)
                 self._was_denied = True
             except Exception:  # noqa: BLE001 - without a thread this trainer would look dead
-                log.debug(
-                    "The lease could not be written; the next beat tries again.", exc_info=True
-                )
+                log.debug("The lease could not be written; tried again soon.", exc_info=True)
 
     def _beat(self) -> None:
         self._record = replace(self._record, run_id=self.run_id, beat=self._record.beat + 1)
         try:
-            self._info = self._bucket.put_bytes_if(
-                LEASE_OBJECT, self._record.to_bytes(), self._info
-            )
+            self._write(self._info)
         except ConflictError:
             found = self._read()
             if found is not None and found[0].token != self._record.token:
-                self._lose(found[0])
+                self.lost = (
+                    f"{self._bucket.uri} was taken over by another trainer ({found[0]}) while this "
+                    "one stalled. Stop one of the two."
+                )
+                log.error("%s", self.lost)
                 return
             # Our own write, whose answer was lost, or somebody removed the object.
-            self._info = found[1] if found is not None else None
-            self._info = self._bucket.put_bytes_if(
-                LEASE_OBJECT, self._record.to_bytes(), self._info
-            )
-
-    def _lose(self, holder: LeaseRecord) -> None:
-        self.lost = (
-            f"{self._bucket.uri} was taken over by another trainer ({holder}) while this one "
-            "stalled. Stop one of the two."
-        )
-        log.error("%s", self.lost)
+            self._write(found[1] if found is not None else None)
 
 
 def _is_gone(record: LeaseRecord) -> bool:

@@ -49,14 +49,6 @@ def put_parallel(
 
     In memory are at most `streams` + 1 parts. Parts that were not composed stay, for the next try.
 
-    Args:
-        bucket: Where to.
-        name: Object name.
-        write: Writes the bytes into the binary file that it is given.
-        expected: From `stat`; None where there is to be no object.
-        streams: Parts under way at a time.
-        part_bytes: Bytes of each part but the last.
-
     Raises:
         ConflictError: Another version is there, or none; it was not changed.
         StorageError: A part could not be written; transient where one was removed meanwhile.
@@ -112,9 +104,6 @@ class _Parts:
                 self._submit()
         return len(data)
 
-    def flush(self) -> None:
-        """Do nothing: a part is sent when it is full."""
-
     def close(self) -> None:
         """Send the last part."""
         if self._buffer or not self._futures:
@@ -146,17 +135,14 @@ class _Parts:
     def _upload(self, name: str, data: bytes) -> ObjectInfo:
         present = self._present.get(name)
         try:
-            if self._error is None and not (present and _is_same(present, data)):
+            found = (present.size, present.crc32c) if present else None
+            if self._error is None and found != (len(data), crc32c_of_bytes(data)):
                 return self._bucket.put_bytes(name, data)
         except BaseException as exc:  # noqa: BLE001 - raised by the thread that writes
             self._error = self._error or exc
         finally:
             self._free.release()
         return present or ObjectInfo(name, 0)
-
-
-def _is_same(present: ObjectInfo, data: bytes) -> bool:
-    return (present.size, present.crc32c) == (len(data), crc32c_of_bytes(data))
 
 
 def _compose(

@@ -49,10 +49,7 @@ def run_in_process(
 ) -> UploadResult:
     """Upload one checkpoint in a process of its own.
 
-    Args:
-        job: What and how.
-        on_progress: Called about twice a second.
-        must_end: Asked as often; ends the process once it says so.
+    `on_progress` is called about twice a second; `must_end` is asked as often.
 
     Raises:
         CheckpointError: As `run_job`.
@@ -107,19 +104,15 @@ def _follow(
         if isinstance(message, Exception):
             raise message
         if isinstance(message, logging.LogRecord):
-            _log_here(message)
+            logger = logging.getLogger(message.name)
+            if logger.isEnabledFor(message.levelno):
+                logger.handle(message)
             message = None
         elif message is not None and timer.see(message):
             on_progress(message)
         elif timer.is_over:
             raise TransientStorageError(f"no progress for {limit:.0f} s; the upload was ended.")
     raise InterruptedUploadError
-
-
-def _log_here(record: logging.LogRecord) -> None:
-    logger = logging.getLogger(record.name)
-    if logger.isEnabledFor(record.levelno):
-        logger.handle(record)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -135,28 +128,21 @@ def _wait(process: subprocess.Popen[bytes]) -> None:
         process.wait(END_SECONDS)
 
 
-class _Forwarding(logging.Handler):
-    """Sends log records to the trainer."""
+class _Talk(logging.Handler):
+    """What the process says to the one that started it, its log records too."""
 
-    def __init__(self, send: Callable[[object], None]) -> None:
+    def __init__(self, connection: Connection) -> None:
         super().__init__()
-        self._send = send
+        self._connection, self._sending = connection, threading.Lock()
 
     def emit(self, record: logging.LogRecord) -> None:
         record.msg, record.args, record.exc_info = record.getMessage(), None, None
-        self._send(record)
-
-
-class _Talk:
-    """What the process says to the one that started it."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection, self._lock = connection, threading.Lock()
+        self.say(record)
 
     def say(self, message: object) -> None:
         """Send a message; without a listener there is nothing left to do."""
         try:
-            with self._lock:
+            with self._sending:
                 self._connection.send(message)
         except OSError:
             end_group()
@@ -174,7 +160,7 @@ def serve(connection: Connection) -> None:
     os.chdir(directory)
     logger = logging.getLogger("utils")
     logger.setLevel(logging.INFO)
-    logger.addHandler(_Forwarding(talk.say))
+    logger.addHandler(talk)
     progress, over = UploadProgress(), threading.Event()
 
     def report() -> None:

@@ -22,22 +22,17 @@ def measure_upload_rate(options: TransportOptions, folder: str) -> float | None:
 
     A small object first, and a larger one where that was quick; the time of a small request is
     taken off. Both are removed again.
-
-    Args:
-        options: A transport that works.
-        folder: Folder of the object.
     """
     name = f"{folder}/.probe-{secrets.token_hex(4)}"
     try:
         # The run's own directory is not there before it begins, and not made by a dry run.
-        transport = open_transport(replace(options, scratch=None))
-        try:
-            return _measure(transport, name)
-        finally:
-            with contextlib.suppress(StorageError):
-                transport.delete(name)
-                transport.remove_unfinished(folder, only=name)
-            transport.close()
+        with contextlib.closing(open_transport(replace(options, scratch=None))) as transport:
+            try:
+                return _measure(transport, name)
+            finally:
+                with contextlib.suppress(StorageError):
+                    transport.delete(name)
+                    transport.remove_unfinished(folder, only=name)
     except StorageError as exc:
         log.debug("The rate of uploads cannot be measured: %s", exc)
         return None
@@ -56,8 +51,7 @@ def _measure(transport: Transport, name: str) -> float:
 
 
 def _put(transport: Transport, name: str, size: int) -> float:
-    data = secrets.token_bytes(size)
-    expected = transport.stat(name)
+    data, expected = secrets.token_bytes(size), transport.stat(name)
     begin = time.perf_counter()
     put_bytes(transport, name, data, expected)
     return time.perf_counter() - begin

@@ -33,12 +33,7 @@ def build_upload_rows(
 ) -> list[dict[str, Any]]:
     """Return one row a checkpoint, by step, from what is here and what is in the bucket.
 
-    Args:
-        local: Checkpoints on this machine, with their journal entries.
-        remote: Checkpoints in the bucket.
-        uri: The bucket.
-        bucket_problem: Why the bucket could not be read, None where it was.
-        decisions: What retention says of those on this machine.
+    `bucket_problem` says why the bucket could not be read; it is None where it was.
     """
     here = {view.name: view for view in local}
     there = {view.name: view for view in remote}
@@ -56,8 +51,7 @@ def build_upload_rows(
         ]
         size = view.total_bytes if view else sidecar.archive_bytes if sidecar else None
         state = describe_state(view, sidecar, uri, bucket_problem)
-        is_under_way = entry is not None and entry.state in _UNDER_WAY
-        progress = describe_progress(entry) if entry is not None and is_under_way else {}
+        progress = describe_progress(entry) if entry and entry.state in _UNDER_WAY else {}
         rows.append(
             {
                 "checkpoint": str(name),
@@ -104,9 +98,7 @@ def describe_decision(decision: Decision | None) -> str:
     """Say why a checkpoint is kept on this machine, or that it goes; "" where no rule says."""
     if decision is None:
         return ""
-    if decision.action is Action.KEEP:
-        return decision.reason
-    return f"goes: {decision.reason}"
+    return f"{'' if decision.action is Action.KEEP else 'goes: '}{decision.reason}"
 
 
 def _error_of(entry: JournalEntry | None) -> str:
@@ -145,39 +137,34 @@ def describe_progress(entry: JournalEntry, now: datetime | None = None) -> dict[
 
 
 def build_queue(owed: Sequence[str], uploads: Mapping[str, JournalEntry]) -> list[dict[str, Any]]:
-    """Return what is owed to the bucket: what is under way, then the rest by step.
-
-    Args:
-        owed: Names of the checkpoints, by step.
-        uploads: Newest journal entry of each.
-    """
+    """Return what is owed to the bucket: what is under way, then the rest by step."""
     entries = [(name, uploads.get(name)) for name in owed]
     entries.sort(key=lambda one: one[1] is None or one[1].state not in _UNDER_WAY)
     queue = []
     for position, (name, entry) in enumerate(entries, 1):
         details = entry.details if entry else {}
         attempts = number(details.get("attempts", details.get("attempt")))
-        next_try = details.get("next_try")
         queue.append(
             {
                 "place": position,
                 "checkpoint": name,
                 "state": entry.state.value if entry else "not queued",
                 "attempts": int(attempts or 0),
-                "next try": _describe_next_try(entry, next_try),
+                "next try": _describe_next_try(entry),
                 "error": _error_of(entry),
             }
         )
     return queue
 
 
-def _describe_next_try(entry: JournalEntry | None, next_try: object) -> str:
+def _describe_next_try(entry: JournalEntry | None) -> str:
     if entry is None or entry.state is UploadState.QUEUED:
         return "in its turn"
     if entry.state is not UploadState.FAILED:
         return "now"
     if entry.details.get("permanent") is True:
         return "at the next run, or: upload_manager.py retry"
+    next_try = entry.details.get("next_try")
     return printable(next_try, 40) if next_try else "at the next run"
 
 
@@ -197,7 +184,7 @@ def last_errors(
             "checkpoint": printable(entry.checkpoint, 80),
             "attempts": int(number(entry.details.get("attempts")) or 0),
             "permanent": entry.details.get("permanent") is True,
-            "next try": _describe_next_try(entry, entry.details.get("next_try")),
+            "next try": _describe_next_try(entry),
             "error": _error_of(entry),
         }
         for entry in newest

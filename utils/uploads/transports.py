@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Protocol
 
 from configs.training_config import TrainingConfig
 from utils.base.errors import ObjectNotFoundError, StorageError, TransientStorageError
@@ -36,9 +36,9 @@ from utils.checkpoints.layout import SAVING_PREFIX
 from utils.storage.bucket import (
     Meter,
     ObjectInfo,
-    StreamSink,
     WriteStream,
     mapped_file_errors,
+    write_file,
 )
 from utils.storage.directory import DirectoryBucket
 from utils.storage.gcs import GcsBucket
@@ -59,11 +59,8 @@ class TransportOptions:
     """How to upload; plain values, so that they can be sent to another process.
 
     Attributes:
-        uri: The run's bucket.
         name: auto, or one of `TRANSPORTS` or directory.
-        user_project: Project that pays for requests; None for none.
         streams: Connections of an upload by `python`; 1 for one resumable upload without parts.
-        max_bytes_per_second: Rate limit; None for none.
         stall_seconds: A command that makes no progress for so long is ended.
         retry_seconds: How long one request is tried again.
         scratch: Directory for the local archive that gsutil needs, made where it is not there; None
@@ -104,13 +101,7 @@ class Transport(Protocol):
     def put(
         self, object_name: str, write: WriteStream, expected: ObjectInfo | None, max_bytes: int
     ) -> None:
-        """Upload what `write` writes, where the bucket still holds `expected`.
-
-        Args:
-            object_name: The object.
-            write: Writes the bytes into the binary file that it is given.
-            expected: From `stat`; None where there is to be no object.
-            max_bytes: How much it will be at most.
+        """Upload what `write` writes, `max_bytes` at most, where the bucket still holds `expected`.
 
         Raises:
             ConflictError: Another version is there.
@@ -127,11 +118,7 @@ class Transport(Protocol):
         """Copy an object within the bucket."""
 
     def delete(self, object_name: str, expected: ObjectInfo | None = None) -> None:
-        """Remove an object; one that does not exist is no error.
-
-        Args:
-            object_name: The object.
-            expected: From `stat`; None for any version.
+        """Remove an object, any version for None; one that does not exist is no error.
 
         Raises:
             ConflictError: Another version is there.
@@ -142,10 +129,7 @@ class Transport(Protocol):
     ) -> None:
         """Remove what interrupted uploads left in a folder; by default they leave nothing.
 
-        Args:
-            folder: Where the objects are.
-            keep: Objects whose remains are of use.
-            only: The one object whose remains go; None for all.
+        The remains of the objects in `keep` stay; `only` names the one object whose remains go.
         """
 
     def close(self) -> None:
@@ -165,8 +149,7 @@ class BucketTransport(Transport):
     name = "python"
 
     def __init__(self, options: TransportOptions, meter: Meter) -> None:
-        uri, project = options.uri, options.user_project
-        self._bucket = open_bucket(uri, project, options.retry_seconds, meter)
+        self._bucket = open_bucket(options.uri, options.user_project, options.retry_seconds, meter)
         self._streams = options.streams
         self.uri = self._bucket.uri
 
@@ -272,13 +255,16 @@ class _CommandTransport(Transport):
 
     def delete(self, object_name: str, expected: ObjectInfo | None = None) -> None:
         """Remove an object."""
-        options, words = self._conditions(expected)
+        options, words = self._quiet, [self._object(object_name)]
+        if expected is not None:
+            options, words = self._expecting(expected, words)
         with contextlib.suppress(ObjectNotFoundError):
-            words = [*words, self._object(object_name)]
-            self._command.run("rm", words, options=(*self._quiet, *options))
+            self._command.run("rm", words, options=options)
 
-    def _conditions(self, expected: ObjectInfo | None) -> tuple[tuple[str, ...], list[str]]:
-        """Return the (options, words) that ask for a version; none for any."""
+    def _expecting(
+        self, expected: ObjectInfo | None, words: list[str]
+    ) -> tuple[tuple[str, ...], list[str]]:
+        """Return the options before and the words after a verb that ask for a version."""
         raise NotImplementedError
 
     @classmethod
@@ -314,10 +300,9 @@ class GcloudTransport(_CommandTransport):
         self, object_name: str, write: WriteStream, expected: ObjectInfo | None, max_bytes: int
     ) -> None:
         """Upload as a stream; nothing is stored on the way."""
-        condition = f"--if-generation-match={_generation(expected)}"
-        words = [condition, "-", self._object(object_name)]
+        options, words = self._expecting(expected, ["-", self._object(object_name)])
         try:
-            self._command.run("cp", words, options=self._quiet, write=write)
+            self._command.run("cp", words, options=options, write=write)
         except ObjectNotFoundError as exc:
             # Its words are the same where the service has lost the upload's session.
             if not self._has_bucket():
@@ -335,8 +320,10 @@ class GcloudTransport(_CommandTransport):
             log.debug("%s cannot be described: %s", bucket, exc)
         return True
 
-    def _conditions(self, expected: ObjectInfo | None) -> tuple[tuple[str, ...], list[str]]:
-        return (), [] if expected is None else [f"--if-generation-match={expected.generation}"]
+    def _expecting(
+        self, expected: ObjectInfo | None, words: list[str]
+    ) -> tuple[tuple[str, ...], list[str]]:
+        return self._quiet, [f"--if-generation-match={_generation(expected)}", *words]
 
     def stat(self, object_name: str) -> ObjectInfo | None:
         """Return size, crc32c and generation as gcloud describes them."""
@@ -377,16 +364,16 @@ class GsutilTransport(_CommandTransport):
         self, object_name: str, write: WriteStream, expected: ObjectInfo | None, max_bytes: int
     ) -> None:
         """Upload from a local file; as a stream what is small or held to a rate."""
-        condition = ("-q", "-h", f"x-goog-if-generation-match:{_generation(expected)}")
         target = self._object(object_name)
+        options, words = self._expecting(expected, ["-", target])
         if max_bytes <= SMALL_BYTES or self._options.max_bytes_per_second is not None:
-            self._command.run("cp", ["-", target], options=condition, write=write)
+            self._command.run("cp", words, options=options, write=write)
             return
         archive = self._find_room(object_name, max_bytes)
         try:
-            _store(archive, write)
+            write_file(archive, write, partial(mapped_file_errors, str(archive)))
             words = ["--", glob.escape(str(archive)), target]
-            self._command.run("cp", words, options=condition, file=archive)
+            self._command.run("cp", words, options=options, file=archive)
         except ObjectNotFoundError as exc:
             if archive.exists():
                 raise
@@ -410,10 +397,10 @@ class GsutilTransport(_CommandTransport):
             )
         return folder / f"{SAVING_PREFIX}{PurePosixPath(object_name).name}"
 
-    def _conditions(self, expected: ObjectInfo | None) -> tuple[tuple[str, ...], list[str]]:
-        if expected is None:
-            return (), []
-        return ("-h", f"x-goog-if-generation-match:{expected.generation}"), []
+    def _expecting(
+        self, expected: ObjectInfo | None, words: list[str]
+    ) -> tuple[tuple[str, ...], list[str]]:
+        return ("-q", "-h", f"x-goog-if-generation-match:{_generation(expected)}"), words
 
     def stat(self, object_name: str) -> ObjectInfo | None:
         """Return size, crc32c and generation as `gsutil stat` prints them."""
@@ -427,21 +414,6 @@ class GsutilTransport(_CommandTransport):
             raise StorageError(f"gsutil stat {self._object(object_name)}: no size or crc32c.")
         size, crc32c, generation = (match[1] for match in found if match)
         return ObjectInfo(object_name, int(size), crc32c, int(generation))
-
-
-def _store(archive: Path, write: WriteStream) -> None:
-    """Write a local archive; errors of the file are StorageErrors, those of `write` its own."""
-    mapped_errors = partial(mapped_file_errors, str(archive))
-    with mapped_errors():
-        file = archive.open("wb")
-    try:
-        sink: Any = StreamSink(file, mapped_errors)
-        write(sink)
-        with mapped_errors():
-            file.close()
-    finally:
-        with contextlib.suppress(OSError):
-            file.close()
 
 
 def _generation(expected: ObjectInfo | None) -> int:
@@ -492,26 +464,14 @@ def open_transport(options: TransportOptions, meter: Meter | None = None) -> Tra
     return openers[name](options, meter or Meter(options.max_bytes_per_second))
 
 
-@dataclass(frozen=True)
-class ProbeResult:
-    """What a probe found.
-
-    Attributes:
-        options: The transport that works; with one stream where nothing can be deleted.
-        warnings: What does not work, but is not needed.
-    """
-
-    options: TransportOptions
-    warnings: tuple[str, ...] = ()
-
-
-def probe_transport(options: TransportOptions, folder: str, retry_seconds: float) -> ProbeResult:
+def probe_transport(
+    options: TransportOptions, folder: str, retry_seconds: float
+) -> tuple[TransportOptions, str | None]:
     """Write, read and delete a small object; `auto` takes the first transport that can.
 
-    Args:
-        options: What is asked for.
-        folder: Folder of the probe object.
-        retry_seconds: How long each request is tried again.
+    Returns:
+        The transport that works, and what does not work but is not needed: where nothing can be
+        deleted, it has one stream.
 
     Raises:
         StorageError: Nothing works; the message says why for each.
@@ -524,18 +484,13 @@ def probe_transport(options: TransportOptions, folder: str, retry_seconds: float
         stall_seconds = min(options.stall_seconds, START_SECONDS + retry_seconds)
         hasty = replace(wanted, retry_seconds=retry_seconds, stall_seconds=stall_seconds)
         try:
-            transport = open_transport(hasty)
-            try:
+            with contextlib.closing(open_transport(hasty)) as transport:
                 warning = _probe(transport, folder)
-            finally:
-                transport.close()
         except StorageError as exc:
             log.debug("upload_transport %s does not work: %s", name, exc)
             errors.append(exc)
             continue
-        if warning is None:
-            return ProbeResult(wanted)
-        return ProbeResult(replace(wanted, streams=1), (warning,))
+        return (wanted if warning is None else replace(wanted, streams=1)), warning
     raise errors[0] if len(errors) == 1 else type(errors[0])(" ".join(map(str, errors)))
 
 

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from utils.base.archive_formats import COMPRESSIONS
@@ -59,6 +58,7 @@ LOCKED_SECONDS = 5.0
 PROGRESS_SECONDS = 2.0
 _CLOSE_SECONDS = 3.0
 MAX_THREADS = 4
+GIVEN_UP = (UploadState.SUPERSEDED, UploadState.REMOVED)
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +70,7 @@ class _Item:
     """A checkpoint on its way.
 
     Attributes:
-        path: Its directory.
         delays: Mean seconds before each next attempt.
-        attempts: How often it was tried.
         ready_at: When it may be tried next, on the monotonic clock.
         is_late: It has failed `UPLOAD_ATTEMPTS` times: it is tried again, but not waited for.
         is_elsewhere: Another process uploads it.
@@ -96,8 +94,6 @@ class Uploader:
 
     Args:
         transport: Where to and how; its name is not auto for gs://.
-        journal: Where every state is recorded.
-        compression: One of `COMPRESSIONS`.
         should_sweep: Remove what other interrupted uploads left in the bucket; only for the one
             that holds the bucket's lease.
         first_backoff_seconds: Mean wait before the second attempt; the next are 4 times longer.
@@ -138,12 +134,7 @@ class Uploader:
         """Return the uploader itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop the worker; what is still queued stays in the journal."""
         self.close()
 
@@ -192,12 +183,8 @@ class Uploader:
     ) -> list[str]:
         """Wait until all is uploaded or the deadline is over; return what is still pending.
 
-        What failed before is tried once more.
-
-        Args:
-            deadline_seconds: How long to wait at most.
-            on_wait: Called about once a second with what is going on.
-            must_leave: Asked as often; once it says so, the deadline is over.
+        What failed before is tried once more. `on_wait` is called about once a second with what is
+        going on; `must_leave` is asked as often, and ends the wait.
         """
         end = time.monotonic() + deadline_seconds
         self._try_late_ones()
@@ -259,14 +246,12 @@ class Uploader:
                 views = read_local_checkpoints(ready[0].path.parent, {})
         newest, best = views[-1:], [view for view in [find_best(views)] if view is not None]
         first = [view.path for view in (*best, *newest)]
-        return max(
-            ready,
-            key=lambda item: (
-                not item.is_late,
-                first.index(item.path) if item.path in first else -1,
-                item.step,
-            ),
-        )
+
+        def rank(item: _Item) -> tuple[bool, int, int]:
+            place = first.index(item.path) if item.path in first else -1
+            return not item.is_late, place, item.step
+
+        return max(ready, key=rank)
 
     def _try(self, item: _Item) -> None:
         """Try once; what is not over then is in the queue again."""
@@ -310,18 +295,13 @@ class Uploader:
             str(checkpoint),
             self._transport,
             self._compression,
-            _threads(),
+            max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2)),
             self._should_sweep,
             tuple(self.pending) + tuple(self.failures),
         )
         self._record(name, manifest.run_id, UploadState.ARCHIVING, attempt=item.attempts)
-        log.info(
-            "Uploading %s (%s) to %s by %s.",
-            name,
-            format_bytes(manifest.total_bytes),
-            join_uri(uri, archive_object(name, self._suffix)),
-            self._transport.name,
-        )
+        size = format_bytes(manifest.total_bytes)
+        log.info("Uploading %s (%s) to %s by %s.", name, size, uri, self._transport.name)
         self._progress = _Progress(name)
         result = self._perform(
             job, lambda report: self._follow(item, manifest.run_id, report), self._closing.is_set
@@ -343,17 +323,9 @@ class Uploader:
             bytes_per_second=round(speed),
         )
         self._succeed(item)
-        self._tell(
-            f"{name} uploaded and verified: {format_bytes(result.size)} in "
-            f"{format_duration(result.seconds)}"
-        )
-        log.info(
-            "Verified %s in the bucket (crc32c %s): %s in %s.",
-            name,
-            result.crc32c,
-            format_bytes(result.size),
-            format_duration(result.seconds),
-        )
+        took = f"{format_bytes(result.size)} in {format_duration(result.seconds)}"
+        self._tell(f"{name} uploaded and verified: {took}")
+        log.info("Verified %s in the bucket (crc32c %s): %s.", name, result.crc32c, took)
 
     def _follow(self, item: _Item, run_id: str, report: ProgressReport) -> None:
         """Keep the progress in the journal, for other processes."""
@@ -391,14 +363,7 @@ class Uploader:
             self._tell(f"{name}: upload failed, trying again in {seconds:.0f} s: {error}")
         else:
             seconds = _jittered(LATER_SECONDS)
-            self.failures[name] = f"{error} ({item.attempts} attempts)"
-            log.error(
-                "%s was not uploaded: %s It is kept in %s.",
-                name,
-                self.failures[name],
-                item.path.parent,
-            )
-            self._tell(f"{name} was not uploaded: {self.failures[name]}")
+            self._give_up(item, f"{error} ({item.attempts} attempts)")
         again = datetime.now(UTC) + timedelta(seconds=seconds)
         self._record_failure(item, run_id, error, again.isoformat(timespec="seconds"))
         self._requeue(item, seconds, is_late)
@@ -415,8 +380,13 @@ class Uploader:
         if not item.path.exists() and _was_given_up(self._journal, name):
             log.warning("%s was given up while it waited for its upload.", name)
             return
-        self.failures[name] = error
         self._record_failure(item, run_id, error, None)
+        self._give_up(item, error)
+
+    def _give_up(self, item: _Item, error: str) -> None:
+        """Say that a checkpoint is not in the bucket, at least not soon."""
+        name = item.path.name
+        self.failures[name] = error
         log.error("%s was not uploaded: %s It is kept in %s.", name, error, item.path.parent)
         self._tell(f"{name} was not uploaded: {error}")
 
@@ -444,13 +414,13 @@ class _Progress:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._report: ProgressReport | None = None
+        self._report = ProgressReport("uploading", 0, 0, 0, None, 0)
         self._began = time.monotonic()
         self._told = 0.0
 
     def update(self, report: ProgressReport) -> bool:
         """Take a report; tell whether it is time to write it down."""
-        if self._report is None or report.stage != self._report.stage:
+        if report.stage != self._report.stage:
             self._began = time.monotonic()
         self._report = report
         if time.monotonic() - self._told < PROGRESS_SECONDS:
@@ -461,10 +431,7 @@ class _Progress:
     def facts(self) -> dict[str, Any]:
         """Return the figures of the last report."""
         report = self._report
-        if report is None:
-            return {}
-        seconds = max(1e-3, time.monotonic() - self._began)
-        share = min(1.0, self._share(report))
+        seconds, share = max(1e-3, time.monotonic() - self._began), self._share()
         return {
             "stage": report.stage,
             "sent": report.sent,
@@ -477,22 +444,22 @@ class _Progress:
 
     def describe(self) -> str:
         """Return one line for people."""
-        report = self._report
-        if report is None or report.stage != "uploading":
-            return f"{report.stage if report else 'uploading'} {self.name}"
         facts = self.facts()
-        text = f"uploading {self.name}: {self._share(report):.0%}"
+        text = f"{facts['stage']} {self.name}"
+        if facts["stage"] != "uploading" or not facts["total"]:
+            return text
+        text += f": {self._share():.0%}"
         if facts["sent"]:
             text += f" at {format_bytes(facts['bytes_per_second'])}/s"
         if facts["eta_seconds"] is not None:
             text += f", {format_duration(facts['eta_seconds'])} left"
         return text
 
-    @staticmethod
-    def _share(report: ProgressReport) -> float:
-        if report.size:
-            return min(1.0, report.sent / report.size)
-        return min(1.0, report.read / max(1, report.total))
+    def _share(self) -> float:
+        """Return how much of the archive is sent or, until its size is known, made."""
+        report = self._report
+        done, total = (report.sent, report.size) if report.size else (report.read, report.total)
+        return min(1.0, done / max(1, total))
 
 
 def _was_given_up(journal: Journal, name: str) -> bool:
@@ -504,10 +471,6 @@ def _was_given_up(journal: Journal, name: str) -> bool:
 
 def _jittered(seconds: float) -> float:
     return seconds * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - spreads load, no secret
-
-
-def _threads() -> int:
-    return max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))
 
 
 def find_unfinished(
@@ -526,10 +489,7 @@ def find_unfinished(
     owed = []
     for name in find_checkpoints(directory):
         checkpoint, entry = directory / str(name), latest.get(str(name))
-        given_up = entry is not None and entry.state in (
-            UploadState.SUPERSEDED,
-            UploadState.REMOVED,
-        )
-        if not given_up and not is_verified_in(uri, checkpoint, entry):
+        is_given_up = entry is not None and entry.state in GIVEN_UP
+        if not is_given_up and not is_verified_in(uri, checkpoint, entry):
             owed.append(checkpoint)
     return owed

@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,11 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class StallTimer:
-    """Tells when something has stayed the same for too long.
-
-    Args:
-        seconds: How long it may.
-    """
+    """Tells when something has stayed the same for so many seconds."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -65,13 +60,9 @@ class StallTimer:
 
 
 class WatchedCommand:
-    """Runs a program and watches that it makes progress.
+    """Runs a program, with `words` in every call, and watches that it reads or writes.
 
-    Args:
-        words: Program and the arguments of every call.
-        target: What it works on, for messages.
-        stall_seconds: How long it may neither read nor write.
-        meter: Told of the bytes that are sent.
+    Messages call what it works on `target`.
     """
 
     def __init__(self, words: list[str], target: str, stall_seconds: float, meter: Meter) -> None:
@@ -89,18 +80,16 @@ class WatchedCommand:
     ) -> bytes:
         """Return what the program prints.
 
-        Args:
-            verb: What it is to do.
-            words: Arguments after the verb.
-            options: Arguments before it.
-            write: Writes the program's standard input; None for none.
-            file: The file that it sends, so that its position can be metered.
+        The options come before the verb, the words after it. `write` writes the standard input;
+        `file` is a file that the program sends, whose position is metered.
 
         Raises:
             StorageError: It failed, or was ended because it made no progress.
         """
         label = f"{Path(self._words[0]).name} {verb} {self._target}"
-        with _open_temporary(label) as output, _open_temporary(label) as errors:
+        with mapped_file_errors(f"{label}: no temporary file"):
+            output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        with output, errors:
             try:
                 process = subprocess.Popen(  # noqa: S603
                     [*self._words, *options, *verb.split(), *words],
@@ -143,11 +132,6 @@ class WatchedCommand:
         return not pipe.is_broken
 
 
-def _open_temporary(label: str) -> IO[bytes]:
-    with mapped_file_errors(f"{label}: no temporary file"):
-        return tempfile.TemporaryFile()
-
-
 class _MeteredPipe:
     """Standard input of a program."""
 
@@ -156,26 +140,19 @@ class _MeteredPipe:
         self._pipe, self._meter = pipe, meter
 
     def write(self, data: bytes) -> int:
-        for block in metered_blocks(data, self._meter):
-            with self._noticing():
-                self._pipe.write(block)
-        return len(data)
-
-    def flush(self) -> None:
-        with self._noticing():
-            self._pipe.flush()
-
-    def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError), self._noticing():
-            self._pipe.close()
-
-    @contextlib.contextmanager
-    def _noticing(self) -> Iterator[None]:
         try:
-            yield
+            for block in metered_blocks(data, self._meter):
+                self._pipe.write(block)
         except BrokenPipeError:
             self.is_broken = True
             raise
+        return len(data)
+
+    def close(self) -> None:
+        try:
+            self._pipe.close()
+        except BrokenPipeError:
+            self.is_broken = True
 
 
 class _Watch:
@@ -199,7 +176,7 @@ class _Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
         end_process(self._process)

@@ -40,11 +40,6 @@ def test_what_goes(
     assert [int(one.name) for one in decisions] == sorted(one.step for one in checkpoints)
 
 
-def test_at_least_one_is_kept() -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        plan_pruning(facts(10, 20), keep=0)
-
-
 @given(
     steps=st.sets(st.integers(0, 1000), min_size=1, max_size=20),
     keep=st.integers(1, 25),

@@ -212,7 +212,6 @@ def test_a_stream_of_any_length_arrives(bucket: Bucket, small_chunks: None, size
         for start in range(0, size, 100_000):
             block = data[start : start + 100_000]
             assert sink.write(block) == len(block)
-            sink.flush()
 
     bucket.put_stream("a/b", write_in_pieces, None)
     assert bucket.read_bytes("a/b") == data
@@ -414,7 +413,6 @@ from utils.storage.open import open_bucket
 bucket = open_bucket({uri!r})
 def write(sink):
     sink.write(bytes(100_000))
-    sink.flush()
     print("half", flush=True)
     sys.stdin.read()
 bucket.put_stream("folder/a", write, bucket.stat("folder/a"))

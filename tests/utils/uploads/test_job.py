@@ -349,7 +349,7 @@ def test_the_checkpoint_of_a_branch_that_this_one_does_not_come_from_is_refused(
     place.upload(make_other(tmp_path, branch=theirs[0], forks=theirs[1]))
     before = place.contents()
     stamp(checkpoint, branch=ours[0], forks=ours[1])
-    with pytest.raises(CheckpointError, match=f"written by branch {theirs[0]} of this run"):
+    with pytest.raises(CheckpointError, match=f"belongs to branch {theirs[0]} of this run"):
         place.upload(checkpoint)
     assert place.contents() == before
 

@@ -32,7 +32,6 @@ from utils.uploads import transports
 from utils.uploads.parallel_upload import put_parallel
 from utils.uploads.transports import (
     BucketTransport,
-    ProbeResult,
     Transport,
     TransportOptions,
     open_transport,
@@ -474,7 +473,7 @@ def test_a_directory_is_its_own_transport(tmp_path: Path) -> None:
     for choice in ("auto", "directory"):
         transport = open_transport(TransportOptions(str(tmp_path), choice))
         assert (transport.name, transport.uri) == ("directory", str(tmp_path))
-    assert probe(str(tmp_path)) == ProbeResult(TransportOptions(str(tmp_path), "auto"))
+    assert probe(str(tmp_path)) == (TransportOptions(str(tmp_path), "auto"), None)
     assert list((tmp_path / "Checkpoints").iterdir()) == []
 
 
@@ -496,13 +495,13 @@ def test_a_program_that_is_not_installed(
         open_transport(TransportOptions("gs://runs", name))
 
 
-def probe(uri: str, name: str = "auto", **fields: Any) -> ProbeResult:
+def probe(uri: str, name: str = "auto", **fields: Any) -> tuple[TransportOptions, str | None]:
     return probe_transport(TransportOptions(uri, name, **fields), "Checkpoints", 2)
 
 
 def test_auto_takes_the_first_that_works(cloud: FakeGcsServer, recorder: Recorder) -> None:
     found = probe("gs://runs/team")
-    assert found == ProbeResult(TransportOptions("gs://runs/team", "python"))
+    assert found == (TransportOptions("gs://runs/team", "python"), None)
     assert cloud.list_objects("runs") == []
     assert not (recorder.folder / "calls.jsonl").exists()
 
@@ -522,7 +521,7 @@ def test_auto_takes_the_next_one_where_one_does_not_work_and_probes_in_a_hurry(
     monkeypatch.setitem(transports.TRANSPORTS, "gs", {"python": refuse, "gsutil": accept})
     found = probe("gs://runs/team", stall_seconds=77.0)
     # What it was asked for is kept; only the probe itself is in a hurry.
-    assert found == ProbeResult(TransportOptions("gs://runs/team", "gsutil", stall_seconds=77.0))
+    assert found == (TransportOptions("gs://runs/team", "gsutil", stall_seconds=77.0), None)
     assert (asked[0].retry_seconds, asked[0].stall_seconds) == (2, START_SECONDS + 2)
 
 
@@ -541,11 +540,12 @@ def test_where_parts_could_not_be_removed_there_are_none(
     cloud: FakeGcsServer, small_units: None, lacking: str
 ) -> None:
     cloud.create_bucket("keeping", without=[lacking])
-    found = probe("gs://keeping", "python")
-    assert found.options == TransportOptions("gs://keeping", "python", streams=1)
-    assert "cannot be listed and deleted" in found.warnings[0]
-    assert lacking in found.warnings[0]
-    transport = open_transport(found.options)
+    found, warning = probe("gs://keeping", "python")
+    assert found == TransportOptions("gs://keeping", "python", streams=1)
+    assert warning is not None
+    assert "cannot be listed and deleted" in warning
+    assert lacking in warning
+    transport = open_transport(found)
     data = os.urandom(LARGE)
     transport.put("Checkpoints/a", writer(data), None, LARGE)
     transport.close()
