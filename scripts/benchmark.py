@@ -58,23 +58,18 @@ from benchmarks.training import measure_train
 from benchmarks.upload import measure_upload
 from benchmarks.variants import measure_variants
 from benchmarks.viewer import measure_viewer
-from utils.base.console import run_command
+from utils.base.console import add_output_arguments, new_parser, run_command
 from utils.base.errors import UsageError
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("benchmark.py", __doc__)
     parser.add_argument(
         "parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS)
     )
     parser.add_argument("--runs", type=int, default=RUNS, help="interleaved runs (default: 7)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_output_arguments(parser)
     return parser.parse_args(argv)
 
 

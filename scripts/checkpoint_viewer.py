@@ -27,19 +27,19 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.training_config import TrainingConfig
-from utils.base.console import print_table, run_command
+from utils.base.console import new_parser, print_table, run_command
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import printable, to_json_text
 from utils.checkpoints.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView
-from utils.costs.costs import describe_costs, parse_hourly_price
+from utils.costs.costs import describe_costs
+from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
 from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
 from utils.tools.evaluation.text import chart_lines as evaluation_charts
 from utils.tools.evaluation.text import evaluation_lines, series
 from utils.tools.viewer import report, text
 from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
-from utils.tools.viewer.shelf import Shelf, open_shelf, run_config
+from utils.tools.viewer.shelf import Shelf, open_shelf
 from utils.tracking.metrics_log import HISTORY_LIMIT
 from utils.tracking.plots import (
     METRICS,
@@ -72,23 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", default="test", help="name or .json file (default: test)")
-    common.add_argument("--output-dir", help="directory of the checkpoints (default: the config's)")
-    common.add_argument("--run-name", help="folder of the run (default: the config's)")
+    add_run_arguments(common)
+    add_price_argument(common)
     common.add_argument("--remote", action="store_true", help="read the bucket's sidecars instead")
-    common.add_argument(
-        "--hourly-price",
-        type=parse_hourly_price,
-        metavar="X",
-        help="dollars an hour, for time that the run itself had no price for",
-    )
-    common.add_argument("--json", action="store_true", help="print JSON")
-    common.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser = argparse.ArgumentParser(
-        prog="checkpoint_viewer.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("checkpoint_viewer.py", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[..., None], summary: str) -> argparse.ArgumentParser:
@@ -236,7 +223,7 @@ def run_view(args: argparse.Namespace) -> None:
     config, config_problem = report.read_part(view, TRAINING_CONFIG_FILE)
     throughput = report.measure_throughput(view)
     costs = report.measure_costs(view, args.hourly_price)
-    evaluations = read_evaluations(RunPaths.of(load_config(args)).evaluations)
+    evaluations = read_evaluations(RunPaths.of(read_run_config(args)).evaluations)
     measured = of_weights(evaluations.evaluations, view.manifest)
     found = (view.problem, data_problem, config_problem, evaluations.problem)
     problems += [problem for problem in found if problem]
@@ -391,7 +378,7 @@ def plot_of_evaluations(args: argparse.Namespace) -> Plot:
         raise UsageError(
             "--evaluation draws all checkpoints of the run: it takes no NAME, --run or --remote."
         )
-    log = read_evaluations(RunPaths.of(load_config(args)).evaluations)
+    log = read_evaluations(RunPaths.of(read_run_config(args)).evaluations)
     drawn = [metric_points(log.evaluations, name) for name in args.evaluation]
     for points in drawn:
         if not points.steps:
@@ -484,16 +471,11 @@ def chart_width() -> int:
 # all
 
 
-def load_config(args: argparse.Namespace) -> TrainingConfig:
-    """Return the configuration that the options name."""
-    return run_config(args.config, args.output_dir, args.run_name)
-
-
 def opened_shelf(
     args: argparse.Namespace, place: str | None = None
 ) -> AbstractContextManager[Shelf]:
     """Open the checkpoints that the options name."""
-    return open_shelf(load_config(args), is_remote=args.remote, place=place)
+    return open_shelf(read_run_config(args), is_remote=args.remote, place=place)
 
 
 def read_rows(

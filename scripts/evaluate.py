@@ -39,7 +39,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig
-from utils.base.console import configure_logging, print_table, run_command
+from utils.base.console import configure_logging, new_parser, print_table, run_command
 from utils.base.errors import (
     DataError,
     ExitCode,
@@ -52,17 +52,13 @@ from utils.base.progress import ProgressDisplay
 from utils.base.text import printable, to_json_text
 from utils.base.uri import require_place
 from utils.checkpoints.layout import RunPaths
+from utils.start.arguments import read_run_config
 from utils.tools.evaluation.evaluator import MEASURED_SPLITS, EvaluationPlan, Evaluator, TextPlan
 from utils.tools.evaluation.harness import require_harness
 from utils.tools.evaluation.log import Evaluation, append_evaluation, metric_points
 from utils.tools.evaluation.questions import HELLASWAG, LAMBADA, read_questions
 from utils.tools.evaluation.text import series, tables
-from utils.tools.generation.arguments import (
-    add_model_arguments,
-    find_from,
-    load_found,
-    read_configuration,
-)
+from utils.tools.generation.arguments import add_model_arguments, find_from, load_found
 from utils.tools.viewer.shelf import open_shelf
 from utils.tracking.plots import draw_panels, picture_path
 
@@ -77,11 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("evaluate.py", __doc__)
     add_model_arguments(parser, several=True)
     for action in parser._actions:
         if action.dest == "models":
@@ -179,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")
     if args.plot is not None:
         args.plot = picture_path(args.plot)
-    config = read_configuration(args)
+    config = read_run_config(args)
     plan = build_plan(args)
     names = choose_models(args.models, config)
     session = Session(args, config)

@@ -21,7 +21,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from utils.base.console import print_table, run_command
+from utils.base.console import add_output_arguments, new_parser, print_table, run_command
 from utils.base.errors import UsageError
 from utils.base.text import format_bytes, format_duration, to_json_text
 from utils.costs.gpu_types import GPU_TYPES, GpuType, find_gpu_type
@@ -55,11 +55,7 @@ NUMBERS = (
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="plan_scaling.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("plan_scaling.py", __doc__)
     add = parser.add_argument
     add("--model", default="refocused-1.2b", metavar="PRESET", help="(default: %(default)s)")
     add("--gpus", type=int, nargs="+", default=[8], metavar="N", help="(default: 8)")
@@ -81,8 +77,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--efficiency", type=float, metavar="X", help="share of the peak in compute, 0 to 1")
     add("--network-gbps", type=float, metavar="X", help="gigabits a second of a machine's network")
     add("--price", type=float, metavar="X", help="dollars for an hour of one GPU")
-    add("--json", action="store_true", help="print JSON")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    add_output_arguments(parser)
     return parser.parse_args(argv)
 
 

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.base.console import configure_logging, run_command
+from utils.base.console import add_output_arguments, configure_logging, new_parser, run_command
 from utils.base.errors import ExitCode, UsageError
 from utils.base.text import format_bytes, printable
 from utils.base.uri import require_path
@@ -60,18 +60,14 @@ _logger = logging.getLogger("prepare_data")
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of a preparation; the parsed arguments carry their function."""
     description, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="prepare_data.py",
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("prepare_data.py", description)
+    parser.epilog = examples
     parser.set_defaults(command=prepare)
     _add_source_arguments(parser.add_argument_group("sources (any number, read in this order)"))
     _add_tokenizer_arguments(parser.add_argument_group("tokenizer"))
     _add_validation_arguments(parser.add_argument_group("validation (one of)"))
     _add_output_arguments(parser.add_argument_group("output"))
-    _add_common_arguments(parser, "print the summary as JSON")
+    _add_common_arguments(parser)
     return parser
 
 
@@ -83,7 +79,7 @@ def build_command_parser() -> argparse.ArgumentParser:
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> Any:
         added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         added.set_defaults(command=command)
-        _add_common_arguments(added, "print JSON")
+        _add_common_arguments(added)
         return added
 
     index = add("index", write_index, "write index.json for shards from elsewhere, from headers")
@@ -107,10 +103,9 @@ def build_command_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common_arguments(parser: argparse.ArgumentParser, json_help: str) -> None:
-    parser.add_argument("--json", action="store_true", help=json_help)
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    add_output_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="say only what goes wrong")
-    parser.add_argument("--debug", action="store_true", help="debug log lines and tracebacks")
 
 
 def _add_source_arguments(group: argparse._ArgumentGroup) -> None:

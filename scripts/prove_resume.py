@@ -28,7 +28,13 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig, get_training_config, parse_assignment
-from utils.base.console import configure_logging, print_table, run_command
+from utils.base.console import (
+    add_output_arguments,
+    configure_logging,
+    new_parser,
+    print_table,
+    run_command,
+)
 from utils.base.errors import CheckpointError, ExitCode, PretrainError, UsageError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import format_duration, printable, to_json_text
@@ -443,11 +449,7 @@ class Proof:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="prove_resume.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("prove_resume.py", __doc__)
     add = parser.add_argument
     add("--config", default="test", help="configs/NAME.json or a .json file (default: test)")
     add("--steps", type=int, default=24, metavar="N", help="length of the runs (default: 24)")
@@ -462,8 +464,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--workdir", type=Path, metavar="DIR", help="a new or empty folder (default: a temporary)")
     add("--keep", action="store_true", help="keep the folder (and, with --use-bucket, the objects)")
-    add("--json", action="store_true", help="print JSON")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    add_output_arguments(parser)
     return parser.parse_args(argv)
 
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from configs.training_config import TrainingConfig, get_training_config
+from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import printable
 from utils.base.uri import join_uri, require_path
@@ -202,16 +202,6 @@ class RemoteShelf(Shelf):
         for view, row in zip(views, rows, strict=True):
             row["state"] = describe_state(None, view, self._bucket.uri, None)
             row["kept"] = ""
-
-
-def run_config(name: str, output_dir: str | None, run_name: str | None) -> TrainingConfig:
-    """Return a configuration by name or file, with another output_dir or run_name where given.
-
-    Raises:
-        ConfigError: A file or value is wrong.
-    """
-    given = {"output_dir": output_dir, "run_name": run_name}
-    return get_training_config(name, {k: v for k, v in given.items() if v is not None})
 
 
 @contextlib.contextmanager
