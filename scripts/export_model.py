@@ -133,7 +133,7 @@ def find_target(args: argparse.Namespace, config: TrainingConfig) -> ExportTarge
     """Return where the model goes."""
     scratch = RunPaths.of(config).cache / SCRATCH_FOLDER
     if args.output.startswith(HUB_PREFIX):
-        return HubTarget.parse(
+        return HubTarget(
             args.output,
             scratch,
             is_whole=args.format == "hf",

@@ -236,10 +236,6 @@ class Session:
     """Asks for prompts and writes a text of each, until the user ends it.
 
     Every text has a seed of its own: the first that of the command line, then one more each.
-
-    Args:
-        generator: Writes the texts.
-        sampling: How the first one is written.
     """
 
     def __init__(self, generator: TextGenerator, sampling: Sampling) -> None:

@@ -125,13 +125,7 @@ def run_monitor(args: argparse.Namespace) -> None:
 
 
 class Watch:
-    """Looks at the run, and notifies the user of events.
-
-    Args:
-        paths: The run's directories.
-        notifier: Runs the user's command, None where there is none.
-        hourly_price: Dollars an hour for time that the run itself had no price for.
-    """
+    """Looks at the run, and has the user's command, if any, run for events."""
 
     def __init__(
         self, paths: RunPaths, notifier: Notifier | None, hourly_price: float | None

@@ -22,6 +22,7 @@ Data that is there already (prepare_data.py COMMAND --help says more):
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import logging
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
 SAMPLE_VOCAB_SIZE = 4096
 DEFAULT_VALIDATION_FRACTION = 0.05
 DEFAULT_TOKEN_CACHE = "cache/tokens"  # noqa: S105 - not a password
-DEFAULT_TOKEN_CACHE_GB = 10.0
+TOKEN_CACHE_BYTES = 10**10  # the least recently used goes first
+SHOWN_SHARDS = 3
 NO_CACHE = "off"
 LONGEST_LINE = 2000
 
@@ -88,7 +90,6 @@ def build_command_parser() -> argparse.ArgumentParser:
     index.add_argument("--overwrite", action="store_true", help="replace a prepared one's index")
     inspect = add("inspect", inspect_data, "show what shards hold; exit code 2 if any is bad")
     inspect.add_argument("uri", metavar="URI")
-    inspect.add_argument("--samples", type=int, default=3, metavar="N", help="shards to decode")
     inspect.add_argument("--verify", action="store_true", help="read all: checksums and token ids")
     put = add("put", put_data, "copy a file or directory into a bucket or directory, verified")
     put.add_argument("source", metavar="SRC")
@@ -182,15 +183,8 @@ def _add_tokenizer_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--token-cache",
         metavar="DIR",
-        help="what was tokenized before is taken from here (default: "
+        help="what was tokenized before is taken from here, of at most 10 GB (default: "
         f"{DEFAULT_TOKEN_CACHE}; with --sample alone and for '{NO_CACHE}': none)",
-    )
-    group.add_argument(
-        "--token-cache-gb",
-        type=float,
-        default=DEFAULT_TOKEN_CACHE_GB,
-        metavar="GB",
-        help="size of the cache; the least recently used goes first (default: 10)",
     )
 
 
@@ -310,11 +304,6 @@ def _refuse_unused(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{option.replace('_', '-')} goes with --hf NAME.")
     if arguments.eos_id is not None and arguments.eos_id < 0:
         raise UsageError(f"--eos-id must be at least 0, got {arguments.eos_id}.")
-    if not arguments.token_cache_gb > 0:
-        raise UsageError(
-            f"--token-cache-gb must be above 0, got {arguments.token_cache_gb}. "
-            f"--token-cache {NO_CACHE} switches the cache off."
-        )
 
 
 def _refuse_unused_token_options(arguments: argparse.Namespace, sources: Sequence[Source]) -> None:
@@ -387,7 +376,7 @@ def _open_cache(arguments: argparse.Namespace) -> TokenCache | None:
     directory = Path(name).expanduser()
     if any(path.exists() and not path.is_dir() for path in (directory, *directory.parents)):
         raise UsageError(f"--token-cache {name} is a file; a directory is needed.")
-    return TokenCache(directory, int(arguments.token_cache_gb * 1e9))
+    return TokenCache(directory, TOKEN_CACHE_BYTES)
 
 
 def _summarize(preparation: Preparation, uri: str, seconds: float) -> dict[str, Any]:
@@ -451,15 +440,11 @@ def write_index(arguments: argparse.Namespace) -> int:
 
 def inspect_data(arguments: argparse.Namespace) -> int:
     """Show what shards hold; exit code 2 where one is bad."""
-    import dataclasses
-
     from utils.corpus.shard_inspection import inspect_shards
     from utils.storage.open import open_bucket
 
-    if arguments.samples < 0:
-        raise UsageError(f"--samples must be at least 0, got {arguments.samples}.")
     with closing(open_bucket(arguments.uri)) as bucket:
-        inspection = inspect_shards(bucket, arguments.samples, arguments.verify)
+        inspection = inspect_shards(bucket, SHOWN_SHARDS, arguments.verify)
     content = {**dataclasses.asdict(inspection), "num_bad": len(inspection.bad)}
     _say(arguments, content, _format_inspection(inspection))
     for shard in inspection.bad:
@@ -560,13 +545,7 @@ def _say_transfer(arguments: argparse.Namespace, report: Any, where: str) -> Non
         f"{where}: {report.files:,} files, {format_bytes(report.bytes)}, verified "
         f"({report.skipped_files:,} were there already)."
     )
-    content = {
-        "to": where,
-        "files": report.files,
-        "bytes": report.bytes,
-        "skipped_files": report.skipped_files,
-    }
-    _say(arguments, content, text)
+    _say(arguments, {"to": where, **dataclasses.asdict(report)}, text)
 
 
 def _say(

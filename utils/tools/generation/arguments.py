@@ -25,16 +25,14 @@ MODEL_HELP = (
 def add_model_arguments(
     parser: argparse.ArgumentParser, *, several: bool = False, loads: bool = True
 ) -> None:
-    """Add the words that say which model, and how it is loaded.
+    """Add the words that say which model (`args.model`, or `args.models` of several).
 
-    Args:
-        parser: Gets `args.model`, or `args.models` where there may be several.
-        several: One or more models.
-        loads: The command computes with the model: device, data type, attention, tokenizer.
+    Where the command computes with it (`loads`), also how it is loaded: device, data type, ...
     """
     add = parser.add_argument
     if several:
-        add("models", metavar="MODEL", nargs="+", help=MODEL_HELP)
+        text = f"{MODEL_HELP}; all: every checkpoint; A-B: those of these steps"
+        add("models", metavar="MODEL", nargs="+", help=text)
     else:
         add("model", metavar="MODEL", help=MODEL_HELP)
     if loads:
@@ -63,11 +61,7 @@ def _add_loading_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def find_from(args: argparse.Namespace, text: str | None = None) -> ModelSource:
-    """Return where the model of a command line is; what is in a bucket is downloaded.
-
-    Args:
-        args: As `add_model_arguments` made them.
-        text: One of `args.models`; None for `args.model`.
+    """Return where `args.model` is, or `text` of `args.models`; from a bucket it is downloaded.
 
     Raises:
         UsageError: There is no such model.

@@ -100,19 +100,20 @@ class Shelf:
             raise UsageError(f"{printable(text)} has just been deleted; list shows the others.")
         return found[0]
 
-    def rows(self, views: Sequence[CheckpointView]) -> list[dict[str, Any]]:
-        """Return the figures of checkpoints, their states in the bucket, and why they are kept."""
-        rows = summarize_all(views, datetime.now(UTC), self._all_known())
+    def rows(
+        self, views: Sequence[CheckpointView], hourly_price: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the figures of checkpoints, their states in the bucket, and why they are kept.
+
+        `hourly_price` is dollars an hour for time that the run itself had no price for.
+        """
+        rows = summarize_all(views, datetime.now(UTC), self._all_known(), hourly_price)
         self._add_states(views, rows)
         return rows
 
 
 class LocalShelf(Shelf):
-    """The checkpoints of an output directory.
-
-    Args:
-        directory: The output directory.
-        config: The run's configuration: its bucket, and which checkpoints it keeps.
+    """The checkpoints of an output directory; `config` says which of them the run keeps.
 
     Raises:
         CheckpointError: The directory cannot be read.
@@ -168,11 +169,7 @@ class LocalShelf(Shelf):
 
 
 class RemoteShelf(Shelf):
-    """The checkpoints in a bucket, by the sidecars beside their archives.
-
-    Args:
-        where: The bucket's URI as the user wrote it.
-        bucket: The open bucket.
+    """The checkpoints in an open bucket, by the sidecars beside their archives.
 
     Raises:
         StorageError: It cannot be listed.
@@ -208,12 +205,9 @@ class RemoteShelf(Shelf):
 def open_shelf(
     config: TrainingConfig, *, is_remote: bool = False, place: str | None = None
 ) -> Iterator[Shelf]:
-    """Open the checkpoints of a run.
+    """Open the checkpoints of a run on this machine, or in its bucket.
 
-    Args:
-        config: The run's configuration.
-        is_remote: Open those in the bucket instead of those on this machine.
-        place: A directory or bucket to use instead of the configuration's.
+    `place` is a directory or bucket to use instead of the configuration's.
 
     Raises:
         UsageError: The configuration names no bucket.
