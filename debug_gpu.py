@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from utils.base.console import LiveLine, run_command
+from utils.base.console import LiveLine, add_output_arguments, run_command
 from utils.base.text import to_json_text
 from utils.tools.diagnosis.facts import (
     Broken,
@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Whatever is wrong is said, and the exit code is 0."
     )
     parser.add_argument("--quick", action="store_true", help="leave the timings out")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_output_arguments(parser)
     return run_command(run_diagnosis, parser.parse_args(argv))
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,17 @@ def write_shards(folder: Path, num_shards: int, tokens: int) -> None:
     """Write shards of random ids with an index, as prepare_data does."""
     import numpy as np
 
-    from utils.storage.bucket import crc32c_of_file
+    from tests.sample_shards import save_shard
 
-    folder.mkdir(parents=True)
     random = np.random.default_rng(0)
-    rows = []
-    for number in range(num_shards):
-        path = folder / f"train_{number:05}.npz"
-        np.savez(path, input_ids=random.integers(0, VOCABULARY, tokens, dtype=np.uint16))
-        row = {"name": path.name, "tokens": tokens, "size": path.stat().st_size}
-        rows.append({**row, "crc32c": crc32c_of_file(path)})
-    write_index(folder, rows)
+    shards = [
+        save_shard(
+            folder / f"train_{number:05}.npz",
+            input_ids=random.integers(0, VOCABULARY, tokens, dtype=np.uint16),
+        )
+        for number in range(num_shards)
+    ]
+    write_index(folder, [asdict(shard) for shard in shards])
 
 
 def write_index(folder: Path, rows: list[dict[str, Any]]) -> None:

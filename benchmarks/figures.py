@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from utils.training_utils import TrainState
 
 RUNS = 7
+# What is measured on a GPU: the 1.2B preset, two micro-batches a step.
+GPU_SHAPE: dict[str, Any] = {
+    "model": "refocused-1.2b",
+    "sequence_length": 2048,
+    "per_device_train_batch_size": 8,
+    "global_batch_size": 16,
+}
 TRAIN = (sys.executable, str(PROJECT_DIRECTORY / "train.py"))
 
 
@@ -47,10 +54,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Return the figures of each way, one a run; the ways take turns in each run.
 
-    Args:
-        ways: Name -> what returns one figure.
-        runs: Of each way.
-        warm_up: Whether a first run of all of them is left out.
+    With `warm_up`, a first run of all of them is left out.
     """
     rounds = [{name: way() for name, way in ways.items()} for _ in range(runs + warm_up)]
     return {name: [figures[name] for figures in rounds[warm_up:]] for name in ways}
@@ -99,14 +103,7 @@ def run_module(name: str, *words: str, **variables: str) -> Any:
 
 @dataclass(frozen=True)
 class Setup:
-    """A train state as a run builds it, without data.
-
-    Attributes:
-        config: The test configuration with some settings.
-        model_config: transformers config of its model.
-        accelerator: What it is prepared with.
-        state: Model, optimizer and schedule.
-    """
+    """A train state as a run builds it, without data; `model_config` is of transformers."""
 
     config: TrainingConfig
     model_config: Any
@@ -133,9 +130,7 @@ class Setup:
 def build_setup(folder: Path, settings: Mapping[str, Any]) -> Setup:
     """Build a train state, in place of one that was built before in this process.
 
-    Args:
-        folder: For scratch files.
-        settings: Key -> value, over the test configuration.
+    The settings go over the test configuration.
     """
     from accelerate.state import AcceleratorState, GradientState
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import prepare_sample, run_module
+from benchmarks.figures import prepare_sample, run_module, spread
 
 STEPS = 300
 WARM_STEPS = 50
@@ -37,10 +37,7 @@ def measure_loop(folder: Path, runs: int) -> dict[str, str]:
         task = json.dumps({"folder": str(work), "data": str(data)})
         for part, microseconds in run_module("loop_parts", task).items():
             found[part].append(microseconds)
-    return {
-        part: f"{statistics.median(values):,.0f} us ({min(values):,.0f} to {max(values):,.0f})"
-        for part, values in found.items()
-    }
+    return {part: spread(values, " us") for part, values in found.items()}
 
 
 class Clocks:

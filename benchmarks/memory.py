@@ -40,15 +40,7 @@ def measure_memory(folder: Path, runs: int) -> dict[str, str]:
 def measure_peak(
     folder: Path, preset: str, micro_batch: int, sequence_length: int, **settings: Any
 ) -> dict[str, Any]:
-    """Return `measured` and `estimated` bytes of a run's steps, from a process of its own.
-
-    Args:
-        folder: For the process's scratch files.
-        preset: Of `configs/model_config.py`.
-        micro_batch: Samples in one forward and backward.
-        sequence_length: Tokens in a sample.
-        settings: More values of the configuration.
-    """
+    """Return `measured` and `estimated` bytes of a run's steps, from a process of its own."""
     values = {
         "model": preset,
         "per_device_train_batch_size": micro_batch,

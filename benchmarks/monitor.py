@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import platform
 import pty
 import select
 import struct
@@ -23,14 +22,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.figures import spread
+from benchmarks.figures import interleave, spread, timed
 from benchmarks.viewer import write_checkpoints
 from configs.training_config import PROJECT_DIRECTORY
+from tests.sample_logs import write_start
 from utils.tracking.metrics_log import append_metrics
 
 NUM_LINES = 100_000
@@ -53,15 +54,10 @@ def measure_monitor(folder: Path, runs: int) -> dict[str, str]:
     """Measure start, CPU time and bytes of the monitor in both forms."""
     write_checkpoints(folder / "checkpoints")
     write_log(folder / "logs" / "metrics.jsonl")
-    starts: dict[str, list[float]] = {name: [] for name in ("the interpreter alone", *FORMS)}
-    for number in range(runs + 1):
-        measured = {"the interpreter alone": _time_interpreter()}
-        for form in FORMS:
-            with open_monitor(folder, form) as watched:
-                measured[form] = watched.read_first_view()
-        if number:  # the first is a warm-up
-            for name, value in measured.items():
-                starts[name].append(value)
+    nothing = (sys.executable, "-c", "pass")
+    ways = {"the interpreter alone": partial(timed, partial(subprocess.run, nothing, check=True))}
+    ways |= {form: partial(_time_start, folder, form) for form in FORMS}
+    starts = interleave(ways, runs)
     figures = {
         f"start to first view, {name}": spread(values, " s") for name, values in starts.items()
     }
@@ -148,31 +144,16 @@ def open_monitor(folder: Path, form: str) -> Iterator[Watched]:
         os.close(ours)
 
 
-def _time_interpreter() -> float:
-    begin = time.perf_counter()
-    subprocess.run((sys.executable, "-c", "pass"), check=True)  # noqa: S603
-    return time.perf_counter() - begin
+def _time_start(folder: Path, form: str) -> float:
+    with open_monitor(folder, form) as watched:
+        return watched.read_first_view()
 
 
 def write_log(path: Path) -> None:
     """Write the log of a run that has just logged its last line; its process is this one."""
     path.parent.mkdir(parents=True)
     now = datetime.now(UTC)
-    start = {
-        "event": "start",
-        "step": 0,
-        "run_id": "20260101-0a1b2c3d",
-        "branch": 0,
-        "world_size": 8,
-        "max_steps": 2 * NUM_LINES * LOGGING_STEPS,
-        "device": "cuda:0",
-        "precision": "bf16",
-        "num_parameters": 1_311_000_000,
-        "tokens_per_step": 10**6,
-        "pid": os.getpid(),
-        "hostname": platform.node(),
-    }
-    append_metrics(path, start)
+    write_start(path, max_steps=2 * NUM_LINES * LOGGING_STEPS)
     with path.open("a", encoding="utf-8") as file:
         for number in range(1, NUM_LINES + 1):
             moment = now - timedelta(seconds=NUM_LINES - number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import build_setup
+from benchmarks.figures import GPU_SHAPE, build_setup
 
 STEPS = 5
 WARM_STEPS = 3
@@ -28,17 +28,8 @@ CASES: dict[str, dict[str, Any]] = {
     "test preset": {"sequence_length": 512, "global_batch_size": 4},
     "70M": {"model": "pythia-70m", "sequence_length": 512, "global_batch_size": 1},
 }
-GPU_CASES: dict[str, dict[str, Any]] = {
-    name: {
-        "model": "refocused-1.2b",
-        "sequence_length": 2048,
-        "per_device_train_batch_size": 8,
-        "global_batch_size": 16,
-        "pad_vocab_to_multiple_of": 64,
-        **extra,
-    }
-    for name, extra in (("1.2B", {}), ("1.2B compiled", {"torch_compile": True}))
-}
+PADDED: dict[str, Any] = {**GPU_SHAPE, "pad_vocab_to_multiple_of": 64}
+GPU_CASES = {"1.2B": PADDED, "1.2B compiled": {**PADDED, "torch_compile": True}}
 
 
 def measure_profile(folder: Path, runs: int) -> dict[str, str]:

@@ -10,14 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import anonymous_bytes, build_setup, interleave, ratios, spread, timed
+from benchmarks.figures import (
+    GPU_SHAPE,
+    anonymous_bytes,
+    build_setup,
+    interleave,
+    ratios,
+    spread,
+    timed,
+)
 
-GPU_SETTINGS = {
-    "model": "refocused-1.2b",
-    "sequence_length": 2048,
-    "per_device_train_batch_size": 8,
-    "global_batch_size": 16,
-}
 # 70M parameters.
 CPU_SHAPE = {
     "hidden_size": 512,
@@ -38,12 +40,7 @@ def measure_checkpoint(folder: Path, runs: int) -> dict[str, str]:
 
 
 class SavingBench:
-    """A train state with its saver, as a run builds them.
-
-    Args:
-        folder: For checkpoints.
-        shape: Sizes of the model on a CPU.
-    """
+    """A train state with its saver, as a run builds them; `shape` is the model's on a CPU."""
 
     def __init__(self, folder: Path, shape: dict[str, int]) -> None:
         import torch
@@ -55,7 +52,7 @@ class SavingBench:
         settings: dict[str, Any] = {"global_batch_size": 1, "sequence_length": 128}
         settings |= {f"model_overrides.{key}": value for key, value in shape.items()}
         if torch.cuda.is_available():
-            settings = dict(GPU_SETTINGS)
+            settings = GPU_SHAPE
         self.setup = build_setup(folder, {**settings, "max_steps": 10**6})
         self.state, self.batches = self.setup.state, self.setup.random_batches()
         device = self.setup.accelerator.device
@@ -166,13 +163,9 @@ class SavingBench:
     def compare_steps(
         self, runs: int, begin: Callable[[], object], is_busy: Callable[[], bool], what: str
     ) -> dict[str, str]:
-        """Compare steps alone with steps beside something in the background.
+        """Compare steps alone with steps beside something that goes on in the background.
 
-        Args:
-            runs: How often it begins.
-            begin: Begins it.
-            is_busy: Whether it is still going on.
-            what: What it is, for the name of the figure.
+        `what` says for people what a checkpoint goes through.
         """
         alone, beside = [], []
         for _ in range(runs):

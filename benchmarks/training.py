@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contestants import OURS, PLAIN, TRAINER
-from benchmarks.figures import interleave, prepare_sample, ratios, spread
+from benchmarks.figures import GPU_SHAPE, interleave, prepare_sample, ratios, spread
 from benchmarks.turns import Contestant
 
 COMPILED = "compiled"
@@ -43,12 +43,6 @@ CASES: dict[str, dict[str, Any]] = {
         "global_batch_size": 1,
         "save_steps": 500,
     },
-}
-GPU_SHAPE: dict[str, Any] = {
-    "model": "refocused-1.2b",
-    "sequence_length": 2048,
-    "per_device_train_batch_size": 8,
-    "global_batch_size": 16,
 }
 
 

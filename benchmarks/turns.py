@@ -30,16 +30,9 @@ END_SECONDS = 120.0
 class Contestant:
     """One of `benchmarks/contestants.py`, warm and stopped once it is entered.
 
-    Args:
-        name: Which one.
-        settings: Of its configuration.
-        folder: Gets the folder of its run, which is removed at the end, and what is compiled, which
-            stays for the next one: the time of compilation is not what is compared.
-        turns: How many turns it will be given.
-        turn_steps: Steps of a turn.
-
-    Attributes:
-        peak_bytes: The peak of the GPU's memory so far.
+    In `folder` is the folder of its run, which is removed at the end, and what is compiled, which
+    stays for the next one: the time of compilation is not what is compared. `peak_bytes` is the
+    peak of the GPU's memory so far.
     """
 
     def __init__(

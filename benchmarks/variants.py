@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contestants import OURS
-from benchmarks.figures import prepare_sample, spread
-from benchmarks.training import CASES, EVERYTHING_ON, GPU_SHAPE, RUN_STEPS
+from benchmarks.figures import GPU_SHAPE, prepare_sample, spread
+from benchmarks.training import CASES, EVERYTHING_ON, RUN_STEPS
 from benchmarks.turns import Contestant
 from utils.costs.scaling import shape_of_preset
 from utils.models.mfu import find_peak_flops, flops_per_token
@@ -78,7 +78,9 @@ def measure_variants(folder: Path, runs: int) -> dict[str, str]:
     for name, known in rates.items():
         found[name] = spread(known, " tokens/s")
         if on_gpu:
-            share = max(known) * _flops_per_token() / _peak_flops(torch.cuda.get_device_name())
+            # The dense 16-bit peak; float8 is held against the same.
+            peak = find_peak_flops(torch.cuda.get_device_name(), "bf16") or float("nan")
+            share = max(known) * _flops_per_token() / peak
             found[name] += f", MFU {share:.1%} at best, {peaks[name] / 2**30:.1f} GiB"
     return found
 
@@ -86,8 +88,3 @@ def measure_variants(folder: Path, runs: int) -> dict[str, str]:
 def _flops_per_token() -> float:
     shape, length = shape_of_preset(GPU_SHAPE["model"]), GPU_SHAPE["sequence_length"]
     return flops_per_token(shape.parameters, shape.layers, shape.attention_width, length)
-
-
-def _peak_flops(gpu: str) -> float:
-    """Return the dense 16-bit peak; float8 is held against the same."""
-    return find_peak_flops(gpu, "bf16") or float("nan")

@@ -36,7 +36,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -91,6 +90,13 @@ image = (
     .env({"PRETRAIN_VOLUME": VOLUME, "PYTHONUNBUFFERED": "1"})
     .add_local_dir(str(PROJECT), REMOTE_PROJECT, ignore=ignored())
 )
+CONTAINER: dict[str, Any] = {
+    "image": image,
+    "volumes": {MOUNT: volume},
+    "gpu": DEFAULT_GPU,
+    "cpu": CORES,
+    "memory": MEMORY_MIB,
+}
 
 
 def refuse(message: str) -> NoReturn:
@@ -134,15 +140,7 @@ def config_word(config: str, project: Path = PROJECT) -> str:
 def run_settings(
     config: str, data: str, checkpoints: str, run_name: str, more: Sequence[str] = ()
 ) -> list[str]:
-    """Return the words that tell train.py and the scripts which run is meant.
-
-    Args:
-        config: As `config_word` gives it.
-        data: gs:// or a path of the volume.
-        checkpoints: The same.
-        run_name: A folder of both.
-        more: KEY=VALUE of the configuration; they win.
-    """
+    """Return the words that tell train.py which run is meant; `more` are KEY=VALUE, and win."""
     values = [
         f"data_uri={location(data)}",
         f"checkpoint_uri={location(checkpoints)}",
@@ -253,11 +251,7 @@ def attempt(settings: list[str], max_steps: int, folder: Path, seconds: float) -
 
 
 @app.function(
-    image=image,
-    volumes={MOUNT: volume},
-    gpu=DEFAULT_GPU,
-    cpu=CORES,
-    memory=MEMORY_MIB,
+    **CONTAINER,
     timeout=int(MAX_HOURS * 3600),
     retries=modal.Retries(max_retries=MAX_RETRIES, initial_delay=10.0, backoff_coefficient=2.0),
 )
@@ -269,33 +263,14 @@ def train_on_gpu(settings: list[str], max_steps: int, run_name: str, seconds: fl
         volume.commit()
 
 
-def use(script: str, settings: list[str], checkpoint: str, folder: Path, words: list[str]) -> int:
-    """Bring a checkpoint of the bucket and run a script on it; return the exit code."""
+@app.function(**CONTAINER, timeout=SCRIPT_SECONDS)
+def use_checkpoint(script: str, model: str, run_name: str, words: list[str]) -> int:
+    """Run a script on an archive of the bucket in a container; the script verifies it."""
+    folder = Path(RUNS, run_name)
     folder.mkdir(parents=True, exist_ok=True)
     environment = container_environment(folder, os.environ)
-    brought = tempfile.mkdtemp(dir=folder)
-    download = script_command("upload_manager", "download", checkpoint, "--to", brought)
-    code = run_script([*download, *settings], folder, environment)
-    if code:
-        return code
-    (found,) = Path(brought).glob("checkpoint-*")
-    return run_script(script_command(script, str(found), *words), folder, environment)
-
-
-@app.function(
-    image=image,
-    volumes={MOUNT: volume},
-    gpu=DEFAULT_GPU,
-    cpu=CORES,
-    memory=MEMORY_MIB,
-    timeout=SCRIPT_SECONDS,
-)
-def use_checkpoint(
-    script: str, settings: list[str], checkpoint: str, run_name: str, words: list[str]
-) -> int:
-    """Run a script on a checkpoint in a container; see `use`."""
     try:
-        return use(script, settings, checkpoint, Path(RUNS, run_name), words)
+        return run_script(script_command(script, model, *words), folder, environment)
     finally:
         volume.commit()
 
@@ -465,8 +440,8 @@ def run_on_checkpoint(
     script: str, run_name: str, checkpoint: str, words: list[str], checkpoints: str, gpu: str
 ) -> None:
     """Run a script of the project on a checkpoint of a run, in a container."""
-    settings = run_settings("test", "data", checkpoints, run_name)
+    model = f"{location(checkpoints)}/{require_run_name(run_name)}/{checkpoint}"
     function = use_checkpoint.with_options(
         gpu=gpu, cpu=CORES, memory=MEMORY_MIB, secrets=find_secrets(checkpoints, *words)
     )
-    end(function.remote(script, settings, checkpoint, run_name, words))
+    end(function.remote(script, model, run_name, words))

@@ -1,28 +1,18 @@
 """Measure this project against named peers in the same run, interleaved.
 
-    checkpoint  how long a save keeps training waiting (peers: Accelerator.save_state,
-            torch.distributed.checkpoint.async_save), steps while it is written, a run with five
-            saves against the same run with none, host memory
-    data    reading a warm cache (peer: np.memmap), going on at sample 10^9 of 10,000 shards, the
-            first batch of a cold bucket (peer: downloading the same shards), host memory
-    forecast  expected against real time of a run, before it begins and after 20 steps
-    loop    what train.py adds around the model in a step, in microseconds by part
-    loss    memory and time of the loss of 50,257 words without the logits of all tokens (peers: all
-            logits at once, as transformers does it; torch's linear_cross_entropy)
-    memory  the peak of real steps against the estimate, by preset and micro-batch
-    monitor  the monitor beside a run of 100,000 logged lines: CPU of a core over a minute, bytes a
-            refresh, time to the first view (peer: the interpreter's own start)
-    profile  where the time of a step goes, by operator, and the share of matrix products
-    startup  from `python train.py` to the end of the first step, and where the seconds go (peer: a
-            script that imports the model class, builds the same model and does one step)
-    train   tokens a second of train.py with everything on (peers: transformers.Trainer, a plain
-            PyTorch loop), test preset and 70M; on a GPU the 1.2B preset, also compiled
-    upload  archive, upload and verification of 1 GB of training state by each transport (peer:
-            `tar czf` and `gsutil cp` to the same server), the archive alone (peers: `tar czf`, isal
-            from memory), training steps meanwhile
-    variants  what compilation, padding, recomputing, the loss and float8 are worth, one by one
-    viewer  list, view and compare on 1,000 checkpoints of 10,000 logged points each (peer: the
-            interpreter's own start)
+    checkpoint  how long a save holds training; peers: Accelerator.save_state, torch's async_save
+    data        a warm cache (peer: np.memmap), a cold bucket (peer: the download), a far start
+    forecast    expected against real time of a run, before it begins and after 20 steps
+    loop        what train.py adds around the model in a step, by part
+    loss        the loss without the logits of all tokens; peers: with them, torch's own
+    memory      the peak of real steps against the estimate, by preset and micro-batch
+    monitor     the monitor beside a run of 100,000 logged lines; peer: the interpreter's own start
+    profile     where the time of a step goes, by operator, and the share of matrix products
+    startup     from `python train.py` to the end of the first step; peer: a script alike
+    train       tokens a second with everything on; peers: transformers.Trainer, a plain loop
+    upload      1 GB of state by each transport; peer: `tar czf` and `gsutil cp` to the same server
+    variants    what compilation, padding, recomputing, the loss and float8 are worth, one by one
+    viewer      1,000 checkpoints of 10,000 logged points; peer: the interpreter's own start
 
 Each figure is a median of interleaved runs with its spread; ratios compare runs side by side, so
 that a machine that slows down slows both. `--json` prints everything.
@@ -58,23 +48,18 @@ from benchmarks.training import measure_train
 from benchmarks.upload import measure_upload
 from benchmarks.variants import measure_variants
 from benchmarks.viewer import measure_viewer
-from utils.base.console import run_command
+from utils.base.console import add_output_arguments, new_parser, run_command
 from utils.base.errors import UsageError
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("benchmark.py", __doc__)
     parser.add_argument(
         "parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS)
     )
     parser.add_argument("--runs", type=int, default=RUNS, help="interleaved runs (default: 7)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_output_arguments(parser)
     return parser.parse_args(argv)
 
 

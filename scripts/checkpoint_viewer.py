@@ -27,19 +27,19 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.training_config import TrainingConfig
-from utils.base.console import print_table, run_command
+from utils.base.console import new_parser, print_table, run_command
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import printable, to_json_text
 from utils.checkpoints.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView
-from utils.costs.costs import describe_costs, parse_hourly_price
+from utils.costs.costs import describe_costs
+from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
 from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
 from utils.tools.evaluation.text import chart_lines as evaluation_charts
-from utils.tools.evaluation.text import evaluation_lines, series
+from utils.tools.evaluation.text import evaluation_lines
 from utils.tools.viewer import report, text
 from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
-from utils.tools.viewer.shelf import Shelf, open_shelf, run_config
+from utils.tools.viewer.shelf import Shelf, open_shelf
 from utils.tracking.metrics_log import HISTORY_LIMIT
 from utils.tracking.plots import (
     METRICS,
@@ -72,23 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", default="test", help="name or .json file (default: test)")
-    common.add_argument("--output-dir", help="directory of the checkpoints (default: the config's)")
-    common.add_argument("--run-name", help="folder of the run (default: the config's)")
+    add_run_arguments(common)
+    add_price_argument(common)
     common.add_argument("--remote", action="store_true", help="read the bucket's sidecars instead")
-    common.add_argument(
-        "--hourly-price",
-        type=parse_hourly_price,
-        metavar="X",
-        help="dollars an hour, for time that the run itself had no price for",
-    )
-    common.add_argument("--json", action="store_true", help="print JSON")
-    common.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser = argparse.ArgumentParser(
-        prog="checkpoint_viewer.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("checkpoint_viewer.py", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[..., None], summary: str) -> argparse.ArgumentParser:
@@ -173,7 +160,7 @@ def run_list(args: argparse.Namespace) -> None:
     if args.last is not None and args.last < 1:
         raise UsageError(f"--last must be at least 1, got {args.last}.")
     with opened_shelf(args) as shelf:
-        every = read_rows(shelf, shelf.read(shelf.names, brief=True), args)
+        every = shelf.rows(shelf.read(shelf.names, brief=True), args.hourly_price)
     rows = choose_rows(
         every, conditions, last=args.last, sort_key=args.sort, is_reversed=args.reverse
     )
@@ -230,19 +217,17 @@ def run_view(args: argparse.Namespace) -> None:
     """Show one checkpoint."""
     with opened_shelf(args) as shelf:
         view = shelf.select(args.name)
-        (row,) = read_rows(shelf, [view], args)
+        (row,) = shelf.rows([view], args.hourly_price)
     files, problems = report.check_files(view)
     data_state, data_problem = report.read_part(view, DATA_STATE_FILE)
     config, config_problem = report.read_part(view, TRAINING_CONFIG_FILE)
-    throughput = report.measure_throughput(view)
     costs = report.measure_costs(view, args.hourly_price)
-    evaluations = read_evaluations(RunPaths.of(load_config(args)).evaluations)
+    evaluations = read_evaluations(RunPaths.of(read_run_config(args)).evaluations)
     measured = of_weights(evaluations.evaluations, view.manifest)
     found = (view.problem, data_problem, config_problem, evaluations.problem)
     problems += [problem for problem in found if problem]
     if args.json:
         details = {
-            **throughput,
             "loss_statistics": report.loss_statistics(view.metadata),
             "metadata": view.metadata,
             "config": config,
@@ -263,7 +248,7 @@ def run_view(args: argparse.Namespace) -> None:
             report.section(view.metadata, "validation_metrics"), "  "
         ),
         "Evaluations": evaluation_lines(measured),
-        "Progress": text.progress_lines(view.metadata, throughput),
+        "Progress": text.progress_lines(view.metadata, row),
         "Costs": [] if costs is None else [describe_costs(costs)],
         "Data Position": text.plain_lines(report.data_position(data_state), "  "),
         "Run": text.run_lines(row, view),
@@ -287,35 +272,27 @@ def run_compare(args: argparse.Namespace) -> None:
             where = "named" if args.names else f"in {printable(shelf.where)}"
             raise UsageError(f"compare needs at least two checkpoints, {len(names)} {where}.")
         chosen = [shelf.select(name) for name in names]
-        rows = [
-            {**row, "mfu": report.measure_throughput(view)["mfu"], **compared_costs(row)}
-            for row, view in zip(read_rows(shelf, chosen, args), chosen, strict=True)
-        ]
+        rows = shelf.rows(chosen, args.hourly_price)
+    for row in rows:
+        costs = row["costs"] or {}
+        row.update(machine_seconds=costs.get("seconds"), dollars=costs.get("dollars"))
     pairs = list(zip(chosen, chosen[1:], strict=False))
-    between = [report.measure_between(*pair) for pair in pairs]
     differences, notes = report.config_differences(chosen)
     drifts = [measure_weights(*pair) for pair in pairs] if args.weights else None
     if args.json:
         values = {"checkpoints": rows, "config_differences": differences, "notes": notes}
-        print(to_json_text({**values, "between": between, "weights": drifts}))
+        print(to_json_text({**values, "weights": drifts}))
         return
     print(f"Comparing {len(rows)} checkpoints:")
     for index, row in enumerate(rows, start=1):
         print(f"  [{index}] {row['name']}")
     print("=" * 60)
     print("\n".join(text.table_lines(text.compare_table(rows))))
-    print_section("Between Them", text.between_lines(between))
     print_section("Configuration Differences", text.difference_lines(differences, notes))
     for index, drift in enumerate(drifts or [], start=1):
         print_section(f"Weights, [{index}] to [{index + 1}]", text.drift_lines(drift))
     problems = [f"  {row['name']}: {printable(row['problem'])}" for row in rows if row["problem"]]
     print_section("Problems", problems)
-
-
-def compared_costs(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the costs of a row that `compare` shows."""
-    costs = row["costs"] or {}
-    return {"machine_seconds": costs.get("seconds"), "dollars": costs.get("dollars")}
 
 
 def measure_weights(older: CheckpointView, newer: CheckpointView) -> dict[str, Any]:
@@ -345,14 +322,9 @@ def measure_weights(older: CheckpointView, newer: CheckpointView) -> dict[str, A
 
 @dataclass(frozen=True)
 class Plot:
-    """What `plot` draws.
+    """What `plot` draws: into a picture, as charts in text, as values for JSON.
 
-    Attributes:
-        name: The name of the picture, where the user gives none.
-        draw: Draws the picture and returns its path.
-        charts: Returns the charts in text.
-        values: The points, for JSON.
-        notes: What is left out, and why.
+    `name` is that of the picture where the user gives none; `notes` say what is left out, and why.
     """
 
     name: str
@@ -391,7 +363,7 @@ def plot_of_evaluations(args: argparse.Namespace) -> Plot:
         raise UsageError(
             "--evaluation draws all checkpoints of the run: it takes no NAME, --run or --remote."
         )
-    log = read_evaluations(RunPaths.of(load_config(args)).evaluations)
+    log = read_evaluations(RunPaths.of(read_run_config(args)).evaluations)
     drawn = [metric_points(log.evaluations, name) for name in args.evaluation]
     for points in drawn:
         if not points.steps:
@@ -404,7 +376,7 @@ def plot_of_evaluations(args: argparse.Namespace) -> Plot:
     ]
     return Plot(
         drawn[0].name,
-        lambda path: draw_panels({points.name: series(points) for points in drawn}, path),
+        lambda path: draw_panels({points.name: points for points in drawn}, path),
         lambda: evaluation_charts(drawn, sys.stdout.encoding, chart_width()),
         {"evaluations": [vars(points) for points in drawn]},
         notes + ([log.problem] if log.problem else []),
@@ -426,7 +398,7 @@ def plot_of_checkpoints(args: argparse.Namespace) -> Plot:
                     notes.append(f"{label}: {problem}; {kept}")
                 names.append(str(view.name))
                 every.append(curves)
-                values.append({"checkpoint": str(view.name), **curves_json(curves, problem)})
+                values.append({"checkpoint": str(view.name), **asdict(curves), "problem": problem})
     drawn = [curves for curves in every if curves.has_steps and curves.series] or every
     notes += [
         f"{curves.label} is left out: its steps are not known"
@@ -441,16 +413,6 @@ def plot_of_checkpoints(args: argparse.Namespace) -> Plot:
         {"curves": values},
         notes,
     )
-
-
-def curves_json(curves: Curves, problem: str | None) -> dict[str, Any]:
-    """Return all points of curves, for JSON."""
-    return {
-        "label": curves.label,
-        "has_steps": curves.has_steps,
-        "problem": problem,
-        "series": {metric: asdict(series) for metric, series in curves.series.items()},
-    }
 
 
 def chart_lines(all_curves: Sequence[Curves], encoding: str | None) -> list[str]:
@@ -484,27 +446,11 @@ def chart_width() -> int:
 # all
 
 
-def load_config(args: argparse.Namespace) -> TrainingConfig:
-    """Return the configuration that the options name."""
-    return run_config(args.config, args.output_dir, args.run_name)
-
-
 def opened_shelf(
     args: argparse.Namespace, place: str | None = None
 ) -> AbstractContextManager[Shelf]:
     """Open the checkpoints that the options name."""
-    return open_shelf(load_config(args), is_remote=args.remote, place=place)
-
-
-def read_rows(
-    shelf: Shelf, views: Sequence[CheckpointView], args: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Return the rows of checkpoints; their costs count `--hourly-price`."""
-    rows = shelf.rows(views)
-    if args.hourly_price is not None:
-        for row, view in zip(rows, views, strict=True):
-            row["costs"] = report.costs_as_json(report.measure_costs(view, args.hourly_price))
-    return rows
+    return open_shelf(read_run_config(args), is_remote=args.remote, place=place)
 
 
 def print_section(title: str, lines: Sequence[str]) -> None:

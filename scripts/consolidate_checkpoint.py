@@ -19,7 +19,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.base.console import run_command
+from utils.base.console import new_parser, run_command
 from utils.base.errors import UsageError
 from utils.base.text import format_bytes, printable, to_json_text
 from utils.base.uri import require_path
@@ -34,11 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="consolidate_checkpoint.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("consolidate_checkpoint.py", __doc__)
     add_model_arguments(parser, loads=False)
     parser.add_argument(
         "--output", default="whole", metavar="DIR", help="where it is written (default: whole)"

@@ -7,14 +7,11 @@
     python scripts/evaluate.py latest --tasks arc_easy,piqa --limit 100
 
 Without a task, loss and perplexity are measured; with tasks only where --data or --perplexity is
-there, too. Every token of the validation shards but the first is predicted exactly once: the shards
-are one stream, cut into windows of --sequence-length tokens, each beginning with the last token of
-the one before. During training the stream is cut into samples whose first token has no loss, what
-fills no sample is left out, and max_eval_samples may end it: its numbers differ a little.
---like-training measures them so (in the precision of --dtype). A --stride below --sequence-length
-gives each token more context, and takes so much longer. Losses are summed in float64. Bits per
-byte: nats / ln 2 over the UTF-8 bytes of the text that the predicted tokens stand for, by the
-model's own tokenizer; special tokens have none.
+there, too. Every token of the validation shards but the first is predicted exactly once, in windows
+of --sequence-length tokens. The evaluations of training cut the shards into samples, and differ a
+little: --like-training measures as they do. A --stride below --sequence-length gives each token
+more context, and takes so much longer. Bits per byte: nats / ln 2 over the UTF-8 bytes of the text
+that the predicted tokens stand for, by the model's own tokenizer; special tokens have none.
 
 HellaSwag (acc_norm: by log-likelihood for each character of the ending) and last words (LAMBADA)
 are tasks of EleutherAI's lm-evaluation-harness over that file, --tasks any other of its tasks
@@ -39,7 +36,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig
-from utils.base.console import configure_logging, print_table, run_command
+from utils.base.console import configure_logging, new_parser, print_table, run_command
 from utils.base.errors import (
     DataError,
     ExitCode,
@@ -52,17 +49,13 @@ from utils.base.progress import ProgressDisplay
 from utils.base.text import printable, to_json_text
 from utils.base.uri import require_place
 from utils.checkpoints.layout import RunPaths
+from utils.start.arguments import read_run_config
 from utils.tools.evaluation.evaluator import MEASURED_SPLITS, EvaluationPlan, Evaluator, TextPlan
 from utils.tools.evaluation.harness import require_harness
 from utils.tools.evaluation.log import Evaluation, append_evaluation, metric_points
 from utils.tools.evaluation.questions import HELLASWAG, LAMBADA, read_questions
-from utils.tools.evaluation.text import series, tables
-from utils.tools.generation.arguments import (
-    add_model_arguments,
-    find_from,
-    load_found,
-    read_configuration,
-)
+from utils.tools.evaluation.text import tables
+from utils.tools.generation.arguments import add_model_arguments, find_from, load_found
 from utils.tools.viewer.shelf import open_shelf
 from utils.tracking.plots import draw_panels, picture_path
 
@@ -77,15 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("evaluate.py", __doc__)
     add_model_arguments(parser, several=True)
-    for action in parser._actions:
-        if action.dest == "models":
-            action.help = f"{action.help}; all: every checkpoint; A-B: those of these steps"
     add_text_options(parser.add_argument_group("loss and perplexity"))
     add_task_options(parser.add_argument_group("tasks"))
     add = parser.add_argument
@@ -127,12 +113,6 @@ def add_text_options(group: argparse._ArgumentGroup) -> None:
         type=at_least(1),
         metavar="N",
         help="from one window to the next (default: the sequence length)",
-    )
-    add(
-        "--mask-documents",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="attention stays within documents (default: as in the model's run)",
     )
     add("--like-training", action="store_true", help="the samples of a run's own evaluations")
 
@@ -179,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")
     if args.plot is not None:
         args.plot = picture_path(args.plot)
-    config = read_configuration(args)
+    config = read_run_config(args)
     plan = build_plan(args)
     names = choose_models(args.models, config)
     session = Session(args, config)
@@ -222,8 +202,7 @@ def build_plan(args: argparse.Namespace) -> EvaluationPlan:
         args.sequence_length,
         args.stride,
         args.max_tokens,
-        args.mask_documents,
-        args.like_training,
+        is_like_training=args.like_training,
     )
     return EvaluationPlan(
         text if is_text else None,
@@ -262,12 +241,7 @@ def choose_models(texts: Sequence[str], config: TrainingConfig) -> list[str]:
 
 
 class Session:
-    """One call of the command: what was measured, what failed, and where it is kept.
-
-    Args:
-        args: The command line.
-        config: The run's configuration.
-    """
+    """One call of the command: what was measured, what failed, and where it is kept."""
 
     def __init__(self, args: argparse.Namespace, config: TrainingConfig) -> None:
         self._args, self._log = args, RunPaths.of(config).evaluations
@@ -321,23 +295,21 @@ class Session:
     def show(self) -> None:
         """Print the results, and draw them where a picture is asked for."""
         args = self._args
-        drawn = [metric_points(self.evaluations, name) for name in self._main_metrics()]
+        known = [found for found in self.evaluations if found.main_metric is not None]
+        names = dict.fromkeys(f"{found.task}.{found.main_metric}" for found in known)
+        drawn = [metric_points(self.evaluations, name) for name in names]
         saved = None
         if args.plot is not None and any(points.steps for points in drawn):
-            saved = draw_panels(
-                {points.name: series(points) for points in drawn if points.steps}, args.plot
-            )
+            panels = {points.name: points for points in drawn if points.steps}
+            saved = draw_panels(panels, args.plot)
         if args.json:
-            print(
-                to_json_text(
-                    {
-                        "evaluations": [found.to_json() for found in self.evaluations],
-                        "problems": self.problems,
-                        "saved": None if saved is None else str(saved),
-                        "log": str(self._log),
-                    }
-                )
-            )
+            values = {
+                "evaluations": [found.to_json() for found in self.evaluations],
+                "problems": self.problems,
+                "saved": None if saved is None else str(saved),
+                "log": str(self._log),
+            }
+            print(to_json_text(values))
             return
         for title, rows in tables(self.evaluations):
             print_table(title, rows, right_aligned=[key for key in rows[0] if key != "model"])
@@ -347,14 +319,6 @@ class Session:
             print("Nothing to draw: no figure of a checkpoint.", file=sys.stderr)
         if self._num_kept:
             print(f"Kept in {printable(str(self._log))}")
-
-    def _main_metrics(self) -> list[str]:
-        names = {
-            f"{found.task}.{found.main_metric}": None
-            for found in self.evaluations
-            if found.main_metric is not None
-        }
-        return list(names)
 
 
 def _free_memory() -> None:

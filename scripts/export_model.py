@@ -27,20 +27,16 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig
-from utils.base.console import configure_logging, run_command
+from utils.base.console import configure_logging, new_parser, run_command
 from utils.base.errors import UsageError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import format_bytes, printable, to_json_text
 from utils.checkpoints.layout import RunPaths
+from utils.start.arguments import read_run_config
 from utils.tools.export.gguf import require_gguf
 from utils.tools.export.hub_target import HUB_PREFIX, HubTarget
 from utils.tools.export.target import GGUF_SUFFIX, BucketTarget, DiskTarget, open_target
-from utils.tools.generation.arguments import (
-    add_model_arguments,
-    find_from,
-    load_found,
-    read_configuration,
-)
+from utils.tools.generation.arguments import add_model_arguments, find_from, load_found
 
 if TYPE_CHECKING:
     from utils.tools.export.export import ExportReport
@@ -60,11 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="export_model.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("export_model.py", __doc__)
     add = parser.add_argument
     add(
         "--output",
@@ -92,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     if args.format == "gguf":
         require_gguf()
-    target = find_target(args, read_configuration(args))
+    target = find_target(args, read_run_config(args))
     target.require_free()
     source = find_from(args)
     from utils.tools.export.export import ExportOptions, export_model  # loads torch
@@ -141,7 +133,7 @@ def find_target(args: argparse.Namespace, config: TrainingConfig) -> ExportTarge
     """Return where the model goes."""
     scratch = RunPaths.of(config).cache / SCRATCH_FOLDER
     if args.output.startswith(HUB_PREFIX):
-        return HubTarget.parse(
+        return HubTarget(
             args.output,
             scratch,
             is_whole=args.format == "hf",

@@ -26,7 +26,12 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.base.console import configure_logging, run_command, without_control_characters
+from utils.base.console import (
+    configure_logging,
+    new_parser,
+    run_command,
+    without_control_characters,
+)
 from utils.base.errors import PretrainError, UsageError
 from utils.base.startup import load_libraries
 from utils.base.text import printable, to_json_text
@@ -65,11 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="generate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("generate.py", __doc__)
     prompts = parser.add_argument_group("prompts").add_mutually_exclusive_group()
     prompts.add_argument(
         "--prompt", action="append", metavar="TEXT", help='may be repeated; "": from nothing'
@@ -235,10 +236,6 @@ class Session:
     """Asks for prompts and writes a text of each, until the user ends it.
 
     Every text has a seed of its own: the first that of the command line, then one more each.
-
-    Args:
-        generator: Writes the texts.
-        sampling: How the first one is written.
     """
 
     def __init__(self, generator: TextGenerator, sampling: Sampling) -> None:

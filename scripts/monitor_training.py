@@ -42,13 +42,12 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.training_config import TrainingConfig, get_training_config
-from utils.base.console import get_console, run_command
+from utils.base.console import get_console, new_parser, run_command
 from utils.base.errors import UsageError
 from utils.base.files import FollowedFile
 from utils.base.text import printable, to_json_text
 from utils.checkpoints.layout import RunPaths
-from utils.costs.costs import parse_hourly_price
+from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
 from utils.tools.monitor.events import EventTracker
 from utils.tools.monitor.notifier import LEAVE_SECONDS, LIMIT_SECONDS, Notifier, parse_command
 from utils.tools.monitor.status import RunStatus, RunWatcher
@@ -69,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("monitor_training.py", __doc__)
     parser.add_argument(
         "--refresh",
         type=_positive_seconds,
@@ -81,21 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--once", action="store_true", help="look once and exit")
     parser.add_argument("--logs-only", action="store_true", help="show and follow train.log only")
-    parser.add_argument("--json", action="store_true", help="print JSON, one object per look")
     parser.add_argument(
         "--notify-command", metavar="CMD", help="run CMD on a stall, crash, end, ... (see above)"
     )
-    parser.add_argument("--config", default="test", help="name or .json file (default: test)")
-    parser.add_argument("--output-dir", help="directory of the checkpoints (default: the config's)")
     parser.add_argument("--logging-dir", help="directory of the logs (default: the config's)")
-    parser.add_argument("--run-name", help="folder of the run (default: the config's)")
-    parser.add_argument(
-        "--hourly-price",
-        type=parse_hourly_price,
-        metavar="X",
-        help="dollars an hour, for time that the run itself had no price for",
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_run_arguments(parser)
+    add_price_argument(parser)
     return parser
 
 
@@ -111,7 +99,7 @@ def _positive_seconds(text: str) -> float:
 
 def run_monitor(args: argparse.Namespace) -> None:
     """Show the run once, or until Ctrl-C or q."""
-    paths = RunPaths.of(load_config(args))
+    paths = RunPaths.of(read_run_config(args))
     words = None if args.notify_command is None else parse_command(args.notify_command)
     # Characters that the output cannot encode are shown as ?.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -136,21 +124,8 @@ def run_monitor(args: argparse.Namespace) -> None:
         watch.close(LIMIT_SECONDS if args.once else LEAVE_SECONDS)
 
 
-def load_config(args: argparse.Namespace) -> TrainingConfig:
-    """Return the configuration that the options name."""
-    keys = ("output_dir", "logging_dir", "run_name")
-    overrides = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
-    return get_training_config(args.config, overrides)
-
-
 class Watch:
-    """Looks at the run, and notifies the user of events.
-
-    Args:
-        paths: The run's directories.
-        notifier: Runs the user's command, None where there is none.
-        hourly_price: Dollars an hour for time that the run itself had no price for.
-    """
+    """Looks at the run, and has the user's command, if any, run for events."""
 
     def __init__(
         self, paths: RunPaths, notifier: Notifier | None, hourly_price: float | None

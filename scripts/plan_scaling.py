@@ -21,10 +21,10 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from utils.base.console import print_table, run_command
+from utils.base.console import add_output_arguments, new_parser, print_table, run_command
 from utils.base.errors import UsageError
 from utils.base.text import format_bytes, format_duration, to_json_text
-from utils.costs.gpu_types import GPU_TYPES, GpuType, find_gpu_type
+from utils.costs.gpu_types import GPU_TYPES, find_gpu_type
 from utils.costs.scaling import (
     CHECKPOINTING,
     STRATEGIES,
@@ -55,11 +55,7 @@ NUMBERS = (
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="plan_scaling.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("plan_scaling.py", __doc__)
     add = parser.add_argument
     add("--model", default="refocused-1.2b", metavar="PRESET", help="(default: %(default)s)")
     add("--gpus", type=int, nargs="+", default=[8], metavar="N", help="(default: 8)")
@@ -76,24 +72,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--sequence-length", type=int, default=2048, metavar="N", help="tokens in a sample (2048)")
     add("--micro-batch", type=int, metavar="N", help="of a GPU (default: the fastest that fits)")
     add("--checkpointing", choices=CHECKPOINTING, help="of activations (default: the fastest)")
-    add("--reduce-bytes", type=int, choices=(2, 4), default=4, help="of a reduced gradient (4)")
     add("--tokens", type=float, metavar="N", help="of the run (default: 20 a parameter)")
     add("--efficiency", type=float, metavar="X", help="share of the peak in compute, 0 to 1")
-    add("--network-gbps", type=float, metavar="X", help="gigabits a second of a machine's network")
     add("--price", type=float, metavar="X", help="dollars for an hour of one GPU")
-    add("--json", action="store_true", help="print JSON")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    add_output_arguments(parser)
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a plan for each number of GPUs and each strategy."""
-    gpu = _gpu(args)
-    _require_counts(args)
+    gpu = find_gpu_type(args.gpu)
+    _require_usable(args)
     shape = shape_of_preset(args.model)
     if args.tokens is None:
         args.tokens = float(TOKENS_PER_PARAMETER * shape.parameters)
-    batch = (args.global_batch, args.sequence_length, args.reduce_bytes)
+    batch = (args.global_batch, args.sequence_length)
     records = [
         _describe(args, TrainingJob(shape, gpu, gpus, strategy, *batch))
         for gpus in args.gpus
@@ -120,26 +113,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _gpu(args: argparse.Namespace) -> GpuType:
-    """Return the GPU with what the command line says of it."""
-    gpu = find_gpu_type(args.gpu)
-    for name, low in (("efficiency", 0.0), ("network_gbps", 0.0), ("price", -1e-9), ("tokens", 0)):
-        value = getattr(args, name)
-        if value is not None and not low < value < 1e18:
-            raise UsageError(f"--{name.replace('_', '-')} must be above 0, got {value}.")
-    if args.efficiency is not None and args.efficiency > 1:
-        raise UsageError(f"--efficiency is a share of the peak, 0 to 1, got {args.efficiency}.")
-    if args.network_gbps is not None:
-        gpu = dataclasses.replace(gpu, network_bytes_per_second=args.network_gbps * 1e9 / 8)
-    return gpu
-
-
-def _require_counts(args: argparse.Namespace) -> None:
-    """Refuse what is no number of GPUs, samples or tokens.
+def _require_usable(args: argparse.Namespace) -> None:
+    """Refuse what is no share, price, or number of GPUs, samples or tokens.
 
     Raises:
         UsageError: The message names option, value and limit.
     """
+    for name, low in (("efficiency", 0.0), ("price", -1e-9), ("tokens", 0)):
+        value = getattr(args, name)
+        if value is not None and not low < value < 1e18:
+            raise UsageError(f"--{name} must be above 0, got {value}.")
+    if args.efficiency is not None and args.efficiency > 1:
+        raise UsageError(f"--efficiency is a share of the peak, 0 to 1, got {args.efficiency}.")
     for gpus in args.gpus:
         if not 1 <= gpus <= MAX_GPUS:
             raise UsageError(f"--gpus must be 1 to {MAX_GPUS}, got {gpus}.")

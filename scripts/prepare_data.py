@@ -22,6 +22,7 @@ Data that is there already (prepare_data.py COMMAND --help says more):
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import logging
@@ -35,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.base.console import configure_logging, run_command
+from utils.base.console import add_output_arguments, configure_logging, new_parser, run_command
 from utils.base.errors import ExitCode, UsageError
 from utils.base.text import format_bytes, printable
 from utils.base.uri import require_path
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
 SAMPLE_VOCAB_SIZE = 4096
 DEFAULT_VALIDATION_FRACTION = 0.05
 DEFAULT_TOKEN_CACHE = "cache/tokens"  # noqa: S105 - not a password
-DEFAULT_TOKEN_CACHE_GB = 10.0
+TOKEN_CACHE_BYTES = 10**10  # the least recently used goes first
+SHOWN_SHARDS = 3
 NO_CACHE = "off"
 LONGEST_LINE = 2000
 
@@ -60,18 +62,14 @@ _logger = logging.getLogger("prepare_data")
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of a preparation; the parsed arguments carry their function."""
     description, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="prepare_data.py",
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("prepare_data.py", description)
+    parser.epilog = examples
     parser.set_defaults(command=prepare)
     _add_source_arguments(parser.add_argument_group("sources (any number, read in this order)"))
     _add_tokenizer_arguments(parser.add_argument_group("tokenizer"))
     _add_validation_arguments(parser.add_argument_group("validation (one of)"))
     _add_output_arguments(parser.add_argument_group("output"))
-    _add_common_arguments(parser, "print the summary as JSON")
+    _add_common_arguments(parser)
     return parser
 
 
@@ -83,7 +81,7 @@ def build_command_parser() -> argparse.ArgumentParser:
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> Any:
         added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         added.set_defaults(command=command)
-        _add_common_arguments(added, "print JSON")
+        _add_common_arguments(added)
         return added
 
     index = add("index", write_index, "write index.json for shards from elsewhere, from headers")
@@ -92,7 +90,6 @@ def build_command_parser() -> argparse.ArgumentParser:
     index.add_argument("--overwrite", action="store_true", help="replace a prepared one's index")
     inspect = add("inspect", inspect_data, "show what shards hold; exit code 2 if any is bad")
     inspect.add_argument("uri", metavar="URI")
-    inspect.add_argument("--samples", type=int, default=3, metavar="N", help="shards to decode")
     inspect.add_argument("--verify", action="store_true", help="read all: checksums and token ids")
     put = add("put", put_data, "copy a file or directory into a bucket or directory, verified")
     put.add_argument("source", metavar="SRC")
@@ -107,10 +104,9 @@ def build_command_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common_arguments(parser: argparse.ArgumentParser, json_help: str) -> None:
-    parser.add_argument("--json", action="store_true", help=json_help)
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    add_output_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="say only what goes wrong")
-    parser.add_argument("--debug", action="store_true", help="debug log lines and tracebacks")
 
 
 def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
@@ -187,15 +183,8 @@ def _add_tokenizer_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--token-cache",
         metavar="DIR",
-        help="what was tokenized before is taken from here (default: "
+        help="what was tokenized before is taken from here, of at most 10 GB (default: "
         f"{DEFAULT_TOKEN_CACHE}; with --sample alone and for '{NO_CACHE}': none)",
-    )
-    group.add_argument(
-        "--token-cache-gb",
-        type=float,
-        default=DEFAULT_TOKEN_CACHE_GB,
-        metavar="GB",
-        help="size of the cache; the least recently used goes first (default: 10)",
     )
 
 
@@ -315,11 +304,6 @@ def _refuse_unused(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{option.replace('_', '-')} goes with --hf NAME.")
     if arguments.eos_id is not None and arguments.eos_id < 0:
         raise UsageError(f"--eos-id must be at least 0, got {arguments.eos_id}.")
-    if not arguments.token_cache_gb > 0:
-        raise UsageError(
-            f"--token-cache-gb must be above 0, got {arguments.token_cache_gb}. "
-            f"--token-cache {NO_CACHE} switches the cache off."
-        )
 
 
 def _refuse_unused_token_options(arguments: argparse.Namespace, sources: Sequence[Source]) -> None:
@@ -392,7 +376,7 @@ def _open_cache(arguments: argparse.Namespace) -> TokenCache | None:
     directory = Path(name).expanduser()
     if any(path.exists() and not path.is_dir() for path in (directory, *directory.parents)):
         raise UsageError(f"--token-cache {name} is a file; a directory is needed.")
-    return TokenCache(directory, int(arguments.token_cache_gb * 1e9))
+    return TokenCache(directory, TOKEN_CACHE_BYTES)
 
 
 def _summarize(preparation: Preparation, uri: str, seconds: float) -> dict[str, Any]:
@@ -456,15 +440,11 @@ def write_index(arguments: argparse.Namespace) -> int:
 
 def inspect_data(arguments: argparse.Namespace) -> int:
     """Show what shards hold; exit code 2 where one is bad."""
-    import dataclasses
-
     from utils.corpus.shard_inspection import inspect_shards
     from utils.storage.open import open_bucket
 
-    if arguments.samples < 0:
-        raise UsageError(f"--samples must be at least 0, got {arguments.samples}.")
     with closing(open_bucket(arguments.uri)) as bucket:
-        inspection = inspect_shards(bucket, arguments.samples, arguments.verify)
+        inspection = inspect_shards(bucket, SHOWN_SHARDS, arguments.verify)
     content = {**dataclasses.asdict(inspection), "num_bad": len(inspection.bad)}
     _say(arguments, content, _format_inspection(inspection))
     for shard in inspection.bad:
@@ -565,13 +545,7 @@ def _say_transfer(arguments: argparse.Namespace, report: Any, where: str) -> Non
         f"{where}: {report.files:,} files, {format_bytes(report.bytes)}, verified "
         f"({report.skipped_files:,} were there already)."
     )
-    content = {
-        "to": where,
-        "files": report.files,
-        "bytes": report.bytes,
-        "skipped_files": report.skipped_files,
-    }
-    _say(arguments, content, text)
+    _say(arguments, {"to": where, **dataclasses.asdict(report)}, text)
 
 
 def _say(

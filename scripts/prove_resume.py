@@ -8,7 +8,7 @@ started again with `--resume latest`. For one of the kills the whole local check
 deleted after a checkpoint was verified in the bucket, so that the next attempt has only the bucket.
 Then batches, losses, weights, optimizer, schedule, random states and data position of both are
 compared bit by bit. Exit code 0 means that there is no difference. Everything happens in a folder
-of its own, with a directory as the bucket unless --use-bucket is given.
+of its own, with a directory as the bucket.
 """
 
 from __future__ import annotations
@@ -28,20 +28,23 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig, get_training_config, parse_assignment
-from utils.base.console import configure_logging, print_table, run_command
+from utils.base.console import (
+    add_output_arguments,
+    configure_logging,
+    new_parser,
+    print_table,
+    run_command,
+)
 from utils.base.errors import CheckpointError, ExitCode, PretrainError, UsageError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import format_duration, printable, to_json_text
-from utils.base.uri import join_uri, local_path
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
     SAVING_PREFIX,
     RunPaths,
     find_checkpoints,
-    new_run_id,
     parse_checkpoint_name,
 )
-from utils.storage.open import open_bucket
 from utils.tools.proofs.run_comparison import (
     INTERRUPTED,
     STRAIGHT,
@@ -62,8 +65,9 @@ from utils.tools.proofs.started_runs import (
     tail,
 )
 
-# What the proof decides itself; checkpoint_uri too, but for --use-bucket.
+# What the proof decides itself.
 OWN_KEYS = (
+    "checkpoint_uri",
     "max_steps",
     "output_dir",
     "logging_dir",
@@ -85,14 +89,8 @@ log = logging.getLogger("prove_resume")
 class Start:
     """One attempt of the interrupted run, as the report shows it.
 
-    Attributes:
-        number: 1 for the first.
-        source: Where it could resume from: nothing, directory or bucket.
-        resumed: The checkpoint that it resumed from, empty where it began at step 0.
-        begin: Steps done before it.
-        last: The last step that it logged.
-        ended: killed, with what it was doing, or done.
-        seconds: How long it ran.
+    It could resume from a `source` (nothing, directory or bucket), `begin` is the steps done before
+    it, `last` the last step that it logged, `ended` whether and where it was killed.
     """
 
     number: int
@@ -106,15 +104,7 @@ class Start:
 
 @dataclass
 class Report:
-    """What a proof has found.
-
-    Attributes:
-        seed: Seed of the instants.
-        steps: Length of the run.
-        starts: Attempts of the interrupted run.
-        comparisons: What was compared.
-        problems: What kept the proof from being carried out, or contradicts it by itself.
-    """
+    """What a proof has found; `problems` kept it from being carried out, or contradict it."""
 
     seed: int
     steps: int
@@ -130,15 +120,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A train.py that was started.
-
-    Attributes:
-        shown: What the report says of it.
-        watch: What it logs.
-        running: Its process.
-        output: The file with what it prints.
-        began: When, in seconds of the monotonic clock.
-    """
+    """A train.py that was started, at `began` seconds of the monotonic clock."""
 
     shown: Start
     watch: StepWatch
@@ -156,14 +138,7 @@ class ProofError(PretrainError):
 
 
 class Proof:
-    """One proof in one folder.
-
-    Args:
-        args: The command line.
-        work: An empty folder.
-        launcher: How train.py is started.
-        progress: Shows the steps of each attempt.
-    """
+    """One proof in one folder, which is empty."""
 
     def __init__(
         self,
@@ -174,7 +149,7 @@ class Proof:
     ) -> None:
         self._args, self._work, self._launcher, self._progress = args, work, launcher, progress
         self._random = random.Random(args.seed)
-        self._unique = f"prove-resume-{new_run_id()}-" if args.use_bucket else ""
+        self._bucket = work / "bucket"
         self._outputs = 0
         self._span_seconds = 0.0
         self._verified_step = 0
@@ -193,15 +168,12 @@ class Proof:
             self._compare()
         except ProofError as exc:
             self._report.problems.append(str(exc))
-        finally:
-            if self._args.use_bucket and not self._args.keep:
-                self._empty_bucket()
         return self._report
 
     def _settings(self, name: str) -> list[str]:
         """Return the key=value words of a run; what comes later wins."""
         args, work = self._args, self._work
-        settings = [
+        return [
             f"save_steps={max(1, args.steps // 8)}",
             "report_to=[]",
             "sample_tokens=0",
@@ -209,16 +181,13 @@ class Proof:
             *args.set,
             f"output_dir={work / 'checkpoints'}",
             f"logging_dir={work / 'logs'}",
-            f"run_name={self._unique}{name}",
+            f"run_name={name}",
             "logging_steps=1",
             "log_level=info",
+            "record_batches=true",
+            # The straight run has no bucket: neither watching nor uploading changes a run.
+            f"checkpoint_uri={'' if name == STRAIGHT else self._bucket}",
         ]
-        if name == STRAIGHT:
-            settings.append("checkpoint_uri=")  # watching changes nothing: nor does uploading
-        elif not args.use_bucket:
-            settings.append(f"checkpoint_uri={work / 'bucket'}")
-        settings.append("record_batches=true")
-        return settings
 
     def _build_config(self, name: str) -> TrainingConfig:
         overrides = dict(parse_assignment(text) for text in self._settings(name))
@@ -239,14 +208,9 @@ class Proof:
         return Attempt(shown, watch, running, output, time.monotonic())
 
     def _follow(self, attempt: Attempt, should_kill: Callable[[], bool]) -> bool:
-        """Wait for the end of an attempt, or kill it; show its steps meanwhile.
+        """Wait for an attempt's end, showing its steps, or kill it; tell whether it was killed.
 
-        Args:
-            attempt: What is running.
-            should_kill: Asked again and again; True kills it.
-
-        Returns:
-            Whether it was killed.
+        `should_kill` is asked again and again.
         """
         number, total = attempt.shown.number, self._args.kills + 1
         stage = f"attempt {number} of {total}" if number else "straight run"
@@ -319,10 +283,7 @@ class Proof:
     def _attempt(self, number: int, delay: float | None, aim: str) -> None:
         """Start the interrupted run once more, and kill it or wait for its end.
 
-        Args:
-            number: 1 for the first.
-            delay: Seconds from its first step to the kill; None lets it end.
-            aim: What the kill waits for after that.
+        The kill comes `delay` seconds after its first step (None lets it end), and waits for `aim`.
 
         Raises:
             TooLateError: It was done before.
@@ -425,29 +386,12 @@ class Proof:
     def _remove_run(self) -> None:
         shutil.rmtree(self._paths.checkpoints, ignore_errors=True)
         shutil.rmtree(self._paths.logs, ignore_errors=True)
-        self._empty_bucket()
-
-    def _empty_bucket(self) -> None:
-        """Remove what the interrupted run has put into the bucket."""
-        uri = join_uri(self._config.checkpoint_uri, self._config.run_name)
-        bucket = open_bucket(uri, self._config.gcs_user_project or None)
-        try:
-            for info in list(bucket.list()):
-                bucket.delete(info.name)
-        finally:
-            bucket.close()
-        directory = local_path(uri)
-        if directory is not None:
-            shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(self._bucket, ignore_errors=True)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="prove_resume.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("prove_resume.py", __doc__)
     add = parser.add_argument
     add("--config", default="test", help="configs/NAME.json or a .json file (default: test)")
     add("--steps", type=int, default=24, metavar="N", help="length of the runs (default: 24)")
@@ -455,15 +399,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--processes", type=int, default=1, metavar="P", help="ranks of each attempt (default: 1)")
     add("--seed", type=int, default=0, metavar="S", help="decides the instants (default: 0)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as train.py has it")
-    add(
-        "--use-bucket",
-        action="store_true",
-        help="the configuration's bucket, under a run_name of its own, removed afterwards",
-    )
     add("--workdir", type=Path, metavar="DIR", help="a new or empty folder (default: a temporary)")
-    add("--keep", action="store_true", help="keep the folder (and, with --use-bucket, the objects)")
-    add("--json", action="store_true", help="print JSON")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    add("--keep", action="store_true", help="keep the folder")
+    add_output_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -480,12 +418,6 @@ def require_usable(args: argparse.Namespace) -> None:
         key, _ = parse_assignment(text)
         if key in OWN_KEYS:
             raise UsageError(f"--set {key}: the proof decides this itself.")
-        if key == "checkpoint_uri" and not args.use_bucket:
-            raise UsageError("--set checkpoint_uri takes effect only with --use-bucket.")
-    if args.use_bucket:
-        overrides = dict(parse_assignment(text) for text in args.set)
-        if not get_training_config(args.config, overrides).checkpoint_uri:
-            raise UsageError("--use-bucket: the configuration has no checkpoint_uri.")
 
 
 def run(args: argparse.Namespace) -> int:

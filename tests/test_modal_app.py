@@ -300,15 +300,13 @@ def test_a_service_accounts_key_becomes_a_file_for_its_owner_alone(
     assert "GOOGLE_APPLICATION_CREDENTIALS" not in modal_app.container_environment(tmp_path, {})
 
 
-def test_scripts_get_the_checkpoint_that_was_brought(
-    modal_app: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_scripts_get_the_archive_in_the_bucket(
+    modal_app: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[list[str]] = []
 
     def run(command: list[str], folder: Path, environment: Any) -> int:
         ran.append(list(command))
-        if "download" in command:
-            (Path(command[command.index("--to") + 1]) / "checkpoint-epoch0-step2-files0").mkdir()
         return 0
 
     monkeypatch.setattr(modal_app, "run_script", run)
@@ -319,11 +317,8 @@ def test_scripts_get_the_checkpoint_that_was_brought(
     for _, words in modal_app.use_checkpoint.calls:
         for _ in range(2):  # a container may serve twice
             assert modal_app.use_checkpoint.function(*words) == 0
-    downloads, scripts = ran[::4], ran[1::4]
-    for command in downloads:
-        arguments = upload_manager.parse_arguments(command[2:])
-        assert (arguments.name, arguments.set[2]) == ("latest", "run_name=first")
-    assert all(Path(command[2]).name == "checkpoint-epoch0-step2-files0" for command in scripts)
+    scripts = ran[::2]
+    assert {command[2] for command in scripts} == {f"{modal_app.MOUNT}/checkpoints/first/latest"}
     parsed = []
     for module, command in zip((generate, evaluate, export_model), scripts, strict=True):
         assert Path(command[1]).samefile(str(module.__file__))

@@ -395,7 +395,7 @@ def test_a_file_of_questions_is_read_before_a_model(
 def test_models_are_chosen_by_steps(
     trained_run: Path, texts: list[str], steps: list[int | None]
 ) -> None:
-    config = evaluate.read_configuration(_words(trained_run))
+    config = evaluate.read_run_config(_words(trained_run))
     for name, step in zip(evaluate.choose_models(texts, config), steps, strict=True):
         assert name == "other" if step is None else f"-step{step}-" in name
     with pytest.raises(UsageError, match="5-9: there is no such checkpoint"):

@@ -157,7 +157,6 @@ def test_preparing_with_a_new_tokenizer_loads_no_torch(text_file: Path, tmp_path
         (["--input", "t.npy", "--vocab-size", "80000", "--special-token", "<x>"], "--special"),
         ([*BOOK, "--eos-id", "1"], "--eos-id goes with"),
         ([*BOOK, "--streaming"], "--streaming goes with"),
-        ([*BOOK, "--token-cache-gb", "0"], "above 0"),
         ([*BOOK, "--token-cache", "book.txt"], "is a file"),
         ([*BOOK, "--validation-input", "none"], "--validation-input none"),
         ([*BOOK, "--output", "ftp://x/y"], "gs://bucket/prefix"),

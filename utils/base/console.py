@@ -211,6 +211,19 @@ def print_table(
     get_console().print(table)
 
 
+def new_parser(name: str, text: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a command, whose `--help` shows a text as it is written."""
+    return argparse.ArgumentParser(
+        prog=name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes that shows something."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--debug", action="store_true", help="debug log lines and tracebacks")
+
+
 def run_command(
     command: Callable[[argparse.Namespace], int | None], args: argparse.Namespace
 ) -> int:

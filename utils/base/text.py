@@ -115,8 +115,10 @@ def format_bytes(count: float | None) -> str:
     return f"{size:.1f} TiB"
 
 
-def format_duration(seconds: float) -> str:
-    """Return a duration as `1h02m`, `3m20s` or `4.2s`."""
+def format_duration(seconds: float | None) -> str:
+    """Return a duration as `1h02m`, `3m20s` or `4.2s`, `-` for None."""
+    if seconds is None:
+        return ABSENT
     if seconds < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(int(seconds), 60)

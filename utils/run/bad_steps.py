@@ -93,7 +93,7 @@ class BadSteps:
         record = describe(verdict, progress, config.bad_step)
         progress.bad_steps.append(record)
         if self._state.accelerator.is_main_process:
-            tracking.record_event(self._paths.logs, {"event": "bad_step", **record})
+            tracking.record_event(self._paths.logs, "bad_step", **record)
         log.warning(
             "Step %d is bad: %s (loss %.4g, gradient norm %.4g). Its update is left out.",
             verdict.step,

@@ -241,7 +241,7 @@ class TrainingRun:
             return False
         started = time.perf_counter()
         if self._is_main:
-            tracking.record_evaluating(self.paths.logs, progress.step)
+            tracking.record_event(self.paths.logs, "evaluating", progress.step)
         loss = evaluation.evaluate(
             self.state,
             data,
@@ -282,7 +282,7 @@ class TrainingRun:
         """
         config, progress, saving = self.config, self.state.progress, self._saving
         if self._is_main:
-            tracking.record_finishing(self.paths.logs, progress.step)
+            tracking.record_event(self.paths.logs, "finishing", progress.step)
         leave_at = math.inf if self._failure is not None else saving.leave_at()
         reason = self.stop.reason
         if leave_at < math.inf and self._is_main:

@@ -1,11 +1,16 @@
-"""The command line of train.py, and the configuration that it asks for. No torch here."""
+"""The command line of train.py, what other commands share of it, and the configuration meant.
+
+No torch here.
+"""
 
 from __future__ import annotations
 
 import argparse
 
 from configs.training_config import TrainingConfig, get_training_config, parse_assignment
+from utils.base.console import add_output_arguments, new_parser
 from utils.base.errors import UsageError
+from utils.costs.costs import parse_hourly_price
 
 EPILOG = """exit codes:
   0      done and all verified in the bucket (also after --stop-after and --dry-run)
@@ -20,12 +25,9 @@ EPILOG = """exit codes:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line of train.py."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="Pre-train a causal language model from NPZ token shards in a bucket.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    text = "Pre-train a causal language model from NPZ token shards in a bucket."
+    parser = new_parser("train.py", text)
+    parser.epilog = EPILOG
     add = parser.add_argument
     add(
         "--config",
@@ -84,3 +86,32 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
     if args.debug:
         overrides["log_level"] = "debug"
     return get_training_config(args.config, overrides)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the words that say which run a command looks at, and how it answers."""
+    add = parser.add_argument
+    add("--config", default="test", help="name or .json file (default: test)")
+    add("--output-dir", help="directory of the checkpoints (default: the config's)")
+    add("--run-name", help="folder of the run (default: the config's)")
+    add_output_arguments(parser)
+
+
+def add_price_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--hourly-price`, as commands take it that show what a run has cost."""
+    parser.add_argument(
+        "--hourly-price",
+        type=parse_hourly_price,
+        metavar="X",
+        help="dollars an hour, for time that the run itself had no price for",
+    )
+
+
+def read_run_config(args: argparse.Namespace) -> TrainingConfig:
+    """Return the configuration that the words of `add_run_arguments` name.
+
+    Raises:
+        ConfigError: A file or value is wrong.
+    """
+    words = {key: getattr(args, key, None) for key in ("output_dir", "logging_dir", "run_name")}
+    return get_training_config(args.config, {k: v for k, v in words.items() if v is not None})

@@ -30,10 +30,7 @@ _NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
 
 
 class EventFile:
-    """A new event file in a directory; safe from several threads.
-
-    Args:
-        directory: Made if it is not there.
+    """A new event file in a directory, which is made; safe from several threads.
 
     Raises:
         OSError: It cannot be made.

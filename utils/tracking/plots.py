@@ -1,4 +1,4 @@
-"""Curves of checkpoints -> a picture file, with matplotlib's Agg renderer (no display needed).
+"""Curves of checkpoints -> a picture file, by matplotlib (no display needed).
 
     training_metrics.json, metadata.json -> curves -> picture; text_plots.py for a terminal
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.base.errors import PretrainError, UsageError
+from utils.base.errors import UsageError
 from utils.base.text import number, printable
 from utils.base.uri import require_path
 from utils.tracking.metrics_log import GREATEST_VALUE, HISTORY_KEYS, HISTORY_LIMIT
@@ -154,36 +154,23 @@ def picture_path(path: Path) -> Path:
 
 
 def draw_picture(all_curves: Sequence[Curves], path: Path) -> Path:
-    """Draw losses above and every other metric in a panel below, over the same steps.
+    """Draw losses above and every other metric in a panel below; return the file.
 
-    Args:
-        all_curves: One or several checkpoints; each has a colour.
-        path: The file, of `picture_path`.
-
-    Returns:
-        The file.
+    Each of several checkpoints has a colour. `path` is of `picture_path`.
 
     Raises:
         UsageError: The file cannot be written.
-        PretrainError: matplotlib is not installed.
     """
     return _save(_build_figure(all_curves), path)
 
 
-def draw_panels(panels: Mapping[str, Series], path: Path, title: str = "") -> Path:
-    """Draw series over the same steps, each in a panel of its own, their points marked.
+def draw_panels(panels: Mapping[str, Series], path: Path) -> Path:
+    """Draw series by name, each in a panel of its own, their points marked; return the file.
 
-    Args:
-        panels: By name.
-        path: The file, of `picture_path`.
-        title: Above all.
-
-    Returns:
-        The file.
+    `path` is of `picture_path`.
 
     Raises:
         UsageError: There is nothing to draw, or the file cannot be written.
-        PretrainError: matplotlib is not installed.
     """
     if not any(series.num_points for series in panels.values()):
         raise UsageError("There is nothing to draw: no figure of a checkpoint is known.")
@@ -192,7 +179,6 @@ def draw_panels(panels: Mapping[str, Series], path: Path, title: str = "") -> Pa
         axes.plot(series.steps, series.values, marker="o", markersize=4, linewidth=1.2)
         axes.set_ylabel(_plain(name))
         axes.grid(alpha=0.3)
-    every[0].set_title(_plain(title))
     every[-1].set_xlabel("step")
     return _save(figure, path)
 
@@ -207,13 +193,9 @@ def _save(figure: Any, target: Path) -> Path:
 
 def _new_figure(heights: Sequence[float]) -> tuple[Any, Any]:
     """Return (a figure, its axes one below the other)."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise PretrainError("matplotlib is not installed; run: pip install matplotlib") from exc
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
     every = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
     return figure, every[:, 0]
 

@@ -28,24 +28,16 @@ MAX_LINE = 2000
 
 
 class TensorBoardTracker(RunTracker):
-    """Writes the event file of one attempt.
-
-    Args:
-        logs: The run's log directory.
-    """
+    """Writes the event file of one attempt, in a folder of the run's logs."""
 
     name = "tensorboard"
+    title = "TensorBoard"
 
     def __init__(self, logs: Path) -> None:
         super().__init__()
         self._logs = logs
         self._start: RunStart | None = None
         self._file: EventFile | None = None
-
-    @property
-    def title(self) -> str:
-        """Its name in messages."""
-        return "TensorBoard"
 
     def _begin(self, start: RunStart) -> None:
         self._start = start

@@ -75,11 +75,7 @@ def draw_chart(
 ) -> list[str]:
     """Return a chart of curves over the same axis, as lines; empty where there is no point.
 
-    Args:
-        curves: One is drawn in dots, several in `MARKS`, in that order.
-        encoding: Encoding of the output.
-        width: Characters in a line.
-        height: Lines of the drawing, without the axis; at least 2.
+    One curve is drawn in dots, several in `MARKS`, in that order. The axis adds a line to `height`.
     """
     finite = [
         [(x, y) if math.isfinite(y) else None for x, y in zip(steps, values, strict=True)]

@@ -72,6 +72,7 @@ class RunTracker(GeneralTracker):
     """A tracker of one attempt; every method may be called from any thread, and none raises."""
 
     name = ""
+    title = ""  # its name in messages, where that is another one
     requires_logging_directory = False
 
     def __init__(self) -> None:
@@ -120,15 +121,11 @@ class RunTracker(GeneralTracker):
             log.debug("%s failed.", self.name, exc_info=True)
             if not self._is_failing:
                 reason = getattr(exc, "strerror", None) or printable(exc) or type(exc).__name__
-                log.warning("%s cannot be written: %s. Training goes on.", self.title, reason)
+                title = self.title or self.name
+                log.warning("%s cannot be written: %s. Training goes on.", title, reason)
             self._is_failing = True
         else:
             self._is_failing = False
-
-    @property
-    def title(self) -> str:
-        """Its name in messages."""
-        return self.name
 
     def _begin(self, start: RunStart) -> None:
         """Nothing to prepare."""

@@ -42,12 +42,7 @@ class JsonLinesTracker(RunTracker):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self._path = path
-
-    @property
-    def title(self) -> str:
-        """Its name in messages."""
-        return str(self._path)
+        self._path, self.title = path, str(path)
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
         append_metrics(self._path, {"step": step, **values})
@@ -88,7 +83,7 @@ def start_trackers(
         identity: Run and branch.
         facts: What `metrics.jsonl` says about this attempt.
         step: Steps done before it.
-        history: The metrics in the checkpoint: `TrainingProgress.history`.
+        history: `TrainingProgress.history` of the checkpoint.
     """
     accelerator.init_trackers(FOLDER)
     if not accelerator.is_main_process:
@@ -102,7 +97,7 @@ def start_trackers(
     for tracker in accelerator.trackers:
         tracker.begin(start)
     place = {"pid": os.getpid(), "hostname": platform.node()}
-    record_event(logs, {"event": "resume" if step else "start", "step": step, **facts, **place})
+    record_event(logs, "resume" if step else "start", step, **facts, **place)
 
 
 def find_hyperparameters(
@@ -167,11 +162,8 @@ class Notes:
     """Events of checkpoints and uploads, which come from any thread, for the trackers.
 
     A board needs the steps of a text to grow, and uploads end in any order. So the training loop
-    writes what was noted since its last step as one text, at the step that it has reached.
-
-    Args:
-        accelerator: Has the trackers.
-        step: Steps done before this attempt; the last one may have written a text there.
+    writes what was noted since its last step as one text, at the step that it has reached. At the
+    step where this attempt begins, the one before may have written a text.
     """
 
     def __init__(self, accelerator: Accelerator, step: int) -> None:
@@ -181,24 +173,17 @@ class Notes:
         self._lock = threading.Lock()
 
     def add(self, title: str, line: str, step: int | None = None) -> None:
-        """Note one event; call it from any thread.
+        """Note one event as a line of the text of this title; call it from any thread.
 
-        Args:
-            title: Name of the text that gets the line.
-            line: What happened.
-            step: Its step, for a title whose steps only grow; None for the step that training has
-                reached.
+        `step` is for a title whose steps only grow; None is the step that training has reached.
         """
         with self._lock:
             self._waiting.append((title, printable(line, MAX_NOTE), step))
 
     def write(self, step: int, *, is_last: bool = False) -> None:
-        """Give what was noted to the trackers.
+        """Give what was noted to the trackers, at the number of steps done.
 
-        Args:
-            step: Steps done.
-            is_last: Whether no step follows. Else a second text at the same step waits for the
-                next step.
+        A second text at the same step waits for the next one, unless none follows (`is_last`).
         """
         if not self._waiting or (step == self._written and not is_last):
             return
@@ -224,36 +209,25 @@ def record_rollback(accelerator: Accelerator, logs: Path, step: int) -> None:
     """Take back what the curves have after `step`, in the middle of an attempt."""
     if not accelerator.is_main_process:
         return
-    record_event(logs, {"event": "rollback", "step": step})
+    record_event(logs, "rollback", step)
     for tracker in accelerator.trackers:
         tracker.roll_back(step)
-
-
-def record_evaluating(logs: Path, step: int) -> None:
-    """Note that an evaluation has begun: the next record may take longer than usual."""
-    record_event(logs, {"event": "evaluating", "step": step})
-
-
-def record_finishing(logs: Path, step: int) -> None:
-    """Note that only saving and uploading are left: no records are due for a while."""
-    record_event(logs, {"event": "finishing", "step": step})
 
 
 def record_end(accelerator: Accelerator, logs: Path, step: int, outcome: str, **facts: Any) -> None:
     """Note how this attempt ended (done, stopped or failed), and close the trackers."""
     if not accelerator.is_main_process:
         return
-    record_event(logs, {"event": "end", "step": step, "outcome": outcome, **facts})
+    record_event(logs, "end", step, outcome=outcome, **facts)
     for tracker in accelerator.trackers:
         tracker.end(outcome)
 
 
-def record_event(logs: Path, event: dict[str, Any]) -> None:
+def record_event(logs: Path, event: str, step: int, **facts: Any) -> None:
     """Append an event to `metrics.jsonl`; where that fails, log a warning and go on."""
+    path = logs / METRICS_FILE
     try:
-        append_metrics(logs / METRICS_FILE, event)
+        append_metrics(path, {"event": event, "step": step, **facts})
     except OSError as exc:
-        path = logs / METRICS_FILE
-        log.warning(
-            "%s: the event %s could not be written: %s.", path, event["event"], exc.strerror or exc
-        )
+        reason = exc.strerror or exc
+        log.warning("%s: the event %s could not be written: %s.", path, event, reason)

@@ -30,13 +30,10 @@ log = logging.getLogger("train")
 
 
 class WandbTracker(RunTracker):
-    """Writes one attempt of a run to W&B.
-
-    Args:
-        logs: The run's log directory; wandb keeps its own files in a folder of it.
-    """
+    """Writes one attempt of a run to W&B; wandb keeps its own files in a folder of the logs."""
 
     name = "wandb"
+    title = "W&B"
 
     def __init__(self, logs: Path) -> None:
         super().__init__()
@@ -48,11 +45,6 @@ class WandbTracker(RunTracker):
     def tracker(self) -> Any:
         """The wandb run, None before there is one."""
         return None if self._inner is None else self._inner.tracker
-
-    @property
-    def title(self) -> str:
-        """Its name in messages."""
-        return "W&B"
 
     def _begin(self, start: RunStart) -> None:
         mode = find_mode()

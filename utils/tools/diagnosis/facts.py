@@ -55,11 +55,8 @@ class Host:
     Attributes:
         system: Kernel, architecture and version of Python.
         cpu_threads: Logical cores that this process may run on.
-        memory_bytes: Main memory.
         memory_available_bytes: What can still be used of it, also by a container's limit.
         shm_bytes: Size of /dev/shm.
-        max_open_files: Files that a process may open at a time.
-        is_container: Whether this is a container.
         is_wsl: Whether this is Windows Subsystem for Linux.
         pci_gpus: NVIDIA GPUs on the PCI bus: address -> kernel driver that holds it.
         device_files: /dev/nvidia0, ... -> whether this user may use it.
@@ -71,7 +68,6 @@ class Host:
     memory_bytes: int | None = None
     memory_available_bytes: int | None = None
     shm_bytes: int | None = None
-    max_open_files: int | None = None
     is_container: bool = False
     is_wsl: bool = False
     pci_gpus: dict[str, str | None] = field(default_factory=dict)
@@ -102,7 +98,6 @@ class Driver:
 
     Attributes:
         nvidia_smi: Path of nvidia-smi, None where it is not on PATH.
-        version: Version of the driver.
         cuda_version: Newest CUDA version that the driver serves.
         num_gpus: GPUs that the driver knows.
         gpus: Those that answer.
@@ -147,7 +142,6 @@ class Torch:
         gpus: The GPUs it sees.
         architectures: GPU architectures it has code for, as in sm_90.
         is_mps_available: Whether it can use an Apple GPU.
-        num_threads: CPU threads it uses.
         problem: Why it cannot be imported, or what it says of the GPU.
     """
 
@@ -171,14 +165,11 @@ class Torch:
 
 @dataclass(frozen=True)
 class Timing:
-    """Speed of a device: a product of matrices, and a training step of a small model.
+    """Speed of a device in a training step of a small model.
 
     Attributes:
         device: As torch names it.
         precision: Mixed precision: no, bf16 or fp16.
-        product_tflops: FLOPs of the product in a second, in 1e12.
-        product_share: Share of the device's dense peak, None where that is not known.
-        parameters: Weights of the model.
         step_seconds: Forward, backward and AdamW.
         tokens_per_second: In training.
         step_tflops: FLOPs of training (6N and attention) in a second, in 1e12.
@@ -187,8 +178,6 @@ class Timing:
 
     device: str
     precision: str
-    product_tflops: float | None = None
-    product_share: float | None = None
     parameters: int = 0
     step_seconds: float | None = None
     tokens_per_second: float | None = None
@@ -230,10 +219,8 @@ def run_apart(
 ) -> Iterator[Any]:
     """Yield what a generator yields in a process of its own; at most one `Broken` ends it.
 
-    Args:
-        part: A function of a module; its arguments and what it yields are pickled.
-        args: Its arguments.
-        limit_seconds: How long each next value may take.
+    `part` is a function of a module; its arguments and what it yields are pickled. Each next value
+    may take `limit_seconds`.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -279,19 +266,13 @@ def _tell(pipe: Connection, parent: int, part: Callable[..., Iterator[Any]], arg
 
 
 def read_host(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Host:
-    """Return what the operating system says.
-
-    Args:
-        root: Folder of /sys, /dev and the marks of a container.
-        environment: The environment variables.
-    """
+    """Return what the operating system says; /sys and /dev are below `root`."""
     return Host(
         system=f"{platform.platform()}, Python {platform.python_version()}",
         cpu_threads=ask(lambda: len(psutil.Process().cpu_affinity())) or os.cpu_count(),
         memory_bytes=ask(lambda: int(psutil.virtual_memory().total)),
         memory_available_bytes=ask(available_memory),
         shm_bytes=ask(lambda: int(psutil.disk_usage(str(SHM)).total)),
-        max_open_files=ask(lambda: int(psutil.Process().rlimit(psutil.RLIMIT_NOFILE)[0])),
         is_container=any((root / mark).exists() for mark in (".dockerenv", "run/.containerenv"))
         or not {"KUBERNETES_SERVICE_HOST", "container"}.isdisjoint(environment),
         is_wsl="microsoft" in platform.release().lower(),
@@ -321,11 +302,7 @@ def find_device_files(folder: Path) -> dict[str, bool]:
 
 
 def read_driver(nvml: Any = None) -> Driver:
-    """Return what NVML says; a machine without a driver has a `problem`.
-
-    Args:
-        nvml: The module pynvml, or what stands in for it.
-    """
+    """Return what NVML (the module pynvml) says; a machine without a driver has a `problem`."""
     nvidia_smi = shutil.which("nvidia-smi")
     try:
         nvml = nvml or importlib.import_module("pynvml")

@@ -19,7 +19,6 @@ PROBLEM, NOTE, OK = "problem", "note", "ok"
 USUAL_MEMORY_BYTES = 2**30
 MUCH_MEMORY = 0.25
 SMALL_SHM_BYTES = 2**30
-FEW_OPEN_FILES = 1024
 # Oldest driver of each CUDA major version on Linux:
 # https://docs.nvidia.com/deploy/cuda-compatibility/
 OLDEST_DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
@@ -45,13 +44,7 @@ KNOWN_MESSAGES = {
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Something worth saying.
-
-    Attributes:
-        level: ok, note, or problem.
-        message: What is the case.
-        advice: What to do about it, empty where there is nothing to do.
-    """
+    """Something worth saying, and what to do about it; the level is ok, note or problem."""
 
     level: str
     message: str
@@ -280,7 +273,7 @@ def _judge_memory(gpu: DriverGpu) -> Iterator[Diagnosis]:
 
 
 def _judge_limits(host: Host, torch: Torch) -> Iterator[Diagnosis]:
-    """Judge shared memory (of NCCL and data loaders), open files and CPU threads."""
+    """Judge shared memory (of NCCL and data loaders) and CPU threads."""
     if host.shm_bytes is not None and host.shm_bytes < SMALL_SHM_BYTES:
         has_several = len(torch.gpus) > 1
         what = "NCCL between several GPUs can fail" if has_several else "little for data loaders"
@@ -289,9 +282,6 @@ def _judge_limits(host: Host, torch: Torch) -> Iterator[Diagnosis]:
         if host.is_container:
             advice = "Start the container with --shm-size=8g or --ipc=host."
         yield Diagnosis(PROBLEM if has_several else NOTE, message, advice)
-    if host.max_open_files is not None and 0 <= host.max_open_files < FEW_OPEN_FILES:
-        message = f"A process may open {host.max_open_files} files: few for many shards."
-        yield Diagnosis(NOTE, message, "Run: ulimit -n 4096")
     threads, variable = host.cpu_threads or 1, host.environment.get("OMP_NUM_THREADS")
     if variable is not None and torch.num_threads == 1 < threads:
         level = PROBLEM if torch.device == "cpu" else NOTE

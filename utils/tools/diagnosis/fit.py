@@ -9,12 +9,12 @@ which a larger model on a GPU often exceeds. `train.py --dry-run` says more. No 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from configs.model_config import build_model_config, is_loss_chunked, is_model_file
 from configs.training_config import TrainingConfig, get_training_config
-from utils.base.text import format_bytes
+from utils.base.text import format_bytes, format_duration
 from utils.costs.scaling import shape_of_preset
 from utils.models.estimates import ModelShape, StepSetup, estimate_training_memory
 from utils.models.mfu import flops_per_token
@@ -23,8 +23,7 @@ from utils.tools.diagnosis.findings import NOTE, PROBLEM, Diagnosis
 
 CONFIGURATIONS = ("test", "production")
 USABLE_SHARE = 0.95
-# Where the configuration as it is does not fit, these are tried, in this order.
-SMALLER = ("gradient_checkpointing=true", "per_device_train_batch_size=1")
+LESS_MEMORY = "gradient_checkpointing=true", "per_device_train_batch_size=1"
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,7 @@ class Forecast:
     """What a configuration needs on one device.
 
     Attributes:
-        configuration: Its name.
-        model: Name of its preset.
-        max_steps: Its length.
-        needed_bytes: As it is.
-        available_bytes: In the device.
-        settings: What has to be set for it to fit; empty where it fits as it is.
-        fits: Whether it fits, with `settings`.
+        needed_bytes: Estimated.
         seconds: For all of its steps on this one device, None where no speed is known.
     """
 
@@ -47,9 +40,12 @@ class Forecast:
     max_steps: int
     needed_bytes: int
     available_bytes: int
-    settings: tuple[str, ...]
-    fits: bool
     seconds: float | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is memory enough."""
+        return self.needed_bytes <= self.available_bytes * USABLE_SHARE
 
 
 def find_forecasts(facts: Facts) -> list[Forecast]:
@@ -69,24 +65,19 @@ def forecast_run(name: str, facts: Facts, config: TrainingConfig | None = None) 
         precision = torch.gpus[0].precision
     rates = (timing.step_tflops for timing in facts.timings if timing.device == torch.device)
     tflops = next(rates, None)
-    shape, (samples, _) = _find_shape(config), config.resolve_batch(1)
-    needs = {
-        settings: estimate_training_memory(
-            shape,
-            StepSetup(
-                micro_batch=variant.per_device_train_batch_size,
-                sequence_length=config.sequence_length,
-                precision=precision,
-                gradient_checkpointing=variant.checkpointing_policy,
-                accumulation=max(1, samples // variant.per_device_train_batch_size),
-                device=torch.device.partition(":")[0],
-                is_loss_chunked=is_loss_chunked(shape.kind, config.loss_implementation),
-            ),
-        ).total
-        for settings, variant in _find_variants(config)
-    }
-    limit = available * USABLE_SHARE
-    settings = next((settings for settings, needed in needs.items() if needed <= limit), None)
+    shape, (samples, accumulation) = _find_shape(config), config.resolve_batch(1)
+    needed = estimate_training_memory(
+        shape,
+        StepSetup(
+            micro_batch=config.per_device_train_batch_size,
+            sequence_length=config.sequence_length,
+            precision=precision,
+            gradient_checkpointing=config.checkpointing_policy,
+            accumulation=accumulation,
+            device=torch.device.partition(":")[0],
+            is_loss_chunked=is_loss_chunked(shape.kind, config.loss_implementation),
+        ),
+    ).total
     length = config.sequence_length
     each = flops_per_token(shape.parameters, shape.layers, shape.attention_width, length)
     flops = each * samples * length * config.max_steps
@@ -94,23 +85,10 @@ def forecast_run(name: str, facts: Facts, config: TrainingConfig | None = None) 
         configuration=name,
         model=config.model,
         max_steps=config.max_steps,
-        needed_bytes=needs[()],
+        needed_bytes=needed,
         available_bytes=available,
-        settings=settings or (),
-        fits=settings is not None,
         seconds=flops / tflops / 1e12 if tflops else None,
     )
-
-
-def _find_variants(config: TrainingConfig) -> Iterator[tuple[tuple[str, ...], TrainingConfig]]:
-    """Yield what can be set, with the configuration that it makes."""
-    yield (), config
-    less = replace(config, gradient_checkpointing=True)
-    if not config.gradient_checkpointing:
-        yield SMALLER[:1], less
-    if config.per_device_train_batch_size > 1:
-        words = SMALLER[config.gradient_checkpointing :]
-        yield words, replace(less, per_device_train_batch_size=1)
 
 
 def _find_shape(config: TrainingConfig) -> ModelShape:
@@ -128,21 +106,9 @@ def describe_forecast(forecast: Forecast) -> str:
     """Return whether it fits, and how long it takes."""
     if not forecast.fits:
         return "does not fit"
-    text = "fits"
-    if forecast.settings:
-        text += f" with {' and '.join(forecast.settings)}"
-    if forecast.seconds is not None:
-        text += f"; {forecast.max_steps:,} steps take about {format_long(forecast.seconds)}"
-    return text
-
-
-def format_long(seconds: float) -> str:
-    """Return a duration in its greatest unit."""
-    units = {"years": 365.25 * 86400, "days": 86400, "hours": 3600, "minutes": 60}
-    for unit, size in units.items():
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return "a second" if seconds < 1.5 else f"{seconds:.0f} seconds"
+    if forecast.seconds is None:
+        return "fits"
+    return f"fits; {forecast.max_steps:,} steps take about {format_duration(forecast.seconds)}"
 
 
 def find_misfits(forecasts: list[Forecast]) -> Iterator[Diagnosis]:
@@ -153,9 +119,6 @@ def find_misfits(forecasts: list[Forecast]) -> Iterator[Diagnosis]:
             need, free = map(format_bytes, (forecast.needed_bytes, forecast.available_bytes))
             message = f"{name} ({forecast.model}) does not fit: about {need} needed, {free} free."
             level = PROBLEM if forecast.configuration == "test" else NOTE
-            advice = "A device with more memory, or a smaller model (--set model_overrides....)."
+            words = " ".join(f"--set {setting}" for setting in LESS_MEMORY)
+            advice = f"{words} needs less (train.py --dry-run says how much), a smaller model, too."
             yield Diagnosis(level, message, advice)
-        elif forecast.settings:
-            message = f"{name} fits with less kept for the backward pass."
-            words = " ".join(f"--set {setting}" for setting in forecast.settings)
-            yield Diagnosis(NOTE, message, f"{words} (keep the step with global_batch_size)")

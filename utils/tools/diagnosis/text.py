@@ -12,7 +12,16 @@ from collections.abc import Sequence
 
 from utils.base.console import get_console, print_table
 from utils.base.text import format_bytes, printable
-from utils.tools.diagnosis.facts import SHM, Driver, Facts, Host, Timing, Torch
+from utils.tools.diagnosis.facts import (
+    SHM,
+    Driver,
+    DriverGpu,
+    Facts,
+    Host,
+    Timing,
+    Torch,
+    TorchGpu,
+)
 from utils.tools.diagnosis.findings import Diagnosis, summarize_findings
 from utils.tools.diagnosis.fit import Forecast, describe_forecast
 
@@ -24,9 +33,9 @@ def print_page(facts: Facts, forecasts: list[Forecast], diagnoses: list[Diagnosi
     """Print everything, the diagnoses last."""
     _print_values("System", host_values(facts.host, facts.torch))
     _print_values("NVIDIA Driver", driver_values(facts.host, facts.driver))
-    _print_rows("GPUs of the Driver", driver_gpu_rows(facts.driver))
+    _print_rows("GPUs of the Driver", [gpu_row(gpu) for gpu in facts.driver.gpus])
     _print_values("PyTorch", torch_values(facts.torch))
-    _print_rows("GPUs of PyTorch", torch_gpu_rows(facts.torch))
+    _print_rows("GPUs of PyTorch", [gpu_row(gpu) for gpu in facts.torch.gpus])
     _print_rows("Speed", [timing_row(timing) for timing in facts.timings])
     _print_rows("Configurations", [forecast_row(forecast) for forecast in forecasts])
     print_diagnoses(diagnoses, summarize_findings(facts.torch))
@@ -42,7 +51,6 @@ def host_values(host: Host, torch: Torch) -> dict[str, str]:
         "CPU": f"{host.cpu_threads or '?'} threads{uses}",
         "Memory": f"{size}, {free} free",
         str(SHM): format_bytes(host.shm_bytes),
-        "Open Files": f"{host.max_open_files or '-'} at most",
         **host.environment,
     }
 
@@ -61,19 +69,18 @@ def driver_values(host: Host, driver: Driver) -> dict[str, str]:
     }
 
 
-def driver_gpu_rows(driver: Driver) -> list[dict[str, str]]:
-    """Return each GPU as the driver sees it, with who holds its memory."""
-    return [
-        {
-            "GPU": str(gpu.index),
-            "Name": gpu.name,
-            "Capability": _dotted(gpu.capability),
-            "Memory": format_bytes(gpu.memory_bytes),
-            "In Use": format_bytes(gpu.memory_used_bytes),
-            "By": ", ".join(gpu.holders) or "-",
-        }
-        for gpu in driver.gpus
-    ]
+def gpu_row(gpu: DriverGpu | TorchGpu) -> dict[str, str]:
+    """Return a GPU as the driver sees it, with who holds its memory, or as torch sees it."""
+    row = {
+        "GPU": str(gpu.index),
+        "Name": gpu.name,
+        "Capability": ".".join(map(str, gpu.capability or "-")),
+        "Memory": format_bytes(gpu.memory_bytes),
+    }
+    if isinstance(gpu, TorchGpu):
+        return {**row, "Free": format_bytes(gpu.memory_free_bytes), "Precision": gpu.precision}
+    used = format_bytes(gpu.memory_used_bytes)
+    return {**row, "In Use": used, "By": ", ".join(gpu.holders) or "-"}
 
 
 def torch_values(torch: Torch) -> dict[str, str]:
@@ -92,27 +99,9 @@ def torch_values(torch: Torch) -> dict[str, str]:
     return {name: value for name, value in values.items() if value}
 
 
-def torch_gpu_rows(torch: Torch) -> list[dict[str, str]]:
-    """Return each GPU as torch sees it."""
-    return [
-        {
-            "GPU": str(gpu.index),
-            "Name": gpu.name,
-            "Capability": _dotted(gpu.capability),
-            "Memory": format_bytes(gpu.memory_bytes),
-            "Free": format_bytes(gpu.memory_free_bytes),
-            "Precision": gpu.precision,
-        }
-        for gpu in torch.gpus
-    ]
-
-
 def timing_row(timing: Timing) -> dict[str, str]:
     """Return the speed of a device."""
-    product = step = "failed" if timing.problem else "-"
-    if timing.product_tflops is not None:
-        share = f" ({timing.product_share:.0%} of its peak)" if timing.product_share else ""
-        product = f"{timing.product_tflops:.3g} TFLOP/s{share}"
+    step = "failed" if timing.problem else "-"
     if timing.step_seconds is not None:
         step = (
             f"{timing.step_seconds * 1000:.0f} ms, {timing.tokens_per_second:,.0f} tokens/s, "
@@ -121,7 +110,6 @@ def timing_row(timing: Timing) -> dict[str, str]:
     return {
         "Device": timing.device,
         "Precision": "float32" if timing.precision == "no" else timing.precision,
-        "Matrix Product": product,
         "Training Step": step,
     }
 
@@ -160,7 +148,3 @@ def _print_rows(title: str, rows: Sequence[dict[str, str]]) -> None:
         shown = [{k: printable(v, VALUE_CHARACTERS) for k, v in row.items()} for row in rows]
         print_table(title, shown)
         print()
-
-
-def _dotted(version: tuple[int, int] | None) -> str:
-    return f"{version[0]}.{version[1]}" if version else "-"

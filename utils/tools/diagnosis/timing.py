@@ -1,9 +1,9 @@
-"""How fast a device is: a product of two matrices, and a training step of a small model.
+"""How fast a device is: a training step of a small model.
 
     Torch -> devices -> Timing
 
 It imports torch, so only the process that is asked about torch imports it. A device that fails has
-the reason in `problem`, and the next one is timed. It takes some 3 s on a CPU, less on a GPU.
+the reason in `problem`, and the next one is timed. It takes some 2 s on a CPU, less on a GPU.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from torch import nn
 from torch.nn import functional
 
 from utils.base.errors import first_line
-from utils.models.mfu import find_peak_flops, flops_per_token
+from utils.models.mfu import flops_per_token
 from utils.tools.diagnosis.facts import Timing, Torch, TorchGpu
 
-CPU_MATMUL_SIZE = 1024
-GPU_MATMUL_SIZE = 4096
 MAX_REPEATS = 20
 REPEAT_SECONDS = 1.5
 # Vocabulary, width, layers, heads, sequence length, micro-batch. The first has the sizes of
@@ -43,34 +41,14 @@ def time_devices(facts: Torch) -> Iterator[Timing]:
 
 
 def time_device(device: str, gpu: TorchGpu | None = None) -> Timing:
-    """Return the speed of a device, or why it has none.
-
-    Args:
-        device: As torch names it.
-        gpu: What torch says of it, None for a CPU or an Apple GPU.
-    """
+    """Return the speed of a device, or why it has none; `gpu` is what torch says of a GPU."""
     precision = gpu.precision if gpu else "no"
     timing = Timing(device, precision)
-    peak = find_peak_flops(gpu.name, precision) if gpu else None
-    what = "matrix product"
     try:
-        rate = _time_product(device, TYPES[precision], GPU_MATMUL_SIZE if gpu else CPU_MATMUL_SIZE)
-        share = rate / peak if peak else None
-        timing = replace(timing, product_tflops=rate / 1e12, product_share=share)
-        what = "training step"
         has_room = gpu is not None and (gpu.memory_free_bytes or 0) >= LARGE_BYTES
         return _time_step(timing, LARGE_SIZES if has_room else SMALL_SIZES)
     except Exception as exc:  # noqa: BLE001 - no code for this GPU, no memory, a broken driver
-        return replace(timing, problem=f"the {what} failed: {first_line(exc)}")
-
-
-def _time_product(device: str, dtype: torch.dtype, size: int) -> float:
-    """Return the FLOPs a second of a square product."""
-    left = torch.ones(size, size, device=device, dtype=dtype)
-    seconds, product = _time_best(device, lambda: left @ left)
-    if product[0, 0].item() != size:
-        raise RuntimeError(f"wrong result: {product[0, 0].item()} in place of {size}")
-    return 2 * size**3 / seconds
+        return replace(timing, problem=f"the training step failed: {first_line(exc)}")
 
 
 def _time_step(timing: Timing, sizes: tuple[int, int, int, int, int, int]) -> Timing:

@@ -62,7 +62,7 @@ class TextPlan:
         sequence_length: Tokens that the model sees at once; None for those of its run.
         stride: As `covering_windows` takes it.
         max_tokens: Only so many, the first; None for all.
-        mask_documents: Whether attention stays within documents; None as in the model's run.
+        mask_documents: Whether attention stays within documents, as in the model's run.
         is_like_training: The samples of the evaluations during training.
         max_samples: Of these only so many, as its run; None for all.
     """
@@ -72,7 +72,7 @@ class TextPlan:
     sequence_length: int | None = None
     stride: int | None = None
     max_tokens: int | None = None
-    mask_documents: bool | None = None
+    mask_documents: bool = False
     is_like_training: bool = False
     max_samples: int | None = None
 
@@ -86,7 +86,6 @@ class EvaluationPlan:
         questions: By task; None for those on the Hub.
         tasks: Names of tasks of lm-evaluation-harness.
         tasks_path: A directory with more of its tasks.
-        num_fewshot: As `run_harness` takes it.
         limit: Questions of each task, None for all.
         batch_size: Samples or continuations in one forward; None for as many as are quick.
     """
@@ -103,9 +102,7 @@ class EvaluationPlan:
 class Evaluator:
     """Measures models, one after the other.
 
-    Args:
-        plan: What.
-        config: The run's configuration: where its cache is, and its data where no model says it.
+    The run's configuration says where the cache is, and the data where no model says it.
     """
 
     def __init__(self, plan: EvaluationPlan, config: TrainingConfig) -> None:
@@ -301,10 +298,7 @@ class Evaluator:
 def complete_plan(plan: TextPlan, source: ModelSource, config: TrainingConfig) -> TextPlan:
     """Return a plan with what it leaves open as in the model's own run.
 
-    Args:
-        plan: What the user said.
-        source: A checkpoint has its run's configuration.
-        config: Says where the data of any other model are.
+    A checkpoint has its run's configuration; `config` says where the data of other models are.
     """
     values: dict[str, Any] = {}
     if source.manifest is not None and source.directory is not None:
@@ -314,14 +308,13 @@ def complete_plan(plan: TextPlan, source: ModelSource, config: TrainingConfig) -
     if isinstance(uri, list) and uri and isinstance(uri[0], dict):
         uri = uri[0].get("uri")  # of a mixture the first source, which has the validation shards
     length, samples = values.get("sequence_length"), values.get("max_eval_samples")
-    is_masked = plan.mask_documents
     return replace(
         plan,
         data_uri=plan.data_uri
         or (uri if isinstance(uri, str) and uri else config.data_sources[0][0]),
         sequence_length=plan.sequence_length
         or (length if isinstance(length, int) and length > 1 else None),
-        mask_documents=values.get("mask_documents") is True if is_masked is None else is_masked,
+        mask_documents=values.get("mask_documents") is True,
         max_samples=samples if isinstance(samples, int) and samples > 0 else None,
     )
 
@@ -348,5 +341,8 @@ def _document_end(loaded: LoadedModel) -> int:
     """
     end = getattr(loaded.model.config, "eos_token_id", None)
     if not isinstance(end, int):
-        raise UsageError("--mask-documents: the model's config has no single end-of-text token.")
+        raise UsageError(
+            "Documents were masked in training, and the model's config has no single end-of-text "
+            "token."
+        )
     return end

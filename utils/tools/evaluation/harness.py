@@ -39,10 +39,7 @@ Result = tuple[str, dict[str, float | None], dict[str, Any]]
 
 
 def require_harness(option: str) -> str:
-    """Return the version of the harness.
-
-    Args:
-        option: What needs it, for people.
+    """Return the version of the harness, which an option needs.
 
     Raises:
         UsageError: It is not installed.

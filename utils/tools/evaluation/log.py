@@ -20,6 +20,7 @@ from utils.base.files import read_regular_file
 from utils.base.text import FOREIGN_ERRORS, number, parse_json, printable, to_json_text
 from utils.checkpoints.layout import Manifest
 from utils.tracking.metrics_log import GREATEST_VALUE, MAX_STEP, append_metrics
+from utils.tracking.plots import Series
 
 MODEL_FILES = ("model", "pytorch_model")
 # Ends the name of a figure's standard error, as in lm-evaluation-harness.
@@ -84,12 +85,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationLog:
-    """What a file says.
-
-    Attributes:
-        evaluations: In the order of the file.
-        problem: Why it cannot be read, or not all of it; None where it can.
-    """
+    """What a file says, in its order; `problem` is why it cannot be read, or not all of it."""
 
     evaluations: tuple[Evaluation, ...] = ()
     problem: str | None = None
@@ -180,29 +176,23 @@ def of_weights(evaluations: Iterable[Evaluation], manifest: Manifest | None) -> 
 
 
 @dataclass(frozen=True)
-class MetricPoints:
+class MetricPoints(Series):
     """A figure over the steps of a run.
 
     Attributes:
         name: Task and figure, with a dot between.
-        steps: Steps of the checkpoints, each once.
-        values: At these steps.
         num_other: Checkpoints that are left out, because another run made them or the question to
             them was another one.
     """
 
-    name: str
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
+    name: str = ""
     num_other: int = 0
 
 
 def metric_points(evaluations: Iterable[Evaluation], name: str) -> MetricPoints:
-    """Return a figure over steps, of the run and the question of its newest evaluation.
+    """Return a figure, such as `hellaswag.acc_norm`, over the steps of a run.
 
-    Args:
-        evaluations: In the order of time.
-        name: Task and figure, such as `hellaswag.acc_norm`.
+    Run and question are those of the newest, the last, of the evaluations.
     """
     found = [
         (evaluation, evaluation.step, evaluation.results[metric])
@@ -211,7 +201,7 @@ def metric_points(evaluations: Iterable[Evaluation], name: str) -> MetricPoints:
         if f"{evaluation.task}.{metric}" == name and evaluation.step is not None
     ]
     if not found:
-        return MetricPoints(name, (), ())
+        return MetricPoints(name=name)
     last = found[-1][0]
     alike, models, others = {}, set(), set()
     for evaluation, step, value in found:
@@ -222,7 +212,8 @@ def metric_points(evaluations: Iterable[Evaluation], name: str) -> MetricPoints:
         else:
             others.add(model)
     steps = tuple(sorted(alike))
-    return MetricPoints(name, steps, tuple(alike[step] for step in steps), len(others - models))
+    values = tuple(alike[step] for step in steps)
+    return MetricPoints(steps, values, name, len(others - models))
 
 
 def metric_names(evaluations: Iterable[Evaluation]) -> list[str]:

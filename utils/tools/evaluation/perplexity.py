@@ -61,7 +61,10 @@ def score_text(
         total += _sum_losses(model, rows, batch, document_end)
         tokens += sum(window.targets for window in batch)
         if size is not None and counter is not None:
-            counts = [_count_bytes(counter, *pair) for pair in zip(rows, batch, strict=True)]
+            counts = []
+            for row, window in zip(rows, batch, strict=True):
+                first = len(row) - window.targets
+                counts.append(counter.count(int(row[first - 1]), row[first:]))
             size = None if None in counts else size + sum(count or 0 for count in counts)
         on_progress(tokens)
     if not tokens:
@@ -104,11 +107,6 @@ def _sum_losses(
     positions = None if document_end is None else document_positions(input_ids, document_end)
     logs = token_scores(model, input_ids, targets.to(device), positions)
     return -float(logs.cpu().double().sum())  # MPS has no float64
-
-
-def _count_bytes(counter: ByteCounter, row: np.ndarray[Any, Any], window: Window) -> int | None:
-    first = len(row) - window.targets
-    return counter.count(int(row[first - 1]), row[first:])
 
 
 def token_scores(

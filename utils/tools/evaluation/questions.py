@@ -24,12 +24,7 @@ TEXTS = ("activity_label", "ctx_a", "ctx_b")
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions of a file.
-
-    Attributes:
-        source: The file, for people.
-        records: The fields that the harness reads, in the order of the file.
-    """
+    """The questions of a file, in its order: the fields that the harness reads."""
 
     source: str
     records: Sequence[Mapping[str, Any]]

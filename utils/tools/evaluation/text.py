@@ -12,7 +12,6 @@ from typing import Any
 
 from utils.base.text import ABSENT, number, printable
 from utils.tools.evaluation.log import ERROR_SUFFIX, NO_RESULTS, Evaluation, MetricPoints
-from utils.tracking.plots import Series
 from utils.tracking.text_plots import draw_chart
 
 _SHOWN_NAMES = {
@@ -112,11 +111,6 @@ def evaluation_lines(evaluations: Iterable[Evaluation]) -> list[str]:
         lines.append(f"  {title(evaluation)}:")
         lines.append(f"    {cells}  {evaluation.time[:19].replace('T', ' ')}".rstrip())
     return lines
-
-
-def series(points: MetricPoints) -> Series:
-    """Return what is drawn of a figure."""
-    return Series(points.steps, points.values)
 
 
 def chart_lines(all_points: Sequence[MetricPoints], encoding: str | None, width: int) -> list[str]:

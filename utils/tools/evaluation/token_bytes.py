@@ -18,11 +18,7 @@ _UNKNOWN = -1
 
 
 class ByteCounter:
-    """Counts the UTF-8 bytes of text that tokens stand for.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-    """
+    """Counts the UTF-8 bytes of text that tokens of a transformers tokenizer stand for."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

@@ -25,7 +25,7 @@ from transformers.utils import CONFIG_NAME
 from configs.model_config import UNPADDED_KEY, known_vocab_size, with_older_keys
 from utils.base.errors import SaveError, UsageError
 from utils.base.progress import OnProgress
-from utils.base.text import format_bytes, printable
+from utils.base.text import format_bytes, printable, reason_of
 from utils.checkpoints.files import sync_files
 from utils.checkpoints.layout import FileEntry, write_json
 from utils.checkpoints.views import read_json_object
@@ -104,7 +104,7 @@ def export_model(
     Args:
         loaded: The model, which is changed; after the check it has no weights any more.
         staged: The directory.
-        options: How.
+        options: How it is written.
         on_progress: Told of bytes written, of a GGUF file.
 
     Raises:
@@ -188,18 +188,15 @@ def compare_folder(
     attention: str,
     tokenizer: Any,
 ) -> int:
-    """Load a folder as anybody would, and compare it with what it was written from.
+    """Load a folder as anybody would; return how many tensors are those it was written from.
 
     Args:
         folder: What `save_pretrained` wrote.
-        checksums: Checksum of every tensor, by name.
-        logits: That `compute_logits` has to give.
+        checksums: Of `checksum_tensors`.
+        logits: Of `compute_logits`, on this device and with this attention.
         device: For the logits.
         attention: For the logits.
-        tokenizer: That has to come out; None for none.
-
-    Returns:
-        Tensors compared.
+        tokenizer: The one that has to come out; None for none.
 
     Raises:
         SaveError: It is another model.
@@ -365,8 +362,6 @@ def _dtype_name(model: Any) -> str:
 
 
 def _reason(exc: BaseException) -> str:
-    text = str(exc)
     if isinstance(exc, OSError):  # NumPy says only how much it could write
-        text = exc.strerror or f"the disk is full or fails ({text})"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return printable(lines[0]) if lines else type(exc).__name__
+        return printable(exc.strerror or f"the disk is full or fails ({exc})")
+    return reason_of(exc)

@@ -48,15 +48,10 @@ def require_gguf() -> None:
 def write_gguf(
     model: Any, tokenizer: Any, name: str, dtype: str, path: Path, on_tensor: Callable[[int], None]
 ) -> None:
-    """Write a model as a GGUF file.
+    """Write a causal language model of transformers, with a tokenizer or None, as a GGUF file.
 
-    Args:
-        model: A causal language model of transformers.
-        tokenizer: Its tokenizer; None for none.
-        name: What the file says the model is called.
-        dtype: Data type of the matrices, one of `TENSOR_TYPES`.
-        path: Where to.
-        on_tensor: Told of the bytes of each tensor that is written.
+    `dtype`, one of `TENSOR_TYPES`, is that of the matrices; `on_tensor` is told of the bytes of
+    each tensor that is written.
 
     Raises:
         UsageError: GGUF has no such model or tokenizer.

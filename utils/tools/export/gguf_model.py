@@ -26,7 +26,6 @@ class Architecture(NamedTuple):
     """A model type that GGUF has.
 
     Attributes:
-        name: In GGUF.
         required: Config values that llama.cpp takes for granted.
         has_own_output: The output matrix is written where it is tied, too.
         rearrange: Gives a tensor the layout of llama.cpp.

@@ -42,12 +42,9 @@ class GgufTokenizer:
     Attributes:
         pre: Name of the pre-tokenizer.
         tokens: Text of each id; byte-level ones spelled in byte letters.
-        types: Type of each id.
         merges: `left right`, in order.
         special: `bos_token_id` and so on, for those that there are.
         add_bos: Texts begin with the first token of `special`.
-        add_eos: Texts end with the end token.
-        chat_template: In Jinja.
     """
 
     pre: str
@@ -61,11 +58,7 @@ class GgufTokenizer:
 
 
 def read_tokenizer(tokenizer: Any, vocab_size: int) -> GgufTokenizer:
-    """Return the fields of a tokenizer.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-        vocab_size: Rows of the embedding: ids without a token become unused ones.
+    """Return the fields of a tokenizer; ids below `vocab_size` without a token are unused ones.
 
     Raises:
         UsageError: GGUF cannot express what it does.
@@ -81,6 +74,7 @@ def read_tokenizer(tokenizer: Any, vocab_size: int) -> GgufTokenizer:
         _require_reachable(model, {token["content"] for token in settings["added_tokens"]})
     tokens, types = _tokens_of(settings, vocab_size)
     add_bos, add_eos = _added_ends(tokenizer)
+    template = getattr(tokenizer, "chat_template", None)
     return GgufTokenizer(
         pre=pre,
         tokens=tokens,
@@ -89,7 +83,7 @@ def read_tokenizer(tokenizer: Any, vocab_size: int) -> GgufTokenizer:
         special=_special_ids(tokenizer, vocab_size),
         add_bos=add_bos,
         add_eos=add_eos,
-        chat_template=_chat_template(tokenizer),
+        chat_template=template if isinstance(template, str) else None,
     )
 
 
@@ -181,11 +175,6 @@ def _added_ends(tokenizer: Any) -> tuple[bool, bool]:
             if added == [*begin * add_bos, *plain, *end * add_eos]:
                 return add_bos, add_eos
     raise _refuse("it puts more around a text than its begin and end tokens")
-
-
-def _chat_template(tokenizer: Any) -> str | None:
-    template = getattr(tokenizer, "chat_template", None)
-    return template if isinstance(template, str) else None
 
 
 def _refuse(reason: str) -> UsageError:

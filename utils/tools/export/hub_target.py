@@ -33,37 +33,27 @@ class HubTarget:
     """A model repository.
 
     Attributes:
-        repository: `OWNER/NAME`.
-        scratch: Where the files are written first.
+        location: What a user calls it, `hub:OWNER/NAME`.
         is_whole: The files are all of a model; others of an earlier one are removed.
         overwrite: Commit to a repository that has files.
         is_private: Whether a repository that is made here is private.
     """
 
-    repository: str
+    location: str
     scratch: Path
     is_whole: bool
     overwrite: bool
     is_private: bool
 
-    @classmethod
-    def parse(
-        cls, output: str, scratch: Path, *, is_whole: bool, overwrite: bool, is_private: bool
-    ) -> HubTarget:
-        """Return the target of `hub:OWNER/NAME`.
-
-        Raises:
-            UsageError: It is no name of a repository.
-        """
-        repository = output.removeprefix(HUB_PREFIX)
-        if not _REPOSITORY.fullmatch(repository):
-            raise UsageError(f"--output {printable(output)}: give hub:OWNER/NAME.")
-        return cls(repository, scratch, is_whole, overwrite, is_private)
+    def __post_init__(self) -> None:
+        """Refuse what is no name of a repository."""
+        if not _REPOSITORY.fullmatch(self.repository):
+            raise UsageError(f"--output {printable(self.location)}: give hub:OWNER/NAME.")
 
     @property
-    def location(self) -> str:
-        """What a user calls it."""
-        return f"{HUB_PREFIX}{self.repository}"
+    def repository(self) -> str:
+        """`OWNER/NAME`."""
+        return self.location.removeprefix(HUB_PREFIX)
 
     def require_free(self) -> None:
         """Refuse a Hub that cannot be reached, no token, or a repository that has files."""

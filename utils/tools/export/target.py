@@ -49,11 +49,7 @@ def open_target(
 ) -> DiskTarget | BucketTarget:
     """Return the folder, file or bucket of an `--output`; one that ends in `.gguf` is a file.
 
-    Args:
-        output: A path or `gs://bucket/prefix`.
-        scratch: Where files are written that go into a bucket.
-        overwrite: Replace an exported model that is there.
-        user_project: Who pays, for requester-pays buckets.
+    What goes into a bucket is written to `scratch` first; `user_project` pays for the bucket.
 
     Raises:
         UsageError: It is none of these.
@@ -73,12 +69,9 @@ def open_target(
 
 @dataclass(frozen=True)
 class DiskTarget:
-    """A folder, or a file, on this machine.
+    """A folder on this machine, or a file: then the staging directory's one file goes there.
 
-    Attributes:
-        path: Where the model goes.
-        is_file: The staging directory's one file goes there, not the directory.
-        overwrite: Replace an exported model that is there.
+    With `overwrite`, an exported model that is there is replaced.
     """
 
     path: Path
@@ -173,9 +166,7 @@ class BucketTarget:
     Attributes:
         bucket: The bucket at the prefix, or at the object's parent.
         location: The URI as it was given.
-        scratch: Where the files are written first.
         name: The object's name; None for a prefix.
-        overwrite: Replace an exported model that is there.
     """
 
     bucket: Bucket

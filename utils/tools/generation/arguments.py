@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import argparse
 
-from configs.training_config import (
-    ATTENTION_IMPLEMENTATIONS,
-    TrainingConfig,
-)
+from configs.training_config import ATTENTION_IMPLEMENTATIONS
 from utils.base.progress import ProgressDisplay
+from utils.start.arguments import add_run_arguments, read_run_config
 from utils.tools.generation.finding import find_model
 from utils.tools.generation.loading import DTYPES, LoadedModel, ModelSource, load_model
-from utils.tools.viewer.shelf import run_config
 
 MODEL_HELP = (
     "a checkpoint's name, step, latest or best; a directory of a checkpoint or of an exported "
@@ -28,26 +25,19 @@ MODEL_HELP = (
 def add_model_arguments(
     parser: argparse.ArgumentParser, *, several: bool = False, loads: bool = True
 ) -> None:
-    """Add the words that say which model, and how it is loaded.
+    """Add the words that say which model (`args.model`, or `args.models` of several).
 
-    Args:
-        parser: Gets `args.model`, or `args.models` where there may be several.
-        several: One or more models.
-        loads: The command computes with the model: device, data type, attention, tokenizer.
+    Where the command computes with it (`loads`), also how it is loaded: device, data type, ...
     """
     add = parser.add_argument
     if several:
-        add("models", metavar="MODEL", nargs="+", help=MODEL_HELP)
+        text = f"{MODEL_HELP}; all: every checkpoint; A-B: those of these steps"
+        add("models", metavar="MODEL", nargs="+", help=text)
     else:
         add("model", metavar="MODEL", help=MODEL_HELP)
-    group = parser.add_argument_group("where the model is")
-    group.add_argument("--config", default="test", help="name or .json file (default: test)")
-    group.add_argument("--output-dir", help="directory of the checkpoints (default: the config's)")
-    group.add_argument("--run-name", help="folder of the run (default: the config's)")
     if loads:
         _add_loading_arguments(parser)
-    add("--json", action="store_true", help="print JSON")
-    add("--debug", action="store_true", help="debug log lines and tracebacks")
+    add_run_arguments(parser)
 
 
 def _add_loading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,21 +60,8 @@ def _add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_configuration(args: argparse.Namespace) -> TrainingConfig:
-    """Return the configuration that says where the run's checkpoints and its bucket are.
-
-    Raises:
-        ConfigError: A file or value is wrong.
-    """
-    return run_config(args.config, args.output_dir, args.run_name)
-
-
 def find_from(args: argparse.Namespace, text: str | None = None) -> ModelSource:
-    """Return where the model of a command line is; what is in a bucket is downloaded.
-
-    Args:
-        args: As `add_model_arguments` made them.
-        text: One of `args.models`; None for `args.model`.
+    """Return where `args.model` is, or `text` of `args.models`; from a bucket it is downloaded.
 
     Raises:
         UsageError: There is no such model.
@@ -93,7 +70,7 @@ def find_from(args: argparse.Namespace, text: str | None = None) -> ModelSource:
     """
     with ProgressDisplay(enabled=not args.json) as display:
         name = args.model if text is None else text
-        return find_model(name, read_configuration(args), display.update)
+        return find_model(name, read_run_config(args), display.update)
 
 
 def load_found(args: argparse.Namespace, source: ModelSource) -> LoadedModel:

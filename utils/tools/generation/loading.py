@@ -28,7 +28,6 @@ from utils.models.tokenizer import begin_like_data, find_tokenizer
 if TYPE_CHECKING:
     import torch
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _TABLE_TITLE = "LOAD REPORT"
 _NOT_OF_THE_MODEL = (OPTIMIZER_PREFIX, RANDOM_STATES_PREFIX)
@@ -38,12 +37,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is.
+    """Where a model is: `location` is what transformers loads, a directory or a name on the Hub.
 
-    Attributes:
-        name: What it is called in tables: a checkpoint's name, a folder's, the Hub's.
-        location: What transformers loads: a directory, or a name on the Hub.
-        manifest: The checkpoint's; None for any other model.
+    A checkpoint has its manifest.
     """
 
     name: str
@@ -119,7 +115,7 @@ def load_model(
 
     Args:
         source: Where it is.
-        device: One of `DEVICES`; auto takes the GPU where there is one.
+        device: auto takes the GPU where there is one; else as torch names it.
         dtype: One of `DTYPES`; auto keeps what the files have.
         attention: `attn_implementation` of transformers.
         tokenizer: Another tokenizer than the one that is there: a directory, a `tokenizer.json`,

@@ -25,9 +25,6 @@ def read_prompts(name: str) -> list[str]:
     JSON lines are objects with a text `prompt`; they are recognized by the file's name or by their
     first line. In any other file each line is a prompt as it is. Empty lines do not count.
 
-    Args:
-        name: A path, of a pipe too, or `-` for standard input.
-
     Raises:
         UsageError: It cannot be read, holds no prompt, or has a line that is none; it is named.
     """
@@ -45,10 +42,7 @@ def read_prompts(name: str) -> list[str]:
 
 
 def read_lines(name: str) -> list[tuple[int, str]]:
-    """Return (number, text) of each line of a file that is not empty.
-
-    Args:
-        name: A path, of a pipe too, or `-` for standard input.
+    """Return (number, text) of each line, if not empty, of a file, a pipe or `-`: standard input.
 
     Raises:
         UsageError: It cannot be read, or a line is no UTF-8; it is named.

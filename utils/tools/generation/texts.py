@@ -39,13 +39,9 @@ OnPiece = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TextJob:
-    """A text to be written.
+    """A text to be written; `ids` are those of the prompt, which is no part of it.
 
-    Attributes:
-        prompt: What it begins with, not part of the text.
-        ids: The prompt as token ids.
-        sampling: How its tokens are chosen.
-        sample: Its number among those of the same prompt, from 0.
+    `sample` is its number among those of the same prompt, from 0.
     """
 
     prompt: str
@@ -100,10 +96,7 @@ class StopFinder:
     """Ends a text before the first of several texts in it.
 
     The text that is complete first counts (of those that end together the longest), so the result
-    is the same whatever pieces the text comes in.
-
-    Args:
-        stops: Texts, none empty.
+    is the same whatever pieces the text comes in. None of the texts is empty.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -162,13 +155,9 @@ class _Pieces(TextStreamer):
 
 
 class TextGenerator:
-    """Writes texts with a loaded model.
+    """Writes texts with a loaded model, `batch_size` together.
 
-    Args:
-        loaded: The model and its tokenizer.
-        stops: Texts that end a text; they are not part of it.
-        ignore_end: Go on after the token that ends a text in the data.
-        batch_size: Texts that grow together.
+    Each of `stops` ends a text and is no part of it; with `ignore_end` the end token does not.
 
     Raises:
         UsageError: There is no tokenizer, or a value is out of its range.
@@ -214,12 +203,10 @@ class TextGenerator:
         return jobs
 
     def write(self, jobs: Sequence[TextJob], on_piece: OnPiece | None = None) -> Iterator[Text]:
-        """Yield the texts of jobs in their order.
+        """Yield the texts of the jobs of `plan` in their order.
 
-        Args:
-            jobs: As `plan` makes them.
-            on_piece: Told each piece of a text as soon as it is there. For texts that come one
-                after the other: the batch size is 1, or there is one job.
+        `on_piece` is told each piece of a text as soon as it is there, for texts that come one
+        after the other: the batch size is 1, or there is one job.
 
         Raises:
             ResourceShortageError: They do not fit into memory.

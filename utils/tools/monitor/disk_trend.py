@@ -37,11 +37,8 @@ class DiskTrend:
     def seconds_left(self, save_interval_seconds: float | None = None) -> float | None:
         """Return the time until the disk is full at the pace so far.
 
-        Args:
-            save_interval_seconds: Time between two checkpoints, None where it is not known.
-
-        Returns:
-            None while the watch is too short, the lows do not fall, or it lasts over a year.
+        None while the watch is too short for some saves, the lows do not fall, or it lasts over a
+        year.
         """
         if not self._lows:
             return None

@@ -23,7 +23,6 @@ from utils.tools.monitor.warnings import (
     judge_bad_steps,
     judge_loss,
     judge_newest,
-    measure_pace,
     stall_seconds,
 )
 from utils.tracking.metrics_log import MetricsLog
@@ -99,7 +98,7 @@ class LogFindings:
 def _stall_seconds(records: Sequence[dict[str, Any]], start: Mapping[str, Any]) -> float:
     pairs = [(record, epoch_seconds(record.get("time"))) for record in records]
     timed = [(record, time) for record, time in pairs if time is not None]
-    return stall_seconds(measure_pace(timed, epoch_seconds(start.get("time"))))
+    return stall_seconds(timed, epoch_seconds(start.get("time")))
 
 
 def _last_record(records: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:

@@ -26,21 +26,15 @@ from utils.base.text import printable
 
 LIMIT_SECONDS = 30.0
 LEAVE_SECONDS = 2.0
-MAX_WAITING = 100
+MAX_COMPLAINTS = 100
 _ERROR_BYTES = 2000
 
 
 @dataclass(frozen=True)
 class RunEvent:
-    """Something that the user is notified of once.
+    """Something that the user is notified of once, in one line; time is in UTC, ISO 8601.
 
-    Attributes:
-        event: stalled, crashed, failed, stopped, finished, not_finite, bad_steps or upload_failed.
-        message: One line.
-        run: Id of the run.
-        step: Newest step, None where there is none.
-        state: What the run is doing.
-        time: UTC, ISO 8601.
+    Events are stalled, crashed, failed, stopped, finished, not_finite, bad_steps, upload_failed.
     """
 
     event: str
@@ -67,17 +61,12 @@ def parse_command(text: str) -> list[str]:
 
 
 class Notifier:
-    """Runs the command for each event, in order.
-
-    Args:
-        words: The command.
-        limit_seconds: A command that takes longer is killed.
-    """
+    """Runs the command for each event, in order; one that takes too long is killed."""
 
     def __init__(self, words: list[str], limit_seconds: float = LIMIT_SECONDS) -> None:
         self._words, self._limit_seconds = words, limit_seconds
-        self._queue: queue.Queue[RunEvent | None] = queue.Queue(MAX_WAITING)
-        self._complaints: deque[str] = deque(maxlen=MAX_WAITING)
+        self._queue: queue.SimpleQueue[RunEvent | None] = queue.SimpleQueue()
+        self._complaints: deque[str] = deque(maxlen=MAX_COMPLAINTS)
         self._process: subprocess.Popen[bytes] | None = None
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="notifier", daemon=True)
@@ -85,13 +74,7 @@ class Notifier:
 
     def tell(self, event: RunEvent) -> None:
         """Have the command run for an event."""
-        try:
-            self._queue.put_nowait(event)
-        except queue.Full:
-            self._complain(f"no notification of {event.event}: {MAX_WAITING} are waiting already")
-
-    def _complain(self, text: str) -> None:
-        self._complaints.append(f"--notify-command: {text}")
+        self._queue.put(event)
 
     def take_complaints(self) -> list[str]:
         """Return what went wrong since the last call, a line each."""
@@ -100,8 +83,7 @@ class Notifier:
     def close(self, seconds: float) -> None:
         """Wait for the waiting events, then kill what is still running."""
         end = time.monotonic() + seconds
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(None)
+        self._queue.put(None)
         self._thread.join(seconds)
         if not self._thread.is_alive():
             return
@@ -119,7 +101,8 @@ class Notifier:
                 complaint = str(exc.strerror or exc)
             if complaint is not None:
                 name = printable(self._words[0], 80)
-                self._complain(f"{name} for {event.event}: {printable(complaint, 200)}")
+                text = f"{name} for {event.event}: {printable(complaint, 200)}"
+                self._complaints.append(f"--notify-command: {text}")
 
     def _run(self, event: RunEvent) -> str | None:
         """Run the command once; return what went wrong."""

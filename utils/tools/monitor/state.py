@@ -62,8 +62,8 @@ def judge_run(
         is_alive: Whether the process of the last attempt lives; None where that cannot be seen.
         silent_seconds: Time since the last record of any kind, None where there is none.
         stall_seconds: Silence after which a run counts as stalled.
-        has_records: Whether there are any metric records.
-        is_evaluating: Whether an evaluation has begun and not yet logged its result.
+        has_records: There are metric records.
+        is_evaluating: An evaluation has begun and not yet logged its result.
     """
     known = (*START_EVENTS, "finishing", "end")
     last = next((event for event in reversed(events) if event["event"] in known), None)

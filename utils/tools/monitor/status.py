@@ -64,16 +64,13 @@ class RunStatus:
         detail: The evidence for that state.
         start: The newest start or resume record, empty where there is none.
         step: Newest step of any record.
-        max_steps: Length of the run.
         eta_seconds: Time to the end of a running run.
         silent_seconds: Time since the newest record.
         stall_seconds: Silence after which it counts as stalled.
-        metrics: The newest figures.
         loss_curve: Training loss, the newest records condensed.
         checkpoints: The newest ones on this machine.
         save_interval_seconds: Time between the two newest.
         uploads: Upload state -> number of checkpoints.
-        machine: Load of this machine.
         disk_seconds_left: Time until the checkpoints' disk is full; None while it is not filling,
             or has not been watched for long enough to tell.
         costs: Machine time and dollars over all attempts of the run.
@@ -104,11 +101,7 @@ class RunStatus:
 class RunWatcher:
     """Looks at one run again and again, reading what is new.
 
-    Args:
-        paths: The run's directories.
-        hourly_price: Dollars an hour for time that the run itself had no price for.
-        clock: Seconds since 1970, as the records have them.
-        monotonic: Seconds that never go back.
+    `hourly_price` is dollars an hour for time that the run itself had no price for.
     """
 
     def __init__(

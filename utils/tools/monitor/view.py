@@ -40,13 +40,7 @@ SEVERE_WARNINGS = ("stalled", "crashed", "failed", "not_finite", "upload_failed"
 
 @dataclass(frozen=True)
 class ViewRow:
-    """One row of the view.
-
-    Attributes:
-        text: What it says.
-        style: A style of `rich`, or an empty string.
-        importance: 0 stays longest when there is no room.
-    """
+    """One row of the view, in a style of `rich`; importance 0 stays longest when room lacks."""
 
     text: str
     style: str = ""
@@ -58,11 +52,6 @@ def fit_rows(rows: Sequence[ViewRow], height: int) -> list[ViewRow]:
     kept = list(enumerate(rows))
     kept.sort(key=lambda item: (item[1].importance, item[0]))
     return [rows[index] for index in sorted(index for index, _ in kept[:height])]
-
-
-def show_seconds(seconds: float | None) -> str:
-    """Return a duration, `-` for None."""
-    return ABSENT if seconds is None else format_duration(seconds)
 
 
 def show_milliseconds(status: RunStatus) -> str:
@@ -106,7 +95,7 @@ def one_line(status: RunStatus) -> str:
         f"{show_milliseconds(status)} ms/step",
         *([] if metrics.mfu is None else [f"MFU {format_figure(metrics.mfu, '.1%')}"]),
         f"data wait {format_figure(metrics.data_wait_share, '.1%')}",
-        f"ETA {show_seconds(status.eta_seconds)}",
+        f"ETA {format_duration(status.eta_seconds)}",
         f"uploads: {show_uploads(status)}",
         *worries,
     ]
@@ -121,14 +110,9 @@ def build_rows(
     notes: Sequence[str] = (),
     hint: str = "",
 ) -> list[ViewRow]:
-    """Return a look as rows.
+    """Return a look as rows, for an output of this encoding and width.
 
-    Args:
-        status: The look.
-        encoding: Encoding of the output.
-        width: Columns of the output.
-        notes: What went wrong with the monitor itself.
-        hint: Shown beside the title.
+    `notes` is what went wrong with the monitor itself, `hint` stands beside the title.
     """
     blank, now = ViewRow("", importance=8), datetime.now().astimezone()
     return [
@@ -156,7 +140,7 @@ def _run_rows(status: RunStatus, encoding: str | None) -> list[ViewRow]:
     mfu = "" if metrics.mfu is None else f"MFU: {format_figure(metrics.mfu, '.1%')}  "
     rows += [
         ViewRow(_describe_attempt(status), importance=4),
-        ViewRow(f"Step: {progress}  ETA: {show_seconds(status.eta_seconds)}", importance=0),
+        ViewRow(f"Step: {progress}  ETA: {format_duration(status.eta_seconds)}", importance=0),
         ViewRow(
             f"Loss: {format_figure(metrics.loss, '.6f')}  "
             f"Perplexity: {format_figure(metrics.perplexity, ',.2f')}  "

@@ -3,7 +3,8 @@
     records, events, journal, disk -> warnings, each with what to do -> monitor
 
 Every threshold is a constant here. A loss is judged by medians of windows, never by two points; a
-run has stalled when the next record is long overdue by the run's own pace. No torch here.
+run has stalled when the next record is long overdue by the run's own pace. Whatever is not known is
+None. No torch here.
 """
 
 from __future__ import annotations
@@ -40,13 +41,9 @@ DAY_SECONDS = 86400.0
 
 @dataclass(frozen=True)
 class RunWarning:
-    """Something that needs attention.
+    """Something that needs attention, and what to do.
 
-    Attributes:
-        kind: One word that names the warning.
-        message: What is wrong.
-        advice: What to do.
-        subject: The checkpoint or step that it is about, where a kind can have several.
+    `subject` is the checkpoint or step that it is about, where a kind can have several warnings.
     """
 
     kind: str
@@ -55,28 +52,12 @@ class RunWarning:
     subject: str = ""
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How fast records come in the present attempt.
-
-    Attributes:
-        usual_seconds: Median time between two records of the training loss; estimated from the
-            time of a step where there are too few; None where nothing is known.
-        longest_seconds: Longest time without any record so far.
-        has_begun: Whether this attempt has logged anything.
-        has_evaluated: Whether it has logged an evaluation.
-    """
-
-    usual_seconds: float | None = None
-    longest_seconds: float = 0.0
-    has_begun: bool = False
-    has_evaluated: bool = False
-
-
-def measure_pace(
+def stall_seconds(
     timed: Sequence[tuple[Mapping[str, Any], float]], start_time: float | None
-) -> Pace:
-    """Return the pace of an attempt.
+) -> float:
+    """Return after how long without a record an attempt has stalled, by its own pace.
+
+    Where it has too few records to know the usual gap, earlier ones or the time of a step tell it.
 
     Args:
         timed: (metric record, seconds at which it was written), oldest first.
@@ -89,12 +70,12 @@ def measure_pace(
     moments = [time for _, time in own]
     if own and start_time is not None:
         moments = [start_time, *moments]
-    return Pace(
-        usual_seconds=usual,
-        longest_seconds=max(_gaps(moments), default=0.0),
-        has_begun=bool(own),
-        has_evaluated=any("validation_loss" in record for record, _ in own),
-    )
+    longest = max(_gaps(moments), default=0.0)  # without any record so far
+    seconds = max(STALL_MIN_SECONDS, STALL_GAPS * (usual or 0.0), STALL_LONGEST_GAPS * longest)
+    if not own or usual is None:
+        return max(seconds, FIRST_RECORD_SECONDS)
+    has_evaluated = any("validation_loss" in record for record, _ in own)
+    return seconds if has_evaluated else max(seconds, FIRST_EVALUATION_SECONDS)
 
 
 def _gaps(values: Sequence[float]) -> list[float]:
@@ -112,28 +93,10 @@ def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def stall_seconds(pace: Pace) -> float:
-    """Return after how long without a record a run has stalled."""
-    seconds = max(
-        STALL_MIN_SECONDS,
-        STALL_GAPS * (pace.usual_seconds or 0.0),
-        STALL_LONGEST_GAPS * pace.longest_seconds,
-    )
-    if not pace.has_begun or pace.usual_seconds is None:
-        return max(seconds, FIRST_RECORD_SECONDS)
-    return seconds if pace.has_evaluated else max(seconds, FIRST_EVALUATION_SECONDS)
-
-
 def judge_state(
     state: str, silent_seconds: float | None, stall_seconds: float
 ) -> RunWarning | None:
-    """Warn of a run that has stopped or hangs although nobody asked it to stop.
-
-    Args:
-        state: A value of RunState.
-        silent_seconds: Time since the last record, None where there is none.
-        stall_seconds: What the function `stall_seconds` returned.
-    """
+    """Warn of a run, by the value of its RunState, that stopped or hangs unasked."""
     silence = "no record yet"
     if silent_seconds is not None:
         silence = f"no record for {format_duration(silent_seconds)}"
@@ -158,10 +121,7 @@ def judge_loss(losses: Sequence[float]) -> RunWarning | None:
     """Warn of a loss that has risen and is not falling again.
 
     The median of the newest window must exceed the lowest median before it by more than the noise
-    of that window, and be no lower than the median just before.
-
-    Args:
-        losses: Finite training losses, oldest first.
+    of that window, and be no lower than the median just before. Losses are finite, oldest first.
     """
     size = LOSS_WINDOW_RECORDS
     windows = [losses[end - size : end] for end in range(len(losses), size - 1, -size)]
@@ -183,12 +143,7 @@ def judge_loss(losses: Sequence[float]) -> RunWarning | None:
 
 
 def judge_newest(record: Mapping[str, Any], loss: float | None) -> list[RunWarning]:
-    """Warn of what the newest record says.
-
-    Args:
-        record: The newest record, empty where there is none.
-        loss: Its loss as it was logged, None where it is not a number.
-    """
+    """Warn of what the newest record says; `loss` is its loss, NaN too."""
     if "loss" not in record:
         return []
     found = []
@@ -251,7 +206,7 @@ def judge_uploads(
     Args:
         failures: The last failure of each checkpoint that has not been verified since.
         waiting_seconds: How long each checkpoint that is not verified has waited.
-        save_interval_seconds: Time between two checkpoints, None where it is not known.
+        save_interval_seconds: Time between two checkpoints.
     """
     found = []
     for name, entry in failures.items():
@@ -295,11 +250,8 @@ def judge_disk(
 ) -> list[RunWarning]:
     """Warn of a disk that is nearly full, or will be before the run ends.
 
-    Args:
-        free_bytes: Free bytes on the disk of the checkpoints, None where it cannot be read.
-        seconds_left: Time until it is full at the pace so far, None where it is not filling.
-        checkpoint_bytes: Size of the newest checkpoint, None where it is not known.
-        eta_seconds: Time to the end of the run, None where it is not known.
+    `seconds_left` is the time until it is full at the pace so far, `eta_seconds` that to the end of
+    the run, `checkpoint_bytes` the size of the newest checkpoint.
     """
     found = []
     advice = "free some space, lower keep_checkpoints, or let uploads catch up"

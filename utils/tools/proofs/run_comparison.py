@@ -29,13 +29,7 @@ STRAIGHT, INTERRUPTED = "straight", "interrupted"  # what the two runs are calle
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared, and every place where the two differ.
-
-    Attributes:
-        what: The name of the thing.
-        extent: How much of it there was.
-        differences: Where they differ; empty: bit by bit the same.
-    """
+    """What was compared, how much of it there was, and every place where the two differ."""
 
     what: str
     extent: str
@@ -61,14 +55,7 @@ def compare_values(
     other: Mapping[int, set[str]],
     steps: Sequence[int] | None,
 ) -> Comparison:
-    """Compare one value a step.
-
-    Args:
-        what: Its name.
-        straight: Values of the straight run.
-        other: Values of the other run.
-        steps: Steps that both must have; None: those that both happen to have.
-    """
+    """Compare one value a step; both must have `steps`, None: those that both happen to have."""
     wanted = sorted(straight.keys() & other.keys()) if steps is None else steps
     differences = []
     for step in wanted:

@@ -58,10 +58,8 @@ class Launcher(Protocol):
 class CommandLauncher:
     """Starts train.py as a user does, each time in a session of its own.
 
-    Args:
-        processes: Ranks; more than one are launched through torch.distributed.run.
-        prefix: Words before the Python interpreter, such as those of strace.
-        environment: Variables besides those of this process.
+    Several ranks are launched through torch.distributed.run. `prefix` is words before the Python
+    interpreter, such as those of strace.
     """
 
     def __init__(
@@ -159,9 +157,7 @@ def read_records(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int
 class StepWatch:
     """Follows what one attempt adds to metrics.jsonl.
 
-    Attributes:
-        begin: Steps done before it, None while it has not said so.
-        last: The last step that it logged, None while there is none.
+    `begin` is the steps done before it, `last` the last step that it logged; None while unknown.
     """
 
     def __init__(self, metrics: Path) -> None:

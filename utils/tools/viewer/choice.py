@@ -112,14 +112,9 @@ def choose_rows(
     sort_key: str = "step",
     is_reversed: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return the newest of the rows that fulfil all conditions, sorted.
+    """Return the `last` newest of the rows, which are by step, that fulfil all conditions.
 
-    Args:
-        rows: By step.
-        conditions: All of them must hold.
-        last: How many of the newest; None for all.
-        sort_key: One of `SORT_KEYS`.
-        is_reversed: The greatest first.
+    They are sorted by one of `SORT_KEYS`, the greatest first where `is_reversed`.
     """
     chosen = [row for row in rows if all(holds(row) for holds in conditions)]
     if last is not None:

@@ -25,20 +25,20 @@ from utils.tracking.plots import Curves, curves_from_history, curves_from_metada
 
 
 def summarize_all(
-    views: Sequence[CheckpointView], now: datetime, every: Sequence[CheckpointView] | None
+    views: Sequence[CheckpointView],
+    now: datetime,
+    every: Sequence[CheckpointView] | None,
+    hourly_price: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return what is shown of each checkpoint, ready for JSON.
+    """Return what is shown of each checkpoint, ready for JSON; ages count to `now`.
 
-    Args:
-        views: The checkpoints.
-        now: The time that ages count to.
-        every: All checkpoints there, by step. Without them (None), which one is the latest or the
-            best is not known.
+    `every` is all checkpoints there, by step. Without them (None), which one is the latest or the
+    best is not known.
     """
     marked = {"is_latest": find_latest_view(every or ()), "is_best": find_best(every or ())}
     rows = []
     for view in views:
-        row = summarize(view)
+        row = summarize(view, hourly_price)
         written = parse_time(row["timestamp"])
         row["age_seconds"] = (now - written).total_seconds() if written else None
         for key, chosen in marked.items():
@@ -48,8 +48,9 @@ def summarize_all(
     return rows
 
 
-def summarize(view: CheckpointView) -> dict[str, Any]:
+def summarize(view: CheckpointView, hourly_price: float | None = None) -> dict[str, Any]:
     """Return the figures of one checkpoint; None where one is not known."""
+    costs = measure_costs(view, hourly_price)
     metadata = view.metadata
     progress, system = section(metadata, "training_progress"), section(metadata, "system_info")
     validation = section(metadata, "validation_metrics")
@@ -69,11 +70,14 @@ def summarize(view: CheckpointView) -> dict[str, Any]:
         "samples_seen": number(progress.get("samples_seen")),
         "tokens_seen": number(progress.get("tokens_seen")),
         "tokens_per_second": number(progress.get("tokens_per_second")),
+        "mfu": number(progress.get("mfu")),
+        "device": system.get("device"),
         "num_parameters": number(system.get("num_parameters")),
-        "costs": costs_as_json(measure_costs(view)),
+        "costs": None if costs is None else asdict(costs),
         "run_id": view.manifest.run_id if view.manifest else metadata.get("run_id"),
         "git_commit": metadata.get("git_commit"),
-        "size_bytes": _byte_count(view.total_bytes),
+        # Sizes in a foreign file may be too large to compute with.
+        "size_bytes": None if number(view.total_bytes) is None else view.total_bytes,
         "archive_bytes": view.archive_bytes,
         "path": str(view.path) if view.path else None,
         "upload": summarize_upload(view),
@@ -89,11 +93,6 @@ def summarize_upload(view: CheckpointView) -> dict[str, Any] | None:
     if view.archive_bytes is not None:
         return {"state": "in bucket", "time": None, "details": {}}
     return None
-
-
-def _byte_count(value: int | None) -> int | None:
-    """Return a size from a foreign file, None where it is too large to compute with."""
-    return None if number(value) is None else value
 
 
 def loss_statistics(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,22 +142,10 @@ def check_files(view: CheckpointView) -> tuple[list[dict[str, Any]], list[str]]:
     return files, problems
 
 
-def measure_throughput(view: CheckpointView) -> dict[str, Any]:
-    """Return how fast the run was at the save, and its MFU where it knew its device's peak."""
-    progress = section(view.metadata, "training_progress")
-    return {
-        "tokens_per_second": number(progress.get("tokens_per_second")),
-        "mfu": number(progress.get("mfu")),
-        "device": section(view.metadata, "system_info").get("device"),
-    }
-
-
 def measure_costs(view: CheckpointView, hourly_price: float | None = None) -> Costs | None:
     """Return what the run had cost at the save, None where that was not recorded.
 
-    Args:
-        view: The checkpoint.
-        hourly_price: Dollars an hour for time that the run itself had no price for.
+    `hourly_price` is dollars an hour for time that the run itself had no price for.
     """
     progress = section(view.metadata, "training_progress")
     keys = ("tokens_seen", "tokens_per_second", "completed_steps", "max_steps")
@@ -173,46 +160,9 @@ def measure_costs(view: CheckpointView, hourly_price: float | None = None) -> Co
     )
 
 
-def costs_as_json(costs: Costs | None) -> dict[str, Any] | None:
-    """Return costs as plain values."""
-    return None if costs is None else asdict(costs)
-
-
 def measure_storage(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the bytes that the archives of a bucket take: of all its rows together."""
     return {"archive_bytes": math.fsum(number(row["archive_bytes"]) or 0.0 for row in rows)}
-
-
-def measure_between(older: CheckpointView, newer: CheckpointView) -> dict[str, Any]:
-    """Return what the run did between two checkpoints; None where it is not known.
-
-    `tokens_per_second` is over the time between the two saves, pauses and restarts included.
-    """
-    runs = [view.manifest.run_id if view.manifest else None for view in (older, newer)]
-    is_one_run = None not in runs and runs[0] == runs[1]
-    is_one_epoch = older.name.epoch == newer.name.epoch
-    before, after = summarize(older), summarize(newer)
-    written = parse_time(before["timestamp"]), parse_time(after["timestamp"])
-    seconds = (written[1] - written[0]).total_seconds() if written[0] and written[1] else None
-    tokens = _difference(before["tokens_seen"], after["tokens_seen"])
-    figures = {
-        "steps": newer.name.step - older.name.step,
-        "samples": _difference(before["samples_seen"], after["samples_seen"]),
-        "tokens": tokens,
-        "shards": newer.name.files - older.name.files if is_one_epoch else None,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds if tokens is not None and seconds else None,
-    }
-    return {
-        "from": str(older.name),
-        "to": str(newer.name),
-        "problem": None if is_one_run else "they are of different runs, or of unknown ones",
-        **(figures if is_one_run else dict.fromkeys(figures)),
-    }
-
-
-def _difference(older: float | None, newer: float | None) -> float | None:
-    return None if older is None or newer is None else newer - older
 
 
 def config_differences(

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from configs.training_config import TrainingConfig, get_training_config
+from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import printable
 from utils.base.uri import join_uri, require_path
@@ -100,19 +100,20 @@ class Shelf:
             raise UsageError(f"{printable(text)} has just been deleted; list shows the others.")
         return found[0]
 
-    def rows(self, views: Sequence[CheckpointView]) -> list[dict[str, Any]]:
-        """Return the figures of checkpoints, their states in the bucket, and why they are kept."""
-        rows = summarize_all(views, datetime.now(UTC), self._all_known())
+    def rows(
+        self, views: Sequence[CheckpointView], hourly_price: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the figures of checkpoints, their states in the bucket, and why they are kept.
+
+        `hourly_price` is dollars an hour for time that the run itself had no price for.
+        """
+        rows = summarize_all(views, datetime.now(UTC), self._all_known(), hourly_price)
         self._add_states(views, rows)
         return rows
 
 
 class LocalShelf(Shelf):
-    """The checkpoints of an output directory.
-
-    Args:
-        directory: The output directory.
-        config: The run's configuration: its bucket, and which checkpoints it keeps.
+    """The checkpoints of an output directory; `config` says which of them the run keeps.
 
     Raises:
         CheckpointError: The directory cannot be read.
@@ -168,11 +169,7 @@ class LocalShelf(Shelf):
 
 
 class RemoteShelf(Shelf):
-    """The checkpoints in a bucket, by the sidecars beside their archives.
-
-    Args:
-        where: The bucket's URI as the user wrote it.
-        bucket: The open bucket.
+    """The checkpoints in an open bucket, by the sidecars beside their archives.
 
     Raises:
         StorageError: It cannot be listed.
@@ -204,26 +201,13 @@ class RemoteShelf(Shelf):
             row["kept"] = ""
 
 
-def run_config(name: str, output_dir: str | None, run_name: str | None) -> TrainingConfig:
-    """Return a configuration by name or file, with another output_dir or run_name where given.
-
-    Raises:
-        ConfigError: A file or value is wrong.
-    """
-    given = {"output_dir": output_dir, "run_name": run_name}
-    return get_training_config(name, {k: v for k, v in given.items() if v is not None})
-
-
 @contextlib.contextmanager
 def open_shelf(
     config: TrainingConfig, *, is_remote: bool = False, place: str | None = None
 ) -> Iterator[Shelf]:
-    """Open the checkpoints of a run.
+    """Open the checkpoints of a run on this machine, or in its bucket.
 
-    Args:
-        config: The run's configuration.
-        is_remote: Open those in the bucket instead of those on this machine.
-        place: A directory or bucket to use instead of the configuration's.
+    `place` is a directory or bucket to use instead of the configuration's.
 
     Raises:
         UsageError: The configuration names no bucket.

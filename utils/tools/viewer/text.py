@@ -45,11 +45,6 @@ show_count = partial(format_figure, form=",.0f")
 show_share = partial(format_figure, form=".1%")
 
 
-def show_duration(value: float | None) -> str:
-    """Return a duration."""
-    return ABSENT if value is None else format_duration(value)
-
-
 def show_size(value: object) -> str:
     """Return a size in binary units."""
     return format_bytes(number(value))
@@ -217,7 +212,7 @@ def training_lines(metadata: Mapping[str, Any], encoding: str | None) -> list[st
     ]
 
 
-def progress_lines(metadata: Mapping[str, Any], throughput: Mapping[str, Any]) -> list[str]:
+def progress_lines(metadata: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     """Return the progress of the run and its speed."""
     progress = section(metadata, "training_progress")
     labels = {
@@ -228,9 +223,9 @@ def progress_lines(metadata: Mapping[str, Any], throughput: Mapping[str, Any]) -
     }
     return [
         *(f"{label}: {show_count(number(progress.get(key)))}" for key, label in labels.items()),
-        f"Tokens/s: {show_count(throughput['tokens_per_second'])}",
-        f"MFU: {show_share(throughput['mfu'])}"
-        + ("" if throughput["mfu"] is not None else " (the device's peak speed is not known)"),
+        f"Tokens/s: {show_count(row['tokens_per_second'])}",
+        f"MFU: {show_share(row['mfu'])}"
+        + ("" if row["mfu"] is not None else " (the device's peak speed is not known)"),
     ]
 
 
@@ -300,26 +295,18 @@ COMPARED: tuple[tuple[str, str, Formatter], ...] = (
     ("Tokens Seen", "tokens_seen", show_count),
     ("Tokens/s", "tokens_per_second", show_count),
     ("MFU", "mfu", show_share),
-    ("Machine Time", "machine_seconds", show_duration),
+    ("Machine Time", "machine_seconds", format_duration),
     ("Cost", "dollars", format_dollars),
     ("Parameters", "num_parameters", show_count),
     ("Size", "size_bytes", show_size),
     ("Run ID", "run_id", show_text),
     ("Git Commit", "git_commit", lambda commit: show_text(commit)[:12]),
 )
-BETWEEN: tuple[tuple[str, str, Formatter], ...] = (
-    ("Steps", "steps", show_count),
-    ("Samples", "samples", show_count),
-    ("Tokens", "tokens", show_count),
-    ("Shards", "shards", show_count),
-    ("Time", "seconds", show_duration),
-    ("Tokens/s, pauses too", "tokens_per_second", show_count),
-)
 
 
 def compare_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return the table of `compare`: a line for each figure, its change from first to last."""
-    table = [["", *_indices(rows), "change"]]
+    table = [["", *(f"[{index}]" for index in range(1, len(rows) + 1)), "change"]]
     for label, key, show in COMPARED:
         values = [row[key] for row in rows]
         change = ABSENT
@@ -328,23 +315,6 @@ def compare_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             change = ("+" if last > first else "") + show(last - first)
         table.append([label, *(show(value) for value in values), change])
     return [*table, ["Upload", *(row["state"] for row in rows), ABSENT]]
-
-
-def _indices(rows: Sequence[object]) -> list[str]:
-    return [f"[{index}]" for index in range(1, len(rows) + 1)]
-
-
-def between_lines(between: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what the run did from each checkpoint to the next."""
-    heads = [f"[{index}] to [{index + 1}]" for index in range(1, len(between) + 1)]
-    table = [["", *heads]]
-    table += [[label, *(show(pair[key]) for pair in between)] for label, key, show in BETWEEN]
-    problems = [
-        f"  {head}: {pair['problem']}"
-        for head, pair in zip(heads, between, strict=True)
-        if pair["problem"]
-    ]
-    return [*table_lines(table), *problems]
 
 
 def drift_lines(pair: Mapping[str, Any]) -> list[str]:

@@ -120,7 +120,6 @@ CASES: dict[str, tuple[Facts, list[str]]] = {
         Facts(Host(shm_bytes=2**26), torch=replace(WORKING, gpus=[H200, H200])),
         ["problem: /dev/shm has 64.0 MiB: NCCL between several GPUs can fail", "remount"],
     ),
-    "few files": (Facts(Host(max_open_files=256), torch=CPU), ["may open 256 files", "ulimit"]),
     "one thread": (
         with_variable("OMP_NUM_THREADS", "1", replace(CPU, num_threads=1)),
         ["problem: OMP_NUM_THREADS=1: torch uses 1 of 16 CPU threads"],
@@ -140,7 +139,7 @@ def test_what_is_wrong_is_said_with_what_to_do(facts: Facts, expected: list[str]
 
 
 def test_working_gpu_has_no_problem() -> None:
-    host = replace(HOST, shm_bytes=8 * GIB, max_open_files=1024, environment={"A": "1"})
+    host = replace(HOST, shm_bytes=8 * GIB, environment={"A": "1"})
     found = find_causes(Facts(host, DRIVER, replace(WORKING, num_threads=8)))
     assert found == [Diagnosis("ok", "torch can use 1 GPU(s) with CUDA 13.0.")]
 

@@ -73,6 +73,6 @@ def test_a_table_for_each_question() -> None:
 
 
 def test_a_chart_for_each_figure() -> None:
-    lines = chart_lines([MetricPoints("a.acc", (1, 2), (0.1, 0.9))], "ascii", 60)
+    lines = chart_lines([MetricPoints((1, 2), (0.1, 0.9), "a.acc")], "ascii", 60)
     assert lines[1] == "a.acc over step"
     assert "0.9" in lines[2]

@@ -115,7 +115,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 def make_target(tmp_path: Path, **changes: Any) -> HubTarget:
     options = {"is_whole": True, "overwrite": False, "is_private": False, **changes}
-    return HubTarget.parse("hub:me/small", tmp_path / "scratch", **options)
+    return HubTarget("hub:me/small", tmp_path / "scratch", **options)
 
 
 def publish(target: HubTarget, **files: str) -> None:
@@ -188,4 +188,4 @@ def test_no_token_no_right_and_no_network_are_one_message(
 @pytest.mark.parametrize("name", ["hub:", "hub:me", "hub:me/small/x", "hub:../x", "hub:me/sm all"])
 def test_a_name_that_is_no_repository_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="give hub:OWNER/NAME"):
-        HubTarget.parse(name, tmp_path, is_whole=True, overwrite=False, is_private=False)
+        HubTarget(name, tmp_path, is_whole=True, overwrite=False, is_private=False)

@@ -14,7 +14,6 @@ from utils.tools.monitor.warnings import (
     FIRST_EVALUATION_SECONDS,
     FIRST_RECORD_SECONDS,
     STALL_MIN_SECONDS,
-    Pace,
     has_failed,
     judge_bad_steps,
     judge_disk,
@@ -22,7 +21,6 @@ from utils.tools.monitor.warnings import (
     judge_newest,
     judge_state,
     judge_uploads,
-    measure_pace,
     stall_seconds,
 )
 
@@ -103,29 +101,30 @@ def records_every(seconds: float, count: int, begin: float = 1000.0) -> Timed:
     ]
 
 
+def evaluated(timed: Timed, seconds: float) -> Timed:
+    return [*timed, ({"step": 200, "validation_loss": 1.0}, timed[-1][1] + seconds)]
+
+
 def test_a_stall_is_measured_by_the_pace_of_the_run_itself() -> None:
     timed = records_every(30, 20)
-    timed.append(({"step": 200, "validation_loss": 1.0}, timed[-1][1] + 200))
-    pace = measure_pace(timed, 990.0)
-    assert pace == Pace(30.0, 200.0, has_begun=True, has_evaluated=True)
-    assert stall_seconds(pace) == 400.0  # twice the longest gap, which the evaluation made
-    assert stall_seconds(Pace(300.0, 310.0, True, True)) == 1500.0  # five usual ones
-    assert stall_seconds(Pace(0.1, 0.2, True, True)) == STALL_MIN_SECONDS
-    assert stall_seconds(Pace(0.1, 0.2, True, False)) == FIRST_EVALUATION_SECONDS
+    # Twice the longest gap, which the evaluation made.
+    assert stall_seconds(evaluated(timed, 200), 990.0) == 400.0
+    usual = evaluated(records_every(300, 20), 310)
+    assert stall_seconds(usual, 990.0) == 1500.0  # five usual ones
+    assert stall_seconds(evaluated(records_every(0.1, 20, 990.1), 0.2), 990.0) == STALL_MIN_SECONDS
+    assert stall_seconds(records_every(0.1, 20, 990.1), 990.0) == FIRST_EVALUATION_SECONDS
 
 
 def test_an_attempt_that_has_logged_nothing_yet_is_given_time() -> None:
-    assert stall_seconds(measure_pace([], 1000.0)) == FIRST_RECORD_SECONDS
+    assert stall_seconds([], 1000.0) == FIRST_RECORD_SECONDS
     timed = records_every(30, 20)
-    resumed = measure_pace(timed, 10_000.0)
-    assert resumed == Pace(30.0)
-    assert stall_seconds(resumed) == FIRST_RECORD_SECONDS
-    one = measure_pace([*timed, ({"step": 200, "loss": 1.0}, 10_100.0)], 10_000.0)
-    assert one.longest_seconds == 100.0  # from the start to its first record
-    assert one.has_begun
+    assert stall_seconds(timed, 10_000.0) == FIRST_RECORD_SECONDS
+    # From the start to its first record is a gap, too.
+    one = [*timed, ({"step": 200, "loss": 1.0, "step_seconds": 3.0}, 10_800.0)]
+    assert stall_seconds(one, 10_000.0) == 1600.0
     # Gaps between two attempts do not count.
-    both = measure_pace([*timed, *records_every(30, 20, 101_000.0)], 101_000.0)
-    assert both.longest_seconds == 30.0
+    both = [*timed, *evaluated(records_every(30, 20, 101_000.0), 30)]
+    assert stall_seconds(both, 101_000.0) == 150.0
 
 
 @pytest.mark.parametrize(
