@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tests.gcs_server import ApiError, FakeGcsServer, Fault
 from utils.checkpoints.layout import archive_object, parse_checkpoint_name
@@ -101,31 +101,6 @@ def draw_trouble(kind: str, source: random.Random, seconds: float, stall_seconds
     return Trouble(kind, seconds=lasting, fault=fault)
 
 
-class Stage(Protocol):
-    """A bucket that can be disturbed."""
-
-    uri: str
-    environment: dict[str, str]
-
-    def objects(self) -> dict[str, Path]:
-        """Return what is there: object name -> file with its bytes."""
-
-    def disturb(self, troubles: list[Trouble]) -> None:
-        """Set the troubles of the next run."""
-
-    def tick(self, seconds: float) -> None:
-        """Do what is due so many seconds after the launch."""
-
-    def calm(self) -> Counter[str]:
-        """End all troubles; return how often each has been met."""
-
-    def count_events(self, operation: str) -> int:
-        """Return how many requests of an operation there were since `disturb`."""
-
-    def phase(self) -> str:
-        """Say what is going on in the bucket."""
-
-
 class DirectoryStage:
     """A directory, which can only be there or not."""
 
@@ -138,15 +113,18 @@ class DirectoryStage:
         self._num_before = 0
 
     def objects(self) -> dict[str, Path]:
+        """Return what is there: object name -> file with its bytes."""
         files = (path for path in self._root.rglob("*") if path.is_file())
         return {path.relative_to(self._root).as_posix(): path for path in files}
 
     def disturb(self, troubles: list[Trouble]) -> None:
+        """Set the troubles of the next run."""
         self._troubles = [trouble for trouble in troubles if trouble.kind == "down"]
         self._seen |= self.objects().keys()
         self._num_before = len(self._seen)
 
     def tick(self, seconds: float) -> None:
+        """Do what is due so many seconds after the launch."""
         for trouble in self._troubles:
             if not trouble.has_begun and seconds >= trouble.at and self._root.is_dir():
                 trouble.has_begun, trouble.over_at = True, seconds + trouble.seconds
@@ -157,6 +135,7 @@ class DirectoryStage:
                 self._bring_back()
 
     def calm(self) -> Counter[str]:
+        """End all troubles; return how often each has been met."""
         self._bring_back()
         return Counter(trouble.kind for trouble in self._troubles if trouble.has_begun)
 
@@ -264,3 +243,7 @@ class ServerStage:
             name = part.removesuffix(".tar.gz")
             if parse_checkpoint_name(name) is not None:
                 self._server.put_object(BUCKET, f"{self._prefix}/{archive_object(name)}", b"other")
+
+
+Stage = DirectoryStage | ServerStage
+"""A bucket that can be disturbed."""

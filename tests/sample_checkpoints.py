@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoints.layout import FileEntry, Manifest, archive_object, sidecar_object
-from utils.storage.bucket import crc32c_of_bytes, crc32c_of_file
+from utils.storage.bucket import Bucket, crc32c_of_bytes, crc32c_of_file
 from utils.storage.directory import DirectoryBucket
 
 RUN_ID = "20260101-0a1b2c3d"
@@ -113,13 +113,20 @@ def seal(path: Path, step: int) -> Manifest:
     return manifest
 
 
-def put_remote(root: Path, checkpoint: Path) -> None:
-    """Put an archive and its sidecar into a directory bucket."""
-    bucket, archive = DirectoryBucket(root), b"archive"
+def publish(
+    bucket: Bucket, checkpoint: Path, archive: bytes = b"archive", suffix: str = ".tar.gz"
+) -> None:
+    """Put an archive of any content into a bucket, with a sidecar that vouches for its bytes."""
+    facts = {"size": len(archive), "crc32c": crc32c_of_bytes(archive)}
     sidecar = {
         "manifest": json.loads((checkpoint / "manifest.json").read_text("utf-8")),
         "metadata": json.loads((checkpoint / "metadata.json").read_text("utf-8")),
-        "archive": {"size": len(archive), "crc32c": crc32c_of_bytes(archive)},
+        "archive": facts if suffix == ".tar.gz" else {**facts, "format": suffix},
     }
-    bucket.put_bytes(archive_object(checkpoint.name), archive)
+    bucket.put_bytes(archive_object(checkpoint.name, suffix), archive)
     bucket.put_bytes(sidecar_object(checkpoint.name), json.dumps(sidecar).encode())
+
+
+def put_remote(root: Path, checkpoint: Path) -> None:
+    """Put an archive and its sidecar into a directory bucket."""
+    publish(DirectoryBucket(root), checkpoint)

@@ -9,11 +9,10 @@
 
 The way of a request:
 
-    listener    sockets, TLS, threads
-    connection  HTTP in and out
+    listener    sockets, TLS, threads, HTTP in and out
     service     route, permission, faults, record
     objects, uploads     the operations
-    store       buckets and objects; bytes in files (`blobs`)
+    store       buckets and objects; bytes in files
 
 It speaks as much of the JSON API as the project's own uploads, downloads and listings need, through
 google-cloud-storage, gsutil and gcloud; it enforces preconditions on generations and keeps hashes.

@@ -18,8 +18,7 @@ faults hit the content of objects on its way, up or down, and leave other reques
 start of an upload, a listing) unless `operation` names one of those exactly.
 
 A fault is counted when it fires: `times=2` means it fires twice (None: for ever), and a body of
-fewer than `after_bytes` bytes passes unharmed and uncounted. A test can wait for a fault with
-`wait_fired`, so that it needs no sleep.
+fewer than `after_bytes` bytes passes unharmed and uncounted. A test can wait until it has `fired`.
 """
 
 from __future__ import annotations
@@ -58,9 +57,7 @@ class Fault:
     bytes_per_second: int = 64 * 1024
     fired: int = field(default=0, init=False)
     _seen: int = field(default=0, init=False, repr=False)
-    _changed: threading.Condition = field(
-        default_factory=threading.Condition, init=False, repr=False
-    )
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _released: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
 
     def matches(self, operation: str, name: str) -> bool:
@@ -70,38 +67,25 @@ class Fault:
     def release(self) -> None:
         """Let stalled requests go on, now and later."""
         self._released.set()
-        self.wake()
-
-    def wake(self) -> None:
-        """Let those who wait look again."""
-        with self._changed:
-            self._changed.notify_all()
 
     def hold(self, closing: threading.Event) -> None:
         """Wait until the fault is released; when the server closes, cut the connection."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._released.is_set() or closing.is_set())
-        if closing.is_set():
-            raise ConnectionCut("the server stops")
-
-    def wait_fired(self, timeout_seconds: float, times: int = 1) -> bool:
-        """Wait until it has fired so often; False when the time is over."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.fired >= times, timeout_seconds)
+        while not self._released.wait(0.02):
+            if closing.is_set():
+                raise ConnectionCut("the server stops")
 
     def begin(self) -> bool:
         """Count a matching request; True once the first `skip` have passed."""
-        with self._changed:
+        with self._lock:
             self._seen += 1
             return self._seen > self.skip
 
     def fire(self) -> bool:
         """Use it once, unless it is used up."""
-        with self._changed:
+        with self._lock:
             if self.times is not None and self.fired >= self.times:
                 return False
             self.fired += 1
-            self._changed.notify_all()
             return True
 
     def _matches_operation(self, operation: str) -> bool:
@@ -119,32 +103,22 @@ class FaultPlan:
     """All faults of a server."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._faults: list[Fault] = []
         self.closing = threading.Event()
 
     def add(self, fault: Fault) -> Fault:
-        with self._lock:
-            self._faults.append(fault)
+        """Script a fault, and return it so that the test can wait for it or release it."""
+        self._faults.append(fault)
         return fault
 
     def clear(self) -> None:
-        with self._lock:
-            faults, self._faults = self._faults, []
+        faults, self._faults = self._faults, []
         for fault in faults:
             fault.release()
 
-    def close(self) -> None:
-        self.closing.set()
-        with self._lock:
-            faults = list(self._faults)
-        for fault in faults:
-            fault.wake()
-
     def begin(self, operation: str, name: str) -> RequestFaults:
         """The faults that may hit this request."""
-        with self._lock:
-            faults = [fault for fault in self._faults if fault.matches(operation, name)]
+        faults = [fault for fault in list(self._faults) if fault.matches(operation, name)]
         return RequestFaults([fault for fault in faults if fault.begin()], self.closing)
 
 
@@ -154,7 +128,6 @@ class RequestFaults:
     def __init__(self, faults: list[Fault], closing: threading.Event) -> None:
         self._waiting = faults
         self.closing = closing
-        self.fired: list[str] = []
 
     def claim(self, kind: Kind) -> Fault | None:
         """The first fault of the kind that is not used up; it has then fired."""
@@ -170,10 +143,7 @@ class RequestFaults:
     def fire(self, fault: Fault) -> bool:
         """Use the fault, if it is not used up; it is not offered to this request again."""
         self._waiting.remove(fault)
-        if not fault.fire():
-            return False
-        self.fired.append(fault.kind)
-        return True
+        return fault.fire()
 
 
 class Gate:

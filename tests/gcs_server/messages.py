@@ -1,4 +1,4 @@
-"""Requests and answers, apart from the connection they travel on.
+"""Requests and answers, apart from the connection they travel on, and what operations work on.
 
 A request body is a stream; an answer's body is bytes or a slice of an open file. Both pass the
 gate of the request's faults.
@@ -7,16 +7,17 @@ gate of the request's faults.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
-from typing import Any, BinaryIO
-from urllib.parse import parse_qsl
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .blobs import BLOCK_BYTES
-from .errors import ApiError, ConnectionCut
+from .errors import ConnectionCut
 from .faults import Gate
-from .request_log import RequestRecord
+from .store import BLOCK_BYTES, Store
+
+if TYPE_CHECKING:
+    from .uploads import UploadSession
 
 
 class RequestBody:
@@ -28,13 +29,6 @@ class RequestBody:
         self._ahead = b""
         self.length = length
         self.gate: Gate | None = None
-        self.record: RequestRecord | None = None
-        """Where received bytes are counted."""
-
-    @property
-    def bytes_ahead(self) -> int:
-        """Bytes that have been received but not read."""
-        return len(self._ahead)
 
     def peek(self, size: int) -> bytes:
         """The next bytes, at most `size`, without consuming them or passing the gate."""
@@ -75,8 +69,6 @@ class RequestBody:
         if not data:
             raise ConnectionCut("the client closed the connection within a body")
         self._unread -= len(data)
-        if self.record is not None:
-            self.record.request_bytes += len(data)
         return data
 
 
@@ -93,31 +85,13 @@ class Request:
     """Scheme and host as the client sees them, for the links in answers."""
 
     def json(self) -> dict[str, Any]:
-        try:
-            value = json.loads(self.body.read_all() or b"{}")
-        except ValueError as exc:
-            raise ApiError(400, f"Parse error: {exc}") from exc
-        if not isinstance(value, dict):
-            raise ApiError(400, "The body is not a JSON object.")
+        value: dict[str, Any] = json.loads(self.body.read_all() or b"{}")
         return value
 
     def number(self, key: str) -> int | None:
         """A number in the query, None where there is none."""
         value = self.query.get(key)
-        if value is None:
-            return None
-        if not value.isdigit():
-            raise ApiError(400, f"Invalid value for {key}: {value!r}")
-        return int(value)
-
-
-def build_request(
-    method: str, target: str, headers: Message, body: RequestBody, base_url: str
-) -> Request:
-    """A request from its line (`target` is the path with the query), headers and body."""
-    path, _, query = target.partition("?")
-    values = dict(parse_qsl(query, keep_blank_values=True))
-    return Request(method, path, values, headers, body, base_url)
+        return None if value is None else int(value)
 
 
 @dataclass
@@ -151,3 +125,29 @@ def json_response(resource: object, status: int = 200, *, committed: bool = Fals
     """An answer with a JSON body."""
     headers = {"Content-Type": "application/json; charset=UTF-8"}
     return Response(status, headers, json.dumps(resource).encode(), committed)
+
+
+@dataclass
+class State:
+    """Everything the service knows, and the settings that tests may change."""
+
+    store: Store
+    uploads: dict[str, UploadSession] = field(default_factory=dict)
+    """Resumable uploads by their id."""
+    max_page_size: int = 1000
+    """The upper limit of a page of a listing."""
+
+
+@dataclass
+class Call:
+    """One request that is about to be answered."""
+
+    state: State
+    request: Request
+    bucket: str
+    name: str
+    """The object; the destination, where there are two; empty where there is none."""
+    source_name: str
+
+
+Operation = Callable[[Call], Response]

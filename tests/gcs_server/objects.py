@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from email.utils import format_datetime
 from typing import Any
+from urllib.parse import quote
 
-from .blobs import iterate_blocks
 from .errors import ApiError
-from .messages import FileSlice, Response, json_response
-from .resources import bucket_resource, hash_header, object_resource
-from .state import Call
-from .store import StoredObject
+from .messages import Call, FileSlice, Response, json_response
+from .store import BLOCK_BYTES, Bucket, StoredObject
 
 MAX_COMPOSE_SOURCES = 32
 
@@ -55,12 +54,7 @@ def list_page(
 ) -> tuple[list[str], list[str], str]:
     """Return names, prefixes that stand for names below them, and the token of the next page.
 
-    Args:
-        names: All names, sorted.
-        prefix: How the wanted ones begin.
-        delimiter: Names that have it after the prefix are told by their prefix up to it.
-        token: The last name of the page before; empty for the first page.
-        limit: How many names and prefixes, together, a page may have.
+    `token` is the last name of the page before; `limit` is for names and prefixes together.
     """
     found: dict[str, bool] = {}
     for name in names:
@@ -91,7 +85,7 @@ def download(call: Call) -> Response:
         "Last-Modified": format_datetime(stored.created, usegmt=True),
         "X-Goog-Generation": str(stored.generation),
         "X-Goog-Metageneration": "1",
-        "X-Goog-Hash": hash_header(stored),
+        "X-Goog-Hash": f"crc32c={stored.blob.crc32c}",
         "X-Goog-Stored-Content-Encoding": "identity",
         "X-Goog-Stored-Content-Length": str(stored.size),
     }
@@ -120,7 +114,7 @@ def compose(call: Call) -> Response:
     if not 1 <= len(sources) <= MAX_COMPOSE_SOURCES:
         raise ApiError(400, f"{len(sources)} source objects; 1 to {MAX_COMPOSE_SOURCES} allowed.")
     content_type = resource.get("destination", {}).get("contentType")
-    stored = _join(call, sources, content_type, is_composite=True)
+    stored = _join(call, sources, content_type)
     return json_response(object_resource(stored, call.request.base_url), committed=True)
 
 
@@ -129,8 +123,7 @@ def rewrite(call: Call) -> Response:
     source = call.state.store.get(
         call.bucket, call.source_name, call.request.number("sourceGeneration")
     )
-    is_composite = source.blob.md5 is None
-    stored = _join(call, [source], source.content_type, is_composite=is_composite)
+    stored = _join(call, [source], source.content_type)
     answer = {
         "kind": "storage#rewriteResponse",
         "totalBytesRewritten": str(stored.size),
@@ -172,15 +165,61 @@ def _compose_source(call: Call, entry: dict[str, Any]) -> StoredObject:
     return source
 
 
-def _join(
-    call: Call, sources: list[StoredObject], content_type: str | None, *, is_composite: bool
-) -> StoredObject:
+def _join(call: Call, sources: list[StoredObject], content_type: str | None) -> StoredObject:
     store = call.state.store
-    with store.new_writer(composite=is_composite) as writer:
-        for source in sources:
-            with store.open(source) as file:
-                for block in iterate_blocks(file):
-                    writer.write(block)
-        blob = writer.finish()
+    writer = store.new_writer()
+    for source in sources:
+        with store.open(source) as file:
+            while block := file.read(BLOCK_BYTES):
+                writer.write(block)
     expected = call.request.number("ifGenerationMatch")
-    return store.commit(call.bucket, call.name, blob, content_type, expected)
+    return store.commit(call.bucket, call.name, writer.finish(), content_type, expected)
+
+
+def object_resource(stored: StoredObject, base_url: str) -> dict[str, Any]:
+    path = f"b/{quote(stored.bucket, safe='')}/o/{quote(stored.name, safe='')}"
+    media = f"{base_url}/download/storage/v1/{path}?generation={stored.generation}&alt=media"
+    created = _format_time(stored.created)
+    return {
+        "kind": "storage#object",
+        "id": f"{stored.bucket}/{stored.name}/{stored.generation}",
+        "selfLink": f"{base_url}/storage/v1/{path}",
+        "mediaLink": media,
+        "name": stored.name,
+        "bucket": stored.bucket,
+        "generation": str(stored.generation),
+        "metageneration": "1",
+        "size": str(stored.size),
+        "crc32c": stored.blob.crc32c,
+        "etag": str(stored.generation),
+        "contentType": stored.content_type,
+        "storageClass": "STANDARD",
+        "timeCreated": created,
+        "updated": created,
+    }
+
+
+def bucket_resource(bucket: Bucket, base_url: str) -> dict[str, Any]:
+    """The bucket resource: one region, uniform access, and the settings it was made with."""
+    return {
+        **bucket.fields,
+        "kind": "storage#bucket",
+        "id": bucket.name,
+        "name": bucket.name,
+        "selfLink": f"{base_url}/storage/v1/b/{bucket.name}",
+        "projectNumber": "1",
+        "metageneration": "1",
+        "location": "US-CENTRAL1",
+        "locationType": "region",
+        "storageClass": "STANDARD",
+        "etag": "CAE=",
+        "timeCreated": _format_time(bucket.created),
+        "updated": _format_time(bucket.created),
+        "billing": {"requesterPays": bucket.requester_pays},
+        "iamConfiguration": {"uniformBucketLevelAccess": {"enabled": True}},
+    }
+
+
+def _format_time(moment: datetime) -> str:
+    """RFC 3339 in UTC with milliseconds, as the service writes it."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"

@@ -3,7 +3,7 @@
     bucket.get  bucket.layout
     object.list  object.get  object.download  object.delete  object.compose  object.rewrite
     upload.multipart
-    upload.start  upload.chunk  upload.query  upload.cancel     (resumable)
+    upload.start  upload.chunk  upload.query     (resumable)
 
 "upload" stands for all uploads.
 """
@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from . import objects, uploads
-from .errors import ApiError
-from .messages import Request
-from .state import Operation
+from .messages import Operation, Request
 
 Condition = Callable[[Request], bool]
 GET, CREATE = "storage.objects.get", "storage.objects.create"
@@ -43,16 +41,6 @@ class Route:
             return None
         pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.template)
         return re.fullmatch(pattern, request.path)
-
-
-@dataclass(frozen=True)
-class Match:
-    """The route of a request, with the decoded names in its path."""
-
-    route: Route
-    bucket: str = ""
-    name: str = ""
-    source_name: str = ""
 
 
 def _query(key: str, value: str) -> Condition:
@@ -84,14 +72,12 @@ ROUTES = (
     Route("POST", UPLOAD, "upload.start", CREATE, uploads.start_resumable, RESUMABLE),
     Route("PUT", UPLOAD, "upload.query", CREATE, uploads.query_resumable, _is_status_query),
     Route("PUT", UPLOAD, "upload.chunk", CREATE, uploads.receive_chunk),
-    Route("DELETE", UPLOAD, "upload.cancel", CREATE, uploads.cancel_resumable),
 )
 
 
-def find_route(request: Request) -> Match:
-    """The route of a request, or 400, which clients do not retry, saying what is lacking."""
+def find_route(request: Request) -> tuple[Route, dict[str, str]] | None:
+    """The route of a request, with the decoded names in its path."""
     for route in ROUTES:
         if found := route.match(request):
-            names = {key: unquote(value) for key, value in found.groupdict().items()}
-            return Match(route, **names)
-    raise ApiError(400, f"This server does not know {request.method} {request.path}.")
+            return route, {key: unquote(value) for key, value in found.groupdict().items()}
+    return None

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from ssl import SSLContext
-from typing import Any
 
 from . import environments
-from .faults import Fault
 from .listener import Listener
-from .request_log import RequestRecord
-from .service import Service
-from .state import State
+from .messages import State
+from .service import RequestRecord, Service
 from .store import Store, StoredObject
-from .tls import build_context, write_certificate
+from .tls import build_context
 
 
 class FakeGcsServer:
@@ -26,14 +23,23 @@ class FakeGcsServer:
     """
 
     def __init__(self, directory: Path, *, tls: bool = False) -> None:
-        self._directory = directory
         self._state = State(Store(directory / "objects"))
         self._service = Service(self._state)
-        self._tls = tls
+        self.settings = self._state
+        store, service = self._state.store, self._service
+        self.create_bucket, self.get_object, self.delete_object = (
+            store.create_bucket,
+            store.get,
+            store.delete,
+        )
+        self.add_fault, self.clear_faults = service.faults.add, service.faults.clear
+        self.clear_requests = service.records.clear
+        self._certificate = directory / "certificate.pem"
+        self._contexts: dict[str, SSLContext | None] = {"http": None}
+        if tls:
+            self._contexts["https"] = build_context(self._certificate)
         self._ports = {"http": 0, "https": 0}
         self._listeners: list[Listener] = []
-        self._certificate: Path | None = None
-        self._key: Path | None = None
 
     def __enter__(self) -> FakeGcsServer:
         self.start()
@@ -42,8 +48,6 @@ class FakeGcsServer:
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         """Stop, and remove the files; a fault of the server itself fails the test."""
         self.stop()
-        for upload in self._state.uploads.unfinished():
-            upload.writer.discard()
         self._state.store.clear()
         if self._service.failures and error_type is None:
             raise RuntimeError("the fake server failed") from self._service.failures[0]
@@ -51,12 +55,7 @@ class FakeGcsServer:
     def start(self) -> None:
         """Listen; after a `stop`, on the same ports and with the same objects."""
         self._service.faults.closing.clear()
-        contexts: dict[str, SSLContext | None] = {"http": None}
-        if self._tls:
-            if self._certificate is None or self._key is None:
-                self._certificate, self._key = write_certificate(self._directory / "tls")
-            contexts["https"] = build_context(self._certificate, self._key)
-        for scheme, context in contexts.items():
+        for scheme, context in self._contexts.items():
             listener = Listener(self._service, self._ports[scheme], context)
             self._ports[scheme] = listener.port
             self._listeners.append(listener)
@@ -64,7 +63,7 @@ class FakeGcsServer:
 
     def stop(self) -> None:
         """Refuse connections, cut those that are open, and wait for their threads."""
-        self._service.faults.close()
+        self._service.faults.closing.set()
         while self._listeners:
             self._listeners.pop().stop()
 
@@ -77,17 +76,6 @@ class FakeGcsServer:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def tls_port(self) -> int:
-        """The port of HTTPS."""
-        self._require_tls()
-        return self._ports["https"]
-
-    @property
-    def certificate(self) -> Path:
-        """The certificate of the HTTPS port, in PEM."""
-        return self._require_tls()
 
     def client_environment(self) -> dict[str, str]:
         """Variables for `google.cloud.storage.Client`."""
@@ -105,100 +93,36 @@ class FakeGcsServer:
         `options` are boto settings as {"Section:option": value}.
         """
         return environments.gsutil_environment(
-            directory, self.tls_port, self._require_tls(), options or {}
+            directory, self._ports["https"], self._certificate, options or {}
         )
 
     # Buckets and objects.
 
-    def create_bucket(
-        self,
-        name: str,
-        *,
-        writable: bool = True,
-        without: Collection[str] = (),
-        requester_pays: bool = False,
-        fields: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Make an empty bucket.
-
-        Args:
-            name: Its name.
-            writable: Whether clients may create, change and delete objects.
-            without: Permissions that are lacking besides, such as `storage.objects.delete`
-                (which overwriting needs too) or `storage.buckets.get`.
-            requester_pays: Whether requests without a user project are refused.
-            fields: Settings that `buckets.get` tells, such as `retentionPolicy`.
-        """
-        self._state.store.create_bucket(
-            name,
-            writable=writable,
-            without=without,
-            requester_pays=requester_pays,
-            fields=fields or {},
-        )
-
     def put_object(self, bucket: str, name: str, data: bytes) -> StoredObject:
-        with self._state.store.new_writer() as writer:
-            writer.write(data)
-            blob = writer.finish()
-        return self._state.store.commit(bucket, name, blob)
+        writer = self._state.store.new_writer()
+        writer.write(data)
+        return self._state.store.commit(bucket, name, writer.finish())
 
     def read_object(self, bucket: str, name: str) -> bytes:
         """The content of an object."""
         with self._state.store.open(self.get_object(bucket, name)) as file:
             return file.read()
 
-    def get_object(self, bucket: str, name: str) -> StoredObject:
-        """The record of an object: size, generation, `blob.crc32c`, `blob.path`, ...
-
-        Raises:
-            ApiError: 404.
-        """
-        return self._state.store.get(bucket, name)
-
     def list_objects(self, bucket: str, prefix: str = "") -> list[str]:
         return [name for name in self._state.store.names(bucket) if name.startswith(prefix)]
 
-    def delete_object(self, bucket: str, name: str) -> None:
-        self._state.store.delete(bucket, name)
-
     def unfinished_uploads(self) -> list[str]:
         """The names of objects of which a resumable upload is begun, not complete."""
-        return [upload.name for upload in self._state.uploads.unfinished()]
+        uploads = list(self._state.uploads.values())
+        return [upload.name for upload in uploads if upload.stored is None]
 
     # Behaviour and observation.
-
-    @property
-    def settings(self) -> State:
-        """`max_page_size` can be set on it."""
-        return self._state
-
-    def add_fault(self, fault: Fault) -> Fault:
-        """Script a fault, and return it so that the test can wait for it or release it."""
-        return self._service.faults.add(fault)
-
-    def clear_faults(self) -> None:
-        self._service.faults.clear()
 
     def requests(self, operation: str = "", name: str | None = None) -> list[RequestRecord]:
         """The requests so far, all or those of an operation ("upload": all uploads) or name."""
         return [
             record
-            for record in self._service.log.records()
+            for record in list(self._service.records)
             if (record.operation + ".").startswith(operation + "." if operation else "")
             and name in (None, record.name)
         ]
-
-    def clear_requests(self) -> None:
-        self._service.log.clear()
-
-    def wait_for_request(
-        self, predicate: Callable[[RequestRecord], bool], timeout_seconds: float = 10
-    ) -> RequestRecord | None:
-        """Wait for a request, past or to come; None when the time is over."""
-        return self._service.log.wait_for(predicate, timeout_seconds)
-
-    def _require_tls(self) -> Path:
-        if self._certificate is None:
-            raise RuntimeError("The server has no TLS port: start it with tls=True.")
-        return self._certificate

@@ -9,25 +9,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import ApiError, ConnectionCut
-from .faults import Fault, FaultPlan, Gate, RequestFaults
-from .messages import Request, Response
-from .request_log import RequestLog, RequestRecord
-from .routes import Match, find_route
-from .state import Call, State
+from .faults import FaultPlan, Gate, RequestFaults
+from .messages import Call, Request, Response, State
+from .routes import Route, find_route
 from .uploads import drop_session, peek_name
+
+
+@dataclass
+class RequestRecord:
+    """One request; filled in while it is served, complete when `finished` is set."""
+
+    operation: str
+    """The server's name for what was asked: upload.start, object.get, ...; see `routes`."""
+    name: str
+    headers: dict[str, str]
+    status: int | None = None
+    """None while none was sent, which stays so when the connection was cut before."""
+    response_bytes: int = 0
+    """Body bytes sent."""
+    finished: bool = False
 
 
 @dataclass
 class Exchange:
     """A request that is being served."""
 
-    request: Request
-    match: Match | None
+    call: Call
+    route: Route | None
     """None when there is no such operation."""
     faults: RequestFaults
     record: RequestRecord
-    refusal: ApiError | None = None
-    """Why it cannot be served, when that was found while beginning."""
 
 
 class Service:
@@ -36,7 +47,8 @@ class Service:
     def __init__(self, state: State) -> None:
         self.state = state
         self.faults = FaultPlan()
-        self.log = RequestLog()
+        self.records: list[RequestRecord] = []
+        """All requests in the order of their arrival."""
         self.failures: list[BaseException] = []
         """Errors of the service's own making, which should fail the test."""
 
@@ -46,24 +58,19 @@ class Service:
         Raises:
             ConnectionCut: The client went away before it had said what it wants.
         """
-        match, refusal, name = None, None, ""
-        try:
-            match = find_route(request)
-            name = match.name or request.query.get("name", "")
-            if not name and match.route.operation in ("upload.multipart", "upload.start"):
-                name = peek_name(request)
-        except ApiError as error:
-            refusal = error
-        operation = match.route.operation if match else "unknown"
+        route, names = find_route(request) or (None, {})
+        operation = route.operation if route else "unknown"
+        name = names.get("name") or request.query.get("name", "")
+        if not name and operation in ("upload.multipart", "upload.start"):
+            name = peek_name(request)
         faults = self.faults.begin(operation, name)
         record = RequestRecord(operation, name, dict(request.headers.items()))
-        record.faults = faults.fired
-        record.request_bytes = request.body.bytes_ahead
-        request.body.record = record
-        self.log.add(record)
+        self.records.append(record)
         if request.body.length:
             request.body.gate = Gate(faults)
-        return Exchange(request, match, faults, record, refusal)
+        bucket, source_name = names.get("bucket", ""), names.get("source_name", "")
+        call = Call(self.state, request, bucket, name, source_name)
+        return Exchange(call, route, faults, record)
 
     def answer(self, exchange: Exchange) -> Response:
         """Do what is asked.
@@ -72,47 +79,33 @@ class Service:
             ConnectionCut: No answer is to be given.
         """
         response = self._operate(exchange)
-        exchange.request.body.drain()
+        exchange.call.request.body.drain()
         if response.committed and exchange.faults.claim("lost_answer"):
             response.close()
             raise ConnectionCut("the answer is lost")
         return response
 
     def _operate(self, exchange: Exchange) -> Response:
-        fault = exchange.faults.claim("status")
-        if fault is not None:
-            return _scripted_response(fault)
-        fault = exchange.faults.claim("lost_session")
-        if fault is not None:
-            drop_session(self.state, exchange.request)
-            return _scripted_response(fault)
+        request, route = exchange.call.request, exchange.route
         try:
-            if exchange.match is None or exchange.refusal is not None:
-                raise exchange.refusal or ApiError(400, "no route")
-            return self._call(exchange.match, exchange)
+            if fault := exchange.faults.claim("status"):
+                raise ApiError(fault.status, f"Scripted answer {fault.status}.")
+            if fault := exchange.faults.claim("lost_session"):
+                drop_session(self.state, request)
+                raise ApiError(fault.status, f"Scripted answer {fault.status}.")
+            if route is None:  # clients do not retry a 400
+                raise ApiError(400, f"This server does not know {request.method} {request.path}.")
+            self._require_permission(exchange.call, route)
+            return route.call(exchange.call)
         except ApiError as error:
-            return error_response(error)
+            headers = {"Content-Type": "application/json; charset=UTF-8"}
+            return Response(error.status, headers, error.json_body())
 
-    def _call(self, match: Match, exchange: Exchange) -> Response:
-        request = exchange.request
-        bucket = self.state.store.bucket(match.bucket)
+    def _require_permission(self, call: Call, route: Route) -> None:
+        request, bucket = call.request, self.state.store.bucket(call.bucket)
         payer = request.query.get("userProject") or request.headers.get("x-goog-user-project")
         # The address of a session stands for what its first request said.
         is_session = "upload_id" in request.query
         if bucket.requester_pays and not payer and not is_session:
             raise ApiError(400, "Bucket is a requester pays bucket but no user project provided.")
-        bucket.require(match.route.permission)
-        if match.route.operation.startswith("upload.") and not exchange.record.name:
-            raise ApiError(400, "Required parameter: name")
-        call = Call(self.state, request, match.bucket, exchange.record.name, match.source_name)
-        return match.route.call(call)
-
-
-def error_response(error: ApiError) -> Response:
-    """The answer to a request that fails."""
-    headers = {"Content-Type": "application/json; charset=UTF-8"}
-    return Response(error.status, headers, error.json_body())
-
-
-def _scripted_response(fault: Fault) -> Response:
-    return error_response(ApiError(fault.status, f"Scripted answer {fault.status}."))
+        bucket.require(route.permission)

@@ -2,10 +2,13 @@
 
 Object records are frozen; a change replaces the record under the store's lock, and every new
 version of an object gets a higher generation, also when the clock stands still or goes back.
+Bytes are in files, hashed while they stream in, so that a gigabyte costs one block of memory.
+Files of uploads that fail stay until the end.
 """
 
 from __future__ import annotations
 
+import base64
 import itertools
 import threading
 from collections.abc import Collection, Mapping
@@ -14,11 +17,41 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .blobs import Blob, BlobWriter
+import google_crc32c
+
 from .errors import ApiError
 
+BLOCK_BYTES = 1 << 20
 READ_PERMISSIONS = frozenset({"storage.buckets.get", "storage.objects.get", "storage.objects.list"})
 WRITE_PERMISSIONS = frozenset({"storage.objects.create", "storage.objects.delete"})
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A file, its size and its crc32c as in the API; like a composite object, it has no MD5."""
+
+    path: Path
+    size: int
+    crc32c: str
+
+
+class BlobWriter:
+    """A file being written; `size` is what has been written and hashed so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.path.touch()
+        self.size = self._crc32c = 0
+
+    def write(self, data: bytes) -> None:
+        with self.path.open("ab") as file:
+            file.write(data)
+        self._crc32c = google_crc32c.extend(self._crc32c, data)
+        self.size += len(data)
+
+    def finish(self) -> Blob:
+        crc32c = base64.b64encode(self._crc32c.to_bytes(4, "big")).decode()
+        return Blob(self.path, self.size, crc32c)
 
 
 @dataclass(frozen=True)
@@ -71,15 +104,24 @@ class Store:
         self,
         name: str,
         *,
-        writable: bool,
-        without: Collection[str],
-        requester_pays: bool,
-        fields: Mapping[str, Any],
+        writable: bool = True,
+        without: Collection[str] = (),
+        requester_pays: bool = False,
+        fields: Mapping[str, Any] | None = None,
     ) -> None:
-        """Make an empty bucket in place of any of that name."""
+        """Make an empty bucket in place of any of that name.
+
+        Args:
+            name: Its name.
+            writable: Whether clients may create, change and delete objects.
+            without: Permissions that are lacking besides, such as `storage.objects.delete`
+                (which overwriting needs too) or `storage.buckets.get`.
+            requester_pays: Whether requests without a user project are refused.
+            fields: Settings that `buckets.get` tells, such as `retentionPolicy`.
+        """
         permissions = READ_PERMISSIONS | (WRITE_PERMISSIONS if writable else frozenset())
         created = datetime.now(UTC)
-        bucket = Bucket(name, created, permissions - set(without), requester_pays, fields)
+        bucket = Bucket(name, created, permissions - set(without), requester_pays, fields or {})
         with self._lock:
             self._buckets[name] = bucket
 
@@ -90,10 +132,9 @@ class Store:
             raise ApiError(404, "The specified bucket does not exist.")
         return found
 
-    def new_writer(self, *, composite: bool = False) -> BlobWriter:
+    def new_writer(self) -> BlobWriter:
         """A file for bytes that will become an object."""
-        path = self._directory / f"{next(self._file_numbers):08d}.blob"
-        return BlobWriter(path, composite=composite)
+        return BlobWriter(self._directory / f"{next(self._file_numbers):08d}.blob")
 
     def find(self, bucket: str, name: str) -> StoredObject | None:
         with self._lock:
@@ -125,15 +166,11 @@ class Store:
         content_type: str | None = None,
         expected: int | None = None,
     ) -> StoredObject:
-        """Make the bytes the live version; on an error (403, 412) they are removed."""
+        """Make the bytes the live version, or raise 403 or 412."""
         with self._lock:
-            try:
-                existing = self.require_generation(bucket, name, expected)
-                if existing is not None:
-                    self.bucket(bucket).require("storage.objects.delete")
-            except ApiError:
-                blob.path.unlink(missing_ok=True)
-                raise
+            existing = self.require_generation(bucket, name, expected)
+            if existing is not None:
+                self.bucket(bucket).require("storage.objects.delete")
             now = datetime.now(UTC)
             generation = max(self._last_generation + 1, int(now.timestamp() * 1_000_000))
             self._last_generation = generation

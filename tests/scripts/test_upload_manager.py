@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from configs.training_config import PROJECT_DIRECTORY
 from scripts import upload_manager
 from scripts.upload_manager import main
 from tests.gcs_server import FakeGcsServer, Fault
-from tests.sample_checkpoints import RUN_ID, make_checkpoint, seal
+from tests.sample_checkpoints import RUN_ID, make_checkpoint, publish, seal
 from utils.base.errors import ExitCode
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
@@ -88,6 +86,18 @@ class Place:
         code, output = self.call(*arguments, "--json")
         return code, json.loads(output) if output else None
 
+    def done(self, *arguments: str) -> Any:
+        """Run a command that ends well; return its result."""
+        code, result = self.read(*arguments)
+        assert code == ExitCode.DONE, self.stderr
+        return result
+
+    def wrong(self, *arguments: str) -> Any:
+        """Run a command that finds something not verified; return its result."""
+        code, result = self.read(*arguments)
+        assert code == ExitCode.NOT_VERIFIED, self.stderr
+        return result
+
     def save(self, step: int, loss: float | None = None, run_id: str = RUN_ID) -> Path:
         metrics = {} if loss is None else {"validation_metrics": {"validation_loss": loss}}
         checkpoint = make_checkpoint(self.checkpoints, step, **metrics)
@@ -99,13 +109,7 @@ class Place:
     def publish(self, checkpoint: Path, archive: bytes | None = None) -> None:
         """Put archive and sidecar into the bucket, and the journal entry that says so."""
         archive = archive or make_archive(checkpoint)
-        self.bucket.put_bytes(archive_object(checkpoint.name), archive)
-        sidecar = {
-            "manifest": read_json(checkpoint / "manifest.json"),
-            "metadata": read_json(checkpoint / "metadata.json"),
-            "archive": {"size": len(archive), "crc32c": crc32c_of_bytes(archive)},
-        }
-        self.bucket.put_bytes(sidecar_object(checkpoint.name), json.dumps(sidecar).encode())
+        publish(self.bucket, checkpoint, archive)
         self.journal.record(
             checkpoint.name,
             read_manifest(checkpoint).run_id,
@@ -140,29 +144,19 @@ class Place:
         return [info.name.removeprefix("Checkpoints/") for info in self.bucket.list("Checkpoints/")]
 
 
-def build_place(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Place:
-    return Place(tmp_path / "checkpoints", open_bucket(uri, retry_seconds=5), capsys)
-
-
 @pytest.fixture
 def place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Place:
     """A run whose bucket is a directory."""
     monkeypatch.chdir(tmp_path)
-    return build_place(str(tmp_path / "bucket"), tmp_path, capsys)
+    return Place(tmp_path / "checkpoints", open_bucket(str(tmp_path / "bucket")), capsys)
 
 
 @pytest.fixture
-def gcs_place(
-    gcs: FakeGcsServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Iterator[Place]:
+def gcs_place(gcs: FakeGcsServer, place: Place) -> Iterator[Place]:
     """A run whose bucket is gs://runs/team."""
-    monkeypatch.chdir(tmp_path)
-    place = build_place("gs://runs/team", tmp_path, capsys)
+    place.bucket = open_bucket("gs://runs/team", retry_seconds=5)
     yield place
     place.bucket.close()
 
@@ -181,31 +175,14 @@ def test_status_says_where_each_checkpoint_stands(either: Place) -> None:
     either.publish(either.save(20))
     for step in (30, 40, 50, 60):
         either.save(step)
+    failed = {"attempts": 5, "permanent": False, "next_try": "2026-01-01T00:00:00+00:00"}
+    speed = {"bytes_per_second": 2**20, "eta_seconds": 90}
     record = either.journal.record
-    record(
-        name(30),
-        RUN_ID,
-        UploadState.FAILED,
-        error="503",
-        attempts=5,
-        permanent=False,
-        next_try="2026-01-01T00:00:00+00:00",
-    )
-    record(
-        name(40),
-        RUN_ID,
-        UploadState.UPLOADING,
-        attempt=2,
-        sent=100,
-        read=250,
-        total=1000,
-        bytes_per_second=2**20,
-        eta_seconds=90,
-    )
+    record(name(30), RUN_ID, UploadState.FAILED, error="503", **failed)
+    record(name(40), RUN_ID, UploadState.UPLOADING, attempt=2, read=250, total=1000, **speed)
     record(name(50), RUN_ID, UploadState.QUEUED)
 
-    code, status = either.read("status")
-    assert code == ExitCode.DONE
+    status = either.done("status")
     rows = {row["step"]: row for row in status["checkpoints"]}
     assert [rows[step]["state"] for step in sorted(rows)] == [
         "verified",
@@ -243,18 +220,20 @@ def test_status_on_a_machine_that_has_only_the_bucket_changes_nothing(either: Pl
     either.publish_only(10)
     either.publish_only(20)
     either.forget()
-    code, status = either.read("status")
-    assert code == ExitCode.DONE
+    status = either.done("status")
     assert [row["state"] for row in status["checkpoints"]] == ["verified", "verified"]
     assert status["checkpoints"][1]["note"] == "latest, best"
     assert not either.checkpoints.exists()
 
 
-def test_status_without_its_bucket_shows_what_is_here(gcs_place: Place, gcs: FakeGcsServer) -> None:
+def test_without_its_bucket_status_and_upload_all_trust_the_journal(
+    gcs_place: Place, gcs: FakeGcsServer
+) -> None:
     gcs_place.publish(gcs_place.save(10))
     gcs.add_fault(Fault("status", None, "object.list", status=403))
-    code, status = gcs_place.read("status")
-    assert code == ExitCode.DONE
+    assert gcs_place.done("upload-all")["verified"] == []
+    assert "the journal alone decides" in gcs_place.stderr
+    status = gcs_place.done("status")
     assert "403" in status["bucket_problem"]
     assert [(row["bucket"], row["state"]) for row in status["checkpoints"]] == [
         ("unknown", "verified")
@@ -306,68 +285,18 @@ def test_commands_start_without_torch(tmp_path: Path) -> None:
 def test_upload_all_brings_what_is_owed(either: Place) -> None:
     either.publish(either.save(10))
     either.save(20)
-    code, result = either.read("upload-all")
-    assert code == ExitCode.DONE
+    result = either.done("upload-all")
     assert result == {"verified": [name(20)], "failed": {}}
-    assert either.read("verify")[0] == ExitCode.DONE
+    either.done("verify")
     _, result = either.read("upload-all")
     assert result == {"verified": [], "failed": {}}
-
-
-def test_an_archive_without_its_sidecar_is_ignored_and_completed_by_upload_all(
-    place: Place,
-) -> None:
-    checkpoint = place.save(10)
-    place.bucket.put_bytes(archive_object(name(10)), make_archive(checkpoint))
-    place.journal.record(name(10), RUN_ID, UploadState.UPLOADING)
-    assert place.read("list", "--remote")[1] == []
-    assert place.read("download", "latest", "--to", "elsewhere")[0] == ExitCode.USAGE
-    assert place.read("download", name(10), "--to", "elsewhere")[0] == ExitCode.USAGE
-    assert "was not uploaded to its end" in place.stderr
-
-    assert place.read("upload-all")[1] == {"verified": [name(10)], "failed": {}}
-    assert place.read("download", "latest", "--to", "elsewhere")[0] == ExitCode.DONE
-
-
-@pytest.mark.parametrize(
-    "damage", ["no archive", "no sidecar", "truncated", "other bytes", "sidecar of other files"]
-)
-def test_upload_all_does_not_trust_the_journal_alone(place: Place, damage: str) -> None:
-    place.publish(place.save(10))
-    place.publish(place.save(20))
-    archive = place.archive(10)
-    if damage == "no archive":
-        place.bucket.delete(archive_object(name(10)))
-    elif damage == "no sidecar":
-        place.bucket.delete(sidecar_object(name(10)))
-    elif damage == "truncated":
-        place.change_archive(10, archive[:-1])
-    elif damage == "other bytes":
-        place.change_archive(10, archive[:-1] + bytes([archive[-1] ^ 1]))
-    else:
-        change_sidecar(place, world_size=8)
-    code, result = place.read("upload-all")
-    assert (code, result["verified"]) == (ExitCode.DONE, [name(10)])
-    assert f"{name(10)} is uploaded again" in place.stderr
-    assert place.read("verify", "--deep")[0] == ExitCode.DONE
-
-
-def test_upload_all_where_the_bucket_cannot_be_listed_trusts_the_journal(
-    gcs_place: Place, gcs: FakeGcsServer
-) -> None:
-    gcs_place.publish(gcs_place.save(10))
-    gcs.add_fault(Fault("status", None, "object.list", status=403))
-    code, result = gcs_place.read("upload-all")
-    assert (code, result["verified"]) == (ExitCode.DONE, [])
-    assert "the journal alone decides" in gcs_place.stderr
 
 
 def test_upload_takes_the_one_that_is_named(place: Place) -> None:
     for step in (10, 20):
         place.save(step)
     assert place.read("upload", "10")[1] == {"verified": [name(10)], "failed": {}}
-    code, _ = place.call("upload", "../../etc")
-    assert code == ExitCode.USAGE
+    assert place.call("upload", "../../etc")[0] == ExitCode.USAGE
     assert "There is no checkpoint '../../etc'" in place.stderr
 
 
@@ -375,8 +304,7 @@ def test_a_damaged_checkpoint_is_said_and_does_not_stop_the_others(place: Place)
     damaged = place.save(10)
     place.save(20)
     (damaged / "model.safetensors").write_bytes(b"short")
-    code, result = place.read("upload-all")
-    assert code == ExitCode.NOT_VERIFIED
+    result = place.wrong("upload-all")
     assert result["verified"] == [name(20)]
     assert list(result["failed"]) == [name(10)]
     assert "1 of 2 checkpoints were not uploaded" in place.stderr
@@ -385,15 +313,12 @@ def test_a_damaged_checkpoint_is_said_and_does_not_stop_the_others(place: Place)
 def test_archives_of_both_formats_lie_beside_each_other(place: Place) -> None:
     for step, compression in ((10, "fast"), (20, "zstd")):
         place.save(step)
-        code, _ = place.read("upload-all", "--set", f"upload_compression={compression}")
-        assert code == ExitCode.DONE
+        place.done("upload-all", "--set", f"upload_compression={compression}")
     archives = [f"{name(10)}.tar.gz", f"{name(20)}.tar.zst"]
     assert place.objects() == sorted([*archives, f"{name(10)}.json", f"{name(20)}.json"])
     assert place.read("upload-all")[1] == {"verified": [], "failed": {}}
-    assert place.read("verify", "--deep")[0] == ExitCode.DONE
-    assert place.read("download", "latest", "--to", "elsewhere")[0] == ExitCode.DONE
-    assert [path.name for path in Path("elsewhere").iterdir()] == [name(20)]
-    assert place.read("prune", "--remote", "--keep", "1", "--yes")[0] == ExitCode.DONE
+    place.done("verify", "--deep")
+    place.done("prune", "--remote", "--keep", "1", "--yes")
     assert place.objects() == [f"{name(20)}.json", archives[1]]
 
 
@@ -422,8 +347,7 @@ def test_verify_of_what_is_well(either: Place, deep: list[str]) -> None:
     either.publish_only(10)
     either.publish(either.save(20))
     either.bucket.put_bytes(LEASE_OBJECT, b"{}")
-    code, result = either.read("verify", *deep)
-    assert code == ExitCode.DONE
+    result = either.done("verify", *deep)
     assert result["orphans"] == []
     assert [row["wrong"] for row in result["checkpoints"]] == [[], []]
     assert ("every byte" in " ".join(result["checkpoints"][1]["right"])) is bool(deep)
@@ -490,14 +414,13 @@ def test_verify_says_what_is_wrong(either: Place, damage: str) -> None:
     either.publish(either.save(20))
     do_damage, expected = DAMAGES[damage]
     do_damage(either, checkpoint)
-    code, result = either.read("verify")
-    assert code == ExitCode.NOT_VERIFIED
+    result = either.wrong("verify")
     bad, good = result["checkpoints"]
     assert (bad["checkpoint"], bad["verified"]) == (name(10), False)
     assert any(expected in line for line in bad["wrong"]), bad["wrong"]
     assert (good["wrong"], good["verified"]) == ([], True)
-    assert either.read("verify", "20")[0] == ExitCode.DONE
-    assert either.read("verify", name(10))[0] == ExitCode.NOT_VERIFIED
+    either.done("verify", "20")
+    either.wrong("verify", name(10))
 
 
 def test_verify_misses_what_the_journal_has_as_verified_though_it_is_not_here(
@@ -506,56 +429,54 @@ def test_verify_misses_what_the_journal_has_as_verified_though_it_is_not_here(
     either.publish_only(10)
     either.bucket.delete(archive_object(name(10)))
     either.bucket.delete(sidecar_object(name(10)))
-    code, result = either.read("verify")
-    assert code == ExitCode.NOT_VERIFIED
+    result = either.wrong("verify")
     assert result["checkpoints"][0]["wrong"] == ["bucket: not there"]
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
 @pytest.mark.parametrize(
     ("damaged", "message"),
-    [("archive", "is damaged (it has crc32c"), ("file", "model.safetensors is damaged")],
+    [
+        ("archive", "is damaged (it has crc32c"),
+        ("file", "model.safetensors is damaged"),
+        ("archive and sidecar", "cannot be unpacked"),
+    ],
 )
-def test_verify_sees_bytes_of_a_directory_only_when_deep(
-    place: Place, damaged: str, message: str
+def test_verify_sees_bytes_without_a_known_checksum_only_when_deep(
+    either: Place, damaged: str, message: str
 ) -> None:
-    checkpoint = place.save(10)
-    place.publish(checkpoint)
-    is_archive = damaged == "archive"
-    path = Path(place.bucket.uri) / ARCHIVE if is_archive else checkpoint / WEIGHTS
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    assert place.read("verify")[0] == ExitCode.DONE
-    code, result = place.read("verify", "--deep")
-    assert code == ExitCode.NOT_VERIFIED
+    checkpoint = either.save(10)
+    either.publish(checkpoint, b"none" if damaged == "archive and sidecar" else None)
+    if damaged == "archive":
+        either.change_archive(10, flip(either.archive(10)))
+    elif damaged == "file":
+        (checkpoint / WEIGHTS).write_bytes(flip((checkpoint / WEIGHTS).read_bytes()))
+    is_known = damaged == "archive" and either.bucket.uri.startswith("gs://")
+    code, result = either.read("verify")
+    assert code == (ExitCode.NOT_VERIFIED if is_known else ExitCode.DONE)
+    assert not is_known or message in result["checkpoints"][0]["wrong"][0]
+    result = either.wrong("verify", "--deep")
     assert message in result["checkpoints"][0]["wrong"][0]
 
 
-def test_verify_compares_the_checksum_that_a_bucket_keeps(gcs_place: Place) -> None:
-    gcs_place.publish(gcs_place.save(10))
-    archive = bytearray(gcs_place.archive(10))
-    archive[-1] ^= 1
-    gcs_place.change_archive(10, bytes(archive))
-    code, result = gcs_place.read("verify")
-    assert code == ExitCode.NOT_VERIFIED
-    assert "is damaged (it has crc32c" in result["checkpoints"][0]["wrong"][0]
-
-
-def test_an_archive_that_ends_at_a_member_is_refused_though_its_sidecar_vouches_for_it(
-    place: Place,
-) -> None:
-    checkpoint = place.save(10)
-    with tarfile.open(fileobj=io.BytesIO(make_archive(checkpoint))) as archive:
-        last = archive.getmembers()[-1].offset
-    short = gzip.decompress(make_archive(checkpoint))[:last]
-    place.publish(checkpoint, gzip.compress(short + bytes(1024)))
-    assert place.read("verify")[0] == ExitCode.DONE
-    code, result = place.read("verify", "--deep")
-    assert code == ExitCode.NOT_VERIFIED
-    assert "'manifest.json' is not in it" in result["checkpoints"][0]["wrong"][0]
-    assert place.read("download", "10", "--to", "elsewhere")[0] == ExitCode.USAGE
-    assert "'manifest.json' is not in it" in place.stderr
-    assert not list(Path("elsewhere").iterdir())
+@pytest.mark.parametrize(
+    "damage", ["no archive", "no sidecar", "truncated", "other bytes", "another sidecar"]
+)
+def test_upload_all_does_not_trust_the_journal_alone(place: Place, damage: str) -> None:
+    place.publish(place.save(10))
+    place.publish(place.save(20))
+    if damage == "other bytes":
+        place.change_archive(10, flip(place.archive(10)))
+    else:
+        DAMAGES[damage][0](place, place.checkpoints / name(10))
+    result = place.done("upload-all")
+    assert result["verified"] == [name(10)]
+    assert f"{name(10)} is uploaded again" in place.stderr
+    place.done("verify", "--deep")
 
 
 def test_verify_deep_writes_nothing_and_outlives_a_broken_line(
@@ -565,8 +486,8 @@ def test_verify_deep_writes_nothing_and_outlives_a_broken_line(
     gcs_place.forget()
     gcs.add_fault(Fault("status", name=f"team/{archive_object(name(10))}", status=503))
     before = set(tmp_path.rglob("*"))
-    code, result = gcs_place.read("verify", "--deep")
-    assert (code, result["checkpoints"][0]["wrong"]) == (ExitCode.DONE, [])
+    result = gcs_place.done("verify", "--deep")
+    assert result["checkpoints"][0]["wrong"] == []
     assert set(tmp_path.rglob("*")) == before
 
 
@@ -600,7 +521,7 @@ def test_verify_lists_what_belongs_to_no_checkpoint_of_the_run(either: Place) ->
     assert code == ExitCode.NOT_VERIFIED
     assert [row["checkpoint"] for row in result["checkpoints"]] == [name(10), name(40)]
     either.bucket.delete(sidecar_object(name(40)))
-    assert either.read("verify")[0] == ExitCode.DONE
+    either.done("verify")
 
 
 # Hostile names and contents.
@@ -658,15 +579,14 @@ def test_download_brings_the_one_that_is_meant(either: Place, text: str, step: i
     for saved, loss in ((10, 3.0), (20, 1.0), (30, 2.0)):
         either.publish_only(saved, loss)
     either.forget()
-    code, result = either.read("download", text)
-    assert code == ExitCode.DONE
+    result = either.done("download", text)
     assert result == {
         "checkpoint": name(step),
         "path": f"checkpoints/{name(step)}",
         "downloaded": True,
     }
     assert either.journal.latest()[name(step)].state is UploadState.VERIFIED
-    assert either.read("verify", "--deep", str(step))[0] == ExitCode.DONE
+    either.done("verify", "--deep", str(step))
     code, output = either.call("download", text)
     assert code == ExitCode.DONE
     assert "is already here" in output
@@ -681,7 +601,7 @@ def test_download_reads_only_the_sidecars_that_it_needs(
     gcs_place.save(5)  # says which run is meant
     for text, steps in ((name(10), [10]), ("20", [20]), ("latest", [20, 30])):
         gcs.clear_requests()
-        assert gcs_place.read("download", text)[0] == ExitCode.DONE
+        gcs_place.done("download", text)
         read = {record.name for record in gcs.requests("object.download")}
         sidecars = {f"team/{sidecar_object(name(step))}" for step in steps}
         assert {one for one in read if one.endswith(".json")} == sidecars
@@ -692,54 +612,30 @@ def test_latest_is_of_the_newest_branch_in_the_bucket_whatever_this_machine_has(
 ) -> None:
     for step, branch in ((10, 0), (20, 1), (30, 1)):
         place.publish_only(step, branch=branch, forks=[[0, 0], [1, 10]] if branch else [])
-    assert place.read("download", name(10))[0] == ExitCode.DONE
+    place.done("download", name(10))
     assert place.read("download", "latest")[1]["checkpoint"] == name(30)
-
-
-HOLDER = """
-import sys
-from pathlib import Path
-from utils.checkpoints.store import hold_output_directory
-from utils.checkpoints.layout import RunPaths
-directory = Path(sys.argv[1])
-with hold_output_directory(RunPaths(directory, directory, directory)):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 def test_download_beside_a_trainer_goes_to_another_directory(place: Place) -> None:
     place.publish_only(10)
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(place.checkpoints)],
-        cwd=PROJECT_DIRECTORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+    with hold_output_directory(RunPaths(*[place.checkpoints] * 3)):
         assert place.call("status")[0] == ExitCode.DONE
-        code, _ = place.call("download", "latest")
-        assert code == ExitCode.USAGE
-        assert f"in use by another process (process {holder.pid}" in place.stderr
+        assert place.call("download", "latest")[0] == ExitCode.USAGE
+        assert f"in use by another process (process {os.getpid()}" in place.stderr
         assert "--to DIR" in place.stderr
         assert place.call("download", "latest", "--to", "elsewhere")[0] == ExitCode.DONE
-        holder.kill()
     assert place.call("download", "latest")[0] == ExitCode.DONE
 
 
 def test_download_does_not_mix_runs_or_replace_what_is_there(place: Place) -> None:
     place.publish_only(20, run_id=OTHER_RUN)
     place.save(10)
-    code, _ = place.call("download", name(20))
-    assert code == ExitCode.USAGE
+    assert place.call("download", name(20))[0] == ExitCode.USAGE
     assert f"is of run {OTHER_RUN}" in place.stderr
 
     place.publish(place.checkpoints / name(10))
     (place.checkpoints / name(10) / "model.safetensors").write_bytes(b"changed")
-    code, _ = place.call("download", name(10))
-    assert code == ExitCode.USAGE
+    assert place.call("download", name(10))[0] == ExitCode.USAGE
     assert "exists and is not what" in place.stderr
 
 
@@ -795,20 +691,19 @@ def test_prune_deletes_what_its_plan_says(either: Place) -> None:
         name(50): ("keep", "latest"),
     }
     before = either.objects()
-    code, result = either.read(*PRUNE, "--keep-every", "30", "--dry-run")
-    assert code == ExitCode.DONE
+    result = either.done(*PRUNE, "--keep-every", "30", "--dry-run")
     rows = result["checkpoints"]
     assert {row["checkpoint"]: (row["action"], row["reason"]) for row in rows} == actions
     assert (result["deleted"], either.objects()) == ([], before)
 
-    code, result = either.read(*PRUNE, "--keep-every", "30", "--yes")
-    assert (code, result["deleted"]) == (ExitCode.DONE, [name(10)])
+    result = either.done(*PRUNE, "--keep-every", "30", "--yes")
+    assert result["deleted"] == [name(10)]
     gone = {f"{name(10)}.json", f"{name(10)}.tar.gz"}
     assert set(before) - set(either.objects()) == gone
     entry = either.journal.latest()[name(10)]
     assert (entry.state, entry.run_id) == (UploadState.REMOVED, RUN_ID)
-    code, result = either.read(*PRUNE, "--keep-every", "30", "--yes")
-    assert (code, result["deleted"], result["notes"]) == (ExitCode.DONE, [], [])
+    result = either.done(*PRUNE, "--keep-every", "30", "--yes")
+    assert (result["deleted"], result["notes"]) == ([], [])
 
 
 def test_prune_shows_its_plan_before_it_asks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -837,7 +732,7 @@ def test_prune_plans_again_after_the_answer(place: Place, monkeypatch: pytest.Mo
 
     def resume_from_30_and_answer(question: str) -> str:
         identity = RunIdentity(RUN_ID).fork(30, [0])
-        paths = RunPaths(place.checkpoints, place.checkpoints, place.checkpoints)
+        paths = RunPaths(*[place.checkpoints] * 3)
         place.checkpoints.mkdir()
         write_run_identity(paths, identity)
         return "yes"
@@ -874,8 +769,7 @@ def test_prune_does_not_count_on_damaged_ones(either: Place) -> None:
     either.change_archive(50, either.archive(50)[:-1])
     either.bucket.delete(archive_object(name(40)))
     either.forget()
-    code, result = either.read("prune", "--remote", "--keep", "1", "--yes")
-    assert code == ExitCode.DONE
+    result = either.done("prune", "--remote", "--keep", "1", "--yes")
     reasons = {row["step"]: row["reason"] for row in result["checkpoints"]}
     assert reasons[30] == "latest"
     assert reasons[50].startswith("damaged, not touched")
@@ -950,7 +844,7 @@ def test_a_prune_that_may_not_delete_changes_nothing(gcs_place: Place, gcs: Fake
     assert "1 could not be deleted" in gcs_place.stderr
     assert set(before) - set(gcs_place.objects()) == {f"{name(30)}.json", f"{name(30)}.tar.gz"}
     assert gcs_place.journal.latest()[name(10)].state is UploadState.VERIFIED
-    assert gcs_place.read("verify", "10", "--deep")[0] == ExitCode.DONE
+    gcs_place.done("verify", "10", "--deep")
 
 
 # As a command.
@@ -958,18 +852,13 @@ def test_a_prune_that_may_not_delete_changes_nothing(gcs_place: Place, gcs: Fake
 
 def test_as_a_command_it_ends_with_its_exit_code_and_no_traceback(place: Place) -> None:
     place.publish(place.save(10))
-
-    def execute(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(SCRIPT), *place.words(*arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
     place.bucket.delete(archive_object(name(10)))
-    assert execute("verify").returncode == ExitCode.NOT_VERIFIED
-    result = execute("download", "best")
-    assert result.returncode == ExitCode.USAGE
-    assert "Traceback" not in result.stderr
-    assert result.stderr.startswith("Error: There is no checkpoint 'best' in")
+    for words, code, message in (
+        (["verify"], ExitCode.NOT_VERIFIED, ""),
+        (["download", "best"], ExitCode.USAGE, "Error: There is no checkpoint 'best' in"),
+    ):
+        command = [sys.executable, str(SCRIPT), *place.words(*words)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == code
+        assert "Traceback" not in result.stderr
+        assert result.stderr.startswith(message)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import zstandard
 
 from configs.training_config import PROJECT_DIRECTORY
 from tests.sample_checkpoints import make_checkpoint, seal
+from tests.utils.uploads.waiting import end_in_time
 from utils.base.archive_formats import COMPRESSIONS
 from utils.base.errors import CheckpointError, TransientStorageError
 from utils.checkpoints.layout import read_manifest
@@ -26,7 +27,6 @@ from utils.storage.bucket import crc32c_of_bytes
 from utils.uploads.archive import write_archive
 
 NAME = "checkpoint-epoch0-step50-files0"
-WAIT_SECONDS = 20.0
 NOISE = hashlib.shake_128(b"").digest(5_300_000)
 
 
@@ -61,27 +61,6 @@ def archive(checkpoint: Path, **options: Any) -> bytes:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def write_into(sink: Any, checkpoint: Path, **options: Any) -> None:
-    write_archive(checkpoint, read_manifest(checkpoint), sink, **options)
-
-
-def within_seconds(work: Callable[[], object]) -> BaseException | None:
-    """Return what the work raises; one that never ends fails the test and not the test run."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as exc:  # noqa: BLE001
-            raised.append(exc)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(WAIT_SECONDS)
-    assert not thread.is_alive(), "a deadlock"
-    return raised[0] if raised else None
 
 
 @pytest.mark.parametrize("compression", list(COMPRESSIONS))
@@ -161,9 +140,9 @@ def test_a_sink_that_fails_is_an_error_not_a_short_archive(
 ) -> None:
     if room < 0:  # at the very end
         room += len(archive(checkpoint, compression=compression))
-    error = within_seconds(
-        lambda: write_into(Sink(room, then), checkpoint, compression=compression, threads=threads)
-    )
+    manifest, sink = read_manifest(checkpoint), Sink(room, then)
+    options: dict[str, Any] = {"compression": compression, "threads": threads}
+    error = end_in_time(lambda: write_archive(checkpoint, manifest, sink, **options))
     if then is not None:
         assert error is then
     else:
@@ -205,24 +184,19 @@ def test_nothing_complains_later_of_a_sink_that_failed(checkpoint: Path) -> None
     assert (result.stdout, result.stderr) == ("full\n" * 12, "")
 
 
-@pytest.mark.parametrize("change", ["cut", "flipped", "longer"])
+@pytest.mark.parametrize("change", ["cut", "flipped", "longer", "gone", "folder"])
 def test_a_file_that_is_not_what_was_committed_is_an_error(checkpoint: Path, change: str) -> None:
     path = checkpoint / "optimizer.bin"
     data = path.read_bytes()
-    flipped = bytes([data[0] ^ 1]) + data[1:]
-    path.write_bytes({"cut": data[:-1], "flipped": flipped, "longer": data + b"x"}[change])
-    with pytest.raises(CheckpointError, match=f"{NAME}: optimizer.bin is damaged"):
+    path.unlink()
+    if change == "folder":
+        path.mkdir()
+    elif change != "gone":
+        flipped = bytes([data[0] ^ 1]) + data[1:]
+        path.write_bytes({"cut": data[:-1], "flipped": flipped, "longer": data + b"x"}[change])
+    problem = "cannot be read" if change in ("gone", "folder") else "is damaged"
+    with pytest.raises(CheckpointError, match=f"{NAME}: optimizer.bin {problem}"):
         write_archive(checkpoint, read_manifest(checkpoint), io.BytesIO(), threads=4)
-
-
-@pytest.mark.parametrize("is_folder", [True, False])
-def test_a_missing_file_is_an_error(checkpoint: Path, is_folder: bool) -> None:
-    manifest = read_manifest(checkpoint)
-    (checkpoint / "optimizer.bin").unlink()
-    if is_folder:
-        (checkpoint / "optimizer.bin").mkdir()
-    with pytest.raises(CheckpointError, match=f"{NAME}: optimizer.bin cannot be read"):
-        write_archive(checkpoint, manifest, io.BytesIO())
 
 
 def test_a_file_that_cannot_be_read_to_its_end_is_an_error_of_the_checkpoint(

@@ -51,6 +51,23 @@ class Killed(BaseException):
 Hook = Callable[[str, str], None]
 
 
+def at(operation: str, name: str, act: Callable[[], object]) -> Hook:
+    """Return a hook that acts at one operation on one object."""
+
+    def hook(found: str, on: str) -> None:
+        if (found, on) == (operation, name):
+            act()
+
+    return hook
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+nothing = at("", "", lambda: None)
+
+
 class Watched:
     """A transport that is looked at, or goes wrong, before and after each operation."""
 
@@ -67,10 +84,6 @@ class Watched:
             return result
 
         return call
-
-
-def nothing(operation: str, name: str) -> None:
-    pass
 
 
 @dataclass
@@ -134,6 +147,7 @@ class Place:
 
 
 BOTH = pytest.mark.parametrize("place", ["directory", "gs"], indirect=True)
+GS = pytest.mark.parametrize("place", ["gs"], indirect=True)
 
 
 @pytest.fixture(params=["directory"])
@@ -145,13 +159,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     options = TransportOptions(uri, "python" if request.param == "gs" else "directory", streams=2)
     bucket = open_bucket(uri)
     yield Place(bucket, options)
-    bucket.close()
-
-
-@pytest.fixture
-def gs(gcs: FakeGcsServer) -> Iterator[Place]:
-    bucket = open_bucket("gs://runs/a")
-    yield Place(bucket, TransportOptions("gs://runs/a", "python", streams=2))
     bucket.close()
 
 
@@ -210,13 +217,10 @@ def test_the_archive_is_verified_and_has_its_sidecar(place: Place, checkpoint: P
 def test_a_sidecar_never_holds_metadata_that_the_manifest_does_not_vouch_for(
     place: Place, checkpoint: Path
 ) -> None:
-    def damage(operation: str, name: str) -> None:
-        if (operation, name) == ("put", ARCHIVE):
-            path = checkpoint / "metadata.json"
-            path.write_text(path.read_text("utf-8").replace('"epoch": 0', '"epoch": 1'), "utf-8")
-
+    path = checkpoint / "metadata.json"
+    damaged = path.read_text("utf-8").replace('"epoch": 0', '"epoch": 1')
     with pytest.raises(CheckpointError, match="metadata.json is damaged"):
-        place.upload(checkpoint, after=damage)
+        place.upload(checkpoint, after=at("put", ARCHIVE, lambda: path.write_text(damaged)))
     assert SIDECAR not in place.contents()
 
 
@@ -226,9 +230,10 @@ def test_what_is_there_already_is_not_sent_again(place: Place, checkpoint: Path)
     again = place.upload(checkpoint)
     assert place.puts == []
     assert (again.size, again.crc32c, again.sent) == (first.size, first.crc32c, 0)
-    # Nor is it with another compression: the archive that is there is a good one.
-    assert place.upload(checkpoint, compression="none").crc32c == first.crc32c
-    assert place.puts == []
+    # Nor is it with another compression or format: the archive that is there is a good one.
+    for compression in ("none", "zstd"):
+        again = place.upload(checkpoint, compression=compression)
+        assert (again.crc32c, again.suffix, place.puts) == (first.crc32c, ".tar.gz", [])
 
 
 @pytest.mark.parametrize("compression", ["fast", "zstd"])
@@ -304,34 +309,31 @@ def test_a_sidecar_of_this_run_that_says_nothing_of_its_archive_is_replaced(
     place.require_uploaded(checkpoint)
 
 
+@pytest.mark.parametrize("has_archive", [True, False])
 def test_the_checkpoint_of_a_branch_that_was_left_is_set_aside_first(
-    place: Place, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    place: Place,
+    checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    has_archive: bool,
 ) -> None:
     caplog.set_level(logging.INFO)
     place.upload(make_other(tmp_path, branch=1, forks=[[0, 0], [1, 5]]))
+    if not has_archive:
+        place.bucket.delete(ARCHIVE)
     theirs = place.contents()
     stamp(checkpoint, branch=2, forks=[[0, 0], [1, 5], [2, 8]])
-    place.upload(checkpoint, before=place.check, after=place.check)
-    place.require_uploaded(checkpoint)
+    check = place.check if has_archive else nothing
+    place.upload(checkpoint, before=check, after=check)
     aside = "Checkpoints/set-aside/branch-1"
     contents = place.contents()
-    assert contents.pop(f"{aside}/{NAME}.tar.gz") == theirs[ARCHIVE]
+    assert contents.pop(f"{aside}/{NAME}.tar.gz", None) == theirs.get(ARCHIVE)
     assert contents.pop(f"{aside}/{NAME}.json") == theirs[SIDECAR]
     assert set(contents) == {ARCHIVE, SIDECAR}
-    assert f"of branch 1 of this run. It is copied to {place.options.uri}/{aside}." in caplog.text
-
-
-def test_the_sidecar_of_a_branch_that_was_left_is_set_aside_where_its_archive_is_gone(
-    place: Place, checkpoint: Path, tmp_path: Path
-) -> None:
-    place.upload(make_other(tmp_path))
-    place.bucket.delete(ARCHIVE)
-    place.upload(stamp(checkpoint, branch=1, forks=[[0, 0], [1, 5]]))
-    assert set(place.contents()) == {
-        ARCHIVE,
-        SIDECAR,
-        f"Checkpoints/set-aside/branch-0/{NAME}.json",
-    }
+    assert (
+        not has_archive
+        or f"of branch 1 of this run. It is copied to {place.options.uri}/{aside}." in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -377,17 +379,6 @@ def test_the_same_step_saved_again_by_the_same_branch_is_replaced(
         assert all(after[f"{copy}{end}"] == contents[name] for end, name in suffixes.items())
 
 
-def test_an_archive_of_another_format_is_not_sent_again(place: Place, checkpoint: Path) -> None:
-    for first, second, suffix in (("fast", "zstd", ".tar.gz"), ("zstd", "fast", ".tar.zst")):
-        for info in list(place.bucket.list()):
-            place.bucket.delete(info.name)
-        sent = place.upload(checkpoint, compression=first)
-        again = place.upload(checkpoint, compression=second)
-        assert (again.sent, again.suffix, sent.suffix) == (0, suffix, suffix)
-        assert place.puts == []
-        assert set(place.contents()) == {archive_object(NAME, suffix), SIDECAR}
-
-
 def test_a_step_saved_again_in_another_format_replaces_the_older_archive(
     place: Place, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -411,11 +402,7 @@ def test_a_sidecar_that_is_written_at_this_moment_is_neither_deleted_nor_replace
 ) -> None:
     place.upload(make_other(tmp_path))
     newer = b'{"newer": true}'
-
-    def write_newer(operation: str, name: str) -> None:
-        if (operation, name) == ("delete", SIDECAR):
-            place.bucket.put_bytes(SIDECAR, newer)
-
+    write_newer = at("delete", SIDECAR, lambda: place.bucket.put_bytes(SIDECAR, newer))
     with pytest.raises(TransientStorageError):
         place.upload(checkpoint, before=write_newer)
     assert place.contents()[SIDECAR] == newer
@@ -428,18 +415,11 @@ def test_a_sidecar_that_is_written_at_this_moment_is_neither_deleted_nor_replace
 def test_an_object_that_is_not_what_was_sent_is_never_called_verified(
     place: Place, checkpoint: Path
 ) -> None:
-    def damage(operation: str, name: str) -> None:
-        if (operation, name) == ("put", ARCHIVE):
-            place.bucket.put_bytes(ARCHIVE, b"damaged")
-
+    damage = at("put", ARCHIVE, lambda: place.bucket.put_bytes(ARCHIVE, b"damaged"))
     with pytest.raises(TransientStorageError, match="the bucket holds 7 bytes, crc32c"):
         place.upload(checkpoint, after=damage)
     assert set(place.contents()) == {ARCHIVE}
-
-    def lose(operation: str, name: str) -> None:
-        if (operation, name) == ("put", ARCHIVE):
-            place.bucket.delete(ARCHIVE)
-
+    lose = at("put", ARCHIVE, lambda: place.bucket.delete(ARCHIVE))
     with pytest.raises(TransientStorageError, match="the bucket holds nothing instead of"):
         place.upload(checkpoint, after=lose)
     assert place.contents() == {}
@@ -461,13 +441,12 @@ def test_what_another_writer_brought_meanwhile_is_not_overwritten(
         place.bucket.put_bytes(ARCHIVE, b"an archive without a sidecar")
     rival = replace(place, calls=[])
 
-    def overtake(operation: str, name: str) -> None:
-        if (operation, name) == moment[1:]:
-            rival.upload(other)
-            if not with_sidecar:
-                place.bucket.delete(SIDECAR)
+    def overtake() -> None:
+        rival.upload(other)
+        if not with_sidecar:
+            place.bucket.delete(SIDECAR)
 
-    hooks: dict[str, Any] = {moment[0]: overtake}
+    hooks: dict[str, Any] = {moment[0]: at(*moment[1:], overtake)}
     with pytest.raises(TransientStorageError):
         place.upload(checkpoint, **hooks)
     theirs = place.contents()
@@ -486,10 +465,7 @@ def test_what_another_writer_brought_meanwhile_is_not_overwritten(
 def test_a_sidecar_that_another_writer_brought_meanwhile_is_not_overwritten(
     place: Place, checkpoint: Path, moment: tuple[str, str, str]
 ) -> None:
-    def overtake(operation: str, name: str) -> None:
-        if (operation, name) == moment[1:]:
-            place.bucket.put_bytes(SIDECAR, b"theirs")
-
+    overtake = at(*moment[1:], lambda: place.bucket.put_bytes(SIDECAR, b"theirs"))
     hooks: dict[str, Any] = {moment[0]: overtake}
     with pytest.raises(TransientStorageError):
         place.upload(checkpoint, **hooks)
@@ -501,11 +477,7 @@ def test_an_answer_that_was_lost_does_not_send_the_archive_again(
     place: Place, checkpoint: Path, lost: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-
-    def reset(operation: str, name: str) -> None:
-        if (operation, name) == ("put", lost):
-            raise TransientStorageError("connection reset")
-
+    reset = at("put", lost, lambda: fail(TransientStorageError("connection reset")))
     if lost == ARCHIVE:
         place.upload(checkpoint, after=reset)
         assert "arrived, though its answer did not: connection reset" in caplog.text
@@ -518,8 +490,9 @@ def test_an_answer_that_was_lost_does_not_send_the_archive_again(
     place.require_uploaded(checkpoint)
 
 
+@GS
 def test_over_a_bad_connection_it_arrives_whole(
-    gs: Place, gcs: FakeGcsServer, checkpoint: Path
+    place: Place, gcs: FakeGcsServer, checkpoint: Path
 ) -> None:
     faults = [
         gcs.add_fault(Fault("status", operation="upload", times=2, status=503)),
@@ -527,11 +500,11 @@ def test_over_a_bad_connection_it_arrives_whole(
         gcs.add_fault(Fault("lost_answer", operation="upload")),
         gcs.add_fault(Fault("lost_answer", operation="object.compose")),
     ]
-    gs.upload(checkpoint, before=gs.check, after=gs.check)
+    place.upload(checkpoint, before=place.check, after=place.check)
     assert [fault.fired for fault in faults] == [2, 1, 1, 1]
-    gs.require_uploaded(checkpoint)
-    assert set(gs.contents()) == {ARCHIVE, SIDECAR}
-    assert gs.parts() == set()
+    place.require_uploaded(checkpoint)
+    assert set(place.contents()) == {ARCHIVE, SIDECAR}
+    assert place.parts() == set()
     assert gcs.unfinished_uploads() == []
 
 
@@ -546,12 +519,9 @@ def test_over_a_bad_connection_it_arrives_whole(
 def test_an_error_of_a_local_file_is_tried_again_where_it_may_pass(
     place: Place, checkpoint: Path, number: int, error: type[StorageError]
 ) -> None:
-    def fail(operation: str, name: str) -> None:
-        if operation == "put":
-            raise OSError(number, os.strerror(number), "scratch")
-
+    fault = OSError(number, os.strerror(number), "scratch")
     with pytest.raises(StorageError, match=f"scratch: {os.strerror(number)}") as caught:
-        place.upload(checkpoint, before=fail)
+        place.upload(checkpoint, before=at("put", ARCHIVE, lambda: fail(fault)))
     assert type(caught.value) is error
 
 
@@ -577,34 +547,28 @@ def test_a_checkpoint_that_is_not_whole_is_never_called_verified(
 # Killed anywhere, the next attempt completes it.
 
 
-def prepare_nothing(place: Place, checkpoint: Path, tmp_path: Path) -> None:
-    pass
-
-
-def prepare_same_branch(place: Place, checkpoint: Path, tmp_path: Path) -> None:
-    place.upload(make_other(tmp_path))
-
-
-def prepare_branch_left(place: Place, checkpoint: Path, tmp_path: Path) -> None:
-    place.upload(make_other(tmp_path))
-    stamp(checkpoint, branch=1, forks=[[0, 0], [1, 5]])
+def prepare(place: Place, checkpoint: Path, tmp_path: Path, there: str) -> None:
+    if there != "nothing":
+        place.upload(make_other(tmp_path))
+    if there == "branch left":
+        stamp(checkpoint, branch=1, forks=[[0, 0], [1, 5]])
 
 
 @pytest.mark.parametrize(
-    ("place", "prepare", "moment"),
+    ("place", "there", "moment"),
     [
-        ("directory", prepare_nothing, "before"),
-        ("directory", prepare_same_branch, "after"),
-        ("directory", prepare_branch_left, "before"),
-        ("directory", prepare_branch_left, "after"),
-        ("gs", prepare_branch_left, "before"),
+        ("directory", "nothing", "before"),
+        ("directory", "same branch", "after"),
+        ("directory", "branch left", "before"),
+        ("directory", "branch left", "after"),
+        ("gs", "branch left", "before"),
     ],
     indirect=["place"],
 )
 def test_killed_at_any_step_the_next_attempt_completes_it(
-    place: Place, checkpoint: Path, tmp_path: Path, prepare: Any, moment: str
+    place: Place, checkpoint: Path, tmp_path: Path, there: str, moment: str
 ) -> None:
-    prepare(place, checkpoint, tmp_path)
+    prepare(place, checkpoint, tmp_path, there)
     origin = place.contents()
     kills = 0
     while True:
@@ -631,7 +595,7 @@ def test_killed_at_any_step_the_next_attempt_completes_it(
         place.upload(checkpoint, before=place.check, after=place.check)
         place.require_uploaded(checkpoint)
         assert place.parts() == set()
-        if prepare is prepare_branch_left:
+        if there == "branch left":
             for name in (ARCHIVE, SIDECAR):
                 aside = name.replace("Checkpoints/", "Checkpoints/set-aside/branch-0/")
                 assert place.contents()[aside] == origin[name]
@@ -641,17 +605,18 @@ def test_killed_at_any_step_the_next_attempt_completes_it(
 # What interrupted uploads left.
 
 
+@GS
 @pytest.mark.parametrize("should_sweep", [True, False])
 def test_parts_of_interrupted_uploads_are_removed(
-    gs: Place, checkpoint: Path, should_sweep: bool
+    place: Place, checkpoint: Path, should_sweep: bool
 ) -> None:
     names = [NAME, "checkpoint-epoch0-step5-files0", "checkpoint-epoch0-step20-files0"]
     parts = {name: f"{parts_prefix(archive_object(name))}00007" for name in names}
     for part in parts.values():
-        gs.bucket.put_bytes(part, b"x")
-    gs.upload(checkpoint, should_sweep=should_sweep, owed=(NAME, names[2]))
-    assert set(gs.contents()) == {ARCHIVE, SIDECAR}
-    assert gs.parts() == {parts[names[2]]} | (set() if should_sweep else {parts[names[1]]})
+        place.bucket.put_bytes(part, b"x")
+    place.upload(checkpoint, should_sweep=should_sweep, owed=(NAME, names[2]))
+    assert set(place.contents()) == {ARCHIVE, SIDECAR}
+    assert place.parts() == {parts[names[2]]} | (set() if should_sweep else {parts[names[1]]})
 
 
 def test_remains_that_cannot_be_removed_are_no_failure(
@@ -659,7 +624,7 @@ def test_remains_that_cannot_be_removed_are_no_failure(
 ) -> None:
     def refuse(operation: str, name: str) -> None:
         if operation == "remove_unfinished":
-            raise AccessDeniedError("403 Forbidden")
+            fail(AccessDeniedError("403 Forbidden"))
 
     assert place.upload(checkpoint, before=refuse).size > 0
     assert "Parts of uploads are left in" in caplog.text

@@ -21,7 +21,7 @@ import pytest
 from tests.gcs_server import FakeGcsServer, Fault
 from tests.sample_checkpoints import RUN_ID
 from tests.utils.uploads.waiting import WAIT_SECONDS, wait_until
-from utils.base.errors import ConflictError, LockedError, StorageError, TransientStorageError
+from utils.base.errors import ConflictError, LockedError, TransientStorageError
 from utils.storage.bucket import Bucket, ObjectInfo
 from utils.storage.directory import DirectoryBucket
 from utils.storage.open import open_bucket
@@ -159,38 +159,12 @@ def test_a_second_trainer_is_refused_and_told_who_is_there(
     assert caplog.text.count("see whether that trainer is alive") == 1
 
 
+@pytest.mark.parametrize("had_holder", [True, False])
 def test_of_two_that_start_at_once_one_wins_and_the_other_names_it(
-    bucket: Bucket, clock: Clock
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, had_holder: bool
 ) -> None:
-    clock.meanwhile = lambda: wait_for_beat(bucket)
-    start, over = threading.Barrier(2), threading.Event()
-    held: list[str] = []
-    refused: list[str] = []
-
-    def train(run_id: str) -> None:
-        start.wait(WAIT_SECONDS)
-        try:
-            with hold_prefix(bucket, run_id, heartbeat_seconds=0.01) as lease:
-                held.append(run_id)
-                assert over.wait(WAIT_SECONDS)
-                assert lease.lost is None
-        except LockedError as exc:
-            refused.append(str(exc))
-        over.set()
-
-    threads = [threading.Thread(target=train, args=(run_id,)) for run_id in ("run-1", "run-2")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(held), len(refused)) == (1, 1)
-    assert f"run {held[0]}," in refused[0]
-
-
-def test_who_loses_the_race_for_a_dead_holders_lease_is_refused(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put_holder(bucket)
+    if had_holder:  # a dead one
+        put_holder(bucket)
     put = bucket.put_bytes_if
 
     def put_too_late(name: str, data: bytes, expected: ObjectInfo | None) -> ObjectInfo:
@@ -201,25 +175,6 @@ def test_who_loses_the_race_for_a_dead_holders_lease_is_refused(
     with pytest.raises(LockedError, match=r"run run-3, process 4711 on node-7"):
         PrefixLease(bucket, "run-2", BEAT).acquire(lambda holder, seconds: None)
     assert record_in(bucket).run_id == "run-3"
-
-
-def test_a_live_holder_elsewhere_is_refused_however_long_its_heartbeat(bucket: Bucket) -> None:
-    """It beats once, at the end of its own two heartbeats, which are many of ours."""
-    waits: list[tuple[str, float]] = []
-    record = put_holder(bucket, heartbeat_seconds=1.0)
-
-    def wait(holder: str, seconds: float) -> None:
-        waits.append((holder, seconds))
-        if len(waits) == POLLS_PER_WATCH:
-            bucket.put_bytes(LEASE_OBJECT, replace(record, beat=1).to_bytes())
-
-    with (
-        pytest.raises(LockedError, match=r"run run-1, process 4711 on node-7"),
-        hold_prefix(bucket, "run-2", heartbeat_seconds=BEAT, on_wait=wait),
-    ):
-        pass
-    assert waits[0][0] == "run run-1, process 4711 on node-7"
-    assert waits[0][1] == pytest.approx(2)  # two of its heartbeats, not of ours
 
 
 def test_who_ends_during_the_wait_makes_room_at_once(bucket: Bucket) -> None:
@@ -371,6 +326,7 @@ def test_without_the_right_to_replace_the_holder_warns_once(
         wait_until(lambda: len(gcs.requests("upload")) > 3)
     assert caplog.text.count("would take this one for dead") == 1
     assert "was not removed" in caplog.text
+    assert "waits " in caplog.text
     bucket.close()
 
 
@@ -380,7 +336,7 @@ def test_beats_that_fail_are_tried_again_in_silence(
     bucket = open_bucket("gs://runs/a", retry_seconds=0.02)
     with hold_prefix(bucket, RUN_ID, heartbeat_seconds=0.02) as lease:
         fault = gcs.add_fault(Fault("status", times=None, operation="upload", status=503))
-        assert fault.wait_fired(WAIT_SECONDS, times=4)
+        wait_until(lambda: fault.fired >= 4)
         gcs.clear_faults()
         beat = record_in(bucket).beat
         wait_until(lambda: record_in(bucket).beat > beat)
@@ -475,18 +431,3 @@ def test_a_holder_taken_over_since_its_last_beat_leaves_the_new_lease(bucket: Bu
     with hold_prefix(bucket, RUN_ID, heartbeat_seconds=30):
         usurper = take_over(bucket)
     assert record_in(bucket) == usurper
-
-
-def test_a_lease_that_cannot_be_removed_ends_the_run_all_the_same(
-    directory: DirectoryBucket,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def refuse(name: str, expected: ObjectInfo) -> None:
-        raise StorageError("the disk is gone")
-
-    monkeypatch.setattr(directory, "delete_if", refuse)
-    with hold_prefix(directory, RUN_ID, heartbeat_seconds=30):
-        pass
-    assert "was not removed (the disk is gone)" in caplog.text
-    assert "waits 60 s" in caplog.text

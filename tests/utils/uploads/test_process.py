@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def large(tmp_path: Path, noise: bytes) -> Path:
 
 
 @pytest.fixture
-def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TransportOptions:
+def options(tmp_path: Path) -> TransportOptions:
     return TransportOptions(str(tmp_path / "bucket"), "directory")
 
 
@@ -67,14 +68,6 @@ def _nothing_is_left() -> Iterator[None]:
     others = set(psutil.Process().children(recursive=True))  # of fixtures of other files
     yield
     assert set(psutil.Process().children(recursive=True)) - others == set()
-
-
-def slow_job(checkpoint: Path, bucket: Path, bytes_per_second: float, **options: Any) -> UploadJob:
-    """Return one that goes at a rate through a directory."""
-    way = TransportOptions(
-        str(bucket), "directory", max_bytes_per_second=bytes_per_second, **options
-    )
-    return UploadJob(str(checkpoint), way, "none")
 
 
 def the_child() -> psutil.Process:
@@ -133,7 +126,7 @@ def test_what_it_logs_appears_in_the_log_of_the_trainer(
 
 
 def test_it_is_seen_while_it_goes_on_out_of_the_way_and_without_secrets(
-    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: Path, options: TransportOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for key in ("HF_TOKEN", "WANDB_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS"):
         monkeypatch.setenv(key, CANARY)
@@ -150,7 +143,8 @@ def test_it_is_seen_while_it_goes_on_out_of_the_way_and_without_secrets(
             seen["autogroup"] = group.read_text().split()[-1] if group.exists() else str(NICENESS)
             seen["words"] = child.cmdline()
 
-    result = run_in_process(slow_job(large, tmp_path / "bucket", 4 * MEGABYTE), look)
+    rate = replace(options, max_bytes_per_second=4 * MEGABYTE)
+    result = run_in_process(UploadJob(str(large), rate, "none"), look)
     sent = [report.sent for report in reports]
     assert len(set(sent)) >= 2
     assert sent == sorted(sent)
@@ -165,24 +159,6 @@ def test_it_is_seen_while_it_goes_on_out_of_the_way_and_without_secrets(
 
 
 # How it ends.
-
-
-def test_it_ends_on_request(large: Path, tmp_path: Path) -> None:
-    reports: list[ProgressReport] = []
-    job = slow_job(large, tmp_path / "bucket", 100_000)
-    with pytest.raises(InterruptedUploadError):
-        run_in_process(job, reports.append, lambda: any(report.sent for report in reports))
-    assert not (tmp_path / "bucket" / ARCHIVE).exists()
-    run_in_process(UploadJob(str(large), job.transport.__class__(job.transport.uri)))
-    assert (tmp_path / "bucket" / SIDECAR).is_file()
-
-
-def test_when_it_is_killed_another_attempt_is_worth_it(large: Path, tmp_path: Path) -> None:
-    def kill(report: ProgressReport) -> None:
-        the_child().kill()
-
-    with pytest.raises(TransientStorageError, match=r"the upload process ended \(code -9\)"):
-        run_in_process(slow_job(large, tmp_path / "bucket", 100_000), kill)
 
 
 def test_what_makes_no_progress_is_ended(

@@ -6,10 +6,8 @@ import functools
 import gzip
 import logging
 import math
-import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -22,7 +20,6 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
 from tests.sample_checkpoints import RUN_ID, make_checkpoint
 from tests.utils.uploads.waiting import WAIT_SECONDS, wait_until
 from utils.base.errors import (
@@ -32,16 +29,14 @@ from utils.base.errors import (
     TransientStorageError,
 )
 from utils.base.retrying import FIRST_RETRY_SECONDS
-from utils.checkpoints.journal import Journal, JournalEntry, UploadState
+from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
     UPLOAD_LOCK_PREFIX,
     archive_object,
-    find_checkpoints,
     local_archive,
     sidecar_object,
 )
-from utils.checkpoints.store import apply_retention, hold_upload
-from utils.checkpoints.views import find_best, read_local_checkpoints
+from utils.checkpoints.store import hold_upload
 from utils.storage.bucket import crc32c_of_file
 from utils.uploads import uploader as uploader_module
 from utils.uploads.job import ProgressReport, UploadJob, UploadResult
@@ -130,6 +125,14 @@ class Run:
         self.opened.append(Uploader(self.options, wanted.pop("journal", self.journal), **wanted))
         return self.opened[-1]
 
+    def upload(self, *checkpoints: Path, **changes: Any) -> Uploader:
+        """Upload one after the other; return the uploader, which has tried all of them."""
+        uploader = self.open(**changes)
+        for checkpoint in checkpoints:
+            uploader.submit(checkpoint)
+            drain(uploader)
+        return uploader
+
     def hold_first(self, checkpoints: Sequence[Path] = ()) -> tuple[Uploader, Gate]:
         """Submit them; the first one is on its way, and held, when the others come."""
         checkpoints = checkpoints or self.checkpoints
@@ -159,6 +162,10 @@ def drain(uploader: Uploader) -> None:
     assert uploader.drain(WAIT_SECONDS, lambda text: None) == []
 
 
+def fail_on_full_disk(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def give_up(uploader: Uploader, journal: Journal, checkpoint: Path) -> None:
     """As retention does it."""
     journal.record(checkpoint.name, RUN_ID, UploadState.SUPERSEDED)
@@ -174,9 +181,7 @@ def test_a_checkpoint_ends_verified_with_archive_and_sidecar_in_the_bucket(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", CANARY)
     caplog.set_level(logging.DEBUG)
-    uploader = run.open(perform=None)
-    uploader.submit(run.checkpoints[0])
-    drain(uploader)
+    uploader = run.upload(run.checkpoints[0], perform=None)
 
     assert "Verified" in caplog.text
     assert run.states(NAMES[0])[0] == "queued"
@@ -232,9 +237,7 @@ def test_when_uploads_lag_behind_the_newest_and_the_best_go_first(run: Run, tmp_
 def test_what_fails_twice_and_then_does_not_leaves_no_failure(run: Run) -> None:
     told: list[str] = []
     run.performer.script[NAMES[0]] = [DOWN, DOWN]
-    uploader = run.open(tell=told.append)
-    uploader.submit(run.checkpoints[0])
-    drain(uploader)
+    uploader = run.upload(run.checkpoints[0], tell=told.append)
     attempt = ["archiving", "failed"]
     assert run.states(NAMES[0]) == ["queued", *attempt, *attempt, "archiving", "verified"]
     attempts = [e.details["attempt"] for e in run.journal.entries() if "attempt" in e.details]
@@ -255,6 +258,14 @@ def test_what_fails_for_ever_is_tried_so_often_then_kept_and_the_next_goes_on(
     assert run.performer.tried == [NAMES[0]] * UPLOAD_ATTEMPTS
     assert uploader.failures == {NAMES[0]: f"503 Backend Error ({UPLOAD_ATTEMPTS} attempts)"}
     assert f"It is kept in {run.checkpoints[0].parent}" in caplog.text
+    retries = [record.args for record in caplog.records if "trying again" in record.msg]
+    waits = [args[1] for args in retries if isinstance(args, tuple)]
+    assert len(waits) == UPLOAD_ATTEMPTS - 1
+    for number, wait in enumerate(waits):
+        assert isinstance(wait, float)
+        assert 0.5 <= wait / (0.001 * 4**number) <= 1.5
+    jittered = [uploader_module._jittered(FIRST_RETRY_SECONDS) for _ in range(200)]
+    assert 0.5 <= min(jittered) < 0.75 < 1.25 < max(jittered) <= 1.5
 
     wait_until(lambda: run.states(NAMES[0]).count("failed") == UPLOAD_ATTEMPTS)
     assert told[-1] == f"{NAMES[0]} was not uploaded: 503 Backend Error (5 attempts)"
@@ -266,31 +277,14 @@ def test_what_fails_for_ever_is_tried_so_often_then_kept_and_the_next_goes_on(
         "attempts": UPLOAD_ATTEMPTS,
         "permanent": False,
     }
-    wait = datetime.fromisoformat(last.details["next_try"]) - datetime.now(UTC)
+    later = datetime.fromisoformat(last.details["next_try"]) - datetime.now(UTC)
     half = timedelta(seconds=LATER_SECONDS / 2)
-    assert half - timedelta(seconds=5) < wait < 3 * half
+    assert half - timedelta(seconds=5) < later < 3 * half
 
     uploader.submit(run.checkpoints[1])
     wait_until(lambda: uploader.verified == [NAMES[1]])
     owed = find_unfinished(run.journal.path.parent, run.journal, run.options.uri)
     assert [path.name for path in owed] == [NAMES[0], NAMES[2]]
-
-
-def test_the_waits_between_attempts_grow_and_are_not_the_same(
-    run: Run, caplog: pytest.LogCaptureFixture
-) -> None:
-    run.performer.script[NAMES[0]] = [DOWN] * (UPLOAD_ATTEMPTS - 1)
-    uploader = run.open()
-    uploader.submit(run.checkpoints[0])
-    drain(uploader)
-    retries = [record.args for record in caplog.records if "trying again" in record.msg]
-    waits = [args[1] for args in retries if isinstance(args, tuple)]
-    assert len(waits) == UPLOAD_ATTEMPTS - 1
-    for number, wait in enumerate(waits):
-        assert isinstance(wait, float)
-        assert 0.5 <= wait / (0.001 * 4**number) <= 1.5
-    jittered = [uploader_module._jittered(FIRST_RETRY_SECONDS) for _ in range(200)]
-    assert 0.5 <= min(jittered) < 0.75 < 1.25 < max(jittered) <= 1.5
 
 
 def test_draining_tries_once_more_and_does_not_wait_for_what_fails_again(run: Run) -> None:
@@ -357,10 +351,7 @@ def test_a_permanent_error_is_not_tried_again_and_the_others_go_on(
     run: Run, error: Exception, text: str
 ) -> None:
     run.performer.script[NAMES[0]] = [error]
-    uploader = run.open()
-    for checkpoint in run.checkpoints:
-        uploader.submit(checkpoint)
-        drain(uploader)
+    uploader = run.upload(*run.checkpoints)
     assert run.performer.tried == NAMES
     assert uploader.failures == {NAMES[0]: text}
     assert uploader.verified == NAMES[1:]
@@ -402,28 +393,17 @@ def test_one_that_vanished_without_being_given_up_is_a_failure(run: Run) -> None
 # The journal.
 
 
-class FullDiskJournal(Journal):
-    """A journal on a disk that is full as long as it is told."""
-
-    is_full = True
-
-    def record(
-        self, checkpoint: str, run_id: str, state: UploadState, *, sync: bool = True, **details: Any
-    ) -> JournalEntry:
-        if self.is_full:
-            raise OSError(28, "No space left on device")
-        return super().record(checkpoint, run_id, state, sync=sync, **details)
-
-
-def test_a_journal_that_cannot_be_written_loses_no_upload(run: Run) -> None:
-    full = FullDiskJournal(run.journal.path)
-    uploader = run.open(journal=full)
-    uploader.submit(run.checkpoints[0])
-    wait_until(lambda: uploader.failures)
+def test_a_journal_that_cannot_be_written_loses_no_upload(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploader = run.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "record", fail_on_full_disk)
+        uploader.submit(run.checkpoints[0])
+        wait_until(lambda: uploader.failures and not uploader.pending)
     assert "No space left on device" in uploader.failures[NAMES[0]]
     assert uploader.verified == []  # it could not be remembered
     assert len(run.performer.tried) == UPLOAD_ATTEMPTS
-    full.is_full = False
     uploader.submit(run.checkpoints[1])
     drain(uploader)
     assert set(uploader.verified) == set(NAMES[:2])
@@ -434,21 +414,18 @@ def test_a_journal_that_cannot_be_written_loses_no_upload(run: Run) -> None:
 def test_a_journal_that_cannot_be_read_stops_nothing_else(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Journal) -> list[bytes]:
-        raise OSError(5, "Input/output error")
-
     uploader = run.open()
     gate = run.performer.hold(NAMES[2])
     uploader.submit(run.checkpoints[2])
     gate.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "_read_lines", refuse)
+        patch.setattr(Journal, "_read_lines", fail_on_full_disk)
         uploader.submit(run.checkpoints[0])
         uploader.submit(run.checkpoints[1])
         shutil.rmtree(run.checkpoints[1])
         gate.opened.set()
         wait_until(lambda: len(uploader.failures) == 2 and not uploader.pending)
-        assert "Input/output error" in uploader.failures[NAMES[0]]
+        assert "No space left" in uploader.failures[NAMES[0]]
     drain(uploader)
     assert set(uploader.verified) == {NAMES[0], NAMES[2]}
     assert set(uploader.failures) == {NAMES[1]}
@@ -472,9 +449,7 @@ def test_progress_is_in_the_journal_and_not_synced(
         on_progress(ProgressReport("uploading", 4000, 4000, 1500, 2000, 0))
 
     run.performer.script[NAMES[0]] = [progress]
-    uploader = run.open()
-    uploader.submit(run.checkpoints[0])
-    drain(uploader)
+    run.upload(run.checkpoints[0])
     found = ["queued", "archiving", "archiving", "uploading", "verified"]
     assert run.states(NAMES[0]) == found
     assert synced == [True, True, False, False, True]
@@ -584,9 +559,7 @@ def test_a_restart_knows_what_is_owed(run: Run, recorded: list[str], owed: bool)
 
 def test_what_is_owed_is_told_to_the_job_so_that_it_is_not_swept_away(run: Run) -> None:
     run.performer.script[NAMES[1]] = [AccessDeniedError("403")]
-    uploader = run.open(should_sweep=True, compression="small")
-    uploader.submit(run.checkpoints[1])
-    drain(uploader)
+    uploader = run.upload(run.checkpoints[1], should_sweep=True, compression="small")
     gate = run.performer.hold(NAMES[0])
     uploader.submit(run.checkpoints[0])
     gate.wait()
@@ -600,35 +573,19 @@ def test_what_is_owed_is_told_to_the_job_so_that_it_is_not_swept_away(run: Run) 
 
 # Two processes on one directory.
 
-OTHER = """
-import sys
-from pathlib import Path
-from utils.checkpoints.store import hold_upload
-with hold_upload(Path(sys.argv[1])) as is_alone:
-    print(is_alone, flush=True)
-    sys.stdin.read()
-"""
 
-
-def test_what_another_process_is_uploading_is_left_to_it_while_it_lives(
+def test_what_another_process_is_uploading_is_left_to_it_while_it_goes_on(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(uploader_module, "LOCKED_SECONDS", 0.02)
-    with subprocess.Popen(
-        [sys.executable, "-c", OTHER, str(run.checkpoints[0])],
-        cwd=PROJECT_DIRECTORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"True\n"
+    with hold_upload(run.checkpoints[0]) as is_alone:
+        assert is_alone
         uploader = run.open()
         uploader.submit(run.checkpoints[0])
         wait_until(lambda: "is being uploaded by another process" in caplog.text)
         uploader.submit(run.checkpoints[1])  # and does not wait for it
         wait_until(lambda: uploader.verified == [NAMES[1]])
-        other.kill()
     drain(uploader)
     assert run.performer.tried == uploader.verified == [NAMES[1], NAMES[0]]
     assert not list(run.checkpoints[0].parent.glob(".uploading-*"))
@@ -651,10 +608,7 @@ def test_the_lock_file_goes_while_it_is_held(run: Run, monkeypatch: pytest.Monke
 def test_a_lock_that_cannot_be_had_does_not_stop_an_upload(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(FileLock, "acquire", refuse)
+    monkeypatch.setattr(FileLock, "acquire", fail_on_full_disk)
     theirs = run.checkpoints[0].with_name(f"{UPLOAD_LOCK_PREFIX}{NAMES[0]}.lock")
     theirs.touch()
     with hold_upload(run.checkpoints[0]) as is_alone:
@@ -686,51 +640,6 @@ def test_what_another_process_brought_there_meanwhile_is_not_sent_again(run: Run
     gate.opened.set()
     drain(uploader)
     assert (run.performer.tried, uploader.verified) == (NAMES[:1], NAMES[:2])
-
-
-# With retention, and a bucket that is down.
-
-
-def test_a_bucket_that_is_down_fills_no_disk_and_costs_neither_newest_nor_best(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    config = TrainingConfig(
-        checkpoint_uri=str(tmp_path / "bucket"), keep_checkpoints=2, max_unverified=3
-    )
-    directory = run.journal.path.parent
-    run.performer.always = DOWN
-    uploader = run.open()
-    best = 4
-    for step in range(1, 31):
-        loss = 1.0 if step == best else 2.0 + 1 / step
-        path = make_checkpoint(directory, step, validation_metrics={"validation_loss": loss})
-        uploader.submit(path)
-        deleted = apply_retention(
-            directory, run.journal, config, run_id=RUN_ID, is_uploading_on=True
-        )
-        uploader.forget(deleted)
-        kept = [name.step for name in find_checkpoints(directory)]
-        assert {step, step - 1} - {0} <= set(kept)
-        assert step < best or best in kept
-        # The newest two, three that wait, the best, and one that is on its way.
-        assert len(kept) <= 2 + 3 + 1 + 1
-        assert {entry.state for entry in run.journal.entries() if entry.checkpoint in deleted} >= (
-            {UploadState.SUPERSEDED} if deleted else set()
-        )
-    wait_until(lambda: not uploader.pending)
-    # All that is there is owed, and nothing else.
-    assert set(uploader.failures) == {str(name) for name in find_checkpoints(directory)}
-    view = find_best(read_local_checkpoints(directory))
-    assert view is not None
-    assert view.name.step == best
-
-    run.performer.always = None  # and when it is back, all of it goes there
-    drain(uploader)
-    assert uploader.failures == {}
-    assert {str(name) for name in find_checkpoints(directory)} == set(uploader.verified)
-    apply_retention(directory, run.journal, config, run_id=RUN_ID, is_uploading_on=True)
-    assert [name.step for name in find_checkpoints(directory)] == [best, 29, 30]
 
 
 def test_the_local_archive_of_an_upload_that_is_ended_is_removed(run: Run) -> None:
