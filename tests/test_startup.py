@@ -108,7 +108,7 @@ def test_a_step_gets_the_memory_that_the_one_before_freed(first_step: dict[str, 
     assert min(first_step["page_faults"][1:]) < 10
 
 
-def test_an_attempt_that_is_refused_for_its_checkpoints_does_not_wait_for_torch(
+def test_an_attempt_that_is_refused_for_its_words_or_checkpoints_does_not_wait_for_torch(
     tmp_path: Path,
 ) -> None:
     checkpoint = tmp_path / "checkpoints" / "checkpoint-epoch0-step2-files0"
@@ -116,6 +116,7 @@ def test_an_attempt_that_is_refused_for_its_checkpoints_does_not_wait_for_torch(
     (checkpoint / "manifest.json").write_text("{}")
     code = (
         "import sys, train\n"
+        "assert train.main(['--set', 'max_step=1']) == 2\n"
         "code = train.main(['--set', 'data_uri=data'])\n"
         "assert 'torch' not in sys.modules\n"
         "sys.exit(code)\n"

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.test_train import differences, launch, load
+from tests.test_train import launch, state_differences
 from tests.test_train_recovery import BadLosses
 from utils.checkpoints.layout import find_checkpoints
 from utils.run.sample_texts import Sample, Sampler
@@ -68,12 +67,7 @@ def assert_same_training(tmp_path: Path, left: str, right: str) -> None:
         directory = tmp_path / folder / "checkpoints"
         ends.append(directory / str(find_checkpoints(directory)[-1]))
     assert ends[0].name == ends[1].name
-    weights = [load_file(end / "model.safetensors") for end in ends]
-    assert not differences(*weights)
-    for name in ("optimizer.bin", "random_states_0.pkl"):
-        one, other = load(ends[0] / name), load(ends[1] / name)
-        one.pop("step", None), other.pop("step", None)  # micro-steps of a process
-        assert not differences(one, other), name
+    assert not state_differences(*ends)
     for key in ("loss", "validation_loss"):
         one, other = (
             read_metrics(tmp_path / folder / "logs/metrics.jsonl").series(key)
@@ -203,13 +197,3 @@ def test_several_ranks_write_one_set_of_texts(tmp_path: Path, sample_data: Path)
         (step, prompt) for step in (2, 3, 4, 6) for prompt in ("", "The")
     ]
     assert len(list(curves(tmp_path)[0].iterdir())) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler
-def test_a_compiled_run_writes_texts_and_stays_the_same(run_train: Train, tmp_path: Path) -> None:
-    settings = (*EVERY_STEP, "torch_compile=true", "eval_steps=1")
-    assert run_train("--max-steps", "3", folder="without", settings=settings) == 0
-    assert run_train("--max-steps", "3", folder="with", settings=(*settings, *SAMPLES)) == 0
-    assert_same_training(tmp_path, "without", "with")
-    assert len(samples(tmp_path, "with")) == 6

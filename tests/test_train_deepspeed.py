@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import signal
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,6 @@ from tests.test_train_sharded import (
     curves,
     run_ranks,
 )
-from utils.base.errors import ExitCode
 from utils.checkpoints.layout import read_manifest
 from utils.checkpoints.state_files import read_optimizer, read_weights
 from utils.checkpoints.store import verify_checkpoint
@@ -73,24 +70,6 @@ def test_two_ranks_divide_the_state_and_one_goes_on(
     assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
     assert_same_curve(tmp_path, "one", "run")
     assert_near(checkpoint(tmp_path, 6), checkpoint(tmp_path, 6, "one"))
-
-
-def test_tensors_larger_than_a_bucket_and_layers_of_one_bucket(
-    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
-) -> None:
-    assert run_train("--max-steps", "4", folder="one", settings=(*SETTINGS, "save_steps=4")) == 0
-    program = write_program(
-        tmp_path / "small.py",
-        """
-        from utils.training import deepspeed as deepspeed_engine
-        deepspeed_engine.ZERO_BUCKET_ELEMENTS = 4000  # the embedding has 16,995
-        """,
-    )
-    for sharding in (ZERO1, ZERO2):
-        folder = sharding[9:]
-        settings = (sharding, "save_steps=4")
-        run_ranks(2, "--max-steps", "4", folder=folder, settings=settings, program=program)
-        assert_same_curve(tmp_path, "one", folder)
 
 
 def test_a_checkpoint_moves_between_all_strategies(
@@ -209,37 +188,3 @@ def test_a_step_waits_no_more_than_ddps_and_a_bad_one_changes_nothing(
     host = write_program(tmp_path / "host.py", SPOILED)
     run_ranks(2, "--max-steps", "6", folder="host", settings=settings, program=host)
     assert curves(tmp_path, "host") == curves(tmp_path, "device")
-
-
-def test_the_launchers_words_are_enough(
-    run_ranks: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without `sharding`, as `accelerate launch` starts it; and a request to stop saves."""
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    program = write_program(
-        tmp_path / "stopped.py",
-        f"""
-        import os
-        from utils.run import run as training_run
-
-        step = training_run.train_step
-
-        def stopped(state, *words):
-            step(state, *words)
-            if state.progress.step == 3 and os.environ["RANK"] == "0":
-                os.kill(os.getpid(), {int(signal.SIGTERM)})
-
-        training_run.train_step = stopped
-        """,
-    )
-    told = run_ranks(2, "--max-steps", "6", program=program, expected=None)
-    assert "DeepSpeed ZeRO-2 over 2 ranks (accelerate launch)" in told
-    assert f"exitcode  : {int(ExitCode.STOPPED)}" in told
-    saved = checkpoint(tmp_path, 3)
-    assert verify_checkpoint(saved).world_size == 2
-    config = json.loads((saved / "training_config.json").read_text())
-    assert config["sharding"] == "none"
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    told = run_ranks(2, "--max-steps", "6", "--resume", "latest", expected=1)
-    assert "zero_stage 3 is not supported" in told

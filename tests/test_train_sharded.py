@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -254,46 +253,6 @@ def test_parts_put_together_are_what_one_process_wrote(
     assert "is there already" in capsys.readouterr().err
     assert consolidate_checkpoint.main([str(one)]) == 2
     assert "is not in parts" in capsys.readouterr().err
-
-
-DYING = """
-import os, signal, sys
-sys.path.insert(0, {project!r})
-import train
-from utils.checkpoints import saver as checkpoint_saver
-
-together, saves = checkpoint_saver._write_together, []
-
-def dying(write, directory, rendezvous):
-    saves.append(directory)
-    if os.environ["RANK"] == "1" and len(saves) == 2:
-        write(directory)  # all of it is there
-        os.kill(os.getpid(), signal.SIGKILL)
-    return together(write, directory, rendezvous)
-
-checkpoint_saver._write_together = dying
-sys.exit(train.main())
-"""
-
-
-@pytest.mark.slow
-def test_a_rank_that_is_killed_during_a_save_leaves_the_one_before(
-    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
-) -> None:
-    program = tmp_path / "dying.py"
-    project = str(Path(__file__).resolve().parents[1])
-    program.write_text(textwrap.dedent(DYING.format(project=project)))
-    settings = (FSDP2, "save_steps=2")
-    told = run_ranks(2, "--max-steps", "6", settings=settings, program=program, expected=1)
-    assert f"exitcode  : {-signal.SIGKILL}" in told
-    directory = checkpoint(tmp_path, 2).parent
-    assert [name.step for name in find_checkpoints(directory)] == [2]
-    settings = (*SETTINGS, "save_steps=100")
-    assert run_train("--max-steps", "6", folder="one", settings=settings) == 0
-    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
-    assert not list(directory.glob(".saving-*"))
-    assert_same_curve(tmp_path, "one", "run")
-    verify_checkpoint(checkpoint(tmp_path, 6))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
 from tests.sample_checkpoints import RUN_ID, make_checkpoint
+from tests.sample_shards import flip_bit
 from utils.base.errors import CheckpointError, ExitCode, LockedError
 from utils.checkpoints import store
 from utils.checkpoints.journal import Journal, UploadState
@@ -45,12 +46,6 @@ def steps(directory: Path) -> list[int]:
 def change_manifest(checkpoint: Path, **changes: object) -> None:
     path = checkpoint / "manifest.json"
     write_json(path, {**read_json(path), **changes})
-
-
-def flip_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def append_space(path: Path) -> None:

@@ -152,17 +152,6 @@ def test_checkpoint_and_log_say_what_was_spent_and_lost_before(
     assert before.starts == expected.starts
 
 
-def test_prices_may_change_between_starts() -> None:
-    clock = Clock()
-    meter = SpendingMeter(spent(100), 7200.0, 0.0, clock)
-    clock.now += 50
-    assert meter.read().total == Amount(150, 200)
-    meter = SpendingMeter(meter.read(), None, 0.0, clock)
-    clock.now += 10
-    assert meter.read().total == Amount(160, 200, 10)
-    assert meter.read().starts == 3
-
-
 def test_a_first_start_loses_nothing_and_a_restart_its_way_to_the_first_step() -> None:
     clock = Clock()
     first = SpendingMeter(Spending(), 3600.0, 5.0, clock)
