@@ -113,6 +113,12 @@ def seal(path: Path, step: int) -> Manifest:
     return manifest
 
 
+def change_manifest(checkpoint: Path, **changes: Any) -> None:
+    """Change values of a manifest, and not the files that it lists."""
+    path = checkpoint / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
+
+
 def put_remote(root: Path, checkpoint: Path) -> None:
     """Put an archive and its sidecar into a directory bucket."""
     bucket, archive = DirectoryBucket(root), b"archive"

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from scripts import evaluate, export_model
+from tests.processes import run_python
 from tests.small_models import TASK_FILES, build_small_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -139,14 +140,7 @@ def test_the_harness_alone_loads_what_was_exported_and_finds_the_same(
     shutil.copy(own / "hellaswag" / "utils.py", tasks)
     write_task(own / "hellaswag" / "hellaswag.yaml", tasks, "hellaswag", "validation", HELLASWAG)
     write_task(own / "lambada" / "lambada_openai.yaml", tasks, "lambada", "test", lambada)
-    done = subprocess.run(
-        [sys.executable, "-c", SCORE, str(exported), str(tasks)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run_python("-c", SCORE, exported, tasks, cwd=tmp_path, PYTHONPATH=site)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert 0.3 < found["hellaswag"]["acc_norm"] < 1.0

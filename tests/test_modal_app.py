@@ -19,6 +19,7 @@ import train
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import evaluate, export_model, generate, upload_manager
 from tests import stand_in_modal
+from tests.processes import run_python
 from utils.base.errors import ExitCode
 
 FILE = PROJECT_DIRECTORY / "cloud" / "modal_app.py"
@@ -375,12 +376,7 @@ def test_the_real_package_takes_the_app(tmp_path: Path) -> None:
     if result.returncode:
         pytest.skip(f"modal cannot be installed: {result.stderr.strip().splitlines()[-1:]}")
     paths = [str(packages), str(FILE.parent), str(PROJECT_DIRECTORY)]
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHECK, *paths],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    found = run_python("-W", "ignore", "-c", CHECK, *paths)
     assert found.returncode == 0, found.stderr
     facts = json.loads(found.stdout)
     assert facts["strange"] == {}

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
 from tests.conftest import TINY
+from tests.processes import run_python
 from utils.base.errors import ExitCode
 
 # What an attempt does without before its first step, and whom it is for.
@@ -72,14 +69,7 @@ os._exit(code)
 def first_step(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a process looks like that has just done its first step."""
     words = [f"--set={value}" for value in (*TINY, f"data_uri={sample_data}")]
-    result = subprocess.run(
-        [sys.executable, "-c", CHILD, "--quiet", *words],
-        cwd=tmp_path_factory.mktemp("start"),
-        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("-c", CHILD, "--quiet", *words, cwd=tmp_path_factory.mktemp("start"))
     assert result.returncode == 0, result.stderr
     state: dict[str, Any] = json.loads(result.stdout)
     return state
@@ -121,14 +111,7 @@ def test_an_attempt_that_is_refused_for_its_words_or_checkpoints_does_not_wait_f
         "assert 'torch' not in sys.modules\n"
         "sys.exit(code)\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("-c", code, cwd=tmp_path)
     assert result.returncode == ExitCode.USAGE, result.stderr
     assert "--resume latest" in result.stderr
     assert "--fresh" in result.stderr

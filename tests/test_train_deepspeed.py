@@ -24,7 +24,6 @@ from tests.test_train_sharded import (
 )
 from utils.checkpoints.layout import read_manifest
 from utils.checkpoints.state_files import read_optimizer, read_weights
-from utils.checkpoints.store import verify_checkpoint
 
 __all__ = ["run_ranks"]
 pytestmark = [
@@ -44,32 +43,6 @@ def write_program(path: Path, text: str) -> Path:
     begin = f"import sys\nsys.path.insert(0, {PROJECT!r})\nimport torch, train\n"
     path.write_text(begin + textwrap.dedent(text) + "\nsys.exit(train.main())\n")
     return path
-
-
-@pytest.mark.parametrize("sharding", [ZERO1, ZERO2])
-def test_two_ranks_divide_the_state_and_one_goes_on(
-    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path, sharding: str
-) -> None:
-    settings = (*SETTINGS, "save_steps=3")
-    assert run_train("--max-steps", "6", folder="one", settings=settings) == 0
-    own = (sharding, "save_steps=3", "background_save=false")
-    told = run_ranks(2, "--max-steps", "6", "--stop-after", "3", settings=own)
-    assert f"DeepSpeed ZeRO-{sharding[-1]} over 2 ranks ({sharding})" in told
-    saved = checkpoint(tmp_path, 3)
-    manifest = verify_checkpoint(saved)
-    assert manifest.world_size == 2
-    assert {name for name in manifest.files if "part" in name or "random" in name} == {
-        "model-part-00001-of-00002.safetensors",
-        "model-part-00002-of-00002.safetensors",
-        "optimizer-part-00001-of-00002.safetensors",
-        "optimizer-part-00002-of-00002.safetensors",
-        "random_states_0.pkl",
-        "random_states_1.pkl",
-    }
-    assert_near(saved, checkpoint(tmp_path, 3, "one"), 1e-5)
-    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
-    assert_same_curve(tmp_path, "one", "run")
-    assert_near(checkpoint(tmp_path, 6), checkpoint(tmp_path, 6, "one"))
 
 
 def test_a_checkpoint_moves_between_all_strategies(

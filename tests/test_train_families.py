@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,16 @@ import torch
 
 from tests.conftest import TINY
 from tests.sample_models import FAMILIES, write_model
-from tests.test_train import launch, state_differences
-from tests.test_train_sharded import TORCHRUN, assert_near
+from tests.test_train import state_differences, train_on_ranks
+from tests.test_train_sharded import assert_near
 from utils.checkpoints.layout import read_json
 from utils.tracking.metrics_log import read_metrics
 
 Train = Callable[..., int]
 SETTINGS = ("logging_steps=1", "save_steps=4", "checkpoint_uri=", "learning_rate=3e-3")
+
+
 # Of torch's own compiler.
-COMPILER_WARNINGS = (
-    "ignore:`torch.jit:DeprecationWarning",
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-)
-
-
 def checkpoint(tmp_path: Path, folder: str, step: int = 6) -> Path:
     return tmp_path / folder / "checkpoints" / f"checkpoint-epoch0-step{step}-files0"
 
@@ -93,35 +88,6 @@ def test_a_family_stops_resumes_and_loads(
     check_resumed(run_family, tmp_path, family, settings)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings(*COMPILER_WARNINGS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_family_is_compiled_by_layer_and_resumed(
-    run_family: Callable[..., int],
-    tmp_path: Path,
-    family: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from utils import training_utils
-
-    compiled: list[bool] = []
-
-    def compile_model(model: Any, *, by_layer: bool) -> None:
-        compiled.append(by_layer)
-        real(model, by_layer=by_layer)
-
-    def undo(model: Any) -> None:
-        raise AssertionError("it does not compile")
-
-    real = training_utils.compile_model
-    monkeypatch.setattr(training_utils, "compile_model", compile_model)
-    monkeypatch.setattr(training_utils, "undo_compilation", undo)
-    check_resumed(run_family, tmp_path, family, ("torch_compile=true",))
-    assert compiled == [True] * 3
-    assert run_family(family, folder="eager") == 0
-    assert losses(tmp_path, "run") == pytest.approx(losses(tmp_path, "eager"), abs=2e-3)
-
-
 def test_a_resume_compares_the_model_and_not_the_name_of_its_file(
     run_family: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,17 +148,8 @@ def test_tied_weights_are_shared_among_ranks(
     given = (*SETTINGS, *settings, f"data_uri={sample_data}", f"model={path}", "sharding=fsdp2")
     options = [f"--set={setting}" for setting in given]
     for words in (("--stop-after", "4"), ("--resume", "latest")):
-        command = launch(tmp_path / "two", "--max-steps", "6", *words, program=(*TORCHRUN, "2"))
-        result = subprocess.run(
-            command + options,
-            cwd=tmp_path / "two",
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-    assert "FSDP2 over 2 ranks" in result.stdout + result.stderr
+        told = train_on_ranks(tmp_path / "two", 2, "--max-steps", "6", *words, *options)
+    assert "FSDP2 over 2 ranks" in told
     assert_near(checkpoint(tmp_path, "two"), checkpoint(tmp_path, "one"))
     # And back into one process.
     shutil.copytree(tmp_path / "two", tmp_path / "back")

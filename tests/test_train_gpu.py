@@ -103,5 +103,10 @@ def test_every_kind_of_step_trains_as_the_plain_one(
     plain = train(build_state(tmp_path), 4)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    other = train(build_state(tmp_path, **settings), 4)
+    state = build_state(tmp_path, **settings)
+    if settings.get("fp8"):
+        layers = state.core_model.gpt_neox.layers
+        assert "Float8Linear" in {type(part).__name__ for part in layers.modules()}
+        assert type(state.core_model.get_output_embeddings()).__name__ == "Linear"
+    other = train(state, 4)
     assert other == pytest.approx(plain, rel=2e-2)

@@ -104,24 +104,6 @@ def test_resumed_any_number_of_times_also_in_the_second_epoch(
 # Damaged, foreign and lost checkpoints.
 
 
-def test_a_flipped_bit_is_set_aside_and_the_one_before_is_used(
-    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = ("save_steps=2", "logging_steps=1", "checkpoint_uri=")
-    assert run_train("--max-steps", "6", folder="straight", settings=settings) == 0
-    assert run_train("--max-steps", "6", "--stop-after", "4", settings=settings) == 0
-    flip_bit(directory(tmp_path) / name(4) / "optimizer.bin")
-    capsys.readouterr()
-    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
-    told = capsys.readouterr().out
-    assert f"{name(4)}: optimizer.bin is damaged" in told
-    assert "set aside" in told
-    assert f"Resumed from checkpoints/{name(2)} (step 2)" in told
-    assert (directory(tmp_path) / "set-aside" / name(4)).is_dir()
-    assert losses(tmp_path) == losses(tmp_path, "straight")
-    assert_same_end(tmp_path, "straight", "run")
-
-
 def test_when_nothing_can_be_used_it_does_not_begin_anew_by_itself(
     run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

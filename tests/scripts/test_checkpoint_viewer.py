@@ -17,6 +17,7 @@ import pytest
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import checkpoint_viewer as viewer
 from scripts.checkpoint_viewer import main
+from tests.processes import run_python
 from tests.sample_checkpoints import (
     RUN_ID,
     make_checkpoint,
@@ -66,20 +67,6 @@ def run_json(capsys, *argv):
     code, out, err = run(capsys, *argv, "--json")
     assert (code, err) == (0, "")
     return json.loads(out, parse_constant=pytest.fail)
-
-
-def run_process(*command: object, cwd: Path, **environment: str) -> str:
-    values = {**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY), **environment}
-    result = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=values,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_list_of_nothing_says_so(capsys):
@@ -311,7 +298,8 @@ def test_viewer_loads_neither_torch_nor_drawing_nor_cloud_libraries(tmp_path):
         "heavy = ('torch', 'transformers', 'numpy', 'matplotlib', 'rich', 'google.cloud.storage')\n"
         "assert not [name for name in heavy if name in sys.modules]"
     )
-    run_process("-c", code, cwd=tmp_path)
+    result = run_python("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_reading_changes_no_file(capsys, tmp_path, two_checkpoints):
@@ -448,7 +436,7 @@ def test_a_long_list_in_a_terminal_is_plain_lines(monkeypatch, capsys):
 
 def test_values_that_the_output_cannot_encode_are_replaced(tmp_path):
     make_checkpoint(tmp_path / "checkpoints", 50, run_id="\u00e9", git_commit="\u4e2d\ud800")
-    out = run_process(SCRIPT, "view", "50", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    out = run_python(SCRIPT, "view", "50", cwd=tmp_path, PYTHONIOENCODING="ascii").stdout
     assert "Git Commit: ??" in out
     assert "Loss Trend: improving\n" in out  # without an arrow
 

@@ -26,6 +26,7 @@ import pytest
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import monitor_training
 from scripts.monitor_training import main
+from tests.processes import run_python
 from tests.sample_checkpoints import RUN_ID, make_checkpoint
 from tests.sample_logs import write_start, write_step
 from utils.base import console, machine
@@ -410,5 +411,5 @@ def test_monitor_does_not_load_torch(tmp_path: Path) -> None:
         "assert main(['--once']) == 0\n"
         "assert not {'torch', 'transformers', 'numpy', 'rich'} & sys.modules.keys()"
     )
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    result = run_python("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr

@@ -1,5 +1,4 @@
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -11,6 +10,8 @@ import numpy as np
 import pytest
 
 from scripts import prepare_data
+from tests.conftest import _forget_log_handlers
+from tests.processes import run_python
 from tests.sample_json import UNREADABLE
 from tests.sample_shards import flip_bit
 from utils.base.errors import ExitCode
@@ -24,11 +25,7 @@ def clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep the token cache out of here; take away the handler that the script leaves."""
     monkeypatch.chdir(tmp_path)
     yield
-    for handler in list(logging.getLogger().handlers):
-        if type(handler).__module__.startswith(("logging", "rich")):
-            logging.getLogger().removeHandler(handler)
-            handler.close()
-    logging.captureWarnings(capture=False)
+    _forget_log_handlers()
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +49,6 @@ def text_file(tmp_path: Path) -> Path:
 
 
 BOOK = ["--input", "book.txt", "--vocab-size", "300"]
-
-
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603 - our own script
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False
-    )
 
 
 def test_sample_makes_five_training_shards_and_one_for_validation(
@@ -104,7 +95,7 @@ def test_summary_shows_what_came_out_and_where(
 
 
 def test_it_runs_as_a_module_too() -> None:
-    result = run("-m", "scripts.prepare_data", "--help")
+    result = run_python("-m", "scripts.prepare_data", "--help")
     assert result.returncode == 0
     assert "--sample" in result.stdout
 
@@ -117,7 +108,7 @@ def test_preparing_with_a_new_tokenizer_loads_no_torch(text_file: Path, tmp_path
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
 
-    assert run("-c", code).stdout.endswith("[]\n")
+    assert run_python("-c", code).stdout.endswith("[]\n")
 
 
 @pytest.mark.parametrize(
@@ -246,8 +237,8 @@ def test_killed_preparation_goes_on_after_its_finished_shards(tmp_path: Path) ->
     process.wait()
     assert not (tmp_path / "o" / "index.json").exists()
 
-    again = run(*options, "o", cwd=tmp_path)
-    straight = run(*options, "straight", cwd=tmp_path)
+    again = run_python(*options, "o", cwd=tmp_path)
+    straight = run_python(*options, "straight", cwd=tmp_path)
 
     assert (again.returncode, straight.returncode) == (0, 0)
     assert "Going on after" in again.stderr
@@ -472,7 +463,7 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(text_file: Path, tmp_path: 
     assert process.wait() == 0
     assert b"Uploading" in shown
     assert b"\x1b[" in shown
-    assert "\x1b" not in run(*command[1:], "b", cwd=tmp_path).stderr
+    assert "\x1b" not in run_python(*command[1:], "b", cwd=tmp_path).stderr
 
 
 @pytest.mark.slow
@@ -490,7 +481,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, sample_output: Pat
                 file.write(f"{number} {line}\n")
         arguments = ["--input", str(tmp_path / f"{name}.txt"), "--quiet", "--token-cache", "off"]
         arguments += ["--tokenizer", str(sample_output), "--shard-tokens", "2000000"]
-        result = run("-c", code, *arguments, "--output", str(tmp_path / name))
+        result = run_python("-c", code, *arguments, "--output", str(tmp_path / name))
         assert result.returncode == 0, result.stderr
         peaks.append(int(result.stdout))
     assert peaks[1] < peaks[0] + 50, peaks

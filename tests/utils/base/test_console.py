@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs.training_config import PROJECT_DIRECTORY
+from tests.processes import run_python
 from utils.base import errors
 from utils.base.console import LiveLine, print_table, run_command
 from utils.base.errors import ExitCode, PretrainError
@@ -94,13 +95,7 @@ def test_what_a_message_quotes_cannot_steer_a_terminal(
         "from utils.base.console import configure_logging; import logging\n"
         "configure_logging(); logging.info('a\\x1b[2J')"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=PROJECT_DIRECTORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = run_python("-c", code)
     assert result.stdout.endswith(" a?[2J\n")
 
 

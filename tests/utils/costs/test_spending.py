@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.sample_clock import Clock
 from utils.costs.spending import (
     Amount,
     Spending,
@@ -63,14 +64,6 @@ def log_of(*records: dict[str, Any]) -> MetricsLog:
 
 def spent(total: float, lost: float = 0.0, starts: int = 1) -> Spending:
     return Spending(Amount(total, total), Amount(lost, lost), starts, 3600.0)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_time_is_counted_without_a_price_and_dollars_with_one() -> None:
