@@ -208,8 +208,8 @@ def launch(directory: Path, *words: str, program: tuple[str, ...] = (sys.executa
 def train_on_ranks(folder: Path, count: int, *words: str) -> str:
     """Call train.py under torchrun; return what it wrote."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
-    _, *command = launch(folder, *words, program=(sys.executable, *torchrun))
-    result = run_python(*command, cwd=folder)
+    _, *command = launch(folder, program=(sys.executable, *torchrun))
+    result = run_python(*command, *words, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.model_config import build_model_config
-from utils.costs.gpu_types import GPU_TYPES, reduce_seconds
+from utils.costs.gpu_types import GPU_TYPES
 from utils.costs.scaling import (
     CHECKPOINTING,
     STRATEGIES,
@@ -120,22 +120,6 @@ def test_traffic_is_that_of_the_papers() -> None:
     assert sent_bytes(job("fsdp", 16), 4) == 4 * sent_bytes(job("fsdp", 16), 1)
     assert sent_bytes(job("ddp", 16), 4) == sent_bytes(job("ddp", 16), 1)
     assert sent_bytes(job("hsdp", 1), 4) == 0
-
-
-def test_ddp_hides_its_gradients_behind_the_last_backward_pass_but_for_a_bucket() -> None:
-    shape = shape_of_preset("refocused-1.2b")
-    plan = plan_step(job("ddp", 64, shape), 4, "none")
-    buckets = -(-4 * shape.parameters // (25 * 2**20))
-    bucket = reduce_seconds(4 * shape.parameters / buckets, 64, H100)
-    assert plan.communication_seconds == pytest.approx(buckets * bucket)
-    waiting = plan.step_seconds - plan.compute_seconds - plan.optimizer_seconds
-    assert waiting == pytest.approx(bucket)
-    # Where a pass is shorter than the traffic, the rest shows.
-    slow = dataclasses.replace(H100, network_bytes_per_second=1e9)
-    starved = plan_step(TrainingJob(shape, slow, 64, "ddp"), 16, "none")
-    backward = starved.compute_seconds * 2 / 3
-    exposed = starved.step_seconds - starved.compute_seconds - starved.optimizer_seconds
-    assert exposed == pytest.approx(starved.communication_seconds - backward, rel=1e-3)
 
 
 @given(
