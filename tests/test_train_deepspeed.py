@@ -7,9 +7,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from tests.test_train import differences
 from tests.test_train_sharded import (
@@ -72,28 +70,6 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
     run_ranks(2, "--max-steps", "6", "--resume", "latest", settings=settings)
     assert curves(tmp_path, "straight") == curves(tmp_path, "run")
     assert_same_bits(checkpoint(tmp_path, 6, "straight"), checkpoint(tmp_path, 6))
-
-
-def test_sixteen_bit_weights_have_float32_originals(
-    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
-) -> None:
-    """The first weights are those of one process exactly: nothing was rounded on the way."""
-    still = ("learning_rate=1e-30", "weight_decay=0", "save_steps=1", "bf16=true")
-    assert run_train("--max-steps", "1", folder="one", settings=(*SETTINGS, *still)) == 0
-    run_ranks(2, "--max-steps", "1", settings=(ZERO2, *still))
-    one, two = checkpoint(tmp_path, 1, "one"), checkpoint(tmp_path, 1)
-    weights = [read_weights(path, read_manifest(path)) for path in (one, two)]
-    for name, tensor in weights[0].items():  # a step of 1e-30 was made
-        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-20)
-    assert {tensor.dtype for tensor in weights[1].values()} == {torch.float32}
-
-    settings = ("bf16=true", "save_steps=100")
-    assert run_train("--max-steps", "8", folder="a", settings=(*SETTINGS, *settings)) == 0
-    for sharding, tolerance in ((ZERO1, 1e-3), (ZERO2, 1e-2)):
-        folder = sharding[9:]
-        run_ranks(2, "--max-steps", "8", folder=folder, settings=(sharding, *settings))
-        expected, found = (curves(tmp_path, name)["loss"][1] for name in ("a", folder))
-        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
 # Micro-step 15 of the first start is one of step 4, on the rank where it happens.
