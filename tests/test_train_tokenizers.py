@@ -16,6 +16,7 @@ import tokenizers
 
 from scripts import export_model, generate, prepare_data
 from tests.processes import run_python
+from tests.sample_models import FAMILIES
 from tests.utils.models.test_tokenizer import TEXT, write_tokenizer
 from utils.base.errors import ExitCode
 from utils.checkpoints.layout import read_json
@@ -147,14 +148,9 @@ def transformers_4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 LLAMA = {
+    **FAMILIES["mistral"],
     "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
     "rope_theta": 500000.0,
     "rope_scaling": {
         "rope_type": "llama3",
