@@ -1,15 +1,8 @@
-import contextlib
-import fcntl
 import json
 import math
-import os
-import pty
 import re
 import shutil
-import struct
-import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
@@ -17,7 +10,7 @@ import pytest
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import checkpoint_viewer as viewer
 from scripts.checkpoint_viewer import main
-from tests.processes import run_python
+from tests.processes import run_in_terminal, run_python
 from tests.sample_checkpoints import (
     RUN_ID,
     make_checkpoint,
@@ -380,41 +373,16 @@ def test_list_tells_another_buckets_uploads_from_this_ones(capsys, two_checkpoin
         assert states[path.name] == state
 
 
-def run_in_terminal(tmp_path, *argv, columns):
-    """Run the viewer with a pseudo-terminal as its standard output."""
-    main_end, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "TERM": "xterm", "NO_COLOR": "1"}
-    environment.pop("COLUMNS", None)
-    with subprocess.Popen(
-        [sys.executable, SCRIPT, *argv],
-        cwd=tmp_path,
-        env=environment,
-        stdout=terminal,
-        stdin=terminal,
-        stderr=subprocess.PIPE,
-    ) as process:
-        os.close(terminal)
-        output = b""
-        with contextlib.suppress(OSError):  # EIO: the process has ended
-            while block := os.read(main_end, 65536):
-                output += block
-        os.close(main_end)
-        error = process.stderr.read().decode()
-        assert process.wait() == 0, error
-    return output.decode()
-
-
 def test_terminal_gets_a_table_that_fits_it_and_cannot_be_steered(tmp_path, two_checkpoints):
     make_checkpoint(tmp_path / "checkpoints", 150, timestamp="\x1b]0;owned\x07")
     (tmp_path / "checkpoints" / "uploads.jsonl").unlink()
-    wide = run_in_terminal(tmp_path, "list", columns=200)
+    wide = run_in_terminal(SCRIPT, "list", cwd=tmp_path, columns=200, NO_COLOR="1")
     for text in ("\u2502", "tokens", "checkpoint-epoch0-step50-files0", "newest 3", "latest, best"):
         assert text in wide
     assert "?]0;owned?" in wide
     assert "\x1b]" not in wide
     assert "\x07" not in wide
-    narrow = run_in_terminal(tmp_path, "list", columns=80)
+    narrow = run_in_terminal(SCRIPT, "list", cwd=tmp_path, NO_COLOR="1")
     assert "checkpoint-epoch0" not in narrow
     assert "epoch0-step50-files0" in narrow
     assert "Not shown in this width: tokens, size" in narrow

@@ -11,7 +11,7 @@ import pytest
 
 from scripts import prepare_data
 from tests.conftest import _forget_log_handlers
-from tests.processes import run_python
+from tests.processes import run_in_terminal, run_python
 from tests.sample_json import UNREADABLE
 from tests.sample_shards import flip_bit
 from utils.base.errors import ExitCode
@@ -442,28 +442,10 @@ def test_commands_on_nothing_are_one_message_and_exit_code_two(
 
 @pytest.mark.skipif(os.name == "nt", reason="no terminals of this kind")
 def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(text_file: Path, tmp_path: Path) -> None:
-    import pty
-
-    command = [sys.executable, str(SCRIPT), "put", text_file.name]
-    controller, terminal = pty.openpty()
-    process = subprocess.Popen(  # noqa: S603 - our own script
-        [*command, "a"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=terminal
-    )
-    os.close(terminal)
-    shown = b""
-    try:
-        while block := os.read(controller, 4096):
-            shown += block
-    except OSError:  # how Linux says that the other end is closed
-        pass
-    os.close(controller)
-    assert process.stdout is not None
-    with process.stdout as output:
-        assert b"verified" in output.read()
-    assert process.wait() == 0
-    assert b"Uploading" in shown
-    assert b"\x1b[" in shown
-    assert "\x1b" not in run_python(*command[1:], "b", cwd=tmp_path).stderr
+    shown = run_in_terminal(SCRIPT, "put", text_file.name, "a", cwd=tmp_path)
+    for part in ("Uploading", "verified", "\x1b["):
+        assert part in shown
+    assert "\x1b" not in run_python(SCRIPT, "put", text_file.name, "b", cwd=tmp_path).stderr
 
 
 @pytest.mark.slow
