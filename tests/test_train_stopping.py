@@ -35,7 +35,6 @@ from tests.conftest import TINY
 from tests.sample_shards import save_shard
 from tests.utils.training.test_preemption import MetadataServer, say
 from utils.base.errors import ExitCode
-from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import ARCHIVE_SUFFIX, RunPaths, find_checkpoints, read_json
 from utils.checkpoints.store import verify_checkpoint
 from utils.data.mixture import build_order
@@ -177,20 +176,6 @@ def hold_call(gate_name: str, module: str, name: str) -> None:
         return held
 
     replace(module, name, wrap)
-
-
-def interrupt_upload() -> None:
-    """Begin to upload only once the uploader is being closed."""
-
-    def wrap(run_in_process: Any) -> Any:
-        def late(job: Any, on_progress: Any, must_end: Any) -> Any:
-            while not must_end():
-                time.sleep(0.005)
-            return run_in_process(job, on_progress, must_end)
-
-        return late
-
-    replace("utils.uploads.uploader", "run_in_process", wrap)
 
 
 def hang_in_bucket(answered: str) -> None:
@@ -696,18 +681,6 @@ def test_a_stop_while_uploads_are_waited_for_keeps_the_grace_period(
     trainer.stop()
     assert_stopped(trainer, [saved], uploaded=[])  # the upload is held for ever
     assert "up at the next start: ch" in trainer.output
-
-
-def test_an_archive_that_the_end_interrupts_is_no_failure(start: Start) -> None:
-    trainer = start(hooks=[("interrupt_upload",), ("hold_step", 2)], settings=("grace_seconds=0",))
-    trainer.wait_at("step")
-    trainer.stop()
-    trainer.let_go("step")
-    assert_stopped(trainer, [2], uploaded=[])
-    assert trainer.leftovers == []
-    assert "ERROR" not in trainer.output
-    states = {entry.state for entry in Journal(trainer.paths.journal).latest().values()}
-    assert UploadState.FAILED not in states
 
 
 def test_a_stop_during_an_evaluation_ends_it_without_a_result_and_saves(
