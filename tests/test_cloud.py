@@ -77,7 +77,7 @@ def bash(tmp_path: Path, path: Path) -> Callable[..., subprocess.CompletedProces
             capture_output=True,
             text=True,
             check=False,
-            timeout=240,
+            timeout=900,
         )
 
     return run
@@ -530,14 +530,14 @@ def test_two_machines_on_slurm_train_stop_on_its_signal_and_go_on(
         if "checkpoint at step 2" in line:
             process.send_signal(signal.SIGTERM)
             break
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=900)
     assert process.returncode == ExitCode.STOPPED, "".join(seen) + out
     assert "Second SIGTERM" not in out
     assert "scontrol requeue 4711" in Path(slurm["CLUSTER"]).read_text()
     (saved,) = find_checkpoints(project / "checkpoints")[-1:]
     assert (project / "bucket" / "Checkpoints" / f"{saved}.tar.gz").is_file()
     again = start("--max-steps=100000", f"--stop-after={saved.step + 2}")
-    out, _ = again.communicate(timeout=120)
+    out, _ = again.communicate(timeout=900)
     assert again.returncode == 0, out
     assert f"(step {saved.step})" in out
     assert find_checkpoints(project / "checkpoints")[-1].step == saved.step + 2
@@ -571,7 +571,7 @@ def test_machines_that_share_nothing_but_the_bucket_go_on(
                     text=True,
                 )
             )
-        outs = [process.communicate(timeout=120)[0] for process in processes]
+        outs = [process.communicate(timeout=900)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outs
         return outs[0]
 
