@@ -113,6 +113,12 @@ def seal(path: Path, step: int) -> Manifest:
     return manifest
 
 
+def change_manifest(checkpoint: Path, **changes: Any) -> None:
+    """Change values of a manifest, and not the files that it lists."""
+    path = checkpoint / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
+
+
 def publish(
     bucket: Bucket, checkpoint: Path, archive: bytes = b"archive", suffix: str = ".tar.gz"
 ) -> None:

@@ -46,15 +46,3 @@ def plain_losses(model: Any, tokens: list[int], context: int) -> list[float]:
             logits = model(input_ids=seen).logits[0, -1].double()
             losses.append(float(logits.logsumexp(0) - logits[tokens[place]]))
     return losses
-
-
-def plain_score(model: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """Return (log-likelihood, whether it is greedy) of a continuation: one forward, all logits."""
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([[*context, *continuation]])).logits[0].double()
-    total, is_greedy = 0.0, True
-    for place, token in enumerate(continuation, start=len(context)):
-        row = logits[place - 1]
-        total += float(row[token] - row.logsumexp(0))
-        is_greedy = is_greedy and int(row.argmax()) == token
-    return total, is_greedy

@@ -5,12 +5,11 @@ The rule of imports stands in pyproject.toml (`make lint`); ARCHITECTURE.md has 
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tomllib
 from collections import Counter
 
 from configs.training_config import PROJECT_DIRECTORY
+from tests.processes import run_python
 
 MOST_MODULES = 12
 UTILS = PROJECT_DIRECTORY / "utils"
@@ -53,11 +52,5 @@ def test_commands_start_without_what_takes_seconds_to_load() -> None:
         f"    heavy = {set(HEAVY)} & set(sys.modules)\n"
         "    if heavy: sys.exit(f'{command} loads {heavy}')\n"
     )
-    started = subprocess.run(
-        [sys.executable, "-c", code, *COMMANDS],
-        cwd=PROJECT_DIRECTORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    started = run_python("-c", code, *COMMANDS)
     assert started.returncode == 0, started.stderr

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import pytest
 
 import debug_gpu
 from configs.training_config import PROJECT_DIRECTORY
+from tests.processes import run_python
 from utils.tools.diagnosis.facts import (
     Broken,
     Driver,
@@ -39,17 +37,6 @@ FACTS = Facts(
     Torch("2.13.0", "13.0", is_cuda_available=True, gpus=[TORCH_GPU], architectures=["sm_90"]),
     [TIMING],
 )
-
-
-def run_script(tmp_path: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *words],
-        cwd=tmp_path,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_crash_while_timing_keeps_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +81,7 @@ def test_values_from_outside_cannot_steer_a_terminal(capsys: pytest.CaptureFixtu
 
 @pytest.mark.slow
 def test_this_machine_is_timed_and_diagnosed_with_exit_code_0(tmp_path: Path) -> None:
-    result = run_script(tmp_path)
+    result = run_python(SCRIPT, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     for part in ("NVIDIA Driver", "nvidia-smi", "Build", "production", "Diagnosis", "Speed"):
         assert part in result.stdout
@@ -110,7 +97,7 @@ def test_quick_leaves_the_timings_out() -> None:
 
 def test_machine_without_a_working_torch_is_diagnosed_too(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: cannot open')")
-    result = run_script(tmp_path, "--json", PYTHONPATH=str(tmp_path))
+    result = run_python(SCRIPT, "--json", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0
     value = json.loads(result.stdout)
     assert value["torch"]["problem"] == "libtorch_cpu.so: cannot open"
@@ -122,6 +109,6 @@ def test_machine_without_a_working_torch_is_diagnosed_too(tmp_path: Path) -> Non
 
 def test_torch_that_dies_of_a_signal_is_diagnosed_too(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 4)\n")
-    result = run_script(tmp_path, "--quick", PYTHONPATH=str(tmp_path))
+    result = run_python(SCRIPT, "--quick", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0
     assert "torch cannot be imported: it ended by SIGILL." in result.stdout

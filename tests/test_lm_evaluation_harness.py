@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from typing import Any
 import pytest
 
 from scripts import evaluate, export_model
-from tests.small_models import TASK_FILES, build_small_model, plain_score
-from utils.tools.generation.loading import ModelSource, load_model
+from tests.processes import run_python
+from tests.small_models import TASK_FILES, build_small_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -128,25 +127,6 @@ def found(
     return {one["task"]: one["values"] for one in map(json.loads, lines)}
 
 
-def test_last_words_are_scored_as_a_plain_loop_does_it(
-    found: dict[str, dict[str, float]], model: Path, lambada: Path
-) -> None:
-    """Each text begins with the token that begins texts, also one of which nothing else stands."""
-    loaded = load_model(ModelSource("learned", str(model)), device="cpu")
-    scores = []
-    for record in read_records(lambada):
-        context, _, word = record["text"].rpartition(" ")
-        begin = loaded.tokenizer(context).input_ids
-        assert begin[0] == loaded.tokenizer.bos_token_id != loaded.tokenizer.eos_token_id
-        whole = loaded.tokenizer(f"{context} {word}").input_ids
-        scores.append(plain_score(loaded.model, begin, whole[len(begin) :]))
-    total = math.fsum(log_likelihood for log_likelihood, _ in scores)
-    assert found["lambada"]["acc"] == pytest.approx(sum(hit for _, hit in scores) / 21)
-    assert math.log(found["lambada"]["perplexity"]) == pytest.approx(-total / 21, rel=1e-4)
-    assert 0.2 < found["lambada"]["acc"] < 1.0
-    assert found["lambada"]["items"] == 21
-
-
 def test_the_harness_alone_loads_what_was_exported_and_finds_the_same(
     found: dict[str, dict[str, float]], site: str, model: Path, lambada: Path, tmp_path: Path
 ) -> None:
@@ -160,14 +140,7 @@ def test_the_harness_alone_loads_what_was_exported_and_finds_the_same(
     shutil.copy(own / "hellaswag" / "utils.py", tasks)
     write_task(own / "hellaswag" / "hellaswag.yaml", tasks, "hellaswag", "validation", HELLASWAG)
     write_task(own / "lambada" / "lambada_openai.yaml", tasks, "lambada", "test", lambada)
-    done = subprocess.run(
-        [sys.executable, "-c", SCORE, str(exported), str(tasks)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run_python("-c", SCORE, exported, tasks, cwd=tmp_path, PYTHONPATH=site)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert 0.3 < found["hellaswag"]["acc_norm"] < 1.0

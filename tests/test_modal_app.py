@@ -6,11 +6,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +19,7 @@ import train
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import evaluate, export_model, generate, upload_manager
 from tests import stand_in_modal
-from tests.conftest import TINY
+from tests.processes import run_python
 from utils.base.errors import ExitCode
 
 FILE = PROJECT_DIRECTORY / "cloud" / "modal_app.py"
@@ -335,54 +333,6 @@ def test_the_exit_code_of_a_container_is_that_of_the_command(modal_app: ModuleTy
     assert ended.value.code == 3
 
 
-@pytest.fixture
-def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("GPUS", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("MAIN_PORT", "29741")
-    return
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("one_gpu")
-def test_a_run_goes_on_from_the_volume_when_its_container_is_gone(
-    modal_app: ModuleType, sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Real starts: the first is interrupted as Modal does it, the second gets a new disk."""
-    modal_app.upload(str(sample_data), "data")
-    more = [*TINY[:-1], "save_steps=5", "logging_steps=1", "eval_steps=1000", "report_to=[]"]
-    modal_app.train("first", config="test", settings=" ".join(more))
-    ((_, (settings, *_)),) = modal_app.train_on_gpu.calls
-    bucket = modal_app.volume.root / "checkpoints" / "first" / "Checkpoints"
-
-    class Process(subprocess.Popen[bytes]):
-        def wait(self, timeout: float | None = None) -> int:
-            if timeout == 90.0:
-                while not list(bucket.glob("checkpoint-*.json")):  # the first sidecar
-                    with pytest.raises(subprocess.TimeoutExpired):
-                        super().wait(0.2)
-                raise KeyboardInterrupt
-            return super().wait(timeout)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(modal_app.subprocess, "Popen", Process)
-        seconds = 90.0 + modal_app.RESERVE_SECONDS
-        with pytest.raises(KeyboardInterrupt):
-            modal_app.train_on_gpu.function(settings, 100000, "first", seconds)
-    sidecars = [json.loads(sidecar.read_text()) for sidecar in bucket.glob("checkpoint-*.json")]
-    newest = max(sidecar["metadata"]["step"] for sidecar in sidecars)
-    assert newest >= 5
-    shutil.rmtree(tmp_path / "runs")
-    steps = newest + 3
-    settings = [*settings, "--stop-after", str(steps)]
-    code = modal_app.train_on_gpu.function(settings, 100000, "first", 4000.0)
-    assert code == 0
-    log = (tmp_path / "runs" / "first" / "logs" / "first" / "train.log").read_text()
-    assert f"step {newest}" in log
-    assert (bucket / f"checkpoint-epoch0-step{steps}-files0.tar.gz").is_file()
-
-
 CHECK = """
 import inspect, json, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2], sys.argv[3]]
@@ -421,12 +371,7 @@ def test_the_real_package_takes_the_app(tmp_path: Path) -> None:
     if result.returncode:
         pytest.skip(f"modal cannot be installed: {result.stderr.strip().splitlines()[-1:]}")
     paths = [str(packages), str(FILE.parent), str(PROJECT_DIRECTORY)]
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHECK, *paths],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    found = run_python("-W", "ignore", "-c", CHECK, *paths)
     assert found.returncode == 0, found.stderr
     facts = json.loads(found.stdout)
     assert facts["strange"] == {}
@@ -435,13 +380,3 @@ def test_the_real_package_takes_the_app(tmp_path: Path) -> None:
         [[["H100", 2]], 60, 10, ["/volume"]],
         [[["A10G", 1]], 4 * 3600, None, ["/volume"]],
     ]
-    help_text = subprocess.run(
-        [sys.executable, "-m", "modal", "run", f"{FILE}::train", "--help"],
-        env={**os.environ, "PYTHONPATH": str(packages)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert help_text.returncode == 0, help_text.stderr
-    for option in ("--run-name", "--gpu", "--config", "--max-steps", "--wandb", "--settings"):
-        assert option in help_text.stdout

@@ -198,13 +198,6 @@ def test_an_environment_of_an_older_or_lost_python_is_named_and_left_as_it_is(
     assert (project / "new" / "pyvenv.cfg").is_file()
 
 
-def test_shipped_accelerate_configuration_is_one_that_accelerate_reads() -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(PROJECT_DIRECTORY / "configs/accelerate/ddp.yaml"))
-    assert config.distributed_type == "MULTI_GPU"
-
-
 @pytest.fixture
 def two_gpus(project: Path) -> dict[str, str]:
     """An environment whose python sees two GPUs and writes down how it is called."""

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
 from tests.conftest import TINY
+from tests.processes import run_python
 from utils.base.errors import ExitCode
 
 # What an attempt does without before its first step, and whom it is for.
@@ -72,14 +69,7 @@ os._exit(code)
 def first_step(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a process looks like that has just done its first step."""
     words = [f"--set={value}" for value in (*TINY, f"data_uri={sample_data}")]
-    result = subprocess.run(
-        [sys.executable, "-c", CHILD, "--quiet", *words],
-        cwd=tmp_path_factory.mktemp("start"),
-        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("-c", CHILD, "--quiet", *words, cwd=tmp_path_factory.mktemp("start"))
     assert result.returncode == 0, result.stderr
     state: dict[str, Any] = json.loads(result.stdout)
     return state
@@ -108,7 +98,7 @@ def test_a_step_gets_the_memory_that_the_one_before_freed(first_step: dict[str, 
     assert min(first_step["page_faults"][1:]) < 10
 
 
-def test_an_attempt_that_is_refused_for_its_checkpoints_does_not_wait_for_torch(
+def test_an_attempt_that_is_refused_for_its_words_or_checkpoints_does_not_wait_for_torch(
     tmp_path: Path,
 ) -> None:
     checkpoint = tmp_path / "checkpoints" / "checkpoint-epoch0-step2-files0"
@@ -116,18 +106,12 @@ def test_an_attempt_that_is_refused_for_its_checkpoints_does_not_wait_for_torch(
     (checkpoint / "manifest.json").write_text("{}")
     code = (
         "import sys, train\n"
+        "assert train.main(['--set', 'max_step=1']) == 2\n"
         "code = train.main(['--set', 'data_uri=data'])\n"
         "assert 'torch' not in sys.modules\n"
         "sys.exit(code)\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("-c", code, cwd=tmp_path)
     assert result.returncode == ExitCode.USAGE, result.stderr
     assert "--resume latest" in result.stderr
     assert "--fresh" in result.stderr

@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.test_train import differences, launch, load
+from tests.test_train import state_differences
 from tests.test_train_recovery import BadLosses
 from utils.checkpoints.layout import find_checkpoints
 from utils.run.sample_texts import Sample, Sampler
@@ -30,7 +27,6 @@ Train = Callable[..., int]
 EVERY_STEP = ("logging_steps=1",)
 SAMPLES = ("sample_tokens=6", 'sample_prompts=["","The"]')
 SCALARS = ("train/loss", "train/learning_rate", "train/grad_norm", "speed/tokens_per_second")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def curves(tmp_path: Path, folder: str = "run") -> list[Path]:
@@ -68,12 +64,7 @@ def assert_same_training(tmp_path: Path, left: str, right: str) -> None:
         directory = tmp_path / folder / "checkpoints"
         ends.append(directory / str(find_checkpoints(directory)[-1]))
     assert ends[0].name == ends[1].name
-    weights = [load_file(end / "model.safetensors") for end in ends]
-    assert not differences(*weights)
-    for name in ("optimizer.bin", "random_states_0.pkl"):
-        one, other = load(ends[0] / name), load(ends[1] / name)
-        one.pop("step", None), other.pop("step", None)  # micro-steps of a process
-        assert not differences(one, other), name
+    assert not state_differences(*ends)
     for key in ("loss", "validation_loss"):
         one, other = (
             read_metrics(tmp_path / folder / "logs/metrics.jsonl").series(key)
@@ -187,29 +178,3 @@ def test_after_a_rollback_no_step_is_there_twice(
     for step in (4, 8):
         assert f"checkpoint-epoch0-step{step}-files0 uploaded and verified: " in uploads
     assert texts(folder, "uploads")[-1][0] == 8
-
-
-@pytest.mark.slow
-def test_several_ranks_write_one_set_of_texts(tmp_path: Path, sample_data: Path) -> None:
-    settings = (*EVERY_STEP, *SAMPLES, "eval_steps=2", "save_steps=3", "use_cpu=true")
-    command = launch(tmp_path / "run", "--max-steps", "6", program=TORCHRUN)
-    command += [f"--set={value}" for value in (f"data_uri={sample_data}", *settings)]
-    result = subprocess.run(
-        command, cwd=tmp_path / "run", capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    found = samples(tmp_path)
-    assert [(sample["step"], sample["prompt"]) for sample in found] == [
-        (step, prompt) for step in (2, 3, 4, 6) for prompt in ("", "The")
-    ]
-    assert len(list(curves(tmp_path)[0].iterdir())) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler
-def test_a_compiled_run_writes_texts_and_stays_the_same(run_train: Train, tmp_path: Path) -> None:
-    settings = (*EVERY_STEP, "torch_compile=true", "eval_steps=1")
-    assert run_train("--max-steps", "3", folder="without", settings=settings) == 0
-    assert run_train("--max-steps", "3", folder="with", settings=(*settings, *SAMPLES)) == 0
-    assert_same_training(tmp_path, "without", "with")
-    assert len(samples(tmp_path, "with")) == 6

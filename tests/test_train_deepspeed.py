@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import signal
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from tests.test_train import differences
 from tests.test_train_sharded import (
@@ -24,10 +20,8 @@ from tests.test_train_sharded import (
     curves,
     run_ranks,
 )
-from utils.base.errors import ExitCode
 from utils.checkpoints.layout import read_manifest
 from utils.checkpoints.state_files import read_optimizer, read_weights
-from utils.checkpoints.store import verify_checkpoint
 
 __all__ = ["run_ranks"]
 pytestmark = [
@@ -47,50 +41,6 @@ def write_program(path: Path, text: str) -> Path:
     begin = f"import sys\nsys.path.insert(0, {PROJECT!r})\nimport torch, train\n"
     path.write_text(begin + textwrap.dedent(text) + "\nsys.exit(train.main())\n")
     return path
-
-
-@pytest.mark.parametrize("sharding", [ZERO1, ZERO2])
-def test_two_ranks_divide_the_state_and_one_goes_on(
-    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path, sharding: str
-) -> None:
-    settings = (*SETTINGS, "save_steps=3")
-    assert run_train("--max-steps", "6", folder="one", settings=settings) == 0
-    own = (sharding, "save_steps=3", "background_save=false")
-    told = run_ranks(2, "--max-steps", "6", "--stop-after", "3", settings=own)
-    assert f"DeepSpeed ZeRO-{sharding[-1]} over 2 ranks ({sharding})" in told
-    saved = checkpoint(tmp_path, 3)
-    manifest = verify_checkpoint(saved)
-    assert manifest.world_size == 2
-    assert {name for name in manifest.files if "part" in name or "random" in name} == {
-        "model-part-00001-of-00002.safetensors",
-        "model-part-00002-of-00002.safetensors",
-        "optimizer-part-00001-of-00002.safetensors",
-        "optimizer-part-00002-of-00002.safetensors",
-        "random_states_0.pkl",
-        "random_states_1.pkl",
-    }
-    assert_near(saved, checkpoint(tmp_path, 3, "one"), 1e-5)
-    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
-    assert_same_curve(tmp_path, "one", "run")
-    assert_near(checkpoint(tmp_path, 6), checkpoint(tmp_path, 6, "one"))
-
-
-def test_tensors_larger_than_a_bucket_and_layers_of_one_bucket(
-    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
-) -> None:
-    assert run_train("--max-steps", "4", folder="one", settings=(*SETTINGS, "save_steps=4")) == 0
-    program = write_program(
-        tmp_path / "small.py",
-        """
-        from utils.training import deepspeed as deepspeed_engine
-        deepspeed_engine.ZERO_BUCKET_ELEMENTS = 4000  # the embedding has 16,995
-        """,
-    )
-    for sharding in (ZERO1, ZERO2):
-        folder = sharding[9:]
-        settings = (sharding, "save_steps=4")
-        run_ranks(2, "--max-steps", "4", folder=folder, settings=settings, program=program)
-        assert_same_curve(tmp_path, "one", folder)
 
 
 def test_a_checkpoint_moves_between_all_strategies(
@@ -120,28 +70,6 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
     run_ranks(2, "--max-steps", "6", "--resume", "latest", settings=settings)
     assert curves(tmp_path, "straight") == curves(tmp_path, "run")
     assert_same_bits(checkpoint(tmp_path, 6, "straight"), checkpoint(tmp_path, 6))
-
-
-def test_sixteen_bit_weights_have_float32_originals(
-    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
-) -> None:
-    """The first weights are those of one process exactly: nothing was rounded on the way."""
-    still = ("learning_rate=1e-30", "weight_decay=0", "save_steps=1", "bf16=true")
-    assert run_train("--max-steps", "1", folder="one", settings=(*SETTINGS, *still)) == 0
-    run_ranks(2, "--max-steps", "1", settings=(ZERO2, *still))
-    one, two = checkpoint(tmp_path, 1, "one"), checkpoint(tmp_path, 1)
-    weights = [read_weights(path, read_manifest(path)) for path in (one, two)]
-    for name, tensor in weights[0].items():  # a step of 1e-30 was made
-        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-20)
-    assert {tensor.dtype for tensor in weights[1].values()} == {torch.float32}
-
-    settings = ("bf16=true", "save_steps=100")
-    assert run_train("--max-steps", "8", folder="a", settings=(*SETTINGS, *settings)) == 0
-    for sharding, tolerance in ((ZERO1, 1e-3), (ZERO2, 1e-2)):
-        folder = sharding[9:]
-        run_ranks(2, "--max-steps", "8", folder=folder, settings=(sharding, *settings))
-        expected, found = (curves(tmp_path, name)["loss"][1] for name in ("a", folder))
-        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
 # Micro-step 15 of the first start is one of step 4, on the rank where it happens.
@@ -209,37 +137,3 @@ def test_a_step_waits_no_more_than_ddps_and_a_bad_one_changes_nothing(
     host = write_program(tmp_path / "host.py", SPOILED)
     run_ranks(2, "--max-steps", "6", folder="host", settings=settings, program=host)
     assert curves(tmp_path, "host") == curves(tmp_path, "device")
-
-
-def test_the_launchers_words_are_enough(
-    run_ranks: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without `sharding`, as `accelerate launch` starts it; and a request to stop saves."""
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    program = write_program(
-        tmp_path / "stopped.py",
-        f"""
-        import os
-        from utils.run import run as training_run
-
-        step = training_run.train_step
-
-        def stopped(state, *words):
-            step(state, *words)
-            if state.progress.step == 3 and os.environ["RANK"] == "0":
-                os.kill(os.getpid(), {int(signal.SIGTERM)})
-
-        training_run.train_step = stopped
-        """,
-    )
-    told = run_ranks(2, "--max-steps", "6", program=program, expected=None)
-    assert "DeepSpeed ZeRO-2 over 2 ranks (accelerate launch)" in told
-    assert f"exitcode  : {int(ExitCode.STOPPED)}" in told
-    saved = checkpoint(tmp_path, 3)
-    assert verify_checkpoint(saved).world_size == 2
-    config = json.loads((saved / "training_config.json").read_text())
-    assert config["sharding"] == "none"
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    told = run_ranks(2, "--max-steps", "6", "--resume", "latest", expected=1)
-    assert "zero_stage 3 is not supported" in told

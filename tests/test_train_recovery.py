@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +18,8 @@ from safetensors.torch import load_file
 from configs.model_config import build_model_config
 from configs.training_config import get_training_config
 from tests.sample_checkpoints import seal
-from tests.test_train import differences, launch, load
+from tests.sample_shards import flip_bit
+from tests.test_train import differences, state_differences
 from utils import training_utils
 from utils.base.errors import ExitCode, TransientStorageError
 from utils.checkpoints import saver
@@ -66,19 +64,7 @@ def assert_same_end(tmp_path: Path, left: str, right: str) -> None:
         for folder in (left, right)
     )
     assert first.name == second.name
-    assert not differences(
-        load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
-    )
-    for file in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
-        one, other = load(first / file), load(second / file)
-        one.pop("step", None), other.pop("step", None)  # micro-steps of a process
-        assert not differences(one, other), file
-
-
-def flip_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    assert not state_differences(first, second)
 
 
 @pytest.fixture
@@ -100,7 +86,9 @@ def small_data(tmp_path: Path) -> Path:
 def test_resumed_any_number_of_times_also_in_the_second_epoch(
     run_train: Train, tmp_path: Path, small_data: Path
 ) -> None:
-    settings = (f"data_uri={small_data}", *EVERY_STEP, "model_overrides.hidden_dropout=0.1")
+    # Dropout: what is done after a stop depends on the random states. Stops lie between log lines.
+    settings = (f"data_uri={small_data}", *EVERY_STEP, "logging_steps=3")
+    settings += ("model_overrides.hidden_dropout=0.1",)
     words = ("--max-steps", "15", "--resume", "latest")
     assert run_train(*words, folder="straight", settings=settings) == 0
     for stop in ("1", "7", "13", "15"):
@@ -108,80 +96,12 @@ def test_resumed_any_number_of_times_also_in_the_second_epoch(
     assert batches(tmp_path) == batches(tmp_path, "straight")
     assert all(len(found) == 1 for found in batches(tmp_path).values())
     assert losses(tmp_path) == losses(tmp_path, "straight")
+    assert losses(tmp_path)[0] == [3, 6, 9, 12, 15]
     assert read_json(directory(tmp_path) / name(15, 2) / "data_state.json")["epoch"] == 2
     assert_same_end(tmp_path, "straight", "run")
 
 
-@pytest.mark.slow
-def test_one_then_two_then_one_process_see_the_same_tokens(
-    run_train: Train, tmp_path: Path, small_data: Path
-) -> None:
-    settings = (f"data_uri={small_data}", *EVERY_STEP)
-    assert run_train("--max-steps", "9", folder="straight", settings=settings) == 0
-    assert run_train("--max-steps", "9", "--stop-after", "2", settings=settings) == 0
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    )
-    words = ["--max-steps", "9", "--stop-after", "7", "--resume", "latest"]
-    command = launch(tmp_path / "run", *words, *(f"--set={s}" for s in settings), program=torchrun)
-    result = subprocess.run(
-        command, cwd=tmp_path / "run", capture_output=True, text=True, check=False, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    assert "was written by 1 ranks, now there are 2" in result.stdout
-    assert read_manifest(directory(tmp_path) / name(7, 1)).world_size == 2
-    assert run_train("--max-steps", "9", "--resume", "latest", settings=settings) == 0
-    assert batches(tmp_path) == batches(tmp_path, "straight")
-    one, mixed = losses(tmp_path, "straight"), losses(tmp_path)
-    assert one[0] == mixed[0]
-    np.testing.assert_allclose(one[1], mixed[1], rtol=0, atol=1e-4)
-
-
 # Damaged, foreign and lost checkpoints.
-
-
-def test_a_flipped_bit_is_set_aside_and_the_one_before_is_used(
-    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = ("save_steps=2", "logging_steps=1", "checkpoint_uri=")
-    assert run_train("--max-steps", "6", folder="straight", settings=settings) == 0
-    assert run_train("--max-steps", "6", "--stop-after", "4", settings=settings) == 0
-    flip_bit(directory(tmp_path) / name(4) / "optimizer.bin")
-    capsys.readouterr()
-    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
-    told = capsys.readouterr().out
-    assert f"{name(4)}: optimizer.bin is damaged" in told
-    assert "set aside" in told
-    assert f"Resumed from checkpoints/{name(2)} (step 2)" in told
-    assert (directory(tmp_path) / "set-aside" / name(4)).is_dir()
-    assert losses(tmp_path) == losses(tmp_path, "straight")
-    assert_same_end(tmp_path, "straight", "run")
-
-
-def test_the_bucket_has_what_the_disk_lost(
-    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = ("save_steps=2", "logging_steps=1")
-    assert run_train("--max-steps", "6", "--stop-after", "4", settings=settings) == 0
-    shutil.rmtree(directory(tmp_path))
-    capsys.readouterr()
-    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
-    told = capsys.readouterr().out
-    assert f"Downloaded {name(4)}" in told
-    assert "Queued checkpoint-epoch0-step4" not in told  # it came from there
-    # Named, from another directory, and with nothing there.
-    bucket = tmp_path / "run" / "bucket"
-    words = ("--max-steps", "6", "--resume", f"{bucket}/{name(2)}")
-    elsewhere = (*settings, "checkpoint_uri=")
-    assert run_train(*words, folder="else", settings=elsewhere) == 0
-    assert_same_end(tmp_path, "run", "else")
-    words = ("--max-steps", "6", "--resume", f"{tmp_path}/nowhere/latest")
-    assert run_train(*words, folder="else2", settings=elsewhere) == 2
 
 
 def test_when_nothing_can_be_used_it_does_not_begin_anew_by_itself(
@@ -227,29 +147,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_none_is_moved(
     assert "size mismatch for " in told
     assert steps(tmp_path) == [2, 4]
     assert not (directory(tmp_path) / "set-aside").exists()
-
-
-def test_a_checkpoint_of_another_run_is_not_chosen_not_uploaded_not_deleted(
-    run_train: Train, tmp_path: Path
-) -> None:
-    settings = ("save_steps=2",)
-    assert run_train("--max-steps", "4", settings=settings) == 0
-    assert run_train("--max-steps", "3", folder="other", settings=("save_steps=1",)) == 0
-    for step in (1, 3):
-        shutil.copytree(directory(tmp_path, "other") / name(step), directory(tmp_path) / name(step))
-    higher = directory(tmp_path) / name(90)
-    shutil.copytree(directory(tmp_path, "other") / name(3), higher)
-    manifest = read_json(higher / "manifest.json")
-    write_json(higher / "manifest.json", {**manifest, "step": 90})
-    foreign = manifest["run_id"]
-
-    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
-    own = read_manifest(directory(tmp_path) / name(6)).run_id
-    assert own != foreign
-    for step in (1, 3, 90):
-        assert read_manifest(directory(tmp_path) / "set-aside" / name(step)).run_id == foreign
-    for sidecar in (tmp_path / "run" / "bucket" / "Checkpoints").glob("checkpoint-*.json"):
-        assert read_json(sidecar)["manifest"]["run_id"] == own
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "unlisted"])
@@ -298,22 +195,13 @@ def test_a_save_that_fails_does_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    FailingSave(monkeypatch, {2})
+    FailingSave(monkeypatch, {2, 3})  # that of step 4, and the last one, which is tried once more
     settings = ("save_steps=2", "background_save=false")
     assert run_train("--max-steps", "6", settings=settings) == 0
     assert steps(tmp_path) == [2, 6]
     told = capsys.readouterr().out
     assert f"{name(4)} could not be saved: No space left on device" in told
     assert not list(directory(tmp_path).glob(".saving-*"))
-
-
-def test_a_failed_last_save_is_tried_once_more(
-    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    FailingSave(monkeypatch, {1})
-    settings = ("save_steps=9", "background_save=false")
-    assert run_train("--max-steps", "3", settings=settings) == 0
-    assert steps(tmp_path) == [3]
 
 
 def test_a_failed_save_is_tried_again_in_a_minute(
@@ -373,39 +261,6 @@ def test_a_save_that_is_due_while_one_is_written_is_skipped_or_waited_for(
     assert steps(tmp_path, "skip") == [1, 4]  # the end is never skipped
     told = capsys.readouterr().out
     assert "is not saved: the save before it is still being written" in told
-
-
-def test_a_bucket_that_is_down_fills_no_disk_and_loses_neither_newest_nor_best(
-    run_train: Train,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def down(*_: object) -> None:
-        raise TransientStorageError("503 Service Unavailable")
-
-    settings = (
-        "save_steps=1",
-        "keep_checkpoints=2",
-        "max_unverified=3",
-        "upload_deadline_seconds=0",
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr("utils.uploads.uploader.run_in_process", down)
-        assert run_train("--max-steps", "12", settings=settings) == ExitCode.NOT_VERIFIED
-    kept = steps(tmp_path)
-    assert kept[-2:] == [11, 12]
-    assert 5 <= len(kept) <= 7  # 2 newest, 3 that wait, at most the best and the one in flight
-    views = {step: read_json(directory(tmp_path) / name(step) / "metadata.json") for step in kept}
-    best = views[12]["validation_metrics"]["best_validation_loss"]
-    assert best in [view["validation_metrics"]["validation_loss"] for view in views.values()]
-    assert "without an upload: more than 3 wait for the bucket" in capsys.readouterr().out
-    more = ("save_steps=1", "keep_checkpoints=2")
-    assert run_train("--max-steps", "13", "--resume", "latest", settings=more) == 0
-    sidecars = {
-        path.stem for path in (tmp_path / "run/bucket/Checkpoints").glob("checkpoint-*.json")
-    }
-    assert {name(step) for step in kept} <= sidecars
 
 
 def test_a_bad_shard_in_the_middle_costs_no_step(
@@ -507,7 +362,7 @@ def read_strict_json(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_skip_leaves_bad_steps_out_and_goes_on(
+def test_skip_leaves_bad_steps_out_and_the_window_of_spikes_comes_back(
     run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     BadLosses(monkeypatch, {3: float("nan"), 5: 1e6})
@@ -533,23 +388,6 @@ def test_skip_leaves_bad_steps_out_and_goes_on(
         read_strict_json(line)
     events = read_metrics(log).events
     assert [event["step"] for event in events if event["event"] == "bad_step"] == [3, 5]
-
-
-def test_spikes_are_the_same_after_a_resume(
-    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The window that a spike is measured by is part of the state."""
-    settings = (*EVERY_STEP, "bad_step=skip", "spike_sigma=20", "spike_window=4")
-    words = ("--max-steps", "8", "--resume", "latest", "--stop-after")
-    for folder, stops in (("straight", "8"), ("run", "48")):
-        bad = BadLosses(monkeypatch, {6: 1e6})
-        for stop in stops:
-            assert run_train(*words, stop, folder=folder, settings=settings) == 0
-        assert bad.calls == 8 * 4
-        monkeypatch.undo()
-    assert_same_end(tmp_path, "straight", "run")
-    metadata = read_json(directory(tmp_path) / name(8) / "metadata.json")
-    assert [bad["step"] for bad in metadata["bad_steps"]] == [6]
 
 
 def test_rollback_goes_back_and_on_after_the_bad_samples(
@@ -634,3 +472,36 @@ def test_without_a_checkpoint_a_rollback_stops(
     BadLosses(monkeypatch, {2: float("nan")})
     assert run_train("--max-steps", "6", settings=("bad_step=rollback",)) == 1
     assert "There is no checkpoint to roll back to" in capsys.readouterr().err
+
+
+def test_a_bucket_that_is_down_fills_no_disk_and_loses_neither_newest_nor_best(
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def down(*_: object) -> None:
+        raise TransientStorageError("503 Service Unavailable")
+
+    settings = (
+        "save_steps=1",
+        "keep_checkpoints=2",
+        "max_unverified=3",
+        "upload_deadline_seconds=0",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.uploads.uploader.run_in_process", down)
+        assert run_train("--max-steps", "12", settings=settings) == ExitCode.NOT_VERIFIED
+    kept = steps(tmp_path)
+    assert kept[-2:] == [11, 12]
+    assert 5 <= len(kept) <= 7  # 2 newest, 3 that wait, at most the best and the one in flight
+    views = {step: read_json(directory(tmp_path) / name(step) / "metadata.json") for step in kept}
+    best = views[12]["validation_metrics"]["best_validation_loss"]
+    assert best in [view["validation_metrics"]["validation_loss"] for view in views.values()]
+    assert "without an upload: more than 3 wait for the bucket" in capsys.readouterr().out
+    more = ("save_steps=1", "keep_checkpoints=2")
+    assert run_train("--max-steps", "13", "--resume", "latest", settings=more) == 0
+    sidecars = {
+        path.stem for path in (tmp_path / "run/bucket/Checkpoints").glob("checkpoint-*.json")
+    }
+    assert {name(step) for step in kept} <= sidecars

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -18,12 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from scripts import consolidate_checkpoint
-from tests.test_train import differences, launch, load
+from tests.test_train import differences, launch, load, state_differences
 from tests.test_train_recovery import batches
 from utils.checkpoints.layout import find_checkpoints, read_json, read_manifest
 from utils.checkpoints.state_files import read_optimizer, read_weights
 from utils.checkpoints.store import verify_checkpoint
-from utils.models.parts import Part
 from utils.tools.generation.loading import ModelSource, load_model
 from utils.tracking.metrics_log import read_metrics
 
@@ -117,8 +114,11 @@ def run_ranks(sample_data: Path, tmp_path: Path) -> Callable[..., str]:
     return run
 
 
-def test_two_ranks_share_the_state_and_one_goes_on(
-    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
+def test_two_ranks_share_the_state_and_one_goes_on_also_from_parts_put_together(
+    run_train: Train,
+    run_ranks: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = (*SETTINGS, "save_steps=3")
     assert run_train("--max-steps", "6", folder="one", settings=settings) == 0
@@ -143,10 +143,33 @@ def test_two_ranks_share_the_state_and_one_goes_on(
     assert [len(part) for part in rows] == [258, 257]
     loaded = load_model(ModelSource(saved.name, str(saved), manifest), device="cpu")
     assert torch.equal(loaded.model.lm_head.weight.detach(), torch.cat(rows))
-    assert_near(saved, checkpoint(tmp_path, 3, "one"))
-    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
+    of_one = checkpoint(tmp_path, 3, "one")
+    assert_near(saved, of_one)
+    words = [str(saved), "--output", str(tmp_path / "whole"), "--json"]
+    capsys.readouterr()
+    assert consolidate_checkpoint.main(words) == 0
+    made = Path(json.loads(capsys.readouterr().out)["path"])
+    again = verify_checkpoint(made)
+    assert again.identity == manifest.identity
+    assert {*again.files, "random_states_1.pkl"} == {
+        *read_manifest(of_one).files,
+        "random_states_1.pkl",
+    }
+    for read in (read_weights, read_optimizer):
+        assert not differences(read(made, again), read(saved, manifest))
+    assert_near(made, of_one)
+    AutoModelForCausalLM.from_pretrained(made)
+    on = ("--max-steps", "6", "--resume")
+    assert run_train(*on, str(made), folder="whole-run", settings=settings) == 0
+    assert run_train(*on, "latest", settings=settings) == 0
     assert_same_curve(tmp_path, "one", "run")
-    assert_near(checkpoint(tmp_path, 6), checkpoint(tmp_path, 6, "one"))
+    ends = [checkpoint(tmp_path, 6, folder) for folder in ("run", "whole-run", "one")]
+    assert not state_differences(*ends[:2])
+    assert_near(ends[0], ends[2])
+    assert consolidate_checkpoint.main(words) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert consolidate_checkpoint.main([str(of_one)]) == 2
+    assert "is not in parts" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -178,122 +201,6 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
     run_ranks(2, "--max-steps", "6", "--resume", "latest", settings=settings)
     assert curves(tmp_path, "straight") == curves(tmp_path, "run")
     assert_same_bits(checkpoint(tmp_path, 6, "straight"), checkpoint(tmp_path, 6))
-
-
-def test_parts_put_together_are_what_one_process_wrote(
-    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Three ranks read a checkpoint of one and write what they hold; put together, to the bit."""
-    from dataclasses import replace
-
-    from safetensors.torch import save_file
-
-    from utils.checkpoints.files import seal, sync_files
-    from utils.models.parts import part_file, part_header
-
-    settings = (*SETTINGS, "save_steps=2")
-    assert run_train("--max-steps", "4", "--stop-after", "2", settings=settings) == 0
-    one = checkpoint(tmp_path, 2)
-    manifest = read_manifest(one)
-    parts = tmp_path / "parts" / one.name
-    shutil.copytree(one, parts)
-    (parts / "model.safetensors").unlink()
-    whole = load(one / "optimizer.bin")
-    shapes = {
-        "model": {key: tuple(t.shape) for key, t in read_weights(one, manifest).items()},
-        "optimizer": {
-            f"{index}.{key}": tuple(value.shape)
-            for index, values in whole["state"].items()
-            for key, value in values.items()
-            if value.dim()
-        },
-    }
-    for part in (Part(rank, 3) for rank in range(3)):
-        moments = read_optimizer(one, manifest, part)["state"]
-        held = {
-            "model": read_weights(one, manifest, part),
-            "optimizer": {
-                f"{index}.{key}": value
-                for index, values in moments.items()
-                for key, value in values.items()
-                if value.dim()
-            },
-        }
-        for prefix, tensors in held.items():
-            kept = {key: tensor for key, tensor in tensors.items() if tensor.numel()}
-            header = part_header({key: shapes[prefix][key] for key in kept}, part)
-            save_file(kept, str(parts / part_file(prefix, part)), header)
-    rest = {i: {"step": values["step"]} for i, values in whole["state"].items()}
-    torch.save({**whole, "state": rest}, parts / "optimizer_rest.bin")
-    (parts / "optimizer.bin").unlink()
-    (parts / "manifest.json").unlink()
-    names = [path.name for path in parts.iterdir()]
-    seal(parts, replace(manifest, files=sync_files(parts, names)))
-
-    words = [str(parts), "--output", str(tmp_path / "whole"), "--json"]
-    capsys.readouterr()
-    assert consolidate_checkpoint.main(words) == 0
-    made = Path(json.loads(capsys.readouterr().out)["path"])
-    again = verify_checkpoint(made)
-    assert again.files.keys() == manifest.files.keys()
-    assert again.identity == manifest.identity
-    for name in manifest.files.keys() - {"optimizer.bin"}:
-        assert (made / name).read_bytes() == (one / name).read_bytes(), name
-    assert not differences(load(made / "optimizer.bin"), whole)
-    AutoModelForCausalLM.from_pretrained(made)
-    assert run_train("--max-steps", "4", "--resume", str(made), folder="b", settings=settings) == 0
-    assert run_train("--max-steps", "4", "--resume", "latest", settings=settings) == 0
-    assert not differences(
-        *(
-            load_file(checkpoint(tmp_path, 4, folder) / "model.safetensors")
-            for folder in ("run", "b")
-        )
-    )
-
-    assert consolidate_checkpoint.main(words) == 2
-    assert "is there already" in capsys.readouterr().err
-    assert consolidate_checkpoint.main([str(one)]) == 2
-    assert "is not in parts" in capsys.readouterr().err
-
-
-DYING = """
-import os, signal, sys
-sys.path.insert(0, {project!r})
-import train
-from utils.checkpoints import saver as checkpoint_saver
-
-together, saves = checkpoint_saver._write_together, []
-
-def dying(write, directory, rendezvous):
-    saves.append(directory)
-    if os.environ["RANK"] == "1" and len(saves) == 2:
-        write(directory)  # all of it is there
-        os.kill(os.getpid(), signal.SIGKILL)
-    return together(write, directory, rendezvous)
-
-checkpoint_saver._write_together = dying
-sys.exit(train.main())
-"""
-
-
-@pytest.mark.slow
-def test_a_rank_that_is_killed_during_a_save_leaves_the_one_before(
-    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
-) -> None:
-    program = tmp_path / "dying.py"
-    project = str(Path(__file__).resolve().parents[1])
-    program.write_text(textwrap.dedent(DYING.format(project=project)))
-    settings = (FSDP2, "save_steps=2")
-    told = run_ranks(2, "--max-steps", "6", settings=settings, program=program, expected=1)
-    assert f"exitcode  : {-signal.SIGKILL}" in told
-    directory = checkpoint(tmp_path, 2).parent
-    assert [name.step for name in find_checkpoints(directory)] == [2]
-    settings = (*SETTINGS, "save_steps=100")
-    assert run_train("--max-steps", "6", folder="one", settings=settings) == 0
-    assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
-    assert not list(directory.glob(".saving-*"))
-    assert_same_curve(tmp_path, "one", "run")
-    verify_checkpoint(checkpoint(tmp_path, 6))
 
 
 @pytest.mark.slow

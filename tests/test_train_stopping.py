@@ -24,7 +24,6 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ import pytest
 from configs.training_config import PROJECT_DIRECTORY
 from tests.conftest import TINY
 from tests.sample_shards import save_shard
+from tests.utils.training.test_preemption import MetadataServer, say
 from utils.base.errors import ExitCode
-from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import ARCHIVE_SUFFIX, RunPaths, find_checkpoints, read_json
 from utils.checkpoints.store import verify_checkpoint
 from utils.data.mixture import build_order
@@ -106,33 +105,49 @@ def replace(module: str, name: str, wrap: Callable[[Any], Any]) -> None:
     setattr(owner, last, wrap(getattr(owner, last)))
 
 
-def hold_step(number: int) -> None:
-    gate = Gate("step")
+def before_step(number: int, act: Callable[[], None]) -> None:
+    """Call a function when a step is about to begin."""
 
     def wrap(train_step: Any) -> Any:
-        def held(state: Any, *arguments: Any) -> None:
+        def acting(state: Any, *arguments: Any) -> None:
             if state.progress.step + 1 == number:
-                gate()
+                act()
             train_step(state, *arguments)
 
-        return held
+        return acting
 
     replace("utils.run.run", "train_step", wrap)
+
+
+def hold_step(number: int) -> None:
+    before_step(number, Gate("step"))
 
 
 def hang_in_step(number: int) -> None:
     gate = Gate("hanging-step")
 
-    def wrap(train_step: Any) -> Any:
-        def hang(state: Any, *arguments: Any) -> None:
-            if state.progress.step + 1 == number:
-                gate.reach()
-                time.sleep(3600)  # in C, as compiling is
-            train_step(state, *arguments)
+    def hang() -> None:
+        gate.reach()
+        time.sleep(3600)  # in C, as compiling is
 
-        return hang
+    before_step(number, hang)
 
-    replace("utils.run.run", "train_step", wrap)
+
+def limit_memory(number: int, spare_bytes: int) -> None:
+    """Let the process have only so much more memory from a step on."""
+    taken: list[bytearray] = []
+
+    def limit() -> None:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+        most = pages * resource.getpagesize() + spare_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        # What earlier steps have left free within the process is taken too.
+        with contextlib.suppress(MemoryError):
+            while True:
+                taken.append(bytearray(2**20))
+        del taken[-(spare_bytes // 2**20) :]
+
+    before_step(number, limit)
 
 
 def hold_save() -> None:
@@ -161,20 +176,6 @@ def hold_call(gate_name: str, module: str, name: str) -> None:
         return held
 
     replace(module, name, wrap)
-
-
-def interrupt_upload() -> None:
-    """Begin to upload only once the uploader is being closed."""
-
-    def wrap(run_in_process: Any) -> Any:
-        def late(job: Any, on_progress: Any, must_end: Any) -> Any:
-            while not must_end():
-                time.sleep(0.005)
-            return run_in_process(job, on_progress, must_end)
-
-        return late
-
-    replace("utils.uploads.uploader", "run_in_process", wrap)
 
 
 def hang_in_bucket(answered: str) -> None:
@@ -247,28 +248,6 @@ def run_out_of_gpu_memory(number: int) -> None:
         return fail
 
     replace("utils.training_utils", "forward_loss", wrap)
-
-
-def limit_memory(number: int, spare_bytes: int) -> None:
-    """Let the process have only so much more memory from a step on."""
-    taken: list[bytearray] = []
-
-    def wrap(train_step: Any) -> Any:
-        def limited(state: Any, *arguments: Any) -> None:
-            if state.progress.step + 1 == number:
-                pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
-                limit = pages * resource.getpagesize() + spare_bytes
-                resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-                # What earlier steps have left free within the process is taken too.
-                with contextlib.suppress(MemoryError):
-                    while True:
-                        taken.append(bytearray(2**20))
-                del taken[-(spare_bytes // 2**20) :]
-            train_step(state, *arguments)
-
-        return limited
-
-    replace("utils.run.run", "train_step", wrap)
 
 
 def without_writer() -> None:
@@ -704,18 +683,6 @@ def test_a_stop_while_uploads_are_waited_for_keeps_the_grace_period(
     assert "up at the next start: ch" in trainer.output
 
 
-def test_an_archive_that_the_end_interrupts_is_no_failure(start: Start) -> None:
-    trainer = start(hooks=[("interrupt_upload",), ("hold_step", 2)], settings=("grace_seconds=0",))
-    trainer.wait_at("step")
-    trainer.stop()
-    trainer.let_go("step")
-    assert_stopped(trainer, [2], uploaded=[])
-    assert trainer.leftovers == []
-    assert "ERROR" not in trainer.output
-    states = {entry.state for entry in Journal(trainer.paths.journal).latest().values()}
-    assert UploadState.FAILED not in states
-
-
 def test_a_stop_during_an_evaluation_ends_it_without_a_result_and_saves(
     start: Start, straight: Trainer
 ) -> None:
@@ -796,38 +763,12 @@ def test_a_second_signal_leaves_at_once_and_the_next_attempt_recovers(
     assert "from a trainer of this machine that is gone" in again.output
 
 
-class Metadata(ThreadingHTTPServer):
-    """Says FALSE, then TRUE from the time that the machine is preempted."""
-
-    def __init__(self) -> None:
-        self.preempted = threading.Event()
-        self.asked = threading.Event()
-        super().__init__(("127.0.0.1", 0), MetadataHandler)
-
-
-class MetadataHandler(BaseHTTPRequestHandler):
-    server: Metadata
-
-    def do_GET(self) -> None:
-        self.server.asked.set()
-        value = b"TRUE" if self.server.preempted.is_set() else b"FALSE"
-        self.send_response(200)
-        self.send_header("Metadata-Flavor", "Google")
-        self.send_header("Content-Length", str(len(value)))
-        self.end_headers()
-        self.wfile.write(value)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
 @pytest.fixture
-def metadata_server() -> Iterator[Metadata]:
-    server = Metadata()
+def metadata_server() -> Iterator[MetadataServer]:
+    server = MetadataServer([say("FALSE")])
     thread = threading.Thread(target=server.serve_forever, args=[0.01])
     thread.start()
     yield server
-    server.preempted.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -849,13 +790,13 @@ def test_a_terminal_that_goes_away_stops_the_run_saved(start: Start, words: tupl
 
 
 def test_a_preemption_notice_saves_and_a_signal_after_it_is_no_second_one(
-    start: Start, metadata_server: Metadata
+    start: Start, metadata_server: MetadataServer
 ) -> None:
     environment = {"GCE_METADATA_HOST": f"127.0.0.1:{metadata_server.server_port}"}
     trainer = start(hooks=[("hold_step", 3)], environment=environment)
     trainer.wait_at("step")
     assert metadata_server.asked.wait(PATIENCE_SECONDS)
-    metadata_server.preempted.set()
+    metadata_server.answers[:] = [say("TRUE")]
     trainer.wait_for("This machine is being preempted.")
     trainer.send(signal.SIGTERM)  # as the machine's own shutdown does
     trainer.wait_for("SIGTERM: stopping already (preemption notice).")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,8 +14,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from configs.training_config import PROJECT_DIRECTORY
 from scripts import export_model, generate, prepare_data
+from tests.processes import run_python
+from tests.sample_models import FAMILIES
 from tests.utils.models.test_tokenizer import TEXT, write_tokenizer
 from utils.base.errors import ExitCode
 from utils.checkpoints.layout import read_json
@@ -136,7 +136,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def transformers_4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the environment of a process that has transformers 4."""
+    """Return the variables of a process that has transformers 4."""
     site = tmp_path_factory.mktemp("transformers4")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
     done = subprocess.run(
@@ -144,18 +144,13 @@ def transformers_4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     )
     if done.returncode:
         pytest.skip(f"transformers 4 cannot be installed: {done.stderr.strip()[-300:]}")
-    return {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    return {"PYTHONPATH": str(site)}
 
 
 LLAMA = {
+    **FAMILIES["mistral"],
     "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
     "rope_theta": 500000.0,
     "rope_scaling": {
         "rope_type": "llama3",
@@ -184,19 +179,12 @@ def test_data_checkpoint_and_export_are_the_same_to_transformers_4(
     models = [target] if family == "gpt_neox" else [checkpoint, target]
 
     def read(environment: dict[str, str]) -> dict[str, Any]:
-        done = subprocess.run(
-            [sys.executable, "-c", READ, str(data), *map(str, models)],
-            env=environment,
-            cwd=PROJECT_DIRECTORY,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=300,
-        )
+        done = run_python("-c", READ, data, *models, HF_HUB_OFFLINE="1", **environment)
+        assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
 
-    found, expected = read(transformers_4), read({**os.environ, "HF_HUB_OFFLINE": "1"})
+    found, expected = read(transformers_4), read({})
     assert found.pop("version") == "4.57.6"
     assert expected.pop("version").startswith("5.")
     for folder in (data, *models):

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.processes import run_python
 from tests.test_train import launch
 from tests.test_train_boards import assert_same_training
 
@@ -76,13 +77,27 @@ def tools() -> None:
         pytest.skip("this machine allows no network namespaces")
 
 
+# Runs a command at a terminal whose user says nothing.
+TERMINAL = """
+import os, pty, sys
+status = pty.spawn(sys.argv[1:], stdin_read=lambda fd: os.read(fd, 0) or b"")
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+AT_TERMINAL = (sys.executable, "-c", TERMINAL)
+
+
 def train(
-    folder: Path, data: Path, *words: str, settings: tuple[str, ...] = (), **environment: str
+    folder: Path,
+    data: Path,
+    *words: str,
+    settings: tuple[str, ...] = (),
+    prefix: tuple[str, ...] = (),
+    **environment: str,
 ) -> str:
     """Train without a network; return what was told. No attempt to reach anything is forgiven."""
     trace = folder.with_suffix(".trace")
-    prefix = ("unshare", "-rn", "strace", "-f", "-qq", "-o", str(trace), "-e", "trace=connect")
-    command = [*prefix, *launch(folder, *words)]
+    watched = ("unshare", "-rn", "strace", "-f", "-qq", "-o", str(trace), "-e", "trace=connect")
+    command = [*watched, *prefix, *launch(folder, *words)]
     command += [f"--set={value}" for value in (f"data_uri={data}", *SETTINGS, *settings)]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     home = folder.parent / "home"
@@ -111,13 +126,7 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     """Return what each attempt has kept, in their order."""
     found = []
     for file in sorted((folder / "logs" / "wandb").glob("offline-run-*/run-*.wandb")):
-        result = subprocess.run(
-            [sys.executable, "-c", READ, str(file)],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"},
-        )
+        result = run_python("-c", READ, file, WANDB_MODE="offline", WANDB_ERROR_REPORTING="false")
         found.append({**json.loads(result.stdout), "folder": file.parent})
     return found
 
@@ -178,26 +187,7 @@ def test_a_service_that_cannot_be_reached_is_waited_for_but_not_long(
 
 
 def test_nobody_is_asked_for_a_key_at_a_terminal(tmp_path: Path, sample_data: Path) -> None:
-    code = (
-        "import os, pty, sys\n"
-        "status = pty.spawn(sys.argv[1:], stdin_read=lambda fd: os.read(fd, 0) or b'')\n"
-        "sys.exit(os.waitstatus_to_exitcode(status))\n"
-    )
-    folder = tmp_path / "run"
-    command = ["unshare", "-rn", sys.executable, "-c", code, *launch(folder, "--max-steps", "2")]
-    command += [f"--set={value}" for value in (f"data_uri={sample_data}", *SETTINGS)]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    clean |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_MODE": "online"}
-    result = subprocess.run(
-        command,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env=clean,
-        stdin=subprocess.DEVNULL,
-    )
-    assert result.returncode == 0, result.stdout
-    assert "W&B is offline" in result.stdout
-    assert "API key" not in result.stdout.replace("WANDB_API_KEY", "")
+    words = ("--max-steps", "2")
+    told = train(tmp_path / "run", sample_data, *words, prefix=AT_TERMINAL, WANDB_MODE="online")
+    assert "W&B is offline" in told
+    assert "API key" not in told.replace("WANDB_API_KEY", "")

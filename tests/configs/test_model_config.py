@@ -50,11 +50,6 @@ def test_a_preset_has_its_shape_and_exactly_its_parameters(
 @pytest.mark.parametrize(
     ("name", "wanted"),  # of the Pythias: https://github.com/EleutherAI/pythia
     [
-        ("nano-xs", 746e3),
-        ("nano-s", 1.6e6),
-        ("nano-ds", 2.8e6),
-        ("nano-l", 4.8e6),
-        ("gpt2", 124e6),
         ("pythia-14m", 14_067_712),
         ("pythia-1b", 1_011_781_632),
         ("pythia-12b", 11_846_072_320),

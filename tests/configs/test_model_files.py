@@ -15,30 +15,12 @@ from configs.model_config import (
     find_dropouts,
     with_older_keys,
 )
+from tests.sample_models import FAMILIES
 from utils.base.errors import ConfigError
 from utils.models.building import build_core, count_parameters
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-}
-GPT2 = {
-    "model_type": "gpt2",
-    "vocab_size": 512,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_inner": 64,
-    "n_positions": 64,
-}
-
-
+LLAMA = {**FAMILIES["mistral"], "model_type": "llama"}
+GPT2 = {key: value for key, value in FAMILIES["gpt2"].items() if not key.endswith("pdrop")}
 ROTARY = ("rotary_pct", "rotary_emb_base", "rope_theta", "partial_rotary_factor", "rope_scaling")
 
 
@@ -59,16 +41,8 @@ def test_a_saved_config_comes_back_as_it_was(tmp_path: Path, values: dict[str, A
 
 
 SCALING = {"rope_type": "linear", "factor": 4.0}
-NEOX = {
-    "model_type": "gpt_neox",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "rotary_pct": 0.5,
-    "rotary_emb_base": 5e4,
-}
+NEOX = {**FAMILIES["mistral"], "model_type": "gpt_neox", "rotary_pct": 0.5, "rotary_emb_base": 5e4}
+del NEOX["num_key_value_heads"]
 
 
 @pytest.mark.parametrize(

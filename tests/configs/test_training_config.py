@@ -93,6 +93,7 @@ def test_a_key_that_was_removed_is_left_out_with_a_warning(
         ('{"warmup_steps": -1}', "warmup_steps must be at least 0, got -1."),
         ('{"seed": 9223372036854775808}', "seed must be between 0 and 9223372036854775807"),
         ('{"learning_rate": 0}', "learning_rate must be above 0, got 0.0."),
+        ('{"hourly_price": -1}', "hourly_price must be between 0 and 1000000000.0, got -1"),
         ('{"min_lr_rate": 1.1}', "min_lr_rate must be between 0.0 and 1.0, got 1.1."),
         ('{"adam_beta1": 1}', "adam_beta1 must be at least 0.0 and below 1.0, got 1.0."),
         ('{"learning_rate": Infinity}', "learning_rate must be above 0, got inf."),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import pytest
 
 from tests.campaigns.fork_server import ForkServer
+from tests.conftest import _forget_log_handlers
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +20,5 @@ def server() -> Iterator[ForkServer]:
 @pytest.fixture
 def logging_as_before() -> Iterator[None]:
     """Take away what a command has set up for its log lines."""
-    before = list(logging.getLogger().handlers)
     yield
-    for handler in list(logging.getLogger().handlers):
-        if handler not in before:
-            logging.getLogger().removeHandler(handler)
-            handler.close()
-    logging.captureWarnings(capture=False)
+    _forget_log_handlers()

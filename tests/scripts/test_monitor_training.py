@@ -25,7 +25,8 @@ import pytest
 
 from configs.training_config import PROJECT_DIRECTORY
 from scripts import monitor_training
-from scripts.monitor_training import LogTail, main
+from scripts.monitor_training import main
+from tests.processes import run_python
 from tests.sample_checkpoints import RUN_ID, make_checkpoint
 from tests.sample_logs import write_start, write_step
 from utils.base import console, machine
@@ -226,23 +227,6 @@ def test_logs_only_shows_the_last_lines_without_terminal_escapes(
     assert err == "Error: logs/train.log cannot be read: it is no regular file.\n"
 
 
-def test_log_tail_follows_appends_whole_lines_and_another_file(tmp_path: Path) -> None:
-    path = tmp_path / "train.log"
-    tail = LogTail(path)
-    assert tail.read_new() == []
-    path.write_text("a\nb\nhal")
-    assert tail.read_new() == ["a", "b"]
-    with path.open("a") as file:
-        file.write("f\nc\n")
-    assert tail.read_new() == ["half", "c"]
-    assert tail.read_new() == []
-    path.rename(tmp_path / "train.log.1")
-    path.write_text("a new file that is longer than the old one was\n")
-    assert tail.read_new() == ["a new file that is longer than the old one was"]
-    path.write_bytes(b"x" * 2**20 + b"\nlast\n")
-    assert LogTail(path).read_new()[-1] == "last"
-
-
 # A pipe: looks follow until Ctrl-C.
 
 
@@ -427,5 +411,5 @@ def test_monitor_does_not_load_torch(tmp_path: Path) -> None:
         "assert main(['--once']) == 0\n"
         "assert not {'torch', 'transformers', 'numpy', 'rich'} & sys.modules.keys()"
     )
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    result = run_python("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr

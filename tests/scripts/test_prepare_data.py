@@ -1,5 +1,4 @@
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -11,6 +10,8 @@ import numpy as np
 import pytest
 
 from scripts import prepare_data
+from tests.conftest import _forget_log_handlers
+from tests.processes import run_in_terminal, run_python
 from tests.sample_json import UNREADABLE
 from tests.sample_shards import flip_bit
 from utils.base.errors import ExitCode
@@ -24,11 +25,7 @@ def clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep the token cache out of here; take away the handler that the script leaves."""
     monkeypatch.chdir(tmp_path)
     yield
-    for handler in list(logging.getLogger().handlers):
-        if type(handler).__module__.startswith(("logging", "rich")):
-            logging.getLogger().removeHandler(handler)
-            handler.close()
-    logging.captureWarnings(capture=False)
+    _forget_log_handlers()
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +49,6 @@ def text_file(tmp_path: Path) -> Path:
 
 
 BOOK = ["--input", "book.txt", "--vocab-size", "300"]
-
-
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603 - our own script
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False
-    )
 
 
 def test_sample_makes_five_training_shards_and_one_for_validation(
@@ -103,28 +94,10 @@ def test_summary_shows_what_came_out_and_where(
     assert summary["is_new"] is False
 
 
-def test_runs_as_a_file_and_as_a_module_from_where_the_user_is(
-    text_file: Path, tmp_path: Path
-) -> None:
-    options = ["--input", text_file.name, "--vocab-size", "300", "--output", "o"]
-
-    # As `python -m scripts.prepare_data --help`, which loads nothing heavy.
-    code = (
-        "import runpy, sys\n"
-        "sys.argv = ['prepare_data', '--help']\n"
-        "try: runpy.run_module('scripts.prepare_data', run_name='__main__', alter_sys=True)\n"
-        "except SystemExit: pass\n"
-        "print([m for m in ('numpy', 'torch', 'tokenizers', 'rich') if m in sys.modules])"
-    )
-
-    by_file = run(str(SCRIPT), *options, cwd=tmp_path)
-    by_module = run("-c", code)
-
-    assert (by_file.returncode, by_module.returncode) == (0, 0)
-    assert (tmp_path / "o" / "index.json").exists()
-    assert "val_00000.npz" in by_file.stderr
-    assert "--sample" in by_module.stdout
-    assert by_module.stdout.endswith("[]\n")
+def test_it_runs_as_a_module_too() -> None:
+    result = run_python("-m", "scripts.prepare_data", "--help")
+    assert result.returncode == 0
+    assert "--sample" in result.stdout
 
 
 def test_preparing_with_a_new_tokenizer_loads_no_torch(text_file: Path, tmp_path: Path) -> None:
@@ -135,7 +108,7 @@ def test_preparing_with_a_new_tokenizer_loads_no_torch(text_file: Path, tmp_path
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
 
-    assert run("-c", code).stdout.endswith("[]\n")
+    assert run_python("-c", code).stdout.endswith("[]\n")
 
 
 @pytest.mark.parametrize(
@@ -263,8 +236,8 @@ def test_killed_preparation_goes_on_after_its_finished_shards(tmp_path: Path) ->
     process.wait()
     assert not (tmp_path / "o" / "index.json").exists()
 
-    again = run(*options, "o", cwd=tmp_path)
-    straight = run(*options, "straight", cwd=tmp_path)
+    again = run_python(*options, "o", cwd=tmp_path)
+    straight = run_python(*options, "straight", cwd=tmp_path)
 
     assert (again.returncode, straight.returncode) == (0, 0)
     assert "Going on after" in again.stderr
@@ -468,28 +441,10 @@ def test_commands_on_nothing_are_one_message_and_exit_code_two(
 
 @pytest.mark.skipif(os.name == "nt", reason="no terminals of this kind")
 def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(text_file: Path, tmp_path: Path) -> None:
-    import pty
-
-    command = [sys.executable, str(SCRIPT), "put", text_file.name]
-    controller, terminal = pty.openpty()
-    process = subprocess.Popen(  # noqa: S603 - our own script
-        [*command, "a"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=terminal
-    )
-    os.close(terminal)
-    shown = b""
-    try:
-        while block := os.read(controller, 4096):
-            shown += block
-    except OSError:  # how Linux says that the other end is closed
-        pass
-    os.close(controller)
-    assert process.stdout is not None
-    with process.stdout as output:
-        assert b"verified" in output.read()
-    assert process.wait() == 0
-    assert b"Uploading" in shown
-    assert b"\x1b[" in shown
-    assert "\x1b" not in run(*command[1:], "b", cwd=tmp_path).stderr
+    shown = run_in_terminal(SCRIPT, "put", text_file.name, "a", cwd=tmp_path)
+    for part in ("Uploading", "verified", "\x1b["):
+        assert part in shown
+    assert "\x1b" not in run_python(SCRIPT, "put", text_file.name, "b", cwd=tmp_path).stderr
 
 
 @pytest.mark.slow
@@ -507,7 +462,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, sample_output: Pat
                 file.write(f"{number} {line}\n")
         arguments = ["--input", str(tmp_path / f"{name}.txt"), "--quiet", "--token-cache", "off"]
         arguments += ["--tokenizer", str(sample_output), "--shard-tokens", "2000000"]
-        result = run("-c", code, *arguments, "--output", str(tmp_path / name))
+        result = run_python("-c", code, *arguments, "--output", str(tmp_path / name))
         assert result.returncode == 0, result.stderr
         peaks.append(int(result.stdout))
     assert peaks[1] < peaks[0] + 50, peaks

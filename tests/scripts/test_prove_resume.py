@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,7 +13,6 @@ import pytest
 from scripts import prove_resume
 from tests.campaigns.fork_server import ForkServer
 from tests.conftest import TINY
-from utils.base import console, progress
 from utils.base.errors import CheckpointError
 from utils.checkpoints.layout import MANIFEST_FILE, find_checkpoints, read_json, write_json
 from utils.storage.bucket import crc32c_of_file
@@ -183,58 +180,6 @@ def test_one_changed_loss_or_missing_step_is_found(
         assert len(differing["loss"]) == 1
         assert differing["loss"][0].startswith("step 7")
         assert bool(differing["curve"]) is not line_of_change
-
-
-class Told:
-    """A train.py that logs three steps and fails; it waits until the first one was seen."""
-
-    pid = 0
-
-    def __init__(self, metrics: Path) -> None:
-        self._metrics = metrics
-        self._steps = 0
-
-    def poll(self) -> int | None:
-        if self._steps == 3:
-            return 1
-        self._steps += 1
-        self._metrics.parent.mkdir(parents=True, exist_ok=True)
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self._steps, "loss": 1.0}) + "\n")
-        return None
-
-    def wait(self) -> int:
-        return 1
-
-
-class Telling:
-    """Starts nothing but what tells of steps."""
-
-    def __init__(self, work: Path) -> None:
-        self._work = work
-
-    def start(self, words: Sequence[str], output: Path) -> Running:
-        output.write_text("No GPU.\n", "utf-8")
-        return Told(self._work / "logs" / STRAIGHT / "metrics.jsonl")
-
-
-@pytest.mark.parametrize("is_terminal", [False, True], ids=["pipe", "terminal"])
-def test_the_steps_of_an_attempt_are_shown_in_at_most_100_columns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
-) -> None:
-    screen = io.StringIO()
-    screen.isatty = lambda: is_terminal  # type: ignore[method-assign]
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(console, "_shared_consoles", {})
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("TERM", "xterm")
-    work = tmp_path / "work"
-    assert prove(monkeypatch, Telling(work), tmp_path / "none", work) == 1
-    shown = screen.getvalue()
-    assert ("3/24" if is_terminal else "straight run: 3 steps of 24 steps (12%)") in shown
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "\n").splitlines()
-    assert max(len(line) for line in lines if str(work) not in line) <= 100
 
 
 def test_a_torn_line_hides_no_whole_one(tmp_path: Path) -> None:

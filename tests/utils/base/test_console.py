@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs.training_config import PROJECT_DIRECTORY
+from tests.processes import run_in_terminal, run_python
 from utils.base import errors
 from utils.base.console import LiveLine, print_table, run_command
 from utils.base.errors import ExitCode, PretrainError
@@ -94,13 +92,7 @@ def test_what_a_message_quotes_cannot_steer_a_terminal(
         "from utils.base.console import configure_logging; import logging\n"
         "configure_logging(); logging.info('a\\x1b[2J')"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=PROJECT_DIRECTORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = run_python("-c", code)
     assert result.stdout.endswith(" a?[2J\n")
 
 
@@ -161,20 +153,6 @@ print("end")
 """
 
 
-def log_with(directory: Path, stdout: int = subprocess.PIPE, **options: object) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", LOGGING, repr(options)],
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)},
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    assert result.stderr == ""
-    return result.stdout or ""
-
-
 def levels(text: str) -> list[str]:
     return [w for w in ("debug", "info", "warning", "error") if f"a {w} line" in text]
 
@@ -192,7 +170,10 @@ def test_a_pipe_gets_plain_lines_and_the_file_of_the_main_process_what_quiet_hid
 ) -> None:
     is_main = options.get("main_process", True)
     for count in (1, 2):
-        output = log_with(tmp_path, **options, file=Path("l/t.log"))
+        given = {**options, "file": Path("l/t.log")}
+        result = run_python("-c", LOGGING, repr(given), cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+        output = result.stdout
         assert levels(output) == shown
         assert output.endswith("end\n")
         for text in ("\x1b", "at the bottom", "noise"):
@@ -222,15 +203,7 @@ def test_a_long_wait_in_a_pipe_says_so_now_and_then(
 
 
 def test_a_terminal_gets_a_live_line_that_goes_away(tmp_path: Path) -> None:
-    reader, terminal = pty.openpty()
-    try:
-        log_with(tmp_path, stdout=terminal)
-    finally:
-        os.close(terminal)
-    shown = ""
-    with os.fdopen(reader, "rb", buffering=0) as stream, contextlib.suppress(OSError):
-        while data := stream.read(65536):  # Linux ends it with EIO
-            shown += data.decode()
+    shown = run_in_terminal("-c", LOGGING, "{}", cwd=tmp_path)
     assert "a info line" in shown
     assert "at the bottom" in shown
     assert shown.rstrip().endswith("end")

@@ -6,17 +6,8 @@ import logging
 
 import pytest
 
+from tests.sample_clock import Clock
 from utils.base.progress import ProgressDisplay
-
-
-class Clock:
-    """Seconds that pass when told."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_a_pipe_gets_a_line_every_five_seconds(caplog: pytest.LogCaptureFixture) -> None:
@@ -24,8 +15,8 @@ def test_a_pipe_gets_a_line_every_five_seconds(caplog: pytest.LogCaptureFixture)
     clock = Clock()
     with ProgressDisplay(clock=clock) as progress:
         for second in range(11):
-            clock.now = 100.0 + second
             progress.update("Tokenizing", second * 2**20, 20 * 2**20)
+            clock.now += 1
     assert caplog.messages == [
         "Tokenizing: 5.0 MiB of 20.0 MiB (25%), 1.0 MiB/s",
         "Tokenizing: 10.0 MiB of 20.0 MiB (50%), 1.0 MiB/s",

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from configs.training_config import PROJECT_DIRECTORY
+from tests.processes import run_python
 from utils.base.child_process import NICENESS
 from utils.checkpoints import saver as checkpoint_saver
 from utils.checkpoints.files import CheckpointFiles
@@ -73,17 +74,6 @@ def wait_for_writer(saver: CheckpointSaver) -> psutil.Process:
         assert writer._connection.poll(PATIENCE_SECONDS)
         assert writer.is_ready()
     return psutil.Process(writer.pid)
-
-
-def run_code(code: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(directory)],
-        cwd=PROJECT_DIRECTORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def value_of(checkpoint: Path) -> float:
@@ -228,7 +218,7 @@ def test_a_full_disk_is_told_with_numbers_and_leaves_what_was_there(
         print(json.dumps([first, second, str(saver.failure)]))
         saver.close()
         """
-    result = run_code(code, tmp_path)
+    result = run_python("-c", textwrap.dedent(code), tmp_path)
     assert result.returncode == 0, result.stderr
     first, second, third = json.loads(result.stdout)
     assert (first, third) == ("None", "None")
@@ -305,7 +295,7 @@ def test_memory_and_descriptors_do_not_grow_over_200_saves(tmp_path: Path) -> No
         print(json.dumps([save(20), save(200), len(recorder.committed)]))
         saver.close()
         """
-    result = run_code(code, tmp_path)
+    result = run_python("-c", textwrap.dedent(code), tmp_path)
     assert result.returncode == 0, result.stderr
     before, after, count = json.loads(result.stdout)
     assert count == 220

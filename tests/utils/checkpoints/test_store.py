@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
-from tests.sample_checkpoints import RUN_ID, make_checkpoint
+from tests.sample_checkpoints import RUN_ID, change_manifest, make_checkpoint
+from tests.sample_shards import flip_bit
 from utils.base.errors import CheckpointError, ExitCode, LockedError
 from utils.checkpoints import store
 from utils.checkpoints.journal import Journal, UploadState
@@ -19,9 +20,7 @@ from utils.checkpoints.layout import (
     RunPaths,
     find_checkpoints,
     local_archive,
-    read_json,
     upload_lock,
-    write_json,
 )
 from utils.checkpoints.store import (
     apply_retention,
@@ -40,17 +39,6 @@ def name(step: int) -> str:
 
 def steps(directory: Path) -> list[int]:
     return [found.step for found in find_checkpoints(directory)]
-
-
-def change_manifest(checkpoint: Path, **changes: object) -> None:
-    path = checkpoint / "manifest.json"
-    write_json(path, {**read_json(path), **changes})
-
-
-def flip_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def append_space(path: Path) -> None:

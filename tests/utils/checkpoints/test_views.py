@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.sample_checkpoints import make_checkpoint, put_remote, seal
-from utils.base.errors import CheckpointError, UsageError
+from utils.base.errors import CheckpointError
 from utils.base.text import number, printable, to_json_text
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import CheckpointName, sidecar_object
@@ -17,7 +17,6 @@ from utils.checkpoints.views import (
     read_json_object,
     read_local_checkpoint,
     read_local_checkpoints,
-    select_checkpoint,
 )
 from utils.remote.listing import read_remote_checkpoints
 from utils.storage.directory import DirectoryBucket
@@ -47,22 +46,6 @@ def test_json_text_is_strict_json():
     value = {"nan": math.nan, "list": [math.inf, (1.5,)], "path": Path("a")}
     parsed = json.loads(to_json_text(value), parse_constant=pytest.fail)
     assert parsed == {"nan": None, "list": [None, [1.5]], "path": "a"}
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"{", "cannot be read"),
-        (b"[1]", "holds no JSON object"),
-        (b"\xff\xfe", "cannot be read"),
-        (b"[" * 200_000, "cannot be read"),
-    ],
-)
-def test_damaged_json_is_a_checkpoint_error(tmp_path, content, reason):
-    path = tmp_path / "metadata.json"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=reason):
-        read_json_object(path)
 
 
 def test_fifo_in_place_of_a_file_is_refused_without_waiting(tmp_path):
@@ -211,29 +194,6 @@ def test_latest_is_the_newest_without_a_problem():
     assert find_latest_view([]) is None
     assert find_latest_view([view(1), view(2, problem="damaged")]).name.step == 1
     assert find_latest_view([view(1, problem="damaged")]).name.step == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "step"),
-    [
-        ("latest", 100),
-        ("best", 50),
-        ("50", 50),
-        ("checkpoint-epoch0-step100-files0", 100),
-    ],
-)
-def test_checkpoints_are_selected_by_name_step_latest_and_best(text, step):
-    views = [view(50, loss=1.0), view(100, loss=2.0)]
-    assert select_checkpoint(text, views).name.step == step
-
-
-@pytest.mark.parametrize("text", ["51", "", "best", "latest", "../x", "\x1b[31m"])
-def test_selecting_what_is_not_there_names_what_is(text):
-    with pytest.raises(UsageError, match="none yet"):
-        select_checkpoint(text, [])
-    if text not in ("best", "latest"):
-        with pytest.raises(UsageError, match="checkpoint-epoch0-step50-files0"):
-            select_checkpoint(text, [view(50, loss=1.0)])
 
 
 def test_resume_takes_back_every_later_step(tmp_path):

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-from tests.gcs_server import FakeGcsServer, Fault
 from utils.base.errors import DataError, StorageError, UsageError
 from utils.corpus import reading, text_sources, tokenization
 from utils.corpus.prepare import CorpusOptions, Preparation, prepare_corpus
@@ -19,7 +18,6 @@ from utils.corpus.token_cache import TokenCache
 from utils.corpus.token_files import TokenFileSource
 from utils.storage.bucket import ObjectInfo
 from utils.storage.directory import DirectoryBucket
-from utils.storage.open import open_bucket
 
 VOCAB_SIZE = 400
 
@@ -296,26 +294,6 @@ def test_repeats_and_empty_documents_are_left_out(tmp_path: Path, texts: list[st
     assert index["summary"]["documents_left_out"] == 51
 
 
-def test_progress_is_told_with_the_total_once_it_is_known(
-    source: FileSource, tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reading, "REPORT_BYTES", 1_000)
-    seen: list[tuple[str, int, int | None]] = []
-    options = CorpusOptions(vocab_size=VOCAB_SIZE)
-
-    prepare_corpus(
-        [source], DirectoryBucket(tmp_path / "out"), options, on_progress=lambda *a: seen.append(a)
-    )
-
-    total = sum(len(text.encode()) for text in texts)
-    for stage, known in [("Training the tokenizer", None), ("Tokenizing", total)]:
-        told = [(done, of) for name, done, of in seen if name == stage]
-        assert len(told) > 5
-        assert told == sorted(told)
-        assert {of for _, of in told[:-1]} == {known}
-        assert told[-1] == (total, total)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -539,36 +517,6 @@ def test_an_output_prepared_by_an_earlier_version_is_prepared_again(
 
     assert prepare(source, tmp_path / "out").is_new
     assert contents(tmp_path / "out") == whole
-
-
-def test_interrupted_preparation_into_gcs_goes_on_with_the_same_bytes(
-    source: FileSource, tmp_path: Path, gcs: FakeGcsServer
-) -> None:
-    prepare(source, tmp_path / "straight")
-    options = CorpusOptions(vocab_size=VOCAB_SIZE, shard_tokens=800)
-    gcs.add_fault(Fault("status", times=2, operation="upload", status=503))
-    fault = gcs.add_fault(
-        Fault("status", times=None, operation="upload", name="*train_00004*", status=403)
-    )
-    for is_whole in (False, True):
-        bucket = open_bucket("gs://runs/data")
-        if is_whole:
-            prepare_corpus([source], bucket, options)
-        else:
-            with pytest.raises(StorageError):
-                prepare_corpus([source], bucket, options)
-            assert fault.fired
-            gcs.clear_faults()
-            gcs.clear_requests()
-        bucket.close()
-    uploaded = [record.name for record in gcs.requests("upload")]
-    stored = {
-        name.removeprefix("data/"): gcs.read_object("runs", name)
-        for name in gcs.list_objects("runs", "data/")
-    }
-
-    assert stored == contents(tmp_path / "straight")
-    assert not any("train_00003" in name for name in uploaded)
 
 
 def test_an_end_of_text_spelled_out_in_the_text_is_told(

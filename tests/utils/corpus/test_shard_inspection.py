@@ -7,14 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.gcs_server import FakeGcsServer
 from tests.sample_shards import BAD_HEADERS, BAD_TOKENS, saved
 from utils.base.errors import DataError, UsageError
 from utils.corpus.shard_inspection import build_index_file, inspect_shards
 from utils.corpus.tokenization import build_tokenizer
 from utils.data.shard_index import build_shard_index
 from utils.storage.directory import DirectoryBucket
-from utils.storage.open import open_bucket
 
 TEXT = "A sentence that comes again and again, about shards. " * 50
 
@@ -134,19 +132,3 @@ def test_nothing_there_is_a_data_error(tmp_path: Path) -> None:
     for use in (build_index_file, inspect_shards):
         with pytest.raises(DataError, match="no shards"):
             use(DirectoryBucket(tmp_path / "none"))
-
-
-def test_a_shard_of_100_mb_costs_a_few_kb(tmp_path: Path, gcs: FakeGcsServer) -> None:
-    data = saved(input_ids=np.zeros(50 * 2**20, np.uint16))
-    gcs.put_object("runs", "data/train_a.npz", data)
-    gcs.put_object("runs", "data/val_a.npz", saved(input_ids=np.arange(9)))
-    gcs.clear_requests()
-    bucket = open_bucket("gs://runs/data")
-    index = build_index_file(bucket)
-    bucket.close()
-
-    downloads = gcs.requests("object.download", "data/train_a.npz")
-    assert len(data) > 100 * 2**20
-    assert sum(record.response_bytes for record in downloads) < 100 * 2**10
-    assert all("range" in {key.lower() for key in record.headers} for record in downloads)
-    assert index["shards"][0]["crc32c"] == gcs.get_object("runs", "data/train_a.npz").blob.crc32c

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
 from utils.corpus.token_cache import TokenCache
 
 
@@ -70,30 +66,3 @@ def test_a_cache_that_cannot_be_written_is_said_once_and_does_no_harm(
     cache.put(key(2), b"ids")
     assert cache.get(key(1)) is None
     assert len(caplog.records) == 1
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
-def test_sigkill_while_writing_leaves_whole_entries_only(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from utils.corpus.token_cache import TokenCache\n"
-        "cache = TokenCache(Path(sys.argv[1])); n = 0\n"
-        "while True:\n"
-        "    cache.put(f'{n:064x}', bytes([n % 256]) * 2**21); n += 1\n"
-        "    print(n, flush=True)\n"
-    )
-    process = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=PROJECT_DIRECTORY,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    with process.stdout as output:
-        while int(output.readline()) < 5:
-            pass
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    cache = TokenCache(tmp_path)
-    for path in entries(tmp_path):
-        if not path.name.startswith(".tmp-"):
-            assert cache.get(path.name) == bytes([int(path.name, 16) % 256]) * 2**21

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.sample_clock import Clock
 from utils.costs.spending import (
     Amount,
     Spending,
@@ -63,14 +64,6 @@ def log_of(*records: dict[str, Any]) -> MetricsLog:
 
 def spent(total: float, lost: float = 0.0, starts: int = 1) -> Spending:
     return Spending(Amount(total, total), Amount(lost, lost), starts, 3600.0)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_time_is_counted_without_a_price_and_dollars_with_one() -> None:
@@ -150,17 +143,6 @@ def test_checkpoint_and_log_say_what_was_spent_and_lost_before(
     before = find_spending_before(RUN, checkpoint, log)
     assert (before.total, before.lost) == (expected.total, expected.lost)
     assert before.starts == expected.starts
-
-
-def test_prices_may_change_between_starts() -> None:
-    clock = Clock()
-    meter = SpendingMeter(spent(100), 7200.0, 0.0, clock)
-    clock.now += 50
-    assert meter.read().total == Amount(150, 200)
-    meter = SpendingMeter(meter.read(), None, 0.0, clock)
-    clock.now += 10
-    assert meter.read().total == Amount(160, 200, 10)
-    assert meter.read().starts == 3
 
 
 def test_a_first_start_loses_nothing_and_a_restart_its_way_to_the_first_step() -> None:

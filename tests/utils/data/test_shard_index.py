@@ -34,11 +34,6 @@ def facts_of(directory: Path, data: bytes, name: str = "train_00000.npz") -> Sha
     return read_shard_facts(bucket, info)
 
 
-def test_input_ids_are_preferred_to_other_keys(tmp_path: Path) -> None:
-    data = saved(arr_0=np.ones(5, "i4"), tokens=np.ones(6, "i4"), input_ids=np.ones(7, "i4"))
-    assert facts_of(tmp_path, data).tokens == 7
-
-
 @settings(max_examples=50)
 @given(data=st.binary(max_size=200))
 def test_any_bytes_are_a_bad_shard(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:

@@ -17,7 +17,6 @@ from configs.training_config import TrainingConfig, get_training_config
 from tests.utils.models.test_cpu_products import NEEDS_ONEDNN
 from utils import training_utils
 from utils.base.errors import ConfigError
-from utils.models import generation
 from utils.models.building import (
     LossModel,
     build_model,
@@ -198,16 +197,3 @@ def test_a_padded_vocabulary_is_larger_and_knows_its_own_size(
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert (again.vocab_size, known_vocab_size(again)) == (padded, size)
-
-
-def test_an_id_that_pads_the_vocabulary_is_never_generated() -> None:
-    config = build_model_config("neox-tiny", SHAPE, pad_vocab_to_multiple_of=64)
-    model = build_model(config, TrainingConfig(model="neox-tiny"))
-    with torch.no_grad():
-        model.get_output_embeddings().weight[101:] = 100.0
-        model.get_output_embeddings().weight[:101] = 0.0
-        model.gpt_neox.final_layer_norm.bias.fill_(1.0)
-    sampling = generation.Sampling(max_tokens=20, seed=1)
-    (tokens,) = generation.generate_tokens(model, [[5]], sampling)
-    assert len(tokens) == 20
-    assert max(tokens) < 101

@@ -6,7 +6,7 @@ import pytest
 
 from utils.run.grace import describe_outcome, describe_plan
 
-MB, MIB = 10**6, 2**20
+MB = 10**6
 
 
 # 30 s of grace, a new checkpoint of 100 MB: seconds of a save, MB/s, MB of what is pending.
@@ -37,27 +37,6 @@ def test_the_newest_that_fit_go_up_first(
     waiting = [(name, size * MB) for name, size in pending.items()]
     plan = describe_plan(30.0, save, 100 * MB, None if rate is None else rate * MB, waiting)
     assert expected in plan
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (
-            (30, 0.1, 900, 1500, [("A", 1200), ("B", 400), ("C", 10**6)]),
-            "30 s of grace: save checkpoint (about 1 s), then upload it (900 B at 1.5 KiB/s, "
-            "about 1 s): it reaches the bucket in time. Pending, in time: B, A. Pending, up at the "
-            "next start: C.",
-        ),
-        (
-            (600, None, 5 * MIB, None, [("A", MIB)]),
-            "600 s of grace: save checkpoint (unknown time), then upload it (5.0 MiB at an unknown "
-            "speed): whether it reaches the bucket in time is unknown; if not, it stays on this "
-            "disk and goes up at the next start. Pending, end unknown: A.",
-        ),
-    ],
-)
-def test_the_plan_is_one_line(arguments: tuple, line: str) -> None:
-    assert describe_plan(*arguments) == line
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.sample_checkpoints import RUN_ID, make_checkpoint
+from tests.sample_checkpoints import RUN_ID, change_manifest, make_checkpoint
 from tests.sample_json import UNREADABLE
 from utils.base.errors import (
     CheckpointError,
@@ -58,11 +58,6 @@ def old_run(paths: RunPaths) -> RunPaths:
 
 def steps(directory: Path) -> list[int]:
     return [found.step for found in find_checkpoints(directory)]
-
-
-def change_manifest(checkpoint: Path, **changes: Any) -> None:
-    path = checkpoint / "manifest.json"
-    write_json(path, {**read_json(path), **changes})
 
 
 def damage(checkpoint: Path) -> None:

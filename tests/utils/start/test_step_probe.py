@@ -86,11 +86,6 @@ def test_the_size_stops_growing_when_the_time_is_used_up(monkeypatch: pytest.Mon
     assert step_probe._find_size(SlowModel(), sizes[:3]) == (1, 256)  # type: ignore[arg-type]
 
 
-def test_sizes_grow_to_the_runs_own() -> None:
-    assert list(_growing_sizes(3, 200)) == [(1, 64), (1, 128), (1, 200), (2, 200), (3, 200)]
-    assert list(_growing_sizes(1, 16)) == [(1, 16)]
-
-
 def test_a_step_too_large_for_the_memory_is_not_tried() -> None:
     assert probe(available=1000) is None
 

@@ -256,41 +256,21 @@ def test_a_full_disk_at_the_start_and_the_end_of_a_run_is_told_only(
 # TensorBoard.
 
 
-def test_starts_share_a_curve_and_a_branch_has_its_own(tmp_path: Path) -> None:
-    for start, steps in [
-        (start_of(), range(1, 8)),
-        (start_of(step=5), range(6, 10)),
-        (start_of(step=5), range(6, 9)),
-        (start_of(step=4, branch=1), range(5, 7)),
-    ]:
-        tracker = TensorBoardTracker(tmp_path)
-        tracker.begin(start)
-        for step in steps:
-            tracker.log({"loss": float(step)}, step=step)
-        tracker.log_samples([("", "a text"), ("In", " the\n*year*")], steps[-1])
-        tracker.end("stopped")
-    names = (IDENTITY.run_id, f"{IDENTITY.run_id}-branch1")
-    folders = [tmp_path / "tensorboard" / name for name in names]
-    curves = [read(folder) for folder in folders]
-    assert [e.step for e in curves[0].Scalars("train/loss")] == list(range(1, 9))
-    assert [e.step for e in curves[1].Scalars("train/loss")] == [5, 6]
-    # Each start tells its configuration; the one that was begun again tells it once.
-    assert sorted(texts(folders[0], "configuration")) == [1, 6]
-    assert texts(folders[0], "samples")[8] == (
-        "    (end of text)\n\ngoes on with\n\n    a text\n\n---\n\n"
-        "    In\n\ngoes on with\n\n     the\n    *year*"
-    )
-
-
-def test_a_rollback_takes_the_curve_back(tmp_path: Path) -> None:
+def test_a_rollback_takes_the_curve_back_and_samples_are_shown_as_they_are(tmp_path: Path) -> None:
     tracker = TensorBoardTracker(tmp_path)
     tracker.begin(start_of())
     for step, value in [(1, 0), (2, 0), (3, 0), (4, 0)]:
         tracker.log({"loss": value}, step=step)
     tracker.roll_back(2)
     tracker.log({"loss": 1}, step=3)
+    tracker.log_samples([("", "a text"), ("In", " the\n*year*")], 3)
     tracker.end("done")
-    events = read(tmp_path / "tensorboard" / IDENTITY.run_id)
+    folder = tmp_path / "tensorboard" / IDENTITY.run_id
+    assert texts(folder, "samples")[3] == (
+        "    (end of text)\n\ngoes on with\n\n    a text\n\n---\n\n"
+        "    In\n\ngoes on with\n\n     the\n    *year*"
+    )
+    events = read(folder)
     found = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert found == [(1, 0), (2, 0), (3, 1)]
     assert set(events.PluginTagToContent("hparams")) == {

@@ -168,14 +168,14 @@ def fill(descriptor):
 
 kind = sys.argv[1]
 atexit.register(lambda: print("cleaned up", flush=True))
-with StopRequest(leave_after_seconds=0.2 if kind == "compiles" else 60) as stop:
+with StopRequest(leave_after_seconds=60) as stop:
     if kind == "unread":
         fill(2)
     child = os.fork() if kind == "forks" else None
     if child == 0:
         time.sleep(60)
     print("ready", flush=True)
-    if kind in ("hangs", "compiles", "unread"):
+    if kind in ("hangs", "unread"):
         hang()
     while not stop.is_agreed():
         time.sleep(0.001)
@@ -184,7 +184,7 @@ with StopRequest(leave_after_seconds=0.2 if kind == "compiles" else 60) as stop:
 print(f"saved after {stop.reason}", flush=True)
 sys.exit(75)
 """
-KINDS = ("forks", "compiles", "unread", "hangs")
+KINDS = ("forks", "unread", "hangs")
 Trainers = dict[str, subprocess.Popen[str]]
 
 
@@ -236,15 +236,6 @@ def test_two_signals_in_quick_succession_are_two_although_nobody_reads_the_messa
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-
-
-def test_a_run_without_a_step_leaves_a_c_call_by_itself(trainers: Trainers) -> None:
-    process = trainers["compiles"]
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == ExitCode.STOPPED
-    assert errors.endswith("\nNothing was trained since the start, so nothing is lost: leaving.\n")
-    assert output == ""
 
 
 def test_a_signal_to_the_whole_group_is_one_although_a_child_was_forked(

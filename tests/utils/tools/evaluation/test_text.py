@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from tests.utils.tools.evaluation.test_log import ONE
-from utils.tools.evaluation.log import Evaluation, MetricPoints
-from utils.tools.evaluation.text import chart_lines, evaluation_lines, show_measured, tables
+from utils.tools.evaluation.log import Evaluation
+from utils.tools.evaluation.text import evaluation_lines, tables
 
 TEXT = Evaluation(
     "checkpoint-epoch0-step20-files0",
@@ -35,19 +33,6 @@ TEXT = Evaluation(
 )
 
 
-@pytest.mark.parametrize(
-    ("value", "error", "text"),
-    [
-        (None, None, "-"),
-        (0.5, None, "0.5000"),
-        (0.25, 0.01234, "0.2500 +-0.0123"),
-        (3.2e9, None, "3.2000e+09"),
-    ],
-)
-def test_figures(value: float | None, error: float | None, text: str) -> None:
-    assert show_measured(value, error) == text
-
-
 def test_lines_of_a_checkpoint() -> None:
     assert evaluation_lines([ONE, TEXT]) == [
         "  hellaswag of hellaswag.jsonl:",
@@ -70,9 +55,3 @@ def test_a_table_for_each_question() -> None:
     rows = found[0][1]
     assert list(rows[0]) == list(rows[1]) == ["model", "step", "acc", "acc_norm", "items", "f1"]
     assert (rows[0]["f1"], rows[1]["step"], rows[1]["acc_norm"]) == ("-", "-", "-")
-
-
-def test_a_chart_for_each_figure() -> None:
-    lines = chart_lines([MetricPoints((1, 2), (0.1, 0.9), "a.acc")], "ascii", 60)
-    assert lines[1] == "a.acc over step"
-    assert "0.9" in lines[2]

@@ -186,17 +186,6 @@ def test_a_failed_rename_leaves_what_was_there(
     assert read(tmp_path / "model") == OLD
 
 
-def test_into_a_bucket_the_config_goes_last(gcs: FakeGcsServer, tmp_path: Path) -> None:
-    target = open_target("gs://runs/models/small", tmp_path / "scratch", overwrite=False)
-    export(target, OLD)
-    written = [record.name for record in gcs.requests("upload")]
-    assert len(written) == 3
-    assert written[-1] == "models/small/config.json"
-    with pytest.raises(UsageError, match=r"holds README\.md already \(3 objects\)"):
-        target.require_free()
-    assert not list((tmp_path / "scratch").iterdir())
-
-
 def test_a_file_in_a_bucket_is_one_object(gcs: FakeGcsServer, tmp_path: Path) -> None:
     uri = "gs://runs/models/small.gguf"
     gcs.put_object("runs", "models/notes.txt", b"kept")

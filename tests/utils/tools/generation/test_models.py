@@ -17,7 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPTNeoXConfig
+from transformers import GPTNeoXConfig
 
 from configs.model_config import known_vocab_size
 from configs.training_config import TrainingConfig, get_training_config
@@ -186,19 +186,6 @@ def test_any_other_word_is_a_name_on_the_hub(
     assert found.directory is None
     with pytest.raises(UsageError, match=r"someone/some-model is no checkpoint or directory here"):
         load_model(found, device="cpu")
-
-
-def test_a_loaded_checkpoint_is_the_one_that_stock_transformers_loads(trained_run: Path) -> None:
-    path = newest(trained_run)
-    loaded = load_model(ModelSource(path.name, str(path), read_manifest(path)), device="cpu")
-    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    ids = torch.arange(24).reshape(2, 12)
-    assert not loaded.model.training
-    assert torch.equal(loaded.model(ids).logits, stock(ids).logits)
-    assert loaded.tokenizer.decode(loaded.tokenizer("the end")["input_ids"]) == "the end"
-    assert (loaded.vocab_size, loaded.context) == (512, 512)
-    half = load_model(loaded.source, device="cpu", dtype="bfloat16")
-    assert half.model.dtype == torch.bfloat16
 
 
 def copy_of(path: Path, folder: Path) -> ModelSource:

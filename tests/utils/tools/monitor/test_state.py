@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,13 +18,6 @@ from utils.tools.monitor.state import (
 
 START = {"event": "start", "step": 0, "pid": 7, "hostname": "far"}
 FINISHING = {"event": "finishing", "step": 9}
-
-
-@pytest.fixture(scope="module")
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", "pass"])
-    process.wait()
-    return process.pid
 
 
 @pytest.mark.parametrize(

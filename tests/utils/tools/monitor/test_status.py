@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.sample_checkpoints import RUN_ID, make_checkpoint
+from tests.sample_clock import Clock
 from tests.sample_logs import ago, write_start, write_step
 from utils.base import files, machine
 from utils.base.text import epoch_seconds
@@ -26,16 +25,6 @@ from utils.tracking.metrics_log import append_metrics
 NAME = "checkpoint-epoch0-step{}-files0"
 
 
-class Clock:
-    """Seconds that go on when they are told to."""
-
-    def __init__(self) -> None:
-        self.seconds = 1000.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "FIRST_CPU_SECONDS", 0.0)
@@ -44,13 +33,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def paths(tmp_path: Path) -> RunPaths:
     return RunPaths(tmp_path / "checkpoints", tmp_path / "logs", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", "pass"])
-    process.wait()
-    return process.pid
 
 
 def kinds(status: RunStatus) -> list[str]:
@@ -68,9 +50,9 @@ def test_the_pace_decides_when_a_run_has_stalled(paths: RunPaths) -> None:
     write_step(paths.metrics, 40)
     status = watcher.look()
     limit = status.stall_seconds
-    clock.seconds += limit - 1
+    clock.now += limit - 1
     assert watcher.look().state is RunState.RUNNING
-    clock.seconds += 2
+    clock.now += 2
     status = watcher.look()
     assert status.state is RunState.STALLED
     assert status.silent_seconds == limit + 1
@@ -89,7 +71,7 @@ def test_a_run_over_a_shared_disk_is_known_by_its_records(paths: RunPaths) -> No
     status = watcher.look()
     assert status.state is RunState.RUNNING
     assert "cannot be seen from here" in status.detail
-    clock.seconds += status.stall_seconds + 1
+    clock.now += status.stall_seconds + 1
     assert watcher.look().state is RunState.UNKNOWN
     write_step(paths.metrics, 40, time=ago(-86500))
     assert watcher.look().state is RunState.RUNNING
@@ -300,7 +282,7 @@ def test_a_full_disk_and_a_filling_one_are_told_of_a_live_run(
     for step in range(1, 61):
         write_step(paths.metrics, step)
         assert kinds(status := watcher.look()) in ([], ["disk_filling"])
-        clock.seconds += 60
+        clock.now += 60
         free["bytes"] -= 2**30
     assert kinds(status) == ["disk_filling"]
     assert status.disk_seconds_left == pytest.approx(41 * 60, rel=0.1)

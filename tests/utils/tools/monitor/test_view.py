@@ -165,12 +165,3 @@ def test_what_is_not_known_is_a_dash() -> None:
     assert not any("MFU" in line for line in [*lines, one_line(look)])
     nan = status(metrics=Metrics(**{**METRICS, "loss": math.nan}))
     assert "Loss: nan  " in "\n".join(text_of(nan))
-
-
-def test_one_line_has_warnings_and_problems_too() -> None:
-    line = one_line(FULL)
-    assert "running  step 5,000 / 10,000 (50.0%)  loss 2.845123" in line
-    assert "MFU 41.2%" in line
-    assert "warning: the loss rises" in line
-    assert "3 unreadable lines" in line
-    assert "\n" not in line

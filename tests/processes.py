@@ -1,0 +1,52 @@
+"""Python in a process of its own, as tests start it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+from configs.training_config import PROJECT_DIRECTORY
+
+
+def run_python(
+    *words: object, cwd: Path = PROJECT_DIRECTORY, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run this Python, which finds the project from anywhere; return what it wrote and its code."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,  # to end a test that hangs
+    )
+
+
+def run_in_terminal(*words: object, cwd: Path, columns: int = 80, **environment: str) -> str:
+    """Run this Python at a terminal of 50 lines; return what it showed there."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    with subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY), **environment},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how Linux says that the process has ended
+            while block := os.read(ours, 65536):
+                shown += block
+        os.close(ours)
+    assert process.returncode == 0, shown.decode()
+    return shown.decode()
