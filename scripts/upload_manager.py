@@ -28,14 +28,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig, get_training_config, parse_assignment
-from utils.base.console import (
-    LiveLine,
-    add_output_arguments,
-    configure_logging,
-    new_parser,
-    print_table,
-    run_command,
-)
+from utils.base.console import LiveLine, configure_logging, print_table, run_command
 from utils.base.errors import (
     CheckpointError,
     ExitCode,
@@ -87,8 +80,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", default="test", help="the run's configuration (default: test)")
     common.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    add_output_arguments(common)
-    parser = new_parser("upload_manager.py", __doc__)
+    common.add_argument("--json", action="store_true", help="print JSON")
+    common.add_argument("--debug", action="store_true", help="debug log lines and tracebacks")
+    parser = argparse.ArgumentParser(
+        prog="upload_manager.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:

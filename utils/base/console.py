@@ -219,7 +219,7 @@ def new_parser(name: str, text: str | None) -> argparse.ArgumentParser:
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every command takes that shows something."""
+    """Add `--json` and `--debug`."""
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--debug", action="store_true", help="debug log lines and tracebacks")
 

@@ -120,5 +120,5 @@ def find_misfits(forecasts: list[Forecast]) -> Iterator[Diagnosis]:
             message = f"{name} ({forecast.model}) does not fit: about {need} needed, {free} free."
             level = PROBLEM if forecast.configuration == "test" else NOTE
             words = " ".join(f"--set {setting}" for setting in LESS_MEMORY)
-            advice = f"{words} needs less (train.py --dry-run says how much), a smaller model, too."
+            advice = f"{words} take less memory; train.py --dry-run says how much is needed."
             yield Diagnosis(level, message, advice)

@@ -74,7 +74,7 @@ def gpu_row(gpu: DriverGpu | TorchGpu) -> dict[str, str]:
     row = {
         "GPU": str(gpu.index),
         "Name": gpu.name,
-        "Capability": ".".join(map(str, gpu.capability or "-")),
+        "Capability": ".".join(map(str, gpu.capability)) if gpu.capability else "-",
         "Memory": format_bytes(gpu.memory_bytes),
     }
     if isinstance(gpu, TorchGpu):

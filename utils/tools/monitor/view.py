@@ -40,7 +40,7 @@ SEVERE_WARNINGS = ("stalled", "crashed", "failed", "not_finite", "upload_failed"
 
 @dataclass(frozen=True)
 class ViewRow:
-    """One row of the view, in a style of `rich`; importance 0 stays longest when room lacks."""
+    """One row of the view, in a style of `rich`; importance 0 is dropped last in a low terminal."""
 
     text: str
     style: str = ""

@@ -96,7 +96,7 @@ def _median(values: Sequence[float]) -> float | None:
 def judge_state(
     state: str, silent_seconds: float | None, stall_seconds: float
 ) -> RunWarning | None:
-    """Warn of a run, by the value of its RunState, that stopped or hangs unasked."""
+    """Warn of a run that ended or hangs although nobody stopped it; `state` is of RunState."""
     silence = "no record yet"
     if silent_seconds is not None:
         silence = f"no record for {format_duration(silent_seconds)}"
