@@ -131,7 +131,9 @@ def assert_nothing_was_left(directory: Path) -> None:
 # What comes back.
 
 
-def test_a_download_is_the_checkpoint_that_was_uploaded(here: Here) -> None:
+def test_a_download_is_what_was_uploaded_known_as_verified_and_not_uploaded_again(
+    here: Here,
+) -> None:
     here.upload()
     progress: list[tuple[str, int, int]] = []
     found = here.fetch(on_progress=lambda *report: progress.append(report))
@@ -146,10 +148,6 @@ def test_a_download_is_the_checkpoint_that_was_uploaded(here: Here) -> None:
     assert progress[0] == ("downloading", archive_bytes, archive_bytes)
     assert progress[-1] == ("unpacking", total, total)
 
-
-def test_a_download_is_known_as_verified_and_not_uploaded_again(here: Here) -> None:
-    here.upload()
-    found = here.fetch()
     journal = Journal(here.directory / "uploads.jsonl")
     entry = journal.latest()[NAME]
     uploaded = Journal(here.source.parent / "uploads.jsonl").latest()[NAME]

@@ -161,15 +161,26 @@ def test_it_is_seen_while_it_goes_on_out_of_the_way_and_without_secrets(
 # How it ends.
 
 
-def test_what_makes_no_progress_is_ended(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+@pytest.mark.parametrize("can_be_killed", [True, False])
+def test_what_makes_no_progress_is_ended_and_holds_nothing_up_where_no_kill_ends_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_be_killed: bool
 ) -> None:
     monkeypatch.setattr(upload_process, "STALL_MARGIN_SECONDS", 0.5)
     (checkpoint / "model.safetensors").unlink()
     os.mkfifo(checkpoint / "model.safetensors")  # whose reader waits for ever
     options = TransportOptions(str(tmp_path / "bucket"), "directory", stall_seconds=0.5)
-    with pytest.raises(TransientStorageError, match="no progress for 1 s; the upload was ended"):
-        run_in_process(UploadJob(str(checkpoint), options))
+    children: list[psutil.Process] = []
+    with monkeypatch.context() as patch:
+        if not can_be_killed:
+            patch.setattr(upload_process, "END_SECONDS", 0.1)
+            patch.setattr(os, "killpg", lambda group, number: children.append(the_child()))
+        with pytest.raises(TransientStorageError, match="no progress for 1 s; the upload was end"):
+            run_in_process(UploadJob(str(checkpoint), options))
+    assert can_be_killed != bool(children)
+    for child in children[:1]:
+        child.kill()
+        child.wait(WAIT_SECONDS)
 
 
 def test_a_trainer_that_was_stopped_for_a_while_does_not_take_it_for_a_stall() -> None:
@@ -199,26 +210,6 @@ def test_where_no_process_can_be_started_it_uploads_here(
     run_in_process(UploadJob(str(checkpoint), options))
     assert (tmp_path / "bucket" / SIDECAR).is_file()
     assert "No upload process can be started" in caplog.text
-
-
-@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
-def test_a_process_that_not_even_a_kill_ends_does_not_hold_the_uploads_up(
-    checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(upload_process, "END_SECONDS", 0.1)
-    monkeypatch.setattr(upload_process, "STALL_MARGIN_SECONDS", 0.0)
-    children: list[psutil.Process] = []
-    (checkpoint / "model.safetensors").unlink()
-    os.mkfifo(checkpoint / "model.safetensors")
-    options = TransportOptions(str(tmp_path / "bucket"), "directory", stall_seconds=0.3)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "killpg", lambda group, number: children.append(the_child()))
-        with pytest.raises(TransientStorageError, match="no progress"):
-            run_in_process(UploadJob(str(checkpoint), options))
-    children[0].kill()
-    children[0].wait(WAIT_SECONDS)
 
 
 # Its parent, and what it starts.

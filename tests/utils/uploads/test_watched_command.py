@@ -128,21 +128,15 @@ def test_a_program_that_ends_before_its_input_says_why() -> None:
 
 
 def test_a_program_that_did_not_take_its_whole_input_has_failed() -> None:
+    block = bytes(BLOCK)
     for count in (1, 50):
         with pytest.raises(StorageError):
-            command("sys.exit(0)").run("go", [], write=lambda sink, n=count: feed_late(sink, n))
+            command("sys.exit(0)").run(
+                "go", [], write=lambda sink, n=count: [sink.write(block) for _ in range(n)]
+            )
 
 
-def feed_late(sink: IO[bytes], count: int) -> None:
-    for _ in range(count):
-        sink.write(bytes(BLOCK))
-
-
-class OwnError(Exception):
-    """Raised while writing."""
-
-
-@pytest.mark.parametrize("raised", [OwnError("x"), BrokenPipeError(32, "x"), KeyboardInterrupt()])
+@pytest.mark.parametrize("raised", [KeyError("x"), BrokenPipeError(32, "x"), KeyboardInterrupt()])
 def test_an_error_while_writing_ends_it_before_its_input_does(
     tmp_path: Path, raised: BaseException
 ) -> None:
