@@ -67,13 +67,9 @@ class Trouble:
 
 
 def draw_trouble(kind: str, source: random.Random, seconds: float, stall_seconds: float) -> Trouble:
-    """Return a trouble of a kind.
+    """Return a trouble of a kind, of which `source` decides what is left open.
 
-    Args:
-        kind: One of TROUBLES.
-        source: Decides what is left open.
-        seconds: How long an upload takes, roughly.
-        stall_seconds: How long a client waits for a sign of life.
+    An upload takes about `seconds`; a client waits `stall_seconds` for a sign of life.
     """
     after_bytes = int(2 ** source.uniform(0, 24))
     times, at = source.randint(1, 3), source.uniform(0.0, seconds)

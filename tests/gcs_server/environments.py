@@ -25,13 +25,9 @@ GSUTIL_OPTIONS = {
 def gsutil_environment(
     directory: Path, port: int, certificate: Path, options: Mapping[str, str]
 ) -> dict[str, str]:
-    """Write a boto configuration that trusts the certificate.
+    """Write a boto configuration that trusts the certificate; `port` is that of TLS.
 
-    Args:
-        directory: Where the configuration and gsutil's state go.
-        port: The server's TLS port.
-        certificate: The server's certificate.
-        options: More settings as "Section:option"; they win.
+    `options` are more settings as "Section:option"; they win.
     """
     home = directory / "gsutil"
     home.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def download(call: Call) -> Response:
         "Last-Modified": format_datetime(stored.created, usegmt=True),
         "X-Goog-Generation": str(stored.generation),
         "X-Goog-Metageneration": "1",
-        "X-Goog-Hash": f"crc32c={stored.blob.crc32c}",
+        "X-Goog-Hash": f"crc32c={stored.blob.crc32c},md5={stored.blob.md5}",
         "X-Goog-Stored-Content-Encoding": "identity",
         "X-Goog-Stored-Content-Length": str(stored.size),
     }
@@ -191,6 +191,7 @@ def object_resource(stored: StoredObject, base_url: str) -> dict[str, Any]:
         "metageneration": "1",
         "size": str(stored.size),
         "crc32c": stored.blob.crc32c,
+        "md5Hash": stored.blob.md5,
         "etag": str(stored.generation),
         "contentType": stored.content_type,
         "storageClass": "STANDARD",

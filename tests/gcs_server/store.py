@@ -2,13 +2,13 @@
 
 Object records are frozen; a change replaces the record under the store's lock, and every new
 version of an object gets a higher generation, also when the clock stands still or goes back.
-Bytes are in files, hashed while they stream in, so that a gigabyte costs one block of memory.
-Files of uploads that fail stay until the end.
+Bytes are in files, hashed while they stream in; those of uploads that fail stay until the end.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import itertools
 import threading
 from collections.abc import Collection, Mapping
@@ -28,11 +28,12 @@ WRITE_PERMISSIONS = frozenset({"storage.objects.create", "storage.objects.delete
 
 @dataclass(frozen=True)
 class Blob:
-    """A file, its size and its crc32c as in the API; like a composite object, it has no MD5."""
+    """A finished file, with its hashes as in the API; composed ones, too, have an MD5 here."""
 
     path: Path
     size: int
     crc32c: str
+    md5: str
 
 
 class BlobWriter:
@@ -42,16 +43,18 @@ class BlobWriter:
         self.path = path
         self.path.touch()
         self.size = self._crc32c = 0
+        self._md5 = hashlib.md5(usedforsecurity=False)  # which gcloud asks for
 
     def write(self, data: bytes) -> None:
         with self.path.open("ab") as file:
             file.write(data)
         self._crc32c = google_crc32c.extend(self._crc32c, data)
+        self._md5.update(data)
         self.size += len(data)
 
     def finish(self) -> Blob:
         crc32c = base64.b64encode(self._crc32c.to_bytes(4, "big")).decode()
-        return Blob(self.path, self.size, crc32c)
+        return Blob(self.path, self.size, crc32c, base64.b64encode(self._md5.digest()).decode())
 
 
 @dataclass(frozen=True)

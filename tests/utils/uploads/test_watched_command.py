@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO
 
 import psutil
 import pytest
@@ -35,15 +35,12 @@ def command(script: str, stall_seconds: float = 10, meter: Meter | None = None) 
 
 
 def run_shell(
-    folder: Path, script: str, write: Callable[[IO[bytes]], object] | None = None, **fields: Any
+    folder: Path, script: str, write: Callable[[IO[bytes]], object] | None = None
 ) -> bytes:
     program = folder / "program"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
-    watched = WatchedCommand(
-        [str(program)], "gs://runs/a", fields.get("stall_seconds", 10), Meter()
-    )
-    return watched.run("go", [], write=write)
+    return WatchedCommand([str(program)], "gs://runs/a", 10, Meter()).run("go", [], write=write)
 
 
 def test_what_it_prints_comes_back_and_its_input_arrives() -> None:
