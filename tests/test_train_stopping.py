@@ -592,7 +592,7 @@ def assert_stopped(
 
 def find_line(trainer: Trainer, pattern: str) -> str:
     """Return the one line of the log that matches, without time and level."""
-    lines = [line[32:] for line in trainer.output.splitlines()]
+    lines = [line[28:] for line in trainer.output.splitlines()]
     (found,) = (line for line in lines if re.search(pattern, line))
     return found
 

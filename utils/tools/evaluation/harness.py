@@ -137,7 +137,7 @@ def run_harness(
             tokenizer=tokenizer,
             batch_size=batch_size,
             max_length=loaded.context,
-            prefix_token_id=begin_of_text(tokenizer)[0],
+            prefix_token_id=begin_of_text(tokenizer),
             softmax_dtype=softmax_dtype,
         )
         with contextlib.redirect_stdout(sys.stderr):  # standard output is the result
