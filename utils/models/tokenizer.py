@@ -154,7 +154,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     return ids or [begin]
 
 
-def begin_of_text(tokenizer: Any) -> int | None:
+def begin_of_text(tokenizer: Any) -> Any:
     """Return the id of the token that stands before a text in the data; None without one."""
     begin = tokenizer.bos_token_id
     return tokenizer.eos_token_id if begin is None else begin
