@@ -32,12 +32,13 @@ def run_python(
 
 def run_in_terminal(*words: object, cwd: Path, columns: int = 80, **environment: str) -> str:
     """Run this Python at a terminal of 50 lines; return what it showed there."""
+    inherited = {name: os.environ[name] for name in os.environ if name not in ("COLUMNS", "LINES")}
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     with subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY), **environment},
+        env={**inherited, "PYTHONPATH": str(PROJECT_DIRECTORY), **environment},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
