@@ -175,9 +175,7 @@ def prepare_corpus(
     if tokenizer is None:
         tokenizer = _train_tokenizer(reading, options)
         if token_cache is not None:
-            files = {name: data.decode() for name, data in tokenizer.files.items()}
-            packed = json.dumps([files, tokenizer.vocab_size, tokenizer.eos_token_id])
-            token_cache.put(_training_key(contents, options), packed.encode())
+            token_cache.put(_training_key(contents, options), _pack(tokenizer))
         # Training takes minutes: another command may have come first with this output.
         found = _look_at_output(bucket, fingerprint, overwrite)
         if isinstance(found, Preparation):
@@ -192,6 +190,12 @@ def prepare_corpus(
     shard_writer.put_json(bucket, INDEX_OBJECT, index)
     bucket.delete(PARTIAL_INDEX_FILE)
     return Preparation(index, is_new=True)
+
+
+def _pack(tokenizer: Tokenizer) -> bytes:
+    """Return what the token cache keeps of a tokenizer that was trained."""
+    files = {name: data.decode() for name, data in tokenizer.files.items()}
+    return json.dumps([files, tokenizer.vocab_size, tokenizer.eos_token_id]).encode()
 
 
 def _look_at_output(bucket: Bucket, fingerprint: str, overwrite: bool) -> Preparation | Claim:

@@ -109,7 +109,7 @@ def run_harness(
 
     Args:
         loaded: The model; its tokenizer is needed.
-        tasks: Which.
+        tasks: What to run.
         tasks_path: A directory with the YAML of more tasks.
         num_fewshot: Examples before each question; None for what the task says.
         limit: Only so many questions of each task; None for all.
@@ -121,14 +121,11 @@ def run_harness(
         ResourceShortageError: The device's memory does not suffice.
     """
     version = require_harness("A task")
-    # Its processes for bootstrapping would be forked from one with threads of torch.
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    _prepare_harness()
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    for name in ("lm_eval", "lm-eval"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     tokenizer = copy.deepcopy(loaded.require_tokenizer())  # it may be given a token for padding
     manager = _find_tasks(tasks, tasks_path, version)
     try:
@@ -153,13 +150,19 @@ def run_harness(
     except PretrainError:
         raise
     except torch.OutOfMemoryError as exc:
-        raise ResourceShortageError(
-            f"The memory of {loaded.device} does not suffice: lower --batch-size, or take --dtype "
-            "bfloat16."
-        ) from exc
+        advice = "lower --batch-size, or take --dtype bfloat16"
+        raise ResourceShortageError(f"{loaded.device} is out of memory: {advice}.") from exc
     except Exception as exc:  # whatever a task, its data or the network meets first
         raise UsageError(f"lm-evaluation-harness {version}: {reason_of(exc)}") from exc
     return [_result(task, found, version, limit) for task in found["results"]]
+
+
+def _prepare_harness() -> None:
+    """Set what the harness reads when it is imported, and keep its log quiet."""
+    # Its processes for bootstrapping would be forked from one with threads of torch.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    for name in ("lm_eval", "lm-eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _find_tasks(tasks: Sequence[Task], tasks_path: Path | None, version: str) -> Any:

@@ -158,7 +158,6 @@ class RunWatcher:
             size = views[-1].total_bytes if views else None
             warnings += judge_disk(machine.disk_free_bytes, disk_seconds, size, eta_seconds)
         max_steps = number(findings.start.get("max_steps"))
-        states = Counter(entry.state.value for entry in self._uploads.entries.values())
         return RunStatus(
             state=state,
             detail=detail,
@@ -172,7 +171,7 @@ class RunWatcher:
             loss_curve=findings.loss_curve,
             checkpoints=[_checkpoint_status(v, self._uploads.entries, self._now()) for v in views],
             save_interval_seconds=interval,
-            uploads=dict(states),
+            uploads=Counter(entry.state.value for entry in self._uploads.entries.values()),
             machine=machine,
             disk_seconds_left=disk_seconds,
             costs=summarize_costs(
