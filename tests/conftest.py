@@ -180,6 +180,9 @@ def unclosed_sockets(request: pytest.FixtureRequest) -> Iterator[None]:
     They are collected here, so that no later test gets the warning.
     """
     request.applymarker(pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"))
+    # The same, where a collection in the middle of a training comes upon them.
+    unraisable = "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
+    request.applymarker(pytest.mark.filterwarnings(unraisable))
     gc.disable()  # all that the test makes stays in the youngest generation, quick to collect
     yield
     with warnings.catch_warnings():
