@@ -22,7 +22,10 @@ GCS = ("data_uri=gs://corpus/data", "checkpoint_uri=gs://runs/a")
 
 @pytest.fixture
 def server(
-    tmp_path: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    sample_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unclosed_sockets: None,
 ) -> Iterator[FakeGcsServer]:
     with FakeGcsServer(tmp_path / "gcs", tls=True) as running:
         running.create_bucket("corpus", writable=False)
