@@ -56,7 +56,7 @@ def _train(folder: Path, values: dict[str, Any]) -> dict[str, int]:
     """Return the peak of a few steps above what was there before the model, and the estimate."""
     import torch
 
-    from configs.model_config import build_model_config, is_loss_chunked
+    from configs.model_config import build_model_config
     from configs.training_config import TrainingConfig
     from utils.base.machine import PeakMemory
     from utils.models.building import count_parameters
@@ -79,18 +79,9 @@ def _train(folder: Path, values: dict[str, Any]) -> dict[str, int]:
     precision = resolve_precision(config)
     accelerator = build_accelerator(config, precision, [], folder)
     device, (samples, accumulation) = accelerator.device, config.resolve_batch(1)
-    estimate = estimate_training_memory(
-        ModelShape.of(model_config, counts.total, counts.embedding),
-        StepSetup(
-            micro_batch=config.per_device_train_batch_size,
-            sequence_length=config.sequence_length,
-            precision=precision,
-            gradient_checkpointing=config.checkpointing_policy,
-            accumulation=accumulation,
-            device=device.type,
-            is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),
-        ),
-    )
+    model_shape = ModelShape.of(model_config, counts.total, counts.embedding)
+    setup = StepSetup.of(config, model_shape.kind, precision, device.type, accumulation)
+    estimate = estimate_training_memory(model_shape, setup)
     generator = torch.Generator().manual_seed(config.seed)
     shape = (samples // accumulation, config.sequence_length)
     peak = PeakMemory()

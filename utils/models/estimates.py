@@ -14,6 +14,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from configs.model_config import is_loss_chunked
+from configs.training_config import TrainingConfig
+
 WEIGHT_BYTES = 4
 MOMENT_BYTES = 8
 GRADIENT_BYTES = 4
@@ -231,6 +234,21 @@ class StepSetup:
     is_sharded: bool = False
     is_resharded: bool = True
     zero_stage: int = 0
+
+    @classmethod
+    def of(
+        cls, config: TrainingConfig, kind: str, precision: str, device: str, accumulation: int
+    ) -> StepSetup:
+        """Return that of one process that holds the whole state; `kind` is a `ModelShape`'s."""
+        return cls(
+            micro_batch=config.per_device_train_batch_size,
+            sequence_length=config.sequence_length,
+            precision=precision,
+            gradient_checkpointing=config.checkpointing_policy,
+            accumulation=accumulation,
+            device=device,
+            is_loss_chunked=is_loss_chunked(kind, config.loss_implementation),
+        )
 
     @property
     def tokens(self) -> int:

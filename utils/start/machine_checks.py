@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 
 import torch
 
-from configs.model_config import is_loss_chunked
 from configs.training_config import TrainingConfig
 from utils.base import ranks
 from utils.base.machine import available_memory, existing_parent
@@ -34,17 +34,14 @@ def estimate_memory(facts: RunFacts) -> MemoryEstimate:
     """Return what training takes on one device."""
     config, model_config = facts.config, facts.model_config
     how = resolve_sharding(config, facts.world_size)
+    shape = ModelShape.of(model_config, facts.counts.total, facts.counts.embedding)
     return estimate_training_memory(
-        ModelShape.of(model_config, facts.counts.total, facts.counts.embedding),
-        StepSetup(
-            micro_batch=config.per_device_train_batch_size,
-            sequence_length=config.sequence_length,
-            precision=facts.precision,
-            gradient_checkpointing=config.checkpointing_policy,
-            accumulation=facts.accumulation,
+        shape,
+        replace(
+            StepSetup.of(
+                config, shape.kind, facts.precision, facts.device.type, facts.accumulation
+            ),
             world_size=facts.world_size,
-            device=facts.device.type,
-            is_loss_chunked=is_loss_chunked(model_config.model_type, config.loss_implementation),
             is_sharded=how is not None and not how.zero_stage,
             is_resharded=how is None or how.reshard_after_forward,
             zero_stage=0 if how is None else how.zero_stage,

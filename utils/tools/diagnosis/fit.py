@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from configs.model_config import build_model_config, is_loss_chunked, is_model_file
+from configs.model_config import build_model_config, is_model_file
 from configs.training_config import TrainingConfig, get_training_config
 from utils.base.text import format_bytes, format_duration
 from utils.costs.scaling import shape_of_preset
@@ -66,18 +66,9 @@ def forecast_run(name: str, facts: Facts, config: TrainingConfig | None = None) 
     rates = (timing.step_tflops for timing in facts.timings if timing.device == torch.device)
     tflops = next(rates, None)
     shape, (samples, accumulation) = _find_shape(config), config.resolve_batch(1)
-    needed = estimate_training_memory(
-        shape,
-        StepSetup(
-            micro_batch=config.per_device_train_batch_size,
-            sequence_length=config.sequence_length,
-            precision=precision,
-            gradient_checkpointing=config.checkpointing_policy,
-            accumulation=accumulation,
-            device=torch.device.partition(":")[0],
-            is_loss_chunked=is_loss_chunked(shape.kind, config.loss_implementation),
-        ),
-    ).total
+    device = torch.device.partition(":")[0]
+    setup = StepSetup.of(config, shape.kind, precision, device, accumulation)
+    needed = estimate_training_memory(shape, setup).total
     length = config.sequence_length
     each = flops_per_token(shape.parameters, shape.layers, shape.attention_width, length)
     flops = each * samples * length * config.max_steps
