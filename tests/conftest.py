@@ -44,6 +44,8 @@ TINY = (
 def pytest_configure(config: pytest.Config) -> None:
     """Give the tests one environment, whatever the user's is, before they are imported."""
     os.umask(0o022)
+    for name in ("COLUMNS", "LINES"):  # readline, which pytest imports, sets them for children
+        os.environ.pop(name, None)
     if not hasattr(config, "workerinput"):  # processes of pytest-xdist inherit it
         for name in list(os.environ):
             if not KEPT_VARIABLES.fullmatch(name):

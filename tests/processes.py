@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import os
 import pty
+import runpy
 import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from configs.training_config import PROJECT_DIRECTORY
 
@@ -32,13 +36,12 @@ def run_python(
 
 def run_in_terminal(*words: object, cwd: Path, columns: int = 80, **environment: str) -> str:
     """Run this Python at a terminal of 50 lines; return what it showed there."""
-    inherited = {name: os.environ[name] for name in os.environ if name not in ("COLUMNS", "LINES")}
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     with subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=cwd,
-        env={**inherited, "PYTHONPATH": str(PROJECT_DIRECTORY), **environment},
+        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY), **environment},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -51,3 +54,23 @@ def run_in_terminal(*words: object, cwd: Path, columns: int = 80, **environment:
         os.close(ours)
     assert process.returncode == 0, shown.decode()
     return shown.decode()
+
+
+def load_train() -> None:
+    """Import what a training imports, so that forks of this process begin at once."""
+    sys.path[0] = str(PROJECT_DIRECTORY)
+    for module in (
+        "train",
+        "configs.model_config",
+        "utils.start.preflight",
+        "utils.run.run",
+        "transformers.models.gpt_neox.modeling_gpt_neox",
+    ):
+        importlib.import_module(module)
+
+
+def run_train_file(words: Sequence[str]) -> NoReturn:
+    """Run the file train.py with these words as `__main__` of this process, and end with it."""
+    sys.argv = [str(PROJECT_DIRECTORY / "train.py"), *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.exit()

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import resource
-import runpy
 import select
 import signal
 import subprocess
@@ -32,6 +31,7 @@ import pytest
 
 from configs.training_config import PROJECT_DIRECTORY
 from tests.conftest import TINY
+from tests.processes import load_train, run_train_file
 from tests.sample_shards import save_shard
 from tests.utils.training.test_preemption import MetadataServer, say
 from utils.base.errors import ExitCode
@@ -299,15 +299,7 @@ def leave_quickly() -> None:
 
 def serve() -> None:
     """Fork a train.py for each request on standard input; tell exit codes when asked."""
-    sys.path[0] = str(PROJECT_DIRECTORY)
-    for module in (
-        "train",
-        "configs.model_config",
-        "utils.start.preflight",
-        "utils.run.run",
-        "transformers.models.gpt_neox.modeling_gpt_neox",
-    ):
-        importlib.import_module(module)
+    load_train()
     print("ready", flush=True)
     children = set()
     for line in sys.stdin:
@@ -339,9 +331,7 @@ def become_train(request: dict[str, Any]) -> None:
         os.close(source)
     for name, *arguments in request["hooks"]:
         globals()[name](*arguments)
-    sys.argv = [str(PROJECT_DIRECTORY / "train.py"), *request["words"]]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    sys.exit()
+    run_train_file(request["words"])
 
 
 # In the test.

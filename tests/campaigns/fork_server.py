@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
-import runpy
 import select
 import subprocess
 import sys
@@ -18,8 +16,9 @@ from typing import Any
 import psutil
 
 from configs.training_config import PROJECT_DIRECTORY
+from tests.processes import load_train, run_train_file
 from utils.base.errors import PretrainError
-from utils.tools.proofs.started_runs import TRAIN, Running, kill_tree
+from utils.tools.proofs.started_runs import Running, kill_tree
 
 
 class ForkServer:
@@ -113,15 +112,7 @@ class ForkedStart:
 
 def serve_forks() -> None:
     """Fork a train.py for each request on standard input; answer with its id, then its end."""
-    sys.path[0] = str(PROJECT_DIRECTORY)
-    for module in (
-        "train",
-        "configs.model_config",
-        "utils.start.preflight",
-        "utils.run.run",
-        "transformers.models.gpt_neox.modeling_gpt_neox",
-    ):
-        importlib.import_module(module)
+    load_train()
     _answer("ready")
     while line := sys.stdin.readline():
         request = json.loads(line)
@@ -147,9 +138,7 @@ def _become_train(request: dict[str, Any]) -> None:
         os.dup2(source, target)
     os.close(output)
     os.close(null)
-    sys.argv = [str(TRAIN), *request["words"]]
-    runpy.run_path(str(TRAIN), run_name="__main__")
-    sys.exit()
+    run_train_file(request["words"])
 
 
 def find_marked(variable: str, value: str) -> list[psutil.Process]:

@@ -315,12 +315,10 @@ class Terminal:
         self.ours, self.theirs = pty.openpty()
         fcntl.ioctl(self.ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.mode = termios.tcgetattr(self.theirs)
-        names = ("COLUMNS", "LINES", "NO_COLOR", "LC_ALL")
-        inherited = {key: value for key, value in os.environ.items() if key not in names}
         self.process = subprocess.Popen(
             [sys.executable, SCRIPT, "--refresh", "0.05", *argv],
             cwd=cwd,
-            env={**inherited, "TERM": "xterm"},
+            env={**os.environ, "TERM": "xterm"},
             stdin=self.theirs,
             stdout=self.theirs,
             stderr=self.theirs,
