@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.training_config import PROJECT_DIRECTORY, TrainingConfig, get_training_config
+from configs.config_files import PROJECT_DIRECTORY
+from configs.training_config import TrainingConfig, get_training_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

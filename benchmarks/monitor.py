@@ -30,7 +30,7 @@ import psutil
 
 from benchmarks.figures import interleave, spread, timed
 from benchmarks.viewer import write_checkpoints
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from tests.sample_logs import write_start
 from utils.tracking.metrics_log import append_metrics
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 
 FIRST_STEP = 5  # the steps before it warm up
 END_SECONDS = 120.0

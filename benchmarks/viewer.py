@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import interleave, spread
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from tests.sample_checkpoints import RUN_ID, make_history, make_metadata, seal
 from utils.storage.bucket import crc32c_of_file
 

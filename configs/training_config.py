@@ -1,30 +1,22 @@
-"""The run configuration: JSON file and command line in, one validated dataclass out.
+"""The run configuration: one validated dataclass.
 
 Keys carry the names of `transformers.TrainingArguments` where it has one. `configs/NAME.json` hold
-values only; what they leave out has the default below. An unknown key is an error that suggests the
-nearest known one. No torch and no transformers here: `train.py --help` has to be quick.
+values only (`config_files.py` reads them); what they leave out has the default below. No torch and
+no transformers here: `train.py --help` has to be quick.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import logging
 import math
-import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
+from configs.config_files import read_values
 from utils.base.archive_formats import COMPRESSIONS
 from utils.base.errors import ConfigError
-from utils.base.text import parse_json, parse_json_object
 from utils.base.uri import LOCAL_PLACES, PLACES, find_mistake
-
-PROJECT_DIRECTORY = Path(__file__).resolve().parents[1]
-CONFIG_DIRECTORY = PROJECT_DIRECTORY / "configs"
 
 LR_SCHEDULERS: dict[str, tuple[str, ...]] = {
     "cosine": (),
@@ -46,18 +38,6 @@ ATTENTION_IMPLEMENTATIONS = (
 )
 BAD_STEP_SPAN = 1000  # `max_bad_steps` is counted over so many steps
 REPORT_TARGETS = ("tensorboard", "wandb")
-
-log = logging.getLogger(__name__)
-
-RENAMED_KEYS = {
-    "max_train_files": "max_files",
-    "batch_size": "per_device_train_batch_size",
-    "gradient_clipping": "max_grad_norm",
-    "lr": "learning_rate",
-    "num_layers": "model_overrides.num_hidden_layers",
-}
-REMOVED_KEYS = {"machine_type": "prices are no longer looked up; hourly_price sets one"}
-"""Keys of earlier versions that are left out with a warning: a run that has one still resumes."""
 
 
 @dataclass(frozen=True)
@@ -550,75 +530,6 @@ def _check_mixture(sources: list[dict[str, Any]]) -> None:
             raise ConfigError(f"data_uri: the weight of {uri} must be above 0, got {weight}.")
 
 
-# A change of these is another run in the making: other tokens, other updates, other weights.
-GUARDED_KEYS = (
-    "model",
-    "model_overrides",
-    "sequence_length",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "min_lr_rate",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "seed",
-    "shuffle_window_shards",
-    "mask_documents",
-    "max_files",
-    "bf16",
-    "fp16",
-    "fp8",
-    "pad_vocab_to_multiple_of",
-)
-
-
-@dataclass(frozen=True)
-class ConfigChanges:
-    """How a configuration differs from the one of a checkpoint, as `key: old -> new`.
-
-    `free` ones leave what is trained as it was, `guarded` ones do not.
-    """
-
-    free: tuple[str, ...]
-    guarded: tuple[str, ...]
-
-
-def compare_configs(old: Mapping[str, Any], new: TrainingConfig) -> ConfigChanges:
-    """Return the differences between a checkpoint's configuration and the current one.
-
-    A longer run is a free change, a shorter one is not: its schedule would have ended before.
-    Keys that only one version of this project knows are left out; but a guarded one that the
-    checkpoint's version did not know had its default, which is to do without.
-    """
-    free: list[str] = []
-    guarded: list[str] = []
-    defaults = TrainingConfig()
-    known = {**{key: getattr(defaults, key) for key in GUARDED_KEYS}, **old}
-    for key, value in new.to_json().items():
-        if key not in known or known[key] == value:
-            continue
-        change = f"{key}: {json.dumps(known[key])} -> {json.dumps(value)}"
-        shorter = key == "max_steps" and value < known[key]
-        (guarded if key in GUARDED_KEYS or shorter else free).append(change)
-    return ConfigChanges(tuple(free), tuple(guarded))
-
-
-def _find_config_file(name: str) -> Path:
-    """Return the file that `--config` names."""
-    path = Path(name) if name.endswith(".json") else CONFIG_DIRECTORY / f"{name}.json"
-    if path.is_file():
-        return path
-    known = sorted(file.stem for file in CONFIG_DIRECTORY.glob("*.json"))
-    raise ConfigError(
-        f"--config {name}: {path} does not exist. Known names: {', '.join(known)}; "
-        "or give a path that ends in .json."
-    )
-
-
 def get_training_config(
     name: str = "test", overrides: Mapping[str, Any] | None = None
 ) -> TrainingConfig:
@@ -630,115 +541,10 @@ def get_training_config(
     Raises:
         ConfigError: A file, key or value is wrong; the message says where.
     """
-    path = _find_config_file(name)
-    source = _display_path(path)
-    merged: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for key, value in _read_config_file(path).items():
-        _apply(merged, sources, key, value, source)
-    for key, value in (overrides or {}).items():
-        _apply(merged, sources, key, value, "command line")
+    annotations = {item.name: str(item.type) for item in fields(TrainingConfig)}
+    values = read_values(name, overrides or {}, annotations)
     try:
-        return TrainingConfig(**{key: _expand(value) for key, value in merged.items()})
+        return TrainingConfig(**values.by_key)
     except ConfigError as exc:
         key = str(exc).split(" ", 1)[0]
-        raise ConfigError(f"{sources.get(key, source)}: {exc}") from exc
-
-
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """Return (key, value) of a `key=value` from the command line; the value is read as JSON.
-
-    What is not JSON is taken as a string.
-
-    Raises:
-        ConfigError: There is no `=`.
-    """
-    key, separator, raw = text.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"--set {text}: use key=value.")
-    try:
-        value = parse_json(raw)
-    except ValueError:
-        value = raw
-    return key.strip(), value
-
-
-def _read_config_file(path: Path) -> dict[str, Any]:
-    try:
-        return parse_json_object(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{_display_path(path)}: cannot be read: {exc}.") from exc
-    except ValueError as exc:
-        raise ConfigError(f"{_display_path(path)}: not valid JSON: {exc}.") from exc
-
-
-def _display_path(path: Path) -> str:
-    if path.is_absolute() and path.is_relative_to(PROJECT_DIRECTORY):
-        return str(path.relative_to(PROJECT_DIRECTORY))
-    return str(path)
-
-
-def _apply(
-    merged: dict[str, Any], sources: dict[str, str], key: str, value: Any, source: str
-) -> None:
-    sources[key] = source
-    parent, _, child = key.partition(".")
-    if child and parent in ("model_overrides", "lr_scheduler_kwargs"):
-        merged[parent] = {**merged.get(parent, {}), child: value}
-        return
-    if key in REMOVED_KEYS:
-        if os.environ.get("RANK", "0") == "0":
-            log.warning("%s: %s is ignored: %s.", source, key, REMOVED_KEYS[key])
-        return
-    known = {item.name: item for item in fields(TrainingConfig)}
-    if key == "per_device_train_batch_size":
-        merged["auto_find_batch_size"] = value == "auto"
-        value = 1 if value == "auto" else value
-    if key not in known:
-        raise ConfigError(f"{source}: unknown key {key!r}.{_suggest(key, list(known))}")
-    merged[key] = _checked_type(source, key, str(known[key].type), value)
-
-
-def _suggest(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    real = RENAMED_KEYS.get(key) or (near[0] if near else None)
-    return f" Did you mean {real}?" if real else " Known keys: see docs/CONFIGURATION.md."
-
-
-# Annotation of a field -> what it is called, and whether a JSON value is one.
-_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("a whole number", lambda value: type(value) is int),
-    "float": ("a number", lambda value: type(value) is float),
-    "bool": ("true or false", lambda value: type(value) is bool),
-    "str": ("a string", lambda value: type(value) is str),
-    "None": ("null", lambda value: value is None),
-    "dict[str, Any]": ("an object", lambda value: type(value) is dict),
-    "list[str]": ("a list of strings", lambda value: _is_list_of(str, value)),
-    "list[dict[str, Any]]": ("a list of objects", lambda value: _is_list_of(dict, value)),
-}
-
-
-def _is_list_of(kind: type, value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
-
-
-def _checked_type(source: str, key: str, annotation: str, value: Any) -> Any:
-    options = annotation.split(" | ")
-    if "float" in options and type(value) is int and abs(value) <= sys.float_info.max:
-        value = float(value)
-    if any(_TYPES[option][1](value) for option in options):
-        return value
-    wanted = " or ".join(_TYPES[option][0] for option in options)
-    raise ConfigError(f"{source}: {key} must be {wanted}, got {json.dumps(value, default=str)}.")
-
-
-def _expand(value: Any) -> Any:
-    if isinstance(value, str):
-        # The folder of a clone; among packages that pip has installed, the working folder.
-        is_clone = (PROJECT_DIRECTORY / "run.sh").exists()
-        return value.replace("{project}", str(PROJECT_DIRECTORY if is_clone else Path.cwd()))
-    if isinstance(value, list):
-        return [_expand(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _expand(item) for key, item in value.items()}
-    return value
+        raise ConfigError(f"{values.sources.get(key, values.file)}: {exc}") from exc

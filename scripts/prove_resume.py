@@ -22,7 +22,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.training_config import parse_assignment
+from configs.config_files import parse_assignment
 from utils.base.console import (
     add_output_arguments,
     configure_logging,

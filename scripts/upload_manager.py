@@ -27,7 +27,8 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.training_config import TrainingConfig, get_training_config, parse_assignment
+from configs.config_files import parse_assignment
+from configs.training_config import TrainingConfig, get_training_config
 from utils.base.console import LiveLine, configure_logging, print_table, run_command
 from utils.base.errors import (
     CheckpointError,

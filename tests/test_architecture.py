@@ -8,7 +8,7 @@ from __future__ import annotations
 import tomllib
 from collections import Counter
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from tests.processes import run_python
 
 MOST_MODULES = 12

@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 import train
-from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
+from configs.config_files import PROJECT_DIRECTORY
+from configs.training_config import TrainingConfig
 from utils.base.errors import ExitCode
 from utils.checkpoints.layout import find_checkpoints
 

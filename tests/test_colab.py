@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY, get_training_config
+from configs.config_files import PROJECT_DIRECTORY
+from configs.training_config import get_training_config
 from tests.conftest import TINY
 from utils.checkpoints.layout import find_checkpoints
 

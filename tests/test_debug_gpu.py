@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import debug_gpu
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from tests.processes import run_python
 from utils.tools.diagnosis.facts import (
     Broken,

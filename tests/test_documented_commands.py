@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.config_files import PROJECT_DIRECTORY, parse_assignment
 from configs.model_presets import PRESETS
-from configs.training_config import PROJECT_DIRECTORY, get_training_config, parse_assignment
+from configs.training_config import get_training_config
 from tests.test_modal_app import modal_app
 from tests.test_readme import DOCS, GUIDES, README, name_of, without_first_cells
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import train
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from scripts import evaluate, export_model, generate, upload_manager
 from tests import stand_in_modal
 from tests.processes import run_python

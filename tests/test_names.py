@@ -6,7 +6,7 @@ import ast
 from collections import defaultdict
 from pathlib import Path
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 
 # What each module has for itself: its logger, and the entry of a process.
 OF_EACH_MODULE = {"log", "main", "serve", "T"}

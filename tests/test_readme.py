@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.config_files import PROJECT_DIRECTORY
 from configs.model_presets import PRESETS
-from configs.training_config import PROJECT_DIRECTORY, TrainingConfig, get_training_config
+from configs.training_config import TrainingConfig, get_training_config
 from tests.test_architecture import UTILS, listed_rooms
 
 README = PROJECT_DIRECTORY / "README.md"

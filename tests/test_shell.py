@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from tests.conftest import _forget_log_handlers
 from utils.checkpoints.layout import find_checkpoints
 

@@ -18,12 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from configs.config_files import PROJECT_DIRECTORY
 from configs.model_config import build_model_config
-from configs.training_config import (
-    PROJECT_DIRECTORY,
-    TrainingConfig,
-    get_training_config,
-)
+from configs.training_config import TrainingConfig, get_training_config
 from tests.conftest import TINY
 from tests.processes import run_python
 from utils.base.errors import ConfigError, ExitCode, StorageError

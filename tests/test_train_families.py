@@ -133,7 +133,7 @@ def test_a_file_is_found_beside_the_run_and_in_the_project(
     assert run_family("llama", "--dry-run", "--quiet", settings=("model=llama.json",)) == 0
     write_model(tmp_path, "gpt2")
     (tmp_path / "run.sh").touch()  # what a clone has and an installed copy has not
-    monkeypatch.setattr("configs.training_config.PROJECT_DIRECTORY", tmp_path)
+    monkeypatch.setattr("configs.config_files.PROJECT_DIRECTORY", tmp_path)
     assert run_family("llama", "--dry-run", "--quiet", settings=("model={project}/gpt2.json",)) == 0
 
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from tests.conftest import TINY
 from tests.processes import load_train, run_train_file
 from tests.sample_shards import save_shard

@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from accelerate.utils import load as load_tensors
 
+from configs.config_files import PROJECT_DIRECTORY
 from configs.model_config import CONFIG_FILE, with_older_keys
-from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
+from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, UnreadableCheckpointError
 from utils.base.text import perplexity_of
 from utils.checkpoints.files import CheckpointFiles

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from tests.processes import load_train, run_train_file
 from utils.base.errors import PretrainError
 from utils.tools.proofs.started_runs import Running, kill_tree

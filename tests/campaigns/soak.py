@@ -48,7 +48,8 @@ import psutil
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configs.training_config import PROJECT_DIRECTORY, get_training_config, parse_assignment
+from configs.config_files import PROJECT_DIRECTORY, parse_assignment
+from configs.training_config import get_training_config
 from tests.campaigns.findings import (
     Finding,
     build_parser,

@@ -12,13 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.training_config import (
-    PROJECT_DIRECTORY,
-    TrainingConfig,
-    compare_configs,
-    get_training_config,
-    parse_assignment,
-)
+from configs.config_changes import compare_configs
+from configs.config_files import PROJECT_DIRECTORY, parse_assignment
+from configs.training_config import TrainingConfig, get_training_config
 from utils.base.errors import ConfigError, ExitCode
 
 KEYS = [item.name for item in fields(TrainingConfig)]

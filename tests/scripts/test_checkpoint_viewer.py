@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from scripts import checkpoint_viewer as viewer
 from scripts.checkpoint_viewer import main
 from tests.processes import run_in_terminal, run_python

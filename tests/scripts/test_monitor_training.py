@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from scripts import monitor_training
 from scripts.monitor_training import main
 from tests.processes import run_python

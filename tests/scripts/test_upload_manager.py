@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from scripts import upload_manager
 from scripts.upload_manager import main
 from tests.gcs_server import FakeGcsServer, Fault

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from utils.base.child_process import live_no_longer_than, step_back
 from utils.base.startup import no_collections
 from utils.checkpoints.layout import Manifest

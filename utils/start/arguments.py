@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 
-from configs.training_config import TrainingConfig, get_training_config, parse_assignment
+from configs.config_files import parse_assignment
+from configs.training_config import TrainingConfig, get_training_config
 from utils.base.console import add_output_arguments, new_parser
 from utils.base.errors import UsageError
 from utils.costs.costs import parse_hourly_price

@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from configs.config_changes import ConfigChanges, compare_configs
 from configs.model_config import CONFIG_FILE, describe_model_changes, find_dropouts
-from configs.training_config import ConfigChanges, TrainingConfig, compare_configs
+from configs.training_config import TrainingConfig
 from utils.base import ranks
 from utils.base.console import LiveLine
 from utils.base.errors import CheckpointError, ConfigError, StorageError, UnreadableCheckpointError

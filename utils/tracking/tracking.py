@@ -20,7 +20,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from configs.training_config import GUARDED_KEYS, TrainingConfig
+from configs.config_changes import GUARDED_KEYS
+from configs.training_config import TrainingConfig
 from utils.base.errors import ConfigError
 from utils.base.text import number, perplexity_of, printable, to_json_text
 from utils.checkpoints.layout import METRICS_FILE, RunIdentity

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from utils.base.child_process import live_no_longer_than, step_back
 from utils.base.errors import PretrainError, StorageError, TransientStorageError
 from utils.uploads.job import ProgressReport, UploadJob, UploadProgress, UploadResult, run_job

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from tests.processes import run_in_terminal, run_python
 from utils.base import errors
 from utils.base.console import LiveLine, print_table, run_command

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from utils.base import ranks
 from utils.base.errors import ConfigError
 
@@ -34,7 +34,7 @@ PROGRAM = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from utils.base import ranks
 from utils.base.errors import ConfigError
 from utils.training.stopping import StopRequest

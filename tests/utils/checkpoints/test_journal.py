@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from utils.checkpoints import journal as journal_module
 from utils.checkpoints.journal import Journal, UploadState
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from tests.processes import run_python
 from utils.base.child_process import NICENESS
 from utils.checkpoints import saver as checkpoint_saver

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
+from configs.config_files import PROJECT_DIRECTORY
+from configs.training_config import TrainingConfig
 from tests.sample_checkpoints import RUN_ID, change_manifest, make_checkpoint
 from tests.sample_shards import flip_bit
 from utils.base.errors import CheckpointError, ExitCode, LockedError

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from tests.sample_shards import (
     BAD_HEADERS,
     BAD_TOKENS,

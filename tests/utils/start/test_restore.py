@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.training_config import ConfigChanges
+from configs.config_changes import ConfigChanges
 from utils.base import ranks
 from utils.base.errors import CheckpointError
 from utils.start.restore import judge_changes, require_shared_directory

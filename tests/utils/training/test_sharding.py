@@ -9,7 +9,8 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from configs.training_config import PROJECT_DIRECTORY, TrainingConfig
+from configs.config_files import PROJECT_DIRECTORY
+from configs.training_config import TrainingConfig
 from utils.base.errors import ConfigError
 from utils.training.sharding import (
     DEEPSPEED_FILE,

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from tests.sample_checkpoints import make_checkpoint, seal
 from tests.utils.uploads.waiting import end_in_time
 from utils.base.archive_formats import COMPRESSIONS

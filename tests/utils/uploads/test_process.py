@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from tests.sample_checkpoints import make_checkpoint, seal
 from tests.utils.uploads.waiting import WAIT_SECONDS, wait_until
 from utils.base.child_process import AUTOGROUP_FILE, NICENESS

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.training_config import TrainingConfig, get_training_config, parse_assignment
+from configs.config_files import parse_assignment
+from configs.training_config import TrainingConfig, get_training_config
 from utils.base.errors import CheckpointError, ExitCode, PretrainError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import format_duration, printable
@@ -66,7 +67,7 @@ log = logging.getLogger("prove_resume")
 
 
 @dataclass
-class Start:
+class Attempt:
     """One attempt of the interrupted run, as the report shows it.
 
     It could resume from a `source` (nothing, directory or bucket), `begin` is the steps done before
@@ -88,7 +89,7 @@ class Report:
 
     seed: int
     steps: int
-    starts: list[Start] = field(default_factory=list)
+    starts: list[Attempt] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -99,10 +100,10 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class RunningAttempt:
     """A train.py that was started, at `began` seconds of the monotonic clock."""
 
-    shown: Start
+    shown: Attempt
     watch: StepWatch
     running: Running
     output: Path
@@ -174,7 +175,7 @@ class Proof:
         overrides["max_steps"] = self._args.steps
         return get_training_config(self._args.config, overrides)
 
-    def _begin(self, name: str, shown: Start) -> Attempt:
+    def _begin(self, name: str, shown: Attempt) -> RunningAttempt:
         """Start train.py for one of the two runs."""
         self._outputs += 1
         output = self._work / f"start-{self._outputs}.log"
@@ -185,9 +186,9 @@ class Proof:
             command += ["--set", setting]
         watch = StepWatch((self._straight if name == STRAIGHT else self._paths).metrics)
         running = self._launcher.start(command, output)
-        return Attempt(shown, watch, running, output, time.monotonic())
+        return RunningAttempt(shown, watch, running, output, time.monotonic())
 
-    def _follow(self, attempt: Attempt, should_kill: Callable[[], bool]) -> bool:
+    def _follow(self, attempt: RunningAttempt, should_kill: Callable[[], bool]) -> bool:
         """Wait for an attempt's end, showing its steps, or kill it; tell whether it was killed.
 
         `should_kill` is asked again and again.
@@ -210,7 +211,7 @@ class Proof:
     def _train_straight(self) -> None:
         """Train without a kill; take the time from the first step to the end."""
         log.info("Working in %s.", self._work)
-        attempt = self._begin(STRAIGHT, Start(0, "nothing"))
+        attempt = self._begin(STRAIGHT, Attempt(0, "nothing"))
         seen: dict[int, float] = {}
 
         def note_step() -> bool:
@@ -270,7 +271,7 @@ class Proof:
             ProofError: It failed, or resumed from the wrong place.
         """
         source, expected = self._find_source()
-        shown = Start(number, source)
+        shown = Attempt(number, source)
         self._report.starts.append(shown)
         attempt = self._begin(INTERRUPTED, shown)
         due: float | None = None
@@ -326,7 +327,7 @@ class Proof:
         )
         return [name.step for name in names if name is not None]
 
-    def _note(self, attempt: Attempt, expected: int) -> None:
+    def _note(self, attempt: RunningAttempt, expected: int) -> None:
         """Write down where an attempt began; the wrong step ends the proof."""
         shown, watch = attempt.shown, attempt.watch
         shown.begin, shown.last = watch.begin, watch.last

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from configs.training_config import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY
 from utils.base.archive_formats import ARCHIVE_SUFFIXES
 from utils.base.errors import PretrainError, UsageError
 from utils.base.text import parse_json, printable

@@ -1,0 +1,175 @@
+"""Configuration files and `key=value` words, read into the values of named and typed keys.
+
+    configs/NAME.json, --set key=value -> values by key -> TrainingConfig
+
+An unknown key is an error that suggests the nearest known one. No torch and no transformers here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.base.errors import ConfigError
+from utils.base.text import parse_json, parse_json_object
+
+PROJECT_DIRECTORY = Path(__file__).resolve().parents[1]
+CONFIG_DIRECTORY = PROJECT_DIRECTORY / "configs"
+
+log = logging.getLogger(__name__)
+
+RENAMED_KEYS = {
+    "max_train_files": "max_files",
+    "batch_size": "per_device_train_batch_size",
+    "gradient_clipping": "max_grad_norm",
+    "lr": "learning_rate",
+    "num_layers": "model_overrides.num_hidden_layers",
+}
+REMOVED_KEYS = {"machine_type": "prices are no longer looked up; hourly_price sets one"}
+"""Keys of earlier versions that are left out with a warning: a run that has one still resumes."""
+
+
+@dataclass(frozen=True)
+class ConfigValues:
+    """Values by key, where each comes from, and the file as messages name it."""
+
+    by_key: dict[str, Any]
+    sources: dict[str, str]
+    file: str
+
+
+def read_values(
+    name: str, overrides: Mapping[str, Any], annotations: Mapping[str, str]
+) -> ConfigValues:
+    """Return what the file of a name and the overrides after it say.
+
+    `annotations` has the type of each known key, as a dataclass's field has it.
+
+    Raises:
+        ConfigError: A file, key or type is wrong; the message says where.
+    """
+    path = _find_config_file(name)
+    values = ConfigValues({}, {}, _display_path(path))
+    for key, value in _read_config_file(path).items():
+        _apply(values, annotations, key, value, values.file)
+    for key, value in overrides.items():
+        _apply(values, annotations, key, value, "command line")
+    return values
+
+
+def _find_config_file(name: str) -> Path:
+    """Return the file that `--config` names."""
+    path = Path(name) if name.endswith(".json") else CONFIG_DIRECTORY / f"{name}.json"
+    if path.is_file():
+        return path
+    known = sorted(file.stem for file in CONFIG_DIRECTORY.glob("*.json"))
+    raise ConfigError(
+        f"--config {name}: {path} does not exist. Known names: {', '.join(known)}; "
+        "or give a path that ends in .json."
+    )
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Return (key, value) of a `key=value` from the command line; the value is read as JSON.
+
+    What is not JSON is taken as a string.
+
+    Raises:
+        ConfigError: There is no `=`.
+    """
+    key, separator, raw = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {text}: use key=value.")
+    try:
+        value = parse_json(raw)
+    except ValueError:
+        value = raw
+    return key.strip(), value
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    try:
+        return parse_json_object(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{_display_path(path)}: cannot be read: {exc}.") from exc
+    except ValueError as exc:
+        raise ConfigError(f"{_display_path(path)}: not valid JSON: {exc}.") from exc
+
+
+def _display_path(path: Path) -> str:
+    if path.is_absolute() and path.is_relative_to(PROJECT_DIRECTORY):
+        return str(path.relative_to(PROJECT_DIRECTORY))
+    return str(path)
+
+
+def _apply(
+    values: ConfigValues, annotations: Mapping[str, str], key: str, value: Any, source: str
+) -> None:
+    merged = values.by_key
+    values.sources[key] = source
+    parent, _, child = key.partition(".")
+    if child and parent in ("model_overrides", "lr_scheduler_kwargs"):
+        merged[parent] = {**merged.get(parent, {}), child: _expand(value)}
+        return
+    if key in REMOVED_KEYS:
+        if os.environ.get("RANK", "0") == "0":
+            log.warning("%s: %s is ignored: %s.", source, key, REMOVED_KEYS[key])
+        return
+    if key == "per_device_train_batch_size":
+        merged["auto_find_batch_size"] = value == "auto"
+        value = 1 if value == "auto" else value
+    if key not in annotations:
+        raise ConfigError(f"{source}: unknown key {key!r}.{_suggest(key, list(annotations))}")
+    merged[key] = _expand(_checked_type(source, key, annotations[key], value))
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    real = RENAMED_KEYS.get(key) or (near[0] if near else None)
+    return f" Did you mean {real}?" if real else " Known keys: see docs/CONFIGURATION.md."
+
+
+# Annotation of a field -> what it is called, and whether a JSON value is one.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number", lambda value: type(value) is int),
+    "float": ("a number", lambda value: type(value) is float),
+    "bool": ("true or false", lambda value: type(value) is bool),
+    "str": ("a string", lambda value: type(value) is str),
+    "None": ("null", lambda value: value is None),
+    "dict[str, Any]": ("an object", lambda value: type(value) is dict),
+    "list[str]": ("a list of strings", lambda value: _is_list_of(str, value)),
+    "list[dict[str, Any]]": ("a list of objects", lambda value: _is_list_of(dict, value)),
+}
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _checked_type(source: str, key: str, annotation: str, value: Any) -> Any:
+    options = annotation.split(" | ")
+    if "float" in options and type(value) is int and abs(value) <= sys.float_info.max:
+        value = float(value)
+    if any(_TYPES[option][1](value) for option in options):
+        return value
+    wanted = " or ".join(_TYPES[option][0] for option in options)
+    raise ConfigError(f"{source}: {key} must be {wanted}, got {json.dumps(value, default=str)}.")
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, str):
+        # The folder of a clone; among packages that pip has installed, the working folder.
+        is_clone = (PROJECT_DIRECTORY / "run.sh").exists()
+        return value.replace("{project}", str(PROJECT_DIRECTORY if is_clone else Path.cwd()))
+    if isinstance(value, list):
+        return [_expand(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _expand(item) for key, item in value.items()}
+    return value
