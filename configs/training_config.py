@@ -162,7 +162,7 @@ class TrainingConfig:
     """An evaluation every so many steps, besides the one at each save. null: only there."""
 
     max_eval_samples: int | None = None
-    """Validation samples used, from the first. null: all."""
+    """Validation samples used, spread evenly over all of them, always the same. null: all."""
 
     sample_prompts: list[str] = field(default_factory=lambda: ["", "The", "In the year"])
     """Beginnings of texts that the model writes at each evaluation; an empty one begins a new text.

@@ -25,7 +25,7 @@ from utils.data.mixture import DataOrder, build_order
 from utils.data.sample_order import Span
 from utils.data.shard_cache import ShardCache
 from utils.data.shard_index import DataSource, ShardFacts, read_tokenizer_files
-from utils.data.token_stream import read_tokens
+from utils.data.token_stream import choose_samples, read_tokens
 from utils.storage.open import open_bucket
 
 PREFETCHED_STEPS = 4
@@ -242,8 +242,8 @@ class BatchLoader:
 class ValidationData:
     """The validation samples: shards in the order of their names, cut without overlap.
 
-    Only the first `max_samples` are used, all where it is None. `skip_bad_shards` leaves unusable
-    shards out instead of failing at the first evaluation.
+    `max_samples` of them are used, as `choose_samples` takes them. `skip_bad_shards` leaves
+    unusable shards out instead of failing at the first evaluation.
     """
 
     def __init__(
@@ -262,12 +262,13 @@ class ValidationData:
         if skip_bad_shards:
             tokens = [self._usable_tokens(number, shard) for number, shard in enumerate(shards)]
         self._ends = np.cumsum(tokens, dtype=np.int64)
-        available = (int(self._ends[-1]) if len(shards) else 0) // sequence_length
-        self.num_samples = available if max_samples is None else min(available, max_samples)
+        total = int(self._ends[-1]) if len(shards) else 0
+        self._samples = choose_samples(total, sequence_length, max_samples)
+        self.num_samples = len(self._samples)
 
     def batches(self, batch_size: int, rank: int, world_size: int) -> Iterator[torch.Tensor]:
         """Yield this rank's share as int64 tensors of at most [batch_size, sequence_length]."""
-        mine, length = range(rank, self.num_samples, world_size), self.sequence_length
+        mine, length = self._samples[rank::world_size], self.sequence_length
         for first in range(0, len(mine), batch_size):
             rows = [
                 read_tokens(self._cache, self._ends, sample * length, length)

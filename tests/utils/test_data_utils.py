@@ -393,11 +393,18 @@ def test_validation_samples_are_shared_by_the_ranks_without_a_gap(
     assert sorted(rows) == [list(range(7 * n, 7 * n + 7)) for n in range(57)]
 
 
-def test_validation_may_be_limited_to_its_first_samples(
-    build_validation: Callable[..., ValidationData],
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_limit_takes_the_same_samples_of_all_parts_of_the_validation_data_on_any_ranks(
+    build_validation: Callable[..., ValidationData], world_size: int
 ) -> None:
-    validation = build_validation(length=7, max_samples=5)
-    rows = torch.cat(list(validation.batches(3, 0, 1)))
-    assert rows.flatten().tolist() == list(range(35))
+    validation = build_validation(length=7, max_samples=5)  # of 57
+    rows = [
+        row[0] // 7
+        for _ in range(2)
+        for rank in range(world_size)
+        for batch in validation.batches(3, rank, world_size)
+        for row in batch.tolist()
+    ]
+    assert sorted(rows) == sorted(2 * [5, 17, 28, 39, 51])
     assert build_validation(length=7, max_samples=1000).num_samples == 57
     assert build_validation(length=404).num_samples == 0

@@ -46,13 +46,20 @@ def covering_windows(num_tokens: int, length: int, stride: int | None = None) ->
         start, done = start + (stride or length), stop
 
 
-def training_windows(num_tokens: int, length: int, max_samples: int | None) -> Iterator[Window]:
-    """Yield the validation samples of a run: so many tokens each, of which the first has no loss.
+def choose_samples(num_tokens: int, length: int, max_samples: int | None) -> list[int]:
+    """Return which samples of `length` tokens a run is validated on: their numbers, ascending.
 
-    Tokens that fill no sample are left out.
+    At most `max_samples`, spread evenly over all of them, so that each part of a mixed corpus has
+    its share; always the same ones. None: all. Tokens that fill no sample are left out.
     """
     available = num_tokens // length
-    for sample in range(available if max_samples is None else min(available, max_samples)):
+    count = available if max_samples is None else min(available, max_samples)
+    return [(2 * part + 1) * available // (2 * count) for part in range(count)]
+
+
+def training_windows(num_tokens: int, length: int, max_samples: int | None) -> Iterator[Window]:
+    """Yield the validation samples of a run; the first token of each has no loss."""
+    for sample in choose_samples(num_tokens, length, max_samples):
         yield Window(sample * length, length - 1, length - 1)
 
 

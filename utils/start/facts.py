@@ -18,6 +18,7 @@ from utils.base import ranks
 from utils.base.startup import keep_freed_memory
 from utils.checkpoints.layout import RunPaths
 from utils.data.shard_index import DataSource
+from utils.data.token_stream import choose_samples
 from utils.models.building import ParameterCounts, count_parameters, require_kernels
 from utils.models.check import require_language_model
 from utils.models.mfu import Utilization
@@ -80,8 +81,8 @@ class RunFacts:
         if not self.sources:
             return 0
         tokens = sum(shard.tokens for shard in self.sources[0].index.validation)
-        samples, limit = tokens // self.config.sequence_length, self.config.max_eval_samples
-        return samples if limit is None else min(samples, limit)
+        length, limit = self.config.sequence_length, self.config.max_eval_samples
+        return len(choose_samples(tokens, length, limit))
 
 
 def build(config: TrainingConfig) -> tuple[RunFacts, Accelerator]:

@@ -35,7 +35,14 @@ def test_every_token_but_the_first_is_predicted_once(
 
 @pytest.mark.parametrize(
     ("num_tokens", "length", "most", "starts"),
-    [(25, 8, None, [0, 8, 16]), (24, 8, 2, [0, 8]), (7, 8, None, []), (24, 8, 9, [0, 8, 16])],
+    [
+        (25, 8, None, [0, 8, 16]),
+        (7, 8, None, []),
+        (24, 8, 9, [0, 8, 16]),
+        (80, 8, 5, [8, 24, 40, 56, 72]),
+        (80, 8, 3, [8, 40, 64]),
+        (80, 8, 1, [40]),
+    ],
 )
 def test_training_windows_are_whole_samples(
     num_tokens: int, length: int, most: int | None, starts: list[int]

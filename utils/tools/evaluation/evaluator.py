@@ -161,7 +161,7 @@ class Evaluator:
             "sequence_length": length,
             "stride": plan.stride or length,
             "max_tokens": plan.max_tokens,
-            "max_samples": plan.max_samples if plan.is_like_training else None,
+            "spread_samples": plan.max_samples if plan.is_like_training else None,
             "mask_documents": plan.mask_documents,
         }
         return [self._evaluation(loaded, plan.split, values, what, data_uri=uri)]
