@@ -33,6 +33,15 @@ GUARDED_KEYS = (
     "fp8",
     "pad_vocab_to_multiple_of",
 )
+# What the learning rate of a step comes from.
+SCHEDULE_KEYS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "min_lr_rate",
+    "warmup_steps",
+    "max_steps",
+)
 
 
 @dataclass(frozen=True)

@@ -334,11 +334,53 @@ def test_a_longer_run_and_other_watching_want_no_flag_and_are_listed(
     assert run_train("--max-steps", "4", "--resume", "latest") == 0  # nothing is left to do
     assert find_checkpoints(goes_on / "checkpoints") == before
     settings = ("logging_steps=1", "keep_checkpoints=5")
-    capsys.readouterr()
+    finished = capsys.readouterr().out
     assert run_train("--max-steps", "6", "--resume", "latest", settings=settings) == 0
     output = capsys.readouterr().out
     for change in ("max_steps: 4 -> 6", "logging_steps: 10 -> 1", "keep_checkpoints: 3 -> 5"):
         assert f"Changed since the checkpoint: {change}." in output
+    assert "--resume latest --max-steps N goes on" in finished
+    assert not [line for line in finished.splitlines() if "learning rate" in line]
+    (line,) = [line for line in output.splitlines() if "learning rate" in line]
+    assert " WARNING " in line
+    assert "after step 4 is 9.27e-04 where it would have been 4.00e-04" in line
+
+
+def test_the_advice_at_a_jump_of_the_learning_rate_keeps_it(
+    run_train: Train, goes_on: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("learning_rate=0.0004", "lr_scheduler_type=constant", "save_steps=6")
+    words = ("--max-steps", "6", "--resume", "latest", "--accept-config-change")
+    assert run_train(*words, settings=settings) == 0
+    assert "learning rate" not in capsys.readouterr().out
+    last = checkpoint(goes_on.parent, "run", "checkpoint-epoch0-step6-files0")
+    assert {group["lr"] for group in load(last / "optimizer.bin")["param_groups"]} == {4e-4}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    bad: float,
+) -> None:
+    losses = iter([bad, 5.0, bad])
+    monkeypatch.setattr("utils.run.evaluation.evaluate", lambda *_: next(losses))
+    settings = ("save_steps=2", "eval_steps=2", "keep_checkpoints=9", "save_on_best=true")
+    assert run_train("--max-steps", "6", settings=settings) == 0
+    captured = capsys.readouterr()
+    assert "Logging error" not in captured.err
+    assert f"loss {bad:.4f}" in captured.out
+    assert "best none yet" in captured.out
+    assert captured.out.count("it is never the best") == 2
+    best = [
+        read_json(
+            checkpoint(tmp_path, "run", f"checkpoint-epoch0-step{step}-files0/metadata.json")
+        )["validation_metrics"]["best_validation_loss"]
+        for step in (2, 4, 6)
+    ]
+    assert best == [None, 5.0, 5.0]
 
 
 def test_what_a_predecessor_uploads_during_the_checks_is_resumed_and_not_refused(

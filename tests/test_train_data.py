@@ -7,14 +7,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from configs.model_config import build_model_config
 from configs.training_config import get_training_config
 from tests.sample_json import UNREADABLE
-from tests.sample_shards import flip_bit
+from tests.sample_shards import flip_bit, save_shard
 from tests.test_train import state_differences
+from utils.base.errors import ExitCode
 from utils.checkpoints.layout import find_checkpoints, read_json
 from utils.models.building import LossModel, build_model
 from utils.tracking.metrics_log import read_metrics
@@ -229,3 +231,23 @@ def test_masked_training_runs_and_needs_an_end_of_text_id(
     (own_data / "index.json").unlink()
     assert run_train(settings=(*settings, f"data_uri={own_data}")) == 2
     assert "mask_documents needs the id between documents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lengths", [(), (20,)])  # tokens of the validation shards; 32 a sample
+def test_data_without_a_validation_sample_train_with_a_warning_and_have_no_best(
+    run_train: Train, tmp_path: Path, lengths: tuple[int, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, length in (("train_0", 2000), *((f"val_{n}", n) for n in lengths)):
+        save_shard(tmp_path / "data" / f"{name}.npz", input_ids=np.arange(length) % 512)
+    settings = (f"data_uri={tmp_path / 'data'}", "checkpoint_uri=", "save_steps=2")
+    assert run_train("--max-steps", "2", settings=(*settings, "eval_steps=1")) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "validation:" in line]
+    assert len(warnings) == 1
+    found = "20 validation tokens, less than one sample of 32" if lengths else "no validation shard"
+    assert found in warnings[0]
+
+    words = ("--max-steps", "2", "--fresh")
+    assert run_train(*words, settings=(*settings, "eval_steps=null")) == 0
+    assert "validation:" not in capsys.readouterr().out
+    assert run_train(*words, settings=(*settings, "save_on_best=true")) == ExitCode.PREFLIGHT
+    assert "set save_on_best=false" in capsys.readouterr().err

@@ -6,6 +6,7 @@ step, loss, speed -> live line; every `logging_steps` -> log line, record -> met
 from __future__ import annotations
 
 import logging
+import math
 
 from configs.training_config import TrainingConfig
 from utils.base.console import LiveLine
@@ -86,20 +87,23 @@ class RunMetrics:
     def log_validation(self, loss: float, seconds: float) -> None:
         """Log and record a validation loss that `progress` has taken already."""
         progress = self._state.progress
+        best, perplexity = progress.best_validation_loss, perplexity_of(loss)
         record = {
             "validation_loss": loss,
-            "validation_perplexity": perplexity_of(loss),
-            "best_validation_loss": progress.best_validation_loss,
+            "validation_perplexity": perplexity,
+            "best_validation_loss": best,
         }
         self._state.accelerator.log(record, step=progress.step)
         log.info(
-            "Validation at step %d: loss %.4f, ppl %.1f, best %.4f, took %s.",
+            "Validation at step %d: loss %.4f, ppl %s, best %s, took %s.",
             progress.step,
             loss,
-            record["validation_perplexity"],
-            progress.best_validation_loss,
+            f"{perplexity:.1f}" if perplexity < 1e6 else f"{perplexity:.2e}",
+            "none yet" if best is None else f"{best:.4f}",
             format_duration(seconds),
         )
+        if not math.isfinite(loss):
+            log.warning("A validation loss of %s is passed over: it is never the best.", loss)
 
     def show_pause(self, doing: str) -> None:
         """Show what is done instead of a step; without a terminal, a log line now and then."""

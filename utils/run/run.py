@@ -141,7 +141,14 @@ class TrainingRun:
         """Yield this rank's micro-batches of each step, up to `last_step` or an agreed stop."""
         accelerator = self.state.accelerator
         if self.state.progress.step >= last_step:
-            log.info("Step %d of %d is done already.", last_step, self.config.max_steps)
+            last = "--max-steps" if last_step == self.config.max_steps else "--stop-after"
+            log.info(
+                "Step %d of %d is done already. The same command with --resume latest %s N goes on "
+                "to a later step N.",
+                last_step,
+                self.config.max_steps,
+                last,
+            )
             return
         while self.state.progress.step < last_step:
             batches = self._data.load(

@@ -265,6 +265,7 @@ def check_start(
         *resuming,
         *data,
         *([check_tokens(facts), check_vocabulary(sources, model_config)] if sources else []),
+        *check_validation(facts),
         *([] if plan.step else check_tokenizer(tokenizer, model_config)),
         memory,
         check_snapshot(config, facts.counts),
@@ -361,6 +362,25 @@ def check_tokens(facts: RunFacts) -> Check:
     if is_short and facts.counts.total >= SERIOUS_PARAMETERS:
         advice.append("far too few for this model: raise max_steps, or take a smaller model")
     return Check("tokens", "warn" if advice else "ok", ". ".join([text, *advice]))
+
+
+def check_validation(facts: RunFacts) -> list[Check]:
+    """Say that there is nothing to evaluate on where the configuration counts on evaluations."""
+    config = facts.config
+    is_wanted = config.save_on_best or config.eval_steps is not None
+    if not facts.sources or facts.evaluation_samples or not is_wanted:
+        return []
+    source, length = facts.sources[0], config.sequence_length
+    tokens = sum(shard.tokens for shard in source.index.validation)
+    lack = f"{tokens} validation tokens, less than one sample of {length}"
+    text = (
+        f"{source.uri} holds {lack if source.index.validation else 'no validation shard'}: nothing "
+        "is evaluated, and no checkpoint is the best. prepare_data.py --validation-fraction makes "
+        "validation shards"
+    )
+    if config.save_on_best:
+        return [Check("validation", "fail", f"{text}; without them set save_on_best=false.")]
+    return [Check("validation", "warn", text)]
 
 
 def check_vocabulary(sources: Sequence[DataSource], model_config: Any) -> Check:

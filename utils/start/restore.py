@@ -13,11 +13,12 @@ import argparse
 import contextlib
 import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from configs.config_changes import ConfigChanges, compare_configs
+from configs.config_changes import SCHEDULE_KEYS, ConfigChanges, compare_configs
 from configs.model_config import CONFIG_FILE, describe_model_changes, find_dropouts
 from configs.training_config import TrainingConfig
 from utils.base import ranks
@@ -49,10 +50,11 @@ from utils.start.resume import (
     resolve_start,
 )
 from utils.storage.open import open_bucket
-from utils.training_utils import TrainingProgress, TrainState
+from utils.training_utils import TrainingProgress, TrainState, learning_rate_share
 
 log = logging.getLogger("train")
 
+SMALL_JUMP = 1.5  # a learning rate that changes by less is no cause for a warning
 _MODEL_KEYS = ("model:", "model_overrides:", "pad_vocab_to_multiple_of:")
 _DRAWING_KEYS = ("torch_compile:", "attn_implementation:", "use_regional_compilation:")
 
@@ -283,11 +285,12 @@ def _require_same_config(
         ConfigError: There is such a difference, and it was not accepted.
     """
     model_config = state.core_model.config
+    trained_with = read_json(checkpoint / TRAINING_CONFIG_FILE)
     before: Any = None
     with contextlib.suppress(OSError, ValueError):
         before = read_json(checkpoint / CONFIG_FILE)
     changes = judge_changes(
-        compare_configs(read_json(checkpoint / TRAINING_CONFIG_FILE), config),
+        compare_configs(trained_with, config),
         describe_model_changes(before, model_config),
         has_dropout=bool(find_dropouts(model_config)),
         is_compiled=config.torch_compile,
@@ -301,13 +304,6 @@ def _require_same_config(
         )
     for change in changes.free:
         log.info("Changed since the checkpoint: %s.", change)
-        if change.startswith("max_steps:") and config.lr_scheduler_type != "constant":
-            log.info(
-                "The schedule is now: warm-up to step %d, then %s to step %d.",
-                config.warmup_steps,
-                config.lr_scheduler_type,
-                config.max_steps,
-            )
     if guarded and not is_accepted:
         raise ConfigError(
             f"{checkpoint.name} was trained with another configuration: {'; '.join(guarded)}. "
@@ -316,6 +312,31 @@ def _require_same_config(
         )
     for change in guarded:
         log.warning("Changed since the checkpoint, as accepted: %s.", change)
+    _tell_learning_rate(trained_with, config, saved.metrics["progress"]["step"])
+
+
+def _tell_learning_rate(before: Mapping[str, Any], config: TrainingConfig, step: int) -> None:
+    """Say how a change of the schedule moves the learning rate; warn where it jumps."""
+    old = TrainingConfig(**{key: before[key] for key in SCHEDULE_KEYS if key in before})
+    was, now = (one.learning_rate * learning_rate_share(one)(step) for one in (old, config))
+    if now == was:
+        return
+    text = (
+        f"The learning rate after step {step} is {now:.2e} where it would have been {was:.2e}. The "
+        f"schedule is now: warm-up to step {config.warmup_steps}, then {config.lr_scheduler_type} "
+        f"to step {config.max_steps}."
+    )
+    if max(was, now) <= SMALL_JUMP * min(was, now):
+        log.info("%s", text)
+    elif was and step >= config.warmup_steps:
+        log.warning(
+            "%s A jump may undo what was learnt while it fell. To keep the old rate: --set "
+            "learning_rate=%.3g --set lr_scheduler_type=constant --accept-config-change.",
+            text,
+            was,
+        )
+    else:
+        log.warning("%s", text)
 
 
 def judge_changes(
