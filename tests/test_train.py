@@ -128,7 +128,7 @@ def test_stock_loaders_read_a_checkpoint(
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_a_step_equals_a_plain_pytorch_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_steps_equal_three_of_a_plain_pytorch_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
     from utils.models.building import build_model
@@ -146,30 +146,42 @@ def test_a_step_equals_a_plain_pytorch_step(monkeypatch: pytest.MonkeyPatch) -> 
         "use_cpu": True,
         "max_grad_norm": 0.5,
         "loss_implementation": "model",
+        "adam_beta1": 0.8,  # seen from the second step on
+        "adam_beta2": 0.9,
+        "adam_epsilon": 1e-6,  # a gradient of nearly 0 is rounding alone
+        "learning_rate": 1e-4,
+        "warmup_steps": 2,
+        "max_steps": 6,
     }
     config = get_training_config("test", settings)
     model_config = build_model_config(config.model, config.model_overrides)
     generator = torch.Generator().manual_seed(1)
-    batches = [torch.randint(0, 4096, (1, 64), generator=generator) for _ in range(4)]
+    steps = [
+        [torch.randint(0, 4096, (1, 64), generator=generator) for _ in range(4)] for _ in range(3)
+    ]
 
     set_determinism(config)
     plain = build_model(model_config, config)
     matrices = [p for p in plain.parameters() if p.dim() >= 2]
     others = [p for p in plain.parameters() if p.dim() < 2]
-    rate = config.learning_rate / config.warmup_steps
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=rate,
-        betas=(0.9, 0.95),
+        betas=(0.8, 0.9),
+        eps=1e-6,
     )
     losses = []
-    for batch in batches:
-        loss = plain(input_ids=batch, labels=batch).loss
-        losses.append(loss.item())
-        (loss / len(batches)).backward()
-    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    # Half the peak, the peak, then a quarter of a cosine from 1 to 0.1.
+    for batches, rate in zip(steps, (5e-5, 1e-4, 0.8681981e-4), strict=True):
+        optimizer.zero_grad()
+        for batch in batches:
+            loss = plain(input_ids=batch, labels=batch).loss
+            losses.append(loss.item())
+            (loss / len(batches)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
     gradients = {name: p.grad.clone() for name, p in plain.named_parameters()}
-    optimizer.step()
 
     set_determinism(config)
     try:
@@ -181,16 +193,33 @@ def test_a_step_equals_a_plain_pytorch_step(monkeypatch: pytest.MonkeyPatch) -> 
                 {name: p.grad.clone() for name, p in state.core_model.named_parameters()}
             )
         )
-        train_step(state, batches, config.max_grad_norm)
+        for batches in steps:
+            train_step(state, batches, config.max_grad_norm)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    assert state.interval.tolist() == pytest.approx([sum(losses) / 4, 1.0], abs=1e-6)
+    assert state.interval.tolist() == pytest.approx([sum(losses) / 4, 3.0], abs=1e-5)
     assert state.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(kept[name], gradients[name], rtol=0, atol=1e-6)
         ours = dict(state.core_model.named_parameters())[name]
         torch.testing.assert_close(ours, parameter, rtol=0, atol=1e-6)
+
+
+def test_a_micro_batch_that_is_found_trains_as_the_same_one_given_by_hand(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "utils.start.micro_batch._fits",
+        lambda facts, free: facts.config.per_device_train_batch_size <= 2,
+    )
+    settings = ("global_batch_size=8", "gradient_accumulation_steps=null")
+    for folder, size in (("found", "auto"), ("given", "2")):
+        words = (*settings, f"per_device_train_batch_size={size}")
+        assert run_train("--max-steps", "3", folder=folder, settings=words) == 0
+    found, given = (checkpoint(tmp_path, f, LAST.replace("10", "3")) for f in ("found", "given"))
+    assert read_json(found / "training_config.json")["per_device_train_batch_size"] == 2
+    assert not state_differences(found, given)
 
 
 def launch(directory: Path, *words: str, program: tuple[str, ...] = (sys.executable,)) -> list[str]:

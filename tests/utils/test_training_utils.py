@@ -54,6 +54,13 @@ def test_every_step_of_a_run_has_the_learning_rate_that_it_always_had(
 @pytest.mark.parametrize(
     ("kind", "settings", "expected"),
     [
+        (
+            "cosine",
+            {},
+            [0.5, 1, 0.969552, 0.882843, 0.753073, 0.6, 0.446927, 0.317157, 0.230448, 0.2],
+        ),
+        ("linear", {}, [0.5, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]),
+        ("constant", {}, [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
         ("constant_with_warmup", {}, [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
         (
             "polynomial",
@@ -69,7 +76,7 @@ def test_every_step_of_a_run_has_the_learning_rate_that_it_always_had(
         ("inverse_sqrt", {}, [0.5, *(math.sqrt(2 / n) for n in range(2, 11))]),
     ],
 )
-def test_the_other_schedules_of_transformers_warm_up_and_end_alike(
+def test_a_schedule_has_the_rates_that_a_table_says(
     kind: str, settings: dict[str, float], expected: list[float]
 ) -> None:
     found = learning_rates(
