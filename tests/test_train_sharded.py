@@ -201,6 +201,8 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
     run_ranks(2, "--max-steps", "6", "--resume", "latest", settings=settings)
     assert curves(tmp_path, "straight") == curves(tmp_path, "run")
     assert_same_bits(checkpoint(tmp_path, 6, "straight"), checkpoint(tmp_path, 6))
+    states = [load(checkpoint(tmp_path, 6) / f"random_states_{rank}.pkl") for rank in (0, 1)]
+    assert len({tuple(one["torch_manual_seed"].tolist()) for one in states}) == 2
 
 
 @pytest.mark.slow

@@ -389,7 +389,12 @@ def _restore_random_state(state: TrainState, saved: SavedState, config: Training
             saved.name,
             reason,
         )
-    words = np.random.SeedSequence([config.seed, saved.manifest.step, rank]).generate_state(3)
+    seed_random_state(config.seed, saved.manifest.step, rank)
+
+
+def seed_random_state(seed: int, step: int, rank: int) -> None:
+    """Seed Python, NumPy and torch from (seed, step, rank): each rank draws other dropout."""
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))

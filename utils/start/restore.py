@@ -25,7 +25,12 @@ from utils.base import ranks
 from utils.base.console import LiveLine
 from utils.base.errors import CheckpointError, ConfigError, StorageError, UnreadableCheckpointError
 from utils.base.text import format_bytes
-from utils.checkpoint_utils import SavedState, read_checkpoint, restore_state
+from utils.checkpoint_utils import (
+    SavedState,
+    read_checkpoint,
+    restore_state,
+    seed_random_state,
+)
 from utils.checkpoints.journal import Journal
 from utils.checkpoints.layout import (
     SAVING_PREFIX,
@@ -80,6 +85,9 @@ def begin(
     """
     paths, forgives = RunPaths.of(config), bool(args.accept_missing_random_state)
     if not plan.candidates:
+        rank = state.accelerator.process_index
+        if rank:  # the weights were drawn from the same seed on all
+            seed_random_state(config.seed, 0, rank)
         return fresh_start(plan, paths)
     for candidate in plan.candidates:
         found = ranks.compute_on_main(
