@@ -118,7 +118,8 @@ def test_stock_loaders_read_a_checkpoint(
     assert not differences(optimizer.state_dict(), load(directory / "optimizer.bin"))
 
     tokens = np.load(sample_data / "val_00000.npz")["input_ids"].astype(np.int64)
-    samples = torch.from_numpy(tokens[: 6 * 32].reshape(6, 32))
+    rows = tokens[: len(tokens) // 32 * 32].reshape(-1, 32)
+    samples = torch.from_numpy(rows[[len(rows) * part // 12 for part in (1, 3, 5, 7, 9, 11)]])
     with torch.no_grad():
         loss = saved(input_ids=samples, labels=samples).loss.item()
     metrics = read_json(directory / "metadata.json")["validation_metrics"]
