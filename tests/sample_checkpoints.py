@@ -7,7 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints.layout import FileEntry, Manifest, archive_object, sidecar_object
+from utils.checkpoints.layout import (
+    FileEntry,
+    Manifest,
+    archive_object,
+    sidecar_object,
+    write_json,
+)
 from utils.storage.bucket import Bucket, crc32c_of_bytes, crc32c_of_file
 from utils.storage.directory import DirectoryBucket
 
@@ -96,7 +102,7 @@ def make_checkpoint(
         },
     }
     for name, value in files.items():
-        (path / name).write_text(json.dumps(value), "utf-8")
+        write_json(path / name, value)
     seal(path, step)
     return path
 
@@ -109,7 +115,7 @@ def seal(path: Path, step: int) -> Manifest:
         if file.name != "manifest.json"
     }
     manifest = Manifest(RUN_ID, step, 0, 1, entries)
-    (path / "manifest.json").write_text(json.dumps(manifest.to_json()), "utf-8")
+    write_json(path / "manifest.json", manifest.to_json())
     return manifest
 
 

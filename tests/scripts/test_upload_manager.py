@@ -354,9 +354,9 @@ def test_verify_of_what_is_well(either: Place, deep: list[str]) -> None:
     assert "2 verified, 0 not." in either.call("verify", *deep)[1]
 
 
-def change_sidecar(place: Place, **changes: Any) -> None:
+def change_sidecar(place: Place, part: str = "manifest", **changes: Any) -> None:
     sidecar = json.loads(place.bucket.read_bytes(sidecar_object(name(10))))
-    sidecar["manifest"] |= changes
+    sidecar[part] |= changes
     place.bucket.put_bytes(sidecar_object(name(10)), json.dumps(sidecar).encode())
 
 
@@ -386,6 +386,17 @@ DAMAGES: dict[str, tuple[Callable[[Place, Path], object], str]] = {
     "another sidecar": (
         lambda place, _: change_sidecar(place, world_size=8),
         "sidecar: its manifest is not that of the files here",
+    ),
+    "another sidecar, nothing here": (
+        lambda place, checkpoint: (
+            change_sidecar(place, world_size=8),
+            shutil.rmtree(checkpoint),
+        ),
+        "sidecar: its manifest is not the one in the journal",
+    ),
+    "other metadata": (
+        lambda place, _: change_sidecar(place, "metadata", best_loss=0.1),
+        "its metadata are not those that its manifest vouches for",
     ),
     "another run": (
         lambda place, _: change_sidecar(place, run_id=OTHER_RUN),

@@ -8,7 +8,6 @@ thread where there can be none) needs nothing else: no model, no optimizer, no c
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -25,6 +24,7 @@ from utils.checkpoints.layout import (
     CheckpointName,
     FileEntry,
     Manifest,
+    json_file_text,
     write_json,
 )
 from utils.storage.bucket import crc32c_of_file, fsync_directory
@@ -79,8 +79,8 @@ def write_files(files: CheckpointFiles, directory: Path) -> Manifest:
         (directory / name).write_bytes(data)
     for name, document in files.documents.items():
         indent = None if name == METRICS_HISTORY_FILE else 1
-        text = json.dumps(document, indent=indent, default=_to_plain)
-        (directory / name).write_text(f"{text}\n", "utf-8")
+        text = json_file_text(document, indent=indent, default=_to_plain)
+        (directory / name).write_text(text, "utf-8")
     for name, weights in files.weights.items():
         from safetensors.torch import save_file
 

@@ -21,7 +21,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -364,11 +364,20 @@ def read_json(path: Path) -> Any:
     return parse_json(read_regular_file(path))
 
 
+def json_file_text(
+    value: object, *, indent: int | None = 1, default: Callable[[Any], object] | None = None
+) -> str:
+    """Return what a JSON file of ours holds; a value that was read from one gives its text again.
+
+    Readers of a sidecar count on that: it has the values of files whose checksums are known.
+    """
+    return f"{json.dumps(value, indent=indent, default=default)}\n"
+
+
 def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
     """Write a JSON file and sync it; the caller syncs the directory."""
     with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=indent)
-        file.write("\n")
+        file.write(json_file_text(value, indent=indent))
         file.flush()
         os.fsync(file.fileno())
 

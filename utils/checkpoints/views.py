@@ -27,6 +27,7 @@ from utils.checkpoints.layout import (
     CheckpointName,
     Manifest,
     find_checkpoints,
+    json_file_text,
     parse_checkpoint_name,
     sidecar_object,
 )
@@ -98,6 +99,13 @@ def find_file_damage(name: str, data: bytes, manifest: Manifest | None) -> str |
     if entry is None or crc32c_of_bytes(data) == entry.crc32c:
         return None
     return f"{name} is damaged (its crc32c is not the manifest's)"
+
+
+def find_sidecar_damage(metadata: object, manifest: Manifest) -> str | None:
+    """Say why the metadata in a sidecar are not those of the archive; None where they are."""
+    data = json_file_text(metadata).encode("utf-8")
+    damage = find_file_damage(METADATA_FILE, data, manifest)
+    return damage and f"its metadata are not those that its manifest vouches for ({METADATA_FILE})"
 
 
 def _read_file(name: str, path: str) -> bytes:
@@ -221,7 +229,8 @@ def read_remote_checkpoint(
         sidecar = parse_json(data)
         manifest = Manifest.from_json(sidecar["manifest"], object_name)
         metadata = sidecar["metadata"] if isinstance(sidecar.get("metadata"), dict) else {}
-        problem = _archive_problem(sidecar.get("archive"), archive)
+        problem = find_sidecar_damage(sidecar.get("metadata"), manifest)
+        problem = problem or _archive_problem(sidecar.get("archive"), archive)
         return CheckpointView(name, metadata, manifest, None, None, archive_bytes, problem)
     except (StorageError, CheckpointError, *FOREIGN_ERRORS) as exc:
         reason = f"{object_name}: {exc or type(exc).__name__}"

@@ -41,6 +41,7 @@ from utils.checkpoints.layout import (
     require_checkpoint_name,
     sidecar_object,
 )
+from utils.checkpoints.views import find_sidecar_damage
 from utils.storage.bucket import Bucket, encode_crc32c
 
 MAX_ATTEMPTS = 3
@@ -103,6 +104,9 @@ def read_sidecar(bucket: Bucket, name: str) -> Sidecar:
             raise ValueError(f"it has more than {MAX_SIDECAR_BYTES} bytes")
         value = parse_json(data)
         manifest = Manifest.from_json(value["manifest"], where)
+        damage = find_sidecar_damage(value.get("metadata"), manifest)
+        if damage is not None:
+            raise ValueError(damage)
         return Sidecar(name, manifest, *_check_sidecar(name, manifest, value["archive"]))
     except CheckpointError as exc:
         raise _unusable(name, str(exc)) from exc

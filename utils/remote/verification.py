@@ -27,6 +27,7 @@ from utils.checkpoints.layout import (
     CheckpointName,
     Manifest,
     find_checkpoints,
+    json_file_text,
     parse_checkpoint_name,
     read_manifest,
     sidecar_object,
@@ -41,7 +42,7 @@ from utils.remote.archive_reading import (
     retry_download,
 )
 from utils.remote.listing import RemoteListing, find_damage
-from utils.storage.bucket import Bucket, Nowhere, ObjectInfo
+from utils.storage.bucket import Bucket, Nowhere, ObjectInfo, crc32c_of_bytes
 from utils.uploads.lease import LEASE_OBJECT
 from utils.uploads.uploader import GIVEN_UP
 
@@ -219,6 +220,9 @@ class Verifier:
         recorded = (entry.details.get("bytes"), entry.details.get("crc32c"))
         if recorded not in ((None, None), (sidecar.archive.size, sidecar.archive.crc32c)):
             report.wrong.append("sidecar: its archive is not the one in the journal")
+        found = crc32c_of_bytes(json_file_text(sidecar.manifest.to_json()).encode("utf-8"))
+        if entry.details.get("manifest_crc32c", found) != found:
+            report.wrong.append("sidecar: its manifest is not the one in the journal")
 
     def _check_journal(self, report: CheckpointReport) -> None:
         entry = self._uploads.get(str(report.name))

@@ -35,7 +35,7 @@ from utils.checkpoints.layout import (
     read_manifest,
     sidecar_object,
 )
-from utils.checkpoints.views import read_json_part
+from utils.checkpoints.views import find_sidecar_damage, read_json_part
 from utils.storage.bucket import Meter, Nowhere, ObjectInfo, map_file_error
 from utils.uploads.archive import ArchiveInfo, write_archive
 from utils.uploads.transports import (
@@ -169,7 +169,8 @@ class _Upload:
         described = stored
         if found and found.suffix != self.suffix:
             described = self.transport.stat(archive_object(self.checkpoint.name, found.suffix))
-        if found and found.manifest == self.manifest and found.is_of(described):
+        is_same = found is not None and found.manifest == self.manifest
+        if found and is_same and found.has_own_metadata and found.is_of(described):
             assert found.archive is not None
             return self._done(found.archive, started, found.suffix)
         if data is not None:
@@ -204,7 +205,8 @@ class _Upload:
             raise TransientStorageError(f"{where} was changed by another process.")
         is_whole = found is not None and found.is_of(stored)
         archive = stored.name if stored else self.archive
-        if is_whole or owner.branch != own.branch:
+        is_another = found is None or found.manifest != self.manifest
+        if is_another and (is_whole or owner.branch != own.branch):
             self._set_aside(owner.branch, [archive, self.sidecar] if is_whole else [self.sidecar])
         try:
             # Before the archive: a sidecar is never there without the archive that it describes.
@@ -321,18 +323,21 @@ class _FoundSidecar:
     manifest: Manifest
     archive: ArchiveInfo | None
     suffix: str = ARCHIVE_SUFFIX
+    has_own_metadata: bool = True
 
     @classmethod
     def parse(cls, data: bytes) -> _FoundSidecar | None:
         try:
             sidecar = parse_json(data)
             manifest = Manifest.from_json(sidecar["manifest"], "the sidecar")
+            has_own_metadata = find_sidecar_damage(sidecar.get("metadata"), manifest) is None
         except (CheckpointError, *FOREIGN_ERRORS):
             return None
         try:
             archive = sidecar["archive"]
             suffix = ARCHIVE_FORMATS[archive.get("format", ARCHIVE_SUFFIX)].suffix
-            return cls(manifest, ArchiveInfo(int(archive["size"]), str(archive["crc32c"])), suffix)
+            info = ArchiveInfo(int(archive["size"]), str(archive["crc32c"]))
+            return cls(manifest, info, suffix, has_own_metadata)
         except FOREIGN_ERRORS:
             return cls(manifest, None)
 

@@ -239,6 +239,8 @@ BAD_SIDECARS: list[tuple[str | None, Any, str]] = [
     ("manifest", {"files": {"x": {"size": -9, "crc32c": ""}}}, "negative"),
     ("manifest", {"files": {}}, "names no files"),
     ("manifest", {"files": {"manifest.json": {"size": 1, "crc32c": ""}}}, "names manifest.json"),
+    ("metadata", {"current_loss": 0.1}, "its metadata are not those"),
+    ("metadata", None, "are not those that its manifest vouches for"),
     ("archive", None, "no 'archive'"),
     ("archive", [1], UNUSABLE),
     ("archive", {"format": ".tar.xz"}, "archive of the unknown format '.tar.xz'"),

@@ -268,6 +268,18 @@ def test_a_sidecar_whose_archive_is_gone_or_damaged_is_made_good(
     place.require_uploaded(checkpoint)
 
 
+def test_a_sidecar_with_other_metadata_is_written_anew_and_the_archive_left(
+    place: Place, checkpoint: Path
+) -> None:
+    place.upload(checkpoint)
+    good = place.contents()
+    changed = json.loads(good[SIDECAR])
+    changed["metadata"]["current_loss"] = 0.1
+    place.bucket.put_bytes(SIDECAR, json.dumps(changed).encode())
+    place.upload(checkpoint, before=place.check, after=place.check)
+    assert (place.puts, place.contents()) == ([SIDECAR], good)
+
+
 # Whose it is.
 
 
