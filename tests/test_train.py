@@ -504,6 +504,7 @@ def test_dry_run_prints_the_run_and_writes_no_checkpoint(
         "memory",
         "saving",
         "disk",
+        "cache",
         "upload",
         "step",
         "run",

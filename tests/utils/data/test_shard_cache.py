@@ -421,7 +421,10 @@ class FullDisk(CountingBucket):
         raise TransientStorageError(name) from OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_is_told_at_once_and_named(tmp_path: Path) -> None:
+def test_a_full_disk_is_told_at_once_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.data.shard_cache.GIVE_UP_SECONDS", 0)
     bucket = FullDisk(tmp_path / "data")
     facts = save_shard(bucket.root / NAME, input_ids=IDS)
     cache = ShardCache([(bucket, [facts])], tmp_path / "cache", 100)
