@@ -82,7 +82,7 @@ class SavingBench:
         begin = time.perf_counter()
         position = DataState(0, 0, 0, 128, 0, 1, ())
         told = (position, self.setup.config, RunIdentity("20260101-0a1b2c3d"))
-        rest = collect_files(self.state, *told, [capture_random_state(self.state)], {})
+        rest = collect_files(self.state, *told, [capture_random_state()], {})
         files = add_held_state(self.state, *told, rest)
         assert files is not None
         self.saver.save(files, available_memory())

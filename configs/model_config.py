@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from configs.model_presets import PRESETS, ModelPreset
 from utils.base.errors import ConfigError, first_line
 from utils.base.files import read_regular_file
-from utils.base.text import parse_json_object, printable
+from utils.base.text import parse_json_object, printable, unique_keys
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -199,7 +199,12 @@ def read_model_file(path: str) -> tuple[str, dict[str, Any]]:
     """
     try:
         text = read_regular_file(path, MAX_FILE_BYTES)
-        found = parse_json_object(text, parse_float=_finite, parse_constant=_finite)
+        found = parse_json_object(
+            text,
+            parse_float=_finite,
+            parse_constant=_finite,
+            object_pairs_hook=unique_keys,
+        )
     except OSError as exc:
         reason = exc.strerror or exc
         raise ConfigError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from configs.config_files import PROJECT_DIRECTORY
 from tests.conftest import TINY
 from tests.processes import run_python
 from utils.base.errors import ExitCode
@@ -115,3 +117,37 @@ def test_an_attempt_that_is_refused_for_its_words_or_checkpoints_does_not_wait_f
     assert result.returncode == ExitCode.USAGE, result.stderr
     assert "--resume latest" in result.stderr
     assert "--fresh" in result.stderr
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+script = sys.argv[2]
+sys.argv[1:] = [sys.argv[1], *sys.argv[3:]]
+sys.path[:0] = [os.path.dirname(script)]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "module"),
+    [
+        *(
+            (path, "utils.base.errors")
+            for path in sorted(PROJECT_DIRECTORY.glob("scripts/[a-z]*.py"))
+        ),
+        (PROJECT_DIRECTORY / "debug_gpu.py", "utils.base.errors"),
+        (PROJECT_DIRECTORY / "train.py", "utils.base.errors"),
+    ],
+    ids=lambda value: getattr(value, "stem", None),
+)
+def test_ctrl_c_while_a_command_loads_is_no_traceback(script: Path, module: str) -> None:
+    result = run_python("-c", INTERRUPTED, module, script)
+    assert result.returncode == -signal.SIGINT  # of which a shell makes 130
+    assert result.stderr == ""

@@ -65,6 +65,8 @@ def assert_same_end(tmp_path: Path, left: str, right: str) -> None:
     )
     assert first.name == second.name
     assert not state_differences(first, second)
+    random_states = "random_states_0.pkl"
+    assert (first / random_states).read_bytes() == (second / random_states).read_bytes()
 
 
 @pytest.fixture

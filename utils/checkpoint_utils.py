@@ -69,10 +69,10 @@ def random_states_file(rank: int) -> str:
     return f"{RANDOM_STATES_PREFIX}{rank}.pkl"
 
 
-def capture_random_state(state: TrainState) -> dict[str, Any]:
+def capture_random_state() -> dict[str, Any]:
     """Return this rank's random states, in the form that Accelerate reads."""
     states: dict[str, Any] = {
-        "step": state.accelerator.step,
+        "step": 0,  # micro-steps since the last update: a save is between two updates
         "random_state": random.getstate(),
         "numpy_random_seed": np.random.get_state(),
         "torch_manual_seed": torch.get_rng_state(),

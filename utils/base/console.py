@@ -8,6 +8,7 @@ A terminal gets colours and a live line, a pipe gets plain lines. Every command 
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import logging
 import os
@@ -69,7 +70,7 @@ def configure_logging(
     root.addHandler(_terminal_handler(shown, stderr=stderr))
     if file is not None and main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file_handler = logging.FileHandler(file, encoding="utf-8")
+        file_handler = _LogFile(file, encoding="utf-8")
         file_handler.setFormatter(_HarmlessFormatter(LOG_FORMAT, LOG_TIME))
         root.addHandler(file_handler)
     for name in NOISY_LOGGERS:
@@ -119,6 +120,22 @@ def _leave_output(ordinary: Callable[[logging.LogRecord], None], record: logging
         leave_closed_outputs()
     else:
         ordinary(record)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose disk may be full: that is said once, and whoever logs goes on."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        """Say what is wrong with the file, or report a faulty log call as usual."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            path, reason = self.baseFilename, error.strerror or error
+            log.warning("%s cannot be written: %s. Log lines are only shown.", path, reason)
 
 
 class _HarmlessFormatter(logging.Formatter):
@@ -245,7 +262,8 @@ def run_command(
             return _report_unexpected(exc, debug)
         # No bug of ours: a file that cannot be used.
         _report(f"Error: {exc.filename}: {exc.strerror or exc}", debug)
-        return ExitCode.UNEXPECTED
+        is_word = exc.errno == errno.ENAMETOOLONG
+        return ExitCode.USAGE if is_word else ExitCode.UNEXPECTED
     except RuntimeError as exc:
         if str(exc) != _NO_HOME:
             return _report_unexpected(exc, debug)

@@ -139,6 +139,20 @@ def parse_json(text: bytes | str, **options: Any) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object whose keys are all there once; `object_pairs_hook` of `parse_json`.
+
+    Raises:
+        ValueError: One is there twice.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {printable(key)!r} is there twice: remove one")
+        found[key] = value
+    return found
+
+
 def parse_json_object(text: bytes | str, **options: Any) -> dict[str, Any]:
     """Return the JSON object that text holds.
 

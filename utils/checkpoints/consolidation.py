@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from utils.base.errors import CheckpointError
-from utils.checkpoints.files import seal, sync_files
+from utils.checkpoints.files import save_tensors, seal, sync_files
 from utils.checkpoints.layout import MANIFEST_FILE, SAFE_WEIGHTS_FILE, SAVING_PREFIX, Manifest
 from utils.checkpoints.state_files import (
     OPTIMIZER_FILE,
@@ -71,13 +71,9 @@ def _part_names(checkpoint: Path, manifest: Manifest) -> set[str]:
 
 
 def _write_whole(checkpoint: Path, manifest: Manifest, parts: set[str], directory: Path) -> None:
-    from safetensors.torch import save_file
-
     for name in manifest.files.keys() - parts:
         shutil.copyfile(checkpoint / name, directory / name)
-    weights = read_weights(checkpoint, manifest)
-    save_file(weights, str(directory / SAFE_WEIGHTS_FILE), {"format": "pt"})
-    del weights
+    save_tensors(read_weights(checkpoint, manifest), directory / SAFE_WEIGHTS_FILE)
     torch.save(read_optimizer(checkpoint, manifest), directory / OPTIMIZER_FILE)
     names = [path.name for path in directory.iterdir() if path.name != MANIFEST_FILE]
     seal(directory, replace(manifest, files=sync_files(directory, names)))

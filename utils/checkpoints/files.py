@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,9 +83,7 @@ def write_files(files: CheckpointFiles, directory: Path) -> Manifest:
         text = json_file_text(document, indent=indent, default=_to_plain)
         (directory / name).write_text(text, "utf-8")
     for name, weights in files.weights.items():
-        from safetensors.torch import save_file
-
-        save_file(weights, str(directory / name), files.headers.get(name, {"format": "pt"}))
+        save_tensors(weights, directory / name, files.headers.get(name))
     for name, value in files.pickles.items():
         torch.save(value, directory / name)
     written = [*files.raw, *files.documents, *files.weights, *files.pickles]
@@ -92,6 +91,21 @@ def write_files(files: CheckpointFiles, directory: Path) -> Manifest:
     if not files.is_part:
         seal(directory, manifest)
     return manifest
+
+
+def save_tensors(
+    weights: dict[str, torch.Tensor], path: Path, header: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, readable to those whom the umask allows.
+
+    safetensors lets nobody but the owner read its files.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(weights, str(path), header or {"format": "pt"})
+    path.chmod(stat.S_IMODE(mode))
 
 
 def seal(directory: Path, manifest: Manifest) -> None:

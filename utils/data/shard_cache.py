@@ -15,6 +15,7 @@ when it is whole, and what a killed process left is removed at the next start. N
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import itertools
@@ -35,7 +36,7 @@ import numpy as np
 import psutil
 from filelock import FileLock
 
-from utils.base.errors import ConfigError, ShardError
+from utils.base.errors import ConfigError, ShardError, StorageError
 from utils.base.retrying import FIRST_RETRY_SECONDS, backoff, retry
 from utils.data.shard_index import (
     MASK_KEY,
@@ -57,6 +58,8 @@ TEMPORARY_NAME = re.compile(
 _LONGEST_RETRY_SECONDS = 60.0
 GIVE_UP_SECONDS = 1800.0
 _CLOSE_SECONDS = 2.0
+# What a download meets on this machine, and never in a bucket.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 Tokens = np.ndarray[Any, Any]
 
@@ -280,7 +283,8 @@ class ShardCache:
         if tokens is None:
             stripe = int(path.stem[-4:], 16) % LOCK_STRIPES
             locks = self._directory / LOCK_FOLDER
-            locks.mkdir(parents=True, exist_ok=True)
+            with _told_disk_errors(self._directory):
+                locks.mkdir(parents=True, exist_ok=True)
             with FileLock(locks / f"{stripe}.lock"):
                 tokens = self._map(shard, path)  # another rank may have brought it
                 if tokens is None:
@@ -302,7 +306,7 @@ class ShardCache:
     def _map(self, shard: int, path: Path) -> Tokens | None:
         """Return the mapped file, or None where it is missing or cut short by a power loss."""
         expected = self._shards[shard][1].tokens * self._dtype.itemsize
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if path.stat().st_size == expected:
                 checksum = path.with_suffix(CHECKSUM_SUFFIX)
                 if checksum.read_text("ascii") != crc32c_of_file(path):
@@ -328,9 +332,13 @@ class ShardCache:
 
     def _fill(self, shard: int, path: Path) -> None:
         bucket, facts = self._shards[shard]
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._make_room(facts.tokens * self._dtype.itemsize + facts.size)
+        with _told_disk_errors(self._directory):
+            self._decode(bucket, facts, path)
+
+    def _decode(self, bucket: Bucket, facts: ShardFacts, path: Path) -> None:
         stem = f"{TEMPORARY_PREFIX}{platform.node()}-{os.getpid()}-{threading.get_ident()}"
+        path.parent.mkdir(parents=True, exist_ok=True)
         download, decoded = path.with_name(f"{stem}.npz"), path.with_name(f"{stem}.tokens")
         try:
             source = bucket.fetch(facts.name, download)
@@ -381,6 +389,26 @@ class ShardCache:
             here = match is not None and match["host"] == platform.node()
             if match is not None and here and not psutil.pid_exists(int(match["pid"])):
                 path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told_disk_errors(directory: Path) -> Iterator[None]:
+    """Raise what this disk cannot do as an error of its own; what a bucket cannot passes by.
+
+    Raises:
+        StorageError: It names the directory. Trying again would not help.
+    """
+    try:
+        yield
+    except (OSError, StorageError) as exc:
+        cause = exc if isinstance(exc, OSError) else exc.__cause__
+        is_ours = cause is exc or getattr(cause, "errno", None) in DISK_ERRORS
+        if not isinstance(cause, OSError) or not is_ours:
+            raise
+        raise StorageError(
+            f"{directory} cannot be written: {cause.strerror or cause}. Free some space, or set "
+            "cache_dir elsewhere, then go on with --resume latest."
+        ) from exc
 
 
 def _require_checksum(path: Path, facts: ShardFacts) -> None:

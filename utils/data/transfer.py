@@ -13,6 +13,7 @@ before anything is changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -242,13 +243,15 @@ def _download(bucket: Bucket, info: ObjectInfo, checksum: str, path: Path) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         got = bucket.get_file(info.name, temporary)
         if (temporary.stat().st_size, got) != (info.size, checksum):
-            temporary.unlink()
             raise StorageError(
                 f"{bucket.uri}/{info.name} changed while it was copied. Run the same command again."
             )
         temporary.replace(path)
-    except OSError as exc:
-        temporary.unlink(missing_ok=True)
+    except (OSError, StorageError) as exc:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(exc, StorageError):
+            raise
         raise StorageError(f"{path}: {exc.strerror or exc}.") from exc
 
 

@@ -82,7 +82,7 @@ class SavedParts:
         """Return what this rank writes, None where it writes nothing; every rank calls this."""
         state, position = self.state, self.state.progress.sample_index
         gathered = ranks.gather_to_main(
-            (checkpoint_utils.capture_random_state(state), sorted(self.data.bad_shards))
+            (checkpoint_utils.capture_random_state(), sorted(self.data.bad_shards))
         )
         files = None
         if gathered is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import resource
 import shutil
+import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from configs.training_config import TrainingConfig
@@ -13,6 +16,8 @@ from utils.base import ranks
 from utils.base.machine import available_memory, existing_parent
 from utils.base.text import format_bytes
 from utils.checkpoints.layout import RunPaths
+from utils.data.shard_cache import token_dtype
+from utils.data.shard_index import DataSource
 from utils.models.building import ParameterCounts
 from utils.models.estimates import (
     MemoryEstimate,
@@ -107,6 +112,50 @@ def check_snapshot(config: TrainingConfig, counts: ParameterCounts) -> Check:
     )
 
 
+def check_folders(config: TrainingConfig) -> list[Check]:
+    """Try to write where checkpoints, logs and shards go; return what fails.
+
+    Nothing is left. A read-only or full disk, a quota, no inodes, a file in place of a folder: the
+    system says which.
+    """
+    paths, found = RunPaths.of(config), []
+    for key, path in (
+        ("output_dir", paths.checkpoints),
+        ("logging_dir", paths.logs),
+        ("cache_dir", paths.cache),
+    ):
+        folder = existing_parent(path)
+        try:
+            with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+                file.write(b"\0")
+        except OSError as exc:
+            reason = exc.strerror or exc
+            text = f"{folder} cannot be written: {reason}. Set {key} elsewhere."
+            found.append(Check("disk", "fail", text))
+    return found
+
+
+def check_cache(config: TrainingConfig, sources: Sequence[DataSource], vocab_size: int) -> Check:
+    """Compare what the largest shards of one shuffle window take with the space for the cache."""
+    itemsize = np.dtype(token_dtype(vocab_size)).itemsize
+    shards = [shard for source in sources for shard in source.index.training]
+    sizes = sorted((shard.tokens * itemsize for shard in shards), reverse=True)
+    window = sizes[: config.shuffle_window_shards]
+    need = sum(window) + max((shard.size for shard in shards), default=0)
+    cache = RunPaths.of(config).cache
+    folder = existing_parent(cache)
+    free = shutil.disk_usage(folder).free
+    there = sum(path.stat().st_size for path in cache.glob("*/*.tokens"))
+    text = (
+        f"{format_bytes(need)} for a window of {len(window)} shards and a download, "
+        f"{format_bytes(free)} free in {folder}"
+    )
+    if free + there >= need:
+        return Check("cache", "ok", text)
+    advice = "Free some, lower shuffle_window_shards, or set cache_dir elsewhere."
+    return Check("cache", "fail", f"{text}. {advice}")
+
+
 def check_disk(
     config: TrainingConfig, counts: ParameterCounts, transport: TransportOptions | None = None
 ) -> Check:
@@ -115,9 +164,11 @@ def check_disk(
     has_archive = transport is not None and transport.name == "gsutil"
     copies = config.keep_checkpoints + 2 + has_archive  # the best, and one being written
     folder = existing_parent(RunPaths.of(config).checkpoints)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return Check("disk", "fail", f"{folder} cannot be written. Set output_dir elsewhere.")
     free = shutil.disk_usage(folder).free
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and limit < one:
+        text = f"a checkpoint has files of up to {format_bytes(one)}, `ulimit -f` allows"
+        return Check("disk", "fail", f"{text} {format_bytes(limit)}. Raise that limit.")
     text = f"{copies} x {format_bytes(one)} for checkpoints, {format_bytes(free)} free in {folder}"
     waiting = config.max_unverified if transport is not None else 0
     if free >= (copies + waiting) * one:

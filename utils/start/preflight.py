@@ -46,7 +46,9 @@ from utils.start.checks import Check, print_checks, require_all
 from utils.start.facts import RunFacts
 from utils.start.forecast import check_times, is_long_run
 from utils.start.machine_checks import (
+    check_cache,
     check_disk,
+    check_folders,
     check_memory,
     check_snapshot,
     estimate_memory,
@@ -270,6 +272,8 @@ def check_start(
         memory,
         check_snapshot(config, facts.counts),
         check_disk(config, facts.counts, transport),
+        *check_folders(config),
+        *([check_cache(config, sources, facts.vocab_size)] if sources else []),
         *uploading,
         *owning,
         *unmeasured,

@@ -207,3 +207,22 @@ def test_a_terminal_gets_a_live_line_that_goes_away(tmp_path: Path) -> None:
     assert "a info line" in shown
     assert "at the bottom" in shown
     assert shown.rstrip().endswith("end")
+
+
+def test_a_log_file_on_a_full_disk_is_told_once_and_the_lines_go_on(tmp_path: Path) -> None:
+    (tmp_path / "full.log").symlink_to("/dev/full")
+    code = (
+        "import logging; from pathlib import Path; from utils.base.console import *\n"
+        "configure_logging(file=Path('full.log'))\n"
+        "for word in ('one', 'two', 'three'): logging.warning(word)\n"
+    )
+    result = run_python("-c", code, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.count("full.log cannot be written: No space left on device.") == 1
+    assert all(f" {word}\n" in result.stdout for word in ("one", "two", "three"))
+
+
+def test_a_name_that_is_too_long_is_a_wrong_word(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("n" * 400)
+    assert run_command(lambda args: path.read_text() and 0, argparse.Namespace()) == ExitCode.USAGE
+    assert "File name too long" in capsys.readouterr().err

@@ -352,3 +352,17 @@ def test_a_trainer_that_is_killed_takes_the_save_in_progress_with_it(tmp_path: P
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-epoch0-step1-files0"]
     assert value_of(tmp_path / "checkpoint-epoch0-step1-files0") == 1.0
+
+
+def test_every_file_has_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    code = (
+        "import os; os.umask(0o027)\n"
+        "from pathlib import Path\n"
+        "from tests.utils.checkpoints.test_saver import make_files\n"
+        "from utils.checkpoints.files import write_files\n"
+        "write_files(make_files(1, 1.0), Path('made'))\n"
+    )
+    assert run_python("-c", code, cwd=tmp_path).returncode == 0
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "made").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o640)
+    assert "model.safetensors" in modes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import signal
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from configs.config_files import PROJECT_DIRECTORY
+from tests.processes import run_python
 from tests.sample_shards import (
     BAD_HEADERS,
     BAD_TOKENS,
@@ -25,7 +27,13 @@ from tests.sample_shards import (
     save_shard,
     saved,
 )
-from utils.base.errors import ConfigError, ObjectNotFoundError, ShardError, TransientStorageError
+from utils.base.errors import (
+    ConfigError,
+    ObjectNotFoundError,
+    ShardError,
+    StorageError,
+    TransientStorageError,
+)
 from utils.data.shard_cache import ShardCache, decode_shard
 from utils.data.shard_index import ShardFacts, read_shard_facts
 from utils.storage.bucket import ObjectInfo
@@ -404,3 +412,55 @@ def test_a_small_file_that_unpacks_to_much_is_refused_before_it_is_unpacked(
     assert path.stat().st_size < 300_000
     with pytest.raises(ShardError, match="unpacks to .* more than 100 times its"):
         next(decode_shard(path, NAME, 100))
+
+
+class FullDisk(CountingBucket):
+    """Says of a download what Google's does where the disk of this machine is full."""
+
+    def fetch(self, name: str, scratch: Path) -> Path:
+        raise TransientStorageError(name) from OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_told_at_once_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.data.shard_cache.GIVE_UP_SECONDS", 0)
+    bucket = FullDisk(tmp_path / "data")
+    facts = save_shard(bucket.root / NAME, input_ids=IDS)
+    cache = ShardCache([(bucket, [facts])], tmp_path / "cache", 100)
+    with pytest.raises(StorageError, match="cache cannot be written: No space left") as caught:
+        cache.tokens(0)
+    assert not isinstance(caught.value, TransientStorageError)
+    cache.close()
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from utils.base.errors import StorageError
+from utils.data.shard_cache import ShardCache
+from utils.data.shard_index import ShardFacts
+from utils.storage.directory import DirectoryBucket
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+cache = ShardCache(
+    [(DirectoryBucket(Path("data")), [ShardFacts(sys.argv[1], 100, int(sys.argv[2]), None)])],
+    Path(sys.argv[3]),
+    100,
+)
+try:
+    cache.tokens(0)
+except StorageError as exc:
+    print(exc)
+"""
+
+
+@pytest.mark.parametrize(("folder", "reason"), [("cache", "File too large"), ("data/" + NAME, "")])
+def test_a_cache_that_cannot_be_written_is_told_by_its_folder(
+    tmp_path: Path, folder: str, reason: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    facts = save_shard(tmp_path / "data" / NAME, input_ids=IDS)
+    result = run_python("-c", LIMITED, NAME, facts.size, folder, cwd=tmp_path)
+    assert result.stdout.startswith(f"{folder} cannot be written: {reason}"), result.stderr
+    assert not list((tmp_path / "cache").rglob(".tmp-*"))

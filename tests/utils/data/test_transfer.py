@@ -13,7 +13,7 @@ import pytest
 from tests.gcs_server import FakeGcsServer, Fault
 from tests.sample_json import UNREADABLE
 from tests.sample_shards import flip_bit
-from utils.base.errors import DataError, ExitCode, StorageError, UsageError
+from utils.base.errors import DataError, ExitCode, StorageError, TransientStorageError, UsageError
 from utils.data.transfer import (
     Found,
     find_objects,
@@ -292,3 +292,18 @@ def test_the_current_directory_is_not_removed(tree: Path, monkeypatch: pytest.Mo
     with pytest.raises(UsageError, match="not removed"):
         remove_objects(Found(bucket, tuple(bucket.list())))
     assert (tree / "index.json").exists()
+
+
+class FullDisk(DirectoryBucket):
+    """Writes a part of a download, as a full disk does."""
+
+    def get_file(self, name: str, path: Path) -> str:
+        path.write_bytes(b"a part")
+        raise TransientStorageError("No space left on device")
+
+
+def test_a_download_that_fails_leaves_nothing(tree: Path, tmp_path: Path) -> None:
+    found = Found(FullDisk(tree), find_objects(str(tree)).objects)
+    with pytest.raises(TransientStorageError, match="No space left"):
+        get_tree(found, tmp_path / "back")
+    assert not [path for path in (tmp_path / "back").rglob("*") if path.is_file()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,7 +15,13 @@ from utils.models.estimates import MemoryEstimate
 from utils.start import machine_checks
 from utils.start.checks import Check
 from utils.start.facts import RunFacts
-from utils.start.machine_checks import check_memory, find_free_memory
+from utils.start.machine_checks import (
+    check_cache,
+    check_disk,
+    check_folders,
+    check_memory,
+    find_free_memory,
+)
 from utils.start.preflight import check_settings, check_tokens, check_vocabulary
 
 CPU = torch.device("cpu")
@@ -84,3 +92,41 @@ def test_ranks_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyPatch
     free, where = find_free_memory(CPU)
     assert free == 5 * GIB
     assert "for each of 2 ranks" in where
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocked = tmp_path / "a-file"
+    blocked.touch()
+    keys = ("output_dir", "logging_dir", "cache_dir")
+    for key in keys:
+        config = TrainingConfig(**{key: str(blocked)}, run_name="run")
+        (check,) = check_folders(config)
+        assert (check.name, check.status) == ("disk", "fail")
+        assert (
+            check.message == f"{blocked} cannot be written: Not a directory. Set {key} elsewhere."
+        )
+    assert check_folders(TrainingConfig()) == []
+    assert list(tmp_path.iterdir()) == [blocked]
+
+
+@pytest.mark.parametrize(("free", "status"), [(2 * 5000 + 1, "ok"), (2 * 5000, "fail")])
+def test_a_window_of_shards_must_fit_into_the_cache_s_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, status: str
+) -> None:
+    usage = type("Usage", (), {"free": free})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    config = TrainingConfig(cache_dir=str(tmp_path))
+    check = check_cache(config, [source_of(5000)], 512)
+    assert (check.name, check.status) == ("cache", status)
+
+
+def test_a_limit_on_the_size_of_files_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda which: (1000, 1000))
+    check = check_disk(TrainingConfig(output_dir=str(tmp_path)), ParameterCounts(10**6, 0))
+    assert check.status == "fail"
+    assert "`ulimit -f` allows 1000 B" in check.message

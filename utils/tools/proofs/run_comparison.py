@@ -15,7 +15,6 @@ from utils.checkpoints.layout import (
     BATCHES_FILE,
     DATA_STATE_FILE,
     METRICS_FILE,
-    RANDOM_STATES_PREFIX,
     read_json,
 )
 from utils.checkpoints.store import verify_checkpoint
@@ -107,10 +106,6 @@ def compare_checkpoints(straight: Path, other: Path) -> list[Comparison]:
             found.append(Comparison(name, "-", tuple(f"{path} is missing" for path in missing)))
             continue
         values = [_load(path) for path in paths]
-        if name.startswith(RANDOM_STATES_PREFIX):
-            for value in values:
-                # Accelerate's count of micro-steps begins at 0 in each process; nothing needs it.
-                value.pop("step", None)
         extent = f"{_count_leaves(values[0])} values"
         found.append(Comparison(name, extent, tuple(_differences(values[0], values[1], ""))))
     return found
