@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,8 +66,13 @@ READING = b"tokenizer.json decides"
 # A longer document is encoded in pieces: an encoding takes about 100 times the text's memory,
 # and one piece keeps one core busy only.
 PIECE_CHARACTERS = 2**16
-PROBE_HEADS = ("One, two.\n", "  three\n  four\n", "it's\n", "\t{7}\n", "\u00e9t\u00e9\n")
-PROBE_TAILS = ("One, two.\n", "'s it\n", "7", "{\n\n", "\u00e9t\u00e9")
+# So much of a document without a place to cut is kept for the next part of it.
+UNCUT_CHARACTERS = 2**20
+# Where to try, best first: where a line begins, before a word, anywhere; none beside more space.
+CUTS = (r"(?<=\S\n)(?=\S)", r"(?<=\S)(?= \S)", r"(?<=\S)(?=\S)")
+CUT_SEARCH_CHARACTERS = 2**12
+CUT_TRIES = 8
+CUT_CONTEXT_CHARACTERS = 128
 
 
 @dataclass(frozen=True)
@@ -275,6 +281,8 @@ class _Piece(NamedTuple):
     """Whether it is the last piece of what came as one document."""
     has_end: bool
     """The end token follows."""
+    num_dropped: int = 0
+    """How many of its first ids are those of the character before the cut."""
 
 
 class _Batch(NamedTuple):
@@ -298,7 +306,6 @@ class _Encoder:
         assert tokenizer.eos_token_id is not None
         self._eos_token_id = tokenizer.eos_token_id
         self._cache = cache
-        self._piece_characters = PIECE_CHARACTERS if _can_encode_in_pieces(self._backend) else None
         self._key = f"{tokenizer.sha256} {ENCODING_FORMAT} {tokenizers.__version__} {self._dtype}"
 
     def encode(self, documents: Iterable[Document]) -> Iterator[TokenizedDocument]:
@@ -317,7 +324,7 @@ class _Encoder:
     def _encoded_batches(self, documents: Iterable[Document]) -> Iterator[tuple[_Batch, _Ids]]:
         with ThreadPoolExecutor(1, "tokenizer") as pool:
             waiting: tuple[_Batch, Future[Any]] | None = None
-            for batch in _batches(_pieces(documents, self._piece_characters)):
+            for batch in _batches(_Cutter(self._backend).pieces(documents)):
                 future = pool.submit(self._look_up_or_encode, batch)
                 if waiting is not None:
                     yield waiting[0], self._finish(*waiting)
@@ -360,7 +367,10 @@ class _Encoder:
         stops = np.cumsum(encoded.lengths, dtype=np.int64)
         ids = np.insert(encoded.ids, stops[ends == 1], self._eos_token_id)
         cuts = [0, *(stops + np.cumsum(ends)).tolist()]
-        return [ids[start:stop] for start, stop in itertools.pairwise(cuts)]
+        return [
+            ids[start + piece.num_dropped : stop]
+            for piece, (start, stop) in zip(batch.pieces, itertools.pairwise(cuts), strict=True)
+        ]
 
 
 def _unpack(content: bytes, dtype: np.dtype[Any], num_pieces: int) -> _Ids:
@@ -369,28 +379,67 @@ def _unpack(content: bytes, dtype: np.dtype[Any], num_pieces: int) -> _Ids:
     return _Ids(lengths, np.frombuffer(content, dtype, offset=lengths.nbytes))
 
 
-def _pieces(documents: Iterable[Document], piece_characters: int | None) -> Iterator[_Piece]:
-    for content, split, is_wanted in documents:
-        assert isinstance(content, str)
-        start = 0
-        while piece_characters is not None and len(content) - start > piece_characters:
-            end = _line_start(content, start + piece_characters)
-            if end is None:
-                break
-            yield _Piece(content[start:end], split, is_wanted, is_last=False, has_end=False)
-            start = end
-        has_end = not isinstance(content, OpenText)
-        yield _Piece(content[start:], split, is_wanted, is_last=True, has_end=has_end)
+class _Cutter:
+    """Cuts long documents into pieces whose ids are those of the whole text.
 
+    The piece after a cut is encoded with the character before it, whose ids are dropped: the
+    tokenizer takes it for no start of a text. A cut is made only where this gives the same ids.
+    """
 
-def _line_start(text: str, position: int) -> int | None:
-    """Return where the next line begins, with no other white space around: no word is cut there."""
-    while (newline := text.find("\n", position)) != -1:
-        around = text[newline - 1] + text[newline + 1 : newline + 2]
-        if len(around) == 2 and not any(character.isspace() for character in around):
-            return newline + 1
-        position = newline + 1
-    return None
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+
+    def pieces(self, documents: Iterable[Document]) -> Iterator[_Piece]:
+        """Yield the pieces; what is left of a part of a document goes on with the next part."""
+        text, num_dropped = "", 0
+        following = itertools.chain(documents, [None])
+        document = next(following)
+        while document is not None:
+            content, split, is_wanted = document
+            assert isinstance(content, str)
+            is_open, text = isinstance(content, OpenText), text + content
+            document = next(following)
+            start = 0
+            while found := self._find_cut(text, start):
+                cut, next_dropped = found
+                yield _Piece(text[start:cut], split, is_wanted, False, False, num_dropped)
+                start, num_dropped = cut - 1, next_dropped
+            text = text[start:]
+            goes_on = is_open and document is not None and document.split == split
+            if goes_on and len(text) <= UNCUT_CHARACTERS:
+                yield _Piece("", split, is_wanted, is_last=True, has_end=False)
+                continue
+            yield _Piece(text, split, is_wanted, True, not is_open, num_dropped)
+            text, num_dropped = "", 0
+
+    def _find_cut(self, text: str, start: int) -> tuple[int, int] | None:
+        """Return where a piece ends, and the number of ids that the next one drops."""
+        # What follows may change how the last word so far is encoded: no cut near the end.
+        end = len(text) - CUT_CONTEXT_CHARACTERS
+        for first in range(start + PIECE_CHARACTERS, end, PIECE_CHARACTERS):
+            # The character before a cut is the next piece's first: a piece has two at least.
+            window = max(first, start + 2), min(first + CUT_SEARCH_CHARACTERS, end)
+            for pattern in CUTS:
+                for match in itertools.islice(
+                    re.compile(pattern).finditer(text, *window), CUT_TRIES
+                ):
+                    num_dropped = self._try_cut(text, match.start())
+                    if num_dropped is not None:
+                        return match.start(), num_dropped
+        return None
+
+    def _try_cut(self, text: str, cut: int) -> int | None:
+        first, last = max(0, cut - CUT_CONTEXT_CHARACTERS), cut + CUT_CONTEXT_CHARACTERS
+        repeated = self._encode(text[cut - 1])
+        whole, left, right = map(
+            self._encode, (text[first:last], text[first:cut], text[cut - 1 : last])
+        )
+        is_clean = repeated + whole == right[: len(repeated)] + left + right[len(repeated) :]
+        return len(repeated) if is_clean else None
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[_Batch]:
@@ -414,20 +463,3 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[_Batch]:
             batch, digest, characters = [], hashlib.blake2b(digest_size=20), 0
     if batch:
         yield _Batch(batch, digest.hexdigest())
-
-
-def _can_encode_in_pieces(backend: tokenizers.Tokenizer) -> bool:
-    """Tell whether cutting where a line begins leaves the ids as they are.
-
-    True of the byte-level pre-tokenizers in use, whose patterns end a word at a newline; not of
-    those that mark the start of each text.
-    """
-
-    def encode(text: str) -> list[int]:
-        return backend.encode(text, add_special_tokens=False).ids
-
-    return all(
-        encode(head + tail) == encode(head) + encode(tail)
-        for head in PROBE_HEADS
-        for tail in PROBE_TAILS
-    )

@@ -237,6 +237,7 @@ def test_one_long_document_is_read_in_parts_and_its_end_is_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: str
 ) -> None:
     monkeypatch.setattr(text_sources, "TEXT_PART_BYTES", 1000)
+    monkeypatch.setattr(tokenization, "PIECE_CHARACTERS", 200)
     text = "".join(f"Line {n}: d\u00e9j\u00e0 vu.\n" for n in range(1000))
     (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     source = FileSource((tmp_path / "book.txt",))

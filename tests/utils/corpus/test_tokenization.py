@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from utils.base.errors import UsageError
 from utils.corpus import tokenization
+from utils.corpus.documents import OpenText
 from utils.corpus.tokenization import (
     Document,
     Tokenizer,
@@ -83,16 +84,61 @@ def test_long_documents_in_pieces_get_the_ids_of_the_whole(
     assert second[:-1] == tokenizer.build_backend().encode("next").ids
 
 
-def test_tokenizer_that_marks_the_start_of_a_text_gets_long_documents_whole(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(tokenization, "PIECE_CHARACTERS", 10)
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0, "_a": 1}, "_a"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("_", prepend_scheme="first")
-    marking = Tokenizer({"tokenizer.json": backend.to_str().encode()}, 2, 0)
-    text = "a b\n" * 100
+def marking_backend(kind: str) -> tokenizers.Tokenizer:
+    """Return a small tokenizer that begins each text with a space of its own."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="?", byte_fallback=True))
+    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    if kind == "byte-level":
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["</s>", "?", *(alphabet if kind != "byte-level" else [])],
+        initial_alphabet=alphabet if kind == "byte-level" else [],
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    if kind == "first":
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    if kind == "llama":
+        replace = tokenizers.normalizers.Replace(" ", "\u2581")
+        prepend = tokenizers.normalizers.Prepend("\u2581")
+        backend.normalizer = tokenizers.normalizers.Sequence([prepend, replace])
+        backend.pre_tokenizer = None
+    backend.encode_special_tokens = True
+    return backend
 
-    assert encode(marking, text)[0][:-1] == backend.encode(text).ids
+
+@pytest.mark.parametrize("part_characters", [37, 1_000])
+@pytest.mark.parametrize("kind", ["always", "first", "llama", "byte-level"])
+def test_a_long_text_in_parts_begins_only_once_for_a_tokenizer_that_marks_beginnings(
+    monkeypatch: pytest.MonkeyPatch, kind: str, part_characters: int
+) -> None:
+    monkeypatch.setattr(tokenization, "PIECE_CHARACTERS", 100)
+    backend = marking_backend(kind)
+    marking = Tokenizer({"tokenizer.json": backend.to_str().encode()}, 700, 0)
+    text = "".join(TEXTS) + " d\u00e9j\u00e0 \u4e2d\u6587  two" * 50
+    cuts = range(0, len(text), part_characters)
+    parts = [OpenText(text[cut : cut + part_characters]) for cut in cuts]
+    parts[-1:] = [str(parts[-1])]
+    cutter = tokenization._Cutter(marking.build_backend())
+
+    documents = list(encode_documents(marking, (Document(part, "train") for part in parts)))
+
+    assert np.concatenate([one.ids for one in documents]).tolist() == [*backend.encode(text).ids, 0]
+    # Documents that are finished are counted by part, and memory holds no whole text.
+    assert len(documents) == len(parts)
+    assert len(list(cutter.pieces(Document(part, "train") for part in parts))) > len(parts) + 20
+
+
+def test_parts_of_a_long_text_in_two_splits_stay_in_their_splits() -> None:
+    marking = Tokenizer({"tokenizer.json": marking_backend("llama").to_str().encode()}, 700, 0)
+    parts = [Document(OpenText("The quick"), "train"), Document(OpenText(" fox"), "val")]
+    documents = encode_documents(marking, [*parts, Document(" red", "train")])
+
+    texts = [(marking.build_backend().encode(part).ids) for part in ("The quick", " fox", " red")]
+    assert [one.ids.tolist() for one in documents] == [texts[0], texts[1], [*texts[2], 0]]
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
