@@ -1,4 +1,4 @@
-"""Files that other processes append to, and files that may turn out to be a pipe or a device.
+"""Files that other processes append to, that may be a pipe or a device, or lie in linked folders.
 
     metrics.jsonl, journal, train.log -> blocks of whole lines -> whoever follows
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,29 @@ def append_line(path: Path, line: bytes, *, sync: bool = False) -> int:
         if sync:
             os.fsync(file.fileno())
         return file.tell()
+
+
+def walk_folders(
+    root: Path, on_error: Callable[[OSError], object] | None = None
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yield each folder from `root` down, with the sorted names of its folders and its files.
+
+    Linked folders are followed, but not in circles. What the caller takes out of a list of folders
+    is not entered.
+    """
+    for name, folders, files in os.walk(root, onerror=on_error, followlinks=True):
+        folder = Path(name)
+        folders[:] = sorted(one for one in folders if not _is_circle(root, folder / one))
+        yield folder, folders, sorted(files)
+
+
+def _is_circle(root: Path, path: Path) -> bool:
+    """Tell whether a folder is a link to one that the walk from `root` is in already."""
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    above = [folder for folder in path.parents if folder.is_relative_to(root)]
+    return any(folder.resolve().is_relative_to(target) for folder in above)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from utils.base.errors import DataError, StorageError, UsageError
+from utils.base.files import walk_folders
 from utils.base.progress import OnProgress
 from utils.base.uri import local_path, split_uri
 from utils.data.shard_index import INDEX_OBJECT, get_json, recorded_checksums
@@ -161,10 +162,7 @@ def get_tree(
             raise UsageError(f"{directory}: {path} is a file; a directory is needed.")
     infos = {require_safe_name(info.name): info for info in found.objects}
     root = directory.resolve()
-    for name in infos:
-        if not (root / name).parent.resolve().is_relative_to(root):
-            raise UsageError(f"{directory}/{name} leads out of the directory by a link.")
-
+    _require_inside(root, infos)
     recorded = _find_recorded(found.bucket, infos)
 
     def get(name: str) -> bool:
@@ -184,7 +182,7 @@ def remove_objects(found: Found, on_progress: OnProgress | None = None) -> None:
     """Delete objects, and the directories that this leaves empty.
 
     Raises:
-        UsageError: It would be the root, the home or the current directory.
+        UsageError: It would be the root, the home or the current directory, or lies elsewhere.
         StorageError: Something could not be deleted.
     """
     bucket = found.bucket
@@ -193,6 +191,7 @@ def remove_objects(found: Found, on_progress: OnProgress | None = None) -> None:
         root = directory.resolve()
         if Path.cwd().is_relative_to(root) or Path.home().is_relative_to(root):
             raise UsageError(f"{root} holds the current or the home directory: not removed.")
+        _require_inside(root, (info.name for info in found.objects))
     sizes = {info.name: info.size for info in found.objects}
     first = [name for name in sizes if PurePosixPath(name).name == LAST_NAME]
     for name in first:
@@ -205,6 +204,12 @@ def remove_objects(found: Found, on_progress: OnProgress | None = None) -> None:
     _transfer("Removing", remove, sizes, on_progress)
     if directory is not None:
         _remove_empty_directories(directory)
+
+
+def _require_inside(root: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if not (root / name).parent.resolve().is_relative_to(root):
+            raise UsageError(f"{root}/{name} leads out of the directory by a link.")
 
 
 def _find_recorded(bucket: Bucket, names: Iterable[str]) -> dict[str, str]:
@@ -261,10 +266,9 @@ def _local_files(source: Path) -> dict[str, Path]:
     if not source.is_dir():
         raise UsageError(f"{source}: no such file or directory.")
     found = {}
-    for folder, folders, names in os.walk(source):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(folder, name)
+    for folder, _, names in walk_folders(source):
+        for name in names:
+            path = folder / name
             if not name.startswith(TEMPORARY_PREFIX) and path.is_file():
                 found[path.relative_to(source).as_posix()] = path
     if not found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import logging
 import os
 import shutil
 import uuid
@@ -18,6 +19,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 from utils.base.errors import AccessDeniedError, ConflictError, ObjectNotFoundError, UsageError
+from utils.base.files import walk_folders
 from utils.storage.bucket import (
     Meter,
     ObjectInfo,
@@ -38,6 +40,8 @@ UNSUPPORTED_ERRORS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVA
 UNSUPPORTED_RENAME_ERRORS = UNSUPPORTED_ERRORS | {errno.EXDEV, errno.EEXIST}
 SYNC_BYTES = 64 * 2**20
 
+log = logging.getLogger(__name__)
+
 Commit = Callable[[Path, Path], None]
 """Makes a temporary file the object's own."""
 
@@ -54,6 +58,7 @@ class DirectoryBucket:
         self.root = root.expanduser().absolute()
         self.uri = str(self.root)
         self._meter = meter or Meter()
+        self._dangling: set[str] = set()
 
     def _path(self, name: str) -> Path:
         pure = PurePosixPath(name)
@@ -62,20 +67,23 @@ class DirectoryBucket:
         return self.root / pure
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Yield the objects whose name starts with `prefix`, sorted by name."""
+        """Yield the objects whose name starts with `prefix`, sorted by name; links are followed."""
         directory = self.root / prefix.rpartition("/")[0]
         found = []
         with self._mapped_errors(prefix):
-            for folder, folders, files in os.walk(directory, onerror=_raise_unless_gone):
+            for folder, folders, files in walk_folders(directory, _raise_unless_gone):
                 folders[:] = [name for name in folders if not name.startswith(TEMPORARY_PREFIX)]
                 for file in files:
-                    name = (Path(folder) / file).relative_to(self.root).as_posix()
+                    name = (folder / file).relative_to(self.root).as_posix()
                     if name.startswith(prefix) and not file.startswith(TEMPORARY_PREFIX):
                         found.append(name)
         for name in sorted(found):
             info = self.stat(name)
             if info is not None:
                 yield info
+            elif self._path(name).is_symlink() and name not in self._dangling:
+                self._dangling.add(name)
+                log.warning("%s/%s is a link to nothing: left out.", self.uri, name)
 
     def stat(self, name: str) -> ObjectInfo | None:
         """Return the object's size and time, or None; directories keep no checksum."""

@@ -97,6 +97,22 @@ def test_validation_shards_are_held_back_and_max_files_takes_the_first(tmp_path:
         assert index.training_tokens == 3 * len(names)
 
 
+def test_linked_shards_and_folders_count_and_a_link_to_nothing_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_shard(tmp_path / "disk" / "b.npz", input_ids=[1, 2])
+    save_shard(tmp_path / "hash.npz", input_ids=[3, 4, 5])
+    (tmp_path / "hash.npz").rename(tmp_path / "hash")
+    (tmp_path / "data").mkdir()
+    for name, target in (("a.npz", "hash"), ("part", "disk"), ("gone", "unmounted")):
+        (tmp_path / "data" / name).symlink_to(tmp_path / target)
+    bucket = DirectoryBucket(tmp_path / "data")
+    for _ in range(2):
+        shards = build_shard_index(bucket).training
+        assert [(shard.name, shard.tokens) for shard in shards] == [("a.npz", 3), ("part/b.npz", 2)]
+    assert caplog.text.count("data/gone is a link to nothing: left out") == 1
+
+
 def index_of(*shards: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {"format": 1, "shards": list(shards), **changes}
 

@@ -243,6 +243,28 @@ def test_a_link_that_leads_out_of_the_directory_is_not_followed(tree: Path, tmp_
     assert list((tmp_path / "outside").iterdir()) == []
 
 
+def test_linked_folders_are_copied_and_never_emptied(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "more").mkdir(parents=True)
+    (tmp_path / "disk" / "more" / "b.npz").write_bytes(b"b")
+    (tree / "linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "more" / "circle").symlink_to(tree)
+    put(tree, str(tmp_path / "target"))
+    names = [
+        "a.npz",
+        "index.json",
+        "linked/more/b.npz",
+        "sub/deep/empty",
+        "sub/d\u00e9j\u00e0 vu.txt",
+    ]
+    assert sorted(contents(tmp_path / "target")) == names
+    found = find_objects(str(tree))
+    assert [info.name for info in found.objects] == names
+    with pytest.raises(UsageError, match=r"linked/more/b\.npz leads out"):
+        remove_objects(found)
+    assert (tree / "index.json").exists()
+    assert (tmp_path / "disk" / "more" / "b.npz").exists()
+
+
 def test_a_download_that_was_killed_leaves_nothing_after_the_next(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
