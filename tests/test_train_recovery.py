@@ -507,3 +507,20 @@ def test_a_bucket_that_is_down_fills_no_disk_and_loses_neither_newest_nor_best(
         path.stem for path in (tmp_path / "run/bucket/Checkpoints").glob("checkpoint-*.json")
     }
     assert {name(step) for step in kept} <= sidecars
+
+
+def test_logs_on_a_full_disk_are_told_once_each_and_training_goes_on(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = tmp_path / "run" / "logs"
+    logs.mkdir(parents=True)
+    for file in ("train.log", "metrics.jsonl", "batches.jsonl", "samples.jsonl"):
+        (logs / file).symlink_to("/dev/full")
+    settings = (*EVERY_STEP, "checkpoint_uri=", "sample_tokens=2", "report_to=[]")
+    assert run_train("--max-steps", "4", settings=settings) == 0
+    assert steps(tmp_path)[-1] == 4
+    text = "cannot be written: No space left on device."
+    output = capsys.readouterr().out
+    for file in ("train.log", "metrics.jsonl", "batches.jsonl"):
+        assert output.count(f"{file} {text}") == 1, output
+    assert output.count("could not be written") == 1  # the events

@@ -35,7 +35,6 @@ from utils.start.restore import commit_start
 from utils.start.resume import Start
 from utils.storage.bucket import encode_crc32c
 from utils.tracking import tracking
-from utils.tracking.metrics_log import append_metrics
 from utils.training.stopping import StopRequest
 from utils.training_utils import TrainState, train_step
 
@@ -63,6 +62,7 @@ class TrainingRun:
         data.open(start.bad_shards)
         tokenizer_files = data.read_tokenizer() if self._is_main else {}
         self._sampler = Sampler(config, tokenizer_files, self.paths.samples)
+        self._batches = tracking.JsonLinesTracker(self.paths.batches)
         self._notes = tracking.Notes(state.accelerator, state.progress.step)
         self._meter = open_meter(
             self.paths.metrics if self._is_main else None,
@@ -213,8 +213,7 @@ class TrainingRun:
         for micro_step in zip(*gathered, strict=True):
             for data in micro_step:
                 checksum = google_crc32c.extend(checksum, data)
-        record = {"step": self.state.progress.step, "crc32c": encode_crc32c(checksum)}
-        append_metrics(self.paths.batches, record)
+        self._batches.log({"crc32c": encode_crc32c(checksum)}, self.state.progress.step)
 
     def _roll_back(self) -> None:
         """Bring back the newest checkpoint and go on after the samples of the bad step."""

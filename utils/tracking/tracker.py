@@ -92,7 +92,7 @@ class RunTracker(GeneralTracker):
     @on_main_process
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Take the metrics of a step."""
-        self._attempt(lambda: self._log(values, step or 0))
+        self._attempt(lambda: self._log(values, step or 0), is_proof=True)
 
     @on_main_process
     def log_lines(self, title: str, lines: Sequence[str], step: int) -> None:
@@ -114,7 +114,8 @@ class RunTracker(GeneralTracker):
         """Close it; nothing comes after this. `outcome` is done, stopped or failed."""
         self._attempt(functools.partial(self._end, outcome))
 
-    def _attempt(self, action: Callable[[], None]) -> None:
+    def _attempt(self, action: Callable[[], None], *, is_proof: bool = False) -> None:
+        """Do it, or say why not; `is_proof`: where it succeeds, the tracker works again."""
         try:
             action()
         except Exception as exc:  # noqa: BLE001 - watching must never stop a run
@@ -125,7 +126,7 @@ class RunTracker(GeneralTracker):
                 log.warning("%s cannot be written: %s. Training goes on.", title, reason)
             self._is_failing = True
         else:
-            self._is_failing = False
+            self._is_failing = self._is_failing and not is_proof
 
     def _begin(self, start: RunStart) -> None:
         """Nothing to prepare."""

@@ -34,6 +34,7 @@ MAX_NOTE = 1000
 _TRACKERS = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
 
 log = logging.getLogger(__name__)
+_failing: set[Path] = set()  # files whose last event could not be written: said once
 
 
 class JsonLinesTracker(RunTracker):
@@ -225,10 +226,13 @@ def record_end(accelerator: Accelerator, logs: Path, step: int, outcome: str, **
 
 
 def record_event(logs: Path, event: str, step: int, **facts: Any) -> None:
-    """Append an event to `metrics.jsonl`; where that fails, log a warning and go on."""
+    """Append an event to `metrics.jsonl`; where that fails, say so once and go on."""
     path = logs / METRICS_FILE
     try:
         append_metrics(path, {"event": event, "step": step, **facts})
     except OSError as exc:
-        reason = exc.strerror or exc
-        log.warning("%s: the event %s could not be written: %s.", path, event, reason)
+        reason, level = exc.strerror or exc, logging.DEBUG if path in _failing else logging.WARNING
+        log.log(level, "%s: the event %s could not be written: %s.", path, event, reason)
+        _failing.add(path)
+    else:
+        _failing.discard(path)
