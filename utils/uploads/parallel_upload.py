@@ -22,7 +22,6 @@ from typing import Any
 from utils.base.errors import (
     ConflictError,
     ObjectNotFoundError,
-    StorageError,
     TransientStorageError,
 )
 from utils.storage.bucket import ObjectInfo, WriteStream, crc32c_of_bytes
@@ -85,11 +84,7 @@ def remove_parts(bucket: GcsBucket, prefix: str, keep: Iterable[str] = ()) -> No
     kept = tuple(parts_prefix(name) for name in keep)
     doomed = [info.name for info in bucket.list(prefix) if not info.name.startswith(kept)]
     with ThreadPoolExecutor(REMOVALS, "parts") as pool:
-        try:
-            list(pool.map(bucket.delete, doomed))
-        except StorageError:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        list(pool.map(bucket.delete, doomed))  # an error cancels what has not begun
 
 
 class _Parts:
