@@ -51,7 +51,7 @@ class GcsBucket:
             raise UsageError(f"{uri!r} names no bucket: use gs://bucket/prefix.")
         self.uri = uri.rstrip("/")
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        self._client = _build_gcs_client(meter)
+        self._client, self._meter = _build_gcs_client(meter), meter
         self._bucket = self._client.bucket(bucket_name, user_project=user_project)
         self._options = _gcs_request_options(retry_seconds)
 
@@ -191,6 +191,7 @@ class GcsBucket:
     def _delete(self, name: str, **condition: int) -> None:
         with contextlib.suppress(ObjectNotFoundError), self._mapped_errors(name):
             self._blob(name).delete(**condition, **self._options)
+            self._meter.show_life()
 
     def deletion_notes(self) -> Sequence[str]:
         """Say what the bucket's settings do with objects that are deleted."""

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import logging
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -23,7 +24,7 @@ from typing import IO, Any
 from utils.base.archive_formats import ARCHIVE_FORMATS, COMPRESSIONS
 from utils.base.errors import CheckpointError, ConflictError, StorageError, TransientStorageError
 from utils.base.text import FOREIGN_ERRORS, parse_json
-from utils.base.uri import join_uri
+from utils.base.uri import join_uri, local_path
 from utils.checkpoints.layout import (
     ARCHIVE_SUFFIX,
     METADATA_FILE,
@@ -45,10 +46,14 @@ from utils.uploads.transports import (
     open_transport,
     put_bytes,
 )
+from utils.uploads.watched_command import StallTimer
 
 # A stream of what does not compress grows by less than this, and so does a tar of many files.
 ARCHIVE_GROWTH = 1.01
 ARCHIVE_OVERHEAD_BYTES = 2**20
+# Without progress: less than what the process that waits for the result allows.
+TIDY_SECONDS = 10.0
+TIDY_POLL_SECONDS = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -306,14 +311,43 @@ class _Upload:
         return UploadResult(info.size, info.crc32c, seconds, self.sent, suffix)
 
     def _remove_unfinished(self) -> None:
-        """Remove what this upload, or others before it, left on the way."""
-        try:
-            owed = (archive_object(name, self.suffix) for name in self.job.owed)
-            keep = frozenset(owed) - {self.archive}
-            only = None if self.job.should_sweep else self.archive
-            self.transport.remove_unfinished(REMOTE_FOLDER, keep, only)
-        except StorageError as exc:
-            log.warning("Parts of uploads are left in %s: %s", self.transport.uri, exc)
+        """Remove what this upload, or others before it, left on the way.
+
+        The upload is done and counts, whatever becomes of this: a bucket that does not let go is
+        left alone as soon as it makes no progress.
+        """
+        owed = (archive_object(name, self.suffix) for name in self.job.owed)
+        keep = frozenset(owed) - {self.archive}
+        only = None if self.job.should_sweep else self.archive
+        problem: BaseException | None = TransientStorageError(
+            f"no answer for {TIDY_SECONDS:.0f} s."
+        )
+
+        def tidy() -> None:
+            nonlocal problem
+            try:
+                self.transport.remove_unfinished(REMOTE_FOLDER, keep, only)
+                problem = None
+            except BaseException as exc:  # noqa: BLE001 - raised below, where it is none of these
+                problem = exc
+
+        thread = threading.Thread(target=tidy, name="tidy", daemon=True)
+        thread.start()
+        timer = StallTimer(TIDY_SECONDS)
+        while thread.is_alive() and not timer.is_over:
+            thread.join(TIDY_POLL_SECONDS)
+            timer.see(self.progress.meter.signs_of_life)
+        if isinstance(problem, (StorageError, OSError)):
+            uri = join_uri(self.transport.uri, REMOTE_FOLDER, self.transport.remains)
+            remove = "rm" if local_path(uri) else "python scripts/prepare_data.py rm"
+            log.warning(
+                "%s is verified in the bucket. What uploads left beside it was not removed: %s "
+                "It does no harm but takes space; the next run tries again. To remove it while no "
+                "upload goes on: %s %s",
+                *(self.checkpoint.name, problem, remove, uri),
+            )
+        elif problem is not None:
+            raise problem
 
 
 @dataclass(frozen=True)

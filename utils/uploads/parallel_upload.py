@@ -19,7 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any
 
-from utils.base.errors import ConflictError, ObjectNotFoundError, TransientStorageError
+from utils.base.errors import (
+    ConflictError,
+    ObjectNotFoundError,
+    TransientStorageError,
+)
 from utils.storage.bucket import ObjectInfo, WriteStream, crc32c_of_bytes
 from utils.storage.gcs import GcsBucket
 
@@ -72,13 +76,15 @@ def put_parallel(
 def remove_parts(bucket: GcsBucket, prefix: str, keep: Iterable[str] = ()) -> None:
     """Remove the parts below a prefix, but for those of the objects in `keep`.
 
+    The first that cannot be removed ends it.
+
     Raises:
         StorageError: They cannot be listed or removed.
     """
     kept = tuple(parts_prefix(name) for name in keep)
     doomed = [info.name for info in bucket.list(prefix) if not info.name.startswith(kept)]
     with ThreadPoolExecutor(REMOVALS, "parts") as pool:
-        list(pool.map(bucket.delete, doomed))
+        list(pool.map(bucket.delete, doomed))  # an error cancels what has not begun
 
 
 class _Parts:

@@ -40,7 +40,7 @@ from utils.storage.bucket import (
     mapped_file_errors,
     write_file,
 )
-from utils.storage.directory import DirectoryBucket
+from utils.storage.directory import STREAM_SUFFIX, TEMPORARY_PREFIX, DirectoryBucket
 from utils.storage.gcs import GcsBucket
 from utils.storage.open import open_bucket
 from utils.uploads.parallel_upload import PARTS_FOLDER, parts_prefix, put_parallel, remove_parts
@@ -97,6 +97,8 @@ class Transport(Protocol):
 
     name: str
     uri: str
+    remains: str = ""
+    """What interrupted uploads leave in a folder, as a name or a pattern."""
 
     def put(
         self, object_name: str, write: WriteStream, expected: ObjectInfo | None, max_bytes: int
@@ -201,6 +203,7 @@ class DirectoryTransport(BucketTransport):
     """Into a directory, through temporary files."""
 
     name = "directory"
+    remains = f"{TEMPORARY_PREFIX}*{STREAM_SUFFIX}"
 
     def remove_unfinished(
         self, folder: str, keep: frozenset[str] = frozenset(), only: str | None = None
@@ -213,6 +216,8 @@ class DirectoryTransport(BucketTransport):
 
 class GcsTransport(BucketTransport):
     """Through google-cloud-storage, in parallel parts where more than one stream is allowed."""
+
+    remains = PARTS_FOLDER
 
     def _put_large(self, object_name: str, write: WriteStream, expected: ObjectInfo | None) -> None:
         assert isinstance(self._bucket, GcsBucket)

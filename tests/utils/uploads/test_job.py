@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from utils.checkpoints.layout import (
 )
 from utils.storage.bucket import Bucket, Meter, crc32c_of_bytes
 from utils.storage.open import open_bucket
+from utils.uploads import job as job_module
 from utils.uploads import transports
 from utils.uploads.job import ProgressReport, UploadJob, UploadProgress, UploadResult, run_job
 from utils.uploads.parallel_upload import PARTS_FOLDER, parts_prefix
@@ -72,7 +74,7 @@ class Watched:
     """A transport that is looked at, or goes wrong, before and after each operation."""
 
     def __init__(self, inner: Transport, before: Hook, after: Hook, calls: list[Any]) -> None:
-        self.uri, self.close = inner.uri, inner.close
+        self.uri, self.close, self.remains = inner.uri, inner.close, inner.remains
         self._inner, self._before, self._after, self._calls = inner, before, after, calls
 
     def __getattr__(self, operation: str) -> Any:
@@ -642,8 +644,39 @@ def test_remains_that_cannot_be_removed_are_no_failure(
             fail(AccessDeniedError("403 Forbidden"))
 
     assert place.upload(checkpoint, before=refuse).size > 0
-    assert "Parts of uploads are left in" in caplog.text
+    [line] = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
+    assert line.startswith(f"{NAME} is verified in the bucket.")
+    assert "not removed: 403 Forbidden" in line
+    assert line.endswith(f": rm {place.bucket.uri}/Checkpoints/.tmp-*.part")
     place.require_uploaded(checkpoint)
+
+
+@GS
+def test_remains_that_a_busy_bucket_does_not_let_go_hold_no_upload_up(
+    place: Place,
+    checkpoint: Path,
+    gcs: FakeGcsServer,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job_module, "TIDY_SECONDS", 0.3)
+    place.options = replace(place.options, retry_seconds=8)
+    fault = gcs.add_fault(Fault("status", None, "object.delete"))
+    over = threading.Event()
+
+    def note_the_end(operation: str, name: str) -> None:
+        if operation == "remove_unfinished":
+            over.set()
+
+    place.upload(checkpoint, after=note_the_end)
+    assert not over.is_set()  # it is still being tried
+    gcs.clear_faults()
+    assert over.wait(20)
+    assert fault.fired
+    place.require_uploaded(checkpoint)
+    [line] = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
+    assert "not removed: no answer for 0 s." in line
+    assert line.endswith(": python scripts/prepare_data.py rm gs://runs/a/Checkpoints/.parts")
 
 
 # Progress.

@@ -17,7 +17,7 @@ from utils.base.errors import (
     ConflictError,
     TransientStorageError,
 )
-from utils.storage.bucket import ObjectInfo, crc32c_of_bytes
+from utils.storage.bucket import Meter, ObjectInfo, crc32c_of_bytes
 from utils.storage.gcs import GcsBucket
 from utils.storage.open import open_bucket
 from utils.uploads.parallel_upload import parts_prefix, put_parallel, remove_parts
@@ -190,6 +190,26 @@ def test_parts_are_removed_but_for_those_of_use(gcs: FakeGcsServer, bucket: GcsB
     )
     remove_parts(bucket, "Checkpoints/.parts/")
     assert gcs.list_objects("runs") == ["Checkpoints/a", "Other/.parts/a/00000"]
+
+
+def test_one_part_that_stays_ends_the_removal_and_each_that_goes_is_a_sign_of_life(
+    gcs: FakeGcsServer,
+) -> None:
+    meter = Meter()
+    bucket = open_bucket("gs://runs", meter=meter)
+    assert isinstance(bucket, GcsBucket)
+    for number in range(100):
+        gcs.put_object("runs", f"Checkpoints/.parts/a/{number:05}", b"x")
+    refused = gcs.add_fault(Fault("status", None, "object.delete", name="*/0000[3-9]", status=403))
+    with pytest.raises(AccessDeniedError):
+        remove_parts(bucket, "Checkpoints/.parts/")
+    removed = 100 - len(gcs.list_objects("runs"))
+    assert meter.signs_of_life == removed < 80
+    assert refused.fired
+    gcs.clear_faults()
+    remove_parts(bucket, "Checkpoints/.parts/")
+    assert meter.signs_of_life == 100
+    bucket.close()
 
 
 class HoldingBucket(FailingBucket):
