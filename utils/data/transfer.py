@@ -163,7 +163,14 @@ def get_tree(
     for name in infos:
         if not (root / name).parent.resolve().is_relative_to(root):
             raise UsageError(f"{directory}/{name} leads out of the directory by a link.")
-
+        above = next(
+            (str(path) for path in PurePosixPath(name).parents if str(path) in infos), None
+        )
+        if above is not None:
+            raise UsageError(
+                f"{found.bucket.uri} has {above!r} and {name!r}, and a file cannot be a directory "
+                "too. Nothing was changed."
+            )
     recorded = _find_recorded(found.bucket, infos)
 
     def get(name: str) -> bool:
