@@ -76,8 +76,8 @@ def test_greedy_tokens_are_those_of_transformers(run: Run, trained_run: Path) ->
     tokenizer = AutoTokenizer.from_pretrained(path)
     prompts = ["The end of", "In", "One hundred years", "a b c d e f"]
     words = [word for prompt in prompts for word in ("--prompt", prompt)]
-    code, output, _ = run(*words, "--temperature", "0", "--max-tokens", "24", "--json")
-    assert code == 0
+    code, output, errors = run(*words, "--temperature", "0", "--max-tokens", "24", "--json")
+    assert code == 0, errors
     for prompt, text in zip(prompts, texts_of(output), strict=True):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         made = model.generate(

@@ -163,6 +163,15 @@ def get_tree(
     infos = {require_safe_name(info.name): info for info in found.objects}
     root = directory.resolve()
     _require_inside(root, infos)
+    for name in infos:
+        above = next(
+            (str(path) for path in PurePosixPath(name).parents if str(path) in infos), None
+        )
+        if above is not None:
+            raise UsageError(
+                f"{found.bucket.uri} has {above!r} and {name!r}, and a file cannot be a directory "
+                "too. Nothing was changed."
+            )
     recorded = _find_recorded(found.bucket, infos)
 
     def get(name: str) -> bool:

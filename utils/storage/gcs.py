@@ -56,7 +56,11 @@ class GcsBucket:
         self._options = _gcs_request_options(retry_seconds)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Yield the objects whose name starts with `prefix`, page by page, sorted by name."""
+        """Yield the objects whose name starts with `prefix`, page by page, sorted by name.
+
+        What the Cloud Console makes for an empty folder, an empty object whose name ends with a
+        slash, is a folder here too, and no object.
+        """
         with self._mapped_errors(prefix):
             blobs = self._client.list_blobs(
                 self._bucket,
@@ -65,7 +69,8 @@ class GcsBucket:
                 **self._options,
             )
             for blob in blobs:
-                yield self._info(blob)
+                if blob.size or not blob.name.endswith("/"):
+                    yield self._info(blob)
 
     def stat(self, name: str) -> ObjectInfo | None:
         """Return size, checksum and generation, or None where there is no such object."""

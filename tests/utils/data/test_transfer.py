@@ -226,6 +226,27 @@ def test_hostile_objects_are_refused_with_nothing_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_what_cannot_be_both_file_and_directory_is_refused_with_nothing_written(
+    tmp_path: Path, gcs: FakeGcsServer
+) -> None:
+    for name in ("x/a", "x/a/b/c.npz", "x/fine"):
+        gcs.put_object("runs", name, b"1")
+    with pytest.raises(UsageError, match="has 'a' and 'a/b/c.npz', and a file cannot be"):
+        get("gs://runs/x", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_folders_of_the_cloud_console_are_no_files(tmp_path: Path, gcs: FakeGcsServer) -> None:
+    for name, data in {"": b"", "sub/": b"", "sub/a.npz": b"1", "sub/deep/": b""}.items():
+        gcs.put_object("runs", f"x/{name}", data)
+    assert get("gs://runs/x", tmp_path / "back") == (1, 0)
+    assert contents(tmp_path / "back") == {"sub/a.npz": b"1"}
+    assert get("gs://runs/x/sub/a.npz", tmp_path / "one") == (1, 0)
+    gcs.put_object("runs", "y/", b"")
+    with pytest.raises(UsageError, match="nothing is there"):
+        find_objects("gs://runs/y")
+
+
 def test_hostile_files_are_refused_with_nothing_put(tree: Path, target: str) -> None:
     (tree / "$(touch x)").touch()
     with pytest.raises(UsageError, match="is not a name to copy"):

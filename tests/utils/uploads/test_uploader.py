@@ -267,8 +267,10 @@ def test_what_fails_for_ever_is_tried_so_often_then_kept_and_the_next_goes_on(
     jittered = [uploader_module._jittered(FIRST_RETRY_SECONDS) for _ in range(200)]
     assert 0.5 <= min(jittered) < 0.75 < 1.25 < max(jittered) <= 1.5
 
-    wait_until(lambda: run.states(NAMES[0]).count("failed") == UPLOAD_ATTEMPTS)
-    assert told[-1] == f"{NAMES[0]} was not uploaded: 503 Backend Error (5 attempts)"
+    wait_until(
+        lambda: told[-1:] == [f"{NAMES[0]} was not uploaded: 503 Backend Error (5 attempts)"]
+    )
+    assert run.states(NAMES[0]).count("failed") == UPLOAD_ATTEMPTS
     last = run.journal.latest()[NAMES[0]]
     assert (last.state, last.run_id) == (UploadState.FAILED, RUN_ID)
     assert last.state.is_pending
