@@ -121,7 +121,7 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
         action="extend",
         default=[],
         metavar="PATH",
-        help="text, .jsonl or .parquet files (also .gz, .zst), token files (.npy, .bin), "
+        help="text, JSON lines or .parquet files (also .gz, .zst), token files (.npy, .bin), "
         "directories, 'globs'",
     )
     group.add_argument(
@@ -140,7 +140,7 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
         "--text-column",
         default="text",
         metavar="NAME",
-        help="column of the text in .jsonl, .parquet and --hf (default: text)",
+        help="column of the text in JSON, .parquet and --hf (default: text)",
     )
     group.add_argument("--hf", metavar="NAME", help="Hugging Face dataset, by name or directory")
     group.add_argument("--hf-config", metavar="NAME", help="named subset of the --hf dataset")
@@ -334,19 +334,14 @@ def _file_sources(
     option: str,
 ) -> list[Source]:
     """Return the sources that paths name; neighbours of one kind are one source."""
-    from utils.corpus.text_sources import FileSource, find_files, kind_of
-    from utils.corpus.token_files import (
-        BIN_SUFFIX,
-        BLOCK_TOKENS,
-        NPY_SUFFIX,
-        TOKEN_SUFFIXES,
-        TokenFileSource,
-    )
+    from utils.corpus.file_kinds import BIN_SUFFIX, NPY_SUFFIX, TOKEN_SUFFIXES, find_files, kind_of
+    from utils.corpus.text_sources import FileSource
+    from utils.corpus.token_files import BLOCK_TOKENS, TokenFileSource
 
     # A directory may hold a .bin of any kind: only who tells the type means token ids.
     also = (NPY_SUFFIX, BIN_SUFFIX) if arguments.token_dtype else (NPY_SUFFIX,)
     sources: list[Source] = []
-    paths = find_files(patterns, also, option)
+    paths = find_files(patterns, also, option, arguments.text_column)
     for is_tokens, group in itertools.groupby(paths, lambda path: kind_of(path) in TOKEN_SUFFIXES):
         if is_tokens:
             part_tokens = max(1, min(BLOCK_TOKENS, shard_tokens or BLOCK_TOKENS))

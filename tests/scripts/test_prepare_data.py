@@ -124,6 +124,7 @@ def test_preparing_with_a_new_tokenizer_loads_no_torch(text_file: Path, tmp_path
         (["--input", "t.bin", "--vocab-size", "300"], "--token-dtype"),
         (["--input", "t.npy", "--vocab-size", "3"], "token id 70000"),
         (["--input", "t.npy"], "--vocab-size N"),
+        (["--input", "wide.txt", "--vocab-size", "300"], "iconv -f UTF-16 -t UTF-8"),
         (["--input", "t.npy", "--vocab-size", "80000", "--eos-id", "-1"], "--eos-id"),
         (["--input", "t.npy", "--vocab-size", "80000", "--eos-id", "90000"], "--eos-id 90000"),
         (["--input", "t.npy", "book.txt", "--vocab-size", "80000"], "need --tokenizer"),
@@ -147,6 +148,7 @@ def test_bad_request_is_one_message_and_exit_code_two(
 ) -> None:
     np.save("t.npy", np.array([1, 70000]))
     Path("t.bin").write_bytes(bytes(8))
+    Path("wide.txt").write_text("text", "utf-16")
     Path("bad.model").write_bytes(b"<html>")
     Path("other").mkdir()
     Path("other/index.json").write_text("{}")

@@ -191,7 +191,8 @@ def assign_tail(
 def _cut_validation(content: Content, fraction: Fraction) -> Iterator[Document]:
     cut = math.ceil(len(content) * (1 - fraction))
     if isinstance(content, str):
-        cut = content.rfind("\n", cut // 2, cut) + 1 or cut
+        lines = (content.rfind(end, cut // 2, cut) + 1 for end in "\n\r")
+        cut = next(filter(None, lines), cut)
     head, tail = content[:cut], content[cut:]
     if isinstance(content, OpenText):
         tail = OpenText(tail)

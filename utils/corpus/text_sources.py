@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import ast
 import codecs
-import gzip
 import hashlib
-import io
 import json
 import logging
 import os
@@ -26,27 +24,36 @@ import re
 import sys
 import sysconfig
 import warnings
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, Protocol
 
-from utils.base.errors import DataError, UsageError, first_line
+from utils.base.errors import DataError, first_line
+from utils.base.files import walk_folders
 from utils.base.text import parse_json
-from utils.base.uri import require_path
 from utils.corpus.documents import Content, OpenText
+from utils.corpus.file_kinds import (
+    JSONL_SUFFIXES,
+    NAMED_KINDS,
+    ONE_JSON_VALUE,
+    PARQUET_SUFFIXES,
+    TEXT_SUFFIXES,
+    content_kind,
+    kind_of,
+    list_names,
+    open_text,
+    read_errors,
+    read_lines,
+)
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-PARQUET_SUFFIXES = (".parquet",)
-COMPRESSION_SUFFIXES = (".gz", ".zst")
 LINE_ENDS = b"\r\n"
-_READ_BLOCK_BYTES = 2**20
+MAX_JSON_BYTES = 2**30
 TEXT_PART_BYTES = 2**20
 CUT_SEARCH_BYTES = 2**16
 PARQUET_BATCH_ROWS = 256
+
+log = logging.getLogger(__name__)
 
 SAMPLE_SEED = 20240229
 SAMPLE_MIN_CHARACTERS = 200
@@ -181,6 +188,17 @@ class FileSource:
 
     holds_tokens = False
 
+    def __post_init__(self) -> None:
+        """Refuse what is no text before any work; tell what only the content of a file says."""
+        guesses: dict[str, list[Path]] = {}
+        for path in self.paths:
+            name, kind = kind_of(path), self._kind(path)
+            if name not in NAMED_KINDS or (name in TEXT_SUFFIXES and kind != name):
+                what = "JSON lines" if kind in JSONL_SUFFIXES else "text"
+                guesses.setdefault(what, []).append(path)
+        for what, paths in guesses.items():
+            log.info("Taken for %s by content: %s.", what, list_names(paths))
+
     def documents(self) -> Iterator[str]:
         """Yield the documents of all files.
 
@@ -188,11 +206,11 @@ class FileSource:
             DataError: A file cannot be read, or a record has no such text.
         """
         for path in self.paths:
-            kind = kind_of(path)
+            kind = self._kind(path)
             if kind in PARQUET_SUFFIXES:
                 yield from _parquet_documents(path, self.text_column)
             elif kind in JSONL_SUFFIXES:
-                yield from _jsonl_documents(path, self.text_column)
+                yield from _json_documents(path, self.text_column)
             elif self.document_separator:
                 yield from _separated_documents(path, self.document_separator.encode())
             elif self.document_per == "line":
@@ -202,75 +220,19 @@ class FileSource:
 
     def fingerprint(self) -> str:
         """Return a hash over the bytes of the files and how they are read."""
-        options = [self.document_per, self.text_column, *map(kind_of, self.paths)]
+        options = [self.document_per, self.text_column, *map(self._kind, self.paths)]
         if self.document_separator:
             options.append(self.document_separator)
         return _hash_files(json.dumps(options), self.paths)
 
-
-def find_files(
-    patterns: Iterable[str], also: Sequence[str] = (), option: str = "--input"
-) -> tuple[Path, ...]:
-    """Return the files that paths, directories and globs name: in the order given, each once.
-
-    Directories are searched below for text, JSONL and Parquet files, in sorted order; hidden
-    files are left out. A file given by its own name may have any suffix, and is then text.
-
-    `also` are further suffixes to look for in directories; `option` is what an error names.
-
-    Raises:
-        UsageError: A path does not exist, or nothing usable is there.
-    """
-    found: dict[Path, None] = {}
-    usable = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES, *also)
-    for pattern in patterns:
-        files = _expand(pattern, usable, option)
-        if not files:
-            raise UsageError(
-                f"{option} {pattern}: nothing to read there. Expected files ending in "
-                f"{' '.join(usable)} "
-                f"(also with {' or '.join(COMPRESSION_SUFFIXES)})."
-            )
-        found.update(dict.fromkeys(path.resolve() for path in files))
-    return tuple(found)
-
-
-def _expand(pattern: str, usable: Sequence[str], option: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        return _files_below(path, usable)
-    if path.exists():
-        return [path]
-    require_path(pattern, option)
-    if not any(character in pattern for character in "*?["):
-        raise UsageError(f"{option} {pattern}: no such file or directory.")
-    root = Path(path.anchor)
-    matches = sorted(root.glob(str(path.relative_to(path.anchor))))
-    return [
-        file
-        for match in matches
-        for file in (_files_below(match, usable) if match.is_dir() else [match])
-    ]
-
-
-def _files_below(directory: Path, usable: Sequence[str]) -> list[Path]:
-    return sorted(
-        path
-        for path in directory.rglob("*")
-        if kind_of(path) in usable
-        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
-        and path.is_file()
-    )
-
-
-def kind_of(path: Path) -> str:
-    """Return the suffix that tells the format, in lower case, compression left out."""
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in COMPRESSION_SUFFIXES else suffix
+    def _kind(self, path: Path) -> str:
+        kind = kind_of(path)
+        is_cut = self.document_separator or self.document_per != "file"
+        return kind if is_cut and kind in TEXT_SUFFIXES else content_kind(path, self.text_column)
 
 
 def _whole_document(path: Path) -> Iterator[str]:
-    with _read_errors(path), _open_decompressed(path) as file:
+    with open_text(path) as file:
         data = file.read(TEXT_PART_BYTES + 1)
         start, encoding = 0, "utf-8-sig"
         while len(data) > TEXT_PART_BYTES:
@@ -283,7 +245,7 @@ def _whole_document(path: Path) -> Iterator[str]:
 
 def _separated_documents(path: Path, separator: bytes) -> Iterator[str]:
     """Yield what stands between separators, without the line ends around it; nothing is empty."""
-    with _read_errors(path), _open_decompressed(path) as file:
+    with open_text(path) as file:
         head = file.read(len(codecs.BOM_UTF8))
         data = head.removeprefix(codecs.BOM_UTF8)
         start, is_open = len(head) - len(data), False
@@ -312,7 +274,7 @@ def _piece(data: bytes, path: Path, start: int, *, is_open: bool) -> Iterator[st
 def _find_cut(data: bytes) -> int:
     """Return where a long text is best cut: where a line begins, else between two characters."""
     first = max(1, len(data) - CUT_SEARCH_BYTES)
-    lines = [match.end() for match in re.finditer(rb"(?<=\S)\n(?=\S)", data[first:])]
+    lines = [match.end() for match in re.finditer(rb"(?<=\S)(?:\r?\n|\r)(?=\S)", data[first:])]
     if lines:
         return first + lines[-1]
     cut = len(data) - 1
@@ -321,37 +283,58 @@ def _find_cut(data: bytes) -> int:
     return cut
 
 
-def _decode(data: bytes, encoding: str, path: Path, start: int) -> str:
+def _decode(data: bytes, encoding: str, place: object, start: int = 0) -> str:
+    if b"\0" in data:
+        raise DataError(
+            f"{place}: byte {start + data.index(0)} is NUL, which no text has. Where the rest is "
+            "right, take it out with tr -d '\\000'."
+        )
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as exc:
         raise DataError(
-            f"{path}: byte {start + exc.start} is not UTF-8 ({exc.reason}). Convert the file, for "
-            "example with iconv -f latin1 -t utf-8."
+            f"{place}: byte {start + exc.start} is not UTF-8 ({exc.reason}). Convert text of "
+            "another encoding, for example with iconv -f WINDOWS-1252 -t UTF-8."
         ) from exc
 
 
 def _line_documents(path: Path) -> Iterator[str]:
-    with _read_errors(path), _open_decompressed(path) as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as exc:
-                raise DataError(f"{path}:{number}: not UTF-8 ({exc.reason}).") from exc
+    with open_text(path) as file:
+        for number, line in enumerate(read_lines(file), start=1):
+            encoding = "utf-8-sig" if number == 1 else "utf-8"
+            yield _decode(line.rstrip(LINE_ENDS), encoding, f"{path}:{number}")
 
 
-def _jsonl_documents(path: Path, column: str) -> Iterator[str]:
-    with _read_errors(path), _open_decompressed(path) as file:
-        for number, line in enumerate(file, start=1):
+def _json_documents(path: Path, column: str) -> Iterator[str]:
+    """Yield the texts of JSON lines, or of the one array or object that the file is."""
+    with open_text(path) as file:
+        if ONE_JSON_VALUE.match(file.peek()):
+            data = file.read(MAX_JSON_BYTES + 1)
+            if len(data) > MAX_JSON_BYTES:
+                raise DataError(
+                    f"{path}: one JSON value of more than {MAX_JSON_BYTES:,} bytes. Make JSON "
+                    "lines of it: jq -c '.[]'."
+                )
+            value = _parse(data, path)
+            for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
+                yield _text_of_record(record, column, f"{path}, record {number}")
+            return
+        for number, line in enumerate(read_lines(file), start=1):
             if line.strip():
-                yield _text_of_record(line, column, f"{path}:{number}")
+                place = f"{path}:{number}"
+                yield _text_of_record(_parse(line, place), column, place)
 
 
-def _text_of_record(line: bytes, column: str, place: str) -> str:
+def _parse(data: bytes, place: object) -> Any:
     try:
-        record = parse_json(line.decode("utf-8-sig"))
+        return parse_json(data.decode("utf-8-sig"))
     except ValueError as exc:
-        raise DataError(f"{place}: not JSON ({exc}). One JSON object a line is needed.") from exc
+        raise DataError(
+            f"{place}: not JSON ({exc}). One JSON object a line is needed, or one array of them."
+        ) from exc
+
+
+def _text_of_record(record: Any, column: str, place: str) -> str:
     if not isinstance(record, dict):
         raise DataError(f"{place}: a JSON object is needed, got {type(record).__name__}.")
     text = record.get(column)
@@ -373,7 +356,7 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
-    with _read_errors(path):
+    with read_errors(path):
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 names = file.schema_arrow.names
@@ -396,34 +379,10 @@ def _texts_of_column(values: Iterable[Any], column: str, place: object) -> Itera
         yield text
 
 
-@contextmanager
-def _open_decompressed(path: Path) -> Iterator[BinaryIO]:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        with gzip.open(path) as gzipped:
-            yield cast(BinaryIO, gzipped)
-    elif suffix == ".zst":
-        import pyarrow
-
-        with closing(pyarrow.input_stream(str(path), compression="zstd")) as stream:
-            yield cast(BinaryIO, io.BufferedReader(stream, _READ_BLOCK_BYTES))
-    else:
-        with path.open("rb") as plain:
-            yield plain
-
-
-@contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as exc:
-        raise DataError(f"{path}: cannot be read ({exc}).") from exc
-
-
 def _hash_files(label: str, paths: Iterable[Path]) -> str:
     digest = hashlib.sha256(label.encode())
     for path in paths:
-        with _read_errors(path), path.open("rb") as file:
+        with read_errors(path), path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
@@ -474,8 +433,8 @@ class HubSource:
         directory = Path(self.name).expanduser()
         if directory.is_dir():
             names[0] = "directory"
-            files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-            return _hash_files(json.dumps(names), files)
+            files = (path / name for path, _, found in walk_folders(directory) for name in found)
+            return _hash_files(json.dumps(names), sorted(file for file in files if file.is_file()))
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     @property

@@ -22,13 +22,20 @@ import numpy.typing as npt
 
 from utils.base.errors import DataError, UsageError
 from utils.corpus.documents import TokenArray
+from utils.corpus.file_kinds import (
+    BIN_SUFFIX,
+    HEAD_BYTES,
+    NPY_SUFFIX,
+    TOKEN_SUFFIXES,
+    require_no_signature,
+)
 from utils.data.shard_cache import token_dtype
+from utils.data.shard_index import NPY_MAGIC
 
-NPY_SUFFIX = ".npy"
-BIN_SUFFIX = ".bin"
-TOKEN_SUFFIXES = (NPY_SUFFIX, BIN_SUFFIX)
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64")
 BLOCK_TOKENS = 2**20
+MEGATRON_MAGIC = b"MMIDIDX\0\0"
+MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 
 RawArray = npt.NDArray[np.integer[Any]]
 
@@ -149,6 +156,8 @@ class TokenFileSource:
     def _open(self, path: Path) -> RawArray:
         try:
             if path.suffix.lower() == NPY_SUFFIX:
+                if _read_head(path, len(NPY_MAGIC)) != NPY_MAGIC:
+                    raise ValueError("no .npy header; bare ids are named .bin, see --token-dtype")
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
             else:
                 array = self._open_flat(path)
@@ -164,6 +173,8 @@ class TokenFileSource:
         return array
 
     def _open_flat(self, path: Path) -> RawArray:
+        require_no_signature(path, _read_head(path, HEAD_BYTES))
+        _require_index_dtype(path, self.token_dtype)
         dtype = np.dtype(str(self.token_dtype)).newbyteorder("<")
         size = path.stat().st_size
         if size % dtype.itemsize:
@@ -174,3 +185,20 @@ class TokenFileSource:
         if size == 0:
             raise DataError(f"{path}: holds no tokens.")
         return np.memmap(path, dtype, mode="r")
+
+
+def _read_head(path: Path, count: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(count)
+
+
+def _require_index_dtype(path: Path, token_dtype: str | None) -> None:
+    """Compare the type with what a Megatron index beside the file says: after magic and version."""
+    index = path.with_suffix(".idx")
+    head = _read_head(index, 18) if index.is_file() else b""
+    dtype = MEGATRON_DTYPES.get(head[-1]) if head.startswith(MEGATRON_MAGIC) else token_dtype
+    if dtype != token_dtype:
+        raise DataError(
+            f"{path}: {index.name} beside it says {dtype}, --token-dtype {token_dtype}. Give "
+            f"--token-dtype {dtype}, and --eos-id where documents end with an id."
+        )

@@ -61,7 +61,7 @@ DAMAGE_ERRORS = (
     struct.error,
 )
 
-_NPY_MAGIC = b"\x93NUMPY"
+NPY_MAGIC = b"\x93NUMPY"
 _HEADER_LIMIT_BYTES = 2**16
 _DESCR = re.compile(r"'descr':\s*'([<>=|]?[A-Za-z]\d*)'")
 _ORDER = re.compile(r"'fortran_order':\s*(True|False)")
@@ -452,7 +452,7 @@ def _parse_npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     Raises:
         ValueError: It is no such header.
     """
-    if file.read(len(_NPY_MAGIC)) != _NPY_MAGIC:
+    if file.read(len(NPY_MAGIC)) != NPY_MAGIC:
         raise ValueError("no .npy array")
     major = file.read(2)[:1]
     length = int.from_bytes(file.read(2 if major == b"\x01" else 4), "little")

@@ -286,6 +286,14 @@ def test_splitting_neither_loses_nor_repeats_text(texts: list[str], fraction: fl
         assert abs(num_validation - len(texts) * fraction) <= 1
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_single_document_is_split_where_a_line_begins(end: str) -> None:
+    training, validation = assign_splits([f"A line.{end}" * 99], 0.05)
+    assert (training.split, validation.split) == ("train", "val")
+    assert training.content.endswith(f".{end}")
+    assert validation.content.startswith("A line.")
+
+
 def test_repeats_and_empty_documents_are_left_out(tmp_path: Path, texts: list[str]) -> None:
     source = make_source(tmp_path / "a.jsonl", [*texts, "", *texts[:50]])
 

@@ -1,5 +1,6 @@
 import gzip
 import json
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,8 @@ import pytest
 from tests.sample_json import UNREADABLE
 from utils.base.errors import DataError, UsageError
 from utils.corpus.documents import OpenText
-from utils.corpus.text_sources import FileSource, HubSource, SampleSource, find_files
+from utils.corpus.file_kinds import find_files
+from utils.corpus.text_sources import FileSource, HubSource, SampleSource
 
 TEXT = "One.\r\n\r\n  Two: d\u00e9j\u00e0 vu \U0001f600\n"
 
@@ -54,7 +56,7 @@ def test_text_file_is_one_document_byte_for_byte_or_one_for_each_line(tmp_path: 
 
     assert read(path, document_per="line") == ["one", "", " two ", "three\u2028still three"]
     path.write_bytes(b"good\nbad \xff\n")
-    with pytest.raises(DataError, match=r"a\.txt:2: not UTF-8"):
+    with pytest.raises(DataError, match=r"a\.txt:2: byte 4 is not UTF-8"):
         read(path, document_per="line")
 
 
@@ -84,6 +86,19 @@ def test_jsonl_and_parquet_give_the_chosen_column(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.txt", b"good\xffbad", "byte 4 is not UTF-8"),
+        ("a.txt", "\ufefftext".encode("utf-16-le"), r"cat \S+ | iconv -f UTF-16 -t UTF-8"),
+        ("a.txt", "\ufefftext".encode("utf-32-be"), "this is UTF-32, "),
+        ("a.txt", "Nothing says so.\n".encode("utf-16-le"), "iconv -f UTF-16LE"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "iconv -f UTF-16BE"),
+        ("a.txt.gz", gzip.compress("text".encode("utf-16")), r"gzip -dc \S+ | iconv -f UTF-16"),
+        ("a.txt", tarfile.TarInfo("b").tobuf(), r"tar -xf \S+a\.txt"),
+        ("a.tar.gz", gzip.compress(tarfile.TarInfo("b").tobuf(format=2)), "tar -xf"),
+        ("a", b"PK\x03\x04", "zip archive"),
+        ("a.md", b"abc\0def", "byte 3 is NUL: this is binary data"),
+        ("a.txt", b"damaged" * 200_000 + bytes(9), "byte 1400000 is NUL.*tr -d"),
+        ("a.csv", b"text\na\n", "--hf FOLDER"),
+        ("a.json", b"no JSON", "a.json:1: not JSON"),
+        ("a.json", b'[{"text": "a"}, {"txt": "b"}]', "a.json, record 2: column 'text' is missing"),
         ("a.jsonl", UNREADABLE["nested deeply"], "a.jsonl:1: not JSON .it is nested too deeply"),
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "a.jsonl:2: not JSON"),
         ("a.jsonl", b'{"txt": "a", "id": 1}\n', "column 'text' is missing.*Columns: txt, id"),
@@ -106,6 +121,46 @@ def test_unreadable_file_is_named_with_the_reason(
         read(path)
 
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "b1946ac92492", "a.txt", "a.jsonl"])
+@pytest.mark.parametrize("form", ["lines", "array", "lines of a Mac"])
+def test_records_are_read_as_such_whatever_the_name(tmp_path: Path, name: str, form: str) -> None:
+    lines = [json.dumps({"text": text, "id": 1}) for text in (TEXT, "b")]
+    text = {"lines": "\n".join(lines), "array": f"[{', '.join(lines)}]"}.get(form, "\r".join(lines))
+    data = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+
+    assert read(tmp_path / name) == [TEXT, "b"]
+    if name == "a.txt":
+        assert read(tmp_path / name, document_separator="<end>") == [text]
+
+
+def test_one_json_object_is_a_record_and_other_text_stays_text(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"text": TEXT}, indent=1))
+    assert read(tmp_path / "a.json") == [TEXT]
+    for text in ('{"a": 1}\nis an object.\n', "[Intro]\n{la}\n", '{"a": 1}\n', '{\n "text": 1'):
+        (tmp_path / "song.txt").write_text(text)
+        assert read(tmp_path / "song.txt") == [text]
+
+
+def test_lines_that_end_with_cr_alone_are_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\rd\u00e9j\u00e0\r\rfour\r".encode())
+    assert read(path, document_per="line") == ["one", "d\u00e9j\u00e0", "", "four"]
+    path.write_bytes(b"progress\rline\r\ntwo\n")
+    assert read(path, document_per="line") == ["progress\rline", "two"]
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_a_long_text_is_cut_where_a_line_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr("utils.corpus.text_sources.TEXT_PART_BYTES", 100)
+    (tmp_path / "a.txt").write_bytes(f"A line of words.{end}".encode() * 30)
+    parts = read(tmp_path / "a.txt")
+    assert len(parts) > 4
+    assert all(part.startswith("A line") for part in parts)
 
 
 def test_text_file_is_cut_where_the_separator_stands(tmp_path: Path) -> None:
@@ -174,8 +229,70 @@ def test_directories_and_globs_are_searched_in_sorted_order_and_each_file_is_rea
 
     assert names(str(tmp_path)) == ["a.JSONL.gz", "b.txt", "c.parquet"]
     assert names(f"{tmp_path}/*.txt", str(tmp_path)) == ["b.txt", "a.JSONL.gz", "c.parquet"]
+    assert names(f"{tmp_path}/**") == ["a.JSONL.gz", "b.txt", "c.parquet"]
     assert names(f"{tmp_path}/**/*.parquet") == ["c.parquet"]
     assert names(str(tmp_path / "picture.png")) == ["picture.png"]
+
+
+@pytest.mark.parametrize("folder", ["x[1]", "a*b", "what?", "# 1"])
+def test_a_name_that_exists_as_written_is_no_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (folder, "x1", "axxb", "what1"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        (tmp_path / name / "sub" / "c.txt").write_text(name)
+    wanted = (tmp_path / folder / "sub" / "c.txt",)
+    assert find_files([f"./{folder}/s?b/*.txt"]) == wanted
+    assert find_files([f"{tmp_path}/{folder}/**/c.[s-u]xt"]) == wanted
+
+
+def test_what_a_directory_holds_besides_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_jsonl(tmp_path / "c4.json", {"body": "a"}, {"body": "b"})
+    write_jsonl(tmp_path / "one.json", {"text": "a"})
+    write_jsonl(tmp_path / "version.json", {"version": 1})
+    (tmp_path / "array.json").write_text('[{"text": "a"}]')
+    (tmp_path / "dataset_infos.json").write_text('{\n"text": 1}')
+    for name in ("a.csv", "a.png", "b.png", "c.png"):
+        (tmp_path / name).touch()
+
+    found = [path.name for path in find_files([str(tmp_path)])]
+    assert found == ["array.json", "c4.json", "one.json"]
+    assert "6 files are not read: " in caplog.text
+    assert all(name in caplog.text for name in ("a.csv", "dataset_infos.json", " and 1 more."))
+    with caplog.at_level("INFO"):
+        FileSource((tmp_path / "a.png", tmp_path / "c4.json"))
+    assert f"Taken for text by content: {tmp_path / 'a.png'}." in caplog.text
+    (tmp_path / "only").mkdir()
+    (tmp_path / "a.csv").rename(tmp_path / "only" / "a.csv")
+    with pytest.raises(UsageError, match=r"nothing to read there but \S+a\.csv"):
+        find_files([str(tmp_path / "only")])
+
+
+def test_a_link_is_called_as_the_user_sees_it_and_linked_folders_are_searched(
+    tmp_path: Path,
+) -> None:
+    for folder in ("blobs", "disk/deep", "data"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "blobs" / "b1946").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    (tmp_path / "disk" / "deep" / "c.txt").write_text("c")
+    (tmp_path / "data" / "x.jsonl.gz").symlink_to("../blobs/b1946")
+    (tmp_path / "data" / "again.jsonl.gz").symlink_to("../blobs/b1946")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "deep" / "circle").symlink_to(tmp_path / "data")
+
+    for pattern in ("data", "data/**"):
+        found = find_files([str(tmp_path / pattern)])
+        assert [str(path.relative_to(tmp_path / "data")) for path in found] == [
+            "again.jsonl.gz",
+            "linked/deep/c.txt",
+        ]
+        assert list(FileSource(found).documents()) == ["a", "c"]
+    (tmp_path / "data" / "part").symlink_to("../unmounted")
+    with pytest.raises(DataError, match=r"part: it is a link to \.\./unmounted, which is not"):
+        find_files([str(tmp_path / "data")])
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "*.nothing", "empty"])
@@ -199,3 +316,13 @@ def test_hugging_face_dataset_gives_the_column_of_its_split(
         list(HubSource(name, text_column="body").documents())
     with pytest.raises(DataError, match="cannot be loaded"):
         list(HubSource(name, split="nowhere", streaming=True).documents())
+
+
+def test_fingerprint_of_a_local_dataset_follows_linked_folders(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "a.txt").write_text("a")
+    before = HubSource(str(tmp_path / "data")).fingerprint()
+    (tmp_path / "disk" / "a.txt").write_text("b")
+    assert HubSource(str(tmp_path / "data")).fingerprint() != before
