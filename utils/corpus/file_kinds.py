@@ -208,7 +208,7 @@ def _holds_records(path: Path, column: str) -> bool:
             return False
         if match := ONE_JSON_VALUE.match(file.peek()):
             return match[1].startswith(b"[")
-        lines = (line for line in read_lines(file) if line.strip())
+        lines = (line for line in split_lines(file) if line.strip())
         try:
             records = [parse_json(line) for line in itertools.islice(lines, 2)]
         except ValueError:
@@ -241,7 +241,7 @@ def open_text(path: Path) -> Iterator[io.BufferedReader]:
         yield file
 
 
-def read_lines(file: io.BufferedReader) -> Iterator[bytes]:
+def split_lines(file: io.BufferedReader) -> Iterator[bytes]:
     """Yield the lines, each with its end; where a file has CR and no LF, a CR ends them."""
     head = file.peek()
     if b"\n" in head or b"\r" not in head[:-1]:

@@ -44,7 +44,7 @@ from utils.corpus.file_kinds import (
     list_names,
     open_text,
     read_errors,
-    read_lines,
+    split_lines,
 )
 
 LINE_ENDS = b"\r\n"
@@ -300,7 +300,7 @@ def _decode(data: bytes, encoding: str, place: object, start: int = 0) -> str:
 
 def _line_documents(path: Path) -> Iterator[str]:
     with open_text(path) as file:
-        for number, line in enumerate(read_lines(file), start=1):
+        for number, line in enumerate(split_lines(file), start=1):
             encoding = "utf-8-sig" if number == 1 else "utf-8"
             yield _decode(line.rstrip(LINE_ENDS), encoding, f"{path}:{number}")
 
@@ -319,7 +319,7 @@ def _json_documents(path: Path, column: str) -> Iterator[str]:
             for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
                 yield _text_of_record(record, column, f"{path}, record {number}")
             return
-        for number, line in enumerate(read_lines(file), start=1):
+        for number, line in enumerate(split_lines(file), start=1):
             if line.strip():
                 place = f"{path}:{number}"
                 yield _text_of_record(_parse(line, place), column, place)
