@@ -8,6 +8,7 @@ A terminal gets colours and a live line, a pipe gets plain lines. Every command 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import functools
 import logging
@@ -136,6 +137,11 @@ class _LogFile(logging.FileHandler):
             self._has_failed = True
             path, reason = self.baseFilename, error.strerror or error
             log.warning("%s cannot be written: %s. Log lines are only shown.", path, reason)
+
+    def close(self) -> None:
+        """Close the file; what its disk did not take is lost."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class _HarmlessFormatter(logging.Formatter):

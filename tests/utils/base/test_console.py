@@ -215,6 +215,7 @@ def test_a_log_file_on_a_full_disk_is_told_once_and_the_lines_go_on(tmp_path: Pa
         "import logging; from pathlib import Path; from utils.base.console import *\n"
         "configure_logging(file=Path('full.log'))\n"
         "for word in ('one', 'two', 'three'): logging.warning(word)\n"
+        "configure_logging()  # closes the file\n"
     )
     result = run_python("-c", code, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
