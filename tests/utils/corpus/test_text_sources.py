@@ -65,7 +65,7 @@ def test_compressed_files_read_as_plain_ones(tmp_path: Path, suffix: str) -> Non
     content = b"".join(json.dumps({"text": f"{TEXT}{n}"}).encode() + b"\n" for n in range(5_000))
     path = tmp_path / f"a.jsonl{suffix}"
     if suffix == ".gz":
-        path.write_bytes(gzip.compress(content, mtime=0))
+        path.write_bytes(gzip.compress(content, mtime=0, mtime=0))
     else:
         with pyarrow.output_stream(str(path), compression="zstd") as file:
             file.write(content)
@@ -90,7 +90,11 @@ def test_jsonl_and_parquet_give_the_chosen_column(tmp_path: Path) -> None:
         ("a.txt", "\ufefftext".encode("utf-32-be"), "this is UTF-32, "),
         ("a.txt", "Nothing says so.\n".encode("utf-16-le"), "iconv -f UTF-16LE"),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "iconv -f UTF-16BE"),
-        ("a.txt.gz", gzip.compress("text".encode("utf-16")), r"gzip -dc \S+ | iconv -f UTF-16"),
+        (
+            "a.txt.gz",
+            gzip.compress("text".encode("utf-16"), mtime=0),
+            r"gzip -dc \S+ | iconv -f UTF-16",
+        ),
         ("a.txt", tarfile.TarInfo("b").tobuf(), r"tar -xf \S+a\.txt"),
         ("a.tar.gz", gzip.compress(tarfile.TarInfo("b").tobuf(format=2)), "tar -xf"),
         ("a", b"PK\x03\x04", "zip archive"),
@@ -106,7 +110,7 @@ def test_jsonl_and_parquet_give_the_chosen_column(tmp_path: Path) -> None:
         ("a.jsonl", b"[1]\n", "a JSON object is needed, got list"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
         ("a.txt.gz", b"no gzip", "cannot be read"),
-        ("a.txt.gz", gzip.compress(b"cut off" * 99, mtime=0)[:-9], "cannot be read"),
+        ("a.txt.gz", gzip.compress(b"cut off" * 99, mtime=0, mtime=0)[:-9], "cannot be read"),
         ("a.txt.zst", b"no zstd", "cannot be read"),
         ("a.parquet", b"no parquet", "not a readable Parquet file"),
     ],
@@ -129,7 +133,7 @@ def test_records_are_read_as_such_whatever_the_name(tmp_path: Path, name: str, f
     lines = [json.dumps({"text": text, "id": 1}) for text in (TEXT, "b")]
     text = {"lines": "\n".join(lines), "array": f"[{', '.join(lines)}]"}.get(form, "\r".join(lines))
     data = text.encode()
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
 
     assert read(tmp_path / name) == [TEXT, "b"]
     if name == "a.txt":
@@ -276,7 +280,7 @@ def test_a_link_is_called_as_the_user_sees_it_and_linked_folders_are_searched(
 ) -> None:
     for folder in ("blobs", "disk/deep", "data"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "blobs" / "b1946").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    (tmp_path / "blobs" / "b1946").write_bytes(gzip.compress(b'{"text": "a"}\n', mtime=0))
     (tmp_path / "disk" / "deep" / "c.txt").write_text("c")
     (tmp_path / "data" / "x.jsonl.gz").symlink_to("../blobs/b1946")
     (tmp_path / "data" / "again.jsonl.gz").symlink_to("../blobs/b1946")
