@@ -1,12 +1,12 @@
 # Every target sets itself up. `check` edits nothing.
 VENV ?= venv
-export VENV
+export VENV CONSTRAINTS
 BIN = $(VENV)/bin
 # The models of the tests are too small to gain from threads.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 CODE = train.py debug_gpu.py configs utils benchmarks scripts cloud tests
 
-.PHONY: setup format check-format lint types test check check-all bench soak
+.PHONY: setup format check-format lint types test check check-all check-oldest bench soak
 
 setup:
 	@bash setup.sh --dev
@@ -32,6 +32,10 @@ check: check-format lint types test
 
 check-all: check-format lint types
 	$(PYTEST)
+
+# The tests again, with the lowest versions that requirements.txt allows, in an environment of their own.
+check-oldest:
+	@$(MAKE) VENV=venv-oldest CONSTRAINTS=constraints-oldest.txt test
 
 bench: setup
 	$(BIN)/python scripts/benchmark.py

@@ -7,12 +7,15 @@
 # PYTHON=...             interpreter to use, 3.11 to 3.14 (default: python3; where that is another
 #                        version, the newest of python3.14 ... python3.11)
 # VENV=...               where the environment goes (default: venv/ beside this script)
+# CONSTRAINTS=...        file of the exact versions (default: constraints.txt; constraints-oldest.txt has
+#                        the lowest that requirements.txt allows)
 # TORCH_INDEX_URL=...    package index for torch alone, for example one of CPU-only builds;
 #                        other packages follow pip's own settings (PIP_INDEX_URL, pip.conf)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV="${VENV:-venv}"
+CONSTRAINTS="${CONSTRAINTS:-constraints.txt}"
 requirements=requirements.txt
 [ "${1:-}" = "--dev" ] && requirements=requirements-dev.txt
 versions="3.14 3.13 3.12 3.11"
@@ -75,7 +78,7 @@ if [ -e "$VENV/pyvenv.cfg" ] || [ -x "$bin/python" ]; then
 fi
 
 # What was installed last, by what it was installed from.
-fingerprint() { echo "$(cat constraints.txt requirements.txt "$1" setup.sh | cksum) ${TORCH_INDEX_URL:-}"; }
+fingerprint() { echo "$(cat "$CONSTRAINTS" requirements.txt "$1" setup.sh | cksum) ${TORCH_INDEX_URL:-}"; }
 stamp() { echo "$VENV/.installed-$1"; }
 if [ -n "$has_environment" ] && [ "$(cat "$(stamp "$requirements")" 2>/dev/null)" = "$(fingerprint "$requirements")" ]; then
     echo "setup.sh: $VENV is up to date."
@@ -108,10 +111,10 @@ pip() {
 }
 if [ -n "${TORCH_INDEX_URL:-}" ]; then
     echo "setup.sh: installing torch from TORCH_INDEX_URL."
-    pip install --index-url "$TORCH_INDEX_URL" --constraint constraints.txt torch
+    pip install --index-url "$TORCH_INDEX_URL" --constraint "$CONSTRAINTS" torch
 fi
 echo "setup.sh: installing $requirements (some minutes the first time)."
-pip install --constraint constraints.txt --requirement "$requirements"
+pip install --constraint "$CONSTRAINTS" --requirement "$requirements"
 
 # gsutil pins an old google-auth, so it gets an environment of its own inside this one.
 if ! command -v gsutil >/dev/null 2>&1 && [ ! -x "$bin/gsutil" ]; then

@@ -47,10 +47,12 @@ def test_a_model_without_notice_of_position_ids_cannot_mask_documents(tmp_path: 
 
 
 def test_what_cannot_run_is_one_clear_line(tmp_path: Path) -> None:
-    gemma2 = built(tmp_path, "gemma2", num_key_value_heads=2, head_dim=8)
-    with pytest.raises(ConfigError, match=r"gemma2 .* has only attn_implementation=eager for it\."):
-        require_language_model(gemma2)
-    require_language_model(gemma2, attention="eager")
+    gpt_oss = built(tmp_path, "gpt_oss", num_key_value_heads=2, head_dim=8, num_local_experts=4)
+    with pytest.raises(
+        ConfigError, match=r"gpt_oss .* has only attn_implementation=eager for it\."
+    ):
+        require_language_model(gpt_oss)
+    require_language_model(gpt_oss, attention="eager")
     config = built(tmp_path, "llama")
     config.rms_norm_eps = float("nan")
     with pytest.raises(ConfigError, match="no finite numbers"):

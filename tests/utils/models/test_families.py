@@ -111,7 +111,10 @@ def test_flops_of_a_token_are_those_that_torch_counts(
     )
     added = [n for n, p in core.named_parameters() if p.dim() < 2 or "wpe" in n]  # not multiplied
     rest = 6 * sum(core.get_parameter(name).numel() for name in added)
-    assert counter.get_total_flops() == (cost.flops_per_token - rest) * TOKENS.numel()
+    # Some versions make the angles of the positions by a product.
+    angles = sum(counter.get_flop_counts().get("LossModel.core.model.rotary_emb", {}).values())
+    flops = counter.get_total_flops() - angles
+    assert flops == (cost.flops_per_token - rest) * TOKENS.numel()
 
 
 def kept_bytes(config: Any, tokens: int, *, bf16: bool, policy: str) -> int:
@@ -119,7 +122,7 @@ def kept_bytes(config: Any, tokens: int, *, bf16: bool, policy: str) -> int:
     model = LossModel(build_model(config, training(policy)))
     gc.collect()  # what goes meanwhile would count as if it had been there
     with (
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched,
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as watched,
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
         loss = forward_loss(model, torch.zeros((1, tokens), dtype=torch.int64), None)

@@ -23,6 +23,7 @@ class FakeHub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.commits = 0
@@ -55,9 +56,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
-            self.server.private.setdefault(name, asked.get("visibility") == "private")
+            is_private = asked.get("visibility") == "private" or asked.get("private") is True
+            self.server.private.setdefault(name, is_private)
             self.server.repositories.setdefault(name, {".gitattributes": b""})
-            return self._answer(200, {"url": f"http://127.0.0.1/{name}", "id": "1"})
+            return self._answer(200, {"url": f"{self.server.url}/{name}", "id": "1"})
         if self.server.refuses_writes:
             return self._answer(403, {"error": "Forbidden: the token may only read"})
         if self.path == "/api/validate-yaml":
@@ -75,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "success": True,
                 "commitOid": "1" * 40,
-                "commitUrl": f"http://127.0.0.1/{owner}/{repository}/commit/{'1' * 40}",
+                "commitUrl": f"{self.server.url}/{owner}/{repository}/commit/{'1' * 40}",
                 "hookOutput": "",
             },
         )
@@ -105,8 +107,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with FakeHub() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
         server.shutdown()
