@@ -322,6 +322,16 @@ def test_hugging_face_dataset_gives_the_column_of_its_split(
         list(HubSource(name, split="nowhere", streaming=True).documents())
 
 
+def test_a_stream_that_does_not_know_its_columns_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "a", "n": 1}, {"text": "b", "n": 2}]
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    assert stream.column_names is None
+    monkeypatch.setattr(HubSource, "_open", lambda self: stream)
+    assert list(HubSource("name", streaming=True).documents()) == ["a", "b"]
+    with pytest.raises(DataError, match="column 'body' is missing.* Columns: text, n"):
+        list(HubSource("name", text_column="body", streaming=True).documents())
+
+
 def test_fingerprint_of_a_local_dataset_follows_linked_folders(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "disk").mkdir()
