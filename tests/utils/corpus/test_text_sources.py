@@ -190,6 +190,9 @@ def test_a_separator_is_found_wherever_blocks_end(
     path = tmp_path / "stories.txt"
     stories = ["a" * 5, "b\n" * 40 + "b", "\u00e9" * 30, "c"]
     path.write_bytes("<end>".join(stories).encode())
+    (tmp_path / "two.txt").write_text(f"{'a' * 20}<end>{'b' * 20}")
+    two = FileSource((tmp_path / "two.txt",), document_separator="<end>")
+    other = FileSource(two.paths, document_separator="<ends>")
     for block in range(6, 40):
         monkeypatch.setattr("utils.corpus.text_sources.TEXT_PART_BYTES", block)
         parts = read(path, document_separator="<end>")
@@ -197,6 +200,8 @@ def test_a_separator_is_found_wherever_blocks_end(
         closed = [not isinstance(part, OpenText) for part in parts]
         assert sum(closed) == len(stories)
         assert any(isinstance(part, OpenText) for part in parts)
+        assert two.uses("document_separator")
+        assert not other.uses("document_separator")
 
 
 def test_parquet_column_that_is_not_there_or_null_is_named(tmp_path: Path) -> None:
@@ -320,6 +325,16 @@ def test_hugging_face_dataset_gives_the_column_of_its_split(
         list(HubSource(name, text_column="body").documents())
     with pytest.raises(DataError, match="cannot be loaded"):
         list(HubSource(name, split="nowhere", streaming=True).documents())
+
+
+def test_a_stream_that_does_not_know_its_columns_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "a", "n": 1}, {"text": "b", "n": 2}]
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    assert stream.column_names is None
+    monkeypatch.setattr(HubSource, "_open", lambda self: stream)
+    assert list(HubSource("name", streaming=True).documents()) == ["a", "b"]
+    with pytest.raises(DataError, match="column 'body' is missing.* Columns: text, n"):
+        list(HubSource("name", text_column="body", streaming=True).documents())
 
 
 def test_fingerprint_of_a_local_dataset_follows_linked_folders(tmp_path: Path) -> None:
