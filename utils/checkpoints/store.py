@@ -22,9 +22,10 @@ from filelock import FileLock, Timeout
 from configs.training_config import TrainingConfig
 from utils.base.archive_formats import ARCHIVE_SUFFIXES
 from utils.base.errors import CheckpointError, LockedError
-from utils.base.files import read_regular_file
+from utils.base.files import LOCK_SUFFIX, read_regular_file, remove_abandoned
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
+    DOWNLOAD_PREFIX,
     MANIFEST_FILE,
     RANDOM_STATES_PREFIX,
     SAVING_PREFIX,
@@ -145,8 +146,11 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what an interrupted save, archive or deletion left behind."""
     if not directory.is_dir():
         return
-    _remove_locks(directory)
+    for prefix in (UPLOAD_LOCK_PREFIX, DOWNLOAD_PREFIX):
+        remove_abandoned(directory, prefix)
     for path in list(directory.iterdir()):
+        if path.with_suffix(LOCK_SUFFIX).exists():
+            continue  # a download goes on
         if path.name.startswith(SAVING_PREFIX) and path.is_dir():
             log.info("Removing %s, left by an interrupted save.", path.name)
             shutil.rmtree(path, ignore_errors=True)
@@ -181,16 +185,6 @@ def hold_upload(checkpoint: Path) -> Iterator[bool]:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)  # still held: whoever waits for it looks again
         lock.release()
-
-
-def _remove_locks(directory: Path) -> None:
-    """Remove the locks of uploads, except of those in progress."""
-    for path in directory.glob(f"{UPLOAD_LOCK_PREFIX}*.lock"):
-        lock = FileLock(path)
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=0)
-            path.unlink(missing_ok=True)
-            lock.release()
 
 
 def set_aside(checkpoint: Path, directory: Path) -> Path:
