@@ -87,6 +87,18 @@ def scratch_directory(parent: Path, prefix: str) -> Iterator[Path]:
             Path(lock.lock_file).unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def removing_empty_folders(*folders: Path) -> Iterator[None]:
+    """Remove afterwards what was not there before of folders and those above them, where empty."""
+    made = [one for folder in folders for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 def remove_abandoned(parent: Path, prefix: str) -> None:
     """Remove locks that no process holds, and the scratch directories that they belong to."""
     for path in parent.glob(f"{prefix}*{LOCK_SUFFIX}"):

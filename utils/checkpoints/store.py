@@ -22,7 +22,12 @@ from filelock import FileLock, Timeout
 from configs.training_config import TrainingConfig
 from utils.base.archive_formats import ARCHIVE_SUFFIXES
 from utils.base.errors import CheckpointError, LockedError
-from utils.base.files import LOCK_SUFFIX, read_regular_file, remove_abandoned
+from utils.base.files import (
+    LOCK_SUFFIX,
+    read_regular_file,
+    remove_abandoned,
+    removing_empty_folders,
+)
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
     DOWNLOAD_PREFIX,
@@ -111,11 +116,20 @@ def _verify_file(checkpoint: Path, name: str, entry: FileEntry) -> None:
 def hold_output_directory(paths: RunPaths) -> Iterator[None]:
     """Hold the output directory of a run, so that no other trainer works in it.
 
+    One that is made for this and has nothing in it afterwards is removed.
+
     Raises:
         LockedError: A live process holds it; the message names it.
     """
-    paths.checkpoints.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(paths.lock)
+    with removing_empty_folders(paths.checkpoints):
+        paths.checkpoints.mkdir(parents=True, exist_ok=True)
+        with _hold_made_directory(paths):
+            yield
+
+
+@contextlib.contextmanager
+def _hold_made_directory(paths: RunPaths) -> Iterator[None]:
+    lock, owner = FileLock(paths.lock), _owner_file(paths)
     try:
         # A trainer that was just killed holds it until the last of its threads has ended.
         lock.acquire(timeout=OUTPUT_LOCK_SECONDS)
@@ -125,9 +139,13 @@ def hold_output_directory(paths: RunPaths) -> Iterator[None]:
             "Wait for it, or choose another --set output_dir or run_name."
         ) from exc
     try:
-        _owner_file(paths).write_text(f"process {os.getpid()} on {platform.node()}\n", "utf-8")
+        owner.write_text(f"process {os.getpid()} on {platform.node()}\n", "utf-8")
         yield
     finally:
+        with contextlib.suppress(OSError):
+            if {*paths.checkpoints.iterdir()} <= {paths.lock, owner}:  # nothing began
+                owner.unlink(missing_ok=True)
+                paths.lock.unlink(missing_ok=True)  # still held: whoever waits for it looks again
         lock.release()
 
 
