@@ -42,16 +42,17 @@ def train(args: argparse.Namespace) -> int:
     from utils.base.startup import keep_compiled, load_libraries
     from utils.checkpoints.layout import RunPaths
     from utils.checkpoints.writer import starting_early
+    from utils.start.hold import leaving_no_empty_folders
     from utils.start.resume import require_startable
 
     paths = RunPaths.of(config)
     if not args.dry_run:
         require_startable(paths, resume=args.resume, fresh=args.fresh)
-        if config.torch_compile:
-            keep_compiled(Path(config.cache_dir))
     is_main_rank = os.environ.get("RANK", "0") == "0"
     is_writing = config.background_save and is_main_rank and not args.dry_run
-    with starting_early(is_wanted=is_writing) as writer:
+    with leaving_no_empty_folders(config), starting_early(is_wanted=is_writing) as writer:
+        if config.torch_compile and not args.dry_run:
+            keep_compiled(Path(config.cache_dir))
         load_libraries()
         return start(args, config, writer)
 

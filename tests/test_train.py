@@ -511,6 +511,21 @@ def test_a_refused_resume_has_moved_nothing(run_train: Train, goes_on: Path) -> 
     assert not (goes_on / "checkpoints" / "set-aside").exists()
 
 
+def test_a_refused_start_leaves_the_folder_as_it_was(
+    run_train: Train, goes_on: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = str(goes_on / "checkpoints" / "checkpoint-epoch0-step2-files0")
+    before = sorted(goes_on.rglob("*"))
+    settings = ["learning_rate=1", "run_name=new", "torch_compile=false"]
+    assert run_train("--resume", saved, folder="run", settings=settings) == 2  # held, logged
+    assert sorted(goes_on.rglob("*")) == before
+    assert run_train("--resume", saved, folder="new", settings=settings) == 2
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert run_train(folder="new") == ExitCode.PREFLIGHT  # the bucket was tried
+    assert run_train("--dry-run", folder="new") == ExitCode.PREFLIGHT
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_a_full_disk_while_saving_is_one_message_and_leaves_nothing(
     run_train: Train,
     goes_on: Path,

@@ -638,6 +638,15 @@ def test_download_beside_a_trainer_goes_to_another_directory(place: Place) -> No
     assert place.call("download", "latest")[0] == ExitCode.DONE
 
 
+def test_a_refused_download_leaves_no_folder(place: Place) -> None:
+    place.publish_only(10)
+    place.forget()
+    for words in ((), ("--to", "x/y")):
+        assert place.call("download", name(999), *words)[0] != ExitCode.DONE
+    assert not place.checkpoints.exists()
+    assert not (place.checkpoints.parent / "x").exists()
+
+
 def test_download_does_not_mix_runs_or_replace_what_is_there(place: Place) -> None:
     place.publish_only(20, run_id=OTHER_RUN)
     place.save(10)

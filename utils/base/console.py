@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import io
 import logging
 import os
 import select
@@ -32,6 +33,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 LOG_TIME = "%Y-%m-%d %H:%M:%S"  # short, so that a step line fits 100 columns
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 NOISY_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "google", "matplotlib")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 log = logging.getLogger(__name__)
 _shared_consoles: dict[bool, Console] = {}
 
@@ -88,9 +90,13 @@ def leave_closed_outputs() -> None:
     for descriptor in (STANDARD_OUTPUT, STANDARD_ERROR):
         poll.register(descriptor, 0)  # hang-ups and errors are reported in any case
     for descriptor, _ in poll.poll(0):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, descriptor)
-        os.close(nowhere)
+        _send_nowhere(descriptor)
+
+
+def _send_nowhere(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
@@ -253,7 +259,9 @@ def run_command(
     """Run a command and return its exit code; errors become one message on standard error."""
     debug = bool(getattr(args, "debug", False))
     try:
-        return int(command(args) or ExitCode.DONE)
+        code = int(command(args) or ExitCode.DONE)
+        sys.stdout.flush()
+        return code
     except PretrainError as exc:
         _report(f"Error: {exc}", debug)
         return int(exc.exit_code)
@@ -264,10 +272,11 @@ def run_command(
         leave_closed_outputs()
         return ExitCode.DONE
     except OSError as exc:
-        if exc.filename is None:
+        file = _find_file(exc)
+        if file is None:
             return _report_unexpected(exc, debug)
         # No bug of ours: a file that cannot be used.
-        _report(f"Error: {exc.filename}: {exc.strerror or exc}", debug)
+        _report(f"Error: {file}: {exc.strerror or exc}", debug)
         is_word = exc.errno == errno.ENAMETOOLONG
         return ExitCode.USAGE if is_word else ExitCode.UNEXPECTED
     except RuntimeError as exc:
@@ -279,6 +288,35 @@ def run_command(
         return _report_unexpected(exc, debug)
 
 
+def _find_file(exc: OSError) -> str | None:
+    """Return the file that an error is about, None where it is about none.
+
+    The system does not say which file a failed write was for: the calls that led to it know.
+    """
+    if not _flush_output():
+        return "standard output"
+    if exc.filename is not None:
+        return " -> ".join(str(name) for name in (exc.filename, exc.filename2) if name is not None)
+    if exc.errno not in DISK_ERRORS:
+        return None
+    calls = [frame.f_locals.values() for frame, _ in traceback.walk_tb(exc.__traceback__)]
+    for value in (value for values in reversed(calls) for value in values):
+        name, mode = getattr(value, "name", None), str(getattr(value, "mode", ""))
+        if isinstance(value, io.IOBase) and isinstance(name, str) and set(mode) & set("wax+"):
+            return name
+    return "standard output or a temporary file"
+
+
+def _flush_output() -> bool:
+    """Write what is still to be shown; leave an output that takes no more, and return False."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _send_nowhere(STANDARD_OUTPUT)
+        return False
+    return True
+
+
 def _report_unexpected(exc: Exception, debug: bool) -> int:
     _report(f"Unexpected error: {type(exc).__name__}: {exc} (--debug shows where)", debug)
     return ExitCode.UNEXPECTED
@@ -288,5 +326,5 @@ def _report(message: str, debug: bool) -> None:
     logging.getLogger(__name__).debug("%s", message)
     if debug:
         traceback.print_exc()
-    sys.stdout.flush()
+    _flush_output()
     print(without_control_characters(message), file=sys.stderr)

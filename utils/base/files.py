@@ -1,24 +1,31 @@
-"""Files that other processes append to, that may be a pipe or a device, or lie in linked folders.
+"""Files that others append to, that may be a pipe or a device, or lie in linked folders; scratch.
 
     metrics.jsonl, journal, train.log -> blocks of whole lines -> whoever follows
 
 A line without its end is still being written: it comes when it is whole. A file that was replaced,
 cut or emptied is read again from its start. Memory is bounded whatever the file holds; a pipe or a
-device of that name is not waited for. Nothing but the standard library.
+device of that name is not waited for. A scratch directory goes away even where its process is
+killed: the next one beside it removes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
 import stat
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 MAX_REGULAR_FILE_BYTES = 256 * 2**20
 LINE_BLOCK_BYTES = 2**20
 MARK_BYTES = 64
+LOCK_SUFFIX = ".lock"
 
 
 def read_regular_file(path: str | Path, limit: int = MAX_REGULAR_FILE_BYTES) -> bytes:
@@ -59,6 +66,48 @@ def append_line(path: Path, line: bytes, *, sync: bool = False) -> int:
         if sync:
             os.fsync(file.fileno())
         return file.tell()
+
+
+@contextlib.contextmanager
+def scratch_directory(parent: Path, prefix: str) -> Iterator[Path]:
+    """Return an empty directory that is gone afterwards; what killed processes left goes first.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(parent, prefix)
+    folder = parent / f"{prefix}{uuid.uuid4().hex}"
+    with FileLock(folder.with_suffix(LOCK_SUFFIX)) as lock:
+        try:
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def removing_empty_folders(*folders: Path) -> Iterator[None]:
+    """Remove afterwards what was not there before of folders and those above them, where empty."""
+    made = [one for folder in folders for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove locks that no process holds, and the scratch directories that they belong to."""
+    for path in parent.glob(f"{prefix}*{LOCK_SUFFIX}"):
+        lock = FileLock(path)
+        with contextlib.suppress(OSError):  # it is held, or somebody else's
+            lock.acquire(timeout=0)
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            path.unlink(missing_ok=True)
+            lock.release()
 
 
 def walk_folders(

@@ -49,6 +49,7 @@ REMOTE_FOLDER = "Checkpoints"
 ARCHIVE_SUFFIX = Gzip.suffix  # of an archive whose sidecar does not name one
 UPLOAD_LOCK_PREFIX = ".uploading-"
 SAVING_PREFIX = ".saving-"
+DOWNLOAD_PREFIX = f"{SAVING_PREFIX}download-"
 SET_ASIDE_FOLDER = "set-aside"
 MANIFEST_FORMAT = 1
 MAX_SIDECAR_BYTES = 64 * 2**20

@@ -22,9 +22,15 @@ from filelock import FileLock, Timeout
 from configs.training_config import TrainingConfig
 from utils.base.archive_formats import ARCHIVE_SUFFIXES
 from utils.base.errors import CheckpointError, LockedError
-from utils.base.files import read_regular_file
+from utils.base.files import (
+    LOCK_SUFFIX,
+    read_regular_file,
+    remove_abandoned,
+    removing_empty_folders,
+)
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
+    DOWNLOAD_PREFIX,
     MANIFEST_FILE,
     RANDOM_STATES_PREFIX,
     SAVING_PREFIX,
@@ -110,11 +116,20 @@ def _verify_file(checkpoint: Path, name: str, entry: FileEntry) -> None:
 def hold_output_directory(paths: RunPaths) -> Iterator[None]:
     """Hold the output directory of a run, so that no other trainer works in it.
 
+    One that is made for this and has nothing in it afterwards is removed.
+
     Raises:
         LockedError: A live process holds it; the message names it.
     """
-    paths.checkpoints.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(paths.lock)
+    with removing_empty_folders(paths.checkpoints):
+        paths.checkpoints.mkdir(parents=True, exist_ok=True)
+        with _hold_made_directory(paths):
+            yield
+
+
+@contextlib.contextmanager
+def _hold_made_directory(paths: RunPaths) -> Iterator[None]:
+    lock, owner = FileLock(paths.lock), _owner_file(paths)
     try:
         # A trainer that was just killed holds it until the last of its threads has ended.
         lock.acquire(timeout=OUTPUT_LOCK_SECONDS)
@@ -124,9 +139,13 @@ def hold_output_directory(paths: RunPaths) -> Iterator[None]:
             "Wait for it, or choose another --set output_dir or run_name."
         ) from exc
     try:
-        _owner_file(paths).write_text(f"process {os.getpid()} on {platform.node()}\n", "utf-8")
+        owner.write_text(f"process {os.getpid()} on {platform.node()}\n", "utf-8")
         yield
     finally:
+        with contextlib.suppress(OSError):
+            if {*paths.checkpoints.iterdir()} <= {paths.lock, owner}:  # nothing began
+                owner.unlink(missing_ok=True)
+                paths.lock.unlink(missing_ok=True)  # still held: whoever waits for it looks again
         lock.release()
 
 
@@ -145,8 +164,11 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what an interrupted save, archive or deletion left behind."""
     if not directory.is_dir():
         return
-    _remove_locks(directory)
+    for prefix in (UPLOAD_LOCK_PREFIX, DOWNLOAD_PREFIX):
+        remove_abandoned(directory, prefix)
     for path in list(directory.iterdir()):
+        if path.with_suffix(LOCK_SUFFIX).exists():
+            continue  # a download goes on
         if path.name.startswith(SAVING_PREFIX) and path.is_dir():
             log.info("Removing %s, left by an interrupted save.", path.name)
             shutil.rmtree(path, ignore_errors=True)
@@ -181,16 +203,6 @@ def hold_upload(checkpoint: Path) -> Iterator[bool]:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)  # still held: whoever waits for it looks again
         lock.release()
-
-
-def _remove_locks(directory: Path) -> None:
-    """Remove the locks of uploads, except of those in progress."""
-    for path in directory.glob(f"{UPLOAD_LOCK_PREFIX}*.lock"):
-        lock = FileLock(path)
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=0)
-            path.unlink(missing_ok=True)
-            lock.release()
 
 
 def set_aside(checkpoint: Path, directory: Path) -> Path:

@@ -15,7 +15,6 @@ when it is whole, and what a killed process left is removed at the next start. N
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import itertools
@@ -36,6 +35,7 @@ import numpy as np
 import psutil
 from filelock import FileLock
 
+from utils.base.console import DISK_ERRORS
 from utils.base.errors import ConfigError, ShardError, StorageError
 from utils.base.retrying import FIRST_RETRY_SECONDS, backoff, retry
 from utils.data.shard_index import (
@@ -59,7 +59,6 @@ _LONGEST_RETRY_SECONDS = 60.0
 GIVE_UP_SECONDS = 1800.0
 _CLOSE_SECONDS = 2.0
 # What a download meets on this machine, and never in a bucket.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 Tokens = np.ndarray[Any, Any]
 

@@ -21,9 +21,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from utils.base.console import DISK_ERRORS
 from utils.base.errors import DataError, StorageError, UsageError
 from utils.base.files import walk_folders
 from utils.base.progress import OnProgress
+from utils.base.text import printable
 from utils.base.uri import local_path, split_uri
 from utils.data.shard_index import INDEX_OBJECT, get_json, recorded_checksums
 from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_file
@@ -32,6 +34,7 @@ from utils.storage.open import open_bucket
 
 TRANSFER_THREADS = 8
 LAST_NAME = INDEX_OBJECT
+MAX_PART_BYTES = 255  # of a file's or folder's name on the usual disks
 MAX_NAME_BYTES = 1024
 _FORBIDDEN = frozenset("*?[]#$`\"'<>|&;\\")
 
@@ -74,14 +77,15 @@ def require_safe_name(name: str) -> str:
         and not _FORBIDDEN & set(name)
     )
     try:
-        is_safe = is_safe and len(name.encode("utf-8")) <= MAX_NAME_BYTES
+        longest = max(len(part.encode("utf-8")) for part in parts)
+        is_safe &= longest <= MAX_PART_BYTES and len(name.encode("utf-8")) <= MAX_NAME_BYTES
     except UnicodeEncodeError:
         is_safe = False
     if not is_safe:
         raise UsageError(
-            f"{name!r} is not a name to copy: no part may be empty, . or .., or begin with -, and "
-            f"no unprintable character or {''.join(sorted(_FORBIDDEN))} may be in it. Nothing was "
-            "changed."
+            f"{printable(repr(name))} is not a name to copy: no part may be empty, . or .., begin "
+            f"with -, or have over {MAX_PART_BYTES} bytes, and no unprintable character or "
+            f"{''.join(sorted(_FORBIDDEN))} may be in it. Nothing was changed."
         )
     return name
 
@@ -264,9 +268,11 @@ def _download(bucket: Bucket, info: ObjectInfo, checksum: str, path: Path) -> No
     except (OSError, StorageError) as exc:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(exc, StorageError):
-            raise
-        raise StorageError(f"{path}: {exc.strerror or exc}.") from exc
+        cause = exc if isinstance(exc, OSError) else exc.__cause__
+        # A bucket that is read tells a full disk here as an error of its own.
+        if isinstance(cause, OSError) and (cause is exc or cause.errno in DISK_ERRORS):
+            raise StorageError(f"{path}: {cause.strerror or cause}.") from exc
+        raise
 
 
 def _local_files(source: Path) -> dict[str, Path]:

@@ -3,7 +3,8 @@
     sidecar, archive in the bucket -> archive (verified) -> files (verified) -> checkpoint directory
 
 Nothing is opened before the archive's size and crc32c are those of its sidecar. All of it happens
-in a `.saving-*` directory, which the next run removes after a crash; the rename at the end commits.
+in a `.saving-download-*` directory; the rename at the end commits. What a crash leaves of one, the
+next download or training there removes.
 The journal then has the checkpoint as verified, so that it is not uploaded again. No torch here.
 """
 
@@ -14,18 +15,18 @@ import functools
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from utils.base.errors import CheckpointError, TransientStorageError
+from utils.base.files import scratch_directory
 from utils.base.progress import OnProgress
 from utils.base.uri import join_uri, normalize_uri
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
+    DOWNLOAD_PREFIX,
     MANIFEST_FILE,
-    SAVING_PREFIX,
     Manifest,
     require_checkpoint_name,
 )
@@ -69,16 +70,13 @@ def download_checkpoint(
         _require_same(target, sidecar.manifest, source)
         return target
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _require_space(directory, sidecar)
-        with tempfile.TemporaryDirectory(
-            prefix=f"{SAVING_PREFIX}download-", dir=directory, ignore_cleanup_errors=True
-        ) as scratch:
-            archive = Path(scratch) / f"{name}{sidecar.format.suffix}"
+        with scratch_directory(directory, DOWNLOAD_PREFIX) as scratch:
+            _require_space(directory, sidecar)
+            archive = scratch / f"{name}{sidecar.format.suffix}"
             download = ArchiveBytes(bucket, sidecar, on_progress)
             with archive.open("wb") as file:
                 retrying(lambda: _write_archive(download, file))
-            unpacked = Path(scratch) / name
+            unpacked = scratch / name
             unpacked.mkdir()
             Unpacking(sidecar, source, lambda file: _new_file(unpacked / file), on_progress).run(
                 archive

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Iterator
 
 from configs.training_config import TrainingConfig
 from utils.base.console import configure_logging
-from utils.base.uri import join_uri
+from utils.base.files import removing_empty_folders
+from utils.base.uri import join_uri, local_path
 from utils.checkpoints import store
-from utils.checkpoints.layout import RunPaths
+from utils.checkpoints.layout import REMOTE_FOLDER, RunPaths
 from utils.start.resume import Plan, decide_start
 from utils.storage.open import open_bucket
 from utils.uploads import lease
@@ -34,7 +36,7 @@ def hold_and_plan(
     """
     paths = RunPaths.of(config)
     stack.enter_context(store.hold_output_directory(paths))
-    configure_logging(config.log_level, quiet=args.quiet, file=paths.train_log)
+    stack.enter_context(_logging_to_file(config, quiet=args.quiet))
     store.remove_leftovers(paths.checkpoints)
     held = None
     if config.checkpoint_uri:
@@ -46,3 +48,25 @@ def hold_and_plan(
     if held is not None:
         held.run_id = plan.identity.run_id
     return plan
+
+
+@contextlib.contextmanager
+def _logging_to_file(config: TrainingConfig, *, quiet: bool) -> Iterator[None]:
+    """Log to train.log too; a new one is not left where no run began."""
+    paths = RunPaths.of(config)
+    is_new = not paths.train_log.exists()
+    configure_logging(config.log_level, quiet=quiet, file=paths.train_log)
+    try:
+        yield
+    finally:
+        if is_new and not paths.run_file.exists():
+            configure_logging(config.log_level, quiet=quiet)
+            paths.train_log.unlink(missing_ok=True)
+
+
+def leaving_no_empty_folders(config: TrainingConfig) -> contextlib.AbstractContextManager[None]:
+    """Remove afterwards the folders that were made for a run and have nothing in them."""
+    paths = RunPaths.of(config)
+    bucket = local_path(join_uri(config.checkpoint_uri, config.run_name, REMOTE_FOLDER))
+    folders = [paths.checkpoints, paths.logs, paths.cache]
+    return removing_empty_folders(*folders, *([bucket] if config.checkpoint_uri and bucket else []))

@@ -34,7 +34,7 @@ from utils.storage.bucket import (
 
 TEMPORARY_PREFIX = ".tmp-"
 STREAM_SUFFIX = ".part"
-MAX_TEMPORARY_CHARACTERS = 100
+MAX_TEMPORARY_BYTES = 100
 # A mounted bucket that has no such call at all; anything else it says is a failure.
 UNSUPPORTED_ERRORS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 UNSUPPORTED_RENAME_ERRORS = UNSUPPORTED_ERRORS | {errno.EXDEV, errno.EEXIST}
@@ -209,9 +209,8 @@ class DirectoryBucket:
         """Give the object what is written into a temporary file; nothing where that fails."""
         target = self._path(name)
         mark = f"-{uuid.uuid4().hex}" if mark is None else mark
-        temporary = target.with_name(
-            f"{TEMPORARY_PREFIX}{target.name[:MAX_TEMPORARY_CHARACTERS]}{mark}{STREAM_SUFFIX}"
-        )
+        begin = os.fsencode(target.name)[:MAX_TEMPORARY_BYTES].decode("utf-8", "ignore")
+        temporary = target.with_name(f"{TEMPORARY_PREFIX}{begin}{mark}{STREAM_SUFFIX}")
         with self._mapped_errors(name):
             target.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -76,6 +76,47 @@ def test_the_home_of_nobody_is_no_bug(capsys: pytest.CaptureFixture[str]) -> Non
     assert shown == "Error: A path begins with ~NAME, and this machine has no such user.\n"
 
 
+FULL = """
+import argparse, os, resource, shutil, signal, sys
+from pathlib import Path
+from utils.base.console import run_command
+from utils.base.files import append_line
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def command(args):
+    exec(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+sys.exit(run_command(command, argparse.Namespace()))
+"""
+BIG = b"x" * 1000
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (f"Path('new').write_bytes({BIG!r})", "new: File too large"),
+        (f"Path('new').write_text('{BIG.decode()}')", "new: File too large"),
+        (f"append_line(Path('log'), {BIG!r})", "log: File too large"),
+        ("shutil.copyfile('big', 'copy')", "big -> copy: File too large"),
+        ("Path('full').write_bytes(b'x')", "full: No space left on device"),
+        ("Path('big/new').mkdir()", "big/new: Not a directory"),
+        (
+            "os.dup2(os.open('/dev/full', os.O_WRONLY), 1); print('x')",
+            "standard output: No space left",
+        ),
+        ("raise OSError(28, 'No space left')", "standard output or a temporary file: No space"),
+    ],
+)
+def test_an_error_of_a_disk_names_the_file(tmp_path: Path, code: str, message: str) -> None:
+    (tmp_path / "big").write_bytes(BIG)
+    (tmp_path / "full").symlink_to("/dev/full")
+    (tmp_path / "a-file-that-is-read").touch()
+    code = f"with open('a-file-that-is-read') as other: {code}"
+    result = run_python("-c", FULL, code, cwd=tmp_path)
+    assert result.returncode == ExitCode.UNEXPECTED
+    assert result.stderr.startswith(f"Error: {message}")
+    assert result.stderr.count("\n") == 1
+
+
 def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
     assert end_with(errors.ConfigError("what failed"), debug=True) == ExitCode.USAGE
     shown = capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,7 +28,8 @@ from utils.storage.directory import DirectoryBucket
 from utils.storage.open import open_bucket
 
 HOSTILE = ["../a", "a/../../b", "/etc/a", "-rf", "a/-rf", "a*b", "$(x)", "a\nb", "a\x1b[2Jb"]
-HOSTILE += ["a//b", "", ".", "a\\b", "a;b", "a`b`", "\ud800", "x" * 1025]
+HOSTILE += ["a//b", "", ".", "a\\b", "a;b", "a`b`", "\ud800", "a/" * 512 + "a"]
+HOSTILE += ["a#1", "a?b", "a[1]", "a/", "//a", "a/" + "x" * 256, "\u6587" * 86]
 
 
 @pytest.fixture
@@ -350,3 +352,25 @@ def test_a_download_that_fails_leaves_nothing(tree: Path, tmp_path: Path) -> Non
     with pytest.raises(TransientStorageError, match="No space left"):
         get_tree(found, tmp_path / "back")
     assert not [path for path in (tmp_path / "back").rglob("*") if path.is_file()]
+
+
+def test_a_disk_that_is_full_here_is_not_told_of_the_bucket(target: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"bytes")
+    put_tree(tmp_path / "a", open_bucket(target))
+    digest = hashlib.sha256(b"a").hexdigest()[:16]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / f".tmp-{digest}").symlink_to("/dev/full")
+    with pytest.raises(StorageError) as caught:
+        get_tree(find_objects(target), tmp_path / "new")
+    assert str(caught.value) == f"{tmp_path}/new/a: No space left on device."
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_names_of_any_language_go_and_come(target: str, tmp_path: Path) -> None:
+    names = ["\u6587" * 85, "\u00e4 \u00f6 b", "x" * 255]
+    for name in names:
+        (tmp_path / "from" / name).mkdir(parents=True)
+        (tmp_path / "from" / name / name).write_bytes(name.encode())
+    put_tree(tmp_path / "from", open_bucket(target))
+    get_tree(find_objects(target), tmp_path / "to")
+    assert contents(tmp_path / "to") == contents(tmp_path / "from")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import logging
 import os
 import shutil
 import signal
@@ -39,7 +38,7 @@ from utils.checkpoints.views import is_verified_in
 from utils.remote import archive_reading
 from utils.remote.archive_reading import MAX_ATTEMPTS
 from utils.remote.download import download_checkpoint
-from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_file
+from utils.storage.bucket import Bucket, ObjectInfo
 from utils.storage.directory import DirectoryBucket
 from utils.uploads.archive import write_archive
 from utils.uploads.job import UploadProgress, run_job
@@ -630,19 +629,42 @@ download_checkpoint(open_bucket(sys.argv[1]), sys.argv[3], directory, journal, k
 
 
 @pytest.mark.parametrize("stage", ["downloading", "unpacking"])
-def test_what_a_killed_download_left_is_removed_at_the_next_start(
-    here: Here, caplog: pytest.LogCaptureFixture, stage: str
+def test_what_a_killed_download_left_is_removed_by_the_next_download_or_training(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    caplog.set_level(logging.INFO)
     here.upload()
     command = [sys.executable, "-c", KILLED, here.bucket.uri, str(here.directory), NAME, stage]
     result = subprocess.run(command, cwd=PROJECT, check=False)
     assert result.returncode == -signal.SIGKILL
-    left = list(here.directory.iterdir())
-    assert len(left) == 1
-    assert left[0].name.startswith(".saving-")
-    remove_leftovers(here.directory)
-    assert_nothing_was_left(here.directory)
-    assert crc32c_of_file(here.fetch() / "manifest.json") == crc32c_of_file(
-        here.source / "manifest.json"
-    )
+    left = {path.name for path in here.directory.iterdir()}
+    assert {name[:17] for name in left} == {".saving-download-"}
+    shutil.copytree(here.directory, tmp_path / "trained")
+    remove_leftovers(tmp_path / "trained")
+    assert_nothing_was_left(tmp_path / "trained")
+
+    def free_space(path: Path) -> SimpleNamespace:  # what was left takes no room from what comes
+        return SimpleNamespace(free=0 if any((path / one).exists() for one in left) else 2**30)
+
+    monkeypatch.setattr(shutil, "disk_usage", free_space)
+    assert here.fetch() == here.directory / NAME
+    assert not list(here.directory.glob(".saving-*"))
+
+
+@pytest.mark.parametrize("stage", ["downloading", "unpacking"])
+def test_what_a_download_is_writing_is_no_leftover(here: Here, tmp_path: Path, stage: str) -> None:
+    here.upload()
+    other = make_checkpoint(tmp_path / "other", 60)
+    Here(other, here.bucket, here.directory).upload()
+    first: list[str] = []
+
+    def disturb(now: str, done: int, total: int | None) -> None:
+        if now == stage and not first:
+            first.extend(path.name for path in here.directory.iterdir())
+            remove_leftovers(here.directory)
+            here.fetch(OTHER)
+
+    here.fetch(on_progress=disturb)
+    assert len(first) == 2
+    for name in (NAME, OTHER):
+        verify_checkpoint(here.directory / name)
+    assert not list(here.directory.glob(".saving-*"))

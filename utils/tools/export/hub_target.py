@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.errors import AccessDeniedError, StorageError, UsageError
+from utils.base.files import scratch_directory
 from utils.base.progress import OnProgress
 from utils.base.text import printable
-from utils.tools.export.target import is_export_file, scratch_directory
+from utils.tools.export.target import SCRATCH_PREFIX, is_export_file
 
 HUB_PREFIX = "hub:"
 COMMIT_MESSAGE = "Upload model"
@@ -69,7 +70,7 @@ class HubTarget:
 
     def staging(self) -> contextlib.AbstractContextManager[Path]:
         """Return an empty directory on this machine, which is gone afterwards."""
-        return scratch_directory(self.scratch)
+        return scratch_directory(self.scratch, SCRATCH_PREFIX)
 
     def publish(self, staged: Path, on_progress: OnProgress) -> None:
         """Commit the files at once; those of an earlier model that this one lacks are removed."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from configs.model_config import CONFIG_FILE
 from utils.base.errors import LockedError, SaveError, UsageError
+from utils.base.files import scratch_directory
 from utils.base.progress import OnProgress
 from utils.base.text import printable
 from utils.base.uri import BUCKET_PLACES, local_path, require_place, split_uri
@@ -33,6 +33,7 @@ from utils.storage.open import open_bucket
 GGUF_SUFFIX = ".gguf"
 EXPORT_PLACES = f"a folder, a .gguf file, {BUCKET_PLACES} or hub:OWNER/NAME"
 GGUF_MAGIC = b"GGUF"
+SCRATCH_PREFIX = "export-"
 _EXPORT_FILE = re.compile(
     r"config\.json|generation_config\.json|README\.md|spiece\.model|vocab\.txt"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -199,7 +200,7 @@ class BucketTarget:
 
     def staging(self) -> contextlib.AbstractContextManager[Path]:
         """Return an empty directory on this machine, which is gone afterwards."""
-        return scratch_directory(self.scratch)
+        return scratch_directory(self.scratch, SCRATCH_PREFIX)
 
     def publish(self, staged: Path, on_progress: OnProgress) -> None:
         """Upload the files, each verified, `config.json` last."""
@@ -216,22 +217,6 @@ class BucketTarget:
         if self.name is not None:
             return [self.name] if self.bucket.stat(self.name) is not None else []
         return sorted(info.name for info in self.bucket.list())
-
-
-@contextlib.contextmanager
-def scratch_directory(parent: Path) -> Iterator[Path]:
-    """Return an empty directory that is gone afterwards.
-
-    Raises:
-        SaveError: It cannot be made.
-    """
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        directory = tempfile.TemporaryDirectory(prefix="export-", dir=parent)
-    except OSError as exc:
-        raise SaveError(f"{parent} cannot be written: {exc.strerror or exc}.") from exc
-    with directory as name:
-        yield Path(name)
 
 
 def _why_no_folder(path: Path) -> str | None:
