@@ -485,10 +485,19 @@ def test_a_mounted_directory_without_links_still_creates_only_once(
     assert directory.read_bytes("a") == b"1"
 
 
+@pytest.mark.parametrize("operation", ["put_bytes_if", "put_stream", "delete_if"])
 def test_a_conditional_write_waits_for_that_of_another_process(
-    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     before = directory.put_bytes_if("a", b"1", None)
+    change, after = {
+        "put_bytes_if": (lambda: directory.put_bytes_if("a", b"2", before), b"2"),
+        "put_stream": (
+            lambda: directory.put_stream("a", lambda sink: sink.write(b"2"), directory.stat("a")),
+            b"2",
+        ),
+        "delete_if": (lambda: directory.delete_if("a", before), None),
+    }[operation]
     descriptor = os.open(directory.root, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     flock, asked = fcntl.flock, threading.Event()
@@ -498,13 +507,13 @@ def test_a_conditional_write_waits_for_that_of_another_process(
         flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", note)
-    thread = threading.Thread(target=lambda: directory.put_bytes_if("a", b"2", before))
+    thread = threading.Thread(target=change)
     thread.start()
     assert asked.wait(10)
     assert directory.read_bytes("a") == b"1"
     os.close(descriptor)
     thread.join(10)
-    assert directory.read_bytes("a") == b"2"
+    assert (directory.read_bytes("a") if directory.stat("a") else None) == after
 
 
 def test_other_failures_of_the_file_system_are_storage_errors(
