@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from filelock import FileLock
@@ -76,6 +76,26 @@ def _signals() -> Iterator[None]:
     yield
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is synced, renamed and removed from now on, in order, by the last part of its name."""
+    calls: list[str] = []
+
+    def watch(operation: str, name_of: Callable[[Any], Path]) -> None:
+        real = getattr(os, operation)
+
+        def call(what: Any, *arguments: Any, **options: Any) -> Any:
+            calls.append(f"{operation} {name_of(what).name}")
+            return real(what, *arguments, **options)
+
+        monkeypatch.setattr(os, operation, call)
+
+    watch("fsync", lambda descriptor: Path(f"/proc/self/fd/{descriptor}").readlink())
+    for operation in ("rename", "replace", "link", "unlink"):
+        watch(operation, Path)
+    return calls
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ from utils.checkpoints.layout import (
     write_json,
 )
 from utils.checkpoints.store import hold_output_directory
+from utils.remote.pruning import delete_all
 from utils.start.restore import write_run_identity
 from utils.storage.bucket import Bucket, crc32c_of_bytes, crc32c_of_file
 from utils.storage.open import open_bucket
@@ -226,6 +227,41 @@ def test_status_on_a_machine_that_has_only_the_bucket_changes_nothing(either: Pl
     assert not either.checkpoints.exists()
 
 
+@pytest.mark.parametrize("is_here", [True, False])
+@pytest.mark.parametrize(
+    ("either", "damage"),
+    [
+        ("directory", "another size"),  # it keeps no checksums that a list could compare
+        ("gs", "another size"),
+        ("gs", "the same size"),
+        ("gs", "another upload"),
+    ],
+    indirect=["either"],
+)
+def test_an_archive_that_is_not_the_one_of_its_sidecar_is_shown_as_damaged_and_not_taken(
+    either: Place, damage: str, is_here: bool
+) -> None:
+    for step in (10, 20):
+        either.publish(either.save(step))
+    whole = either.archive(20)
+    if damage == "another upload":  # archive and sidecar agree, the journal knows another archive
+        publish(either.bucket, either.checkpoints / name(20), whole + bytes(512))
+    else:
+        wrong = whole[:-5] if damage == "another size" else whole[:-1] + bytes([whole[-1] ^ 1])
+        either.change_archive(20, wrong)
+    if not is_here:
+        either.forget()
+    is_good = damage == "another upload" and not is_here
+    expected = ["verified", "verified" if is_good else "damaged in bucket"]
+    rows = either.done("status")["checkpoints"]
+    assert [row["state"] for row in rows] == expected
+    listed = [row["state"] for row in either.done("list", "--remote")]
+    assert (listed[0], listed[1] == "verified") == ("verified", damage == "another upload")
+    if not is_here:
+        taken = either.done("download", "latest")["checkpoint"]
+        assert taken == name(20 if is_good else 10)
+
+
 def test_without_its_bucket_status_and_upload_all_trust_the_journal(
     gcs_place: Place, gcs: FakeGcsServer
 ) -> None:
@@ -378,6 +414,18 @@ DAMAGES: dict[str, tuple[Callable[[Place, Path], object], str]] = {
     "truncated": (
         lambda place, _: place.change_archive(10, place.archive(10)[:-5]),
         "its archive is damaged (it has ",
+    ),
+    "another archive in the journal": (
+        lambda place, checkpoint: place.journal.record(
+            name(10),
+            RUN_ID,
+            UploadState.VERIFIED,
+            bytes=len(place.archive(10)),
+            crc32c="AAAAAA==",
+            bucket=place.bucket.uri,
+            manifest_crc32c=crc32c_of_file(checkpoint / "manifest.json"),
+        ),
+        "sidecar: its archive is not the one in the journal",
     ),
     "bad sidecar": (
         lambda place, _: place.bucket.put_bytes(SIDECAR, b'{"manifest": 5}'),
@@ -782,6 +830,55 @@ def test_prune_refuses_what_is_not_clear(place: Place, arguments: list[str]) -> 
     before = place.objects()
     code = main([*place.words("prune"), *arguments])
     assert (code, place.objects()) == (ExitCode.USAGE, before)
+
+
+@pytest.mark.parametrize("moment", ["planned", "looked", "sidecar deleted"])
+def test_prune_deletes_nothing_that_is_written_anew_while_it_looks(
+    either: Place, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    fill(either)
+    either.forget()
+    is_gs = either.bucket.uri.startswith("gs://")
+    newer, (written, operation) = (
+        b"written anew",
+        {
+            "planned": (SIDECAR, None),
+            "looked": (SIDECAR, "stat"),
+            "sidecar deleted": (ARCHIVE if is_gs else f"{SIDECAR}.2", "delete_if"),
+        }[moment],
+    )
+    moments, seen = iter([moment]), []
+
+    def overtake() -> None:
+        if next(moments, None):
+            seen.extend(either.objects())
+            either.bucket.put_bytes(written, newer)
+
+    def delete(bucket: Bucket, views: Any, *rest: Any) -> Any:
+        if operation is None:
+            overtake()
+        else:
+            real, last = getattr(type(bucket), operation), {"stat": ARCHIVE}.get(operation, SIDECAR)
+
+            def watched(self: Bucket, name: str, *arguments: Any) -> Any:
+                result = real(self, name, *arguments)
+                if name == last:
+                    overtake()
+                return result
+
+            monkeypatch.setattr(type(bucket), operation, watched)
+        return delete_all(bucket, [view for view in views if view.name.step == 10], *rest)
+
+    monkeypatch.setattr(upload_manager, "delete_all", delete)
+    code, _ = either.call(*PRUNE, "--yes")
+    names = [one.removeprefix("Checkpoints/") for one in (ARCHIVE, SIDECAR)]
+    if moment == "sidecar deleted":  # what is left at any moment is no half that looks whole
+        assert (names[0] in seen, names[1] in seen) == (True, False)
+    if moment != "sidecar deleted" or is_gs:
+        assert code == ExitCode.UNEXPECTED
+        assert "was changed" in either.stderr or "412" in either.stderr
+        assert set(names) <= set(either.objects())
+        assert either.bucket.read_bytes(written) == newer
 
 
 def test_prune_does_not_count_on_damaged_ones(either: Place) -> None:

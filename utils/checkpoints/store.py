@@ -211,6 +211,7 @@ def set_aside(checkpoint: Path, directory: Path) -> Path:
     folder.mkdir(exist_ok=True)
     target = free_name(folder, checkpoint.name)
     checkpoint.rename(target)
+    fsync_directory(folder)  # its new name before the old one goes
     fsync_directory(directory)
     return target
 
@@ -227,7 +228,6 @@ def delete_checkpoint(checkpoint: Path) -> None:
     if doomed.is_symlink():  # what it points to belongs to somebody else
         doomed.unlink()
         return
-    (doomed / MANIFEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(doomed)
 
 

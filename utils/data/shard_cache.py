@@ -348,8 +348,6 @@ class ShardCache:
                     count += len(block)
                     checksum = google_crc32c.extend(checksum, block.tobytes())
                     file.write(block.data)
-                file.flush()
-                os.fsync(file.fileno())
             if count != facts.tokens:
                 raise ShardError(
                     facts.name, f"it holds {count} tokens, the index says {facts.tokens}."

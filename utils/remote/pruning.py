@@ -11,7 +11,7 @@ import logging
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from utils.base.errors import StorageError
+from utils.base.errors import ConflictError, StorageError
 from utils.base.uri import join_uri
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import RunIdentity, sidecar_object
@@ -108,8 +108,11 @@ def delete_remote(
     assert view.manifest is not None, "only usable checkpoints are deleted"
     name = str(view.name)
     sidecar, version = bucket.read_version(sidecar_object(name))
-    bucket.delete_if(sidecar_object(name), version)
     archive = listing.archives[view.name]
+    for planned in (listing.sidecars[view.name], archive):
+        if bucket.stat(planned.name) != planned:
+            raise ConflictError(f"{bucket.uri}/{planned.name} was changed since it was listed.")
+    bucket.delete_if(sidecar_object(name), version)
     try:
         if archive.crc32c is not None:
             bucket.delete_if(archive.name, archive)

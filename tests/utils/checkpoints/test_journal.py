@@ -153,6 +153,16 @@ def test_compacting_keeps_what_readers_ask_for(journal: Journal) -> None:
     }
 
 
+def test_a_compacted_journal_is_on_disk_before_it_takes_the_place_of_the_old_one(
+    journal: Journal, disk_calls: list[str]
+) -> None:
+    journal.record("a", RUN, UploadState.VERIFIED)
+    disk_calls.clear()
+    journal.compact()
+    new, folder = ".uploads.jsonl.new", journal.path.parent.name
+    assert disk_calls == [f"fsync {new}", f"replace {new}", f"fsync {folder}"]
+
+
 def test_compacting_says_how_many_lines_could_not_be_read(
     journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from utils.checkpoints import saver as checkpoint_saver
 from utils.checkpoints.files import CheckpointFiles
 from utils.checkpoints.layout import CheckpointName, Manifest, find_checkpoints, read_json
 from utils.checkpoints.saver import CheckpointSaver
+from utils.checkpoints.snapshot import HostBlock, Snapshot
 from utils.checkpoints.store import remove_leftovers, verify_checkpoint
 from utils.checkpoints.writer import starting_early
 
@@ -111,6 +113,32 @@ def test_what_is_saved_is_the_state_of_the_step(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(recorder.committed)
     assert saver.last_committed == CheckpointName(3, 0, 0)
     assert saver.last_seconds is not None
+
+
+def test_a_save_waits_for_the_block_and_for_the_save_before_it(
+    saver: CheckpointSaver,
+    recorder: Recorder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    staged, warm, stage = threading.Event(), HostBlock.warm, Snapshot.stage
+
+    def warm_late(block: HostBlock) -> None:
+        staged.wait(0.2)  # a save that does not wait for this is written over with zeros
+        warm(block)
+
+    def note(snapshot: Snapshot, tree: Any) -> Any:
+        found = stage(snapshot, tree)
+        staged.set()
+        return found
+
+    monkeypatch.setattr(HostBlock, "warm", warm_late)
+    monkeypatch.setattr(Snapshot, "stage", note)
+    saver.prepare(100_000, PLENTY)
+    for step in (1, 2, 3):
+        saver.save(make_files(step, value=step / 2), PLENTY)
+    assert saver.wait(PATIENCE_SECONDS)
+    assert [value_of(tmp_path / name) for name in recorder.committed] == [0.5, 1.0, 1.5]
 
 
 def test_all_is_synced_before_the_rename_and_the_manifest_is_written_last(

@@ -22,6 +22,7 @@ def make_tree() -> dict[str, Any]:
         "weights": weights,
         "tied": weights,
         "part": [weights[1:], weights.t()],
+        "square": [weights[:, :3], weights[:, :3].t()],  # one place and shape, another order
         "counts": (torch.tensor(7), torch.tensor([True, False])),
         "half": torch.full((5,), 1.5, dtype=torch.bfloat16),
         "empty": torch.empty(0, 3),

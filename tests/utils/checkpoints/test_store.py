@@ -175,6 +175,24 @@ def test_a_deletion_that_ends_anywhere_never_leaves_a_half_that_looks_whole(
     assert outcomes.index("done") == outcomes.count("crash") >= 8
 
 
+def test_a_name_that_goes_is_synced_before_anything_is_removed(
+    tmp_path: Path, disk_calls: list[str]
+) -> None:
+    doomed, bad = make_checkpoint(tmp_path, 40), make_checkpoint(tmp_path, 50)
+    disk_calls.clear()
+    delete_checkpoint(doomed)
+    renamed, synced, *removed = disk_calls
+    assert (renamed, synced) == (f"rename {doomed.name}", f"fsync {tmp_path.name}")
+    assert {call.split()[0] for call in removed} == {"unlink"}
+    disk_calls.clear()
+    aside = set_aside(bad, tmp_path)
+    assert disk_calls == [
+        f"rename {bad.name}",
+        f"fsync {aside.parent.name}",
+        f"fsync {tmp_path.name}",
+    ]
+
+
 def test_a_link_is_deleted_and_what_it_points_to_stays(tmp_path: Path) -> None:
     elsewhere = make_checkpoint(tmp_path / "elsewhere", 50)
     (tmp_path / "here").mkdir()

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 from pathlib import Path
@@ -478,6 +479,52 @@ def test_unchanged_text_is_not_tokenized_again(
         used = run(name, cache(), **changes)
         assert used.num_misses == 0 < used.num_hits
         assert contents(tmp_path / name) == contents(tmp_path / expected)
+
+
+def test_one_cache_never_gives_the_tokenizer_of_other_text_or_options(
+    tmp_path: Path, texts: list[str]
+) -> None:
+    sources = [make_source(tmp_path / f"{n}.jsonl", texts[n::2]) for n in range(2)]
+    cache = TokenCache(tmp_path / "cache")
+    cases = itertools.product(
+        sources,
+        ({}, {"vocab_size": 300}, {"special_tokens": ("<a>",)}, {"validation_fraction": 0.5}),
+    )
+    for number, (source, changes) in enumerate(cases):
+        options = CorpusOptions(**{"vocab_size": 320, **changes})
+        for name, used in (("shared", cache), ("none", None)):
+            output = DirectoryBucket(tmp_path / f"{name}-{number}")
+            prepare_corpus([source], output, options, token_cache=used)
+        assert contents(tmp_path / f"shared-{number}") == contents(tmp_path / f"none-{number}")
+
+
+@pytest.mark.parametrize(
+    "held_out", [{"validation_fraction": 0.2}, {"validation_tail": 0.2}, "another source"]
+)
+def test_no_word_of_held_out_documents_becomes_a_token(
+    tmp_path: Path, held_out: dict[str, float] | str
+) -> None:
+    letters = np.random.default_rng(3).choice(list("abcdefghijklmnopqrstuvwxyz"), (60, 9))
+    words = ["".join(row) for row in letters]
+    texts = [f"{' '.join([word] * 30)}\n" for word in words]
+    shares, others = held_out, []
+    if isinstance(held_out, str):
+        shares, others = {}, [make_source(tmp_path / "val.jsonl", texts[48:])]
+    prepare_corpus(
+        [make_source(tmp_path / "a.jsonl", texts[: 48 if others else 60])],
+        DirectoryBucket(tmp_path / "out"),
+        CorpusOptions(vocab_size=2_000, **{"validation_fraction": 0.0, **shares}),
+        validation_sources=others,
+    )
+    backend = Backend.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    known = {word for word in words if f"\u0120{word}" in backend.get_vocab()}
+    seen, unseen = (
+        {text.split()[0] for text in documents_of(tmp_path / "out", split)}
+        for split in ("train", "val")
+    )
+    assert known == seen  # each word is in one document alone
+    assert unseen
+    assert not seen & unseen
 
 
 def test_text_before_and_after_a_change_is_not_tokenized_again(

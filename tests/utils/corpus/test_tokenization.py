@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer
 from utils.base.errors import UsageError
 from utils.corpus import tokenization
 from utils.corpus.documents import OpenText
+from utils.corpus.token_cache import TokenCache
 from utils.corpus.tokenization import (
     Document,
     Tokenizer,
@@ -43,9 +45,29 @@ def write(tokenizer: Tokenizer, directory: Path) -> Path:
     return directory
 
 
-def encode(tokenizer: Tokenizer, *texts: str) -> list[list[int]]:
+def encode(tokenizer: Tokenizer, *texts: str, cache: TokenCache | None = None) -> list[list[int]]:
     documents = (Document(text, "train") for text in texts)
-    return [document.ids.tolist() for document in encode_documents(tokenizer, documents)]
+    return [document.ids.tolist() for document in encode_documents(tokenizer, documents, cache)]
+
+
+def test_one_cache_never_gives_the_ids_of_another_tokenizer_text_or_version(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = TokenCache(tmp_path)
+    other = build_tokenizer([" ".join(TEXTS)[::-1]], 400)
+    wide = replace(tokenizer, vocab_size=2**17)  # the same ids, in four bytes each
+    cases = [
+        (one, texts)
+        for one in (tokenizer, other, wide)
+        for texts in (TEXTS[:3], TEXTS[3:6], ["The quick", " fox"], ["The", " quick fox"])
+    ]
+    for used, texts in [*cases, *cases]:
+        assert encode(used, *texts, cache=cache) == encode(used, *texts)
+    assert (cache.num_hits, cache.num_misses) == (len(cases), len(cases))
+    for module, name in ((tokenization, "ENCODING_FORMAT"), (tokenizers, "__version__")):
+        monkeypatch.setattr(module, name, "next")
+        encode(tokenizer, *TEXTS[:3], cache=cache)
+    assert (cache.num_hits, cache.num_misses) == (len(cases), len(cases) + 2)
 
 
 @pytest.mark.parametrize("model_type", [None, "gpt_neox", "llama"])

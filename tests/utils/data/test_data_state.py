@@ -46,6 +46,7 @@ def test_the_same_data_may_go_on_at_any_position() -> None:
         ({"seed": 1, "shards": ()}, "seed 42 -> 1; shards: 2 missing"),
         ({"shuffle_window_shards": 4}, "shuffle_window_shards 8 -> 4"),
         ({"weights": (1.0, 2.0)}, r"weights \(1.0,\) -> \(1.0, 2.0\)"),
+        ({"source_sizes": (1, 1)}, r"source_sizes \(\) -> \(1, 1\)"),
         (
             {"shards": (replace(STATE.shards[0], crc32c="BBBBBB=="), STATE.shards[1])},
             r"shards: 1 changed \(a\.npz\)",

@@ -13,11 +13,13 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from configs.config_files import PROJECT_DIRECTORY
+from tests.gcs_server import FakeGcsServer, Fault
 from tests.processes import run_python
 from tests.sample_shards import (
     BAD_HEADERS,
@@ -38,6 +40,7 @@ from utils.data.shard_cache import ShardCache, decode_shard
 from utils.data.shard_index import ShardFacts, read_shard_facts
 from utils.storage.bucket import ObjectInfo
 from utils.storage.directory import DirectoryBucket
+from utils.storage.open import open_bucket
 
 NAME = "train_00000.npz"
 IDS = np.arange(100, dtype=np.uint16)
@@ -267,14 +270,28 @@ def test_the_shards_used_longest_ago_leave_and_those_wanted_now_stay(
 ) -> None:
     shards = [save_shard(bucket.root / f"{n}.npz", input_ids=IDS) for n in range(6)]
     limit = 3 * 200 + shards[0].size  # three decoded shards and one download
-    cache = open_cache(*shards, limit_bytes=limit)
-    for wanted in ([0, 1], [1, 2], [2, 3], [1, 4], [4, 5]):
+
+    def use(cache: ShardCache, *wanted: int) -> list[str]:
+        """Read shards; return those that are in the cache then, by the time of their last use."""
         cache.prefetch(wanted)
         for shard in wanted:
             assert cache.tokens(shard).tolist() == IDS.tolist()
-        names = {path.name[0] for path in cached_files(tmp_path)}
-        assert {str(shard) for shard in wanted} <= names
-        assert sum(path.stat().st_size for path in cached_files(tmp_path)) <= limit
+        files = sorted(cached_files(tmp_path), key=lambda path: path.stat().st_mtime_ns)
+        assert sum(path.stat().st_size for path in files) <= limit
+        for time, path in enumerate(files):  # uses within one tick of the clock have one time
+            os.utime(path, (time, time))
+        return [path.name[0] for path in files]
+
+    cache = open_cache(*shards, limit_bytes=limit)
+    assert [use(cache, shard) for shard in (0, 1, 2)] == [["0"], ["0", "1"], ["0", "1", "2"]]
+    assert use(cache, 0) == ["1", "2", "0"]
+    assert use(cache, 3) == ["2", "0", "3"]
+    assert use(cache, 2, 4) == ["3", "2", "4"]
+    cache.prefetch([3])  # opened before and in use, though its last use is the longest ago
+    cache.tokens(3)
+    oldest = next(path for path in cached_files(tmp_path) if path.name[0] == "3")
+    os.utime(oldest, (0, 0))
+    assert set(use(cache, 3, 5)) == {"3", "4", "5"}
 
 
 READER = """
@@ -383,6 +400,33 @@ def test_a_bucket_that_fails_for_a_while_is_asked_again(
     assert cache.tokens(0).tolist() == IDS.tolist()
     assert (bucket.failures, bucket.downloads) == (0, [NAME])
     cache.close()
+
+
+def test_a_bucket_that_stays_busy_is_given_up_with_its_own_words(
+    tmp_path: Path, gcs: FakeGcsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("GIVE_UP_SECONDS", 10.0), ("FIRST_RETRY_SECONDS", 4.0)):
+        monkeypatch.setattr(f"utils.data.shard_cache.{name}", seconds)
+    waited: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: sum(waited))
+    data = saved(input_ids=IDS)
+    gcs.put_object("runs", NAME, data)
+    gcs.add_fault(Fault("status", times=None, status=429))
+    bucket = open_bucket("gs://runs", retry_seconds=0.1)
+    cache = ShardCache([(bucket, [ShardFacts(NAME, 100, len(data), None)])], tmp_path, 100)
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        assert len(waited) < 5, "it is tried for ever"
+
+    monkeypatch.setattr(cache._closing, "wait", wait)
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.data.shard_cache.time", clock)
+        with pytest.raises(TransientStorageError, match=f"gs://runs/{NAME}: .*429"):
+            cache.tokens(0)
+    assert waited == [4.0]  # the next wait would be over after the limit
+    cache.close()
+    bucket.close()
 
 
 def test_a_shard_of_many_blocks_is_decoded_in_little_memory(

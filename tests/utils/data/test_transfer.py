@@ -306,6 +306,24 @@ def test_a_download_that_was_killed_leaves_nothing_after_the_next(
     assert not [path for path in (tmp_path / "back").rglob("*") if path.name.startswith(".tmp-")]
 
 
+class Flipping(DirectoryBucket):
+    """Gets files of the right size with another last byte."""
+
+    def put_file(self, name: str, path: Path) -> ObjectInfo:
+        super().put_file(name, path)
+        data = self.read_bytes(name)
+        return self.put_bytes(name, data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def test_an_object_that_is_not_the_file_is_an_error_and_gets_no_index(
+    tree: Path, tmp_path: Path
+) -> None:
+    bucket = Flipping(tmp_path / "bucket")
+    with pytest.raises(StorageError, match="is not what .* was: .* Run the same command again"):
+        put_tree(tree, bucket)
+    assert bucket.stat("index.json") is None
+
+
 def test_what_changes_while_it_is_copied_is_an_error(tree: Path, tmp_path: Path) -> None:
     bucket = DirectoryBucket(tree)
     found = Found(bucket, (ObjectInfo("a.npz", 100_000, "AAAAAA=="),))

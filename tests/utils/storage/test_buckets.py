@@ -277,6 +277,41 @@ def test_what_is_sent_is_metered_block_by_block(
 # A directory.
 
 
+@pytest.mark.parametrize("commit", ["replace", "link"])
+def test_an_object_is_on_disk_before_it_has_its_name_and_its_name_before_the_call_returns(
+    directory: DirectoryBucket, tmp_path: Path, disk_calls: list[str], commit: str
+) -> None:
+    writes: list[Callable[[], object]] = [
+        lambda: directory.put_bytes("a", b"1"),
+        lambda: directory.put_file("a", write(tmp_path / "source", b"1")),
+        lambda: directory.put_stream("a", lambda sink: sink.write(b"1"), directory.stat("a")),
+    ]
+    if commit == "link":
+        writes = [lambda: directory.put_bytes_if("a", b"1", None)]
+    for put in writes:
+        disk_calls.clear()
+        put()
+        done = [call for call in disk_calls if not call.startswith("unlink")]
+        assert [call.split()[0] for call in done] == ["fsync", commit, "fsync"]
+        assert done[0].split()[1] == done[1].split()[1] != "a"
+        assert done[2] == f"fsync {directory.root.name}"
+
+
+def test_a_long_stream_is_synced_on_its_way(
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, disk_calls: list[str]
+) -> None:
+    monkeypatch.setattr("utils.storage.directory.SYNC_BYTES", 100)
+    synced: list[int] = []
+
+    def send(sink: IO[bytes]) -> None:
+        for _ in range(4):
+            sink.write(bytes(60))
+            synced.append(len(disk_calls))
+
+    directory.put_stream("a", send, None)
+    assert synced == [0, 1, 1, 2]
+
+
 def operations(bucket: Bucket, source: Path, name: str = "a") -> list[Callable[[], object]]:
     return [
         lambda: bucket.put_bytes(name, b"1"),
@@ -450,10 +485,19 @@ def test_a_mounted_directory_without_links_still_creates_only_once(
     assert directory.read_bytes("a") == b"1"
 
 
+@pytest.mark.parametrize("operation", ["put_bytes_if", "put_stream", "delete_if"])
 def test_a_conditional_write_waits_for_that_of_another_process(
-    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch
+    directory: DirectoryBucket, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     before = directory.put_bytes_if("a", b"1", None)
+    change, after = {
+        "put_bytes_if": (lambda: directory.put_bytes_if("a", b"2", before), b"2"),
+        "put_stream": (
+            lambda: directory.put_stream("a", lambda sink: sink.write(b"2"), directory.stat("a")),
+            b"2",
+        ),
+        "delete_if": (lambda: directory.delete_if("a", before), None),
+    }[operation]
     descriptor = os.open(directory.root, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     flock, asked = fcntl.flock, threading.Event()
@@ -463,13 +507,13 @@ def test_a_conditional_write_waits_for_that_of_another_process(
         flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", note)
-    thread = threading.Thread(target=lambda: directory.put_bytes_if("a", b"2", before))
+    thread = threading.Thread(target=change)
     thread.start()
     assert asked.wait(10)
     assert directory.read_bytes("a") == b"1"
     os.close(descriptor)
     thread.join(10)
-    assert directory.read_bytes("a") == b"2"
+    assert (directory.read_bytes("a") if directory.stat("a") else None) == after
 
 
 def test_other_failures_of_the_file_system_are_storage_errors(
@@ -641,12 +685,15 @@ def test_two_bad_answers_are_survived_by_every_operation(
         assert fault.fired == 2
 
 
-def test_a_server_that_is_down_for_ever_is_given_up(gcs: FakeGcsServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_is_busy_for_ever_is_given_up(
+    gcs: FakeGcsServer, tmp_path: Path, status: int
+) -> None:
     gcs.put_object("runs", "a", b"1")
-    gcs.add_fault(Fault("status", times=None, status=503))
+    gcs.add_fault(Fault("status", times=None, status=status))
     impatient = open_bucket("gs://runs", retry_seconds=0.1)
     for use in operations(impatient, write(tmp_path / "source", b"1")):
-        with pytest.raises(TransientStorageError, match="gs://runs"):
+        with pytest.raises(TransientStorageError, match=f"gs://runs.*{status}"):
             use()
     gcs.stop()
     with pytest.raises(TransientStorageError, match="no connection"):

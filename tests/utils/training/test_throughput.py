@@ -32,6 +32,19 @@ def run_steps(speed: Throughput, clock: Clock, *seconds: float) -> None:
         speed.step()
 
 
+def test_a_report_leaves_out_the_pauses_since_the_last_one_and_no_others(clock: Clock) -> None:
+    speed = Throughput()
+    for pause in (60.0, 0.0):
+        clock.now += pause
+        speed.pause(pause)
+        run_steps(speed, clock, 50.0, 50.0)
+        assert speed.report(1000, 25.0) == {
+            "tokens_per_second": 20.0,
+            "step_seconds": 50.0,
+            "data_wait_share": 0.25,
+        }
+
+
 def test_the_first_steps_of_an_attempt_say_nothing_of_the_others(clock: Clock) -> None:
     speed = Throughput()
     assert speed.recent_step_seconds is None

@@ -258,14 +258,27 @@ def test_another_archive_without_a_sidecar_is_replaced(place: Place, checkpoint:
     place.require_uploaded(checkpoint)
 
 
-@pytest.mark.parametrize("is_missing", [True, False])
+def flip_last_bit(place: Place) -> None:
+    """Damage the archive in the bucket; its size stays."""
+    data = place.bucket.read_bytes(ARCHIVE)
+    place.bucket.put_bytes(ARCHIVE, data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda place: place.bucket.delete(ARCHIVE),
+        lambda place: place.bucket.put_bytes(ARCHIVE, b"damaged"),
+        flip_last_bit,
+    ],
+    ids=["gone", "another size", "the same size"],
+)
 def test_a_sidecar_whose_archive_is_gone_or_damaged_is_made_good(
-    place: Place, checkpoint: Path, is_missing: bool
+    place: Place, checkpoint: Path, damage: Callable[[Place], None]
 ) -> None:
     place.upload(checkpoint)
-    place.bucket.delete(ARCHIVE)
-    if not is_missing:
-        place.bucket.put_bytes(ARCHIVE, b"damaged")
+    damage(place)
     place.upload(checkpoint)
     place.require_uploaded(checkpoint)
 
@@ -426,15 +439,19 @@ def test_a_sidecar_that_is_written_at_this_moment_is_neither_deleted_nor_replace
 
 
 @BOTH
-def test_an_object_that_is_not_what_was_sent_is_never_called_verified(
-    place: Place, checkpoint: Path
+def test_an_object_that_is_not_what_was_sent_is_an_error_and_gets_no_sidecar(
+    place: Place, checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def damage() -> None:
-        data = place.contents()[ARCHIVE]  # the size stays
-        place.bucket.put_bytes(ARCHIVE, data[:-1] + bytes([data[-1] ^ 1]))
+    def damage_and_reset() -> None:
+        flip_last_bit(place)
+        fail(TransientStorageError("connection reset"))
 
+    caplog.set_level(logging.INFO)
+    with pytest.raises(TransientStorageError, match="connection reset"):
+        place.upload(checkpoint, after=at("put", ARCHIVE, damage_and_reset))
+    assert "arrived" not in caplog.text
     with pytest.raises(TransientStorageError, match="the bucket holds .* instead of"):
-        place.upload(checkpoint, after=at("put", ARCHIVE, damage))
+        place.upload(checkpoint, after=at("put", ARCHIVE, lambda: flip_last_bit(place)))
     assert set(place.contents()) == {ARCHIVE}
     lose = at("put", ARCHIVE, lambda: place.bucket.delete(ARCHIVE))
     with pytest.raises(TransientStorageError, match="the bucket holds nothing instead of"):
@@ -544,7 +561,7 @@ def test_an_error_of_a_local_file_is_tried_again_where_it_may_pass(
 
 @BOTH
 @pytest.mark.parametrize("change", ["gone", "incomplete", "missing", "damaged"])
-def test_a_checkpoint_that_is_not_whole_is_never_called_verified(
+def test_a_checkpoint_that_is_not_whole_is_refused_and_nothing_is_in_the_bucket(
     place: Place, checkpoint: Path, change: str
 ) -> None:
     if change == "gone":

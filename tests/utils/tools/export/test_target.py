@@ -52,6 +52,21 @@ def test_a_folder_appears_whole_and_nothing_stays_beside_it(tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "far").iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("name", ["model", "model.gguf"])
+def test_the_name_of_an_export_is_on_disk_before_what_it_replaces_is_removed(
+    name: str, tmp_path: Path, disk_calls: list[str]
+) -> None:
+    path, files = tmp_path / name, {"model.gguf": "GGUF"} if "." in name else NEW
+    export(disk(path), files)
+    disk_calls.clear()
+    export(disk(path, overwrite=True), files)
+    synced = disk_calls.index(f"fsync {tmp_path.name}")
+    kinds = [call.split()[0] for call in disk_calls]
+    assert {"rename", "replace"} & set(kinds[:synced])
+    assert not {"rename", "replace"} & set(kinds[synced:])
+    assert "unlink" not in kinds[:synced]
+
+
 def test_an_exported_model_is_replaced_only_when_asked(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.mkdir()  # an empty folder is free
