@@ -16,14 +16,7 @@ from typing import NamedTuple
 
 from utils.base.errors import DataError
 from utils.base.progress import OnProgress
-from utils.corpus.documents import (
-    TRAINING,
-    VALIDATION,
-    Content,
-    Document,
-    NullText,
-    OpenText,
-)
+from utils.corpus.documents import TRAINING, VALIDATION, Content, Document, NullText, OpenText
 from utils.corpus.text_sources import Source
 
 REPORT_BYTES = 2**20

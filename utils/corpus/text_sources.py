@@ -213,7 +213,7 @@ class FileSource:
             if kind in PARQUET_SUFFIXES:
                 yield from _parquet_documents(path, self.text_column)
             elif kind in JSONL_SUFFIXES:
-                yield from _json_documents(path, self.text_column)
+                yield from _texts_of_records(_json_records(path), self.text_column, path)
             elif self.document_separator:
                 yield from _separated_documents(path, self.document_separator.encode())
             elif self.document_per == "line":
@@ -308,16 +308,6 @@ def _line_documents(path: Path) -> Iterator[str]:
             yield _decode(line.rstrip(LINE_ENDS), encoding, f"{path}:{number}")
 
 
-def _json_documents(path: Path, column: str) -> Iterator[str]:
-    """Yield the texts of the records; none of them having the column is an error at the end."""
-    first, is_found = None, False
-    for record, place in _json_records(path):
-        yield _text_of_record(record, column, place)
-        first, is_found = first or record, is_found or column in record
-    if first and not is_found:
-        raise DataError(f"{path}: {_no_column(column, first)}")
-
-
 def _json_records(path: Path) -> Iterator[tuple[Any, str]]:
     """Yield JSON lines, or the one array or object that the file is, each with its place."""
     with open_text(path) as file:
@@ -345,6 +335,18 @@ def _parse(data: bytes, place: object) -> Any:
         raise DataError(
             f"{place}: not JSON ({exc}). One JSON object a line is needed, or one array of them."
         ) from exc
+
+
+def _texts_of_records(
+    records: Iterable[tuple[Any, str]], column: str, source: object
+) -> Iterator[str]:
+    """Yield the texts of records with their places; that none has the column, is an error."""
+    first, is_found = None, False
+    for record, place in records:
+        yield _text_of_record(record, column, place)
+        first, is_found = first or record, is_found or column in record
+    if first and not is_found:
+        raise DataError(f"{source}: {_no_column(column, first)}")
 
 
 def _text_of_record(record: Any, column: str, place: str) -> str:
@@ -375,18 +377,17 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
                 _require_column(column, file.schema_arrow.names, path)
                 batches = file.iter_batches(PARQUET_BATCH_ROWS, columns=[column])
                 rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-                yield from _texts_of_rows(rows, column, path)
+                yield from _texts_of_records(_numbered(rows, path), column, path)
         except pyarrow.ArrowException as exc:
             raise DataError(f"{path}: not a readable Parquet file ({exc}).") from exc
 
 
-def _texts_of_rows(rows: Iterable[Any], column: str, place: object) -> Iterator[str]:
-    for number, row in enumerate(rows, start=1):
-        yield _text_of_record(row, column, f"{place}, row {number}")
+def _numbered(rows: Iterable[Any], source: object) -> Iterator[tuple[Any, str]]:
+    return ((row, f"{source}, row {number}") for number, row in enumerate(rows, start=1))
 
 
-def _require_column(column: str, columns: Iterable[str] | None, place: object) -> None:
-    if columns is not None and column not in columns:
+def _require_column(column: str, columns: Iterable[str], place: object) -> None:
+    if column not in columns:
         raise DataError(f"{place}: {_no_column(column, columns)}")
 
 
@@ -430,9 +431,11 @@ class HubSource:
             DataError: The dataset, split or column cannot be read.
         """
         rows = self._open()
-        _require_column(self.text_column, rows.column_names, self._place)
-        rows = rows.select_columns([self.text_column])
-        yield from _texts_of_rows(rows, self.text_column, self._place)
+        if rows.column_names is not None:  # a stream may not know them
+            _require_column(self.text_column, rows.column_names, self._place)
+            rows = rows.select_columns([self.text_column])
+        place = self._place
+        yield from _texts_of_records(_numbered(rows, place), self.text_column, place)
 
     def fingerprint(self) -> str:
         """Return a hash of the names, and of a local directory's files.

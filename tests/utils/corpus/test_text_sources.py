@@ -367,6 +367,18 @@ def test_hugging_face_dataset_gives_the_column_of_its_split(
         list(HubSource(name, split="nowhere", streaming=True).documents())
 
 
+def test_a_stream_that_does_not_know_its_columns_is_read_and_a_wrong_one_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"text": "a", "n": 1}]))
+    assert stream.column_names is None
+    monkeypatch.setattr(HubSource, "_open", lambda self: stream)
+
+    assert list(HubSource("web").documents()) == ["a"]
+    with pytest.raises(DataError, match="train: no column 'body'. Columns: text, n"):
+        list(HubSource("web", text_column="body").documents())
+
+
 def test_fingerprint_of_a_local_dataset_follows_linked_folders(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "disk").mkdir()
