@@ -28,6 +28,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -54,6 +55,19 @@ DEFAULT_TOKEN_CACHE = "cache/tokens"  # noqa: S105 - not a password
 TOKEN_CACHE_BYTES = 10**10  # the least recently used goes first
 SHOWN_SHARDS = 3
 NO_CACHE = "off"
+# Options that say how sources are read, and the sources that they are for.
+SOURCE_OPTIONS = {
+    "document_per": "text files",
+    "document_separator": "text files that hold it",
+    "text_column": "JSON, .parquet and --hf",
+    "hf_config": "an --hf dataset that has it",
+    "split": "an --hf dataset that has it",
+    "streaming": "--hf NAME",
+    "token_dtype": ".bin files",
+    "eos_id": "token files (.npy, .bin)",
+    "token_cache": "text",
+}
+DEFAULT_TEXT_COLUMN = "text"
 LONGEST_LINE = 2000
 
 _logger = logging.getLogger("prepare_data")
@@ -124,23 +138,22 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
         help="text, JSON lines or .parquet files (also .gz, .zst), token files (.npy, .bin), "
         "directories, 'globs'; PATH::COLUMN names the column of the text for this one alone",
     )
-    group.add_argument(
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument(
         "--document-per",
         choices=("file", "line"),
-        default="file",
         help="what a document is in a text file (default: file)",
     )
-    group.add_argument(
+    choice.add_argument(
         "--document-separator",
-        default="",
+        type=_read_escapes,
         metavar="TEXT",
-        help="what stands between documents in a text file, such as '<|endoftext|>'",
+        help="what stands between documents in a text file, such as '<|endoftext|>' or '\\n\\n'",
     )
     group.add_argument(
         "--text-column",
-        default="text",
         metavar="NAME",
-        help="column of the text in JSON, .parquet and --hf (default: text)",
+        help=f"column of the text in JSON, .parquet and --hf (default: {DEFAULT_TEXT_COLUMN})",
     )
     group.add_argument(
         "--hf", metavar="NAME", help="Hugging Face dataset, by name or directory (or NAME::COLUMN)"
@@ -163,6 +176,22 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="leave out documents whose text is null or missing (default: an error)",
     )
+
+
+def _read_escapes(text: str) -> str:
+    r"""Return a text in which `\n`, `\x1e` and the like, as Python writes them, are read."""
+    try:
+        with warnings.catch_warnings(action="error"):  # of an escape that is not known
+            found = text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+        found.encode()
+    except (UnicodeError, Warning) as exc:
+        raise argparse.ArgumentTypeError(
+            f"{printable(text)} cannot be read as text. Escapes are \\n \\r \\t \\f \\v \\0 \\xNN "
+            "\\uNNNN; a backslash is \\\\."
+        ) from exc
+    if not found:
+        raise argparse.ArgumentTypeError("it is empty; a text is needed.")
+    return found
 
 
 def _add_tokenizer_arguments(group: argparse._ArgumentGroup) -> None:
@@ -265,7 +294,10 @@ def _build_request(
     from utils.checkpoints.store import require_recorded_tokenizer
     from utils.corpus.prepare import DEFAULT_SHARD_TOKENS, CorpusOptions
 
-    _refuse_unused(arguments)
+    if not (arguments.sample or arguments.input or arguments.hf):
+        raise UsageError("Nothing to prepare: give --sample, --input PATH ... or --hf NAME.")
+    if arguments.eos_id is not None and arguments.eos_id < 0:
+        raise UsageError(f"--eos-id must be at least 0, got {arguments.eos_id}.")
     if arguments.tokenizer is not None:
         require_recorded_tokenizer(arguments.tokenizer)
     is_sample_alone = _is_sample_alone(arguments)
@@ -295,7 +327,7 @@ def _build_request(
     validation_sources = _file_sources(
         arguments.validation_input, arguments, shard_tokens, "--validation-input"
     )
-    _refuse_unused_token_options(arguments, [*sources, *validation_sources])
+    _refuse_unused(arguments, [*sources, *validation_sources])
     return sources, validation_sources, options
 
 
@@ -304,21 +336,14 @@ def _is_sample_alone(arguments: argparse.Namespace) -> bool:
     return bool(arguments.sample and not any(others))
 
 
-def _refuse_unused(arguments: argparse.Namespace) -> None:
-    if not (arguments.sample or arguments.input or arguments.hf):
-        raise UsageError("Nothing to prepare: give --sample, --input PATH ... or --hf NAME.")
-    for option in ("hf_config", "split", "streaming"):
-        if getattr(arguments, option) and not arguments.hf:
-            raise UsageError(f"--{option.replace('_', '-')} goes with --hf NAME.")
-    if arguments.eos_id is not None and arguments.eos_id < 0:
-        raise UsageError(f"--eos-id must be at least 0, got {arguments.eos_id}.")
-
-
-def _refuse_unused_token_options(arguments: argparse.Namespace, sources: Sequence[Source]) -> None:
-    has_tokens = any(source.holds_tokens for source in sources)
-    for option, value in (("--token-dtype", arguments.token_dtype), ("--eos-id", arguments.eos_id)):
-        if value is not None and not has_tokens:
-            raise UsageError(f"{option} goes with token files (.npy, .bin); there are none.")
+def _refuse_unused(arguments: argparse.Namespace, sources: Sequence[Source]) -> None:
+    for option, what in SOURCE_OPTIONS.items():
+        value = getattr(arguments, option)
+        if value in (None, NO_CACHE) or value is False:
+            continue
+        if not any(source.uses(option) for source in sources):
+            words = f"--{option.replace('_', '-')}" + f" {value!r}" * (value is not True)
+            raise UsageError(f"{words} has no effect here: it goes with {what}.")
 
 
 def _build_sources(arguments: argparse.Namespace, shard_tokens: int | None) -> list[Source]:
@@ -330,7 +355,7 @@ def _build_sources(arguments: argparse.Namespace, shard_tokens: int | None) -> l
         sources.append(SampleSource())
     sources += _file_sources(arguments.input, arguments, shard_tokens, "--input")
     if arguments.hf:
-        name, column = split_column(arguments.hf, arguments.text_column)
+        name, column = split_column(arguments.hf, arguments.text_column or DEFAULT_TEXT_COLUMN)
         names = (name, arguments.split or "train", arguments.hf_config, column)
         sources.append(HubSource(*names, streaming=arguments.streaming))
     return sources
@@ -350,7 +375,7 @@ def _file_sources(
     # A directory may hold a .bin of any kind: only who tells the type means token ids.
     also = (NPY_SUFFIX, BIN_SUFFIX) if arguments.token_dtype else (NPY_SUFFIX,)
     sources: list[Source] = []
-    found = find_files(patterns, also, option, arguments.text_column)
+    found = find_files(patterns, also, option, arguments.text_column or DEFAULT_TEXT_COLUMN)
     groups = itertools.groupby(found, lambda one: (kind_of(one[0]) in TOKEN_SUFFIXES, one[1]))
     for (is_tokens, column), group in groups:
         paths = tuple(path for path, _ in group)
@@ -365,7 +390,7 @@ def _file_sources(
                 )
             )
         else:
-            how = (arguments.document_per, column, arguments.document_separator)
+            how = (arguments.document_per, column, arguments.document_separator or "")
             sources.append(FileSource(paths, *how))
     return sources
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -51,6 +52,9 @@ def text_file(tmp_path: Path) -> Path:
 
 
 BOOK = ["--input", "book.txt", "--vocab-size", "300"]
+NPY = ["--input", "t.npy", "--vocab-size", "80000"]
+RECORDS = ["--input", "a.jsonl", "--vocab-size", "300"]
+SAVED = ["--hf", "saved", "--vocab-size", "300"]
 
 
 def test_sample_makes_five_training_shards_and_one_for_validation(
@@ -129,12 +133,25 @@ def test_preparing_with_a_new_tokenizer_loads_no_torch(text_file: Path, tmp_path
         (["--input", "t.npy", "--vocab-size", "3"], "token id 70000"),
         (["--input", "t.npy"], "--vocab-size N"),
         (["--input", "wide.txt", "--vocab-size", "300"], "iconv -f UTF-16 -t UTF-8"),
-        (["--input", "t.npy", "--vocab-size", "80000", "--eos-id", "-1"], "--eos-id"),
-        (["--input", "t.npy", "--vocab-size", "80000", "--eos-id", "90000"], "--eos-id 90000"),
-        (["--input", "t.npy", "book.txt", "--vocab-size", "80000"], "need --tokenizer"),
-        (["--input", "t.npy", "--vocab-size", "80000", "--special-token", "<x>"], "--special"),
-        ([*BOOK, "--eos-id", "1"], "--eos-id goes with"),
-        ([*BOOK, "--streaming"], "--streaming goes with"),
+        ([*NPY, "--eos-id", "-1"], "--eos-id"),
+        ([*NPY, "--eos-id", "90000"], "--eos-id 90000"),
+        ([*NPY, "--input", "book.txt"], "need --tokenizer"),
+        ([*NPY, "--special-token", "<x>"], "--special"),
+        ([*BOOK, "--eos-id", "0"], "--eos-id 0 has no effect here: it goes with token files"),
+        ([*BOOK, "--token-dtype", "uint16"], "--token-dtype 'uint16' has no effect"),
+        ([*BOOK, "--streaming"], "--streaming has no effect"),
+        ([*BOOK, "--hf-config", "a"], "--hf-config 'a' has no effect"),
+        ([*BOOK, "--split", "test"], "--split 'test' has no effect"),
+        ([*BOOK, "--text-column", "text"], "--text-column 'text' has no effect"),
+        ([*BOOK, "--document-separator", r"\n\n"], r"--document-separator '\n\n' has no effect"),
+        ([*RECORDS, "--document-separator", "a"], "goes with text files that hold it"),
+        ([*RECORDS, "--document-per", "line"], "--document-per 'line' has no effect"),
+        ([*NPY, "--token-dtype", "uint16"], "it goes with .bin files"),
+        ([*NPY, "--token-cache", "c"], "--token-cache 'c' has no effect"),
+        (["--sample", "--text-column", "text"], "it goes with JSON, .parquet and --hf"),
+        ([*SAVED, "--hf-config", "a"], "--hf-config 'a' has no effect"),
+        ([*SAVED, "--split", "train"], "--split 'train' has no effect"),
+        ([*SAVED, "--text-column", "a"], "no column 'a'. Columns: text"),
         ([*BOOK, "--token-cache", "book.txt"], "is a file"),
         ([*BOOK, "--validation-input", "none"], "--validation-input none"),
         ([*BOOK, "--output", "ftp://x/y"], "gs://bucket/prefix"),
@@ -154,6 +171,8 @@ def test_bad_request_is_one_message_and_exit_code_two(
     Path("t.bin").write_bytes(bytes(8))
     Path("wide.txt").write_text("text", "utf-16")
     Path("bad.model").write_bytes(b"<html>")
+    Path("a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    datasets.Dataset.from_dict({"text": ["a"]}, split="test").save_to_disk("saved")
     Path("other").mkdir()
     Path("other/index.json").write_text("{}")
     before = text_file.read_bytes()
@@ -216,7 +235,16 @@ def test_a_damaged_tokenizer_of_data_is_not_used_for_more(
 
 
 @pytest.mark.parametrize(
-    "options", [["--sample"], ["--output", "o", "--vocab-size", "9", "--tokenizer", "x"]]
+    "options",
+    [
+        ["--sample"],
+        ["--output", "o", "--vocab-size", "9", "--tokenizer", "x"],
+        [*BOOK, "--output", "o", "--document-per", "line", "--document-separator", "book"],
+        *(
+            [*BOOK, "--output", "o", "--document-separator", text]
+            for text in ("", "\\", r"\d", r"\xg", r"\ud800", "\udcff")
+        ),
+    ],
 )
 def test_malformed_command_line_is_exit_code_two(options: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -296,8 +324,6 @@ def test_the_token_cache_lies_below_the_current_directory_and_can_be_off(
 def test_a_local_hugging_face_dataset_is_prepared_and_its_changes_are_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool, kind: str
 ) -> None:
-    import datasets
-
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
 
     def write(marker: str) -> None:
@@ -375,6 +401,38 @@ def test_each_input_may_name_the_column_of_its_text() -> None:
     assert prepare_data.main([*options, "mixed", *mixed]) == ExitCode.DONE
     assert prepare_data.main([*options, "plain", *plain]) == ExitCode.DONE
     assert _shards("mixed") == _shards("plain")
+
+
+@pytest.mark.parametrize(
+    ("option", "between"),
+    [
+        (r"\n\n", "\n\n\n"),
+        (r"\r\n\x2d\r\n", "\r\n-\r\n"),
+        (r"\t\f\v\u00a7", "\t\f\v\u00a7"),
+        (r"\0", "\0"),
+        (r"\\n", r"\n"),
+        ("\u00a7\u4e2d", "\u00a7\u4e2d"),
+    ],
+)
+def test_a_separator_may_be_written_with_escapes(
+    option: str, between: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("a.txt").write_bytes(between.join(["one\ntwo", "d\u00e9j\u00e0", "three"]).encode())
+    Path("b.txt").write_text("one document")
+    arguments = ["--input", "a.txt", "b.txt", "--vocab-size", "300", "--output", "o", "--json"]
+    assert prepare_data.main([*arguments, "--document-separator", option]) == ExitCode.DONE
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["documents"] == 4
+    assert summary["bytes"] == len("one\ntwod\u00e9j\u00e0threeone document".encode())
+
+
+def test_a_document_per_file_is_one_also_where_a_text_file_holds_records(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("a.txt").write_text('{"text": "a"}\n{"text": "b"}\n')
+    arguments = ["--input", "a.txt", "--vocab-size", "300", "--output", "o", "--json"]
+    assert prepare_data.main([*arguments, "--document-per", "file"]) == ExitCode.DONE
+    assert json.loads(capsys.readouterr().out)["documents"] == 1
 
 
 # Commands on data that is there.

@@ -230,8 +230,8 @@ def _holds_records(path: Path, column: str) -> bool:
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[io.BufferedReader]:
-    """Open a file of text at its beginning, unpacked.
+def open_text(path: Path, separator: bytes = b"") -> Iterator[io.BufferedReader]:
+    """Open a file of text at its beginning, unpacked; a `separator` may be NUL.
 
     Raises:
         DataError: It cannot be read, then or later, or is no text.
@@ -248,7 +248,7 @@ def open_text(path: Path) -> Iterator[io.BufferedReader]:
             stream = pyarrow.input_stream(str(path), compression="zstd")
             raw = stack.enter_context(closing(stream))
         file = stack.enter_context(io.BufferedReader(raw, HEAD_BYTES))
-        _require_text(path, file.peek())
+        _require_text(path, file.peek().replace(separator, b"\n") if separator else file.peek())
         yield file
 
 

@@ -306,9 +306,7 @@ def _train_tokenizer(reading: Reading, options: CorpusOptions) -> Tokenizer:
     documents = reading.documents("Training the tokenizer")
     # Held-out text stays unseen: not even the tokenizer learns from it.
     texts = (str(item.content) for item in documents if item.split == TRAINING)
-    tokenizer = tokenization.build_tokenizer(
-        _told_of_markers(texts), options.vocab_size, options.special_tokens
-    )
+    tokenizer = tokenization.build_tokenizer(texts, options.vocab_size, options.special_tokens)
     _logger.info("Tokenizer trained: %d tokens.", tokenizer.vocab_size)
     if tokenizer.vocab_size < options.vocab_size:
         _logger.warning(
@@ -319,22 +317,6 @@ def _train_tokenizer(reading: Reading, options: CorpusOptions) -> Tokenizer:
             tokenizer.vocab_size,
         )
     return tokenizer
-
-
-def _told_of_markers(texts: Iterable[str]) -> Iterator[str]:
-    """Pass texts on; warn at the end where they spell the end-of-text token out."""
-    count = 0
-    for text in texts:
-        count += text.count(END_OF_TEXT)
-        yield text
-    if count:
-        _logger.warning(
-            "The text has %s in it, %d times, as characters like any other. Where it separates "
-            "documents: --document-separator '%s'.",
-            END_OF_TEXT,
-            count,
-            END_OF_TEXT,
-        )
 
 
 def _write_shards(
@@ -365,7 +347,7 @@ def _tokenize(
     left = {split: finished.num_documents(split) if finished else 0 for split in SPLITS}
 
     def unfinished() -> Iterator[Document]:
-        for document in reading.documents("Tokenizing"):
+        for document in _told_of_markers(reading.documents("Tokenizing")):
             if left[document.split]:
                 left[document.split] -= 1
                 yield document._replace(is_wanted=False)
@@ -373,6 +355,23 @@ def _tokenize(
                 yield document
 
     return tokenization.encode_documents(tokenizer, unfinished(), cache)
+
+
+def _told_of_markers(documents: Iterable[Document]) -> Iterator[Document]:
+    """Pass documents on; warn at the end where they spell the end-of-text token out."""
+    count = 0
+    for document in documents:
+        if isinstance(document.content, str):
+            count += document.content.count(END_OF_TEXT)
+        yield document
+    if count:
+        _logger.warning(
+            "The text has %s in it, %d times, as characters like any other. Where it separates the "
+            "documents of a text file: --document-separator '%s'.",
+            END_OF_TEXT,
+            count,
+            END_OF_TEXT,
+        )
 
 
 def _build_index(

@@ -55,6 +55,9 @@ TEXT_PART_BYTES = 2**20
 CUT_SEARCH_BYTES = 2**16
 PARQUET_BATCH_ROWS = 256
 _CHOOSE = "Choose one with --text-column, or for one input with PATH::COLUMN."
+RECORD_SUFFIXES = (*JSONL_SUFFIXES, *PARQUET_SUFFIXES)
+# What `save_to_disk` of a Dataset and of a DatasetDict writes.
+SAVED_FILES = ("state.json", "dataset_dict.json")
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +82,9 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Return a hash that changes when the documents do."""
+
+    def uses(self, option: str) -> bool:
+        """Tell whether an option of prepare_data.py changes how something here is read."""
 
 
 class SampleSource:
@@ -121,6 +127,10 @@ class SampleSource:
         """Return a hash over the library's source files."""
         files = [*self._modules(), self._stdlib / "pydoc_data" / "topics.py"]
         return _hash_files("sample", [path for path in files if path.is_file()])
+
+    def uses(self, option: str) -> bool:
+        """As `Source` says."""
+        return option == "token_cache"
 
     def _modules(self) -> list[Path]:
         found = []
@@ -180,8 +190,9 @@ class FileSource:
     paths: tuple[Path, ...]
     """Files, read in this order."""
 
-    document_per: str = "file"
-    """What a document is in a text file: the whole `file`, or each `line`."""
+    document_per: str | None = None
+    """What a document is in a text file: the whole `file`, or each `line`; None: `file`, but
+    records where the content has them."""
 
     text_column: str = "text"
     """Key of the text in JSONL records and Parquet rows."""
@@ -223,14 +234,31 @@ class FileSource:
 
     def fingerprint(self) -> str:
         """Return a hash over the bytes of the files and how they are read."""
-        options = [self.document_per, self.text_column, *map(self._kind, self.paths)]
+        options = [self.document_per or "file", self.text_column, *map(self._kind, self.paths)]
         if self.document_separator:
             options.append(self.document_separator)
         return _hash_files(json.dumps(options), self.paths)
 
+    def uses(self, option: str) -> bool:
+        """As `Source` says; a separator is looked for.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        is_record = {path: self._kind(path) in RECORD_SUFFIXES for path in self.paths}
+        texts = [path for path in self.paths if not is_record[path]]
+        if option == "document_separator":
+            return any(_holds(path, self.document_separator.encode()) for path in texts)
+        found = {
+            "document_per": bool(texts),
+            "text_column": any(is_record.values()),
+            "token_cache": True,
+        }
+        return found.get(option, False)
+
     def _kind(self, path: Path) -> str:
         kind = kind_of(path)
-        is_cut = self.document_separator or self.document_per != "file"
+        is_cut = self.document_separator or self.document_per
         return kind if is_cut and kind in TEXT_SUFFIXES else content_kind(path, self.text_column)
 
 
@@ -246,9 +274,19 @@ def _whole_document(path: Path) -> Iterator[str]:
         yield _decode(data, encoding, path, start)
 
 
+def _holds(path: Path, separator: bytes) -> bool:
+    with open_text(path, separator) as file:
+        data = b""
+        while block := file.read(TEXT_PART_BYTES):
+            data = data[-len(separator) :] + block
+            if separator in data:
+                return True
+    return False
+
+
 def _separated_documents(path: Path, separator: bytes) -> Iterator[str]:
     """Yield what stands between separators, without the line ends around it; nothing is empty."""
-    with open_text(path) as file:
+    with open_text(path, separator) as file:
         head = file.read(len(codecs.BOM_UTF8))
         data = head.removeprefix(codecs.BOM_UTF8)
         start, is_open = len(head) - len(data), False
@@ -450,6 +488,22 @@ class HubSource:
             return _hash_files(json.dumps(names), sorted(file for file in files if file.is_file()))
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
+    def uses(self, option: str) -> bool:
+        """As `Source` says.
+
+        Raises:
+            DataError: The dataset cannot be read.
+        """
+        if option == "split" and self._is_saved("state.json"):
+            return str(self._open().split) == self.split
+        if option == "hf_config" and self._is_saved(*SAVED_FILES):
+            return False
+        return option in ("hf_config", "split", "streaming", "text_column", "token_cache")
+
+    def _is_saved(self, *names: str) -> bool:
+        directory = Path(self.name).expanduser()
+        return any((directory / name).is_file() for name in names)
+
     @property
     def _place(self) -> str:
         return f"--hf {self.name} --split {self.split}"
@@ -461,8 +515,7 @@ class HubSource:
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         try:
-            directory = Path(self.name).expanduser()
-            if any((directory / one).is_file() for one in ("state.json", "dataset_dict.json")):
+            if self._is_saved(*SAVED_FILES):
                 return self._open_saved(datasets)
             return datasets.load_dataset(
                 self.name, self.configuration, split=self.split, streaming=self.streaming
@@ -473,8 +526,4 @@ class HubSource:
     def _open_saved(self, datasets: Any) -> Any:
         """Return what `save_to_disk` wrote; it is memory-mapped, so streaming changes nothing."""
         saved = datasets.load_from_disk(str(Path(self.name).expanduser()))
-        if isinstance(saved, datasets.DatasetDict):
-            return saved[self.split]
-        if self.split not in ("train", str(saved.split)):
-            raise ValueError(f"it holds the split {saved.split} only")
-        return saved
+        return saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved

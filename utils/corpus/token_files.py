@@ -112,6 +112,11 @@ class TokenFileSource:
             digest.update(content.digest())
         return digest.hexdigest()
 
+    def uses(self, option: str) -> bool:
+        """As `Source` says."""
+        has_bin = any(path.suffix.lower() == BIN_SUFFIX for path in self.paths)
+        return option == "eos_id" or (option == "token_dtype" and has_bin)
+
     def _parts(self, blocks: Iterator[TokenArray]) -> Iterator[TokenArray]:
         for block in blocks:
             for start in range(0, len(block), self.part_tokens):

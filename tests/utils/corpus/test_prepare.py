@@ -630,9 +630,12 @@ def test_an_end_of_text_spelled_out_in_the_text_is_told(
 ) -> None:
     path = tmp_path / "stories.txt"
     path.write_text("\n<|endoftext|>\n".join(texts))
-    prepare(FileSource((path,)), tmp_path / "one")
-    assert "The text has <|endoftext|> in it, " in caplog.text
-    assert "--document-separator '<|endoftext|>'" in caplog.text
+    taken = {"vocab_size": None, "tokenizer": str(tmp_path / "one")}
+    for name, options in (("one", {}), ("two", taken)):
+        caplog.clear()
+        prepare(FileSource((path,)), tmp_path / name, **options)
+        assert f"The text has <|endoftext|> in it, {len(texts) - 1} times" in caplog.text
+        assert "--document-separator '<|endoftext|>'" in caplog.text
     caplog.clear()
     prepare(FileSource((path,), document_separator="<|endoftext|>"), tmp_path / "many")
     assert "--document-separator" not in caplog.text

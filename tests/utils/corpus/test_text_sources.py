@@ -193,6 +193,9 @@ def test_a_separator_is_found_wherever_blocks_end(
     path = tmp_path / "stories.txt"
     stories = ["a" * 5, "b\n" * 40 + "b", "\u00e9" * 30, "c"]
     path.write_bytes("<end>".join(stories).encode())
+    (tmp_path / "two.txt").write_text(f"{'a' * 20}<end>{'b' * 20}")
+    two = FileSource((tmp_path / "two.txt",), document_separator="<end>")
+    other = FileSource(two.paths, document_separator="<ends>")
     for block in range(6, 40):
         monkeypatch.setattr("utils.corpus.text_sources.TEXT_PART_BYTES", block)
         parts = read(path, document_separator="<end>")
@@ -200,6 +203,8 @@ def test_a_separator_is_found_wherever_blocks_end(
         closed = [not isinstance(part, OpenText) for part in parts]
         assert sum(closed) == len(stories)
         assert any(isinstance(part, OpenText) for part in parts)
+        assert two.uses("document_separator")
+        assert not other.uses("document_separator")
 
 
 def test_parquet_column_that_is_not_there_is_named(tmp_path: Path) -> None:
