@@ -136,7 +136,7 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="PATH",
         help="text, JSON lines or .parquet files (also .gz, .zst), token files (.npy, .bin), "
-        "directories, 'globs'",
+        "directories, 'globs'; PATH::COLUMN names the column of the text for this one alone",
     )
     choice = group.add_mutually_exclusive_group()
     choice.add_argument(
@@ -155,7 +155,9 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help=f"column of the text in JSON, .parquet and --hf (default: {DEFAULT_TEXT_COLUMN})",
     )
-    group.add_argument("--hf", metavar="NAME", help="Hugging Face dataset, by name or directory")
+    group.add_argument(
+        "--hf", metavar="NAME", help="Hugging Face dataset, by name or directory (or NAME::COLUMN)"
+    )
     group.add_argument("--hf-config", metavar="NAME", help="named subset of the --hf dataset")
     group.add_argument("--split", metavar="NAME", help="split of --hf (default: train)")
     group.add_argument("--streaming", action="store_true", help="do not download --hf first")
@@ -169,6 +171,11 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
         help="id that ends each document in token files (default: a file is one document)",
     )
     group.add_argument("--dedup", action="store_true", help="leave out exact repeats")
+    group.add_argument(
+        "--skip-null",
+        action="store_true",
+        help="leave out documents whose text is null or missing (default: an error)",
+    )
 
 
 def _read_escapes(text: str) -> str:
@@ -223,7 +230,7 @@ def _add_validation_arguments(group: argparse._ArgumentGroup) -> None:
         "--validation-fraction",
         type=float,
         metavar="F",
-        help="share of the documents, evenly spread (default: 0.05)",
+        help="about this share of the tokens, in whole documents from all over (default: 0.05)",
     )
     choice.add_argument(
         "--validation-tail",
@@ -237,7 +244,7 @@ def _add_validation_arguments(group: argparse._ArgumentGroup) -> None:
         action="extend",
         default=[],
         metavar="PATH",
-        help="files, directories or globs of their own",
+        help="files, directories or globs of their own (also PATH::COLUMN)",
     )
 
 
@@ -314,6 +321,7 @@ def _build_request(
         shard_tokens=shard_tokens,
         compress=arguments.compress,
         deduplicate=arguments.dedup,
+        skip_null=arguments.skip_null,
     )
     sources = _build_sources(arguments, shard_tokens)
     validation_sources = _file_sources(
@@ -339,6 +347,7 @@ def _refuse_unused(arguments: argparse.Namespace, sources: Sequence[Source]) -> 
 
 
 def _build_sources(arguments: argparse.Namespace, shard_tokens: int | None) -> list[Source]:
+    from utils.corpus.file_kinds import split_column
     from utils.corpus.text_sources import HubSource, SampleSource
 
     sources: list[Source] = []
@@ -346,9 +355,8 @@ def _build_sources(arguments: argparse.Namespace, shard_tokens: int | None) -> l
         sources.append(SampleSource())
     sources += _file_sources(arguments.input, arguments, shard_tokens, "--input")
     if arguments.hf:
-        split = arguments.split or "train"
-        column = arguments.text_column or DEFAULT_TEXT_COLUMN
-        names = (arguments.hf, split, arguments.hf_config, column)
+        name, column = split_column(arguments.hf, arguments.text_column or DEFAULT_TEXT_COLUMN)
+        names = (name, arguments.split or "train", arguments.hf_config, column)
         sources.append(HubSource(*names, streaming=arguments.streaming))
     return sources
 
@@ -367,14 +375,15 @@ def _file_sources(
     # A directory may hold a .bin of any kind: only who tells the type means token ids.
     also = (NPY_SUFFIX, BIN_SUFFIX) if arguments.token_dtype else (NPY_SUFFIX,)
     sources: list[Source] = []
-    column = arguments.text_column or DEFAULT_TEXT_COLUMN
-    paths = find_files(patterns, also, option, column)
-    for is_tokens, group in itertools.groupby(paths, lambda path: kind_of(path) in TOKEN_SUFFIXES):
+    found = find_files(patterns, also, option, arguments.text_column or DEFAULT_TEXT_COLUMN)
+    groups = itertools.groupby(found, lambda one: (kind_of(one[0]) in TOKEN_SUFFIXES, one[1]))
+    for (is_tokens, column), group in groups:
+        paths = tuple(path for path, _ in group)
         if is_tokens:
             part_tokens = max(1, min(BLOCK_TOKENS, shard_tokens or BLOCK_TOKENS))
             sources.append(
                 TokenFileSource(
-                    tuple(group),
+                    paths,
                     arguments.token_dtype,
                     arguments.eos_id,
                     part_tokens=part_tokens,
@@ -382,7 +391,7 @@ def _file_sources(
             )
         else:
             how = (arguments.document_per, column, arguments.document_separator or "")
-            sources.append(FileSource(tuple(group), *how))
+            sources.append(FileSource(paths, *how))
     return sources
 
 
@@ -405,12 +414,13 @@ def _summarize(preparation: Preparation, uri: str, seconds: float) -> dict[str, 
     index = preparation.index
     names = [shard["name"] for shard in index["shards"]]
     num_validation = sum(name.startswith("val_") for name in names)
-    num_bytes = index["summary"]["bytes"]
+    num_bytes, num_tokens = index["summary"]["bytes"], index["summary"]["tokens"]
     return {
         "output": uri,
         "is_new": preparation.is_new,
         **index["summary"],
-        "tokens_per_byte": index["summary"]["tokens"] / num_bytes if num_bytes else None,
+        "validation_share": index["summary"]["validation_tokens"] / num_tokens,
+        "tokens_per_byte": num_tokens / num_bytes if num_bytes else None,
         "vocab_size": index["vocab_size"],
         "training_shards": len(names) - num_validation,
         "validation_shards": num_validation,
@@ -421,12 +431,13 @@ def _summarize(preparation: Preparation, uri: str, seconds: float) -> dict[str, 
 
 def _format_summary(summary: dict[str, Any]) -> str:
     head = "Prepared" if summary["is_new"] else "Already prepared, nothing to do:"
-    left_out = summary["documents_left_out"]
+    left_out = {"left out": summary["documents_left_out"], "null": summary["documents_null"]}
+    others = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
     rows = {
-        "documents": f"{summary['documents']:,}" + (f" ({left_out:,} left out)" * bool(left_out)),
+        "documents": f"{summary['documents']:,}" + f" ({others})" * bool(others),
         "text": f"{summary['bytes']:,} bytes",
         "tokens": f"{summary['tokens']:,} ({summary['training_tokens']:,} training, "
-        f"{summary['validation_tokens']:,} validation)",
+        f"{summary['validation_tokens']:,} validation, {summary['validation_share']:.2%})",
         "tokens per byte": f"{summary['tokens_per_byte'] or 0:.3f}",
         "vocabulary": f"{summary['vocab_size']:,}",
         "unigram entropy": f"{summary['unigram_entropy_nats']:.3f} nats",

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from scripts import prepare_data
@@ -90,11 +92,13 @@ def test_summary_shows_what_came_out_and_where(
         f"{summary['tokens']:,}",
         f"{summary['tokens_per_byte']:.3f}",
         f"{summary['unigram_entropy_nats']:.3f} nats",
+        f", {summary['validation_share']:.2%})",
         "1 training, 1 validation",
     ):
         assert value in text
     assert summary["bytes"] == text_file.stat().st_size
     assert summary["vocab_size"] == 300
+    assert summary["validation_share"] == summary["validation_tokens"] / summary["tokens"]
     assert summary["is_new"] is False
 
 
@@ -338,6 +342,65 @@ def test_a_local_hugging_face_dataset_is_prepared_and_its_changes_are_seen(
     assert prepare_data.main([*arguments, "data-old", *options]) == ExitCode.DONE
     assert json.loads(Path("o/index.json").read_text())["summary"]["documents"] == 100
     assert prepare_data.main([*arguments, "data-new", *options]) == ExitCode.USAGE
+
+
+def _write_rows(path: str, rows: list[dict[str, object]]) -> None:
+    if path.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _shards(directory: str) -> dict[str, bytes]:
+    return {name: data for name, data in _contents(Path(directory)).items() if "index" not in name}
+
+
+@pytest.mark.parametrize(("name", "place"), [("a.jsonl", "a.jsonl:4"), ("a.parquet", ", row 4")])
+def test_null_text_is_an_error_that_names_it_or_is_left_out_and_counted(
+    capsys: pytest.CaptureFixture[str], name: str, place: str
+) -> None:
+    rows: list[dict[str, object]] = [{"text": f"Text {n} of some.", "n": n} for n in range(40)]
+    _write_rows("whole.jsonl", rows)
+    rows[3:3] = [{"text": None, "n": 0}, {"n": 1}]
+    _write_rows(name, rows)
+    arguments = ["--vocab-size", "300", "--token-cache", "off", "--output", "o", "--input", name]
+
+    assert prepare_data.main(arguments) == ExitCode.USAGE
+    error = capsys.readouterr().err
+    assert f"{place}: column 'text' is null" in error
+    assert "--skip-null" in error
+    assert not Path("o").exists()
+    assert prepare_data.main([*arguments, "--skip-null"]) == ExitCode.DONE
+    assert "40 (2 null)" in capsys.readouterr().out
+    assert json.loads(Path("o/index.json").read_text())["summary"]["documents_null"] == 2
+    arguments = arguments[:-1]
+    assert prepare_data.main([*arguments, "whole.jsonl", "--output", "whole"]) == ExitCode.DONE
+    assert _shards("o") == _shards("whole")
+    arguments += [f"{name}::b", "--skip-null", "--output", "none"]
+    assert prepare_data.main(arguments) == ExitCode.USAGE
+    assert "no column 'b'. Columns: text, n." in capsys.readouterr().err
+
+
+def test_each_input_may_name_the_column_of_its_text() -> None:
+    texts = [f"Text {n} of all inputs." for n in range(60)]
+    for name, column, part in (
+        ("a.jsonl", "body", texts[:20]),
+        ("b1.parquet", "content", texts[20:30]),
+        ("b2.parquet", "content", texts[30:40]),
+        ("c.jsonl", "text", texts[40:50]),
+        ("val.jsonl", "held", texts[50:]),
+        ("train.jsonl", "text", texts[:50]),
+        ("test.jsonl", "text", texts[50:]),
+    ):
+        _write_rows(name, [{"id": "x", column: text} for text in part])
+    options = ["--vocab-size", "300", "--token-cache", "off", "--quiet", "--output"]
+    mixed = ["--input", "a.jsonl::body", "b?.parquet::content", "c.jsonl"]
+    mixed += ["--validation-input", "val.jsonl::held"]
+    plain = ["--input", "train.jsonl", "--validation-input", "test.jsonl"]
+
+    assert prepare_data.main([*options, "mixed", *mixed]) == ExitCode.DONE
+    assert prepare_data.main([*options, "plain", *plain]) == ExitCode.DONE
+    assert _shards("mixed") == _shards("plain")
 
 
 @pytest.mark.parametrize(

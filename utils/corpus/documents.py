@@ -1,6 +1,7 @@
 """What a document is on its way from a source to a shard.
 
-    source --> str, OpenText or token ids --> Document (with its split) --> token ids --> shard
+    source --> str (also OpenText, NullText) or token ids --> Document (with its split)
+           --> token ids --> shard
 
 Nothing is read or written here.
 """
@@ -21,6 +22,12 @@ TokenArray = npt.NDArray[np.unsignedinteger[Any]]
 
 class OpenText(str):
     """Part of a very long document that goes on with the next one: no end token follows it."""
+
+    __slots__ = ()
+
+
+class NullText(str):
+    """In place of a text that is null or missing: a sentence that says where."""
 
     __slots__ = ()
 

@@ -80,8 +80,10 @@ def find_files(
     also: Sequence[str] = (),
     option: str = "--input",
     column: str = "text",
-) -> tuple[Path, ...]:
-    """Return the files that paths, directories and globs name: in the order given, each once.
+) -> tuple[tuple[Path, str], ...]:
+    """Return the files that paths, directories and globs name, and the column of each.
+
+    They come in the order given, each once for a column: that of `PATH::COLUMN`, else `column`.
 
     Directories are searched below for text, JSON and Parquet files, in sorted order, linked ones
     too; hidden files are left out, all others that are not read are named. A file given by its own
@@ -94,14 +96,14 @@ def find_files(
         DataError: A folder or a file that a link names cannot be read.
     """
     usable = (*NAMED_KINDS, *also)
-    found: dict[Path, Path] = {}
+    found: dict[tuple[Path, str], Path] = {}
     left_out: list[Path] = []
-    for pattern in patterns:
+    for pattern, own in (split_column(pattern, column) for pattern in patterns):
         files: list[Path] = []
         others: list[Path] = []
         with read_errors(f"{option} {pattern}"):
             for path, is_named in _expand(pattern, option):
-                is_read = is_named or _is_usable(path, usable, column)
+                is_read = is_named or _is_usable(path, usable, own)
                 (files if is_read else others).append(path)
         if not files:
             but = f" but {list_names(others)}" if others else ""
@@ -109,11 +111,20 @@ def find_files(
                 f"{option} {pattern}: nothing to read there{but}. Expected files ending in "
                 f"{' '.join(usable)} (also with {' or '.join(COMPRESSION_SUFFIXES)})."
             )
-        found.update((file, path) for path in files if (file := path.resolve()) not in found)
+        for path in files:
+            found.setdefault((path.resolve(), own), path)
         left_out += others
-    if left_out := [path for path in left_out if path.resolve() not in found]:
+    read = {file for file, _ in found}
+    if left_out := [path for path in left_out if path.resolve() not in read]:
         log.warning("%s: %d files are not read: %s.", option, len(left_out), list_names(left_out))
-    return tuple(path.absolute() for path in found.values())
+    return tuple((path.absolute(), own) for (_, own), path in found.items())
+
+
+def split_column(name: str, column: str) -> tuple[str, str]:
+    """Return the path and the column of `PATH::COLUMN`; `column` is that of a path alone."""
+    path, _, own = name.rpartition("::")
+    is_whole = not (path and own) or Path(name).expanduser().exists()
+    return (name, column) if is_whole else (path, own)
 
 
 def list_names(paths: Sequence[Path]) -> str:

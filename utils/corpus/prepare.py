@@ -6,8 +6,9 @@
 Guarantees: the same sources and options give a byte-identical output, also when interrupted and
 started again; an output that already holds just that is recognized and left alone; one that holds
 anything else is never touched unless `overwrite` says so. Documents are streamed: memory holds
-one shard of each split and two batches, whatever the size of the corpus (and the hashes of the
-documents with `deduplicate`). The token cache changes nothing but the time.
+one shard of each split and two batches, whatever the size of the corpus (with `deduplicate`
+also the hashes of the documents, and a long one while it repeats an earlier one). The token cache
+changes nothing but the time.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ DEFAULT_SHARD_TOKENS = 50_000_000
 DEFAULT_VALIDATION_FRACTION = 0.05
 NUM_EVEN_SHARDS = 5
 # Part of every fingerprint: raise it when a change of the code changes what comes out.
-PREPARATION_FORMAT = 1
+PREPARATION_FORMAT = 2
 
 _logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class CorpusOptions:
     """Id that ends the documents of token files, where no tokenizer says one."""
 
     validation_fraction: float = DEFAULT_VALIDATION_FRACTION
-    """Share of the documents that is held out, from 0 to below 1."""
+    """Share of the tokens that is held out, about, from 0 to below 1."""
 
     validation_tail: float = 0.0
     """Share of the text, at its end, that is held out instead, from 0 to below 1."""
@@ -84,6 +85,9 @@ class CorpusOptions:
 
     deduplicate: bool = False
     """Leave out documents that repeat an earlier one exactly."""
+
+    skip_null: bool = False
+    """Leave out documents whose text is null or missing; otherwise they are errors."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done."""
@@ -116,6 +120,7 @@ class CorpusOptions:
             # Only where they are used, so that what was prepared before they came is recognized.
             **({"special_tokens": self.special_tokens} if self.special_tokens else {}),
             **({"validation_tail": self.validation_tail} if self.validation_tail else {}),
+            **({"skip_null": True} if self.skip_null else {}),
             **({} if self.eos_token_id is None else {"eos_token_id": self.eos_token_id}),
         }
 
@@ -170,6 +175,7 @@ def prepare_corpus(
         validation_fraction=options.validation_fraction,
         validation_tail=options.validation_tail,
         deduplicate=options.deduplicate,
+        skip_null=options.skip_null,
         on_progress=on_progress,
     )
     if tokenizer is None:
@@ -383,6 +389,7 @@ def _build_index(
         "summary": {
             "documents": reading.num_documents,
             "documents_left_out": reading.num_left_out,
+            "documents_null": reading.num_null,
             "bytes": reading.num_bytes,
             "tokens": sum(by_split.values()),
             "training_tokens": by_split[TRAINING],

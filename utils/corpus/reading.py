@@ -1,6 +1,6 @@
 """The documents of all sources, counted, without repeats, each with its split.
 
-    sources --> not empty, no repeats --> train | val (by number, the tail, or a source) --> corpus
+    sources --> not empty, no repeats --> train | val (a share, the tail, or a source) --> corpus
 
 The same sources and options give the same documents in the same splits each time they are read.
 """
@@ -16,17 +16,22 @@ from typing import NamedTuple
 
 from utils.base.errors import DataError
 from utils.base.progress import OnProgress
-from utils.corpus.documents import TRAINING, VALIDATION, Content, Document, OpenText
+from utils.corpus.documents import TRAINING, VALIDATION, Content, Document, NullText, OpenText
 from utils.corpus.text_sources import Source
 
 REPORT_BYTES = 2**20
+BYTES_PER_TOKEN = 4
+"""What token ids count for beside text, about."""
+MOST_HELD_OUT = 1.05
+LEAST_HELD_OUT = 0.5
+"""Of the share that is wanted."""
 
 
 class Reading:
     """Reads the sources any number of times; the counts are those of the last time.
 
-    All of `validation_sources` is held out, and of `sources` a share: of the documents, or as
-    `validation_tail` of the bytes at their end.
+    All of `validation_sources` is held out, and of `sources` a share of the bytes: all over them,
+    or as `validation_tail` at their end.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class Reading:
         validation_fraction: float = 0.0,
         validation_tail: float = 0.0,
         deduplicate: bool = False,
+        skip_null: bool = False,
         on_progress: OnProgress | None = None,
     ) -> None:
         self._sources = sources
@@ -44,6 +50,7 @@ class Reading:
         self._fraction = validation_fraction
         self._tail = validation_tail
         self._deduplicate = deduplicate
+        self._skip_null = skip_null
         self._on_progress = on_progress
         self._seen: set[bytes] = set()
         self._size: _Size | None = None
@@ -52,12 +59,14 @@ class Reading:
         self.num_documents = 0
         self.num_bytes = 0
         self.num_left_out = 0
+        self.num_null = 0
 
     def documents(self, stage: str) -> Iterator[Document]:
         """Read everything once more, from the start.
 
         Raises:
-            DataError: A source cannot be read, or there is nothing in them.
+            DataError: A source cannot be read, there is nothing in them, or a text is null and
+                `skip_null` is not set.
         """
         if self._tail and self._size is None:
             self._size = self._measure()
@@ -85,38 +94,70 @@ class Reading:
         return _Size(count, total)
 
     def _restart(self) -> None:
-        self.num_documents = self.num_bytes = self.num_left_out = 0
+        self.num_documents = self.num_bytes = self.num_left_out = self.num_null = 0
         self._done_bytes = self._reported_bytes = 0
         self._seen = set()
 
     def _contents(self, sources: Sequence[Source], stage: str) -> Iterator[Content]:
-        for content in itertools.chain.from_iterable(source.documents() for source in sources):
-            data = content.encode("utf-8") if isinstance(content, str) else content.tobytes()
-            if not data or (self._deduplicate and self._is_repeat(data)):
-                self.num_left_out += 1
-                continue
+        contents = self._present(sources)
+        for content in self._distinct(contents) if self._deduplicate else contents:
+            size = _size_of(content)
             self.num_documents += not isinstance(content, OpenText)
-            self.num_bytes += len(data) if isinstance(content, str) else 0
-            self._done_bytes += len(data)
+            self.num_bytes += size if isinstance(content, str) else 0
+            self._done_bytes += size
             if self._done_bytes - self._reported_bytes >= REPORT_BYTES:
                 self._report(stage)
             yield content
+
+    def _present(self, sources: Sequence[Source]) -> Iterator[Content]:
+        """Leave out what is empty or null; a document in parts is one that ends all the same."""
+        begun: OpenText | None = None
+        for content in itertools.chain.from_iterable(source.documents() for source in sources):
+            if isinstance(content, NullText):
+                if not self._skip_null:
+                    raise DataError(f"{content} To leave such documents out: --skip-null.")
+                self.num_null += 1
+                continue
+            if not len(content):
+                if isinstance(content, OpenText):
+                    continue
+                if begun is None:
+                    self.num_left_out += 1
+                    continue
+                content = str(begun)
+            elif begun is not None:
+                yield begun
+            begun = content if isinstance(content, OpenText) else None
+            if begun is None:
+                yield content
+
+    def _distinct(self, contents: Iterable[Content]) -> Iterator[Content]:
+        """Leave out documents that repeat an earlier one; their parts wait while they may do so."""
+        waiting: list[Content] = []
+        digest, is_new = hashlib.blake2b(digest_size=16), False
+        for content in contents:
+            digest.update(content.encode() if isinstance(content, str) else content.tobytes())
+            is_open = isinstance(content, OpenText)
+            key = digest.digest() + b"..." * is_open
+            is_new = is_new or key not in self._seen
+            self._seen.add(key)
+            waiting.append(content)
+            if is_new:
+                yield from waiting
+                waiting = []
+            if not is_open:
+                self.num_left_out += not is_new
+                waiting, digest, is_new = [], hashlib.blake2b(digest_size=16), False
 
     def _report(self, stage: str) -> None:
         self._reported_bytes = self._done_bytes
         if self._on_progress:
             self._on_progress(stage, self._done_bytes, self._total_bytes)
 
-    def _is_repeat(self, data: bytes) -> bool:
-        digest = hashlib.blake2b(data, digest_size=16).digest()
-        if digest in self._seen:
-            return True
-        self._seen.add(digest)
-        return False
-
     def _require_documents(self, so_far: int, what: str) -> None:
         if self.num_documents == so_far:
-            why = "every document is empty" + (" or a repeat" if self._deduplicate else "")
+            why = "every document is empty" + " or null" * self._skip_null
+            why += " or a repeat" * self._deduplicate
             raise DataError(f"{what} no text at all: {why}.")
 
 
@@ -126,30 +167,35 @@ class _Size(NamedTuple):
 
 
 def _size_of(content: Content) -> int:
-    return len(content.encode("utf-8")) if isinstance(content, str) else content.nbytes
+    return len(content.encode()) if isinstance(content, str) else len(content) * BYTES_PER_TOKEN
 
 
 def assign_splits(contents: Iterable[Content], validation_fraction: float) -> Iterator[Document]:
-    """Yield the documents with their split: one in every 1/fraction is held out.
+    """Yield the documents with their split: held out is what keeps the share of the bytes right.
 
-    Where there are fewer documents than that, the end of each is held out instead, cut where a
-    line begins (else at any character), so that a single book has a validation set too. The
-    parts of a very long document count one by one.
+    Documents wait as long as far too little is held out. Where that is so at the end, the end of
+    each that waits is held out instead, cut where a line begins (else at any character), so that a
+    single book has a validation set too. The parts of a very long document count one by one.
     """
-    if not validation_fraction:
-        yield from (Document(content, TRAINING) for content in contents)
-        return
-    fraction = Fraction(validation_fraction).limit_denominator(10**6)
-    contents = iter(contents)
-    first = list(itertools.islice(contents, math.ceil(1 / fraction)))
-    if len(first) < math.ceil(1 / fraction):
-        for content in _join_parts(first):
+    waiting: list[Document] = []
+    total = held = settled = settled_held = 0
+    wanted = 0.0
+    for content in contents:
+        size = _size_of(content)
+        is_due = held < wanted  # without its own size, which would favor long documents
+        total += size
+        wanted = validation_fraction * total
+        is_held = is_due and held + size <= MOST_HELD_OUT * wanted
+        held += size * is_held
+        waiting.append(Document(content, VALIDATION if is_held else TRAINING))
+        if held >= LEAST_HELD_OUT * wanted:
+            yield from waiting
+            waiting, settled, settled_held = [], total, held
+    if waiting:
+        share = min(1.0, (wanted - settled_held) / (total - settled))
+        fraction = Fraction(share).limit_denominator(10**6)
+        for content in _join_parts(document.content for document in waiting):
             yield from _cut_validation(content, fraction)
-        return
-    share, whole = fraction.numerator, fraction.denominator
-    for number, content in enumerate(itertools.chain(first, contents)):
-        is_validation = (number + 1) * share // whole > number * share // whole
-        yield Document(content, VALIDATION if is_validation else TRAINING)
 
 
 def _join_parts(contents: Iterable[Content]) -> Iterator[Content]:

@@ -8,7 +8,8 @@ A `Source` can be read any number of times and yields the same documents in the 
 time. Its `fingerprint` changes when its content does, and is much cheaper than reading the
 documents. Text is kept byte for byte: no newline translation, no stripping; a leading UTF-8 byte
 order mark is dropped. A text file of more than 1 MiB comes in parts (`OpenText`), so that memory
-does not grow with it. What cannot be read is a `DataError` that names the file and the place.
+does not grow with it. For text that is null or missing there is a `NullText`; what else cannot be
+read is a `DataError` that names the file and the place.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import ast
 import codecs
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -32,7 +34,7 @@ from typing import Any, Protocol
 from utils.base.errors import DataError, first_line
 from utils.base.files import walk_folders
 from utils.base.text import parse_json
-from utils.corpus.documents import Content, OpenText
+from utils.corpus.documents import Content, NullText, OpenText
 from utils.corpus.file_kinds import (
     JSONL_SUFFIXES,
     NAMED_KINDS,
@@ -52,6 +54,7 @@ MAX_JSON_BYTES = 2**30
 TEXT_PART_BYTES = 2**20
 CUT_SEARCH_BYTES = 2**16
 PARQUET_BATCH_ROWS = 256
+_CHOOSE = "Choose one with --text-column, or for one input with PATH::COLUMN."
 RECORD_SUFFIXES = (*JSONL_SUFFIXES, *PARQUET_SUFFIXES)
 # What `save_to_disk` of a Dataset and of a DatasetDict writes.
 SAVED_FILES = ("state.json", "dataset_dict.json")
@@ -221,7 +224,7 @@ class FileSource:
             if kind in PARQUET_SUFFIXES:
                 yield from _parquet_documents(path, self.text_column)
             elif kind in JSONL_SUFFIXES:
-                yield from _json_documents(path, self.text_column)
+                yield from _texts_of_records(_json_records(path), self.text_column, path)
             elif self.document_separator:
                 yield from _separated_documents(path, self.document_separator.encode())
             elif self.document_per == "line":
@@ -343,8 +346,8 @@ def _line_documents(path: Path) -> Iterator[str]:
             yield _decode(line.rstrip(LINE_ENDS), encoding, f"{path}:{number}")
 
 
-def _json_documents(path: Path, column: str) -> Iterator[str]:
-    """Yield the texts of JSON lines, or of the one array or object that the file is."""
+def _json_records(path: Path) -> Iterator[tuple[Any, str]]:
+    """Yield JSON lines, or the one array or object that the file is, each with its place."""
     with open_text(path) as file:
         if ONE_JSON_VALUE.match(file.peek()):
             data = file.read(MAX_JSON_BYTES + 1)
@@ -355,12 +358,12 @@ def _json_documents(path: Path, column: str) -> Iterator[str]:
                 )
             value = _parse(data, path)
             for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
-                yield _text_of_record(record, column, f"{path}, record {number}")
+                yield record, f"{path}, record {number}"
             return
         for number, line in enumerate(split_lines(file), start=1):
             if line.strip():
                 place = f"{path}:{number}"
-                yield _text_of_record(_parse(line, place), column, place)
+                yield _parse(line, place), place
 
 
 def _parse(data: bytes, place: object) -> Any:
@@ -372,17 +375,29 @@ def _parse(data: bytes, place: object) -> Any:
         ) from exc
 
 
+def _texts_of_records(
+    records: Iterable[tuple[Any, str]], column: str, source: object
+) -> Iterator[str]:
+    """Yield the texts of records with their places; that none has the column, is an error."""
+    first, is_found = None, False
+    for record, place in records:
+        yield _text_of_record(record, column, place)
+        first, is_found = first or record, is_found or column in record
+    if first and not is_found:
+        raise DataError(f"{source}: {_no_column(column, first)}")
+
+
 def _text_of_record(record: Any, column: str, place: str) -> str:
     if not isinstance(record, dict):
         raise DataError(f"{place}: a JSON object is needed, got {type(record).__name__}.")
     text = record.get(column)
+    if column not in record:
+        return NullText(f"{place}: {_no_column(column, record)}")
+    if text is None:
+        return NullText(f"{place}: column {column!r} is null, text is needed.")
     if not isinstance(text, str):
-        what = f"is {type(text).__name__}" if column in record else "is missing"
-        keys = ", ".join(map(str, record)) or "none"
-        raise DataError(
-            f"{place}: column {column!r} {what}, text is needed. Columns: {keys}. "
-            "Choose one with --text-column."
-        )
+        kind = type(text).__name__
+        raise DataError(f"{place}: column {column!r} is {kind}, text is needed. {_CHOOSE}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as exc:
@@ -397,24 +412,25 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
     with read_errors(path):
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
-                names = file.schema_arrow.names
-                if column not in names:
-                    raise DataError(
-                        f"{path}: no column {column!r}. Columns: {', '.join(names)}. "
-                        "Choose one with --text-column."
-                    )
-                for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=[column]):
-                    yield from _texts_of_column(batch.column(0).to_pylist(), column, path)
+                _require_column(column, file.schema_arrow.names, path)
+                batches = file.iter_batches(PARQUET_BATCH_ROWS, columns=[column])
+                rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+                yield from _texts_of_records(_numbered(rows, path), column, path)
         except pyarrow.ArrowException as exc:
             raise DataError(f"{path}: not a readable Parquet file ({exc}).") from exc
 
 
-def _texts_of_column(values: Iterable[Any], column: str, place: object) -> Iterator[str]:
-    for text in values:
-        if not isinstance(text, str):
-            kind = "empty (null)" if text is None else type(text).__name__
-            raise DataError(f"{place}: column {column!r} has a value that is {kind}, not text.")
-        yield text
+def _numbered(rows: Iterable[Any], source: object) -> Iterator[tuple[Any, str]]:
+    return ((row, f"{source}, row {number}") for number, row in enumerate(rows, start=1))
+
+
+def _require_column(column: str, columns: Iterable[str], place: object) -> None:
+    if column not in columns:
+        raise DataError(f"{place}: {_no_column(column, columns)}")
+
+
+def _no_column(column: str, columns: Iterable[str]) -> str:
+    return f"no column {column!r}. Columns: {', '.join(columns) or 'none'}. {_CHOOSE}"
 
 
 def _hash_files(label: str, paths: Iterable[Path]) -> str:
@@ -453,16 +469,11 @@ class HubSource:
             DataError: The dataset, split or column cannot be read.
         """
         rows = self._open()
-        columns = rows.column_names
-        if columns is not None:  # a stream may not know them
-            if self.text_column not in columns:
-                raise DataError(
-                    f"{self._place}: no column {self.text_column!r}. Columns: "
-                    f"{', '.join(columns)}. Choose one with --text-column."
-                )
+        if rows.column_names is not None:  # a stream may not know them
+            _require_column(self.text_column, rows.column_names, self._place)
             rows = rows.select_columns([self.text_column])
-        for row in rows:
-            yield _text_of_record(row, self.text_column, self._place)
+        place = self._place
+        yield from _texts_of_records(_numbered(rows, place), self.text_column, place)
 
     def fingerprint(self) -> str:
         """Return a hash of the names, and of a local directory's files.

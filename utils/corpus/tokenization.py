@@ -409,7 +409,7 @@ class _Cutter:
             if goes_on and len(text) <= UNCUT_CHARACTERS:
                 yield _Piece("", split, is_wanted, is_last=True, has_end=False)
                 continue
-            yield _Piece(text, split, is_wanted, True, not is_open, num_dropped)
+            yield _Piece(text, split, is_wanted, True, not goes_on, num_dropped)
             text, num_dropped = "", 0
 
     def _find_cut(self, text: str, start: int) -> tuple[int, int] | None:

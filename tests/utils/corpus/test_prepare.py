@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 
 from utils.base.errors import DataError, StorageError, UsageError
 from utils.corpus import reading, text_sources, tokenization
+from utils.corpus.documents import NullText, OpenText
 from utils.corpus.prepare import CorpusOptions, Preparation, prepare_corpus
 from utils.corpus.reading import assign_splits, assign_tail
 from utils.corpus.text_sources import FileSource
@@ -81,7 +83,7 @@ def test_every_document_is_in_exactly_one_shard(
     training = documents_of(tmp_path / "out", "train")
     validation = documents_of(tmp_path / "out", "val")
 
-    assert len(validation) == len(texts) * 0.05
+    assert sum(map(len, validation)) == pytest.approx(0.05 * len("".join(texts)), rel=0.05)
     assert sorted(training + validation) == sorted(texts)
     assert len(list((tmp_path / "out").glob("train_*.npz"))) > 5
 
@@ -278,13 +280,57 @@ def test_overwriting_with_a_broken_source_leaves_the_old_data_whole(
 )
 def test_splitting_neither_loses_nor_repeats_text(texts: list[str], fraction: float) -> None:
     documents = list(assign_splits(texts, fraction))
-    num_validation = sum(document.split == "val" for document in documents)
+    wanted = fraction * len("".join(texts).encode())
 
     assert "".join(document.content for document in documents) == "".join(texts)
     assert all(document.content for document in documents)
-    if fraction and len(texts) >= math.ceil(1 / fraction):
-        assert [document.content for document in documents] == texts
-        assert abs(num_validation - len(texts) * fraction) <= 1
+    if [document.content for document in documents] == texts:
+        held = sum(len(one.content.encode()) for one in documents if one.split == "val")
+        assert held <= 1.05 * wanted
+
+
+LONG_TEXT = "One more line of it.\n" * 50_000
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [("long " if n % 20 == 19 else "short ") * (n % 20 * 10 + 1) for n in range(1_000)],
+        [*["A short text."] * 40, LONG_TEXT],
+        [LONG_TEXT, *["A short text."] * 40],
+        [LONG_TEXT] * 3,
+    ],
+)
+def test_the_share_is_of_the_text_whatever_the_order_and_the_sizes(texts: list[str]) -> None:
+    documents = assign_splits(texts, 0.05)
+    held = sum(len(document.content) for document in documents if document.split == "val")
+    assert held / len("".join(texts)) == pytest.approx(0.05, rel=0.05)
+
+
+def test_documents_held_out_are_as_long_as_the_others() -> None:
+    sizes = np.random.default_rng(0).lognormal(3, 1, 20_000).astype(int) + 1
+    documents = assign_splits(("x" * size for size in sizes), 0.05)
+    held = [len(document.content) for document in documents if document.split == "val"]
+    assert np.mean(held) == pytest.approx(np.mean(sizes), rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint64])
+def test_token_ids_count_as_text_of_their_number(dtype: type) -> None:
+    mixed = assign_splits(["x" * 400, np.zeros(100, dtype)] * 100, 0.05)
+    text = assign_splits(["x" * 400] * 200, 0.05)
+    assert [one.split for one in mixed] == [one.split for one in text]
+
+
+def test_the_tokenizer_learns_nothing_from_what_is_held_out(
+    source: FileSource, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "out", validation_fraction=0.3)
+    training = make_source(tmp_path / "kept.jsonl", documents_of(tmp_path / "out", "train"))
+    prepare(training, tmp_path / "kept", validation_fraction=0)
+
+    assert documents_of(tmp_path / "out", "val")
+    tokenizers = [contents(tmp_path / name)["tokenizer.json"] for name in ("out", "kept")]
+    assert tokenizers[0] == tokenizers[1]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -302,6 +348,57 @@ def test_repeats_and_empty_documents_are_left_out(tmp_path: Path, texts: list[st
 
     assert index["summary"]["documents"] == len(texts)
     assert index["summary"]["documents_left_out"] == 51
+
+
+class PartsSource:
+    """Documents in parts, as they are given."""
+
+    holds_tokens = False
+
+    def __init__(self, *parts: str) -> None:
+        self._parts = parts
+
+    def documents(self) -> Iterator[str]:
+        yield from self._parts
+
+    def fingerprint(self) -> str:
+        return repr(self._parts)
+
+
+def test_a_document_in_parts_keeps_its_end_and_repeats_as_a_whole(tmp_path: Path) -> None:
+    one, two = OpenText("one "), OpenText("two ")
+    parts = ["end", one, two, "", one, "end", "one ", OpenText(""), "", one, "end"]
+    once = ["end", "one two ", "one end", "one "]
+    others = [OpenText("on"), OpenText("e "), "end"]  # an end, but no repeat: it is cut elsewhere
+    for deduplicate, documents, num_left_out in (
+        (False, [*once, "one end", "one end"], 1),
+        (True, [*once, "one end"], 2),
+    ):
+        out = tmp_path / str(deduplicate)
+        changes = {"deduplicate": deduplicate, "validation_fraction": 0}
+        index = prepare(PartsSource(*parts, *others), out, **changes).index  # type: ignore[arg-type]
+        assert documents_of(out, "train") == documents
+        assert index["summary"]["documents"] == len(documents)
+        assert index["summary"]["documents_left_out"] == num_left_out
+
+
+@pytest.mark.parametrize("fails_at", ["train_00002.npz", "val_00001.npz"])
+def test_an_interrupted_preparation_goes_on_in_a_document_whose_end_is_held_out(
+    tmp_path: Path, fails_at: str
+) -> None:
+    texts = [f"A short text, number {n}." for n in range(60)]
+    long = [OpenText(LONG_TEXT[:20_000]), LONG_TEXT[:60_000]]
+    source = PartsSource(*texts, NullText("Here."), *long)
+    changes = {"deduplicate": True, "skip_null": True, "validation_fraction": 0.3}
+    changes |= {"vocab_size": 270, "shard_tokens": 200}
+    with pytest.raises(StorageError):
+        prepare(source, FailingBucket(tmp_path / "out", fails_at), **changes)  # type: ignore[arg-type]
+    prepare(source, bucket := FailingBucket(tmp_path / "out"), **changes)  # type: ignore[arg-type]
+    prepare(source, tmp_path / "straight", **changes)  # type: ignore[arg-type]
+
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    assert "train_00000.npz" not in bucket.got
+    assert not {"skip_null"} & set(CorpusOptions(vocab_size=270).fingerprint())
 
 
 @pytest.mark.parametrize(
@@ -407,9 +504,9 @@ def test_token_files_need_no_tokenizer_and_go_on_after_an_interruption(tmp_path:
     bucket = DirectoryBucket(tmp_path / "out")
     index = prepare_corpus([source], bucket, options).index
 
-    parts = np.split(ids, np.flatnonzero(ids == 0) + 1)
-    held_out = [part for n, part in enumerate(parts) if n % 20 == 19]
-    kept = [part for n, part in enumerate(parts) if n % 20 != 19]
+    parts = list(assign_splits(np.split(ids, np.flatnonzero(ids == 0) + 1), 0.05))
+    held_out = [part.content for part in parts if part.split == "val"]
+    kept = [part.content for part in parts if part.split == "train"]
     np.testing.assert_array_equal(tokens_of(tmp_path / "out", "train"), np.concatenate(kept))
     np.testing.assert_array_equal(tokens_of(tmp_path / "out", "val"), np.concatenate(held_out))
     assert (index["vocab_size"], index["eos_token_id"]) == (60_000, 0)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.sample_json import UNREADABLE
 from utils.base.errors import DataError, UsageError
-from utils.corpus.documents import OpenText
+from utils.corpus.documents import NullText, OpenText
 from utils.corpus.file_kinds import find_files
 from utils.corpus.text_sources import FileSource, HubSource, SampleSource
 
@@ -19,6 +19,10 @@ TEXT = "One.\r\n\r\n  Two: d\u00e9j\u00e0 vu \U0001f600\n"
 
 def read(path: Path, **options: str) -> list[str]:
     return list(FileSource((path,), **options).documents())
+
+
+def find_paths(*patterns: object) -> list[Path]:
+    return [path for path, _ in find_files(map(str, patterns))]
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -102,10 +106,9 @@ def test_jsonl_and_parquet_give_the_chosen_column(tmp_path: Path) -> None:
         ("a.txt", b"damaged" * 200_000 + bytes(9), "byte 1400000 is NUL.*tr -d"),
         ("a.csv", b"text\na\n", "--hf FOLDER"),
         ("a.json", b"no JSON", "a.json:1: not JSON"),
-        ("a.json", b'[{"text": "a"}, {"txt": "b"}]', "a.json, record 2: column 'text' is missing"),
         ("a.jsonl", UNREADABLE["nested deeply"], "a.jsonl:1: not JSON .it is nested too deeply"),
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "a.jsonl:2: not JSON"),
-        ("a.jsonl", b'{"txt": "a", "id": 1}\n', "column 'text' is missing.*Columns: txt, id"),
+        ("a.jsonl", b'{"txt": "a", "id": 1}\n', "a.jsonl: no column 'text'. Columns: txt, id"),
         ("a.jsonl", b'{"text": 3}\n', "column 'text' is int"),
         ("a.jsonl", b"[1]\n", "a JSON object is needed, got list"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
@@ -204,14 +207,35 @@ def test_a_separator_is_found_wherever_blocks_end(
         assert not other.uses("document_separator")
 
 
-def test_parquet_column_that_is_not_there_or_null_is_named(tmp_path: Path) -> None:
+def test_parquet_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x", None]}), path)
 
     with pytest.raises(DataError, match=r"no column 'text'. Columns: body"):
         read(path)
-    with pytest.raises(DataError, match=r"'body' has a value that is empty"):
-        read(path, text_column="body")
+    assert read(path, text_column="body")[0] == "x"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": null}\n', "a.jsonl:3: column 'text' is null"),
+        ("a.jsonl", b'{"text": "a"}\n{"b": 1}\n', "a.jsonl:2: no column 'text'. Columns: b"),
+        ("a.json", b'[{"text": "a"}, {}]', "a.json, record 2: no column 'text'. Columns: none"),
+        ("a.parquet", b"", "a.parquet, row 2: column 'text' is null"),
+    ],
+)
+def test_text_that_is_null_or_missing_is_marked_with_its_place(
+    tmp_path: Path, name: str, content: bytes, place: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / name)
+
+    text, null = read(tmp_path / name)
+    assert text == "a"
+    assert isinstance(null, NullText)
+    assert null.startswith(f"{tmp_path}/{place}")
 
 
 def test_fingerprint_follows_content_and_way_of_reading_but_not_the_folder(tmp_path: Path) -> None:
@@ -234,7 +258,7 @@ def test_directories_and_globs_are_searched_in_sorted_order_and_each_file_is_rea
         (tmp_path / name).touch()
 
     def names(*patterns: str) -> list[str]:
-        return [path.name for path in find_files(patterns)]
+        return [path.name for path in find_paths(*patterns)]
 
     assert names(str(tmp_path)) == ["a.JSONL.gz", "b.txt", "c.parquet"]
     assert names(f"{tmp_path}/*.txt", str(tmp_path)) == ["b.txt", "a.JSONL.gz", "c.parquet"]
@@ -251,9 +275,27 @@ def test_a_name_that_exists_as_written_is_no_pattern(
     for name in (folder, "x1", "axxb", "what1"):
         (tmp_path / name / "sub").mkdir(parents=True)
         (tmp_path / name / "sub" / "c.txt").write_text(name)
-    wanted = (tmp_path / folder / "sub" / "c.txt",)
-    assert find_files([f"./{folder}/s?b/*.txt"]) == wanted
-    assert find_files([f"{tmp_path}/{folder}/**/c.[s-u]xt"]) == wanted
+    wanted = [tmp_path / folder / "sub" / "c.txt"]
+    assert find_paths(f"./{folder}/s?b/*.txt") == wanted
+    assert find_paths(f"{tmp_path}/{folder}/**/c.[s-u]xt") == wanted
+
+
+def test_a_path_may_name_its_column_unless_it_exists_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl", "a.jsonl::old"):
+        write_jsonl(tmp_path / name, {"text": "a"})
+    found = find_files(["a.jsonl::body", "?.jsonl", "a.jsonl::old", "a.jsonl::body"])
+    assert [(path.name, column) for path, column in found] == [
+        ("a.jsonl", "body"),
+        ("a.jsonl", "text"),
+        ("b.jsonl", "text"),
+        ("a.jsonl::old", "text"),
+    ]
+    for pattern in ("nowhere.jsonl::body", "a.jsonl::"):
+        with pytest.raises(UsageError, match="no such file or directory"):
+            find_files([pattern])
 
 
 def test_what_a_directory_holds_besides_is_named(
@@ -267,7 +309,7 @@ def test_what_a_directory_holds_besides_is_named(
     for name in ("a.csv", "a.png", "b.png", "c.png"):
         (tmp_path / name).touch()
 
-    found = [path.name for path in find_files([str(tmp_path)])]
+    found = [path.name for path in find_paths(tmp_path)]
     assert found == ["array.json", "c4.json", "one.json"]
     assert "6 files are not read: " in caplog.text
     assert all(name in caplog.text for name in ("a.csv", "dataset_infos.json", " and 1 more."))
@@ -293,12 +335,12 @@ def test_a_link_is_called_as_the_user_sees_it_and_linked_folders_are_searched(
     (tmp_path / "disk" / "deep" / "circle").symlink_to(tmp_path / "data")
 
     for pattern in ("data", "data/**"):
-        found = find_files([str(tmp_path / pattern)])
+        found = find_paths(tmp_path / pattern)
         assert [str(path.relative_to(tmp_path / "data")) for path in found] == [
             "again.jsonl.gz",
             "linked/deep/c.txt",
         ]
-        assert list(FileSource(found).documents()) == ["a", "c"]
+        assert list(FileSource(tuple(found)).documents()) == ["a", "c"]
     (tmp_path / "data" / "part").symlink_to("../unmounted")
     with pytest.raises(DataError, match=r"part: it is a link to \.\./unmounted, which is not"):
         find_files([str(tmp_path / "data")])
@@ -317,24 +359,29 @@ def test_hugging_face_dataset_gives_the_column_of_its_split(
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "data").mkdir()
-    write_jsonl(tmp_path / "data" / "train.jsonl", {"text": "a", "n": 1}, {"text": "b", "n": 2})
+    write_jsonl(tmp_path / "data" / "train.jsonl", {"text": "a", "n": 1}, {"text": None, "n": 2})
     name = str(tmp_path / "data")
 
-    assert list(HubSource(name).documents()) == ["a", "b"]
-    with pytest.raises(DataError, match="body"):
+    text, null = HubSource(name).documents()
+    assert text == "a"
+    assert isinstance(null, NullText)
+    assert "--split train, row 2: column 'text' is null" in null
+    with pytest.raises(DataError, match="no column 'body'. Columns: text, n"):
         list(HubSource(name, text_column="body").documents())
     with pytest.raises(DataError, match="cannot be loaded"):
         list(HubSource(name, split="nowhere", streaming=True).documents())
 
 
-def test_a_stream_that_does_not_know_its_columns_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"text": "a", "n": 1}, {"text": "b", "n": 2}]
-    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+def test_a_stream_that_does_not_know_its_columns_is_read_and_a_wrong_one_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"text": "a", "n": 1}]))
     assert stream.column_names is None
     monkeypatch.setattr(HubSource, "_open", lambda self: stream)
-    assert list(HubSource("name", streaming=True).documents()) == ["a", "b"]
-    with pytest.raises(DataError, match="column 'body' is missing.* Columns: text, n"):
-        list(HubSource("name", text_column="body", streaming=True).documents())
+
+    assert list(HubSource("web").documents()) == ["a"]
+    with pytest.raises(DataError, match="train: no column 'body'. Columns: text, n"):
+        list(HubSource("web", text_column="body").documents())
 
 
 def test_fingerprint_of_a_local_dataset_follows_linked_folders(tmp_path: Path) -> None:

@@ -154,13 +154,13 @@ def test_a_long_text_in_parts_begins_only_once_for_a_tokenizer_that_marks_beginn
     assert len(list(cutter.pieces(Document(part, "train") for part in parts))) > len(parts) + 20
 
 
-def test_parts_of_a_long_text_in_two_splits_stay_in_their_splits() -> None:
+def test_parts_of_a_long_text_in_two_splits_stay_in_their_splits_and_end_there() -> None:
     marking = Tokenizer({"tokenizer.json": marking_backend("llama").to_str().encode()}, 700, 0)
     parts = [Document(OpenText("The quick"), "train"), Document(OpenText(" fox"), "val")]
     documents = encode_documents(marking, [*parts, Document(" red", "train")])
 
     texts = [(marking.build_backend().encode(part).ids) for part in ("The quick", " fox", " red")]
-    assert [one.ids.tolist() for one in documents] == [texts[0], texts[1], [*texts[2], 0]]
+    assert [one.ids.tolist() for one in documents] == [[*text, 0] for text in texts]
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
