@@ -35,7 +35,7 @@ SMALL = [
 def project(tmp_path: Path) -> Path:
     """A copy of the project without what runs leave in it."""
     copy = tmp_path / "project"
-    ignore = shutil.ignore_patterns("venv", "bucket", "cache", ".git", "__pycache__", ".*_cache")
+    ignore = shutil.ignore_patterns("venv*", "bucket", "cache", ".git", "__pycache__", ".*_cache")
     shutil.copytree(PROJECT_DIRECTORY, copy, ignore=ignore)
     for folder in ("checkpoints", "logs"):
         shutil.rmtree(copy / folder, ignore_errors=True)
