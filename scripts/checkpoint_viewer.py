@@ -1,9 +1,10 @@
-"""Look at checkpoints: list, view, compare, plot; on this machine or in the bucket.
+"""Look at checkpoints: list, view, compare, plot, report; on this machine or in the bucket.
 
     list                  all of them: losses, tokens, size, age, state in the bucket, why kept
     view NAME             one of them: metrics, throughput, configuration, files with hashes
     compare [NAME ...]    several side by side; --weights: how far each layer moved
     plot [NAME ...]       curves, in the terminal or as a picture; --evaluation: of evaluate.py
+    report                all of a run on one HTML page: curves, configuration, checkpoints, texts
 
 NAME is a checkpoint's name, a step number, latest, best, or the beginning or end of a name where
 only one checkpoint fits (epoch0-step50). It only reads, and needs torch for --weights alone. A
@@ -29,7 +30,8 @@ if __package__ in (None, ""):
 
 from utils.base.console import new_parser, print_table, run_command
 from utils.base.errors import CheckpointError, UsageError
-from utils.base.text import printable, to_json_text
+from utils.base.text import format_bytes, printable, to_json_text
+from utils.base.uri import require_path
 from utils.checkpoints.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView
 from utils.costs.costs import describe_costs
@@ -88,6 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_compare_options(add("compare", run_compare, "show checkpoints side by side"))
     add_plot_options(
         add("plot", run_plot, "draw the curves of checkpoints, several in one picture")
+    )
+    page = add("report", run_report, "write one HTML page that shows a run")
+    page.add_argument(
+        "--output",
+        type=Path,
+        default=Path("run.html"),
+        metavar="F",
+        help="(default: run.html); with --remote, checkpoints of the bucket are on it too",
     )
     return parser
 
@@ -441,6 +451,23 @@ def chart_lines(all_curves: Sequence[Curves], encoding: str | None) -> list[str]
 def chart_width() -> int:
     """Return the columns of a chart."""
     return min(terminal_width(), CHART_WIDTH)
+
+
+# report
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Write the page of a run."""
+    from utils.tools.report.page import read_run, write_page
+
+    require_path(str(args.output), "--output")
+    config = read_run_config(args)
+    files = read_run(config, is_remote=args.remote, hourly_price=args.hourly_price)
+    num_bytes = write_page(files, args.output)
+    if args.json:
+        print(to_json_text({"saved": str(args.output), "bytes": num_bytes}))
+        return
+    print(f"Report saved to {printable(args.output)} ({format_bytes(num_bytes)})")
 
 
 # all
