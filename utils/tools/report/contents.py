@@ -170,7 +170,9 @@ def _overview(files: RunFiles, series: Mapping[str, Series]) -> Section:
         zip(series["validation_loss"].values, series["validation_loss"].steps, strict=True),
         default=None,
     )
-    device = f"{_cell(start.get('device'))}, mixed precision {_cell(start.get('precision'))}"
+    precision = start.get("precision")
+    device = _cell(start.get("device"))
+    device += f", {_cell(precision)}" if precision not in (None, "no") else ""
     ranks = number(start.get("world_size"))
     if ranks is not None and ranks > 1:
         device = f"{ranks:.0f} x {device}"

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts.checkpoint_viewer import main
+from tests.conftest import save_picture
 from tests.utils.tools.report.test_page import make_run
 
-CHROMIUM_FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run")
 LONG = "averylongnamewithoutaspace" * 8
 NORMAL_TEXT, GRAPHICS = 4.5, 3.0  # WCAG 2.2, 1.4.3 and 1.4.11
 
@@ -56,27 +53,6 @@ return [Math.min(...texts), Math.min(...lines), luminance(behind(document.body))
 """
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    """A headless chromium with a profile of its own, which notes its requests."""
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if program is None or driver is None:
-        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    window = webdriver.Chrome(options=options, service=Service(driver))
-    try:
-        yield window
-    finally:
-        window.quit()
-
-
 @pytest.mark.browser
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets of selenium's client
 def test_a_page_fits_its_window_can_be_read_and_asks_for_nothing(
@@ -101,7 +77,7 @@ def test_a_page_fits_its_window_can_be_read_and_asks_for_nothing(
             assert text >= NORMAL_TEXT, where
             assert line >= GRAPHICS, where
             assert (background < 0.1) == (scheme == "dark")
-            save(browser, f"{width}-{scheme}")
+            save_picture(browser, tmp_path, f"report-{width}-{scheme}")
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = {
         message["params"]["request"]["url"]
@@ -111,9 +87,3 @@ def test_a_page_fits_its_window_can_be_read_and_asks_for_nothing(
     }
     assert asked - {"data:,"} == {address}
     assert browser.get_log("browser") == []  # nothing that the policy of the page refused
-
-
-def save(browser: Any, name: str) -> None:
-    """Keep a picture where BOARD_SHOTS names a folder."""
-    if folder := os.environ.get("BOARD_SHOTS"):
-        browser.save_screenshot(str(Path(folder) / f"report-{name}.png"))
