@@ -38,7 +38,7 @@ from utils.costs.costs import describe_costs
 from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
 from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
 from utils.tools.evaluation.text import chart_lines as evaluation_charts
-from utils.tools.evaluation.text import evaluation_lines
+from utils.tools.evaluation.text import draw_evaluations, evaluation_lines, left_out_notes
 from utils.tools.viewer import report, text
 from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
 from utils.tools.viewer.shelf import Shelf, open_shelf
@@ -46,7 +46,6 @@ from utils.tracking.metrics_log import HISTORY_LIMIT
 from utils.tracking.plots import (
     METRICS,
     Curves,
-    draw_panels,
     draw_picture,
     picture_path,
     require_drawable,
@@ -379,17 +378,12 @@ def plot_of_evaluations(args: argparse.Namespace) -> Plot:
         if not points.steps:
             known = ", ".join(metric_names(log.evaluations)) or "none yet; evaluate.py makes some"
             raise UsageError(f"--evaluation {printable(points.name)}: known are {known}.")
-    notes = [
-        f"{points.name}: {points.num_other} left out, measured in another way or of another run"
-        for points in drawn
-        if points.num_other
-    ]
     return Plot(
         drawn[0].name,
-        lambda path: draw_panels({points.name: points for points in drawn}, path),
+        lambda path: draw_evaluations(drawn, path),
         lambda: evaluation_charts(drawn, sys.stdout.encoding, chart_width()),
-        {"evaluations": [vars(points) for points in drawn]},
-        notes + ([log.problem] if log.problem else []),
+        {"evaluations": [points.to_json() for points in drawn]},
+        left_out_notes(drawn) + ([log.problem] if log.problem else []),
     )
 
 
