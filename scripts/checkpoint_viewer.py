@@ -75,7 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     add_run_arguments(common)
     add_price_argument(common)
-    common.add_argument("--remote", action="store_true", help="read the bucket's sidecars instead")
+    common.add_argument(
+        "--remote", action="store_true", help="read the bucket's sidecars instead (report: too)"
+    )
     parser = new_parser("checkpoint_viewer.py", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -91,13 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         add("plot", run_plot, "draw the curves of checkpoints, several in one picture")
     )
     page = add("report", run_report, "write one HTML page that shows a run")
-    page.add_argument(
-        "--output",
-        type=Path,
-        default=Path("run.html"),
-        metavar="F",
-        help="(default: run.html); with --remote, checkpoints of the bucket are on it too",
-    )
+    page.add_argument("--output", default="run.html", metavar="F", help="(default: run.html)")
     return parser
 
 
@@ -454,12 +450,12 @@ def run_report(args: argparse.Namespace) -> None:
     """Write the page of a run."""
     from utils.tools.report.page import read_run, write_page
 
-    require_path(str(args.output), "--output")
+    require_path(args.output, "--output")
     config = read_run_config(args)
     files = read_run(config, is_remote=args.remote, hourly_price=args.hourly_price)
-    num_bytes = write_page(files, args.output)
+    num_bytes = write_page(files, Path(args.output))
     if args.json:
-        print(to_json_text({"saved": str(args.output), "bytes": num_bytes}))
+        print(to_json_text({"saved": args.output, "bytes": num_bytes}))
         return
     print(f"Report saved to {printable(args.output)} ({format_bytes(num_bytes)})")
 

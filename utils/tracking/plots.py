@@ -88,9 +88,9 @@ def curves_from_history(label: str, history: Mapping[str, Any]) -> Curves:
     steps = _list(history.get("steps"))
     evaluations = [item for item in _list(history.get("validation")) if isinstance(item, dict)]
     series = {
-        metric: _series(steps, _list(history.get(key))) for metric, key in HISTORY_KEYS.items()
+        metric: read_series(steps, _list(history.get(key))) for metric, key in HISTORY_KEYS.items()
     }
-    series["validation_loss"] = _series(
+    series["validation_loss"] = read_series(
         [item.get("step") for item in evaluations],
         [item.get("validation_loss") for item in evaluations],
     )
@@ -102,7 +102,7 @@ def curves_from_metadata(label: str, metadata: Mapping[str, Any]) -> Curves:
     series = {}
     for metric in ("loss", "learning_rate"):
         values = _list(metadata.get(HISTORY_KEYS[metric]))
-        series[metric] = _series(range(1, len(values) + 1), values)
+        series[metric] = read_series(range(1, len(values) + 1), values)
     return Curves(label, _with_points(series), has_steps=False)
 
 
@@ -118,7 +118,7 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _series(steps: Sequence[object], values: Sequence[object]) -> Series:
+def read_series(steps: Sequence[object], values: Sequence[object]) -> Series:
     """Pair steps with values; a value that is not a number is a gap, a missing step no point."""
     points = [
         (_number(step, GREATEST_STEP), _number(value, GREATEST_VALUE))

@@ -99,7 +99,8 @@ def start_trackers(
     for tracker in accelerator.trackers:
         tracker.begin(start)
     place = {"pid": os.getpid(), "hostname": platform.node()}
-    record_event(logs, "resume" if step else "start", step, **facts, **place)
+    event = "resume" if step else "start"
+    record_event(logs, event, step, **facts, **place, config=config.to_json())
 
 
 def find_hyperparameters(

@@ -338,8 +338,10 @@ def test_another_machine_fills_in_the_part_of_the_curve_that_it_has_not(
     brought = {2: 0.1, 4: 0.2, 6: 0.3}
     steps = sorted({*logged, *expected, 8})
     assert found == [(step, brought[step] if step in expected else 0.0) for step in steps]
-    kinds = [event["event"] for event in read_metrics(tmp_path / "metrics.jsonl").events]
+    attempts = read_metrics(tmp_path / "metrics.jsonl").events
+    kinds = [event["event"] for event in attempts]
     assert kinds == (["start", "resume"] if logged else ["resume"])
+    assert [event["config"] for event in attempts] == [TrainingConfig().to_json()] * len(kinds)
 
 
 # W&B, with Accelerate's tracker taken away.

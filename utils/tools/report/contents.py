@@ -9,6 +9,7 @@ them. No torch here.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from utils.tools.evaluation.log import EvaluationLog, newest
 from utils.tools.evaluation.text import tables
 from utils.tools.monitor.status import RunStatus
 from utils.tools.report.charts import draw_svg
-from utils.tools.viewer.report import config_differences, read_curves, read_part
+from utils.tools.viewer.report import read_curves, read_part
 from utils.tools.viewer.text import (
     list_cells,
     show_count,
@@ -34,7 +35,7 @@ from utils.tools.viewer.text import (
     show_time,
 )
 from utils.tracking.metrics_log import START_EVENTS, MetricsLog
-from utils.tracking.plots import METRICS, Series
+from utils.tracking.plots import METRICS, Series, read_series
 
 # What keeps a page small, however long the run was.
 MAX_ROWS = 200
@@ -130,7 +131,7 @@ def build_sections(files: RunFiles) -> list[Section]:
     return [
         _overview(files, series),
         _curves(series),
-        _configuration(files.views),
+        _configuration(files),
         _checkpoints(files, series),
         _evaluations(files.evaluations),
         _samples(files.samples),
@@ -155,9 +156,10 @@ def _read_series(files: RunFiles) -> dict[str, Series]:
         if curves is not None and curves.has_steps and metric in curves.series:
             saved = curves.series[metric]
             points = dict(zip(saved.steps, saved.values, strict=True))
-        points |= dict(zip(*files.log.series(metric), strict=True))
-        ordered = sorted(points.items())
-        found[metric] = Series([step for step, _ in ordered], [value for _, value in ordered])
+        logged = read_series(*files.log.series(metric))
+        points |= dict(zip(logged.steps, logged.values, strict=True))
+        steps = sorted(points)
+        found[metric] = Series(steps, [points[step] for step in steps])
     return found
 
 
@@ -214,30 +216,48 @@ def _curves(series: Mapping[str, Series]) -> Section:
     return Section("Curves", lines, charts=charts)
 
 
-def _configuration(views: Sequence[CheckpointView]) -> Section:
-    if not views:
-        return Section("Configuration", ["It is in the checkpoints, and none is on this machine."])
-    config, problem = read_part(views[-1], TRAINING_CONFIG_FILE)
-    lines = [printable(problem)] if problem else []
-    defaults = TrainingConfig().to_json()
+def _configuration(files: RunFiles) -> Section:
+    known, lines = _read_configurations(files)
+    if not known:
+        return Section(
+            "Configuration", [*lines, "It is not known: no attempt and no checkpoint has it."]
+        )
+    config, defaults = known[-1][1], TrainingConfig().to_json()
     rows = [[key, _setting(config[key])] for key in sorted(config)]
     chosen = [row for row in rows if row[1] != _setting(defaults.get(row[0]))]
-    changes = []
-    for older, newer in zip(views, views[1:], strict=False):
-        found, notes = config_differences([older, newer])
-        lines += [printable(note) for note in notes if printable(note) not in lines]
-        between = f"{older.name.step} to {newer.name.step}"
-        changes += [[between, key, *map(_setting, values)] for key, values in found.items()]
-    if not changes and len(views) > 1:
-        lines.append("Nothing changed between the checkpoints on this machine.")
-    found_tables = [
+    changes = [
+        [step, key, _setting(before.get(key)), _setting(after.get(key))]
+        for (_, before), (step, after) in itertools.pairwise(known)
+        for key in sorted(before.keys() | after.keys())
+        if _setting(before.get(key)) != _setting(after.get(key))
+    ]
+    shown = [
         PageTable.of(["key", "value"], chosen, "Other than the defaults"),
         PageTable.of(["key", "value"], rows, "Every key", is_folded=True),
     ]
     if changes:
-        columns = ["between steps", "key", "before", "after"]
-        found_tables.insert(1, PageTable.of(columns, changes, "Changed at a resume"))
-    return Section("Configuration", lines, tables=found_tables)
+        columns = ["at step", "key", "before", "after"]
+        shown.insert(1, PageTable.of(columns, changes, "Changed at a resume"))
+    elif len(known) > 1:
+        lines.append("It is the same since the beginning.")
+    return Section("Configuration", lines, tables=shown)
+
+
+def _read_configurations(files: RunFiles) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
+    """Return (step, configuration) of each attempt, and what cannot be read.
+
+    Of attempts of an older version, those of the checkpoints on this machine.
+    """
+    known = [
+        (event["step"], event["config"])
+        for event in files.log.events
+        if event["event"] in START_EVENTS and isinstance(event.get("config"), dict)
+    ]
+    if known:
+        return known, []
+    parts = [(view.name.step, *read_part(view, TRAINING_CONFIG_FILE)) for view in files.views]
+    problems = [printable(f"Step {step}: {problem}") for step, _, problem in parts if problem]
+    return [(step, config) for step, config, _ in parts if config], problems
 
 
 def _setting(value: object) -> str:

@@ -41,9 +41,11 @@ def write_page(files: RunFiles, path: Path) -> int:
     """
     if not (files.log.events or files.log.records or files.rows):
         paths = RunPaths.of(files.config)
+        others = "".join(f" {printable(note)}" for note in files.notes)
+        meant = "--config, --run-name and --output-dir say which run is meant."
         raise UsageError(
             f"There is no run to show: nothing is logged in {paths.logs}, and no checkpoint is in "
-            f"{paths.checkpoints}. --config, --run-name and --output-dir say which run is meant."
+            f"{paths.checkpoints}. {meant}{others}"
         )
     page = render_page(files).encode("utf-8")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,9 @@ class Page(HTMLParser):
 
 def make_run(attack: str = "") -> RunPaths:
     """Leave the files of a run of two attempts in the current directory."""
-    config = TrainingConfig(checkpoint_uri="bucket", run_name="deeper")
-    paths = RunPaths.of(config)
-    write_start(paths.metrics, hostname=f"vm-1{attack}", hourly_price=2.0)
+    paths = RunPaths.of(TrainingConfig(run_name="deeper"))
+    configs = ({"eval_steps": 20}, {"eval_steps": 25, "model": f"gpt2{attack}"})
+    write_start(paths.metrics, hostname=f"vm-1{attack}", hourly_price=2.0, config=configs[0])
     for step in range(10, 60, 10):
         write_step(paths.metrics, step, loss=8 - step / 25)
     append_metrics(paths.metrics, {"step": 50, "validation_loss": 6.25})
@@ -73,13 +74,12 @@ def make_run(attack: str = "") -> RunPaths:
         paths.metrics,
         {"event": "bad_step", "step": 55, "kind": f"spike{attack}", "loss": 99.5, "policy": "skip"},
     )
-    write_start(paths.metrics, "resume", 50, hostname="vm-2")
+    write_start(paths.metrics, "resume", 50, hostname="vm-2", config=configs[1])
     append_metrics(paths.metrics, {"event": "end", "step": 100, "outcome": "done"})
     for step, text in ((50, "was a b"), (100, "is a cat")):
         append_metrics(
             paths.samples, {"step": step, "prompt": f"This{attack}", "text": text + attack}
         )
-    configs = ({"eval_steps": 20}, {"eval_steps": 25, "model": f"gpt2{attack}"})
     made = [
         make_checkpoint(paths.checkpoints, step, config=config, git_commit=f"abc{attack}")
         for step, config in zip((50, 100), configs, strict=True)
@@ -116,7 +116,7 @@ def test_a_page_shows_all_of_a_run_and_asks_for_nothing(capsys: pytest.CaptureFi
         "Learning rate",
         "Throughput (tokens/s)",
         "Gradient norm",
-        "Changed at a resume between steps key before after 50 to 100 eval_steps 20 25",
+        "Changed at a resume at step key before after 50 eval_steps 20 25 50 model null gpt2",
         "On this machine: checkpoints/deeper",
         "Bucket: bucket/deeper",
         "checkpoint-epoch0-step20-files0 20 7.200000 - - - - no verified",
@@ -181,7 +181,7 @@ def test_what_is_missing_is_said_in_its_place(capsys: pytest.CaptureFixture[str]
     page = report("--output-dir", "elsewhere")
     for words in (
         "Nothing was logged of: Loss, Learning rate, Throughput (tokens/s), Gradient norm.",
-        "It is in the checkpoints, and none is on this machine.",
+        "It is not known: no attempt and no checkpoint has it.",
         "There is none.",
         "evaluate.py has measured nothing of this run yet.",
         "The run wrote none.",
@@ -190,6 +190,28 @@ def test_what_is_missing_is_said_in_its_place(capsys: pytest.CaptureFixture[str]
         assert words in page.text
     assert main(["report", "--output", "no/such/folder/run.html", "--run-name", "deeper"]) == 2
     assert "no/such/folder/run.html cannot be written" in capsys.readouterr().err
+
+
+def test_files_that_are_none_are_said_and_the_rest_is_shown() -> None:
+    paths = make_run()
+    for path in (paths.metrics, paths.samples, paths.evaluations, paths.journal):
+        path.unlink()
+        os.mkfifo(path)
+    text = report().text
+    for path in (paths.metrics, paths.samples):
+        assert f"{path} cannot be read" in text
+    assert "evaluations.jsonl cannot be read" in text
+    assert "the journal cannot be read" in text
+    assert "checkpoint-epoch0-step100-files0 100 5.034204" in text
+    assert "at step key before after 100 eval_steps 20 25" in text  # of the checkpoints
+
+
+def test_absurd_numbers_are_left_out() -> None:
+    paths = make_run()
+    with paths.metrics.open("a") as file:
+        for step, loss in ((101, 1e308), (2**63 - 1, 1.0), (102, -1e308), (103, 1e-320)):
+            file.write(f'{{"step": {step}, "loss": {loss}, "grad_norm": 1e999}}\n')
+    assert report().tags.count("svg") == 4
 
 
 def test_a_page_is_made_without_torch(tmp_path: Path) -> None:
