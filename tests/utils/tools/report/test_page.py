@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from utils.tools.report.charts import thin_series
 from utils.tracking.metrics_log import append_metrics
 from utils.tracking.plots import Series
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 1_000_000 / 2  # with room for what the run of this test lacks
+NOISY = ("loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second")
 ATTACK = """</td><script>alert("1")</script><img src=//evil.example/x onerror='x'>&amp;"""
 VOID = {"meta", "link", "img", "br"}
 
@@ -152,12 +154,12 @@ def test_foreign_text_is_text_and_nothing_else() -> None:
 
 def test_a_run_of_100000_steps_makes_a_small_page() -> None:
     paths = make_run()
-    path = paths.metrics
+    path, noise = paths.metrics, random.Random(1)
     record = json.loads(path.read_text("utf-8").splitlines()[1])
     with path.open("a") as file:
         for step in range(101, 100_001):
-            values: dict[str, Any] = {**record, "step": step, "loss": 5 + step % 97 / 1e5}
-            values["validation_loss"] = 6 + step % 89 / 1e5
+            values: dict[str, Any] = {**record, "step": step}
+            values |= {key: noise.random() for key in NOISY}
             file.write(f"{json.dumps(values)}\n")
             if step % 100 == 0:
                 file.write(f"{json.dumps({**record, 'event': 'bad_step', 'step': step})}\n")
