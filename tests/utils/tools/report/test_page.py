@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -154,23 +152,23 @@ def test_foreign_text_is_text_and_nothing_else() -> None:
 
 def test_a_run_of_100000_steps_makes_a_small_page() -> None:
     paths = make_run()
-    path, noise = paths.metrics, random.Random(1)
-    record = json.loads(path.read_text("utf-8").splitlines()[1])
-    with path.open("a") as file:
+    noise = random.Random(1)
+    form = '{"step": %d, ' + ", ".join(f'"{key}": %.6f' for key in NOISY) + "}\n"
+    with paths.metrics.open("a") as file:
         for step in range(101, 100_001):
-            values: dict[str, Any] = {**record, "step": step}
-            values |= {key: noise.random() for key in NOISY}
-            file.write(f"{json.dumps(values)}\n")
-            if step % 100 == 0:
-                file.write(f"{json.dumps({**record, 'event': 'bad_step', 'step': step})}\n")
-    for step in range(1000):
-        append_metrics(paths.samples, {"step": step, "prompt": "The", "text": "<" * 5000})
-        what = {"sequence_length": step}
-        append_evaluation(
-            paths.evaluations, Evaluation("a" * 50, "validation", {"loss": 1.0}, what)
+            file.write(form % (step, *(noise.random() for _ in NOISY)))
+        file.writelines(f'{{"event": "bad_step", "step": {step}}}\n' for step in range(1000))
+    text = "<" * 5000
+    with paths.samples.open("a") as file:
+        file.writelines(
+            f'{{"step": {step}, "prompt": "", "text": "{text}"}}\n' for step in range(1000)
         )
+    for length in range(100):
+        what = {"sequence_length": length}
+        found = Evaluation("a" * 50, "validation", {"loss": 1.0}, what)
+        append_evaluation(paths.evaluations, found)
     page = report()
-    assert "The last 200 of 1,000." in page.text
+    assert "The last 200 of 1,001." in page.text
     assert "of 1,000 evaluations" in page.text
     assert Path("run.html").stat().st_size < MAX_BYTES
 
