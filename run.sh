@@ -67,6 +67,7 @@ Look at it:
   python scripts/checkpoint_viewer.py view latest --config $config
   python scripts/checkpoint_viewer.py compare --config $config
   python scripts/checkpoint_viewer.py plot latest --config $config --save curves.png
+  python scripts/checkpoint_viewer.py report --config $config --output run.html
   python scripts/upload_manager.py status --config $config
   python scripts/monitor_training.py --once --config $config
   tensorboard --logdir logs

@@ -1,9 +1,10 @@
-"""Look at checkpoints: list, view, compare, plot; on this machine or in the bucket.
+"""Look at checkpoints: list, view, compare, plot, report; on this machine or in the bucket.
 
     list                  all of them: losses, tokens, size, age, state in the bucket, why kept
     view NAME             one of them: metrics, throughput, configuration, files with hashes
     compare [NAME ...]    several side by side; --weights: how far each layer moved
     plot [NAME ...]       curves, in the terminal or as a picture; --evaluation: of evaluate.py
+    report                all of a run on one HTML page: curves, configuration, checkpoints, texts
 
 NAME is a checkpoint's name, a step number, latest, best, or the beginning or end of a name where
 only one checkpoint fits (epoch0-step50). It only reads, and needs torch for --weights alone. A
@@ -29,14 +30,15 @@ if __package__ in (None, ""):
 
 from utils.base.console import new_parser, print_table, run_command
 from utils.base.errors import CheckpointError, UsageError
-from utils.base.text import printable, to_json_text
+from utils.base.text import format_bytes, printable, to_json_text
+from utils.base.uri import require_path
 from utils.checkpoints.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView
 from utils.costs.costs import describe_costs
 from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
 from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
 from utils.tools.evaluation.text import chart_lines as evaluation_charts
-from utils.tools.evaluation.text import evaluation_lines
+from utils.tools.evaluation.text import draw_evaluations, evaluation_lines, left_out_notes
 from utils.tools.viewer import report, text
 from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
 from utils.tools.viewer.shelf import Shelf, open_shelf
@@ -44,7 +46,6 @@ from utils.tracking.metrics_log import HISTORY_LIMIT
 from utils.tracking.plots import (
     METRICS,
     Curves,
-    draw_panels,
     draw_picture,
     picture_path,
     require_drawable,
@@ -74,7 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     add_run_arguments(common)
     add_price_argument(common)
-    common.add_argument("--remote", action="store_true", help="read the bucket's sidecars instead")
+    common.add_argument(
+        "--remote", action="store_true", help="read the bucket's sidecars instead (report: too)"
+    )
     parser = new_parser("checkpoint_viewer.py", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -89,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_plot_options(
         add("plot", run_plot, "draw the curves of checkpoints, several in one picture")
     )
+    page = add("report", run_report, "write one HTML page that shows a run")
+    page.add_argument("--output", default="run.html", metavar="F", help="(default: run.html)")
     return parser
 
 
@@ -369,17 +374,12 @@ def plot_of_evaluations(args: argparse.Namespace) -> Plot:
         if not points.steps:
             known = ", ".join(metric_names(log.evaluations)) or "none yet; evaluate.py makes some"
             raise UsageError(f"--evaluation {printable(points.name)}: known are {known}.")
-    notes = [
-        f"{points.name}: {points.num_other} left out, measured in another way or of another run"
-        for points in drawn
-        if points.num_other
-    ]
     return Plot(
         drawn[0].name,
-        lambda path: draw_panels({points.name: points for points in drawn}, path),
+        lambda path: draw_evaluations(drawn, path),
         lambda: evaluation_charts(drawn, sys.stdout.encoding, chart_width()),
-        {"evaluations": [vars(points) for points in drawn]},
-        notes + ([log.problem] if log.problem else []),
+        {"evaluations": [points.to_json() for points in drawn]},
+        left_out_notes(drawn) + ([log.problem] if log.problem else []),
     )
 
 
@@ -441,6 +441,23 @@ def chart_lines(all_curves: Sequence[Curves], encoding: str | None) -> list[str]
 def chart_width() -> int:
     """Return the columns of a chart."""
     return min(terminal_width(), CHART_WIDTH)
+
+
+# report
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Write the page of a run."""
+    from utils.tools.report.page import read_run, write_page
+
+    require_path(args.output, "--output")
+    config = read_run_config(args)
+    files = read_run(config, is_remote=args.remote, hourly_price=args.hourly_price)
+    num_bytes = write_page(files, Path(args.output))
+    if args.json:
+        print(to_json_text({"saved": args.output, "bytes": num_bytes}))
+        return
+    print(f"Report saved to {printable(args.output)} ({format_bytes(num_bytes)})")
 
 
 # all

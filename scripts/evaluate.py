@@ -54,10 +54,10 @@ from utils.tools.evaluation.evaluator import MEASURED_SPLITS, EvaluationPlan, Ev
 from utils.tools.evaluation.harness import require_harness
 from utils.tools.evaluation.log import Evaluation, append_evaluation, metric_points
 from utils.tools.evaluation.questions import HELLASWAG, LAMBADA, read_questions
-from utils.tools.evaluation.text import tables
+from utils.tools.evaluation.text import describe_drawn, draw_evaluations, left_out_notes, tables
 from utils.tools.generation.arguments import add_model_arguments, find_from, load_found
 from utils.tools.viewer.shelf import open_shelf
-from utils.tracking.plots import draw_panels, picture_path
+from utils.tracking.plots import picture_path
 
 ALL = "all"
 _RANGE = re.compile(r"(?=.*\d)(\d{0,12})-(\d{0,12})")
@@ -298,10 +298,10 @@ class Session:
         known = [found for found in self.evaluations if found.main_metric is not None]
         names = dict.fromkeys(f"{found.task}.{found.main_metric}" for found in known)
         drawn = [metric_points(self.evaluations, name) for name in names]
+        drawn = [points for points in drawn if points.steps]
         saved = None
-        if args.plot is not None and any(points.steps for points in drawn):
-            panels = {points.name: points for points in drawn if points.steps}
-            saved = draw_panels(panels, args.plot)
+        if args.plot is not None and drawn:
+            saved = draw_evaluations(drawn, args.plot)
         if args.json:
             values = {
                 "evaluations": [found.to_json() for found in self.evaluations],
@@ -314,7 +314,9 @@ class Session:
         for title, rows in tables(self.evaluations):
             print_table(title, rows, right_aligned=[key for key in rows[0] if key != "model"])
         if saved is not None:
-            print(f"Plot saved to {printable(str(saved))}")
+            print(f"Plot saved to {printable(str(saved))}: {describe_drawn(drawn)}")
+            for note in left_out_notes(drawn):
+                print(f"Note: {printable(note)}.")
         elif args.plot is not None:
             print("Nothing to draw: no figure of a checkpoint.", file=sys.stderr)
         if self._num_kept:

@@ -28,6 +28,13 @@ KEPT_VARIABLES = re.compile(
     "PYTHON(PATH|PYCACHEPREFIX|DONTWRITEBYTECODE)|BOARD_SHOTS|"
     "(PYTEST|HYPOTHESIS|COVERAGE|PIP|UV|PLAYWRIGHT)_.*"
 )
+CHROMIUM_FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--window-size=1400,1600",
+)
 TINY = (
     "warmup_steps=2",
     "model_overrides.num_hidden_layers=1",
@@ -208,3 +215,30 @@ def unclosed_sockets() -> Iterator[None]:
         yield
         gc.collect(2 if gc.isenabled() else 0)  # a training enables it, and objects grow older
         gc.enable()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """A headless chromium with a profile of its own, which notes its requests."""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    window = webdriver.Chrome(options=options, service=Service(driver))
+    try:
+        yield window
+    finally:
+        window.quit()
+
+
+def save_picture(browser: Any, folder: Path, name: str) -> None:
+    """Keep a picture of the window; BOARD_SHOTS names a folder to look at them in."""
+    target = Path(os.environ.get("BOARD_SHOTS") or folder)
+    assert browser.save_screenshot(str(target / f"{name}.png"))

@@ -26,11 +26,16 @@ from utils.tracking.metrics_log import read_metrics
 Train = Callable[..., int]
 EVERY_STEP = ("logging_steps=1",)
 SAMPLES = ("sample_tokens=6", 'sample_prompts=["","The"]')
-SCALARS = ("train/loss", "train/learning_rate", "train/grad_norm", "speed/tokens_per_second")
+SCALARS = (
+    "loss/train",
+    "optimizer/learning_rate",
+    "optimizer/grad_norm",
+    "speed/tokens_per_second",
+)
 
 
 def curves(tmp_path: Path, folder: str = "run") -> list[Path]:
-    return sorted((tmp_path / folder / "logs" / "tensorboard").iterdir())
+    return sorted(path for path in (tmp_path / folder / "logs").iterdir() if path.is_dir())
 
 
 def read(directory: Path) -> EventAccumulator:
@@ -86,9 +91,9 @@ def test_attempts_share_a_curve_and_branches_and_fresh_runs_have_their_own(
     events = read(folder)
     for tag in SCALARS:
         assert steps_of(events, tag) == list(range(1, 7))
-    assert steps_of(events, "validation/loss") == [2, 4, 6]
+    assert steps_of(events, "loss/validation") == [2, 4, 6]
     logged = read_metrics(tmp_path / "run/logs/metrics.jsonl").series("loss")[1]
-    np.testing.assert_allclose([e.value for e in events.Scalars("train/loss")], logged, rtol=1e-6)
+    np.testing.assert_allclose([e.value for e in events.Scalars("loss/train")], logged, rtol=1e-6)
     saved = texts(folder, "checkpoints")
     assert [step for step, _ in saved] == [2, 4, 6]
     assert re.fullmatch(
@@ -103,15 +108,15 @@ def test_attempts_share_a_curve_and_branches_and_fresh_runs_have_their_own(
     assert run_train("--max-steps", "6", "--resume", "4", settings=sparse) == 0
     (branch,) = (path for path in curves(tmp_path) if path != folder)
     assert branch.name == f"{folder.name}-branch1"
-    for tag, steps in (("train/loss", [1, 2, 3, 4, 6]), ("validation/loss", [2, 4, 6])):
+    for tag, steps in (("loss/train", [1, 2, 3, 4, 6]), ("loss/validation", [2, 4, 6])):
         assert steps_of(read(branch), tag) == steps
-    shared = [[e.value for e in read(path).Scalars("train/loss")[:4]] for path in (folder, branch)]
+    shared = [[e.value for e in read(path).Scalars("loss/train")[:4]] for path in (folder, branch)]
     assert shared[0] == shared[1]
 
     assert run_train("--max-steps", "4", "--fresh", settings=sparse) == 0
     (fresh,) = (path for path in curves(tmp_path) if path not in (folder, branch))
-    assert steps_of(read(fresh), "train/loss") == [2, 4]
-    assert steps_of(read(folder), "train/loss") == [1, 2, 3, 4, 5, 6]
+    assert steps_of(read(fresh), "loss/train") == [2, 4]
+    assert steps_of(read(folder), "loss/train") == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])

@@ -144,15 +144,15 @@ def test_a_machine_without_a_login_keeps_its_run_offline_and_changes_nothing(
     runs = read_runs(folder)
     identity = json.loads((folder / "checkpoints/run.json").read_text())
     assert [run["id"] for run in runs] == [identity["run_id"]] * 2
-    steps = [[row["_step"] for row in run["history"] if "train/loss" in row] for run in runs]
+    steps = [[row["_step"] for row in run["history"] if "loss/train" in row] for run in runs]
     assert steps == [[1, 2, 3, 4], [5, 6]]
-    losses = [row["train/loss"] for run in runs for row in run["history"] if "train/loss" in row]
+    losses = [row["loss/train"] for run in runs for row in run["history"] if "loss/train" in row]
     records = (folder / "logs/metrics.jsonl").read_text().splitlines()
     logged = [record["loss"] for record in map(json.loads, records) if "loss" in record]
     assert losses == pytest.approx(logged)
     assert runs[0]["config"]["learning_rate"] == 4e-3
     assert runs[1]["config"]["start"]["world_size"] == 1
-    rows = [row for run in runs for row in run["history"] if "validation/loss" in row]
+    rows = [row for run in runs for row in run["history"] if "loss/validation" in row]
     assert [row["_step"] for row in rows] == [2, 4, 6]
     samples = json.loads((folder / "logs/samples.jsonl").read_text().splitlines()[-1])
     for name, text in (("samples", samples["text"]), ("uploads", "uploaded and verified")):
@@ -183,7 +183,7 @@ def test_a_service_that_cannot_be_reached_is_waited_for_but_not_long(
     assert "W&B cannot be reached (" in told
     assert "this attempt is kept offline" in told
     (run,) = read_runs(tmp_path / "run")
-    assert [row["_step"] for row in run["history"] if "train/loss" in row] == [1, 2, 3, 4]
+    assert [row["_step"] for row in run["history"] if "loss/train" in row] == [1, 2, 3, 4]
 
 
 def test_nobody_is_asked_for_a_key_at_a_terminal(tmp_path: Path, sample_data: Path) -> None:

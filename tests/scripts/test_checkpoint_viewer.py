@@ -603,7 +603,7 @@ def test_absurd_values_stop_no_command_and_steer_no_terminal(capsys, two_checkpo
     for key, value in values.items():
         text = text.replace(json.dumps(f"PLACE {key}"), value)
     path.write_text(text)
-    for argv in (["list"], ["view", "100"], ["compare"], ["plot", "--terminal"]):
+    for argv in (["list"], ["view", "100"], ["compare"], ["plot", "--terminal"], ["report"]):
         for options in ([], ["--json"]):
             code, out, err = run(capsys, *argv, *options)
             assert (code, err) == (0, "")

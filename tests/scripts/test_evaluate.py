@@ -17,6 +17,7 @@ from scripts import checkpoint_viewer, evaluate
 from tests.sample_shards import flip_bit
 from tests.small_models import TASK_FILES, plain_losses
 from utils.base.errors import UsageError
+from utils.checkpoints.layout import read_manifest
 from utils.storage.bucket import crc32c_of_bytes
 from utils.tools.evaluation import evaluator
 from utils.tools.evaluation.evaluator import Evaluator
@@ -146,7 +147,9 @@ def test_the_viewer_shows_what_was_measured(
         assert title in out
     assert out.count("checkpoint-epoch0-step2-files0  2") == 2
     assert (tmp_path / "figures.png").stat().st_size > 10_000
-    assert "Plot saved to figures.png" in out
+    run_id = read_manifest(trained_run / "checkpoints" / "checkpoint-epoch0-step4-files0").run_id
+    drawn_of = f"validation.loss, hellaswag.acc_norm of run {run_id}"
+    assert f"Plot saved to figures.png: {drawn_of}" in out
     where = ["--output-dir", str(trained_run / "checkpoints")]
     assert checkpoint_viewer.main(["view", "latest", *where]) == 0
     out = capsys.readouterr().out
@@ -161,7 +164,9 @@ def test_the_viewer_shows_what_was_measured(
     found = json.loads(capsys.readouterr().out)
     assert [one["steps"] for one in found["evaluations"]] == [[2, 4], [2, 4]]
     assert found["saved"] == "e.svg"
-    assert "hellaswag.acc" in (tmp_path / "e.svg").read_text()
+    picture = (tmp_path / "e.svg").read_text()
+    for text in (drawn_of, f"<!-- hellaswag of {HELLASWAG}", "<!-- acc_norm -->"):
+        assert text in picture
     assert checkpoint_viewer.main(["plot", *drawn, *where, "--terminal"]) == 0
     assert "validation.loss over step" in capsys.readouterr().out
     # A log that cannot be read hides nothing else.

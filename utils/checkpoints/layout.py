@@ -6,7 +6,7 @@
         set-aside/                              older branches, damaged and foreign checkpoints
         uploads.jsonl  run.json  .lock
     logging_dir/[run_name/]
-        metrics.jsonl  samples.jsonl  train.log  evaluations.jsonl  tensorboard/
+        metrics.jsonl  samples.jsonl  train.log  evaluations.jsonl  RUN_ID[-branchN]/
     bucket/[run_name/]Checkpoints/
         NAME.tar.gz (or .tar.zst)  NAME.json
 

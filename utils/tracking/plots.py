@@ -9,6 +9,7 @@ everything else that the viewer does. No torch here.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ DOTS_PER_INCH = 120
 DEFAULT_SUFFIX = ".png"
 SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 LABEL_CHARACTERS = 80
+TITLE_CHARACTERS = 100
+MAX_MARKED = 50  # of a line with more points, none is marked
 GREATEST_STEP = 1e15
 
 # Metric -> its name in the picture, in the order of the panels.
@@ -40,6 +43,7 @@ METRICS = {
     "tokens_per_second": "tokens/s",
 }
 LOSSES = ("loss", "validation_loss")
+_BOUNDARIES = re.compile(r"[/:\s-]+")
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,23 @@ class Curves:
     has_steps: bool = True
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A curve in a panel of its own; `title` is drawn above it where it is not empty."""
+
+    series: Series
+    label: str
+    title: str = ""
+
+
 def curves_from_history(label: str, history: Mapping[str, Any]) -> Curves:
     """Return the curves of a `training_metrics.json`; of what is damaged, the readable points."""
     steps = _list(history.get("steps"))
     evaluations = [item for item in _list(history.get("validation")) if isinstance(item, dict)]
     series = {
-        metric: _series(steps, _list(history.get(key))) for metric, key in HISTORY_KEYS.items()
+        metric: read_series(steps, _list(history.get(key))) for metric, key in HISTORY_KEYS.items()
     }
-    series["validation_loss"] = _series(
+    series["validation_loss"] = read_series(
         [item.get("step") for item in evaluations],
         [item.get("validation_loss") for item in evaluations],
     )
@@ -89,7 +102,7 @@ def curves_from_metadata(label: str, metadata: Mapping[str, Any]) -> Curves:
     series = {}
     for metric in ("loss", "learning_rate"):
         values = _list(metadata.get(HISTORY_KEYS[metric]))
-        series[metric] = _series(range(1, len(values) + 1), values)
+        series[metric] = read_series(range(1, len(values) + 1), values)
     return Curves(label, _with_points(series), has_steps=False)
 
 
@@ -105,7 +118,7 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _series(steps: Sequence[object], values: Sequence[object]) -> Series:
+def read_series(steps: Sequence[object], values: Sequence[object]) -> Series:
     """Pair steps with values; a value that is not a number is a gap, a missing step no point."""
     points = [
         (_number(step, GREATEST_STEP), _number(value, GREATEST_VALUE))
@@ -164,22 +177,25 @@ def draw_picture(all_curves: Sequence[Curves], path: Path) -> Path:
     return _save(_build_figure(all_curves), path)
 
 
-def draw_panels(panels: Mapping[str, Series], path: Path) -> Path:
-    """Draw series by name, each in a panel of its own, their points marked; return the file.
+def draw_panels(panels: Sequence[Panel], title: str, path: Path) -> Path:
+    """Draw curves one below the other, their points marked; return the file.
 
     `path` is of `picture_path`.
 
     Raises:
         UsageError: There is nothing to draw, or the file cannot be written.
     """
-    if not any(series.num_points for series in panels.values()):
+    if not any(panel.series.num_points for panel in panels):
         raise UsageError("There is nothing to draw: no figure of a checkpoint is known.")
     figure, every = _new_figure([LOSS_INCHES / 1.5] * len(panels))
-    for axes, (name, series) in zip(every, panels.items(), strict=True):
-        axes.plot(series.steps, series.values, marker="o", markersize=4, linewidth=1.2)
-        axes.set_ylabel(_plain(name))
-        axes.grid(alpha=0.3)
+    for axes, panel in zip(every, panels, strict=True):
+        steps, values = panel.series.steps, panel.series.values
+        axes.plot(steps, values, marker="o", markersize=4, linewidth=1.2)
+        axes.set_ylabel(_plain(panel.label))
+        axes.set_title(_plain(panel.title, TITLE_CHARACTERS), loc="left", fontsize="medium")
+    figure.suptitle(_plain(title, TITLE_CHARACTERS))
     every[-1].set_xlabel("step")
+    figure.align_ylabels()
     return _save(figure, path)
 
 
@@ -197,6 +213,10 @@ def _new_figure(heights: Sequence[float]) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
     every = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
+    for axes in every[:, 0]:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    every[-1, 0].xaxis.get_major_locator().set_params(integer=True)  # there is no half of a step
     return figure, every[:, 0]
 
 
@@ -208,46 +228,61 @@ def _build_figure(all_curves: Sequence[Curves]) -> Any:
     figure, every = _new_figure(heights)
     for axes, panel in zip(every, panels, strict=True):
         _draw_panel(axes, panel, all_curves)
-    if len(all_curves) == 1:
-        every[0].set_title(_plain(all_curves[0].label))
-    if losses or len(all_curves) > 1:
-        every[0].legend(fontsize="small")
+    is_alone = len(all_curves) == 1
+    title = all_curves[0].label if is_alone else f"Curves of {len(all_curves)} checkpoints"
+    figure.suptitle(_plain(title, TITLE_CHARACTERS))
+    if losses or not is_alone:
+        every[0].legend(fontsize="small", frameon=False)
     every[-1].set_xlabel(x_label(all_curves))
     figure.align_ylabels()
     return figure
 
 
 def _draw_panel(axes: Axes, panel: Sequence[str], all_curves: Sequence[Curves]) -> None:
+    """Draw the metrics of a panel; of several checkpoints, each has a colour and one legend."""
     is_alone = len(all_curves) == 1
-    for index, curves in enumerate(all_curves):
+    names = shorten_labels([curves.label for curves in all_curves])
+    for index, (curves, name) in enumerate(zip(all_curves, names, strict=True)):
         for metric in panel:
             series = curves.series.get(metric)
             if series is None:
                 continue
-            is_validation = metric == "validation_loss"
-            name = METRICS[metric] if len(panel) > 1 or is_alone else ""
-            label = name if is_alone else " ".join(filter(None, (_plain(curves.label), name)))
-            color = f"C{int(is_validation)}" if is_alone else f"C{index % 10}"
+            is_dashed = metric == "validation_loss" and not is_alone
+            if is_alone:
+                color, label = f"C{panel.index(metric)}", METRICS[metric]
+            else:
+                color, label = f"C{index % 10}", "" if metric != panel[0] else _plain(name)
             # A single point has no line to be seen by; evaluations are far apart.
-            mark = "o" if is_validation or series.num_points == 1 else ""
-            style = "--" if is_validation and not is_alone else "-"
+            limit = MAX_MARKED if metric == "validation_loss" else 1
             axes.plot(
                 series.steps,
                 series.values,
                 color=color,
-                linestyle=style,
-                marker=mark,
+                linestyle="--" if is_dashed else "-",
+                marker="o" if series.num_points <= limit else "",
                 markersize=4,
                 linewidth=1.2,
                 label=label,
+                zorder=2 + 1 / (1 + series.num_points),  # the shorter of two that agree is seen
             )
+    if not is_alone and len(panel) > 1:
+        axes.plot(
+            [], [], color="gray", linestyle="--", marker="o", markersize=4, label="validation"
+        )
     axes.set_ylabel("loss" if panel[0] in LOSSES else METRICS[panel[0]])
     if panel[0] == "learning_rate":
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axes.grid(alpha=0.3)
 
 
-def _plain(label: str) -> str:
+def shorten_labels(labels: Sequence[str]) -> list[str]:
+    """Return what tells labels apart: the words of each that not all of them have."""
+    words = [_BOUNDARIES.split(label) for label in labels]
+    common = set.intersection(*map(set, words))
+    short = [" ".join(word for word in own if word not in common) for own in words]
+    return short if all(short) and len(set(short)) == len(set(labels)) else list(labels)
+
+
+def _plain(label: str, limit: int = LABEL_CHARACTERS) -> str:
     """Return text that matplotlib shows as it is: `$` would begin a formula, `_` hide a label."""
-    text = printable(label, LABEL_CHARACTERS).replace("$", r"\$")
+    text = printable(label, limit).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

@@ -2,11 +2,11 @@
 
     metrics, texts of a run -> event file -> TensorBoard
 
-Each run has a folder, and each branch of it: `--fresh` begins a curve beside the old one. The
-attempts of a run share its folder, one event file each, and make one curve. TensorBoard has two
-loaders. One drops what comes after the step of a `START` record; the other drops, for each tag,
-what is not before the next step that it reads. So an attempt begins with that record, and within a
-tag steps only grow.
+Each run has a folder in its logs, and each branch of it: `--fresh` begins a curve beside the old
+one. TensorBoard calls a curve by its folder: the run's name, then its id. The attempts of a run
+share that folder, one event file each, and make one curve. TensorBoard has two loaders. One drops
+what comes after the step of a `START` record; the other drops, for each tag, what is not before the
+next step that it reads. So an attempt begins with that record, and within a tag steps only grow.
 """
 
 from __future__ import annotations
@@ -18,11 +18,20 @@ from typing import Any
 
 from utils.base.text import printable, to_json_text
 from utils.tracking.event_file import EventFile
-from utils.tracking.tracker import RunStart, RunTracker, group_metrics
+from utils.tracking.tracker import (
+    TRAINING_LOSS,
+    VALIDATION_LOSS,
+    RunStart,
+    RunTracker,
+    group_metrics,
+)
 
-FOLDER = "tensorboard"
 # What the HPARAMS tab compares runs by; it shows the first few hyperparameters at once.
-_COMPARED_METRICS = ("validation/best_loss", "validation/loss", "train/loss")
+_COMPARED_METRICS = ("loss/validation_best", VALIDATION_LOSS, TRAINING_LOSS)
+# The CUSTOM SCALARS tab draws several tags, which are regular expressions, in one chart.
+_LAYOUT = {
+    "loss": {"training and validation": ["Multiline", [f"{TRAINING_LOSS}$", f"{VALIDATION_LOSS}$"]]}
+}
 _COMPARED_KEYS = ("learning_rate", "max_steps", "num_parameters", "seed", "tokens_per_step")
 MAX_LINE = 2000
 
@@ -47,7 +56,7 @@ class TensorBoardTracker(RunTracker):
         """Return the file of this attempt; one that could not be made before is tried again."""
         start = self._start
         if self._file is None and start is not None:
-            file = EventFile(self._logs / FOLDER / start.curve)
+            file = EventFile(self._logs / start.curve)
             try:
                 _introduce(start, file)
             except BaseException:
@@ -93,8 +102,9 @@ def _introduce(start: RunStart, file: EventFile) -> None:
     file.purge_from(start.step + 1)
     for step, values in start.missing:
         file.add_scalars(group_metrics(values), step)
-    for summary in _hyperparameters(start)[:2]:
-        file.add(summary)
+    summary: Any = importlib.import_module("torch.utils.tensorboard.summary")
+    for one in (*_hyperparameters(start)[:2], summary.custom_scalars(_LAYOUT)):
+        file.add(one)
     # One step on, so that another attempt from here takes it back.
     file.add_text("configuration", describe_configuration(start), start.step + 1)
 

@@ -21,11 +21,20 @@ from configs.training_config import TrainingConfig
 from utils.base.text import printable
 from utils.checkpoints.layout import RunIdentity
 
-SPEED = ("tokens_per_second", "step_seconds", "data_wait_share", "mfu", "eta_seconds")
-_VALIDATION_NAMES = {
-    "validation_loss": "validation/loss",
+TRAINING_LOSS, VALIDATION_LOSS = "loss/train", "loss/validation"
+# Boards sort groups, and names within a group: the two losses come first, then the optimizer, the
+# speed, and what is left.
+_BOARD_NAMES = {
+    "loss": TRAINING_LOSS,
+    "validation_loss": VALIDATION_LOSS,
+    "best_validation_loss": "loss/validation_best",
+    "learning_rate": "optimizer/learning_rate",
+    "grad_norm": "optimizer/grad_norm",
     "validation_perplexity": "validation/perplexity",
-    "best_validation_loss": "validation/best_loss",
+    **{
+        key: f"speed/{key}"
+        for key in ("tokens_per_second", "step_seconds", "data_wait_share", "mfu", "eta_seconds")
+    },
 }
 
 log = logging.getLogger("train")
@@ -60,12 +69,11 @@ class RunStart:
 
 def group_metrics(values: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers among flat metrics under names that boards sort into groups."""
-    grouped = {}
-    for key, value in values.items():
-        if isinstance(value, (int, float)):
-            group = "speed" if key in SPEED else "train"
-            grouped[_VALIDATION_NAMES.get(key, f"{group}/{key}")] = float(value)
-    return grouped
+    return {
+        _BOARD_NAMES.get(key, f"train/{key}"): float(value)
+        for key, value in values.items()
+        if isinstance(value, (int, float))
+    }
 
 
 class RunTracker(GeneralTracker):

@@ -26,9 +26,9 @@ from utils.base.errors import ConfigError
 from utils.base.text import number, perplexity_of, printable, to_json_text
 from utils.checkpoints.layout import METRICS_FILE, RunIdentity
 from utils.tracking.metrics_log import HISTORY_KEYS, append_metrics, read_metrics
-from utils.tracking.tensorboard import FOLDER, TensorBoardTracker
+from utils.tracking.tensorboard import TensorBoardTracker
 from utils.tracking.tracker import RunStart, RunTracker
-from utils.tracking.wandb import WandbTracker
+from utils.tracking.wandb import PROJECT, WandbTracker
 
 MAX_NOTE = 1000
 _TRACKERS = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
@@ -87,19 +87,20 @@ def start_trackers(
         step: Steps done before it.
         history: `TrainingProgress.history` of the checkpoint.
     """
-    accelerator.init_trackers(FOLDER)
+    accelerator.init_trackers(PROJECT)
     if not accelerator.is_main_process:
         return
     facts = {"run_id": identity.run_id, "branch": identity.branch, **facts}
     hyperparameters = find_hyperparameters(config, facts)
     start = RunStart(identity, step, config, facts, hyperparameters)
-    known = last_logged_step(logs, step) if (logs / FOLDER / start.curve).is_dir() else 0
+    known = last_logged_step(logs, step) if (logs / start.curve).is_dir() else 0
     missing = [item for item in metrics_of(history) if known < item[0] <= step]
     start = replace(start, missing=missing)
     for tracker in accelerator.trackers:
         tracker.begin(start)
     place = {"pid": os.getpid(), "hostname": platform.node()}
-    record_event(logs, "resume" if step else "start", step, **facts, **place)
+    event = "resume" if step else "start"
+    record_event(logs, event, step, **facts, **place, config=config.to_json())
 
 
 def find_hyperparameters(

@@ -98,9 +98,9 @@ def test_metrics_have_groups_on_boards_and_flat_names_in_the_file() -> None:
         "note": "text",
     }
     assert group_metrics(record) == {
-        "train/loss": 1.0,
-        "validation/loss": 3.0,
-        "validation/best_loss": 4.0,
+        "loss/train": 1.0,
+        "loss/validation": 3.0,
+        "loss/validation_best": 4.0,
         "speed/mfu": 0.5,
         "train/something_new": 7.0,
     }
@@ -203,19 +203,19 @@ def test_a_tracker_that_fails_says_so_once_until_it_works_again(
 def test_a_board_that_could_not_begin_begins_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "tensorboard").write_text("in the way")
+    (tmp_path / IDENTITY.run_id).write_text("in the way")
     tracker = TensorBoardTracker(tmp_path)
     tracker.begin(start_of())
     tracker.log({"loss": 1.0}, step=1)
     assert len(warnings(caplog)) == 1
     assert "TensorBoard cannot be written" in warnings(caplog)[0]
-    (tmp_path / "tensorboard").unlink()
+    (tmp_path / IDENTITY.run_id).unlink()
     tracker.log({"loss": 2.0}, step=2)
     tracker.end("done")
     tracker.end("done")
     tracker.log({"loss": 3.0}, step=3)
-    events = read(tmp_path / "tensorboard" / IDENTITY.run_id)
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(2, 2.0)]
+    events = read(tmp_path / IDENTITY.run_id)
+    assert [(e.step, e.value) for e in events.Scalars("loss/train")] == [(2, 2.0)]
 
 
 @pytest.mark.parametrize("records", [0, 2])
@@ -265,13 +265,13 @@ def test_a_rollback_takes_the_curve_back_and_samples_are_shown_as_they_are(tmp_p
     tracker.log({"loss": 1}, step=3)
     tracker.log_samples([("", "a text"), ("In", " the\n*year*")], 3)
     tracker.end("done")
-    folder = tmp_path / "tensorboard" / IDENTITY.run_id
+    folder = tmp_path / IDENTITY.run_id
     assert texts(folder, "samples")[3] == (
         "    (end of text)\n\ngoes on with\n\n    a text\n\n---\n\n"
         "    In\n\ngoes on with\n\n     the\n    *year*"
     )
     events = read(folder)
-    found = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    found = [(e.step, e.value) for e in events.Scalars("loss/train")]
     assert found == [(1, 0), (2, 0), (3, 1)]
     assert set(events.PluginTagToContent("hparams")) == {
         f"_hparams_/{name}" for name in ("experiment", "session_start_info", "session_end_info")
@@ -331,13 +331,17 @@ def test_another_machine_fills_in_the_part_of_the_curve_that_it_has_not(
     for tracker in start(6, HISTORY):
         tracker.log({"loss": 0.0, "learning_rate": 0.0}, step=8)
         tracker.end("done")
-    events = read(tmp_path / "tensorboard" / IDENTITY.run_id)
-    found = [(event.step, round(event.value, 3)) for event in events.Scalars("train/learning_rate")]
+    events = read(tmp_path / IDENTITY.run_id)
+    found = [
+        (event.step, round(event.value, 3)) for event in events.Scalars("optimizer/learning_rate")
+    ]
     brought = {2: 0.1, 4: 0.2, 6: 0.3}
     steps = sorted({*logged, *expected, 8})
     assert found == [(step, brought[step] if step in expected else 0.0) for step in steps]
-    kinds = [event["event"] for event in read_metrics(tmp_path / "metrics.jsonl").events]
+    attempts = read_metrics(tmp_path / "metrics.jsonl").events
+    kinds = [event["event"] for event in attempts]
     assert kinds == (["start", "resume"] if logged else ["resume"])
+    assert [event["config"] for event in attempts] == [TrainingConfig().to_json()] * len(kinds)
 
 
 # W&B, with Accelerate's tracker taken away.

@@ -183,10 +183,27 @@ class MetricPoints(Series):
         name: Task and figure, with a dot between.
         num_other: Checkpoints that are left out, because another run made them or the question to
             them was another one.
+        newest: The newest evaluation: its question and run are those of all; None without points.
     """
 
     name: str = ""
     num_other: int = 0
+    newest: Evaluation | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        """The run that the checkpoints are of."""
+        return None if self.newest is None else self.newest.run_id
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the points as `--json` has them."""
+        return {
+            "steps": self.steps,
+            "values": self.values,
+            "name": self.name,
+            "num_other": self.num_other,
+            "run_id": self.run_id,
+        }
 
 
 def metric_points(evaluations: Iterable[Evaluation], name: str) -> MetricPoints:
@@ -213,7 +230,7 @@ def metric_points(evaluations: Iterable[Evaluation], name: str) -> MetricPoints:
             others.add(model)
     steps = tuple(sorted(alike))
     values = tuple(alike[step] for step in steps)
-    return MetricPoints(steps, values, name, len(others - models))
+    return MetricPoints(steps, values, name, len(others - models), last)
 
 
 def metric_names(evaluations: Iterable[Evaluation]) -> list[str]:

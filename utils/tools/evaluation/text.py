@@ -8,10 +8,12 @@ Names and values may come from a foreign file: texts pass `printable`. No torch 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from utils.base.text import ABSENT, number, printable
 from utils.tools.evaluation.log import ERROR_SUFFIX, NO_RESULTS, Evaluation, MetricPoints
+from utils.tracking.plots import Panel, draw_panels
 from utils.tracking.text_plots import draw_chart
 
 _SHOWN_NAMES = {
@@ -120,3 +122,37 @@ def chart_lines(all_points: Sequence[MetricPoints], encoding: str | None, width:
         chart = draw_chart([(points.steps, points.values)], encoding, width, CHART_LINES)
         lines += ["", f"{printable(points.name)} over step", *chart]
     return lines
+
+
+def describe_drawn(all_points: Sequence[MetricPoints]) -> str:
+    """Say what is drawn and of which runs: `validation.loss, piqa.acc of run 20260101-0a1b2c3d`."""
+    runs = dict.fromkeys(points.run_id or "without an id" for points in all_points)
+    names = ", ".join(printable(points.name) for points in all_points)
+    return f"{names} of run{'' if len(runs) == 1 else 's'} {', '.join(map(printable, runs))}"
+
+
+def left_out_notes(all_points: Sequence[MetricPoints]) -> list[str]:
+    """Return what is not drawn, and why."""
+    return [
+        f"{points.name}: {points.num_other} left out, measured in another way or of another run"
+        for points in all_points
+        if points.num_other
+    ]
+
+
+def draw_evaluations(all_points: Sequence[MetricPoints], path: Path) -> Path:
+    """Draw figures over steps, below what was measured and of which runs; return the file.
+
+    `path` is of `picture_path`.
+
+    Raises:
+        UsageError: There is nothing to draw, or the file cannot be written.
+    """
+    panels, above = [], ""
+    for points in all_points:
+        metric = points.name.removeprefix(f"{points.newest.task}.") if points.newest else ""
+        question = title(points.newest) if points.newest else ""
+        shown = "" if question == above else question
+        panels.append(Panel(points, _SHOWN_NAMES.get(metric, metric), shown))
+        above = question
+    return draw_panels(panels, describe_drawn(all_points), path)
