@@ -14,7 +14,7 @@ from tests.processes import run_in_terminal, run_python
 from utils.base import errors
 from utils.base.console import LiveLine, print_table, run_command
 from utils.base.errors import ExitCode, PretrainError
-from utils.base.text import format_bytes, format_duration
+from utils.base.text import Column, format_bytes, format_duration
 
 
 def end_with(error: BaseException | None, *, debug: bool = False, code: int | None = None) -> int:
@@ -100,9 +100,9 @@ def test_a_table_in_a_pipe_shows_the_columns_that_are_asked_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = [{"name": "a", "step": 1, "x": 2}, {"name": "bb", "step": 10, "x": 3}]
-    print_table("Title", rows, ["step", "name"], ["step"])
+    print_table("Title", rows, [Column("step", kind="number"), Column("name", kind="prose")])
     print_table("Nothing", [])
-    assert capsys.readouterr().out == "Title\n  step  name\n  1     a\n  10    bb\n"
+    assert capsys.readouterr().out == "Title\n  step  name\n     1  a\n    10  bb\n"
 
 
 def test_output_cut_by_head_is_no_error() -> None:
@@ -133,7 +133,7 @@ def test_sizes_and_durations_are_shown_in_units() -> None:
     sizes = [format_bytes(count) for count in (None, 1023, 1024, -2048, 17e9, 2**60)]
     assert sizes == ["-", "1023 B", "1.0 KiB", "-2.0 KiB", "15.8 GiB", "1048576.0 TiB"]
     durations = [format_duration(seconds) for seconds in (0, 4.24, 60, 200.9, 3725, 400_000)]
-    assert durations == ["0.0s", "4.2s", "1m00s", "3m20s", "1h02m", "111h06m"]
+    assert durations == ["0.0s", "4.2s", "1m00s", "3m20s", "1h02m", "4d15h"]
 
 
 LOGGING = """

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from utils.base.text import ABSENT, number, printable
+from utils.base.text import ABSENT, Column, number, printable
 from utils.tools.evaluation.log import ERROR_SUFFIX, NO_RESULTS, Evaluation, MetricPoints
 from utils.tracking.text_plots import draw_chart
 
@@ -66,6 +66,13 @@ def tables(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[dict[str, 
         full = [{column: cells.get(column, ABSENT) for column in columns} for cells in rows]
         found.append((title(group[0]), full))
     return found
+
+
+def table_columns(row: Mapping[str, str]) -> list[Column]:
+    """Return the columns of rows like this one; its figures are in the order of importance."""
+    names = [name for name in row if name not in ("model", "step")]
+    ranks = {"model": 1, **{name: rank for rank, name in enumerate(names, 2)}, "step": 4}
+    return [Column(name, ranks[name], "name" if name == "model" else "number") for name in row]
 
 
 def title(evaluation: Evaluation) -> str:
