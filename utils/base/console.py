@@ -246,8 +246,8 @@ def print_table(
     cells = [{column.name: str(row[column.name]) for column in columns} for row in rows]
     lines, notes = table_lines(cells, columns, output_width())
     print_wrapped(title)
-    for index, line in enumerate(lines):
-        print_wrapped(line, style="" if index else "bold")
+    print_wrapped(lines[0], style="bold")
+    print("\n".join(lines[1:]))
     for note in notes:
         print_wrapped(note)
 
