@@ -62,8 +62,7 @@ _logger = logging.getLogger("prepare_data")
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of a preparation; the parsed arguments carry their function."""
     description, _, examples = (__doc__ or "").partition("\n\n")
-    parser = new_parser("prepare_data.py", description)
-    parser.epilog = examples
+    parser = new_parser("prepare_data.py", description, examples)
     parser.set_defaults(command=prepare)
     _add_source_arguments(parser.add_argument_group("sources (any number, read in this order)"))
     _add_tokenizer_arguments(parser.add_argument_group("tokenizer"))

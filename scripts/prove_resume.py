@@ -1,7 +1,7 @@
 """Prove on your own configuration that kill -9 and --resume change nothing.
 
-    a short run, straight ------------------------------------------------+
-    the same run: killed, resumed, killed, resumed, ..., once from the bucket -> the same bits
+    a short run, straight -----------------------------------+
+    the same run: killed, resumed, ..., once from the bucket -> the same bits
 
 The second run is killed by SIGKILL at random instants between its first step and its end, and
 started again with `--resume latest`. For one of the kills the whole local checkpoint directory is

@@ -29,7 +29,14 @@ if __package__ in (None, ""):
 
 from configs.config_files import parse_assignment
 from configs.training_config import TrainingConfig, get_training_config
-from utils.base.console import LiveLine, configure_logging, print_table, print_wrapped, run_command
+from utils.base.console import (
+    LiveLine,
+    configure_logging,
+    new_parser,
+    print_table,
+    print_wrapped,
+    run_command,
+)
 from utils.base.errors import (
     CheckpointError,
     ExitCode,
@@ -113,11 +120,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     common.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--debug", action="store_true", help="debug log lines and tracebacks")
-    parser = argparse.ArgumentParser(
-        prog="upload_manager.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("upload_manager.py", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import select
 import shutil
 import sys
@@ -252,11 +253,39 @@ def print_table(
         print_wrapped(note)
 
 
-def new_parser(name: str, text: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a command, whose `--help` shows a text as it is written."""
+def new_parser(name: str, text: str | None, epilog: str = "") -> argparse.ArgumentParser:
+    """Return the parser of a command, whose `--help` shows the texts in lines that fit."""
+    width = min(100, shutil.get_terminal_size().columns)
     return argparse.ArgumentParser(
-        prog=name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=name,
+        description=_fit_help(text or "", width),
+        epilog=_fit_help(epilog, width),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def _fit_help(text: str, width: int) -> str:
+    """Return a text whose paragraphs fill lines of a width, and whose indented lines fit it.
+
+    Commands stay on one line, to be copied.
+    """
+    lines: list[str] = []
+    for line in text.strip("\n").split("\n"):
+        if lines and _is_prose(lines[-1]) and _is_prose(line):
+            lines[-1] += f" {line}"
+        else:
+            lines.append(line)
+    fitting = []
+    for line in lines:
+        column = re.match(r" +\S.*?  +(?=\S)|  +|", line)
+        is_command = re.fullmatch(r" +(python|bash) (?!.*  ).*", line)
+        hanging = min(column.end(), width // 2) if column else 0
+        fitting += [line] if is_command else wrap_words(line, width, hanging)
+    return "\n".join(fitting)
+
+
+def _is_prose(line: str) -> bool:
+    return line != "" and not line.startswith(" ")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ import pytest
 from configs.config_files import PROJECT_DIRECTORY
 from tests.processes import run_in_terminal, run_python
 from utils.base import errors
-from utils.base.console import LiveLine, print_table, run_command
+from utils.base.console import LiveLine, new_parser, print_table, run_command
 from utils.base.errors import ExitCode, PretrainError
 from utils.base.text import Column, format_bytes, format_duration
 
@@ -227,3 +227,26 @@ def test_a_name_that_is_too_long_is_a_wrong_word(capsys: pytest.CaptureFixture[s
     path = Path("n" * 400)
     assert run_command(lambda args: path.read_text() and 0, argparse.Namespace()) == ExitCode.USAGE
     assert "File name too long" in capsys.readouterr().err
+
+
+def test_help_fits_a_terminal_and_commands_in_it_stay_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = "    python scripts/a.py --option a-value-that-is-long --another 1"
+    text = f"""What it does in a sentence that does not fit, but
+wraps.
+
+    list   what is there, in words enough for two lines
+{command}
+"""
+    monkeypatch.setenv("COLUMNS", "50")
+    lines = new_parser("a.py", text).format_help().splitlines()
+    at = lines.index("What it does in a sentence that does not fit, but")
+    assert lines[at : at + 6] == [
+        "What it does in a sentence that does not fit, but",
+        "wraps.",
+        "",
+        "    list   what is there, in words enough for two",
+        "           lines",
+        command,
+    ]
