@@ -27,7 +27,7 @@ from utils.base.errors import ExitCode, PretrainError
 from utils.base.text import Column, table_lines, wrap_words
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleRenderable
     from rich.live import Live
 
 _NO_HOME = "Could not determine home directory."  # of Path.expanduser, which has no type for it
@@ -99,10 +99,22 @@ def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty():
         from rich.logging import RichHandler
+        from rich.text import Text
 
-        handler: logging.Handler = RichHandler(
+        class TerminalHandler(RichHandler):
+            """As the lines of a pipe: the level where it is not the usual one."""
+
+            def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
+                text = super().render_message(record, message)
+                name = record.levelname
+                if record.levelno == logging.INFO or not isinstance(text, Text):
+                    return text
+                return Text.assemble((f"{name} ", f"logging.level.{name.lower()}"), text)
+
+        handler: logging.Handler = TerminalHandler(
             level,
             console=get_console(stderr=stderr),
+            show_level=False,
             show_path=False,
             log_time_format="%H:%M:%S",
             markup=False,

@@ -116,7 +116,7 @@ class RunMetrics:
     def _describe(self, record: dict[str, float]) -> str:
         eta = format_duration(self._eta_seconds(record["step_seconds"]))
         rate = f"{record['learning_rate']:.2e}".replace("e-0", "e-")
-        # 100 columns have room for 80 characters after the time in a log, 82 in a terminal.
+        # 100 columns have room for 80 characters after the time in a log, 91 in a terminal.
         return (
             f"{self._state.progress.step}/{self._config.max_steps}  loss {record['loss']:.4f}  "
             f"lr {rate}  grad {shorten(record['grad_norm'])}  "

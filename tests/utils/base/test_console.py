@@ -179,6 +179,8 @@ def test_a_pipe_gets_plain_lines_and_the_file_of_the_main_process_what_quiet_hid
         for text in ("\x1b", "at the bottom", "noise"):
             assert text not in output
         assert "a captured warning" in output
+        assert " WARNING a warning line\n" in output
+        assert "INFO" not in output  # the usual level: the line of a step needs the room
         assert (tmp_path / "l/t.log").exists() == is_main
         if is_main:
             text = (tmp_path / "l/t.log").read_text("utf-8")
@@ -206,6 +208,8 @@ def test_a_terminal_gets_a_live_line_that_goes_away(tmp_path: Path) -> None:
     shown = run_in_terminal("-c", LOGGING, "{}", cwd=tmp_path)
     assert "a info line" in shown
     assert "at the bottom" in shown
+    assert "WARNING" in shown
+    assert "INFO" not in shown
     assert shown.rstrip().endswith("end")
 
 
