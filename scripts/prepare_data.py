@@ -36,7 +36,13 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.base.console import add_output_arguments, configure_logging, new_parser, run_command
+from utils.base.console import (
+    add_output_arguments,
+    configure_logging,
+    new_parser,
+    print_wrapped,
+    run_command,
+)
 from utils.base.errors import ExitCode, UsageError
 from utils.base.text import format_bytes, printable
 from utils.base.uri import require_path
@@ -548,7 +554,7 @@ def _say(
     if arguments.json:
         print(json.dumps(content, indent=1))
     elif always or not arguments.quiet:
-        print(text)
+        print_wrapped(text, hanging=2)
 
 
 def _progress(arguments: argparse.Namespace) -> ProgressDisplay:

@@ -80,7 +80,7 @@ UPLOADS = {
     "notes": [f"{URI} keeps deleted objects for 7 days (soft delete): they cost as before"],
 }
 REPORTS = [
-    CheckpointReport(CheckpointName(12, 100_000, 12_345), right=[f"{URI} has it"], wrong=[ERROR])
+    CheckpointReport(CheckpointName(100_000, 12, 12_345), right=[f"{URI} has it"], wrong=[ERROR])
 ]
 CHECKS = [
     Check("vocabulary", "ok", "50,304 in the model, in the data: 50,257"),
