@@ -41,7 +41,7 @@ from utils.costs.costs import describe_costs
 from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
 from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
 from utils.tools.evaluation.text import chart_lines as evaluation_charts
-from utils.tools.evaluation.text import evaluation_lines
+from utils.tools.evaluation.text import evaluation_lines, evaluation_summary
 from utils.tools.viewer import report, text
 from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
 from utils.tools.viewer.shelf import Shelf, open_shelf
@@ -241,14 +241,9 @@ def run_view(args: argparse.Namespace) -> None:
         return
     print(f"Checkpoint Summary: {view.name}")
     print("=" * 60)
-    validation = report.section(view.metadata, "validation_metrics")
     spent = [] if costs is None else [describe_costs(costs)]
     bucket = shelf.where if args.remote else ""
-    sections = {
-        "": text.state_lines(view),
-        "Training Metrics": text.training_lines(view.metadata, sys.stdout.encoding),
-        "Validation Metrics": text.plain_lines(validation, "  "),
-    }
+    sections = text.example_sections(view, sys.stdout.encoding)
     if args.all:
         sections |= {
             "Evaluations": evaluation_lines(measured),
@@ -258,15 +253,16 @@ def run_view(args: argparse.Namespace) -> None:
             "Run": text.run_lines(row, view),
             "Upload": text.upload_lines(row, bucket) + text.upload_details(row),
             "Configuration": text.config_lines(config),
+            "Files": [] if files else ["  unknown: the manifest cannot be read"],
         }
+    else:
+        brief = text.brief_lines(row, view.metadata, len(files), bucket)
+        more = [*brief, *spent, *evaluation_summary(measured)]
+        sections = {**text.shorten_sections(sections), "Run": more}
     for title, lines in sections.items():
         print_section(title, lines)
     if args.all:
-        print_section("Files", [] if files else ["  unknown: the manifest cannot be read"])
         print_table("\nFiles:", text.file_rows(files), text.FILE_COLUMNS)
-    else:
-        brief = text.brief_lines(row, view.metadata, len(files), bucket)
-        print_section("Run", [*brief, *spent, *evaluation_lines(measured[-1:])])
     print_section("Problems", [f"  {printable(problem)}" for problem in problems])
     if not args.all:
         print(f"All of it, with configuration and files: view {view.name.step} --all")

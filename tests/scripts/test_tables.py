@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,17 +20,18 @@ from scripts import (
 )
 from tests.sample_checkpoints import make_checkpoint, put_remote
 from tests.screens import WIDTHS, find_misfits, read_screen
+from tests.scripts.test_checkpoint_viewer import SPENDING
 from tests.test_debug_gpu import FACTS
 from tests.utils.tools.monitor.test_view import FULL
 from utils.base.console import print_table
 from utils.checkpoints.journal import Journal, UploadState
-from utils.checkpoints.layout import CheckpointName
+from utils.checkpoints.layout import CheckpointName, read_manifest
 from utils.remote.verification import CheckpointReport, Orphan
 from utils.start.checks import Check, print_checks
 from utils.tools.diagnosis.findings import find_causes
 from utils.tools.diagnosis.fit import find_forecasts
 from utils.tools.diagnosis.text import print_page
-from utils.tools.evaluation.log import Evaluation
+from utils.tools.evaluation.log import Evaluation, append_evaluation, weights_id
 from utils.tools.proofs.proof import Attempt, Report
 from utils.tools.proofs.run_comparison import Comparison
 from utils.tools.viewer import text as viewer_text
@@ -127,10 +129,14 @@ def shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Show]:
     monkeypatch.chdir(tmp_path)
     folder = f"{RUN}/checkpoints"
     for step in (98_000, 99_000, 100_000):
-        last = make_checkpoint(tmp_path / folder, step, git_commit="f" * 40)
+        last = make_checkpoint(tmp_path / folder, step, spending=SPENDING)
     journal = Journal(tmp_path / folder / "uploads.jsonl")
     journal.record(last.name, "20260101-0a1b2c3d", UploadState.FAILED, error=ERROR)
     put_remote(tmp_path / "bucket", last)
+    append_evaluation(
+        tmp_path / "logs" / "evaluations.jsonl",
+        replace(EVALUATIONS[0], weights=weights_id(read_manifest(last))),
+    )
 
     def view(*words: str) -> Show:
         return lambda: checkpoint_viewer.main([*words, "--output-dir", folder])
@@ -180,6 +186,14 @@ def test_tables_of_all_commands_fit_the_terminal_and_break_no_word(
 def test_a_checkpoint_is_shown_on_one_screen(
     shows: dict[str, Show], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    brief = read_screen(shows["view"], 80, monkeypatch, capsys).splitlines()
-    assert 24 <= len(brief) <= 40
+    brief = read_screen(shows["view"], 80, monkeypatch, capsys)
+    for part in (
+        "State: failed",
+        ERROR[:40],
+        "Spent",
+        "validation acc_norm 0.5120",
+        "validation_loss: 0.1",
+    ):
+        assert part in brief
+    assert 24 <= len(brief.splitlines()) <= 40
     assert len(read_screen(shows["view --all"], 80, monkeypatch, capsys).splitlines()) > 40

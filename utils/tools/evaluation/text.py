@@ -110,6 +110,17 @@ def describe_question(what: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def evaluation_summary(evaluations: Iterable[Evaluation]) -> list[str]:
+    """Return a line with the main figure of each task, as it was measured last."""
+    newest = {one.task: one for one in evaluations}
+    figures = [
+        f"{printable(task)} {name} {show_measured(one.values[name])}"
+        for task, one in newest.items()
+        if (name := one.main_metric) is not None
+    ]
+    return [f"Evaluations: {', '.join(figures)}"] if figures else []
+
+
 def evaluation_lines(evaluations: Iterable[Evaluation]) -> list[str]:
     """Return the evaluations of one checkpoint, a line for each."""
     lines = []

@@ -169,6 +169,24 @@ def config_lines(config: Mapping[str, Any]) -> list[str]:
     return [f"  {printable(key)}: {printable(text)}" for key, text in texts.items()]
 
 
+def example_sections(view: CheckpointView, encoding: str | None) -> dict[str, list[str]]:
+    """Return the sections of the user's example, with more figures."""
+    return {
+        "": state_lines(view),
+        "Training Metrics": training_lines(view.metadata, encoding),
+        "Validation Metrics": plain_lines(section(view.metadata, "validation_metrics"), "  "),
+    }
+
+
+def shorten_sections(sections: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return these sections with several figures in a line, so that all fit one screen."""
+    shortened = {title: list(lines) for title, lines in sections.items()}
+    head, training = shortened[""], shortened["Training Metrics"]
+    head[1:] = ["  ".join(head[1:4]), "  ".join(head[4:])]
+    training[-2:] = ["  ".join(training[-2:])]
+    return shortened
+
+
 def state_lines(view: CheckpointView) -> list[str]:
     """Return the head of the user's example."""
     metadata, system = view.metadata, section(view.metadata, "system_info")
