@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import io
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -28,7 +27,13 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.base.console import new_parser, print_table, run_command
+from utils.base.console import (
+    new_parser,
+    output_width,
+    print_table,
+    print_wrapped,
+    run_command,
+)
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import format_bytes, printable, to_json_text
 from utils.base.uri import require_path
@@ -38,7 +43,12 @@ from utils.costs.costs import describe_costs
 from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
 from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
 from utils.tools.evaluation.text import chart_lines as evaluation_charts
-from utils.tools.evaluation.text import draw_evaluations, evaluation_lines, left_out_notes
+from utils.tools.evaluation.text import (
+    draw_evaluations,
+    evaluation_lines,
+    evaluation_summary,
+    left_out_notes,
+)
 from utils.tools.viewer import report, text
 from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
 from utils.tools.viewer.shelf import Shelf, open_shelf
@@ -53,8 +63,6 @@ from utils.tracking.plots import (
 )
 from utils.tracking.text_plots import MARKS, draw_chart
 
-# rich draws about 600 rows a second: a longer list is printed as plain lines.
-MAX_TABLE_ROWS = 100
 NAMES = "name, step number, latest, best, or the unique beginning or end of a name"
 CHART_WIDTH = 78
 LOSS_CHART_LINES, CHART_LINES = 12, 6
@@ -87,7 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     add_list_options(add("list", run_list, "list all checkpoints; in a terminal as a table"))
-    add("view", run_view, "show one checkpoint").add_argument("name", metavar="NAME", help=NAMES)
+    view = add("view", run_view, "show one checkpoint")
+    view.add_argument("name", metavar="NAME", help=NAMES)
+    view.add_argument(
+        "--all",
+        action="store_true",
+        help="also its configuration, files with hashes, position in the data and upload",
+    )
     add_compare_options(add("compare", run_compare, "show checkpoints side by side"))
     add_plot_options(
         add("plot", run_plot, "draw the curves of checkpoints, several in one picture")
@@ -178,7 +192,7 @@ def run_list(args: argparse.Namespace) -> None:
     if storage is not None:
         print(text.storage_line(storage))
     for note in shelf.notes:
-        print(f"Note: {printable(note)}")
+        print_wrapped(f"Note: {printable(note)}", hanging=2)
 
 
 def print_list(
@@ -193,14 +207,11 @@ def print_list(
         return
     count = f"{len(rows)} of {num_all}" if len(rows) < num_all else str(num_all)
     title = f"Found {count} checkpoint{'' if num_all == 1 else 's'} in {where} (times in UTC):"
-    if sys.stdout.isatty() and 0 < len(rows) <= MAX_TABLE_ROWS:
-        cells, left_out = text.fit_columns([text.list_cells(row) for row in rows], terminal_width())
-        print_table(title, cells, right_aligned=text.RIGHT_ALIGNED)
-        if left_out:
-            print(f"Not shown in this width: {', '.join(left_out)}.")
+    if rows and output_width() is not None:
+        print_table(title, [text.list_cells(row) for row in rows], text.LIST_COLUMNS)
         for row in rows:
             if row["problem"]:
-                print(f"{row['name']}: {printable(row['problem'])}")
+                print_wrapped(f"{row['name']}: {printable(row['problem'])}", hanging=2)
         return
     print(title)
     print("=" * 78)
@@ -208,11 +219,6 @@ def print_list(
         print(f"{index:2d}. {text.list_line(row)}")
         if row["problem"]:
             print(f"      Problem: {printable(row['problem'])}")
-
-
-def terminal_width() -> int:
-    """Return the columns of the terminal."""
-    return shutil.get_terminal_size().columns
 
 
 # view
@@ -243,27 +249,33 @@ def run_view(args: argparse.Namespace) -> None:
         }
         print(to_json_text({**row, **details}))
         return
-    encoding = sys.stdout.encoding
     print(f"Checkpoint Summary: {view.name}")
     print("=" * 60)
-    sections = {
-        "": text.state_lines(view),
-        "Training Metrics": text.training_lines(view.metadata, encoding),
-        "Validation Metrics": text.plain_lines(
-            report.section(view.metadata, "validation_metrics"), "  "
-        ),
-        "Evaluations": evaluation_lines(measured),
-        "Progress": text.progress_lines(view.metadata, row),
-        "Costs": [] if costs is None else [describe_costs(costs)],
-        "Data Position": text.plain_lines(report.data_position(data_state), "  "),
-        "Run": text.run_lines(row, view),
-        "Upload": text.upload_lines(row, shelf.where if args.remote else ""),
-        "Configuration": text.config_lines(config),
-        "Files": text.file_lines(files),
-        "Problems": [f"  {printable(problem)}" for problem in problems],
-    }
+    spent = [] if costs is None else [describe_costs(costs)]
+    bucket = shelf.where if args.remote else ""
+    sections = text.example_sections(view, sys.stdout.encoding)
+    if args.all:
+        sections |= {
+            "Evaluations": evaluation_lines(measured),
+            "Progress": text.progress_lines(view.metadata, row),
+            "Costs": spent,
+            "Data Position": text.plain_lines(report.data_position(data_state), "  "),
+            "Run": text.run_lines(row, view),
+            "Upload": text.upload_lines(row, bucket) + text.upload_details(row),
+            "Configuration": text.config_lines(config),
+            "Files": [] if files else ["  unknown: the manifest cannot be read"],
+        }
+    else:
+        brief = text.brief_lines(row, view.metadata, len(files), bucket)
+        more = [*brief, *spent, *evaluation_summary(measured)]
+        sections = {**text.shorten_sections(sections), "Run": more}
     for title, lines in sections.items():
         print_section(title, lines)
+    if args.all:
+        print_table("\nFiles:", text.file_rows(files), text.FILE_COLUMNS)
+    print_section("Problems", [f"  {printable(problem)}" for problem in problems])
+    if not args.all:
+        print(f"All of it, with configuration and files: view {view.name.step} --all")
 
 
 # compare
@@ -291,11 +303,12 @@ def run_compare(args: argparse.Namespace) -> None:
     print(f"Comparing {len(rows)} checkpoints:")
     for index, row in enumerate(rows, start=1):
         print(f"  [{index}] {row['name']}")
-    print("=" * 60)
-    print("\n".join(text.table_lines(text.compare_table(rows))))
+    print_table("=" * 60, text.compare_rows(rows), text.compare_columns(len(rows)))
     print_section("Configuration Differences", text.difference_lines(differences, notes))
     for index, drift in enumerate(drifts or [], start=1):
-        print_section(f"Weights, [{index}] to [{index + 1}]", text.drift_lines(drift))
+        title = f"Weights, [{index}] to [{index + 1}]"
+        print_table(f"\n{title}:", text.drift_rows(drift), text.DRIFT_COLUMNS)
+        print_section(f"{title}: problems", [f"  {printable(one)}" for one in drift["problems"]])
     problems = [f"  {row['name']}: {printable(row['problem'])}" for row in rows if row["problem"]]
     print_section("Problems", problems)
 
@@ -351,7 +364,7 @@ def run_plot(args: argparse.Namespace) -> None:
         print(to_json_text({**plot.values, "saved": saved, "notes": plot.notes}))
         return
     for note in plot.notes:
-        print(f"Note: {printable(note)}.")
+        print_wrapped(f"Note: {printable(note)}.", hanging=2)
     if is_text:
         print("\n".join(plot.charts()))
     if saved is not None:
@@ -440,7 +453,7 @@ def chart_lines(all_curves: Sequence[Curves], encoding: str | None) -> list[str]
 
 def chart_width() -> int:
     """Return the columns of a chart."""
-    return min(terminal_width(), CHART_WIDTH)
+    return min(output_width() or CHART_WIDTH, CHART_WIDTH)
 
 
 # report
@@ -478,7 +491,7 @@ def print_section(title: str, lines: Sequence[str]) -> None:
         print(f"\n{title}:")
         print("-" * 30)
     for line in lines:
-        print(line)
+        print_wrapped(line, hanging=4)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,13 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig
-from utils.base.console import configure_logging, new_parser, print_table, run_command
+from utils.base.console import (
+    configure_logging,
+    new_parser,
+    print_table,
+    print_wrapped,
+    run_command,
+)
 from utils.base.errors import (
     DataError,
     ExitCode,
@@ -54,7 +60,13 @@ from utils.tools.evaluation.evaluator import MEASURED_SPLITS, EvaluationPlan, Ev
 from utils.tools.evaluation.harness import require_harness
 from utils.tools.evaluation.log import Evaluation, append_evaluation, metric_points
 from utils.tools.evaluation.questions import HELLASWAG, LAMBADA, read_questions
-from utils.tools.evaluation.text import describe_drawn, draw_evaluations, left_out_notes, tables
+from utils.tools.evaluation.text import (
+    describe_drawn,
+    draw_evaluations,
+    left_out_notes,
+    table_columns,
+    tables,
+)
 from utils.tools.generation.arguments import add_model_arguments, find_from, load_found
 from utils.tools.viewer.shelf import open_shelf
 from utils.tracking.plots import picture_path
@@ -312,15 +324,15 @@ class Session:
             print(to_json_text(values))
             return
         for title, rows in tables(self.evaluations):
-            print_table(title, rows, right_aligned=[key for key in rows[0] if key != "model"])
+            print_table(title, rows, table_columns(rows[0]))
         if saved is not None:
-            print(f"Plot saved to {printable(str(saved))}: {describe_drawn(drawn)}")
+            print_wrapped(f"Plot saved to {printable(str(saved))}: {describe_drawn(drawn)}")
             for note in left_out_notes(drawn):
-                print(f"Note: {printable(note)}.")
+                print_wrapped(f"Note: {printable(note)}.")
         elif args.plot is not None:
             print("Nothing to draw: no figure of a checkpoint.", file=sys.stderr)
         if self._num_kept:
-            print(f"Kept in {printable(str(self._log))}")
+            print_wrapped(f"Kept in {printable(str(self._log))}")
 
 
 def _free_memory() -> None:

@@ -27,7 +27,6 @@ import contextlib
 import io
 import os
 import select
-import shutil
 import signal
 import sys
 import termios
@@ -42,7 +41,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.base.console import get_console, new_parser, run_command
+from utils.base.console import get_console, new_parser, output_width, run_command
 from utils.base.errors import UsageError
 from utils.base.files import FollowedFile
 from utils.base.text import printable, to_json_text
@@ -51,7 +50,7 @@ from utils.start.arguments import add_price_argument, add_run_arguments, read_ru
 from utils.tools.monitor.events import EventTracker
 from utils.tools.monitor.notifier import LEAVE_SECONDS, LIMIT_SECONDS, Notifier, parse_command
 from utils.tools.monitor.status import RunStatus, RunWatcher
-from utils.tools.monitor.view import WIDTH, ViewRow, build_rows, fit_rows, one_line
+from utils.tools.monitor.view import ViewRow, build_rows, fit_rows, one_line
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -232,9 +231,9 @@ def has_movable_cursor() -> bool:
 
 def print_view(status: RunStatus, notes: Sequence[str] = ()) -> None:
     """Print the whole view, with its styles where there is a terminal for them."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+    width = output_width()
     rows = build_rows(status, sys.stdout.encoding, width=width, notes=notes)
-    if sys.stdout.isatty():
+    if width is not None:
         get_console().print(as_text(rows), soft_wrap=True)
     else:
         print("\n".join(row.text for row in rows), flush=True)

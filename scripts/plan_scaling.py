@@ -23,7 +23,7 @@ if __package__ in (None, ""):
 
 from utils.base.console import add_output_arguments, new_parser, print_table, run_command
 from utils.base.errors import UsageError
-from utils.base.text import format_bytes, format_duration, to_json_text
+from utils.base.text import Column, format_bytes, format_duration, to_json_text
 from utils.costs.gpu_types import GPU_TYPES, find_gpu_type
 from utils.costs.scaling import (
     CHECKPOINTING,
@@ -39,17 +39,19 @@ from utils.models.estimates import estimate_checkpoint_bytes
 
 MAX_GPUS = 2**20
 TOKENS_PER_PARAMETER = 20  # near the optimum of Hoffmann et al. 2022 (Chinchilla)
-NUMBERS = (
-    "GPUs",
-    "memory",
-    "micro-batch",
-    "step",
-    "MFU %",
-    "waits %",
-    "GB sent",
-    "days",
-    "GPU hours",
-    "$",
+COLUMNS = (
+    Column("strategy"),
+    Column("GPUs", kind="number"),
+    Column("memory", 2, "number"),
+    Column("micro-batch", 6, "number"),
+    Column("checkpointing", 3),
+    Column("step", 8, "number"),
+    Column("MFU %", 7, "number"),
+    Column("waits %", 10, "number"),
+    Column("GB sent", 11, "number"),
+    Column("days", 4, "number"),
+    Column("GPU hours", 9, "number"),
+    Column("$", 5, "number"),
 )
 
 
@@ -99,15 +101,11 @@ def run(args: argparse.Namespace) -> int:
         values = {"model": args.model, "gpu": dataclasses.asdict(gpu)}
         print(to_json_text({**values, "run": facts, "plans": records}))
         return 0
-    rows = [_row(record) for record in records]
-    if args.price is None:
-        for row in rows:
-            del row["$"]
     print_table(
         f"{args.model} on {gpu.name}, {args.global_batch} samples of {args.sequence_length} tokens "
         "in a step (estimates)",
-        rows,
-        right_aligned=NUMBERS,
+        [_row(record) for record in records],
+        [column for column in COLUMNS if column.name != "$" or args.price is not None],
     )
     print(f"\nTokens: {args.tokens / 1e9:.1f} B. Checkpoint: {format_bytes(checkpoint)}.")
     return 0
@@ -172,8 +170,11 @@ def _row(record: dict[str, Any]) -> dict[str, str]:
         "memory": format_bytes(record["memory_bytes"]),
     }
     if not record["fits"]:
-        empty = dict.fromkeys(("micro-batch", "checkpointing", *NUMBERS[3:]), "-")
-        return {**row, **empty, "checkpointing": "does not fit"}
+        return {
+            **dict.fromkeys((column.name for column in COLUMNS), "-"),
+            **row,
+            "checkpointing": "does not fit",
+        }
     return {
         **row,
         "micro-batch": f"{record['micro_batch']} x {record['accumulation']}",

@@ -37,7 +37,13 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.base.console import add_output_arguments, configure_logging, new_parser, run_command
+from utils.base.console import (
+    add_output_arguments,
+    configure_logging,
+    new_parser,
+    print_wrapped,
+    run_command,
+)
 from utils.base.errors import ExitCode, UsageError
 from utils.base.text import format_bytes, printable
 from utils.base.uri import require_path
@@ -76,8 +82,7 @@ _logger = logging.getLogger("prepare_data")
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of a preparation; the parsed arguments carry their function."""
     description, _, examples = (__doc__ or "").partition("\n\n")
-    parser = new_parser("prepare_data.py", description)
-    parser.epilog = examples
+    parser = new_parser("prepare_data.py", description, examples)
     parser.set_defaults(command=prepare)
     _add_source_arguments(parser.add_argument_group("sources (any number, read in this order)"))
     _add_tokenizer_arguments(parser.add_argument_group("tokenizer"))
@@ -587,7 +592,7 @@ def _say(
     if arguments.json:
         print(json.dumps(content, indent=1))
     elif always or not arguments.quiet:
-        print(text)
+        print_wrapped(text, hanging=2)
 
 
 def _progress(arguments: argparse.Namespace) -> ProgressDisplay:

@@ -1,7 +1,7 @@
 """Prove on your own configuration that kill -9 and --resume change nothing.
 
-    a short run, straight ------------------------------------------------+
-    the same run: killed, resumed, killed, resumed, ..., once from the bucket -> the same bits
+    a short run, straight -----------------------------------+
+    the same run: killed, resumed, ..., once from the bucket -> the same bits
 
 The second run is killed by SIGKILL at random instants between its first step and its end, and
 started again with `--resume latest`. For one of the kills the whole local checkpoint directory is
@@ -28,11 +28,12 @@ from utils.base.console import (
     configure_logging,
     new_parser,
     print_table,
+    print_wrapped,
     run_command,
 )
 from utils.base.errors import ExitCode, UsageError
 from utils.base.progress import ProgressDisplay
-from utils.base.text import format_duration, printable, to_json_text
+from utils.base.text import Column, format_duration, printable, to_json_text
 from utils.tools.proofs.proof import OWN_KEYS, Proof, Report
 from utils.tools.proofs.started_runs import (
     CommandLauncher,
@@ -40,6 +41,18 @@ from utils.tools.proofs.started_runs import (
 )
 
 SHOWN_DIFFERENCES = 5
+ATTEMPT_COLUMNS = (
+    Column("attempt", kind="number"),
+    Column("resumed from", 2, "name"),
+    Column("steps", 3),
+    Column("ended", kind="prose"),
+    Column("time", 4, "number"),
+)
+COMPARISON_COLUMNS = (
+    Column("compared", kind="prose"),
+    Column("extent", 2, "prose"),
+    Column("result"),
+)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -98,18 +111,18 @@ def print_report(report: Report) -> None:
         }
         for attempt in report.starts
     ]
-    print_table("Attempts of the interrupted run", attempts)
+    print_table("Attempts of the interrupted run", attempts, ATTEMPT_COLUMNS)
     rows = []
     for one in report.comparisons:
         count = len(one.differences)
-        result = f"{count} differences" if count else "the same"
+        result = f"{count} difference{'' if count == 1 else 's'}" if count else "the same"
         rows.append({"compared": one.what, "extent": one.extent, "result": result})
-    print_table("Against the straight run", rows)
+    print_table("Against the straight run", rows, COMPARISON_COLUMNS)
     for comparison in report.comparisons:
         for difference in comparison.differences[:SHOWN_DIFFERENCES]:
-            print(f"{comparison.what}: {printable(difference)}")
+            print_wrapped(f"{comparison.what}: {printable(difference)}", hanging=2)
     for line in report.problems:
-        print(line)
+        print_wrapped(line, hanging=2)
     verdict = "no difference" if report.holds else "NOT proven"
     kills = sum(attempt.ended.startswith("killed") for attempt in report.starts)
     print(f"{report.steps} steps with {kills} kills (seed {report.seed}): {verdict}.")

@@ -29,7 +29,14 @@ if __package__ in (None, ""):
 
 from configs.config_files import parse_assignment
 from configs.training_config import TrainingConfig, get_training_config
-from utils.base.console import LiveLine, configure_logging, print_table, run_command
+from utils.base.console import (
+    LiveLine,
+    configure_logging,
+    new_parser,
+    print_table,
+    print_wrapped,
+    run_command,
+)
 from utils.base.errors import (
     CheckpointError,
     ExitCode,
@@ -40,7 +47,7 @@ from utils.base.errors import (
     UsageError,
 )
 from utils.base.progress import ProgressDisplay
-from utils.base.text import format_bytes, printable, to_json_text
+from utils.base.text import Column, format_bytes, printable, to_json_text
 from utils.base.uri import join_uri, require_path
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
@@ -70,8 +77,38 @@ from utils.uploads.uploader import Uploader, find_unfinished
 WAIT_LINE_SECONDS = 30.0
 LISTING_RETRY_SECONDS = 5.0
 READING_RETRY_SECONDS = 60.0
-COLUMNS = ("checkpoint", "step", "size", "local", "bucket", "state", "progress", "kept", "note")
-NUMBERS = ("step", "size", "bytes", "place", "attempts")
+STATUS_COLUMNS = (
+    Column("checkpoint", kind="name"),
+    Column("step", 9, "number"),
+    Column("size", 8, "number"),
+    Column("local", 5),
+    Column("bucket", 6),
+    Column("state", 2),
+    Column("progress", 3, "prose"),
+    Column("kept", 7, "prose"),
+    Column("note", 4, "prose"),
+)
+LIST_COLUMNS = (
+    Column("checkpoint", kind="name"),
+    Column("step", 5, "number"),
+    Column("size", 4, "number"),
+    Column("state", 2),
+    Column("note", 3, "prose"),
+)
+QUEUE_COLUMNS = (
+    Column("place", 5, "number"),
+    Column("checkpoint", kind="name"),
+    Column("state", 2),
+    Column("attempts", 4, "number"),
+    Column("next try", 3, "prose"),
+)
+PRUNE_COLUMNS = (
+    Column("checkpoint", kind="name"),
+    Column("step", 5, "number"),
+    Column("size", 4, "number"),
+    Column("action", 2),
+    Column("reason", 3, "prose"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +120,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     common.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--debug", action="store_true", help="debug log lines and tracebacks")
-    parser = argparse.ArgumentParser(
-        prog="upload_manager.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("upload_manager.py", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
@@ -222,22 +255,22 @@ def print_status(result: dict[str, Any]) -> None:
     rows, bucket = result["checkpoints"], result["bucket"] or "no bucket"
     if rows:
         title = f"Uploads from {result['directory']} to {bucket}"
-        print_table(title, rows, COLUMNS, NUMBERS)
+        print_table(title, rows, STATUS_COLUMNS)
     else:
-        print(f"No checkpoints in {result['directory']}, none in {bucket}.")
+        print_wrapped(f"No checkpoints in {result['directory']}, none in {bucket}.")
     if result["bucket"]:
         print(f"{len(result['queue'])} not verified in the bucket.")
-    columns = ["place", "checkpoint", "state", "attempts", "next try"]
-    print_table("Queue", result["queue"], columns, NUMBERS)
+    print_table("Queue", result["queue"], QUEUE_COLUMNS)
     if result["errors"]:
         print("Last errors")
         for row in result["errors"]:
             tries = f" ({row['attempts']} attempts)" if row["attempts"] else ""
-            print(f"  {row['time']}  {row['checkpoint']}{tries}: {row['error']}")
+            text = f"  {row['time']}  {row['checkpoint']}{tries}: {row['error']}"
+            print_wrapped(text, hanging=4)
     for text in result["problems"]:
-        print(printable(text))
+        print_wrapped(printable(text))
     if result["bucket_problem"]:
-        print(f"The bucket could not be read: {printable(result['bucket_problem'])}")
+        print_wrapped(f"The bucket could not be read: {printable(result['bucket_problem'])}")
 
 
 def read_remote(config: TrainingConfig) -> tuple[list[CheckpointView], str | None]:
@@ -263,10 +296,9 @@ def show_list(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace)
     if args.json:
         print_json(rows)
     elif rows:
-        columns = ["checkpoint", "step", "size", "state", "note"]
-        print_table(f"Checkpoints in {where}", rows, columns, NUMBERS)
+        print_table(f"Checkpoints in {where}", rows, LIST_COLUMNS)
     else:
-        print(f"No checkpoints in {where} yet.")
+        print_wrapped(f"No checkpoints in {where} yet.")
     return ExitCode.DONE
 
 
@@ -418,13 +450,14 @@ def print_reports(reports: Sequence[CheckpointReport], orphans: Sequence[Orphan]
     for report in reports:
         print(f"{report.name}: {'verified' if report.is_verified else 'NOT verified'}")
         for line in report.right:
-            print(f"  ok     {printable(line)}")
+            print_wrapped(f"  ok     {printable(line)}", hanging=9)
         for line in report.wrong:
-            print(f"  wrong  {printable(line, 1000)}")
+            print_wrapped(f"  wrong  {printable(line, 1000)}", hanging=9)
     if orphans:
         print("Also in the bucket:")
         for orphan in orphans:
-            print(f"  {printable(orphan.object_name)}: {printable(orphan.problem)}")
+            text = f"  {printable(orphan.object_name)}: {printable(orphan.problem)}"
+            print_wrapped(text, hanging=4)
     wrong = sum(not report.is_verified for report in reports)
     print(f"{len(reports) - wrong} verified, {wrong} not.")
 
@@ -459,7 +492,8 @@ def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) 
     if args.json:
         print_json({"checkpoint": name, "path": str(path), "downloaded": not was_here})
     else:
-        print(f"{path} is {'already here' if was_here else 'complete'}: every file verified.")
+        outcome = "already here" if was_here else "complete"
+        print_wrapped(f"{path} is {outcome}: every file verified.")
     return ExitCode.DONE
 
 
@@ -542,12 +576,11 @@ def prune_row(view: CheckpointView, decision: Decision) -> dict[str, Any]:
 def print_plan(uri: str, result: dict[str, Any], num_doomed: int) -> None:
     """Print what `prune` is about to do."""
     rows = result["checkpoints"]
-    columns = ["checkpoint", "step", "size", "action", "reason"]
-    print_table(f"Checkpoints in {uri}", rows, columns, NUMBERS)
+    print_table(f"Checkpoints in {uri}", rows, PRUNE_COLUMNS)
     freed = sum(row["bytes"] or 0 for row in rows if row["action"] == Action.DELETE.value)
     print(f"{num_doomed} to delete, {format_bytes(freed)}.")
     for note in result["notes"]:
-        print(f"  {printable(note)}")
+        print_wrapped(f"  {printable(note)}", hanging=2)
 
 
 def is_confirmed(count: int, uri: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -145,13 +146,16 @@ def test_the_viewer_shows_what_was_measured(
     assert code == 0
     for title in ("validation of ", f"hellaswag of {HELLASWAG}"):
         assert title in out
-    assert out.count("checkpoint-epoch0-step2-files0  2") == 2
+    assert len(re.findall("checkpoint-epoch0-step2-files0 +2 ", out)) == 2
     assert (tmp_path / "figures.png").stat().st_size > 10_000
     run_id = read_manifest(trained_run / "checkpoints" / "checkpoint-epoch0-step4-files0").run_id
     drawn_of = f"validation.loss, hellaswag.acc_norm of run {run_id}"
     assert f"Plot saved to figures.png: {drawn_of}" in out
     where = ["--output-dir", str(trained_run / "checkpoints")]
     assert checkpoint_viewer.main(["view", "latest", *where]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("Evaluations: "))
+    assert re.search(r"hellaswag acc_norm [\d.]+, validation loss [\d.]+$", line)
+    assert checkpoint_viewer.main(["view", "latest", *where, "--all"]) == 0
     out = capsys.readouterr().out
     assert "Evaluations:" in out
     assert f"  hellaswag of {HELLASWAG}" in out

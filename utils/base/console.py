@@ -14,22 +14,24 @@ import functools
 import io
 import logging
 import os
+import re
 import select
+import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.base.errors import ExitCode, PretrainError
+from utils.base.text import Column, table_lines, wrap_words
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleRenderable
     from rich.live import Live
 
 _NO_HOME = "Could not determine home directory."  # of Path.expanduser, which has no type for it
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 LOG_TIME = "%Y-%m-%d %H:%M:%S"  # short, so that a step line fits 100 columns
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 NOISY_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "google", "matplotlib")
@@ -74,7 +76,7 @@ def configure_logging(
     if file is not None and main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
         file_handler = _LogFile(file, encoding="utf-8")
-        file_handler.setFormatter(_HarmlessFormatter(LOG_FORMAT, LOG_TIME))
+        file_handler.setFormatter(_LineFormatter(datefmt=LOG_TIME))
         root.addHandler(file_handler)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -103,10 +105,22 @@ def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty():
         from rich.logging import RichHandler
+        from rich.text import Text
 
-        handler: logging.Handler = RichHandler(
+        class TerminalHandler(RichHandler):
+            """As the lines of a pipe: the level where it is not the usual one."""
+
+            def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
+                text = super().render_message(record, message)
+                name = record.levelname
+                if record.levelno == logging.INFO or not isinstance(text, Text):
+                    return text
+                return Text.assemble((f"{name} ", f"logging.level.{name.lower()}"), text)
+
+        handler: logging.Handler = TerminalHandler(
             level,
             console=get_console(stderr=stderr),
+            show_level=False,
             show_path=False,
             log_time_format="%H:%M:%S",
             markup=False,
@@ -115,7 +129,7 @@ def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
     else:
         handler = logging.StreamHandler(stream)
         handler.setLevel(level)
-        handler.setFormatter(_HarmlessFormatter(LOG_FORMAT, LOG_TIME))
+        handler.setFormatter(_LineFormatter(datefmt=LOG_TIME))
     ordinary = handler.handleError
     handler.handleError = functools.partial(_leave_output, ordinary)  # type: ignore[method-assign]
     return handler
@@ -157,6 +171,17 @@ class _HarmlessFormatter(logging.Formatter):
         return without_control_characters(super().format(record))
 
 
+class _LineFormatter(_HarmlessFormatter):
+    """A line of a pipe or a file: the time, the level where it is not the usual one, the text."""
+
+    def usesTime(self) -> bool:  # noqa: N802 - logging's own name
+        return True
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        level = "" if record.levelno == logging.INFO else f"{record.levelname} "
+        return f"{record.asctime} {level}{record.message}"
+
+
 def without_control_characters(text: str) -> str:
     """Return text that cannot steer a terminal; its lines stay lines."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
@@ -187,7 +212,7 @@ class LiveLine:
         if self._live is not None:
             from rich.text import Text
 
-            self._live.update(Text(text, style="bold"))
+            self._live.update(Text(text, style="bold", no_wrap=True, overflow="ellipsis"))
         elif self._plain_seconds is not None:
             now = time.monotonic()
             if not is_logged:
@@ -203,48 +228,82 @@ class LiveLine:
             self._live = None
 
 
-def print_table(
-    title: str,
-    rows: Sequence[Mapping[str, Any]],
-    columns: Sequence[str] | None = None,
-    right_aligned: Collection[str] = (),
-) -> None:
-    """Print rows: a table, or plain lines in a pipe.
+def output_width() -> int | None:
+    """Return the columns of the terminal; None in a pipe, whose lines may be of any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
-    `columns` are by default those of the first row.
+
+def print_wrapped(
+    text: str, *, hanging: int = 0, style: str = "", styled: int | None = None
+) -> None:
+    """Print text; in a terminal in lines that break at words, all but the first `hanging`.
+
+    There, its first `styled` characters, or all, get a style of `rich`.
+    """
+    width = output_width()
+    lines = [text] if width is None else wrap_words(text, width, hanging)
+    if style and width is not None:
+        from rich.text import Text
+
+        shown = Text("\n".join(lines))
+        shown.stylize(style, 0, styled)
+        get_console().print(shown, soft_wrap=True)
+    else:
+        print("\n".join(lines))
+
+
+def print_table(
+    title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column] = ()
+) -> None:
+    """Print rows below a title, if there are any, as wide as the terminal allows.
+
+    Without `columns` they are the keys of the first row, which are in the order of importance.
     """
     if not rows:
         return
-    columns = list(rows[0]) if columns is None else columns
-    if not sys.stdout.isatty():
-        print(title)
-        table_rows = [columns, *([str(row[key]) for key in columns] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*table_rows, strict=True)]
-        for cells in table_rows:
-            padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-            print(f"  {'  '.join(padded)}".rstrip())
-        return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left")
-    for column in columns:
-        table.add_column(
-            column,
-            justify="right" if column in right_aligned else "left",
-            overflow="fold",
-            no_wrap=column == columns[0],  # it names the row
-        )
-    for row in rows:
-        table.add_row(*(Text(str(row[key])) for key in columns))
-    get_console().print(table)
+    columns = columns or [Column(key, rank) for rank, key in enumerate(rows[0], 1)]
+    cells = [{column.name: str(row[column.name]) for column in columns} for row in rows]
+    lines, notes = table_lines(cells, columns, output_width())
+    print_wrapped(title)
+    print_wrapped(lines[0], style="bold")
+    print("\n".join(lines[1:]))
+    for note in notes:
+        print_wrapped(note)
 
 
-def new_parser(name: str, text: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a command, whose `--help` shows a text as it is written."""
+def new_parser(name: str, text: str | None, epilog: str = "") -> argparse.ArgumentParser:
+    """Return the parser of a command, whose `--help` shows the texts in lines that fit."""
+    width = min(100, shutil.get_terminal_size().columns)
     return argparse.ArgumentParser(
-        prog=name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=name,
+        description=_fit_help(text or "", width),
+        epilog=_fit_help(epilog, width),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def _fit_help(text: str, width: int) -> str:
+    """Return a text whose paragraphs fill lines of a width, and whose indented lines fit it.
+
+    Commands stay on one line, to be copied.
+    """
+    lines: list[str] = []
+    for line in text.strip("\n").split("\n"):
+        if lines and _is_prose(lines[-1]) and _is_prose(line):
+            lines[-1] += f" {line}"
+        else:
+            lines.append(line)
+    fitting = []
+    for line in lines:
+        column = re.match(r" +\S.*?  +(?=\S)|  +|", line)
+        is_command = re.fullmatch(r" +(python|bash) (?!.*  ).*", line)
+        hanging = min(column.end(), width // 2) if column else 0
+        fitting += [line] if is_command else wrap_words(line, width, hanging)
+    return "\n".join(fitting)
+
+
+def _is_prose(line: str) -> bool:
+    return line != "" and not line.startswith(" ")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

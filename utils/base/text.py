@@ -2,15 +2,21 @@
 
 Numbers pass `number` before arithmetic, texts `printable` before a terminal, values `to_json_text`
 before `--json`. JSON is read by `parse_json`: torn, foreign or nested without end, it is a value or
-one kind of error.
+one kind of error. Lines and tables fit a width: `wrap_words`, `table_lines`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from itertools import zip_longest
+from typing import Any, Literal
 
 from utils.base.errors import first_line
 
@@ -19,6 +25,10 @@ MAX_DEPTH = 32
 ABSENT = "-"  # shown where a value is not known
 GREATEST_EXPONENT = 700.0  # exp() of 710 is no float any more
 TOO_DEEP = "(too deep)"
+TABLE_INDENT, TABLE_GAP = "  ", "  "
+LEAST_CHARACTERS = {"name": 28, "prose": 24}  # of a column, where a terminal is narrow
+MOST_PADDED = 40  # in a pipe: longer prose moves what comes after it
+_HARD_BLANK = "\0"
 # What can be raised while JSON that somebody else wrote becomes a value of ours: other types,
 # missing keys, infinite numbers, or nesting too deep for str().
 FOREIGN_ERRORS = (
@@ -116,7 +126,7 @@ def format_bytes(count: float | None) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """Return a duration as `1h02m`, `3m20s` or `4.2s`, `-` for None."""
+    """Return a duration as `5d02h`, `1h02m`, `3m20s` or `4.2s`, `-` for None."""
     if seconds is None:
         return ABSENT
     if seconds < 60:
@@ -124,7 +134,141 @@ def format_duration(seconds: float | None) -> str:
     minutes, rest = divmod(int(seconds), 60)
     if minutes < 60:
         return f"{minutes}m{rest:02d}s"
-    return f"{minutes // 60}h{minutes % 60:02d}m"
+    hours = minutes // 60
+    return f"{hours // 24}d{hours % 24:02d}h" if hours > 99 else f"{hours}h{minutes % 60:02d}m"
+
+
+def shorten_middle(text: str, width: int) -> str:
+    """Return text whose middle gives way to `...` where it is longer than `width`."""
+    if len(text) <= width:
+        return text
+    kept = max(2, width - 3)
+    return f"{text[: kept - kept // 2]}...{text[-(kept // 2) :]}"
+
+
+def wrap_words(text: str, width: int, hanging: int = 0) -> list[str]:
+    """Return text in lines that fit, broken between words; all but the first begin with blanks.
+
+    A word that fits no line, such as a URI, loses its middle. Figures that two blanks divide, three
+    or more in a line, stay whole.
+    """
+    room = max(8, width - hanging)
+    lines = []
+    for line in text.split("\n"):
+        words = " ".join(shorten_middle(word, room) for word in line.split(" "))
+        figures = words.strip().split("  ")
+        if len(figures) > 2 and max(map(len, figures)) <= room:
+            words = re.sub(r"(?<=\S) (?=\S)", _HARD_BLANK, words)
+        lines += textwrap.wrap(
+            words,
+            max(8, width),
+            subsequent_indent=" " * hanging,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]
+    return [line.replace(_HARD_BLANK, " ") for line in lines]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: the key of its cells in a row, and its heading.
+
+    `rank` is its place in the order of importance: where a terminal is too narrow, the column of
+    the highest leaves first, and those of 1 never. A number stands on the right. Names lose the
+    beginning that all of them share, and then their middle. Prose wraps at words.
+    """
+
+    name: str
+    rank: int = 1
+    kind: Literal["word", "number", "name", "prose"] = "word"
+
+
+def table_lines(
+    rows: Sequence[Mapping[str, str]], columns: Sequence[Column], width: int | None
+) -> tuple[list[str], list[str]]:
+    """Return (the lines of a table that fits a width, notes on what it does not show).
+
+    Each row has at least a line; the first line has the headings. Without a width (None) every
+    column is there, and nothing wraps.
+    """
+    cells = {column.name: [row[column.name] for row in rows] for column in columns}
+    notes: list[str] = []
+    widths = {
+        column.name: max(len(column.name), *map(len, cells[column.name])) for column in columns
+    }
+    shown = list(columns)
+    if width is None:
+        for column in columns[:-1]:
+            if column.kind == "prose":
+                widths[column.name] = min(widths[column.name], MOST_PADDED)
+    else:
+        shown = [column for column in columns if column.rank == 1 or any(cells[column.name])]
+        notes = _fit_columns(shown, cells, widths, width - len(TABLE_INDENT))
+    lines = [_join_cells([column.name for column in shown], shown, widths)]
+    for index in range(len(rows)):
+        blocks = [
+            _fit_cell(cells[column.name][index], column, None if width is None else widths)
+            for column in shown
+        ]
+        lines += [_join_cells(line, shown, widths) for line in zip_longest(*blocks, fillvalue="")]
+    return lines, notes
+
+
+def _fit_columns(
+    shown: list[Column], cells: dict[str, list[str]], widths: dict[str, int], room: int
+) -> list[str]:
+    """Make columns fit, all together, by less of their names, less prose, and fewer columns.
+
+    Returns:
+        Notes on what is not shown any more.
+    """
+    notes = []
+    for column in shown:
+        names, heading = cells[column.name], column.name
+        if column.kind == "name" and _total_width(shown, widths) > room and len(names) > 1:
+            shared = os.path.commonprefix(names)
+            shared = shared[: max(shared.rfind("-"), shared.rfind("/")) + 1]
+            if shared:
+                cells[heading] = [name.removeprefix(shared) for name in names]
+                widths[heading] = max(len(heading), *map(len, cells[heading]))
+                notes.append(f"Each {heading} begins with {shared}")
+    wanted = dict(widths)
+    for column in shown:
+        least = max(len(column.name), LEAST_CHARACTERS.get(column.kind, wanted[column.name]))
+        widths[column.name] = min(wanted[column.name], least)
+    kept: list[Column] = []
+    for column in sorted(shown, key=lambda column: column.rank):
+        if column.rank == 1 or _total_width([*kept, column], widths) <= room:
+            kept.append(column)
+    spare = room - _total_width(kept, widths)
+    for column in kept:
+        more = max(0, min(spare, wanted[column.name] - widths[column.name]))
+        widths[column.name] += more
+        spare -= more
+    left_out = [column.name for column in shown if column not in kept]
+    shown[:] = [column for column in shown if column in kept]
+    return [*notes, f"Not shown in this width: {', '.join(left_out)}."] if left_out else notes
+
+
+def _total_width(columns: Sequence[Column], widths: Mapping[str, int]) -> int:
+    return sum(widths[column.name] + len(TABLE_GAP) for column in columns) - len(TABLE_GAP)
+
+
+def _fit_cell(cell: str, column: Column, widths: Mapping[str, int] | None) -> list[str]:
+    if widths is None:
+        return [cell]
+    width = widths[column.name]
+    return wrap_words(cell, width) if column.kind == "prose" else [shorten_middle(cell, width)]
+
+
+def _join_cells(cells: Sequence[str], columns: Sequence[Column], widths: Mapping[str, int]) -> str:
+    placed = [
+        cell.rjust(widths[column.name])
+        if column.kind == "number"
+        else cell.ljust(widths[column.name])
+        for cell, column in zip(cells, columns, strict=True)
+    ]
+    return f"{TABLE_INDENT}{TABLE_GAP.join(placed)}".rstrip()
 
 
 def parse_json(text: bytes | str, **options: Any) -> Any:

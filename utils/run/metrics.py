@@ -115,10 +115,11 @@ class RunMetrics:
 
     def _describe(self, record: dict[str, float]) -> str:
         eta = format_duration(self._eta_seconds(record["step_seconds"]))
-        # A terminal of 100 columns has room for 82 characters after time and level.
+        rate = f"{record['learning_rate']:.2e}".replace("e-0", "e-")
+        # 100 columns have room for 80 characters after the time in a log, 91 in a terminal.
         return (
             f"{self._state.progress.step}/{self._config.max_steps}  loss {record['loss']:.4f}  "
-            f"lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.2g}  "
+            f"lr {rate}  grad {shorten(record['grad_norm'])}  "
             f"{shorten(record['tokens_per_second'])} tok/s  ETA {eta}"
         )
 

@@ -27,8 +27,7 @@ EPILOG = """exit codes:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line of train.py."""
     text = "Pre-train a causal language model from NPZ token shards in a bucket."
-    parser = new_parser("train.py", text)
-    parser.epilog = EPILOG
+    parser = new_parser("train.py", text, EPILOG)
     add = parser.add_argument
     add(
         "--config",

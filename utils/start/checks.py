@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from utils.base.console import print_table
 from utils.base.errors import PreflightError
+from utils.base.text import Column
+
+COLUMNS = (Column("check"), Column("status"), Column("finding", kind="prose"))
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,11 @@ class Check:
 
 
 def print_checks(checks: Sequence[Check]) -> None:
-    """Print a table of the checks: plain lines in a pipe."""
+    """Print a table of the checks."""
     rows = [
         {"check": check.name, "status": check.status, "finding": check.message} for check in checks
     ]
-    print_table("Preflight", rows)
+    print_table("Preflight", rows, COLUMNS)
 
 
 def require_all(checks: Sequence[Check]) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from configs.model_config import CONFIG_FILE, find_dropouts, known_vocab_size
 from configs.training_config import TrainingConfig
 from utils.base import ranks
+from utils.base.console import print_wrapped
 from utils.base.errors import (
     AccessDeniedError,
     DataError,
@@ -466,7 +467,7 @@ def report(facts: RunFacts, found: StartChecks, *, is_dry_run: bool) -> int:
     if is_dry_run:
         print(json.dumps(facts.config.to_json(), indent=2))
         for key, text in describe_run(facts).items():
-            print(f"{key:<10} {text}")
+            print_wrapped(f"{key:<10} {text}", hanging=11)
         print_checks(checks)
     require_all(checks)
     return ExitCode.DONE

@@ -12,9 +12,9 @@ import pytest
 from configs.config_files import PROJECT_DIRECTORY
 from tests.processes import run_in_terminal, run_python
 from utils.base import errors
-from utils.base.console import LiveLine, print_table, run_command
+from utils.base.console import LiveLine, new_parser, print_table, run_command
 from utils.base.errors import ExitCode, PretrainError
-from utils.base.text import format_bytes, format_duration
+from utils.base.text import Column, format_bytes, format_duration
 
 
 def end_with(error: BaseException | None, *, debug: bool = False, code: int | None = None) -> int:
@@ -141,9 +141,9 @@ def test_a_table_in_a_pipe_shows_the_columns_that_are_asked_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = [{"name": "a", "step": 1, "x": 2}, {"name": "bb", "step": 10, "x": 3}]
-    print_table("Title", rows, ["step", "name"], ["step"])
+    print_table("Title", rows, [Column("step", kind="number"), Column("name", kind="prose")])
     print_table("Nothing", [])
-    assert capsys.readouterr().out == "Title\n  step  name\n  1     a\n  10    bb\n"
+    assert capsys.readouterr().out == "Title\n  step  name\n     1  a\n    10  bb\n"
 
 
 def test_output_cut_by_head_is_no_error() -> None:
@@ -174,7 +174,7 @@ def test_sizes_and_durations_are_shown_in_units() -> None:
     sizes = [format_bytes(count) for count in (None, 1023, 1024, -2048, 17e9, 2**60)]
     assert sizes == ["-", "1023 B", "1.0 KiB", "-2.0 KiB", "15.8 GiB", "1048576.0 TiB"]
     durations = [format_duration(seconds) for seconds in (0, 4.24, 60, 200.9, 3725, 400_000)]
-    assert durations == ["0.0s", "4.2s", "1m00s", "3m20s", "1h02m", "111h06m"]
+    assert durations == ["0.0s", "4.2s", "1m00s", "3m20s", "1h02m", "4d15h"]
 
 
 LOGGING = """
@@ -220,6 +220,8 @@ def test_a_pipe_gets_plain_lines_and_the_file_of_the_main_process_what_quiet_hid
         for text in ("\x1b", "at the bottom", "noise"):
             assert text not in output
         assert "a captured warning" in output
+        assert " WARNING a warning line\n" in output
+        assert "INFO" not in output  # the usual level: the line of a step needs the room
         assert (tmp_path / "l/t.log").exists() == is_main
         if is_main:
             text = (tmp_path / "l/t.log").read_text("utf-8")
@@ -247,6 +249,8 @@ def test_a_terminal_gets_a_live_line_that_goes_away(tmp_path: Path) -> None:
     shown = run_in_terminal("-c", LOGGING, "{}", cwd=tmp_path)
     assert "a info line" in shown
     assert "at the bottom" in shown
+    assert "WARNING" in shown
+    assert "INFO" not in shown
     assert shown.rstrip().endswith("end")
 
 
@@ -268,3 +272,26 @@ def test_a_name_that_is_too_long_is_a_wrong_word(capsys: pytest.CaptureFixture[s
     path = Path("n" * 400)
     assert run_command(lambda args: path.read_text() and 0, argparse.Namespace()) == ExitCode.USAGE
     assert "File name too long" in capsys.readouterr().err
+
+
+def test_help_fits_a_terminal_and_commands_in_it_stay_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = "    python scripts/a.py --option a-value-that-is-long --another 1"
+    text = f"""What it does in a sentence that does not fit, but
+wraps.
+
+    list   what is there, in words enough for two lines
+{command}
+"""
+    monkeypatch.setenv("COLUMNS", "50")
+    lines = new_parser("a.py", text).format_help().splitlines()
+    at = lines.index("What it does in a sentence that does not fit, but")
+    assert lines[at : at + 6] == [
+        "What it does in a sentence that does not fit, but",
+        "wraps.",
+        "",
+        "    list   what is there, in words enough for two",
+        "           lines",
+        command,
+    ]

@@ -1,4 +1,4 @@
-"""JSON text: a value, or one kind of error."""
+"""JSON text: a value, or one kind of error. Tables: what matters most, in the width there is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import math
 import pytest
 
 from tests.sample_json import UNREADABLE
-from utils.base.text import epoch_seconds, parse_json_object, perplexity_of
+from utils.base.text import (
+    Column,
+    epoch_seconds,
+    parse_json_object,
+    perplexity_of,
+    table_lines,
+)
 
 
 @pytest.mark.parametrize("text", [b'{"a": [1, NaN]}', '{"a": [1, NaN]}'])
@@ -33,3 +39,33 @@ def test_a_time_that_is_none_is_none(time: object) -> None:
 def test_perplexity_never_overflows() -> None:
     assert math.isfinite(perplexity_of(1e300))
     assert math.isnan(perplexity_of(math.nan))
+
+
+def test_the_least_important_columns_leave_first_and_are_named() -> None:
+    columns = (
+        Column("size", 4, "number"),
+        Column("run", kind="name"),
+        Column("age", 2, "number"),
+        Column("state", 3),
+        Column("nothing", 3),
+        Column("reason", kind="prose"),
+    )
+    common = {"state": "not in this bucket", "nothing": "", "reason": "it is the newest of all"}
+    rows = [
+        {"size": "1.0 GiB", "run": "runs/a-long-one-12", "age": "1m", **common},
+        {"size": "512.0 GiB", "run": "runs/a-long-one-3", "age": "22h", **common},
+    ]
+    for width, header, left_out in (
+        (90, "       size  run                 age  state               reason", []),
+        (75, "       size  run  age  state               reason", []),
+        (60, "  run  age  state               reason", ["size"]),
+        (40, "  run  age  reason", ["size", "state"]),
+    ):
+        lines, notes = table_lines(rows, columns, width)
+        assert lines[0] == header
+        assert max(map(len, lines)) <= width
+        shared = ["Each run begins with runs/a-long-one-"] if width < 90 else []
+        named = [f"Not shown in this width: {', '.join(left_out)}."] if left_out else []
+        assert notes == shared + named
+    assert lines[2] == "  3    22h  it is the newest of all"
+    assert len(table_lines(rows, columns, None)[0][0].split()) == len(columns)

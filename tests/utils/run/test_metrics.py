@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines that fit a terminal of 100 columns, and signs of life."""
+"""What a person sees of a run: lines that fit 100 columns, and signs of life."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from utils.base import console
 from utils.models.mfu import Utilization
 from utils.run import metrics
 from utils.run.metrics import RunMetrics, shorten
+from utils.training.throughput import Throughput
 
-PREFIX = "12:00:00 INFO     "  # of a log line on a terminal
+PREFIXES = ("12:00:00 ", "2026-01-01 12:00:00 ")  # on a terminal, in a log
 
 
 @pytest.fixture
@@ -50,21 +51,26 @@ def metrics_of(step: int, **progress: Any) -> RunMetrics:
     return RunMetrics(config, state, data)  # type: ignore[arg-type]
 
 
-def test_the_log_line_of_a_step_fits_a_terminal(
+def test_the_log_line_of_a_step_fits_100_columns(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """With the largest numbers of 1.2B parameters: 45 days on one GPU, 1.23M tokens/s on many."""
+    speed = {"tokens_per_second": 1_234_567.0, "step_seconds": 1.0, "data_wait_share": 0.0}
+    found = metrics_of(99_999)
     monkeypatch.setattr(metrics, "mean_loss", lambda state: 10.82497)
+    monkeypatch.setattr(Throughput, "report", lambda self, *_: speed)
+    monkeypatch.setattr(RunMetrics, "_eta_seconds", lambda self, _: 45.5 * 86400)
     with caplog.at_level(logging.INFO, logger="train"):
-        metrics_of(99_999).log_step()
+        found.log_step()
     (record,) = caplog.records
-    assert len(PREFIX + record.getMessage()) <= 100
+    assert max(len(prefix + record.getMessage()) for prefix in PREFIXES) <= 100
     for part in (
         "Step 99999/100000",
         "loss 10.8250",
-        "lr 2.00e-04",
-        "grad 1.2e+03",
-        "tok/s",
-        "ETA",
+        "lr 2.00e-4",
+        "grad 1.23k",
+        "1.23M tok/s",
+        "ETA 45d12h",
     ):
         assert part in record.getMessage()
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from utils.base.console import get_console, print_table
-from utils.base.text import format_bytes, printable
+from utils.base.console import print_table, print_wrapped
+from utils.base.text import Column, format_bytes, printable
 from utils.tools.diagnosis.facts import (
     SHM,
     Driver,
@@ -26,6 +26,28 @@ from utils.tools.diagnosis.findings import Diagnosis, summarize_findings
 from utils.tools.diagnosis.fit import Forecast, describe_forecast
 
 VALUE_CHARACTERS = 500
+VALUE_COLUMNS = (Column("Part"), Column("Found", kind="prose"))
+DRIVER_COLUMNS = (
+    Column("GPU", kind="number"),
+    Column("Name", 2, "prose"),
+    Column("Capability", 5),
+    Column("Memory", 4, "number"),
+    Column("In Use", 3, "number"),
+    Column("By", 3, "prose"),
+)
+TORCH_COLUMNS = (
+    *DRIVER_COLUMNS[:4],
+    Column("Free", 3, "number"),
+    Column("Precision", 3),
+)
+TIMING_COLUMNS = (Column("Device"), Column("Precision", 2), Column("Training Step", kind="prose"))
+FORECAST_COLUMNS = (
+    Column("Configuration", kind="name"),
+    Column("Model", 5, "name"),
+    Column("Needs About", 3, "number"),
+    Column("Free", 4, "number"),
+    Column("Result", 2, "prose"),
+)
 _STYLES = {"problem": "bold red", "note": "yellow", "ok": "green"}
 
 
@@ -33,11 +55,13 @@ def print_page(facts: Facts, forecasts: list[Forecast], diagnoses: list[Diagnosi
     """Print everything, the diagnoses last."""
     _print_values("System", host_values(facts.host, facts.torch))
     _print_values("NVIDIA Driver", driver_values(facts.host, facts.driver))
-    _print_rows("GPUs of the Driver", [gpu_row(gpu) for gpu in facts.driver.gpus])
+    _print_rows("GPUs of the Driver", [gpu_row(gpu) for gpu in facts.driver.gpus], DRIVER_COLUMNS)
     _print_values("PyTorch", torch_values(facts.torch))
-    _print_rows("GPUs of PyTorch", [gpu_row(gpu) for gpu in facts.torch.gpus])
-    _print_rows("Speed", [timing_row(timing) for timing in facts.timings])
-    _print_rows("Configurations", [forecast_row(forecast) for forecast in forecasts])
+    _print_rows("GPUs of PyTorch", [gpu_row(gpu) for gpu in facts.torch.gpus], TORCH_COLUMNS)
+    _print_rows("Speed", [timing_row(timing) for timing in facts.timings], TIMING_COLUMNS)
+    _print_rows(
+        "Configurations", [forecast_row(forecast) for forecast in forecasts], FORECAST_COLUMNS
+    )
     print_diagnoses(diagnoses, summarize_findings(facts.torch))
 
 
@@ -127,24 +151,23 @@ def forecast_row(forecast: Forecast) -> dict[str, str]:
 
 def print_diagnoses(diagnoses: Sequence[Diagnosis], summary: str) -> None:
     """Print each diagnosis with what to do, and what it comes to."""
-    from rich.text import Text
-
-    console = get_console()
-    console.print("Diagnosis")
+    print("Diagnosis")
     for diagnosis in diagnoses:
-        line = Text(f"  [{diagnosis.level}] ", style=_STYLES[diagnosis.level])
-        console.print(line.append(printable(diagnosis.message, VALUE_CHARACTERS), style="default"))
+        label = f"  [{diagnosis.level}] "
+        message = label + printable(diagnosis.message, VALUE_CHARACTERS)
+        print_wrapped(message, hanging=6, style=_STYLES[diagnosis.level], styled=len(label))
         if diagnosis.advice:
-            console.print(Text(f"      {printable(diagnosis.advice, VALUE_CHARACTERS)}"))
-    console.print(Text(f"  {printable(summary)}", style="bold"))
+            print_wrapped(f"      {printable(diagnosis.advice, VALUE_CHARACTERS)}", hanging=6)
+    print_wrapped(f"  {printable(summary)}", hanging=2, style="bold")
 
 
 def _print_values(title: str, values: dict[str, str]) -> None:
-    _print_rows(title, [{"Part": key, "Found": value} for key, value in values.items()])
+    rows = [{"Part": key, "Found": value} for key, value in values.items()]
+    _print_rows(title, rows, VALUE_COLUMNS)
 
 
-def _print_rows(title: str, rows: Sequence[dict[str, str]]) -> None:
+def _print_rows(title: str, rows: Sequence[dict[str, str]], columns: Sequence[Column]) -> None:
     if rows:
         shown = [{k: printable(v, VALUE_CHARACTERS) for k, v in row.items()} for row in rows]
-        print_table(title, shown)
+        print_table(title, shown, columns)
         print()

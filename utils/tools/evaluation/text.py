@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.base.text import ABSENT, number, printable
+from utils.base.text import ABSENT, Column, number, printable
 from utils.tools.evaluation.log import ERROR_SUFFIX, NO_RESULTS, Evaluation, MetricPoints
 from utils.tracking.plots import Panel, draw_panels
 from utils.tracking.text_plots import draw_chart
@@ -70,6 +70,13 @@ def tables(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[dict[str, 
     return found
 
 
+def table_columns(row: Mapping[str, str]) -> list[Column]:
+    """Return the columns of rows like this one; its figures are in the order of importance."""
+    names = [name for name in row if name not in ("model", "step")]
+    ranks = {"model": 1, **{name: rank for rank, name in enumerate(names, 2)}, "step": 4}
+    return [Column(name, ranks[name], "name" if name == "model" else "number") for name in row]
+
+
 def title(evaluation: Evaluation) -> str:
     """Say what was measured, and of which data."""
     parts = [evaluation.task]
@@ -103,6 +110,17 @@ def describe_question(what: Mapping[str, Any]) -> str:
     if isinstance(what.get("harness"), str):
         parts.append(printable(what["harness"], _CELL_CHARACTERS))
     return ", ".join(parts)
+
+
+def evaluation_summary(evaluations: Iterable[Evaluation]) -> list[str]:
+    """Return a line with the main figure of each task, as it was measured last."""
+    newest = {one.task: one for one in evaluations}
+    figures = [
+        f"{printable(task)} {name} {show_measured(one.values[name])}"
+        for task, one in newest.items()
+        if (name := one.main_metric) is not None
+    ]
+    return [f"Evaluations: {', '.join(figures)}"] if figures else []
 
 
 def evaluation_lines(evaluations: Iterable[Evaluation]) -> list[str]:

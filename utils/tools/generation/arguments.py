@@ -51,7 +51,11 @@ def _add_loading_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=DTYPES, help="of the weights (default: as they are)"
     )
     group.add_argument(
-        "--attention", default="sdpa", choices=ATTENTION_IMPLEMENTATIONS, help="(default: sdpa)"
+        "--attention",
+        default="sdpa",
+        choices=ATTENTION_IMPLEMENTATIONS,
+        metavar="NAME",
+        help=f"{', '.join(ATTENTION_IMPLEMENTATIONS)} (default: sdpa)",
     )
     group.add_argument(
         "--tokenizer",

@@ -2,19 +2,21 @@
 
     RunStatus -> rows, each with its style and its importance -> those that fit, or all of them
 
-A terminal that is too low loses the least important rows. Values come from files that may be
-foreign: they pass `printable`. No torch here.
+Rows wrap at words; a terminal that is too low loses the least important ones. Values come from
+files that may be foreign: they pass `printable`. No torch here.
 """
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from utils.base.machine import Gpu, MachineLoad
-from utils.base.text import ABSENT, format_bytes, format_duration, printable
+from utils.base.text import ABSENT, format_bytes, format_duration, printable, wrap_words
+from utils.checkpoints.layout import CHECKPOINT_PREFIX
 from utils.costs.costs import describe_costs_so_far
 from utils.tools.monitor.state import RunState
 from utils.tools.monitor.status import CheckpointStatus, RunStatus
@@ -106,27 +108,30 @@ def build_rows(
     status: RunStatus,
     encoding: str | None,
     *,
-    width: int = WIDTH,
+    width: int | None = None,
     notes: Sequence[str] = (),
     hint: str = "",
 ) -> list[ViewRow]:
-    """Return a look as rows, for an output of this encoding and width.
+    """Return a look as rows, for an output of this encoding and width; without one they are long.
 
     `notes` is what went wrong with the monitor itself, `hint` stands beside the title.
     """
     blank, now = ViewRow("", importance=8), datetime.now().astimezone()
-    return [
+    rows = [
         ViewRow(f"Training Monitor  {now:%Y-%m-%d %H:%M:%S %Z}  {hint}".rstrip(), "bold", 3),
-        *_run_rows(status, encoding),
+        *_run_rows(status, encoding, width),
         blank,
-        *_checkpoint_rows(status),
+        *_checkpoint_rows(status, width),
         blank,
         *_machine_rows(status),
-        *_warning_rows(status, width, notes),
+        *_warning_rows(status, width or WIDTH, notes),
     ]
+    if width is None:
+        return rows
+    return [replace(row, text=line) for row in rows for line in wrap_words(row.text, width, 4)]
 
 
-def _run_rows(status: RunStatus, encoding: str | None) -> list[ViewRow]:
+def _run_rows(status: RunStatus, encoding: str | None, width: int | None) -> list[ViewRow]:
     """Return state, progress, losses, speed and costs."""
     style = STATE_STYLES.get(status.state, "")
     rows = [ViewRow(f"State: {status.state.value} ({printable(status.detail)})", style, 0)]
@@ -136,11 +141,12 @@ def _run_rows(status: RunStatus, encoding: str | None) -> list[ViewRow]:
     silent = ABSENT
     if status.silent_seconds is not None:
         silent = f"{format_duration(status.silent_seconds)} ago"
-    progress = f"{show_steps(status)}  {_progress_bar(status)}"
+    steps, eta = f"Step: {show_steps(status)}  ", f"  ETA: {format_duration(status.eta_seconds)}"
+    bar = _progress_bar(status, (width or WIDTH) - len(steps + eta))
     mfu = "" if metrics.mfu is None else f"MFU: {format_figure(metrics.mfu, '.1%')}  "
     rows += [
         ViewRow(_describe_attempt(status), importance=4),
-        ViewRow(f"Step: {progress}  ETA: {format_duration(status.eta_seconds)}", importance=0),
+        ViewRow(f"{steps}{bar}{eta}", importance=0),
         ViewRow(
             f"Loss: {format_figure(metrics.loss, '.6f')}  "
             f"Perplexity: {format_figure(metrics.perplexity, ',.2f')}  "
@@ -190,21 +196,26 @@ def _describe_attempt(status: RunStatus) -> str:
     return ", ".join(cells)
 
 
-def _progress_bar(status: RunStatus) -> str:
-    filled = round(_share_done(status) * BAR_WIDTH)
-    return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}]"
+def _progress_bar(status: RunStatus, room: int) -> str:
+    """Return a bar in brackets, shorter where there is less room."""
+    length = max(4, min(BAR_WIDTH, room - 2))
+    filled = round(_share_done(status) * length)
+    return f"[{'#' * filled}{'.' * (length - filled)}]"
 
 
-def _checkpoint_rows(status: RunStatus) -> list[ViewRow]:
-    """Return the newest checkpoints, the very newest last, with their upload states."""
+def _checkpoint_rows(status: RunStatus, width: int | None) -> list[ViewRow]:
+    """Return the newest checkpoints, the very newest last, with their upload states.
+
+    Where there is no room for a line, their names lose what all have in common.
+    """
     rows = [ViewRow(f"Checkpoints:  (uploads: {show_uploads(status)})", "bold", 1)]
     if not status.checkpoints:
         return [*rows, ViewRow("  none yet", importance=5)]
-    width = max(len(checkpoint.name) for checkpoint in status.checkpoints)
-    for age, checkpoint in zip(
-        reversed(range(len(status.checkpoints))), status.checkpoints, strict=True
-    ):
-        text = _checkpoint_text(f"{checkpoint.name:<{width}}", checkpoint)
+    longest = max(len(checkpoint.name) for checkpoint in status.checkpoints)
+    texts = [_checkpoint_text(f"{one.name:<{longest}}", one) for one in status.checkpoints]
+    if max(map(len, texts)) > (width or math.inf):
+        texts = [text.replace(CHECKPOINT_PREFIX, "", 1) for text in texts]
+    for age, text in zip(reversed(range(len(texts))), texts, strict=True):
         rows.append(ViewRow(text, importance=1 if not age else min(7, 3 + age)))
     return rows
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from utils.base.text import (
     ABSENT,
+    Column,
     format_bytes,
     format_duration,
     number,
@@ -22,7 +23,6 @@ from utils.base.text import (
     printable,
     to_json_text,
 )
-from utils.checkpoints.layout import CHECKPOINT_PREFIX
 from utils.checkpoints.views import CheckpointView
 from utils.costs.costs import format_dollars
 from utils.tools.viewer.report import loss_statistics, numbers, section
@@ -31,9 +31,30 @@ from utils.tracking.text_plots import format_figure, is_encodable, sparkline
 
 TREND_SIGNS = {"improving": "\u2193", "worsening": "\u2191", "flat": "\u2192"}
 _CELL_CHARACTERS = 40
-# The columns that a narrow terminal drops, in this order.
-LEFT_OUT_FIRST = ("tokens", "size", "time (UTC)", "step", "kept", "age", "val")
-RIGHT_ALIGNED = ("step", "loss", "val", "tokens", "size", "age")
+LIST_COLUMNS = (
+    Column("checkpoint", kind="name"),
+    Column("step", 8, "number"),
+    Column("loss", 4, "number"),
+    Column("val", 5, "number"),
+    Column("tokens", 11, "number"),
+    Column("size", 10, "number"),
+    Column("time (UTC)", 9),
+    Column("age", 6, "number"),
+    Column("state", 2),
+    Column("kept", 7, "prose"),
+    Column("note", 3, "prose"),
+)
+DRIFT_COLUMNS = (
+    Column("layer", kind="name"),
+    Column("elements", 5, "number"),
+    Column("norm", 4, "number"),
+    Column("change", 2, "number"),
+    Column("cosine", 3, "number"),
+    Column("NaN before", 7, "number"),
+    Column("NaN", 6, "number"),
+)
+FILE_COLUMNS = (Column("file", kind="name"), Column("size", kind="number"), Column("crc32c", 2))
+FIGURE = "figure"  # the heading of the names of what is compared
 
 
 # Values
@@ -134,31 +155,6 @@ def list_cells(row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def fit_columns(
-    rows: Sequence[Mapping[str, str]], width: int
-) -> tuple[list[dict[str, str]], list[str]]:
-    """Return (rows that fit a width, the columns that were dropped for it).
-
-    Names lose the prefix that all of them share before a column is dropped.
-    """
-    fitting = [dict(row) for row in rows]
-    left_out: list[str] = []
-    for column in ("checkpoint", *LEFT_OUT_FIRST):
-        if not fitting or _table_width(fitting) <= width:
-            break
-        if column == "checkpoint":
-            for row in fitting:
-                row[column] = row[column].removeprefix(CHECKPOINT_PREFIX)
-        else:
-            left_out.append(column)
-            fitting = [{key: row[key] for key in row if key != column} for row in fitting]
-    return fitting, left_out
-
-
-def _table_width(rows: Sequence[Mapping[str, str]]) -> int:
-    return 1 + sum(3 + max(len(key), *(len(row[key]) for row in rows)) for key in rows[0])
-
-
 # view
 
 
@@ -171,6 +167,24 @@ def config_lines(config: Mapping[str, Any]) -> list[str]:
     """Return every key of a configuration with its value as it was written."""
     texts = {key: to_json_text(config[key], indent=None) for key in sorted(config)}
     return [f"  {printable(key)}: {printable(text)}" for key, text in texts.items()]
+
+
+def example_sections(view: CheckpointView, encoding: str | None) -> dict[str, list[str]]:
+    """Return the sections of the user's example, with more figures."""
+    return {
+        "": state_lines(view),
+        "Training Metrics": training_lines(view.metadata, encoding),
+        "Validation Metrics": plain_lines(section(view.metadata, "validation_metrics"), "  "),
+    }
+
+
+def shorten_sections(sections: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return these sections with several figures in a line, so that all fit one screen."""
+    shortened = {title: list(lines) for title, lines in sections.items()}
+    head, training = shortened[""], shortened["Training Metrics"]
+    head[1:] = ["  ".join(head[1:4]), "  ".join(head[4:])]
+    training[-2:] = ["  ".join(training[-2:])]
+    return shortened
 
 
 def state_lines(view: CheckpointView) -> list[str]:
@@ -249,6 +263,23 @@ def run_lines(row: Mapping[str, Any], view: CheckpointView) -> list[str]:
     ]
 
 
+def brief_lines(
+    row: Mapping[str, Any], metadata: Mapping[str, Any], num_files: int, bucket_uri: str
+) -> list[str]:
+    """Return in a few lines what else matters first: progress, speed, size, upload."""
+    progress = section(metadata, "training_progress")
+    errors = [line for line in upload_details(row) if line.startswith("  error: ")]
+    return [
+        f"Max Steps: {show_count(number(progress.get('max_steps')))}  "
+        f"Tokens Seen: {show_count(row['tokens_seen'])}  "
+        f"Tokens/s: {show_count(row['tokens_per_second'])}  MFU: {show_share(row['mfu'])}",
+        f"Run ID: {show_text(row['run_id'])}  Parameters: {show_count(row['num_parameters'])}  "
+        f"Size: {show_size(row['size_bytes'])} in {num_files} files",
+        "  ".join(upload_lines(row, bucket_uri)),
+        *errors,
+    ]
+
+
 def upload_lines(row: Mapping[str, Any], bucket_uri: str) -> list[str]:
     """Return the state of the upload, and why the checkpoint is kept here."""
     if bucket_uri:
@@ -260,21 +291,28 @@ def upload_lines(row: Mapping[str, Any], bucket_uri: str) -> list[str]:
     if upload is None:
         return [f"State: {row['state']} (nothing in the journal)", *kept]
     head = f"State: {row['state']} ({upload['state']} {show_time(upload['time'])} UTC)"
-    return [head, *kept, *plain_lines(upload["details"], "  ")]
+    return [head, *kept]
 
 
-def file_lines(files: Sequence[Mapping[str, Any]]) -> list[str]:
+def upload_details(row: Mapping[str, Any]) -> list[str]:
+    """Return what the journal says of the upload besides its state."""
+    return plain_lines((row["upload"] or {}).get("details", {}), "  ")
+
+
+def file_rows(files: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return the files with their sizes and hashes, and the sum."""
-    if not files:
-        return ["  unknown: the manifest cannot be read"]
-    width = max(len(printable(file["name"])) for file in files)
-    lines = [
-        f"  {printable(file['name']):<{width}}  {show_size(file['size_bytes']):>10}"
-        f"  crc32c {printable(file['crc32c'], _CELL_CHARACTERS)}"
+    rows = [
+        {
+            "file": printable(file["name"]),
+            "size": show_size(file["size_bytes"]),
+            "crc32c": printable(file["crc32c"], _CELL_CHARACTERS),
+        }
         for file in files
     ]
+    if not rows:
+        return []
     total = math.fsum(number(file["size_bytes"]) or 0.0 for file in files)
-    return [*lines, f"  {'total':<{width}}  {show_size(total):>10}"]
+    return [*rows, {"file": "total", "size": show_size(total), "crc32c": ""}]
 
 
 # compare
@@ -284,11 +322,11 @@ COMPARED: tuple[tuple[str, str, Formatter], ...] = (
     ("Step", "step", show_count),
     ("Epoch", "epoch", show_count),
     ("Files Processed", "files_processed", show_count),
-    ("Time (UTC)", "timestamp", show_time),
+    ("Time (UTC)", "timestamp", lambda time: show_time(time)[:16]),
     ("Loss", "current_loss", show_loss),
     ("Best Loss", "best_loss", show_loss),
     ("Validation Loss", "validation_loss", show_loss),
-    ("Validation Perplexity", "validation_perplexity", show_loss),
+    ("Perplexity", "validation_perplexity", show_loss),
     ("Best Validation Loss", "best_validation_loss", show_loss),
     ("Learning Rate", "learning_rate", show_rate),
     ("Samples Seen", "samples_seen", show_count),
@@ -304,9 +342,10 @@ COMPARED: tuple[tuple[str, str, Formatter], ...] = (
 )
 
 
-def compare_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the table of `compare`: a line for each figure, its change from first to last."""
-    table = [["", *(f"[{index}]" for index in range(1, len(rows) + 1)), "change"]]
+def compare_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the table of `compare`: a row for each figure, its change from first to last."""
+    names = [column.name for column in compare_columns(len(rows))]
+    table = []
     for label, key, show in COMPARED:
         values = [row[key] for row in rows]
         change = ABSENT
@@ -314,38 +353,36 @@ def compare_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         if first is not None and last is not None:
             change = ("+" if last > first else "") + show(last - first)
         table.append([label, *(show(value) for value in values), change])
-    return [*table, ["Upload", *(row["state"] for row in rows), ABSENT]]
+    table.append(["Upload", *(row["state"] for row in rows), ABSENT])
+    return [dict(zip(names, cells, strict=True)) for cells in table]
 
 
-def drift_lines(pair: Mapping[str, Any]) -> list[str]:
+def compare_columns(num_rows: int) -> list[Column]:
+    """Return the columns of `compare`: the last checkpoint matters most, then the first."""
+    ranks = {1: 3, num_rows: 2}
+    checkpoints = [
+        Column(f"[{index}]", ranks.get(index, 4 + num_rows - index), "number")
+        for index in range(1, num_rows + 1)
+    ]
+    return [Column(FIGURE), *checkpoints, Column("change", 4, "number")]
+
+
+def drift_rows(pair: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return the drift of the weights from one checkpoint to the next, layer by layer."""
-    problems = [f"  {printable(problem)}" for problem in pair["problems"]]
     if pair["total"] is None:
-        return problems
-    table = [["", "elements", "norm", "change", "cosine", "NaN before", "NaN"]]
-    for name, figures in {**pair["layers"], "total": pair["total"]}.items():
-        table.append(
-            [
-                f"  {printable(name, _CELL_CHARACTERS)}",
-                show_count(figures["num_elements"]),
-                format_figure(figures["norm"], ".4g"),
-                format_figure(figures["change"], ".3e"),
-                format_figure(figures["cosine"], ".8f"),
-                show_count(figures["older_nan"]),
-                show_count(figures["nan"]),
-            ]
-        )
-    return [*table_lines(table), *problems]
-
-
-def table_lines(table: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows in columns, the first one left-aligned, the others right-aligned."""
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = []
-    for row in table:
-        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([f"{row[0]:<{widths[0]}}", *cells]))
-    return lines
+        return []
+    return [
+        {
+            "layer": printable(name, _CELL_CHARACTERS),
+            "elements": show_count(figures["num_elements"]),
+            "norm": format_figure(figures["norm"], ".4g"),
+            "change": format_figure(figures["change"], ".3e"),
+            "cosine": format_figure(figures["cosine"], ".8f"),
+            "NaN before": show_count(figures["older_nan"]),
+            "NaN": show_count(figures["nan"]),
+        }
+        for name, figures in {**pair["layers"], "total": pair["total"]}.items()
+    ]
 
 
 def difference_lines(differences: Mapping[str, Sequence[Any]], notes: Sequence[str]) -> list[str]:
