@@ -183,7 +183,7 @@ def test_the_image_installs_the_pins_and_carries_the_code_but_no_data(
     assert [Path(path).is_file() for path, _ in files] == [True, True]
     (folder, _), options = modal_app.image.steps[-1][1:]
     assert Path(folder) == PROJECT_DIRECTORY
-    assert {".git", "venv", "data", "bucket", "checkpoints/*", "tests"} <= set(options["ignore"])
+    assert {".git", "venv*", "data", "bucket", "checkpoints/*", "tests"} <= set(options["ignore"])
     variables = next(words[0] for name, words, _ in modal_app.image.steps if name == "env")
     assert variables["PRETRAIN_VOLUME"] == modal_app.VOLUME
 

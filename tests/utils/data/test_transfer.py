@@ -312,7 +312,7 @@ class Flipping(DirectoryBucket):
     def put_file(self, name: str, path: Path) -> ObjectInfo:
         super().put_file(name, path)
         data = self.read_bytes(name)
-        return self.put_bytes(name, data[:-1] + bytes([data[-1] ^ 1]))
+        return self.put_bytes(name, bytes(byte ^ 1 for byte in data))
 
 
 def test_an_object_that_is_not_the_file_is_an_error_and_gets_no_index(
