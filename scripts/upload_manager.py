@@ -60,6 +60,7 @@ from utils.remote.download import download_checkpoint
 from utils.remote.listing import RemoteListing, choose_remote, list_remote, read_sidecars
 from utils.remote.pruning import PrunePlan, delete_all, plan_bucket
 from utils.remote.verification import CheckpointReport, Orphan, Verifier, find_unconfirmed
+from utils.start.arguments import KeyParser
 from utils.start.resume import read_run_identity
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
@@ -78,16 +79,14 @@ log = logging.getLogger(__name__)
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = KeyParser(add_help=False)
     common.add_argument("--config", default="test", help="the run's configuration (default: test)")
-    common.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    common.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as train.py has it"
+    )
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--debug", action="store_true", help="debug log lines and tracebacks")
-    parser = argparse.ArgumentParser(
-        prog="upload_manager.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = KeyParser(prog="upload_manager.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:

@@ -6,11 +6,14 @@ No torch here.
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
 
-from configs.config_files import parse_assignment
-from configs.training_config import TrainingConfig, get_training_config
-from utils.base.console import add_output_arguments, new_parser
-from utils.base.errors import UsageError
+from configs.config_files import parse_assignment, settings_of_options
+from configs.training_config import KEY_TYPES, TrainingConfig, get_training_config
+from utils.base.console import add_output_arguments
+from utils.base.errors import ConfigError, UsageError
 from utils.costs.costs import parse_hourly_price
 
 EPILOG = """exit codes:
@@ -24,11 +27,28 @@ EPILOG = """exit codes:
 """
 
 
+class KeyParser(argparse.ArgumentParser):
+    """The parser of a command with `--set`: any configuration key is an option of it, too."""
+
+    def __init__(self, **settings: Any) -> None:
+        shown = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"formatter_class": shown, **settings, "allow_abbrev": False})
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse words, those of keys as `--set` has them."""
+        words, options = sys.argv[1:] if args is None else args, self._option_string_actions
+        if "--set" in options:  # not so of a command whose subcommands have it
+            try:
+                words = settings_of_options(words, options, KEY_TYPES)
+            except ConfigError as exc:
+                self.error(str(exc))
+        return super().parse_known_args(words, namespace)
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line of train.py."""
     text = "Pre-train a causal language model from NPZ token shards in a bucket."
-    parser = new_parser("train.py", text)
-    parser.epilog = EPILOG
+    parser = KeyParser(prog="train.py", description=text, epilog=EPILOG)
     add = parser.add_argument
     add(
         "--config",
@@ -68,7 +88,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="set any configuration key; model_overrides.KEY for the model's",
+        help="set any configuration key, as --KEY VALUE does; model_overrides.KEY for the model's",
     )
     add("--quiet", action="store_true", help="warnings and errors only")
     add("--debug", action="store_true", help="debug log lines, and the traceback of an error")

@@ -68,6 +68,16 @@ MANY_EPOCHS = 4
 LEAST_VOCABULARY_SHARE = 0.5  # of the model's that the data's is
 SERIOUS_PARAMETERS = 10_000_000  # smaller models are for trying things out
 LOGGED_CHECKS = ("memory", "run", "uploading", "cost")
+EXAMPLE_BUCKET = "gs://refocused-ai"  # of configs/production.json
+OWN_BUCKETS = """\
+To use buckets of your own, save six lines like these as configs/mine.json, with the names of your
+buckets, and run: python train.py --config mine
+{
+  "base": "production",
+  "run_name": "mine",
+  "data_uri": "gs://MY-BUCKET/data",
+  "checkpoint_uri": "gs://MY-BUCKET"
+}"""
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +107,7 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
                     bucket, config.file_limit, skip_bad_shards=config.bad_shard == "skip"
                 )
         except StorageError as exc:
-            findings.append(Check("data", "fail", _advise(exc, "read", uri)))
+            findings.append(_refusal("data", exc, "read", uri))
             continue
         sources.append(DataSource(uri, weight, index))
         shards, tokens = len(index.training), index.training_tokens
@@ -203,19 +213,23 @@ def check_upload(
     try:
         found, warning = probe_transport(wanted, REMOTE_FOLDER, PROBE_RETRY_SECONDS)
     except StorageError as exc:
-        return None, [Check("upload", "fail", _advise(exc, "write", wanted.uri))]
+        return None, [_refusal("upload", exc, "write", wanted.uri)]
     return found, [
         Check("upload", "ok", f"{wanted.uri} can be written by {found.name}"),
         *([Check("upload", "warn", warning)] if warning else []),
     ]
 
 
-def _advise(exc: StorageError, action: str, uri: str) -> str:
+def _refusal(name: str, exc: StorageError, action: str, uri: str) -> Check:
+    """Return the failed check of a bucket that cannot be used."""
+    is_foreign = uri.startswith(EXAMPLE_BUCKET)
     if isinstance(exc, AccessDeniedError):
-        return f"{exc} Ask for the right to {action} {uri}, or run: gcloud auth login."
-    if isinstance(exc, ObjectNotFoundError):
-        return f"{exc} Check the name of the bucket."
-    return f"{exc} Check the network and the name of the bucket."
+        advice = f"Ask for the right to {action} {uri}, or run: gcloud auth login."
+    elif isinstance(exc, ObjectNotFoundError):
+        advice = "Check the name of the bucket."
+    else:
+        advice, is_foreign = "Check the network and the name of the bucket.", False
+    return Check(name, "fail", f"{exc} {advice}", OWN_BUCKETS if is_foreign else "")
 
 
 @dataclass(frozen=True)
