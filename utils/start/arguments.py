@@ -83,6 +83,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--no-background-upload", action="store_true", help="upload while training waits")
     add("--dry-run", action="store_true", help="show and check everything, train nothing")
+    add("--json", action="store_true", help="with --dry-run: print JSON, the configuration too")
     add(
         "--set",
         action="append",
@@ -99,6 +100,8 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
     """Return the configuration of a command line."""
     if args.stop_after is not None and args.stop_after < 1:
         raise UsageError(f"--stop-after must be at least 1, got {args.stop_after}.")
+    if args.json and not args.dry_run:
+        raise UsageError("--json is for --dry-run.")
     overrides = dict(parse_assignment(text) for text in args.set)
     if args.max_steps is not None:
         overrides["max_steps"] = args.max_steps

@@ -12,7 +12,6 @@ Where the run begins is decided once directory and bucket are held (`utils/start
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from utils.base.errors import (
     StorageError,
     UsageError,
 )
-from utils.base.text import format_bytes, printable
+from utils.base.text import format_bytes, printable, to_json_text
 from utils.base.uri import local_path
 from utils.checkpoints.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.data.shard_index import (
@@ -470,17 +469,22 @@ def log_start(facts: RunFacts, found: StartChecks) -> None:
             log.info("%-10s %s", check.name, check.message)
 
 
-def report(facts: RunFacts, found: StartChecks, *, is_dry_run: bool) -> int:
-    """Print facts and checks of a dry run; return 0. Every rank calls this.
+def report(facts: RunFacts, found: StartChecks, *, is_dry_run: bool, is_json: bool) -> int:
+    """Print checks and facts of a dry run, as JSON the configuration too; return 0.
+
+    Every rank calls this.
 
     Raises:
         PreflightError: A check failed; the message holds all reasons.
     """
     checks = complete_checks(facts, found)
-    if is_dry_run:
-        print(json.dumps(facts.config.to_json(), indent=2))
-        for key, text in describe_run(facts).items():
-            print(f"{key:<10} {text}")
+    described = describe_run(facts)
+    if is_json and ranks.is_main_rank():
+        shown = [{"name": c.name, "status": c.status, "message": c.message} for c in checks]
+        values = {"config": facts.config.to_json(), "run": described, "checks": shown}
+        print(to_json_text(values))
+    elif is_dry_run and ranks.is_main_rank():
         print_checks(checks)
+        print("\n".join(f"{key:<10} {text}" for key, text in described.items()))
     require_all(checks)
     return ExitCode.DONE
