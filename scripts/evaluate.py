@@ -49,6 +49,7 @@ from utils.base.progress import ProgressDisplay
 from utils.base.text import printable, to_json_text
 from utils.base.uri import require_place
 from utils.checkpoints.layout import RunPaths
+from utils.checkpoints.views import describe_lack
 from utils.start.arguments import read_run_config
 from utils.tools.evaluation.evaluator import MEASURED_SPLITS, EvaluationPlan, Evaluator, TextPlan
 from utils.tools.evaluation.harness import require_harness
@@ -235,7 +236,9 @@ def choose_models(texts: Sequence[str], config: TrainingConfig) -> list[str]:
                 if int(first or 0) <= name.step and (not last or name.step <= int(last))
             ]
         if not found:
-            raise UsageError(f"{printable(text)}: there is no such checkpoint in {shelf.where}.")
+            lack = f"There is no such checkpoint in {shelf.where}."
+            lack = lack if shelf.names else describe_lack(shelf.where)
+            raise UsageError(f"{printable(text)}: {lack}")
         names += found
     return list(dict.fromkeys(names))
 

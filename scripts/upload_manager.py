@@ -54,7 +54,12 @@ from utils.checkpoints.layout import (
 )
 from utils.checkpoints.retention import Action, Decision, decide_retention
 from utils.checkpoints.store import hold_output_directory
-from utils.checkpoints.views import CheckpointView, read_local_checkpoints, select_checkpoint
+from utils.checkpoints.views import (
+    CheckpointView,
+    describe_lack,
+    read_local_checkpoints,
+    select_checkpoint,
+)
 from utils.remote.archive_reading import read_sidecar
 from utils.remote.download import download_checkpoint
 from utils.remote.listing import RemoteListing, choose_remote, list_remote, read_sidecars
@@ -223,7 +228,8 @@ def print_status(result: dict[str, Any]) -> None:
         title = f"Uploads from {result['directory']} to {bucket}"
         print_table(title, rows, COLUMNS, NUMBERS)
     else:
-        print(f"No checkpoints in {result['directory']}, none in {bucket}.")
+        places = filter(None, [result["directory"], result["bucket"]])
+        print(" ".join(describe_lack(place) for place in places))
     if result["bucket"]:
         print(f"{len(result['queue'])} not verified in the bucket.")
     columns = ["place", "checkpoint", "state", "attempts", "next try"]
@@ -265,7 +271,7 @@ def show_list(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace)
         columns = ["checkpoint", "step", "size", "state", "note"]
         print_table(f"Checkpoints in {where}", rows, columns, NUMBERS)
     else:
-        print(f"No checkpoints in {where} yet.")
+        print(describe_lack(where))
     return ExitCode.DONE
 
 
@@ -390,7 +396,7 @@ def choose_name(text: str, known: Sequence[CheckpointName]) -> CheckpointName:
     """
     if text == "latest" and known:
         return known[-1]
-    found = [name for name in known if str(name.step) == text]
+    found = [name for name in known if name.is_of_step(text)]
     name = parse_checkpoint_name(text) or (found[-1] if found else None)
     if name is None:
         raise UsageError(
