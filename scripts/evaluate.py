@@ -265,7 +265,7 @@ class Session:
         except PretrainError as exc:
             self._note(name, exc)
             return
-        with ProgressDisplay(enabled=not self._args.json, unit="done") as display:
+        with ProgressDisplay(enabled=not self._args.json, unit="tokens") as display:
             for task, measure in evaluator.measures():
                 try:
                     found = measure(loaded, display.update)
