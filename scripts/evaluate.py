@@ -236,7 +236,7 @@ def choose_models(texts: Sequence[str], config: TrainingConfig) -> list[str]:
                 if int(first or 0) <= name.step and (not last or name.step <= int(last))
             ]
         if not found:
-            lack = f"There is no such checkpoint in {shelf.where}."
+            lack = f"there is no such checkpoint in {shelf.where}."
             lack = lack if shelf.names else describe_lack(shelf.where)
             raise UsageError(f"{printable(text)}: {lack}")
         names += found
