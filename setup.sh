@@ -100,27 +100,33 @@ if [ -z "$has_environment" ]; then
     [ -d "$VENV/Scripts" ] && bin="$VENV/Scripts"
 fi
 
-# A line for each package that is fetched: it takes minutes, and a bar would not show in a log.
+# A terminal gets pip's own bars, a log a line for each package that is fetched: it takes minutes.
+# $1 is the environment's Python.
 pip() {
-    "$bin/python" -m pip --disable-pip-version-check "$@" | awk '
-    /^ *(Downloading|Using cached) / && !/metadata/ {
-        file = $(NF - 2); sub(/.*\//, "", file); split(file, part, "-")
-        printf "setup.sh:   %s %s %s %s\n", part[1], part[2], $(NF - 1), $NF; fflush()
+    if [ -t 1 ]; then
+        "$1" -m pip --disable-pip-version-check "${@:2}"
+        return
+    fi
+    "$1" -m pip --disable-pip-version-check "${@:2}" | awk '
+    /^ *(Downloading|Using cached|Processing) / && !/metadata/ {
+        size = $1 == "Processing" ? "" : " " $(NF - 1) " " $NF
+        file = $2 == "cached" ? $3 : $2; sub(/.*\//, "", file); split(file, part, "-")
+        print "setup.sh:   " part[1], part[2] size; fflush()
     }
     /^Installing collected packages/ { print "setup.sh: unpacking", NF - 3, "packages."; fflush() }'
 }
 if [ -n "${TORCH_INDEX_URL:-}" ]; then
     echo "setup.sh: installing torch from TORCH_INDEX_URL."
-    pip install --index-url "$TORCH_INDEX_URL" --constraint "$CONSTRAINTS" torch
+    pip "$bin/python" install --index-url "$TORCH_INDEX_URL" --constraint "$CONSTRAINTS" torch
 fi
 echo "setup.sh: installing $requirements (some minutes the first time)."
-pip install --constraint "$CONSTRAINTS" --requirement "$requirements"
+pip "$bin/python" install --constraint "$CONSTRAINTS" --requirement "$requirements"
 
 # gsutil pins an old google-auth, so it gets an environment of its own inside this one.
 if ! command -v gsutil >/dev/null 2>&1 && [ ! -x "$bin/gsutil" ]; then
     echo "setup.sh: no gsutil found, installing it into $VENV."
     if "$bin/python" -m venv "$VENV/gsutil" &&
-        "$VENV/gsutil/${bin##*/}/python" -m pip --disable-pip-version-check --quiet install gsutil; then
+        pip "$VENV/gsutil/${bin##*/}/python" install gsutil; then
         ln -sf "../gsutil/${bin##*/}/gsutil" "$bin/gsutil" 2>/dev/null ||
             cp "$VENV/gsutil/${bin##*/}/gsutil" "$bin/gsutil"
     else

@@ -37,7 +37,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 def train(args: argparse.Namespace) -> int:
     """Do what the command line asks for; return the exit code."""
     config = load_config(args)
-    configure_logging(config.log_level, quiet=args.quiet)
+    configure_logging(config.log_level, quiet=args.quiet, stderr=args.json)
     # torch and transformers take seconds to load: what needs neither does not wait for them.
     from utils.base.startup import keep_compiled, load_libraries
     from utils.checkpoints.layout import RunPaths
@@ -85,7 +85,7 @@ def start(args: argparse.Namespace, config: TrainingConfig, writer: WriterProces
     facts = replace(facts, step=found.step, sources=found.sources)
     preflight.set_special_tokens(config, facts.sources, facts.model_config)
     if args.dry_run or found.has_failed:
-        return preflight.report(facts, found, is_dry_run=args.dry_run)
+        return preflight.report(facts, found, is_dry_run=args.dry_run, is_json=args.json)
     if not accelerator.is_main_process:
         configure_logging("warning", quiet=True, main_process=False)
 

@@ -1,6 +1,7 @@
 """Configuration files and `key=value` words, read into the values of named and typed keys.
 
-    configs/NAME.json, --set key=value -> values by key -> TrainingConfig
+    base of configs/NAME.json, configs/NAME.json, --set key=value, --key value
+        -> values by key -> TrainingConfig
 
 An unknown key is an error that suggests the nearest known one. No torch and no transformers here.
 """
@@ -12,7 +13,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ CONFIG_DIRECTORY = PROJECT_DIRECTORY / "configs"
 
 log = logging.getLogger(__name__)
 
+COMMAND_LINE = "command line"
+BASE_KEY = "base"  # of a file: the configuration that it begins from
+OBJECT_KEYS = ("model_overrides", "lr_scheduler_kwargs")  # OBJECT.KEY is one of their values
 RENAMED_KEYS = {
     "max_train_files": "max_files",
     "batch_size": "per_device_train_batch_size",
@@ -55,25 +60,92 @@ def read_values(
     Raises:
         ConfigError: A file, key or type is wrong; the message says where.
     """
-    path = _find_config_file(name)
-    values = ConfigValues({}, {}, _display_path(path))
-    for key, value in _read_config_file(path).items():
-        _apply(values, annotations, key, value, values.file)
+    files = list(_read_files(name))
+    values = ConfigValues({}, {}, files[0][0])
+    for file, content in reversed(files):
+        for key, value in content.items():
+            if key in OBJECT_KEYS and isinstance(value, dict) and value:
+                values.sources.update({f"{key}.{child}": file for child in value})
+                value = {**values.by_key.get(key, {}), **value}
+            _apply(values, annotations, key, value, file)
     for key, value in overrides.items():
-        _apply(values, annotations, key, value, "command line")
+        _apply(values, annotations, key, _as_typed(annotations.get(key), value), COMMAND_LINE)
     return values
 
 
-def _find_config_file(name: str) -> Path:
-    """Return the file that `--config` names."""
-    path = Path(name) if name.endswith(".json") else CONFIG_DIRECTORY / f"{name}.json"
+def _read_files(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each file as messages name it, and what it says: the one of a name, its base, ..."""
+    path = _find_config_file(f"--config {name}", name, Path())
+    seen: list[str] = []
+    while True:
+        content, file = _read_config_file(path), _display_path(path)
+        base = content.pop(BASE_KEY, None)
+        yield file, content
+        if base is None:
+            return
+        if not isinstance(base, str):
+            raise ConfigError(f"{file}: {BASE_KEY} must be a string, got {json.dumps(base)}.")
+        seen.append(os.path.realpath(path))
+        path = _find_config_file(f"{file}: {BASE_KEY} {base}", base, path.parent)
+        if os.path.realpath(path) in seen:
+            raise ConfigError(
+                f"{file}: {BASE_KEY} {base} leads back to {_display_path(path)}. A file must not "
+                "begin from itself."
+            )
+
+
+def _find_config_file(words: str, name: str, folder: Path) -> Path:
+    """Return the file of a name, or of a path from a folder; `words` are what says it."""
+    path = folder / name if name.endswith(".json") else CONFIG_DIRECTORY / f"{name}.json"
     if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for too long a name
         return path
     known = sorted(file.stem for file in CONFIG_DIRECTORY.glob("*.json"))
     raise ConfigError(
-        f"--config {name}: {path} does not exist. Known names: {', '.join(known)}; "
+        f"{words}: {path} does not exist. Known names: {', '.join(known)}; "
         "or give a path that ends in .json."
     )
+
+
+def settings_of_options(
+    words: Iterable[str], options: Collection[str], annotations: Mapping[str, str]
+) -> list[str]:
+    """Return a command line whose `--learning-rate 1e-3` is `--set learning_rate=1e-3`.
+
+    `options` are the command's own, which win over a key of the same name. A key that is true or
+    false may stand alone, and means true.
+
+    Raises:
+        ConfigError: An option is neither, or has no value.
+    """
+    rest = deque(words)
+    found: list[str] = []
+    while rest:
+        word = rest.popleft()
+        name, is_joined, value = word.partition("=")
+        if word == "--":
+            return [*found, word, *rest]
+        if not word.startswith("--") or name in options:
+            found.append(word)
+            continue
+        key = name[2:].replace("-", "_")
+        if key not in annotations and not key.startswith(tuple(f"{one}." for one in OBJECT_KEYS)):
+            raise ConfigError(f"unknown option {name}.{_suggest_option(key, options, annotations)}")
+        if not is_joined:
+            has_value = bool(rest) and not rest[0].startswith("--")
+            if not has_value and "bool" not in annotations.get(key, ""):
+                raise ConfigError(f"{name} needs a value.")
+            value = rest.popleft() if has_value else "true"
+        found += ["--set", f"{key}={value}"]
+    return found
+
+
+def _suggest_option(key: str, options: Iterable[str], keys: Iterable[str]) -> str:
+    known = {key: f"--{key}" for key in keys}
+    known |= {option.lstrip("-").replace("-", "_"): option for option in options}
+    near = _find_near(key, known)
+    if near is None:
+        return " --help lists the options, docs/CONFIGURATION.md the keys."
+    return f" Did you mean {known.get(near, f'--{near}')}?"
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -115,7 +187,8 @@ def _apply(
     merged = values.by_key
     values.sources[key] = source
     parent, _, child = key.partition(".")
-    if child and parent in ("model_overrides", "lr_scheduler_kwargs"):
+    if child and parent in OBJECT_KEYS:
+        values.sources.setdefault(parent, source)
         merged[parent] = {**merged.get(parent, {}), child: _expand(value)}
         return
     if key in REMOVED_KEYS:
@@ -131,9 +204,24 @@ def _apply(
 
 
 def _suggest(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    real = RENAMED_KEYS.get(key) or (near[0] if near else None)
-    return f" Did you mean {real}?" if real else " Known keys: see docs/CONFIGURATION.md."
+    near = _find_near(key, known)
+    return f" Did you mean {near}?" if near else " Known keys: see docs/CONFIGURATION.md."
+
+
+def _find_near(key: str, known: Iterable[str]) -> str | None:
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return RENAMED_KEYS.get(key) or (near[0] if near else None)
+
+
+def _as_typed(annotation: str | None, value: Any) -> Any:
+    """Return what a word of the command line means to a key: `run_name=5`, `bf16=True`."""
+    if annotation == "str" and type(value) is int:
+        return str(value)
+    if annotation == "list[str]" and isinstance(value, str):
+        return [value]
+    if annotation in ("bool", "bool | None") and value in ("True", "False"):
+        return value == "True"
+    return value
 
 
 # Annotation of a field -> what it is called, and whether a JSON value is one.

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,20 @@ log = logging.getLogger(__name__)
 FILE_SUFFIX = ".json"
 MAX_FILE_BYTES = 2**20
 _SHOWN_CHARACTERS = 60
+# Of a strict dataclass of transformers: field, types.
+_WRONG_TYPE = re.compile(
+    r"Field '(\w+)' (?:with value .* doesn't match any type in |expected (?:an? )?)"
+    r"(.*?)(?:, got|\. Errors|$)"
+)
+_TYPE_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a string",
+    "dict": "an object",
+    "list": "a list",
+    "NoneType": "null",
+}
 CONFIG_FILE = "config.json"  # of a model, as transformers has it
 
 UNPADDED_KEY = "unpadded_vocab_size"
@@ -343,7 +358,7 @@ def _named_by_class(model_type: str, values: Mapping[str, Any], source: str) -> 
 
 
 def _require_known(model_type: str, overrides: Mapping[str, Any]) -> None:
-    known = _known_keys(model_type) | {"model_type"}  # which transformers refuses itself
+    known = _known_keys(model_type)
     for key in overrides:
         if key not in known:
             hint = _suggest(key, known)
@@ -371,9 +386,7 @@ def _build(
             with contextlib.suppress(Exception):  # of the few types that must have one
                 config.pad_token_id = None
     except Exception as exc:  # strict dataclasses of transformers raise their own family
-        raise ConfigError(
-            f"{source} {name}: {printable(' '.join(str(exc).split()) or type(exc).__name__)}"
-        ) from exc
+        raise ConfigError(f"{source} {name}: {_describe_misfit(exc, values)}") from exc
     for key in NEEDED:
         if not isinstance(getattr(config, key, None), int):
             raise ConfigError(
@@ -388,6 +401,21 @@ def _build(
             f"{pairs}."
         )
     return config
+
+
+def _describe_misfit(exc: Exception, values: Mapping[str, Any]) -> str:
+    """Return what transformers has against values, without the names of its checks."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    found = exc.__cause__ if isinstance(exc, StrictDataclassError) and exc.__cause__ else exc
+    text = " ".join(str(found.args[0] if found.args else type(found).__name__).split())
+    match = _WRONG_TYPE.match(text)
+    if match is None:
+        return printable(text)
+    types = [_TYPE_WORDS[word] for word in re.findall(r"\w+", match[2]) if word in _TYPE_WORDS]
+    value = _shown(json.dumps(values.get(match[1]), default=str))
+    wanted = " or ".join(dict.fromkeys(types)) or printable(match[2])
+    return f"{match[1]} must be {wanted}, got {value}."
 
 
 def _require_sizes(

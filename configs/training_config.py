@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -363,6 +364,8 @@ class TrainingConfig:
         return asdict(self)
 
 
+KEY_TYPES = {item.name: str(item.type) for item in fields(TrainingConfig)}
+"""Each key, and the type that its value must have."""
 # Key -> its least value; null passes where the type allows it.
 _LEAST_VALUES = {
     "max_steps": 1,
@@ -541,10 +544,10 @@ def get_training_config(
     Raises:
         ConfigError: A file, key or value is wrong; the message says where.
     """
-    annotations = {item.name: str(item.type) for item in fields(TrainingConfig)}
-    values = read_values(name, overrides or {}, annotations)
+    values = read_values(name, overrides or {}, KEY_TYPES)
     try:
         return TrainingConfig(**values.by_key)
     except ConfigError as exc:
-        key = str(exc).split(" ", 1)[0]
-        raise ConfigError(f"{values.sources.get(key, values.file)}: {exc}") from exc
+        key = re.split(r"[: ]", str(exc), maxsplit=1)[0]
+        known = (values.sources.get(word) for word in (key, key.partition(".")[0]))
+        raise ConfigError(f"{next(filter(None, known), values.file)}: {exc}") from exc

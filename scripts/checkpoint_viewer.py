@@ -38,7 +38,7 @@ from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import format_bytes, printable, to_json_text
 from utils.base.uri import require_path
 from utils.checkpoints.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE, RunPaths
-from utils.checkpoints.views import CheckpointView
+from utils.checkpoints.views import CheckpointView, describe_lack
 from utils.costs.costs import describe_costs
 from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
 from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
@@ -201,7 +201,7 @@ def print_list(
     """Print rows: a table in a terminal, the lines of the user's example in a pipe."""
     where = printable(shelf.where)
     if not num_all:
-        print(f"No checkpoints in {where}.")
+        print(describe_lack(where))
         if not is_remote:
             print("python train.py --config test makes some; --output-dir looks elsewhere.")
         return
@@ -286,6 +286,8 @@ def run_compare(args: argparse.Namespace) -> None:
     with opened_shelf(args) as shelf:
         names = args.names or [str(name) for name in shelf.names[-2:]]
         if len(names) < 2:
+            if not shelf.names:
+                raise UsageError(describe_lack(printable(shelf.where)))
             where = "named" if args.names else f"in {printable(shelf.where)}"
             raise UsageError(f"compare needs at least two checkpoints, {len(names)} {where}.")
         chosen = [shelf.select(name) for name in names]

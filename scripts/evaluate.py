@@ -55,6 +55,7 @@ from utils.base.progress import ProgressDisplay
 from utils.base.text import printable, to_json_text
 from utils.base.uri import require_place
 from utils.checkpoints.layout import RunPaths
+from utils.checkpoints.views import describe_lack
 from utils.start.arguments import read_run_config
 from utils.tools.evaluation.evaluator import MEASURED_SPLITS, EvaluationPlan, Evaluator, TextPlan
 from utils.tools.evaluation.harness import require_harness
@@ -247,7 +248,9 @@ def choose_models(texts: Sequence[str], config: TrainingConfig) -> list[str]:
                 if int(first or 0) <= name.step and (not last or name.step <= int(last))
             ]
         if not found:
-            raise UsageError(f"{printable(text)}: there is no such checkpoint in {shelf.where}.")
+            lack = f"there is no such checkpoint in {shelf.where}."
+            lack = lack if shelf.names else describe_lack(shelf.where)
+            raise UsageError(f"{printable(text)}: {lack}")
         names += found
     return list(dict.fromkeys(names))
 
@@ -274,7 +277,7 @@ class Session:
         except PretrainError as exc:
             self._note(name, exc)
             return
-        with ProgressDisplay(enabled=not self._args.json, unit="done") as display:
+        with ProgressDisplay(enabled=not self._args.json, unit="tokens") as display:
             for task, measure in evaluator.measures():
                 try:
                     found = measure(loaded, display.update)

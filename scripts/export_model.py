@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Export the named model and say where it is."""
-    configure_logging("debug" if args.debug else "info", quiet=not args.debug, stderr=True)
+    configure_logging("debug" if args.debug else "warning", stderr=True)
     check_arguments(args)
     if args.format == "gguf":
         require_gguf()

@@ -44,9 +44,9 @@ from utils.base.console import (
     print_wrapped,
     run_command,
 )
-from utils.base.errors import ExitCode, UsageError
+from utils.base.errors import DataError, ExitCode, UsageError
 from utils.base.text import format_bytes, printable
-from utils.base.uri import require_path
+from utils.base.uri import local_path, require_path, split_uri
 
 if TYPE_CHECKING:
     from utils.base.progress import ProgressDisplay
@@ -108,7 +108,7 @@ def build_command_parser() -> argparse.ArgumentParser:
     index.add_argument("--vocab-size", type=int, metavar="N", help="where no tokenizer says it")
     index.add_argument("--overwrite", action="store_true", help="replace a prepared one's index")
     inspect = add("inspect", inspect_data, "show what shards hold; exit code 2 if any is bad")
-    inspect.add_argument("uri", metavar="URI")
+    inspect.add_argument("uri", metavar="URI", help="of all shards, or of one (*.npz)")
     inspect.add_argument("--verify", action="store_true", help="read all: checksums and token ids")
     put = add("put", put_data, "copy a file or directory into a bucket or directory, verified")
     put.add_argument("source", metavar="SRC")
@@ -479,10 +479,18 @@ def write_index(arguments: argparse.Namespace) -> int:
 def inspect_data(arguments: argparse.Namespace) -> int:
     """Show what shards hold; exit code 2 where one is bad."""
     from utils.corpus.shard_inspection import inspect_shards
+    from utils.data.shard_index import SHARD_SUFFIX
     from utils.storage.open import open_bucket
 
-    with closing(open_bucket(arguments.uri)) as bucket:
-        inspection = inspect_shards(bucket, SHOWN_SHARDS, arguments.verify)
+    uri, only = arguments.uri, None
+    path = local_path(uri)
+    if path is not None and not path.exists():
+        raise DataError(f"{uri} does not exist.")
+    place = split_uri(uri)
+    if place is not None and (uri.endswith(SHARD_SUFFIX) if path is None else path.is_file()):
+        uri, only = place
+    with closing(open_bucket(uri)) as bucket:
+        inspection = inspect_shards(bucket, SHOWN_SHARDS, arguments.verify, only)
     content = {**dataclasses.asdict(inspection), "num_bad": len(inspection.bad)}
     _say(arguments, content, _format_inspection(inspection))
     for shard in inspection.bad:

@@ -34,6 +34,7 @@ from utils.base.console import (
 from utils.base.errors import ExitCode, UsageError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import Column, format_duration, printable, to_json_text
+from utils.start.arguments import KeyParser
 from utils.tools.proofs.proof import OWN_KEYS, Proof, Report
 from utils.tools.proofs.started_runs import (
     CommandLauncher,
@@ -57,7 +58,7 @@ COMPARISON_COLUMNS = (
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    parser = new_parser("prove_resume.py", __doc__)
+    parser = new_parser("prove_resume.py", __doc__, kind=KeyParser)
     add = parser.add_argument
     add("--config", default="test", help="configs/NAME.json or a .json file (default: test)")
     add("--steps", type=int, default=24, metavar="N", help="length of the runs (default: 24)")
@@ -83,7 +84,7 @@ def require_usable(args: argparse.Namespace) -> None:
     for text in args.set:
         key, _ = parse_assignment(text)
         if key in OWN_KEYS:
-            raise UsageError(f"--set {key}: the proof decides this itself.")
+            raise UsageError(f"{key}: the proof decides this itself.")
 
 
 def run(args: argparse.Namespace) -> int:

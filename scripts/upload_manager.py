@@ -61,12 +61,18 @@ from utils.checkpoints.layout import (
 )
 from utils.checkpoints.retention import Action, Decision, decide_retention
 from utils.checkpoints.store import hold_output_directory
-from utils.checkpoints.views import CheckpointView, read_local_checkpoints, select_checkpoint
+from utils.checkpoints.views import (
+    CheckpointView,
+    describe_lack,
+    read_local_checkpoints,
+    select_checkpoint,
+)
 from utils.remote.archive_reading import read_sidecar
 from utils.remote.download import download_checkpoint
 from utils.remote.listing import RemoteListing, choose_remote, list_remote, read_sidecars
 from utils.remote.pruning import PrunePlan, delete_all, plan_bucket
 from utils.remote.verification import CheckpointReport, Orphan, Verifier, find_unconfirmed
+from utils.start.arguments import KeyParser
 from utils.start.resume import read_run_identity
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
@@ -115,12 +121,14 @@ log = logging.getLogger(__name__)
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = KeyParser(add_help=False)
     common.add_argument("--config", default="test", help="the run's configuration (default: test)")
-    common.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    common.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as train.py has it"
+    )
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--debug", action="store_true", help="debug log lines and tracebacks")
-    parser = new_parser("upload_manager.py", __doc__)
+    parser = new_parser("upload_manager.py", __doc__, kind=KeyParser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
@@ -257,7 +265,8 @@ def print_status(result: dict[str, Any]) -> None:
         title = f"Uploads from {result['directory']} to {bucket}"
         print_table(title, rows, STATUS_COLUMNS)
     else:
-        print_wrapped(f"No checkpoints in {result['directory']}, none in {bucket}.")
+        places = filter(None, [result["directory"], result["bucket"]])
+        print_wrapped(" ".join(describe_lack(place) for place in places))
     if result["bucket"]:
         print(f"{len(result['queue'])} not verified in the bucket.")
     print_table("Queue", result["queue"], QUEUE_COLUMNS)
@@ -298,7 +307,7 @@ def show_list(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace)
     elif rows:
         print_table(f"Checkpoints in {where}", rows, LIST_COLUMNS)
     else:
-        print_wrapped(f"No checkpoints in {where} yet.")
+        print_wrapped(describe_lack(where))
     return ExitCode.DONE
 
 
@@ -423,7 +432,7 @@ def choose_name(text: str, known: Sequence[CheckpointName]) -> CheckpointName:
     """
     if text == "latest" and known:
         return known[-1]
-    found = [name for name in known if str(name.step) == text]
+    found = [name for name in known if name.is_of_step(text)]
     name = parse_checkpoint_name(text) or (found[-1] if found else None)
     if name is None:
         raise UsageError(

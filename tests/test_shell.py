@@ -14,6 +14,7 @@ import pytest
 
 from configs.config_files import PROJECT_DIRECTORY
 from tests.conftest import _forget_log_handlers
+from tests.processes import run_in_terminal
 from utils.checkpoints.layout import find_checkpoints
 
 ENVIRONMENT = Path(sys.prefix)
@@ -89,6 +90,42 @@ def test_setup_is_quick_when_nothing_is_to_do(project: Path) -> None:
     result = bash(project, "setup.sh")
     assert result.returncode == 0, result.stderr
     assert "is up to date" in result.stdout
+
+
+PIP = """case "$*" in
+*pip*install*) [ -t 1 ] && echo "a bar"
+cat <<END
+Collecting torch
+  Downloading https://index/torch-2.13.0-cp311-cp311-linux_x86_64.whl (888.1 MB)
+Processing /wheels/numpy-2.3.1-cp311-cp311-linux_x86_64.whl (from transformers)
+  Using cached https://index/rich-15.0-py3-none-any.whl (96 kB)
+Installing collected packages: a, b
+END
+;;
+*compileall*) ;;
+*) exec "{python}" "$@" ;;
+esac"""
+
+
+def test_setup_shows_what_pip_does(project: Path) -> None:
+    new = project / "new"
+    write_program(new / "bin/python", PIP.replace("{python}", sys.executable))
+    write_program(new / "bin/gsutil", "")
+    (new / "pyvenv.cfg").touch()
+    result = bash(project, "setup.sh", VENV=str(new), TORCH_INDEX_URL="")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[1:-1] == [
+        "setup.sh:   torch 2.13.0 (888.1 MB)",
+        "setup.sh:   numpy 2.3.1",
+        "setup.sh:   rich 15.0 (96 kB)",
+        "setup.sh: unpacking 2 packages.",
+    ]
+    (project / "new/.installed-requirements.txt").unlink()
+    words = ["bash", str(project / "setup.sh")]
+    command = f"import os; os.execvp('bash', {words})"
+    shown = run_in_terminal("-c", command, cwd=project, VENV=str(new), TORCH_INDEX_URL="")
+    assert "a bar" in shown
+    assert "Collecting torch" in shown
 
 
 def fake_python(directory: Path, refuse: str) -> str:

@@ -288,6 +288,7 @@ def test_two_ranks_follow_the_curve_of_one(
         (("--resume", "best"), (), "There is no checkpoint 'best'"),
         ((), ("use_cpu=true", "attn_implementation=flex_attention"), "trains on a CUDA GPU only"),
         (("--set", "max_steps"), (), "--set max_steps: use key=value"),
+        (("--json",), (), "--json is for --dry-run"),
     ],
 )
 def test_bad_input_is_one_clear_message_exit_2_and_nothing_written(
@@ -581,8 +582,10 @@ def test_dry_run_prints_the_run_and_writes_no_checkpoint(
 ) -> None:
     assert run_train("--dry-run", "--max-steps", "50") == 0
     output = capsys.readouterr().out
-    assert '"max_steps": 50' in output
-    rows = [line.split()[:2] for line in output.partition("Preflight")[2].splitlines()[2:]]
+    title, _, *lines = output[output.index("Preflight") :].splitlines()
+    rows = [line.split()[:2] for line in lines if line.startswith("  ")]
+    assert title == "Preflight"
+    assert "{" not in output
     names = (
         "settings",
         "data",
@@ -603,6 +606,11 @@ def test_dry_run_prints_the_run_and_writes_no_checkpoint(
     assert {status for name, status in rows if name != "step"} == {"ok"}
     for word in ("parameters", "tokens per parameter", "128 tokens", "6,400 tokens in all", "KiB"):
         assert word in output
+    assert run_train("--dry-run", "--json", "--max-steps", "50") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["config"]["max_steps"] == 50
+    assert "6,400 tokens in all" in shown["run"]["run"]
+    assert [check["name"] for check in shown["checks"]] == list(names)
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert not (tmp_path / "run" / "logs").exists()
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from configs.training_config import get_training_config
 from tests.gcs_server import FakeGcsServer, Fault
 from utils.base.errors import ExitCode
 from utils.checkpoints.store import verify_checkpoint
@@ -92,8 +94,42 @@ def test_a_bucket_that_refuses_writes_is_a_preflight_failure(
         "upload_transport=python",
     )
     assert run_train("--max-steps", "2", settings=settings) == ExitCode.PREFLIGHT
-    assert "Ask for the right to write gs://corpus/mine" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "Ask for the right to write gs://corpus/mine" in errors
+    assert "buckets of your own" not in errors
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_production_in_a_foreign_bucket_shows_a_file_that_names_ones_own(
+    run_train: Train,
+    server: FakeGcsServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    is_there: bool,
+) -> None:
+    production = get_training_config("production")
+    if is_there:
+        server.create_bucket("refocused-ai", writable=False, without=["storage.objects.list"])
+    settings = (
+        f"data_uri={production.data_uri}",
+        f"checkpoint_uri={production.checkpoint_uri}",
+        "upload_transport=python",
+    )
+    assert run_train("--max-steps", "2", settings=settings) == ExitCode.PREFLIGHT
+    errors = capsys.readouterr().err
+    assert ("Ask for the right to read" if is_there else "Check the name of the bucket") in errors
+    assert errors.count("python train.py --config mine") == 1
+    shown = errors[errors.index("{\n") :]
+    assert len(shown.strip().splitlines()) == 6
+    (tmp_path / "mine.json").write_text(shown)
+    mine = get_training_config(str(tmp_path / "mine.json"))
+    places = {
+        "run_name": "mine",
+        "data_uri": "gs://MY-BUCKET/data",
+        "checkpoint_uri": "gs://MY-BUCKET",
+    }
+    assert mine == replace(production, **places)
 
 
 @pytest.mark.gsutil

@@ -84,18 +84,33 @@ def test_an_override_replaces_one_value_and_leaves_the_preset_alone() -> None:
     [
         ({"hidden_sizes": 8}, "model_overrides.hidden_sizes is no key of gpt_neox. Did you mean"),
         ({"qqq": 8}, "model_overrides.qqq is no key of gpt_neox."),
-        ({"hidden_size": "256"}, "do not fit neox-tiny: .*hidden_size"),
-        ({"hidden_size": 250}, "do not fit neox-tiny: .*not divisible by the number of attention"),
-        ({"max_position_embeddings": None}, "do not fit neox-tiny: .*max_position_embeddings"),
+        (
+            {"hidden_size": "256"},
+            '^model_overrides do not fit neox-tiny: hidden_size must be a whole number, got "256".',
+        ),
+        (
+            {"rope_parameters": 5},
+            "do not fit neox-tiny: rope_parameters must be an object or null, got 5.$",
+        ),
+        ({"hidden_size": 250}, "^model_overrides do not fit neox-tiny: The hidden size is not div"),
+        (
+            {"max_position_embeddings": None},
+            "max_position_embeddings must be a whole number, got n",
+        ),
         ({"vocab_size": 0}, r"model_overrides\.vocab_size must be at least 1, got 0\."),
         ({"hidden_size": 0}, r"model_overrides\.hidden_size must be at least 1, got 0\."),
         ({"num_attention_heads": 0}, r"num_attention_heads must be at least 1, got 0\."),
-        ({"model_type": "llama"}, "do not fit neox-tiny"),
+        ({"model_type": "llama"}, "model_overrides.model_type is no key of gpt_neox"),
     ],
 )
 def test_an_override_that_cannot_be_is_refused(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_model_config("neox-tiny", overrides)
+
+
+def test_a_word_that_transformers_does_not_know_is_named_with_its_key() -> None:
+    with pytest.raises(ConfigError, match=r": transformers knows no hidden_act 'reluu'\.$"):
+        count_parameters(build_model_config("neox-tiny", {"hidden_act": "reluu"}))
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_one() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,79 @@ def test_the_command_line_wins_and_model_overrides_are_merged(tmp_path: Path) ->
     assert config.lr_scheduler_kwargs == {"power": 2}
     assert config.max_steps == 5
     assert config.model_overrides == {"hidden_size": 64, "vocab_size": 200, "rotary_pct": 0.5}
+
+
+def write_files(folder: Path, **contents: object) -> None:
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_a_file_begins_from_another_one(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write_files(
+        tmp_path / "deep",
+        mine={
+            "base": "../wide.json",
+            "max_steps": 7,
+            "model_overrides.num_hidden_layers": 2,
+            "lr_scheduler_kwargs": {},
+        },
+    )
+    write_files(
+        tmp_path,
+        wide={
+            "base": "production",
+            "max_steps": 5,
+            "save_steps": 3,
+            "model_overrides": {"hidden_size": 64, "vocab_size": 100},
+            "lr_scheduler_kwargs": {"power": 2},
+        },
+        wider={"base": "wide.json", "model_overrides": {"vocab_size": 200}},
+    )
+    config = get_training_config(str(tmp_path / "deep/mine.json"), {"warmup_steps": 1})
+    assert config == replace(
+        get_training_config("production"),
+        max_steps=7,
+        save_steps=3,
+        warmup_steps=1,
+        model_overrides={"hidden_size": 64, "vocab_size": 100, "num_hidden_layers": 2},
+    )
+    polynomial = {"lr_scheduler_type": "polynomial"}
+    wider = get_training_config(str(tmp_path / "wider.json"), polynomial)
+    assert wider.model_overrides == {"hidden_size": 64, "vocab_size": 200}
+
+
+@pytest.mark.parametrize(
+    ("mine", "base", "message"),
+    [
+        ({"base": "base.json"}, {"max_stepz": 1}, "base.json: unknown key 'max_stepz'."),
+        ({"base": "base.json"}, {"max_steps": 0}, "base.json: max_steps must be at least 1"),
+        ({"base": "base.json", "max_steps": 0}, {"max_steps": 5}, "mine.json: max_steps must"),
+        (
+            {"base": "base.json", "model_overrides": {"b": 1}},
+            {"model_overrides": {"a": math.inf}},
+            "base.json: model_overrides.a must be a finite number",
+        ),
+        (
+            {"base": "base.json"},
+            {"data_uri": [{"uri": "a", "weight": 0}]},
+            "base.json: data_uri: the weight of a",
+        ),
+        ({"base": "base.json"}, {"base": "base.json"}, "base.json: base base.json leads back to "),
+        ({"base": "base.json"}, {"base": "mine.json"}, "base.json: base mine.json leads back to "),
+        ({"base": "nothing.json"}, {}, "mine.json: base nothing.json: "),
+        ({"base": "prodution"}, {}, "prodution.json does not exist. Known names: "),
+        ({"base": 5}, {}, "mine.json: base must be a string, got 5."),
+    ],
+)
+def test_a_mistake_in_a_base_names_its_file(
+    tmp_path: Path, mine: object, base: object, message: str
+) -> None:
+    write_files(tmp_path, mine=mine, base=base)
+    with pytest.raises(ConfigError) as caught:
+        get_training_config(str(tmp_path / "mine.json"))
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path))
 
 
 def test_whole_numbers_are_taken_where_a_number_is_meant(tmp_path: Path) -> None:

@@ -64,8 +64,25 @@ def run_json(capsys, *argv):
 def test_list_of_nothing_says_so(capsys):
     code, out, err = run(capsys, "list")
     assert (code, err) == (0, "")
-    assert "No checkpoints in checkpoints." in out
+    assert out.startswith("checkpoints does not exist.\n")
     assert run_json(capsys, "list")["checkpoints"] == []
+
+
+def test_a_run_below_another_ones_directory_is_named(capsys, tmp_path):
+    make_checkpoint(tmp_path / "checkpoints/a", 50)
+    (tmp_path / "checkpoints/a/run.json").write_text("{}")
+    (tmp_path / "checkpoints/other").mkdir()
+    code, out, _ = run(capsys, "list")
+    assert code == 0
+    assert out.startswith("No checkpoints in checkpoints.\n")
+    assert out.endswith("\nNote: checkpoints/a is another run with 1 checkpoint: --run-name a.\n")
+    make_checkpoint(tmp_path / "checkpoints", 100)
+    found = run_json(capsys, "list")
+    assert [row["step"] for row in found["checkpoints"]] == [100]
+    assert len(found["notes"]) == 1
+    assert [row["step"] for row in run_json(capsys, "list", "--run-name", "a")["checkpoints"]] == [
+        50
+    ]
 
 
 @pytest.mark.usefixtures("two_checkpoints")
@@ -243,13 +260,14 @@ def test_remote_reads_the_buckets_sidecars(capsys, tmp_path, two_checkpoints):
         (["view", "51"], "There is no checkpoint '51'"),
         (["view", "../../etc"], "There is no checkpoint"),
         (["compare", "50"], "compare needs at least two checkpoints, 1 named"),
-        (["compare", "--output-dir", "nowhere"], "0 in nowhere"),
+        (["compare", "--output-dir", "nowhere"], "nowhere does not exist."),
+        (["view", "latest", "--output-dir", "nowhere"], "nowhere does not exist."),
         (["list", "--config", "tset"], "Known names"),
         (["list", "--run-name", "../x"], "run_name '../x'"),
         (["list", "--remote", "--config", "no_bucket.json"], "no checkpoint_uri"),
         (["plot", "50", "--save", "a.docx"], "must end in one of"),
         (["plot", "50", "--save", "nowhere/a.png"], "cannot be written"),
-        (["plot", "--run", "nowhere"], "There is no checkpoint 'latest'"),
+        (["plot", "--run", "nowhere"], "nowhere does not exist."),
         (["view", ""], "There is no checkpoint ''"),
         (["view", "\x1b[2J"], "There is no checkpoint '?[2J'"),
         (["list", "--last", "0"], "--last must be at least 1, got 0"),
@@ -399,7 +417,9 @@ def test_values_that_the_output_cannot_encode_are_replaced(tmp_path):
 
 
 @pytest.mark.usefixtures("two_checkpoints")
-@pytest.mark.parametrize(("name", "step"), [("latest", 100), ("best", 100), ("epoch0-step5", 50)])
+@pytest.mark.parametrize(
+    ("name", "step"), [("latest", 100), ("best", 100), ("epoch0-step5", 50), ("step50", 50)]
+)
 def test_names_may_be_abbreviated(capsys, name, step):
     rows = run_json(capsys, "compare", name, name)["checkpoints"]
     assert [row["step"] for row in rows] == [step, step]

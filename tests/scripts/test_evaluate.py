@@ -85,9 +85,15 @@ def _words(trained_run: Path) -> Any:
     return evaluate.build_parser().parse_args(["latest", *where, "--json"])
 
 
-def test_like_training_gives_the_numbers_of_training(run: Run, trained_run: Path) -> None:
-    code, out, _ = run("all", "--like-training", "--json")
+def test_like_training_gives_the_numbers_of_training(
+    run: Run, trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.base.progress.LINE_SECONDS", 0.0)
+    code, _, errors = run("all", "--like-training")
     assert code == 0
+    assert "INFO    checkpoint-epoch0-step4-files0: 186 of 186 tokens (100%), " in errors
+    code, out, errors = run("all", "--like-training", "--json")
+    assert (code, errors) == (0, "")
     found = json.loads(out)["evaluations"]
     assert [one["step"] for one in found] == [2, 4]
     for one in found:

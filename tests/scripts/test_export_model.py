@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,16 @@ def words(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_checkpoint_becomes_a_folder(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("utils.base.progress.LINE_SECONDS", 0.0)
     assert export_model.main(["latest", "--output", "small", *words]) == 0
-    out = capsys.readouterr().out
+    out, errors = capsys.readouterr()
+    for stage in ("Writing", "Reading", "Comparing"):
+        assert re.search(rf"INFO    {stage}: .* \(100%\)", errors)
     assert f"checkpoint-epoch0-step4-files0 -> {tmp_path / 'small'}" in out
     assert "tensors, every bit the same" in out
     assert "largest difference 0" in out
@@ -55,7 +62,7 @@ def test_an_export_that_fails_its_check_is_nowhere(
 ) -> None:
     numbers = map(str, range(4))
     monkeypatch.setattr(
-        "utils.tools.export.export.checksum_tensors", lambda model: {"a": next(numbers)}
+        "utils.tools.export.export.checksum_tensors", lambda *_: {"a": next(numbers)}
     )
     for output in ("small", "gs://runs/exports/small"):
         assert export_model.main(["latest", "--output", output, *words]) == ExitCode.UNEXPECTED

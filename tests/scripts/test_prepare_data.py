@@ -490,6 +490,12 @@ def test_shards_from_elsewhere_are_indexed_and_inspected(
     output = capsys.readouterr()
     assert json.loads(output.out)["num_bad"] == 1
     assert "b.npz: it is not a whole NPZ file" in output.err
+    assert prepare_data.main(["inspect", str(tmp_path / "a.npz")]) == ExitCode.DONE
+    assert "a.npz  10 tokens" in capsys.readouterr().out
+    assert prepare_data.main(["inspect", str(tmp_path / "b.npz")]) == ExitCode.USAGE
+    assert capsys.readouterr().err.startswith("b.npz: it is not a whole NPZ file")
+    assert prepare_data.main(["inspect", str(tmp_path / "c")]) == ExitCode.USAGE
+    assert capsys.readouterr().err == f"Error: {tmp_path / 'c'} does not exist.\n"
     assert prepare_data.main(["index", str(tmp_path)]) == ExitCode.USAGE
     assert "b.npz: it is not a whole NPZ file" in capsys.readouterr().err
 

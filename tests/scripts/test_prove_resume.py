@@ -251,8 +251,8 @@ def test_two_ranks_are_started_as_a_user_starts_them(tmp_path: Path) -> None:
     [
         (("--kills", "1"), "--kills must be at least 2, got 1"),
         (("--steps", "2"), "--steps must be at least 4, got 2"),
-        (("--set", "max_steps=5"), "--set max_steps: the proof decides this itself"),
-        (("--set", "checkpoint_uri=gs://a"), "--set checkpoint_uri: the proof decides"),
+        (("--set", "max_steps=5"), "max_steps: the proof decides this itself"),
+        (("--set", "checkpoint_uri=gs://a"), "checkpoint_uri: the proof decides"),
         (("--workdir", "full"), "is not empty"),
         (("--set", "max_step=5"), "Did you mean max_steps?"),
     ],

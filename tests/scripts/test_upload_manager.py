@@ -379,7 +379,10 @@ def test_uploads_without_a_bucket_are_a_usage_error(place: Place) -> None:
 
 
 @pytest.mark.parametrize("deep", [[], ["--deep"]])
-def test_verify_of_what_is_well(either: Place, deep: list[str]) -> None:
+def test_verify_of_what_is_well(
+    either: Place, deep: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.base.progress.LINE_SECONDS", 0.0)
     either.publish_only(10)
     either.publish(either.save(20))
     either.bucket.put_bytes(LEASE_OBJECT, b"{}")
@@ -387,7 +390,10 @@ def test_verify_of_what_is_well(either: Place, deep: list[str]) -> None:
     assert result["orphans"] == []
     assert [row["wrong"] for row in result["checkpoints"]] == [[], []]
     assert ("every byte" in " ".join(result["checkpoints"][1]["right"])) is bool(deep)
-    assert "2 verified, 0 not." in either.call("verify", *deep)[1]
+    output = either.call("verify", *deep)[1]
+    assert "2 verified, 0 not." in output
+    assert (output.count("step20-files0 here: ") > 2) is bool(deep)  # not at its ends alone
+    assert ("step20-files0 there: " in output) is bool(deep)
 
 
 def change_sidecar(place: Place, part: str = "manifest", **changes: Any) -> None:

@@ -271,10 +271,15 @@ def print_table(
         print_wrapped(note)
 
 
-def new_parser(name: str, text: str | None, epilog: str = "") -> argparse.ArgumentParser:
+def new_parser(
+    name: str,
+    text: str | None,
+    epilog: str = "",
+    kind: type[argparse.ArgumentParser] = argparse.ArgumentParser,
+) -> argparse.ArgumentParser:
     """Return the parser of a command, whose `--help` shows the texts in lines that fit."""
     width = min(100, shutil.get_terminal_size().columns)
-    return argparse.ArgumentParser(
+    return kind(
         prog=name,
         description=_fit_help(text or "", width),
         epilog=_fit_help(epilog, width),

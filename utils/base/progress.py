@@ -25,6 +25,7 @@ OnProgress = Callable[[str, int, int | None], None]
 """Called with the stage, how much of it is done, and how much it is in all; None where unknown."""
 
 _logger = logging.getLogger(__name__)
+_logger.setLevel(logging.INFO)  # also where a command leaves out other log lines
 
 
 class ProgressDisplay:
@@ -94,11 +95,15 @@ class ProgressDisplay:
 
     def _line(self, stage: str, done_bytes: int, total_bytes: int | None) -> str:
         seconds = self._clock() - self._started[stage]
-        speed = f", {self._show(done_bytes / seconds)}/s" if seconds > 0 else ""
+        is_known = seconds > 0 and done_bytes > 0
+        speed = f", {self._show(done_bytes / seconds)}/s" if is_known else ""
         if not total_bytes:
             return f"{stage}: {self._show(done_bytes)}{speed}"
-        share = f"{done_bytes / total_bytes:.0%}"
-        return f"{stage}: {self._show(done_bytes)} of {self._show(total_bytes)} ({share}){speed}"
+        done = f"{done_bytes:,}" if self._unit else format_bytes(done_bytes)
+        return (
+            f"{stage}: {done} of {self._show(total_bytes)} ({done_bytes / total_bytes:.0%}){speed}"
+        )
 
     def _show(self, count: float) -> str:
-        return f"{count:,.0f} {self._unit}" if self._unit else format_bytes(count)
+        digits = 1 if isinstance(count, float) and count < 10 else 0
+        return f"{count:,.{digits}f} {self._unit}" if self._unit else format_bytes(count)

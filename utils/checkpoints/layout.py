@@ -71,6 +71,10 @@ class CheckpointName:
     def __str__(self) -> str:
         return f"{CHECKPOINT_PREFIX}epoch{self.epoch}-step{self.step}-files{self.files}"
 
+    def is_of_step(self, text: str) -> bool:
+        """Tell whether a user's text means this step: `50` or `step50`."""
+        return text.removeprefix("step") == str(self.step)
+
 
 def parse_checkpoint_name(text: str) -> CheckpointName | None:
     """Return the numbers in a checkpoint's name, or None where `text` is not exactly one."""

@@ -69,11 +69,12 @@ def verify_checkpoint(
     *,
     forgive_random_states: bool = False,
     is_wanted: Callable[[str], bool] = lambda name: True,
+    on_block: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Return the manifest after comparing every file with it.
 
     Files that are not wanted by name are not read. With `forgive_random_states`, damaged ones are
-    no error. The manifest that is returned names neither.
+    no error. The manifest that is returned names neither. `on_block` is called now and then.
 
     Raises:
         CheckpointError: The checkpoint is incomplete or a file is not what was written.
@@ -88,7 +89,7 @@ def verify_checkpoint(
     usable = dict(wanted)
     for name, entry in wanted.items():
         try:
-            _verify_file(checkpoint, name, entry)
+            _verify_file(checkpoint, name, entry, on_block)
         except CheckpointError as exc:
             if not (forgive_random_states and name.startswith(RANDOM_STATES_PREFIX)):
                 raise
@@ -97,7 +98,9 @@ def verify_checkpoint(
     return replace(manifest, files=usable)
 
 
-def _verify_file(checkpoint: Path, name: str, entry: FileEntry) -> None:
+def _verify_file(
+    checkpoint: Path, name: str, entry: FileEntry, on_block: Callable[[], None]
+) -> None:
     path = checkpoint / name
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{checkpoint.name}: {name} is missing.")
@@ -106,7 +109,7 @@ def _verify_file(checkpoint: Path, name: str, entry: FileEntry) -> None:
         raise CheckpointError(
             f"{checkpoint.name}: {name} has {size} bytes, its manifest says {entry.size}."
         )
-    if crc32c_of_file(path) != entry.crc32c:
+    if crc32c_of_file(path, on_block) != entry.crc32c:
         raise CheckpointError(
             f"{checkpoint.name}: {name} is damaged (its crc32c is not the manifest's)."
         )

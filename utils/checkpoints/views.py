@@ -8,6 +8,7 @@ No torch here: 1,000 checkpoints list in 0.5 s.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 from utils.base.errors import CheckpointError, StorageError, UsageError
 from utils.base.files import read_regular_file
 from utils.base.text import FOREIGN_ERRORS, number, parse_json, parse_json_object, printable
-from utils.base.uri import normalize_uri
+from utils.base.uri import local_path, normalize_uri
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
     JOURNAL_FILE,
@@ -271,6 +272,13 @@ def find_latest_view(views: Sequence[CheckpointView]) -> CheckpointView | None:
     return candidates[-1] if candidates else None
 
 
+def describe_lack(where: str) -> str:
+    """Say that a place has no checkpoints, or that there is no such directory."""
+    path = local_path(where)
+    is_missing = path is not None and not os.path.lexists(path)
+    return f"{where} does not exist." if is_missing else f"No checkpoints in {where}."
+
+
 def select_checkpoint(text: str, views: Sequence[CheckpointView]) -> CheckpointView:
     """Return the checkpoint that a user means: a name, a step number, `latest` or `best`.
 
@@ -283,7 +291,7 @@ def select_checkpoint(text: str, views: Sequence[CheckpointView]) -> CheckpointV
     elif text == "best":
         chosen = find_best(views)
     else:
-        matches = (view for view in views if text in (str(view.name), str(view.name.step)))
+        matches = (v for v in views if v.name.is_of_step(text) or text == str(v.name))
         chosen = next(matches, None)
     if chosen is not None:
         return chosen

@@ -130,11 +130,13 @@ def build_index_file(
     return index
 
 
-def inspect_shards(bucket: Bucket, num_samples: int = 3, verify: bool = False) -> Inspection:
+def inspect_shards(
+    bucket: Bucket, num_samples: int = 3, verify: bool = False, only: str | None = None
+) -> Inspection:
     """Look at every shard, and at the text of some.
 
     `num_samples` shards are decoded, where there is a tokenizer. `verify` reads everything:
-    checksums, and every token id.
+    checksums, and every token id. `only` is the name of a shard; None for all.
 
     Raises:
         DataError: There are no shards.
@@ -144,8 +146,11 @@ def inspect_shards(bucket: Bucket, num_samples: int = 3, verify: bool = False) -
     index = get_json(bucket, INDEX_OBJECT)
     infos = [info for info in objects if info.name.endswith(SHARD_SUFFIX)]
     expected = _expected_entries(index)
+    if only is not None:
+        infos = [info for info in infos if info.name == only]
+        expected = {name: entry for name, entry in expected.items() if name == only}
     if not infos and not expected:
-        raise DataError(f"{bucket.uri} holds no shards (*{SHARD_SUFFIX}).")
+        raise DataError(f"{bucket.uri} holds no shards ({only or f'*{SHARD_SUFFIX}'}).")
     tokenizer, tokenizer_problem = _read_tokenizer(bucket, index, names)
     vocab_size = _vocab_size_of(index, tokenizer)
     looks = _look_at_all(bucket, infos)

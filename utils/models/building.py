@@ -278,9 +278,11 @@ def count_parameters(model_config: Any) -> ParameterCounts:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
     except Exception as exc:  # whatever a wrong value meets first
-        raise ConfigError(
-            f"No model can be built of these values: {type(exc).__name__}: {exc}"
-        ) from exc
+        reason = f"{type(exc).__name__}: {exc}"
+        if isinstance(exc, KeyError):  # a word that it looks up, such as `hidden_act`
+            wrong = [k for k, value in model_config.to_dict().items() if [value] == [*exc.args]]
+            reason = f"transformers knows no {' or '.join(wrong) or 'value'} {exc}."
+        raise ConfigError(f"No model can be built of these values: {reason}") from exc
     total = sum(parameter.numel() for parameter in model.parameters())
     embeddings = {
         id(module.weight): module.weight.numel()

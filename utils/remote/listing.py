@@ -201,7 +201,7 @@ def choose_remote(bucket: Bucket, text: str, recorded: RunIdentity | None) -> Ch
         if best is not None:
             return best.name
     else:
-        chosen = [name for name in names if str(name.step) == text]
+        chosen = [name for name in names if name.is_of_step(text)]
         if len(chosen) == 1:
             return chosen[0]
         if chosen:

@@ -42,7 +42,7 @@ from utils.remote.archive_reading import (
     retry_download,
 )
 from utils.remote.listing import RemoteListing, find_damage
-from utils.storage.bucket import Bucket, Nowhere, ObjectInfo, crc32c_of_bytes
+from utils.storage.bucket import READ_BLOCK_BYTES, Bucket, Nowhere, ObjectInfo, crc32c_of_bytes
 from utils.uploads.lease import LEASE_OBJECT
 from utils.uploads.uploader import GIVEN_UP
 
@@ -166,9 +166,15 @@ class Verifier:
 
     def _require_files(self, path: Path, manifest: Manifest) -> None:
         if self._is_deep:
-            self._on_progress(f"{path.name} here", 0, manifest.total_bytes)
-            verify_checkpoint(path)
-            self._on_progress(f"{path.name} here", manifest.total_bytes, manifest.total_bytes)
+            total, done = manifest.total_bytes, 0
+
+            def on_block() -> None:
+                nonlocal done
+                self._on_progress(f"{path.name} here", done, total)
+                done = min(total, done + READ_BLOCK_BYTES)  # the last block of a file is smaller
+
+            verify_checkpoint(path, on_block=on_block)
+            self._on_progress(f"{path.name} here", total, total)
             return
         for name, entry in manifest.files.items():
             file = path / name

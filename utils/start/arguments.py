@@ -6,11 +6,14 @@ No torch here.
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
 
-from configs.config_files import parse_assignment
-from configs.training_config import TrainingConfig, get_training_config
+from configs.config_files import parse_assignment, settings_of_options
+from configs.training_config import KEY_TYPES, TrainingConfig, get_training_config
 from utils.base.console import add_output_arguments, new_parser
-from utils.base.errors import UsageError
+from utils.base.errors import ConfigError, UsageError
 from utils.costs.costs import parse_hourly_price
 
 EPILOG = """exit codes:
@@ -24,10 +27,27 @@ EPILOG = """exit codes:
 """
 
 
+class KeyParser(argparse.ArgumentParser):
+    """The parser of a command with `--set`: any configuration key is an option of it, too."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "allow_abbrev": False})
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse words, those of keys as `--set` has them."""
+        words, options = sys.argv[1:] if args is None else args, self._option_string_actions
+        if "--set" in options:  # not so of a command whose subcommands have it
+            try:
+                words = settings_of_options(words, options, KEY_TYPES)
+            except ConfigError as exc:
+                self.error(str(exc))
+        return super().parse_known_args(words, namespace)
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line of train.py."""
     text = "Pre-train a causal language model from NPZ token shards in a bucket."
-    parser = new_parser("train.py", text, EPILOG)
+    parser = new_parser("train.py", text, EPILOG, kind=KeyParser)
     add = parser.add_argument
     add(
         "--config",
@@ -62,12 +82,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--no-background-upload", action="store_true", help="upload while training waits")
     add("--dry-run", action="store_true", help="show and check everything, train nothing")
+    add("--json", action="store_true", help="with --dry-run: print JSON, the configuration too")
     add(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="set any configuration key; model_overrides.KEY for the model's",
+        help="set any configuration key, as --KEY VALUE does; model_overrides.KEY for the model's",
     )
     add("--quiet", action="store_true", help="warnings and errors only")
     add("--debug", action="store_true", help="debug log lines, and the traceback of an error")
@@ -78,6 +99,8 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
     """Return the configuration of a command line."""
     if args.stop_after is not None and args.stop_after < 1:
         raise UsageError(f"--stop-after must be at least 1, got {args.stop_after}.")
+    if args.json and not args.dry_run:
+        raise UsageError("--json is for --dry-run.")
     overrides = dict(parse_assignment(text) for text in args.set)
     if args.max_steps is not None:
         overrides["max_steps"] = args.max_steps

@@ -16,12 +16,14 @@ COLUMNS = (Column("check"), Column("status"), Column("finding", kind="prose"))
 class Check:
     """The outcome of one check.
 
-    `status` is ok, warn or fail; where it is not ok, `message` also says what to do.
+    `status` is ok, warn or fail; where it is not ok, `message` also says what to do. `example` is
+    a text that is shown once below the failed checks that have it.
     """
 
     name: str
     status: str
     message: str
+    example: str = ""
 
 
 def print_checks(checks: Sequence[Check]) -> None:
@@ -38,6 +40,8 @@ def require_all(checks: Sequence[Check]) -> None:
     Raises:
         PreflightError: The message holds all reasons.
     """
-    failed = [f"  {check.name}: {check.message}" for check in checks if check.status == "fail"]
+    failed = [check for check in checks if check.status == "fail"]
     if failed:
-        raise PreflightError("This run cannot start here:\n" + "\n".join(failed))
+        lines = [f"  {check.name}: {check.message}" for check in failed]
+        examples = dict.fromkeys(check.example for check in failed if check.example)
+        raise PreflightError("\n".join(["This run cannot start here:", *lines, *examples]))

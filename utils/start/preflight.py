@@ -12,7 +12,6 @@ Where the run begins is decided once directory and bucket are held (`utils/start
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from utils.base.errors import (
     StorageError,
     UsageError,
 )
-from utils.base.text import format_bytes, printable
+from utils.base.text import format_bytes, printable, to_json_text
 from utils.base.uri import local_path
 from utils.checkpoints.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.data.shard_index import (
@@ -69,6 +68,16 @@ MANY_EPOCHS = 4
 LEAST_VOCABULARY_SHARE = 0.5  # of the model's that the data's is
 SERIOUS_PARAMETERS = 10_000_000  # smaller models are for trying things out
 LOGGED_CHECKS = ("memory", "run", "uploading", "cost")
+EXAMPLE_BUCKET = "gs://refocused-ai"  # of configs/production.json
+OWN_BUCKETS = """\
+To use buckets of your own, save six lines like these as configs/mine.json, with the names of your
+buckets, and run: python train.py --config mine
+{
+  "base": "production",
+  "run_name": "mine",
+  "data_uri": "gs://MY-BUCKET/data",
+  "checkpoint_uri": "gs://MY-BUCKET"
+}"""
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +107,7 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
                     bucket, config.file_limit, skip_bad_shards=config.bad_shard == "skip"
                 )
         except StorageError as exc:
-            findings.append(Check("data", "fail", _advise(exc, "read", uri)))
+            findings.append(_refusal("data", exc, "read", uri))
             continue
         sources.append(DataSource(uri, weight, index))
         shards, tokens = len(index.training), index.training_tokens
@@ -204,19 +213,23 @@ def check_upload(
     try:
         found, warning = probe_transport(wanted, REMOTE_FOLDER, PROBE_RETRY_SECONDS)
     except StorageError as exc:
-        return None, [Check("upload", "fail", _advise(exc, "write", wanted.uri))]
+        return None, [_refusal("upload", exc, "write", wanted.uri)]
     return found, [
         Check("upload", "ok", f"{wanted.uri} can be written by {found.name}"),
         *([Check("upload", "warn", warning)] if warning else []),
     ]
 
 
-def _advise(exc: StorageError, action: str, uri: str) -> str:
+def _refusal(name: str, exc: StorageError, action: str, uri: str) -> Check:
+    """Return the failed check of a bucket that cannot be used."""
+    is_foreign = uri.startswith(EXAMPLE_BUCKET)
     if isinstance(exc, AccessDeniedError):
-        return f"{exc} Ask for the right to {action} {uri}, or run: gcloud auth login."
-    if isinstance(exc, ObjectNotFoundError):
-        return f"{exc} Check the name of the bucket."
-    return f"{exc} Check the network and the name of the bucket."
+        advice = f"Ask for the right to {action} {uri}, or run: gcloud auth login."
+    elif isinstance(exc, ObjectNotFoundError):
+        advice = "Check the name of the bucket."
+    else:
+        advice, is_foreign = "Check the network and the name of the bucket.", False
+    return Check(name, "fail", f"{exc} {advice}", OWN_BUCKETS if is_foreign else "")
 
 
 @dataclass(frozen=True)
@@ -457,17 +470,23 @@ def log_start(facts: RunFacts, found: StartChecks) -> None:
             log.info("%-10s %s", check.name, check.message)
 
 
-def report(facts: RunFacts, found: StartChecks, *, is_dry_run: bool) -> int:
-    """Print facts and checks of a dry run; return 0. Every rank calls this.
+def report(facts: RunFacts, found: StartChecks, *, is_dry_run: bool, is_json: bool) -> int:
+    """Print checks and facts of a dry run, as JSON the configuration too; return 0.
+
+    Every rank calls this.
 
     Raises:
         PreflightError: A check failed; the message holds all reasons.
     """
     checks = complete_checks(facts, found)
-    if is_dry_run:
-        print(json.dumps(facts.config.to_json(), indent=2))
-        for key, text in describe_run(facts).items():
-            print_wrapped(f"{key:<10} {text}", hanging=11)
+    described = describe_run(facts)
+    if is_json and ranks.is_main_rank():
+        shown = [{"name": c.name, "status": c.status, "message": c.message} for c in checks]
+        values = {"config": facts.config.to_json(), "run": described, "checks": shown}
+        print(to_json_text(values))
+    elif is_dry_run and ranks.is_main_rank():
         print_checks(checks)
+        for key, text in described.items():
+            print_wrapped(f"{key:<10} {text}", hanging=11)
     require_all(checks)
     return ExitCode.DONE

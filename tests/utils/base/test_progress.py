@@ -35,6 +35,20 @@ def test_other_things_than_bytes_are_counted_also_without_a_total(
         clock.now += 8
         progress.update("step 4", 16_000, None)
     assert caplog.messages == [
-        "step 4: 16,000 tokens of 20,000 tokens (80%), 2,000 tokens/s",
+        "step 4: 16,000 of 20,000 tokens (80%), 2,000 tokens/s",
         "step 4: 16,000 tokens, 1,000 tokens/s",
+    ]
+
+
+def test_a_slow_speed_has_a_digit_and_an_unknown_one_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = Clock()  # the level of the other log lines is warning
+    with ProgressDisplay(clock=clock, unit="steps") as progress:
+        for step in (0, 0, 12):
+            progress.update("attempt 1", step, 24)
+            clock.now += 8
+    assert caplog.messages == [
+        "attempt 1: 0 of 24 steps (0%)",
+        "attempt 1: 12 of 24 steps (50%), 0.8 steps/s",
     ]

@@ -139,8 +139,8 @@ class Evaluator:
         with self._open_cache(uri, shards, loaded) as cache:
             stream = TokenStream(cache, shards, plan.max_tokens)
             if plan.is_like_training:
-                windows = training_windows(stream.num_tokens, length, plan.max_samples)
-                total = None
+                chosen = [*training_windows(stream.num_tokens, length, plan.max_samples)]
+                windows, total = iter(chosen), sum(window.targets for window in chosen)
             else:
                 windows = covering_windows(stream.num_tokens, length, plan.stride)
                 total = stream.num_tokens - 1

@@ -10,6 +10,7 @@ same model gives the same bytes.
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 import stat
@@ -105,7 +106,7 @@ def export_model(
         loaded: The model, which is changed; after the check it has no weights any more.
         staged: The directory.
         options: How it is written.
-        on_progress: Told of bytes written, of a GGUF file.
+        on_progress: Told of bytes written and compared.
 
     Raises:
         UsageError: The model cannot be written like that.
@@ -119,7 +120,7 @@ def export_model(
     _require_space(staged, model, dtype)
     try:
         if options.gguf_name is None:
-            compared = _export_folder(loaded, staged, options)
+            compared = _export_folder(loaded, staged, options, on_progress)
         else:
             path = staged / options.gguf_name
             compared = _export_gguf(loaded, path, options, dtype, on_progress)
@@ -153,12 +154,17 @@ def remove_padding(model: Any) -> int:
     return removed
 
 
-def _export_folder(loaded: LoadedModel, staged: Path, options: ExportOptions) -> int | None:
+def _export_folder(
+    loaded: LoadedModel, staged: Path, options: ExportOptions, on_progress: OnProgress
+) -> int | None:
     model = loaded.model
+    size = _num_bytes(model, _dtype_name(model))
+    on_progress("Writing", 0, size)
     try:
         model.save_pretrained(str(staged), max_shard_size=options.max_shard_size)
     except ValueError as exc:  # also a generation config that contradicts itself
         raise UsageError(f"{loaded.source.name} cannot be exported: {_reason(exc)}") from exc
+    on_progress("Writing", size, size)
     config = staged / CONFIG_NAME
     write_json(config, with_older_keys(read_json_object(config)), indent=2)
     _write_tokenizer(loaded, staged, options.tokenizer)
@@ -169,7 +175,7 @@ def _export_folder(loaded: LoadedModel, staged: Path, options: ExportOptions) ->
     if not options.is_checked:
         return None
     attention = model.config._attn_implementation
-    checksums, logits = checksum_tensors(model), compute_logits(model)
+    checksums, logits = checksum_tensors(model, on_progress, "Reading"), compute_logits(model)
     if not logits.isfinite().all():
         raise UsageError(
             f"{loaded.source.name} computes logits that are no numbers in {_dtype_name(model)}. "
@@ -177,7 +183,10 @@ def _export_folder(loaded: LoadedModel, staged: Path, options: ExportOptions) ->
         )
     device = loaded.device
     model.to_empty(device="meta")  # its memory is the other one's now
-    return compare_folder(staged, checksums, logits, device, attention, loaded.tokenizer)
+    on_progress("Comparing", 0, size)
+    return compare_folder(
+        staged, checksums, logits, device, attention, loaded.tokenizer, on_progress
+    )
 
 
 def compare_folder(
@@ -187,6 +196,7 @@ def compare_folder(
     device: torch.device,
     attention: str,
     tokenizer: Any,
+    on_progress: OnProgress,
 ) -> int:
     """Load a folder as anybody would; return how many tensors are those it was written from.
 
@@ -197,6 +207,7 @@ def compare_folder(
         device: For the logits.
         attention: For the logits.
         tokenizer: The one that has to come out; None for none.
+        on_progress: Told of bytes compared.
 
     Raises:
         SaveError: It is another model.
@@ -208,7 +219,7 @@ def compare_folder(
             str(folder), local_files_only=True, dtype="auto", attn_implementation=attention
         )
         model = model.to(device).eval()
-        found = checksum_tensors(model)
+        found = checksum_tensors(model, on_progress, "Comparing")
         difference = float((compute_logits(model) - logits).abs().max())
         read = None
         if tokenizer is not None:
@@ -246,12 +257,16 @@ def _behaviour(tokenizer: Any) -> tuple[Any, ...]:
     return (len(tokenizer), tokenizer(PROBE_TEXT).input_ids, *special)
 
 
-def checksum_tensors(model: Any) -> dict[str, str]:
+def checksum_tensors(model: Any, on_progress: OnProgress, stage: str) -> dict[str, str]:
     """Return the crc32c of the bytes of each tensor, with its data type and shape."""
-    found = {}
-    for name, tensor in model.state_dict().items():
+    found, done = {}, 0
+    tensors = model.state_dict()
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    for name, tensor in tensors.items():
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         found[name] = f"{tensor.dtype} {tuple(tensor.shape)} {crc32c_of_bytes(data)}"
+        done += tensor.nbytes
+        on_progress(stage, done, total)
     return found
 
 
@@ -270,17 +285,19 @@ def compute_logits(model: Any) -> torch.Tensor:
 def _export_gguf(
     loaded: LoadedModel, path: Path, options: ExportOptions, dtype: str, on_progress: OnProgress
 ) -> int | None:
-    total, done = _num_bytes(loaded.model, dtype), 0
+    total, done = _num_bytes(loaded.model, dtype), {"Writing": 0, "Comparing": 0}
 
-    def on_tensor(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        on_progress("Writing", done, max(total, done))
+    def on_tensor(stage: str, num_bytes: int) -> None:
+        done[stage] += num_bytes
+        on_progress(stage, done[stage], max(total, done[stage]))
 
     if loaded.tokenizer is None:
         log.warning("%s has no tokenizer: the file takes token ids only.", loaded.source.name)
-    write_gguf(loaded.model, loaded.tokenizer, loaded.source.name, dtype, path, on_tensor)
-    return compare_gguf(loaded.model, dtype, path) if options.is_checked else None
+    tell = functools.partial(on_tensor, "Writing")
+    write_gguf(loaded.model, loaded.tokenizer, loaded.source.name, dtype, path, tell)
+    if not options.is_checked:
+        return None
+    return compare_gguf(loaded.model, dtype, path, functools.partial(on_tensor, "Comparing"))
 
 
 def _write_tokenizer(loaded: LoadedModel, staged: Path, name: str | None) -> None:

@@ -94,8 +94,10 @@ def write_gguf(
         writer.close()
 
 
-def compare_gguf(model: Any, dtype: str, path: Path) -> int:
+def compare_gguf(model: Any, dtype: str, path: Path, on_tensor: Callable[[int], None]) -> int:
     """Read a GGUF file back; return how many tensors have every bit of the model's.
+
+    `on_tensor` is told the bytes of each one that was compared.
 
     Raises:
         SaveError: A tensor is missing, is one too many, or differs.
@@ -113,6 +115,7 @@ def compare_gguf(model: Any, dtype: str, path: Path) -> int:
         is_same = found.tensor_type.name == kind and tuple(reversed(found.shape)) == read().shape
         if not is_same or not np.array_equal(found.data.reshape(-1).view("u1"), array.view("u1")):
             raise SaveError(f"{path.name}: tensor {name} is not what was written.")
+        on_tensor(array.nbytes)
     return len(expected)
 
 

@@ -94,7 +94,11 @@ def find_model(
 
 def _is_checkpoint(which: str) -> bool:
     """Tell whether a text can mean nothing but a checkpoint."""
-    return which in ("latest", "best") or which.isdecimal() or bool(parse_checkpoint_name(which))
+    return (
+        which in ("latest", "best")
+        or which.removeprefix("step").isdecimal()
+        or bool(parse_checkpoint_name(which))
+    )
 
 
 def _from_directory(path: Path) -> ModelSource:

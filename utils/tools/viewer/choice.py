@@ -128,14 +128,14 @@ def choose_rows(
 def choose_name(text: str, names: Sequence[CheckpointName]) -> CheckpointName:
     """Return the checkpoint with this name, this step, or this beginning or end of its name.
 
-    A beginning may leave out `checkpoint-`. Digits alone are a step.
+    A beginning may leave out `checkpoint-`. Digits are a step, with or without `step` before them.
 
     Raises:
         UsageError: No checkpoint fits, or more than one.
     """
     exact = [name for name in names if str(name) == text]
-    if text.isdecimal():
-        found = [name for name in names if str(name.step) == text]
+    if text.removeprefix("step").isdecimal():
+        found = [name for name in names if name.is_of_step(text)]
     else:
         found = exact or [name for name in names if text and _is_part(text, str(name))]
     if len(found) == 1:

@@ -33,6 +33,7 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.retention import decide_retention
 from utils.checkpoints.views import (
     CheckpointView,
+    describe_lack,
     find_best,
     read_json_object,
     read_local_checkpoint,
@@ -88,10 +89,12 @@ class Shelf:
             UsageError: No checkpoint fits, or more than one.
         """
         name: CheckpointName | None = None
+        if not self.names:
+            raise UsageError(describe_lack(printable(self.where)))
         if text == "latest":
             newest = (view for name in reversed(self.names) for view in self.read([name]))
             sound = (view.name for view in newest if view.problem is None)
-            name = next(sound, self.names[-1] if self.names else None)
+            name = next(sound, self.names[-1])
         elif text == "best":
             best = find_best(self.read(self.names, brief=True))
             name = best.name if best is not None else None
@@ -122,7 +125,7 @@ class LocalShelf(Shelf):
     def __init__(self, directory: Path, config: TrainingConfig) -> None:
         try:
             names = find_checkpoints(directory)
-            notes = _incomplete_notes(directory, names)
+            notes = _notes_on_others(directory, names)
         except OSError as exc:
             raise CheckpointError(f"{directory} cannot be read: {exc.strerror or exc}.") from exc
         super().__init__(str(directory), names, notes)
@@ -226,14 +229,21 @@ def open_shelf(
         yield RemoteShelf(uri, bucket)
 
 
-def _incomplete_notes(directory: Path, complete: Sequence[CheckpointName]) -> list[str]:
-    """Name what is called like a checkpoint but was never committed."""
+def _notes_on_others(directory: Path, complete: Sequence[CheckpointName]) -> list[str]:
+    """Name what is called like a checkpoint but was never committed, and the runs below."""
     if not directory.is_dir():
         return []
     known = {str(name) for name in complete}
     others = sorted(entry.name for entry in os.scandir(directory) if entry.name not in known)
-    return [
+    notes = [
         f"{name} is not listed: it has no {MANIFEST_FILE}, so it is incomplete."
         for name in others
         if parse_checkpoint_name(name)
     ]
+    for name in others:
+        below = directory / name
+        if (below / RUN_FILE).is_file():
+            count = len(find_checkpoints(below))
+            noun = "checkpoint" if count == 1 else "checkpoints"
+            notes.append(f"{below} is another run with {count} {noun}: --run-name {name}.")
+    return notes
