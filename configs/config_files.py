@@ -22,6 +22,7 @@ from utils.base.text import parse_json, parse_json_object, unique_keys
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parents[1]
 CONFIG_DIRECTORY = PROJECT_DIRECTORY / "configs"
+TRAINING_CONFIG_FILE = "training_config.json"  # of a checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +47,24 @@ class ConfigValues:
 
 
 def read_values(
-    name: str, overrides: Mapping[str, Any], annotations: Mapping[str, str]
+    name: str,
+    overrides: Mapping[str, Any],
+    annotations: Mapping[str, str],
+    recorded: Mapping[str, Any] | None = None,
 ) -> ConfigValues:
     """Return what the file of a name and the overrides after it say.
 
-    `annotations` has the type of each known key, as a dataclass's field has it.
+    `annotations` has the type of each known key, as a dataclass's field has it. `recorded` is what
+    the file `name` says of a run, where it has been read already.
 
     Raises:
         ConfigError: A file, key or type is wrong; the message says where.
     """
-    path = _find_config_file(name)
-    values = ConfigValues({}, {}, _display_path(path))
-    for key, value in _read_config_file(path).items():
+    if recorded is None:
+        path = _find_config_file(name)
+        name, recorded = _display_path(path), _read_config_file(path)
+    values = ConfigValues({}, {}, name)
+    for key, value in recorded.items():
         _apply(values, annotations, key, value, values.file)
     for key, value in overrides.items():
         _apply(values, annotations, key, value, "command line")
@@ -67,12 +74,13 @@ def read_values(
 def _find_config_file(name: str) -> Path:
     """Return the file that `--config` names."""
     path = Path(name) if name.endswith(".json") else CONFIG_DIRECTORY / f"{name}.json"
-    if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for too long a name
-        return path
+    for found in (path, Path(name, TRAINING_CONFIG_FILE)):
+        if os.path.isfile(found):  # noqa: PTH113 - Path.is_file raises for too long a name
+            return found
     known = sorted(file.stem for file in CONFIG_DIRECTORY.glob("*.json"))
     raise ConfigError(
         f"--config {name}: {path} does not exist. Known names: {', '.join(known)}; "
-        "or give a path that ends in .json."
+        "or give a path that ends in .json, or a checkpoint's directory."
     )
 
 

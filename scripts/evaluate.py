@@ -35,6 +35,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs.config_files import parse_assignment
 from configs.training_config import TrainingConfig
 from utils.base.console import configure_logging, new_parser, print_table, run_command
 from utils.base.errors import (
@@ -196,8 +197,9 @@ def build_plan(args: argparse.Namespace) -> EvaluationPlan:
         task: read_questions(task, source) if source else None for task, source in given.items()
     }
     is_text = not (tasks or questions) or args.perplexity or args.data or args.like_training
+    data = args.data or dict(map(parse_assignment, args.set)).get("data_uri")
     text = TextPlan(
-        args.data,
+        data if isinstance(data, str) else None,
         args.split,
         args.sequence_length,
         args.stride,
@@ -244,7 +246,7 @@ class Session:
     """One call of the command: what was measured, what failed, and where it is kept."""
 
     def __init__(self, args: argparse.Namespace, config: TrainingConfig) -> None:
-        self._args, self._log = args, RunPaths.of(config).evaluations
+        self._args, self._config, self._log = args, config, RunPaths.of(config).evaluations
         self.evaluations: list[Evaluation] = []
         self.problems: list[dict[str, str]] = []
         self.exit_code = int(ExitCode.DONE)
@@ -258,7 +260,7 @@ class Session:
             StorageError: They cannot be read.
         """
         try:
-            loaded = load_found(self._args, find_from(self._args, name))
+            loaded = load_found(self._args, find_from(self._args, name, self._config))
         except PretrainError as exc:
             self._note(name, exc)
             return

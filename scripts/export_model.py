@@ -84,9 +84,10 @@ def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     if args.format == "gguf":
         require_gguf()
-    target = find_target(args, read_run_config(args))
+    config = read_run_config(args)
+    target = find_target(args, config)
     target.require_free()
-    source = find_from(args)
+    source = find_from(args, config=config)
     from utils.tools.export.export import ExportOptions, export_model  # loads torch
 
     options = ExportOptions(

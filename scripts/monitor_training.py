@@ -81,7 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--notify-command", metavar="CMD", help="run CMD on a stall, crash, end, ... (see above)"
     )
-    parser.add_argument("--logging-dir", help="directory of the logs (default: the config's)")
+    parser.add_argument(
+        "--logging-dir", metavar="DIR", help="directory of the logs (default: the run's)"
+    )
     add_run_arguments(parser)
     add_price_argument(parser)
     return parser
