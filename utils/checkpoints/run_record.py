@@ -73,8 +73,11 @@ def write_run_record(paths: RunPaths, record: RunRecord) -> None:
     temporary.replace(paths.run_file)
 
 
-def read_run_record(directory: Path) -> RunRecord | None:
-    """Return what the newest attempt noted in a directory of checkpoints; None for nothing."""
+def read_run_record(directory: Path, *, level: int = logging.DEBUG) -> RunRecord | None:
+    """Return what the newest attempt noted in a directory of checkpoints; None for nothing.
+
+    `level` is that of the log line which says why it cannot be read.
+    """
     path = directory / RUN_FILE
     try:
         value = read_json(path)
@@ -87,7 +90,7 @@ def read_run_record(directory: Path) -> RunRecord | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, *FOREIGN_ERRORS) as exc:
-        log.warning("%s cannot be read (%s) and is ignored.", path, exc)
+        log.log(level, "%s cannot be read (%s) and is ignored.", path, exc)
         return None
 
 
@@ -96,7 +99,7 @@ def read_run_identity(paths: RunPaths) -> RunIdentity | None:
 
     It decides between checkpoints that are there; without it they decide themselves.
     """
-    record = read_run_record(paths.checkpoints)
+    record = read_run_record(paths.checkpoints, level=logging.WARNING)
     return None if record is None else record.identity
 
 
