@@ -25,6 +25,7 @@ from utils.tools.evaluation.log import read_evaluations
 from utils.tools.generation.loading import load_model
 
 HELLASWAG = str(TASK_FILES / "hellaswag.jsonl")
+HERE = ("--set", "logging_dir=logs", "--set", "cache_dir=cache")  # and not where the run was
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -40,7 +41,8 @@ def run(
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str, output_dir: Path = trained_run / "checkpoints") -> tuple[int, str, str]:
-        code = evaluate.main([*words, "--output-dir", str(output_dir), "--device", "cpu"])
+        where = ("--output-dir", str(output_dir), *HERE)
+        code = evaluate.main([*words, *where, "--device", "cpu"])
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
         return code, captured.out, captured.err
@@ -147,7 +149,7 @@ def test_the_viewer_shows_what_was_measured(
     assert out.count("checkpoint-epoch0-step2-files0  2") == 2
     assert (tmp_path / "figures.png").stat().st_size > 10_000
     assert "Plot saved to figures.png" in out
-    where = ["--output-dir", str(trained_run / "checkpoints")]
+    where = ["--output-dir", str(trained_run / "checkpoints"), *HERE]
     assert checkpoint_viewer.main(["view", "latest", *where]) == 0
     out = capsys.readouterr().out
     assert "Evaluations:" in out
