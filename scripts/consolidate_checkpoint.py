@@ -12,6 +12,7 @@ any number of ranks. Exit codes: 0 done, 1 the disk failed, 2 usage or a damaged
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         print(to_json_text({"name": target.name, "path": str(target), "size_bytes": size}))
         return
     print(f"{printable(str(target))}: {format_bytes(size)} in whole files.")
-    print(f"Go on from it: python train.py ... --resume {printable(str(target))}")
+    print(f"Go on from it: python train.py --resume {shlex.quote(str(target))}")
 
 
 if __name__ == "__main__":

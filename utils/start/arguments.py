@@ -53,6 +53,7 @@ EPILOG = """exit codes:
 """
 _LOOK_RETRY_SECONDS = 4.0
 _PLACE_OPTIONS = ("output_dir", "logging_dir", "run_name")
+_PLACE_KEYS = (*_PLACE_OPTIONS, "cache_dir", "checkpoint_uri", "data_uri", "gcs_user_project")
 _SHOWN_RUNS = 8
 
 log = logging.getLogger(__name__)
@@ -138,11 +139,20 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
         overrides["log_level"] = "debug"
     args.config_source = None
     if args.config is None and args.resume is not None:
-        found, place = _find_resumed(args.resume, get_training_config(DEFAULT_CONFIG, overrides))
+        found, place = _find_resumed(args.resume, _config_alone(args.config, overrides))
         if found is not None:
             args.config_source = found.source
             return found.to_config({**place, **overrides})
     return get_training_config(args.config or DEFAULT_CONFIG, overrides)
+
+
+def _config_alone(name: str | None, words: Mapping[str, Any]) -> TrainingConfig:
+    """Return the configuration that says where a run is looked for.
+
+    Other values may contradict it, and not what the run recorded.
+    """
+    places = {key: words[key] for key in words if key in _PLACE_KEYS}
+    return get_training_config(name or DEFAULT_CONFIG, places)
 
 
 def _find_resumed(resume: str, alone: TrainingConfig) -> tuple[RunValues | None, dict[str, Any]]:
@@ -186,11 +196,14 @@ def _find_in_checkpoint(checkpoint: Path) -> tuple[RunValues | None, dict[str, A
     if not checkpoint.is_dir():
         return None, {}  # the start says so
     found = read_checkpoint_values(checkpoint)
-    directory = checkpoint.resolve().parent
+    is_plain = checkpoint.name == checkpoint.resolve().name
+    directory = (checkpoint if is_plain else checkpoint.resolve()).parent
     if not (directory / RUN_FILE).is_file():
         return found, {}
-    placed = _placed_at(directory, found.to_config({}))
-    return found, {key: getattr(placed, key) for key in ("output_dir", "run_name")}
+    own = found.to_config({})
+    placed = _placed_at(directory, own)
+    values = {key: getattr(placed, key) for key in _PLACE_KEYS}
+    return found, {key: values[key] for key in values if values[key] != getattr(own, key)}
 
 
 def _find_in_bucket(uri: str, which: str, alone: TrainingConfig) -> tuple[RunValues | None, bool]:
@@ -224,7 +237,7 @@ def next_command(args: argparse.Namespace, config: TrainingConfig) -> NextComman
     _add_attempt_arguments(bare)
     _, words = bare.parse_known_args(args.words)
     if args.config is None:
-        alone = get_training_config(DEFAULT_CONFIG, dict(map(parse_assignment, args.set)))
+        alone = _config_alone(None, dict(map(parse_assignment, args.set)))
         for key in ("output_dir", "run_name"):  # where the record is found
             value = getattr(config, key)
             if value != getattr(alone, key):
@@ -293,11 +306,11 @@ def read_run_config(args: argparse.Namespace, run: str | Path | None = None) -> 
         run = _only_run(args.run, words)
     if run is not None:
         words = {key: words[key] for key in words if key not in ("output_dir", "run_name")}
-    alone = get_training_config(args.config or DEFAULT_CONFIG, words)
+    alone = _config_alone(args.config, words)
     directory = RunPaths.of(alone).checkpoints if run is None else Path(run)
     found = find_run_values(directory)
     if found is None:
-        config = alone
+        config = get_training_config(args.config or DEFAULT_CONFIG, words)
         _tell_other_runs(directory, None if run else Path(alone.output_dir))
     else:
         place = {} if run else {"output_dir": alone.output_dir, "run_name": alone.run_name}
