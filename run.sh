@@ -29,6 +29,14 @@ case " $* " in
 *) arguments+=(--resume latest) ;;
 esac
 arguments+=("$@")
+# Where the run is; what lies there says all else.
+run=()
+[ "$config" = test ] || run=(--config "$config")
+for word in "$@"; do
+    case "$word" in
+    run_name=* | output_dir=*) run+=(--set "$word") ;;
+    esac
+done
 
 bash setup.sh
 bin="${VENV:-venv}/bin"
@@ -58,23 +66,24 @@ code=0
 "${launch[@]}" train.py "${arguments[@]}" || code=$?
 if [ "$code" -eq 0 ] || [ "$code" -eq 4 ] || [ "$code" -eq 75 ]; then
     echo
-    python scripts/checkpoint_viewer.py list --config "$config" || true
+    python scripts/checkpoint_viewer.py list ${run[@]+"${run[@]}"} || true
+    words="${run[*]:+ ${run[*]}}"
     cat <<EOF
 
 Made: checkpoints in checkpoints/, metrics and curves in logs/, archives in the bucket.
 Look at it:
   source $bin/activate
-  python scripts/checkpoint_viewer.py view latest --config $config
-  python scripts/checkpoint_viewer.py compare --config $config
-  python scripts/checkpoint_viewer.py plot latest --config $config --save curves.png
-  python scripts/checkpoint_viewer.py report --config $config --output run.html
-  python scripts/upload_manager.py status --config $config
-  python scripts/monitor_training.py --once --config $config
+  python scripts/checkpoint_viewer.py view latest$words
+  python scripts/checkpoint_viewer.py compare$words
+  python scripts/checkpoint_viewer.py plot latest$words --save curves.png
+  python scripts/checkpoint_viewer.py report$words --output run.html
+  python scripts/upload_manager.py status$words
+  python scripts/monitor_training.py --once$words
   tensorboard --logdir logs
 Use it:
-  python scripts/generate.py latest --config $config --prompt "The"
-  python scripts/evaluate.py latest --config $config
-  python scripts/export_model.py latest --config $config --output my-model
+  python scripts/generate.py latest$words --prompt "The"
+  python scripts/evaluate.py latest$words
+  python scripts/export_model.py latest$words --output my-model
 EOF
 fi
 exit "$code"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from configs.training_config import TrainingConfig
 from utils.base.console import configure_logging, run_command
-from utils.start.arguments import load_config, parse_arguments
+from utils.start.arguments import load_config, next_command, parse_arguments
 
 if TYPE_CHECKING:
     from utils.checkpoints.writer import WriterProcess
@@ -38,6 +39,9 @@ def train(args: argparse.Namespace) -> int:
     """Do what the command line asks for; return the exit code."""
     config = load_config(args)
     configure_logging(config.log_level, quiet=args.quiet, stderr=args.json)
+    is_main_rank = os.environ.get("RANK", "0") == "0"
+    if args.config_source and is_main_rank:
+        logging.getLogger("train").info("Configuration of the run: %s.", args.config_source)
     # torch and transformers take seconds to load: what needs neither does not wait for them.
     from utils.base.startup import keep_compiled, load_libraries
     from utils.checkpoints.layout import RunPaths
@@ -48,7 +52,6 @@ def train(args: argparse.Namespace) -> int:
     paths = RunPaths.of(config)
     if not args.dry_run:
         require_startable(paths, resume=args.resume, fresh=args.fresh)
-    is_main_rank = os.environ.get("RANK", "0") == "0"
     is_writing = config.background_save and is_main_rank and not args.dry_run
     with leaving_no_empty_folders(config), starting_early(is_wanted=is_writing) as writer:
         if config.torch_compile and not args.dry_run:
@@ -102,7 +105,7 @@ def start(args: argparse.Namespace, config: TrainingConfig, writer: WriterProces
         begun = restore.begin(plan, config, state, data, args)
 
         options = SavingOptions(found.transport, not args.no_background_upload, writer)
-        run = TrainingRun(config, state, data, begun, stop, options)
+        run = TrainingRun(config, state, data, begun, stop, options, next_command(args, config))
         stack.enter_context(run)
         return loop(run, config, args.stop_after)
 

@@ -24,6 +24,7 @@ from utils.base.text import parse_json, parse_json_object, unique_keys
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parents[1]
 CONFIG_DIRECTORY = PROJECT_DIRECTORY / "configs"
+TRAINING_CONFIG_FILE = "training_config.json"  # of a checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +52,20 @@ class ConfigValues:
 
 
 def read_values(
-    name: str, overrides: Mapping[str, Any], annotations: Mapping[str, str]
+    name: str,
+    overrides: Mapping[str, Any],
+    annotations: Mapping[str, str],
+    recorded: Mapping[str, Any] | None = None,
 ) -> ConfigValues:
     """Return what the file of a name and the overrides after it say.
 
-    `annotations` has the type of each known key, as a dataclass's field has it.
+    `annotations` has the type of each known key, as a dataclass's field has it. `recorded` is what
+    the file `name` says of a run, where it has been read already.
 
     Raises:
         ConfigError: A file, key or type is wrong; the message says where.
     """
-    files = list(_read_files(name))
+    files = [(name, dict(recorded))] if recorded is not None else list(_read_files(name))
     values = ConfigValues({}, {}, files[0][0])
     for file, content in reversed(files):
         for key, value in content.items():
@@ -97,12 +102,13 @@ def _read_files(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _find_config_file(words: str, name: str, folder: Path) -> Path:
     """Return the file of a name, or of a path from a folder; `words` are what says it."""
     path = folder / name if name.endswith(".json") else CONFIG_DIRECTORY / f"{name}.json"
-    if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for too long a name
-        return path
+    for found in (path, folder / name / TRAINING_CONFIG_FILE):
+        if os.path.isfile(found):  # noqa: PTH113 - Path.is_file raises for too long a name
+            return found
     known = sorted(file.stem for file in CONFIG_DIRECTORY.glob("*.json"))
     raise ConfigError(
         f"{words}: {path} does not exist. Known names: {', '.join(known)}; "
-        "or give a path that ends in .json."
+        "or give a path that ends in .json, or a checkpoint's directory."
     )
 
 

@@ -534,17 +534,20 @@ def _check_mixture(sources: list[dict[str, Any]]) -> None:
 
 
 def get_training_config(
-    name: str = "test", overrides: Mapping[str, Any] | None = None
+    name: str = "test",
+    overrides: Mapping[str, Any] | None = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> TrainingConfig:
     """Return the configuration of a name or a JSON file.
 
-    `name` is `test`, `production`, any NAME of `configs/NAME.json`, or a path to a .json file.
-    `overrides` come after the file; `model_overrides.KEY` sets one of its keys.
+    `name` is `test`, `production`, any NAME of `configs/NAME.json`, a path to a .json file, or a
+    checkpoint's directory. `overrides` come after the file; `model_overrides.KEY` sets one of its
+    keys. `recorded` is what the file `name` says of a run, where it has been read already.
 
     Raises:
         ConfigError: A file, key or value is wrong; the message says where.
     """
-    values = read_values(name, overrides or {}, KEY_TYPES)
+    values = read_values(name, overrides or {}, KEY_TYPES, recorded)
     try:
         return TrainingConfig(**values.by_key)
     except ConfigError as exc:

@@ -6,8 +6,9 @@
     plot [NAME ...]       curves, in the terminal or as a picture; --evaluation: of evaluate.py
     report                all of a run on one HTML page: curves, configuration, checkpoints, texts
 
-NAME is a checkpoint's name, a step number, latest, best, or the beginning or end of a name where
-only one checkpoint fits (epoch0-step50). It only reads, and needs torch for --weights alone. A
+NAME is a checkpoint's name, a step number, latest, best, the beginning or end of a name where only
+one checkpoint fits (epoch0-step50), or a path. compare and plot take several runs: --run DIR --run
+DIR, or paths. It only reads, and needs torch for --weights alone. A
 checkpoint that cannot be read is listed with the reason. Exit codes: 0 done, 1 the bucket failed,
 2 usage.
 """
@@ -19,7 +20,6 @@ import gc
 import io
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs.config_files import TRAINING_CONFIG_FILE
 from utils.base.console import (
     new_parser,
     output_width,
@@ -37,10 +38,10 @@ from utils.base.console import (
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import format_bytes, printable, to_json_text
 from utils.base.uri import require_path
-from utils.checkpoints.layout import DATA_STATE_FILE, TRAINING_CONFIG_FILE, RunPaths
+from utils.checkpoints.layout import DATA_STATE_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView, describe_lack
 from utils.costs.costs import describe_costs
-from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
+from utils.start.arguments import KeyParser, add_price_argument, add_run_arguments, read_run_config
 from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
 from utils.tools.evaluation.text import chart_lines as evaluation_charts
 from utils.tools.evaluation.text import (
@@ -51,7 +52,8 @@ from utils.tools.evaluation.text import (
 )
 from utils.tools.viewer import report, text
 from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
-from utils.tools.viewer.shelf import Shelf, open_shelf
+from utils.tools.viewer.chosen import choose_checkpoints, find_places
+from utils.tools.viewer.shelf import Shelf
 from utils.tracking.metrics_log import HISTORY_LIMIT
 from utils.tracking.plots import (
     METRICS,
@@ -63,7 +65,7 @@ from utils.tracking.plots import (
 )
 from utils.tracking.text_plots import MARKS, draw_chart
 
-NAMES = "name, step number, latest, best, or the unique beginning or end of a name"
+NAMES = "name, step number, latest, best, the unique beginning or end of a name, or a path"
 CHART_WIDTH = 78
 LOSS_CHART_LINES, CHART_LINES = 12, 6
 
@@ -80,13 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = KeyParser(add_help=False)
     add_run_arguments(common)
     add_price_argument(common)
     common.add_argument(
-        "--remote", action="store_true", help="read the bucket's sidecars instead (report: too)"
+        "--remote",
+        action="store_true",
+        help="read the bucket's sidecars instead (report: too); --run may then be a bucket's URI",
     )
-    parser = new_parser("checkpoint_viewer.py", __doc__)
+    parser = new_parser("checkpoint_viewer.py", __doc__, kind=KeyParser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[..., None], summary: str) -> argparse.ArgumentParser:
@@ -114,7 +118,10 @@ def build_parser() -> argparse.ArgumentParser:
 def add_compare_options(compare: argparse.ArgumentParser) -> None:
     """Add what only `compare` takes."""
     compare.add_argument(
-        "names", metavar="NAME", nargs="*", help=f"{NAMES} (default: the two newest)"
+        "names",
+        metavar="NAME",
+        nargs="*",
+        help=f"{NAMES} (default: the two newest; the newest of each --run)",
     )
     compare.add_argument(
         "--weights",
@@ -126,13 +133,6 @@ def add_compare_options(compare: argparse.ArgumentParser) -> None:
 def add_plot_options(plot: argparse.ArgumentParser) -> None:
     """Add what only `plot` takes."""
     plot.add_argument("names", metavar="NAME", nargs="*", help=f"{NAMES} (default: latest)")
-    plot.add_argument(
-        "--run",
-        action="append",
-        metavar="DIR",
-        help="draw NAME from this directory of checkpoints (with --remote: this bucket URI) "
-        "instead of the config's; repeat it for several runs in one picture",
-    )
     plot.add_argument(
         "--evaluation",
         action="append",
@@ -178,7 +178,8 @@ def run_list(args: argparse.Namespace) -> None:
     conditions = [parse_condition(word) for word in args.filter]
     if args.last is not None and args.last < 1:
         raise UsageError(f"--last must be at least 1, got {args.last}.")
-    with opened_shelf(args) as shelf:
+    (place,) = find_places(args)
+    with place.open() as shelf:
         every = shelf.rows(shelf.read(shelf.names, brief=True), args.hourly_price)
     rows = choose_rows(
         every, conditions, last=args.last, sort_key=args.sort, is_reversed=args.reverse
@@ -226,14 +227,13 @@ def print_list(
 
 def run_view(args: argparse.Namespace) -> None:
     """Show one checkpoint."""
-    with opened_shelf(args) as shelf:
-        view = shelf.select(args.name)
-        (row,) = shelf.rows([view], args.hourly_price)
+    (chosen,) = choose_checkpoints(args, [args.name], are_several=False)
+    view, row = chosen.view, chosen.row
     files, problems = report.check_files(view)
     data_state, data_problem = report.read_part(view, DATA_STATE_FILE)
     config, config_problem = report.read_part(view, TRAINING_CONFIG_FILE)
     costs = report.measure_costs(view, args.hourly_price)
-    evaluations = read_evaluations(RunPaths.of(read_run_config(args)).evaluations)
+    evaluations = read_evaluations(RunPaths.of(chosen.config).evaluations)
     measured = of_weights(evaluations.evaluations, view.manifest)
     found = (view.problem, data_problem, config_problem, evaluations.problem)
     problems += [problem for problem in found if problem]
@@ -252,7 +252,7 @@ def run_view(args: argparse.Namespace) -> None:
     print(f"Checkpoint Summary: {view.name}")
     print("=" * 60)
     spent = [] if costs is None else [describe_costs(costs)]
-    bucket = shelf.where if args.remote else ""
+    bucket = chosen.where if args.remote else ""
     sections = text.example_sections(view, sys.stdout.encoding)
     if args.all:
         sections |= {
@@ -283,15 +283,11 @@ def run_view(args: argparse.Namespace) -> None:
 
 def run_compare(args: argparse.Namespace) -> None:
     """Show checkpoints side by side."""
-    with opened_shelf(args) as shelf:
-        names = args.names or [str(name) for name in shelf.names[-2:]]
-        if len(names) < 2:
-            if not shelf.names:
-                raise UsageError(describe_lack(printable(shelf.where)))
-            where = "named" if args.names else f"in {printable(shelf.where)}"
-            raise UsageError(f"compare needs at least two checkpoints, {len(names)} {where}.")
-        chosen = [shelf.select(name) for name in names]
-        rows = shelf.rows(chosen, args.hourly_price)
+    found = choose_checkpoints(args, args.names, num_newest=1 if len(args.run or []) > 1 else 2)
+    chosen, rows = [one.view for one in found], [one.row for one in found]
+    if len(found) < 2:
+        count = f"{len(found)} {'named' if args.names else 'found'}"
+        raise UsageError(f"compare needs at least two checkpoints, {count}.")
     for row in rows:
         costs = row["costs"] or {}
         row.update(machine_seconds=costs.get("seconds"), dollars=costs.get("dollars"))
@@ -303,8 +299,9 @@ def run_compare(args: argparse.Namespace) -> None:
         print(to_json_text({**values, "weights": drifts}))
         return
     print(f"Comparing {len(rows)} checkpoints:")
-    for index, row in enumerate(rows, start=1):
-        print(f"  [{index}] {row['name']}")
+    is_one_place = len({one.where for one in found}) == 1
+    for index, one in enumerate(found, start=1):
+        print(f"  [{index}] {one.view.name if is_one_place else printable(one.label)}")
     print_table("=" * 60, text.compare_rows(rows), text.compare_columns(len(rows)))
     print_section("Configuration Differences", text.difference_lines(differences, notes))
     for index, drift in enumerate(drifts or [], start=1):
@@ -379,10 +376,8 @@ def plot_of_evaluations(args: argparse.Namespace) -> Plot:
     Raises:
         UsageError: Checkpoints are named too, or no checkpoint has such a figure.
     """
-    if args.names or args.run or args.remote:
-        raise UsageError(
-            "--evaluation draws all checkpoints of the run: it takes no NAME, --run or --remote."
-        )
+    if args.names or args.remote:
+        raise UsageError("--evaluation draws all checkpoints: it takes no NAME and no --remote.")
     log = read_evaluations(RunPaths.of(read_run_config(args)).evaluations)
     drawn = [metric_points(log.evaluations, name) for name in args.evaluation]
     for points in drawn:
@@ -401,19 +396,19 @@ def plot_of_evaluations(args: argparse.Namespace) -> Plot:
 def plot_of_checkpoints(args: argparse.Namespace) -> Plot:
     """Return the plot of all named checkpoints in all places."""
     names, every, notes, values = [], [], [], []
-    places = args.run or [None]
-    for place in places:
-        with opened_shelf(args, place) as shelf:
-            for name in args.names or ["latest"]:
-                view = shelf.select(name)
-                label = str(view.name) if len(places) == 1 else f"{shelf.where}: {view.name}"
-                curves, problem = report.read_curves(view, label)
-                if problem:
-                    kept = f"drawn from metadata.json (last {HISTORY_LIMIT} only)"
-                    notes.append(f"{label}: {problem}; {kept}")
-                names.append(str(view.name))
-                every.append(curves)
-                values.append({"checkpoint": str(view.name), **asdict(curves), "problem": problem})
+    chosen = choose_checkpoints(args, args.names or ["latest"])
+    is_one_place = len({one.where for one in chosen}) == 1
+    for one in chosen:
+        name = str(one.view.name)
+        label = name if is_one_place else one.label
+        curves, problem = report.read_curves(one.view, label)
+        if problem:
+            notes.append(
+                f"{label}: {problem}; drawn from metadata.json (last {HISTORY_LIMIT} only)"
+            )
+        names.append(name)
+        every.append(curves)
+        values.append({"checkpoint": name, **asdict(curves), "problem": problem})
     drawn = [curves for curves in every if curves.has_steps and curves.series] or every
     notes += [
         f"{curves.label} is left out: its steps are not known"
@@ -476,13 +471,6 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 # all
-
-
-def opened_shelf(
-    args: argparse.Namespace, place: str | None = None
-) -> AbstractContextManager[Shelf]:
-    """Open the checkpoints that the options name."""
-    return open_shelf(read_run_config(args), is_remote=args.remote, place=place)
 
 
 def print_section(title: str, lines: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ any number of ranks. Exit codes: 0 done, 1 the disk failed, 2 usage or a damaged
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from utils.base.errors import UsageError
 from utils.base.text import format_bytes, printable, to_json_text
 from utils.base.uri import require_path
 from utils.checkpoints.layout import read_manifest
+from utils.start.arguments import KeyParser
 from utils.tools.generation.arguments import add_model_arguments, find_from
 
 
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("consolidate_checkpoint.py", __doc__)
+    parser = new_parser("consolidate_checkpoint.py", __doc__, kind=KeyParser)
     add_model_arguments(parser, loads=False)
     parser.add_argument(
         "--output", default="whole", metavar="DIR", help="where it is written (default: whole)"
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         print(to_json_text({"name": target.name, "path": str(target), "size_bytes": size}))
         return
     print(f"{printable(str(target))}: {format_bytes(size)} in whole files.")
-    print(f"Go on from it: python train.py ... --resume {printable(str(target))}")
+    print(f"Go on from it: python train.py --resume {shlex.quote(str(target))}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs.config_files import parse_assignment
 from configs.training_config import TrainingConfig
 from utils.base.console import (
     configure_logging,
@@ -56,7 +57,7 @@ from utils.base.text import printable, to_json_text
 from utils.base.uri import require_place
 from utils.checkpoints.layout import RunPaths
 from utils.checkpoints.views import describe_lack
-from utils.start.arguments import read_run_config
+from utils.start.arguments import KeyParser, read_run_config
 from utils.tools.evaluation.evaluator import MEASURED_SPLITS, EvaluationPlan, Evaluator, TextPlan
 from utils.tools.evaluation.harness import require_harness
 from utils.tools.evaluation.log import Evaluation, append_evaluation, metric_points
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("evaluate.py", __doc__)
+    parser = new_parser("evaluate.py", __doc__, kind=KeyParser)
     add_model_arguments(parser, several=True)
     add_text_options(parser.add_argument_group("loss and perplexity"))
     add_task_options(parser.add_argument_group("tasks"))
@@ -209,8 +210,9 @@ def build_plan(args: argparse.Namespace) -> EvaluationPlan:
         task: read_questions(task, source) if source else None for task, source in given.items()
     }
     is_text = not (tasks or questions) or args.perplexity or args.data or args.like_training
+    data = args.data or dict(map(parse_assignment, args.set)).get("data_uri")
     text = TextPlan(
-        args.data,
+        data if isinstance(data, str) else None,
         args.split,
         args.sequence_length,
         args.stride,
@@ -259,7 +261,7 @@ class Session:
     """One call of the command: what was measured, what failed, and where it is kept."""
 
     def __init__(self, args: argparse.Namespace, config: TrainingConfig) -> None:
-        self._args, self._log = args, RunPaths.of(config).evaluations
+        self._args, self._config, self._log = args, config, RunPaths.of(config).evaluations
         self.evaluations: list[Evaluation] = []
         self.problems: list[dict[str, str]] = []
         self.exit_code = int(ExitCode.DONE)
@@ -273,7 +275,7 @@ class Session:
             StorageError: They cannot be read.
         """
         try:
-            loaded = load_found(self._args, find_from(self._args, name))
+            loaded = load_found(self._args, find_from(self._args, name, self._config))
         except PretrainError as exc:
             self._note(name, exc)
             return

@@ -32,7 +32,7 @@ from utils.base.errors import UsageError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import format_bytes, printable, to_json_text
 from utils.checkpoints.layout import RunPaths
-from utils.start.arguments import read_run_config
+from utils.start.arguments import KeyParser, read_run_config
 from utils.tools.export.gguf import require_gguf
 from utils.tools.export.hub_target import HUB_PREFIX, HubTarget
 from utils.tools.export.target import GGUF_SUFFIX, BucketTarget, DiskTarget, open_target
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("export_model.py", __doc__)
+    parser = new_parser("export_model.py", __doc__, kind=KeyParser)
     add = parser.add_argument
     add(
         "--output",
@@ -84,9 +84,10 @@ def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     if args.format == "gguf":
         require_gguf()
-    target = find_target(args, read_run_config(args))
+    config = read_run_config(args)
+    target = find_target(args, config)
     target.require_free()
-    source = find_from(args)
+    source = find_from(args, config=config)
     from utils.tools.export.export import ExportOptions, export_model  # loads torch
 
     options = ExportOptions(

@@ -46,7 +46,7 @@ from utils.base.errors import UsageError
 from utils.base.files import FollowedFile
 from utils.base.text import printable, to_json_text
 from utils.checkpoints.layout import RunPaths
-from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
+from utils.start.arguments import KeyParser, add_price_argument, add_run_arguments, read_run_config
 from utils.tools.monitor.events import EventTracker
 from utils.tools.monitor.notifier import LEAVE_SECONDS, LIMIT_SECONDS, Notifier, parse_command
 from utils.tools.monitor.status import RunStatus, RunWatcher
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("monitor_training.py", __doc__)
+    parser = new_parser("monitor_training.py", __doc__, kind=KeyParser)
     parser.add_argument(
         "--refresh",
         type=_positive_seconds,
@@ -80,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--notify-command", metavar="CMD", help="run CMD on a stall, crash, end, ... (see above)"
     )
-    parser.add_argument("--logging-dir", help="directory of the logs (default: the config's)")
+    parser.add_argument(
+        "--logging-dir", metavar="DIR", help="directory of the logs (default: the run's)"
+    )
     add_run_arguments(parser)
     add_price_argument(parser)
     return parser

@@ -27,8 +27,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.config_files import parse_assignment
-from configs.training_config import TrainingConfig, get_training_config
+from configs.training_config import TrainingConfig
 from utils.base.console import (
     LiveLine,
     configure_logging,
@@ -60,6 +59,7 @@ from utils.checkpoints.layout import (
     require_checkpoint_name,
 )
 from utils.checkpoints.retention import Action, Decision, decide_retention
+from utils.checkpoints.run_record import read_run_identity
 from utils.checkpoints.store import hold_output_directory
 from utils.checkpoints.views import (
     CheckpointView,
@@ -72,8 +72,7 @@ from utils.remote.download import download_checkpoint
 from utils.remote.listing import RemoteListing, choose_remote, list_remote, read_sidecars
 from utils.remote.pruning import PrunePlan, delete_all, plan_bucket
 from utils.remote.verification import CheckpointReport, Orphan, Verifier, find_unconfirmed
-from utils.start.arguments import KeyParser
-from utils.start.resume import read_run_identity
+from utils.start.arguments import KeyParser, add_run_arguments, read_run_config
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
 from utils.uploads.status import build_queue, build_upload_rows, last_errors
@@ -122,12 +121,7 @@ log = logging.getLogger(__name__)
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
     common = KeyParser(add_help=False)
-    common.add_argument("--config", default="test", help="the run's configuration (default: test)")
-    common.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="as train.py has it"
-    )
-    common.add_argument("--json", action="store_true", help="print JSON")
-    common.add_argument("--debug", action="store_true", help="debug log lines and tracebacks")
+    add_run_arguments(common)
     parser = new_parser("upload_manager.py", __doc__, kind=KeyParser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -152,7 +146,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     prune.add_argument("--remote", action="store_true", help="in the bucket; needed")
     prune.add_argument("--keep", type=int, required=True, metavar="N", help="newest to keep")
     prune.add_argument("--keep-every", type=int, metavar="STEPS", help="keep multiples of it too")
-    prune.add_argument("--run", metavar="RUN", help="run id, where the bucket holds several")
+    prune.add_argument("--run-id", metavar="RUN", help="run id, where the bucket holds several")
     prune.add_argument("--dry-run", action="store_true", help="only show what would go")
     prune.add_argument("--yes", action="store_true", help="do not ask")
     return parser.parse_args(argv)
@@ -160,8 +154,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Do one command; return the exit code."""
-    config = get_training_config(args.config, dict(parse_assignment(text) for text in args.set))
     configure_logging("debug" if args.debug else "info", stderr=args.json)
+    config = read_run_config(args)
     command = {
         "status": show_status,
         "list": show_list,
@@ -563,7 +557,7 @@ def plan_prune(
         bucket,
         listing,
         read_sidecars(bucket, listing),
-        RunIdentity(args.run) if args.run else find_identity(paths),
+        RunIdentity(args.run_id) if args.run_id else find_identity(paths),
         is_under_way={name for name, one in journal.latest().items() if one.state.is_pending},
         keep=args.keep,
         keep_every_steps=args.keep_every,

@@ -160,12 +160,17 @@ def trained_run(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def _train(sample_data: Path, arguments: Sequence[str], settings: Sequence[str]) -> int:
+    return call_train(arguments, (*TINY, f"data_uri={sample_data}", *settings))
+
+
+def call_train(arguments: Sequence[str], settings: Sequence[str] = ()) -> int:
+    """Call train.py in this process, with these words and no others."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     import train
 
     words = list(arguments)
-    for setting in (*TINY, f"data_uri={sample_data}", *settings):
+    for setting in settings:
         words += ["--set", setting]
     try:
         return train.main(words)

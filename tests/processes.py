@@ -72,5 +72,6 @@ def load_train() -> None:
 def run_train_file(words: Sequence[str]) -> NoReturn:
     """Run the file train.py with these words as `__main__` of this process, and end with it."""
     sys.argv = [str(PROJECT_DIRECTORY / "train.py"), *words]
+    sys.orig_argv = [sys.executable, *sys.argv]
     runpy.run_path(sys.argv[0], run_name="__main__")
     sys.exit()

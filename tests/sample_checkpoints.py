@@ -82,6 +82,9 @@ def make_history(step: int) -> dict[str, Any]:
     }
 
 
+SAMPLE_CONFIG = {"learning_rate": 0.004, "max_steps": 100, "checkpoint_uri": "bucket"}
+
+
 def make_checkpoint(
     directory: Path, step: int, *, config: dict[str, Any] | None = None, **metadata: Any
 ) -> Path:
@@ -92,7 +95,7 @@ def make_checkpoint(
     files = {
         "metadata.json": make_metadata(step, **metadata),
         "training_metrics.json": make_history(step),
-        "training_config.json": config or {"learning_rate": 0.004, "max_steps": 100},
+        "training_config.json": config or SAMPLE_CONFIG,
         "data_state.json": {
             "format": 1,
             "epoch": 0,

@@ -368,7 +368,8 @@ def test_a_longer_run_and_other_watching_want_no_flag_and_are_listed(
     output = capsys.readouterr().out
     for change in ("max_steps: 4 -> 6", "logging_steps: 10 -> 1", "keep_checkpoints: 3 -> 5"):
         assert f"Changed since the checkpoint: {change}." in output
-    assert "--resume latest --max-steps N goes on" in finished
+    assert "To train on to step 8:" in finished
+    assert "--resume latest --max-steps 8" in finished
     assert not [line for line in finished.splitlines() if "learning rate" in line]
     (line,) = [line for line in output.splitlines() if "learning rate" in line]
     assert " WARNING " in line

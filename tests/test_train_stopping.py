@@ -16,6 +16,7 @@ import os
 import re
 import resource
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -385,7 +386,7 @@ class Trainer:
         folder: Path,
         data: Path,
         words: Sequence[str],
-        settings: Sequence[str],
+        settings: Sequence[str] | None,
         hooks: Sequence[Hook],
         environment: dict[str, str],
     ) -> None:
@@ -395,7 +396,8 @@ class Trainer:
         number = len(list(folder.glob("*.out")))
         self._output, self._errors = folder / f"{number}.out", folder / f"{number}.err"
         words = list(words)
-        for setting in (*SETTINGS, f"data_uri={data}", *settings):
+        told = () if settings is None else (*SETTINGS, f"data_uri={data}", *settings)
+        for setting in told:
             words += ["--set", setting]
         request = {
             "folder": str(folder),
@@ -511,7 +513,7 @@ def begin(forks: Forks, data: Path) -> Start:
     def start(
         folder: Path,
         *words: str,
-        settings: Sequence[str] = (),
+        settings: Sequence[str] | None = (),
         hooks: Sequence[Hook] = (),
         environment: dict[str, str] | None = None,
         writer: bool = False,
@@ -575,7 +577,7 @@ def assert_stopped(
     for step in steps:
         assert verify_checkpoint(trainer.paths.checkpoints / name_of(step)).step == step
     assert trainer.uploaded == (steps if uploaded is None else uploaded)
-    last = f"Stopped by {by} at step {steps[-1]}, saved. Go on with --resume latest."
+    last = f"Stopped by {by} at step {steps[-1]}, saved. Go on with:"
     assert find_line(trainer, "^Stopped by") == last
     assert not trainer.lease.exists()
 
@@ -585,6 +587,13 @@ def find_line(trainer: Trainer, pattern: str) -> str:
     lines = [line[28:] for line in trainer.output.splitlines()]
     (found,) = (line for line in lines if re.search(pattern, line))
     return found
+
+
+def next_words(trainer: Trainer) -> list[str]:
+    """Return the words for train.py in the command that an attempt has printed last."""
+    program, file, *words = shlex.split(trainer.output.splitlines()[-1][28:])
+    assert [program, file] == [sys.executable, str(PROJECT_DIRECTORY / "train.py")]
+    return words
 
 
 def plan_of(trainer: Trainer) -> str:
@@ -604,6 +613,31 @@ def test_a_stop_during_a_step_saves_that_step(start: Start, straight: Trainer) -
     assert re.fullmatch(plan, plan_of(trainer))
     assert f"Saved {name_of(6)}, verified in the bucket." in trainer.output
     assert_goes_on(start, straight)
+
+
+def test_each_end_prints_the_command_that_goes_on_bit_for_bit(
+    start: Start, straight: Trainer
+) -> None:
+    trainer = start("--stop-after=3", "--fresh", "--no-background-upload")
+    assert trainer.end() == 0, str(trainer)
+    words = next_words(trainer)
+    assert words[0] == "--no-background-upload"
+    assert words[-2:] == ["--resume", "latest"]
+    assert find_line(trainer, "^Ended") == "Ended after step 3 as asked. Go on with:"
+
+    # Without --config, the configuration is that of the run.
+    trainer = start("--resume", "latest", settings=None, hooks=[("hold_step", 6)])
+    trainer.wait_at("step")
+    trainer.stop(signal.SIGINT)
+    trainer.let_go("step")
+    assert trainer.end() == ExitCode.STOPPED, str(trainer)
+    assert next_words(trainer) == ["--resume", "latest"]
+
+    trainer = start(*next_words(trainer), settings=None)
+    assert trainer.end() == 0, str(trainer)
+    assert curves_of(trainer) == curves_of(straight)
+    assert next_words(trainer) == ["--resume", "latest", "--max-steps", "20"]
+    assert find_line(trainer, "^To train") == "To train on to step 20:"
 
 
 def test_a_stop_during_a_save_commits_that_save(start: Start, straight: Trainer) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from accelerate.utils import load as load_tensors
 
-from configs.config_files import PROJECT_DIRECTORY
+from configs.config_files import PROJECT_DIRECTORY, TRAINING_CONFIG_FILE
 from configs.model_config import CONFIG_FILE, with_older_keys
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, UnreadableCheckpointError
@@ -38,7 +38,6 @@ from utils.checkpoints.layout import (
     METADATA_FILE,
     METRICS_HISTORY_FILE,
     RANDOM_STATES_PREFIX,
-    TRAINING_CONFIG_FILE,
     CheckpointName,
     Manifest,
     RunIdentity,

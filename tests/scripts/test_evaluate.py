@@ -27,6 +27,7 @@ from utils.tools.evaluation.log import read_evaluations
 from utils.tools.generation.loading import load_model
 
 HELLASWAG = str(TASK_FILES / "hellaswag.jsonl")
+HERE = ("--set", "logging_dir=logs", "--set", "cache_dir=cache")  # and not where the run was
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -42,7 +43,8 @@ def run(
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str, output_dir: Path = trained_run / "checkpoints") -> tuple[int, str, str]:
-        code = evaluate.main([*words, "--output-dir", str(output_dir), "--device", "cpu"])
+        where = ("--output-dir", str(output_dir), *HERE)
+        code = evaluate.main([*words, *where, "--device", "cpu"])
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
         return code, captured.out, captured.err
@@ -157,7 +159,7 @@ def test_the_viewer_shows_what_was_measured(
     run_id = read_manifest(trained_run / "checkpoints" / "checkpoint-epoch0-step4-files0").run_id
     drawn_of = f"validation.loss, hellaswag.acc_norm of run {run_id}"
     assert f"Plot saved to figures.png: {drawn_of}" in out
-    where = ["--output-dir", str(trained_run / "checkpoints")]
+    where = ["--output-dir", str(trained_run / "checkpoints"), *HERE]
     assert checkpoint_viewer.main(["view", "latest", *where]) == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("Evaluations: "))
     assert re.search(r"hellaswag acc_norm [\d.]+, validation loss [\d.]+$", line)

@@ -21,7 +21,14 @@ from utils.base.errors import ExitCode
 def words(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The words that name the trained run, from an empty directory."""
     monkeypatch.chdir(tmp_path)
-    return ["--output-dir", str(trained_run / "checkpoints"), "--device", "cpu"]
+    return [
+        "--output-dir",
+        str(trained_run / "checkpoints"),
+        "--set",
+        "cache_dir=cache",
+        "--device",
+        "cpu",
+    ]
 
 
 def test_a_checkpoint_becomes_a_folder(

@@ -32,9 +32,9 @@ from utils.checkpoints.layout import (
     sidecar_object,
     write_json,
 )
+from utils.checkpoints.run_record import RunRecord, write_run_record
 from utils.checkpoints.store import hold_output_directory
 from utils.remote.pruning import delete_all
-from utils.start.restore import write_run_identity
 from utils.storage.bucket import Bucket, crc32c_of_bytes, crc32c_of_file
 from utils.storage.open import open_bucket
 from utils.uploads.archive import write_archive
@@ -808,7 +808,7 @@ def test_prune_plans_again_after_the_answer(place: Place, monkeypatch: pytest.Mo
         identity = RunIdentity(RUN_ID).fork(30, [0])
         paths = RunPaths(*[place.checkpoints] * 3)
         place.checkpoints.mkdir()
-        write_run_identity(paths, identity)
+        write_run_record(paths, RunRecord(identity))
         return "yes"
 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
@@ -923,10 +923,10 @@ def test_prune_of_several_runs_wants_to_know_which(place: Place) -> None:
     place.publish_only(70, run_id=OTHER_RUN)
     place.forget()
     assert place.call(*PRUNE, "--yes")[0] == ExitCode.USAGE
-    assert "--run RUN" in place.stderr
-    _, result = place.read("prune", "--remote", "--keep", "1", "--yes", "--run", OTHER_RUN)
+    assert "--run-id RUN" in place.stderr
+    _, result = place.read("prune", "--remote", "--keep", "1", "--yes", "--run-id", OTHER_RUN)
     assert result["deleted"] == [name(60)]
-    _, result = place.read("prune", "--remote", "--keep", "1", "--yes", "--run", RUN_ID)
+    _, result = place.read("prune", "--remote", "--keep", "1", "--yes", "--run-id", RUN_ID)
     assert result["deleted"] == [name(10), name(30), name(40)]
 
 

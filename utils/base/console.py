@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 _NO_HOME = "Could not determine home directory."  # of Path.expanduser, which has no type for it
+PLAIN_LINE = "is_plain_line"  # an extra of a log record: a terminal shows its text alone, unwrapped
 LOG_TIME = "%Y-%m-%d %H:%M:%S"  # short, so that a step line fits 100 columns
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 NOISY_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "google", "matplotlib")
@@ -126,6 +127,7 @@ def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
             markup=False,
         )
         handler.setFormatter(_HarmlessFormatter("%(message)s"))
+        handler.addFilter(functools.partial(_is_wrapped, get_console(stderr=stderr)))
     else:
         handler = logging.StreamHandler(stream)
         handler.setLevel(level)
@@ -133,6 +135,18 @@ def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
     ordinary = handler.handleError
     handler.handleError = functools.partial(_leave_output, ordinary)  # type: ignore[method-assign]
     return handler
+
+
+def _is_wrapped(console: Console, record: logging.LogRecord) -> bool:
+    """Print what is to be copied as it stands; tell whether a record is another one."""
+    if not getattr(record, PLAIN_LINE, False):
+        return True
+    try:
+        text = without_control_characters(record.getMessage())
+        console.print(text, soft_wrap=True, markup=False)
+    except OSError:
+        leave_closed_outputs()
+    return False
 
 
 def _leave_output(ordinary: Callable[[logging.LogRecord], None], record: logging.LogRecord) -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from configs.config_files import TRAINING_CONFIG_FILE
 from utils.base.errors import CheckpointError, StorageError, UsageError
 from utils.base.files import read_regular_file
 from utils.base.text import FOREIGN_ERRORS, number, parse_json, parse_json_object, printable
@@ -46,7 +47,7 @@ class CheckpointView:
     `metadata` is empty and `manifest` None where they cannot be read; `path` is None for one that
     is only in the bucket. `upload` is the newest journal entry about it, `archive_bytes` the size
     in the bucket. `problem` says what is wrong with it, None where nothing is. `manifest_crc32c` is
-    that of `manifest.json` as it was read.
+    that of `manifest.json` as it was read, `config` the configuration that a sidecar has.
     """
 
     name: CheckpointName
@@ -57,6 +58,7 @@ class CheckpointView:
     archive_bytes: int | None = None
     problem: str | None = None
     manifest_crc32c: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def loss(self) -> float | None:
@@ -232,10 +234,20 @@ def read_remote_checkpoint(
         metadata = sidecar["metadata"] if isinstance(sidecar.get("metadata"), dict) else {}
         problem = find_sidecar_damage(sidecar.get("metadata"), manifest)
         problem = problem or _archive_problem(sidecar.get("archive"), archive)
-        return CheckpointView(name, metadata, manifest, None, None, archive_bytes, problem)
+        view = CheckpointView(name, metadata, manifest, None, None, archive_bytes, problem)
+        return replace(view, config=_vouched_config(sidecar, manifest))
     except (StorageError, CheckpointError, *FOREIGN_ERRORS) as exc:
         reason = f"{object_name}: {exc or type(exc).__name__}"
         return CheckpointView(name, {}, None, None, None, archive_bytes, reason)
+
+
+def _vouched_config(sidecar: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """Return the configuration in a sidecar; empty where it is not that of the archive."""
+    config = sidecar.get("config")
+    data = json_file_text(config).encode("utf-8")
+    if not isinstance(config, dict) or find_file_damage(TRAINING_CONFIG_FILE, data, manifest):
+        return {}
+    return config
 
 
 def _archive_problem(told: object, archive: ObjectInfo | None) -> str | None:

@@ -404,7 +404,7 @@ def _told_disk_errors(directory: Path) -> Iterator[None]:
             raise
         raise StorageError(
             f"{directory} cannot be written: {cause.strerror or cause}. Free some space, or set "
-            "cache_dir elsewhere, then go on with --resume latest."
+            "cache_dir elsewhere."
         ) from exc
 
 

@@ -159,7 +159,7 @@ def newest_branch(
     if recorded is None and len(runs) > 1:
         raise UsageError(
             f"The bucket holds checkpoints of several runs: {', '.join(map(printable, runs))}. "
-            "Say which one is meant: a checkpoint's full name, or prune --run RUN."
+            "Say which one is meant: a checkpoint's full name, or prune --run-id RUN."
         )
     own = [
         (identity.branch, view.name, identity)

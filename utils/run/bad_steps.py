@@ -53,8 +53,8 @@ def find_divergence(
     if config.bad_step == "stop":
         return DivergenceError(
             f"Step {verdict.step} was bad: {verdict.kind} loss or gradients. Its update was left "
-            "out and the state is saved. Go on after its samples with --resume latest, and let "
-            "later ones pass with --set bad_step=skip or rollback."
+            "out and the state is saved: a resume goes on after its samples. To let later ones "
+            "pass, add --set bad_step=skip or rollback."
         )
     recent = [bad for bad in progress.bad_steps if bad["step"] > verdict.step - BAD_STEP_SPAN]
     if len(recent) > config.max_bad_steps:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 
 import torch
 
 from utils.base import ranks
-from utils.base.console import LiveLine
+from utils.base.console import PLAIN_LINE, LiveLine
 from utils.base.errors import CheckpointError, ExitCode, PretrainError
 from utils.base.text import format_duration
 from utils.checkpoints.layout import read_manifest
 from utils.run.grace import describe_outcome, describe_plan
 from utils.run.saving import RunSaving
+from utils.start.arguments import NextCommand
 
 log = logging.getLogger("train")
 
@@ -93,10 +95,11 @@ def _report_missing(saving: RunSaving, left: list[str], missing: list[str]) -> N
     kept = [name for name in missing if (folder / name).is_dir()]
     log.error(
         "%d checkpoints are not verified in the bucket. Kept in %s: %s. "
-        "Then: python scripts/upload_manager.py upload-all",
+        "Then: python scripts/upload_manager.py upload-all --run %s",
         len(missing),
         folder,
         ", ".join(kept) or "none",
+        shlex.quote(str(folder)),
     )
 
 
@@ -113,20 +116,29 @@ def find_failure(own: PretrainError | None) -> PretrainError | None:
     return error
 
 
-def conclude(code: ExitCode, reason: str | None, step: int, max_steps: int) -> ExitCode:
-    """Say how an attempt without an error has ended; return its exit code.
+def conclude(
+    code: ExitCode, reason: str | None, step: int, max_steps: int, command: NextCommand
+) -> ExitCode:
+    """Say how an attempt without an error has ended, and what goes on; return its exit code.
 
     `reason` is what asked for the stop, None where nothing has.
     """
     if step >= max_steps and (code is ExitCode.DONE or reason is None):
         log.info("Done: step %d of %d.", step, max_steps)
+        show_command(f"To train on to step {2 * max_steps}:", command.text(2 * max_steps))
     elif reason is not None:
         what = "saved" if step else "nothing was trained yet"
-        log.info("Stopped by %s at step %d, %s. Go on with --resume latest.", reason, step, what)
+        show_command(f"Stopped by {reason} at step {step}, {what}. Go on with:", command.text())
         return ExitCode.STOPPED
     else:
-        log.info("Ended after step %d as asked. Go on with --resume latest.", step)
+        show_command(f"Ended after step {step} as asked. Go on with:", command.text())
     return code
+
+
+def show_command(text: str, command: str) -> None:
+    """Say how an attempt has ended, and on a line of its own the command that goes on."""
+    log.info("%s", text)
+    log.info("%s", command, extra={PLAIN_LINE: True})
 
 
 def describe_shortage(error: BaseException | None) -> str | None:
@@ -140,5 +152,5 @@ def describe_shortage(error: BaseException | None) -> str | None:
     return (
         f"Out of {where}. Lower per_device_train_batch_size (global_batch_size keeps the step's "
         "size), set gradient_checkpointing=true, or choose a smaller model. Steps since the last "
-        "checkpoint are lost; go on with --resume latest."
+        "checkpoint are lost. Go on with:"
     )

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -23,6 +24,7 @@ from configs.training_config import TrainingConfig
 from utils.base import ranks
 from utils.base.errors import ExitCode, PretrainError, ResourceShortageError, SaveError
 from utils.checkpoints.layout import RunPaths
+from utils.checkpoints.run_record import RunRecord
 from utils.costs.costs import describe_costs, summarize_costs
 from utils.costs.spending import Spending, open_meter
 from utils.data_utils import TrainingData
@@ -31,6 +33,7 @@ from utils.run.bad_steps import BadSteps
 from utils.run.metrics import RunMetrics
 from utils.run.sample_texts import Sampler
 from utils.run.saving import RunSaving, SavedParts, SavingOptions
+from utils.start.arguments import NextCommand
 from utils.start.restore import commit_start
 from utils.start.resume import Start
 from utils.storage.bucket import encode_crc32c
@@ -52,9 +55,10 @@ class TrainingRun:
         start: Start,
         stop: StopRequest,
         options: SavingOptions,
+        next_command: NextCommand,
     ) -> None:
         self.config, self.state, self.start, self.stop = config, state, start, stop
-        self.paths = RunPaths.of(config)
+        self.paths, self._next_command = RunPaths.of(config), next_command
         self._data, self._options = data, options
         self._is_main = state.accelerator.is_main_process
         model_config: Any = state.core_model.config
@@ -80,7 +84,8 @@ class TrainingRun:
         """Take possession of the directory; start trackers, saver, uploader and live line."""
         # Nothing is moved before everything is there that this attempt needs.
         if self._is_main:
-            commit_start(self.start, self.paths)
+            note = (self.config.to_json(), str(Path.cwd()), self._next_command.text())
+            commit_start(self.start, self.paths, RunRecord(self.start.identity, *note))
         config, accelerator, progress = self.config, self.state.accelerator, self.state.progress
         facts = {
             "max_steps": config.max_steps,
@@ -125,7 +130,7 @@ class TrainingRun:
         self._notes.write(step, is_last=True)
         tracking.record_end(accelerator, self.paths.logs, step, self._outcome, spending=spending)
         if shortage is not None:
-            raise ResourceShortageError(shortage) from error
+            raise ResourceShortageError(f"{shortage} {self._next_command.text()}") from error
         if error is None:
             accelerator.end_training()
             ranks.disconnect()
@@ -141,14 +146,7 @@ class TrainingRun:
         """Yield this rank's micro-batches of each step, up to `last_step` or an agreed stop."""
         accelerator = self.state.accelerator
         if self.state.progress.step >= last_step:
-            last = "--max-steps" if last_step == self.config.max_steps else "--stop-after"
-            log.info(
-                "Step %d of %d is done already. The same command with --resume latest %s N goes on "
-                "to a later step N.",
-                last_step,
-                self.config.max_steps,
-                last,
-            )
+            log.info("Step %d of %d is done already.", last_step, self.config.max_steps)
             return
         while self.state.progress.step < last_step:
             batches = self._data.load(
@@ -310,6 +308,8 @@ class TrainingRun:
             if reason is not None:
                 ranks.broadcast_from_main(None)
         if failure is not None:
+            text = f"Step {progress.step} is saved. Go on with:"
+            leaving.show_command(text, self._next_command.text())
             raise failure
         self._outcome = "done" if progress.step >= config.max_steps else "stopped"
         costs = summarize_costs(
@@ -319,4 +319,4 @@ class TrainingRun:
             log.info("%s", describe_costs(costs))
         if code is not ExitCode.DONE:
             reason = self.stop.reason  # it may have come while uploads were waited for
-        return leaving.conclude(code, reason, progress.step, config.max_steps)
+        return leaving.conclude(code, reason, progress.step, config.max_steps, self._next_command)

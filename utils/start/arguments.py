@@ -1,30 +1,62 @@
 """The command line of train.py, what other commands share of it, and the configuration meant.
 
-No torch here.
+    words, what the run recorded (run.json, a checkpoint, a sidecar) -> configuration
+
+A command that looks at a run, and an attempt that goes on without `--config`, take the run's own
+configuration from where the run is found; what the words say replaces it. No torch here.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import logging
+import os
+import shlex
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from configs.config_files import parse_assignment, settings_of_options
 from configs.training_config import KEY_TYPES, TrainingConfig, get_training_config
 from utils.base.console import add_output_arguments, new_parser
-from utils.base.errors import ConfigError, UsageError
+from utils.base.errors import ConfigError, StorageError, UsageError
+from utils.base.text import printable
+from utils.base.uri import join_uri, normalize_uri, require_path
+from utils.checkpoints.layout import RUN_FILE, RunPaths, sidecar_object
+from utils.checkpoints.run_record import (
+    RunValues,
+    find_run_names,
+    find_run_values,
+    read_checkpoint_values,
+    usable_values,
+)
+from utils.checkpoints.views import select_checkpoint
 from utils.costs.costs import parse_hourly_price
+from utils.remote.listing import NEWEST_SIDECARS, parse_remote_name, read_remote_checkpoints
+from utils.storage.open import open_bucket
 
+DEFAULT_CONFIG = "test"
+LAUNCHERS = {"torchrun", "accelerate", "torch.distributed.run", "torch.distributed.launch"}
 EPILOG = """exit codes:
   0      done and all verified in the bucket (also after --stop-after and --dry-run)
   1      unexpected error
   2      wrong usage, configuration or data
   3      preflight refused: the machine or the bucket cannot do this run
   4      trained and saved, but not everything is verified in the bucket
-  75     stopped by a signal, state saved: start again with --resume latest
+  75     stopped by a signal, state saved: the command that it printed last goes on
   128+n  second signal n: left at once
 """
+_LOOK_RETRY_SECONDS = 4.0
+_PLACE_OPTIONS = ("output_dir", "logging_dir", "run_name")
+_PLACE_KEYS = (*_PLACE_OPTIONS, "cache_dir", "checkpoint_uri", "data_uri", "gcs_user_project")
+_SHOWN_RUNS = 8
+
+log = logging.getLogger(__name__)
 
 
 class KeyParser(argparse.ArgumentParser):
@@ -44,20 +76,36 @@ class KeyParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line of train.py."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line of train.py; `words` is it as it was typed."""
+    words = list(sys.argv[1:] if argv is None else argv)
     text = "Pre-train a causal language model from NPZ token shards in a bucket."
     parser = new_parser("train.py", text, EPILOG, kind=KeyParser)
     add = parser.add_argument
     add(
         "--config",
-        default="test",
         metavar="{test,production,NAME,FILE.json}",
-        help="configs/NAME.json or a path that ends in .json (default: test)",
+        help="configs/NAME.json, a path that ends in .json, or a checkpoint's directory (default: "
+        "with --resume that of the run, else test)",
     )
+    _add_attempt_arguments(parser)
+    add("--hourly-price", type=float, metavar="X", help="dollars an hour of all machines together")
+    add("--no-background-upload", action="store_true", help="upload while training waits")
+    add("--dry-run", action="store_true", help="show and check everything, train nothing")
+    add("--json", action="store_true", help="with --dry-run: print JSON, the configuration too")
+    _add_set_argument(parser)
+    add("--quiet", action="store_true", help="warnings and errors only")
+    add("--debug", action="store_true", help="debug log lines, and the traceback of an error")
+    args = parser.parse_args(words)
+    args.words = words
+    return args
+
+
+def _add_attempt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is of one attempt alone, and the length of the run."""
+    add = parser.add_argument
     add("--max-steps", type=int, metavar="N", help="length of the run and of its schedule")
     add("--stop-after", type=int, metavar="N", help="save and end this attempt after step N")
-    add("--hourly-price", type=float, metavar="X", help="dollars an hour of all machines together")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--resume",
@@ -80,23 +128,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="resume although the random states are damaged: they are seeded anew",
     )
-    add("--no-background-upload", action="store_true", help="upload while training waits")
-    add("--dry-run", action="store_true", help="show and check everything, train nothing")
-    add("--json", action="store_true", help="with --dry-run: print JSON, the configuration too")
-    add(
+
+
+def _add_set_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="set any configuration key, as --KEY VALUE does; model_overrides.KEY for the model's",
     )
-    add("--quiet", action="store_true", help="warnings and errors only")
-    add("--debug", action="store_true", help="debug log lines, and the traceback of an error")
-    return parser.parse_args(argv)
 
 
 def load_config(args: argparse.Namespace) -> TrainingConfig:
-    """Return the configuration of a command line."""
+    """Return the configuration of a command line of train.py.
+
+    `config_source` of `args` becomes the record that it is from, None where it is from a file.
+    """
     if args.stop_after is not None and args.stop_after < 1:
         raise UsageError(f"--stop-after must be at least 1, got {args.stop_after}.")
     if args.json and not args.dry_run:
@@ -108,15 +156,145 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
         overrides["hourly_price"] = args.hourly_price
     if args.debug:
         overrides["log_level"] = "debug"
-    return get_training_config(args.config, overrides)
+    args.config_source = None
+    if args.config is None and args.resume is not None:
+        found, place = _find_resumed(args.resume, _config_alone(args.config, overrides))
+        if found is not None:
+            args.config_source = found.source
+            return found.to_config({**place, **overrides})
+    return get_training_config(args.config or DEFAULT_CONFIG, overrides)
+
+
+def _config_alone(name: str | None, words: Mapping[str, Any]) -> TrainingConfig:
+    """Return the configuration that says where a run is looked for.
+
+    Other values may contradict it, and not what the run recorded.
+    """
+    places = {key: words[key] for key in words if key in _PLACE_KEYS}
+    return get_training_config(name or DEFAULT_CONFIG, places)
+
+
+def _find_resumed(resume: str, alone: TrainingConfig) -> tuple[RunValues | None, dict[str, Any]]:
+    """Return what was recorded of the run that an attempt goes on with, and where it goes on.
+
+    `alone` is what the words say without it. None: nothing is there yet.
+
+    Raises:
+        UsageError: It is not known, and has to be said.
+        StorageError: The bucket that it is in cannot be read.
+    """
+    if os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE"):
+        raise UsageError("--resume on several machines needs --config: not all have the record.")
+    named = parse_remote_name(resume)
+    if named is not None:
+        uri, which = named
+        found, is_there = _find_in_bucket(uri, which, alone)
+        if found is None and is_there:
+            raise UsageError(
+                f"--resume {resume}: the bucket does not say with which configuration it was "
+                "trained (an earlier version uploaded it). Say it: --config NAME."
+            )
+        name = found.values.get("run_name", "") if found else ""
+        if name and not uri.endswith(f"/{name}"):
+            return found, {}
+        return found, {"checkpoint_uri": uri.removesuffix(f"/{name}") if name else uri}
+    if Path(resume).name != resume:
+        return _find_in_checkpoint(Path(resume))
+    place = {"output_dir": alone.output_dir, "run_name": alone.run_name}
+    found = find_run_values(RunPaths.of(alone).checkpoints)
+    if found is None and alone.checkpoint_uri:
+        with contextlib.suppress(StorageError):  # it is read again, and said, before the start
+            uri = join_uri(alone.checkpoint_uri, alone.run_name)
+            found, _ = _find_in_bucket(uri, resume, alone)
+            place["checkpoint_uri"] = alone.checkpoint_uri
+    return found, place
+
+
+def _find_in_checkpoint(checkpoint: Path) -> tuple[RunValues | None, dict[str, Any]]:
+    """Return the configuration of a checkpoint; one in a run's own directory goes on there."""
+    if not checkpoint.is_dir():
+        return None, {}  # the start says so
+    found = read_checkpoint_values(checkpoint)
+    is_plain = checkpoint.name == checkpoint.resolve().name
+    directory = (checkpoint if is_plain else checkpoint.resolve()).parent
+    if not (directory / RUN_FILE).is_file():
+        return found, {}
+    own = found.to_config({})
+    placed = _placed_at(directory, own)
+    values = {key: getattr(placed, key) for key in _PLACE_KEYS}
+    return found, {key: values[key] for key in values if values[key] != getattr(own, key)}
+
+
+def _find_in_bucket(uri: str, which: str, alone: TrainingConfig) -> tuple[RunValues | None, bool]:
+    """Return the configuration of a checkpoint in a bucket, and whether any checkpoint is there."""
+    project = alone.gcs_user_project or None
+    with contextlib.closing(open_bucket(uri, project, _LOOK_RETRY_SECONDS)) as bucket:
+        views = read_remote_checkpoints(bucket, newest=NEWEST_SIDECARS)
+    known = [view for view in views if view.config]
+    with contextlib.suppress(UsageError, ConfigError):
+        view = select_checkpoint(which, known)
+        return usable_values(view.config, join_uri(uri, sidecar_object(str(view.name)))), True
+    return None, bool(views)
+
+
+@dataclass(frozen=True)
+class NextCommand:
+    """The command that goes on with a run after an attempt, to be typed as it stands."""
+
+    words: tuple[str, ...] = ("python", "train.py", "--resume", "latest")
+    max_steps: int | None = None
+
+    def text(self, max_steps: int | None = None) -> str:
+        """Return the command; `max_steps` is another length of the run."""
+        steps = max_steps or self.max_steps
+        return shlex.join([*self.words, *(["--max-steps", str(steps)] if steps else [])])
+
+
+def next_command(args: argparse.Namespace, config: TrainingConfig) -> NextCommand:
+    """Return the command that goes on after an attempt: as it was typed, but for what was of it."""
+    bare = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_attempt_arguments(bare)
+    _, words = bare.parse_known_args(args.words)
+    if args.config is None:
+        alone = _config_alone(None, dict(map(parse_assignment, args.set)))
+        for key in ("output_dir", "run_name"):  # where the record is found
+            value = getattr(config, key)
+            if value != getattr(alone, key):
+                words += ["--set", f"{key}={_said(value)}"]
+    typed = (*_typed_before(args.words), *words, "--resume", "latest")
+    return NextCommand(typed, args.max_steps)
+
+
+def _typed_before(words: list[str]) -> list[str]:
+    """Return what stands before these words in the command: Python or a launcher, and train.py."""
+    import psutil
+
+    launcher: list[str] = []
+    with contextlib.suppress(psutil.Error):
+        launcher = psutil.Process(os.getppid()).cmdline()
+    if not LAUNCHERS.intersection(Path(word).name for word in launcher):
+        launcher = []
+    for typed in (launcher, sys.orig_argv):
+        count = len(typed) - len(words)
+        if count > 1 and typed[count:] == words:
+            script = Path(typed[1])
+            if typed[1].startswith("-") or script.suffix == ".py":
+                return typed[:count]
+            is_found = shutil.which(script.name) == typed[1]  # a script that Python runs by itself
+            return [script.name if is_found else typed[1], *typed[2:count]]
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    start = ["python"] if size == 1 else ["torchrun", f"--nproc_per_node={size}"]
+    return [*start, "train.py"]
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the words that say which run a command looks at, and how it answers."""
     add = parser.add_argument
-    add("--config", default="test", help="name or .json file (default: test)")
-    add("--output-dir", help="directory of the checkpoints (default: the config's)")
-    add("--run-name", help="folder of the run (default: the config's)")
+    add("--config", help="name, .json file or checkpoint (default: that of the run, or test)")
+    add("--output-dir", metavar="DIR", help="directory of the runs (default: the config's)")
+    add("--run-name", metavar="NAME", help="folder of the run in it (default: the config's)")
+    add("--run", action="append", metavar="DIR", help="the run's own directory of checkpoints")
+    _add_set_argument(parser)
     add_output_arguments(parser)
 
 
@@ -130,11 +308,100 @@ def add_price_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_run_config(args: argparse.Namespace) -> TrainingConfig:
-    """Return the configuration that the words of `add_run_arguments` name.
+def read_run_config(args: argparse.Namespace, run: str | Path | None = None) -> TrainingConfig:
+    """Return the configuration of the run that the words of `add_run_arguments` name.
+
+    It is what the run recorded, with the values of the words in place of some; of the configuration
+    file where nothing is recorded. `run` is the run's own directory in place of the words'.
 
     Raises:
         ConfigError: A file or value is wrong.
+        UsageError: The words contradict each other, or name no directory.
     """
-    words = {key: getattr(args, key, None) for key in ("output_dir", "logging_dir", "run_name")}
-    return get_training_config(args.config, {k: v for k, v in words.items() if v is not None})
+    words = dict(parse_assignment(text) for text in args.set)
+    options = {key: getattr(args, key, None) for key in _PLACE_OPTIONS}
+    words.update({key: value for key, value in options.items() if value is not None})
+    if run is None and args.run:
+        run = _only_run(args.run, words)
+    if run is not None:
+        words = {key: words[key] for key in words if key not in ("output_dir", "run_name")}
+    alone = _config_alone(args.config, words)
+    directory = RunPaths.of(alone).checkpoints if run is None else Path(run)
+    found = find_run_values(directory)
+    if found is None:
+        config = get_training_config(args.config or DEFAULT_CONFIG, words)
+        _tell_other_runs(directory, None if run else Path(alone.output_dir))
+    else:
+        place = {} if run else {"output_dir": alone.output_dir, "run_name": alone.run_name}
+        config = found.to_config({**words, **place})
+        if args.config is not None:
+            _tell_other_places(args.config, alone, config)
+    return config if run is None else _placed_at(directory, config)
+
+
+def _only_run(runs: Sequence[str], words: Mapping[str, Any]) -> str:
+    require_path(runs[0], "--run")
+    if len(runs) > 1:
+        raise UsageError("--run: this command looks at one run, name one directory.")
+    if "output_dir" in words or "run_name" in words:
+        raise UsageError("--run is the whole directory: it takes no --output-dir or --run-name.")
+    if not Path(runs[0]).is_dir():
+        raise UsageError(f"--run {printable(runs[0])}: there is no such directory.")
+    return runs[0]
+
+
+def _placed_at(directory: Path, config: TrainingConfig) -> TrainingConfig:
+    """Return the configuration of a run whose checkpoints are in a directory, maybe a copy.
+
+    Bucket and logs stay those of the run, also where the directory has another name.
+    """
+    name, full = config.run_name, directory.resolve()
+    if name and full.name == name:
+        parent = directory.parent if directory.name == name else full.parent
+        return replace(config, output_dir=str(parent))
+    uri = config.checkpoint_uri
+    return replace(
+        config,
+        output_dir=str(directory),
+        run_name="",
+        checkpoint_uri=uri and join_uri(uri, name),
+        logging_dir=str(Path(config.logging_dir, name)),
+        cache_dir=str(Path(config.cache_dir, name)),
+    )
+
+
+def _tell_other_runs(directory: Path, output_dir: Path | None) -> None:
+    """Name the runs that are there where the one that is meant is not.
+
+    Without an `output_dir` it was named by `--run`.
+    """
+    option = f"--run {directory}/" if output_dir is None else "--run-name "
+    output_dir = output_dir or directory
+    names = [name for name in find_run_names(output_dir) if name]
+    if names:
+        more = f" and {len(names) - _SHOWN_RUNS} more" if len(names) > _SHOWN_RUNS else ""
+        shown = ", ".join(names[:_SHOWN_RUNS])
+        text = "No run lies in %s. Runs below %s: %s%s (%s%s)."
+        log.warning(text, directory, output_dir, shown, more, option, names[0])
+
+
+def _tell_other_places(name: str, alone: TrainingConfig, config: TrainingConfig) -> None:
+    """Warn where a run's data or bucket are not those of the configuration that was named."""
+    keys = ("checkpoint_uri", "data_uri")
+    pairs = {key: (getattr(config, key), getattr(alone, key)) for key in keys}
+    pairs = {key: pair for key, pair in pairs.items() if _spelled(pair[0]) != _spelled(pair[1])}
+    if pairs:
+        told = "; ".join(f"{key} is {own}, not {said}" for key, (own, said) in pairs.items())
+        words = [word for key in pairs for word in ("--set", f"{key}={_said(pairs[key][1])}")]
+        text = "This run's own %s as --config %s says. To use those: %s"
+        log.warning(text, printable(told), name, printable(shlex.join(words)))
+
+
+def _said(value: Any) -> str:
+    """Return a value as `--set` reads it."""
+    is_plain = isinstance(value, str) and parse_assignment(f"key={value}")[1] == value
+    return value if is_plain else json.dumps(value)
+
+
+def _spelled(uri: Any) -> Any:
+    return normalize_uri(uri) if isinstance(uri, str) and uri else uri

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.config_changes import SCHEDULE_KEYS, ConfigChanges, compare_configs
+from configs.config_files import TRAINING_CONFIG_FILE
 from configs.model_config import CONFIG_FILE, describe_model_changes, find_dropouts
 from configs.training_config import TrainingConfig
 from utils.base import ranks
@@ -34,14 +35,12 @@ from utils.checkpoint_utils import (
 from utils.checkpoints.journal import Journal
 from utils.checkpoints.layout import (
     SAVING_PREFIX,
-    TRAINING_CONFIG_FILE,
     Manifest,
-    RunIdentity,
     RunPaths,
     read_json,
     read_manifest,
-    write_json,
 )
+from utils.checkpoints.run_record import RunRecord, write_run_record
 from utils.checkpoints.store import set_aside, verify_checkpoint
 from utils.data.data_state import DataState
 from utils.data_utils import TrainingData
@@ -126,24 +125,17 @@ def begin(
     )
 
 
-def commit_start(start: Start, paths: RunPaths) -> None:
-    """Note the run and its branch; set aside the checkpoints that do not belong to it."""
+def commit_start(start: Start, paths: RunPaths, record: RunRecord) -> None:
+    """Note the run, its branch and this attempt; set aside what does not belong to it."""
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
     if start.checkpoint is None and paths.journal.is_file():
         # Another run's states; they belong to the checkpoints that are set aside.
         paths.set_aside.mkdir(exist_ok=True)
         paths.journal.rename(paths.set_aside / f"uploads-before-{start.identity.run_id}.jsonl")
-    write_run_identity(paths, start.identity)
+    write_run_record(paths, record)
     for name, reason in start.obsolete.items():
         moved = set_aside(paths.checkpoints / name, paths.checkpoints)
         log.info("Set %s aside as %s: %s.", name, moved, reason)
-
-
-def write_run_identity(paths: RunPaths, identity: RunIdentity) -> None:
-    """Note which run and branch writes here; the file is replaced as a whole."""
-    temporary = paths.run_file.with_suffix(".json.new")
-    write_json(temporary, identity.to_json())
-    temporary.replace(paths.run_file)
 
 
 def require_shared_directory(directory: Path, token: str) -> None:

@@ -9,6 +9,7 @@ not past the step where a later branch left its own.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,6 @@ from pathlib import Path
 
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, StorageError, UsageError
-from utils.base.text import FOREIGN_ERRORS
 from utils.base.uri import join_uri
 from utils.checkpoints.layout import (
     REMOTE_FOLDER,
@@ -27,9 +27,9 @@ from utils.checkpoints.layout import (
     find_checkpoints,
     new_run_id,
     parse_checkpoint_name,
-    read_json,
     read_manifest,
 )
+from utils.checkpoints.run_record import find_run_names, read_run_identity
 from utils.checkpoints.views import (
     CheckpointView,
     read_local_checkpoints,
@@ -134,7 +134,19 @@ def decide_start(config: TrainingConfig, resume: str | None, *, fresh: bool) -> 
     require_startable(RunPaths.of(config), resume=resume, fresh=fresh)
     plan, problems = look_for_start(config, resume)
     require_all(problems)
+    if plan.searched:
+        _tell_similar_runs(config)
     return plan
+
+
+def _tell_similar_runs(config: TrainingConfig) -> None:
+    """Warn where a run begins anew beside one that may have been meant."""
+    names = [name for name in find_run_names(Path(config.output_dir)) if name]
+    if config.run_name:
+        names = difflib.get_close_matches(config.run_name, names)
+    if names:
+        text = "There are other runs in %s: %s. To go on with one: --set run_name=%s"
+        log.warning(text, config.output_dir, ", ".join(names), names[0])
 
 
 def look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, list[Check]]:
@@ -395,17 +407,3 @@ def fresh_start(plan: Plan, paths: RunPaths) -> Start:
         log.info("There is no checkpoint in %s yet: starting at step 0.", plan.searched)
     names = find_checkpoints(paths.checkpoints)
     return Start(plan.identity, obsolete={str(name): "a new run begins" for name in names})
-
-
-def read_run_identity(paths: RunPaths) -> RunIdentity | None:
-    """Return which run and branch last wrote here; None where that is not known.
-
-    It decides between checkpoints that are there; without it they decide themselves.
-    """
-    try:
-        return RunIdentity.from_json(read_json(paths.run_file))
-    except FileNotFoundError:
-        return None
-    except (OSError, *FOREIGN_ERRORS) as exc:
-        log.warning("%s cannot be read (%s) and is ignored.", paths.run_file, exc)
-        return None

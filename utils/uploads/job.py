@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from configs.config_files import TRAINING_CONFIG_FILE
 from utils.base.archive_formats import ARCHIVE_FORMATS, COMPRESSIONS
 from utils.base.errors import CheckpointError, ConflictError, StorageError, TransientStorageError
 from utils.base.text import FOREIGN_ERRORS, parse_json
@@ -291,10 +292,12 @@ class _Upload:
         metadata, problem = read_json_part(self.checkpoint / METADATA_FILE, self.manifest)
         if problem is not None:
             raise CheckpointError(f"{self.checkpoint.name}: {problem}.")
+        config, _ = read_json_part(self.checkpoint / TRAINING_CONFIG_FILE, self.manifest)
         other_format = {} if self.suffix == ARCHIVE_SUFFIX else {"format": self.suffix}
         sidecar = {
             "manifest": self.manifest.to_json(),
             "metadata": metadata,
+            "config": config,
             "archive": {"size": self.info.size, "crc32c": self.info.crc32c, **other_format},
         }
         data = json.dumps(sidecar, indent=1).encode("utf-8")

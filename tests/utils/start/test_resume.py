@@ -20,6 +20,7 @@ from utils.base.errors import (
 )
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import RunIdentity, RunPaths, find_checkpoints, read_json, write_json
+from utils.checkpoints.run_record import RunRecord, read_run_identity
 from utils.checkpoints.store import verify_checkpoint
 from utils.start.restore import bring, commit_start
 from utils.start.resume import (
@@ -27,7 +28,6 @@ from utils.start.resume import (
     Start,
     fresh_start,
     plan_start,
-    read_run_identity,
     require_startable,
     resolve_start,
 )
@@ -85,7 +85,7 @@ def begin(plan: Plan, paths: RunPaths) -> Start:
             start = resolve_start(plan, paths, *found)
             break
     assert start is not None, "no candidate could be used"
-    commit_start(start, paths)
+    commit_start(start, paths, RunRecord(start.identity))
     return start
 
 

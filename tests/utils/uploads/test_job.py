@@ -208,6 +208,7 @@ def test_the_archive_is_verified_and_has_its_sidecar(place: Place, checkpoint: P
     assert json.loads(contents[SIDECAR]) == {
         "manifest": read_json(checkpoint / "manifest.json"),
         "metadata": read_json(checkpoint / "metadata.json"),
+        "config": read_json(checkpoint / "training_config.json"),
         "archive": {"size": result.size, "crc32c": result.crc32c},
     }
     assert result.size == len(contents[ARCHIVE])

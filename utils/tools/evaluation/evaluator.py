@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.training_config import TrainingConfig
-from utils.base.errors import CheckpointError, DataError, UsageError
+from utils.base.errors import CheckpointError, ConfigError, DataError, UsageError
 from utils.base.progress import OnProgress
 from utils.base.text import printable
 from utils.base.uri import local_path
-from utils.checkpoints.layout import TRAINING_CONFIG_FILE, RunPaths
-from utils.checkpoints.views import read_json_object
+from utils.checkpoints.layout import RunPaths
+from utils.checkpoints.run_record import read_checkpoint_values
 from utils.data.shard_cache import ShardCache
 from utils.data.shard_index import (
     ShardFacts,
@@ -300,10 +300,10 @@ def complete_plan(plan: TextPlan, source: ModelSource, config: TrainingConfig) -
 
     A checkpoint has its run's configuration; `config` says where the data of other models are.
     """
-    values: dict[str, Any] = {}
+    values: Mapping[str, Any] = {}
     if source.manifest is not None and source.directory is not None:
-        with contextlib.suppress(CheckpointError):
-            values = read_json_object(source.directory / TRAINING_CONFIG_FILE)
+        with contextlib.suppress(CheckpointError, ConfigError):
+            values = read_checkpoint_values(source.directory).values
     uri = values.get("data_uri")
     if isinstance(uri, list) and uri and isinstance(uri[0], dict):
         uri = uri[0].get("uri")  # of a mixture the first source, which has the validation shards

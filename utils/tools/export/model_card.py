@@ -14,8 +14,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from configs.config_files import TRAINING_CONFIG_FILE
 from utils.base.text import number, printable
-from utils.checkpoints.layout import METADATA_FILE, TRAINING_CONFIG_FILE, Manifest
+from utils.checkpoints.layout import METADATA_FILE, Manifest
 from utils.checkpoints.views import read_json_object
 from utils.models.parts import OPTIMIZER_PREFIX
 from utils.tools.generation.loading import LoadedModel, ModelSource

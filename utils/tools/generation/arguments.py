@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from configs.training_config import ATTENTION_IMPLEMENTATIONS
+from configs.training_config import ATTENTION_IMPLEMENTATIONS, TrainingConfig
 from utils.base.progress import ProgressDisplay
 from utils.start.arguments import add_run_arguments, read_run_config
 from utils.tools.generation.finding import find_model
@@ -64,8 +64,12 @@ def _add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def find_from(args: argparse.Namespace, text: str | None = None) -> ModelSource:
+def find_from(
+    args: argparse.Namespace, text: str | None = None, config: TrainingConfig | None = None
+) -> ModelSource:
     """Return where `args.model` is, or `text` of `args.models`; from a bucket it is downloaded.
+
+    `config` is that of the run which `args` names, where it has been read already.
 
     Raises:
         UsageError: There is no such model.
@@ -74,7 +78,7 @@ def find_from(args: argparse.Namespace, text: str | None = None) -> ModelSource:
     """
     with ProgressDisplay(enabled=not args.json) as display:
         name = args.model if text is None else text
-        return find_model(name, read_run_config(args), display.update)
+        return find_model(name, config or read_run_config(args), display.update)
 
 
 def load_found(args: argparse.Namespace, source: ModelSource) -> LoadedModel:

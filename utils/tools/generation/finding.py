@@ -86,7 +86,10 @@ def find_model(
         if not config.checkpoint_uri:
             raise UsageError(problem)
         uri = join_uri(config.checkpoint_uri, validate_run_name(config.run_name))
-        return _from_bucket(uri, text, models, config, on_progress)
+        try:
+            return _from_bucket(uri, text, models, config, on_progress)
+        except UsageError as exc:
+            raise UsageError(f"In {shelf.where}: {problem} In the bucket: {exc}") from exc
     if not _HUB_NAME.fullmatch(text):
         raise UsageError(f"{printable(text)}: there is no such directory, checkpoint or bucket.")
     return ModelSource(text, text)

@@ -96,7 +96,7 @@ def _judge_end(event: Mapping[str, Any]) -> tuple[RunState, str]:
     if outcome == "done":
         return RunState.FINISHED, "all steps are done"
     if outcome == "stopped":
-        return RunState.STOPPED, "stopped on request and saved; --resume latest continues"
+        return RunState.STOPPED, "stopped on request and saved"
     return RunState.FAILED, f"ended with outcome {printable(outcome, 80)}; see the log"
 
 

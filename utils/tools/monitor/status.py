@@ -20,6 +20,7 @@ from utils.base.machine import MachineLoad, MachineProbe
 from utils.base.text import epoch_seconds, number
 from utils.checkpoints.journal import JournalEntry, UploadState
 from utils.checkpoints.layout import RunPaths, find_checkpoints
+from utils.checkpoints.run_record import read_run_record
 from utils.checkpoints.views import CheckpointView, read_local_checkpoint
 from utils.costs.costs import Costs, summarize_costs
 from utils.costs.spending import read_spending
@@ -32,6 +33,7 @@ from utils.uploads.status import describe_progress
 
 NEWEST_CHECKPOINTS = 5
 KEPT_RECORDS = 5000
+ENDED_STATES = (RunState.STOPPED, RunState.CRASHED, RunState.FAILED)
 MAX_ETA_SECONDS = 100 * 365 * 86400.0
 
 
@@ -76,6 +78,7 @@ class RunStatus:
         costs: Machine time and dollars over all attempts of the run.
         warnings: What needs attention.
         problems: What cannot be read.
+        go_on: The command that goes on with a run that ended before its last step.
     """
 
     state: RunState
@@ -96,6 +99,7 @@ class RunStatus:
     costs: Costs | None
     warnings: list[RunWarning]
     problems: list[str]
+    go_on: str = ""
 
 
 class RunWatcher:
@@ -171,7 +175,7 @@ class RunWatcher:
             loss_curve=findings.loss_curve,
             checkpoints=[_checkpoint_status(v, self._uploads.entries, self._now()) for v in views],
             save_interval_seconds=interval,
-            uploads=Counter(entry.state.value for entry in self._uploads.entries.values()),
+            uploads=dict(Counter(one.state.value for one in self._uploads.entries.values())),
             machine=machine,
             disk_seconds_left=disk_seconds,
             costs=summarize_costs(
@@ -182,7 +186,12 @@ class RunWatcher:
             ),
             warnings=warnings,
             problems=problems,
+            go_on=self._find_command() if state in ENDED_STATES else "",
         )
+
+    def _find_command(self) -> str:
+        record = read_run_record(self._paths.checkpoints)
+        return "" if record is None else record.command
 
     def _is_evaluating(self) -> bool:
         """Tell whether an evaluation has begun and not yet logged its result."""

@@ -135,6 +135,8 @@ def _run_rows(status: RunStatus, encoding: str | None, width: int | None) -> lis
     """Return state, progress, losses, speed and costs."""
     style = STATE_STYLES.get(status.state, "")
     rows = [ViewRow(f"State: {status.state.value} ({printable(status.detail)})", style, 0)]
+    if status.go_on:
+        rows.append(ViewRow(f"Go on: {printable(status.go_on, 2000)}", importance=1))
     if status.step is None:
         return rows
     metrics, curve = status.metrics, status.loss_curve

@@ -105,14 +105,14 @@ def judge_state(
         "stalled": (
             due,
             "see the end of train.log and the GPUs; py-spy dump --pid shows where it hangs; stop "
-            "it, then --resume latest",
+            "it, then go on",
         ),
         "unknown": (due, "look at the run's machine: is the process there, is its disk mounted?"),
         "crashed": (
             "the process is gone without an end record: killed or crashed",
-            "see train.log and dmesg (memory?); --resume latest goes on from the last checkpoint",
+            "see train.log and dmesg (memory?), then go on from the last checkpoint",
         ),
-        "failed": ("the run ended with an error", "see the end of train.log; then --resume latest"),
+        "failed": ("the run ended with an error", "see the end of train.log, then go on"),
     }
     return RunWarning(state, *told[state]) if state in told else None
 
@@ -152,7 +152,7 @@ def judge_newest(record: Mapping[str, Any], loss: float | None) -> list[RunWarni
             RunWarning(
                 "not_finite",
                 f"the loss of step {record['step']} is not finite",
-                "stop; lower learning_rate; --resume latest goes on from a good state",
+                "stop; lower learning_rate; go on from a good state (--resume latest)",
             )
         )
     norm = number(record.get("grad_norm"))

@@ -18,7 +18,7 @@ from configs.training_config import TrainingConfig
 from utils.base.console import without_control_characters
 from utils.base.text import ABSENT, format_duration, number, printable, to_json_text
 from utils.base.uri import join_uri
-from utils.checkpoints.layout import TRAINING_CONFIG_FILE, RunPaths
+from utils.checkpoints.layout import RunPaths
 from utils.checkpoints.views import CheckpointView
 from utils.costs.costs import Costs, describe_costs, format_dollars
 from utils.tools.evaluation.log import EvaluationLog, newest
@@ -255,7 +255,7 @@ def _read_configurations(files: RunFiles) -> tuple[list[tuple[int, dict[str, Any
     ]
     if known:
         return known, []
-    parts = [(view.name.step, *read_part(view, TRAINING_CONFIG_FILE)) for view in files.views]
+    parts = [(view.name.step, *read_part(view)) for view in files.views]
     problems = [printable(f"Step {step}: {problem}") for step, _, problem in parts if problem]
     return [(step, config) for step, config, _ in parts if config], problems
 

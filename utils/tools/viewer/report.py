@@ -15,8 +15,9 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from configs.config_files import TRAINING_CONFIG_FILE
 from utils.base.text import number, parse_time, to_json_text
-from utils.checkpoints.layout import METRICS_HISTORY_FILE, TRAINING_CONFIG_FILE
+from utils.checkpoints.layout import METRICS_HISTORY_FILE
 from utils.checkpoints.views import CheckpointView, find_best, find_latest_view, read_json_part
 from utils.costs.costs import Costs, summarize_costs
 from utils.costs.spending import Spending
@@ -111,8 +112,13 @@ def loss_statistics(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_part(view: CheckpointView, name: str) -> tuple[dict[str, Any], str | None]:
-    """Return (a JSON file of a checkpoint, what is wrong with it); empty for a remote one."""
-    return ({}, None) if view.path is None else read_json_part(view.path / name, view.manifest)
+    """Return (a JSON file of a checkpoint, what is wrong with it).
+
+    Of one in a bucket only the configuration is known.
+    """
+    if view.path is not None:
+        return read_json_part(view.path / name, view.manifest)
+    return view.config if name == TRAINING_CONFIG_FILE else {}, None
 
 
 def data_position(data_state: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +175,7 @@ def config_differences(
     views: Sequence[CheckpointView],
 ) -> tuple[dict[str, list[Any]], list[str]]:
     """Return (key of the configuration -> its differing values; why that is not known)."""
-    if any(view.path is None for view in views):
+    if any(view.path is None and not view.config for view in views):
         return {}, ["configurations are in the archives, not in the bucket's sidecars"]
     parts = [read_part(view, TRAINING_CONFIG_FILE) for view in views]
     notes = [f"{view.name}: {part[1]}" for view, part in zip(views, parts, strict=True) if part[1]]

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
+from configs.config_files import TRAINING_CONFIG_FILE
 from configs.training_config import get_training_config
 from tests.sample_checkpoints import make_metadata
-from utils.checkpoints.layout import METADATA_FILE, TRAINING_CONFIG_FILE, FileEntry, Manifest
+from utils.checkpoints.layout import METADATA_FILE, FileEntry, Manifest
 from utils.tools.export.model_card import HYPERPARAMETERS, build_card, escape
 from utils.tools.generation.loading import LoadedModel, ModelSource
 

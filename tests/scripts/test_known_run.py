@@ -1,0 +1,211 @@
+"""Every command knows the run it stands beside, and an attempt goes on with its configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scripts import (
+    checkpoint_viewer,
+    evaluate,
+    export_model,
+    generate,
+    monitor_training,
+    upload_manager,
+)
+from tests.conftest import _forget_log_handlers, call_train
+from utils.base.errors import ExitCode
+from utils.checkpoints.layout import read_json
+
+Train = Callable[..., int]
+Said = tuple[int, str, str]
+FOUR = "checkpoint-epoch0-step4-files0"
+A = ("--run-name", "a")
+
+
+@pytest.fixture
+def run_a(run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """The folder, the current one, of a run whose name and bucket only its command line said."""
+    settings = ("save_steps=2", "report_to=[]", "run_name=a", "checkpoint_uri=other")
+    assert run_train("--config", "test", "--max-steps", "4", settings=settings) == 0
+    assert f"Verified {FOUR} in the bucket" in capsys.readouterr().out
+    _forget_log_handlers()
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    def call(script: object, *words: object) -> Said:
+        code = script.main([str(word) for word in words])  # type: ignore[attr-defined]
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_every_command_says_what_the_run_said(
+    run_a: Path, call: Callable[..., Said], sample_data: Path
+) -> None:
+    def read(script: object, *words: object) -> object:
+        code, out, _ = call(script, *words, *A, "--json")
+        assert code == 0
+        return json.loads(out)
+
+    status = read(upload_manager, "status")
+    assert (status["bucket"], status["queue"]) == ("other/a", [])
+    assert [row["state"] for row in status["checkpoints"]] == ["verified", "verified"]
+    assert len(read(upload_manager, "list", "--remote")) == 2
+    verified = read(upload_manager, "verify", "--deep")["checkpoints"]
+    assert [row["verified"] for row in verified] == [True, True]
+    assert read(upload_manager, "upload-all") == {"verified": [], "failed": {}}
+    assert read(upload_manager, "download", "latest", "--to", "there")["checkpoint"] == FOUR
+    for words in ([], ["--remote"]):
+        rows = read(checkpoint_viewer, "list", *words)["checkpoints"]
+        assert [row["state"] for row in rows] == ["verified", "verified"]
+    assert read(checkpoint_viewer, "view", "latest", "--remote")["config"]["run_name"] == "a"
+    looked = read(monitor_training, "--once")
+    assert (looked["state"], looked["uploads"]) == ("finished", {"verified": 2})
+    measured = read(evaluate, "latest", "--max-tokens", "64")
+    assert measured["evaluations"][0]["how"]["data"] == str(sample_data)
+    assert measured["log"] == "logs/a/evaluations.jsonl"
+    assert call(generate, "latest", *A, "--prompt", "The", "--max-tokens", "2")[0] == 0
+    assert read(export_model, "best", "--output", "exported")["model"] == FOUR
+    assert sorted(path.name for path in run_a.iterdir() if path.is_dir()) == [
+        *("cache", "checkpoints", "exported", "logs", "other", "there"),
+    ]
+
+
+def test_a_checkpoint_that_is_nowhere_is_told_with_those_here_and_in_the_bucket(
+    run_a: Path, call: Callable[..., Said]
+) -> None:
+    shutil.rmtree(run_a / "checkpoints" / "a" / FOUR.replace("4", "2"))
+    code, _, err = call(generate, "999", *A, "--prompt", "x")
+    assert code == ExitCode.USAGE
+    here, there = err.split("In the bucket:")
+    assert (FOUR in here, "step2" in here) == (True, False)
+    assert (FOUR in there, "step2" in there) == (True, True)
+
+
+def test_the_run_is_found_by_its_directory_from_anywhere_and_as_a_copy(
+    run_a: Path, call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run_a / "checkpoints" / "a", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    for place in (run_a / "checkpoints" / "a", copy, "copy"):
+        code, out, _ = call(upload_manager, "verify", "--run", place)
+        assert (code, out.splitlines()[-1]) == (0, "2 verified, 0 not.")
+        code, out, _ = call(monitor_training, "--once", "--json", "--run", place)
+        assert json.loads(out)["state"] == "finished"
+    monkeypatch.chdir(run_a / "checkpoints" / "a")
+    assert call(upload_manager, "verify", "--run", ".")[0] == 0
+    monkeypatch.chdir(run_a)
+    (copy / "run.json").unlink()  # of an earlier version: the newest checkpoint says it
+    assert call(upload_manager, "verify", "--run", copy)[0] == 0
+    code, _, err = call(upload_manager, "verify", "--run", copy, *A)
+    assert (code, "takes no" in err) == (ExitCode.USAGE, True)
+
+
+def test_what_the_words_say_wins_and_a_named_configuration_that_differs_is_told(
+    run_a: Path, call: Callable[..., Said], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert call(checkpoint_viewer, "list", *A)[0] == 0
+    assert not caplog.messages
+    assert call(checkpoint_viewer, "view", "best", *A, "--config", "test")[0] == 0
+    (told,) = caplog.messages
+    assert "checkpoint_uri is other, not bucket" in told
+    assert "--set checkpoint_uri=bucket" in told
+    _, out, _ = call(upload_manager, "status", *A, "--json", "--set", "checkpoint_uri=third")
+    assert json.loads(out)["bucket"] == "third/a"
+
+
+@pytest.mark.usefixtures("run_a")
+def test_where_no_run_is_those_that_are_there_are_named(
+    call: Callable[..., Said], caplog: pytest.LogCaptureFixture
+) -> None:
+    for words in ([], ["--run-name", "b"]):
+        code, out, _ = call(checkpoint_viewer, "list", *words)
+        assert (code, "No checkpoints in checkpoints" in out) == (0, True)
+        assert "Runs below checkpoints: a (--run-name a)." in caplog.messages[-1]
+    call(checkpoint_viewer, "list", "--run", "checkpoints")
+    assert "(--run checkpoints/a)" in caplog.messages[-1]
+
+
+def test_compare_and_plot_take_checkpoints_of_two_runs(
+    run_a: Path, run_train: Train, call: Callable[..., Said], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("run_name=b", "learning_rate=0.002", "report_to=[]", "checkpoint_uri=")
+    assert run_train("--max-steps", "3", "--quiet", settings=settings) == 0
+    _forget_log_handlers()
+    capsys.readouterr()
+    runs = ("--run", "checkpoints/a", "--run", "checkpoints/b")
+    paths = (f"checkpoints/a/{FOUR}", "checkpoints/b/checkpoint-epoch0-step3-files0")
+    for words in (runs, paths):
+        _, out, _ = call(checkpoint_viewer, "compare", "--json", *words)
+        found = json.loads(out)
+        assert [row["step"] for row in found["checkpoints"]] == [4, 3]
+        assert [row["state"] for row in found["checkpoints"]] == ["verified", "not queued"]
+        assert found["config_differences"]["learning_rate"] == [0.004, 0.002]
+        _, out, _ = call(checkpoint_viewer, "plot", "--json", *words)
+        labels = [curve["label"] for curve in json.loads(out)["curves"]]
+        assert [label.endswith(Path(path).name) for label, path in zip(labels, paths, strict=True)]
+        assert len(set(labels)) == 2
+    assert call(checkpoint_viewer, "list", *runs)[0] == ExitCode.USAGE
+
+
+def test_an_attempt_without_config_goes_on_with_that_of_the_checkpoint_from_wherever_it_is(
+    run_a: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: Callable[..., Said]
+) -> None:
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")  # a machine that has nothing
+    assert call_train(["--resume", f"{run_a}/other/a/latest", "--max-steps", "5"]) == 0
+    assert steps_in(tmp_path / "new" / "checkpoints" / "a") == [4, 5]
+    assert steps_in(run_a / "other" / "a" / "Checkpoints", ".tar.gz") == [2, 4, 5]
+
+    path = str(run_a / "checkpoints" / "a" / FOUR)
+    assert call_train(["--resume", path, "--max-steps", "6", "--set", "run_name=a"]) == 0
+    assert steps_in(run_a / "checkpoints" / "a") == [2, 4, 6]
+
+    monkeypatch.chdir(run_a)
+    shutil.rmtree("checkpoints")
+    words = ("--resume", "latest", "--set", "checkpoint_uri=other", "--set", "run_name=a")
+    assert call_train([*words, "--max-steps", "7", "--set", "learning_rate=0.1"]) == ExitCode.USAGE
+    assert call_train([*words, "--max-steps", "7"]) == 0
+    assert read_json(run_a / "checkpoints" / "a" / "run.json")["config"]["sequence_length"] == 32
+    assert call(upload_manager, "verify", *A)[0] == 0
+
+
+def test_a_bucket_of_an_earlier_version_wants_the_configuration_said(
+    run_a: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (run_a / "other" / "a" / "Checkpoints").glob("*.json"):
+        value = read_json(path)
+        del value["config"]
+        path.write_text(json.dumps(value))
+    assert call_train(["--resume", "other/a/latest"]) == ExitCode.USAGE
+    assert "--config NAME" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_a_configuration(run_a: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for where in (f"checkpoints/a/{FOUR}", f"checkpoints/a/{FOUR}/training_config.json"):
+        assert call_train(["--config", where, "--dry-run", "--quiet", "--set", "run_name=b"]) == 0
+        found, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out.lstrip())
+        own = read_json(run_a / "checkpoints" / "a" / FOUR / "training_config.json")
+        assert found == {**own, "run_name": "b"}
+
+
+def test_a_resume_that_finds_nothing_names_a_run_of_a_similar_name(
+    run_a: Path, run_train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_a / "checkpoints" / "a").rename(run_a / "checkpoints" / "first")
+    words = ("--max-steps", "1", "--resume", "latest")
+    assert run_train(*words, settings=("run_name=frist", "report_to=[]")) == 0
+    assert "--set run_name=first" in capsys.readouterr().out
+
+
+def steps_in(directory: Path, suffix: str = "") -> list[int]:
+    names = (path.name.removesuffix(suffix) for path in directory.glob(f"checkpoint-*{suffix}"))
+    return sorted(int(name.split("-")[2].removeprefix("step")) for name in names)

@@ -1,0 +1,193 @@
+"""run.json and its like: which run a directory of checkpoints is of, and its configuration.
+
+    attempt -> run.json -> every command that looks at the run, and the next attempt
+
+What is read may be of an earlier version, damaged or foreign: what cannot be used is passed over. A
+configuration that was recorded is relative to the directory that the attempt ran in. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from configs.config_files import TRAINING_CONFIG_FILE
+from configs.model_config import is_model_file
+from configs.training_config import TrainingConfig, get_training_config
+from utils.base.errors import CheckpointError, ConfigError
+from utils.base.text import FOREIGN_ERRORS
+from utils.base.uri import local_path
+from utils.checkpoints.layout import (
+    RUN_FILE,
+    SET_ASIDE_FOLDER,
+    RunIdentity,
+    RunPaths,
+    find_checkpoints,
+    read_json,
+    read_manifest,
+    write_json,
+)
+from utils.checkpoints.views import read_json_part
+
+_PATH_KEYS = ("output_dir", "logging_dir", "cache_dir", "checkpoint_uri")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the newest attempt noted where it writes.
+
+    `config` is its whole configuration, `directory` the one it ran in, `command` the words that go
+    on with the run; they are empty in records of earlier versions.
+    """
+
+    identity: RunIdentity
+    config: Mapping[str, Any] = field(default_factory=dict)
+    directory: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class RunValues:
+    """A configuration that was recorded, ready for `get_training_config`, and the file it is in."""
+
+    values: Mapping[str, Any]
+    source: str
+
+    def to_config(self, overrides: Mapping[str, Any]) -> TrainingConfig:
+        """Return it with other values in place of some."""
+        return get_training_config(self.source, overrides, self.values)
+
+
+def write_run_record(paths: RunPaths, record: RunRecord) -> None:
+    """Note which run writes here, and how; the file is replaced as a whole."""
+    temporary = paths.run_file.with_suffix(".json.new")
+    rest = {"config": record.config, "directory": record.directory, "command": record.command}
+    write_json(temporary, {**record.identity.to_json(), **rest})
+    temporary.replace(paths.run_file)
+
+
+def read_run_record(directory: Path, *, level: int = logging.DEBUG) -> RunRecord | None:
+    """Return what the newest attempt noted in a directory of checkpoints; None for nothing.
+
+    `level` is that of the log line which says why it cannot be read.
+    """
+    path = directory / RUN_FILE
+    try:
+        value = read_json(path)
+        config, texts = value.get("config"), (value.get("directory"), value.get("command"))
+        return RunRecord(
+            RunIdentity.from_json(value),
+            config if isinstance(config, dict) else {},
+            *(text if isinstance(text, str) else "" for text in texts),
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, *FOREIGN_ERRORS) as exc:
+        log.log(level, "%s cannot be read (%s) and is ignored.", path, exc)
+        return None
+
+
+def read_run_identity(paths: RunPaths) -> RunIdentity | None:
+    """Return which run and branch last wrote here; None where that is not known.
+
+    It decides between checkpoints that are there; without it they decide themselves.
+    """
+    record = read_run_record(paths.checkpoints, level=logging.WARNING)
+    return None if record is None else record.identity
+
+
+def find_run_values(directory: Path) -> RunValues | None:
+    """Return the configuration of the run in a directory of checkpoints; None where there is none.
+
+    It is that of the newest attempt, else that of the newest checkpoint that can be read.
+    """
+    if not os.path.isdir(directory):  # noqa: PTH112 - Path.is_dir raises for too long a name
+        return None
+    record = read_run_record(directory)
+    if record is not None and record.config:
+        source = str(directory / RUN_FILE)
+        with contextlib.suppress(ConfigError):
+            return usable_values(record.config, source, record.directory)
+    for name in reversed(find_checkpoints(directory)):
+        with contextlib.suppress(CheckpointError, ConfigError):
+            return read_checkpoint_values(directory / str(name), record)
+    return None
+
+
+def read_checkpoint_values(checkpoint: Path, record: RunRecord | None = None) -> RunValues:
+    """Return the configuration in a checkpoint's directory; `record` is what lies beside it.
+
+    Raises:
+        CheckpointError: It is damaged or incomplete.
+        ConfigError: It is none that can be used.
+    """
+    path = checkpoint / TRAINING_CONFIG_FILE
+    values, problem = read_json_part(path, read_manifest(checkpoint))
+    if problem is not None:
+        raise CheckpointError(f"{checkpoint}: {problem}.")
+    record = record or read_run_record(checkpoint.parent)
+    return usable_values(values, str(path), record.directory if record else "")
+
+
+def usable_values(values: Mapping[str, Any], source: str, directory: str = "") -> RunValues:
+    """Return what a file says of a run, without keys that this version does not know.
+
+    Relative paths are made absolute where `directory` is there and is not the current one.
+
+    Raises:
+        ConfigError: It is no configuration.
+    """
+    known = {one.name for one in fields(TrainingConfig)}
+    values = {key: value for key, value in values.items() if key in known}
+    get_training_config(source, {}, values)
+    if directory and Path(directory).is_dir() and not Path(directory).samefile(Path.cwd()):
+        values = _relative_to(Path(directory), values)
+    return RunValues(values, source)
+
+
+def _relative_to(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Return values whose relative paths begin in a directory."""
+
+    def place(text: str) -> str:
+        path = local_path(text) if text else None
+        return text if path is None else str(directory / path)
+
+    placed: dict[str, Any] = {key: place(values[key]) for key in _PATH_KEYS if key in values}
+    if is_model_file(values.get("model", "")):
+        placed["model"] = place(values["model"])
+    data = values.get("data_uri", "")
+    placed["data_uri"] = (
+        place(data)
+        if isinstance(data, str)
+        else [{**one, "uri": place(one["uri"])} for one in data]
+    )
+    return {**values, **placed}
+
+
+def find_run_names(output_dir: Path) -> list[str]:
+    """Return the names of the runs that have checkpoints or a record in an output directory.
+
+    The name of one that lies in the directory itself is "".
+    """
+    return sorted(name for name, folder in _folders(output_dir) if _has_run(folder))
+
+
+def _folders(output_dir: Path) -> Iterator[tuple[str, Path]]:
+    yield "", output_dir
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(output_dir):
+            if entry.name != SET_ASIDE_FOLDER and entry.is_dir():
+                yield entry.name, output_dir / entry.name
+
+
+def _has_run(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return (folder / RUN_FILE).is_file() or bool(find_checkpoints(folder))
+    return False
