@@ -46,7 +46,7 @@ from utils.base.console import (
 )
 from utils.base.errors import DataError, ExitCode, UsageError
 from utils.base.text import format_bytes, printable
-from utils.base.uri import local_path, require_path, split_uri
+from utils.base.uri import local_path, require_path, require_place, split_uri
 
 if TYPE_CHECKING:
     from utils.base.progress import ProgressDisplay
@@ -483,6 +483,7 @@ def inspect_data(arguments: argparse.Namespace) -> int:
     from utils.storage.open import open_bucket
 
     uri, only = arguments.uri, None
+    require_place(uri)
     path = local_path(uri)
     if path is not None and not path.exists():
         raise DataError(f"{uri} does not exist.")

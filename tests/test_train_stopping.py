@@ -583,15 +583,15 @@ def assert_stopped(
 
 
 def find_line(trainer: Trainer, pattern: str) -> str:
-    """Return the one line of the log that matches, without time and level."""
-    lines = [line[28:] for line in trainer.output.splitlines()]
+    """Return the one line of the log that matches, without its time."""
+    lines = [line[20:] for line in trainer.output.splitlines()]
     (found,) = (line for line in lines if re.search(pattern, line))
     return found
 
 
 def next_words(trainer: Trainer) -> list[str]:
     """Return the words for train.py in the command that an attempt has printed last."""
-    program, file, *words = shlex.split(trainer.output.splitlines()[-1][28:])
+    program, file, *words = shlex.split(trainer.output.splitlines()[-1][20:])
     assert [program, file] == [sys.executable, str(PROJECT_DIRECTORY / "train.py")]
     return words
 

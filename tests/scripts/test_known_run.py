@@ -126,9 +126,12 @@ def test_what_the_words_say_wins_and_a_named_configuration_that_differs_is_told(
 def test_where_no_run_is_those_that_are_there_are_named(
     call: Callable[..., Said], caplog: pytest.LogCaptureFixture
 ) -> None:
-    for words in ([], ["--run-name", "b"]):
+    for words, lack in (
+        ([], "No checkpoints in checkpoints."),
+        (["--run-name", "b"], "checkpoints/b does not exist."),
+    ):
         code, out, _ = call(checkpoint_viewer, "list", *words)
-        assert (code, "No checkpoints in checkpoints" in out) == (0, True)
+        assert (code, out.splitlines()[0]) == (0, lack)
         assert "Runs below checkpoints: a (--run-name a)." in caplog.messages[-1]
     call(checkpoint_viewer, "list", "--run", "checkpoints")
     assert "(--run checkpoints/a)" in caplog.messages[-1]
@@ -191,8 +194,8 @@ def test_a_bucket_of_an_earlier_version_wants_the_configuration_said(
 
 def test_a_checkpoint_is_a_configuration(run_a: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for where in (f"checkpoints/a/{FOUR}", f"checkpoints/a/{FOUR}/training_config.json"):
-        assert call_train(["--config", where, "--dry-run", "--quiet", "--set", "run_name=b"]) == 0
-        found, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out.lstrip())
+        assert call_train(["--config", where, "--dry-run", "--json", "--set", "run_name=b"]) == 0
+        found = json.loads(capsys.readouterr().out)["config"]
         own = read_json(run_a / "checkpoints" / "a" / FOUR / "training_config.json")
         assert found == {**own, "run_name": "b"}
 

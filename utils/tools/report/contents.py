@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from configs.config_files import TRAINING_CONFIG_FILE
 from configs.training_config import TrainingConfig
 from utils.base.console import without_control_characters
 from utils.base.text import ABSENT, format_duration, number, printable, to_json_text
@@ -255,7 +256,7 @@ def _read_configurations(files: RunFiles) -> tuple[list[tuple[int, dict[str, Any
     ]
     if known:
         return known, []
-    parts = [(view.name.step, *read_part(view)) for view in files.views]
+    parts = [(view.name.step, *read_part(view, TRAINING_CONFIG_FILE)) for view in files.views]
     problems = [printable(f"Step {step}: {problem}") for step, _, problem in parts if problem]
     return [(step, config) for step, config, _ in parts if config], problems
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from configs.training_config import TrainingConfig
 from utils.base.errors import UsageError
+from utils.base.text import printable
 from utils.base.uri import scheme_of
 from utils.checkpoints.layout import MANIFEST_FILE, REMOTE_FOLDER, parse_checkpoint_name
-from utils.checkpoints.views import CheckpointView
+from utils.checkpoints.views import CheckpointView, describe_lack
 from utils.start.arguments import read_run_config
 from utils.tools.viewer.shelf import Shelf, open_shelf
 
@@ -103,6 +104,8 @@ def choose_checkpoints(
             for config, shelf in shelves:
                 choose(config, shelf, name)
         for config, shelf in [] if names else shelves:
+            if not shelf.names:
+                raise UsageError(describe_lack(printable(shelf.where)))
             for found in shelf.names[-num_newest:]:
                 choose(config, shelf, str(found))
     return chosen

@@ -230,7 +230,7 @@ def open_shelf(
 
 
 def _notes_on_others(directory: Path, complete: Sequence[CheckpointName]) -> list[str]:
-    """Name what is called like a checkpoint but was never committed, and the runs below."""
+    """Name what is called like a checkpoint but was never committed, and runs below this one."""
     if not directory.is_dir():
         return []
     known = {str(name) for name in complete}
@@ -240,7 +240,7 @@ def _notes_on_others(directory: Path, complete: Sequence[CheckpointName]) -> lis
         for name in others
         if parse_checkpoint_name(name)
     ]
-    for name in others:
+    for name in others if complete else []:
         below = directory / name
         if (below / RUN_FILE).is_file():
             count = len(find_checkpoints(below))
