@@ -61,7 +61,7 @@ def test_spending_goes_on_over_starts_and_prices(run_train: Train, tmp_path: Pat
     text = (tmp_path / "run/logs/train.log").read_text()
     assert " in 2 attempts (" in text
     assert " per million tokens; " in text
-    assert text.splitlines()[-1].endswith("Done: step 4 of 4.")
+    assert text.splitlines()[-3].endswith("Done: step 4 of 4.")  # then the command that goes on
 
 
 def test_a_rollback_loses_what_its_checkpoint_has_not(
