@@ -176,6 +176,7 @@ def test_an_attempt_without_config_goes_on_with_that_of_the_checkpoint_from_wher
     shutil.rmtree("checkpoints")
     words = ("--resume", "latest", "--set", "checkpoint_uri=other", "--set", "run_name=a")
     assert call_train([*words, "--max-steps", "7", "--set", "learning_rate=0.1"]) == ExitCode.USAGE
+    assert not Path("checkpoints").exists()  # refused before anything is downloaded
     assert call_train([*words, "--max-steps", "7"]) == 0
     assert read_json(run_a / "checkpoints" / "a" / "run.json")["config"]["sequence_length"] == 32
     assert call(upload_manager, "verify", *A)[0] == 0

@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ def begin(
             seed_random_state(config.seed, 0, rank)
         return fresh_start(plan, paths)
     for candidate in plan.candidates:
+        _require_same_keys(candidate, config, is_accepted=args.accept_config_change)
         found = ranks.compute_on_main(
             functools.partial(
                 bring,
@@ -304,15 +305,32 @@ def _require_same_config(
         )
     for change in changes.free:
         log.info("Changed since the checkpoint: %s.", change)
-    if guarded and not is_accepted:
-        raise ConfigError(
-            f"{checkpoint.name} was trained with another configuration: {'; '.join(guarded)}. "
-            "Put it back, go on all the same with --accept-config-change, begin anew with --fresh, "
-            "or give this run folders of its own with --set run_name=NAME."
-        )
+    _require_accepted(checkpoint.name, guarded, is_accepted=is_accepted)
     for change in guarded:
         log.warning("Changed since the checkpoint, as accepted: %s.", change)
     _tell_learning_rate(trained_with, config, saved.metrics["progress"]["step"])
+
+
+def _require_same_keys(candidate: Candidate, config: TrainingConfig, *, is_accepted: bool) -> None:
+    """Refuse a checkpoint in the bucket before it is downloaded, as far as its sidecar says why.
+
+    Raises:
+        ConfigError: Another configuration trained it, and that was not accepted.
+    """
+    if candidate.path is None and candidate.view is not None and candidate.view.config:
+        changes = compare_configs(candidate.view.config, config).guarded
+        # Another name of the same model is no difference; its own file is in the archive.
+        guarded = [change for change in changes if not change.startswith(_MODEL_KEYS)]
+        _require_accepted(str(candidate.name), guarded, is_accepted=is_accepted)
+
+
+def _require_accepted(name: str, guarded: Sequence[str], *, is_accepted: bool) -> None:
+    if guarded and not is_accepted:
+        raise ConfigError(
+            f"{name} was trained with another configuration: {'; '.join(guarded)}. "
+            "Put it back, go on all the same with --accept-config-change, begin anew with --fresh, "
+            "or give this run folders of its own with --set run_name=NAME."
+        )
 
 
 def _tell_learning_rate(before: Mapping[str, Any], config: TrainingConfig, step: int) -> None:

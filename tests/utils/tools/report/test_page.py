@@ -81,7 +81,12 @@ def make_run(attack: str = "") -> RunPaths:
             paths.samples, {"step": step, "prompt": f"This{attack}", "text": text + attack}
         )
     made = [
-        make_checkpoint(paths.checkpoints, step, config=config, git_commit=f"abc{attack}")
+        make_checkpoint(
+            paths.checkpoints,
+            step,
+            config={**config, "checkpoint_uri": "bucket"},
+            git_commit=f"abc{attack}",
+        )
         for step, config in zip((50, 100), configs, strict=True)
     ]
     journal = Journal(paths.journal)
