@@ -21,6 +21,7 @@ from utils.base.progress import OnProgress
 from utils.base.text import printable
 from utils.base.uri import local_path
 from utils.checkpoints.layout import TRAINING_CONFIG_FILE, RunPaths
+from utils.checkpoints.loading import LoadedModel, ModelSource
 from utils.checkpoints.views import read_json_object
 from utils.data.shard_cache import ShardCache
 from utils.data.shard_index import (
@@ -38,7 +39,6 @@ from utils.tools.evaluation.harness import run_harness, task_of
 from utils.tools.evaluation.log import Evaluation, weights_id
 from utils.tools.evaluation.questions import Questions
 from utils.tools.evaluation.token_bytes import ByteCounter
-from utils.tools.generation.loading import LoadedModel, ModelSource
 
 LONGEST_WINDOW = 2048
 FORWARD_TOKENS = {"cpu": 8192}

@@ -11,9 +11,9 @@ import argparse
 
 from configs.training_config import ATTENTION_IMPLEMENTATIONS
 from utils.base.progress import ProgressDisplay
+from utils.checkpoints.loading import DTYPES, LoadedModel, ModelSource, load_model
 from utils.start.arguments import add_run_arguments, read_run_config
 from utils.tools.generation.finding import find_model
-from utils.tools.generation.loading import DTYPES, LoadedModel, ModelSource, load_model
 
 MODEL_HELP = (
     "a checkpoint's name, step, latest or best; a directory of a checkpoint or of an exported "
