@@ -49,11 +49,16 @@ class TrainingConfig:
     """
 
     model: str = "refocused-1.2b"
-    """Name of a preset in `configs/model_presets.py`, or the path of a model's JSON file."""
+    """Name of a preset in `configs/model_presets.py`, or the path of a model's JSON file. With
+    `init_from` it is left out: the model there says what it is."""
 
     model_overrides: dict[str, Any] = field(default_factory=dict)
     """Values that replace the preset's or the file's, by their name in the transformers config
     class."""
+
+    init_from: str = ""
+    """A trained model that a new run begins with: the directory of a checkpoint or of a Hugging
+    Face model, `gs://` of one, or a name on the Hub. Optimizer, schedule and data begin anew."""
 
     data_uri: str | list[dict[str, Any]] = ""
     """Bucket of the NPZ shards: `gs://bucket/prefix` or a directory; or a mixture: a list of
@@ -475,7 +480,7 @@ def _check_places(config: TrainingConfig) -> None:
     if isinstance(config.data_uri, list):
         _check_mixture(config.data_uri)
     places = [("data_uri", uri, PLACES) for uri, _ in config.data_sources]
-    places += [("checkpoint_uri", config.checkpoint_uri, PLACES)]
+    places += [(key, getattr(config, key), PLACES) for key in ("checkpoint_uri", "init_from")]
     for key in ("output_dir", "logging_dir", "cache_dir"):
         places += [(key, getattr(config, key), LOCAL_PLACES)]
     for key, text, kinds in places:
@@ -543,6 +548,8 @@ def get_training_config(
     """
     annotations = {item.name: str(item.type) for item in fields(TrainingConfig)}
     values = read_values(name, overrides or {}, annotations)
+    if values.by_key.get("init_from"):
+        values.by_key.setdefault("model", "")
     try:
         return TrainingConfig(**values.by_key)
     except ConfigError as exc:

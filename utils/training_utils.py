@@ -15,7 +15,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,8 @@ class TrainingProgress:
     step) count over all ranks. `best_loss` is the lowest logged training loss, `validation_loss`
     the newest, None where it is not finite. `bad_steps` are those whose update was left out, and
     why, oldest first. `spending` is what the run had taken at the save (`Spending.to_json`); no
-    result depends on it. `history`, every logged metric, is `training_metrics.json`.
+    result depends on it. `base` is the trained model that the run began with, None where there was
+    none (`utils/remote/base.py`). `history`, every logged metric, is `training_metrics.json`.
     """
 
     step: int = 0
@@ -183,6 +184,7 @@ class TrainingProgress:
     validation_step: int = 0
     bad_steps: list[dict[str, Any]] = field(default_factory=list)
     spending: dict[str, Any] | None = None
+    base: Mapping[str, Any] | None = None
     history: dict[str, list[Any]] = field(
         default_factory=lambda: {
             "steps": [],
@@ -307,10 +309,18 @@ def build_division(accelerator: Accelerator, config: TrainingConfig) -> Division
 
 
 def build_train_state(
-    accelerator: Accelerator, model_config: Any, config: TrainingConfig
+    accelerator: Accelerator,
+    model_config: Any,
+    config: TrainingConfig,
+    load_into: Callable[[Any], None] | None = None,
 ) -> TrainState:
-    """Return a train state at step 0."""
+    """Return a train state at step 0.
+
+    `load_into` replaces the weights of the model of transformers, while it is on the CPU.
+    """
     model = LossModel(build_model(model_config, config), config.loss_implementation)
+    if load_into is not None:
+        load_into(model.core)
     if accelerator.device.type == "cpu" and not config.torch_compile:  # which makes its own
         use_cpu_products(model)
     division = build_division(accelerator, config)

@@ -266,21 +266,35 @@ class ParameterCounts:
         return self.total - self.embedding
 
 
+def find_shapes(model_config: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of a model config; shared ones have one name.
+
+    Raises:
+        ConfigError: No model can be built from it.
+    """
+    model = _build_without_memory(model_config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _build_without_memory(model_config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(model_config)
+    except Exception as exc:  # whatever a wrong value meets first
+        raise ConfigError(
+            f"No model can be built of these values: {type(exc).__name__}: {exc}"
+        ) from exc
+
+
 def count_parameters(model_config: Any) -> ParameterCounts:
     """Return the parameter counts of a model config, from a model without memory.
 
     Raises:
         ConfigError: No model can be built from it.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config)
-    except Exception as exc:  # whatever a wrong value meets first
-        raise ConfigError(
-            f"No model can be built of these values: {type(exc).__name__}: {exc}"
-        ) from exc
+    model = _build_without_memory(model_config)
     total = sum(parameter.numel() for parameter in model.parameters())
     embeddings = {
         id(module.weight): module.weight.numel()

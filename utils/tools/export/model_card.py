@@ -38,6 +38,8 @@ HYPERPARAMETERS = (
     "seed",
 )
 """Keys of the training configuration that shaped the weights."""
+BASE_KEYS = ("name", "run_id", "step", "revision")
+"""What a checkpoint says of the model that its run began with."""
 
 _PLAIN = frozenset(string.ascii_letters + string.digits + " .,+-_")
 _SHAPE = (
@@ -63,12 +65,15 @@ def build_card(loaded: LoadedModel) -> str:
     source, model = loaded.source, loaded.model
     config = {key: getattr(model.config, key, None) for key in CONFIG_KEYS}
     kind = str(config["model_type"])
+    metadata = _read(source, METADATA_FILE)
+    base = _mapping(metadata.get("base"))
+    on_hub = source.location if source.directory is None else None
     size = f"A {escape(kind)} language model of {model.num_parameters():,} parameters"
     data: Any = ModelCardData  # its annotations do not allow that no licence is known
     front = data(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=source.location if source.directory is None else None,
+        base_model=base.get("name") if "revision" in base else on_hub,
         tags=["text-generation", kind],
     )
     rows = [("architecture", kind), *((title, config[key]) for title, key in _SHAPE)]
@@ -76,9 +81,10 @@ def build_card(loaded: LoadedModel) -> str:
     origin = f"exported from {escape(source.name)}"
     tables = [_table("Model", rows)]
     if source.manifest is not None:
-        metadata = _read(source, METADATA_FILE)
         training = _read(source, TRAINING_CONFIG_FILE)
         origin = f"pre-trained for {source.manifest.step:,} steps"
+        if "name" in base:
+            origin += f", beginning with {escape(base['name'])}"
         tables.append(_table("Training", _training_rows(source.manifest, metadata, training)))
         tables.append(_table("Origin", _origin_rows(source.name, source.manifest, metadata)))
         tables.append(_NOT_SAID)
@@ -120,8 +126,10 @@ def _training_rows(
 ) -> list[tuple[str, object]]:
     progress = _mapping(metadata.get("training_progress"))
     validation = _mapping(metadata.get("validation_metrics"))
+    base = _mapping(metadata.get("base"))
     return [
-        ("preset", training.get("model")),
+        ("preset", training.get("model") or None),
+        *((f"begun from: {key}", base[key]) for key in BASE_KEYS if key in base),
         ("steps", manifest.step),
         ("tokens seen", progress.get("tokens_seen")),
         ("training loss, last logged", metadata.get("current_loss")),
