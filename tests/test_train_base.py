@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from scripts import checkpoint_viewer, evaluate, export_model
 from tests.test_train import state_differences
@@ -33,25 +34,44 @@ def newest(tmp_path: Path, folder: str = "run") -> Path:
     return max((tmp_path / folder / "checkpoints").glob("*step*"))
 
 
-@pytest.mark.parametrize("place", ["directory", "bucket", "folder in a bucket"])
+def put_on_hub(folder: Path, name: str, revision: str) -> None:
+    """Put a model where the Hub's client finds it without a network."""
+    repository = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+
+
+@pytest.mark.parametrize("place", ["directory", "bucket", "folder", "hub"])
 def test_the_first_validation_loss_is_that_of_the_model(
-    place: str, base: Path, run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: str,
+    base: Path,
+    run_train: Train,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert evaluate.main([str(base), "--like-training", "--json", "--device", "cpu"]) == 0
     expected = json.loads(capsys.readouterr().out)["evaluations"][0]["values"]["loss"]
     init_from = str(base)
     if place == "bucket":
         init_from = str(tmp_path / "base" / "bucket" / "latest")
         shutil.rmtree(base.parent)
-    elif place == "folder in a bucket":
+    elif place in ("folder", "hub"):
         init_from = str(tmp_path / "exported")
         assert export_model.main([str(base), "--output", init_from, "--device", "cpu"]) == 0
+    if place == "hub":
+        put_on_hub(Path(init_from), "someone/begun", "1234abcd" * 5)
+        init_from = "someone/begun"
     settings = (*ALONE, f"init_from={init_from}", "logging_steps=1")
     assert run_train("--max-steps", "2", settings=settings) == 0
     steps, losses = read_metrics(tmp_path / "run/logs/metrics.jsonl").series("validation_loss")
     assert list(steps) == [0, 2]
     assert losses[0] == pytest.approx(expected, rel=1e-6)
-    assert read_json(newest(tmp_path) / "metadata.json")["training_progress"]["tokens_seen"] == 256
+    metadata = read_json(newest(tmp_path) / "metadata.json")
+    assert metadata["training_progress"]["tokens_seen"] == 256
+    assert metadata["base"].get("revision") == ("1234abcd" * 5 if place == "hub" else None)
 
 
 def test_a_run_goes_on_without_the_model_it_began_with(

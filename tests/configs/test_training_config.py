@@ -292,6 +292,7 @@ def test_a_guarded_key_that_a_checkpoint_does_not_know_had_its_default() -> None
 CHANGED = {
     "model": "gpt2",
     "model_overrides": {"hidden_dropout": 0.1},
+    "init_from": "other/model",
     "sequence_length": 1024,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "linear",
