@@ -12,6 +12,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -119,7 +120,7 @@ def model_in_bucket(
             with _alone_in(directory) as has_waited:
                 if not has_waited:  # else the bucket may hold something else by now
                     path = download_checkpoint(bucket, name, directory, None, on_progress)
-                    return model_in_directory(path)
+                    return replace(model_in_directory(path), bucket_uri=uri)
 
 
 def _folder_in_bucket(uri: str, models: Path, on_progress: OnProgress) -> ModelSource:

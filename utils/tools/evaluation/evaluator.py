@@ -292,6 +292,8 @@ class Evaluator:
         found = Evaluation(source.name, task, values, what, how, source.step)
         if manifest is None:
             return found
+        if source.averaged:  # weights that no manifest vouches for
+            return replace(found, how={**how, "averaged": [path.name for path in source.averaged]})
         return replace(found, run_id=manifest.run_id, weights=weights_id(manifest))
 
 

@@ -82,11 +82,13 @@ def build_card(loaded: LoadedModel) -> str:
     tables = [_table("Model", rows)]
     if source.manifest is not None:
         training = _read(source, TRAINING_CONFIG_FILE)
+        if source.averaged:  # the losses are those of one checkpoint
+            metadata = {**metadata, "current_loss": None, "validation_metrics": None}
         origin = f"pre-trained for {source.manifest.step:,} steps"
         if "name" in base:
             origin += f", beginning with {escape(base['name'])}"
         tables.append(_table("Training", _training_rows(source.manifest, metadata, training)))
-        tables.append(_table("Origin", _origin_rows(source.name, source.manifest, metadata)))
+        tables.append(_table("Origin", _origin_rows(source, source.manifest, metadata)))
         tables.append(_NOT_SAID)
     begin = [f"---\n{front.to_yaml()}\n---", f"# {escape(source.name)}", f"{size}, {origin}."]
     return "\n\n".join([*begin, _USE, *tables]) + "\n"
@@ -140,17 +142,20 @@ def _training_rows(
 
 
 def _origin_rows(
-    name: str, manifest: Manifest, metadata: Mapping[str, Any]
+    source: ModelSource, manifest: Manifest, metadata: Mapping[str, Any]
 ) -> list[tuple[str, object]]:
     system = _mapping(metadata.get("system_info"))
     return [
-        ("checkpoint", name),
+        ("checkpoint", source.name),
+        *(("mean of the weights of", path.name) for path in source.averaged),
         ("run", manifest.run_id),
         ("branch", manifest.branch),
         *(
             (f"crc32c of {file}", manifest.files[file].crc32c)
             for file in sorted(manifest.files)
-            if file.endswith(WEIGHTS_SUFFIXES) and not file.startswith(OPTIMIZER_PREFIX)
+            if not source.averaged
+            and file.endswith(WEIGHTS_SUFFIXES)
+            and not file.startswith(OPTIMIZER_PREFIX)
         ),
         ("code", metadata.get("git_commit")),
         *((key, system.get(key)) for key in ("torch", "transformers", "accelerate")),

@@ -8,13 +8,21 @@ bucket), then a name on the Hugging Face Hub. No torch here.
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.training_config import TrainingConfig
-from utils.base.errors import UsageError
+from utils.base.errors import CheckpointError, UsageError
 from utils.base.progress import OnProgress
 from utils.base.uri import join_uri
-from utils.checkpoints.layout import validate_run_name
+from utils.checkpoints.layout import (
+    RunIdentity,
+    RunPaths,
+    find_checkpoints,
+    read_manifest,
+    validate_run_name,
+)
 from utils.checkpoints.loading import ModelSource
 from utils.remote.finding import (
     find_placed_model,
@@ -23,7 +31,18 @@ from utils.remote.finding import (
     model_in_directory,
     model_on_hub,
 )
+from utils.remote.listing import is_part_of, list_remote, read_sidecars
+from utils.storage.open import open_bucket
 from utils.tools.viewer.shelf import open_shelf
+
+
+@dataclass(frozen=True)
+class AverageSpan:
+    """Which checkpoints are averaged: so many, up to the named one; or those of these steps."""
+
+    count: int | None = None
+    first: int = 0
+    last: int = 0
 
 
 def find_model(
@@ -57,6 +76,68 @@ def find_model(
     if is_checkpoint_word(text):
         if not config.checkpoint_uri:
             raise UsageError(problem)
-        uri = join_uri(config.checkpoint_uri, validate_run_name(config.run_name))
-        return model_in_bucket(uri, text, config, on_progress)
+        return model_in_bucket(_bucket_of(config), text, config, on_progress)
     return model_on_hub(text)
+
+
+def find_average(
+    source: ModelSource, span: AverageSpan, config: TrainingConfig, on_progress: OnProgress
+) -> ModelSource:
+    """Return a checkpoint with the mean of the weights of its branch's, downloaded where need be.
+
+    They are looked for beside it, in the run's directory and in its bucket.
+
+    Raises:
+        UsageError: It is no checkpoint, or there are too few.
+        CheckpointError: One of them is damaged.
+        StorageError: The bucket cannot be read.
+    """
+    manifest = source.manifest
+    if manifest is None or source.directory is None:
+        raise UsageError(f"--average: {source.name} is no checkpoint of a run.")
+    uri = source.bucket_uri or (_bucket_of(config) if config.checkpoint_uri else "")
+    last = manifest.step if span.count else span.last
+    found: dict[int, Path | str] = {}  # a name is in the bucket
+    if uri:
+        found |= _branch_in_bucket(uri, manifest.identity, range(span.first, last + 1), config)
+    for directory in (RunPaths.of(config).checkpoints, source.directory.parent):
+        found |= _branch_in_directory(directory, manifest.identity)
+    steps = sorted(step for step in found if span.first <= step <= last)[-(span.count or 0) :]
+    if len(steps) < (span.count or 2):
+        shown = ", ".join(map(str, steps)) or "none"
+        raise UsageError(
+            f"--average: {span.count or 'at least 2'} checkpoints of the branch of {source.name} "
+            f"are needed up to step {last}; there are {len(steps)} (steps: {shown})."
+        )
+    paths = []
+    for step in steps:
+        place = found[step]
+        if isinstance(place, str):
+            place = Path(model_in_bucket(uri, place, config, on_progress).location)
+        paths.append(place)
+    return replace(source, name=f"{source.name} (mean of {len(paths)})", averaged=tuple(paths))
+
+
+def _bucket_of(config: TrainingConfig) -> str:
+    return join_uri(config.checkpoint_uri, validate_run_name(config.run_name))
+
+
+def _branch_in_directory(directory: Path, identity: RunIdentity) -> dict[int, Path]:
+    """Return the checkpoints of a branch in a directory, by step."""
+    found = {}
+    for name in find_checkpoints(directory):
+        path = directory / str(name)
+        with contextlib.suppress(CheckpointError):
+            if identity.includes(read_manifest(path).identity, name.step):
+                found[name.step] = path
+    return found
+
+
+def _branch_in_bucket(
+    uri: str, identity: RunIdentity, steps: range, config: TrainingConfig
+) -> dict[int, str]:
+    """Return the names of a branch's checkpoints of these steps in a bucket, by step."""
+    with contextlib.closing(open_bucket(uri, config.gcs_user_project or None)) as bucket:
+        listing = list_remote(bucket)
+        views = read_sidecars(bucket, listing, [n for n in listing.complete if n.step in steps])
+    return {view.name.step: str(view.name) for view in views if is_part_of(identity, view)}
