@@ -19,16 +19,29 @@ from utils.base.errors import ConfigError
 from utils.base.uri import LOCAL_PLACES, PLACES, find_mistake
 
 LR_SCHEDULERS: dict[str, tuple[str, ...]] = {
-    "cosine": (),
+    "cosine": ("num_cycles",),
     "linear": (),
     "constant": (),
     "constant_with_warmup": (),
-    "polynomial": ("power",),
+    "polynomial": ("power", "lr_end"),
     "cosine_with_restarts": ("num_cycles",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
     "inverse_sqrt": ("timescale",),
-    "warmup_stable_decay": ("num_decay_steps",),
+    "warmup_stable_decay": (
+        "num_decay_steps",
+        "num_stable_steps",
+        "warmup_type",
+        "decay_type",
+        "min_lr_ratio",
+        "num_cycles",
+    ),
 }
 """Each learning rate schedule, and the `lr_scheduler_kwargs` that it knows."""
+LR_FLOORS = ("min_lr", "min_lr_rate", "min_lr_ratio", "lr_end")
+"""Those that say where a schedule ends, in place of the key `min_lr_rate`; they may be 0."""
+LR_SHAPES = ("linear", "cosine", "1-sqrt")
+"""What `warmup_type` and `decay_type` may be."""
 ATTENTION_IMPLEMENTATIONS = (
     "sdpa",
     "flash_attention_2",
@@ -109,12 +122,11 @@ class TrainingConfig:
 
     lr_scheduler_type: str = "cosine"
     """What follows the warm-up, a schedule of transformers: cosine, linear, polynomial,
-    cosine_with_restarts, warmup_stable_decay, inverse_sqrt, or constant (constant_with_warmup)."""
+    cosine_with_restarts, cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay,
+    inverse_sqrt, or constant (constant_with_warmup)."""
 
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Settings of that schedule, as transformers names them: num_decay_steps of
-    warmup_stable_decay, num_cycles of cosine_with_restarts, power of polynomial, timescale of
-    inverse_sqrt."""
+    """Settings of that schedule, as transformers names them (`LR_SCHEDULERS`)."""
 
     min_lr_rate: float = 0.1
     """Learning rate at the last step, as a share of the peak, where the schedule would end at 0."""
@@ -467,9 +479,20 @@ def _check_schedule(config: TrainingConfig) -> None:
         if key not in LR_SCHEDULERS[kind]:
             known = ", ".join(LR_SCHEDULERS[kind]) or "none"
             raise ConfigError(f"lr_scheduler_kwargs of {kind} are {known}; got {key!r}.")
-        if not _is_number(value) or not 0 < value < math.inf:
+        if key.endswith("_type"):
+            if value not in LR_SHAPES:
+                known = ", ".join(LR_SHAPES)
+                raise ConfigError(
+                    f"lr_scheduler_kwargs.{key} must be one of {known}; got {value!r}."
+                )
+        elif key in LR_FLOORS:
+            if not _is_number(value) or not 0 <= value < math.inf:
+                raise ConfigError(f"lr_scheduler_kwargs.{key} must be at least 0, got {value!r}.")
+        elif not _is_number(value) or not 0 < value < math.inf:
             raise ConfigError(f"lr_scheduler_kwargs.{key} must be above 0, got {value!r}.")
-    if kind == "warmup_stable_decay" and not values:
+    if "min_lr" in values and "min_lr_rate" in values:
+        raise ConfigError("lr_scheduler_kwargs: min_lr and min_lr_rate are both set: choose one.")
+    if kind == "warmup_stable_decay" and "num_decay_steps" not in values:
         raise ConfigError(
             "lr_scheduler_type warmup_stable_decay needs lr_scheduler_kwargs.num_decay_steps: over "
             "how many steps the learning rate falls at the end."

@@ -385,6 +385,29 @@ def test_the_advice_at_a_jump_of_the_learning_rate_keeps_it(
     assert {group["lr"] for group in load(last / "optimizer.bin")["param_groups"]} == {4e-4}
 
 
+def test_a_decay_may_begin_at_a_stable_checkpoint(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stable(decay_steps: int, *more: str) -> tuple[str, ...]:
+        kwargs = f'lr_scheduler_kwargs={{"num_decay_steps": {decay_steps}}}'
+        return (kwargs, "lr_scheduler_type=warmup_stable_decay", "save_steps=2", *more)
+
+    words = ("--max-steps", "9", "--stop-after", "6")
+    assert run_train(*words, settings=stable(2)) == 0
+    capsys.readouterr()
+    # At step 6 a decay over 4 steps to step 8 would have begun.
+    refused = ("--resume", "latest", "--max-steps", "8")
+    assert run_train(*refused, settings=stable(4)) == ExitCode.USAGE
+    assert "max_steps: 9 -> 8" in capsys.readouterr().err
+    words = ("--resume", "4", "--max-steps", "8")
+    assert run_train(*words, settings=stable(4, "logging_steps=1")) == 0
+    assert "max_steps: 9 -> 8" in capsys.readouterr().out
+    last = checkpoint(tmp_path, "run", "checkpoint-epoch0-step8-files0")
+    assert read_manifest(last).branch == 1
+    rates = read_json(last / "metadata.json")["learning_rates"][-4:]
+    assert rates == pytest.approx([0.004 * share for share in (0.868198, 0.55, 0.231802, 0.1)])
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(
     run_train: Train,

@@ -28,7 +28,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from configs.training_config import TrainingConfig
+from configs.training_config import LR_FLOORS, TrainingConfig
 from utils.base import ranks
 from utils.base.errors import ConfigError, first_line
 from utils.base.text import number
@@ -49,6 +49,7 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, float]]] = {
     "linear": ("polynomial", {"lr_end": 0.0}),
     "polynomial": ("polynomial", {"lr_end": 0.0}),
 }
+_ABSOLUTE_FLOORS = {"min_lr": "min_lr_rate", "lr_end": "lr_end"}
 _ENDLESS_SCHEDULERS = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 log = logging.getLogger(__name__)
@@ -142,14 +143,23 @@ def learning_rate_share(config: TrainingConfig) -> Callable[[int], float]:
     """
     kind, warmup = config.lr_scheduler_type, config.warmup_steps
     name, settings = _SCHEDULERS.get(kind, (kind, {}))
-    last = max(config.max_steps, warmup + 1)  # some divide by the steps after the warm-up
-    peak = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    found = get_scheduler(name, peak, warmup, last, {**settings, **config.lr_scheduler_kwargs})
-    schedule = found.lr_lambdas[0]
+    given = dict(config.lr_scheduler_kwargs)
+    for key in _ABSOLUTE_FLOORS.keys() & given.keys():  # the peak is 1 here
+        given[_ABSOLUTE_FLOORS[key]] = given.pop(key) / config.learning_rate
     floor = 0.0 if kind in _ENDLESS_SCHEDULERS else config.min_lr_rate
+    if kind.endswith("_with_min_lr"):
+        given.setdefault("min_lr_rate", floor)
+    if given.keys() & LR_FLOORS:
+        floor = 0.0  # the schedule's own is in its values
+    last = max(config.max_steps, warmup + 1)  # some divide by the steps after the warm-up
+    steps = None if "num_stable_steps" in given else last
+    peak = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    found = get_scheduler(name, peak, warmup, steps, {**settings, **given})
+    schedule = found.lr_lambdas[0]
+    ahead = 0 if kind == "cosine_warmup_with_min_lr" else 1  # which begins above 0 itself
 
     def share(step: int) -> float:
-        value = float(schedule(min(step + 1, last)))
+        value = float(schedule(min(step + ahead, last)))
         return value if step < warmup else floor + (1.0 - floor) * value
 
     return share
