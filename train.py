@@ -82,7 +82,8 @@ def start(args: argparse.Namespace, config: TrainingConfig, writer: WriterProces
             facts, args.resume, is_fresh=args.fresh, should_measure=should_measure
         )
     )
-    facts = replace(facts, step=found.step, sources=found.sources)
+    facts = facts.with_data(found.step, found.sources)
+    config = facts.config
     preflight.set_special_tokens(config, facts.sources, facts.model_config)
     if args.dry_run or found.has_failed:
         return preflight.report(facts, found, is_dry_run=args.dry_run)

@@ -115,7 +115,11 @@ class TrainingConfig:
     """Micro-steps in a step. null: what `global_batch_size` needs, or 1."""
 
     max_steps: int = 10000
-    """Length of the run and of its learning rate schedule, in optimizer updates."""
+    """Length of the run and of its learning rate schedule, in optimizer updates. -1, or left out
+    beside `num_train_epochs`: what that comes to."""
+
+    num_train_epochs: float | None = None
+    """Length of the run in passes over the training shards, in place of `max_steps`."""
 
     learning_rate: float = 2e-4
     """Peak learning rate."""
@@ -416,6 +420,7 @@ _INTERVALS = {
 }
 _BELOW_ONE = ("adam_beta1", "adam_beta2")
 _ABOVE_ZERO = (
+    "num_train_epochs",
     "learning_rate",
     "adam_epsilon",
     "spike_sigma",
@@ -574,7 +579,17 @@ def get_training_config(
     if values.by_key.get("init_from"):
         values.by_key.setdefault("model", "")
     try:
+        if values.by_key.get("num_train_epochs") is not None:
+            _leave_out_max_steps(values.by_key)
         return TrainingConfig(**values.by_key)
     except ConfigError as exc:
         key = str(exc).split(" ", 1)[0]
         raise ConfigError(f"{values.sources.get(key, values.file)}: {exc}") from exc
+
+
+def _leave_out_max_steps(values: dict[str, Any]) -> None:
+    if values.pop("max_steps", -1) != -1:
+        raise ConfigError(
+            "num_train_epochs and max_steps are both set: leave one out. --set max_steps=-1 or "
+            "--set num_train_epochs=null takes back what a file says."
+        )

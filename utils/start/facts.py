@@ -6,8 +6,10 @@ configuration -> precision, Accelerator -> model (of `init_from`), its size -> R
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -63,6 +65,17 @@ class RunFacts:
     def vocab_size(self) -> int:
         """Number of token ids that the model knows."""
         return known_vocab_size(self.model_config)
+
+    def with_data(self, step: int, sources: Sequence[DataSource]) -> RunFacts:
+        """Return the facts with what the data say: `num_train_epochs` becomes `max_steps`."""
+        config = self.config
+        if config.num_train_epochs is not None and sources:
+            length = config.sequence_length
+            samples = sum(source.index.training_tokens // length for source in sources)
+            # As it is written: 0.07 is a little more than 7/100.
+            wanted = Fraction(str(config.num_train_epochs)) * samples
+            config = replace(config, max_steps=max(1, math.ceil(wanted / self.samples_per_step)))
+        return replace(self, config=config, step=step, sources=sources)
 
     @property
     def samples_per_step(self) -> int:

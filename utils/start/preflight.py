@@ -16,7 +16,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +296,8 @@ def check_start(
     tokenizer = read_tokenizers(config, sources)
     set_special_tokens(config, sources, model_config)
     transport, uploading = check_upload(config, paths.checkpoints)
-    facts = replace(facts, step=plan.step, sources=sources)
+    facts = facts.with_data(plan.step, sources)
+    config = facts.config
     memory, unmeasured, probe = _measure(facts, should_measure=should_measure)
     checks = [
         *resuming,
