@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from scripts import checkpoint_viewer, evaluate, export_model
-from tests.test_train import state_differences
+from tests.test_train import launch, state_differences
+from tests.test_train_sharded import TORCHRUN
 from tests.utils.models.test_tokenizer import write_tokenizer
 from utils.base.errors import ExitCode
 from utils.checkpoints.layout import read_json
@@ -72,6 +74,26 @@ def test_the_first_validation_loss_is_that_of_the_model(
     metadata = read_json(newest(tmp_path) / "metadata.json")
     assert metadata["training_progress"]["tokens_seen"] == 256
     assert metadata["base"].get("revision") == ("1234abcd" * 5 if place == "hub" else None)
+
+
+def test_every_rank_begins_with_its_rows_of_the_model(
+    base: Path, sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([str(base), "--like-training", "--json", "--device", "cpu"]) == 0
+    expected = json.loads(capsys.readouterr().out)["evaluations"][0]["values"]["loss"]
+    words = launch(tmp_path / "run", "--max-steps", "1", program=(*TORCHRUN, "2"))
+    settings = (f"data_uri={sample_data}", *ALONE, "sharding=fsdp2", "checkpoint_uri=")
+    done = subprocess.run(
+        [*words, *(f"--set={setting}" for setting in settings)],
+        cwd=tmp_path / "run",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, losses = read_metrics(tmp_path / "run/logs/metrics.jsonl").series("validation_loss")
+    assert losses[0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_run_goes_on_without_the_model_it_began_with(
