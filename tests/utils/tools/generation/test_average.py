@@ -104,3 +104,13 @@ def test_models_of_other_shapes_have_no_mean(
     assert export("latest", "--average", "2") == ExitCode.USAGE
     text = " ".join(capsys.readouterr().err.split())
     assert f"{NAMES[0]} and {NAMES[1]} have no mean: {key} is" in text
+
+
+def test_checkpoints_of_another_run_do_not_count(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run_folder / "bucket")
+    assert export("latest", "--average", "2") == 0
+    change_manifest(run_folder / "checkpoints" / NAMES[0], run_id="20260101-0a1b2c3d")
+    assert export("latest", "--average", "2") == ExitCode.USAGE
+    assert "there are 1 (steps: 4)" in " ".join(capsys.readouterr().err.split())
