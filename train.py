@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from utils.checkpoints.writer import WriterProcess
     from utils.run.run import TrainingRun
 
-# Training opens no connection but to its bucket.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads that wait for each other spin for a moment and then sleep. Spinning as long as is the
@@ -39,6 +37,8 @@ def train(args: argparse.Namespace) -> int:
     """Do what the command line asks for; return the exit code."""
     config = load_config(args)
     configure_logging(config.log_level, quiet=args.quiet, stderr=args.json)
+    # Training opens no connection but to its bucket; the model of init_from may be on the Hub.
+    os.environ.setdefault("HF_HUB_OFFLINE", "0" if config.init_from else "1")
     is_main_rank = os.environ.get("RANK", "0") == "0"
     if args.config_source and is_main_rank:
         logging.getLogger("train").info("Configuration of the run: %s.", args.config_source)
@@ -75,7 +75,7 @@ def start(args: argparse.Namespace, config: TrainingConfig, writer: WriterProces
     from utils.training.stopping import StopRequest
     from utils.training_utils import build_train_state, set_determinism
 
-    facts, accelerator = build(config)
+    facts, accelerator = build(config, args.resume)
     facts = resolve_micro_batch(facts)
     config, accelerator.gradient_accumulation_steps = facts.config, facts.accumulation
 
@@ -85,7 +85,8 @@ def start(args: argparse.Namespace, config: TrainingConfig, writer: WriterProces
             facts, args.resume, is_fresh=args.fresh, should_measure=should_measure
         )
     )
-    facts = replace(facts, step=found.step, sources=found.sources)
+    facts = facts.with_data(found.step, found.sources)
+    config = facts.config
     preflight.set_special_tokens(config, facts.sources, facts.model_config)
     if args.dry_run or found.has_failed:
         return preflight.report(facts, found, is_dry_run=args.dry_run, is_json=args.json)
@@ -100,7 +101,10 @@ def start(args: argparse.Namespace, config: TrainingConfig, writer: WriterProces
             stack.enter_context(PreemptionWatch(stop.request, metadata_address()))
 
         set_determinism(config)
-        state = build_train_state(accelerator, facts.model_config, config)
+        base = None if plan.candidates else facts.base
+        load_into = base.load_into if base else None
+        state = build_train_state(accelerator, facts.model_config, config, load_into)
+        state.progress.base = base.record if base else None
         data = TrainingData(config, facts.sources, RunPaths.of(config).cache, facts.vocab_size)
         begun = restore.begin(plan, config, state, data, args)
 
@@ -113,6 +117,8 @@ def start(args: argparse.Namespace, config: TrainingConfig, writer: WriterProces
 def loop(run: TrainingRun, config: TrainingConfig, stop_after: int | None) -> int:
     """Train to the end, to `stop_after` or to a request to stop; return the exit code."""
     last_step = min(config.max_steps, stop_after or config.max_steps)
+    if config.init_from and run.state.progress.step == 0:
+        run.evaluate()  # what the model can do already
     for batches in run.batches(last_step):  # a request to stop ends it between two steps
         step = run.train_step(batches)
         if step % config.logging_steps == 0 or step == config.max_steps:

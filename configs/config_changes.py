@@ -13,6 +13,7 @@ from configs.training_config import TrainingConfig
 GUARDED_KEYS = (
     "model",
     "model_overrides",
+    "init_from",
     "sequence_length",
     "learning_rate",
     "lr_scheduler_type",

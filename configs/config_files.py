@@ -44,11 +44,15 @@ REMOVED_KEYS = {"machine_type": "prices are no longer looked up; hourly_price se
 
 @dataclass(frozen=True)
 class ConfigValues:
-    """Values by key, where each comes from, and the file as messages name it."""
+    """Values by key, where each comes from, and the file as messages name it.
+
+    `is_record`: a run wrote the file.
+    """
 
     by_key: dict[str, Any]
     sources: dict[str, str]
     file: str
+    is_record: bool = False
 
 
 def read_values(
@@ -66,7 +70,9 @@ def read_values(
         ConfigError: A file, key or type is wrong; the message says where.
     """
     files = [(name, dict(recorded))] if recorded is not None else list(_read_files(name))
-    values = ConfigValues({}, {}, files[0][0])
+    file = files[0][0]
+    is_record = recorded is not None or Path(file).name == TRAINING_CONFIG_FILE
+    values = ConfigValues({}, {}, file, is_record)
     for file, content in reversed(files):
         for key, value in content.items():
             if key in OBJECT_KEYS and isinstance(value, dict) and value:

@@ -167,11 +167,13 @@ def build_model_config(
     overrides: Mapping[str, Any] | None = None,
     sequence_length: int | None = None,
     pad_vocab_to_multiple_of: int | None = None,
+    found: Mapping[str, Any] | None = None,
 ) -> PretrainedConfig:
     """Return the transformers config of a preset or a file.
 
-    `name` is a key of `PRESETS`, or a path that ends in .json, relative to the current directory.
-    `overrides` replace its values. The model's positions must hold `sequence_length` tokens. A
+    `name` is a key of `PRESETS`, or a path that ends in .json, relative to the current directory;
+    or only says whose the values of a `config.json` are that were `found` already. `overrides`
+    replace its values. The model's positions must hold `sequence_length` tokens. A
     vocabulary that is rounded up also gets `unpadded_vocab_size`.
 
     Raises:
@@ -179,7 +181,9 @@ def build_model_config(
             that do not fit each other.
     """
     overrides = overrides or {}
-    if is_model_file(name):
+    if found is not None:
+        model_type, values = _checked_values(name, dict(found))
+    elif is_model_file(name):
         model_type, values = read_model_file(name)
     else:
         preset = get_preset(name)
@@ -191,7 +195,10 @@ def build_model_config(
         if key in changed and isinstance(values.get("rope_parameters"), Mapping):
             values["rope_parameters"] = {**values["rope_parameters"], part: changed.pop(key)}
     values |= changed
+    unpadded = values.pop(UNPADDED_KEY, None)
     config = _build(model_type, values, name, overrides)
+    if isinstance(unpadded, int) and "vocab_size" not in changed:
+        setattr(config, UNPADDED_KEY, unpadded)
     positions = getattr(config, "max_position_embeddings", None)
     if sequence_length and positions and sequence_length > positions:
         raise ConfigError(
@@ -200,8 +207,8 @@ def build_model_config(
         )
     size, multiple = config.vocab_size, pad_vocab_to_multiple_of
     if multiple and size % multiple:
+        setattr(config, UNPADDED_KEY, known_vocab_size(config))
         config.vocab_size = -(-size // multiple) * multiple
-        setattr(config, UNPADDED_KEY, size)
     return config
 
 
@@ -247,7 +254,7 @@ def _checked_values(path: str, found: dict[str, Any]) -> tuple[str, dict[str, An
             f"model {path}: model_type {_shown(model_type)} is no causal language model of "
             f"transformers.{_suggest(model_type, known)}"
         )
-    fields = _known_keys(model_type)
+    fields = _known_keys(model_type) | {UNPADDED_KEY}
     unknown = sorted(key for key in found if key not in fields and key not in IGNORED_KEYS)
     if unknown and os.environ.get("RANK", "0") == "0":
         names = ", ".join(_shown(key) for key in unknown[:10])

@@ -14,22 +14,35 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from configs.config_files import read_values
+from configs.config_files import COMMAND_LINE, ConfigValues, read_values
 from utils.base.archive_formats import COMPRESSIONS
 from utils.base.errors import ConfigError
 from utils.base.uri import LOCAL_PLACES, PLACES, find_mistake
 
 LR_SCHEDULERS: dict[str, tuple[str, ...]] = {
-    "cosine": (),
+    "cosine": ("num_cycles",),
     "linear": (),
     "constant": (),
     "constant_with_warmup": (),
-    "polynomial": ("power",),
+    "polynomial": ("power", "lr_end"),
     "cosine_with_restarts": ("num_cycles",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
     "inverse_sqrt": ("timescale",),
-    "warmup_stable_decay": ("num_decay_steps",),
+    "warmup_stable_decay": (
+        "num_decay_steps",
+        "num_stable_steps",
+        "warmup_type",
+        "decay_type",
+        "min_lr_ratio",
+        "num_cycles",
+    ),
 }
 """Each learning rate schedule, and the `lr_scheduler_kwargs` that it knows."""
+LR_FLOORS = ("min_lr", "min_lr_rate", "min_lr_ratio", "lr_end")
+"""Those that say where a schedule ends, in place of the key `min_lr_rate`; they may be 0."""
+LR_SHAPES = ("linear", "cosine", "1-sqrt")
+"""What `warmup_type` and `decay_type` may be."""
 ATTENTION_IMPLEMENTATIONS = (
     "sdpa",
     "flash_attention_2",
@@ -50,11 +63,16 @@ class TrainingConfig:
     """
 
     model: str = "refocused-1.2b"
-    """Name of a preset in `configs/model_presets.py`, or the path of a model's JSON file."""
+    """Name of a preset in `configs/model_presets.py`, or the path of a model's JSON file. With
+    `init_from` it is left out: the model there says what it is."""
 
     model_overrides: dict[str, Any] = field(default_factory=dict)
     """Values that replace the preset's or the file's, by their name in the transformers config
     class."""
+
+    init_from: str = ""
+    """A trained model that a new run begins with: the directory of a checkpoint or of a Hugging
+    Face model, `gs://` of one, or a name on the Hub. Optimizer, schedule and data begin anew."""
 
     data_uri: str | list[dict[str, Any]] = ""
     """Bucket of the NPZ shards: `gs://bucket/prefix` or a directory; or a mixture: a list of
@@ -98,19 +116,22 @@ class TrainingConfig:
     """Micro-steps in a step. null: what `global_batch_size` needs, or 1."""
 
     max_steps: int = 10000
-    """Length of the run and of its learning rate schedule, in optimizer updates."""
+    """Length of the run and of its learning rate schedule, in optimizer updates. -1, or left out
+    beside `num_train_epochs`: what that comes to."""
+
+    num_train_epochs: float | None = None
+    """Length of the run in passes over the training shards, in place of `max_steps`."""
 
     learning_rate: float = 2e-4
     """Peak learning rate."""
 
     lr_scheduler_type: str = "cosine"
     """What follows the warm-up, a schedule of transformers: cosine, linear, polynomial,
-    cosine_with_restarts, warmup_stable_decay, inverse_sqrt, or constant (constant_with_warmup)."""
+    cosine_with_restarts, cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay,
+    inverse_sqrt, or constant (constant_with_warmup)."""
 
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Settings of that schedule, as transformers names them: num_decay_steps of
-    warmup_stable_decay, num_cycles of cosine_with_restarts, power of polynomial, timescale of
-    inverse_sqrt."""
+    """Settings of that schedule, as transformers names them (`LR_SCHEDULERS`)."""
 
     min_lr_rate: float = 0.1
     """Learning rate at the last step, as a share of the peak, where the schedule would end at 0."""
@@ -400,8 +421,10 @@ _INTERVALS = {
     "seed": (0, 2**63 - 1),
     "min_lr_rate": (0.0, 1.0),
 }
+_LENGTH_KEYS = ("max_steps", "num_train_epochs")
 _BELOW_ONE = ("adam_beta1", "adam_beta2")
 _ABOVE_ZERO = (
+    "num_train_epochs",
     "learning_rate",
     "adam_epsilon",
     "spike_sigma",
@@ -465,9 +488,20 @@ def _check_schedule(config: TrainingConfig) -> None:
         if key not in LR_SCHEDULERS[kind]:
             known = ", ".join(LR_SCHEDULERS[kind]) or "none"
             raise ConfigError(f"lr_scheduler_kwargs of {kind} are {known}; got {key!r}.")
-        if not _is_number(value) or not 0 < value < math.inf:
+        if key.endswith("_type"):
+            if value not in LR_SHAPES:
+                known = ", ".join(LR_SHAPES)
+                raise ConfigError(
+                    f"lr_scheduler_kwargs.{key} must be one of {known}; got {value!r}."
+                )
+        elif key in LR_FLOORS:
+            if not _is_number(value) or not 0 <= value < math.inf:
+                raise ConfigError(f"lr_scheduler_kwargs.{key} must be at least 0, got {value!r}.")
+        elif not _is_number(value) or not 0 < value < math.inf:
             raise ConfigError(f"lr_scheduler_kwargs.{key} must be above 0, got {value!r}.")
-    if kind == "warmup_stable_decay" and not values:
+    if "min_lr" in values and "min_lr_rate" in values:
+        raise ConfigError("lr_scheduler_kwargs: min_lr and min_lr_rate are both set: choose one.")
+    if kind == "warmup_stable_decay" and "num_decay_steps" not in values:
         raise ConfigError(
             "lr_scheduler_type warmup_stable_decay needs lr_scheduler_kwargs.num_decay_steps: over "
             "how many steps the learning rate falls at the end."
@@ -478,7 +512,7 @@ def _check_places(config: TrainingConfig) -> None:
     if isinstance(config.data_uri, list):
         _check_mixture(config.data_uri)
     places = [("data_uri", uri, PLACES) for uri, _ in config.data_sources]
-    places += [("checkpoint_uri", config.checkpoint_uri, PLACES)]
+    places += [(key, getattr(config, key), PLACES) for key in ("checkpoint_uri", "init_from")]
     for key in ("output_dir", "logging_dir", "cache_dir"):
         places += [(key, getattr(config, key), LOCAL_PLACES)]
     for key, text, kinds in places:
@@ -548,9 +582,31 @@ def get_training_config(
         ConfigError: A file, key or value is wrong; the message says where.
     """
     values = read_values(name, overrides or {}, KEY_TYPES, recorded)
+    if values.by_key.get("init_from"):
+        values.by_key.setdefault("model", "")
     try:
+        if values.by_key.get("num_train_epochs") is not None:
+            _choose_length(values)
         return TrainingConfig(**values.by_key)
     except ConfigError as exc:
         key = re.split(r"[: ]", str(exc), maxsplit=1)[0]
         known = (values.sources.get(word) for word in (key, key.partition(".")[0]))
         raise ConfigError(f"{next(filter(None, known), values.file)}: {exc}") from exc
+
+
+def _choose_length(values: ConfigValues) -> None:
+    """Leave one of `max_steps` and `num_train_epochs`; a run that has both knows both.
+
+    Raises:
+        ConfigError: Somebody has set both.
+    """
+    typed = [key for key in _LENGTH_KEYS if values.sources.get(key) == COMMAND_LINE]
+    if values.is_record and len(typed) < 2:
+        for key in _LENGTH_KEYS if typed else ():
+            if key not in typed:
+                values.by_key.pop(key, None)
+    elif values.by_key.pop("max_steps", -1) != -1:
+        raise ConfigError(
+            "num_train_epochs and max_steps are both set: leave one out. --set max_steps=-1 or "
+            "--set num_train_epochs=null takes back what a file says."
+        )

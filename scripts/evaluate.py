@@ -4,6 +4,7 @@
     python scripts/evaluate.py all --plot losses.png         every checkpoint; 100-500: those steps
     python scripts/evaluate.py latest best exported/ --data gs://bucket/data --stride 256
     python scripts/evaluate.py latest --hellaswag hellaswag_val.jsonl --lambada lambada_test.jsonl
+    python scripts/evaluate.py latest --average 5    the mean of it and the four before it
     python scripts/evaluate.py latest --tasks arc_easy,piqa --limit 100
 
 Without a task, loss and perplexity are measured; with tasks only where --data or --perplexity is
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser("evaluate.py", __doc__, kind=KeyParser)
-    add_model_arguments(parser, several=True)
+    add_model_arguments(parser, several=True, averages=True)
     add_text_options(parser.add_argument_group("loss and perplexity"))
     add_task_options(parser.add_argument_group("tasks"))
     add = parser.add_argument

@@ -2,6 +2,7 @@
 
     python scripts/export_model.py latest --output my-model
     python scripts/export_model.py best --dtype bfloat16 --output gs://my-bucket/models/my-model
+    python scripts/export_model.py latest --average 5 --output my-model
     python scripts/export_model.py checkpoints/NAME --output hub:OWNER/NAME --private
     python scripts/export_model.py latest --format gguf --dtype float16 --output my-model.gguf
 
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace an exported model that is there")
     add("--private", action="store_true", help="of a repository that is made on the Hub")
     add("--no-check", action="store_true", help="do not load and compare what was written")
-    add_model_arguments(parser)
+    add_model_arguments(parser, averages=True)
     return parser
 
 

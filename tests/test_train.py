@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -385,6 +386,58 @@ def test_the_advice_at_a_jump_of_the_learning_rate_keeps_it(
     assert "learning rate" not in capsys.readouterr().out
     last = checkpoint(goes_on.parent, "run", "checkpoint-epoch0-step6-files0")
     assert {group["lr"] for group in load(last / "optimizer.bin")["param_groups"]} == {4e-4}
+
+
+def test_epochs_are_the_steps_that_the_data_make_of_them(
+    run_train: Train, sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("num_train_epochs=0.002", "lr_scheduler_type=linear", "report_to=[]")
+    assert run_train(settings=settings) == ExitCode.USAGE  # the file has max_steps
+    assert "num_train_epochs and max_steps are both set" in capsys.readouterr().err
+    settings += ("max_steps=-1",)
+    assert run_train("--stop-after", "2", settings=settings) == 0
+    assert run_train("--resume", "latest", settings=settings) == 0
+    index = read_json(sample_data / "index.json")
+    shards = [shard for shard in index["shards"] if not shard["name"].startswith("val_")]
+    samples = sum(shard["tokens"] for shard in shards) // 32
+    steps = math.ceil(0.002 * samples / 4)
+    assert steps > 2
+    assert [name.step for name in find_checkpoints(tmp_path / "run/checkpoints")] == [2, steps]
+    last = checkpoint(tmp_path, "run", f"checkpoint-epoch0-step{steps}-files0")
+    metadata = read_json(last / "metadata.json")
+    assert metadata["training_progress"]["max_steps"] == steps
+    assert run_train("--resume", "latest", settings=(*settings, "num_train_epochs=0.001")) == 2
+    assert f"max_steps: {steps} -> " in capsys.readouterr().err
+
+    lengths = [
+        (config.max_steps, config.num_train_epochs)
+        for typed in ({}, {"max_steps": 9}, {"num_train_epochs": 1.0})
+        for config in [get_training_config(str(last), typed)]
+    ]
+    assert lengths == [(steps, 0.002), (9, None), (TrainingConfig().max_steps, 1.0)]
+
+
+def test_a_decay_may_begin_at_a_stable_checkpoint(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stable(decay_steps: int, *more: str) -> tuple[str, ...]:
+        kwargs = f'lr_scheduler_kwargs={{"num_decay_steps": {decay_steps}}}'
+        return (kwargs, "lr_scheduler_type=warmup_stable_decay", "save_steps=2", *more)
+
+    words = ("--max-steps", "9", "--stop-after", "6")
+    assert run_train(*words, settings=stable(2)) == 0
+    capsys.readouterr()
+    # At step 6 a decay over 4 steps to step 8 would have begun.
+    refused = ("--resume", "latest", "--max-steps", "8")
+    assert run_train(*refused, settings=stable(4)) == ExitCode.USAGE
+    assert "max_steps: 9 -> 8" in capsys.readouterr().err
+    words = ("--resume", "4", "--max-steps", "8")
+    assert run_train(*words, settings=stable(4, "logging_steps=1")) == 0
+    assert "max_steps: 9 -> 8" in capsys.readouterr().out
+    last = checkpoint(tmp_path, "run", "checkpoint-epoch0-step8-files0")
+    assert read_manifest(last).branch == 1
+    rates = read_json(last / "metadata.json")["learning_rates"][-4:]
+    assert rates == pytest.approx([0.004 * share for share in (0.868198, 0.55, 0.231802, 0.1)])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -218,6 +218,7 @@ def build_metadata(
         },
         "bad_steps": list(progress.bad_steps),
         "spending": progress.spending,
+        "base": progress.base,
         "system_info": system_info(state),
         "timestamp": datetime.now(UTC).isoformat(),
         "run_id": identity.run_id,

@@ -15,7 +15,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from configs.training_config import TrainingConfig
+from configs.training_config import LR_FLOORS, TrainingConfig
 from utils.base import ranks
 from utils.base.errors import ConfigError, first_line
 from utils.base.text import number
@@ -49,6 +49,7 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, float]]] = {
     "linear": ("polynomial", {"lr_end": 0.0}),
     "polynomial": ("polynomial", {"lr_end": 0.0}),
 }
+_ABSOLUTE_FLOORS = {"min_lr": "min_lr_rate", "lr_end": "lr_end"}
 _ENDLESS_SCHEDULERS = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 log = logging.getLogger(__name__)
@@ -142,14 +143,23 @@ def learning_rate_share(config: TrainingConfig) -> Callable[[int], float]:
     """
     kind, warmup = config.lr_scheduler_type, config.warmup_steps
     name, settings = _SCHEDULERS.get(kind, (kind, {}))
-    last = max(config.max_steps, warmup + 1)  # some divide by the steps after the warm-up
-    peak = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    found = get_scheduler(name, peak, warmup, last, {**settings, **config.lr_scheduler_kwargs})
-    schedule = found.lr_lambdas[0]
+    given = dict(config.lr_scheduler_kwargs)
+    for key in _ABSOLUTE_FLOORS.keys() & given.keys():  # the peak is 1 here
+        given[_ABSOLUTE_FLOORS[key]] = given.pop(key) / config.learning_rate
     floor = 0.0 if kind in _ENDLESS_SCHEDULERS else config.min_lr_rate
+    if kind.endswith("_with_min_lr"):
+        given.setdefault("min_lr_rate", floor)
+    if given.keys() & LR_FLOORS:
+        floor = 0.0  # the schedule's own is in its values
+    last = max(config.max_steps, warmup + 1)  # some divide by the steps after the warm-up
+    steps = None if "num_stable_steps" in given else last
+    peak = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    found = get_scheduler(name, peak, warmup, steps, {**settings, **given})
+    schedule = found.lr_lambdas[0]
+    ahead = 0 if kind == "cosine_warmup_with_min_lr" else 1  # which begins above 0 itself
 
     def share(step: int) -> float:
-        value = float(schedule(min(step + 1, last)))
+        value = float(schedule(min(step + ahead, last)))
         return value if step < warmup else floor + (1.0 - floor) * value
 
     return share
@@ -169,7 +179,8 @@ class TrainingProgress:
     step) count over all ranks. `best_loss` is the lowest logged training loss, `validation_loss`
     the newest, None where it is not finite. `bad_steps` are those whose update was left out, and
     why, oldest first. `spending` is what the run had taken at the save (`Spending.to_json`); no
-    result depends on it. `history`, every logged metric, is `training_metrics.json`.
+    result depends on it. `base` is the trained model that the run began with, None where there was
+    none (`utils/remote/base.py`). `history`, every logged metric, is `training_metrics.json`.
     """
 
     step: int = 0
@@ -183,6 +194,7 @@ class TrainingProgress:
     validation_step: int = 0
     bad_steps: list[dict[str, Any]] = field(default_factory=list)
     spending: dict[str, Any] | None = None
+    base: Mapping[str, Any] | None = None
     history: dict[str, list[Any]] = field(
         default_factory=lambda: {
             "steps": [],
@@ -307,10 +319,18 @@ def build_division(accelerator: Accelerator, config: TrainingConfig) -> Division
 
 
 def build_train_state(
-    accelerator: Accelerator, model_config: Any, config: TrainingConfig
+    accelerator: Accelerator,
+    model_config: Any,
+    config: TrainingConfig,
+    load_into: Callable[[Any], None] | None = None,
 ) -> TrainState:
-    """Return a train state at step 0."""
+    """Return a train state at step 0.
+
+    `load_into` replaces the weights of the model of transformers, while it is on the CPU.
+    """
     model = LossModel(build_model(model_config, config), config.loss_implementation)
+    if load_into is not None:
+        load_into(model.core)
     if accelerator.device.type == "cpu" and not config.torch_compile:  # which makes its own
         use_cpu_products(model)
     division = build_division(accelerator, config)

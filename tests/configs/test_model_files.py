@@ -13,6 +13,7 @@ from configs.model_config import (
     build_model_config,
     describe_model_changes,
     find_dropouts,
+    known_vocab_size,
     with_older_keys,
 )
 from tests.sample_models import FAMILIES
@@ -38,6 +39,13 @@ def test_a_saved_config_comes_back_as_it_was(tmp_path: Path, values: dict[str, A
     assert again.to_dict() == config.to_dict()
     assert (again.hidden_size, again.num_hidden_layers, again.vocab_size) == (32, 2, 512)
     assert describe_model_changes(json.loads((tmp_path / "config.json").read_text()), again) == []
+
+
+def test_a_padded_vocabulary_comes_back_with_what_it_pads(tmp_path: Path) -> None:
+    build_model_config(write(tmp_path, LLAMA), {}, None, 100).save_pretrained(tmp_path)
+    for multiple, padded in ((None, 600), (100, 600), (1000, 1000)):
+        again = build_model_config(str(tmp_path / "config.json"), {}, None, multiple)
+        assert (again.vocab_size, known_vocab_size(again)) == (padded, 512)
 
 
 SCALING = {"rope_type": "linear", "factor": 4.0}

@@ -99,7 +99,20 @@ def test_a_key_that_was_removed_is_left_out_with_a_warning(
         ('{"model_overrides": {"a": NaN}}', "model_overrides.a must be a finite number, got nan."),
         ('{"learning_rate": 1' + "0" * 400 + "}", "learning_rate must be a number, got 1000"),
         ('{"lr_scheduler_type": "cosin"}', "must be one of cosine, linear, constant, const"),
-        ('{"lr_scheduler_kwargs": {"power": 2}}', "lr_scheduler_kwargs of cosine are none; got "),
+        (
+            '{"lr_scheduler_kwargs": {"power": 2}}',
+            "lr_scheduler_kwargs of cosine are num_cycles; g",
+        ),
+        (
+            '{"lr_scheduler_type": "cosine_with_min_lr", '
+            '"lr_scheduler_kwargs": {"min_lr": 0, "min_lr_rate": 0}}',
+            "min_lr and min_lr_rate are both set",
+        ),
+        (
+            '{"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": '
+            '{"num_decay_steps": 1, "decay_type": "sqrt"}}',
+            "decay_type must be one of linear, cosine, 1-sqrt; got 'sqrt'",
+        ),
         ('{"lr_scheduler_type": "warmup_stable_decay"}', "needs lr_scheduler_kwargs.num_decay_st"),
         (
             '{"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "x"}}',
@@ -365,6 +378,7 @@ def test_a_guarded_key_that_a_checkpoint_does_not_know_had_its_default() -> None
 CHANGED = {
     "model": "gpt2",
     "model_overrides": {"hidden_dropout": 0.1},
+    "init_from": "other/model",
     "sequence_length": 1024,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "linear",

@@ -19,12 +19,12 @@ from tests.sample_shards import flip_bit
 from tests.small_models import TASK_FILES, plain_losses
 from utils.base.errors import UsageError
 from utils.checkpoints.layout import read_manifest
+from utils.checkpoints.loading import load_model
 from utils.storage.bucket import crc32c_of_bytes
 from utils.tools.evaluation import evaluator
 from utils.tools.evaluation.evaluator import Evaluator
 from utils.tools.evaluation.harness import Result
 from utils.tools.evaluation.log import read_evaluations
-from utils.tools.generation.loading import load_model
 
 HELLASWAG = str(TASK_FILES / "hellaswag.jsonl")
 HERE = ("--set", "logging_dir=logs", "--set", "cache_dir=cache")  # and not where the run was

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from scripts import generate
+from utils.checkpoints.loading import LoadedModel
 from utils.models.generation import StopWhen
 from utils.tools.generation import texts as text_generation
-from utils.tools.generation.loading import LoadedModel
 from utils.tools.generation.texts import TextGenerator, _Pieces
 
 Run = Callable[..., tuple[int, str, str]]

@@ -51,13 +51,17 @@ def test_every_step_of_a_run_has_the_learning_rate_that_it_always_had(
     assert found == expected  # to the bit
 
 
+COSINE = [1, 0.969552, 0.882843, 0.753073, 0.6, 0.446927, 0.317157, 0.230448, 0.2]
+COSINE_WAVE = [0.6 + 0.4 * math.cos(math.pi * n / 4) for n in range(1, 9)]
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "expected"),
     [
         (
             "cosine",
             {},
-            [0.5, 1, 0.969552, 0.882843, 0.753073, 0.6, 0.446927, 0.317157, 0.230448, 0.2],
+            [0.5, *COSINE],
         ),
         ("linear", {}, [0.5, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]),
         ("constant", {}, [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
@@ -72,6 +76,26 @@ def test_every_step_of_a_run_has_the_learning_rate_that_it_always_had(
             "cosine_with_restarts",
             {"num_cycles": 2},
             [0.5, 1, *(0.6 + 0.4 * math.cos(math.pi * n / 4) for n in (1, 2, 3, 0, 1, 2, 3, 4))],
+        ),
+        ("cosine", {"num_cycles": 1}, [0.5, 1, *COSINE_WAVE]),
+        ("polynomial", {"lr_end": 0.2}, [0.5, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]),
+        ("cosine_with_min_lr", {}, [0.5, *COSINE]),
+        ("cosine_with_min_lr", {"min_lr": 0.2}, [0.5, *COSINE]),
+        ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.2}, [0.5, *COSINE]),
+        (
+            "cosine_warmup_with_min_lr",
+            {"min_lr_rate": 0.2, "warmup_lr_rate": 0.3},
+            [0.3, *COSINE],
+        ),
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 4, "decay_type": "1-sqrt"},
+            [0.5, 1, 1, 1, 1, 1, *(1 - 0.8 * math.sqrt(n / 4) for n in (1, 2, 3, 4))],
+        ),
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 2, "num_stable_steps": 3, "min_lr_ratio": 0},
+            [0.5, 1, 1, 1, 1, 0.5, 0, 0, 0, 0],
         ),
         ("inverse_sqrt", {}, [0.5, *(math.sqrt(2 / n) for n in range(2, 11))]),
     ],

@@ -12,7 +12,7 @@ reads its own from memory maps, and never the whole.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate.utils import load as load_tensors
 
-from utils.base.errors import UnreadableCheckpointError, first_line
+from utils.base.errors import CheckpointError, UnreadableCheckpointError, first_line
 from utils.checkpoints.files import CheckpointFiles
 from utils.checkpoints.layout import BIN_WEIGHTS_FILE, SAFE_WEIGHTS_FILE, Manifest
 from utils.models.parts import (
@@ -127,20 +127,67 @@ def read_weights(
     Raises:
         UnreadableCheckpointError: A file is missing or cannot be read.
     """
+    with contextlib.ExitStack() as stack:
+        reader, source = _open_weights(checkpoint, manifest, stack, is_mapped=part is not None)
+        with mapped_errors(checkpoint, source):
+            return read_tensors(reader, part)
+
+
+def read_average(checkpoints: Sequence[tuple[Path, Manifest]]) -> dict[str, torch.Tensor]:
+    """Return the mean of the weights of verified checkpoints, in float32.
+
+    One tensor of one of them is in memory at a time, besides the mean. What is no floating point
+    number comes from the last one.
+
+    Raises:
+        UnreadableCheckpointError: A file is missing or cannot be read.
+        CheckpointError: They are of models of other shapes.
+    """
+    with contextlib.ExitStack() as stack:
+        readers = []
+        for checkpoint, manifest in checkpoints:
+            reader, _ = _open_weights(checkpoint, manifest, stack, is_mapped=True)
+            readers.append(reader)
+        shapes = [{name: reader.shape(name) for name in reader.names} for reader in readers]
+        for (checkpoint, _), other in zip(checkpoints[1:], shapes[1:], strict=True):
+            for name in sorted(shapes[0].keys() | other.keys()):
+                one, two = (found.get(name, "not there") for found in (shapes[0], other))
+                if one != two:
+                    raise CheckpointError(
+                        f"{checkpoints[0][0].name} and {checkpoint.name} have no mean: {name} is "
+                        f"{one} in one, {two} in the other."
+                    )
+        return {name: _mean(name, readers) for name in shapes[0]}
+
+
+def _mean(name: str, readers: Sequence[TensorReader]) -> torch.Tensor:
+    last = readers[-1].read(name)
+    if not last.is_floating_point():
+        return last.clone()
+    total = torch.zeros(last.shape)
+    for reader in readers:
+        total += reader.read(name)
+    return total / len(readers)
+
+
+def _open_weights(
+    checkpoint: Path, manifest: Manifest, stack: contextlib.ExitStack, *, is_mapped: bool
+) -> tuple[TensorReader, str]:
+    """Return what reads the weights until `stack` closes it, and its files as messages name them.
+
+    `is_mapped` maps a pickle into memory and does not read it.
+    """
     parts = find_parts(checkpoint, manifest, MODEL_PREFIX)
     name = SAFE_WEIGHTS_FILE if SAFE_WEIGHTS_FILE in manifest.files else BIN_WEIGHTS_FILE
     if not parts:
         require_file(checkpoint, manifest, name)
     source = f"{MODEL_PREFIX}-part-*" if parts else name
-    with mapped_errors(checkpoint, source), contextlib.ExitStack() as stack:
-        reader: TensorReader
+    with mapped_errors(checkpoint, source):
         if parts:
-            reader = PartFiles(parts, stack)
-        elif name == SAFE_WEIGHTS_FILE:
-            reader = WholeFile(checkpoint / name, stack)
-        else:
-            reader = LoadedTensors(_load_pickle(checkpoint / name, part))
-        return read_tensors(reader, part)
+            return PartFiles(parts, stack), source
+        if name == SAFE_WEIGHTS_FILE:
+            return WholeFile(checkpoint / name, stack), source
+        return LoadedTensors(_load_pickle(checkpoint / name, is_mapped=is_mapped)), source
 
 
 def read_optimizer(
@@ -155,16 +202,16 @@ def read_optimizer(
     name = OPTIMIZER_REST_FILE if parts else OPTIMIZER_FILE
     require_file(checkpoint, manifest, name)
     with mapped_errors(checkpoint, name):
-        state: dict[str, Any] = _load_pickle(checkpoint / name, part)
+        state: dict[str, Any] = _load_pickle(checkpoint / name, is_mapped=part is not None)
         if not parts:
             return state if part is None else _rows_of_optimizer(state, part)
     with mapped_errors(checkpoint, f"{OPTIMIZER_PREFIX}-part-*"), contextlib.ExitStack() as stack:
         return _join_optimizer(read_tensors(PartFiles(parts, stack), part), state)
 
 
-def _load_pickle(path: Path, part: RowChoice | None) -> Any:
-    """Return a pickle's value; for a rank that takes rows of it, mapped and not read."""
-    if part is None:
+def _load_pickle(path: Path, *, is_mapped: bool) -> Any:
+    """Return a pickle's value; where it is mapped, its tensors are not read yet."""
+    if not is_mapped:
         return load_tensors(path, map_location="cpu")
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 

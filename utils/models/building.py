@@ -266,23 +266,37 @@ class ParameterCounts:
         return self.total - self.embedding
 
 
-def count_parameters(model_config: Any) -> ParameterCounts:
-    """Return the parameter counts of a model config, from a model without memory.
+def find_shapes(model_config: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of a model config; shared ones have one name.
 
     Raises:
         ConfigError: No model can be built from it.
     """
+    model = _build_without_memory(model_config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _build_without_memory(model_config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config)
+            return AutoModelForCausalLM.from_config(model_config)
     except Exception as exc:  # whatever a wrong value meets first
         reason = f"{type(exc).__name__}: {exc}"
         if isinstance(exc, KeyError):  # a word that it looks up, such as `hidden_act`
             wrong = [k for k, value in model_config.to_dict().items() if [value] == [*exc.args]]
             reason = f"transformers knows no {' or '.join(wrong) or 'value'} {exc}."
         raise ConfigError(f"No model can be built of these values: {reason}") from exc
+
+
+def count_parameters(model_config: Any) -> ParameterCounts:
+    """Return the parameter counts of a model config, from a model without memory.
+
+    Raises:
+        ConfigError: No model can be built from it.
+    """
+    model = _build_without_memory(model_config)
     total = sum(parameter.numel() for parameter in model.parameters())
     embeddings = {
         id(module.weight): module.weight.numel()

@@ -263,6 +263,30 @@ def find_misreading(directory: Path) -> str | None:
     return None
 
 
+def find_difference(one: Any, other: Any) -> str | None:
+    """Say in what a tokenizer gives other ids than another one; None where nothing shows it.
+
+    Pieces that only one of them has are no difference as long as texts have the same ids.
+    """
+    pieces, others = (
+        {token: piece for piece, token in tokenizer.get_vocab().items()}
+        for tokenizer in (one, other)
+    )
+    for token in sorted(pieces.keys() & others.keys()):
+        if pieces[token] != others[token]:
+            return f"token {token} is {pieces[token]!r} in one, {others[token]!r} in the other"
+    step = max(1, len(pieces) // _PROBE_WORDS)
+    words = [one.decode([token]) for token in sorted(pieces)[::step]]
+    for text in (*PROBES, *random_probes(words)):
+        ids, found = (
+            list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+            for tokenizer in (one, other)
+        )
+        if ids != found:
+            return f"{text!r} is {len(ids)} tokens in one, {len(found)} others in the other"
+    return None
+
+
 def random_probes(words: Sequence[str]) -> Iterator[str]:
     """Yield texts of up to 12 of these words, the same ones each time."""
     generator = random.Random(0)

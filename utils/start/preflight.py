@@ -15,7 +15,7 @@ import contextlib
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ from utils.data.shard_index import (
     read_tokenizer_files,
 )
 from utils.models.estimates import estimate_checkpoint_bytes
-from utils.models.tokenizer import find_misreading, write_tokenizer_files
+from utils.models.tokenizer import find_misreading, load_tokenizer, write_tokenizer_files
+from utils.remote.base import Base
 from utils.start.checks import Check, print_checks, require_all
 from utils.start.facts import RunFacts
 from utils.start.forecast import check_times, is_long_run
@@ -116,8 +117,12 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
     return sources, findings
 
 
-def require_vocabulary(sources: Sequence[DataSource], model_config: Any) -> None:
+def require_vocabulary(
+    sources: Sequence[DataSource], model_config: Any, init_from: str = ""
+) -> None:
     """Raise when the data have token ids that the model does not know, or that differ in meaning.
+
+    `init_from` is where the model comes from, whose vocabulary is as it is.
 
     Raises:
         DataError: The tokenizer's vocabulary is larger than the model's, or sources were made
@@ -126,10 +131,15 @@ def require_vocabulary(sources: Sequence[DataSource], model_config: Any) -> None
     for source in sources:
         vocab_size, known = source.index.vocab_size, known_vocab_size(model_config)
         if vocab_size is not None and vocab_size > known:
+            advice = (
+                f"Prepare the data with the tokenizer of {init_from} (--tokenizer)."
+                if init_from
+                else f"Set model_overrides.vocab_size={vocab_size}, or prepare the data with a "
+                "smaller vocabulary."
+            )
             raise DataError(
-                f"The data were made with a vocabulary of {vocab_size}, the model has "
-                f"{known}. Set model_overrides.vocab_size={vocab_size}, or "
-                "prepare the data with a smaller vocabulary."
+                f"The data were made with a vocabulary of {vocab_size}, the model has {known}. "
+                f"{advice}"
             )
     hashes = {s.uri: s.index.tokenizer_hash for s in sources if s.index.tokenizer_hash}
     if len(set(hashes.values())) > 1:
@@ -177,6 +187,31 @@ def check_tokenizer(files: Mapping[str, bytes], model_config: Any) -> list[Check
             f"{printable(repr(text), 80)} in another way than the data's {TOKENIZER_FILE}: nobody "
             "who loads a checkpoint would get the ids that it was trained with. Train another type "
             "of model (llama, gpt_neox), or prepare the data with the model's own tokenizer.",
+        )
+    ]
+
+
+def check_base(files: Mapping[str, bytes], base: Base | None) -> list[Check]:
+    """Say whether the ids of the data mean to the model of `init_from` what they were made from."""
+    if base is None or base.source is None:
+        return []
+    name = printable(base.record["name"])
+    try:
+        if not files:
+            raise LookupError("the data have no tokenizer")
+        difference = base.find_other_tokens(load_tokenizer(files))
+    except Exception as exc:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
+        text = f"{printable(exc)}: make sure that the data were made with the tokenizer of {name}"
+        return [Check("init_from", "warn", text)]
+    if difference is None:
+        return [Check("init_from", "ok", f"{name}, with the tokenizer of the data")]
+    return [
+        Check(
+            "init_from",
+            "fail",
+            f"The data were made with another tokenizer than {name}: {printable(difference)} (the "
+            "data's first). Prepare them with the model's: prepare_data.py --tokenizer "
+            f"{printable(base.source.location)}.",
         )
     ]
 
@@ -271,18 +306,24 @@ def check_start(
     plan, resuming, owning = _look_for_start(config, resume, is_fresh=is_fresh)
     # Data first: they are refused before anything is written to the other bucket.
     sources, data = read_data(config)
-    require_vocabulary(sources, model_config)
+    require_vocabulary(sources, model_config, config.init_from)
     tokenizer = read_tokenizers(config, sources)
     set_special_tokens(config, sources, model_config)
     transport, uploading = check_upload(config, paths.checkpoints)
-    facts = replace(facts, step=plan.step, sources=sources)
+    facts = facts.with_data(plan.step, sources)
+    config = facts.config
     memory, unmeasured, probe = _measure(facts, should_measure=should_measure)
     checks = [
         *resuming,
         *data,
-        *([check_tokens(facts), check_vocabulary(sources, model_config)] if sources else []),
+        *(
+            [check_tokens(facts), check_vocabulary(sources, model_config, facts.base)]
+            if sources
+            else []
+        ),
         *check_validation(facts),
         *([] if plan.step else check_tokenizer(tokenizer, model_config)),
+        *(check_base(tokenizer, facts.base) if sources else []),
         memory,
         check_snapshot(config, facts.counts),
         check_disk(config, facts.counts, transport),
@@ -401,8 +442,13 @@ def check_validation(facts: RunFacts) -> list[Check]:
     return [Check("validation", "warn", text)]
 
 
-def check_vocabulary(sources: Sequence[DataSource], model_config: Any) -> Check:
-    """Say how the ids of the data fit the model, which `require_vocabulary` has made sure of."""
+def check_vocabulary(
+    sources: Sequence[DataSource], model_config: Any, base: Base | None = None
+) -> Check:
+    """Say how the ids of the data fit the model, which `require_vocabulary` has made sure of.
+
+    The vocabulary of a `base` is as it is.
+    """
     sizes = {source.index.vocab_size for source in sources}
     known = ", ".join(f"{size:,}" for size in sorted(size for size in sizes if size is not None))
     if None in sizes:
@@ -411,7 +457,7 @@ def check_vocabulary(sources: Sequence[DataSource], model_config: Any) -> Check:
     padding = f" (padded to {padded:,})" if padded > size else ""
     text = f"{size:,} in the model{padding}, in the data: {known}"
     largest = max((size for size in sizes if size is not None), default=0)
-    if None in sizes or largest >= size * LEAST_VOCABULARY_SHARE:
+    if None in sizes or base is not None or largest >= size * LEAST_VOCABULARY_SHARE:
         return Check("vocabulary", "ok", text)
     return Check(
         "vocabulary",
@@ -430,7 +476,7 @@ def describe_run(run: RunFacts) -> dict[str, str]:
     name = device_name(run.device)
     facts = {
         "device": f"{name}, {run.precision} mixed precision, {ranks_text}",
-        "model": f"{config.model}: {counts.total:,} parameters, "
+        "model": f"{config.model or config.init_from}: {counts.total:,} parameters, "
         f"{counts.without_embedding:,} without embeddings",
         "step": f"{tokens:,} tokens: {config.per_device_train_batch_size} x "
         f"{config.sequence_length} tokens x {run.accumulation} accumulated x {ranks_text}",

@@ -60,6 +60,7 @@ log = logging.getLogger("train")
 
 SMALL_JUMP = 1.5  # a learning rate that changes by less is no cause for a warning
 _MODEL_KEYS = ("model:", "model_overrides:", "pad_vocab_to_multiple_of:")
+_LATER_KEYS = ("max_steps:", "lr_scheduler_kwargs:")
 _DRAWING_KEYS = ("torch_compile:", "attn_implementation:", "use_regional_compilation:")
 
 
@@ -296,14 +297,17 @@ def _require_same_config(
         has_dropout=bool(find_dropouts(model_config)),
         is_compiled=config.torch_compile,
     )
-    guarded = list(changes.guarded)
+    free, guarded = list(changes.free), list(changes.guarded)
+    later = [change for change in guarded if change.startswith(_LATER_KEYS)]
+    if later and _has_same_past(trained_with, config, saved.manifest.step):
+        free, guarded = free + later, [change for change in guarded if change not in later]
     batch = saved.metrics["progress"]["global_batch_size"]
     global_batch, _ = config.resolve_batch(state.accelerator.num_processes)
     if batch not in (0, global_batch):
         guarded.append(
             f"samples a step: {batch} -> {global_batch} (global_batch_size={batch} keeps it)"
         )
-    for change in changes.free:
+    for change in free:
         log.info("Changed since the checkpoint: %s.", change)
     _require_accepted(checkpoint.name, guarded, is_accepted=is_accepted)
     for change in guarded:
@@ -319,8 +323,8 @@ def _require_same_keys(candidate: Candidate, config: TrainingConfig, *, is_accep
     """
     if candidate.path is None and candidate.view is not None and candidate.view.config:
         changes = compare_configs(candidate.view.config, config).guarded
-        # Another name of the same model is no difference; its own file is in the archive.
-        guarded = [change for change in changes if not change.startswith(_MODEL_KEYS)]
+        # What the checkpoint's own files may show to be no difference is judged with them.
+        guarded = [one for one in changes if not one.startswith((*_MODEL_KEYS, *_LATER_KEYS))]
         _require_accepted(str(candidate.name), guarded, is_accepted=is_accepted)
 
 
@@ -333,9 +337,22 @@ def _require_accepted(name: str, guarded: Sequence[str], *, is_accepted: bool) -
         )
 
 
+def _has_same_past(before: Mapping[str, Any], config: TrainingConfig, step: int) -> bool:
+    """Tell whether all steps up to a checkpoint have the learning rate that they had.
+
+    So it is in the stable part of warmup_stable_decay: a decay may begin at any checkpoint there.
+    """
+    one, other = map(learning_rate_share, (_old_schedule(before), config))
+    return config.max_steps >= step and all(one(past) == other(past) for past in range(step))
+
+
+def _old_schedule(before: Mapping[str, Any]) -> TrainingConfig:
+    return TrainingConfig(**{key: before[key] for key in SCHEDULE_KEYS if key in before})
+
+
 def _tell_learning_rate(before: Mapping[str, Any], config: TrainingConfig, step: int) -> None:
     """Say how a change of the schedule moves the learning rate; warn where it jumps."""
-    old = TrainingConfig(**{key: before[key] for key in SCHEDULE_KEYS if key in before})
+    old = _old_schedule(before)
     was, now = (one.learning_rate * learning_rate_share(one)(step) for one in (old, config))
     if now == was:
         return

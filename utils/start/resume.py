@@ -14,11 +14,13 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, StorageError, UsageError
 from utils.base.uri import join_uri
 from utils.checkpoints.layout import (
+    METADATA_FILE,
     REMOTE_FOLDER,
     CheckpointName,
     Manifest,
@@ -32,6 +34,7 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.run_record import find_run_names, read_run_identity
 from utils.checkpoints.views import (
     CheckpointView,
+    read_json_part,
     read_local_checkpoints,
     select_checkpoint,
 )
@@ -172,6 +175,27 @@ def look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, li
         "which are never overwritten. Give this run a name of its own: --set run_name=NAME."
     )
     return plan, [Check("upload", "fail", text)]
+
+
+def find_recorded_base(config: TrainingConfig, resume: str | None) -> Mapping[str, Any] | None:
+    """Return what the checkpoint to resume says of the model that its run began with.
+
+    None: there is no such checkpoint, or its run began with random weights.
+
+    Raises:
+        UsageError: There is no such checkpoint to resume from.
+        StorageError: The bucket is needed and cannot be read.
+    """
+    plan, _ = look_for_start(config, resume)
+    for one in plan.candidates:
+        if one.view is not None:
+            metadata = one.view.metadata
+        elif one.path is not None:
+            metadata, _ = read_json_part(one.path / METADATA_FILE, None)
+        found = metadata.get("base")
+        if isinstance(found, dict) and isinstance(found.get("config"), dict):
+            return found
+    return None
 
 
 def plan_start(

@@ -9,6 +9,7 @@ import torch
 
 from configs.model_config import build_model_config
 from configs.training_config import TrainingConfig
+from utils.base.errors import DataError
 from utils.data.shard_index import DataSource, ShardFacts, ShardIndex
 from utils.models.building import ParameterCounts
 from utils.models.estimates import MemoryEstimate
@@ -22,7 +23,12 @@ from utils.start.machine_checks import (
     check_memory,
     find_free_memory,
 )
-from utils.start.preflight import check_settings, check_tokens, check_vocabulary
+from utils.start.preflight import (
+    check_settings,
+    check_tokens,
+    check_vocabulary,
+    require_vocabulary,
+)
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -65,6 +71,17 @@ def test_a_vocabulary_that_the_data_hardly_use_is_told(
     check = check_vocabulary([source_of(1, size) for size in sizes], model)
     advice = "model_overrides.vocab_size=255" in check.message
     assert (check.status, advice) == (status, status == "warn"), check.message
+
+
+@pytest.mark.parametrize(
+    ("init_from", "advice"),
+    [("", "Set model_overrides.vocab_size=600"), ("a/b", "with the tokenizer of a/b")],
+)
+def test_ids_that_the_model_does_not_know_are_refused(init_from: str, advice: str) -> None:
+    model = build_model_config("neox-tiny", {"vocab_size": 512}, None, 1000)  # 488 only pad it
+    require_vocabulary([source_of(1, 512)], model, init_from)
+    with pytest.raises(DataError, match=f"of 600, the model has 512.*{advice}"):
+        require_vocabulary([source_of(1, 600)], model, init_from)
 
 
 @pytest.mark.parametrize(("max_steps", "status"), [(11, "ok"), (10, "warn"), (3, "warn")])

@@ -21,6 +21,7 @@ from utils.base.progress import OnProgress
 from utils.base.text import printable
 from utils.base.uri import local_path
 from utils.checkpoints.layout import RunPaths
+from utils.checkpoints.loading import LoadedModel, ModelSource
 from utils.checkpoints.run_record import read_checkpoint_values
 from utils.data.shard_cache import ShardCache
 from utils.data.shard_index import (
@@ -38,7 +39,6 @@ from utils.tools.evaluation.harness import run_harness, task_of
 from utils.tools.evaluation.log import Evaluation, weights_id
 from utils.tools.evaluation.questions import Questions
 from utils.tools.evaluation.token_bytes import ByteCounter
-from utils.tools.generation.loading import LoadedModel, ModelSource
 
 LONGEST_WINDOW = 2048
 FORWARD_TOKENS = {"cpu": 8192}
@@ -292,6 +292,8 @@ class Evaluator:
         found = Evaluation(source.name, task, values, what, how, source.step)
         if manifest is None:
             return found
+        if source.averaged:  # weights that no manifest vouches for
+            return replace(found, how={**how, "averaged": [path.name for path in source.averaged]})
         return replace(found, run_id=manifest.run_id, weights=weights_id(manifest))
 
 

@@ -22,10 +22,10 @@ from typing import Any
 
 from utils.base.errors import PretrainError, ResourceShortageError, UsageError
 from utils.base.text import number, printable, reason_of
+from utils.checkpoints.loading import LoadedModel
 from utils.models.tokenizer import begin_of_text
 from utils.tools.evaluation.log import ERROR_SUFFIX
 from utils.tools.evaluation.questions import HELLASWAG, LAMBADA, Questions
-from utils.tools.generation.loading import LoadedModel
 
 BOOTSTRAP_ROUNDS = 1000
 # What the harness calls the tasks of `--hellaswag` and `--lambada`.

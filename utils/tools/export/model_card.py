@@ -17,9 +17,9 @@ from huggingface_hub import ModelCardData
 from configs.config_files import TRAINING_CONFIG_FILE
 from utils.base.text import number, printable
 from utils.checkpoints.layout import METADATA_FILE, Manifest
+from utils.checkpoints.loading import LoadedModel, ModelSource
 from utils.checkpoints.views import read_json_object
 from utils.models.parts import OPTIMIZER_PREFIX
-from utils.tools.generation.loading import LoadedModel, ModelSource
 
 WEIGHTS_SUFFIXES = (".safetensors", "pytorch_model.bin")
 HYPERPARAMETERS = (
@@ -39,6 +39,8 @@ HYPERPARAMETERS = (
     "seed",
 )
 """Keys of the training configuration that shaped the weights."""
+BASE_KEYS = ("name", "run_id", "step", "revision")
+"""What a checkpoint says of the model that its run began with."""
 
 _PLAIN = frozenset(string.ascii_letters + string.digits + " .,+-_")
 _SHAPE = (
@@ -64,12 +66,15 @@ def build_card(loaded: LoadedModel) -> str:
     source, model = loaded.source, loaded.model
     config = {key: getattr(model.config, key, None) for key in CONFIG_KEYS}
     kind = str(config["model_type"])
+    metadata = _read(source, METADATA_FILE)
+    base = _mapping(metadata.get("base"))
+    on_hub = source.location if source.directory is None else None
     size = f"A {escape(kind)} language model of {model.num_parameters():,} parameters"
     data: Any = ModelCardData  # its annotations do not allow that no licence is known
     front = data(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=source.location if source.directory is None else None,
+        base_model=base.get("name") if "revision" in base else on_hub,
         tags=["text-generation", kind],
     )
     rows = [("architecture", kind), *((title, config[key]) for title, key in _SHAPE)]
@@ -77,11 +82,14 @@ def build_card(loaded: LoadedModel) -> str:
     origin = f"exported from {escape(source.name)}"
     tables = [_table("Model", rows)]
     if source.manifest is not None:
-        metadata = _read(source, METADATA_FILE)
         training = _read(source, TRAINING_CONFIG_FILE)
+        if source.averaged:  # the losses are those of one checkpoint
+            metadata = {**metadata, "current_loss": None, "validation_metrics": None}
         origin = f"pre-trained for {source.manifest.step:,} steps"
+        if "name" in base:
+            origin += f", beginning with {escape(base['name'])}"
         tables.append(_table("Training", _training_rows(source.manifest, metadata, training)))
-        tables.append(_table("Origin", _origin_rows(source.name, source.manifest, metadata)))
+        tables.append(_table("Origin", _origin_rows(source, source.manifest, metadata)))
         tables.append(_NOT_SAID)
     begin = [f"---\n{front.to_yaml()}\n---", f"# {escape(source.name)}", f"{size}, {origin}."]
     return "\n\n".join([*begin, _USE, *tables]) + "\n"
@@ -121,8 +129,10 @@ def _training_rows(
 ) -> list[tuple[str, object]]:
     progress = _mapping(metadata.get("training_progress"))
     validation = _mapping(metadata.get("validation_metrics"))
+    base = _mapping(metadata.get("base"))
     return [
-        ("preset", training.get("model")),
+        ("preset", training.get("model") or None),
+        *((f"begun from: {key}", base[key]) for key in BASE_KEYS if key in base),
         ("steps", manifest.step),
         ("tokens seen", progress.get("tokens_seen")),
         ("training loss, last logged", metadata.get("current_loss")),
@@ -133,17 +143,20 @@ def _training_rows(
 
 
 def _origin_rows(
-    name: str, manifest: Manifest, metadata: Mapping[str, Any]
+    source: ModelSource, manifest: Manifest, metadata: Mapping[str, Any]
 ) -> list[tuple[str, object]]:
     system = _mapping(metadata.get("system_info"))
     return [
-        ("checkpoint", name),
+        ("checkpoint", source.name),
+        *(("mean of the weights of", path.name) for path in source.averaged),
         ("run", manifest.run_id),
         ("branch", manifest.branch),
         *(
             (f"crc32c of {file}", manifest.files[file].crc32c)
             for file in sorted(manifest.files)
-            if file.endswith(WEIGHTS_SUFFIXES) and not file.startswith(OPTIMIZER_PREFIX)
+            if not source.averaged
+            and file.endswith(WEIGHTS_SUFFIXES)
+            and not file.startswith(OPTIMIZER_PREFIX)
         ),
         ("code", metadata.get("git_commit")),
         *((key, system.get(key)) for key in ("torch", "transformers", "accelerate")),

@@ -8,12 +8,13 @@ A download shows its progress on standard error. No torch here before a model is
 from __future__ import annotations
 
 import argparse
+import re
 
 from configs.training_config import ATTENTION_IMPLEMENTATIONS, TrainingConfig
 from utils.base.progress import ProgressDisplay
+from utils.checkpoints.loading import DTYPES, LoadedModel, ModelSource, load_model
 from utils.start.arguments import add_run_arguments, read_run_config
-from utils.tools.generation.finding import find_model
-from utils.tools.generation.loading import DTYPES, LoadedModel, ModelSource, load_model
+from utils.tools.generation.finding import AverageSpan, find_average, find_model
 
 MODEL_HELP = (
     "a checkpoint's name, step, latest or best; a directory of a checkpoint or of an exported "
@@ -21,13 +22,20 @@ MODEL_HELP = (
     "Hub"
 )
 
+_SPAN = re.compile(r"(\d{1,12})(-(\d{1,12}))?")
+
 
 def add_model_arguments(
-    parser: argparse.ArgumentParser, *, several: bool = False, loads: bool = True
+    parser: argparse.ArgumentParser,
+    *,
+    several: bool = False,
+    loads: bool = True,
+    averages: bool = False,
 ) -> None:
     """Add the words that say which model (`args.model`, or `args.models` of several).
 
-    Where the command computes with it (`loads`), also how it is loaded: device, data type, ...
+    With `averages`, a model may be the mean of several checkpoints (`args.average`). Where the
+    command computes with it (`loads`), also how it is loaded: device, data type, ...
     """
     add = parser.add_argument
     if several:
@@ -35,6 +43,14 @@ def add_model_arguments(
         add("models", metavar="MODEL", nargs="+", help=text)
     else:
         add("model", metavar="MODEL", help=MODEL_HELP)
+    if averages:
+        add(
+            "--average",
+            type=parse_span,
+            metavar="N|A-B",
+            help="the mean of the weights of the checkpoint and the N-1 before it on its branch, "
+            "or of those of steps A to B; here or in the bucket",
+        )
     if loads:
         _add_loading_arguments(parser)
     add_run_arguments(parser)
@@ -64,6 +80,16 @@ def _add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parse_span(text: str) -> AverageSpan:
+    """Return which checkpoints `--average` means."""
+    match = _SPAN.fullmatch(text)
+    if match is None or (match[3] is None and int(match[1]) < 2):
+        raise argparse.ArgumentTypeError("give a number from 2 on, or steps such as 100-500")
+    if match[3] is None:
+        return AverageSpan(count=int(match[1]))
+    return AverageSpan(None, int(match[1]), int(match[3]))
+
+
 def find_from(
     args: argparse.Namespace, text: str | None = None, config: TrainingConfig | None = None
 ) -> ModelSource:
@@ -77,8 +103,10 @@ def find_from(
         StorageError: The bucket cannot be read.
     """
     with ProgressDisplay(enabled=not args.json) as display:
-        name = args.model if text is None else text
-        return find_model(name, config or read_run_config(args), display.update)
+        name, config = args.model if text is None else text, config or read_run_config(args)
+        source = find_model(name, config, display.update)
+        span = getattr(args, "average", None)
+        return find_average(source, span, config, display.update) if span else source
 
 
 def load_found(args: argparse.Namespace, source: ModelSource) -> LoadedModel:

@@ -3,47 +3,46 @@
     checkpoint's name, directory, gs:// archive or folder, Hub name -> model source
 
 A directory is taken first, then a bucket's URI, then a checkpoint of the run (here, else in its
-bucket), then a name on the Hugging Face Hub. What has to be downloaded is kept below
-`cache_dir/models` and verified. No torch here.
+bucket), then a name on the Hugging Face Hub. No torch here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
-import re
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from configs.model_config import CONFIG_FILE
 from configs.training_config import TrainingConfig
-from utils.base.errors import StorageError, UsageError
+from utils.base.errors import CheckpointError, UsageError
 from utils.base.progress import OnProgress
-from utils.base.text import printable
-from utils.base.uri import join_uri, local_path, require_place
+from utils.base.uri import join_uri
 from utils.checkpoints.layout import (
-    MANIFEST_FILE,
+    RunIdentity,
     RunPaths,
-    parse_checkpoint_name,
+    find_checkpoints,
     read_manifest,
     validate_run_name,
 )
-from utils.data.transfer import find_objects, get_tree
-from utils.remote.archive_reading import read_sidecar
-from utils.remote.download import download_checkpoint
-from utils.remote.listing import choose_remote, parse_remote_name
+from utils.checkpoints.loading import ModelSource
+from utils.remote.finding import (
+    find_placed_model,
+    is_checkpoint_word,
+    model_in_bucket,
+    model_in_directory,
+    model_on_hub,
+)
+from utils.remote.listing import is_part_of, list_remote, read_sidecars
 from utils.storage.open import open_bucket
-from utils.tools.generation.loading import ModelSource
 from utils.tools.viewer.shelf import open_shelf
 
-MODELS_FOLDER = "models"
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
+@dataclass(frozen=True)
+class AverageSpan:
+    """Which checkpoints are averaged: so many, up to the named one; or those of these steps."""
 
-log = logging.getLogger(__name__)
+    count: int | None = None
+    first: int = 0
+    last: int = 0
 
 
 def find_model(
@@ -65,113 +64,83 @@ def find_model(
         CheckpointError: It is damaged or incomplete.
         StorageError: The bucket cannot be read.
     """
-    require_place(text)
-    path = Path(text).expanduser()
-    if path.is_dir() and path.name not in ("", ".."):
-        return _from_directory(path)
-    models = RunPaths.of(config).cache / MODELS_FOLDER
-    remote = parse_remote_name(text)
-    if remote is not None:
-        uri, which = remote
-        if local_path(text) is None and not _is_checkpoint(which):
-            return _from_bucket_folder(text, models, on_progress)
-        return _from_bucket(uri, which, models, config, on_progress)
+    found = find_placed_model(text, config, on_progress)
+    if found is not None:
+        return found
     with open_shelf(config) as shelf:
         problem = ""
         try:
-            return _from_directory(Path(shelf.where) / str(shelf.select(text).name))
+            return model_in_directory(Path(shelf.where) / str(shelf.select(text).name))
         except UsageError as exc:
             problem = str(exc)
-    if _is_checkpoint(text):
+    if is_checkpoint_word(text):
         if not config.checkpoint_uri:
             raise UsageError(problem)
-        uri = join_uri(config.checkpoint_uri, validate_run_name(config.run_name))
         try:
-            return _from_bucket(uri, text, models, config, on_progress)
+            return model_in_bucket(_bucket_of(config), text, config, on_progress)
         except UsageError as exc:
             raise UsageError(f"In {shelf.where}: {problem} In the bucket: {exc}") from exc
-    if not _HUB_NAME.fullmatch(text):
-        raise UsageError(f"{printable(text)}: there is no such directory, checkpoint or bucket.")
-    return ModelSource(text, text)
+    return model_on_hub(text)
 
 
-def _is_checkpoint(which: str) -> bool:
-    """Tell whether a text can mean nothing but a checkpoint."""
-    return (
-        which in ("latest", "best")
-        or which.removeprefix("step").isdecimal()
-        or bool(parse_checkpoint_name(which))
-    )
-
-
-def _from_directory(path: Path) -> ModelSource:
-    if (path / MANIFEST_FILE).is_file():
-        return ModelSource(path.resolve().name, str(path), read_manifest(path))
-    if (path / CONFIG_FILE).is_file():
-        return ModelSource(path.resolve().name, str(path))
-    raise UsageError(
-        f"{printable(str(path))} is neither a checkpoint (no {MANIFEST_FILE}) nor a model of "
-        f"transformers (no {CONFIG_FILE})."
-    )
-
-
-def _from_bucket(
-    uri: str, which: str, models: Path, config: TrainingConfig, on_progress: OnProgress
+def find_average(
+    source: ModelSource, span: AverageSpan, config: TrainingConfig, on_progress: OnProgress
 ) -> ModelSource:
-    bucket = open_bucket(uri, config.gcs_user_project or None)
-    is_name = parse_checkpoint_name(which) is not None
-    with contextlib.closing(bucket):
-        while True:
-            name = which if is_name else str(choose_remote(bucket, which, None))
-            # An archive that another one has replaced under the same name is another directory.
-            checksum = read_sidecar(bucket, name).archive.crc32c
-            directory = models / _short_hash(f"{uri}\n{checksum}")
-            with _alone_in(directory) as has_waited:
-                if not has_waited:  # else the bucket may hold something else by now
-                    path = download_checkpoint(bucket, name, directory, None, on_progress)
-                    return _from_directory(path)
+    """Return a checkpoint with the mean of the weights of its branch's, downloaded where need be.
 
-
-def _from_bucket_folder(uri: str, models: Path, on_progress: OnProgress) -> ModelSource:
-    """Return a folder of transformers that lies in a bucket as single files."""
-    directory = models / _short_hash(uri) / uri.rstrip("/").rpartition("/")[2]
-    while True:
-        found = find_objects(uri)
-        with contextlib.closing(found.bucket):
-            if not any(info.name == CONFIG_FILE for info in found.objects):
-                raise UsageError(
-                    f"{uri} holds no {CONFIG_FILE}: it is no exported model. A checkpoint is "
-                    f"{uri.rstrip('/')}/latest, or its name there."
-                )
-            with _alone_in(directory.parent) as has_waited:
-                if not has_waited:  # else the bucket may hold something else by now
-                    get_tree(found, directory, on_progress)
-                    return _from_directory(directory)
-
-
-@contextlib.contextmanager
-def _alone_in(directory: Path) -> Iterator[bool]:
-    """Wait until no other command downloads to a directory; tell whether that took a wait.
+    They are looked for beside it, in the run's directory and in its bucket.
 
     Raises:
-        StorageError: The cache cannot be written.
+        UsageError: It is no checkpoint, or there are too few.
+        CheckpointError: One of them is damaged.
+        StorageError: The bucket cannot be read.
     """
-    lock, has_waited = FileLock(directory.with_name(f".{directory.name}.lock")), False
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("Another command downloads the same model: waiting for it.")
-            lock.acquire()
-            has_waited = True
-    except OSError as exc:
-        raise StorageError(f"{directory} cannot be written: {exc.strerror or exc}.") from exc
-    try:
-        yield has_waited
-    finally:
-        lock.release()
+    manifest = source.manifest
+    if manifest is None or source.directory is None:
+        raise UsageError(f"--average: {source.name} is no checkpoint of a run.")
+    uri = source.bucket_uri or (_bucket_of(config) if config.checkpoint_uri else "")
+    last = manifest.step if span.count else span.last
+    found: dict[int, Path | str] = {}  # a name is in the bucket
+    if uri:
+        found |= _branch_in_bucket(uri, manifest.identity, range(span.first, last + 1), config)
+    for directory in (RunPaths.of(config).checkpoints, source.directory.parent):
+        found |= _branch_in_directory(directory, manifest.identity)
+    steps = sorted(step for step in found if span.first <= step <= last)[-(span.count or 0) :]
+    if len(steps) < (span.count or 2):
+        shown = ", ".join(map(str, steps)) or "none"
+        raise UsageError(
+            f"--average: {span.count or 'at least 2'} checkpoints of the branch of {source.name} "
+            f"are needed up to step {last}; there are {len(steps)} (steps: {shown})."
+        )
+    paths = []
+    for step in steps:
+        place = found[step]
+        if isinstance(place, str):
+            place = Path(model_in_bucket(uri, place, config, on_progress).location)
+        paths.append(place)
+    return replace(source, name=f"{source.name} (mean of {len(paths)})", averaged=tuple(paths))
 
 
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+def _bucket_of(config: TrainingConfig) -> str:
+    return join_uri(config.checkpoint_uri, validate_run_name(config.run_name))
+
+
+def _branch_in_directory(directory: Path, identity: RunIdentity) -> dict[int, Path]:
+    """Return the checkpoints of a branch in a directory, by step."""
+    found = {}
+    for name in find_checkpoints(directory):
+        path = directory / str(name)
+        with contextlib.suppress(CheckpointError):
+            if identity.includes(read_manifest(path).identity, name.step):
+                found[name.step] = path
+    return found
+
+
+def _branch_in_bucket(
+    uri: str, identity: RunIdentity, steps: range, config: TrainingConfig
+) -> dict[int, str]:
+    """Return the names of a branch's checkpoints of these steps in a bucket, by step."""
+    with contextlib.closing(open_bucket(uri, config.gcs_user_project or None)) as bucket:
+        listing = list_remote(bucket)
+        views = read_sidecars(bucket, listing, [n for n in listing.complete if n.step in steps])
+    return {view.name.step: str(view.name) for view in views if is_part_of(identity, view)}

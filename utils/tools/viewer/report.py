@@ -76,6 +76,7 @@ def summarize(view: CheckpointView, hourly_price: float | None = None) -> dict[s
         "num_parameters": number(system.get("num_parameters")),
         "costs": None if costs is None else asdict(costs),
         "run_id": view.manifest.run_id if view.manifest else metadata.get("run_id"),
+        "init_from": section(metadata, "base").get("name"),
         "git_commit": metadata.get("git_commit"),
         # Sizes in a foreign file may be too large to compute with.
         "size_bytes": None if number(view.total_bytes) is None else view.total_bytes,

@@ -255,6 +255,7 @@ def run_lines(row: Mapping[str, Any], view: CheckpointView) -> list[str]:
     return [
         f"Run ID: {show_text(row['run_id'])}",
         f"Branch: {show_text(view.manifest.branch if view.manifest else None)}",
+        *([f"Begun From: {show_text(row['init_from'])}"] if row["init_from"] else []),
         f"Git Commit: {show_text(row['git_commit'])}",
         f"Parameters: {show_count(row['num_parameters'])}",
         f"Device: {show_text(system.get('device'))}",

@@ -12,11 +12,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from utils.checkpoints.loading import load_named_tokenizer
 from utils.corpus.prepare import CorpusOptions, prepare_corpus
 from utils.corpus.text_sources import FileSource
 from utils.storage.directory import DirectoryBucket
 from utils.tools.evaluation.token_bytes import ByteCounter
-from utils.tools.generation.loading import load_named_tokenizer
 
 TEXT = "The caf\u00e9 \u2014 \U0001f40d na\u00efve  spaces\n\tend \u4e2d\u6587."
 

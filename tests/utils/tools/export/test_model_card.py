@@ -16,8 +16,8 @@ from configs.config_files import TRAINING_CONFIG_FILE
 from configs.training_config import get_training_config
 from tests.sample_checkpoints import make_metadata
 from utils.checkpoints.layout import METADATA_FILE, FileEntry, Manifest
+from utils.checkpoints.loading import LoadedModel, ModelSource
 from utils.tools.export.model_card import HYPERPARAMETERS, build_card, escape
-from utils.tools.generation.loading import LoadedModel, ModelSource
 
 MANIFEST = Manifest(
     "20260101-0a1b2c3d",

@@ -25,12 +25,12 @@ from tests.gcs_server import FakeGcsServer
 from tests.sample_checkpoints import make_checkpoint
 from utils.base.errors import CheckpointError, UsageError
 from utils.checkpoints.layout import read_manifest
+from utils.checkpoints.loading import ModelSource, load_model
 from utils.models.tokenizer import load_tokenizer_from
 from utils.remote.archive_reading import read_sidecar
 from utils.remote.download import download_checkpoint
 from utils.storage.directory import DirectoryBucket
 from utils.tools.generation.finding import find_model
-from utils.tools.generation.loading import ModelSource, load_model
 from utils.uploads.job import UploadJob, UploadProgress, run_job
 from utils.uploads.transports import TransportOptions
 
@@ -84,7 +84,7 @@ def find_after_a_wait(text: str, lock: Path, meanwhile: Callable[[], None]) -> P
             assert record.getMessage().startswith("Another command downloads the same model")
             is_waiting.set()
 
-    listener, logger = Listener(), logging.getLogger("utils.tools.generation.finding")
+    listener, logger = Listener(), logging.getLogger("utils.remote.finding")
     logger.addHandler(listener)
     level = logger.level
     logger.setLevel(logging.INFO)

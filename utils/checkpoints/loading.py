@@ -39,12 +39,15 @@ log = logging.getLogger(__name__)
 class ModelSource:
     """Where a model is: `location` is what transformers loads, a directory or a name on the Hub.
 
-    A checkpoint has its manifest.
+    A checkpoint has its manifest, and one that was downloaded the bucket's URI. Its weights are the
+    mean of those of the checkpoints `averaged`, where there are some.
     """
 
     name: str
     location: str
     manifest: Manifest | None = None
+    bucket_uri: str = ""
+    averaged: tuple[Path, ...] = ()
 
     @property
     def directory(self) -> Path | None:
@@ -211,7 +214,7 @@ def _load_own_tokenizer(source: ModelSource) -> Any:
 
 def _load_weights(source: ModelSource, dtype: str, attention: str) -> Any:
     if source.manifest is not None and source.directory is not None:
-        return _load_checkpoint(source.directory, dtype, attention)
+        return _load_checkpoint(source.directory, source.averaged, dtype, attention)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     # Its retries without a network, each said twice: the error at the end says it once.
@@ -236,15 +239,21 @@ def _load_weights(source: ModelSource, dtype: str, attention: str) -> Any:
     return _require_all_weights(source.name, model, {**report, "unexpected_keys": ()})
 
 
-def _load_checkpoint(checkpoint: Path, dtype: str, attention: str) -> Any:
+def _load_checkpoint(checkpoint: Path, averaged: Sequence[Path], dtype: str, attention: str) -> Any:
     """Return the model of a checkpoint; what is read of it is verified first."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from utils.checkpoints.state_files import read_weights
+    from utils.checkpoints.state_files import read_average, read_weights
 
     manifest = verify_checkpoint(checkpoint, is_wanted=_is_of_the_model)
-    weights = read_weights(checkpoint, manifest)
+    if averaged:
+        verified = [
+            (path, verify_checkpoint(path, is_wanted=_is_of_the_model)) for path in averaged
+        ]
+        weights = read_average(verified)
+    else:
+        weights = read_weights(checkpoint, manifest)
     try:
         config = AutoConfig.from_pretrained(
             str(checkpoint), local_files_only=True, trust_remote_code=False
