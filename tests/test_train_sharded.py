@@ -19,9 +19,9 @@ from scripts import consolidate_checkpoint
 from tests.test_train import differences, launch, load, state_differences
 from tests.test_train_recovery import batches
 from utils.checkpoints.layout import find_checkpoints, read_json, read_manifest
-from utils.checkpoints.loading import ModelSource, load_model
 from utils.checkpoints.state_files import read_optimizer, read_weights
 from utils.checkpoints.store import verify_checkpoint
+from utils.remote.loading import ModelSource, load_model
 from utils.tracking.metrics_log import read_metrics
 
 Train = Callable[..., int]

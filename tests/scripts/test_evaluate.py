@@ -19,7 +19,7 @@ from tests.sample_shards import flip_bit
 from tests.small_models import TASK_FILES, plain_losses
 from utils.base.errors import UsageError
 from utils.checkpoints.layout import read_manifest
-from utils.checkpoints.loading import load_model
+from utils.remote.loading import load_model
 from utils.storage.bucket import crc32c_of_bytes
 from utils.tools.evaluation import evaluator
 from utils.tools.evaluation.evaluator import Evaluator

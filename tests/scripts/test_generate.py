@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from scripts import generate
-from utils.checkpoints.loading import LoadedModel
 from utils.models.generation import StopWhen
+from utils.remote.loading import LoadedModel
 from utils.tools.generation import texts as text_generation
 from utils.tools.generation.texts import TextGenerator, _Pieces
 

@@ -17,10 +17,10 @@ from utils.base import ranks
 from utils.base.errors import ConfigError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import printable, reason_of
-from utils.checkpoints.loading import ModelSource, load_model
 from utils.checkpoints.views import read_json_object
 from utils.models.tokenizer import find_difference, find_tokenizer, find_tokenizer_folder
 from utils.remote.finding import find_placed_model, is_checkpoint_word, model_on_hub
+from utils.remote.loading import ModelSource, load_model
 
 
 @dataclass(frozen=True)

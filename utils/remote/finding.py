@@ -29,11 +29,11 @@ from utils.checkpoints.layout import (
     parse_checkpoint_name,
     read_manifest,
 )
-from utils.checkpoints.loading import ModelSource
 from utils.data.transfer import find_objects, get_tree
 from utils.remote.archive_reading import read_sidecar
 from utils.remote.download import download_checkpoint
 from utils.remote.listing import choose_remote, parse_remote_name
+from utils.remote.loading import ModelSource
 from utils.storage.open import open_bucket
 
 MODELS_FOLDER = "models"

@@ -21,7 +21,6 @@ from utils.base.progress import OnProgress
 from utils.base.text import printable
 from utils.base.uri import local_path
 from utils.checkpoints.layout import RunPaths
-from utils.checkpoints.loading import LoadedModel, ModelSource
 from utils.checkpoints.run_record import read_checkpoint_values
 from utils.data.shard_cache import ShardCache
 from utils.data.shard_index import (
@@ -33,6 +32,7 @@ from utils.data.shard_index import (
 )
 from utils.data.token_stream import TokenStream, covering_windows, training_windows
 from utils.models.tokenizer import load_tokenizer
+from utils.remote.loading import LoadedModel, ModelSource
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
 from utils.tools.evaluation.harness import run_harness, task_of

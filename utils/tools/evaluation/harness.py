@@ -22,8 +22,8 @@ from typing import Any
 
 from utils.base.errors import PretrainError, ResourceShortageError, UsageError
 from utils.base.text import number, printable, reason_of
-from utils.checkpoints.loading import LoadedModel
 from utils.models.tokenizer import begin_of_text
+from utils.remote.loading import LoadedModel
 from utils.tools.evaluation.log import ERROR_SUFFIX
 from utils.tools.evaluation.questions import HELLASWAG, LAMBADA, Questions
 

@@ -29,7 +29,6 @@ from utils.base.progress import OnProgress
 from utils.base.text import format_bytes, printable, reason_of
 from utils.checkpoints.files import sync_files
 from utils.checkpoints.layout import FileEntry, write_json
-from utils.checkpoints.loading import LoadedModel
 from utils.checkpoints.views import read_json_object
 from utils.models.tokenizer import (
     build_files,
@@ -38,6 +37,7 @@ from utils.models.tokenizer import (
     with_template_of,
     write_tokenizer_files,
 )
+from utils.remote.loading import LoadedModel
 from utils.storage.bucket import crc32c_of_bytes, fsync_directory
 from utils.tools.export.gguf import compare_gguf, write_gguf
 from utils.tools.export.model_card import build_card

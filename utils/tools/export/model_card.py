@@ -17,9 +17,9 @@ from huggingface_hub import ModelCardData
 from configs.config_files import TRAINING_CONFIG_FILE
 from utils.base.text import number, printable
 from utils.checkpoints.layout import METADATA_FILE, Manifest
-from utils.checkpoints.loading import LoadedModel, ModelSource
 from utils.checkpoints.views import read_json_object
 from utils.models.parts import OPTIMIZER_PREFIX
+from utils.remote.loading import LoadedModel, ModelSource
 
 WEIGHTS_SUFFIXES = (".safetensors", "pytorch_model.bin")
 HYPERPARAMETERS = (

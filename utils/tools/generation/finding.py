@@ -23,7 +23,6 @@ from utils.checkpoints.layout import (
     read_manifest,
     validate_run_name,
 )
-from utils.checkpoints.loading import ModelSource
 from utils.remote.finding import (
     find_placed_model,
     is_checkpoint_word,
@@ -32,6 +31,7 @@ from utils.remote.finding import (
     model_on_hub,
 )
 from utils.remote.listing import is_part_of, list_remote, read_sidecars
+from utils.remote.loading import ModelSource
 from utils.storage.open import open_bucket
 from utils.tools.viewer.shelf import open_shelf
 

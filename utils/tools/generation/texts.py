@@ -19,7 +19,6 @@ from transformers import TextStreamer
 
 from utils.base.errors import ResourceShortageError, UsageError
 from utils.base.text import printable
-from utils.checkpoints.loading import LoadedModel
 from utils.models.generation import (
     NotFiniteError,
     Sampling,
@@ -28,6 +27,7 @@ from utils.models.generation import (
     require_known_ids,
 )
 from utils.models.tokenizer import encode_prompt
+from utils.remote.loading import LoadedModel
 
 END_TOKEN, MAX_TOKENS, STOP_TEXT, NOT_FINITE = "end_token", "max_tokens", "stop_text", "not_finite"
 WINDOW_BATCHES = 32

@@ -255,7 +255,7 @@ def run_lines(row: Mapping[str, Any], view: CheckpointView) -> list[str]:
     return [
         f"Run ID: {show_text(row['run_id'])}",
         f"Branch: {show_text(view.manifest.branch if view.manifest else None)}",
-        *([f"Begun From: {show_text(row['init_from'])}"] if row["init_from"] else []),
+        *_begun_from(row),
         f"Git Commit: {show_text(row['git_commit'])}",
         f"Parameters: {show_count(row['num_parameters'])}",
         f"Device: {show_text(system.get('device'))}",
@@ -276,9 +276,14 @@ def brief_lines(
         f"Tokens/s: {show_count(row['tokens_per_second'])}  MFU: {show_share(row['mfu'])}",
         f"Run ID: {show_text(row['run_id'])}  Parameters: {show_count(row['num_parameters'])}  "
         f"Size: {show_size(row['size_bytes'])} in {num_files} files",
+        *_begun_from(row),
         "  ".join(upload_lines(row, bucket_uri)),
         *errors,
     ]
+
+
+def _begun_from(row: Mapping[str, Any]) -> list[str]:
+    return [f"Begun From: {show_text(row['init_from'])}"] if row["init_from"] else []
 
 
 def upload_lines(row: Mapping[str, Any], bucket_uri: str) -> list[str]:

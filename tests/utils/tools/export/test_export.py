@@ -27,8 +27,8 @@ from transformers import (
 
 from utils.base.errors import SaveError, UsageError
 from utils.checkpoints.layout import read_manifest
-from utils.checkpoints.loading import ModelSource, load_model
 from utils.models.tokenizer import write_tokenizer_files
+from utils.remote.loading import ModelSource, load_model
 from utils.tools.export.export import ExportOptions, ExportReport, compute_logits, export_model
 
 OPTIONS = ExportOptions()

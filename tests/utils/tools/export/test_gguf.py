@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.utils.tools.export.test_export import export, make_model, newest
 from utils.base.errors import SaveError, UsageError
-from utils.checkpoints.loading import load_model
 from utils.corpus import tokenizer_conversion
+from utils.remote.loading import load_model
 from utils.tools.export.export import ExportOptions, compute_logits
 from utils.tools.export.gguf_model import require_architecture
 from utils.tools.export.gguf_tokenizer import find_pre_tokenizer, read_tokenizer

@@ -16,7 +16,7 @@ from configs.config_files import TRAINING_CONFIG_FILE
 from configs.training_config import get_training_config
 from tests.sample_checkpoints import make_metadata
 from utils.checkpoints.layout import METADATA_FILE, FileEntry, Manifest
-from utils.checkpoints.loading import LoadedModel, ModelSource
+from utils.remote.loading import LoadedModel, ModelSource
 from utils.tools.export.model_card import HYPERPARAMETERS, build_card, escape
 
 MANIFEST = Manifest(

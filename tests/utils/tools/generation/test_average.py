@@ -30,7 +30,8 @@ def run_folder(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def export(*words: str) -> int:
-    return export_model.main([*words, "--output", "mean", "--overwrite", "--device", "cpu"])
+    own = ("--set", "checkpoint_uri=bucket")  # of the copy, and not of the run that was copied
+    return export_model.main([*words, *own, "--output", "mean", "--overwrite", "--device", "cpu"])
 
 
 def measure(capsys: pytest.CaptureFixture[str], *words: str) -> Any:

@@ -25,10 +25,10 @@ from tests.gcs_server import FakeGcsServer
 from tests.sample_checkpoints import make_checkpoint
 from utils.base.errors import CheckpointError, UsageError
 from utils.checkpoints.layout import read_manifest
-from utils.checkpoints.loading import ModelSource, load_model
 from utils.models.tokenizer import load_tokenizer_from
 from utils.remote.archive_reading import read_sidecar
 from utils.remote.download import download_checkpoint
+from utils.remote.loading import ModelSource, load_model
 from utils.storage.directory import DirectoryBucket
 from utils.tools.generation.finding import find_model
 from utils.uploads.job import UploadJob, UploadProgress, run_job
