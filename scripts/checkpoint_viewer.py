@@ -41,7 +41,7 @@ from utils.base.uri import require_path
 from utils.checkpoints.layout import DATA_STATE_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView, describe_lack
 from utils.costs.costs import describe_costs
-from utils.start.arguments import KeyParser, add_price_argument, add_run_arguments, read_run_config
+from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
 from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
 from utils.tools.evaluation.text import chart_lines as evaluation_charts
 from utils.tools.evaluation.text import (
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    common = KeyParser(add_help=False)
+    common = argparse.ArgumentParser(add_help=False)
     add_run_arguments(common)
     add_price_argument(common)
     common.add_argument(
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read the bucket's sidecars instead (report: too); --run may then be a bucket's URI",
     )
-    parser = new_parser("checkpoint_viewer.py", __doc__, kind=KeyParser)
+    parser = new_parser("checkpoint_viewer.py", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[..., None], summary: str) -> argparse.ArgumentParser:
@@ -202,7 +202,7 @@ def print_list(
     """Print rows: a table in a terminal, the lines of the user's example in a pipe."""
     where = printable(shelf.where)
     if not num_all:
-        print(describe_lack(where))
+        print_wrapped(describe_lack(where))
         if not is_remote:
             print("python train.py --config test makes some; --output-dir looks elsewhere.")
         return

@@ -25,7 +25,6 @@ from utils.base.errors import UsageError
 from utils.base.text import format_bytes, printable, to_json_text
 from utils.base.uri import require_path
 from utils.checkpoints.layout import read_manifest
-from utils.start.arguments import KeyParser
 from utils.tools.generation.arguments import add_model_arguments, find_from
 
 
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("consolidate_checkpoint.py", __doc__, kind=KeyParser)
+    parser = new_parser("consolidate_checkpoint.py", __doc__)
     add_model_arguments(parser, loads=False)
     parser.add_argument(
         "--output", default="whole", metavar="DIR", help="where it is written (default: whole)"

@@ -58,7 +58,7 @@ from utils.base.text import printable, to_json_text
 from utils.base.uri import require_place
 from utils.checkpoints.layout import RunPaths
 from utils.checkpoints.views import describe_lack
-from utils.start.arguments import KeyParser, read_run_config
+from utils.start.arguments import read_run_config
 from utils.tools.evaluation.evaluator import MEASURED_SPLITS, EvaluationPlan, Evaluator, TextPlan
 from utils.tools.evaluation.harness import require_harness
 from utils.tools.evaluation.log import Evaluation, append_evaluation, metric_points
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("evaluate.py", __doc__, kind=KeyParser)
+    parser = new_parser("evaluate.py", __doc__)
     add_model_arguments(parser, several=True, averages=True)
     add_text_options(parser.add_argument_group("loss and perplexity"))
     add_task_options(parser.add_argument_group("tasks"))

@@ -33,7 +33,7 @@ from utils.base.errors import UsageError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import format_bytes, printable, to_json_text
 from utils.checkpoints.layout import RunPaths
-from utils.start.arguments import KeyParser, read_run_config
+from utils.start.arguments import read_run_config
 from utils.tools.export.gguf import require_gguf
 from utils.tools.export.hub_target import HUB_PREFIX, HubTarget
 from utils.tools.export.target import GGUF_SUFFIX, BucketTarget, DiskTarget, open_target
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("export_model.py", __doc__, kind=KeyParser)
+    parser = new_parser("export_model.py", __doc__)
     add = parser.add_argument
     add(
         "--output",

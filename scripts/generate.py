@@ -35,7 +35,6 @@ from utils.base.console import (
 from utils.base.errors import PretrainError, UsageError
 from utils.base.startup import load_libraries
 from utils.base.text import printable, to_json_text
-from utils.start.arguments import KeyParser
 from utils.tools.generation.arguments import add_model_arguments, find_from, load_found
 from utils.tools.generation.prompts import read_prompts
 
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("generate.py", __doc__, kind=KeyParser)
+    parser = new_parser("generate.py", __doc__)
     prompts = parser.add_argument_group("prompts").add_mutually_exclusive_group()
     prompts.add_argument(
         "--prompt", action="append", metavar="TEXT", help='may be repeated; "": from nothing'

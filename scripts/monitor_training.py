@@ -46,7 +46,7 @@ from utils.base.errors import UsageError
 from utils.base.files import FollowedFile
 from utils.base.text import printable, to_json_text
 from utils.checkpoints.layout import RunPaths
-from utils.start.arguments import KeyParser, add_price_argument, add_run_arguments, read_run_config
+from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
 from utils.tools.monitor.events import EventTracker
 from utils.tools.monitor.notifier import LEAVE_SECONDS, LIMIT_SECONDS, Notifier, parse_command
 from utils.tools.monitor.status import RunStatus, RunWatcher
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = new_parser("monitor_training.py", __doc__, kind=KeyParser)
+    parser = new_parser("monitor_training.py", __doc__)
     parser.add_argument(
         "--refresh",
         type=_positive_seconds,

@@ -72,7 +72,7 @@ from utils.remote.download import download_checkpoint
 from utils.remote.listing import RemoteListing, choose_remote, list_remote, read_sidecars
 from utils.remote.pruning import PrunePlan, delete_all, plan_bucket
 from utils.remote.verification import CheckpointReport, Orphan, Verifier, find_unconfirmed
-from utils.start.arguments import KeyParser, add_run_arguments, read_run_config
+from utils.start.arguments import add_run_arguments, read_run_config
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
 from utils.uploads.status import build_queue, build_upload_rows, last_errors
@@ -120,9 +120,9 @@ log = logging.getLogger(__name__)
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    common = KeyParser(add_help=False)
+    common = argparse.ArgumentParser(add_help=False)
     add_run_arguments(common)
-    parser = new_parser("upload_manager.py", __doc__, kind=KeyParser)
+    parser = new_parser("upload_manager.py", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
@@ -262,7 +262,7 @@ def print_status(result: dict[str, Any]) -> None:
         places = filter(None, [result["directory"], result["bucket"]])
         print_wrapped(" ".join(describe_lack(place) for place in places))
     if result["bucket"]:
-        print(f"{len(result['queue'])} not verified in the bucket.")
+        print(f"{sum(row['state'] != 'verified' for row in rows)} not verified in the bucket.")
     print_table("Queue", result["queue"], QUEUE_COLUMNS)
     if result["errors"]:
         print("Last errors")

@@ -104,7 +104,9 @@ def test_the_run_is_found_by_its_directory_from_anywhere_and_as_a_copy(
     assert call(upload_manager, "verify", "--run", ".")[0] == 0
     monkeypatch.chdir(run_a)
     (copy / "run.json").unlink()  # of an earlier version: the newest checkpoint says it
-    assert call(upload_manager, "verify", "--run", copy)[0] == 0
+    words = ("--run", copy, "--set", "checkpoint_uri=other")
+    assert call(upload_manager, "verify", *words)[0] == 0
+    assert call(upload_manager, "verify", "--run", copy)[0] == ExitCode.USAGE  # where is it?
     code, _, err = call(upload_manager, "verify", "--run", copy, *A)
     assert (code, "takes no" in err) == (ExitCode.USAGE, True)
 
@@ -206,8 +208,32 @@ def test_a_resume_that_finds_nothing_names_a_run_of_a_similar_name(
 ) -> None:
     (run_a / "checkpoints" / "a").rename(run_a / "checkpoints" / "first")
     words = ("--max-steps", "1", "--resume", "latest")
-    assert run_train(*words, settings=("run_name=frist", "report_to=[]")) == 0
+    settings = ("run_name=frist", "report_to=[]")
+    assert run_train(*words, settings=settings) == ExitCode.USAGE
+    assert "--set run_name=first. To begin a new one: --config NAME." in capsys.readouterr().err
+    assert run_train(*words, "--config", "test", settings=settings) == 0
     assert "--set run_name=first" in capsys.readouterr().out
+
+
+def test_a_run_that_was_moved_or_copied_never_uses_the_bucket_of_another_place(
+    run_a: Path, call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (run_a / "checkpoints" / "a").rename(run_a / "checkpoints" / "b")
+    for words in (A[:1] + ("b",), ("--output-dir", "checkpoints/b"), ("--run", "checkpoints/b")):
+        status = json.loads(call(upload_manager, "status", "--json", *words)[1])
+        assert status["bucket"] == "other/a", words
+
+    copy = shutil.copytree(run_a, tmp_path / "copy")
+    monkeypatch.chdir(copy)
+    status = json.loads(call(upload_manager, "status", "--json", "--run-name", "b")[1])
+    assert Path(status["bucket"]).resolve() == copy / "other" / "a"
+
+    (copy / "checkpoints" / "b").rename(copy / "elsewhere")
+    words = ("--run", "elsewhere")
+    assert call(upload_manager, "upload-all", *words)[0] == ExitCode.USAGE
+    assert call_train(["--resume", "latest", "--set", "output_dir=elsewhere"]) == ExitCode.USAGE
+    status = json.loads(call(upload_manager, "status", "--json", *words)[1])
+    assert (status["bucket"], len(status["checkpoints"])) == (None, 2)
 
 
 def steps_in(directory: Path, suffix: str = "") -> list[int]:

@@ -55,10 +55,14 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class RunValues:
-    """A configuration that was recorded, ready for `get_training_config`, and the file it is in."""
+    """A configuration that was recorded, ready for `get_training_config`, and the file it is in.
+
+    `lost_uri` is a relative bucket that cannot be found from here: `values` has none in its place.
+    """
 
     values: Mapping[str, Any]
     source: str
+    lost_uri: str = ""
 
     def to_config(self, overrides: Mapping[str, Any]) -> TrainingConfig:
         """Return it with other values in place of some."""
@@ -114,7 +118,7 @@ def find_run_values(directory: Path) -> RunValues | None:
     if record is not None and record.config:
         source = str(directory / RUN_FILE)
         with contextlib.suppress(ConfigError):
-            return usable_values(record.config, source, record.directory)
+            return usable_values(record.config, source, directory, record.directory)
     for name in reversed(find_checkpoints(directory)):
         with contextlib.suppress(CheckpointError, ConfigError):
             return read_checkpoint_values(directory / str(name), record)
@@ -133,13 +137,18 @@ def read_checkpoint_values(checkpoint: Path, record: RunRecord | None = None) ->
     if problem is not None:
         raise CheckpointError(f"{checkpoint}: {problem}.")
     record = record or read_run_record(checkpoint.parent)
-    return usable_values(values, str(path), record.directory if record else "")
+    directory = record.directory if record else ""
+    return usable_values(values, str(path), checkpoint.parent, directory)
 
 
-def usable_values(values: Mapping[str, Any], source: str, directory: str = "") -> RunValues:
+def usable_values(
+    values: Mapping[str, Any], source: str, place: Path | None = None, directory: str = ""
+) -> RunValues:
     """Return what a file says of a run, without keys that this version does not know.
 
-    Relative paths are made absolute where `directory` is there and is not the current one.
+    `place` is the directory of checkpoints that the file is from, None for one in a bucket.
+    Relative paths are made absolute where they do not begin in the current directory. `directory`
+    is the one the run ran in, as far as that was noted.
 
     Raises:
         ConfigError: It is no configuration.
@@ -147,9 +156,36 @@ def usable_values(values: Mapping[str, Any], source: str, directory: str = "") -
     known = {one.name for one in fields(TrainingConfig)}
     values = {key: value for key, value in values.items() if key in known}
     get_training_config(source, {}, values)
-    if directory and Path(directory).is_dir() and not Path(directory).samefile(Path.cwd()):
-        values = _relative_to(Path(directory), values)
+    base = None if place is None else _find_base(place, values, directory)
+    uri = values.get("checkpoint_uri", "")
+    path = local_path(uri) if uri else None
+    if base is not None and base != Path.cwd():
+        values = _relative_to(base, values)
+    elif base is None and place is not None and path is not None and not path.is_absolute():
+        return RunValues({**values, "checkpoint_uri": ""}, source, lost_uri=uri)
     return RunValues(values, source)
+
+
+def _find_base(place: Path, values: Mapping[str, Any], directory: str) -> Path | None:
+    """Return where the relative paths of a run begin, from where its checkpoints are.
+
+    That is the directory it ran in, if they are there. Where that is copied or moved as a whole, it
+    is the new one; where its checkpoints alone are, the old one if the run is still there. A bucket
+    of the same name elsewhere is another one.
+    """
+    output_dir, name = Path(values.get("output_dir", "checkpoints")), values.get("run_name", "")
+    full = place.resolve()
+    original = Path(directory, output_dir, name)
+    if directory and original.resolve() == full:
+        return Path(directory)
+    parts = output_dir.parts
+    for parent in [full] if "run_name" in values and not name else [full.parent, full]:
+        if parts and not output_dir.is_absolute() and parent.parts[-len(parts) :] == parts:
+            return Path(*parent.parts[: -len(parts)])
+    here, there = read_run_record(place), read_run_record(original) if directory else None
+    if here is not None and there is not None and here.identity.run_id == there.identity.run_id:
+        return Path(directory)
+    return None
 
 
 def _relative_to(directory: Path, values: dict[str, Any]) -> dict[str, Any]:

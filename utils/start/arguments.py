@@ -158,10 +158,17 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
         overrides["log_level"] = "debug"
     args.config_source = None
     if args.config is None and args.resume is not None:
-        found, place = _find_resumed(args.resume, _config_alone(args.config, overrides))
+        alone = _config_alone(args.config, overrides)
+        found, place = _find_resumed(args.resume, alone)
         if found is not None:
             args.config_source = found.source
-            return found.to_config({**place, **overrides})
+            if parse_remote_name(args.resume) is None and Path(args.resume).name == args.resume:
+                # The words have led to the run; it goes on where it is.
+                overrides = _without_place(overrides)
+            overrides = {**place, **overrides}
+            _require_bucket(found, overrides)
+            return found.to_config(overrides)
+        _require_no_other_run(args.resume, alone)
     return get_training_config(args.config or DEFAULT_CONFIG, overrides)
 
 
@@ -200,14 +207,42 @@ def _find_resumed(resume: str, alone: TrainingConfig) -> tuple[RunValues | None,
         return found, {"checkpoint_uri": uri.removesuffix(f"/{name}") if name else uri}
     if Path(resume).name != resume:
         return _find_in_checkpoint(Path(resume))
+    directory = RunPaths.of(alone).checkpoints
+    found = find_run_values(directory)
+    if found is not None:
+        placed = _placed_at(directory, found.to_config({}))
+        return found, {key: getattr(placed, key) for key in _PLACE_KEYS}
     place = {"output_dir": alone.output_dir, "run_name": alone.run_name}
-    found = find_run_values(RunPaths.of(alone).checkpoints)
-    if found is None and alone.checkpoint_uri:
+    if alone.checkpoint_uri:
         with contextlib.suppress(StorageError):  # it is read again, and said, before the start
             uri = join_uri(alone.checkpoint_uri, alone.run_name)
             found, _ = _find_in_bucket(uri, resume, alone)
             place["checkpoint_uri"] = alone.checkpoint_uri
     return found, place
+
+
+def _without_place(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Return words without those that say where a run is."""
+    return {key: words[key] for key in words if key not in ("output_dir", "run_name")}
+
+
+def _require_bucket(found: RunValues, words: Mapping[str, Any]) -> None:
+    if found.lost_uri and not words.get("checkpoint_uri"):
+        raise UsageError(
+            f"{found.source}: the bucket of this run, {printable(found.lost_uri)}, is a relative "
+            "path, and it is not known from where. Say it: --set checkpoint_uri=DIRECTORY."
+        )
+
+
+def _require_no_other_run(resume: str, alone: TrainingConfig) -> None:
+    """Refuse to begin a run that nothing describes beside others: its name may be mistyped."""
+    names = [name for name in find_run_names(Path(alone.output_dir)) if name != alone.run_name]
+    if names:
+        shown = ", ".join(f"run_name={name}" for name in names[:_SHOWN_RUNS])
+        raise UsageError(
+            f"--resume {resume}: there is no run in {RunPaths.of(alone).checkpoints}. Runs there "
+            f"are: --set {shown}. To begin a new one: --config NAME."
+        )
 
 
 def _find_in_checkpoint(checkpoint: Path) -> tuple[RunValues | None, dict[str, Any]]:
@@ -324,19 +359,25 @@ def read_run_config(args: argparse.Namespace, run: str | Path | None = None) -> 
     if run is None and args.run:
         run = _only_run(args.run, words)
     if run is not None:
-        words = {key: words[key] for key in words if key not in ("output_dir", "run_name")}
+        words = _without_place(words)
     alone = _config_alone(args.config, words)
     directory = RunPaths.of(alone).checkpoints if run is None else Path(run)
     found = find_run_values(directory)
     if found is None:
         config = get_training_config(args.config or DEFAULT_CONFIG, words)
         _tell_other_runs(directory, None if run else Path(alone.output_dir))
+        return config if run is None else _placed_at(directory, config)
+    if found.lost_uri and "checkpoint_uri" not in words:
+        text = "Where the bucket of this run, %s, lies is not known: --set checkpoint_uri=..."
+        log.warning(text, printable(found.lost_uri))
+    if "run_name" in found.values:
+        config = _placed_at(directory, found.to_config(_without_place(words)))
     else:
-        place = {} if run else {"output_dir": alone.output_dir, "run_name": alone.run_name}
+        place = {"output_dir": alone.output_dir, "run_name": alone.run_name}
         config = found.to_config({**words, **place})
-        if args.config is not None:
-            _tell_other_places(args.config, alone, config)
-    return config if run is None else _placed_at(directory, config)
+    if args.config is not None:
+        _tell_other_places(args.config, alone, config)
+    return config
 
 
 def _only_run(runs: Sequence[str], words: Mapping[str, Any]) -> str:

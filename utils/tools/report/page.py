@@ -47,6 +47,8 @@ def write_page(files: RunFiles, path: Path) -> int:
             f"There is no run to show: nothing is logged in {paths.logs}, and no checkpoint is in "
             f"{paths.checkpoints}. {meant}{others}"
         )
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"{path}: the name of a page ends in .html.")
     page = render_page(files).encode("utf-8")
     try:
         path.write_bytes(page)

@@ -370,7 +370,7 @@ def compare_columns(num_rows: int) -> list[Column]:
         Column(f"[{index}]", ranks.get(index, 4 + num_rows - index), "number")
         for index in range(1, num_rows + 1)
     ]
-    return [Column(FIGURE), *checkpoints, Column("change", 4, "number")]
+    return [Column(FIGURE), *checkpoints, Column("change", 4 + num_rows, "number")]
 
 
 def drift_rows(pair: Mapping[str, Any]) -> list[dict[str, str]]:
