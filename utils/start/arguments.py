@@ -136,7 +136,7 @@ def _add_set_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="set any configuration key, as --KEY VALUE does; model_overrides.KEY for the model's",
+        help="set any configuration key; model_overrides.KEY for the model's",
     )
 
 
@@ -370,7 +370,7 @@ def read_run_config(args: argparse.Namespace, run: str | Path | None = None) -> 
     if found.lost_uri and "checkpoint_uri" not in words:
         text = "Where the bucket of this run, %s, lies is not known: --set checkpoint_uri=..."
         log.warning(text, printable(found.lost_uri))
-    if "run_name" in found.values:
+    if run is not None or "run_name" in found.values:
         config = _placed_at(directory, found.to_config(_without_place(words)))
     else:
         place = {"output_dir": alone.output_dir, "run_name": alone.run_name}
