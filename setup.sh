@@ -115,6 +115,7 @@ pip() {
     }
     /^Installing collected packages/ { print "setup.sh: unpacking", NF - 3, "packages."; fflush() }'
 }
+rm -f "$VENV"/.installed-* # nothing is up to date until all is installed
 if [ -n "${TORCH_INDEX_URL:-}" ]; then
     echo "setup.sh: installing torch from TORCH_INDEX_URL."
     pip "$bin/python" install --index-url "$TORCH_INDEX_URL" --constraint "$CONSTRAINTS" torch
