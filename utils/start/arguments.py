@@ -162,12 +162,10 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
         found, place = _find_resumed(args.resume, alone)
         if found is not None:
             args.config_source = found.source
-            if parse_remote_name(args.resume) is None and Path(args.resume).name == args.resume:
-                # The words have led to the run; it goes on where it is.
-                overrides = _without_place(overrides)
-            overrides = {**place, **overrides}
             _require_bucket(found, overrides)
-            return found.to_config(overrides)
+            if place is None:
+                return _config_in(RunPaths.of(alone).checkpoints, found, overrides, alone)
+            return found.to_config({**place, **overrides})
         _require_no_other_run(args.resume, alone)
     return get_training_config(args.config or DEFAULT_CONFIG, overrides)
 
@@ -181,10 +179,13 @@ def _config_alone(name: str | None, words: Mapping[str, Any]) -> TrainingConfig:
     return get_training_config(name or DEFAULT_CONFIG, places)
 
 
-def _find_resumed(resume: str, alone: TrainingConfig) -> tuple[RunValues | None, dict[str, Any]]:
+def _find_resumed(
+    resume: str, alone: TrainingConfig
+) -> tuple[RunValues | None, dict[str, Any] | None]:
     """Return what was recorded of the run that an attempt goes on with, and where it goes on.
 
-    `alone` is what the words say without it. None: nothing is there yet.
+    `alone` is what the words say without it. Without a record nothing is there yet; without a place
+    it goes on in the directory that `alone` names.
 
     Raises:
         UsageError: It is not known, and has to be said.
@@ -210,8 +211,7 @@ def _find_resumed(resume: str, alone: TrainingConfig) -> tuple[RunValues | None,
     directory = RunPaths.of(alone).checkpoints
     found = find_run_values(directory)
     if found is not None:
-        placed = _placed_at(directory, found.to_config({}))
-        return found, {key: getattr(placed, key) for key in _PLACE_KEYS}
+        return found, None
     place = {"output_dir": alone.output_dir, "run_name": alone.run_name}
     if alone.checkpoint_uri:
         with contextlib.suppress(StorageError):  # it is read again, and said, before the start
@@ -370,14 +370,21 @@ def read_run_config(args: argparse.Namespace, run: str | Path | None = None) -> 
     if found.lost_uri and "checkpoint_uri" not in words:
         text = "Where the bucket of this run, %s, lies is not known: --set checkpoint_uri=..."
         log.warning(text, printable(found.lost_uri))
-    if run is not None or "run_name" in found.values:
-        config = _placed_at(directory, found.to_config(_without_place(words)))
-    else:
-        place = {"output_dir": alone.output_dir, "run_name": alone.run_name}
-        config = found.to_config({**words, **place})
+    config = _config_in(directory, found, words, None if run else alone)
     if args.config is not None:
         _tell_other_places(args.config, alone, config)
     return config
+
+
+def _config_in(
+    directory: Path, found: RunValues, words: Mapping[str, Any], alone: TrainingConfig | None
+) -> TrainingConfig:
+    """Return the configuration of the run in a directory, which `alone` names if it is not None."""
+    if alone is not None and "run_name" not in found.values:
+        return found.to_config(
+            {**words, "output_dir": alone.output_dir, "run_name": alone.run_name}
+        )
+    return _placed_at(directory, found.to_config(_without_place(words)))
 
 
 def _only_run(runs: Sequence[str], words: Mapping[str, Any]) -> str:
