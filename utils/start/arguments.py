@@ -238,10 +238,13 @@ def _require_no_other_run(resume: str, alone: TrainingConfig) -> None:
     """Refuse to begin a run that nothing describes beside others: its name may be mistyped."""
     names = [name for name in find_run_names(Path(alone.output_dir)) if name != alone.run_name]
     if names:
-        shown = ", ".join(f"run_name={name}" for name in names[:_SHOWN_RUNS])
+        shown = ", ".join(
+            f"--set run_name={name}" if name else f"one in {alone.output_dir} itself"
+            for name in names[:_SHOWN_RUNS]
+        )
         raise UsageError(
             f"--resume {resume}: there is no run in {RunPaths.of(alone).checkpoints}. Runs there "
-            f"are: --set {shown}. To begin a new one: --config NAME."
+            f"are: {shown}. To begin a new one: --config NAME."
         )
 
 
