@@ -85,11 +85,12 @@ def small_data(tmp_path: Path) -> Path:
 # The same tokens and losses, however often it is interrupted.
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
 def test_resumed_any_number_of_times_also_in_the_second_epoch(
-    run_train: Train, tmp_path: Path, small_data: Path
+    run_train: Train, tmp_path: Path, small_data: Path, optim: str
 ) -> None:
     # Dropout: what is done after a stop depends on the random states. Stops lie between log lines.
-    settings = (f"data_uri={small_data}", *EVERY_STEP, "logging_steps=3")
+    settings = (f"data_uri={small_data}", *EVERY_STEP, "logging_steps=3", f"optim={optim}")
     settings += ("model_overrides.hidden_dropout=0.1",)
     words = ("--max-steps", "15", "--resume", "latest")
     assert run_train(*words, folder="straight", settings=settings) == 0
@@ -316,7 +317,10 @@ def test_a_bad_step_stops_the_run_saved_and_it_goes_on_after_it(
     assert len({crc for found in batches(tmp_path).values() for crc in found}) == 6
 
 
-def test_a_bad_step_changes_nothing_but_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
+def test_a_bad_step_changes_nothing_but_the_schedule(
+    monkeypatch: pytest.MonkeyPatch, optim: str
+) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
     config = get_training_config(
@@ -326,6 +330,7 @@ def test_a_bad_step_changes_nothing_but_the_schedule(monkeypatch: pytest.MonkeyP
             "model_overrides.hidden_size": 32,
             "model_overrides.intermediate_size": 64,
             "use_cpu": True,
+            "optim": optim,
         },
     )
     model_config = build_model_config(config.model, config.model_overrides)
@@ -335,7 +340,7 @@ def test_a_bad_step_changes_nothing_but_the_schedule(monkeypatch: pytest.MonkeyP
         accelerator = training_utils.build_accelerator(config, "no", [], Path())
         training_utils.set_determinism(config)
         state = training_utils.build_train_state(accelerator, model_config, config)
-        state.guard.is_on_device = True
+        state.guard.is_on_device = optim == "adamw_torch_fused"  # as on a GPU
         BadLosses(monkeypatch, {2: float("inf")})
         training_utils.train_step(state, batch, 1.0)
 

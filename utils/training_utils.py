@@ -3,7 +3,7 @@
     batches -> train step -> train state
 
 A step is one optimizer update: `accumulation` forward and backward passes (micro-steps), one clip,
-one AdamW update, one move of the schedule. Nothing here waits for the device but `mean_loss`, which
+one update, one move of the schedule. Nothing here waits for the device but `mean_loss`, which
 is asked for at logging steps.
 """
 
@@ -32,13 +32,20 @@ from configs.training_config import TrainingConfig
 from utils.base import ranks
 from utils.base.errors import ConfigError, first_line
 from utils.base.text import number
-from utils.models.building import LossModel, build_model, compile_model, undo_compilation
+from utils.models.building import (
+    LossModel,
+    build_model,
+    compile_model,
+    find_layers,
+    undo_compilation,
+)
 from utils.models.cpu_products import use_cpu_products
 from utils.models.estimates import attention_widths
 from utils.models.mfu import Utilization, find_peak_flops, flops_per_token
 from utils.training.deepspeed import ZeroPartitioned, require_deepspeed
 from utils.training.division import Division, Replicated
 from utils.training.fsdp import FullySharded
+from utils.training.muon import MuonWithAdamW
 from utils.training.sharding import deepspeed_hidden, resolve_sharding
 from utils.training.step_guard import GOOD, StepGuard
 
@@ -118,20 +125,30 @@ def set_determinism(config: TrainingConfig) -> None:
         torch.backends.cudnn.allow_tf32 = tf32
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Return AdamW with decay on matrices only, fused where the device has it."""
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the optimizer, with decay on matrices only; AdamW is fused where the device has it."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=trainable[0].device.type in ("cuda", "cpu"),
-    )
+    decay = config.weight_decay
+    matrices = [p for p in trainable if p.dim() >= 2]
+    vectors = {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0}
+    adamw: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "fused": trainable[0].device.type in ("cuda", "cpu"),
+    }
+    if config.optim == "adamw_torch_fused":
+        return torch.optim.AdamW([{"params": matrices, "weight_decay": decay}, vectors], **adamw)
+    in_layers = {id(p) for layer in find_layers(model) for p in layer.parameters()}
+    hidden = [p for p in matrices if id(p) in in_layers and p.dim() == 2]
+    others = [p for p in matrices if id(p) not in in_layers or p.dim() > 2]
+    muon = {
+        "lr": config.muon_learning_rate or config.learning_rate,
+        "momentum": config.muon_momentum,
+        "weight_decay": decay,
+    }
+    groups = [{"params": others, "weight_decay": decay}, vectors]
+    return MuonWithAdamW(groups, [{"params": hidden}], adamw, muon)
 
 
 def learning_rate_share(config: TrainingConfig) -> Callable[[int], float]:
@@ -238,8 +255,8 @@ class TrainState:
     last_learning_rate: float = 0.0
 
     @property
-    def optimizer(self) -> torch.optim.AdamW:
-        """The plain AdamW."""
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The plain optimizer."""
         return self.division.optimizer
 
     @property
@@ -324,7 +341,10 @@ def build_train_state(
         sigma=config.spike_sigma,
         window=config.spike_window,
         should_check_gradients=accelerator.scaler is None,
-        is_on_device=device.type == "cuda" and accelerator.scaler is None,
+        # Fused AdamW leaves everything as it is where `found_inf` is 1; Muon knows nothing of it.
+        is_on_device=device.type == "cuda"
+        and accelerator.scaler is None
+        and config.optim == "adamw_torch_fused",
     )
     state = TrainState(
         accelerator,

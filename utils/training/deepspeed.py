@@ -68,6 +68,12 @@ def require_deepspeed(config: TrainingConfig, how: Sharding | None, precision: s
             f"{how.source} needs DeepSpeed, {found}: pip install 'deepspeed>={OLDEST_VERSION}'. "
             f"Without it: {FSDP2_FILE}, or --set sharding=fsdp2."
         )
+    if config.optim != "adamw_torch_fused":
+        raise ConfigError(
+            f"{how.source} does not go with optim={config.optim}, which needs whole matrices: "
+            "DeepSpeed divides one flat list of weights. Use sharding=fsdp2 or none, or "
+            "optim=adamw_torch_fused."
+        )
     if precision == "fp16":
         raise ConfigError(
             f"{how.source} does not go with fp16: its loss scaler waits for the device in each "
@@ -85,7 +91,7 @@ class ZeroPartitioned(Division):
         self._stage, self._micro_batch = stage, micro_batch
         self._rank = accelerator.process_index
 
-    def prepare(self, model: LossModel, optimizer: torch.optim.AdamW) -> None:
+    def prepare(self, model: LossModel, optimizer: torch.optim.Optimizer) -> None:
         """Take over the placed model, float32, and AdamW over its weights.
 
         The weights become 16-bit ones where the stage wants them, and AdamW comes to hold this
@@ -366,7 +372,7 @@ def _engine_config(stage: int, micro_batch: int, *, half: bool) -> dict[str, Any
 
 
 def _initialize(
-    model: nn.Module, optimizer: torch.optim.AdamW, config: dict[str, Any], device: torch.device
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device
 ) -> Any:
     """Return DeepSpeed's engine; what it tells of itself is left out."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
