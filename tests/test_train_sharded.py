@@ -190,6 +190,7 @@ def test_a_checkpoint_moves_between_any_ranks_sharded_or_not(
     assert_near(checkpoint(tmp_path, 12), checkpoint(tmp_path, 12, "one"))
 
 
+@pytest.mark.slow
 def test_muon_sees_whole_matrices_where_ranks_share_them(
     run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
 ) -> None:

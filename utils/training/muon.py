@@ -4,8 +4,8 @@
 
 Muon replaces the momentum of a matrix by the nearest matrix with orthogonal rows or columns, nearly
 (Jordan et al. 2024), scaled to the size of AdamW's updates (Liu et al. 2025, Muon is Scalable for
-LLM Training). torch makes these products in bfloat16; on a CPU (Intel, AVX-512) that took three times
-as long as the ones made here.
+LLM Training). torch makes these products in bfloat16; on a CPU (Intel, AVX-512) that took three
+times as long as the ones made here.
 """
 
 from __future__ import annotations
