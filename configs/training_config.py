@@ -118,8 +118,9 @@ class TrainingConfig:
     """Steps over which the learning rate rises to its peak."""
 
     optim: str = "adamw_torch_fused"
-    """Optimizer: adamw_torch_fused, or muon (torch.optim.Muon for the matrices of the layers, AdamW
-    for embeddings, output layer and vectors)."""
+    """Optimizer: adamw_torch_fused; adafactor (transformers': keeps a row and a column of numbers for
+    each matrix); muon (torch.optim.Muon for the matrices of the layers, AdamW for embeddings, output
+    layer and vectors)."""
 
     muon_learning_rate: float | None = None
     """Peak learning rate of Muon's matrices; the schedule is the same. null: `learning_rate`."""
@@ -417,7 +418,7 @@ _ABOVE_ZERO = (
     "upload_stall_seconds",
 )
 _CHOICES = {
-    "optim": ("adamw_torch_fused", "muon"),
+    "optim": ("adamw_torch_fused", "adafactor", "muon"),
     "lr_scheduler_type": tuple(LR_SCHEDULERS),
     "save_format": ("safetensors", "bin"),
     "upload_transport": ("auto", "python", "gcloud", "gsutil", "directory"),

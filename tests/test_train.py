@@ -91,7 +91,9 @@ def test_watching_more_often_leaves_the_weights_bit_identical(
     assert not state_differences(checkpoint(tmp_path, "rare"), checkpoint(tmp_path, "often"))
 
 
-@pytest.mark.parametrize("setting", ["save_format=safetensors", "save_format=bin", "optim=muon"])
+@pytest.mark.parametrize(
+    "setting", ["save_format=safetensors", "save_format=bin", "optim=muon", "optim=adafactor"]
+)
 def test_stock_loaders_read_a_checkpoint(
     run_train: Train, tmp_path: Path, sample_data: Path, setting: str
 ) -> None:
@@ -361,7 +363,7 @@ def test_another_optimizer_that_is_accepted_begins_anew(
 ) -> None:
     words = ("--resume", "latest", "--accept-config-change", "--max-steps")
     old = "adamw_torch_fused"
-    for steps, optim in (("6", "muon"), ("8", "adamw_torch_fused")):
+    for steps, optim in (("6", "muon"), ("8", "adafactor"), ("10", "adamw_torch_fused")):
         settings = (f"optim={optim}", "muon_learning_rate=0.02")
         assert run_train(*words, steps, settings=settings) == 0
         assert f"has the state of {old}: {optim} begins anew." in capsys.readouterr().out
@@ -371,6 +373,7 @@ def test_another_optimizer_that_is_accepted_begins_anew(
         assert rates == pytest.approx([4e-4, 4e-4] + [2e-3] * (optim == "muon"))
         kept = {key for values in saved["state"].values() for key in values}
         assert ("momentum_buffer" in kept) == (optim == "muon")
+        assert ("exp_avg_sq_row" in kept) == (optim == "adafactor")
         counts = {int(values["step"]) for values in saved["state"].values() if "step" in values}
         assert counts == {2}
         old = optim

@@ -85,7 +85,7 @@ def small_data(tmp_path: Path) -> Path:
 # The same tokens and losses, however often it is interrupted.
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "muon"])
 def test_resumed_any_number_of_times_also_in_the_second_epoch(
     run_train: Train, tmp_path: Path, small_data: Path, optim: str
 ) -> None:
@@ -317,7 +317,7 @@ def test_a_bad_step_stops_the_run_saved_and_it_goes_on_after_it(
     assert len({crc for found in batches(tmp_path).values() for crc in found}) == 6
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "muon"])
 def test_a_bad_step_changes_nothing_but_the_schedule(
     monkeypatch: pytest.MonkeyPatch, optim: str
 ) -> None:

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
+from transformers import Adafactor, get_scheduler
 
 from configs.training_config import TrainingConfig
 from utils.base import ranks
@@ -128,11 +128,17 @@ def set_determinism(config: TrainingConfig) -> None:
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """Return the optimizer, with decay on matrices only; AdamW is fused where the device has it."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    decay = config.weight_decay
+    rate, decay = config.learning_rate, config.weight_decay
     matrices = [p for p in trainable if p.dim() >= 2]
     vectors = {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0}
+    if config.optim == "adafactor":
+        groups = [{"params": matrices, "weight_decay": decay}, vectors]
+        optimizer: torch.optim.Optimizer = Adafactor(
+            groups, lr=rate, scale_parameter=False, relative_step=False
+        )
+        return optimizer
     adamw: dict[str, Any] = {
-        "lr": config.learning_rate,
+        "lr": rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
         "fused": trainable[0].device.type in ("cuda", "cpu"),
@@ -143,7 +149,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     hidden = [p for p in matrices if id(p) in in_layers and p.dim() == 2]
     others = [p for p in matrices if id(p) not in in_layers or p.dim() > 2]
     muon = {
-        "lr": config.muon_learning_rate or config.learning_rate,
+        "lr": config.muon_learning_rate or rate,
         "momentum": config.muon_momentum,
         "weight_decay": decay,
     }
@@ -341,7 +347,7 @@ def build_train_state(
         sigma=config.spike_sigma,
         window=config.spike_window,
         should_check_gradients=accelerator.scaler is None,
-        # Fused AdamW leaves everything as it is where `found_inf` is 1; Muon knows nothing of it.
+        # Fused AdamW leaves everything as it is where `found_inf` is 1; others do not know it.
         is_on_device=device.type == "cuda"
         and accelerator.scaler is None
         and config.optim == "adamw_torch_fused",

@@ -354,8 +354,11 @@ def _zero_bytes(shape: ModelShape, setup: StepSetup) -> tuple[int, int, int]:
 def moment_bytes(parameters: int, embedding: int, optim: str) -> int:
     """Return the bytes of what an optimizer keeps of each weight's past.
 
-    AdamW two numbers; Muon one, and AdamW's two for the `embedding` parameters that it leaves out.
+    AdamW two numbers; Muon one, and AdamW's two for the `embedding` parameters that it leaves out;
+    Adafactor one for each row and column, 1% of the weights or less.
     """
+    if optim == "adafactor":
+        return parameters * WEIGHT_BYTES // 100
     if optim == "muon":
         return MOMENT_BYTES // 2 * (parameters + embedding)
     return MOMENT_BYTES * parameters

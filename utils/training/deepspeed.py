@@ -68,12 +68,6 @@ def require_deepspeed(config: TrainingConfig, how: Sharding | None, precision: s
             f"{how.source} needs DeepSpeed, {found}: pip install 'deepspeed>={OLDEST_VERSION}'. "
             f"Without it: {FSDP2_FILE}, or --set sharding=fsdp2."
         )
-    if config.optim != "adamw_torch_fused":
-        raise ConfigError(
-            f"{how.source} does not go with optim={config.optim}, which needs whole matrices: "
-            "DeepSpeed divides one flat list of weights. Use sharding=fsdp2 or none, or "
-            "optim=adamw_torch_fused."
-        )
     if precision == "fp16":
         raise ConfigError(
             f"{how.source} does not go with fp16: its loss scaler waits for the device in each "

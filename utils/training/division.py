@@ -136,13 +136,21 @@ class Division(ABC):
         weights = weights_by_first_name(self.loss_model.core).values()
         held = sum(self._held_bytes(weight) + _SMALL_BYTES for weight in weights)
         for group in self.optimizer.param_groups:
-            moments = 1 if "momentum" in group else 2  # Muon's, AdamW's
-            held += moments * sum(self._held_bytes(weight) for weight in group["params"])
+            held += sum(_moment_bytes(group, w, self._held_bytes(w)) for w in group["params"])
         return held + SNAPSHOT_MARGIN_BYTES
 
     def _held_bytes(self, weight: torch.Tensor) -> int:
         """Return the bytes of a weight that this rank holds."""
         return weight.nbytes
+
+
+def _moment_bytes(group: Mapping[str, Any], weight: torch.Tensor, held: int) -> int:
+    """Return the bytes that an optimizer keeps for `held` bytes of a weight of a group."""
+    if "momentum" in group:  # Muon
+        return held
+    if "clip_threshold" in group:  # Adafactor: a row and a column
+        return held // weight.shape[-1] + held // weight.shape[-2] if weight.dim() > 1 else held
+    return 2 * held
 
 
 class Replicated(Division):

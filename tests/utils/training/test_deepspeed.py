@@ -88,7 +88,6 @@ def test_a_package_that_is_missing_or_old_is_named(
     [
         ({}, "fp16", "does not go with fp16"),
         ({"fp8": True}, "bf16", "does not go with fp8"),
-        ({"optim": "muon"}, "bf16", "does not go with optim=muon"),
     ],
 )
 def test_what_it_cannot_do_is_refused(
