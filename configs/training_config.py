@@ -118,9 +118,9 @@ class TrainingConfig:
     """Steps over which the learning rate rises to its peak."""
 
     optim: str = "adamw_torch_fused"
-    """Optimizer: adamw_torch_fused; adafactor (transformers': keeps a row and a column of numbers for
-    each matrix); muon (torch.optim.Muon for the matrices of the layers, AdamW for embeddings, output
-    layer and vectors)."""
+    """Optimizer: adamw_torch_fused; adafactor (transformers': keeps a row and a column of numbers
+    for each matrix); muon (torch.optim.Muon for the matrices of the layers, AdamW for embeddings,
+    output layer and vectors)."""
 
     muon_learning_rate: float | None = None
     """Peak learning rate of Muon's matrices; the schedule is the same. null: `learning_rate`."""
