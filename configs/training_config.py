@@ -118,9 +118,10 @@ class TrainingConfig:
     """Steps over which the learning rate rises to its peak."""
 
     optim: str = "adamw_torch_fused"
-    """Optimizer: adamw_torch_fused; adafactor (transformers': keeps a row and a column of numbers
-    for each matrix); muon (torch.optim.Muon for the matrices of the layers, AdamW for embeddings,
-    output layer and vectors)."""
+    """Optimizer: adamw_torch_fused; adamw_bnb_8bit (moments of 8 bits; package bitsandbytes);
+    adafactor (transformers': keeps a row and a column of numbers for each matrix); muon
+    (torch.optim.Muon for the matrices of the layers, AdamW for embeddings, output layer and
+    vectors)."""
 
     muon_learning_rate: float | None = None
     """Peak learning rate of Muon's matrices; the schedule is the same. null: `learning_rate`."""
@@ -418,7 +419,7 @@ _ABOVE_ZERO = (
     "upload_stall_seconds",
 )
 _CHOICES = {
-    "optim": ("adamw_torch_fused", "adafactor", "muon"),
+    "optim": ("adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "muon"),
     "lr_scheduler_type": tuple(LR_SCHEDULERS),
     "save_format": ("safetensors", "bin"),
     "upload_transport": ("auto", "python", "gcloud", "gsutil", "directory"),

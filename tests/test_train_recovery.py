@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import json
 import threading
 from collections.abc import Callable
@@ -85,7 +86,21 @@ def small_data(tmp_path: Path) -> Path:
 # The same tokens and losses, however often it is interrupted.
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "muon"])
+@pytest.mark.parametrize(
+    "optim",
+    [
+        "adamw_torch_fused",
+        pytest.param(
+            "adamw_bnb_8bit",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("bitsandbytes") is None,
+                reason="an optional package: pip install bitsandbytes",
+            ),
+        ),
+        "adafactor",
+        "muon",
+    ],
+)
 def test_resumed_any_number_of_times_also_in_the_second_epoch(
     run_train: Train, tmp_path: Path, small_data: Path, optim: str
 ) -> None:

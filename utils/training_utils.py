@@ -9,6 +9,7 @@ is asked for at logging steps.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -97,6 +98,8 @@ def build_accelerator(
     world_size = ranks.launched_world_size()
     _, accumulation = config.resolve_batch(world_size)
     require_deepspeed(config, resolve_sharding(config, world_size), precision)
+    if config.optim == "adamw_bnb_8bit":
+        _import_bitsandbytes()
     cpu = config.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     with deepspeed_hidden():
         return Accelerator(
@@ -125,36 +128,52 @@ def set_determinism(config: TrainingConfig) -> None:
         torch.backends.cudnn.allow_tf32 = tf32
 
 
+def _import_bitsandbytes() -> Any:
+    """Return the package.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as exc:
+        raise ConfigError(
+            "optim=adamw_bnb_8bit needs bitsandbytes, which cannot be imported "
+            f"({first_line(exc)}): pip install bitsandbytes. Without it: optim=adamw_torch_fused."
+        ) from exc
+
+
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """Return the optimizer, with decay on matrices only; AdamW is fused where the device has it."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     rate, decay = config.learning_rate, config.weight_decay
     matrices = [p for p in trainable if p.dim() >= 2]
     vectors = {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0}
-    if config.optim == "adafactor":
-        groups = [{"params": matrices, "weight_decay": decay}, vectors]
-        optimizer: torch.optim.Optimizer = Adafactor(
-            groups, lr=rate, scale_parameter=False, relative_step=False
-        )
-        return optimizer
+    groups = [{"params": matrices, "weight_decay": decay}, vectors]
     adamw: dict[str, Any] = {
         "lr": rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
-        "fused": trainable[0].device.type in ("cuda", "cpu"),
     }
+    fused = trainable[0].device.type in ("cuda", "cpu")
+    optimizer: torch.optim.Optimizer
     if config.optim == "adamw_torch_fused":
-        return torch.optim.AdamW([{"params": matrices, "weight_decay": decay}, vectors], **adamw)
-    in_layers = {id(p) for layer in find_layers(model) for p in layer.parameters()}
-    hidden = [p for p in matrices if id(p) in in_layers and p.dim() == 2]
-    others = [p for p in matrices if id(p) not in in_layers or p.dim() > 2]
-    muon = {
-        "lr": config.muon_learning_rate or rate,
-        "momentum": config.muon_momentum,
-        "weight_decay": decay,
-    }
-    groups = [{"params": others, "weight_decay": decay}, vectors]
-    return MuonWithAdamW(groups, [{"params": hidden}], adamw, muon)
+        optimizer = torch.optim.AdamW(groups, fused=fused, **adamw)
+    elif config.optim == "adamw_bnb_8bit":
+        optimizer = _import_bitsandbytes().optim.AdamW8bit(groups, **adamw)
+    elif config.optim == "adafactor":
+        optimizer = Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False)
+    else:
+        in_layers = {id(p) for layer in find_layers(model) for p in layer.parameters()}
+        hidden = [p for p in matrices if id(p) in in_layers and p.dim() == 2]
+        groups[0]["params"] = [p for p in matrices if id(p) not in in_layers or p.dim() > 2]
+        muon = {
+            "lr": config.muon_learning_rate or rate,
+            "momentum": config.muon_momentum,
+            "weight_decay": decay,
+        }
+        optimizer = MuonWithAdamW(groups, [{"params": hidden}], {**adamw, "fused": fused}, muon)
+    return optimizer
 
 
 def learning_rate_share(config: TrainingConfig) -> Callable[[int], float]:

@@ -93,7 +93,7 @@ def test_a_key_that_was_removed_is_left_out_with_a_warning(
         ('{"min_lr_rate": 1.1}', "min_lr_rate must be between 0.0 and 1.0, got 1.1."),
         ('{"muon_momentum": 1}', "muon_momentum must be at least 0.0 and below 1.0, got 1."),
         ('{"muon_learning_rate": 0}', "muon_learning_rate must be above 0, got 0."),
-        ('{"optim": "sgd"}', "optim must be one of adamw_torch_fused, adafactor, muon; got 'sgd'."),
+        ('{"optim": "sgd"}', "adamw_torch_fused, adamw_bnb_8bit, adafactor, muon; got 'sgd'."),
         ('{"adam_beta1": 1}', "adam_beta1 must be at least 0.0 and below 1.0, got 1.0."),
         ('{"learning_rate": Infinity}', "learning_rate must be above 0, got inf."),
         ('{"weight_decay": NaN}', "weight_decay must be at least 0, got nan."),

@@ -21,6 +21,7 @@ from configs.training_config import TrainingConfig
 WEIGHT_BYTES = 4
 MOMENT_BYTES = 8
 GRADIENT_BYTES = 4
+_BLOCK = 256  # numbers of 8 bits that share a scale (bitsandbytes)
 # Elements that DeepSpeed reduces or gathers at once; its own choice takes 1 to 2 GB.
 ZERO_BUCKET_ELEMENTS = 50_000_000
 CHECKPOINT_OVERHEAD_BYTES = 2**20
@@ -354,9 +355,12 @@ def _zero_bytes(shape: ModelShape, setup: StepSetup) -> tuple[int, int, int]:
 def moment_bytes(parameters: int, embedding: int, optim: str) -> int:
     """Return the bytes of what an optimizer keeps of each weight's past.
 
-    AdamW two numbers; Muon one, and AdamW's two for the `embedding` parameters that it leaves out;
-    Adafactor one for each row and column, 1% of the weights or less.
+    AdamW two numbers, of 32 bits, or of 8 with a scale for each block; Muon one, and AdamW's two
+    for the `embedding` parameters that it leaves out; Adafactor one for each row and column, 1% of
+    the weights or less.
     """
+    if optim == "adamw_bnb_8bit":
+        return 2 * parameters + MOMENT_BYTES * parameters // _BLOCK
     if optim == "adafactor":
         return parameters * WEIGHT_BYTES // 100
     if optim == "muon":

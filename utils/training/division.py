@@ -25,6 +25,8 @@ from utils.models.parts import RowChoice
 SNAPSHOT_MARGIN_BYTES = 2**20
 # Beside a weight and its moments: their alignment in a snapshot, and a step counter.
 _SMALL_BYTES = 256
+# Of bitsandbytes: elements from which on moments have 8 bits; two maps to 32 bits, and paddings.
+_SMALLEST_8BIT, _QUANTIZATION_BYTES = 4096, 2560
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ def _moment_bytes(group: Mapping[str, Any], weight: torch.Tensor, held: int) -> 
         return held
     if "clip_threshold" in group:  # Adafactor: a row and a column
         return held // weight.shape[-1] + held // weight.shape[-2] if weight.dim() > 1 else held
+    if "t_alpha" in group and weight.numel() >= _SMALLEST_8BIT:  # bitsandbytes
+        return held // 2 + held // 128 + _QUANTIZATION_BYTES
     return 2 * held
 
 

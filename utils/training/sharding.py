@@ -76,7 +76,7 @@ def resolve_sharding(
     if config.optim not in (("adamw_torch_fused",) if sharding.zero_stage else _ROWS_ENOUGH):
         other = " or fsdp2" if sharding.zero_stage and config.optim in _ROWS_ENOUGH else ""
         raise ConfigError(
-            f"{sharding.source} does not go with optim={config.optim}, which needs whole matrices. "
+            f"{sharding.source} does not go with optim={config.optim}, which needs whole tensors. "
             f"Use sharding=none{other}, or optim=adamw_torch_fused."
         )
     return sharding
