@@ -25,12 +25,26 @@ from utils import training_utils
 from utils.base.errors import ExitCode, TransientStorageError
 from utils.checkpoints import saver
 from utils.checkpoints.layout import find_checkpoints, read_json, read_manifest, write_json
+from utils.checkpoints.snapshot import Snapshot
 from utils.checkpoints.store import verify_checkpoint
 from utils.data.mixture import build_order
 from utils.tracking.metrics_log import read_metrics
+from utils.training.division import SNAPSHOT_MARGIN_BYTES
 
 Train = Callable[..., int]
 EVERY_STEP = ("logging_steps=1", "record_batches=true")
+OPTIMIZERS = [
+    "adamw_torch_fused",
+    pytest.param(
+        "adamw_bnb_8bit",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("bitsandbytes") is None,
+            reason="an optional package: pip install bitsandbytes",
+        ),
+    ),
+    "adafactor",
+    "muon",
+]
 
 
 def name(step: int, epoch: int = 0, files: int = 0) -> str:
@@ -86,21 +100,7 @@ def small_data(tmp_path: Path) -> Path:
 # The same tokens and losses, however often it is interrupted.
 
 
-@pytest.mark.parametrize(
-    "optim",
-    [
-        "adamw_torch_fused",
-        pytest.param(
-            "adamw_bnb_8bit",
-            marks=pytest.mark.skipif(
-                importlib.util.find_spec("bitsandbytes") is None,
-                reason="an optional package: pip install bitsandbytes",
-            ),
-        ),
-        "adafactor",
-        "muon",
-    ],
-)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_resumed_any_number_of_times_also_in_the_second_epoch(
     run_train: Train, tmp_path: Path, small_data: Path, optim: str
 ) -> None:
@@ -332,7 +332,7 @@ def test_a_bad_step_stops_the_run_saved_and_it_goes_on_after_it(
     assert len({crc for found in batches(tmp_path).values() for crc in found}) == 6
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "muon"])
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_a_bad_step_changes_nothing_but_the_schedule(
     monkeypatch: pytest.MonkeyPatch, optim: str
 ) -> None:
@@ -363,6 +363,9 @@ def test_a_bad_step_changes_nothing_but_the_schedule(
             moments = state.optimizer.state_dict()["state"]
             return copy.deepcopy([list(state.core_model.parameters()), moments])
 
+        held = state.division.held_state()
+        size = Snapshot.size_of([held.weights, held.optimizer])
+        assert size <= state.division.snapshot_bytes() < size + 1.1 * SNAPSHOT_MARGIN_BYTES
         before, rate = capture(), state.learning_rate
         training_utils.train_step(state, batch, 1.0)
         assert not differences(capture(), before)
