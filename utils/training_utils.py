@@ -3,8 +3,8 @@
     batches -> train step -> train state
 
 A step is one optimizer update: `accumulation` forward and backward passes (micro-steps), one clip,
-one update, one move of the schedule. Nothing here waits for the device but `mean_loss`, which
-is asked for at logging steps.
+one update, one move of the schedule. With fused AdamW nothing here waits for the device but
+`mean_loss`, which is asked for at logging steps; other optimizers wait for the step's verdict.
 """
 
 from __future__ import annotations
