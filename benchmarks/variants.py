@@ -25,6 +25,8 @@ CPU_VARIANTS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing_policy": "selective",
     },
     "full recomputing": {"gradient_checkpointing": True},
+    "adafactor": {"optim": "adafactor"},
+    "muon": {"optim": "muon"},
 }
 GPU_VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -51,6 +53,7 @@ GPU_VARIANTS: dict[str, dict[str, Any]] = {
         "global_batch_size": 32,
     },
     "compiled, fp8": {**COMPILED, "fp8": True},
+    "compiled, muon": {**COMPILED, "optim": "muon"},
 }
 
 

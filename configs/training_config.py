@@ -139,6 +139,18 @@ class TrainingConfig:
     warmup_steps: int = 100
     """Steps over which the learning rate rises to its peak."""
 
+    optim: str = "adamw_torch_fused"
+    """Optimizer: adamw_torch_fused; adamw_bnb_8bit (moments of 8 bits; package bitsandbytes);
+    adafactor (transformers': keeps a row and a column of numbers for each matrix); muon
+    (torch.optim.Muon for the matrices of the layers, AdamW for embeddings, output layer and
+    vectors)."""
+
+    muon_learning_rate: float | None = None
+    """Peak learning rate of Muon's matrices; the schedule is the same. null: `learning_rate`."""
+
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
+
     weight_decay: float = 0.1
     """Decoupled decay of matrices; biases and norms have none."""
 
@@ -422,16 +434,18 @@ _INTERVALS = {
     "min_lr_rate": (0.0, 1.0),
 }
 _LENGTH_KEYS = ("max_steps", "num_train_epochs")
-_BELOW_ONE = ("adam_beta1", "adam_beta2")
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "muon_momentum")
 _ABOVE_ZERO = (
     "num_train_epochs",
     "learning_rate",
+    "muon_learning_rate",
     "adam_epsilon",
     "spike_sigma",
     "upload_max_mbps",
     "upload_stall_seconds",
 )
 _CHOICES = {
+    "optim": ("adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "muon"),
     "lr_scheduler_type": tuple(LR_SCHEDULERS),
     "save_format": ("safetensors", "bin"),
     "upload_transport": ("auto", "python", "gcloud", "gsutil", "directory"),

@@ -92,9 +92,11 @@ def test_watching_more_often_leaves_the_weights_bit_identical(
     assert not state_differences(checkpoint(tmp_path, "rare"), checkpoint(tmp_path, "often"))
 
 
-@pytest.mark.parametrize("save_format", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    "setting", ["save_format=safetensors", "save_format=bin", "optim=muon", "optim=adafactor"]
+)
 def test_stock_loaders_read_a_checkpoint(
-    run_train: Train, tmp_path: Path, sample_data: Path, save_format: str
+    run_train: Train, tmp_path: Path, sample_data: Path, setting: str
 ) -> None:
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -102,7 +104,7 @@ def test_stock_loaders_read_a_checkpoint(
     from utils.models.building import build_model
     from utils.training_utils import build_optimizer, build_scheduler
 
-    assert run_train("--max-steps", "10", settings=(f"save_format={save_format}",)) == 0
+    assert run_train("--max-steps", "10", settings=(setting,)) == 0
     directory = checkpoint(tmp_path, "run")
     config = TrainingConfig(**read_json(directory / "training_config.json"))
     saved = AutoModelForCausalLM.from_pretrained(directory)
@@ -343,6 +345,7 @@ def test_a_configuration_that_trains_something_else_wants_a_flag(
         ("6", "learning_rate=1e-3", "learning_rate: 0.004 -> 0.001"),
         ("6", "lr_scheduler_type=linear", 'lr_scheduler_type: "cosine" -> "linear"'),
         ("6", "model_overrides.hidden_dropout=0.1", "model_overrides: "),
+        ("6", "optim=muon", 'optim: "adamw_torch_fused" -> "muon"'),
         ("6", "global_batch_size=8", "samples a step: 4 -> 8 (global_batch_size=4 keeps it)"),
         ("3", "save_steps=2", "max_steps: 4 -> 3"),
     ]:
@@ -355,6 +358,27 @@ def test_a_configuration_that_trains_something_else_wants_a_flag(
     last = checkpoint(goes_on.parent, "run", "checkpoint-epoch0-step6-files0")
     (rate, *_) = {group["lr"] for group in load(last / "optimizer.bin")["param_groups"]}
     assert rate == pytest.approx(0.1 * 4e-3)  # where the new schedule ends
+
+
+def test_another_optimizer_that_is_accepted_begins_anew(
+    run_train: Train, goes_on: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--resume", "latest", "--accept-config-change", "--max-steps")
+    old = "adamw_torch_fused"
+    for steps, optim in (("6", "muon"), ("8", "adafactor"), ("10", "adamw_torch_fused")):
+        settings = (f"optim={optim}", "muon_learning_rate=0.02")
+        assert run_train(*words, steps, settings=settings) == 0
+        assert f"has the state of {old}: {optim} begins anew." in capsys.readouterr().out
+        last = f"checkpoint-epoch0-step{steps}-files0"
+        saved = load(checkpoint(goes_on.parent, "run", last) / "optimizer.bin")
+        rates = [group["lr"] for group in saved["param_groups"]]  # a tenth: where the schedule ends
+        assert rates == pytest.approx([4e-4, 4e-4] + [2e-3] * (optim == "muon"))
+        kept = {key for values in saved["state"].values() for key in values}
+        assert ("momentum_buffer" in kept) == (optim == "muon")
+        assert ("exp_avg_sq_row" in kept) == (optim == "adafactor")
+        counts = {int(values["step"]) for values in saved["state"].values() if "step" in values}
+        assert counts == {2}
+        old = optim
 
 
 def test_a_longer_run_and_other_watching_want_no_flag_and_are_listed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import json
 import threading
 from collections.abc import Callable
@@ -24,12 +25,26 @@ from utils import training_utils
 from utils.base.errors import ExitCode, TransientStorageError
 from utils.checkpoints import saver
 from utils.checkpoints.layout import find_checkpoints, read_json, read_manifest, write_json
+from utils.checkpoints.snapshot import Snapshot
 from utils.checkpoints.store import verify_checkpoint
 from utils.data.mixture import build_order
 from utils.tracking.metrics_log import read_metrics
+from utils.training.division import SNAPSHOT_MARGIN_BYTES
 
 Train = Callable[..., int]
 EVERY_STEP = ("logging_steps=1", "record_batches=true")
+OPTIMIZERS = [
+    "adamw_torch_fused",
+    pytest.param(
+        "adamw_bnb_8bit",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("bitsandbytes") is None,
+            reason="an optional package: pip install bitsandbytes",
+        ),
+    ),
+    "adafactor",
+    "muon",
+]
 
 
 def name(step: int, epoch: int = 0, files: int = 0) -> str:
@@ -85,11 +100,12 @@ def small_data(tmp_path: Path) -> Path:
 # The same tokens and losses, however often it is interrupted.
 
 
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_resumed_any_number_of_times_also_in_the_second_epoch(
-    run_train: Train, tmp_path: Path, small_data: Path
+    run_train: Train, tmp_path: Path, small_data: Path, optim: str
 ) -> None:
     # Dropout: what is done after a stop depends on the random states. Stops lie between log lines.
-    settings = (f"data_uri={small_data}", *EVERY_STEP, "logging_steps=3")
+    settings = (f"data_uri={small_data}", *EVERY_STEP, "logging_steps=3", f"optim={optim}")
     settings += ("model_overrides.hidden_dropout=0.1",)
     words = ("--max-steps", "15", "--resume", "latest")
     assert run_train(*words, folder="straight", settings=settings) == 0
@@ -316,7 +332,10 @@ def test_a_bad_step_stops_the_run_saved_and_it_goes_on_after_it(
     assert len({crc for found in batches(tmp_path).values() for crc in found}) == 6
 
 
-def test_a_bad_step_changes_nothing_but_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_a_bad_step_changes_nothing_but_the_schedule(
+    monkeypatch: pytest.MonkeyPatch, optim: str
+) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
     config = get_training_config(
@@ -326,6 +345,7 @@ def test_a_bad_step_changes_nothing_but_the_schedule(monkeypatch: pytest.MonkeyP
             "model_overrides.hidden_size": 32,
             "model_overrides.intermediate_size": 64,
             "use_cpu": True,
+            "optim": optim,
         },
     )
     model_config = build_model_config(config.model, config.model_overrides)
@@ -335,7 +355,7 @@ def test_a_bad_step_changes_nothing_but_the_schedule(monkeypatch: pytest.MonkeyP
         accelerator = training_utils.build_accelerator(config, "no", [], Path())
         training_utils.set_determinism(config)
         state = training_utils.build_train_state(accelerator, model_config, config)
-        state.guard.is_on_device = True
+        state.guard.is_on_device = optim == "adamw_torch_fused"  # as on a GPU
         BadLosses(monkeypatch, {2: float("inf")})
         training_utils.train_step(state, batch, 1.0)
 
@@ -343,6 +363,9 @@ def test_a_bad_step_changes_nothing_but_the_schedule(monkeypatch: pytest.MonkeyP
             moments = state.optimizer.state_dict()["state"]
             return copy.deepcopy([list(state.core_model.parameters()), moments])
 
+        held = state.division.held_state()
+        size = Snapshot.size_of([held.weights, held.optimizer])
+        assert size <= state.division.snapshot_bytes() < size + 1.1 * SNAPSHOT_MARGIN_BYTES
         before, rate = capture(), state.learning_rate
         training_utils.train_step(state, batch, 1.0)
         assert not differences(capture(), before)

@@ -27,6 +27,7 @@ from utils.tracking.metrics_log import read_metrics
 Train = Callable[..., int]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 FSDP2 = "sharding=fsdp2"
+ADAMW_STATE, MUON_STATE = ["step", "exp_avg", "exp_avg_sq"], ["momentum_buffer"]
 # Rows that no number of ranks divides evenly: 515, 33, 66, and 1 in no bias of some ranks.
 SETTINGS = (
     "logging_steps=1",
@@ -81,7 +82,7 @@ def assert_near(left: Path, right: Path, tolerance: float = 1e-4) -> None:
     assert first["param_groups"] == second["param_groups"]
     assert list(first["state"]) == list(second["state"])
     for index, values in first["state"].items():
-        assert list(values) == list(second["state"][index]) == ["step", "exp_avg", "exp_avg_sq"]
+        assert list(values) == list(second["state"][index]) in (ADAMW_STATE, MUON_STATE)
         for key, tensor in values.items():
             torch.testing.assert_close(tensor, second["state"][index][key], rtol=0, atol=tolerance)
 
@@ -187,6 +188,20 @@ def test_a_checkpoint_moves_between_any_ranks_sharded_or_not(
     assert "random states are seeded anew" not in told
     assert_same_curve(tmp_path, "one", "run")
     assert_near(checkpoint(tmp_path, 12), checkpoint(tmp_path, 12, "one"))
+
+
+@pytest.mark.slow
+def test_muon_sees_whole_matrices_where_ranks_share_them(
+    run_train: Train, run_ranks: Callable[..., str], tmp_path: Path
+) -> None:
+    settings = ("optim=muon", "learning_rate=1e-3", "save_steps=2")
+    on = ("--max-steps", "4", "--resume", "latest")
+    assert run_train(*on, folder="one", settings=(*SETTINGS, *settings)) == 0
+    run_ranks(2, *on, "--stop-after", "2", settings=(FSDP2, *settings))
+    assert run_train(*on, settings=(*SETTINGS, *settings)) == 0  # from parts
+    assert_same_curve(tmp_path, "one", "run")
+    for step in (2, 4):
+        assert_near(checkpoint(tmp_path, step), checkpoint(tmp_path, step, "one"))
 
 
 @pytest.mark.slow

@@ -278,6 +278,7 @@ class SavedState:
     metrics: dict[str, Any]
     data_state: DataState
     random_state: dict[str, Any] | None
+    optim: str
 
 
 def read_checkpoint(
@@ -323,26 +324,35 @@ def read_checkpoint(
         metrics=read(METRICS_HISTORY_FILE, read_json),
         data_state=read(DATA_STATE_FILE, lambda path: DataState.from_json(read_json(path))),
         random_state=load_random_state(),
+        optim=read(TRAINING_CONFIG_FILE, read_json).get("optim", TrainingConfig.optim),
     )
 
 
 def restore_state(state: TrainState, saved: SavedState, config: TrainingConfig) -> None:
     """Bring what was saved into the train state of this rank.
 
-    The learning rate follows the current configuration's schedule at the restored step. Where
+    The learning rate follows the current configuration's schedule at the restored step. Of another
+    optimizer nothing is taken over: this one begins with what it gathers from now on. Where
     there is no random state for this rank (another number of ranks than the checkpoint's), it is
     seeded from (seed, step, rank).
 
     Raises:
         CheckpointError: It does not fit this model or optimizer.
     """
+    own = [{**group, "params": None} for group in state.optimizer.param_groups]
+    optimizer = saved.optimizer
+    if saved.optim != config.optim:
+        optimizer = {**state.optimizer.state_dict(), "state": {}}
+        log.warning(
+            "%s has the state of %s: %s begins anew.", saved.name, saved.optim, config.optim
+        )
     try:
-        state.division.restore(saved.weights, saved.optimizer)
+        state.division.restore(saved.weights, optimizer)
         state.scheduler.load_state_dict(saved.scheduler)
         if state.accelerator.scaler is not None and saved.scaler is not None:
             state.accelerator.scaler.load_state_dict(saved.scaler)
         _restore_progress(state, saved.metrics)
-        _restore_settings(state, config)
+        _restore_settings(state, own)
         _restore_random_state(state, saved, config)
     except Exception as exc:  # load_state_dict raises many families
         # The message of load_state_dict is a title, with its first finding on the next line.
@@ -362,17 +372,16 @@ def _restore_progress(state: TrainState, metrics: Mapping[str, Any]) -> None:
     state.progress = TrainingProgress(**progress, history=history)
 
 
-def _restore_settings(state: TrainState, config: TrainingConfig) -> None:
-    """Put the configuration's settings back over the saved ones: they may have been changed."""
-    groups = state.optimizer.param_groups
-    state.scheduler.base_lrs = [config.learning_rate] * len(groups)
-    for group, factor in zip(groups, state.scheduler.lr_lambdas, strict=True):
-        group["initial_lr"] = config.learning_rate
-        group["lr"] = config.learning_rate * factor(state.scheduler.last_epoch)
-        group["betas"] = (config.adam_beta1, config.adam_beta2)
-        group["eps"] = config.adam_epsilon
-        # Only matrices decay (`build_optimizer`).
-        group["weight_decay"] = config.weight_decay if group is groups[0] else 0.0
+def _restore_settings(state: TrainState, own: list[dict[str, Any]]) -> None:
+    """Put the configuration's settings back over the saved ones: they may have been changed.
+
+    `own` are the optimizer's groups as they were before it was restored.
+    """
+    groups, scheduler = state.optimizer.param_groups, state.scheduler
+    scheduler.base_lrs = [settings["initial_lr"] for settings in own]
+    for group, settings, share in zip(groups, own, scheduler.lr_lambdas, strict=True):
+        rate = settings["initial_lr"] * share(scheduler.last_epoch)
+        group.update({**settings, "params": group["params"], "lr": rate})
 
 
 def _restore_random_state(state: TrainState, saved: SavedState, config: TrainingConfig) -> None:

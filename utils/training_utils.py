@@ -3,12 +3,13 @@
     batches -> train step -> train state
 
 A step is one optimizer update: `accumulation` forward and backward passes (micro-steps), one clip,
-one AdamW update, one move of the schedule. Nothing here waits for the device but `mean_loss`, which
-is asked for at logging steps.
+one update, one move of the schedule. With fused AdamW nothing here waits for the device but
+`mean_loss`, which is asked for at logging steps; other optimizers wait for the step's verdict.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -26,19 +27,26 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
+from transformers import Adafactor, get_scheduler
 
 from configs.training_config import LR_FLOORS, TrainingConfig
 from utils.base import ranks
 from utils.base.errors import ConfigError, first_line
 from utils.base.text import number
-from utils.models.building import LossModel, build_model, compile_model, undo_compilation
+from utils.models.building import (
+    LossModel,
+    build_model,
+    compile_model,
+    find_layers,
+    undo_compilation,
+)
 from utils.models.cpu_products import use_cpu_products
 from utils.models.estimates import attention_widths
 from utils.models.mfu import Utilization, find_peak_flops, flops_per_token
 from utils.training.deepspeed import ZeroPartitioned, require_deepspeed
 from utils.training.division import Division, Replicated
 from utils.training.fsdp import FullySharded
+from utils.training.muon import MuonWithAdamW
 from utils.training.sharding import deepspeed_hidden, resolve_sharding
 from utils.training.step_guard import GOOD, StepGuard
 
@@ -91,6 +99,8 @@ def build_accelerator(
     world_size = ranks.launched_world_size()
     _, accumulation = config.resolve_batch(world_size)
     require_deepspeed(config, resolve_sharding(config, world_size), precision)
+    if config.optim == "adamw_bnb_8bit":
+        _import_bitsandbytes()
     cpu = config.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     with deepspeed_hidden():
         return Accelerator(
@@ -119,20 +129,52 @@ def set_determinism(config: TrainingConfig) -> None:
         torch.backends.cudnn.allow_tf32 = tf32
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Return AdamW with decay on matrices only, fused where the device has it."""
+def _import_bitsandbytes() -> Any:
+    """Return the package.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as exc:
+        raise ConfigError(
+            "optim=adamw_bnb_8bit needs bitsandbytes, which cannot be imported "
+            f"({first_line(exc)}): pip install bitsandbytes. Without it: optim=adamw_torch_fused."
+        ) from exc
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the optimizer, with decay on matrices only; AdamW is fused where the device has it."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=trainable[0].device.type in ("cuda", "cpu"),
-    )
+    rate, decay = config.learning_rate, config.weight_decay
+    matrices = [p for p in trainable if p.dim() >= 2]
+    vectors = {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0}
+    groups = [{"params": matrices, "weight_decay": decay}, vectors]
+    adamw: dict[str, Any] = {
+        "lr": rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+    }
+    fused = trainable[0].device.type in ("cuda", "cpu")
+    optimizer: torch.optim.Optimizer
+    if config.optim == "adamw_torch_fused":
+        optimizer = torch.optim.AdamW(groups, fused=fused, **adamw)
+    elif config.optim == "adamw_bnb_8bit":
+        optimizer = _import_bitsandbytes().optim.AdamW8bit(groups, **adamw)
+    elif config.optim == "adafactor":
+        optimizer = Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False)
+    else:
+        in_layers = {id(p) for layer in find_layers(model) for p in layer.parameters()}
+        hidden = [p for p in matrices if id(p) in in_layers and p.dim() == 2]
+        groups[0]["params"] = [p for p in matrices if id(p) not in in_layers or p.dim() > 2]
+        muon = {
+            "lr": config.muon_learning_rate or rate,
+            "momentum": config.muon_momentum,
+            "weight_decay": decay,
+        }
+        optimizer = MuonWithAdamW(groups, [{"params": hidden}], {**adamw, "fused": fused}, muon)
+    return optimizer
 
 
 def learning_rate_share(config: TrainingConfig) -> Callable[[int], float]:
@@ -250,8 +292,8 @@ class TrainState:
     last_learning_rate: float = 0.0
 
     @property
-    def optimizer(self) -> torch.optim.AdamW:
-        """The plain AdamW."""
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The plain optimizer."""
         return self.division.optimizer
 
     @property
@@ -344,7 +386,10 @@ def build_train_state(
         sigma=config.spike_sigma,
         window=config.spike_window,
         should_check_gradients=accelerator.scaler is None,
-        is_on_device=device.type == "cuda" and accelerator.scaler is None,
+        # Fused AdamW leaves everything as it is where `found_inf` is 1; others do not know it.
+        is_on_device=device.type == "cuda"
+        and accelerator.scaler is None
+        and config.optim == "adamw_torch_fused",
     )
     state = TrainState(
         accelerator,

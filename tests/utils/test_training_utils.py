@@ -1,15 +1,18 @@
-"""Learning rates of whole runs: those that runs were begun with, and those of other schedules."""
+"""Learning rates of whole runs, those of earlier versions too; an optimizer that is not there."""
 
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from configs.training_config import TrainingConfig
-from utils.training_utils import build_scheduler
+from utils.base.errors import ConfigError
+from utils.training_utils import build_accelerator, build_scheduler
 
 
 def learning_rates(**values: Any) -> list[float]:
@@ -112,3 +115,11 @@ def test_a_schedule_has_the_rates_that_a_table_says(
         learning_rate=1.0,
     )
     assert found == pytest.approx(expected)
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match="needs bitsandbytes, .* pip install bitsandbytes"):
+        build_accelerator(TrainingConfig(optim="adamw_bnb_8bit"), "no", [], Path())

@@ -1,7 +1,8 @@
 """Memory, sizes and times by formula, before anything is spent.
 
 Weights, gradients and AdamW's two moments are float32: 4 + 4 + 8 bytes a parameter (Rajbhandari et
-al. 2020, ZeRO, section 3.1, with float32 weights in place of mixed-precision copies). Activations
+al. 2020, ZeRO, section 3.1, with float32 weights in place of mixed-precision copies); other
+optimizers keep less. Activations
 are counted tensor by tensor, as autograd keeps them for the backward pass with fused attention; a
 test compares the count with autograd's own. Memory peaks at one of two moments, and the larger one
 is the estimate: when the gradient of the logits is formed, all activations being there; or when the
@@ -20,9 +21,9 @@ from configs.training_config import TrainingConfig
 WEIGHT_BYTES = 4
 MOMENT_BYTES = 8
 GRADIENT_BYTES = 4
+_BLOCK = 256  # numbers of 8 bits that share a scale (bitsandbytes)
 # Elements that DeepSpeed reduces or gathers at once; its own choice takes 1 to 2 GB.
 ZERO_BUCKET_ELEMENTS = 50_000_000
-CHECKPOINT_BYTES_PER_PARAMETER = 12
 CHECKPOINT_OVERHEAD_BYTES = 2**20
 SIXTEEN_BIT = ("bf16", "fp16")
 
@@ -234,6 +235,7 @@ class StepSetup:
     is_sharded: bool = False
     is_resharded: bool = True
     zero_stage: int = 0
+    optim: str = "adamw_torch_fused"
 
     @classmethod
     def of(
@@ -248,6 +250,7 @@ class StepSetup:
             accumulation=accumulation,
             device=device,
             is_loss_chunked=is_loss_chunked(kind, config.loss_implementation),
+            optim=config.optim,
         )
 
     @property
@@ -287,7 +290,8 @@ def _activations(shape: ModelShape, setup: StepSetup) -> tuple[int, int]:
 
 def _state(shape: ModelShape, setup: StepSetup) -> tuple[int, int, int, int]:
     """Return the bytes of (weights and moments, gradients, their buckets, copies of weights)."""
-    state = shape.parameters * (WEIGHT_BYTES + MOMENT_BYTES)
+    state = shape.parameters * WEIGHT_BYTES
+    state += moment_bytes(shape.parameters, shape.embedding, setup.optim)
     gradients = shape.parameters * GRADIENT_BYTES
     # An embedding is looked up, not multiplied: it has no copy, unless it is the output layer too.
     multiplied = shape.parameters - max(0, shape.embedding - shape.vocabulary * shape.hidden)
@@ -348,9 +352,28 @@ def _zero_bytes(shape: ModelShape, setup: StepSetup) -> tuple[int, int, int]:
     return state, gradients, (width + GRADIENT_BYTES) * bucket + width * largest
 
 
-def estimate_checkpoint_bytes(num_parameters: int) -> int:
-    """Return the size of a checkpoint: weights and AdamW's two moments in float32."""
-    return num_parameters * CHECKPOINT_BYTES_PER_PARAMETER + CHECKPOINT_OVERHEAD_BYTES
+def moment_bytes(parameters: int, embedding: int, optim: str) -> int:
+    """Return the bytes of what an optimizer keeps of each weight's past.
+
+    AdamW two numbers, of 32 bits, or of 8 with a scale for each block; Muon one, and AdamW's two
+    for the `embedding` parameters that it leaves out; Adafactor one for each row and column, 1% of
+    the weights or less.
+    """
+    if optim == "adamw_bnb_8bit":
+        return 2 * parameters + MOMENT_BYTES * parameters // _BLOCK
+    if optim == "adafactor":
+        return parameters * WEIGHT_BYTES // 100
+    if optim == "muon":
+        return MOMENT_BYTES // 2 * (parameters + embedding)
+    return MOMENT_BYTES * parameters
+
+
+def estimate_checkpoint_bytes(
+    parameters: int, embedding: int = 0, optim: str = "adamw_torch_fused"
+) -> int:
+    """Return the size of a checkpoint: weights and what the optimizer keeps, in float32."""
+    moments = moment_bytes(parameters, embedding, optim)
+    return parameters * WEIGHT_BYTES + moments + CHECKPOINT_OVERHEAD_BYTES
 
 
 def count_pauses(begin: int, end: int, *intervals: int | None) -> int:

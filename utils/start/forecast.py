@@ -91,7 +91,7 @@ def _describe_cost(facts: RunFacts, run_seconds: float) -> Check:
 
 def _check_uploads(facts: RunFacts, step_seconds: float, transport: TransportOptions) -> Check:
     config = facts.config
-    size = estimate_checkpoint_bytes(facts.counts.total)
+    size = estimate_checkpoint_bytes(facts.counts.total, facts.counts.embedding, config.optim)
     interval = config.save_steps * step_seconds
     if config.save_seconds is not None:
         interval = min(interval, config.save_seconds)

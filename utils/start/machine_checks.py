@@ -101,7 +101,10 @@ def check_memory(
 
 def check_snapshot(config: TrainingConfig, counts: ParameterCounts) -> Check:
     """Compare the host memory that a snapshot of the state takes with what is free."""
-    need, free = estimate_checkpoint_bytes(counts.total), available_memory()
+    need, free = (
+        estimate_checkpoint_bytes(counts.total, counts.embedding, config.optim),
+        available_memory(),
+    )
     text = f"{format_bytes(need)} of host memory for saves in the background, {format_bytes(free)}"
     if not config.background_save:
         return Check("saving", "ok", "in the foreground: training waits for each checkpoint")
@@ -160,7 +163,7 @@ def check_disk(
     config: TrainingConfig, counts: ParameterCounts, transport: TransportOptions | None = None
 ) -> Check:
     """Compare the space that checkpoints take with what is free."""
-    one = estimate_checkpoint_bytes(counts.total)
+    one = estimate_checkpoint_bytes(counts.total, counts.embedding, config.optim)
     has_archive = transport is not None and transport.name == "gsutil"
     copies = config.keep_checkpoints + 2 + has_archive  # the best, and one being written
     folder = existing_parent(RunPaths.of(config).checkpoints)

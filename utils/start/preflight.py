@@ -474,6 +474,7 @@ def describe_run(run: RunFacts) -> dict[str, str]:
     tokens = run.tokens_per_step
     total = tokens * config.max_steps
     name = device_name(run.device)
+    size = estimate_checkpoint_bytes(counts.total, counts.embedding, config.optim)
     facts = {
         "device": f"{name}, {run.precision} mixed precision, {ranks_text}",
         "model": f"{config.model or config.init_from}: {counts.total:,} parameters, "
@@ -482,8 +483,7 @@ def describe_run(run: RunFacts) -> dict[str, str]:
         f"{config.sequence_length} tokens x {run.accumulation} accumulated x {ranks_text}",
         "run": f"steps {run.step} to {config.max_steps}, {total:,} tokens in all, "
         f"{total / counts.total:.2g} tokens per parameter",
-        "checkpoint": f"about {format_bytes(estimate_checkpoint_bytes(counts.total))}, every "
-        f"{config.save_steps} steps",
+        "checkpoint": f"about {format_bytes(size)}, every {config.save_steps} steps",
     }
     dropouts = find_dropouts(run.model_config)
     if dropouts:

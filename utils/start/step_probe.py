@@ -97,7 +97,9 @@ def measure_step(facts: RunFacts, available_bytes: int) -> StepProbe | None:
         one_layer = one.time_pass(size)
         one.free()
     passes = facts.accumulation * extrapolate_pass(facts, size, one_layer, two_layers)
-    seconds = passes + update / counts.total * facts.counts.total
+    # Muon takes its time for the layers, AdamW for all weights alike.
+    part = "without_embedding" if config.optim == "muon" else "total"
+    seconds = passes + update / getattr(counts, part) * getattr(facts.counts, part)
     estimated = estimate(size)
     is_seen = measured > 0 and estimated >= JUDGED_BYTES
     return StepProbe(seconds, *size, measured / estimated if is_seen else None)

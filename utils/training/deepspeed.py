@@ -85,7 +85,7 @@ class ZeroPartitioned(Division):
         self._stage, self._micro_batch = stage, micro_batch
         self._rank = accelerator.process_index
 
-    def prepare(self, model: LossModel, optimizer: torch.optim.AdamW) -> None:
+    def prepare(self, model: LossModel, optimizer: torch.optim.Optimizer) -> None:
         """Take over the placed model, float32, and AdamW over its weights.
 
         The weights become 16-bit ones where the stage wants them, and AdamW comes to hold this
@@ -366,7 +366,7 @@ def _engine_config(stage: int, micro_batch: int, *, half: bool) -> dict[str, Any
 
 
 def _initialize(
-    model: nn.Module, optimizer: torch.optim.AdamW, config: dict[str, Any], device: torch.device
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device
 ) -> Any:
     """Return DeepSpeed's engine; what it tells of itself is left out."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")

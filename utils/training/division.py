@@ -1,6 +1,6 @@
 """How the train state lies over the ranks: one interface, so that no step or save asks which it is.
 
-    loss model, AdamW -> division -> backward, clip, step; what this rank saves -> checkpoint
+    loss model, optimizer -> division -> backward, clip, step; what this rank saves -> checkpoint
 
 Here are the interface and the plain case: every rank holds everything, in one process or under
 DistributedDataParallel. Rows of each tensor are in `utils/training/fsdp.py`, flat partitions in
@@ -23,8 +23,10 @@ from utils.models.building import LossModel
 from utils.models.parts import RowChoice
 
 SNAPSHOT_MARGIN_BYTES = 2**20
-# Beside a weight and its two moments: their alignment in a snapshot, and a step counter.
+# Beside a weight and its moments: their alignment in a snapshot, and a step counter.
 _SMALL_BYTES = 256
+# Of bitsandbytes: elements from which on moments have 8 bits; two maps to 32 bits, and paddings.
+_SMALLEST_8BIT, _QUANTIZATION_BYTES = 4096, 2560
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class HeldState:
 
     Attributes:
         weights: By name: whole, or this rank's rows.
-        optimizer: State dict of AdamW; without its moments where they are in `moments`.
+        optimizer: State dict of the optimizer; without its moments where they are in `moments`.
         moments: This rank's rows, as INDEX.NAME.
         shapes: Shapes of the whole tensors that `weights` and `moments` have rows of.
         rows: Where the rows belong; None: everything is whole.
@@ -54,13 +56,13 @@ class Division(ABC):
     Attributes:
         loss_model: The loss model without wrappers of ranks.
         model: What to call in training.
-        optimizer: The plain AdamW.
+        optimizer: The plain optimizer.
         has_whole_weights: Whether a rank can do a forward pass alone; else all ranks call each one.
     """
 
     loss_model: LossModel
     model: Any
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     has_whole_weights = True
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -73,7 +75,7 @@ class Division(ABC):
             model.to(self._accelerator.device)
 
     @abstractmethod
-    def prepare(self, model: LossModel, optimizer: torch.optim.AdamW) -> None:
+    def prepare(self, model: LossModel, optimizer: torch.optim.Optimizer) -> None:
         """Take over the placed model and its optimizer."""
 
     @abstractmethod
@@ -132,9 +134,11 @@ class Division(ABC):
         """
 
     def snapshot_bytes(self) -> int:
-        """Return the bytes of a snapshot: weights and two moments of this rank, and a margin."""
+        """Return the bytes of a snapshot: weights and moments of this rank, and a margin."""
         weights = weights_by_first_name(self.loss_model.core).values()
-        held = sum(3 * self._held_bytes(weight) + _SMALL_BYTES for weight in weights)
+        held = sum(self._held_bytes(weight) + _SMALL_BYTES for weight in weights)
+        for group in self.optimizer.param_groups:
+            held += sum(_moment_bytes(group, w, self._held_bytes(w)) for w in group["params"])
         return held + SNAPSHOT_MARGIN_BYTES
 
     def _held_bytes(self, weight: torch.Tensor) -> int:
@@ -142,10 +146,21 @@ class Division(ABC):
         return weight.nbytes
 
 
+def _moment_bytes(group: Mapping[str, Any], weight: torch.Tensor, held: int) -> int:
+    """Return the bytes that an optimizer keeps for `held` bytes of a weight of a group."""
+    if "momentum" in group:  # Muon
+        return held
+    if "clip_threshold" in group:  # Adafactor: a row and a column
+        return held // weight.shape[-1] + held // weight.shape[-2] if weight.dim() > 1 else held
+    if "t_alpha" in group and weight.numel() >= _SMALLEST_8BIT:  # bitsandbytes
+        return held // 2 + held // 128 + _QUANTIZATION_BYTES
+    return 2 * held
+
+
 class Replicated(Division):
     """Every rank holds everything; gradients are averaged by DistributedDataParallel."""
 
-    def prepare(self, model: LossModel, optimizer: torch.optim.AdamW) -> None:
+    def prepare(self, model: LossModel, optimizer: torch.optim.Optimizer) -> None:
         """Take over the placed model and its optimizer."""
         self.loss_model, self.optimizer = model, optimizer
         self.model, self._prepared_optimizer = self._accelerator.prepare(model, optimizer)

@@ -62,7 +62,7 @@ class FullySharded(Division):
             )
         fully_shard(model, mesh=mesh, mp_policy=policy)
 
-    def prepare(self, model: LossModel, optimizer: torch.optim.AdamW) -> None:
+    def prepare(self, model: LossModel, optimizer: torch.optim.Optimizer) -> None:
         """Take over the sharded model and its optimizer."""
         self.loss_model, self.model, self.optimizer = model, model, optimizer
         self._prepared_optimizer = self._accelerator.prepare_optimizer(optimizer)

@@ -19,6 +19,8 @@ FSDP2_FILE = "configs/accelerate/fsdp2.yaml"
 DEEPSPEED_FILE = "configs/accelerate/deepspeed.yaml"
 _USES_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 _ZERO_STAGES = {"zero1": 1, "zero2": 2}
+# Optimizers that rows of a matrix are enough for: AdamW, and Muon, which gathers them.
+_ROWS_ENOUGH = ("adamw_torch_fused", "muon")
 _YES = ("true", "1", "yes")
 # Accelerate's variables of strategies that would be ignored here -> what to do.
 _REFUSED = {
@@ -70,6 +72,12 @@ def resolve_sharding(
         raise ConfigError(
             "save_format must be safetensors where the state is sharded "
             f"({sharding.source}), got {config.save_format!r}."
+        )
+    if config.optim not in (("adamw_torch_fused",) if sharding.zero_stage else _ROWS_ENOUGH):
+        other = " or fsdp2" if sharding.zero_stage and config.optim in _ROWS_ENOUGH else ""
+        raise ConfigError(
+            f"{sharding.source} does not go with optim={config.optim}, which needs whole tensors. "
+            f"Use sharding=none{other}, or optim=adamw_torch_fused."
         )
     return sharding
 

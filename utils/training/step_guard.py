@@ -3,7 +3,7 @@
 A step is bad when its loss or the norm of its gradients is not finite, or when its loss is a spike:
 beyond `sigma` standard deviations above the mean of the last `window` good steps. The verdict is
 made on the device. On a GPU the optimizer obeys it there (`found_inf` of fused AdamW), and the host
-reads it one step later, so that judging costs no wait.
+reads it one step later, so that judging costs no wait. For other optimizers the host waits for it.
 """
 
 from __future__ import annotations

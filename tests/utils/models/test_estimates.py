@@ -35,6 +35,10 @@ def test_accumulation_ranks_and_logits_take_memory_of_their_own() -> None:
     assert estimate(world_size=2).total - once.total >= once.gradients  # buckets
     assert estimate(is_loss_chunked=False).logits == LOGIT_BYTES * 1024 * SHAPE.vocabulary
     assert once.state == 12 * SHAPE.parameters
+    hidden = SHAPE.parameters - SHAPE.embedding
+    assert once.state - estimate(optim="muon").state == 4 * hidden  # one moment in place of two
+    assert 6 * SHAPE.parameters < estimate(optim="adamw_bnb_8bit").state < 6.1 * SHAPE.parameters
+    assert 4 * SHAPE.parameters < estimate(optim="adafactor").state < 4.1 * SHAPE.parameters
     assert estimate_evaluation_seconds(8, 4, 3.0) == pytest.approx(2.0)  # forward passes only
 
 

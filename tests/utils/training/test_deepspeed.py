@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -90,11 +91,11 @@ def test_a_package_that_is_missing_or_old_is_named(
     ],
 )
 def test_what_it_cannot_do_is_refused(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, bool], precision: str, message: str
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], precision: str, message: str
 ) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0+cu128")
     with pytest.raises(ConfigError, match=message):
-        require_deepspeed(TrainingConfig(**settings), ZERO2, precision)  # type: ignore[arg-type]
+        require_deepspeed(TrainingConfig(**settings), ZERO2, precision)
     require_deepspeed(TrainingConfig(), ZERO2, "bf16")
 
 

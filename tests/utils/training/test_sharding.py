@@ -86,6 +86,17 @@ def test_parts_are_safetensors() -> None:
         resolve_sharding(config, 2, {})
 
 
+def test_an_optimizer_that_needs_whole_tensors_is_refused_where_ranks_share_them() -> None:
+    refused = [("zero2", "muon", "none or fsdp2,"), ("zero1", "adafactor", "none,")]
+    refused += [("fsdp2", "adamw_bnb_8bit", "none,")]
+    for sharding, optim, advice in [*refused, ("fsdp2", "adafactor", "none,")]:
+        config = TrainingConfig(sharding=sharding, optim=optim)
+        with pytest.raises(ConfigError, match=f"optim={optim}, .* Use sharding={advice}"):
+            resolve_sharding(config, 2, {})
+        assert resolve_sharding(config, 1, {}) is None
+    assert resolve_sharding(TrainingConfig(sharding="fsdp2", optim="muon"), 2, {})
+
+
 @pytest.mark.parametrize(("file", "zero_stage"), [(FSDP2_FILE, 0), (DEEPSPEED_FILE, 2)])
 def test_accelerates_configuration_asks_for_it(
     file: str, zero_stage: int, monkeypatch: pytest.MonkeyPatch

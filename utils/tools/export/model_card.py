@@ -30,6 +30,7 @@ HYPERPARAMETERS = (
     "lr_scheduler_type",
     "min_lr_rate",
     "warmup_steps",
+    "optim",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
