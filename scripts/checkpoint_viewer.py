@@ -162,8 +162,8 @@ def add_list_options(listing: argparse.ArgumentParser) -> None:
         default=[],
         metavar="CONDITION",
         help="show only checkpoints with, for example, 'step>=100', 'loss<3', 'size<2GiB', "
-        "'time>=2026-01-31' or 'state=verified'; if repeated, all must hold. Keys: "
-        + ", ".join(FILTER_KEYS),
+        "'age<2d', 'time>=2026-01-31' or 'state=verified'; if repeated, all must hold. Keys: those "
+        "of --json, or " + ", ".join(FILTER_KEYS),
     )
     listing.add_argument("--last", type=int, metavar="N", help="only the N newest of these")
     listing.add_argument("--sort", choices=SORT_KEYS, default="step", help="(default: step)")
@@ -204,7 +204,9 @@ def print_list(
     if not num_all:
         print_wrapped(describe_lack(where))
         if not is_remote:
-            print("python train.py --config test makes some; --output-dir looks elsewhere.")
+            print_wrapped(
+                "python train.py makes some; --output-dir looks elsewhere, --remote in the bucket."
+            )
         return
     count = f"{len(rows)} of {num_all}" if len(rows) < num_all else str(num_all)
     title = f"Found {count} checkpoint{'' if num_all == 1 else 's'} in {where} (times in UTC):"

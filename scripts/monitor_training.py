@@ -10,7 +10,7 @@ ends it.
   stalled      no record for long: the process hangs, or cannot be seen from here
   crashed      the process is gone without an end record
   failed       the run ended with an error
-  stopped      it was stopped on request and saved
+  stopped      it was stopped on request
   finished     all steps are done
   not_finite   the loss is not a finite number
   bad_steps    the update of a step was skipped

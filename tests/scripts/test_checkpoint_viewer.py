@@ -397,7 +397,7 @@ def test_terminal_gets_a_table_that_fits_it_and_cannot_be_steered(tmp_path, two_
     assert "\x1b]" not in wide
     assert "\x07" not in wide
     narrow = run_in_terminal(SCRIPT, "list", cwd=tmp_path, NO_COLOR="1")
-    assert "Not shown in this width: step, tokens, size" in narrow
+    assert "Not shown in this width: tokens, size" in narrow
     assert find_misfits(narrow, wide, 80) == []
 
 

@@ -41,7 +41,7 @@ def summarize_all(
     for view in views:
         row = summarize(view, hourly_price)
         written = parse_time(row["timestamp"])
-        row["age_seconds"] = (now - written).total_seconds() if written else None
+        row["age_seconds"] = max(0.0, (now - written).total_seconds()) if written else None
         for key, chosen in marked.items():
             is_chosen = chosen is not None and view.name == chosen.name
             row[key] = None if every is None else is_chosen

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from utils.base.text import (
@@ -27,7 +26,15 @@ from utils.checkpoints.views import CheckpointView
 from utils.costs.costs import format_dollars
 from utils.tools.viewer.report import loss_statistics, numbers, section
 from utils.tracking.metrics_log import HISTORY_LIMIT
-from utils.tracking.text_plots import format_figure, is_encodable, sparkline
+from utils.tracking.text_plots import (
+    format_figure,
+    is_encodable,
+    show_count,
+    show_loss,
+    show_rate,
+    show_share,
+    sparkline,
+)
 
 TREND_SIGNS = {"improving": "\u2193", "worsening": "\u2191", "flat": "\u2192"}
 _CELL_CHARACTERS = 40
@@ -60,12 +67,6 @@ FIGURE = "figure"  # the heading of the names of what is compared
 # Values
 
 
-show_loss = partial(format_figure, form=".6f")
-show_rate = partial(format_figure, form=".2e")
-show_count = partial(format_figure, form=",.0f")
-show_share = partial(format_figure, form=".1%")
-
-
 def show_size(value: object) -> str:
     """Return a size in binary units."""
     return format_bytes(number(value))
@@ -82,17 +83,6 @@ def show_time(timestamp: object) -> str:
     if moment is None:
         return printable(timestamp or ABSENT)[:19]
     return moment.strftime("%Y-%m-%d %H:%M:%S")
-
-
-def show_age(seconds: float | None) -> str:
-    """Return an age in its largest unit, 0s where a clock went back."""
-    if seconds is None:
-        return ABSENT
-    age = max(0.0, seconds)
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if age >= length:
-            return f"{age / length:.0f}{unit}"
-    return f"{age:.0f}s"
 
 
 def show_value(value: object) -> str:
@@ -148,9 +138,9 @@ def list_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "tokens": show_count(row["tokens_seen"]),
         "size": show_size(row["size_bytes"]),
         "time (UTC)": show_time(row["timestamp"]),
-        "age": show_age(row["age_seconds"]),
+        "age": format_duration(row["age_seconds"]),
         "state": row["state"],
-        "kept": printable(row["kept"] or ABSENT, _CELL_CHARACTERS),
+        "kept": printable(row["kept"] or "", _CELL_CHARACTERS),
         "note": ", ".join(notes),
     }
 
