@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import io
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +37,7 @@ from utils.base.console import (
     run_command,
 )
 from utils.base.errors import CheckpointError, UsageError
-from utils.base.text import format_bytes, printable, to_json_text
+from utils.base.text import format_bytes, number, printable, to_json_text
 from utils.base.uri import require_path
 from utils.checkpoints.layout import DATA_STATE_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView, describe_lack
@@ -184,14 +185,15 @@ def run_list(args: argparse.Namespace) -> None:
     rows = choose_rows(
         every, conditions, last=args.last, sort_key=args.sort, is_reversed=args.reverse
     )
-    storage = report.measure_storage(every) if args.remote else None
+    archives = [size for row in every if (size := number(row["archive_bytes"])) is not None]
+    storage = {"archive_bytes": math.fsum(archives)} if args.remote else None
     if args.json:
         values = {"where": shelf.where, "checkpoints": rows, "notes": shelf.notes}
         print(to_json_text({**values, "num_checkpoints": len(every), "storage": storage}))
         return
     print_list(rows, len(every), shelf, is_remote=args.remote)
     if storage is not None:
-        print(text.storage_line(storage))
+        print(f"Archives: {format_bytes(storage['archive_bytes'])} in all.")
     for note in shelf.notes:
         print_wrapped(f"Note: {printable(note)}", hanging=2)
 

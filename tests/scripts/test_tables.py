@@ -202,8 +202,9 @@ def test_a_checkpoint_is_shown_on_one_screen(
     assert len(read_screen(shows["view --all"], 80, monkeypatch, capsys).splitlines()) > 40
 
 
+@pytest.mark.usefixtures("shows", "logging_as_before")
 def test_the_only_checkpoint_has_its_whole_name_and_a_long_problem_costs_no_column(
-    shows: dict[str, Show], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_checkpoint(Path("one"), 50)
     name, alone = "checkpoint-epoch0-step50-files0", ["--set", "output_dir=one"]

@@ -115,11 +115,11 @@ def _plain(value: object, depth: int) -> object:
     return value
 
 
-def format_bytes(count: float | None) -> str:
-    """Return a size in binary units, `-` for None."""
-    if count is None:
+def format_bytes(count: object) -> str:
+    """Return a size in binary units, `-` for what is no number."""
+    size = number(count)
+    if size is None:
         return ABSENT
-    size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -160,7 +160,8 @@ def shorten_middle(text: str, width: int) -> str:
     """Return text whose middle gives way to `...` where it is wider than `width`."""
     if cell_width(text) <= width:
         return text
-    text, kept = _spread(text), max(2, width - 3)
+    # At the cut, half of a letter of two columns would be a whole one.
+    text, kept = _spread(text), max(2, width - 3 - (not text.isascii()))
     shown = f"{text[: kept - kept // 2]}...{text[-(kept // 2) :]}"
     return shown.replace(_SECOND_CELL, "")
 

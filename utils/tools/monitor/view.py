@@ -24,7 +24,7 @@ from utils.base.text import (
     wrap_words,
 )
 from utils.checkpoints.layout import CHECKPOINT_PREFIX
-from utils.costs.costs import describe_costs_so_far
+from utils.costs.costs import describe_costs
 from utils.tools.monitor.state import RunState
 from utils.tools.monitor.status import CheckpointStatus, RunStatus
 from utils.tracking.text_plots import (
@@ -199,7 +199,8 @@ def _run_rows(status: RunStatus, encoding: str | None, width: int | None) -> lis
         ),
     ]
     if status.costs is not None:
-        rows.append(ViewRow(f"Cost: {describe_costs_so_far(status.costs)}", importance=3))
+        hint = " --hourly-price X shows dollars." if status.costs.dollars is None else ""
+        rows.append(ViewRow(f"{describe_costs(status.costs)}{hint}", importance=3))
     return rows
 
 

@@ -167,11 +167,6 @@ def measure_costs(view: CheckpointView, hourly_price: float | None = None) -> Co
     )
 
 
-def measure_storage(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the bytes that the archives of a bucket take: of all its rows together."""
-    return {"archive_bytes": math.fsum(number(row["archive_bytes"]) or 0.0 for row in rows)}
-
-
 def config_differences(
     views: Sequence[CheckpointView],
 ) -> tuple[dict[str, list[Any]], list[str]]:

@@ -67,11 +67,6 @@ FIGURE = "figure"  # the heading of the names of what is compared
 # Values
 
 
-def show_size(value: object) -> str:
-    """Return a size in binary units."""
-    return format_bytes(number(value))
-
-
 def show_text(value: object) -> str:
     """Return any value on one line."""
     return ABSENT if value is None else printable(value)
@@ -136,7 +131,7 @@ def list_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "loss": show_loss(row["current_loss"]),
         "val": show_loss(row["validation_loss"]),
         "tokens": show_count(row["tokens_seen"]),
-        "size": show_size(row["size_bytes"]),
+        "size": format_bytes(row["size_bytes"]),
         "time (UTC)": show_time(row["timestamp"]),
         "age": format_duration(row["age_seconds"]),
         "state": row["state"],
@@ -233,11 +228,6 @@ def progress_lines(metadata: Mapping[str, Any], row: Mapping[str, Any]) -> list[
     ]
 
 
-def storage_line(storage: Mapping[str, Any]) -> str:
-    """Return what the archives of a bucket take."""
-    return f"Archives: {show_size(storage['archive_bytes'])} in all."
-
-
 def run_lines(row: Mapping[str, Any], view: CheckpointView) -> list[str]:
     """Return which run, code and machine wrote the checkpoint."""
     system = section(view.metadata, "system_info")
@@ -265,7 +255,7 @@ def brief_lines(
         f"Tokens Seen: {show_count(row['tokens_seen'])}  "
         f"Tokens/s: {show_count(row['tokens_per_second'])}  MFU: {show_share(row['mfu'])}",
         f"Run ID: {show_text(row['run_id'])}  Parameters: {show_count(row['num_parameters'])}  "
-        f"Size: {show_size(row['size_bytes'])} in {num_files} files",
+        f"Size: {format_bytes(row['size_bytes'])} in {num_files} files",
         *_begun_from(row),
         "  ".join(upload_lines(row, bucket_uri)),
         *errors,
@@ -300,7 +290,7 @@ def file_rows(files: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     rows = [
         {
             "file": printable(file["name"]),
-            "size": show_size(file["size_bytes"]),
+            "size": format_bytes(file["size_bytes"]),
             "crc32c": printable(file["crc32c"], _CELL_CHARACTERS),
         }
         for file in files
@@ -308,7 +298,7 @@ def file_rows(files: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     if not rows:
         return []
     total = math.fsum(number(file["size_bytes"]) or 0.0 for file in files)
-    return [*rows, {"file": "total", "size": show_size(total), "crc32c": ""}]
+    return [*rows, {"file": "total", "size": format_bytes(total), "crc32c": ""}]
 
 
 # compare
@@ -332,7 +322,7 @@ COMPARED: tuple[tuple[str, str, Formatter], ...] = (
     ("Machine Time", "machine_seconds", format_duration),
     ("Cost", "dollars", format_dollars),
     ("Parameters", "num_parameters", show_count),
-    ("Size", "size_bytes", show_size),
+    ("Size", "size_bytes", format_bytes),
     ("Run ID", "run_id", show_text),
     ("Git Commit", "git_commit", lambda commit: show_text(commit)[:12]),
 )

@@ -6,6 +6,8 @@ import math
 from dataclasses import fields, replace
 from typing import Any
 
+import pytest
+
 from utils.base.machine import Gpu, MachineLoad
 from utils.tools.monitor.log_findings import Metrics
 from utils.tools.monitor.state import RunState
@@ -165,3 +167,14 @@ def test_what_is_not_known_is_a_dash() -> None:
     assert not any("MFU" in line for line in [*lines, one_line(look)])
     nan = status(metrics=Metrics(**{**METRICS, "loss": math.nan}))
     assert "Loss: nan  " in "\n".join(text_of(nan))
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, None])
+def test_the_command_that_goes_on_and_what_to_do_are_there_whole(width: int | None) -> None:
+    command = "/home/me/bin/python train.py --config mine --set run_name=of-my-own --resume latest"
+    warning = RunWarning("upload_failed", "it is not in the bucket " * 20, "then retry it")
+    look = status(state=RunState.FAILED, go_on=command, warnings=[warning])
+    lines = text_of(look, width=width)
+    told = "\n".join(lines[lines.index("Go on with:") + 1 :]).replace("\\\n", "")
+    assert told.splitlines()[0].split() == command.split()  # as a shell reads it
+    assert " ".join(" ".join(lines).split()).endswith("Do: then retry it")
