@@ -188,8 +188,10 @@ def show_live(watch: Watch, refresh_seconds: float) -> None:
     try:
         with reading_keys(), Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
+                # rich fills lines with blanks: a command copied of this screen may not work.
+                hint = "q: quit, then copy the command" if status.go_on else "q: quit"
                 view = build_rows(
-                    status, console.encoding, width=console.width, notes=notes, hint="q: quit"
+                    status, console.encoding, width=console.width, notes=notes, hint=hint
                 )
                 text = as_text(fit_rows(view, console.height))
                 text.no_wrap, text.overflow = True, "ellipsis"

@@ -785,7 +785,7 @@ def test_prune_shows_its_plan_before_it_asks(place: Place, monkeypatch: pytest.M
     place.forget()
     before = place.objects()
     assert place.call(*PRUNE)[0] == ExitCode.USAGE
-    assert "--yes" in place.stderr
+    assert "add --yes, or --dry-run to see what would go" in place.stderr
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     for answer in ("no", ""):
         monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)

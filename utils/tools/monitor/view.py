@@ -155,8 +155,8 @@ def _run_rows(status: RunStatus, encoding: str | None, width: int | None) -> lis
     style = STATE_STYLES.get(status.state, "")
     rows = [ViewRow(f"State: {status.state.value} ({printable(status.detail)})", style, 0)]
     if status.go_on:
-        rows.append(ViewRow("Go on with:", importance=1))
-        rows.append(ViewRow(printable(status.go_on, 2000), importance=1, is_command=True))
+        rows.append(ViewRow("Go on with:", importance=0))
+        rows.append(ViewRow(printable(status.go_on, 2000), importance=0, is_command=True))
     if status.step is None:
         return rows
     metrics, curve = status.metrics, status.loss_curve
