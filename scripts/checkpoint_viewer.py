@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import io
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +37,7 @@ from utils.base.console import (
     run_command,
 )
 from utils.base.errors import CheckpointError, UsageError
-from utils.base.text import format_bytes, printable, to_json_text
+from utils.base.text import format_bytes, number, printable, to_json_text
 from utils.base.uri import require_path
 from utils.checkpoints.layout import DATA_STATE_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView, describe_lack
@@ -162,8 +163,8 @@ def add_list_options(listing: argparse.ArgumentParser) -> None:
         default=[],
         metavar="CONDITION",
         help="show only checkpoints with, for example, 'step>=100', 'loss<3', 'size<2GiB', "
-        "'time>=2026-01-31' or 'state=verified'; if repeated, all must hold. Keys: "
-        + ", ".join(FILTER_KEYS),
+        "'age<2d', 'time>=2026-01-31' or 'state=verified'; if repeated, all must hold. Keys: those "
+        "of --json, or " + ", ".join(FILTER_KEYS),
     )
     listing.add_argument("--last", type=int, metavar="N", help="only the N newest of these")
     listing.add_argument("--sort", choices=SORT_KEYS, default="step", help="(default: step)")
@@ -184,14 +185,15 @@ def run_list(args: argparse.Namespace) -> None:
     rows = choose_rows(
         every, conditions, last=args.last, sort_key=args.sort, is_reversed=args.reverse
     )
-    storage = report.measure_storage(every) if args.remote else None
+    archives = [size for row in every if (size := number(row["archive_bytes"])) is not None]
+    storage = {"archive_bytes": math.fsum(archives)} if args.remote else None
     if args.json:
         values = {"where": shelf.where, "checkpoints": rows, "notes": shelf.notes}
         print(to_json_text({**values, "num_checkpoints": len(every), "storage": storage}))
         return
     print_list(rows, len(every), shelf, is_remote=args.remote)
     if storage is not None:
-        print(text.storage_line(storage))
+        print(f"Archives: {format_bytes(storage['archive_bytes'])} in all.")
     for note in shelf.notes:
         print_wrapped(f"Note: {printable(note)}", hanging=2)
 
@@ -204,7 +206,9 @@ def print_list(
     if not num_all:
         print_wrapped(describe_lack(where))
         if not is_remote:
-            print("python train.py --config test makes some; --output-dir looks elsewhere.")
+            print_wrapped(
+                "python train.py makes some; --output-dir looks elsewhere, --remote in the bucket."
+            )
         return
     count = f"{len(rows)} of {num_all}" if len(rows) < num_all else str(num_all)
     title = f"Found {count} checkpoint{'' if num_all == 1 else 's'} in {where} (times in UTC):"

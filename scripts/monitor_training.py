@@ -10,7 +10,7 @@ ends it.
   stalled      no record for long: the process hangs, or cannot be seen from here
   crashed      the process is gone without an end record
   failed       the run ended with an error
-  stopped      it was stopped on request and saved
+  stopped      it was stopped on request
   finished     all steps are done
   not_finite   the loss is not a finite number
   bad_steps    the update of a step was skipped
@@ -188,8 +188,10 @@ def show_live(watch: Watch, refresh_seconds: float) -> None:
     try:
         with reading_keys(), Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
+                # rich fills lines with blanks: a command copied of this screen may not work.
+                hint = "q: quit, then copy the command" if status.go_on else "q: quit"
                 view = build_rows(
-                    status, console.encoding, width=console.width, notes=notes, hint="q: quit"
+                    status, console.encoding, width=console.width, notes=notes, hint=hint
                 )
                 text = as_text(fit_rows(view, console.height))
                 text.no_wrap, text.overflow = True, "ellipsis"

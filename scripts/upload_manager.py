@@ -2,7 +2,7 @@
 
     status              every checkpoint, here and in the bucket; the queue; the last errors
     list [--remote]     the checkpoints on this machine, or in the bucket
-    upload NAME         upload one (a name, a step number, latest or best)
+    upload NAME         upload one (a name or its end, a step number, latest or best)
     upload-all          upload everything that is not verified in the bucket
     retry               upload what failed, also what failed for good
     verify [--deep]     compare journal, directory and bucket; --deep reads every byte
@@ -63,6 +63,7 @@ from utils.checkpoints.run_record import read_run_identity
 from utils.checkpoints.store import hold_output_directory
 from utils.checkpoints.views import (
     CheckpointView,
+    choose_name,
     describe_lack,
     read_local_checkpoints,
     select_checkpoint,
@@ -85,18 +86,20 @@ READING_RETRY_SECONDS = 60.0
 STATUS_COLUMNS = (
     Column("checkpoint", kind="name"),
     Column("step", 9, "number"),
-    Column("size", 8, "number"),
-    Column("local", 5),
-    Column("bucket", 6),
+    Column("unpacked", 5, "number"),
+    Column("archive", 8, "number"),
+    Column("local", 6),
+    Column("bucket", 7),
     Column("state", 2),
     Column("progress", 3, "prose"),
-    Column("kept", 7, "prose"),
+    Column("kept", 10, "prose"),
     Column("note", 4, "prose"),
 )
 LIST_COLUMNS = (
     Column("checkpoint", kind="name"),
-    Column("step", 5, "number"),
-    Column("size", 4, "number"),
+    Column("step", 6, "number"),
+    Column("unpacked", 4, "number"),
+    Column("archive", 5, "number"),
     Column("state", 2),
     Column("note", 3, "prose"),
 )
@@ -110,7 +113,7 @@ QUEUE_COLUMNS = (
 PRUNE_COLUMNS = (
     Column("checkpoint", kind="name"),
     Column("step", 5, "number"),
-    Column("size", 4, "number"),
+    Column("archive", 4, "number"),
     Column("action", 2),
     Column("reason", 3, "prose"),
 )
@@ -132,12 +135,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("list", "the checkpoints").add_argument(
         "--remote", action="store_true", help="those in the bucket"
     )
-    which = "a name, a step number, latest or best"
+    which = "a name, its unique beginning or end, a step number, latest or best"
     add("upload", "upload one checkpoint").add_argument("name", metavar="NAME", help=which)
     add("upload-all", "upload all that is not verified in the bucket")
     add("retry", "upload what failed")
     verify = add("verify", "compare journal, directory and bucket")
-    verify.add_argument("names", nargs="*", metavar="NAME", help="a name, a step number or latest")
+    verify.add_argument("names", nargs="*", metavar="NAME", help="a name, a step number, ...")
     verify.add_argument("--deep", action="store_true", help="read every byte, here and there")
     download = add("download", "bring a checkpoint back from the bucket")
     download.add_argument("name", metavar="NAME", help=which)
@@ -258,6 +261,7 @@ def print_status(result: dict[str, Any]) -> None:
     if rows:
         title = f"Uploads from {result['directory']} to {bucket}"
         print_table(title, rows, STATUS_COLUMNS)
+        print_problems(rows)
     else:
         places = filter(None, [result["directory"], result["bucket"]])
         print_wrapped(" ".join(describe_lack(place) for place in places))
@@ -274,6 +278,13 @@ def print_status(result: dict[str, Any]) -> None:
         print_wrapped(printable(text))
     if result["bucket_problem"]:
         print_wrapped(f"The bucket could not be read: {printable(result['bucket_problem'])}")
+
+
+def print_problems(rows: Sequence[dict[str, Any]]) -> None:
+    """Print what is wrong with checkpoints, below their table."""
+    for row in rows:
+        if row["problem"]:
+            print_wrapped(f"{row['checkpoint']}: {row['problem']}", hanging=2)
 
 
 def read_remote(config: TrainingConfig) -> tuple[list[CheckpointView], str | None]:
@@ -300,6 +311,7 @@ def show_list(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace)
         print_json(rows)
     elif rows:
         print_table(f"Checkpoints in {where}", rows, LIST_COLUMNS)
+        print_problems(rows)
     else:
         print_wrapped(describe_lack(where))
     return ExitCode.DONE
@@ -405,8 +417,13 @@ def verify_uploads(config: TrainingConfig, paths: RunPaths, args: argparse.Names
             on_progress=display.update,
         )
         known = verifier.names()
-        names = [choose_name(text, known) for text in args.names] or known
-        reports, orphans = verifier.split([verifier.check(name) for name in names])
+        # A name may also be of a checkpoint that is nowhere any more.
+        names = [
+            parse_checkpoint_name(text)
+            or choose_name(str(known[-1]) if text == "latest" and known else text, known)
+            for text in args.names
+        ]
+        reports, orphans = verifier.split([verifier.check(name) for name in names or known])
     if args.names:
         orphans = []
     if args.json:
@@ -416,24 +433,6 @@ def verify_uploads(config: TrainingConfig, paths: RunPaths, args: argparse.Names
         print_reports(reports, orphans)
     is_verified = all(report.is_verified for report in reports)
     return ExitCode.DONE if is_verified else ExitCode.NOT_VERIFIED
-
-
-def choose_name(text: str, known: Sequence[CheckpointName]) -> CheckpointName:
-    """Return the checkpoint that a user means, also one that is nowhere.
-
-    Raises:
-        UsageError: It is no name, and no step of a known one.
-    """
-    if text == "latest" and known:
-        return known[-1]
-    found = [name for name in known if name.is_of_step(text)]
-    name = parse_checkpoint_name(text) or (found[-1] if found else None)
-    if name is None:
-        raise UsageError(
-            f"There is no checkpoint {printable(text)!r}. "
-            f"The newest are: {', '.join(map(str, known[-5:])) or 'none yet'}."
-        )
-    return name
 
 
 def report_row(report: CheckpointReport) -> dict[str, Any]:
@@ -507,7 +506,10 @@ def prune_remote(config: TrainingConfig, paths: RunPaths, args: argparse.Namespa
     if args.keep < 1 or (args.keep_every is not None and args.keep_every < 1):
         raise UsageError("--keep and --keep-every must be at least 1.")
     if not (args.yes or args.dry_run or (sys.stdin.isatty() and not args.json)):
-        raise UsageError("prune asks before it deletes, which needs a terminal: add --yes.")
+        raise UsageError(
+            "prune asks before it deletes, which needs a terminal: add --yes, or --dry-run to see "
+            "what would go."
+        )
     journal = Journal(paths.journal)
     with opened_bucket(config) as bucket:
         listing, plan = plan_prune(bucket, paths, journal, args)
@@ -569,8 +571,8 @@ def prune_row(view: CheckpointView, decision: Decision) -> dict[str, Any]:
     return {
         "checkpoint": decision.name,
         "step": view.name.step,
-        "size": format_bytes(view.archive_bytes),
-        "bytes": view.archive_bytes,
+        "archive": format_bytes(view.archive_bytes),
+        "archive_bytes": view.archive_bytes,
         "action": decision.action.value,
         "reason": printable(decision.reason),
     }
@@ -580,7 +582,7 @@ def print_plan(uri: str, result: dict[str, Any], num_doomed: int) -> None:
     """Print what `prune` is about to do."""
     rows = result["checkpoints"]
     print_table(f"Checkpoints in {uri}", rows, PRUNE_COLUMNS)
-    freed = sum(row["bytes"] or 0 for row in rows if row["action"] == Action.DELETE.value)
+    freed = sum(row["archive_bytes"] or 0 for row in rows if row["action"] == Action.DELETE.value)
     print(f"{num_doomed} to delete, {format_bytes(freed)}.")
     for note in result["notes"]:
         print_wrapped(f"  {printable(note)}", hanging=2)

@@ -182,7 +182,7 @@ def call_train(arguments: Sequence[str], settings: Sequence[str] = ()) -> int:
 
 def _forget_log_handlers() -> None:
     for handler in list(logging.getLogger().handlers):
-        if type(handler).__module__.startswith(("logging", "rich")):
+        if type(handler).__module__.startswith(("logging", "rich", "utils")):
             logging.getLogger().removeHandler(handler)
             handler.close()
     logging.captureWarnings(capture=False)

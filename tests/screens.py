@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from utils.base import console
+from utils.base.text import cell_width
 
 WIDTHS = (60, 80, 100)
 _STEERING = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
@@ -39,12 +40,12 @@ def read_screen(
 def find_misfits(narrow: str, wide: str, columns: int) -> list[str]:
     """Return what is wrong with a text in a terminal, of which `wide` is the text in a wide one."""
     narrow, wide = (_STEERING.sub("", text) for text in (narrow, wide))
-    wrong = [f"too long: {line}" for line in narrow.splitlines() if len(line) > columns]
+    wrong = [f"too long: {line}" for line in narrow.splitlines() if cell_width(line) > columns]
     wrong += [f"blanks at the end: {line!r}" for line in narrow.splitlines() if line.endswith(" ")]
     whole = set(wide.split())
     for word in _NOTES.sub("", narrow).split():
         is_end = any(re.search(f"[-/]{re.escape(word)}$", one) for one in whole)
-        is_other = "..." in word or re.fullmatch(r"[\[#.\]]+|[\d:]{8}", word)  # bars, clocks
+        is_other = "..." in word or re.fullmatch(r"[\[#.\]]+|[\d:]{8}|\\", word)  # bars, clocks
         if word not in whole and not is_end and not is_other:
             wrong.append(f"broken: {word}")
     return wrong

@@ -23,8 +23,7 @@ from utils.checkpoints.layout import find_checkpoints
 from utils.storage.bucket import crc32c_of_file
 from utils.storage.directory import DirectoryBucket
 from utils.tools.viewer import shelf
-from utils.tools.viewer.report import measure_storage
-from utils.tools.viewer.text import show_time, storage_line
+from utils.tools.viewer.text import show_time
 
 SCRIPT = PROJECT_DIRECTORY / "scripts" / "checkpoint_viewer.py"
 PNG_SIGNATURE = b"\x89PNG"
@@ -244,6 +243,7 @@ def test_remote_reads_the_buckets_sidecars(capsys, tmp_path, two_checkpoints):
     assert run_json(capsys, "list", "--remote")["checkpoints"] == []
     for path in two_checkpoints:
         put_remote(tmp_path / "bucket", path)
+    assert "Archives: 14 B in all." in run(capsys, "list", "--remote")[1]
     value = run_json(capsys, "compare", "--remote")
     assert [row["state"] for row in value["checkpoints"]] == ["verified", "verified"]
     assert "not in the bucket's sidecars" in value["notes"][0]
@@ -397,7 +397,7 @@ def test_terminal_gets_a_table_that_fits_it_and_cannot_be_steered(tmp_path, two_
     assert "\x1b]" not in wide
     assert "\x07" not in wide
     narrow = run_in_terminal(SCRIPT, "list", cwd=tmp_path, NO_COLOR="1")
-    assert "Not shown in this width: step, tokens, size" in narrow
+    assert "Not shown in this width: tokens, size" in narrow
     assert find_misfits(narrow, wide, 80) == []
 
 
@@ -657,7 +657,8 @@ def test_costs_are_shown_where_the_run_counted_them(capsys, tmp_path):
     make_checkpoint(directory, 50, spending=SPENDING)
     assert "Cost" not in run(capsys, "view", "25")[1]
     spent = (
-        "Spent 2h00m, $20.00 in 2 attempts (1h00m without a price; 12m00s, $4.00 lost to restarts)."
+        "Spent 2h00m, $20.00 in 2 attempts ($0.17 to the end; 1h00m without a price; "
+        "12m00s, $4.00 lost to restarts)."
     )
     assert spent in run(capsys, "view", "50")[1]
     priced = run(capsys, "view", "50", "--hourly-price", "5")[1]
@@ -666,8 +667,3 @@ def test_costs_are_shown_where_the_run_counted_them(capsys, tmp_path):
     assert older["costs"] is None
     assert newer["costs"]["remaining_seconds"] == pytest.approx(50 * 2048 / 3400.5)
     assert "$20.00" in run(capsys, "compare")[1]
-
-
-def test_the_archives_of_a_bucket_are_summed_up():
-    rows = [{"archive_bytes": 50 * 2**30}, {"archive_bytes": None}, {"archive_bytes": 50 * 2**30}]
-    assert "100.0 GiB" in storage_line(measure_storage(rows))

@@ -196,7 +196,7 @@ def test_costs_of_a_running_run_count_to_now_at_a_given_price_too(
     }
     write_start(metrics, "resume", 10, launched_at=launched.isoformat(), spending=before)
     write_step(metrics, 50)
-    assert "Cost: $10.00 so far, 30m" in run(capsys, "--once")[1]
+    assert "Spent 1h30m, $10.00 in 2 attempts (30m" in run(capsys, "--once")[1]
     costs = run_json(capsys, "--hourly-price", "8")["costs"]
     assert costs["seconds"] >= 5400
     assert costs["dollars"] >= 14.0

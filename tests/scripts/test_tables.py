@@ -43,6 +43,7 @@ NAMES = [f"checkpoint-epoch12-step{step}-files12345" for step in (98_000, 99_000
 ERROR = (
     f"403 Forbidden: the account trainer@a-large-project.example may not write {URI}/Checkpoints"
 )
+GO_ON = f"/mnt/disks/large/bin/python train.py --config mine --set run_name={RUN} --resume latest"
 UPLOADS = {
     "directory": f"/mnt/disks/large/{RUN}/checkpoints",
     "bucket": URI,
@@ -52,14 +53,16 @@ UPLOADS = {
         {
             "checkpoint": name,
             "step": 100_000,
-            "size": "15.8 GiB",
-            "bytes": 17 * 10**9,
+            "unpacked": "15.8 GiB",
+            "archive": "14.9 GiB",
+            "archive_bytes": 16 * 10**9,
             "local": "yes",
             "bucket": "unknown",
             "state": "not in this bucket",
             "progress": "43%, 52.1 MiB/s, 1m20s left, no news for 3m20s",
             "kept": "goes: not among the newest 3, nor a multiple of 5000",
-            "note": f"latest, best, {ERROR}",
+            "note": "latest, best, damaged",
+            "problem": ERROR,
             "action": "delete",
             "reason": "not among the newest 3, nor a multiple of 5000",
         }
@@ -158,7 +161,7 @@ def shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Show]:
         "upload list": lambda: upload_manager.main(["list", "--set", f"output_dir={folder}"]),
         "verify": lambda: upload_manager.print_reports(REPORTS, [Orphan(f"{URI}/a.gz", ERROR)]),
         "prune": lambda: upload_manager.print_plan(URI, UPLOADS, 3),
-        "monitor": lambda: monitor_training.print_view(FULL),
+        "monitor": lambda: monitor_training.print_view(replace(FULL, go_on=GO_ON)),
         "preflight": lambda: print_checks(CHECKS),
         "debug_gpu": lambda: print_page(FACTS, find_forecasts(FACTS), [*find_causes(FACTS)]),
         "plan_scaling": lambda: plan_scaling.main(["--gpus", "8", "512", "--price", "3.5"]),
@@ -197,3 +200,25 @@ def test_a_checkpoint_is_shown_on_one_screen(
         assert part in brief
     assert 24 <= len(brief.splitlines()) <= 40
     assert len(read_screen(shows["view --all"], 80, monkeypatch, capsys).splitlines()) > 40
+
+
+@pytest.mark.usefixtures("shows", "logging_as_before")
+def test_the_only_checkpoint_has_its_whole_name_and_a_long_problem_costs_no_column(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_checkpoint(Path("one"), 50)
+    name, alone = "checkpoint-epoch0-step50-files0", ["--set", "output_dir=one"]
+    for words in (["list"], ["status"]):
+        text = read_screen(
+            lambda w=words: upload_manager.main([*w, *alone]), 60, monkeypatch, capsys
+        )
+        assert f"  {name}  " in text
+    text = read_screen(lambda: checkpoint_viewer.main(["list", *alone]), 60, monkeypatch, capsys)
+    assert f"  {name}  " in text
+
+    damaged = {**UPLOADS["checkpoints"][0], "progress": "", "state": "failed"}
+    result = {**UPLOADS, "checkpoints": [damaged]}
+    text = read_screen(lambda: upload_manager.print_status(result), 80, monkeypatch, capsys)
+    header = next(line for line in text.splitlines() if line.startswith("  checkpoint"))
+    assert header.split() == ["checkpoint", "unpacked", "local", "state", "note"]
+    assert f"\n{NAMES[0]}: 403 Forbidden" in text

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 _NO_HOME = "Could not determine home directory."  # of Path.expanduser, which has no type for it
-PLAIN_LINE = "is_plain_line"  # an extra of a log record: a terminal shows its text alone, unwrapped
+PLAIN_LINE = "is_plain_line"  # an extra of a log record: its text stands alone, to be copied
 LOG_TIME = "%Y-%m-%d %H:%M:%S"  # short, so that a step line fits 100 columns
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 NOISY_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "google", "matplotlib")
@@ -186,12 +186,17 @@ class _HarmlessFormatter(logging.Formatter):
 
 
 class _LineFormatter(_HarmlessFormatter):
-    """A line of a pipe or a file: the time, the level where it is not the usual one, the text."""
+    """A line of a pipe or a file: the time, the level where it is not the usual one, the text.
+
+    What is to be copied stands alone.
+    """
 
     def usesTime(self) -> bool:  # noqa: N802 - logging's own name
         return True
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        if getattr(record, PLAIN_LINE, False):
+            return record.message
         level = "" if record.levelno == logging.INFO else f"{record.levelname} "
         return f"{record.asctime} {level}{record.message}"
 

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import zip_longest
@@ -26,9 +26,11 @@ ABSENT = "-"  # shown where a value is not known
 GREATEST_EXPONENT = 700.0  # exp() of 710 is no float any more
 TOO_DEEP = "(too deep)"
 TABLE_INDENT, TABLE_GAP = "  ", "  "
-LEAST_CHARACTERS = {"name": 28, "prose": 24}  # of a column, where a terminal is narrow
+# Of a column, where a terminal is narrow: the name of a checkpoint stays whole.
+LEAST_NAME, LEAST_PROSE = 44, 24
 MOST_PADDED = 40  # in a pipe: longer prose moves what comes after it
 _HARD_BLANK = "\0"
+_SECOND_CELL = "\1"
 # What can be raised while JSON that somebody else wrote becomes a value of ours: other types,
 # missing keys, infinite numbers, or nesting too deep for str().
 FOREIGN_ERRORS = (
@@ -113,11 +115,11 @@ def _plain(value: object, depth: int) -> object:
     return value
 
 
-def format_bytes(count: float | None) -> str:
-    """Return a size in binary units, `-` for None."""
-    if count is None:
+def format_bytes(count: object) -> str:
+    """Return a size in binary units, `-` for what is no number."""
+    size = number(count)
+    if size is None:
         return ABSENT
-    size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -138,12 +140,30 @@ def format_duration(seconds: float | None) -> str:
     return f"{hours // 24}d{hours % 24:02d}h" if hours > 99 else f"{hours}h{minutes % 60:02d}m"
 
 
-def shorten_middle(text: str, width: int) -> str:
-    """Return text whose middle gives way to `...` where it is longer than `width`."""
-    if len(text) <= width:
+def cell_width(text: str) -> int:
+    """Return how many columns of a terminal a text takes: letters of Asia and emoji take two."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len  # not for commands that show no such letter
+
+    return cell_len(text)
+
+
+def _spread(text: str) -> str:
+    """Return text with a mark after each character of two columns: its length is its width."""
+    if text.isascii():
         return text
-    kept = max(2, width - 3)
-    return f"{text[: kept - kept // 2]}...{text[-(kept // 2) :]}"
+    return "".join(char + _SECOND_CELL * (cell_width(char) - 1) for char in text)
+
+
+def shorten_middle(text: str, width: int) -> str:
+    """Return text whose middle gives way to `...` where it is wider than `width`."""
+    if cell_width(text) <= width:
+        return text
+    # At the cut, half of a letter of two columns would be a whole one.
+    text, kept = _spread(text), max(2, width - 3 - (not text.isascii()))
+    shown = f"{text[: kept - kept // 2]}...{text[-(kept // 2) :]}"
+    return shown.replace(_SECOND_CELL, "")
 
 
 def wrap_words(text: str, width: int, hanging: int = 0) -> list[str]:
@@ -157,16 +177,28 @@ def wrap_words(text: str, width: int, hanging: int = 0) -> list[str]:
     for line in text.split("\n"):
         words = " ".join(shorten_middle(word, room) for word in line.split(" "))
         figures = words.strip().split("  ")
-        if len(figures) > 2 and max(map(len, figures)) <= room:
+        if len(figures) > 2 and max(map(cell_width, figures)) <= room:
             words = re.sub(r"(?<=\S) (?=\S)", _HARD_BLANK, words)
-        lines += textwrap.wrap(
-            words,
-            max(8, width),
-            subsequent_indent=" " * hanging,
-            break_long_words=False,
-            break_on_hyphens=False,
-        ) or [""]
-    return [line.replace(_HARD_BLANK, " ") for line in lines]
+        lines += _fill_lines(words, max(8, width), hanging) or [""]
+    return lines
+
+
+def wrap_command(command: str, width: int) -> list[str]:
+    """Return a command in lines that fit and that a shell takes as one, when they are copied."""
+    quoted = re.sub(r"'[^']*'|\"[^\"]*\"", lambda part: part[0].replace(" ", _HARD_BLANK), command)
+    lines = _fill_lines(quoted, max(8, width - 2), 2)
+    return [*(f"{line} \\" for line in lines[:-1]), *lines[-1:]]
+
+
+def _fill_lines(text: str, width: int, hanging: int) -> list[str]:
+    lines = textwrap.wrap(
+        _spread(text),
+        width,
+        subsequent_indent=" " * hanging,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace(_SECOND_CELL, "").replace(_HARD_BLANK, " ") for line in lines]
 
 
 @dataclass(frozen=True)
@@ -193,9 +225,7 @@ def table_lines(
     """
     cells = {column.name: [row[column.name] for row in rows] for column in columns}
     notes: list[str] = []
-    widths = {
-        column.name: max(len(column.name), *map(len, cells[column.name])) for column in columns
-    }
+    widths = {column.name: _widest([column.name, *cells[column.name]]) for column in columns}
     shown = list(columns)
     if width is None:
         for column in columns[:-1]:
@@ -230,12 +260,12 @@ def _fit_columns(
             shared = shared[: max(shared.rfind("-"), shared.rfind("/")) + 1]
             if shared:
                 cells[heading] = [name.removeprefix(shared) for name in names]
-                widths[heading] = max(len(heading), *map(len, cells[heading]))
+                widths[heading] = _widest([heading, *cells[heading]])
                 notes.append(f"Each {heading} begins with {shared}")
     wanted = dict(widths)
     for column in shown:
-        least = max(len(column.name), LEAST_CHARACTERS.get(column.kind, wanted[column.name]))
-        widths[column.name] = min(wanted[column.name], least)
+        least = _least_width(column, cells[column.name], wanted[column.name])
+        widths[column.name] = min(room, least)
     kept: list[Column] = []
     for column in sorted(shown, key=lambda column: column.rank):
         if column.rank == 1 or _total_width([*kept, column], widths) <= room:
@@ -250,6 +280,21 @@ def _fit_columns(
     return [*notes, f"Not shown in this width: {', '.join(left_out)}."] if left_out else notes
 
 
+def _widest(texts: Iterable[str]) -> int:
+    return max(map(cell_width, texts), default=0)
+
+
+def _least_width(column: Column, cells: Sequence[str], wanted: int) -> int:
+    """Return how narrow a column may become: prose takes two lines before another one leaves."""
+    least = wanted
+    if column.kind == "name":
+        least = LEAST_NAME
+    elif column.kind == "prose":
+        longest = _widest(word for cell in cells for word in cell.split())
+        least = min(LEAST_PROSE, max(longest, wanted - wanted // 2))
+    return min(wanted, max(cell_width(column.name), least))
+
+
 def _total_width(columns: Sequence[Column], widths: Mapping[str, int]) -> int:
     return sum(widths[column.name] + len(TABLE_GAP) for column in columns) - len(TABLE_GAP)
 
@@ -262,12 +307,10 @@ def _fit_cell(cell: str, column: Column, widths: Mapping[str, int] | None) -> li
 
 
 def _join_cells(cells: Sequence[str], columns: Sequence[Column], widths: Mapping[str, int]) -> str:
-    placed = [
-        cell.rjust(widths[column.name])
-        if column.kind == "number"
-        else cell.ljust(widths[column.name])
-        for cell, column in zip(cells, columns, strict=True)
-    ]
+    placed = []
+    for cell, column in zip(cells, columns, strict=True):
+        blanks = " " * (widths[column.name] - cell_width(cell))
+        placed.append(blanks + cell if column.kind == "number" else cell + blanks)
     return f"{TABLE_INDENT}{TABLE_GAP.join(placed)}".rstrip()
 
 

@@ -35,6 +35,8 @@ from utils.checkpoints.layout import (
 )
 from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_bytes
 
+_NUM_SHOWN = 5  # names in an error
+
 # The numbers that a history begins with, to the last comma after them. Its name ends with a bare
 # quote, so this never matches within a JSON string.
 _LONG_HISTORY = re.compile(rb'("(?:loss_history|learning_rates)":\s*\[)[-+.,0-9eE\sNaInfityul]*,')
@@ -151,11 +153,16 @@ def is_verified_in(
 
 
 def read_local_checkpoints(
-    directory: Path, uploads: Mapping[str, JournalEntry] | None = None
+    directory: Path,
+    uploads: Mapping[str, JournalEntry] | None = None,
+    names: Iterable[CheckpointName] | None = None,
+    *,
+    brief: bool = False,
 ) -> list[CheckpointView]:
-    """Return the committed checkpoints of an output directory, by step.
+    """Return the committed checkpoints of an output directory, by step, or those of these names.
 
-    `uploads` has the newest journal entry of each checkpoint; None reads the journal there.
+    `uploads` has the newest journal entry of each checkpoint; None reads the journal there. `brief`
+    is as in `read_local_checkpoint`.
 
     Raises:
         OSError: The journal is there and cannot be read.
@@ -163,10 +170,11 @@ def read_local_checkpoints(
     if uploads is None:
         uploads = Journal(directory / JOURNAL_FILE).latest()
     views = []
-    for name in find_checkpoints(directory):
-        view = read_local_checkpoint(directory / str(name), uploads.get(str(name)))
+    for name in find_checkpoints(directory) if names is None else names:
+        path = directory / str(name)
+        view = read_local_checkpoint(path, uploads.get(path.name), brief=brief)
         # Retention may delete one between the listing and the reading; its manifest goes first.
-        if view.manifest is not None or (directory / str(name) / MANIFEST_FILE).exists():
+        if view.manifest is not None or (path / MANIFEST_FILE).exists():
             views.append(view)
     return views
 
@@ -292,20 +300,46 @@ def describe_lack(where: str) -> str:
 
 
 def select_checkpoint(text: str, views: Sequence[CheckpointView]) -> CheckpointView:
-    """Return the checkpoint that a user means: a name, a step number, `latest` or `best`.
+    """Return the checkpoint that a user means: `latest`, `best`, or a text for `choose_name`.
 
     Raises:
-        UsageError: There is none; the message lists what there is.
+        UsageError: There is none, or more than one; the message lists what there is.
     """
     chosen = None
     if text == "latest":
         chosen = find_latest_view(views)
     elif text == "best":
         chosen = find_best(views)
-    else:
-        matches = (v for v in views if v.name.is_of_step(text) or text == str(v.name))
-        chosen = next(matches, None)
     if chosen is not None:
         return chosen
-    known = ", ".join(str(view.name) for view in views[-5:]) or "none yet"
-    raise UsageError(f"There is no checkpoint {printable(text)!r}. The newest are: {known}.")
+    name = choose_name(text, [view.name for view in views])
+    return next(view for view in views if view.name == name)
+
+
+def choose_name(text: str, names: Sequence[CheckpointName], where: str = "") -> CheckpointName:
+    """Return the checkpoint with this name, this step, or this beginning or end of its name.
+
+    A beginning may leave out `checkpoint-`. Digits are a step, with or without `step` before them.
+
+    Raises:
+        UsageError: No checkpoint there (`where`) fits, or more than one.
+    """
+    exact = [name for name in names if str(name) == text]
+    if text.removeprefix("step").isdecimal():
+        found = [name for name in names if name.is_of_step(text)]
+    else:
+        found = exact or [name for name in names if text and _is_part(text, str(name))]
+    if len(found) == 1:
+        return found[0]
+    shown = printable(text)
+    if found:
+        fitting = ", ".join(map(str, found[-_NUM_SHOWN:]))
+        count = "" if len(found) <= _NUM_SHOWN else f"{len(found)} checkpoints, the newest "
+        raise UsageError(f"{shown!r} fits {count}{fitting}. Write more of the name.")
+    known = ", ".join(map(str, names[-_NUM_SHOWN:])) or "none yet"
+    place = f" in {where}" if where else ""
+    raise UsageError(f"There is no checkpoint {shown!r}{place}. The newest are: {known}.")
+
+
+def _is_part(text: str, name: str) -> bool:
+    return name.startswith((text, f"checkpoint-{text}")) or name.endswith(text)

@@ -75,13 +75,15 @@ def summarize_costs(
 
 
 def describe_costs(costs: Costs) -> str:
-    """Return the summary of a run: `Spent 3h12m, $35.40 in 2 attempts (...)`."""
+    """Return the costs of a run so far: `Spent 3h12m, $35.40 in 2 attempts (...)`."""
     what = format_duration(costs.seconds)
     if costs.dollars is not None:
         what += f", {format_dollars(costs.dollars)}"
     details = []
     if costs.dollars_per_million_tokens is not None:
         details.append(f"{format_dollars(costs.dollars_per_million_tokens)} per million tokens")
+    if costs.remaining_dollars is not None:
+        details.append(f"{format_dollars(costs.remaining_dollars)} to the end")
     if costs.dollars is not None and costs.unpriced_seconds > 0:
         details.append(f"{format_duration(costs.unpriced_seconds)} without a price")
     if costs.lost_seconds > 0:
@@ -89,28 +91,6 @@ def describe_costs(costs: Costs) -> str:
         details.append(f"{format_duration(costs.lost_seconds)}{dollars} lost to restarts")
     attempts = f"{costs.starts} attempt{'' if costs.starts == 1 else 's'}"
     return f"Spent {what} in {attempts}" + (f" ({'; '.join(details)})" if details else "") + "."
-
-
-def describe_costs_so_far(costs: Costs) -> str:
-    """Return the costs of a run that goes on: `$12.34 so far, $0.83 per million tokens, ...`."""
-    if costs.dollars is None:
-        lost = f", {format_duration(costs.lost_seconds)} lost to restarts"
-        return (
-            f"{format_duration(costs.seconds)} so far{lost if costs.lost_seconds > 0 else ''} "
-            "(--hourly-price X shows dollars)"
-        )
-    cells = [f"{format_dollars(costs.dollars)} so far"]
-    if costs.dollars_per_million_tokens is not None:
-        cells.append(f"{format_dollars(costs.dollars_per_million_tokens)} per million tokens")
-    if costs.remaining_dollars is not None:
-        cells.append(f"{format_dollars(costs.remaining_dollars)} to the end")
-    if costs.unpriced_seconds > 0:
-        cells.append(f"{format_duration(costs.unpriced_seconds)} without a price")
-    if costs.lost_seconds > 0:
-        known = costs.lost_dollars is not None
-        lost = format_dollars(costs.lost_dollars) if known else format_duration(costs.lost_seconds)
-        cells.append(f"{lost} lost to restarts")
-    return ", ".join(cells)
 
 
 def format_dollars(dollars: float | None) -> str:

@@ -25,7 +25,13 @@ from utils.checkpoints.layout import (
     parse_checkpoint_name,
     strip_archive_suffix,
 )
-from utils.checkpoints.views import CheckpointView, find_best, newest_object, read_remote_checkpoint
+from utils.checkpoints.views import (
+    CheckpointView,
+    choose_name,
+    find_best,
+    newest_object,
+    read_remote_checkpoint,
+)
 from utils.remote.archive_reading import read_sidecar
 from utils.storage.bucket import Bucket, ObjectInfo
 
@@ -182,7 +188,7 @@ def is_part_of(identity: RunIdentity | None, view: CheckpointView) -> bool:
 
 
 def choose_remote(bucket: Bucket, text: str, recorded: RunIdentity | None) -> CheckpointName:
-    """Return the checkpoint of a bucket that a user means: a step number, `latest` or `best`.
+    """Return the checkpoint of a bucket that a user means: `latest`, `best`, or for `choose_name`.
 
     Only sidecars that decide it are read. `recorded` is as in `newest_branch`.
 
@@ -200,15 +206,4 @@ def choose_remote(bucket: Bucket, text: str, recorded: RunIdentity | None) -> Ch
         best = find_best(own) if text == "best" else (own[-1] if own else None)
         if best is not None:
             return best.name
-    else:
-        chosen = [name for name in names if name.is_of_step(text)]
-        if len(chosen) == 1:
-            return chosen[0]
-        if chosen:
-            raise UsageError(
-                f"Several checkpoints are of step {text}: {', '.join(map(str, chosen))}. Name one."
-            )
-    known = ", ".join(map(str, names[-5:])) or "none yet"
-    raise UsageError(
-        f"There is no checkpoint {printable(text)!r} in {bucket.uri}. The newest are: {known}."
-    )
+    return choose_name(text, names, bucket.uri)

@@ -94,13 +94,13 @@ def _report_missing(saving: RunSaving, left: list[str], missing: list[str]) -> N
     folder = saving.paths.checkpoints
     kept = [name for name in missing if (folder / name).is_dir()]
     log.error(
-        "%d checkpoints are not verified in the bucket. Kept in %s: %s. "
-        "Then: python scripts/upload_manager.py upload-all --run %s",
+        "%d checkpoints are not verified in the bucket. Kept in %s: %s. To upload them:",
         len(missing),
         folder,
         ", ".join(kept) or "none",
-        shlex.quote(str(folder)),
     )
+    command = f"python scripts/upload_manager.py upload-all --run {shlex.quote(str(folder))}"
+    log.error("%s", command, extra={PLAIN_LINE: True})
 
 
 def find_failure(own: PretrainError | None) -> PretrainError | None:

@@ -130,7 +130,7 @@ class TrainingRun:
         self._notes.write(step, is_last=True)
         tracking.record_end(accelerator, self.paths.logs, step, self._outcome, spending=spending)
         if shortage is not None:
-            raise ResourceShortageError(f"{shortage} {self._next_command.text()}") from error
+            raise ResourceShortageError(f"{shortage}\n{self._next_command.text()}") from error
         if error is None:
             accelerator.end_training()
             ranks.disconnect()
@@ -285,10 +285,11 @@ class TrainingRun:
             PretrainError: What ended this attempt before its time; the state is saved.
         """
         config, progress, saving = self.config, self.state.progress, self._saving
-        if self._is_main:
-            tracking.record_event(self.paths.logs, "finishing", progress.step)
-        leave_at = math.inf if self._failure is not None else saving.leave_at()
         reason = self.stop.reason
+        if self._is_main:
+            asked_by = None if self._failure is not None else reason
+            tracking.record_event(self.paths.logs, "finishing", progress.step, reason=asked_by)
+        leave_at = math.inf if self._failure is not None else saving.leave_at()
         if leave_at < math.inf and self._is_main:
             leaving.tell_plan(saving, leave_at - time.monotonic())
         self._bad_steps.judge(newest=True)

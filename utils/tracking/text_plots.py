@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from utils.base.text import ABSENT
 
@@ -41,6 +42,12 @@ def format_figure(value: float | None, form: str) -> str:
     if value is None:
         return ABSENT
     return format(value, form if abs(value) < _LONGEST or math.isnan(value) else ".3e")
+
+
+show_loss = partial(format_figure, form=".6f")
+show_rate = partial(format_figure, form=".2e")
+show_count = partial(format_figure, form=",.0f")
+show_share = partial(format_figure, form=".1%")
 
 
 def means_of_pieces(values: Sequence[float], count: int) -> list[float]:

@@ -44,20 +44,25 @@ def build_upload_rows(
     for name in sorted(here.keys() | there.keys()):
         view, sidecar = here.get(name), there.get(name)
         entry = view.upload if view else None
+        found = [one for one in (view, sidecar) if one is not None]
+        problem = next((one.problem for one in found if one.problem), "")
         notes = [
             "latest" if any(name == one.name for one in newest) else "",
             "best" if best is not None and name == best.name else "",
-            (view.problem if view else None) or (sidecar.problem if sidecar else None) or "",
+            "damaged" if problem else "",
         ]
-        size = view.total_bytes if view else sidecar.archive_bytes if sidecar else None
+        unpacked = next((one.total_bytes for one in found if one.total_bytes is not None), None)
+        archive = sidecar.archive_bytes if sidecar else None
         state = describe_state(view, sidecar, uri, bucket_problem)
         progress = describe_progress(entry) if entry and entry.state in _UNDER_WAY else {}
         rows.append(
             {
                 "checkpoint": str(name),
                 "step": name.step,
-                "size": format_bytes(size),
-                "bytes": size,
+                "unpacked": format_bytes(unpacked),
+                "bytes": unpacked,
+                "archive": "" if archive is None else format_bytes(archive),
+                "archive_bytes": archive,
                 "local": "yes" if view else "no",
                 "bucket": "yes" if sidecar else "unknown" if bucket_problem else "no",
                 "state": state,
@@ -66,7 +71,8 @@ def build_upload_rows(
                 "upload": progress,
                 "kept": describe_decision(kept.get(str(name))),
                 "error": _error_of(entry),
-                "note": printable(", ".join(note for note in notes if note)),
+                "note": ", ".join(note for note in notes if note),
+                "problem": printable(problem),
             }
         )
     return rows
@@ -117,7 +123,7 @@ def describe_progress(entry: JournalEntry, now: datetime | None = None) -> dict[
     now = now or datetime.now(UTC)
     age = None if written is None else max(0.0, now.timestamp() - written)
     words = [
-        entry.state.value if percent is None else f"{percent:.0f}%",
+        "" if percent is None else f"{percent:.0f}%",
         "" if rate is None else f"{format_bytes(rate)}/s",
         "" if eta is None or eta < 0 else f"{format_duration(eta)} left",
         "" if age is None or age < STALE_SECONDS else f"no news for {format_duration(age)}",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import shlex
+import subprocess
 
 import pytest
 
 from tests.sample_json import UNREADABLE
 from utils.base.text import (
     Column,
+    cell_width,
     epoch_seconds,
     parse_json_object,
     perplexity_of,
     table_lines,
+    wrap_command,
 )
 
 
@@ -58,8 +62,9 @@ def test_the_least_important_columns_leave_first_and_are_named() -> None:
     for width, header, left_out in (
         (90, "       size  run                 age  state               reason", []),
         (75, "       size  run  age  state               reason", []),
-        (60, "  run  age  state               reason", ["size"]),
-        (40, "  run  age  reason", ["size", "state"]),
+        (60, "       size  run  age  state               reason", []),  # prose takes two lines
+        (54, "  run  age  state               reason", ["size"]),
+        (30, "  run  age  reason", ["size", "state"]),
     ):
         lines, notes = table_lines(rows, columns, width)
         assert lines[0] == header
@@ -67,5 +72,49 @@ def test_the_least_important_columns_leave_first_and_are_named() -> None:
         shared = ["Each run begins with runs/a-long-one-"] if width < 90 else []
         named = [f"Not shown in this width: {', '.join(left_out)}."] if left_out else []
         assert notes == shared + named
-    assert lines[2] == "  3    22h  it is the newest of all"
+    assert lines[1:3] == ["  12    1m  it is the newest", "            of all"]
     assert len(table_lines(rows, columns, None)[0][0].split()) == len(columns)
+
+
+@pytest.mark.parametrize("width", [48, 60, 80])
+def test_the_name_of_a_checkpoint_alone_in_a_table_is_whole(width: int) -> None:
+    name = "checkpoint-epoch12-step100000-files12345"
+    columns = (Column("checkpoint", kind="name"), Column("state", 2), Column("note", 3, "prose"))
+    row = {"checkpoint": name, "state": "not in this bucket", "note": "latest, best"}
+    lines, _ = table_lines([row], columns, width)
+    assert lines[1].split()[0] == name
+    assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("width", [60, 80, None])
+def test_letters_that_take_two_columns_stay_in_line(width: int | None) -> None:
+    columns = (Column("run", kind="name"), Column("size", 2, "number"), Column("note", 3, "prose"))
+    long = "\u9577\u3044" * 15 if width == 60 else "\u9577\u3044"
+    rows = [
+        {"run": long, "size": "123", "note": "\u826f\u3044 " * 20},
+        {"run": "plain", "size": "4567", "note": "\U0001f600"},
+    ]
+    lines, _ = table_lines(rows, columns, width)
+    assert width is None or max(map(cell_width, lines)) <= width
+    cells = ["size", *(row["size"] for row in rows)]
+    placed = [line for line in lines if any(cell in line for cell in cells)]
+    ends = {
+        cell_width(line[: line.index(cell) + len(cell)])
+        for cell, line in zip(cells, placed, strict=True)
+    }
+    assert len(ends) == 1
+
+
+@pytest.mark.parametrize("width", [30, 60, 500])
+def test_a_command_in_lines_is_the_command_to_a_shell(width: int) -> None:
+    words = ["python", "/home/a user/train.py", "--set", "run_name=it's mine", "--resume", "latest"]
+    lines = wrap_command(shlex.join(words), width)
+    assert max(map(len, lines)) <= width
+    assert (len(lines) > 1) == (width < 500)
+    shown = subprocess.run(
+        ["/bin/sh", "-c", "printf '%s\\n' " + "\n".join(lines)],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert shown.stdout.splitlines() == words

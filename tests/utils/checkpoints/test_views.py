@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from tests.sample_checkpoints import make_checkpoint, put_remote, seal
-from utils.base.errors import CheckpointError
+from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import number, printable, to_json_text
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import CheckpointName, sidecar_object
 from utils.checkpoints.views import (
     CheckpointView,
+    choose_name,
     find_best,
     find_latest_view,
     read_json_object,
@@ -298,3 +299,36 @@ def test_brief_reading_names_damage_between_the_numbers(tmp_path):
     text = (path / "metadata.json").read_text()
     (path / "metadata.json").write_text(text.replace('"loss_history": [', '"loss_history": [x, '))
     assert "cannot be read" in read_local_checkpoint(path, brief=True).problem
+
+
+NAMES = [
+    CheckpointName(step, epoch, files)
+    for step, epoch, files in ((5, 0, 0), (50, 0, 1), (100, 1, 0), (100, 1, 3))
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("5", 0),
+        ("checkpoint-epoch0-step5-files0", 0),
+        ("epoch0-step50", 1),
+        ("files3", 3),
+    ],
+)
+def test_a_name_is_found(text: str, index: int) -> None:
+    assert choose_name(text, NAMES) == NAMES[index]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("100", "fits checkpoint-epoch1-step100-files0, checkpoint-epoch1-step100-files3"),
+        ("epoch0", "Write more of the name"),
+        ("3", "There is no checkpoint '3'"),  # digits alone are a step, not the end of files3
+        ("", "There is no checkpoint ''"),
+    ],
+)
+def test_what_fits_none_or_several_is_an_error(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose_name(text, NAMES)

@@ -76,15 +76,18 @@ def judge_run(
     else:
         start = find_start(events)
         who = f"process {printable(start.get('pid'), 40)} on {printable(start.get('hostname'), 80)}"
-    is_finishing = last is not None and last["event"] == "finishing"
-    limit = max(stall_seconds, FINISHING_SECONDS) if is_finishing else stall_seconds
+    finishing = last if last is not None and last["event"] == "finishing" else None
+    limit = max(stall_seconds, FINISHING_SECONDS) if finishing else stall_seconds
     is_silent = silent_seconds is None or silent_seconds >= limit
     if is_alive is False:
+        if finishing and finishing.get("reason") is not None:
+            reason = printable(finishing["reason"], 80)
+            return RunState.STOPPED, f"{who} was asked to stop ({reason}) and left before its end"
         return RunState.CRASHED, f"{who} is gone"
     if is_alive:
         if is_silent:
             return RunState.STALLED, f"{who} is alive but logs nothing"
-        doing = ", saving and uploading the last checkpoint" if is_finishing else ""
+        doing = ", saving and uploading the last checkpoint" if finishing else ""
         return RunState.RUNNING, f"{who}{doing or (', evaluating' if is_evaluating else '')}"
     if is_silent:
         return RunState.UNKNOWN, f"{who} cannot be seen from here and is silent: stalled or crashed"

@@ -9,25 +9,37 @@ files that may be foreign: they pass `printable`. No torch here.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from utils.base.machine import Gpu, MachineLoad
-from utils.base.text import ABSENT, format_bytes, format_duration, printable, wrap_words
+from utils.base.text import (
+    ABSENT,
+    cell_width,
+    format_bytes,
+    format_duration,
+    printable,
+    wrap_command,
+    wrap_words,
+)
 from utils.checkpoints.layout import CHECKPOINT_PREFIX
-from utils.costs.costs import describe_costs_so_far
+from utils.costs.costs import describe_costs
 from utils.tools.monitor.state import RunState
 from utils.tools.monitor.status import CheckpointStatus, RunStatus
-from utils.tools.monitor.warnings import DAY_SECONDS
-from utils.tracking.text_plots import format_figure, sparkline
+from utils.tracking.text_plots import (
+    format_figure,
+    show_count,
+    show_loss,
+    show_rate,
+    show_share,
+    sparkline,
+)
 
 WIDTH = 80
 SPARK_WIDTH = 32
 BAR_WIDTH = 30
 MAX_GPU_ROWS = 2
-MAX_WARNING_ROWS = 3
 STATE_STYLES = {
     RunState.RUNNING: "green",
     RunState.FINISHED: "green",
@@ -47,6 +59,7 @@ class ViewRow:
     text: str
     style: str = ""
     importance: int = 2
+    is_command: bool = False
 
 
 def fit_rows(rows: Sequence[ViewRow], height: int) -> list[ViewRow]:
@@ -59,12 +72,12 @@ def fit_rows(rows: Sequence[ViewRow], height: int) -> list[ViewRow]:
 def show_milliseconds(status: RunStatus) -> str:
     """Return the time of a step."""
     seconds = status.metrics.step_seconds
-    return ABSENT if seconds is None else format_figure(seconds * 1000, ",.0f")
+    return ABSENT if seconds is None else show_count(seconds * 1000)
 
 
 def show_steps(status: RunStatus) -> str:
     """Return the step, of how many, and the share."""
-    text = f"{format_figure(status.step, ',')} / {format_figure(status.max_steps, ',')}"
+    text = f"{show_count(status.step)} / {show_count(status.max_steps)}"
     return text if not status.max_steps else f"{text} ({_share_done(status):.1%})"
 
 
@@ -89,14 +102,14 @@ def one_line(status: RunStatus) -> str:
     cells = [
         f"{now} {status.state.value}",
         f"step {show_steps(status)}",
-        f"loss {format_figure(metrics.loss, '.6f')}",
+        f"loss {show_loss(metrics.loss)}",
         f"ppl {format_figure(metrics.perplexity, ',.2f')}",
-        f"val {format_figure(metrics.validation_loss, '.6f')}",
-        f"lr {format_figure(metrics.learning_rate, '.2e')}",
-        f"{format_figure(metrics.tokens_per_second, ',.0f')} tokens/s",
+        f"val {show_loss(metrics.validation_loss)}",
+        f"lr {show_rate(metrics.learning_rate)}",
+        f"{show_count(metrics.tokens_per_second)} tokens/s",
         f"{show_milliseconds(status)} ms/step",
-        *([] if metrics.mfu is None else [f"MFU {format_figure(metrics.mfu, '.1%')}"]),
-        f"data wait {format_figure(metrics.data_wait_share, '.1%')}",
+        *([] if metrics.mfu is None else [f"MFU {show_share(metrics.mfu)}"]),
+        f"data wait {show_share(metrics.data_wait_share)}",
         f"ETA {format_duration(status.eta_seconds)}",
         f"uploads: {show_uploads(status)}",
         *worries,
@@ -124,11 +137,17 @@ def build_rows(
         *_checkpoint_rows(status, width),
         blank,
         *_machine_rows(status),
-        *_warning_rows(status, width or WIDTH, notes),
+        *_warning_rows(status, notes),
     ]
     if width is None:
         return rows
-    return [replace(row, text=line) for row in rows for line in wrap_words(row.text, width, 4)]
+    return [
+        replace(row, text=line)
+        for row in rows
+        for line in (
+            wrap_command(row.text, width) if row.is_command else wrap_words(row.text, width, 4)
+        )
+    ]
 
 
 def _run_rows(status: RunStatus, encoding: str | None, width: int | None) -> list[ViewRow]:
@@ -136,7 +155,8 @@ def _run_rows(status: RunStatus, encoding: str | None, width: int | None) -> lis
     style = STATE_STYLES.get(status.state, "")
     rows = [ViewRow(f"State: {status.state.value} ({printable(status.detail)})", style, 0)]
     if status.go_on:
-        rows.append(ViewRow(f"Go on: {printable(status.go_on, 2000)}", importance=1))
+        rows.append(ViewRow("Go on with:", importance=0))
+        rows.append(ViewRow(printable(status.go_on, 2000), importance=0, is_command=True))
     if status.step is None:
         return rows
     metrics, curve = status.metrics, status.loss_curve
@@ -145,12 +165,12 @@ def _run_rows(status: RunStatus, encoding: str | None, width: int | None) -> lis
         silent = f"{format_duration(status.silent_seconds)} ago"
     steps, eta = f"Step: {show_steps(status)}  ", f"  ETA: {format_duration(status.eta_seconds)}"
     bar = _progress_bar(status, (width or WIDTH) - len(steps + eta))
-    mfu = "" if metrics.mfu is None else f"MFU: {format_figure(metrics.mfu, '.1%')}  "
+    mfu = "" if metrics.mfu is None else f"MFU: {show_share(metrics.mfu)}  "
     rows += [
         ViewRow(_describe_attempt(status), importance=4),
         ViewRow(f"{steps}{bar}{eta}", importance=0),
         ViewRow(
-            f"Loss: {format_figure(metrics.loss, '.6f')}  "
+            f"Loss: {show_loss(metrics.loss)}  "
             f"Perplexity: {format_figure(metrics.perplexity, ',.2f')}  "
             f"Gradient Norm: {format_figure(metrics.grad_norm, '.3f')}",
             importance=0,
@@ -162,24 +182,25 @@ def _run_rows(status: RunStatus, encoding: str | None, width: int | None) -> lis
         rows.append(ViewRow(f"Loss Curve: {bars}  {ends}", importance=3))
     rows += [
         ViewRow(
-            f"Validation Loss: {format_figure(metrics.validation_loss, '.6f')}  "
-            f"Best: {format_figure(metrics.best_validation_loss, '.6f')}",
+            f"Validation Loss: {show_loss(metrics.validation_loss)}  "
+            f"Best: {show_loss(metrics.best_validation_loss)}",
             importance=1,
         ),
         ViewRow(
-            f"Speed: {format_figure(metrics.tokens_per_second, ',.0f')} tokens/s  "
+            f"Speed: {show_count(metrics.tokens_per_second)} tokens/s  "
             f"{show_milliseconds(status)} ms/step  {mfu}"
-            f"Data Wait: {format_figure(metrics.data_wait_share, '.1%')}",
+            f"Data Wait: {show_share(metrics.data_wait_share)}",
             importance=1,
         ),
         ViewRow(
             f"Last Record: {silent}  "
-            f"Learning Rate: {format_figure(metrics.learning_rate, '.2e')}  "
-            f"Tokens Seen: {format_figure(metrics.tokens_seen, ',.0f')}",
+            f"Learning Rate: {show_rate(metrics.learning_rate)}  "
+            f"Tokens Seen: {show_count(metrics.tokens_seen)}",
         ),
     ]
     if status.costs is not None:
-        rows.append(ViewRow(f"Cost: {describe_costs_so_far(status.costs)}", importance=3))
+        hint = " --hourly-price X shows dollars." if status.costs.dollars is None else ""
+        rows.append(ViewRow(f"{describe_costs(status.costs)}{hint}", importance=3))
     return rows
 
 
@@ -215,7 +236,7 @@ def _checkpoint_rows(status: RunStatus, width: int | None) -> list[ViewRow]:
         return [*rows, ViewRow("  none yet", importance=5)]
     longest = max(len(checkpoint.name) for checkpoint in status.checkpoints)
     texts = [_checkpoint_text(f"{one.name:<{longest}}", one) for one in status.checkpoints]
-    if max(map(len, texts)) > (width or math.inf):
+    if max(map(cell_width, texts)) > (width or math.inf):
         texts = [text.replace(CHECKPOINT_PREFIX, "", 1) for text in texts]
     for age, text in zip(reversed(range(len(texts))), texts, strict=True):
         rows.append(ViewRow(text, importance=1 if not age else min(7, 3 + age)))
@@ -225,7 +246,7 @@ def _checkpoint_rows(status: RunStatus, width: int | None) -> list[ViewRow]:
 def _checkpoint_text(name: str, checkpoint: CheckpointStatus) -> str:
     upload = checkpoint.upload or "not uploaded"
     if checkpoint.upload_progress:
-        upload += f" {printable(checkpoint.upload_progress['text'])}"
+        upload = f"{upload} {printable(checkpoint.upload_progress['text'])}".rstrip()
     loss = format_figure(checkpoint.validation_loss, ".4f")
     troubles = (checkpoint.upload_error, checkpoint.problem)
     shown = [f"({printable(trouble, 120)})" for trouble in troubles if trouble]
@@ -240,8 +261,7 @@ def _machine_rows(status: RunStatus) -> list[ViewRow]:
     if machine.disk_total_bytes is not None:
         disk += f" of {format_bytes(machine.disk_total_bytes)}"
     if status.disk_seconds_left is not None:
-        days = status.disk_seconds_left / DAY_SECONDS
-        disk += f" ({format_figure(days, '.1f' if days < 10 else '.0f')} days left)"
+        disk += f" ({format_duration(status.disk_seconds_left)} left)"
     rows = _gpu_rows(machine)
     if machine.gpu_note:
         rows.append(ViewRow(f"GPU: {printable(machine.gpu_note)}", importance=6))
@@ -283,24 +303,11 @@ def _describe_gpus(gpus: Sequence[Gpu]) -> str:
     )
 
 
-def _warning_rows(status: RunStatus, width: int, notes: Sequence[str]) -> list[ViewRow]:
+def _warning_rows(status: RunStatus, notes: Sequence[str]) -> list[ViewRow]:
     rows = []
     for warning in status.warnings:
         style = "red" if warning.kind in SEVERE_WARNINGS else "yellow"
-        rows += _wrap(f"{warning.message}. Do: {warning.advice}", width, style, importance=1)
+        rows.append(ViewRow(f"! {warning.message}. Do: {warning.advice}", style, 1))
     for problem in (*status.problems, *notes):
-        rows += _wrap(printable(problem), width, "yellow", importance=3)
+        rows.append(ViewRow(f"! {printable(problem)}", "yellow", 3))
     return [ViewRow("", importance=8), ViewRow("Warnings:", "bold", 3), *rows] if rows else []
-
-
-def _wrap(text: str, width: int, style: str, importance: int) -> list[ViewRow]:
-    lines = textwrap.wrap(
-        text,
-        max(20, width),
-        initial_indent="! ",
-        subsequent_indent="  ",
-        max_lines=MAX_WARNING_ROWS,
-        placeholder=" ...",
-        break_on_hyphens=False,
-    )
-    return [ViewRow(line, style, importance) for line in lines]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.training_config import BAD_STEP_SPAN
-from utils.base.text import format_duration, number, printable
+from utils.base.text import format_bytes, format_duration, number, printable
 from utils.checkpoints.journal import JournalEntry, UploadState
 
 GRADIENT_NORM_LIMIT = 10.0
@@ -110,7 +110,8 @@ def judge_state(
         "unknown": (due, "look at the run's machine: is the process there, is its disk mounted?"),
         "crashed": (
             "the process is gone without an end record: killed or crashed",
-            "see train.log and dmesg (memory?), then go on from the last checkpoint",
+            "unless you stopped it, see train.log and dmesg (memory?); then go on from the last "
+            "checkpoint",
         ),
         "failed": ("the run ended with an error", "see the end of train.log, then go on"),
     }
@@ -258,13 +259,13 @@ def judge_disk(
     needed = max(DISK_MIN_BYTES, DISK_CHECKPOINTS * (checkpoint_bytes or 0))
     if free_bytes is not None and free_bytes < needed:
         message = (
-            f"only {free_bytes / 2**30:.1f} GiB of disk are free; "
-            f"{DISK_CHECKPOINTS} more checkpoints need {needed / 2**30:.1f} GiB"
+            f"only {format_bytes(free_bytes)} of disk are free; "
+            f"{DISK_CHECKPOINTS} more checkpoints need {format_bytes(needed)}"
         )
         found.append(RunWarning("disk_low", message, advice))
     limit = max(DAY_SECONDS, eta_seconds or 0.0)
     if seconds_left is not None and seconds_left < limit:
-        message = f"the disk will be full in {seconds_left / DAY_SECONDS:.1f} days at this pace"
+        message = f"the disk will be full in {format_duration(seconds_left)} at this pace"
         if eta_seconds is not None and seconds_left < eta_seconds:
             message += ", before the run ends"
         found.append(RunWarning("disk_filling", message, advice))

@@ -27,16 +27,10 @@ from utils.tools.evaluation.text import tables
 from utils.tools.monitor.status import RunStatus
 from utils.tools.report.charts import draw_svg
 from utils.tools.viewer.report import read_curves, read_part
-from utils.tools.viewer.text import (
-    list_cells,
-    show_count,
-    show_loss,
-    show_rate,
-    show_share,
-    show_time,
-)
+from utils.tools.viewer.text import list_cells, show_time
 from utils.tracking.metrics_log import START_EVENTS, MetricsLog
 from utils.tracking.plots import METRICS, Series, read_series
+from utils.tracking.text_plots import show_count, show_loss, show_rate, show_share
 
 # What keeps a page small, however long the run was.
 MAX_ROWS = 200

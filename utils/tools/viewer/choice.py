@@ -1,9 +1,10 @@
-"""Which checkpoints the user means, and in which order: names, filters, keys to sort by.
+"""Which checkpoints the user means, and in which order: filters, keys to sort by.
 
-    words of the command line, rows of report.py -> names, rows
+    words of the command line, rows of report.py -> rows
 
-A filter is KEY OPERATOR VALUE, such as `step>=100`, `size<2GiB`, `time>=2026-01-31`,
-`state=verified`. A value that is not known fulfils no condition and is sorted last. No torch here.
+A filter is KEY OPERATOR VALUE, such as `step>=100`, `size<2GiB`, `age<2d`, `time>=2026-01-31`,
+`state=verified`; a key is the heading of a column, or that of `--json`. A value that is not known
+fulfils no condition and is sorted last. No torch here.
 """
 
 from __future__ import annotations
@@ -16,24 +17,31 @@ from typing import Any
 
 from utils.base.errors import UsageError
 from utils.base.text import number, parse_time, printable
-from utils.checkpoints.layout import CheckpointName
 
-_NUM_SHOWN = 5
+# Key of a filter -> key of a row.
 NUMBER_KEYS = {
     "step": "step",
     "epoch": "epoch",
     "loss": "current_loss",
-    "validation-loss": "validation_loss",
+    "val": "validation_loss",
     "tokens": "tokens_seen",
     "size": "size_bytes",
+    "age": "age_seconds",
 }
-TEXT_KEYS = {"state": "state", "kept": "kept", "run": "run_id"}
+TEXT_KEYS = {"checkpoint": "name", "state": "state", "kept": "kept", "run": "run_id"}
 TIME_KEY = "time"
 FILTER_KEYS = (*NUMBER_KEYS, TIME_KEY, *TEXT_KEYS)
-SORT_KEYS = ("step", "loss", "validation-loss", TIME_KEY, "size")
+SORT_KEYS = (*NUMBER_KEYS, TIME_KEY, "validation-loss")
+_KEYS = {
+    **{key: key for key in FILTER_KEYS},
+    **{name: key for key, name in {**NUMBER_KEYS, **TEXT_KEYS, TIME_KEY: "timestamp"}.items()},
+    "validation-loss": "val",
+    "time (UTC)": TIME_KEY,
+}
 
-_CONDITION = re.compile(r"\s*([a-z-]+)\s*(>=|<=|!=|==|=|<|>)\s*(.*\S)\s*")
+_CONDITION = re.compile(r"\s*(.*?)\s*(>=|<=|!=|==|=|<|>)\s*(.*\S)\s*")
 _NUMBER = re.compile(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _EXPONENTS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
@@ -57,12 +65,12 @@ def parse_condition(text: str) -> Condition:
         UsageError: It is not a condition.
     """
     match = _CONDITION.fullmatch(text)
-    if match is None or match[1] not in FILTER_KEYS:
+    if match is None or match[1] not in _KEYS:
         raise UsageError(
             f"--filter {printable(text)!r} must be KEY OPERATOR VALUE, such as 'step>=100'; "
             f"the keys are {', '.join(FILTER_KEYS)}."
         )
-    key, sign, word = match.groups()
+    key, sign, word = _KEYS[match[1]], match[2], match[3]
     wanted: float | datetime | str | None = word
     if key in TEXT_KEYS:
         if sign not in ("=", "==", "!="):
@@ -70,9 +78,11 @@ def parse_condition(text: str) -> Condition:
                 f"--filter {printable(text)!r}: {key} is a text and takes only = and !=."
             )
     else:
-        wanted = parse_time(word) if key == TIME_KEY else parse_quantity(word)
+        parsers = {TIME_KEY: parse_time, "age": _parse_age}
+        wanted = parsers.get(key, parse_quantity)(word)
     if wanted is None:
-        kind = "time (ISO 8601, UTC)" if key == TIME_KEY else "number (such as 100, 1.5e9, 2GiB)"
+        kind = "number (such as 100, 1.5e9, 2GiB; of an age, 3h)"
+        kind = "time (ISO 8601, UTC)" if key == TIME_KEY else kind
         raise UsageError(f"--filter {printable(text)!r}: {printable(word)!r} is not a {kind}.")
 
     def holds(row: Mapping[str, Any]) -> bool:
@@ -92,6 +102,12 @@ def parse_quantity(text: str) -> float | None:
         return number(float(match[1]) * base ** _EXPONENTS[match[2].lower()])
     except ValueError:
         return None
+
+
+def _parse_age(text: str) -> float | None:
+    unit = _SECONDS.get(text[-1:])
+    count = parse_quantity(text[:-1] if unit else text)
+    return None if count is None else count * (unit or 1)
 
 
 def value_of(row: Mapping[str, Any], key: str) -> Any:
@@ -119,35 +135,7 @@ def choose_rows(
     chosen = [row for row in rows if all(holds(row) for holds in conditions)]
     if last is not None:
         chosen = chosen[-last:] if last > 0 else []
-    keyed = [(value_of(row, sort_key), row) for row in chosen]
+    keyed = [(value_of(row, _KEYS[sort_key]), row) for row in chosen]
     known = [pair for pair in keyed if pair[0] is not None]
     known.sort(key=lambda pair: pair[0], reverse=is_reversed)
     return [row for _, row in known] + [row for value, row in keyed if value is None]
-
-
-def choose_name(text: str, names: Sequence[CheckpointName]) -> CheckpointName:
-    """Return the checkpoint with this name, this step, or this beginning or end of its name.
-
-    A beginning may leave out `checkpoint-`. Digits are a step, with or without `step` before them.
-
-    Raises:
-        UsageError: No checkpoint fits, or more than one.
-    """
-    exact = [name for name in names if str(name) == text]
-    if text.removeprefix("step").isdecimal():
-        found = [name for name in names if name.is_of_step(text)]
-    else:
-        found = exact or [name for name in names if text and _is_part(text, str(name))]
-    if len(found) == 1:
-        return found[0]
-    shown = printable(text)
-    if found:
-        fitting = ", ".join(map(str, found[-_NUM_SHOWN:]))
-        count = "" if len(found) <= _NUM_SHOWN else f"{len(found)} checkpoints, the newest "
-        raise UsageError(f"{shown!r} fits {count}{fitting}. Write more of the name.")
-    known = ", ".join(map(str, names[-_NUM_SHOWN:])) or "none yet"
-    raise UsageError(f"There is no checkpoint {shown!r}. The newest are: {known}.")
-
-
-def _is_part(text: str, name: str) -> bool:
-    return name.startswith((text, f"checkpoint-{text}")) or name.endswith(text)

@@ -41,7 +41,7 @@ def summarize_all(
     for view in views:
         row = summarize(view, hourly_price)
         written = parse_time(row["timestamp"])
-        row["age_seconds"] = (now - written).total_seconds() if written else None
+        row["age_seconds"] = max(0.0, (now - written).total_seconds()) if written else None
         for key, chosen in marked.items():
             is_chosen = chosen is not None and view.name == chosen.name
             row[key] = None if every is None else is_chosen
@@ -165,11 +165,6 @@ def measure_costs(view: CheckpointView, hourly_price: float | None = None) -> Co
     return summarize_costs(
         spending, tokens_seen=tokens, remaining_seconds=remaining, hourly_price=hourly_price
     )
-
-
-def measure_storage(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the bytes that the archives of a bucket take: of all its rows together."""
-    return {"archive_bytes": math.fsum(number(row["archive_bytes"]) or 0.0 for row in rows)}
 
 
 def config_differences(

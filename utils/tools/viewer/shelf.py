@@ -33,15 +33,15 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.retention import decide_retention
 from utils.checkpoints.views import (
     CheckpointView,
+    choose_name,
     describe_lack,
     find_best,
     read_json_object,
-    read_local_checkpoint,
+    read_local_checkpoints,
 )
 from utils.remote.listing import RemoteListing, list_remote, read_sidecars
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
-from utils.tools.viewer.choice import choose_name
 from utils.tools.viewer.report import summarize_all
 from utils.uploads.status import describe_decision, describe_state
 
@@ -140,14 +140,7 @@ class LocalShelf(Shelf):
             return {}
 
     def _read(self, names: Sequence[CheckpointName], *, brief: bool) -> list[CheckpointView]:
-        views = []
-        for name in names:
-            path = self._directory / str(name)
-            view = read_local_checkpoint(path, self._uploads.get(path.name), brief=brief)
-            # Retention may delete one between the listing and the reading; its manifest goes first.
-            if view.manifest is not None or (path / MANIFEST_FILE).exists():
-                views.append(view)
-        return views
+        return read_local_checkpoints(self._directory, self._uploads, names, brief=brief)
 
     def _all_known(self) -> list[CheckpointView]:
         return self.read(self.names, brief=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from utils.base.text import (
@@ -27,7 +26,15 @@ from utils.checkpoints.views import CheckpointView
 from utils.costs.costs import format_dollars
 from utils.tools.viewer.report import loss_statistics, numbers, section
 from utils.tracking.metrics_log import HISTORY_LIMIT
-from utils.tracking.text_plots import format_figure, is_encodable, sparkline
+from utils.tracking.text_plots import (
+    format_figure,
+    is_encodable,
+    show_count,
+    show_loss,
+    show_rate,
+    show_share,
+    sparkline,
+)
 
 TREND_SIGNS = {"improving": "\u2193", "worsening": "\u2191", "flat": "\u2192"}
 _CELL_CHARACTERS = 40
@@ -60,17 +67,6 @@ FIGURE = "figure"  # the heading of the names of what is compared
 # Values
 
 
-show_loss = partial(format_figure, form=".6f")
-show_rate = partial(format_figure, form=".2e")
-show_count = partial(format_figure, form=",.0f")
-show_share = partial(format_figure, form=".1%")
-
-
-def show_size(value: object) -> str:
-    """Return a size in binary units."""
-    return format_bytes(number(value))
-
-
 def show_text(value: object) -> str:
     """Return any value on one line."""
     return ABSENT if value is None else printable(value)
@@ -82,17 +78,6 @@ def show_time(timestamp: object) -> str:
     if moment is None:
         return printable(timestamp or ABSENT)[:19]
     return moment.strftime("%Y-%m-%d %H:%M:%S")
-
-
-def show_age(seconds: float | None) -> str:
-    """Return an age in its largest unit, 0s where a clock went back."""
-    if seconds is None:
-        return ABSENT
-    age = max(0.0, seconds)
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if age >= length:
-            return f"{age / length:.0f}{unit}"
-    return f"{age:.0f}s"
 
 
 def show_value(value: object) -> str:
@@ -146,11 +131,11 @@ def list_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "loss": show_loss(row["current_loss"]),
         "val": show_loss(row["validation_loss"]),
         "tokens": show_count(row["tokens_seen"]),
-        "size": show_size(row["size_bytes"]),
+        "size": format_bytes(row["size_bytes"]),
         "time (UTC)": show_time(row["timestamp"]),
-        "age": show_age(row["age_seconds"]),
+        "age": format_duration(row["age_seconds"]),
         "state": row["state"],
-        "kept": printable(row["kept"] or ABSENT, _CELL_CHARACTERS),
+        "kept": printable(row["kept"] or "", _CELL_CHARACTERS),
         "note": ", ".join(notes),
     }
 
@@ -243,11 +228,6 @@ def progress_lines(metadata: Mapping[str, Any], row: Mapping[str, Any]) -> list[
     ]
 
 
-def storage_line(storage: Mapping[str, Any]) -> str:
-    """Return what the archives of a bucket take."""
-    return f"Archives: {show_size(storage['archive_bytes'])} in all."
-
-
 def run_lines(row: Mapping[str, Any], view: CheckpointView) -> list[str]:
     """Return which run, code and machine wrote the checkpoint."""
     system = section(view.metadata, "system_info")
@@ -275,7 +255,7 @@ def brief_lines(
         f"Tokens Seen: {show_count(row['tokens_seen'])}  "
         f"Tokens/s: {show_count(row['tokens_per_second'])}  MFU: {show_share(row['mfu'])}",
         f"Run ID: {show_text(row['run_id'])}  Parameters: {show_count(row['num_parameters'])}  "
-        f"Size: {show_size(row['size_bytes'])} in {num_files} files",
+        f"Size: {format_bytes(row['size_bytes'])} in {num_files} files",
         *_begun_from(row),
         "  ".join(upload_lines(row, bucket_uri)),
         *errors,
@@ -310,7 +290,7 @@ def file_rows(files: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     rows = [
         {
             "file": printable(file["name"]),
-            "size": show_size(file["size_bytes"]),
+            "size": format_bytes(file["size_bytes"]),
             "crc32c": printable(file["crc32c"], _CELL_CHARACTERS),
         }
         for file in files
@@ -318,7 +298,7 @@ def file_rows(files: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     if not rows:
         return []
     total = math.fsum(number(file["size_bytes"]) or 0.0 for file in files)
-    return [*rows, {"file": "total", "size": show_size(total), "crc32c": ""}]
+    return [*rows, {"file": "total", "size": format_bytes(total), "crc32c": ""}]
 
 
 # compare
@@ -342,7 +322,7 @@ COMPARED: tuple[tuple[str, str, Formatter], ...] = (
     ("Machine Time", "machine_seconds", format_duration),
     ("Cost", "dollars", format_dollars),
     ("Parameters", "num_parameters", show_count),
-    ("Size", "size_bytes", show_size),
+    ("Size", "size_bytes", format_bytes),
     ("Run ID", "run_id", show_text),
     ("Git Commit", "git_commit", lambda commit: show_text(commit)[:12]),
 )

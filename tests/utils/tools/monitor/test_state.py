@@ -35,6 +35,8 @@ FINISHING = {"event": "finishing", "step": 9}
         ([START, FINISHING], None, 600.0, RunState.RUNNING),
         ([START, FINISHING], True, FINISHING_SECONDS, RunState.STALLED),
         ([START, FINISHING], False, 1.0, RunState.CRASHED),
+        ([START, {**FINISHING, "reason": None}], False, 1.0, RunState.CRASHED),
+        ([START, {**FINISHING, "reason": "SIGINT"}], False, 1.0, RunState.STOPPED),
         ([START, {"event": "end", "outcome": "done"}], True, 1.0, RunState.FINISHED),
         ([START, {"event": "end", "outcome": "stopped"}], False, 1.0, RunState.STOPPED),
         ([START, {"event": "end", "outcome": "failed"}], False, 1.0, RunState.FAILED),

@@ -6,6 +6,8 @@ import math
 from dataclasses import fields, replace
 from typing import Any
 
+import pytest
+
 from utils.base.machine import Gpu, MachineLoad
 from utils.tools.monitor.log_findings import Metrics
 from utils.tools.monitor.state import RunState
@@ -106,7 +108,7 @@ def test_a_usual_run_fits_80_by_24_uncropped() -> None:
         "  checkpoint-epoch0-step5000-files12  uploading 43%, 52.1 MiB/s, 1m20s left  Val: ",
         "GPU 0: 90%  61.0 GiB of 80.0 GiB  67 C  412 W  NVIDIA H100 80GB HBM3",
         "CPU: 45%  Memory: 12.0 GiB of 64.0 GiB (19%)",
-        "Disk Free: 500.0 GiB of 1.8 TiB (12 days left)",
+        "Disk Free: 500.0 GiB of 1.8 TiB (12d00h left)",
     ):
         assert any(part in line for line in lines), part
 
@@ -165,3 +167,14 @@ def test_what_is_not_known_is_a_dash() -> None:
     assert not any("MFU" in line for line in [*lines, one_line(look)])
     nan = status(metrics=Metrics(**{**METRICS, "loss": math.nan}))
     assert "Loss: nan  " in "\n".join(text_of(nan))
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, None])
+def test_the_command_that_goes_on_and_what_to_do_are_there_whole(width: int | None) -> None:
+    command = "/home/me/bin/python train.py --config mine --set run_name=of-my-own --resume latest"
+    warning = RunWarning("upload_failed", "it is not in the bucket " * 20, "then retry it")
+    look = status(state=RunState.FAILED, go_on=command, warnings=[warning])
+    lines = text_of(look, width=width)
+    told = "\n".join(lines[lines.index("Go on with:") + 1 :]).replace("\\\n", "")
+    assert told.splitlines()[0].split() == command.split()  # as a shell reads it
+    assert " ".join(" ".join(lines).split()).endswith("Do: then retry it")

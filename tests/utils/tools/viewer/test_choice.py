@@ -8,22 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.base.errors import UsageError
-from utils.checkpoints.layout import CheckpointName
 from utils.tools.viewer.choice import (
-    choose_name,
     choose_rows,
     parse_condition,
     parse_quantity,
 )
 
-NAMES = [
-    CheckpointName(step, epoch, files)
-    for step, epoch, files in ((5, 0, 0), (50, 0, 1), (100, 1, 0), (100, 1, 3))
-]
-
-
-KEYS = ("epoch", "current_loss", "validation_loss", "tokens_seen", "size_bytes", "timestamp")
+KEYS = (
+    "epoch",
+    "current_loss",
+    "validation_loss",
+    "tokens_seen",
+    "size_bytes",
+    "age_seconds",
+    "timestamp",
+)
 
 
 def row(step: int, **values: Any) -> dict[str, Any]:
@@ -72,27 +71,24 @@ def test_sorting_loses_no_row_and_puts_the_unknown_last(
 
 
 @pytest.mark.parametrize(
-    ("text", "index"),
+    ("condition", "steps"),
     [
-        ("5", 0),
-        ("checkpoint-epoch0-step5-files0", 0),
-        ("epoch0-step50", 1),
-        ("files3", 3),
+        ("val<1", [1]),  # as the table says
+        ("validation_loss<1", [1]),  # as --json says
+        ("validation-loss<1", [1]),
+        ("time (UTC)<2026-01-02", [1]),
+        ("timestamp<2026-01-02", [1]),
+        ("age>1.5d", [2]),
+        ("age<=60", [1]),
+        ("age<2m", [1]),
+        ("checkpoint=b", [2]),
     ],
 )
-def test_a_name_is_found(text: str, index: int) -> None:
-    assert choose_name(text, NAMES) == NAMES[index]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("100", "fits checkpoint-epoch1-step100-files0, checkpoint-epoch1-step100-files3"),
-        ("epoch0", "Write more of the name"),
-        ("3", "There is no checkpoint '3'"),  # digits alone are a step, not the end of files3
-        ("", "There is no checkpoint ''"),
-    ],
-)
-def test_what_fits_none_or_several_is_an_error(text: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        choose_name(text, NAMES)
+def test_a_filter_takes_the_headings_of_the_table_and_the_keys_of_json(
+    condition: str, steps: list[int]
+) -> None:
+    rows = [
+        row(1, name="a", validation_loss=0.5, age_seconds=60.0, timestamp="2026-01-01"),
+        row(2, name="b", validation_loss=1.5, age_seconds=172_800.0, timestamp="2026-01-03"),
+    ]
+    assert [one["step"] for one in choose_rows(rows, [parse_condition(condition)])] == steps
