@@ -271,7 +271,7 @@ class TrainingConfig:
 
     torch_compile: bool = False
     """Compile with torch.compile; what is compiled is kept in `cache_dir`. Where that fails, a
-    warning says why and the run goes on without."""
+    warning says why and the run goes on without. Left out on CPUs where it would be slower."""
 
     use_regional_compilation: bool = True
     """With torch_compile: compile one layer and use it for all (quick to start). false: the whole

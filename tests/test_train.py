@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import shutil
 import socket
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from configs.model_config import build_model_config
 from configs.training_config import TrainingConfig, get_training_config
 from tests.conftest import TINY
 from tests.processes import run_python
+from utils import training_utils
 from utils.base.errors import ConfigError, ExitCode, StorageError
 from utils.base.startup import keep_compiled
 from utils.checkpoints.layout import find_checkpoints, read_json, read_manifest
@@ -98,23 +101,16 @@ def test_watching_more_often_leaves_the_weights_bit_identical(
 def test_stock_loaders_read_a_checkpoint(
     run_train: Train, tmp_path: Path, sample_data: Path, setting: str
 ) -> None:
-    from accelerate import Accelerator
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from utils.models.building import build_model
-    from utils.training_utils import build_optimizer, build_scheduler
 
     assert run_train("--max-steps", "10", settings=(setting,)) == 0
     directory = checkpoint(tmp_path, "run")
-    config = TrainingConfig(**read_json(directory / "training_config.json"))
     saved = AutoModelForCausalLM.from_pretrained(directory)
-
-    accelerator = Accelerator(cpu=True)
-    model = build_model(build_model_config(config.model, config.model_overrides), config)
-    optimizer = build_optimizer(model, config)
-    scheduler = build_scheduler(optimizer, config)
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    accelerator.load_state(str(directory))
+    page = (PROJECT_DIRECTORY / "docs/CHECKPOINTS.md").read_text("utf-8")
+    lines = textwrap.dedent(page.split("```python")[1].split("```")[0])
+    lines = lines.replace("checkpoints/checkpoint-epoch0-step100-files0", str(directory))
+    (tmp_path / "lines.py").write_text(lines.replace("Accelerator()", "Accelerator(cpu=True)"))
+    model, optimizer, _ = runpy.run_path(str(tmp_path / "lines.py"))["prepared"]
     assert not differences(dict(model.state_dict()), dict(saved.state_dict()))
     assert not differences(optimizer.state_dict(), load(directory / "optimizer.bin"))
 
@@ -716,6 +712,7 @@ def test_torch_compile_gives_the_same_curve_and_is_kept_in_the_cache_directory(
     assert run_train("--max-steps", "3", folder="eager", settings=settings) == 0
     # transformers, which is loaded by now, has chosen a folder of its own.
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(training_utils, "use_cpu_products", lambda model: False)
     settings += ("torch_compile=true",)
     assert run_train("--max-steps", "3", folder="compiled", settings=settings) == 0
     assert "Compiled in " in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,32 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, settings: dict[str, A
             training_utils.train_step(state, batches, 1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_own_accelerator")
+def test_muon_goes_on_from_its_state_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what full_determinism sets
+    states = [build_state(tmp_path, optim="muon", full_determinism=True) for _ in range(2)]
+    try:
+        train(states[0], 2)
+        parts = [(one.core_model, one.optimizer, one.scheduler) for one in states]
+        for before, after in zip(*parts, strict=True):
+            after.load_state_dict(copy.deepcopy(before.state_dict()))
+        for one in states:
+            train(one, 2)
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    for one, other in zip(*(state[0].parameters() for state in parts), strict=True):
+        assert torch.equal(one, other)
+    moments = [
+        value["momentum_buffer"]
+        for value in parts[1][1].state_dict()["state"].values()
+        if "momentum_buffer" in value
+    ]
+    assert {moment.device for moment in moments} == {states[1].accelerator.device}
 
 
 @pytest.mark.gpu

@@ -373,8 +373,11 @@ def build_train_state(
     model = LossModel(build_model(model_config, config), config.loss_implementation)
     if load_into is not None:
         load_into(model.core)
-    if accelerator.device.type == "cpu" and not config.torch_compile:  # which makes its own
-        use_cpu_products(model)
+    has_cpu_products = (
+        accelerator.device.type == "cpu"
+        and accelerator.mixed_precision == "no"
+        and use_cpu_products(model)
+    )
     division = build_division(accelerator, config)
     division.place(model)
     optimizer = build_optimizer(model, config)
@@ -400,7 +403,9 @@ def build_train_state(
         interval=torch.zeros(2, device=device),
         grad_norm=torch.zeros((), device=device),
     )
-    if config.torch_compile:
+    if has_cpu_products and config.torch_compile:
+        log.info("Not compiled: oneDNN's matrix products make a step shorter on this processor.")
+    elif config.torch_compile:
         _compile(state, config)
     return state
 

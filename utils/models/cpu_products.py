@@ -99,13 +99,13 @@ class CpuLinear(nn.Linear):
         return product
 
 
-def use_cpu_products(model: nn.Module) -> None:
-    """Have oneDNN make the products of a model's linear layers, where that is worth it here.
+def use_cpu_products(model: nn.Module) -> bool:
+    """Have oneDNN make the products of a model's linear layers, and tell whether that is worth it.
 
     Names and weights stay as they are.
     """
-    if not is_onednn_faster():
-        return
-    for part in model.modules():
-        if type(part) is nn.Linear:
-            part.__class__ = CpuLinear
+    if is_onednn_faster():
+        for part in model.modules():
+            if type(part) is nn.Linear:
+                part.__class__ = CpuLinear
+    return is_onednn_faster()

@@ -28,11 +28,11 @@ def orthogonalize(
     Gram matrix; these are gathered in one small square, and the matrix is multiplied once. Rounding
     in float32 comes to 1e-3 at most, a quarter of what bfloat16 does to a number.
     """
-    is_tall = matrix.size(0) > matrix.size(1)
-    wide = matrix.T if is_tall else matrix
-    wide = wide / wide.norm().clamp(min=eps)
-    first, third, fifth = coefficients
+    wide = matrix.T if matrix.size(0) > matrix.size(1) else matrix
     gram = linear(wide, wide)
+    norm = gram.trace().sqrt().clamp(min=eps)
+    gram /= norm.square()
+    first, third, fifth = coefficients
     polynomial = torch.empty(0)
     for step in range(steps):
         factor = linear(gram, gram).mul_(fifth).add_(gram, alpha=third)
@@ -40,8 +40,9 @@ def orthogonalize(
         polynomial = linear(factor, polynomial) if step else factor
         if step + 1 < steps:
             gram = linear(factor, linear(factor, gram))
-    wide = linear(polynomial, wide.T)
-    return wide.T if is_tall else wide
+    polynomial /= norm
+    # It is symmetric. Either way the result lies in memory as the matrix does.
+    return linear(polynomial, matrix.T) if wide is matrix else linear(matrix, polynomial)
 
 
 class _Muon(torch.optim.Muon):

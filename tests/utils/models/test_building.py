@@ -17,6 +17,7 @@ from configs.training_config import TrainingConfig, get_training_config
 from tests.utils.models.test_cpu_products import NEEDS_ONEDNN
 from utils import training_utils
 from utils.base.errors import ConfigError
+from utils.models import cpu_products
 from utils.models.building import (
     LossModel,
     build_model,
@@ -117,6 +118,7 @@ def test_a_compiler_that_fails_is_told_of_and_training_goes_on_without(
         self._compiled_call_impl = call
 
     monkeypatch.setattr(torch.nn.Module, "compile", fail)
+    monkeypatch.setattr(cpu_products, "is_onednn_faster", lambda: False)
     random_state = torch.get_rng_state()
     with caplog.at_level(logging.WARNING), train_state(tmp_path, torch_compile=True) as state:
         assert "does not work here, training goes on without: no compiler" in caplog.text
@@ -130,10 +132,22 @@ def test_a_compiler_that_fails_is_told_of_and_training_goes_on_without(
     )
 
 
+def test_nothing_is_compiled_where_the_products_of_this_processor_are_quicker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu_products, "is_onednn_faster", lambda: True)
+    monkeypatch.setattr(training_utils, "_compile", lambda *_: pytest.fail("compiled"))
+    with caplog.at_level(logging.INFO), train_state(tmp_path, torch_compile=True) as state:
+        parts = list(state.loss_model.modules())
+    assert any(isinstance(part, cpu_products.CpuLinear) for part in parts)
+    assert "Not compiled: oneDNN's matrix products make a step shorter" in caplog.text
+
+
 def test_trying_the_compiler_draws_no_random_number_and_leaves_no_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(cpu_products, "is_onednn_faster", lambda: False)
     states = []
     settings = {"model_overrides.attention_dropout": 0.5}
     for compiles in (False, True):
