@@ -43,10 +43,10 @@ from utils.checkpoints.layout import (
 )
 from utils.storage.bucket import crc32c_of_file, encode_crc32c, fsync_directory
 
-BLOCK_BYTES = 4 * 2**20
+DIRECT_BLOCK_BYTES = 4 * 2**20
 HASHED_BYTES = (
     256 * 1024
-)  # copied for the hash, which takes nothing but `bytes`, within a core's cache
+)  # copied for the hash, which takes only `bytes`: within a cache of the core
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ def write_files(files: CheckpointFiles, directory: Path) -> Manifest:
     replaces what is in the directory.
 
     Raises:
-        OSError: The disk is full or cannot be written. safetensors and torch raise errors of
-            their own for that.
+        OSError: The disk is full or cannot be written.
     """
     if not files.is_part:
         shutil.rmtree(directory, ignore_errors=True)
@@ -116,18 +115,17 @@ def write_files(files: CheckpointFiles, directory: Path) -> Manifest:
 class DurableFile:
     """A new file whose bytes go past the page cache to the disk, hashed on the way.
 
-    To fill fresh pages of the cache takes ten times the CPU time of the transfer itself
-    (BENCHMARKS.md), which training would miss. The end, which fills no block, goes through the
-    cache; so does everything where the file system refuses O_DIRECT.
+    To fill fresh pages of the cache costs several times the CPU time of all else in a save
+    (BENCHMARKS.md), and training needs the cores. The end, which fills no block, goes through the
+    cache, and so does everything where the file system refuses O_DIRECT.
 
-    Errors of the disk wait for `finish`: what torch.save writes to must not raise, since its
-    writer would write once more when it is destroyed, and end the process there.
+    Errors of the disk wait for `finish`: within torch.save, torch's own ("unexpected pos"), raised
+    as its writer is closed, would take their place.
     """
 
     def __init__(self, file: io.FileIO) -> None:
-        self.name = file.name
         self._file = file
-        self._block = mmap.mmap(-1, BLOCK_BYTES)  # aligned to pages, as O_DIRECT wants it
+        self._block = mmap.mmap(-1, DIRECT_BLOCK_BYTES)  # aligned to pages, as O_DIRECT wants it
         self._filled = self._size = self._checksum = 0
         self._error: OSError | None = None
         self._set_direct(True)
@@ -136,11 +134,11 @@ class DurableFile:
         """Take bytes; return their number."""
         rest = memoryview(data)
         while len(rest) and self._error is None:
-            end = min(self._filled + len(rest), BLOCK_BYTES)
+            end = min(self._filled + len(rest), DIRECT_BLOCK_BYTES)
             taken = end - self._filled
             self._block[self._filled : end] = rest[:taken]
             self._filled, rest = end, rest[taken:]
-            if end == BLOCK_BYTES:
+            if end == DIRECT_BLOCK_BYTES:
                 self._write_block()
         return len(data)
 
@@ -223,7 +221,7 @@ def write_tensors(
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in order:
-        file.write(memoryview(weights[name].cpu().reshape(-1).view(torch.uint8).numpy()))
+        file.write(weights[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def seal(directory: Path, manifest: Manifest) -> None:
