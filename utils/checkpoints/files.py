@@ -8,7 +8,6 @@ thread where there can be none) needs nothing else: no model, no optimizer, no c
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
@@ -23,15 +22,11 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
-
 import google_crc32c
 import torch
 from safetensors import TensorSpec
 
+from utils.base.files import pass_by_cache
 from utils.checkpoints.layout import (
     MANIFEST_FILE,
     METRICS_HISTORY_FILE,
@@ -115,9 +110,8 @@ def write_files(files: CheckpointFiles, directory: Path) -> Manifest:
 class DurableFile:
     """A new file whose bytes go past the page cache to the disk, hashed on the way.
 
-    To fill fresh pages of the cache costs several times the CPU time of all else in a save
-    (BENCHMARKS.md), and training needs the cores. The end, which fills no block, goes through the
-    cache, and so does everything where the file system refuses O_DIRECT.
+    The end, which fills no block, goes through the cache, and so does everything where the file
+    system refuses the other way.
 
     Errors of the disk wait for `finish`: within torch.save, torch's own ("unexpected pos"), raised
     as its writer is closed, would take their place.
@@ -128,7 +122,7 @@ class DurableFile:
         self._block = mmap.mmap(-1, DIRECT_BLOCK_BYTES)  # aligned to pages, as O_DIRECT wants it
         self._filled = self._size = self._checksum = 0
         self._error: OSError | None = None
-        self._set_direct(True)
+        self._is_direct = pass_by_cache(file)
 
     def write(self, data: bytes | memoryview) -> int:
         """Take bytes; return their number."""
@@ -152,19 +146,12 @@ class DurableFile:
             OSError: The disk is full or cannot be written.
         """
         if self._error is None:
-            self._set_direct(False)
+            self._is_direct = pass_by_cache(self._file, is_wanted=False)
             self._write_block()
         if self._error is not None:
             raise self._error
         os.fsync(self._file.fileno())
         return FileEntry(self._size, encode_crc32c(self._checksum))
-
-    def _set_direct(self, is_wanted: bool) -> None:
-        self._is_direct = False
-        if hasattr(os, "O_DIRECT"):
-            with contextlib.suppress(OSError):  # the file system refuses it
-                fcntl.fcntl(self._file, fcntl.F_SETFL, os.O_DIRECT if is_wanted else 0)
-                self._is_direct = is_wanted
 
     def _write_block(self) -> None:
         with memoryview(self._block)[: self._filled] as block:
@@ -185,7 +172,7 @@ class DurableFile:
             except OSError as exc:
                 if exc.errno != errno.EINVAL or not self._is_direct:
                     raise
-                self._set_direct(False)
+                self._is_direct = pass_by_cache(self._file, is_wanted=False)
 
 
 def write_durably(path: Path, write: Callable[[DurableFile], object]) -> FileEntry:

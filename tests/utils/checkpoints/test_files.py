@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from utils.base.files import pass_by_cache
 from utils.checkpoints import files as checkpoint_files
 from utils.checkpoints.files import CheckpointFiles, DurableFile, write_files
 from utils.checkpoints.layout import CheckpointName, FileEntry, Manifest
@@ -49,7 +50,7 @@ def test_whole_blocks_go_past_the_cache_where_they_can_and_all_bytes_arrive(
     with Disk(tmp_path / "file", "wb") as raw:
         raw.refuses = disk == "refuses writes"
         raw.most = 1000 if disk == "short writes" else BLOCK
-        can_pass = _knows_direct(tmp_path)
+        can_pass = pass_by_cache(raw)
         if disk == "refuses the flag":
             monkeypatch.setattr(fcntl, "fcntl", _refusing(fcntl.fcntl))
         file = DurableFile(raw)
@@ -60,15 +61,6 @@ def test_whole_blocks_go_past_the_cache_where_they_can_and_all_bytes_arrive(
             blocks = [(BLOCK, can_pass)] * (size // BLOCK)
             assert getattr(raw, "writes", []) == blocks + [(5, False)] * (size % BLOCK == 5)
     assert (tmp_path / "file").read_bytes() == data
-
-
-def _knows_direct(folder: Path) -> bool:
-    with (folder / "probe").open("wb") as file:
-        try:
-            fcntl.fcntl(file, fcntl.F_SETFL, os.O_DIRECT)
-        except OSError:
-            return False
-    return True
 
 
 def _refusing(real: Any) -> Any:
