@@ -231,7 +231,7 @@ def test_the_bytes_are_the_same_where_nothing_passes_by_the_page_cache(
         patch.setattr(Path, "open", lambda path, mode, buffering: Cached(path))
         write_archive(checkpoint, manifest, stream)
     assert stream.getvalue() == expected
-    with (checkpoint / "config.json").open("rb", buffering=0) as file:
+    with (checkpoint / "manifest.json").open("rb", buffering=0) as file:
         can_pass = pass_by_cache(file)
     assert len(refused) == can_pass * len(list(checkpoint.iterdir()))
 
