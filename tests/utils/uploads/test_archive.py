@@ -233,7 +233,7 @@ def test_the_bytes_are_the_same_where_nothing_passes_by_the_page_cache(
     assert stream.getvalue() == expected
     with (checkpoint / "manifest.json").open("rb", buffering=0) as file:
         can_pass = pass_by_cache(file)
-    assert len(refused) == can_pass * len(list(checkpoint.iterdir()))
+    assert bool(refused) == can_pass
 
 
 def test_a_file_that_grows_meanwhile_is_archived_as_it_was_committed(
