@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import stat
@@ -19,6 +20,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 from filelock import FileLock
 
@@ -46,6 +52,19 @@ def read_regular_file(path: str | Path, limit: int = MAX_REGULAR_FILE_BYTES) -> 
             return file.read()
     finally:
         os.close(descriptor)
+
+
+def pass_by_cache(file: io.FileIO, *, is_wanted: bool = True) -> bool:
+    """Have an open file pass by the page cache (O_DIRECT), or not; tell whether it does.
+
+    To fill fresh pages of the cache costs ten times the CPU time of the transfer. Memory, position
+    and length of a transfer are then aligned; what is not fails with EINVAL.
+    """
+    if hasattr(os, "O_DIRECT"):
+        with contextlib.suppress(OSError):  # the file system refuses it
+            fcntl.fcntl(file, fcntl.F_SETFL, os.O_DIRECT if is_wanted else 0)
+            return is_wanted
+    return False
 
 
 def append_line(path: Path, line: bytes, *, sync: bool = False) -> int:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from utils.base.errors import CheckpointError
-from utils.checkpoints.files import save_tensors, seal, sync_files
-from utils.checkpoints.layout import MANIFEST_FILE, SAFE_WEIGHTS_FILE, SAVING_PREFIX, Manifest
+from utils.checkpoints.files import seal, sync_files, write_durably, write_tensors
+from utils.checkpoints.layout import SAFE_WEIGHTS_FILE, SAVING_PREFIX, Manifest
 from utils.checkpoints.state_files import (
     OPTIMIZER_FILE,
     OPTIMIZER_REST_FILE,
@@ -71,9 +72,13 @@ def _part_names(checkpoint: Path, manifest: Manifest) -> set[str]:
 
 
 def _write_whole(checkpoint: Path, manifest: Manifest, parts: set[str], directory: Path) -> None:
-    for name in manifest.files.keys() - parts:
+    kept = manifest.files.keys() - parts
+    for name in kept:
         shutil.copyfile(checkpoint / name, directory / name)
-    save_tensors(read_weights(checkpoint, manifest), directory / SAFE_WEIGHTS_FILE)
-    torch.save(read_optimizer(checkpoint, manifest), directory / OPTIMIZER_FILE)
-    names = [path.name for path in directory.iterdir() if path.name != MANIFEST_FILE]
-    seal(directory, replace(manifest, files=sync_files(directory, names)))
+    files = sync_files(directory, kept)
+    for name, read, write in (
+        (SAFE_WEIGHTS_FILE, read_weights, write_tensors),
+        (OPTIMIZER_FILE, read_optimizer, torch.save),
+    ):
+        files[name] = write_durably(directory / name, partial(write, read(checkpoint, manifest)))
+    seal(directory, replace(manifest, files=dict(sorted(files.items()))))

@@ -8,17 +8,25 @@ thread where there can be none) needs nothing else: no model, no optimizer, no c
 
 from __future__ import annotations
 
+import errno
+import io
+import json
 import math
+import mmap
 import os
 import shutil
-import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import torch
+from safetensors import TensorSpec
 
+from utils.base.files import pass_by_cache
 from utils.checkpoints.layout import (
     MANIFEST_FILE,
     METRICS_HISTORY_FILE,
@@ -28,7 +36,12 @@ from utils.checkpoints.layout import (
     json_file_text,
     write_json,
 )
-from utils.storage.bucket import crc32c_of_file, fsync_directory
+from utils.storage.bucket import crc32c_of_file, encode_crc32c, fsync_directory
+
+DIRECT_BLOCK_BYTES = 4 * 2**20
+HASHED_BYTES = (
+    256 * 1024
+)  # copied for the hash, which takes only `bytes`: within a cache of the core
 
 
 @dataclass(frozen=True)
@@ -70,42 +83,132 @@ def write_files(files: CheckpointFiles, directory: Path) -> Manifest:
     replaces what is in the directory.
 
     Raises:
-        OSError: The disk is full or cannot be written. safetensors and torch raise errors of
-            their own for that.
+        OSError: The disk is full or cannot be written.
     """
     if not files.is_part:
         shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=files.is_part)
-    for name, data in files.raw.items():
-        (directory / name).write_bytes(data)
+    data = dict(files.raw)
     for name, document in files.documents.items():
         indent = None if name == METRICS_HISTORY_FILE else 1
-        text = json_file_text(document, indent=indent, default=_to_plain)
-        (directory / name).write_text(text, "utf-8")
-    for name, weights in files.weights.items():
-        save_tensors(weights, directory / name, files.headers.get(name))
-    for name, value in files.pickles.items():
-        torch.save(value, directory / name)
-    written = [*files.raw, *files.documents, *files.weights, *files.pickles]
-    manifest = replace(files.manifest, files=sync_files(directory, written))
+        data[name] = json_file_text(document, indent=indent, default=_to_plain).encode()
+    writes: dict[str, Callable[[DurableFile], object]] = {
+        **{name: methodcaller("write", content) for name, content in data.items()},
+        **{
+            name: partial(write_tensors, weights, header=files.headers.get(name))
+            for name, weights in files.weights.items()
+        },
+        **{name: partial(torch.save, value) for name, value in files.pickles.items()},
+    }
+    written = {name: write_durably(directory / name, write) for name, write in writes.items()}
+    manifest = replace(files.manifest, files=dict(sorted(written.items())))
     if not files.is_part:
         seal(directory, manifest)
     return manifest
 
 
-def save_tensors(
-    weights: dict[str, torch.Tensor], path: Path, header: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file, readable to those whom the umask allows.
+class DurableFile:
+    """A new file whose bytes go past the page cache to the disk, hashed on the way.
 
-    safetensors lets nobody but the owner read its files.
+    The end, which fills no block, goes through the cache, and so does everything where the file
+    system refuses the other way.
+
+    Errors of the disk wait for `finish`: within torch.save, torch's own ("unexpected pos"), raised
+    as its writer is closed, would take their place.
     """
-    from safetensors.torch import save_file
 
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(weights, str(path), header or {"format": "pt"})
-    path.chmod(stat.S_IMODE(mode))
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self._block = mmap.mmap(-1, DIRECT_BLOCK_BYTES)  # aligned to pages, as O_DIRECT wants it
+        self._filled = self._size = self._checksum = 0
+        self._error: OSError | None = None
+        self._is_direct = pass_by_cache(file)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Take bytes; return their number."""
+        rest = memoryview(data)
+        while len(rest) and self._error is None:
+            end = min(self._filled + len(rest), DIRECT_BLOCK_BYTES)
+            taken = end - self._filled
+            self._block[self._filled : end] = rest[:taken]
+            self._filled, rest = end, rest[taken:]
+            if end == DIRECT_BLOCK_BYTES:
+                self._write_block()
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing: `finish` does."""
+
+    def finish(self) -> FileEntry:
+        """Write the end and sync; return size and checksum.
+
+        Raises:
+            OSError: The disk is full or cannot be written.
+        """
+        if self._error is None:
+            self._is_direct = pass_by_cache(self._file, is_wanted=False)
+            self._write_block()
+        if self._error is not None:
+            raise self._error
+        os.fsync(self._file.fileno())
+        return FileEntry(self._size, encode_crc32c(self._checksum))
+
+    def _write_block(self) -> None:
+        with memoryview(self._block)[: self._filled] as block:
+            for start in range(0, len(block), HASHED_BYTES):
+                piece = bytes(block[start : start + HASHED_BYTES])
+                self._checksum = google_crc32c.extend(self._checksum, piece)
+            try:
+                self._write_all(block)
+            except OSError as exc:
+                self._error = exc
+        self._size += self._filled
+        self._filled = 0
+
+    def _write_all(self, rest: memoryview) -> None:
+        while len(rest):
+            try:
+                rest = rest[self._file.write(rest) :]
+            except OSError as exc:
+                if exc.errno != errno.EINVAL or not self._is_direct:
+                    raise
+                self._is_direct = pass_by_cache(self._file, is_wanted=False)
+
+
+def write_durably(path: Path, write: Callable[[DurableFile], object]) -> FileEntry:
+    """Write a file by what `write` writes into it, synced; return its size and checksum.
+
+    Raises:
+        OSError: The disk is full or cannot be written.
+    """
+    with path.open("wb", buffering=0) as raw:
+        file = DurableFile(raw)
+        write(file)
+        return file.finish()
+
+
+def write_tensors(
+    weights: dict[str, torch.Tensor], file: DurableFile, header: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors does, which writes to paths alone.
+
+    The format: https://huggingface.co/docs/safetensors. The largest elements come first, so that
+    all are aligned.
+    """
+    order = sorted(weights, key=lambda name: (-weights[name].element_size(), name))
+    entries: dict[str, object] = {"__metadata__": header or {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor = weights[name]
+        begin, end = end, end + tensor.nbytes
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        spec = TensorSpec(dtype=dtype, shape=tensor.shape, data_ptr=0, data_len=tensor.nbytes)
+        entries[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        file.write(weights[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def seal(directory: Path, manifest: Manifest) -> None:

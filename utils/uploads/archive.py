@@ -10,6 +10,9 @@ decides. No torch here.
 
 from __future__ import annotations
 
+import errno
+import io
+import mmap
 import os
 import tarfile
 from collections.abc import Callable
@@ -21,6 +24,7 @@ import google_crc32c
 
 from utils.base.archive_formats import BLOCK_BYTES, COMPRESSIONS
 from utils.base.errors import CheckpointError
+from utils.base.files import pass_by_cache
 from utils.checkpoints.layout import MANIFEST_FILE, FileEntry, Manifest
 from utils.storage.bucket import encode_crc32c
 
@@ -39,15 +43,21 @@ class ArchiveInfo:
 
 
 class _HashingReader:
-    """Passes a file's bytes on and keeps their count and checksum."""
+    """Passes a file's bytes on and keeps their count and checksum.
 
-    def __init__(self, source: IO[bytes], what: str, on_read: OnRead) -> None:
+    They come past the page cache where they can: a checkpoint is not in it (`DurableFile`), and to
+    put it there would cost the CPU time that its save has spared.
+    """
+
+    def __init__(self, source: io.FileIO, what: str, on_read: OnRead) -> None:
         self._source, self._what, self._on_read = source, what, on_read
+        self._block = memoryview(mmap.mmap(-1, BLOCK_BYTES))  # aligned to pages
+        self._is_direct = pass_by_cache(source)
         self._size = self._checksum = 0
 
     def read(self, size: int) -> bytes:
         try:
-            data = self._source.read(size)
+            data = self._read(size)
         except OSError as exc:
             raise CheckpointError(f"{self._what} cannot be read: {exc.strerror}.") from exc
         if len(data) < size:  # tarfile asks for what the file had when it was opened
@@ -56,6 +66,22 @@ class _HashingReader:
         self._checksum = google_crc32c.extend(self._checksum, data)
         self._on_read(len(data))
         return data
+
+    def _read(self, size: int) -> bytes:
+        """Return `size` bytes, or those up to the end; tarfile asks for a block at most."""
+        filled = 0
+        while filled < size:
+            try:
+                count = self._source.readinto(self._block[filled:])
+            except OSError as exc:
+                if exc.errno != errno.EINVAL or not self._is_direct:
+                    raise
+                self._is_direct = pass_by_cache(self._source, is_wanted=False)
+                continue
+            if not count:
+                break
+            filled += count
+        return bytes(self._block[: min(filled, size)])
 
     @property
     def entry(self) -> FileEntry:
@@ -156,7 +182,7 @@ def _add_file(
     member = tarfile.TarInfo(f"{checkpoint.name}/{name}")
     member.mode = FILE_MODE
     try:
-        file = (checkpoint / name).open("rb")
+        file = (checkpoint / name).open("rb", buffering=0)
     except OSError as exc:
         raise CheckpointError(f"{what} cannot be read: {exc.strerror}.") from exc
     with file:

@@ -238,8 +238,13 @@ def test_a_full_disk_is_told_with_numbers_and_leaves_what_was_there(
         first = str(saver.failure)
         for pid in (0, saver._writer.pid):
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
-        saver.save(make_files(2, 1.0, numbers=3_000_000), PLENTY); saver.wait()
-        second = str(saver.failure)
+        files, writer = make_files(2, 1.0, numbers=3_000_000), saver._writer.pid
+        saver.save(files, PLENTY); saver.wait()
+        second = [str(saver.failure)]
+        files.weights["model.safetensors"]["weights"] = torch.zeros(5)  # now the optimizer is it
+        saver.save(files, PLENTY); saver.wait()
+        second.append(str(saver.failure))
+        assert saver._writer.pid == writer
         for pid in (0, saver._writer.pid):
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         saver.save(make_files(3, 1.0, numbers=3_000_000), PLENTY); saver.wait()
@@ -250,10 +255,10 @@ def test_a_full_disk_is_told_with_numbers_and_leaves_what_was_there(
     assert result.returncode == 0, result.stderr
     first, second, third = json.loads(result.stdout)
     assert (first, third) == ("None", "None")
-    assert "step2" in second
-    assert "could not be saved" in second
-    assert "free in" in second
-    assert "Older checkpoints are intact" in second
+    for told in second:
+        assert "step2-files0 could not be saved: File too large (" in told
+        assert "free in" in told
+        assert "Older checkpoints are intact" in told
     assert [name.step for name in find_checkpoints(tmp_path)] == [1, 3]
     for name in find_checkpoints(tmp_path):
         verify_checkpoint(tmp_path / str(name))

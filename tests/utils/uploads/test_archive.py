@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -22,6 +23,7 @@ from tests.sample_checkpoints import make_checkpoint, seal
 from tests.utils.uploads.waiting import end_in_time
 from utils.base.archive_formats import COMPRESSIONS
 from utils.base.errors import CheckpointError, TransientStorageError
+from utils.base.files import pass_by_cache
 from utils.checkpoints.layout import read_manifest
 from utils.storage.bucket import crc32c_of_bytes
 from utils.uploads.archive import write_archive
@@ -203,13 +205,35 @@ def test_a_file_that_cannot_be_read_to_its_end_is_an_error_of_the_checkpoint(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken(io.FileIO):
-        def read(self, size: int | None = -1, /) -> bytes:
+        def readinto(self, buffer: Any, /) -> int:
             raise OSError(errno.EIO, "Input/output error")
 
     manifest = read_manifest(checkpoint)
-    monkeypatch.setattr(Path, "open", lambda path, mode: Broken(path))
+    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Broken(path))
     with pytest.raises(CheckpointError, match="cannot be read: Input/output error"):
         write_archive(checkpoint, manifest, io.BytesIO())
+
+
+def test_the_bytes_are_the_same_where_nothing_passes_by_the_page_cache(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    class Cached(io.FileIO):
+        def readinto(self, buffer: Any, /) -> int:
+            if fcntl.fcntl(self, fcntl.F_GETFL) & os.O_DIRECT:
+                refused.append(self.name)
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return super().readinto(buffer[:1000]) or 0
+
+    expected, stream, manifest = archive(checkpoint), io.BytesIO(), read_manifest(checkpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, buffering: Cached(path))
+        write_archive(checkpoint, manifest, stream)
+    assert stream.getvalue() == expected
+    with (checkpoint / "manifest.json").open("rb", buffering=0) as file:
+        can_pass = pass_by_cache(file)
+    assert bool(refused) == can_pass
 
 
 def test_a_file_that_grows_meanwhile_is_archived_as_it_was_committed(
