@@ -139,7 +139,6 @@ def run_trainer(task: dict[str, Any], clock: Clock) -> None:
         use_cpu=device.type == "cpu",
         bf16=dtype is not None,
         torch_compile=settings.get("torch_compile", False),
-        gradient_checkpointing=False,
     )
     rows = [{"input_ids": row, "labels": row} for row in samples]
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Note()])

@@ -64,7 +64,7 @@ def measure_recipe(folder: Path, runs: int) -> dict[str, str]:
 
 def measure_recipe_20m(folder: Path, runs: int) -> dict[str, str]:
     """Measure it with a model of 20M parameters."""
-    variants = [("linear", 7e-4), ("linear", 1.5e-3), ("linear", 3e-3), ("cosine", 1.5e-3)]
+    variants = [("linear", 5e-4), ("linear", 1e-3), ("linear", 2e-3), ("cosine", 1e-3)]
     return _measure(folder, runs, MODEL_20M, variants, Path("recipe-20m.png"))
 
 
@@ -100,13 +100,14 @@ def train_in_turns(
         own |= {"warmup_steps": TRAINER_WARMUP_STEPS}
         tasks[f"{kind}, {rate:.1e}"] = (TRAINER, TRAINER_EVAL_STEPS, {**EVERYTHING_ON, **own})
     recipe = get_training_config(RECIPE)
-    for steps in (recipe.max_steps, TRAINER_STEPS):
+    lengths = {recipe.max_steps: RECIPE_EVAL_STEPS, TRAINER_STEPS: TRAINER_EVAL_STEPS}
+    for steps, eval_steps in lengths.items():
         share = steps / recipe.max_steps
         own = {"config": RECIPE, "max_steps": steps}
         own |= {"warmup_steps": round(share * recipe.warmup_steps)}
         decay = round(share * recipe.lr_scheduler_kwargs["num_decay_steps"])
         own |= {"lr_scheduler_kwargs.num_decay_steps": decay}
-        tasks[f"recipe, {steps} steps"] = (OURS, RECIPE_EVAL_STEPS, own)
+        tasks[f"recipe, {steps} steps"] = (OURS, eval_steps, own)
     with contextlib.ExitStack() as stack:
         contestants = {
             name: stack.enter_context(
