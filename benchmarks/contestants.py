@@ -7,7 +7,10 @@ with everything on: data from a bucket, metrics, TensorBoard, checkpoints, uploa
 PyTorch loop with nothing but the step. `trainer` is `transformers.Trainer` without saves.
 
 Each prints a line when it is warm and at the end of each turn of `turn_steps` steps, and then waits
-for a line of standard input (`benchmarks/turns.py`).
+for a line of standard input (`benchmarks/turns.py`). With `eval_steps` the line has the validation
+loss of every so many steps and of the last, all in the same way and out of the measured time.
+Settings are those of train.py: `learning_rate` and its schedule, `warmup_steps`, `seed` are
+Trainer's too.
 """
 
 from __future__ import annotations
@@ -29,9 +32,11 @@ class Clock:
     def __init__(self, task: dict[str, Any]) -> None:
         self._first, self._turn_steps = task["first_step"], task["turn_steps"]
         self.last = self._first + task["turns"] * self._turn_steps
+        self._eval_steps = task["eval_steps"]
+        self._held_out = _read_samples(task, "val_*.npz") if self._eval_steps else None
         self._begin = 0.0
 
-    def note(self, step: int) -> None:
+    def note(self, step: int, model: Any) -> None:
         """Take the end of a step; at the end of a turn, wait for the next one."""
         if not self._first <= step <= self.last or (step - self._first) % self._turn_steps:
             return
@@ -40,7 +45,9 @@ class Clock:
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
         taken = time.perf_counter() - self._begin
-        report = {"turn_seconds": taken, "peak_bytes": peak}
+        report = {"step": step, "turn_seconds": taken, "peak_bytes": peak, "validation_loss": None}
+        if self._eval_steps and (step % self._eval_steps == 0 or step == self.last):
+            report["validation_loss"] = _validate(model, self._held_out)
         print(json.dumps(report), file=sys.__stdout__, flush=True)
         if step < self.last:
             sys.stdin.readline()
@@ -56,16 +63,19 @@ def run_ours(task: dict[str, Any], clock: Clock) -> None:
 
     def timed(self: TrainingRun, batches: list[Any]) -> int:
         done = step(self, batches)
-        clock.note(done)
+        clock.note(done, self.state.core_model)
         return done
 
     TrainingRun.train_step = timed  # type: ignore[method-assign]
-    words = [f"--set={key}={json.dumps(value)}" for key, value in task["settings"].items()]
     # One step more: what the last one brings (metrics, a save) is in the measured time.
-    code = train.main(["--config", "test", "--quiet", "--max-steps", str(clock.last + 1), *words])
+    settings = {"max_steps": clock.last + 1, **task["settings"]}
+    config = settings.pop("config", "test")
+    words = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
+    code = train.main(["--config", config, "--quiet", *words])
     if code:
         raise SystemExit(code)
-    if "torch.compile does not work" in Path("logs/train.log").read_text("utf-8"):
+    logs = [log.read_text("utf-8") for log in Path("logs").rglob("train.log")]
+    if any("torch.compile does not work" in log for log in logs):
         raise SystemExit("It was not compiled.")
 
 
@@ -79,7 +89,7 @@ def run_plain(task: dict[str, Any], clock: Clock) -> None:
         model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    samples = _read_samples(task, clock.last)
+    samples = _read_samples(task, "train_*.npz", clock.last)
     micro_batch = settings["per_device_train_batch_size"]
     accumulation = settings["global_batch_size"] // micro_batch
     place = 0
@@ -94,7 +104,7 @@ def run_plain(task: dict[str, Any], clock: Clock) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        clock.note(step)
+        clock.note(step, model)
 
 
 def run_trainer(task: dict[str, Any], clock: Clock) -> None:
@@ -103,19 +113,22 @@ def run_trainer(task: dict[str, Any], clock: Clock) -> None:
 
     model, device, dtype = _build_model(task)
     settings = task["settings"]
-    samples = _read_samples(task, clock.last)
+    samples = _read_samples(task, "train_*.npz", clock.last)
     micro_batch = settings["per_device_train_batch_size"]
 
     class Note(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            clock.note(state.global_step)
+            clock.note(state.global_step, model)
 
     arguments = TrainingArguments(
         output_dir=task["folder"],
         max_steps=clock.last,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=settings["global_batch_size"] // micro_batch,
-        learning_rate=1e-3,
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_type=settings.get("lr_scheduler_type", "linear"),
+        warmup_steps=settings.get("warmup_steps", 0),
+        seed=settings.get("seed", 42),
         max_grad_norm=1.0,
         weight_decay=0.1,
         adam_beta2=0.95,
@@ -126,7 +139,6 @@ def run_trainer(task: dict[str, Any], clock: Clock) -> None:
         use_cpu=device.type == "cpu",
         bf16=dtype is not None,
         torch_compile=settings.get("torch_compile", False),
-        gradient_checkpointing=False,
     )
     rows = [{"input_ids": row, "labels": row} for row in samples]
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Note()])
@@ -142,8 +154,9 @@ def _build_model(task: dict[str, Any]) -> tuple[Any, Any, Any]:
     from configs.model_config import build_model_config
 
     settings = task["settings"]
-    config = build_model_config(settings["model"], {}, settings["sequence_length"])
-    torch.manual_seed(1)
+    overrides = settings.get("model_overrides", {})
+    config = build_model_config(settings["model"], overrides, settings["sequence_length"])
+    torch.manual_seed(settings.get("seed", 1))
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation="sdpa", dtype=torch.float32
     )
@@ -151,18 +164,32 @@ def _build_model(task: dict[str, Any]) -> tuple[Any, Any, Any]:
     return model.to(device), device, torch.bfloat16 if device.type == "cuda" else None
 
 
-def _read_samples(task: dict[str, Any], steps: int) -> Any:
-    """Return int64 [samples, sequence_length], as many as the run takes, in host memory."""
+def _read_samples(task: dict[str, Any], names: str, steps: int = 0) -> Any:
+    """Return int64 [samples, sequence_length], all or as many as the steps take, in host memory."""
     import numpy as np
     import torch
 
     settings = task["settings"]
-    shards = sorted(Path(settings["data_uri"]).glob("train_*.npz"))
+    shards = sorted(Path(settings["data_uri"]).glob(names))
     tokens = np.concatenate([np.load(shard)["input_ids"].ravel() for shard in shards])
     length = settings["sequence_length"]
-    wanted = steps * settings["global_batch_size"]
+    wanted = max(steps * settings["global_batch_size"], len(tokens) // length)
     tokens = np.resize(tokens, wanted * length).astype(np.int64)
     return torch.from_numpy(tokens.reshape(wanted, length))
+
+
+def _validate(model: Any, samples: Any) -> float:
+    """Return the mean loss of the samples, one at a time."""
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        losses: list[float] = [
+            model(input_ids=row, labels=row, use_cache=False).loss.item()
+            for row in samples.to(model.device).split(1)
+        ]
+    model.train()
+    return sum(losses) / len(losses)
 
 
 CONTESTANTS = {OURS: run_ours, PLAIN: run_plain, TRAINER: run_trainer}

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.contestants import OURS, PLAIN, TRAINER
 from benchmarks.figures import GPU_SHAPE, interleave, prepare_sample, ratios, spread
-from benchmarks.turns import Contestant
+from benchmarks.turns import Contestant, take_turns
 
 COMPILED = "compiled"
 CONTESTANTS = {OURS: OURS, COMPILED: OURS, PLAIN: PLAIN, TRAINER: TRAINER}
@@ -71,20 +71,15 @@ def rates_of_turns(
     """Return tokens a second by name, a figure for each `TURNS_A_RUN` turns of a step."""
     turns = runs * TURNS_A_RUN
     with contextlib.ExitStack() as stack:
-        contestants = {}
-        for name, settings in tasks.items():
-            one = Contestant(CONTESTANTS[name], settings, folder, turns=turns, turn_steps=1)
-            contestants[name] = stack.enter_context(one)
-        rates: dict[str, list[float]] = {name: [] for name in tasks}
-        names = list(tasks)
-        for _ in range(turns):
-            for name in names:
-                rates[name].append(contestants[name].take_turn())
-            names.reverse()
+        contestants = {
+            name: stack.enter_context(Contestant(CONTESTANTS[name], settings, folder, turns=turns))
+            for name, settings in tasks.items()
+        }
+        take_turns(list(contestants.values()))
     starts = range(0, turns, TURNS_A_RUN)
     return {
-        name: [statistics.harmonic_mean(found[at : at + TURNS_A_RUN]) for at in starts]
-        for name, found in rates.items()
+        name: [statistics.harmonic_mean(one.rates[at : at + TURNS_A_RUN]) for at in starts]
+        for name, one in contestants.items()
     }
 
 

@@ -15,6 +15,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,20 +34,30 @@ class Contestant:
 
     In `folder` is the folder of its run, which is removed at the end, and what is compiled, which
     stays for the next one: the time of compilation is not what is compared. `peak_bytes` is the
-    peak of the GPU's memory so far.
+    peak of the GPU's memory so far, `rates` has the tokens a second of each turn, `losses` the
+    validation loss by step: of every `eval_steps` steps and of the last, where it is not 0.
     """
 
     def __init__(
-        self, name: str, settings: dict[str, Any], folder: Path, *, turns: int, turn_steps: int
+        self,
+        name: str,
+        settings: dict[str, Any],
+        folder: Path,
+        *,
+        turns: int,
+        turn_steps: int = 1,
+        eval_steps: int = 0,
     ) -> None:
-        self.peak_bytes = 0
-        self._folder = folder / f"run-{name}-{settings.get('torch_compile', False)}"
-        self._folder.mkdir()
+        self.peak_bytes, self.turns = 0, turns
+        self.rates: list[float] = []
+        self.losses: dict[int, float] = {}
+        self._folder = Path(tempfile.mkdtemp(prefix=f"run-{name}-", dir=folder))
         self._tokens = turn_steps * settings["global_batch_size"] * settings["sequence_length"]
         task = {
             "first_step": FIRST_STEP,
             "turn_steps": turn_steps,
             "turns": turns,
+            "eval_steps": eval_steps,
             "folder": str(self._folder),
             "settings": settings,
         }
@@ -89,8 +101,8 @@ class Contestant:
             one.resume()
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        rate: float = self._tokens / self._read_turn()
-        return rate
+        self.rates.append(self._tokens / self._read_turn())
+        return self.rates[-1]
 
     def _read_turn(self) -> float:
         """Return the seconds it reports at the end of a turn, and stop it; skip other lines."""
@@ -99,6 +111,8 @@ class Contestant:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 report = json.loads(line)
                 seconds, self.peak_bytes = float(report["turn_seconds"]), report["peak_bytes"]
+                if report["validation_loss"] is not None:
+                    self.losses[report["step"]] = report["validation_loss"]
                 for one in self._tree():
                     with contextlib.suppress(psutil.NoSuchProcess):
                         one.suspend()
@@ -108,3 +122,12 @@ class Contestant:
     def _tree(self) -> list[psutil.Process]:
         process = psutil.Process(self._process.pid)
         return [process, *process.children(recursive=True)]
+
+
+def take_turns(contestants: Sequence[Contestant]) -> None:
+    """Let all take their turns, one each in a round, until none has any left."""
+    order = list(contestants)
+    while left := [one for one in order if len(one.rates) < one.turns]:
+        for one in left:
+            one.take_turn()
+        order.reverse()

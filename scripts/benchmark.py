@@ -8,6 +8,8 @@
     memory      the peak of real steps against the estimate, by preset and micro-batch
     monitor     the monitor beside a run of 100,000 logged lines; peer: the interpreter's own start
     profile     where the time of a step goes, by operator, and the share of matrix products
+    recipe      configs/speedrun.json, loss by tokens and seconds; peer: transformers.Trainer, tuned
+    recipe-20m  the same with a model of 20M parameters
     startup     from `python train.py` to the end of the first step; peer: a script alike
     train       tokens a second with everything on; peers: transformers.Trainer, a plain loop
     upload      1 GB of state by each transport; peer: `tar czf` and `gsutil cp` to the same server
@@ -42,6 +44,7 @@ from benchmarks.loss import measure_loss
 from benchmarks.memory import measure_memory
 from benchmarks.monitor import measure_monitor
 from benchmarks.profiling import measure_profile
+from benchmarks.recipe import measure_recipe, measure_recipe_20m
 from benchmarks.saving import measure_checkpoint
 from benchmarks.startup import measure_startup
 from benchmarks.training import measure_train
@@ -92,6 +95,8 @@ PARTS: dict[str, Callable[[Path, int], dict[str, str]]] = {
     "memory": measure_memory,
     "monitor": measure_monitor,
     "profile": measure_profile,
+    "recipe": measure_recipe,
+    "recipe-20m": measure_recipe_20m,
     "startup": measure_startup,
     "train": measure_train,
     "upload": measure_upload,
