@@ -337,6 +337,21 @@ def test_a_new_best_and_the_clock_can_ask_for_a_save(
     assert saved == [2, 4, 6]
 
 
+def test_what_is_advised_beside_an_old_run_is_not_refused(
+    run_train: Train, goes_on: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--max-steps", "6", "--dry-run", "--quiet")
+    for kind in (words, words[:2]):
+        assert run_train(*kind) == 2
+        told = capsys.readouterr()
+        assert (told.out + told.err).count("checkpoints already holds checkpoints up to") == 1
+    assert "--fresh and another checkpoint_uri (their archives stay in bucket)" in told.err
+    assert run_train(*words, "--fresh") == 3
+    assert run_train(*words, "--fresh", settings=("checkpoint_uri=other",)) == 0
+    for way in (("--resume", "latest"), ("--run-name", "other")):
+        assert run_train(*words, *way) == 0
+
+
 def test_a_configuration_that_trains_something_else_wants_a_flag(
     run_train: Train, goes_on: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,10 +364,12 @@ def test_a_configuration_that_trains_something_else_wants_a_flag(
         ("6", "global_batch_size=8", "samples a step: 4 -> 8 (global_batch_size=4 keeps it)"),
         ("3", "save_steps=2", "max_steps: 4 -> 3"),
     ]:
-        assert run_train(*words, steps, settings=(change,)) == 2
-        errors = capsys.readouterr().err
-        assert message in errors
-        assert "--accept-config-change" in errors
+        assert run_train(*words, steps, "--dry-run", settings=(change,)) == 2
+        refused = capsys.readouterr().err
+        assert message in refused
+        assert "--accept-config-change" in refused
+    assert run_train(*words, steps, settings=(change,)) == 2
+    assert capsys.readouterr().err == refused
     change = "lr_scheduler_type=linear"
     assert run_train(*words, "6", "--accept-config-change", settings=(change,)) == 0
     last = checkpoint(goes_on.parent, "run", "checkpoint-epoch0-step6-files0")
