@@ -64,6 +64,7 @@ from utils.checkpoints.store import hold_output_directory
 from utils.checkpoints.views import (
     CheckpointView,
     describe_lack,
+    no_such_checkpoint,
     read_local_checkpoints,
     select_checkpoint,
 )
@@ -429,10 +430,7 @@ def choose_name(text: str, known: Sequence[CheckpointName]) -> CheckpointName:
     found = [name for name in known if name.is_of_step(text)]
     name = parse_checkpoint_name(text) or (found[-1] if found else None)
     if name is None:
-        raise UsageError(
-            f"There is no checkpoint {printable(text)!r}. "
-            f"The newest are: {', '.join(map(str, known[-5:])) or 'none yet'}."
-        )
+        raise no_such_checkpoint(text, known)
     return name
 
 

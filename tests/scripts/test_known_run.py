@@ -88,6 +88,25 @@ def test_a_checkpoint_that_is_nowhere_is_told_with_those_here_and_in_the_bucket(
     here, there = err.split("In the bucket:")
     assert (FOUR in here, "step2" in here) == (True, False)
     assert (FOUR in there, "step2" in there) == (True, True)
+    for words in (("view", "2"), ("compare",), ("view", "latest", "--output-dir", "nowhere")):
+        code, _, err = call(checkpoint_viewer, *words, *A)
+        assert (code, "--remote looks in" in err) == (ExitCode.USAGE, True), words
+    assert call(checkpoint_viewer, "view", "2", *A, "--remote")[0] == 0
+
+
+@pytest.mark.usefixtures("run_a")
+def test_a_checkpoint_that_is_mistyped_is_asked_of_nobody_else(call: Callable[..., Said]) -> None:
+    for script, *words in (
+        (generate, "lastest", "--prompt", "x"),
+        (evaluate, "lastest"),
+        (export_model, "lastest", "--output", "there"),
+        (checkpoint_viewer, "view", "lastest"),
+        (upload_manager, "download", "lastest", "--to", "there"),
+    ):
+        code, _, err = call(script, *words, *A)
+        assert (code, "Did you mean latest?" in err) == (ExitCode.USAGE, True), script
+    near = FOUR.replace("check", "chek")
+    assert f"Did you mean {FOUR}?" in call(generate, near, *A, "--prompt", "x")[2]
 
 
 def test_the_run_is_found_by_its_directory_from_anywhere_and_as_a_copy(

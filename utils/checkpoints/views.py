@@ -18,7 +18,14 @@ from typing import Any
 from configs.config_files import TRAINING_CONFIG_FILE
 from utils.base.errors import CheckpointError, StorageError, UsageError
 from utils.base.files import read_regular_file
-from utils.base.text import FOREIGN_ERRORS, number, parse_json, parse_json_object, printable
+from utils.base.text import (
+    FOREIGN_ERRORS,
+    did_you_mean,
+    number,
+    parse_json,
+    parse_json_object,
+    printable,
+)
 from utils.base.uri import local_path, normalize_uri
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
@@ -38,6 +45,8 @@ from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_bytes
 # The numbers that a history begins with, to the last comma after them. Its name ends with a bare
 # quote, so this never matches within a JSON string.
 _LONG_HISTORY = re.compile(rb'("(?:loss_history|learning_rates)":\s*\[)[-+.,0-9eE\sNaInfityul]*,')
+
+_LIKENESS = 0.8  # `bert`, a model of the Hub, is less like `best`
 
 
 @dataclass(frozen=True)
@@ -307,5 +316,18 @@ def select_checkpoint(text: str, views: Sequence[CheckpointView]) -> CheckpointV
         chosen = next(matches, None)
     if chosen is not None:
         return chosen
-    known = ", ".join(str(view.name) for view in views[-5:]) or "none yet"
-    raise UsageError(f"There is no checkpoint {printable(text)!r}. The newest are: {known}.")
+    raise no_such_checkpoint(text, [view.name for view in views])
+
+
+def no_such_checkpoint(text: str, names: Sequence[CheckpointName], where: str = "") -> UsageError:
+    """Return the error that says which checkpoints there are in place of the one that is meant."""
+    place = f" in {where}" if where else ""
+    near, known = near_checkpoint(text, names), ", ".join(map(str, names[-5:])) or "none yet"
+    return UsageError(
+        f"There is no checkpoint {printable(text)!r}{place}.{near} The newest are: {known}."
+    )
+
+
+def near_checkpoint(text: str, names: Sequence[CheckpointName]) -> str:
+    """Return ` Did you mean X?` where a text is nearly `latest`, `best` or a checkpoint's name."""
+    return did_you_mean(text, ["latest", "best", *map(str, names)], _LIKENESS)

@@ -25,7 +25,13 @@ from utils.checkpoints.layout import (
     parse_checkpoint_name,
     strip_archive_suffix,
 )
-from utils.checkpoints.views import CheckpointView, find_best, newest_object, read_remote_checkpoint
+from utils.checkpoints.views import (
+    CheckpointView,
+    find_best,
+    newest_object,
+    no_such_checkpoint,
+    read_remote_checkpoint,
+)
 from utils.remote.archive_reading import read_sidecar
 from utils.storage.bucket import Bucket, ObjectInfo
 
@@ -208,7 +214,4 @@ def choose_remote(bucket: Bucket, text: str, recorded: RunIdentity | None) -> Ch
             raise UsageError(
                 f"Several checkpoints are of step {text}: {', '.join(map(str, chosen))}. Name one."
             )
-    known = ", ".join(map(str, names[-5:])) or "none yet"
-    raise UsageError(
-        f"There is no checkpoint {printable(text)!r} in {bucket.uri}. The newest are: {known}."
-    )
+    raise no_such_checkpoint(text, names, bucket.uri)

@@ -17,6 +17,7 @@ from typing import Any
 from utils.base.errors import UsageError
 from utils.base.text import number, parse_time, printable
 from utils.checkpoints.layout import CheckpointName
+from utils.checkpoints.views import no_such_checkpoint
 
 _NUM_SHOWN = 5
 NUMBER_KEYS = {
@@ -145,8 +146,7 @@ def choose_name(text: str, names: Sequence[CheckpointName]) -> CheckpointName:
         fitting = ", ".join(map(str, found[-_NUM_SHOWN:]))
         count = "" if len(found) <= _NUM_SHOWN else f"{len(found)} checkpoints, the newest "
         raise UsageError(f"{shown!r} fits {count}{fitting}. Write more of the name.")
-    known = ", ".join(map(str, names[-_NUM_SHOWN:])) or "none yet"
-    raise UsageError(f"There is no checkpoint {shown!r}. The newest are: {known}.")
+    raise no_such_checkpoint(text, names)
 
 
 def _is_part(text: str, name: str) -> bool:
