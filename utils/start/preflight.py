@@ -30,7 +30,8 @@ from utils.base.errors import (
     ObjectNotFoundError,
     StorageError,
 )
-from utils.base.text import format_bytes, printable, to_json_text
+from utils.base.files import near_directory
+from utils.base.text import count_of, format_bytes, printable, to_json_text
 from utils.base.uri import local_path
 from utils.checkpoints.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.data.shard_index import (
@@ -98,8 +99,9 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
         directory = local_path(uri)
         if directory is not None and not directory.is_dir():
             raise DataError(
-                f"data_uri {uri} does not exist. For sample data run: "
-                f"python scripts/prepare_data.py --sample --output {uri}"
+                f"data_uri {uri} does not exist.{near_directory(directory)} To prepare text of "
+                f"your own: python scripts/prepare_data.py --input TEXTS --output {uri}; for "
+                "sample text, --sample in place of --input TEXTS."
             )
         try:
             bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
@@ -112,7 +114,7 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
             continue
         sources.append(DataSource(uri, weight, index))
         shards, tokens = len(index.training), index.training_tokens
-        text = f"{shards} training shards with {tokens:,} tokens in {bucket.uri}"
+        text = f"{count_of(shards, 'training shard')} with {tokens:,} tokens in {bucket.uri}"
         findings.append(Check("data", "ok", text))
     return sources, findings
 
@@ -464,7 +466,7 @@ def check_vocabulary(
 def describe_run(run: RunFacts) -> dict[str, str]:
     """Return what a run says of itself before it begins."""
     config, counts, world_size = run.config, run.counts, run.world_size
-    ranks_text = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    ranks_text = count_of(world_size, "rank")
     tokens = run.tokens_per_step
     total = tokens * config.max_steps
     name = device_name(run.device)
