@@ -158,6 +158,24 @@ def test_where_no_run_is_those_that_are_there_are_named(
     assert "(--run checkpoints/a)" in caplog.messages[-1]
 
 
+def test_an_end_between_two_logged_steps_has_the_same_figures_everywhere(
+    run_train: Train, call: Callable[..., Said], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("logging_steps=2", "run_name=a", "checkpoint_uri=", "report_to=[]")
+    words = ("--max-steps", "6", "--stop-after", "3", "--quiet")
+    assert run_train(*words, settings=settings) == 0
+    _forget_log_handlers()
+    capsys.readouterr()
+    (row,) = json.loads(call(checkpoint_viewer, "list", *A, "--json")[1])["checkpoints"]
+    assert row["tokens_seen"] == 3 * 4 * 32
+    seen = json.loads(call(monitor_training, "--once", "--json", *A)[1])
+    for key, own in (("tokens_seen", "tokens_seen"), ("loss", "current_loss")):
+        assert seen["metrics"][key] == row[own]
+    assert call(checkpoint_viewer, "report", *A)[0] == 0
+    page = Path("run.html").read_text("utf-8")
+    assert ("<dd>384</dd>" in page, "<dd>256</dd>" in page) == (True, False)
+
+
 def test_compare_and_plot_take_checkpoints_of_two_runs(
     run_a: Path, run_train: Train, call: Callable[..., Said], capsys: pytest.CaptureFixture[str]
 ) -> None:

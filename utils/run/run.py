@@ -128,7 +128,8 @@ class TrainingRun:
         self._saving.close()
         step, spending = self.state.progress.step, self._meter.read().to_json()
         self._notes.write(step, is_last=True)
-        tracking.record_end(accelerator, self.paths.logs, step, self._outcome, spending=spending)
+        facts = {"spending": spending, "tokens_seen": self.state.progress.tokens_seen}
+        tracking.record_end(accelerator, self.paths.logs, step, self._outcome, **facts)
         if shortage is not None:
             raise ResourceShortageError(f"{shortage} {self._next_command.text()}") from error
         if error is None:
@@ -286,7 +287,8 @@ class TrainingRun:
         """
         config, progress, saving = self.config, self.state.progress, self._saving
         if self._is_main:
-            tracking.record_event(self.paths.logs, "finishing", progress.step)
+            event = {"tokens_seen": progress.tokens_seen}
+            tracking.record_event(self.paths.logs, "finishing", progress.step, **event)
         leave_at = math.inf if self._failure is not None else saving.leave_at()
         reason = self.stop.reason
         if leave_at < math.inf and self._is_main:
