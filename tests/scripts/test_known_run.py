@@ -114,13 +114,16 @@ def test_the_run_is_found_by_its_directory_from_anywhere_and_as_a_copy(
 ) -> None:
     copy = shutil.copytree(run_a / "checkpoints" / "a", tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
-    for place in (run_a / "checkpoints" / "a", copy, "copy"):
+    own = run_a / "checkpoints" / "a"
+    for place in (own, copy, "copy", own / FOUR):
         code, out, _ = call(upload_manager, "verify", "--run", place)
         assert (code, out.splitlines()[-1]) == (0, "2 verified, 0 not.")
         code, out, _ = call(monitor_training, "--once", "--json", "--run", place)
         assert json.loads(out)["state"] == "finished"
-    monkeypatch.chdir(run_a / "checkpoints" / "a")
-    assert call(upload_manager, "verify", "--run", ".")[0] == 0
+    assert call(upload_manager, "verify", "--config", own / FOUR)[0] == 0
+    for place in (own, own / FOUR):
+        monkeypatch.chdir(place)
+        assert call(upload_manager, "verify", "--run", ".")[0] == 0
     monkeypatch.chdir(run_a)
     (copy / "run.json").unlink()  # of an earlier version: the newest checkpoint says it
     words = ("--run", copy, "--set", "checkpoint_uri=other")
@@ -219,6 +222,28 @@ def test_an_attempt_without_config_goes_on_with_that_of_the_checkpoint_from_wher
     assert call_train([*words, "--max-steps", "7"]) == 0
     assert read_json(run_a / "checkpoints" / "a" / "run.json")["config"]["sequence_length"] == 32
     assert call(upload_manager, "verify", *A)[0] == 0
+
+
+def test_a_copy_of_a_runs_bucket_is_gone_on_with_where_it_is(run_a: Path) -> None:
+    folders = [run_a / "other" / name / "Checkpoints" for name in ("a", "copy")]
+    shutil.copytree(folders[0], folders[1])
+    assert call_train(["--resume", "other/copy/latest", "--max-steps", "5", "--quiet"]) == 0
+    assert [steps_in(folder, ".tar.gz") for folder in folders] == [[2, 4], [2, 4, 5]]
+    assert steps_in(run_a / "checkpoints" / "copy") == [4, 5]
+
+
+def test_a_key_of_a_newer_version_is_told_wherever_it_was_recorded(
+    run_a: Path, call: Callable[..., Said], caplog: pytest.LogCaptureFixture
+) -> None:
+    record = run_a / "checkpoints" / "a" / "run.json"
+    value = read_json(record)
+    value["config"]["flux"] = 3
+    record.write_text(json.dumps(value))
+    (run_a / "training_config.json").write_text(json.dumps(value["config"]))
+    for words in (A, ("--config", "training_config.json", "--output-dir", "none")):
+        assert call(checkpoint_viewer, "list", *words)[0] == 0
+        assert "flux is ignored: this version does not know" in caplog.text
+        caplog.clear()
 
 
 def test_a_bucket_of_an_earlier_version_wants_the_configuration_said(
