@@ -68,13 +68,15 @@ if [ "$code" -eq 0 ] || [ "$code" -eq 4 ] || [ "$code" -eq 75 ]; then
     echo
     python scripts/checkpoint_viewer.py list ${run[@]+"${run[@]}"} || true
     words="${run[*]:+ ${run[*]}}"
+    compare=""
+    count="$(python scripts/checkpoint_viewer.py list ${run[@]+"${run[@]}"} --json | grep -c '"name":' || true)"
+    [ "$count" -lt 2 ] || compare=$'\n  python scripts/checkpoint_viewer.py compare'"$words"
     cat <<EOF
 
-Made: checkpoints in checkpoints/, metrics and curves in logs/, archives in the bucket.
+Made: these checkpoints, metrics and curves below logs/, archives in the bucket.
 Look at it:
   source $bin/activate
-  python scripts/checkpoint_viewer.py view latest$words
-  python scripts/checkpoint_viewer.py compare$words
+  python scripts/checkpoint_viewer.py view latest$words$compare
   python scripts/checkpoint_viewer.py plot latest$words --save curves.png
   python scripts/checkpoint_viewer.py report$words --output run.html
   python scripts/upload_manager.py status$words

@@ -44,14 +44,11 @@ def train(args: argparse.Namespace) -> int:
         logging.getLogger("train").info("Configuration of the run: %s.", args.config_source)
     # torch and transformers take seconds to load: what needs neither does not wait for them.
     from utils.base.startup import keep_compiled, load_libraries
-    from utils.checkpoints.layout import RunPaths
     from utils.checkpoints.writer import starting_early
     from utils.start.hold import leaving_no_empty_folders
     from utils.start.resume import require_startable
 
-    paths = RunPaths.of(config)
-    if not args.dry_run:
-        require_startable(paths, resume=args.resume, fresh=args.fresh)
+    require_startable(config, resume=args.resume, fresh=args.fresh)
     is_writing = config.background_save and is_main_rank and not args.dry_run
     with leaving_no_empty_folders(config), starting_early(is_wanted=is_writing) as writer:
         if config.torch_compile and not args.dry_run:
@@ -82,7 +79,10 @@ def start(args: argparse.Namespace, config: TrainingConfig, writer: WriterProces
     should_measure = args.dry_run and not args.quiet
     found = ranks.compute_on_main(
         lambda: preflight.check_start(
-            facts, args.resume, is_fresh=args.fresh, should_measure=should_measure
+            facts,
+            args.resume,
+            is_change_accepted=args.accept_config_change,
+            should_measure=should_measure,
         )
     )
     facts = facts.with_data(found.step, found.sources)

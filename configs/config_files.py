@@ -203,9 +203,11 @@ def _apply(
         values.sources.setdefault(parent, source)
         merged[parent] = {**merged.get(parent, {}), child: _expand(value)}
         return
-    if key in REMOVED_KEYS:
+    is_newer = values.is_record and source != COMMAND_LINE and key not in annotations
+    if key in REMOVED_KEYS or is_newer:
         if os.environ.get("RANK", "0") == "0":
-            log.warning("%s: %s is ignored: %s.", source, key, REMOVED_KEYS[key])
+            why = REMOVED_KEYS.get(key, "this version does not know the key, a newer one wrote it")
+            log.warning("%s: %s is ignored: %s.", source, key, why)
         return
     if key == "per_device_train_batch_size":
         merged["auto_find_batch_size"] = value == "auto"

@@ -10,20 +10,19 @@ only when a config object is built.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from configs.model_presets import PRESETS, ModelPreset
 from utils.base.errors import ConfigError, first_line
 from utils.base.files import read_regular_file
-from utils.base.text import parse_json_object, printable, unique_keys
+from utils.base.text import did_you_mean, parse_json_object, printable, unique_keys
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -120,7 +119,7 @@ def get_preset(name: str) -> ModelPreset:
         return PRESETS[name]
     raise ConfigError(
         f"model {name!r} is no known preset ({', '.join(PRESETS)}), and no path that ends in "
-        f"{FILE_SUFFIX}.{_suggest(name, PRESETS)}"
+        f"{FILE_SUFFIX}.{did_you_mean(name, PRESETS)}"
     )
 
 
@@ -252,7 +251,7 @@ def _checked_values(path: str, found: dict[str, Any]) -> tuple[str, dict[str, An
     if model_type not in known:
         raise ConfigError(
             f"model {path}: model_type {_shown(model_type)} is no causal language model of "
-            f"transformers.{_suggest(model_type, known)}"
+            f"transformers.{did_you_mean(model_type, known)}"
         )
     fields = _known_keys(model_type) | {UNPADDED_KEY}
     unknown = sorted(key for key in found if key not in fields and key not in IGNORED_KEYS)
@@ -368,7 +367,7 @@ def _require_known(model_type: str, overrides: Mapping[str, Any]) -> None:
     known = _known_keys(model_type)
     for key in overrides:
         if key not in known:
-            hint = _suggest(key, known)
+            hint = did_you_mean(key, known)
             raise ConfigError(f"model_overrides.{key} is no key of {model_type}.{hint}")
 
 
@@ -451,8 +450,3 @@ def _finite(text: str) -> float:
 def _shown(text: str) -> str:
     """Return a text of a file as a terminal may see it."""
     return printable(text, _SHOWN_CHARACTERS)
-
-
-def _suggest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {near[0]}?" if near else ""

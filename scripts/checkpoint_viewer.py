@@ -53,7 +53,7 @@ from utils.tools.evaluation.text import (
 )
 from utils.tools.viewer import report, text
 from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
-from utils.tools.viewer.chosen import choose_checkpoints, find_places
+from utils.tools.viewer.chosen import choose_checkpoints, find_places, remote_hint
 from utils.tools.viewer.shelf import Shelf
 from utils.tracking.metrics_log import HISTORY_LIMIT
 from utils.tracking.plots import (
@@ -191,24 +191,25 @@ def run_list(args: argparse.Namespace) -> None:
         values = {"where": shelf.where, "checkpoints": rows, "notes": shelf.notes}
         print(to_json_text({**values, "num_checkpoints": len(every), "storage": storage}))
         return
-    print_list(rows, len(every), shelf, is_remote=args.remote)
+    ways = "python train.py --config test makes some; --output-dir looks elsewhere."
+    hint = "" if args.remote else f"{ways}{remote_hint(args, place.config)}"
+    print_list(rows, len(every), shelf, hint)
     if storage is not None:
         print(f"Archives: {format_bytes(storage['archive_bytes'])} in all.")
     for note in shelf.notes:
         print_wrapped(f"Note: {printable(note)}", hanging=2)
 
 
-def print_list(
-    rows: Sequence[dict[str, Any]], num_all: int, shelf: Shelf, *, is_remote: bool
-) -> None:
-    """Print rows: a table in a terminal, the lines of the user's example in a pipe."""
+def print_list(rows: Sequence[dict[str, Any]], num_all: int, shelf: Shelf, hint: str) -> None:
+    """Print rows: a table in a terminal, the lines of the user's example in a pipe.
+
+    `hint` says where there may be some, if here are none.
+    """
     where = printable(shelf.where)
     if not num_all:
         print_wrapped(describe_lack(where))
-        if not is_remote:
-            print_wrapped(
-                "python train.py makes some; --output-dir looks elsewhere, --remote in the bucket."
-            )
+        if hint:
+            print_wrapped(hint)
         return
     count = f"{len(rows)} of {num_all}" if len(rows) < num_all else str(num_all)
     title = f"Found {count} checkpoint{'' if num_all == 1 else 's'} in {where} (times in UTC):"
@@ -291,7 +292,8 @@ def run_compare(args: argparse.Namespace) -> None:
     chosen, rows = [one.view for one in found], [one.row for one in found]
     if len(found) < 2:
         count = f"{len(found)} {'named' if args.names else 'found'}"
-        raise UsageError(f"compare needs at least two checkpoints, {count}.")
+        hint = remote_hint(args, found[0].config)
+        raise UsageError(f"compare needs at least two checkpoints, {count}.{hint}")
     for row in rows:
         costs = row["costs"] or {}
         row.update(machine_seconds=costs.get("seconds"), dollars=costs.get("dollars"))
@@ -471,7 +473,8 @@ def run_report(args: argparse.Namespace) -> None:
     if args.json:
         print(to_json_text({"saved": args.output, "bytes": num_bytes}))
         return
-    print(f"Report saved to {printable(args.output)} ({format_bytes(num_bytes)})")
+    hint = "" if files.views else remote_hint(args, config)
+    print(f"Report saved to {printable(args.output)} ({format_bytes(num_bytes)}).{hint}")
 
 
 # all

@@ -31,7 +31,7 @@ from configs.training_config import TrainingConfig
 from utils.base.console import configure_logging, new_parser, run_command
 from utils.base.errors import UsageError
 from utils.base.progress import ProgressDisplay
-from utils.base.text import format_bytes, printable, to_json_text
+from utils.base.text import count_of, format_bytes, printable, to_json_text
 from utils.checkpoints.layout import RunPaths
 from utils.start.arguments import read_run_config
 from utils.tools.export.gguf import require_gguf
@@ -160,7 +160,7 @@ def show(name: str, target: ExportTarget, report: ExportReport) -> None:
     """Print what was made of a model."""
     size = format_bytes(sum(entry.size for entry in report.files.values()))
     print(f"{printable(name)} -> {printable(target.location)}")
-    files = "1 file" if len(report.files) == 1 else f"{len(report.files)} files"
+    files = count_of(len(report.files), "file")
     print(f"  {report.parameters:,} parameters in {report.dtype}, {files}, {size}")
     if report.removed_rows:
         print(

@@ -45,7 +45,7 @@ from utils.base.console import (
     run_command,
 )
 from utils.base.errors import DataError, ExitCode, UsageError
-from utils.base.text import format_bytes, printable
+from utils.base.text import count_of, format_bytes, printable
 from utils.base.uri import local_path, require_path, require_place, split_uri
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ SOURCE_OPTIONS = {
     "document_per": "text files",
     "document_separator": "text files that hold it",
     "text_column": "JSON, .parquet and --hf",
+    "skip_null": "JSON, .parquet and --hf",
     "hf_config": "an --hf dataset that has it",
     "split": "an --hf dataset that has it",
     "streaming": "--hf NAME",
@@ -469,7 +470,7 @@ def write_index(arguments: argparse.Namespace) -> int:
     _say(
         arguments,
         {"uri": bucket.uri, "shards": len(index["shards"]), **summary},
-        f"Wrote {bucket.uri}/index.json: {len(index['shards']):,} shards, "
+        f"Wrote {bucket.uri}/index.json: {count_of(len(index['shards']), 'shard')}, "
         f"{summary['tokens']:,} tokens ({summary['training_tokens']:,} training, "
         f"{summary['validation_tokens']:,} validation).",
     )
@@ -513,7 +514,7 @@ def _format_inspection(inspection: Inspection) -> str:
     good = [shard for shard in inspection.shards if not shard.problem]
     vocabulary = f"{inspection.vocab_size:,}" if inspection.vocab_size else "unknown"
     lines.append(
-        f"{inspection.uri}: {len(good):,} good shards, {len(inspection.bad):,} bad, "
+        f"{inspection.uri}: {count_of(len(good), 'good shard')}, {len(inspection.bad):,} bad, "
         f"{sum(shard.tokens for shard in good):,} tokens, vocabulary {vocabulary}, "
         f"{'with' if inspection.has_index else 'no'} index.json."
     )
@@ -559,7 +560,7 @@ def list_data(arguments: argparse.Namespace) -> int:
         f"{info.size:>15,}  {info.crc32c or '-':<8}  {printable(info.name, LONGEST_LINE)}"
         for info in found.objects
     ]
-    lines.append(f"{len(objects):,} files, {format_bytes(found.num_bytes)}")
+    lines.append(f"{count_of(len(objects), 'file')}, {format_bytes(found.num_bytes)}")
     content = {"uri": found.bucket.uri, "objects": objects, "bytes": found.num_bytes}
     _say(arguments, content, "\n".join(lines), always=True)
     return ExitCode.DONE
@@ -570,7 +571,8 @@ def remove_data(arguments: argparse.Namespace) -> int:
     from utils.data.transfer import find_objects, remove_objects
 
     found = find_objects(arguments.uri)
-    what = f"{len(found.objects):,} files, {format_bytes(found.num_bytes)}, in {found.bucket.uri}"
+    size = f"{count_of(len(found.objects), 'file')}, {format_bytes(found.num_bytes)}"
+    what = f"{size}, in {found.bucket.uri}"
     with closing(found.bucket):
         if not arguments.yes and not _confirm(f"Delete {what}"):
             print("Nothing was deleted.")
@@ -589,7 +591,7 @@ def _confirm(question: str) -> bool:
 
 def _say_transfer(arguments: argparse.Namespace, report: Any, where: str) -> None:
     text = (
-        f"{where}: {report.files:,} files, {format_bytes(report.bytes)}, verified "
+        f"{where}: {count_of(report.files, 'file')}, {format_bytes(report.bytes)}, verified "
         f"({report.skipped_files:,} were there already)."
     )
     _say(arguments, {"to": where, **dataclasses.asdict(report)}, text)

@@ -33,7 +33,7 @@ from utils.base.console import (
 )
 from utils.base.errors import ExitCode, UsageError
 from utils.base.progress import ProgressDisplay
-from utils.base.text import Column, format_duration, printable, to_json_text
+from utils.base.text import Column, count_of, format_duration, printable, to_json_text
 from utils.start.arguments import KeyParser
 from utils.tools.proofs.proof import OWN_KEYS, Proof, Report
 from utils.tools.proofs.started_runs import (
@@ -116,7 +116,7 @@ def print_report(report: Report) -> None:
     rows = []
     for one in report.comparisons:
         count = len(one.differences)
-        result = f"{count} difference{'' if count == 1 else 's'}" if count else "the same"
+        result = count_of(count, "difference") if count else "the same"
         rows.append({"compared": one.what, "extent": one.extent, "result": result})
     print_table("Against the straight run", rows, COMPARISON_COLUMNS)
     for comparison in report.comparisons:

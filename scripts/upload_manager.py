@@ -46,7 +46,7 @@ from utils.base.errors import (
     UsageError,
 )
 from utils.base.progress import ProgressDisplay
-from utils.base.text import Column, format_bytes, printable, to_json_text
+from utils.base.text import Column, count_of, format_bytes, printable, to_json_text
 from utils.base.uri import join_uri, require_path
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
@@ -271,7 +271,7 @@ def print_status(result: dict[str, Any]) -> None:
     if result["errors"]:
         print("Last errors")
         for row in result["errors"]:
-            tries = f" ({row['attempts']} attempts)" if row["attempts"] else ""
+            tries = f" ({count_of(row['attempts'], 'attempt')})" if row["attempts"] else ""
             text = f"  {row['time']}  {row['checkpoint']}{tries}: {row['error']}"
             print_wrapped(text, hanging=4)
     for text in result["problems"]:
@@ -590,7 +590,7 @@ def print_plan(uri: str, result: dict[str, Any], num_doomed: int) -> None:
 
 def is_confirmed(count: int, uri: str) -> bool:
     """Ask the person at the terminal."""
-    answer = input(f"Delete {count} checkpoints from {uri}? Type yes: ")
+    answer = input(f"Delete {count_of(count, 'checkpoint')} from {uri}? Type yes: ")
     if answer.strip().lower() in ("y", "yes"):
         return True
     print("Nothing was deleted.")

@@ -241,7 +241,10 @@ def two_gpus(project: Path) -> dict[str, str]:
     (project / "setup.sh").write_text("exit 0\n")
     binaries = project / "fake" / "bin"
     note = f'echo "$(basename "$0") $*" >> {project}/calls\n'
-    answer = 'case "$*" in *device_count*) echo 2 ;; *--dry-run*) exit "${DRY_RUN_CODE:-0}" ;; esac'
+    answer = (
+        'case "$*" in *device_count*) echo 2 ;; *--dry-run*) exit "${DRY_RUN_CODE:-0}" ;;\n'
+        '*--json*) for step in ${STEPS-}; do echo "  \\"name\\": \\"$step\\","; done ;; esac'
+    )
     write_program(binaries / "python", note + answer)
     write_program(binaries / "accelerate", f"{note}exit 75")
     return {"VENV": str(project / "fake"), "HF_HOME": str(project / "hf")}
@@ -267,6 +270,10 @@ def test_a_users_own_accelerate_configuration_wins_and_is_named(
     own.write_text("num_processes: 2\n")
     result = bash(project, "run.sh", "production", **two_gpus)
     assert str(own) in result.stdout
+    assert "view latest --config production\n" in result.stdout
+    assert "compare" not in result.stdout  # there are no two
+    result = bash(project, "run.sh", "production", **two_gpus, STEPS="10 20")
+    assert "checkpoint_viewer.py compare --config production\n" in result.stdout
     launched = (project / "calls").read_text().splitlines()
     assert "accelerate launch train.py --config production --resume latest" in launched
 

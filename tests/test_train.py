@@ -339,6 +339,26 @@ def test_a_new_best_and_the_clock_can_ask_for_a_save(
     assert saved == [2, 4, 6]
 
 
+def test_what_is_advised_beside_an_old_run_is_not_refused(
+    run_train: Train, goes_on: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--max-steps", "6", "--dry-run", "--quiet")
+    for kind in (words, words[:2]):
+        assert run_train(*kind) == 2
+        told = capsys.readouterr()
+        assert (told.out + told.err).count("checkpoints already holds checkpoints up to") == 1
+    assert "--fresh and another checkpoint_uri (their archives stay in bucket)" in told.err
+    assert run_train(*words, "--fresh") == 3
+    assert run_train(*words, "--fresh", settings=("checkpoint_uri=other",)) == 0
+    for way in (("--resume", "latest"), ("--run-name", "other")):
+        assert run_train(*words, *way) == 0
+    (goes_on / "mydata").mkdir()
+    assert run_train(*words, settings=("data_uri=mydta", "run_name=other")) == 2
+    told = capsys.readouterr().err
+    assert "data_uri mydta does not exist. Did you mean mydata?" in told
+    assert "prepare_data.py --input TEXTS --output mydta" in told
+
+
 def test_a_configuration_that_trains_something_else_wants_a_flag(
     run_train: Train, goes_on: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,10 +371,12 @@ def test_a_configuration_that_trains_something_else_wants_a_flag(
         ("6", "global_batch_size=8", "samples a step: 4 -> 8 (global_batch_size=4 keeps it)"),
         ("3", "save_steps=2", "max_steps: 4 -> 3"),
     ]:
-        assert run_train(*words, steps, settings=(change,)) == 2
-        errors = capsys.readouterr().err
-        assert message in errors
-        assert "--accept-config-change" in errors
+        assert run_train(*words, steps, "--dry-run", settings=(change,)) == 2
+        refused = capsys.readouterr().err
+        assert message in refused
+        assert "--accept-config-change" in refused
+    assert run_train(*words, steps, settings=(change,)) == 2
+    assert capsys.readouterr().err == refused
     change = "lr_scheduler_type=linear"
     assert run_train(*words, "6", "--accept-config-change", settings=(change,)) == 0
     last = checkpoint(goes_on.parent, "run", "checkpoint-epoch0-step6-files0")
@@ -387,6 +409,8 @@ def test_a_longer_run_and_other_watching_want_no_flag_and_are_listed(
     run_train: Train, goes_on: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = find_checkpoints(goes_on / "checkpoints")
+    assert run_train("--max-steps", "3", "--resume", "latest", "--accept-config-change") == 0
+    assert "Done: step 4; max_steps is 3." in capsys.readouterr().out
     assert run_train("--max-steps", "4", "--resume", "latest") == 0  # nothing is left to do
     assert find_checkpoints(goes_on / "checkpoints") == before
     settings = ("logging_steps=1", "keep_checkpoints=5")
@@ -767,18 +791,6 @@ def test_metadata_holds_what_the_viewer_shows(run_train: Train, tmp_path: Path) 
     history = read_json(checkpoint(tmp_path, "run") / "training_metrics.json")
     assert history["steps"] == [2, 4, 6, 8, 10]
     json.dumps(metadata)
-
-
-def test_a_dry_run_beside_checkpoints_says_what_a_run_wants_and_checks_the_rest(
-    run_train: Train, goes_on: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_train("--dry-run", "--max-steps", "8") == ExitCode.PREFLIGHT
-    captured = capsys.readouterr()
-    assert "Go on with --resume latest" in captured.err
-    assert "another run" not in captured.err
-    assert "steps 4 to 8" in captured.out
-    assert run_train("--dry-run", "--max-steps", "4", "--resume", "latest") == 0
-    assert "one layer" not in capsys.readouterr().out  # nothing is left to do or to measure
 
 
 def test_a_loss_that_was_measured_at_another_step_is_not_a_checkpoints(

@@ -88,6 +88,25 @@ def test_a_checkpoint_that_is_nowhere_is_told_with_those_here_and_in_the_bucket(
     here, there = err.split("In the bucket:")
     assert (FOUR in here, "step2" in here) == (True, False)
     assert (FOUR in there, "step2" in there) == (True, True)
+    for words in (("view", "2"), ("compare",), ("view", "latest", "--output-dir", "nowhere")):
+        code, _, err = call(checkpoint_viewer, *words, *A)
+        assert (code, "--remote looks in" in err) == (ExitCode.USAGE, True), words
+    assert call(checkpoint_viewer, "view", "2", *A, "--remote")[0] == 0
+
+
+@pytest.mark.usefixtures("run_a")
+def test_a_checkpoint_that_is_mistyped_is_asked_of_nobody_else(call: Callable[..., Said]) -> None:
+    for script, *words in (
+        (generate, "lastest", "--prompt", "x"),
+        (evaluate, "lastest"),
+        (export_model, "lastest", "--output", "there"),
+        (checkpoint_viewer, "view", "lastest"),
+        (upload_manager, "download", "lastest", "--to", "there"),
+    ):
+        code, _, err = call(script, *words, *A)
+        assert (code, "Did you mean latest?" in err) == (ExitCode.USAGE, True), script
+    near = FOUR.replace("check", "chek")
+    assert f"Did you mean {FOUR}?" in call(generate, near, *A, "--prompt", "x")[2]
 
 
 def test_the_run_is_found_by_its_directory_from_anywhere_and_as_a_copy(
@@ -95,13 +114,16 @@ def test_the_run_is_found_by_its_directory_from_anywhere_and_as_a_copy(
 ) -> None:
     copy = shutil.copytree(run_a / "checkpoints" / "a", tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
-    for place in (run_a / "checkpoints" / "a", copy, "copy"):
+    own = run_a / "checkpoints" / "a"
+    for place in (own, copy, "copy", own / FOUR):
         code, out, _ = call(upload_manager, "verify", "--run", place)
         assert (code, out.splitlines()[-1]) == (0, "2 verified, 0 not.")
         code, out, _ = call(monitor_training, "--once", "--json", "--run", place)
         assert json.loads(out)["state"] == "finished"
-    monkeypatch.chdir(run_a / "checkpoints" / "a")
-    assert call(upload_manager, "verify", "--run", ".")[0] == 0
+    assert call(upload_manager, "verify", "--config", own / FOUR)[0] == 0
+    for place in (own, own / FOUR):
+        monkeypatch.chdir(place)
+        assert call(upload_manager, "verify", "--run", ".")[0] == 0
     monkeypatch.chdir(run_a)
     (copy / "run.json").unlink()  # of an earlier version: the newest checkpoint says it
     words = ("--run", copy, "--set", "checkpoint_uri=other")
@@ -137,6 +159,24 @@ def test_where_no_run_is_those_that_are_there_are_named(
         assert "Runs below checkpoints: a (--run-name a)." in caplog.messages[-1]
     call(checkpoint_viewer, "list", "--run", "checkpoints")
     assert "(--run checkpoints/a)" in caplog.messages[-1]
+
+
+def test_an_end_between_two_logged_steps_has_the_same_figures_everywhere(
+    run_train: Train, call: Callable[..., Said], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("logging_steps=2", "run_name=a", "checkpoint_uri=", "report_to=[]")
+    words = ("--max-steps", "6", "--stop-after", "3", "--quiet")
+    assert run_train(*words, settings=settings) == 0
+    _forget_log_handlers()
+    capsys.readouterr()
+    (row,) = json.loads(call(checkpoint_viewer, "list", *A, "--json")[1])["checkpoints"]
+    assert row["tokens_seen"] == 3 * 4 * 32
+    seen = json.loads(call(monitor_training, "--once", "--json", *A)[1])
+    for key, own in (("tokens_seen", "tokens_seen"), ("loss", "current_loss")):
+        assert seen["metrics"][key] == row[own]
+    assert call(checkpoint_viewer, "report", *A)[0] == 0
+    page = Path("run.html").read_text("utf-8")
+    assert ("<dd>384</dd>" in page, "<dd>256</dd>" in page) == (True, False)
 
 
 def test_compare_and_plot_take_checkpoints_of_two_runs(
@@ -182,6 +222,28 @@ def test_an_attempt_without_config_goes_on_with_that_of_the_checkpoint_from_wher
     assert call_train([*words, "--max-steps", "7"]) == 0
     assert read_json(run_a / "checkpoints" / "a" / "run.json")["config"]["sequence_length"] == 32
     assert call(upload_manager, "verify", *A)[0] == 0
+
+
+def test_a_copy_of_a_runs_bucket_is_gone_on_with_where_it_is(run_a: Path) -> None:
+    folders = [run_a / "other" / name / "Checkpoints" for name in ("a", "copy")]
+    shutil.copytree(folders[0], folders[1])
+    assert call_train(["--resume", "other/copy/latest", "--max-steps", "5", "--quiet"]) == 0
+    assert [steps_in(folder, ".tar.gz") for folder in folders] == [[2, 4], [2, 4, 5]]
+    assert steps_in(run_a / "checkpoints" / "copy") == [4, 5]
+
+
+def test_a_key_of_a_newer_version_is_told_wherever_it_was_recorded(
+    run_a: Path, call: Callable[..., Said], caplog: pytest.LogCaptureFixture
+) -> None:
+    record = run_a / "checkpoints" / "a" / "run.json"
+    value = read_json(record)
+    value["config"]["flux"] = 3
+    record.write_text(json.dumps(value))
+    (run_a / "training_config.json").write_text(json.dumps(value["config"]))
+    for words in (A, ("--config", "training_config.json", "--output-dir", "none")):
+        assert call(checkpoint_viewer, "list", *words)[0] == 0
+        assert "flux is ignored: this version does not know" in caplog.text
+        caplog.clear()
 
 
 def test_a_bucket_of_an_earlier_version_wants_the_configuration_said(

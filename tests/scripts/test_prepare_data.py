@@ -137,6 +137,7 @@ def test_preparing_with_a_new_tokenizer_loads_no_torch(text_file: Path, tmp_path
         ([*NPY, "--eos-id", "90000"], "--eos-id 90000"),
         ([*NPY, "--input", "book.txt"], "need --tokenizer"),
         ([*NPY, "--special-token", "<x>"], "--special"),
+        ([*BOOK, "--skip-null"], "--skip-null has no effect here: it goes with JSON"),
         ([*BOOK, "--eos-id", "0"], "--eos-id 0 has no effect here: it goes with token files"),
         ([*BOOK, "--token-dtype", "uint16"], "--token-dtype 'uint16' has no effect"),
         ([*BOOK, "--streaming"], "--streaming has no effect"),
@@ -482,7 +483,7 @@ def test_shards_from_elsewhere_are_indexed_and_inspected(
 ) -> None:
     np.savez(tmp_path / "a.npz", input_ids=np.arange(10))
     assert prepare_data.main(["index", str(tmp_path), "--vocab-size", "10"]) == ExitCode.DONE
-    assert "1 shards, 10 tokens" in capsys.readouterr().out
+    assert "1 shard, 10 tokens" in capsys.readouterr().out
     assert prepare_data.main(["inspect", str(tmp_path), "--verify"]) == ExitCode.DONE
     assert "input_ids [10] int64" in capsys.readouterr().out
     (tmp_path / "b.npz").write_bytes(b"<html>")

@@ -11,6 +11,7 @@ killed: the next one beside it removes it.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import io
 import os
@@ -32,6 +33,15 @@ MAX_REGULAR_FILE_BYTES = 256 * 2**20
 LINE_BLOCK_BYTES = 2**20
 MARK_BYTES = 64
 LOCK_SUFFIX = ".lock"
+
+
+def near_directory(path: Path) -> str:
+    """Return ` Did you mean X?` where a directory of nearly that name is there, else nothing."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = [entry.name for entry in os.scandir(path.parent) if entry.is_dir()]
+    near = difflib.get_close_matches(path.name, names, 1)
+    return f" Did you mean {path.parent / near[0]}?" if near else ""
 
 
 def read_regular_file(path: str | Path, limit: int = MAX_REGULAR_FILE_BYTES) -> bytes:

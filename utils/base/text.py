@@ -7,6 +7,7 @@ one kind of error. Lines and tables fit a width: `wrap_words`, `table_lines`.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -87,6 +88,17 @@ def printable(value: object, limit: int = MAX_SHOWN_CHARACTERS) -> str:
     if not begin.isprintable():
         text = "".join(character if character.isprintable() else "?" for character in begin)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def did_you_mean(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """Return ` Did you mean X?` where a word is nearly a known one, else nothing."""
+    near = difflib.get_close_matches(word, list(known), 1, likeness)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def count_of(number: int, thing: str) -> str:
+    """Return `1 token` or `2,000 tokens`."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def reason_of(exc: BaseException) -> str:

@@ -153,9 +153,9 @@ def usable_values(
     Raises:
         ConfigError: It is no configuration.
     """
+    get_training_config(source, {}, values)  # tells of keys that this version does not know
     known = {one.name for one in fields(TrainingConfig)}
     values = {key: value for key, value in values.items() if key in known}
-    get_training_config(source, {}, values)
     base = None if place is None else _find_base(place, values, directory)
     uri = values.get("checkpoint_uri", "")
     path = local_path(uri) if uri else None

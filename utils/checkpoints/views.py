@@ -18,7 +18,14 @@ from typing import Any
 from configs.config_files import TRAINING_CONFIG_FILE
 from utils.base.errors import CheckpointError, StorageError, UsageError
 from utils.base.files import read_regular_file
-from utils.base.text import FOREIGN_ERRORS, number, parse_json, parse_json_object, printable
+from utils.base.text import (
+    FOREIGN_ERRORS,
+    did_you_mean,
+    number,
+    parse_json,
+    parse_json_object,
+    printable,
+)
 from utils.base.uri import local_path, normalize_uri
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
@@ -40,6 +47,8 @@ _NUM_SHOWN = 5  # names in an error
 # The numbers that a history begins with, to the last comma after them. Its name ends with a bare
 # quote, so this never matches within a JSON string.
 _LONG_HISTORY = re.compile(rb'("(?:loss_history|learning_rates)":\s*\[)[-+.,0-9eE\sNaInfityul]*,')
+
+_LIKENESS = 0.8  # `bert`, a model of the Hub, is less like `best`
 
 
 @dataclass(frozen=True)
@@ -336,10 +345,23 @@ def choose_name(text: str, names: Sequence[CheckpointName], where: str = "") -> 
         fitting = ", ".join(map(str, found[-_NUM_SHOWN:]))
         count = "" if len(found) <= _NUM_SHOWN else f"{len(found)} checkpoints, the newest "
         raise UsageError(f"{shown!r} fits {count}{fitting}. Write more of the name.")
-    known = ", ".join(map(str, names[-_NUM_SHOWN:])) or "none yet"
-    place = f" in {where}" if where else ""
-    raise UsageError(f"There is no checkpoint {shown!r}{place}. The newest are: {known}.")
+    raise no_such_checkpoint(text, names, where)
 
 
 def _is_part(text: str, name: str) -> bool:
     return name.startswith((text, f"checkpoint-{text}")) or name.endswith(text)
+
+
+def no_such_checkpoint(text: str, names: Sequence[CheckpointName], where: str = "") -> UsageError:
+    """Return the error that says which checkpoints there are in place of the one that is meant."""
+    place = f" in {where}" if where else ""
+    near = near_checkpoint(text, names)
+    known = ", ".join(map(str, names[-_NUM_SHOWN:])) or "none yet"
+    return UsageError(
+        f"There is no checkpoint {printable(text)!r}{place}.{near} The newest are: {known}."
+    )
+
+
+def near_checkpoint(text: str, names: Sequence[CheckpointName]) -> str:
+    """Return ` Did you mean X?` where a text is nearly `latest`, `best` or a checkpoint's name."""
+    return did_you_mean(text, ["latest", "best", *map(str, names)], _LIKENESS)

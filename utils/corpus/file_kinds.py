@@ -26,7 +26,7 @@ from typing import Any
 
 from utils.base.errors import DataError, UsageError
 from utils.base.files import walk_folders
-from utils.base.text import parse_json, printable
+from utils.base.text import count_of, parse_json, printable
 from utils.base.uri import require_path
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
@@ -116,7 +116,9 @@ def find_files(
         left_out += others
     read = {file for file, _ in found}
     if left_out := [path for path in left_out if path.resolve() not in read]:
-        log.warning("%s: %d files are not read: %s.", option, len(left_out), list_names(left_out))
+        log.warning(
+            "%s: %s not read: %s.", option, count_of(len(left_out), "file"), list_names(left_out)
+        )
     return tuple((path.absolute(), own) for (_, own), path in found.items())
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from utils.base.errors import UsageError
+from utils.base.text import count_of
 from utils.base.uri import local_path
 from utils.corpus import shard_writer
 from utils.corpus.documents import SPLITS
@@ -73,8 +74,9 @@ class ShardLog:
         }
         shard_writer.put_json(self._bucket, PARTIAL_INDEX_FILE, partial, indent=None)
         _logger.info(
-            "%s: %d tokens of %d documents, %d bytes, verified.",
-            *(entry.name, entry.tokens, entry.documents, entry.size),
+            "%s: %s of %s, %d bytes, verified.",
+            *(entry.name, count_of(entry.tokens, "token")),
+            *(count_of(entry.documents, "document"), entry.size),
         )
 
 
@@ -175,5 +177,5 @@ def find_finished_shards(bucket: Bucket, partial: dict[str, Any]) -> FinishedSha
     shards = shard_writer.entries_from_json(partial)
     if not shards or shard_writer.find_bad_shards(bucket, shards):
         return None
-    _logger.info("Going on after %d shards that are already in %s.", len(shards), bucket.uri)
+    _logger.info("Going on after %s already in %s.", count_of(len(shards), "shard"), bucket.uri)
     return FinishedShards(shards, np.array(partial["token_counts"], np.int64))

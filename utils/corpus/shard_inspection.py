@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.errors import DataError, ShardError, UsageError
-from utils.base.text import parse_json_object
+from utils.base.text import count_of, parse_json_object
 from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, get_old_json, put_json
 from utils.data.shard_cache import require_in_vocabulary
 from utils.data.shard_index import (
@@ -219,7 +219,7 @@ def _refuse_bad(bucket: Bucket, looks: Iterable[ShardLook]) -> None:
     if bad:
         lines = [f"  {look.name}: {look.problem}" for look in bad[:MAX_NAMED]]
         more = [f"  ... and {len(bad) - MAX_NAMED} more"] if len(bad) > MAX_NAMED else []
-        title = f"{bucket.uri}: {len(bad)} bad shards; no index was written."
+        title = f"{bucket.uri}: {count_of(len(bad), 'bad shard')}; no index was written."
         raise DataError("\n".join([title, *lines, *more]))
 
 

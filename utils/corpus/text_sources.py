@@ -252,6 +252,7 @@ class FileSource:
         found = {
             "document_per": bool(texts),
             "text_column": any(is_record.values()),
+            "skip_null": any(is_record.values()),
             "token_cache": True,
         }
         return found.get(option, False)
@@ -498,7 +499,7 @@ class HubSource:
             return str(self._open().split) == self.split
         if option == "hf_config" and self._is_saved(*SAVED_FILES):
             return False
-        return option in ("hf_config", "split", "streaming", "text_column", "token_cache")
+        return option not in ("document_per", "document_separator", "eos_id", "token_dtype")
 
     def _is_saved(self, *names: str) -> bool:
         directory = Path(self.name).expanduser()

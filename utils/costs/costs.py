@@ -11,7 +11,7 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from utils.base.text import ABSENT, format_duration
+from utils.base.text import ABSENT, count_of, format_duration
 from utils.costs.spending import MAX_DOLLARS, Amount, Spending, read_price
 
 TOKENS_PER_UNIT = 1e6
@@ -89,7 +89,7 @@ def describe_costs(costs: Costs) -> str:
     if costs.lost_seconds > 0:
         dollars = "" if costs.lost_dollars is None else f", {format_dollars(costs.lost_dollars)}"
         details.append(f"{format_duration(costs.lost_seconds)}{dollars} lost to restarts")
-    attempts = f"{costs.starts} attempt{'' if costs.starts == 1 else 's'}"
+    attempts = count_of(costs.starts, "attempt")
     return f"Spent {what} in {attempts}" + (f" ({'; '.join(details)})" if details else "") + "."
 
 

@@ -81,5 +81,5 @@ class DataState:
             raise DataError(
                 "The data differ from the checkpoint's, so the same tokens would not follow: "
                 f"{changes}. Restore them, go on at the next epoch of the new data "
-                "(--accept-data-change), or start a new run (--fresh)."
+                "(--accept-data-change), or begin anew (--set run_name=NAME)."
             )

@@ -14,7 +14,7 @@ import torch
 from utils.base import ranks
 from utils.base.console import PLAIN_LINE, LiveLine
 from utils.base.errors import CheckpointError, ExitCode, PretrainError
-from utils.base.text import format_duration
+from utils.base.text import count_of, format_duration
 from utils.checkpoints.layout import read_manifest
 from utils.run.grace import describe_outcome, describe_plan
 from utils.run.saving import RunSaving
@@ -66,12 +66,10 @@ def wait_for_uploads(
             log.info("Saved %s on this disk; uploading is off.", saved)
         return ExitCode.DONE
     if uploader.pending:
-        count = len(uploader.pending)
         log.info(
-            "Waiting up to %s for %d upload%s.",
+            "Waiting up to %s for %s.",
             format_duration(upload_seconds),
-            count,
-            "" if count == 1 else "s",
+            count_of(len(uploader.pending), "upload"),
         )
     left = uploader.drain(upload_seconds, live.show, saving.must_leave)
     is_leaving = is_leaving or saving.must_leave()
@@ -94,8 +92,8 @@ def _report_missing(saving: RunSaving, left: list[str], missing: list[str]) -> N
     folder = saving.paths.checkpoints
     kept = [name for name in missing if (folder / name).is_dir()]
     log.error(
-        "%d checkpoints are not verified in the bucket. Kept in %s: %s. To upload them:",
-        len(missing),
+        "Not verified in the bucket: %s. Kept in %s: %s. To upload them:",
+        count_of(len(missing), "checkpoint"),
         folder,
         ", ".join(kept) or "none",
     )
@@ -124,8 +122,9 @@ def conclude(
     `reason` is what asked for the stop, None where nothing has.
     """
     if step >= max_steps and (code is ExitCode.DONE or reason is None):
-        log.info("Done: step %d of %d.", step, max_steps)
-        show_command(f"To train on to step {2 * max_steps}:", command.text(2 * max_steps))
+        of = f" of {max_steps}" if step == max_steps else f"; max_steps is {max_steps}"
+        log.info("Done: step %d%s.", step, of)
+        show_command(f"To train on to step {2 * step}:", command.text(2 * step))
     elif reason is not None:
         what = "saved" if step else "nothing was trained yet"
         show_command(f"Stopped by {reason} at step {step}, {what}. Go on with:", command.text())

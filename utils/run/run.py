@@ -128,7 +128,8 @@ class TrainingRun:
         self._saving.close()
         step, spending = self.state.progress.step, self._meter.read().to_json()
         self._notes.write(step, is_last=True)
-        tracking.record_end(accelerator, self.paths.logs, step, self._outcome, spending=spending)
+        facts = {"spending": spending, "tokens_seen": self.state.progress.tokens_seen}
+        tracking.record_end(accelerator, self.paths.logs, step, self._outcome, **facts)
         if shortage is not None:
             raise ResourceShortageError(f"{shortage}\n{self._next_command.text()}") from error
         if error is None:
@@ -288,7 +289,8 @@ class TrainingRun:
         reason = self.stop.reason
         if self._is_main:
             asked_by = None if self._failure is not None else reason
-            tracking.record_event(self.paths.logs, "finishing", progress.step, reason=asked_by)
+            facts = {"reason": asked_by, "tokens_seen": progress.tokens_seen}
+            tracking.record_event(self.paths.logs, "finishing", progress.step, **facts)
         leave_at = math.inf if self._failure is not None else saving.leave_at()
         if leave_at < math.inf and self._is_main:
             leaving.tell_plan(saving, leave_at - time.monotonic())

@@ -21,13 +21,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs.config_files import parse_assignment, settings_of_options
+from configs.config_files import TRAINING_CONFIG_FILE, parse_assignment, settings_of_options
 from configs.training_config import KEY_TYPES, TrainingConfig, get_training_config
 from utils.base.console import add_output_arguments, new_parser
 from utils.base.errors import ConfigError, StorageError, UsageError
 from utils.base.text import printable
-from utils.base.uri import join_uri, normalize_uri, require_path
-from utils.checkpoints.layout import RUN_FILE, RunPaths, sidecar_object
+from utils.base.uri import join_uri, normalize_uri, require_path, split_uri
+from utils.checkpoints.layout import MANIFEST_FILE, RUN_FILE, RunPaths, sidecar_object
 from utils.checkpoints.run_record import (
     RunValues,
     find_run_names,
@@ -167,7 +167,7 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
                 return _config_in(RunPaths.of(alone).checkpoints, found, overrides, alone)
             return found.to_config({**place, **overrides})
         _require_no_other_run(args.resume, alone)
-    return get_training_config(args.config or DEFAULT_CONFIG, overrides)
+    return _named_config(args.config, overrides, is_bucket_needed=True)
 
 
 def _config_alone(name: str | None, words: Mapping[str, Any]) -> TrainingConfig:
@@ -175,8 +175,25 @@ def _config_alone(name: str | None, words: Mapping[str, Any]) -> TrainingConfig:
 
     Other values may contradict it, and not what the run recorded.
     """
-    places = {key: words[key] for key in words if key in _PLACE_KEYS}
-    return get_training_config(name or DEFAULT_CONFIG, places)
+    return _named_config(name, {key: words[key] for key in words if key in _PLACE_KEYS})
+
+
+def _named_config(
+    name: str | None, words: Mapping[str, Any], *, is_bucket_needed: bool = False
+) -> TrainingConfig:
+    """Return the configuration that `--config` names; that of a checkpoint is as its run is found.
+
+    Raises:
+        UsageError: `is_bucket_needed`, and nothing says where the bucket of a checkpoint's run is.
+    """
+    path = Path(name or "")
+    checkpoint = path.parent if path.name == TRAINING_CONFIG_FILE else path
+    if name is None or not os.path.isfile(checkpoint / MANIFEST_FILE):  # noqa: PTH113 - Path.is_file raises for too long a name
+        return get_training_config(name or DEFAULT_CONFIG, words)
+    found, place = _find_in_checkpoint(checkpoint)
+    if is_bucket_needed:
+        _require_bucket(found, words)
+    return found.to_config({**place, **words})
 
 
 def _find_resumed(
@@ -203,11 +220,13 @@ def _find_resumed(
                 "trained (an earlier version uploaded it). Say it: --config NAME."
             )
         name = found.values.get("run_name", "") if found else ""
-        if name and not uri.endswith(f"/{name}"):
-            return found, {}
+        if name and not uri.endswith(f"/{name}"):  # a copy under another name
+            parent, name = split_uri(uri) or (uri, "")
+            return found, {"checkpoint_uri": parent, "run_name": name}
         return found, {"checkpoint_uri": uri.removesuffix(f"/{name}") if name else uri}
     if Path(resume).name != resume:
-        return _find_in_checkpoint(Path(resume))
+        is_there = Path(resume).is_dir()  # else the start says so
+        return _find_in_checkpoint(Path(resume)) if is_there else (None, {})
     directory = RunPaths.of(alone).checkpoints
     found = find_run_values(directory)
     if found is not None:
@@ -248,10 +267,8 @@ def _require_no_other_run(resume: str, alone: TrainingConfig) -> None:
         )
 
 
-def _find_in_checkpoint(checkpoint: Path) -> tuple[RunValues | None, dict[str, Any]]:
+def _find_in_checkpoint(checkpoint: Path) -> tuple[RunValues, dict[str, Any]]:
     """Return the configuration of a checkpoint; one in a run's own directory goes on there."""
-    if not checkpoint.is_dir():
-        return None, {}  # the start says so
     found = read_checkpoint_values(checkpoint)
     is_plain = checkpoint.name == checkpoint.resolve().name
     directory = (checkpoint if is_plain else checkpoint.resolve()).parent
@@ -367,7 +384,7 @@ def read_run_config(args: argparse.Namespace, run: str | Path | None = None) -> 
     directory = RunPaths.of(alone).checkpoints if run is None else Path(run)
     found = find_run_values(directory)
     if found is None:
-        config = get_training_config(args.config or DEFAULT_CONFIG, words)
+        config = _named_config(args.config, words)
         _tell_other_runs(directory, None if run else Path(alone.output_dir))
         return config if run is None else _placed_at(directory, config)
     if found.lost_uri and "checkpoint_uri" not in words:
@@ -398,7 +415,8 @@ def _only_run(runs: Sequence[str], words: Mapping[str, Any]) -> str:
         raise UsageError("--run is the whole directory: it takes no --output-dir or --run-name.")
     if not Path(runs[0]).is_dir():
         raise UsageError(f"--run {printable(runs[0])}: there is no such directory.")
-    return runs[0]
+    is_checkpoint = Path(runs[0], MANIFEST_FILE).is_file()
+    return str(Path(runs[0]).resolve().parent) if is_checkpoint else runs[0]
 
 
 def _placed_at(directory: Path, config: TrainingConfig) -> TrainingConfig:

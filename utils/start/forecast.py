@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from utils.base.text import format_bytes, format_duration
+from utils.base.text import count_of, format_bytes, format_duration
 from utils.checkpoints.layout import REMOTE_FOLDER
 from utils.costs.costs import TOKENS_PER_UNIT, format_dollars
 from utils.costs.spending import Amount
@@ -69,7 +69,7 @@ def check_times(
     ending = f"about {format_duration(run_seconds)} for steps {facts.step} to {config.max_steps}"
     return [
         Check("step", "ok", text),
-        Check("run", "ok", f"{ending} and {evaluations} evaluations"),
+        Check("run", "ok", f"{ending} and {count_of(evaluations, 'evaluation')}"),
         *([] if transport is None else [_check_uploads(facts, seconds, transport)]),
         _describe_cost(facts, run_seconds),
     ]

@@ -14,7 +14,7 @@ import torch
 from configs.training_config import TrainingConfig
 from utils.base import ranks
 from utils.base.machine import available_memory, existing_parent
-from utils.base.text import format_bytes
+from utils.base.text import count_of, format_bytes
 from utils.checkpoints.layout import RunPaths
 from utils.data.shard_cache import token_dtype
 from utils.data.shard_index import DataSource
@@ -150,7 +150,7 @@ def check_cache(config: TrainingConfig, sources: Sequence[DataSource], vocab_siz
     free = shutil.disk_usage(folder).free
     there = sum(path.stat().st_size for path in cache.glob("*/*.tokens"))
     text = (
-        f"{format_bytes(need)} for a window of {len(window)} shards and a download, "
+        f"{format_bytes(need)} for a window of {count_of(len(window), 'shard')} and a download, "
         f"{format_bytes(free)} free in {folder}"
     )
     if free + there >= need:

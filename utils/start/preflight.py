@@ -29,9 +29,9 @@ from utils.base.errors import (
     ExitCode,
     ObjectNotFoundError,
     StorageError,
-    UsageError,
 )
-from utils.base.text import format_bytes, printable, to_json_text
+from utils.base.files import near_directory
+from utils.base.text import count_of, format_bytes, printable, to_json_text
 from utils.base.uri import local_path
 from utils.checkpoints.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.data.shard_index import (
@@ -55,7 +55,8 @@ from utils.start.machine_checks import (
     estimate_memory,
     find_free_memory,
 )
-from utils.start.resume import Plan, look_for_start, require_startable
+from utils.start.restore import require_same_training
+from utils.start.resume import Plan, look_for_start
 from utils.start.step_probe import StepProbe, measure_step
 from utils.storage.open import open_bucket
 from utils.training.sharding import resolve_sharding
@@ -98,8 +99,9 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
         directory = local_path(uri)
         if directory is not None and not directory.is_dir():
             raise DataError(
-                f"data_uri {uri} does not exist. For sample data run: "
-                f"python scripts/prepare_data.py --sample --output {uri}"
+                f"data_uri {uri} does not exist.{near_directory(directory)} To prepare text of "
+                f"your own: python scripts/prepare_data.py --input TEXTS --output {uri}; for "
+                "sample text, --sample in place of --input TEXTS."
             )
         try:
             bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
@@ -112,7 +114,7 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
             continue
         sources.append(DataSource(uri, weight, index))
         shards, tokens = len(index.training), index.training_tokens
-        text = f"{shards} training shards with {tokens:,} tokens in {bucket.uri}"
+        text = f"{count_of(shards, 'training shard')} with {tokens:,} tokens in {bucket.uri}"
         findings.append(Check("data", "ok", text))
     return sources, findings
 
@@ -290,31 +292,33 @@ class StartChecks:
 
 
 def check_start(
-    facts: RunFacts, resume: str | None, *, is_fresh: bool, should_measure: bool
+    facts: RunFacts, resume: str | None, *, is_change_accepted: bool, should_measure: bool
 ) -> StartChecks:
     """Return what is known before a run begins; nothing is decided by it but a refusal.
 
-    Step and sources of `facts` are found here. `resume` is what to go on from, as the user says it.
-    `should_measure` measures a small step and a short upload, as before a long run in any case.
+    Step and sources of `facts` are found here. `resume` is what to go on from, as the user says it;
+    `is_change_accepted`: with another configuration, too. `should_measure` measures a small step
+    and a short upload, as before a long run in any case.
 
     Raises:
         UsageError: There is no such checkpoint to resume from.
+        ConfigError: Another configuration trained it.
         DataError: The data are there but do not fit the model or cannot be used.
     """
     config, model_config = facts.config, facts.model_config
     paths = RunPaths.of(config)
-    plan, resuming, owning = _look_for_start(config, resume, is_fresh=is_fresh)
+    plan, owning = _look_for_start(config, resume)
     # Data first: they are refused before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config, config.init_from)
     tokenizer = read_tokenizers(config, sources)
     set_special_tokens(config, sources, model_config)
-    transport, uploading = check_upload(config, paths.checkpoints)
     facts = facts.with_data(plan.step, sources)
     config = facts.config
+    require_same_training(plan, facts, is_accepted=is_change_accepted)
+    transport, uploading = check_upload(config, paths.checkpoints)
     memory, unmeasured, probe = _measure(facts, should_measure=should_measure)
     checks = [
-        *resuming,
         *data,
         *(
             [check_tokens(facts), check_vocabulary(sources, model_config, facts.base)]
@@ -337,21 +341,13 @@ def check_start(
     return StartChecks(run_id, plan.step, sources, checks, transport, probe)
 
 
-def _look_for_start(
-    config: TrainingConfig, resume: str | None, *, is_fresh: bool
-) -> tuple[Plan, list[Check], list[Check]]:
-    """Return where the run would begin now, and what forbids it here and in the bucket."""
-    problems: list[Check] = []
+def _look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, list[Check]]:
+    """Return where the run would begin now, and what forbids it in the bucket."""
     try:
-        require_startable(RunPaths.of(config), resume=resume, fresh=is_fresh)
-    except UsageError as exc:  # a dry run; everything else is checked as if it went on
-        resume, problems = "latest", [Check("start", "fail", str(exc))]
-    try:
-        plan, owning = look_for_start(config, resume)
+        return look_for_start(config, resume)
     except StorageError as exc:
         text = f"The bucket's checkpoints cannot be read: {exc}"
-        return Plan(RunIdentity(new_run_id())), [*problems, Check("resume", "fail", text)], []
-    return plan, problems, owning
+        return Plan(RunIdentity(new_run_id())), [Check("resume", "fail", text)]
 
 
 def _measure(
@@ -470,7 +466,7 @@ def check_vocabulary(
 def describe_run(run: RunFacts) -> dict[str, str]:
     """Return what a run says of itself before it begins."""
     config, counts, world_size = run.config, run.counts, run.world_size
-    ranks_text = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    ranks_text = count_of(world_size, "rank")
     tokens = run.tokens_per_step
     total = tokens * config.max_steps
     name = device_name(run.device)

@@ -25,7 +25,7 @@ from configs.training_config import TrainingConfig
 from utils.base import ranks
 from utils.base.console import LiveLine
 from utils.base.errors import CheckpointError, ConfigError, StorageError, UnreadableCheckpointError
-from utils.base.text import format_bytes
+from utils.base.text import FOREIGN_ERRORS, format_bytes
 from utils.checkpoint_utils import (
     SavedState,
     read_checkpoint,
@@ -34,6 +34,7 @@ from utils.checkpoint_utils import (
 )
 from utils.checkpoints.journal import Journal
 from utils.checkpoints.layout import (
+    METADATA_FILE,
     SAVING_PREFIX,
     Manifest,
     RunPaths,
@@ -45,6 +46,7 @@ from utils.checkpoints.store import set_aside, verify_checkpoint
 from utils.data.data_state import DataState
 from utils.data_utils import TrainingData
 from utils.remote.download import download_checkpoint
+from utils.start.facts import RunFacts
 from utils.start.machine_sharing import on_every_machine
 from utils.start.resume import (
     Candidate,
@@ -111,7 +113,11 @@ def begin(
             if isinstance(saved, UnreadableCheckpointError):
                 _pass_over(plan, replace(candidate, path=checkpoint), paths, saved)
                 continue
-            _require_same_config(here, saved, state, config, is_accepted=args.accept_config_change)
+            progress, size = saved.metrics["progress"], state.accelerator.num_processes
+            model_config, batch = state.core_model.config, progress["global_batch_size"]
+            changes = _find_changes(here, manifest, batch, config, model_config, size)
+            _accept(here, changes, is_accepted=args.accept_config_change)
+            _tell_learning_rate(read_json(here / TRAINING_CONFIG_FILE), config, progress["step"])
         restore_state(state, saved, config)
         start = ranks.compute_on_main(
             functools.partial(resolve_start, plan, paths, checkpoint, manifest)
@@ -122,8 +128,8 @@ def begin(
         log.info("Resumed from %s (step %d).", checkpoint, state.progress.step)
         return replace(start, bad_shards=bad_shards)
     raise CheckpointError(
-        f"None of the {len(plan.candidates)} checkpoints of this run can be used. Begin anew with "
-        "--fresh, or name another one with --resume."
+        f"None of the {len(plan.candidates)} checkpoints of this run can be used. Name another "
+        "one with --resume, or begin anew with --set run_name=NAME."
     )
 
 
@@ -273,20 +279,36 @@ def _read(
     )
 
 
-def _require_same_config(
-    checkpoint: Path,
-    saved: SavedState,
-    state: TrainState,
-    config: TrainingConfig,
-    *,
-    is_accepted: bool,
-) -> None:
-    """List what differs from the checkpoint's configuration; refuse what trains differently.
+def require_same_training(plan: Plan, facts: RunFacts, *, is_accepted: bool) -> None:
+    """Refuse early what `begin` would refuse, as far as files here or a sidecar say why.
 
     Raises:
-        ConfigError: There is such a difference, and it was not accepted.
+        ConfigError: Another configuration trained the first candidate, and that was not accepted.
     """
-    model_config = state.core_model.config
+    for candidate in plan.candidates[:1]:
+        _require_same_keys(candidate, facts.config, is_accepted=is_accepted)
+        path, model_config, size = candidate.path, facts.model_config, facts.world_size
+        if path is None:
+            continue
+        with contextlib.suppress(CheckpointError, OSError, *FOREIGN_ERRORS):  # `begin` says it
+            batch = read_json(path / METADATA_FILE)["training_progress"]["global_batch_size"]
+            manifest = read_manifest(path)
+            changes = _find_changes(path, manifest, batch, facts.config, model_config, size)
+            _require_accepted(path.name, changes.guarded, is_accepted=is_accepted)
+
+
+def _find_changes(
+    checkpoint: Path,
+    manifest: Manifest,
+    batch: int,
+    config: TrainingConfig,
+    model_config: Any,
+    world_size: int,
+) -> ConfigChanges:
+    """Return how a configuration differs from the one of a checkpoint; `batch`: its samples a step.
+
+    What leaves all steps up to the checkpoint as they were is free.
+    """
     trained_with = read_json(checkpoint / TRAINING_CONFIG_FILE)
     before: Any = None
     with contextlib.suppress(OSError, ValueError):
@@ -299,20 +321,27 @@ def _require_same_config(
     )
     free, guarded = list(changes.free), list(changes.guarded)
     later = [change for change in guarded if change.startswith(_LATER_KEYS)]
-    if later and _has_same_past(trained_with, config, saved.manifest.step):
+    if later and _has_same_past(trained_with, config, manifest.step):
         free, guarded = free + later, [change for change in guarded if change not in later]
-    batch = saved.metrics["progress"]["global_batch_size"]
-    global_batch, _ = config.resolve_batch(state.accelerator.num_processes)
+    global_batch, _ = config.resolve_batch(world_size)
     if batch not in (0, global_batch):
         guarded.append(
             f"samples a step: {batch} -> {global_batch} (global_batch_size={batch} keeps it)"
         )
-    for change in free:
+    return ConfigChanges(tuple(free), tuple(guarded))
+
+
+def _accept(checkpoint: Path, changes: ConfigChanges, *, is_accepted: bool) -> None:
+    """List what differs from the checkpoint's configuration; refuse what trains differently.
+
+    Raises:
+        ConfigError: There is such a difference, and it was not accepted.
+    """
+    for change in changes.free:
         log.info("Changed since the checkpoint: %s.", change)
-    _require_accepted(checkpoint.name, guarded, is_accepted=is_accepted)
-    for change in guarded:
+    _require_accepted(checkpoint.name, changes.guarded, is_accepted=is_accepted)
+    for change in changes.guarded:
         log.warning("Changed since the checkpoint, as accepted: %s.", change)
-    _tell_learning_rate(trained_with, config, saved.metrics["progress"]["step"])
 
 
 def _require_same_keys(candidate: Candidate, config: TrainingConfig, *, is_accepted: bool) -> None:
@@ -332,8 +361,8 @@ def _require_accepted(name: str, guarded: Sequence[str], *, is_accepted: bool) -
     if guarded and not is_accepted:
         raise ConfigError(
             f"{name} was trained with another configuration: {'; '.join(guarded)}. "
-            "Put it back, go on all the same with --accept-config-change, begin anew with --fresh, "
-            "or give this run folders of its own with --set run_name=NAME."
+            "Put it back, go on all the same with --accept-config-change, or begin anew with "
+            "--set run_name=NAME."
         )
 
 

@@ -110,18 +110,21 @@ class Start:
     bad_shards: tuple[int, ...] = ()
 
 
-def require_startable(paths: RunPaths, *, resume: str | None, fresh: bool) -> None:
+def require_startable(config: TrainingConfig, *, resume: str | None, fresh: bool) -> None:
     """Refuse to begin anew beside an old run's checkpoints unless told to.
 
     Raises:
         UsageError: There are checkpoints and neither --resume nor --fresh.
     """
-    existing = find_checkpoints(paths.checkpoints)
+    directory = RunPaths.of(config).checkpoints
+    existing = find_checkpoints(directory)
     if existing and resume is None and not fresh:
+        uri = config.checkpoint_uri
+        needs = f" and another checkpoint_uri (their archives stay in {uri})" if uri else ""
         raise UsageError(
-            f"{paths.checkpoints} already holds checkpoints up to step {existing[-1].step}. "
-            "Go on with --resume latest, set them aside and begin anew with --fresh, or name "
-            "this one: --set run_name=NAME."
+            f"{directory} already holds checkpoints up to step {existing[-1].step}. Go on with "
+            "--resume latest, begin anew beside them with --set run_name=NAME, or set them aside "
+            f"with --fresh{needs}."
         )
 
 
@@ -134,7 +137,7 @@ def decide_start(config: TrainingConfig, resume: str | None, *, fresh: bool) -> 
         PreflightError: The bucket holds checkpoints of another run.
         StorageError: The bucket is needed and cannot be read.
     """
-    require_startable(RunPaths.of(config), resume=resume, fresh=fresh)
+    require_startable(config, resume=resume, fresh=fresh)
     plan, problems = look_for_start(config, resume)
     require_all(problems)
     if plan.searched:

@@ -27,7 +27,7 @@ from typing import Any
 from utils.base.archive_formats import COMPRESSIONS
 from utils.base.errors import PretrainError, TransientStorageError
 from utils.base.retrying import ARCHIVE_FACTOR, FIRST_RETRY_SECONDS, backoff
-from utils.base.text import format_bytes, format_duration
+from utils.base.text import count_of, format_bytes, format_duration
 from utils.base.uri import join_uri, normalize_uri
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
@@ -363,7 +363,7 @@ class Uploader:
             self._tell(f"{name}: upload failed, trying again in {seconds:.0f} s: {error}")
         else:
             seconds = _jittered(LATER_SECONDS)
-            self._give_up(item, f"{error} ({item.attempts} attempts)")
+            self._give_up(item, f"{error} ({count_of(item.attempts, 'attempt')})")
         again = datetime.now(UTC) + timedelta(seconds=seconds)
         self._record_failure(item, run_id, error, again.isoformat(timespec="seconds"))
         self._requeue(item, seconds, is_late)

@@ -311,7 +311,7 @@ def test_what_a_directory_holds_besides_is_named(
 
     found = [path.name for path in find_paths(tmp_path)]
     assert found == ["array.json", "c4.json", "one.json"]
-    assert "6 files are not read: " in caplog.text
+    assert "6 files not read: " in caplog.text
     assert all(name in caplog.text for name in ("a.csv", "dataset_infos.json", " and 1 more."))
     with caplog.at_level("INFO"):
         FileSource((tmp_path / "a.png", tmp_path / "c4.json"))

@@ -58,5 +58,5 @@ def test_changed_data_are_an_error_that_says_what_changed(
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
         STATE.require_same_order(replace(STATE, **change))
-    assert "--fresh" in str(caught.value)
+    assert "--set run_name=NAME" in str(caught.value)
     assert "--accept-data-change" in str(caught.value)

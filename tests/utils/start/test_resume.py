@@ -28,7 +28,6 @@ from utils.start.resume import (
     Start,
     fresh_start,
     plan_start,
-    require_startable,
     resolve_start,
 )
 from utils.storage.directory import DirectoryBucket
@@ -90,7 +89,6 @@ def begin(plan: Plan, paths: RunPaths) -> Start:
 
 
 def test_a_first_start_begins_at_step_0_of_a_new_run(paths: RunPaths) -> None:
-    require_startable(paths, resume=None, fresh=False)
     first, second = plan(paths, None), plan(paths, None)
     assert (first.step, first.candidates) == (0, ())
     assert first.identity.run_id != second.identity.run_id
@@ -107,18 +105,6 @@ def test_a_hint_that_cannot_be_read_is_ignored_and_said(
     assert read_run_identity(old_run) is None
     assert "run.json cannot be read" in caplog.text
     assert plan(old_run).step == 30
-
-
-def test_a_start_beside_old_checkpoints_is_refused_with_both_ways_out(old_run: RunPaths) -> None:
-    with pytest.raises(UsageError) as caught:
-        require_startable(old_run, resume=None, fresh=False)
-    message = str(caught.value)
-    assert "up to step 30" in message
-    assert "--resume latest" in message
-    assert "--fresh" in message
-    assert caught.value.exit_code is ExitCode.USAGE
-    require_startable(old_run, resume="latest", fresh=False)
-    require_startable(old_run, resume=None, fresh=True)
 
 
 def test_fresh_sets_the_old_run_aside_and_loses_nothing(old_run: RunPaths) -> None:

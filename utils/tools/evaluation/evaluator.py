@@ -17,6 +17,7 @@ from typing import Any
 
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, ConfigError, DataError, UsageError
+from utils.base.files import near_directory
 from utils.base.progress import OnProgress
 from utils.base.text import printable
 from utils.base.uri import local_path
@@ -220,7 +221,7 @@ class Evaluator:
         if uri not in self._opened:
             directory = local_path(uri)
             if directory is not None and not directory.is_dir():
-                raise DataError(f"{uri} does not exist.")
+                raise DataError(f"{uri} does not exist.{near_directory(directory)}")
             bucket = open_bucket(uri, self._config.gcs_user_project or None)
             try:
                 index = build_shard_index(bucket, is_trained=False)

@@ -23,6 +23,7 @@ from utils.checkpoints.layout import (
     read_manifest,
     validate_run_name,
 )
+from utils.checkpoints.views import near_checkpoint, no_such_checkpoint
 from utils.remote.finding import (
     find_placed_model,
     is_checkpoint_word,
@@ -73,6 +74,8 @@ def find_model(
             return model_in_directory(Path(shelf.where) / str(shelf.select(text).name))
         except UsageError as exc:
             problem = str(exc)
+        if near_checkpoint(text, shelf.names) and not is_checkpoint_word(text):
+            raise no_such_checkpoint(text, shelf.names)
     if is_checkpoint_word(text):
         if not config.checkpoint_uri:
             raise UsageError(problem)

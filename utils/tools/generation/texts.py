@@ -18,7 +18,7 @@ import torch
 from transformers import TextStreamer
 
 from utils.base.errors import ResourceShortageError, UsageError
-from utils.base.text import printable
+from utils.base.text import count_of, printable
 from utils.models.generation import (
     NotFiniteError,
     Sampling,
@@ -83,8 +83,8 @@ class Speed:
 
     def describe(self) -> str:
         """Return a line for people."""
-        made, read = _count_of(self.tokens, "token"), _count_of(self.prompt_tokens, "token")
-        line = f"{made} in {_count_of(self.texts, 'text')}; "
+        made, read = count_of(self.tokens, "token"), count_of(self.prompt_tokens, "token")
+        line = f"{made} in {count_of(self.texts, 'text')}; "
         line += f"prompts: {read}, first token after {self.prefill_seconds:.3f}s"
         decoded = self.tokens - self.texts
         if decoded > 0 and self.decode_seconds > 0:
@@ -301,10 +301,6 @@ def find_end_ids(loaded: LoadedModel) -> tuple[int, ...]:
     found = known if isinstance(known, (list, tuple)) else [known]
     own = getattr(loaded.tokenizer, "eos_token_id", None)
     return tuple(sorted({token for token in (*found, own) if token is not None}))
-
-
-def _count_of(number: int, thing: str) -> str:
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def _batches(jobs: Sequence[TextJob], size: int) -> Iterator[list[int]]:

@@ -76,7 +76,10 @@ class LogFindings:
         """Return what the records and events say."""
         start = find_start(log.events)
         newest = _last_record(log.records, "loss")
-        metrics = Metrics.of({**newest, **_last_record(log.records, "validation_loss")})
+        # An attempt ends between two logged steps: its last event knows more tokens than these.
+        ended = {"tokens_seen": log.events[-1].get("tokens_seen")} if log.events else {}
+        ended = {key: value for key, value in ended.items() if value is not None}
+        metrics = Metrics.of({**newest, **_last_record(log.records, "validation_loss"), **ended})
         losses = (number(record.get("loss")) for record in log.records[-CURVE_RECORDS:])
         curve = [loss for loss in losses if loss is not None]
         last = [part[-1] for part in (log.records, log.events) if part]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.training_config import BAD_STEP_SPAN
-from utils.base.text import format_bytes, format_duration, number, printable
+from utils.base.text import count_of, format_bytes, format_duration, number, printable
 from utils.checkpoints.journal import JournalEntry, UploadState
 
 GRADIENT_NORM_LIMIT = 10.0
@@ -181,7 +181,7 @@ def judge_bad_steps(events: Iterable[Mapping[str, Any]], step: int | None) -> Ru
     last = bad[-1]
     kind = printable(last.get("kind", "bad"), 40)
     policy = printable(last.get("policy", "-"), 40)
-    count = f"{len(bad)} bad step{'' if len(bad) == 1 else 's'}"
+    count = count_of(len(bad), "bad step")
     return RunWarning(
         "bad_steps",
         f"{count} in the last {BAD_STEP_SPAN}, the last at {last['step']}: {kind} ({policy})",

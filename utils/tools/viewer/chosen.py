@@ -17,7 +17,7 @@ from typing import Any
 from configs.training_config import TrainingConfig
 from utils.base.errors import UsageError
 from utils.base.text import printable
-from utils.base.uri import scheme_of
+from utils.base.uri import join_uri, scheme_of
 from utils.checkpoints.layout import MANIFEST_FILE, REMOTE_FOLDER, parse_checkpoint_name
 from utils.checkpoints.views import CheckpointView, describe_lack
 from utils.start.arguments import read_run_config
@@ -92,7 +92,10 @@ def choose_checkpoints(
         shelves = [(place.config, stack.enter_context(place.open())) for place in places]
 
         def choose(config: TrainingConfig, shelf: Shelf, text: str) -> None:
-            view = shelf.select(text)
+            try:
+                view = shelf.select(text)
+            except UsageError as exc:
+                raise UsageError(f"{exc}{remote_hint(args, config)}") from exc
             (row,) = shelf.rows([view], args.hourly_price)
             chosen.append(Chosen(config, shelf.where, view, row))
 
@@ -105,10 +108,18 @@ def choose_checkpoints(
                 choose(config, shelf, name)
         for config, shelf in [] if names else shelves:
             if not shelf.names:
-                raise UsageError(describe_lack(printable(shelf.where)))
+                lack = describe_lack(printable(shelf.where))
+                raise UsageError(f"{lack}{remote_hint(args, config)}")
             for found in shelf.names[-num_newest:]:
                 choose(config, shelf, str(found))
     return chosen
+
+
+def remote_hint(args: argparse.Namespace, config: TrainingConfig) -> str:
+    """Return how to look where a checkpoint may be that is not on this machine."""
+    if args.remote or not config.checkpoint_uri:
+        return ""
+    return f" --remote looks in {printable(join_uri(config.checkpoint_uri, config.run_name))}."
 
 
 def _checkpoint_path(name: str) -> Path | None:

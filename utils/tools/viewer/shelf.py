@@ -17,7 +17,7 @@ from typing import Any
 
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, UsageError
-from utils.base.text import printable
+from utils.base.text import count_of, printable
 from utils.base.uri import join_uri, require_path
 from utils.checkpoints.journal import Journal, JournalEntry
 from utils.checkpoints.layout import (
@@ -237,6 +237,7 @@ def _notes_on_others(directory: Path, complete: Sequence[CheckpointName]) -> lis
         below = directory / name
         if (below / RUN_FILE).is_file():
             count = len(find_checkpoints(below))
-            noun = "checkpoint" if count == 1 else "checkpoints"
-            notes.append(f"{below} is another run with {count} {noun}: --run-name {name}.")
+            notes.append(
+                f"{below} is another run with {count_of(count, 'checkpoint')}: --run-name {name}."
+            )
     return notes
