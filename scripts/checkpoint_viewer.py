@@ -41,8 +41,9 @@ from utils.base.text import format_bytes, number, printable, to_json_text
 from utils.base.uri import require_path
 from utils.checkpoints.layout import DATA_STATE_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView, describe_lack
+from utils.command_line.arguments import add_price_argument, add_run_arguments
+from utils.command_line.run_config import read_run_config
 from utils.costs.costs import describe_costs
-from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
 from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
 from utils.tools.evaluation.text import chart_lines as evaluation_charts
 from utils.tools.evaluation.text import (

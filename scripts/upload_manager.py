@@ -68,12 +68,13 @@ from utils.checkpoints.views import (
     read_local_checkpoints,
     select_checkpoint,
 )
+from utils.command_line.arguments import add_run_arguments
+from utils.command_line.run_config import read_run_config
 from utils.remote.archive_reading import read_sidecar
 from utils.remote.download import download_checkpoint
 from utils.remote.listing import RemoteListing, choose_remote, list_remote, read_sidecars
 from utils.remote.pruning import PrunePlan, delete_all, plan_bucket
 from utils.remote.verification import CheckpointReport, Orphan, Verifier, find_unconfirmed
-from utils.start.arguments import add_run_arguments, read_run_config
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
 from utils.uploads.status import build_queue, build_upload_rows, last_errors

@@ -20,7 +20,7 @@ from utils.base.text import printable
 from utils.base.uri import join_uri, scheme_of
 from utils.checkpoints.layout import MANIFEST_FILE, REMOTE_FOLDER, parse_checkpoint_name
 from utils.checkpoints.views import CheckpointView, describe_lack
-from utils.start.arguments import read_run_config
+from utils.command_line.run_config import read_run_config
 from utils.tools.viewer.shelf import Shelf, open_shelf
 
 
