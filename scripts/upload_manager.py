@@ -47,7 +47,7 @@ from utils.base.errors import (
 )
 from utils.base.progress import ProgressDisplay
 from utils.base.text import Column, count_of, format_bytes, printable, to_json_text
-from utils.base.uri import join_uri, require_path
+from utils.base.uri import require_path
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
     REMOTE_FOLDER,
@@ -59,7 +59,7 @@ from utils.checkpoints.layout import (
     require_checkpoint_name,
 )
 from utils.checkpoints.retention import Action, Decision, decide_retention
-from utils.checkpoints.run_record import read_run_identity
+from utils.checkpoints.run_record import find_run_identity
 from utils.checkpoints.store import hold_output_directory
 from utils.checkpoints.views import (
     CheckpointView,
@@ -184,9 +184,9 @@ def require_uri(config: TrainingConfig) -> str:
     Raises:
         UsageError: The configuration names none.
     """
-    if not config.checkpoint_uri:
+    if not config.bucket_uri:
         raise UsageError("checkpoint_uri is empty: --set checkpoint_uri=gs://... or a directory.")
-    return join_uri(config.checkpoint_uri, config.run_name)
+    return config.bucket_uri
 
 
 def opened_bucket(
@@ -197,40 +197,26 @@ def opened_bucket(
     return contextlib.closing(open_bucket(require_uri(config), project, retry_seconds))
 
 
-def find_identity(
-    paths: RunPaths, local: Sequence[CheckpointView] | None = None
-) -> RunIdentity | None:
-    """Return the run and branch of this machine, None where it has none.
-
-    `local` are its checkpoints here; None reads them where they are needed.
-    """
-    recorded = read_run_identity(paths)
-    if recorded is not None:
-        return recorded
-    views = read_local_checkpoints(paths.checkpoints) if local is None else local
-    known = [view.manifest.identity for view in views if view.manifest is not None]
-    return known[-1] if known else None
-
-
 def show_status(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
     """Print every checkpoint here and in the bucket, the queue, then the last errors."""
-    uri = join_uri(config.checkpoint_uri, config.run_name) if config.checkpoint_uri else ""
+    uri = config.bucket_uri
     journal, problems = Journal(paths.journal), []
     entries: list[JournalEntry] = []
     local: list[CheckpointView] = []
+    identity: RunIdentity | None = None
     try:
         entries = list(journal.entries())
     except OSError as exc:
         problems.append(f"{paths.journal} cannot be read: {exc.strerror or exc}")
     uploads = {entry.checkpoint: entry for entry in entries}
     try:
+        identity = find_run_identity(paths)
         local = read_local_checkpoints(paths.checkpoints, uploads)
         if paths.checkpoints.exists() and not paths.checkpoints.is_dir():
             problems.append(f"{paths.checkpoints} is no directory")
     except OSError as exc:
         problems.append(f"{paths.checkpoints} cannot be read: {exc.strerror or exc}")
     remote, problem = read_remote(config)
-    identity = find_identity(paths, local)
     decisions: list[Decision] = []
     if identity is not None:
         decisions = decide_retention(
@@ -406,7 +392,7 @@ def upload(
 
 def verify_uploads(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
     """Say of each checkpoint what is right and what is wrong with its upload."""
-    identity = find_identity(paths)
+    identity = find_run_identity(paths)
     with opened_bucket(config) as bucket, ProgressDisplay(enabled=args.deep) as display:
         verifier = Verifier(
             paths.checkpoints,
@@ -479,7 +465,7 @@ def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) 
         except LockedError as exc:
             raise LockedError(f"{exc} Or download elsewhere: --to DIR.") from exc
         bucket, display = stack.enter_context(opened_bucket(config)), stack.enter_context(shown)
-        identity = find_identity(paths)  # once held: a trainer may have been here until now
+        identity = find_run_identity(paths)  # once held: a trainer may have been here until now
         chosen = parse_checkpoint_name(args.name) or choose_remote(bucket, args.name, identity)
         name = str(chosen)
         if is_own and identity is not None:
@@ -560,7 +546,7 @@ def plan_prune(
         bucket,
         listing,
         read_sidecars(bucket, listing),
-        RunIdentity(args.run_id) if args.run_id else find_identity(paths),
+        RunIdentity(args.run_id) if args.run_id else find_run_identity(paths),
         is_under_way={name for name, one in journal.latest().items() if one.state.is_pending},
         keep=args.keep,
         keep_every_steps=args.keep_every,

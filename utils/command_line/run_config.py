@@ -27,7 +27,7 @@ from utils.base.uri import join_uri, normalize_uri, require_path, split_uri
 from utils.checkpoints.layout import MANIFEST_FILE, RUN_FILE, RunPaths, sidecar_object
 from utils.checkpoints.run_record import (
     RunValues,
-    find_run_names,
+    describe_other_runs,
     find_run_values,
     read_checkpoint_values,
     usable_values,
@@ -37,10 +37,9 @@ from utils.remote.listing import NEWEST_SIDECARS, parse_remote_name, read_remote
 from utils.storage.open import open_bucket
 
 DEFAULT_CONFIG = "test"
-_LOOK_RETRY_SECONDS = 4.0
+LOOK_RETRY_SECONDS = 4.0
 _PLACE_OPTIONS = ("output_dir", "logging_dir", "run_name")
 _PLACE_KEYS = (*_PLACE_OPTIONS, "cache_dir", "checkpoint_uri", "data_uri", "gcs_user_project")
-_SHOWN_RUNS = 8
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,9 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
             if place is None:
                 return _config_in(RunPaths.of(alone).checkpoints, found, overrides, alone)
             return found.to_config({**place, **overrides})
-        _require_no_other_run(args.resume, alone)
+        others = describe_other_runs(Path(alone.output_dir), alone.run_name, "--set run_name=")
+        if others:
+            raise UsageError(f"{others} To begin a new one: --config NAME.")
     return _named_config(args.config, overrides, is_bucket_needed=True)
 
 
@@ -137,10 +138,9 @@ def _find_resumed(
     if found is not None:
         return found, None
     place = {"output_dir": alone.output_dir, "run_name": alone.run_name}
-    if alone.checkpoint_uri:
+    if alone.bucket_uri:
         with contextlib.suppress(StorageError):  # it is read again, and said, before the start
-            uri = join_uri(alone.checkpoint_uri, alone.run_name)
-            found, _ = _find_in_bucket(uri, resume, alone)
+            found, _ = _find_in_bucket(alone.bucket_uri, resume, alone)
             place["checkpoint_uri"] = alone.checkpoint_uri
     return found, place
 
@@ -155,20 +155,6 @@ def _require_bucket(found: RunValues, words: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{found.source}: the bucket of this run, {printable(found.lost_uri)}, is a relative "
             "path, and it is not known from where. Say it: --set checkpoint_uri=DIRECTORY."
-        )
-
-
-def _require_no_other_run(resume: str, alone: TrainingConfig) -> None:
-    """Refuse to begin a run that nothing describes beside others: its name may be mistyped."""
-    names = [name for name in find_run_names(Path(alone.output_dir)) if name != alone.run_name]
-    if names:
-        shown = ", ".join(
-            f"--set run_name={name}" if name else f"one in {alone.output_dir} itself"
-            for name in names[:_SHOWN_RUNS]
-        )
-        raise UsageError(
-            f"--resume {resume}: there is no run in {RunPaths.of(alone).checkpoints}. Runs there "
-            f"are: {shown}. To begin a new one: --config NAME."
         )
 
 
@@ -188,7 +174,7 @@ def _find_in_checkpoint(checkpoint: Path) -> tuple[RunValues, dict[str, Any]]:
 def _find_in_bucket(uri: str, which: str, alone: TrainingConfig) -> tuple[RunValues | None, bool]:
     """Return the configuration of a checkpoint in a bucket, and whether any checkpoint is there."""
     project = alone.gcs_user_project or None
-    with contextlib.closing(open_bucket(uri, project, _LOOK_RETRY_SECONDS)) as bucket:
+    with contextlib.closing(open_bucket(uri, project, LOOK_RETRY_SECONDS)) as bucket:
         views = read_remote_checkpoints(bucket, newest=NEWEST_SIDECARS)
     known = [view for view in views if view.config]
     with contextlib.suppress(UsageError, ConfigError):
@@ -219,7 +205,12 @@ def read_run_config(args: argparse.Namespace, run: str | Path | None = None) -> 
     found = find_run_values(directory)
     if found is None:
         config = _named_config(args.config, words)
-        _tell_other_runs(directory, None if run else Path(alone.output_dir))
+        if run is None:
+            others = describe_other_runs(Path(alone.output_dir), alone.run_name, "--run-name ")
+        else:
+            others = describe_other_runs(directory, "", f"--run {directory}/")
+        if others:
+            log.warning("%s", others)
         return config if run is None else _placed_at(directory, config)
     if found.lost_uri and "checkpoint_uri" not in words:
         text = "Where the bucket of this run, %s, lies is not known: --set checkpoint_uri=..."
@@ -262,30 +253,14 @@ def _placed_at(directory: Path, config: TrainingConfig) -> TrainingConfig:
     if name and full.name == name:
         parent = directory.parent if directory.name == name else full.parent
         return replace(config, output_dir=str(parent))
-    uri = config.checkpoint_uri
     return replace(
         config,
         output_dir=str(directory),
         run_name="",
-        checkpoint_uri=uri and join_uri(uri, name),
+        checkpoint_uri=config.bucket_uri,
         logging_dir=str(Path(config.logging_dir, name)),
         cache_dir=str(Path(config.cache_dir, name)),
     )
-
-
-def _tell_other_runs(directory: Path, output_dir: Path | None) -> None:
-    """Name the runs that are there where the one that is meant is not.
-
-    Without an `output_dir` it was named by `--run`.
-    """
-    option = f"--run {directory}/" if output_dir is None else "--run-name "
-    output_dir = output_dir or directory
-    names = [name for name in find_run_names(output_dir) if name]
-    if names:
-        more = f" and {len(names) - _SHOWN_RUNS} more" if len(names) > _SHOWN_RUNS else ""
-        shown = ", ".join(names[:_SHOWN_RUNS])
-        text = "No run lies in %s. Runs below %s: %s%s (%s%s)."
-        log.warning(text, directory, output_dir, shown, more, option, names[0])
 
 
 def _tell_other_places(name: str, alone: TrainingConfig, config: TrainingConfig) -> None:
