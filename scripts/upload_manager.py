@@ -51,7 +51,6 @@ from utils.base.uri import require_path
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
     REMOTE_FOLDER,
-    CheckpointName,
     RunIdentity,
     RunPaths,
     find_checkpoints,
@@ -72,8 +71,8 @@ from utils.command_line.arguments import add_run_arguments
 from utils.command_line.run_config import read_run_config
 from utils.remote.archive_reading import read_sidecar
 from utils.remote.download import download_checkpoint
-from utils.remote.listing import RemoteListing, choose_remote, list_remote, read_sidecars
-from utils.remote.pruning import PrunePlan, delete_all, plan_bucket
+from utils.remote.listing import RemoteListing, choose_remote, read_remote_checkpoints
+from utils.remote.pruning import PrunePlan, delete_all, find_doomed, plan_bucket
 from utils.remote.verification import CheckpointReport, Orphan, Verifier, find_unconfirmed
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
@@ -278,7 +277,7 @@ def read_remote(config: TrainingConfig) -> tuple[list[CheckpointView], str | Non
     """Return the checkpoints in the bucket, or none and why it could not be read."""
     try:
         with opened_bucket(config, LISTING_RETRY_SECONDS) as bucket:
-            return read_sidecars(bucket, list_remote(bucket)), None
+            return read_remote_checkpoints(bucket), None
     except PretrainError as exc:
         return [], str(exc)
 
@@ -289,9 +288,7 @@ def show_list(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace)
     if args.remote:
         where = require_uri(config)
         with opened_bucket(config, LISTING_RETRY_SECONDS) as bucket:
-            rows = build_upload_rows(
-                [], read_sidecars(bucket, list_remote(bucket)), bucket_problem=None
-            )
+            rows = build_upload_rows([], read_remote_checkpoints(bucket), bucket_problem=None)
     else:
         rows = build_upload_rows(read_local_checkpoints(paths.checkpoints), [])
     if args.json:
@@ -323,8 +320,7 @@ def find_lost(config: TrainingConfig, paths: RunPaths, journal: Journal) -> list
     """Return the checkpoints here that are verified by the journal alone."""
     try:
         with opened_bucket(config, LISTING_RETRY_SECONDS) as bucket:
-            listing, uploads = list_remote(bucket), journal.latest()
-            lost = find_unconfirmed(paths.checkpoints, uploads, bucket, listing)
+            lost = find_unconfirmed(paths.checkpoints, journal.latest(), bucket)
     except StorageError as exc:
         log.warning("The bucket cannot be read (%s): the journal alone decides.", exc)
         return []
@@ -398,7 +394,6 @@ def verify_uploads(config: TrainingConfig, paths: RunPaths, args: argparse.Names
             paths.checkpoints,
             Journal(paths.journal).latest(),
             bucket,
-            list_remote(bucket),
             run_id=identity.run_id if identity else None,
             is_deep=args.deep,
             on_progress=display.update,
@@ -523,29 +518,12 @@ def prune_remote(config: TrainingConfig, paths: RunPaths, args: argparse.Namespa
     return ExitCode.DONE
 
 
-def find_doomed(
-    plan: PrunePlan, confirmed: set[CheckpointName] | None = None
-) -> list[CheckpointView]:
-    """Return what to delete, only of what was `confirmed`; log why others of that stay."""
-    doomed = []
-    for view, decision in plan:
-        is_asked_for = confirmed is None or view.name in confirmed
-        if is_asked_for and decision.action is Action.DELETE:
-            doomed.append(view)
-        elif is_asked_for and confirmed is not None:
-            log.warning("%s is kept after all: %s.", view.name, printable(decision.reason))
-    return doomed
-
-
 def plan_prune(
     bucket: Bucket, paths: RunPaths, journal: Journal, args: argparse.Namespace
 ) -> tuple[RemoteListing, PrunePlan]:
     """Return what lies in the bucket now and what to delete of it; nothing is changed."""
-    listing = list_remote(bucket)
-    return listing, plan_bucket(
+    return plan_bucket(
         bucket,
-        listing,
-        read_sidecars(bucket, listing),
         RunIdentity(args.run_id) if args.run_id else find_run_identity(paths),
         is_under_way={name for name, one in journal.latest().items() if one.state.is_pending},
         keep=args.keep,
