@@ -375,7 +375,7 @@ def _file_sources(
     """Return the sources that paths name; neighbours of one kind are one source."""
     from utils.corpus.file_kinds import BIN_SUFFIX, NPY_SUFFIX, TOKEN_SUFFIXES, find_files, kind_of
     from utils.corpus.text_sources import FileSource
-    from utils.corpus.token_files import BLOCK_TOKENS, TokenFileSource
+    from utils.corpus.token_files.source import BLOCK_TOKENS, TokenFileSource
 
     # A directory may hold a .bin of any kind: only who tells the type means token ids.
     also = (NPY_SUFFIX, BIN_SUFFIX) if arguments.token_dtype else (NPY_SUFFIX,)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from utils.base.errors import DataError, UsageError
-from utils.corpus import token_files
-from utils.corpus.token_files import TokenFileSource
+from utils.corpus.token_files import source as token_files
+from utils.corpus.token_files.source import TokenFileSource
 
 
 def documents(path: Path, **options: object) -> list[list[int]]:
