@@ -1,43 +1,67 @@
-"""Flat files of token ids, which need no tokenizer run: `.npy` (1-D) and `.bin` with a dtype.
+"""Token ids from files, which need no tokenizer run: those of other tools, and bare arrays.
 
-    train.npy, tokens.bin --> documents() --> corpus
+    train.npy, tokens.bin, a.ds, ... --> reader of the format --> stretches of ids
+                                                    documents() --> corpus
 
-The files are memory-mapped and read a block at a time. Every id is compared with the vocabulary
-as it stands in the file, before any cast could fold it. With an end-of-text id the file falls
-into its documents, each with its end token; without one it is a single document, handed on in
-parts, because nothing says where it could be cut better.
+The files are read a block at a time. Every id is compared with the vocabulary as it stands in the
+file, before any cast could fold it. Where the format says which ids are a document, that is
+followed. Where it does not, a file falls into its documents by the end-of-text id, each with its
+end token; without one it is a single document, handed on in parts, because nothing says where it
+could be cut better.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from utils.base.errors import DataError, UsageError
 from utils.corpus.documents import TokenArray
-from utils.corpus.file_kinds import (
-    BIN_SUFFIX,
-    HEAD_BYTES,
-    NPY_SUFFIX,
-    TOKEN_SUFFIXES,
-    require_no_signature,
+from utils.corpus.file_kinds import BIN_SUFFIX, COMPRESSION_SUFFIXES, read_errors
+from utils.corpus.token_files import kinds
+from utils.corpus.token_files.flat import RawArray, Stretch, read_flat, read_llmc, read_npy
+from utils.corpus.token_files.indexed import read_datatrove, read_megatron
+from utils.corpus.token_files.mds import mds_files, read_mds
+from utils.corpus.token_files.tables import (
+    DEFAULT_COLUMN,
+    read_arrow,
+    read_parquet,
+    read_saved,
+    saved_files,
 )
 from utils.data.shard_cache import token_dtype
-from utils.data.shard_index import NPY_MAGIC
 
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64")
 BLOCK_TOKENS = 2**20
-MEGATRON_MAGIC = b"MMIDIDX\0\0"
-MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 
-RawArray = npt.NDArray[np.integer[Any]]
+Reader = Callable[[Path, str, str | None], Iterator[Stretch]]
+READERS: dict[str, Reader] = {
+    kinds.NPY: read_npy,
+    kinds.FLAT: read_flat,
+    kinds.LLMC: read_llmc,
+    kinds.MEGATRON: read_megatron,
+    kinds.DATATROVE: read_datatrove,
+    kinds.PARQUET: read_parquet,
+    kinds.ARROW: read_arrow,
+    kinds.SAVED: read_saved,
+    kinds.MDS: read_mds,
+}
+WITH_COLUMNS = (kinds.PARQUET, kinds.ARROW, kinds.SAVED, kinds.MDS)
+
+
+class _Block(NamedTuple):
+    ids: TokenArray
+    ends: list[int]
+    """Where documents end in it."""
+    are_known: bool
+    """Whether anything says where documents end."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +69,13 @@ class TokenFileSource:
     """Token ids from files, in the order of the paths."""
 
     paths: tuple[Path, ...]
-    """Files that end in .npy or .bin."""
+    """Files, and folders of saved datasets or MDS."""
 
     token_dtype: str | None = None
     """Type of the ids in .bin files, little-endian."""
 
     eos_token_id: int | None = None
-    """Id that ends each document; None: a file is one document."""
+    """Id that ends each document where the format does not say; None: a file is one document."""
 
     vocab_size: int | None = None
     """Every id must be below; None while it is not known, then ids are not checked."""
@@ -59,22 +83,26 @@ class TokenFileSource:
     part_tokens: int = BLOCK_TOKENS
     """A document of more tokens is handed on in parts of this many."""
 
+    column: str = DEFAULT_COLUMN
+    """Column of the ids in tables."""
+
     holds_tokens = True
 
     def __post_init__(self) -> None:
         """Refuse packed files, and .bin files whose type nobody told."""
-        packed = [path for path in self.paths if path.suffix.lower() not in TOKEN_SUFFIXES]
+        packed = [path for path in self.paths if path.suffix.lower() in COMPRESSION_SUFFIXES]
         if packed:
             raise UsageError(f"--input {packed[0]}: token files are read as they lie. Unpack it.")
         if self.token_dtype not in (None, *TOKEN_DTYPES):
             raise UsageError(
                 f"--token-dtype {self.token_dtype}: one of {', '.join(TOKEN_DTYPES)} is needed."
             )
-        unknown = [path for path in self.paths if path.suffix.lower() == BIN_SUFFIX]
+        unknown = [path for path, kind in self._kinds.items() if kind == kinds.FLAT]
         if unknown and self.token_dtype is None:
             raise UsageError(
-                f"--input {unknown[0]}: a .bin file does not say the type of its ids. Give "
-                f"--token-dtype, one of {', '.join(TOKEN_DTYPES)}."
+                f"--input {unknown[0]}: a .bin file without header and .idx does not say the type "
+                f"of its ids. Give --token-dtype, one of {', '.join(TOKEN_DTYPES)}; nanoGPT writes "
+                "uint16."
             )
 
     def documents(self) -> Iterator[TokenArray]:
@@ -84,8 +112,7 @@ class TokenFileSource:
             DataError: A file is no flat array of integers, or an id is outside the vocabulary.
         """
         for path in self.paths:
-            blocks = self._blocks(path)
-            yield from self._parts(blocks) if self.eos_token_id is None else self._split(blocks)
+            yield from self._split(self._blocks(path))
 
     def check(self) -> None:
         """Read everything once.
@@ -101,109 +128,114 @@ class TokenFileSource:
         """Return a hash over the bytes of the files and how they are read."""
         options = [self.token_dtype, self.eos_token_id, self.part_tokens]
         digest = hashlib.sha256(json.dumps(["tokens", *options]).encode())
-        for path in self.paths:
-            content = hashlib.sha256(path.suffix.lower().encode())
-            try:
-                with path.open("rb") as file:
-                    while block := file.read(BLOCK_TOKENS):
+        for path, kind in self._kinds.items():
+            # Of the first two kinds as ever, so that what was prepared of them is recognized.
+            is_flat = kind in (kinds.NPY, kinds.FLAT)
+            label = path.suffix.lower() if is_flat else json.dumps([kind, self.column])
+            content = hashlib.sha256(label.encode())
+            for file in _files_of(path, kind):
+                with read_errors(file), file.open("rb") as opened:
+                    while block := opened.read(BLOCK_TOKENS):
                         content.update(block)
-            except OSError as exc:
-                raise DataError(f"{path}: cannot be read ({exc}).") from exc
             digest.update(content.digest())
         return digest.hexdigest()
 
     def uses(self, option: str) -> bool:
         """As `Source` says."""
-        has_bin = any(path.suffix.lower() == BIN_SUFFIX for path in self.paths)
-        return option == "eos_id" or (option == "token_dtype" and has_bin)
+        found = set(self._kinds.values())
+        return {
+            "eos_id": True,
+            "text_column": not found.isdisjoint(WITH_COLUMNS),
+            "token_dtype": kinds.MDS in found
+            or any(path.suffix.lower() == BIN_SUFFIX for path in self.paths),
+        }.get(option, False)
 
-    def _parts(self, blocks: Iterator[TokenArray]) -> Iterator[TokenArray]:
-        for block in blocks:
-            for start in range(0, len(block), self.part_tokens):
-                yield block[start : start + self.part_tokens]
+    @cached_property
+    def _kinds(self) -> dict[Path, str]:
+        return {path: kinds.token_kind(path, self.column) or kinds.NPY for path in self.paths}
 
-    def _split(self, blocks: Iterator[TokenArray]) -> Iterator[TokenArray]:
+    def _split(self, blocks: Iterator[_Block]) -> Iterator[TokenArray]:
         rest: list[TokenArray] = []
-        for block in blocks:
+        for block, ends, are_known in blocks:
+            if not are_known:
+                yield from self._parts(block)
+                continue
             start = 0
-            for end in (np.flatnonzero(block == self.eos_token_id) + 1).tolist():
+            for end in ends:
                 yield np.concatenate([*rest, block[start:end]]) if rest else block[start:end]
                 rest, start = [], end
             if start < len(block):
                 rest.append(block[start:])
             if sum(map(len, rest)) >= BLOCK_TOKENS:
-                yield from self._parts(iter([np.concatenate(rest)]))
+                yield from self._parts(np.concatenate(rest))
                 rest = []
         if rest:
             yield np.concatenate(rest)
 
-    def _blocks(self, path: Path) -> Iterator[TokenArray]:
-        array = self._open(path)
-        dtype = np.uint64 if self.vocab_size is None else token_dtype(self.vocab_size)
-        for start in range(0, len(array), BLOCK_TOKENS):
-            # A copy: the memory map's pages are given back with it.
-            block = np.array(array[start : start + BLOCK_TOKENS])
-            if self.vocab_size is not None:
-                self._check_ids(path, block, start)
-            yield block.astype(dtype)
+    def _parts(self, ids: TokenArray) -> Iterator[TokenArray]:
+        for start in range(0, len(ids), self.part_tokens):
+            yield ids[start : start + self.part_tokens]
 
-    def _check_ids(self, path: Path, block: RawArray, start: int) -> None:
+    def _blocks(self, path: Path) -> Iterator[_Block]:
+        dtype = np.uint64 if self.vocab_size is None else token_dtype(self.vocab_size)
+        num_documents, begun = 0, 0  # documents that ended, ids of the one that did not
+        for ids, ends in self._stretches(path):
+            num_taken = 0
+            for start in range(0, len(ids) or 1, BLOCK_TOKENS):
+                # A copy: the memory map's pages are given back with it.
+                block = np.array(ids[start : start + BLOCK_TOKENS])
+                found: RawArray
+                if ends is None:
+                    found = np.flatnonzero(block == self.eos_token_id) + 1
+                else:
+                    stop = int(np.searchsorted(ends, start + len(block), "right"))
+                    found, num_taken = ends[num_taken:stop] - start, stop
+                if self.vocab_size is not None and len(block):
+                    self._check_ids(path, block, found, (num_documents, begun))
+                num_documents += len(found)
+                begun = len(block) - int(found[-1]) if len(found) else begun + len(block)
+                are_known = ends is not None or self.eos_token_id is not None
+                yield _Block(block.astype(dtype), found.tolist(), are_known)
+
+    def _check_ids(
+        self, path: Path, block: RawArray, ends: RawArray, before: tuple[int, int]
+    ) -> None:
         assert self.vocab_size is not None
         for position in (int(block.argmin()), int(block.argmax())):
             token_id = int(block[position])
             if not 0 <= token_id < self.vocab_size:
+                number = int(np.searchsorted(ends, position, "right"))
+                begin = int(ends[number - 1]) if number else -before[1]
                 raise DataError(
-                    f"{path}: token id {token_id} at position {start + position} is outside the "
-                    f"vocabulary of {self.vocab_size}. Give the --vocab-size or --tokenizer that "
-                    "the file was made with, and for .bin its --token-dtype."
+                    f"{path}: token id {token_id} at position {position - begin} of document "
+                    f"{before[0] + number + 1} is outside the vocabulary of {self.vocab_size}. "
+                    "Give the --vocab-size or --tokenizer that the file was made with, and for "
+                    ".bin its --token-dtype."
                 )
 
-    def _open(self, path: Path) -> RawArray:
+    def _stretches(self, path: Path) -> Iterator[Stretch]:
+        kind = self._kinds[path]
         try:
-            if path.suffix.lower() == NPY_SUFFIX:
-                if _read_head(path, len(NPY_MAGIC)) != NPY_MAGIC:
-                    raise ValueError("no .npy header; bare ids are named .bin, see --token-dtype")
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-            else:
-                array = self._open_flat(path)
+            for stretch in READERS[kind](path, self.column, self.token_dtype):
+                own = stretch.ids.dtype.name
+                if kind in (kinds.LLMC, kinds.MEGATRON) and self.token_dtype not in (None, own):
+                    raise DataError(
+                        f"{path}: {'its header' if kind == kinds.LLMC else 'the .idx beside it'} "
+                        f"says {own}, --token-dtype {self.token_dtype}. Leave the option out."
+                    )
+                yield stretch
         except (OSError, ValueError, EOFError, SyntaxError) as exc:
             raise DataError(f"{path}: not a readable token file ({exc}).") from exc
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim != 1:
-            what = (
-                f"{array.dtype}, shape {array.shape}" if hasattr(array, "dtype") else "an archive"
-            )
-            raise DataError(f"{path}: holds {what}; a 1-D array of integers is needed.")
-        if not len(array):
-            raise DataError(f"{path}: holds no tokens.")
-        return array
-
-    def _open_flat(self, path: Path) -> RawArray:
-        require_no_signature(path, _read_head(path, HEAD_BYTES))
-        _require_index_dtype(path, self.token_dtype)
-        dtype = np.dtype(str(self.token_dtype)).newbyteorder("<")
-        size = path.stat().st_size
-        if size % dtype.itemsize:
-            raise DataError(
-                f"{path}: {size} bytes are no whole number of {self.token_dtype} ids. "
-                "Is --token-dtype right, and the file whole?"
-            )
-        if size == 0:
-            raise DataError(f"{path}: holds no tokens.")
-        return np.memmap(path, dtype, mode="r")
 
 
-def _read_head(path: Path, count: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(count)
-
-
-def _require_index_dtype(path: Path, token_dtype: str | None) -> None:
-    """Compare the type with what a Megatron index beside the file says: after magic and version."""
-    index = path.with_suffix(".idx")
-    head = _read_head(index, 18) if index.is_file() else b""
-    dtype = MEGATRON_DTYPES.get(head[-1]) if head.startswith(MEGATRON_MAGIC) else token_dtype
-    if dtype != token_dtype:
-        raise DataError(
-            f"{path}: {index.name} beside it says {dtype}, --token-dtype {token_dtype}. Give "
-            f"--token-dtype {dtype}, and --eos-id where documents end with an id."
-        )
+def _files_of(path: Path, kind: str) -> list[Path]:
+    """Return the files that a path of a kind stands for."""
+    if kind == kinds.MEGATRON:
+        return [path, path.with_suffix(".idx")]
+    if kind == kinds.DATATROVE:
+        return [path, *(file for file in [Path(f"{path}.index")] if file.is_file())]
+    if kind == kinds.MDS:
+        return [file for file in mds_files(path) if file.is_file()]
+    if kind == kinds.SAVED:
+        return [file for file in saved_files(path) if file.is_file()]
+    return [path]
