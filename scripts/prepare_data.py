@@ -384,13 +384,16 @@ def _file_sources(
     """Return the sources that paths name; neighbours of one kind are one source."""
     from utils.corpus.file_kinds import find_files
     from utils.corpus.text_sources import FileSource
-    from utils.corpus.token_files.kinds import FLAT, token_kind
+    from utils.corpus.token_files.kinds import ARROW, FLAT, token_kind
     from utils.corpus.token_files.source import BLOCK_TOKENS, TokenFileSource
 
     def is_tokens(path: Path, column: str) -> bool:
         # A directory may hold a .bin of any kind: only who tells the type means token ids.
+        # The .arrow files of a saved dataset are one: beside them lie those that `map` has kept.
         kind = token_kind(path, column)
-        return kind is not None and (kind != FLAT or arguments.token_dtype is not None)
+        is_part = kind == ARROW and (path.parent / "state.json").exists()
+        is_unknown = kind == FLAT and arguments.token_dtype is None
+        return kind is not None and not is_part and not is_unknown
 
     sources: list[Source] = []
     found = find_files(patterns, is_tokens, option, arguments.text_column or DEFAULT_TEXT_COLUMN)

@@ -120,7 +120,8 @@ def find_files(
     left_out = [path for path in left_out if path.resolve() not in read]
     if left_out := [path for path in left_out if not _is_index(path, read)]:
         log.warning("%s: %d files are not read: %s.", option, len(left_out), list_names(left_out))
-    return tuple((path.absolute(), own) for (_, own), path in found.items())
+    items = ((path.absolute(), own) for (_, own), path in found.items())
+    return tuple((path, own) for path, own in items if not _is_index(path, read))
 
 
 def split_column(name: str, column: str) -> tuple[str, str]:
@@ -137,10 +138,11 @@ def list_names(paths: Sequence[Path]) -> str:
 
 
 def _is_index(path: Path, read: set[Path]) -> bool:
-    """Tell whether a file belongs to one that is read."""
+    """Tell whether a file is the index of one that is read: `a.idx` of `a.bin`, `b.ds.index`."""
     path = path.resolve()
-    of = {path.with_suffix(""), path.with_suffix(BIN_SUFFIX)}
-    return path.suffix in INDEX_SUFFIXES and not of.isdisjoint(read)
+    owner = path.with_suffix(BIN_SUFFIX if path.suffix == ".idx" else "")
+    is_beside = path.suffix in INDEX_SUFFIXES and owner.suffix in (BIN_SUFFIX, DATATROVE_SUFFIX)
+    return is_beside and owner in read
 
 
 def _is_usable(path: Path, column: str) -> bool:

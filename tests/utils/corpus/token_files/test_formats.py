@@ -105,6 +105,31 @@ def test_ids_and_documents_are_those_of_the_file(
         assert index["summary"]["documents"] == expected
 
 
+def test_folders_and_globs_take_data_with_its_index_and_name_what_they_leave(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for writer in (files.write_megatron, files.write_datatrove, files.write_parquet):
+        writer(folder, DOCUMENTS)
+    files.write_nanogpt(folder, [[1]])
+    files.write_saved(folder, DOCUMENTS)
+    found = {}
+    for pattern in ("", "*.ds*", "a.*"):
+        output = tmp_path / f"out{len(found)}"
+        options = [*VOCABULARY, "--validation-fraction", "0"]
+        assert prepare(folder / pattern, output, *options) == ExitCode.DONE
+        found[pattern] = ids_of(output)
+    left_out = " ".join(capsys.readouterr().err.split())
+
+    assert found == {
+        name: sum(DOCUMENTS, []) * n for name, n in (("", 3), ("*.ds*", 1), ("a.*", 2))
+    }
+    assert "5 files are not read" in left_out
+    assert "saved/data-00000-of-00002.arrow" in left_out
+    assert "train.bin" in left_out
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_interrupted_preparation_goes_on_to_the_same_bytes(tmp_path: Path, name: str) -> None:
     writer, options, _ = FORMATS[name]
