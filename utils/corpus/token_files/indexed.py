@@ -45,7 +45,7 @@ def read_megatron(path: Path, column: str, token_dtype: str | None) -> Iterator[
             f"{positions[number]} on and does not follow the one before it. Make the index again."
         )
     num_indexed = int(stops[-1]) if len(stops) else 0
-    if num_indexed < len(ids):
+    if num_indexed != len(ids):
         where = "points past the end of" if num_indexed > len(ids) else "ends before"
         raise DataError(
             f"{index}: {where} {path.name}: {num_indexed:,} ids against {len(ids):,}. One of them "

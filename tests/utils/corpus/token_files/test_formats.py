@@ -32,11 +32,11 @@ VOCABULARY = ["--vocab-size", "50257", "--eos-id", str(EOS)]
 
 
 def make_documents() -> list[list[int]]:
-    """All but the third end with the end token, which the sixth has inside, too."""
+    """All but the third end with the end token, which the sixth has inside, too, twice."""
     rng = np.random.default_rng(0)
     found = [[*rng.integers(0, EOS, size).tolist(), EOS] for size in rng.integers(2, 99, 12)]
     found[2].pop()
-    found[5][1] = EOS
+    found[5][:2] = EOS, EOS
     return found
 
 
@@ -149,9 +149,13 @@ def test_an_interrupted_preparation_goes_on_to_the_same_bytes(tmp_path: Path, na
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_id_above_the_vocabulary_is_named_with_its_document_and_position(
-    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     writer, options, _ = FORMATS[name]
+    monkeypatch.setattr(token_files, "BLOCK_TOKENS", 6)  # the third document begins in the first
     path = writer(tmp_path, [[5, 6, 0], [7, 0], [5, 400, 300, 0], [1, 0]])
 
     code = prepare(path, tmp_path / "out", "--vocab-size", "301", "--eos-id", "0", *options)
