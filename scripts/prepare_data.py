@@ -65,13 +65,13 @@ NO_CACHE = "off"
 SOURCE_OPTIONS = {
     "document_per": "text files",
     "document_separator": "text files that hold it",
-    "text_column": "JSON, .parquet and --hf",
-    "skip_null": "JSON, .parquet and --hf",
+    "text_column": "JSON, .parquet, .arrow, saved datasets, MDS and --hf",
+    "skip_null": "text in JSON, .parquet and --hf",
     "hf_config": "an --hf dataset that has it",
     "split": "an --hf dataset that has it",
     "streaming": "--hf NAME",
-    "token_dtype": ".bin files",
-    "eos_id": "token files (.npy, .bin)",
+    "token_dtype": ".bin files and MDS",
+    "eos_id": "token files",
     "token_cache": "text",
 }
 DEFAULT_TEXT_COLUMN = "text"
@@ -141,8 +141,8 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
         action="extend",
         default=[],
         metavar="PATH",
-        help="text, JSON lines or .parquet files (also .gz, .zst), token files (.npy, .bin), "
-        "directories, 'globs'; PATH::COLUMN names the column of the text for this one alone",
+        help="text, JSON lines or .parquet files (also .gz, .zst), token files of other tools "
+        "(docs/DATA.md), directories, 'globs'; PATH::COLUMN names the column for this one alone",
     )
     choice = group.add_mutually_exclusive_group()
     choice.add_argument(
@@ -159,7 +159,8 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--text-column",
         metavar="NAME",
-        help=f"column of the text in JSON, .parquet and --hf (default: {DEFAULT_TEXT_COLUMN})",
+        help=f"column of the text in JSON, .parquet and --hf (default: {DEFAULT_TEXT_COLUMN}), or "
+        "of token ids in tables and MDS (default: input_ids, tokens, token_ids or ids)",
     )
     group.add_argument(
         "--hf", metavar="NAME", help="Hugging Face dataset, by name or directory (or NAME::COLUMN)"
@@ -168,13 +169,16 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--split", metavar="NAME", help="split of --hf (default: train)")
     group.add_argument("--streaming", action="store_true", help="do not download --hf first")
     group.add_argument(
-        "--token-dtype", metavar="TYPE", help="type of the ids in .bin files: uint16, uint32, ..."
+        "--token-dtype",
+        metavar="TYPE",
+        help="type of the ids in .bin files that do not say it: uint16, uint32, ...",
     )
     group.add_argument(
         "--eos-id",
         type=int,
         metavar="N",
-        help="id that ends each document in token files (default: a file is one document)",
+        help="id that ends each document in token files; where the format does not say what a "
+        "document is, a file without it is one",
     )
     group.add_argument("--dedup", action="store_true", help="leave out exact repeats")
     group.add_argument(
@@ -317,6 +321,12 @@ def _build_request(
     if fraction is None:
         is_other = arguments.validation_tail is not None or arguments.validation_input
         fraction = 0.0 if is_other else DEFAULT_VALIDATION_FRACTION
+    sources = _build_sources(arguments, shard_tokens)
+    if vocab_size is None and arguments.tokenizer is None and all(s.holds_tokens for s in sources):
+        raise UsageError(
+            "The input holds token ids: give --tokenizer T, the one they were made with, or "
+            "--vocab-size N and --eos-id N."
+        )
     options = CorpusOptions(
         vocab_size=vocab_size,
         tokenizer=arguments.tokenizer,
@@ -329,7 +339,6 @@ def _build_request(
         deduplicate=arguments.dedup,
         skip_null=arguments.skip_null,
     )
-    sources = _build_sources(arguments, shard_tokens)
     validation_sources = _file_sources(
         arguments.validation_input, arguments, shard_tokens, "--validation-input"
     )
@@ -374,30 +383,31 @@ def _file_sources(
     option: str,
 ) -> list[Source]:
     """Return the sources that paths name; neighbours of one kind are one source."""
-    from utils.corpus.file_kinds import BIN_SUFFIX, NPY_SUFFIX, TOKEN_SUFFIXES, find_files, kind_of
+    from utils.corpus.file_kinds import find_files
     from utils.corpus.text_sources import FileSource
-    from utils.corpus.token_files import BLOCK_TOKENS, TokenFileSource
+    from utils.corpus.token_files.kinds import ARROW, FLAT, token_kind
+    from utils.corpus.token_files.source import BLOCK_TOKENS, TokenFileSource
 
-    # A directory may hold a .bin of any kind: only who tells the type means token ids.
-    also = (NPY_SUFFIX, BIN_SUFFIX) if arguments.token_dtype else (NPY_SUFFIX,)
+    def is_tokens(path: Path, column: str) -> bool:
+        # A directory may hold a .bin of any kind: only who tells the type means token ids.
+        # The .arrow files of a saved dataset are one: beside them lie those that `map` has kept.
+        kind = token_kind(path, column)
+        is_part = kind == ARROW and (path.parent / "state.json").exists()
+        is_unknown = kind == FLAT and arguments.token_dtype is None
+        return kind is not None and not is_part and not is_unknown
+
     sources: list[Source] = []
-    found = find_files(patterns, also, option, arguments.text_column or DEFAULT_TEXT_COLUMN)
-    groups = itertools.groupby(found, lambda one: (kind_of(one[0]) in TOKEN_SUFFIXES, one[1]))
-    for (is_tokens, column), group in groups:
+    found = find_files(patterns, is_tokens, option, arguments.text_column or DEFAULT_TEXT_COLUMN)
+    groups = itertools.groupby(found, lambda one: (token_kind(*one) is not None, one[1]))
+    for (holds_tokens, column), group in groups:
         paths = tuple(path for path, _ in group)
-        if is_tokens:
+        if holds_tokens:
             part_tokens = max(1, min(BLOCK_TOKENS, shard_tokens or BLOCK_TOKENS))
-            sources.append(
-                TokenFileSource(
-                    paths,
-                    arguments.token_dtype,
-                    arguments.eos_id,
-                    part_tokens=part_tokens,
-                )
-            )
+            how = (arguments.token_dtype, arguments.eos_id)
+            sources.append(TokenFileSource(paths, *how, part_tokens=part_tokens, column=column))
         else:
-            how = (arguments.document_per, column, arguments.document_separator or "")
-            sources.append(FileSource(paths, *how))
+            cut = (arguments.document_per, column, arguments.document_separator or "")
+            sources.append(FileSource(paths, *cut))
     return sources
 
 

@@ -53,7 +53,7 @@ def test_shipped_production_configuration_holds_the_users_values() -> None:
 
 @pytest.mark.parametrize("name", ["prodution", "nowhere.json", "", "."])
 def test_a_missing_file_lists_the_known_names(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"does not exist.*production, test") as caught:
+    with pytest.raises(ConfigError, match=r"does not exist.*production, speedrun, test") as caught:
         get_training_config(name)
     assert caught.value.exit_code is ExitCode.USAGE
 

@@ -1,7 +1,7 @@
 """Which files are read, and what each of them is.
 
     paths, folders, globs --> find_files --> content_kind: text, JSON, Parquet
-                                        '--> token files
+                                        '--> token files (which: token_files/kinds.py)
 
 The name that the user sees says what a file is, not the one that a link points to; what the name
 leaves open the first bytes tell. A file that is no text is refused with what it seems to be and
@@ -19,7 +19,7 @@ import os
 import re
 import shlex
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,11 @@ NAMED_KINDS = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, JSON_SUFFIX, *PARQUET_SUFFIXES)
 TABLE_SUFFIXES = (".csv", ".tsv")
 NPY_SUFFIX = ".npy"
 BIN_SUFFIX = ".bin"
-TOKEN_SUFFIXES = (NPY_SUFFIX, BIN_SUFFIX)
+DATATROVE_SUFFIX = ".ds"
+ARROW_SUFFIX = ".arrow"
+TOKEN_SUFFIXES = (NPY_SUFFIX, BIN_SUFFIX, DATATROVE_SUFFIX, ARROW_SUFFIX)
+# What stands beside token files and is read with them: of Megatron, of datatrove.
+INDEX_SUFFIXES = (".idx", ".index", ".metadata")
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 HEAD_BYTES = 2**20
 SHOWN_NAMES = 5
@@ -56,14 +60,11 @@ _SIGNATURES = {
     b"\x1f\x8b\x08": (0, "compressed by gzip", "Run: gzip -dc {} > NEW"),
     b"%PDF-": (0, "a PDF document", "Run: pdftotext {}"),
     b"PAR1": (0, "a Parquet file", "Let its name end in .parquet."),
-    b"ARROW1": (0, "an Arrow file", "Give its folder with --hf."),
     b"\x93NUMPY": (0, "a NumPy array", "Let its name end in .npy."),
     b"MMIDIDX\0": (0, "a Megatron index", "Give the .bin beside it."),
     b"LITPKDS": (0, "a packed file of LitGPT", _CUT.format(24, 25)),
 }
 for _number, _what, _advice in (
-    (20240520, "a token file of llm.c (uint16)", _CUT.format(1024, 1025)),
-    (20240801, "a token file of llm.c (uint32)", _CUT.format(1024, 1025)),
     (20240522, "an evaluation file of llm.c", "Leave it out."),
     (20240326, "a model of llm.c", "Leave it out."),
     (20240328, "a tokenizer of llm.c", "Leave it out."),
@@ -77,7 +78,7 @@ log = logging.getLogger(__name__)
 
 def find_files(
     patterns: Iterable[str],
-    also: Sequence[str] = (),
+    is_tokens: Callable[[Path, str], bool] = lambda path, column: False,
     option: str = "--input",
     column: str = "text",
 ) -> tuple[tuple[Path, str], ...]:
@@ -89,37 +90,40 @@ def find_files(
     too; hidden files are left out, all others that are not read are named. A file given by its own
     name or a glob may have any suffix.
 
-    `also` are further suffixes to look for in directories; `option` is what an error names.
+    `is_tokens` tells for a path and a column whether token ids are there, which a directory may
+    hold as a whole; `option` is what an error names.
 
     Raises:
         UsageError: A path does not exist, or nothing usable is there.
         DataError: A folder or a file that a link names cannot be read.
     """
-    usable = (*NAMED_KINDS, *also)
     found: dict[tuple[Path, str], Path] = {}
     left_out: list[Path] = []
     for pattern, own in (split_column(pattern, column) for pattern in patterns):
         files: list[Path] = []
         others: list[Path] = []
         with read_errors(f"{option} {pattern}"):
-            for path, is_named in _expand(pattern, option):
-                is_read = is_named or _is_usable(path, usable, own)
+            for path, is_named in _expand(pattern, option, own, is_tokens):
+                is_read = is_named or is_tokens(path, own) or _is_usable(path, own)
                 (files if is_read else others).append(path)
         if not files:
             but = f" but {list_names(others)}" if others else ""
             raise UsageError(
                 f"{option} {pattern}: nothing to read there{but}. Expected files ending in "
-                f"{' '.join(usable)} (also with {' or '.join(COMPRESSION_SUFFIXES)})."
+                f"{' '.join(NAMED_KINDS)} (also with {' or '.join(COMPRESSION_SUFFIXES)}) or "
+                f"{' '.join(TOKEN_SUFFIXES)}."
             )
         for path in files:
             found.setdefault((path.resolve(), own), path)
         left_out += others
     read = {file for file, _ in found}
-    if left_out := [path for path in left_out if path.resolve() not in read]:
+    left_out = [path for path in left_out if path.resolve() not in read]
+    if left_out := [path for path in left_out if not _is_index(path, read)]:
         log.warning(
             "%s: %s not read: %s.", option, count_of(len(left_out), "file"), list_names(left_out)
         )
-    return tuple((path.absolute(), own) for (_, own), path in found.items())
+    items = ((path.absolute(), own) for (_, own), path in found.items())
+    return tuple((path, own) for path, own in items if not _is_index(path, read))
 
 
 def split_column(name: str, column: str) -> tuple[str, str]:
@@ -135,12 +139,22 @@ def list_names(paths: Sequence[Path]) -> str:
     return ", ".join(printable(path) for path in paths[:SHOWN_NAMES]) + more
 
 
-def _is_usable(path: Path, usable: Sequence[str], column: str) -> bool:
+def _is_index(path: Path, read: set[Path]) -> bool:
+    """Tell whether a file is the index of one that is read: `a.idx` of `a.bin`, `b.ds.index`."""
+    path = path.resolve()
+    owner = path.with_suffix(BIN_SUFFIX if path.suffix == ".idx" else "")
+    is_beside = path.suffix in INDEX_SUFFIXES and owner.suffix in (BIN_SUFFIX, DATATROVE_SUFFIX)
+    return is_beside and owner in read
+
+
+def _is_usable(path: Path, column: str) -> bool:
     kind = kind_of(path)
-    return kind in usable and (kind != JSON_SUFFIX or _holds_records(path, column))
+    return kind in NAMED_KINDS and (kind != JSON_SUFFIX or _holds_records(path, column))
 
 
-def _expand(pattern: str, option: str) -> Iterator[tuple[Path, bool]]:
+def _expand(
+    pattern: str, option: str, column: str, is_tokens: Callable[[Path, str], bool]
+) -> Iterator[tuple[Path, bool]]:
     """Yield the files that a pattern names, each with whether it is named itself."""
     path = Path(pattern).expanduser()
     if not path.exists():
@@ -148,7 +162,7 @@ def _expand(pattern: str, option: str) -> Iterator[tuple[Path, bool]]:
         if not any(character in pattern for character in "*?["):
             raise UsageError(f"{option} {pattern}: no such file or directory.")
     for match in _matches(Path(path.anchor), path.relative_to(path.anchor).parts):
-        if match.is_dir():
+        if match.is_dir() and not is_tokens(match, column):
             yield from ((file, False) for file in _files_below(match))
         else:
             yield match, True

@@ -2,7 +2,7 @@
 
     Python's own documentation --.
     text, JSONL, Parquet files --+--> documents() --> corpus
-    Hugging Face dataset --------'          (flat token files: utils/corpus/token_files.py)
+    Hugging Face dataset --------'          (flat token files: utils/corpus/token_files/)
 
 A `Source` can be read any number of times and yields the same documents in the same order each
 time. Its `fingerprint` changes when its content does, and is much cheaper than reading the
