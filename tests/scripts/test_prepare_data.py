@@ -137,7 +137,7 @@ def test_preparing_with_a_new_tokenizer_loads_no_torch(text_file: Path, tmp_path
         ([*NPY, "--eos-id", "90000"], "--eos-id 90000"),
         ([*NPY, "--input", "book.txt"], "need --tokenizer"),
         ([*NPY, "--special-token", "<x>"], "--special"),
-        ([*BOOK, "--skip-null"], "--skip-null has no effect here: it goes with JSON"),
+        ([*BOOK, "--skip-null"], "--skip-null has no effect here: it goes with text in JSON"),
         ([*BOOK, "--eos-id", "0"], "--eos-id 0 has no effect here: it goes with token files"),
         ([*BOOK, "--token-dtype", "uint16"], "--token-dtype 'uint16' has no effect"),
         ([*BOOK, "--streaming"], "--streaming has no effect"),

@@ -125,7 +125,7 @@ def test_folders_and_globs_take_data_with_its_index_and_name_what_they_leave(
     assert found == {
         name: sum(DOCUMENTS, []) * n for name, n in (("", 3), ("*.ds*", 1), ("a.*", 2))
     }
-    assert "5 files are not read" in left_out
+    assert "5 files not read" in left_out
     assert "saved/data-00000-of-00002.arrow" in left_out
     assert "train.bin" in left_out
 
