@@ -10,6 +10,7 @@ parts, because nothing says where it could be cut better.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from utils.corpus.file_kinds import (
     HEAD_BYTES,
     NPY_SUFFIX,
     TOKEN_SUFFIXES,
+    cut_files,
+    file_sizes,
     require_no_signature,
 )
 from utils.data.shard_cache import token_dtype
@@ -116,6 +119,15 @@ class TokenFileSource:
         """As `Source` says."""
         has_bin = any(path.suffix.lower() == BIN_SUFFIX for path in self.paths)
         return option == "eos_id" or (option == "token_dtype" and has_bin)
+
+    def part(self, number: int, count: int) -> TokenFileSource:
+        """As `Source` says: whole files."""
+        paths, _ = cut_files(self.paths, number, count, lambda path, at: None)
+        return dataclasses.replace(self, paths=paths)
+
+    def outline(self) -> list[Any]:
+        """As `Source` says."""
+        return [self.token_dtype, self.eos_token_id, self.part_tokens, *file_sizes(self.paths)]
 
     def _parts(self, blocks: Iterator[TokenArray]) -> Iterator[TokenArray]:
         for block in blocks:
