@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import codecs
+import copy
 import dataclasses
 import hashlib
 import itertools
@@ -109,10 +110,10 @@ class SampleSource:
 
     holds_tokens = False
 
-    def __init__(self, stdlib: Path | None = None, part: tuple[int, int] = (0, 1)) -> None:
+    def __init__(self, stdlib: Path | None = None) -> None:
         self._stdlib = stdlib or Path(sysconfig.get_path("stdlib"))
         self._documents: list[str] = []
-        self._part = part
+        self._share = slice(None)
 
     def documents(self) -> Iterator[str]:
         """Yield the sample documents.
@@ -121,13 +122,14 @@ class SampleSource:
             DataError: This Python has no help topics, or no library sources with docstrings.
         """
         if not self._documents:
-            self._documents = self._collect()
-        number, count = self._part
-        yield from self._documents[number::count]
+            self._documents += self._collect()
+        yield from self._documents[self._share]
 
     def part(self, number: int, count: int) -> SampleSource:
         """As `Source` says."""
-        return SampleSource(self._stdlib, (number, count))
+        part = copy.copy(self)  # what is collected once serves all
+        part._share = slice(number, None, count)
+        return part
 
     def outline(self) -> list[Any]:
         """As `Source` says."""

@@ -101,8 +101,11 @@ def plan_tasks(
 def _load_executor(name: str) -> Any:
     module, class_name = EXECUTORS[name]
     package = "datatrove[ray]" if name == "ray" else "datatrove"
-    # Before ray is imported: nobody is told of its use.
+    # Read when ray is imported: its makers are not told of its use, and without a cluster to join
+    # it listens on 127.0.0.1 alone, as it does on systems where it makes no clusters.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         if name == "ray":
             import_module("ray")
