@@ -339,7 +339,8 @@ def find_after(path: Path, at: int, separator: bytes) -> int | None:
     """
     with read_errors(path), path.open("rb") as file:
         head = file.read(HEAD_BYTES)
-        is_overlapping = any(
+        # Line ends around a document are left out, so that it does not matter which of them cut.
+        is_overlapping = separator.strip(b"\r\n") and any(
             separator.startswith(separator[start:]) for start in range(1, len(separator))
         )
         has_lines = separator != b"\n" or b"\n" in head or b"\r" not in head

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 from scripts import prepare_data
 from tests.campaigns import soak_tasks
 from tests.conftest import _forget_log_handlers
+from tests.gcs_server import FakeGcsServer
 from utils.corpus.documents import OpenText
 from utils.corpus.reading import assign_by_hash
 from utils.corpus.text_sources import FileSource, HubSource, SampleSource
@@ -53,6 +54,12 @@ def write_source(folder: Path, kind: str, texts: list[list[str]]) -> FileSource:
         elif kind == "separated.txt":
             how = {"document_separator": SEPARATOR}
             path.write_bytes(SEPARATOR.join(own).encode())
+        elif kind == "mac.txt":
+            how = {"document_per": "line"}
+            path.write_bytes("\r".join(own).replace("\n", "\r").encode())
+        elif kind == "overlapping.txt":
+            how = {"document_separator": "aa"}
+            path.write_bytes("aa".join(own).encode())
         elif kind == "blocks.txt":
             how = {"document_separator": "\n\n"}
             path.write_bytes("\n\n".join(own).encode())
@@ -62,7 +69,8 @@ def write_source(folder: Path, kind: str, texts: list[list[str]]) -> FileSource:
     return FileSource(tuple(paths), **how)
 
 
-KINDS = ["jsonl", "jsonl.gz", "json", "parquet", "separated.txt", "blocks.txt", "lines.txt", "md"]
+KINDS = ["jsonl", "jsonl.gz", "json", "parquet", "md"]
+KINDS += ["separated.txt", "overlapping.txt", "blocks.txt", "lines.txt", "mac.txt"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,7 +96,7 @@ def test_a_large_file_is_divided_evenly_where_its_reader_allows_it(tmp_path: Pat
         ("separated.txt", 110),
         ("lines.txt", 110),
         ("jsonl.gz", 400),
-        ("blocks.txt", 400),
+        ("blocks.txt", 110),
     ):
         source = write_source(tmp_path / kind, kind, [texts])
         sizes = [len(list(source.part(number, 4).documents())) for number in range(4)]
@@ -306,3 +314,13 @@ def test_tasks_that_are_killed_lose_and_double_nothing(tmp_path: Path) -> None:
     results = json.loads(report.read_text())
     assert results["kills"] >= 4
     assert results["findings"] == []
+
+
+def test_tasks_write_into_a_bucket(words: list[str], gcs: FakeGcsServer, tmp_path: Path) -> None:
+    words += ["--vocab-size", "300"]
+    prepare_all(words, 2, tmp_path / "local")
+    command = [*words, "--output", "gs://runs/web", "--tasks", 2, "--task"]
+    for task in ("tokenizer", 0, 1):
+        assert run(*command, task) == 0
+    assert run("merge", "gs://runs/web") == run("get", "gs://runs/web", "copy") == 0
+    assert documents_of(tmp_path / "copy") == documents_of(tmp_path / "local")
