@@ -23,7 +23,7 @@ from tests.gcs_server import FakeGcsServer
 from utils.corpus.documents import OpenText
 from utils.corpus.reading import assign_by_hash
 from utils.corpus.text_sources import FileSource, HubSource, SampleSource
-from utils.corpus.token_files import TokenFileSource
+from utils.corpus.token_files.source import TokenFileSource
 
 SEPARATOR = "<|endoftext|>"
 TEXT = st.text(st.sampled_from('ab \n\r"[{}]\u00e9'), max_size=30)
@@ -116,7 +116,12 @@ def test_other_sources_are_divided_too(tmp_path: Path, monkeypatch: pytest.Monke
     write_source(tmp_path / "data", "jsonl", [["a", "b", "c", "d", "e"]])
     np.save(tmp_path / "a.npy", np.arange(9))
     np.save(tmp_path / "b.npy", np.arange(5))
-    tokens = TokenFileSource((tmp_path / "a.npy", tmp_path / "b.npy"))
+    files = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    for write in (write_megatron, write_saved, write_mds):
+        folder = tmp_path / write.__name__
+        folder.mkdir()
+        files.append(write(folder, [[1, 2, 3], [4, 5]]))
+    tokens = TokenFileSource(tuple(files))
     hub = HubSource(str(tmp_path / "data"))
     monkeypatch.setattr(SampleSource, "_collect", lambda _: ["a", "b", "c", "d"])
     for source in (SampleSource(), hub, dataclasses.replace(hub, streaming=True), tokens):
