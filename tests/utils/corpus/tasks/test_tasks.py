@@ -20,6 +20,7 @@ from scripts import prepare_data
 from tests.campaigns import soak_tasks
 from tests.conftest import _forget_log_handlers
 from tests.gcs_server import FakeGcsServer
+from tests.sample_token_files import write_mds, write_megatron, write_saved
 from utils.corpus.documents import OpenText
 from utils.corpus.reading import assign_by_hash
 from utils.corpus.text_sources import FileSource, HubSource, SampleSource
