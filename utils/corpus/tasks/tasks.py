@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -59,6 +60,8 @@ MOST_TASKS = 100_000
 SAMPLE_PLACES = 16
 DEFAULT_SAMPLE_BYTES = 10**9
 SHOWN_TASKS = 20
+
+TokenCounts = npt.NDArray[np.int64]
 
 _logger = logging.getLogger(__name__)
 
@@ -209,18 +212,15 @@ def merge_tasks(bucket: Bucket) -> Preparation:
             f"{bucket.uri}: the tokenizer is missing or damaged. Run the command again with "
             "--task tokenizer."
         )
-    parts = _read_parts(bucket, whole)
-    summary = {name: sum(part.summary[name] for part in parts) for name in parts[0].summary}
+    shards, counts, summary = _add_parts(bucket, whole, tokenizer.vocab_size)
     if not summary["tokens"]:
         raise DataError(f"{bucket.uri}: the sources of all tasks hold no text at all.")
-    nothing = np.zeros(tokenizer.vocab_size, np.int64)
-    counts = sum((part.token_counts for part in parts), nothing)
     index = {
         "format": INDEX_FORMAT,
         "source_fingerprint": whole["source_fingerprint"],
         "tasks": whole["tasks"],
         **describe_tokenizer(tokenizer),
-        "shards": [shard for part in parts for shard in part.shards],
+        "shards": shards,
         "summary": {**summary, "unigram_entropy_nats": shard_writer.unigram_entropy(counts)},
     }
     if index != old:
@@ -232,26 +232,40 @@ def merge_tasks(bucket: Bucket) -> Preparation:
 @dataclass(frozen=True)
 class _FinishedPart:
     shards: list[dict[str, Any]]
-    token_counts: npt.NDArray[np.int64]
+    token_counts: TokenCounts
     summary: dict[str, int]
 
 
-def _read_parts(bucket: Bucket, whole: dict[str, Any]) -> list[_FinishedPart]:
+def _add_parts(
+    bucket: Bucket, whole: dict[str, Any], vocab_size: int
+) -> tuple[list[dict[str, Any]], TokenCounts, Counter[str]]:
+    """Return the shards of all parts in their order, how often each token is there, and the sums.
+
+    Parts are added up as they come: their counts of tokens together would be gigabytes.
+    """
     stored = {info.name: info for info in bucket.list("task-")}
     fingerprint, count = whole["source_fingerprint"], whole["tasks"]
 
     def read(number: int) -> _FinishedPart | None:
         return _read_part(bucket, task_folder(number), fingerprint, stored)
 
+    shards: list[dict[str, Any]] = []
+    counts, summary, missing = np.zeros(vocab_size, np.int64), Counter[str](), []
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        parts = list(pool.map(read, range(count)))
-    if missing := [str(number) for number, part in enumerate(parts) if part is None]:
+        for number, part in enumerate(pool.map(read, range(count))):
+            if part is None:
+                missing.append(str(number))
+            else:
+                shards += part.shards
+                counts += part.token_counts
+                summary.update(part.summary)
+    if missing:
         names = ", ".join(missing[:SHOWN_TASKS]) + ", ..." * (len(missing) > SHOWN_TASKS)
         raise DataError(
             f"{bucket.uri}: {len(missing)} of {count} tasks are not done: {names}. index.json was "
             "not written. Run those again (--task I), then merge."
         )
-    return [part for part in parts if part is not None]
+    return shards, counts, summary
 
 
 def _read_part(
