@@ -9,8 +9,14 @@
 The same command again changes nothing when the output is whole, and goes on where it stopped when
 it was interrupted.
 
+On many machines, --task 0 to --task 63 each prepare a part, then these become one:
+
+    python scripts/prepare_data.py --input web --tokenizer gpt2 --output OUT --tasks 64 --task 0
+    python scripts/prepare_data.py merge OUT
+
 Data that is there already (prepare_data.py COMMAND --help says more):
 
+    merge OUTPUT    write index.json of what all tasks have prepared
     index URI       write index.json for shards from elsewhere, from their headers
     inspect URI     show keys, shapes, dtypes, tokens, text, and what is bad
     put SRC URI     copy a file or directory into a bucket or directory, verified
@@ -52,8 +58,10 @@ if TYPE_CHECKING:
     from utils.base.progress import ProgressDisplay
     from utils.corpus.prepare import CorpusOptions, Preparation
     from utils.corpus.shard_inspection import Inspection
+    from utils.corpus.tasks.tasks import TaskedCorpus
     from utils.corpus.text_sources import Source
     from utils.corpus.token_cache import TokenCache
+    from utils.storage.bucket import Bucket
 
 SAMPLE_VOCAB_SIZE = 4096
 DEFAULT_VALIDATION_FRACTION = 0.05
@@ -74,6 +82,7 @@ SOURCE_OPTIONS = {
     "eos_id": "token files",
     "token_cache": "text",
 }
+TOKENIZER_TASK = "tokenizer"
 DEFAULT_TEXT_COLUMN = "text"
 LONGEST_LINE = 2000
 
@@ -89,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenizer_arguments(parser.add_argument_group("tokenizer"))
     _add_validation_arguments(parser.add_argument_group("validation (one of)"))
     _add_output_arguments(parser.add_argument_group("output"))
+    _add_task_arguments(parser.add_argument_group("many machines"))
     _add_common_arguments(parser)
     return parser
 
@@ -104,6 +114,8 @@ def build_command_parser() -> argparse.ArgumentParser:
         _add_common_arguments(added)
         return added
 
+    merge = add("merge", merge_parts, "write index.json of what all tasks have prepared")
+    merge.add_argument("output", metavar="OUTPUT")
     index = add("index", write_index, "write index.json for shards from elsewhere, from headers")
     index.add_argument("uri", metavar="URI")
     index.add_argument("--vocab-size", type=int, metavar="N", help="where no tokenizer says it")
@@ -230,7 +242,7 @@ def _add_tokenizer_arguments(group: argparse._ArgumentGroup) -> None:
         "--token-cache",
         metavar="DIR",
         help="what was tokenized before is taken from here, of at most 10 GB (default: "
-        f"{DEFAULT_TOKEN_CACHE}; with --sample alone and for '{NO_CACHE}': none)",
+        f"{DEFAULT_TOKEN_CACHE}; with --sample alone, --tasks and for '{NO_CACHE}': none)",
     )
 
 
@@ -269,7 +281,60 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
         help="tokens in a shard (default: 50,000,000; with --sample alone, 5 even shards)",
     )
     group.add_argument("--compress", action="store_true", help="deflate the shards")
-    group.add_argument("--overwrite", action="store_true", help="replace other data in the output")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace other data in the output; with --task I, in that part alone",
+    )
+
+
+def _add_task_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--tasks",
+        type=int,
+        metavar="N",
+        help="divide the sources into N parts of about as many bytes; validation is then by a hash "
+        "of each document, the same for every N",
+    )
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--task",
+        type=_read_task,
+        metavar="I",
+        help=f"prepare part I, from 0; '{TOKENIZER_TASK}': train the tokenizer of --vocab-size, "
+        "once, before the parts",
+    )
+    _add_executor_arguments(choice, group)
+    group.add_argument(
+        "--tokenizer-sample",
+        type=int,
+        metavar="BYTES",
+        help="text that the tokenizer of --tasks is trained on, from all over (default: 10^9)",
+    )
+
+
+def _add_executor_arguments(
+    choice: argparse._ActionsContainer, group: argparse._ActionsContainer
+) -> None:
+    choice.add_argument(
+        "--executor",
+        choices=("local", "slurm", "ray"),
+        help="run all tasks and the merge through datatrove (pip install datatrove)",
+    )
+    group.add_argument(
+        "--executor-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="argument of datatrove's executor, such as workers=4, partition=cpu, time=10:00:00 "
+        "(repeatable)",
+    )
+
+
+def _read_task(text: str) -> int | str:
+    if text == TOKENIZER_TASK or text.isdecimal():
+        return text if text == TOKENIZER_TASK else int(text)
+    raise argparse.ArgumentTypeError(f"a number from 0, or {TOKENIZER_TASK}, is needed.")
 
 
 def prepare(arguments: argparse.Namespace) -> int:
@@ -280,21 +345,107 @@ def prepare(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     sources, validation_sources, options = _build_request(arguments)
     cache = _open_cache(arguments)
+    corpus = _build_tasks(arguments, sources, validation_sources, options)
     with closing(open_output(arguments.output)) as bucket, _progress(arguments) as progress:
-        preparation = prepare_corpus(
-            sources,
-            bucket,
-            options,
-            arguments.overwrite,
-            progress.update,
-            validation_sources=validation_sources,
-            token_cache=cache,
-        )
+        if corpus is None:
+            preparation: Preparation | None = prepare_corpus(
+                sources,
+                bucket,
+                options,
+                arguments.overwrite,
+                progress.update,
+                validation_sources=validation_sources,
+                token_cache=cache,
+            )
+        else:
+            preparation = _do_tasks(arguments, corpus, bucket, progress, cache)
     if cache and cache.num_hits:
         num_all = cache.num_hits + cache.num_misses
         _logger.info("Token cache %s: %d of %d found.", cache.directory, cache.num_hits, num_all)
-    summary = _summarize(preparation, bucket.uri, time.monotonic() - start)
-    _say(arguments, summary, _format_summary(summary))
+    if preparation is not None:
+        _say_prepared(arguments, preparation, bucket.uri, start)
+    return ExitCode.DONE
+
+
+def _build_tasks(
+    arguments: argparse.Namespace,
+    sources: list[Source],
+    validation_sources: list[Source],
+    options: CorpusOptions,
+) -> TaskedCorpus | None:
+    """Return the corpus as tasks prepare it; None where one process does."""
+    from utils.corpus.tasks.tasks import DEFAULT_SAMPLE_BYTES, TaskedCorpus
+
+    if arguments.tasks is None:
+        for name in ("task", "executor", "tokenizer_sample"):
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} goes with --tasks N.")
+    elif arguments.task is None and arguments.executor is None:
+        raise UsageError("--tasks needs --task I (one part), or --executor NAME (all of them).")
+    if arguments.executor_option and not arguments.executor:
+        raise UsageError("--executor-option goes with --executor NAME.")
+    if arguments.tasks is None:
+        return None
+    sample_bytes = arguments.tokenizer_sample
+    if sample_bytes is not None and options.tokenizer is not None:
+        raise UsageError(
+            "--tokenizer-sample goes with --vocab-size: --tokenizer is trained already."
+        )
+    sample_bytes = DEFAULT_SAMPLE_BYTES if sample_bytes is None else sample_bytes
+    return TaskedCorpus(sources, validation_sources, options, arguments.tasks, sample_bytes)
+
+
+def _do_tasks(
+    arguments: argparse.Namespace,
+    corpus: TaskedCorpus,
+    bucket: Bucket,
+    progress: ProgressDisplay,
+    cache: TokenCache | None,
+) -> Preparation | None:
+    """Do what is asked of a corpus in tasks; return what is prepared, None where that comes later.
+
+    The tokenizer comes first, and only that step replaces other data.
+    """
+    from utils.corpus.tasks.tasks import merge_tasks
+
+    replaces = {"overwrite": arguments.overwrite}
+    if isinstance(arguments.task, int):
+        on_progress = progress.update
+        return corpus.prepare(bucket, arguments.task, on_progress, token_cache=cache, **replaces)
+    run = None if arguments.executor is None else _plan_tasks(arguments, bucket.uri)
+    tokenizer = corpus.begin(bucket, may_train=True, **replaces)
+    if run is None:
+        text = f"{bucket.uri}: the tokenizer is there. Now --task 0 to {corpus.num_tasks - 1}."
+        _say(arguments, {"output": bucket.uri, "vocab_size": tokenizer.vocab_size}, text)
+    elif run():
+        return merge_tasks(bucket)
+    else:
+        text = f"{bucket.uri}: {corpus.num_tasks} tasks are submitted, and the merge after them."
+        _say(arguments, {"output": bucket.uri, "submitted_tasks": corpus.num_tasks}, text)
+    return None
+
+
+def _plan_tasks(arguments: argparse.Namespace, uri: str) -> Callable[[], bool]:
+    """Return what runs all tasks; each is this command, with --task in place of --executor."""
+    from configs.config_files import parse_assignment
+    from utils.corpus.tasks.executors import plan_tasks
+
+    own = argparse.ArgumentParser(add_help=False)
+    _add_executor_arguments(own, own)
+    _, words = own.parse_known_args(arguments.words)
+    settings = dict(map(parse_assignment, arguments.executor_option))
+    return plan_tasks(arguments.executor, words, arguments.tasks, uri, settings)
+
+
+def merge_parts(arguments: argparse.Namespace) -> int:
+    """Write the index of what all tasks have prepared and say what came out."""
+    from utils.corpus.output import open_output
+    from utils.corpus.tasks.tasks import merge_tasks
+
+    start = time.monotonic()
+    with closing(open_output(arguments.output, "merge")) as bucket:
+        preparation = merge_tasks(bucket)
+    _say_prepared(arguments, preparation, bucket.uri, start)
     return ExitCode.DONE
 
 
@@ -416,7 +567,8 @@ def _open_cache(arguments: argparse.Namespace) -> TokenCache | None:
 
     name = arguments.token_cache
     if name is None:
-        name = NO_CACHE if _is_sample_alone(arguments) else DEFAULT_TOKEN_CACHE
+        is_off = _is_sample_alone(arguments) or arguments.tasks is not None
+        name = NO_CACHE if is_off else DEFAULT_TOKEN_CACHE
     if name == NO_CACHE:
         return None
     require_path(name, "--token-cache")
@@ -426,16 +578,27 @@ def _open_cache(arguments: argparse.Namespace) -> TokenCache | None:
     return TokenCache(directory, TOKEN_CACHE_BYTES)
 
 
+def _say_prepared(
+    arguments: argparse.Namespace, preparation: Preparation, uri: str, start: float
+) -> None:
+    summary = _summarize(preparation, uri, time.monotonic() - start)
+    if getattr(arguments, "task", None) is not None:
+        summary["task"] = arguments.task
+    _say(arguments, summary, _format_summary(summary))
+
+
 def _summarize(preparation: Preparation, uri: str, seconds: float) -> dict[str, Any]:
+    from utils.data.shard_index import is_validation_shard
+
     index = preparation.index
     names = [shard["name"] for shard in index["shards"]]
-    num_validation = sum(name.startswith("val_") for name in names)
+    num_validation = sum(map(is_validation_shard, names))
     num_bytes, num_tokens = index["summary"]["bytes"], index["summary"]["tokens"]
     return {
         "output": uri,
         "is_new": preparation.is_new,
         **index["summary"],
-        "validation_share": index["summary"]["validation_tokens"] / num_tokens,
+        "validation_share": index["summary"]["validation_tokens"] / (num_tokens or 1),
         "tokens_per_byte": num_tokens / num_bytes if num_bytes else None,
         "vocab_size": index["vocab_size"],
         "training_shards": len(names) - num_validation,
@@ -464,7 +627,8 @@ def _format_summary(summary: dict[str, Any]) -> str:
     if summary["tokens_per_byte"] is None:  # token ids alone: no text was seen
         del rows["text"], rows["tokens per byte"]
     lines = [f"  {name:<16} {value}" for name, value in rows.items()]
-    return "\n".join([f"{head} {summary['output']}", *lines])
+    part = f", task {summary['task']}" if "task" in summary else ""
+    return "\n".join([f"{head} {summary['output']}{part}", *lines])
 
 
 def write_index(arguments: argparse.Namespace) -> int:
@@ -622,7 +786,7 @@ def _progress(arguments: argparse.Namespace) -> ProgressDisplay:
     return ProgressDisplay(enabled=not arguments.quiet)
 
 
-COMMANDS = ("index", "inspect", "put", "get", "ls", "rm")
+COMMANDS = ("merge", "index", "inspect", "put", "get", "ls", "rm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -630,6 +794,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     is_command = bool(words) and words[0] in COMMANDS
     arguments = (build_command_parser() if is_command else build_parser()).parse_args(words)
+    arguments.words = words
     level = "debug" if arguments.debug else "info"
     configure_logging(level, quiet=arguments.quiet, stderr=True)
     return run_command(arguments.command, arguments)

@@ -15,6 +15,7 @@ import gzip
 import io
 import itertools
 import logging
+import mmap
 import os
 import re
 import shlex
@@ -44,6 +45,7 @@ TOKEN_SUFFIXES = (NPY_SUFFIX, BIN_SUFFIX, DATATROVE_SUFFIX, ARROW_SUFFIX)
 INDEX_SUFFIXES = (".idx", ".index", ".metadata")
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 HEAD_BYTES = 2**20
+GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 SHOWN_NAMES = 5
 
 # A file that is one JSON value: an array of objects, or an object on several lines.
@@ -72,6 +74,11 @@ for _number, _what, _advice in (
     _SIGNATURES[_number.to_bytes(4, "little")] = (0, _what, _advice)
 _BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32"}
 _BYTE_ORDER_MARKS |= {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+ByteSpan = tuple[int, int]
+"""What is read of a file: its first byte, and the one after its last."""
+FindNext = Callable[[Path, int], int | None]
+"""Where the first document begins at or after a byte of a file; None: the file is never cut."""
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +131,67 @@ def find_files(
         )
     items = ((path.absolute(), own) for (_, own), path in found.items())
     return tuple((path, own) for path, own in items if not _is_index(path, read))
+
+
+def cut_files(
+    paths: Sequence[Path], number: int, count: int, find_next: FindNext
+) -> tuple[tuple[Path, ...], tuple[ByteSpan, ...]]:
+    """Return the files of one of `count` parts of about as many bytes, and what is read of each.
+
+    A document belongs to the part in whose share of the bytes it begins, all of a file that is
+    never cut to the one where the file begins.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    sizes = file_sizes(paths)
+    edges = [sum(sizes) * edge // count for edge in (number, number + 1)]
+    found, begin = {}, 0
+
+    def cut(path: Path, at: int, size: int) -> int:
+        if 0 < at < size:
+            following = find_next(path, at)
+            return size if following is None else following
+        return min(max(at, 0), size)
+
+    for path, size in zip(paths, sizes, strict=True):
+        start, stop = (cut(path, edge - begin, size) for edge in edges)
+        begin += size
+        if start < stop:
+            found[path] = (start, stop)
+    return tuple(found), tuple(found.values())
+
+
+def file_sizes(paths: Iterable[Path]) -> list[int]:
+    """Return the bytes of each file, or of all files in a folder.
+
+    Raises:
+        DataError: One cannot be read.
+    """
+    with read_errors("--input"):
+        return [
+            sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            if path.is_dir()
+            else path.stat().st_size
+            for path in paths
+        ]
+
+
+class FileWindow(io.RawIOBase):
+    """A span of a file as if it were all of it."""
+
+    def __init__(self, file: io.FileIO, span: ByteSpan) -> None:
+        self._file, self._left = file, span[1] - file.seek(span[0])
+
+    def readable(self) -> bool:
+        """As every reader says."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what is left of the span, at most."""
+        count = self._file.readinto(memoryview(buffer)[: self._left]) or 0
+        self._left -= count
+        return count
 
 
 def split_column(name: str, column: str) -> tuple[str, str]:
@@ -246,26 +314,63 @@ def _holds_records(path: Path, column: str) -> bool:
 
 
 @contextmanager
-def open_text(path: Path, separator: bytes = b"") -> Iterator[io.BufferedReader]:
+def open_text(
+    path: Path, separator: bytes = b"", span: ByteSpan | None = None
+) -> Iterator[io.BufferedReader]:
     """Open a file of text at its beginning, unpacked; a `separator` may be NUL.
+
+    With a `span` that begins later, that part of a file that is not packed.
 
     Raises:
         DataError: It cannot be read, then or later, or is no text.
     """
     with read_errors(path), ExitStack() as stack:
         raw: Any = stack.enter_context(path.open("rb", buffering=0))
-        magic, suffix = raw.read(4), path.suffix.lower()
+        packing = packing_of(path, raw.read(4))
         raw.seek(0)
-        if suffix == ".gz" or magic.startswith(b"\x1f\x8b"):
+        if packing == ".gz":
             raw = stack.enter_context(gzip.open(raw))
-        elif suffix == ".zst" or magic == b"\x28\xb5\x2f\xfd":
+        elif packing == ".zst":
             import pyarrow
 
             stream = pyarrow.input_stream(str(path), compression="zstd")
             raw = stack.enter_context(closing(stream))
+        elif span is not None:
+            raw = FileWindow(raw, span)
         file = stack.enter_context(io.BufferedReader(raw, HEAD_BYTES))
-        _require_text(path, file.peek().replace(separator, b"\n") if separator else file.peek())
+        if span is None or not span[0]:
+            head = file.peek()
+            _require_text(path, head.replace(separator, b"\n") if separator else head)
         yield file
+
+
+def packing_of(path: Path, head: bytes) -> str | None:
+    """Return `.gz` or `.zst` where a file is compressed, told by its name or how it begins."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz" or head.startswith(GZIP_MAGIC):
+        return ".gz"
+    return ".zst" if suffix == ".zst" or head.startswith(ZSTD_MAGIC) else None
+
+
+def find_after(path: Path, at: int, separator: bytes) -> int | None:
+    """Return where the first document after a separator begins at or after a byte of a text file.
+
+    None where it is read from its beginning only: compressed, one JSON value, lines that end with
+    CR alone, or a separator that can overlap itself.
+    """
+    with read_errors(path), path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+        # Line ends around a document are left out, so that it does not matter which of them cut.
+        is_overlapping = separator.strip(b"\r\n") and any(
+            separator.startswith(separator[start:]) for start in range(1, len(separator))
+        )
+        has_lines = separator != b"\n" or b"\n" in head or b"\r" not in head
+        is_one = separator == b"\n" and ONE_JSON_VALUE.match(head)
+        if packing_of(path, head) or is_one or is_overlapping or not has_lines:
+            return None
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            found = data.find(separator, max(0, at - len(separator)))
+            return len(data) if found < 0 else found + len(separator)
 
 
 def split_lines(file: io.BufferedReader) -> Iterator[bytes]:

@@ -12,19 +12,26 @@ could be cut better.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from utils.base.errors import DataError, UsageError
 from utils.corpus.documents import TokenArray
-from utils.corpus.file_kinds import BIN_SUFFIX, COMPRESSION_SUFFIXES, read_errors
+from utils.corpus.file_kinds import (
+    BIN_SUFFIX,
+    COMPRESSION_SUFFIXES,
+    cut_files,
+    file_sizes,
+    read_errors,
+)
 from utils.corpus.token_files import kinds
 from utils.corpus.token_files.flat import RawArray, Stretch, read_flat, read_llmc, read_npy
 from utils.corpus.token_files.indexed import read_datatrove, read_megatron
@@ -149,6 +156,16 @@ class TokenFileSource:
             "token_dtype": kinds.MDS in found
             or any(path.suffix.lower() == BIN_SUFFIX for path in self.paths),
         }.get(option, False)
+
+    def part(self, number: int, count: int) -> TokenFileSource:
+        """As `Source` says: whole files and folders."""
+        paths, _ = cut_files(self.paths, number, count, lambda path, at: None)
+        return dataclasses.replace(self, paths=paths)
+
+    def outline(self) -> list[Any]:
+        """As `Source` says."""
+        how = [self.token_dtype, self.eos_token_id, self.part_tokens, self.column]
+        return [*how, *file_sizes(self.paths)]
 
     @cached_property
     def _kinds(self) -> dict[Path, str]:
