@@ -40,7 +40,8 @@ check-oldest:
 bench: setup
 	$(BIN)/python scripts/benchmark.py
 
-# Hundreds of kills and resumes, hundreds of uploads; SOAK="--quick" for a dozen, --help for more.
+# Hundreds of kills and resumes, of uploads, of tasks of a preparation; SOAK="--quick" for a dozen, --help for more.
 soak: setup
 	$(BIN)/python tests/campaigns/soak.py $(SOAK)
 	$(BIN)/python tests/campaigns/soak_uploads.py $(SOAK)
+	$(BIN)/python tests/campaigns/soak_tasks.py $(SOAK)

@@ -22,7 +22,8 @@ def measure_data(folder: Path, runs: int) -> dict[str, str]:
     return {
         **measure_warm_cache(folder / "warm", runs),
         **measure_far_start(folder / "far", runs),
-        **measure_cold_bucket(folder / "cold", runs),
+        **measure_cold_bucket(folder / "cold", runs, 1_000, 2**18),
+        **measure_cold_bucket(folder / "many", runs, 10_000, 2**12),
         **measure_memory(folder / "memory"),
     }
 
@@ -135,14 +136,14 @@ def measure_far_start(folder: Path, runs: int) -> dict[str, str]:
     return {"ready at sample 10^9 of 10,000 shards": spread(seconds, " s")}
 
 
-def measure_cold_bucket(folder: Path, runs: int) -> dict[str, str]:
-    """Time to the first batch of a cold gs:// bucket, and to download the shards it touches."""
+def measure_cold_bucket(folder: Path, runs: int, num_shards: int, tokens: int) -> dict[str, str]:
+    """Time to list a cold gs:// bucket, to its first batch, and to download what that touches."""
     from tests.gcs_server import FakeGcsServer
     from utils.data_utils import BatchLoader, StepShape
     from utils.storage.open import open_bucket
 
-    write_shards(folder / "data", 1000, 2**18)
-    firsts, extra = [], []
+    write_shards(folder / "data", num_shards, tokens)
+    lists, firsts, extra = [], [], []
     with FakeGcsServer(folder / "server") as server:
         server.create_bucket("corpus")
         for path in (folder / "data").iterdir():
@@ -161,13 +162,19 @@ def measure_cold_bucket(folder: Path, runs: int) -> dict[str, str]:
             for shard in touched:
                 bucket.get_file(f"train_{shard:05}.npz", folder / "download")
             plain = time.perf_counter() - begin
+            begin = time.perf_counter()
+            assert len(list(bucket.list())) == num_shards + 1
+            listed = time.perf_counter() - begin
             bucket.close()
             if number:  # the first is a warm-up
+                lists.append(listed)
                 firsts.append(first)
                 extra.append(first - plain)
+    what = f"cold gs:// of {num_shards:,} shards"
     return {
-        "first batch, cold gs:// of 1,000 shards": spread(firsts, " s"),
-        "of that beyond downloading what it touches": spread(extra, " s"),
+        f"listing, {what}": spread(lists, " s"),
+        f"first batch, {what}": spread(firsts, " s"),
+        f"of that beyond downloading what it touches, {num_shards:,}": spread(extra, " s"),
     }
 
 

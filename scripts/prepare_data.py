@@ -9,8 +9,14 @@
 The same command again changes nothing when the output is whole, and goes on where it stopped when
 it was interrupted.
 
+On many machines, --task 0 to --task 63 each prepare a part, then these become one:
+
+    python scripts/prepare_data.py --input web --tokenizer gpt2 --output OUT --tasks 64 --task 0
+    python scripts/prepare_data.py merge OUT
+
 Data that is there already (prepare_data.py COMMAND --help says more):
 
+    merge OUTPUT    write index.json of what all tasks have prepared
     index URI       write index.json for shards from elsewhere, from their headers
     inspect URI     show keys, shapes, dtypes, tokens, text, and what is bad
     put SRC URI     copy a file or directory into a bucket or directory, verified
@@ -52,8 +58,10 @@ if TYPE_CHECKING:
     from utils.base.progress import ProgressDisplay
     from utils.corpus.prepare import CorpusOptions, Preparation
     from utils.corpus.shard_inspection import Inspection
+    from utils.corpus.tasks.tasks import TaskedCorpus
     from utils.corpus.text_sources import Source
     from utils.corpus.token_cache import TokenCache
+    from utils.storage.bucket import Bucket
 
 SAMPLE_VOCAB_SIZE = 4096
 DEFAULT_VALIDATION_FRACTION = 0.05
@@ -65,15 +73,16 @@ NO_CACHE = "off"
 SOURCE_OPTIONS = {
     "document_per": "text files",
     "document_separator": "text files that hold it",
-    "text_column": "JSON, .parquet and --hf",
-    "skip_null": "JSON, .parquet and --hf",
+    "text_column": "JSON, .parquet, .arrow, saved datasets, MDS and --hf",
+    "skip_null": "text in JSON, .parquet and --hf",
     "hf_config": "an --hf dataset that has it",
     "split": "an --hf dataset that has it",
     "streaming": "--hf NAME",
-    "token_dtype": ".bin files",
-    "eos_id": "token files (.npy, .bin)",
+    "token_dtype": ".bin files and MDS",
+    "eos_id": "token files",
     "token_cache": "text",
 }
+TOKENIZER_TASK = "tokenizer"
 DEFAULT_TEXT_COLUMN = "text"
 LONGEST_LINE = 2000
 
@@ -89,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenizer_arguments(parser.add_argument_group("tokenizer"))
     _add_validation_arguments(parser.add_argument_group("validation (one of)"))
     _add_output_arguments(parser.add_argument_group("output"))
+    _add_task_arguments(parser.add_argument_group("many machines"))
     _add_common_arguments(parser)
     return parser
 
@@ -104,6 +114,8 @@ def build_command_parser() -> argparse.ArgumentParser:
         _add_common_arguments(added)
         return added
 
+    merge = add("merge", merge_parts, "write index.json of what all tasks have prepared")
+    merge.add_argument("output", metavar="OUTPUT")
     index = add("index", write_index, "write index.json for shards from elsewhere, from headers")
     index.add_argument("uri", metavar="URI")
     index.add_argument("--vocab-size", type=int, metavar="N", help="where no tokenizer says it")
@@ -141,8 +153,8 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
         action="extend",
         default=[],
         metavar="PATH",
-        help="text, JSON lines or .parquet files (also .gz, .zst), token files (.npy, .bin), "
-        "directories, 'globs'; PATH::COLUMN names the column of the text for this one alone",
+        help="text, JSON lines or .parquet files (also .gz, .zst), token files of other tools "
+        "(docs/DATA.md), directories, 'globs'; PATH::COLUMN names the column for this one alone",
     )
     choice = group.add_mutually_exclusive_group()
     choice.add_argument(
@@ -159,7 +171,8 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--text-column",
         metavar="NAME",
-        help=f"column of the text in JSON, .parquet and --hf (default: {DEFAULT_TEXT_COLUMN})",
+        help=f"column of the text in JSON, .parquet and --hf (default: {DEFAULT_TEXT_COLUMN}), or "
+        "of token ids in tables and MDS (default: input_ids, tokens, token_ids or ids)",
     )
     group.add_argument(
         "--hf", metavar="NAME", help="Hugging Face dataset, by name or directory (or NAME::COLUMN)"
@@ -168,13 +181,16 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--split", metavar="NAME", help="split of --hf (default: train)")
     group.add_argument("--streaming", action="store_true", help="do not download --hf first")
     group.add_argument(
-        "--token-dtype", metavar="TYPE", help="type of the ids in .bin files: uint16, uint32, ..."
+        "--token-dtype",
+        metavar="TYPE",
+        help="type of the ids in .bin files that do not say it: uint16, uint32, ...",
     )
     group.add_argument(
         "--eos-id",
         type=int,
         metavar="N",
-        help="id that ends each document in token files (default: a file is one document)",
+        help="id that ends each document in token files; where the format does not say what a "
+        "document is, a file without it is one",
     )
     group.add_argument("--dedup", action="store_true", help="leave out exact repeats")
     group.add_argument(
@@ -226,7 +242,7 @@ def _add_tokenizer_arguments(group: argparse._ArgumentGroup) -> None:
         "--token-cache",
         metavar="DIR",
         help="what was tokenized before is taken from here, of at most 10 GB (default: "
-        f"{DEFAULT_TOKEN_CACHE}; with --sample alone and for '{NO_CACHE}': none)",
+        f"{DEFAULT_TOKEN_CACHE}; with --sample alone, --tasks and for '{NO_CACHE}': none)",
     )
 
 
@@ -265,7 +281,60 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
         help="tokens in a shard (default: 50,000,000; with --sample alone, 5 even shards)",
     )
     group.add_argument("--compress", action="store_true", help="deflate the shards")
-    group.add_argument("--overwrite", action="store_true", help="replace other data in the output")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace other data in the output; with --task I, in that part alone",
+    )
+
+
+def _add_task_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--tasks",
+        type=int,
+        metavar="N",
+        help="divide the sources into N parts of about as many bytes; validation is then by a hash "
+        "of each document, the same for every N",
+    )
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--task",
+        type=_read_task,
+        metavar="I",
+        help=f"prepare part I, from 0; '{TOKENIZER_TASK}': train the tokenizer of --vocab-size, "
+        "once, before the parts",
+    )
+    _add_executor_arguments(choice, group)
+    group.add_argument(
+        "--tokenizer-sample",
+        type=int,
+        metavar="BYTES",
+        help="text that the tokenizer of --tasks is trained on, from all over (default: 10^9)",
+    )
+
+
+def _add_executor_arguments(
+    choice: argparse._ActionsContainer, group: argparse._ActionsContainer
+) -> None:
+    choice.add_argument(
+        "--executor",
+        choices=("local", "slurm", "ray"),
+        help="run all tasks and the merge through datatrove (pip install datatrove)",
+    )
+    group.add_argument(
+        "--executor-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="argument of datatrove's executor, such as workers=4, partition=cpu, time=10:00:00 "
+        "(repeatable)",
+    )
+
+
+def _read_task(text: str) -> int | str:
+    if text == TOKENIZER_TASK or text.isdecimal():
+        return text if text == TOKENIZER_TASK else int(text)
+    raise argparse.ArgumentTypeError(f"a number from 0, or {TOKENIZER_TASK}, is needed.")
 
 
 def prepare(arguments: argparse.Namespace) -> int:
@@ -276,21 +345,107 @@ def prepare(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     sources, validation_sources, options = _build_request(arguments)
     cache = _open_cache(arguments)
+    corpus = _build_tasks(arguments, sources, validation_sources, options)
     with closing(open_output(arguments.output)) as bucket, _progress(arguments) as progress:
-        preparation = prepare_corpus(
-            sources,
-            bucket,
-            options,
-            arguments.overwrite,
-            progress.update,
-            validation_sources=validation_sources,
-            token_cache=cache,
-        )
+        if corpus is None:
+            preparation: Preparation | None = prepare_corpus(
+                sources,
+                bucket,
+                options,
+                arguments.overwrite,
+                progress.update,
+                validation_sources=validation_sources,
+                token_cache=cache,
+            )
+        else:
+            preparation = _do_tasks(arguments, corpus, bucket, progress, cache)
     if cache and cache.num_hits:
         num_all = cache.num_hits + cache.num_misses
         _logger.info("Token cache %s: %d of %d found.", cache.directory, cache.num_hits, num_all)
-    summary = _summarize(preparation, bucket.uri, time.monotonic() - start)
-    _say(arguments, summary, _format_summary(summary))
+    if preparation is not None:
+        _say_prepared(arguments, preparation, bucket.uri, start)
+    return ExitCode.DONE
+
+
+def _build_tasks(
+    arguments: argparse.Namespace,
+    sources: list[Source],
+    validation_sources: list[Source],
+    options: CorpusOptions,
+) -> TaskedCorpus | None:
+    """Return the corpus as tasks prepare it; None where one process does."""
+    from utils.corpus.tasks.tasks import DEFAULT_SAMPLE_BYTES, TaskedCorpus
+
+    if arguments.tasks is None:
+        for name in ("task", "executor", "tokenizer_sample"):
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} goes with --tasks N.")
+    elif arguments.task is None and arguments.executor is None:
+        raise UsageError("--tasks needs --task I (one part), or --executor NAME (all of them).")
+    if arguments.executor_option and not arguments.executor:
+        raise UsageError("--executor-option goes with --executor NAME.")
+    if arguments.tasks is None:
+        return None
+    sample_bytes = arguments.tokenizer_sample
+    if sample_bytes is not None and options.tokenizer is not None:
+        raise UsageError(
+            "--tokenizer-sample goes with --vocab-size: --tokenizer is trained already."
+        )
+    sample_bytes = DEFAULT_SAMPLE_BYTES if sample_bytes is None else sample_bytes
+    return TaskedCorpus(sources, validation_sources, options, arguments.tasks, sample_bytes)
+
+
+def _do_tasks(
+    arguments: argparse.Namespace,
+    corpus: TaskedCorpus,
+    bucket: Bucket,
+    progress: ProgressDisplay,
+    cache: TokenCache | None,
+) -> Preparation | None:
+    """Do what is asked of a corpus in tasks; return what is prepared, None where that comes later.
+
+    The tokenizer comes first, and only that step replaces other data.
+    """
+    from utils.corpus.tasks.tasks import merge_tasks
+
+    replaces = {"overwrite": arguments.overwrite}
+    if isinstance(arguments.task, int):
+        on_progress = progress.update
+        return corpus.prepare(bucket, arguments.task, on_progress, token_cache=cache, **replaces)
+    run = None if arguments.executor is None else _plan_tasks(arguments, bucket.uri)
+    tokenizer = corpus.begin(bucket, may_train=True, **replaces)
+    if run is None:
+        text = f"{bucket.uri}: the tokenizer is there. Now --task 0 to {corpus.num_tasks - 1}."
+        _say(arguments, {"output": bucket.uri, "vocab_size": tokenizer.vocab_size}, text)
+    elif run():
+        return merge_tasks(bucket)
+    else:
+        text = f"{bucket.uri}: {corpus.num_tasks} tasks are submitted, and the merge after them."
+        _say(arguments, {"output": bucket.uri, "submitted_tasks": corpus.num_tasks}, text)
+    return None
+
+
+def _plan_tasks(arguments: argparse.Namespace, uri: str) -> Callable[[], bool]:
+    """Return what runs all tasks; each is this command, with --task in place of --executor."""
+    from configs.config_files import parse_assignment
+    from utils.corpus.tasks.executors import plan_tasks
+
+    own = argparse.ArgumentParser(add_help=False)
+    _add_executor_arguments(own, own)
+    _, words = own.parse_known_args(arguments.words)
+    settings = dict(map(parse_assignment, arguments.executor_option))
+    return plan_tasks(arguments.executor, words, arguments.tasks, uri, settings)
+
+
+def merge_parts(arguments: argparse.Namespace) -> int:
+    """Write the index of what all tasks have prepared and say what came out."""
+    from utils.corpus.output import open_output
+    from utils.corpus.tasks.tasks import merge_tasks
+
+    start = time.monotonic()
+    with closing(open_output(arguments.output, "merge")) as bucket:
+        preparation = merge_tasks(bucket)
+    _say_prepared(arguments, preparation, bucket.uri, start)
     return ExitCode.DONE
 
 
@@ -317,6 +472,12 @@ def _build_request(
     if fraction is None:
         is_other = arguments.validation_tail is not None or arguments.validation_input
         fraction = 0.0 if is_other else DEFAULT_VALIDATION_FRACTION
+    sources = _build_sources(arguments, shard_tokens)
+    if vocab_size is None and arguments.tokenizer is None and all(s.holds_tokens for s in sources):
+        raise UsageError(
+            "The input holds token ids: give --tokenizer T, the one they were made with, or "
+            "--vocab-size N and --eos-id N."
+        )
     options = CorpusOptions(
         vocab_size=vocab_size,
         tokenizer=arguments.tokenizer,
@@ -329,7 +490,6 @@ def _build_request(
         deduplicate=arguments.dedup,
         skip_null=arguments.skip_null,
     )
-    sources = _build_sources(arguments, shard_tokens)
     validation_sources = _file_sources(
         arguments.validation_input, arguments, shard_tokens, "--validation-input"
     )
@@ -374,30 +534,31 @@ def _file_sources(
     option: str,
 ) -> list[Source]:
     """Return the sources that paths name; neighbours of one kind are one source."""
-    from utils.corpus.file_kinds import BIN_SUFFIX, NPY_SUFFIX, TOKEN_SUFFIXES, find_files, kind_of
+    from utils.corpus.file_kinds import find_files
     from utils.corpus.text_sources import FileSource
-    from utils.corpus.token_files import BLOCK_TOKENS, TokenFileSource
+    from utils.corpus.token_files.kinds import ARROW, FLAT, token_kind
+    from utils.corpus.token_files.source import BLOCK_TOKENS, TokenFileSource
 
-    # A directory may hold a .bin of any kind: only who tells the type means token ids.
-    also = (NPY_SUFFIX, BIN_SUFFIX) if arguments.token_dtype else (NPY_SUFFIX,)
+    def is_tokens(path: Path, column: str) -> bool:
+        # A directory may hold a .bin of any kind: only who tells the type means token ids.
+        # The .arrow files of a saved dataset are one: beside them lie those that `map` has kept.
+        kind = token_kind(path, column)
+        is_part = kind == ARROW and (path.parent / "state.json").exists()
+        is_unknown = kind == FLAT and arguments.token_dtype is None
+        return kind is not None and not is_part and not is_unknown
+
     sources: list[Source] = []
-    found = find_files(patterns, also, option, arguments.text_column or DEFAULT_TEXT_COLUMN)
-    groups = itertools.groupby(found, lambda one: (kind_of(one[0]) in TOKEN_SUFFIXES, one[1]))
-    for (is_tokens, column), group in groups:
+    found = find_files(patterns, is_tokens, option, arguments.text_column or DEFAULT_TEXT_COLUMN)
+    groups = itertools.groupby(found, lambda one: (token_kind(*one) is not None, one[1]))
+    for (holds_tokens, column), group in groups:
         paths = tuple(path for path, _ in group)
-        if is_tokens:
+        if holds_tokens:
             part_tokens = max(1, min(BLOCK_TOKENS, shard_tokens or BLOCK_TOKENS))
-            sources.append(
-                TokenFileSource(
-                    paths,
-                    arguments.token_dtype,
-                    arguments.eos_id,
-                    part_tokens=part_tokens,
-                )
-            )
+            how = (arguments.token_dtype, arguments.eos_id)
+            sources.append(TokenFileSource(paths, *how, part_tokens=part_tokens, column=column))
         else:
-            how = (arguments.document_per, column, arguments.document_separator or "")
-            sources.append(FileSource(paths, *how))
+            cut = (arguments.document_per, column, arguments.document_separator or "")
+            sources.append(FileSource(paths, *cut))
     return sources
 
 
@@ -406,7 +567,8 @@ def _open_cache(arguments: argparse.Namespace) -> TokenCache | None:
 
     name = arguments.token_cache
     if name is None:
-        name = NO_CACHE if _is_sample_alone(arguments) else DEFAULT_TOKEN_CACHE
+        is_off = _is_sample_alone(arguments) or arguments.tasks is not None
+        name = NO_CACHE if is_off else DEFAULT_TOKEN_CACHE
     if name == NO_CACHE:
         return None
     require_path(name, "--token-cache")
@@ -416,16 +578,27 @@ def _open_cache(arguments: argparse.Namespace) -> TokenCache | None:
     return TokenCache(directory, TOKEN_CACHE_BYTES)
 
 
+def _say_prepared(
+    arguments: argparse.Namespace, preparation: Preparation, uri: str, start: float
+) -> None:
+    summary = _summarize(preparation, uri, time.monotonic() - start)
+    if getattr(arguments, "task", None) is not None:
+        summary["task"] = arguments.task
+    _say(arguments, summary, _format_summary(summary))
+
+
 def _summarize(preparation: Preparation, uri: str, seconds: float) -> dict[str, Any]:
+    from utils.data.shard_index import is_validation_shard
+
     index = preparation.index
     names = [shard["name"] for shard in index["shards"]]
-    num_validation = sum(name.startswith("val_") for name in names)
+    num_validation = sum(map(is_validation_shard, names))
     num_bytes, num_tokens = index["summary"]["bytes"], index["summary"]["tokens"]
     return {
         "output": uri,
         "is_new": preparation.is_new,
         **index["summary"],
-        "validation_share": index["summary"]["validation_tokens"] / num_tokens,
+        "validation_share": index["summary"]["validation_tokens"] / (num_tokens or 1),
         "tokens_per_byte": num_tokens / num_bytes if num_bytes else None,
         "vocab_size": index["vocab_size"],
         "training_shards": len(names) - num_validation,
@@ -454,7 +627,8 @@ def _format_summary(summary: dict[str, Any]) -> str:
     if summary["tokens_per_byte"] is None:  # token ids alone: no text was seen
         del rows["text"], rows["tokens per byte"]
     lines = [f"  {name:<16} {value}" for name, value in rows.items()]
-    return "\n".join([f"{head} {summary['output']}", *lines])
+    part = f", task {summary['task']}" if "task" in summary else ""
+    return "\n".join([f"{head} {summary['output']}{part}", *lines])
 
 
 def write_index(arguments: argparse.Namespace) -> int:
@@ -612,7 +786,7 @@ def _progress(arguments: argparse.Namespace) -> ProgressDisplay:
     return ProgressDisplay(enabled=not arguments.quiet)
 
 
-COMMANDS = ("index", "inspect", "put", "get", "ls", "rm")
+COMMANDS = ("merge", "index", "inspect", "put", "get", "ls", "rm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -620,6 +794,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     is_command = bool(words) and words[0] in COMMANDS
     arguments = (build_command_parser() if is_command else build_parser()).parse_args(words)
+    arguments.words = words
     level = "debug" if arguments.debug else "info"
     configure_logging(level, quiet=arguments.quiet, stderr=True)
     return run_command(arguments.command, arguments)

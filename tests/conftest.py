@@ -70,6 +70,15 @@ def pytest_configure(config: pytest.Config) -> None:
     time.tzset()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA GPU")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _signals() -> Iterator[None]:
     """Let child processes hear the signals that nohup and `&` in a script have ignored.

@@ -1,7 +1,7 @@
 """Which files are read, and what each of them is.
 
     paths, folders, globs --> find_files --> content_kind: text, JSON, Parquet
-                                        '--> token files
+                                        '--> token files (which: token_files/kinds.py)
 
 The name that the user sees says what a file is, not the one that a link points to; what the name
 leaves open the first bytes tell. A file that is no text is refused with what it seems to be and
@@ -15,11 +15,12 @@ import gzip
 import io
 import itertools
 import logging
+import mmap
 import os
 import re
 import shlex
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,14 @@ NAMED_KINDS = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, JSON_SUFFIX, *PARQUET_SUFFIXES)
 TABLE_SUFFIXES = (".csv", ".tsv")
 NPY_SUFFIX = ".npy"
 BIN_SUFFIX = ".bin"
-TOKEN_SUFFIXES = (NPY_SUFFIX, BIN_SUFFIX)
+DATATROVE_SUFFIX = ".ds"
+ARROW_SUFFIX = ".arrow"
+TOKEN_SUFFIXES = (NPY_SUFFIX, BIN_SUFFIX, DATATROVE_SUFFIX, ARROW_SUFFIX)
+# What stands beside token files and is read with them: of Megatron, of datatrove.
+INDEX_SUFFIXES = (".idx", ".index", ".metadata")
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 HEAD_BYTES = 2**20
+GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 SHOWN_NAMES = 5
 
 # A file that is one JSON value: an array of objects, or an object on several lines.
@@ -56,14 +62,11 @@ _SIGNATURES = {
     b"\x1f\x8b\x08": (0, "compressed by gzip", "Run: gzip -dc {} > NEW"),
     b"%PDF-": (0, "a PDF document", "Run: pdftotext {}"),
     b"PAR1": (0, "a Parquet file", "Let its name end in .parquet."),
-    b"ARROW1": (0, "an Arrow file", "Give its folder with --hf."),
     b"\x93NUMPY": (0, "a NumPy array", "Let its name end in .npy."),
     b"MMIDIDX\0": (0, "a Megatron index", "Give the .bin beside it."),
     b"LITPKDS": (0, "a packed file of LitGPT", _CUT.format(24, 25)),
 }
 for _number, _what, _advice in (
-    (20240520, "a token file of llm.c (uint16)", _CUT.format(1024, 1025)),
-    (20240801, "a token file of llm.c (uint32)", _CUT.format(1024, 1025)),
     (20240522, "an evaluation file of llm.c", "Leave it out."),
     (20240326, "a model of llm.c", "Leave it out."),
     (20240328, "a tokenizer of llm.c", "Leave it out."),
@@ -72,12 +75,17 @@ for _number, _what, _advice in (
 _BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32"}
 _BYTE_ORDER_MARKS |= {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
+ByteSpan = tuple[int, int]
+"""What is read of a file: its first byte, and the one after its last."""
+FindNext = Callable[[Path, int], int | None]
+"""Where the first document begins at or after a byte of a file; None: the file is never cut."""
+
 log = logging.getLogger(__name__)
 
 
 def find_files(
     patterns: Iterable[str],
-    also: Sequence[str] = (),
+    is_tokens: Callable[[Path, str], bool] = lambda path, column: False,
     option: str = "--input",
     column: str = "text",
 ) -> tuple[tuple[Path, str], ...]:
@@ -89,37 +97,101 @@ def find_files(
     too; hidden files are left out, all others that are not read are named. A file given by its own
     name or a glob may have any suffix.
 
-    `also` are further suffixes to look for in directories; `option` is what an error names.
+    `is_tokens` tells for a path and a column whether token ids are there, which a directory may
+    hold as a whole; `option` is what an error names.
 
     Raises:
         UsageError: A path does not exist, or nothing usable is there.
         DataError: A folder or a file that a link names cannot be read.
     """
-    usable = (*NAMED_KINDS, *also)
     found: dict[tuple[Path, str], Path] = {}
     left_out: list[Path] = []
     for pattern, own in (split_column(pattern, column) for pattern in patterns):
         files: list[Path] = []
         others: list[Path] = []
         with read_errors(f"{option} {pattern}"):
-            for path, is_named in _expand(pattern, option):
-                is_read = is_named or _is_usable(path, usable, own)
+            for path, is_named in _expand(pattern, option, own, is_tokens):
+                is_read = is_named or is_tokens(path, own) or _is_usable(path, own)
                 (files if is_read else others).append(path)
         if not files:
             but = f" but {list_names(others)}" if others else ""
             raise UsageError(
                 f"{option} {pattern}: nothing to read there{but}. Expected files ending in "
-                f"{' '.join(usable)} (also with {' or '.join(COMPRESSION_SUFFIXES)})."
+                f"{' '.join(NAMED_KINDS)} (also with {' or '.join(COMPRESSION_SUFFIXES)}) or "
+                f"{' '.join(TOKEN_SUFFIXES)}."
             )
         for path in files:
             found.setdefault((path.resolve(), own), path)
         left_out += others
     read = {file for file, _ in found}
-    if left_out := [path for path in left_out if path.resolve() not in read]:
+    left_out = [path for path in left_out if path.resolve() not in read]
+    if left_out := [path for path in left_out if not _is_index(path, read)]:
         log.warning(
             "%s: %s not read: %s.", option, count_of(len(left_out), "file"), list_names(left_out)
         )
-    return tuple((path.absolute(), own) for (_, own), path in found.items())
+    items = ((path.absolute(), own) for (_, own), path in found.items())
+    return tuple((path, own) for path, own in items if not _is_index(path, read))
+
+
+def cut_files(
+    paths: Sequence[Path], number: int, count: int, find_next: FindNext
+) -> tuple[tuple[Path, ...], tuple[ByteSpan, ...]]:
+    """Return the files of one of `count` parts of about as many bytes, and what is read of each.
+
+    A document belongs to the part in whose share of the bytes it begins, all of a file that is
+    never cut to the one where the file begins.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    sizes = file_sizes(paths)
+    edges = [sum(sizes) * edge // count for edge in (number, number + 1)]
+    found, begin = {}, 0
+
+    def cut(path: Path, at: int, size: int) -> int:
+        if 0 < at < size:
+            following = find_next(path, at)
+            return size if following is None else following
+        return min(max(at, 0), size)
+
+    for path, size in zip(paths, sizes, strict=True):
+        start, stop = (cut(path, edge - begin, size) for edge in edges)
+        begin += size
+        if start < stop:
+            found[path] = (start, stop)
+    return tuple(found), tuple(found.values())
+
+
+def file_sizes(paths: Iterable[Path]) -> list[int]:
+    """Return the bytes of each file, or of all files in a folder.
+
+    Raises:
+        DataError: One cannot be read.
+    """
+    with read_errors("--input"):
+        return [
+            sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            if path.is_dir()
+            else path.stat().st_size
+            for path in paths
+        ]
+
+
+class FileWindow(io.RawIOBase):
+    """A span of a file as if it were all of it."""
+
+    def __init__(self, file: io.FileIO, span: ByteSpan) -> None:
+        self._file, self._left = file, span[1] - file.seek(span[0])
+
+    def readable(self) -> bool:
+        """As every reader says."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what is left of the span, at most."""
+        count = self._file.readinto(memoryview(buffer)[: self._left]) or 0
+        self._left -= count
+        return count
 
 
 def split_column(name: str, column: str) -> tuple[str, str]:
@@ -135,12 +207,22 @@ def list_names(paths: Sequence[Path]) -> str:
     return ", ".join(printable(path) for path in paths[:SHOWN_NAMES]) + more
 
 
-def _is_usable(path: Path, usable: Sequence[str], column: str) -> bool:
+def _is_index(path: Path, read: set[Path]) -> bool:
+    """Tell whether a file is the index of one that is read: `a.idx` of `a.bin`, `b.ds.index`."""
+    path = path.resolve()
+    owner = path.with_suffix(BIN_SUFFIX if path.suffix == ".idx" else "")
+    is_beside = path.suffix in INDEX_SUFFIXES and owner.suffix in (BIN_SUFFIX, DATATROVE_SUFFIX)
+    return is_beside and owner in read
+
+
+def _is_usable(path: Path, column: str) -> bool:
     kind = kind_of(path)
-    return kind in usable and (kind != JSON_SUFFIX or _holds_records(path, column))
+    return kind in NAMED_KINDS and (kind != JSON_SUFFIX or _holds_records(path, column))
 
 
-def _expand(pattern: str, option: str) -> Iterator[tuple[Path, bool]]:
+def _expand(
+    pattern: str, option: str, column: str, is_tokens: Callable[[Path, str], bool]
+) -> Iterator[tuple[Path, bool]]:
     """Yield the files that a pattern names, each with whether it is named itself."""
     path = Path(pattern).expanduser()
     if not path.exists():
@@ -148,7 +230,7 @@ def _expand(pattern: str, option: str) -> Iterator[tuple[Path, bool]]:
         if not any(character in pattern for character in "*?["):
             raise UsageError(f"{option} {pattern}: no such file or directory.")
     for match in _matches(Path(path.anchor), path.relative_to(path.anchor).parts):
-        if match.is_dir():
+        if match.is_dir() and not is_tokens(match, column):
             yield from ((file, False) for file in _files_below(match))
         else:
             yield match, True
@@ -232,26 +314,63 @@ def _holds_records(path: Path, column: str) -> bool:
 
 
 @contextmanager
-def open_text(path: Path, separator: bytes = b"") -> Iterator[io.BufferedReader]:
+def open_text(
+    path: Path, separator: bytes = b"", span: ByteSpan | None = None
+) -> Iterator[io.BufferedReader]:
     """Open a file of text at its beginning, unpacked; a `separator` may be NUL.
+
+    With a `span` that begins later, that part of a file that is not packed.
 
     Raises:
         DataError: It cannot be read, then or later, or is no text.
     """
     with read_errors(path), ExitStack() as stack:
         raw: Any = stack.enter_context(path.open("rb", buffering=0))
-        magic, suffix = raw.read(4), path.suffix.lower()
+        packing = packing_of(path, raw.read(4))
         raw.seek(0)
-        if suffix == ".gz" or magic.startswith(b"\x1f\x8b"):
+        if packing == ".gz":
             raw = stack.enter_context(gzip.open(raw))
-        elif suffix == ".zst" or magic == b"\x28\xb5\x2f\xfd":
+        elif packing == ".zst":
             import pyarrow
 
             stream = pyarrow.input_stream(str(path), compression="zstd")
             raw = stack.enter_context(closing(stream))
+        elif span is not None:
+            raw = FileWindow(raw, span)
         file = stack.enter_context(io.BufferedReader(raw, HEAD_BYTES))
-        _require_text(path, file.peek().replace(separator, b"\n") if separator else file.peek())
+        if span is None or not span[0]:
+            head = file.peek()
+            _require_text(path, head.replace(separator, b"\n") if separator else head)
         yield file
+
+
+def packing_of(path: Path, head: bytes) -> str | None:
+    """Return `.gz` or `.zst` where a file is compressed, told by its name or how it begins."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz" or head.startswith(GZIP_MAGIC):
+        return ".gz"
+    return ".zst" if suffix == ".zst" or head.startswith(ZSTD_MAGIC) else None
+
+
+def find_after(path: Path, at: int, separator: bytes) -> int | None:
+    """Return where the first document after a separator begins at or after a byte of a text file.
+
+    None where it is read from its beginning only: compressed, one JSON value, lines that end with
+    CR alone, or a separator that can overlap itself.
+    """
+    with read_errors(path), path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+        # Line ends around a document are left out, so that it does not matter which of them cut.
+        is_overlapping = separator.strip(b"\r\n") and any(
+            separator.startswith(separator[start:]) for start in range(1, len(separator))
+        )
+        has_lines = separator != b"\n" or b"\n" in head or b"\r" not in head
+        is_one = separator == b"\n" and ONE_JSON_VALUE.match(head)
+        if packing_of(path, head) or is_one or is_overlapping or not has_lines:
+            return None
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            found = data.find(separator, max(0, at - len(separator)))
+            return len(data) if found < 0 else found + len(separator)
 
 
 def split_lines(file: io.BufferedReader) -> Iterator[bytes]:

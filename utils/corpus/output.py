@@ -29,8 +29,15 @@ from utils.data.shard_index import INDEX_OBJECT, TOKENIZER_CONFIG_FILE, TOKENIZE
 from utils.storage.bucket import Bucket, crc32c_of_bytes
 from utils.storage.open import open_bucket
 
-_OWN_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})_\d{{5,}}\.npz")
+_TASK_FOLDER = r"task-\d{5}/"
+_OWN_SHARD_NAME = re.compile(rf"({_TASK_FOLDER})?({'|'.join(SPLITS)})_\d{{5,}}\.npz")
+_TASK_FILE = re.compile(rf"{_TASK_FOLDER}.+")
 _logger = logging.getLogger(__name__)
+
+
+def task_folder(number: int) -> str:
+    """Return the folder of an output in which one task writes its part."""
+    return f"task-{number:05d}"
 
 
 def open_output(uri: str, option: str = "--output") -> Bucket:
@@ -51,9 +58,13 @@ def open_output(uri: str, option: str = "--output") -> Bucket:
 class ShardLog:
     """Keeps the partial index, from which an interrupted preparation goes on."""
 
-    def __init__(self, bucket: Bucket, fingerprint: str, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, bucket: Bucket, fingerprint: str, tokenizer: Tokenizer, num_tasks: int | None = None
+    ) -> None:
         self._bucket = bucket
         self._head = {"source_fingerprint": fingerprint, **describe_tokenizer(tokenizer)}
+        if num_tasks is not None:
+            self._head["tasks"] = num_tasks
         self._files = tokenizer.files
 
     def begin(self, stale: Iterable[str]) -> None:
@@ -96,7 +107,9 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 def is_intact(bucket: Bucket, index: dict[str, Any]) -> bool:
     """Tell whether all files of an index are in the bucket, by size and crc32c."""
     shards = shard_writer.entries_from_json(index)
-    bad = ["its list of shards"] if not shards else shard_writer.find_bad_shards(bucket, shards)
+    bad = ["its list of shards"]
+    if shards is not None:
+        bad = shard_writer.find_bad_shards(bucket, shards)
     if read_described_tokenizer(bucket, index) is None:
         bad.append("the tokenizer")
     if bad:
@@ -140,6 +153,9 @@ def claim_output(
     if index and index.get("source_fingerprint") == fingerprint:
         return None, [INDEX_OBJECT]
     partial = shard_writer.get_old_json(bucket, PARTIAL_INDEX_FILE, overwrite)
+    if partial is None and any(_is_corpus_file(info.name) for info in bucket.list()):
+        # Written first, so it is there now if another task has begun with this meanwhile.
+        partial = shard_writer.get_old_json(bucket, PARTIAL_INDEX_FILE, overwrite)
     if partial and partial.get("source_fingerprint") == fingerprint:
         return partial, []
     listed = {name for content in (index, partial) for name in _tokenizer_files(content)}
@@ -164,7 +180,8 @@ def claim_output(
 
 def _is_corpus_file(name: str) -> bool:
     known = (INDEX_OBJECT, PARTIAL_INDEX_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
-    return "/" not in name and (name.endswith(".npz") or name in known)
+    is_ours = "/" not in name and (name.endswith(".npz") or name in known)
+    return is_ours or _TASK_FILE.fullmatch(name) is not None
 
 
 def _tokenizer_files(index: dict[str, Any] | None) -> Iterable[str]:

@@ -39,7 +39,7 @@ from utils.corpus.reading import Reading
 from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, FinishedShards, ShardWriter
 from utils.corpus.text_sources import Source
 from utils.corpus.token_cache import TokenCache
-from utils.corpus.token_files import TokenFileSource
+from utils.corpus.token_files.source import TokenFileSource
 from utils.corpus.tokenization import Tokenizer
 from utils.data.shard_index import INDEX_FORMAT, INDEX_OBJECT
 from utils.models.tokenizer import END_OF_TEXT
@@ -62,8 +62,9 @@ class CorpusOptions:
     """Train a byte-level BPE with this many tokens; exclusive with `tokenizer`. Where the sources
     hold token ids only, nothing is trained and every id must be below."""
 
-    tokenizer: str | None = None
-    """Existing tokenizer: directory, tokenizer.json, hub name, SentencePiece model, tiktoken."""
+    tokenizer: str | Tokenizer | None = None
+    """Existing tokenizer: directory, tokenizer.json, hub name, SentencePiece model, tiktoken; or
+    one that was read already."""
 
     special_tokens: tuple[str, ...] = ()
     """Special tokens of a trained tokenizer besides `<|endoftext|>`."""
@@ -89,6 +90,9 @@ class CorpusOptions:
     skip_null: bool = False
     """Leave out documents whose text is null or missing; otherwise they are errors."""
 
+    part_of: str | None = None
+    """Fingerprint of the corpus of which this is one task's part."""
+
     def __post_init__(self) -> None:
         """Refuse what cannot be done."""
         if (self.vocab_size is None) == (self.tokenizer is None):
@@ -109,10 +113,13 @@ class CorpusOptions:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the options that change the output."""
-        name = self.tokenizer
+        if isinstance(self.tokenizer, Tokenizer):
+            given = self.tokenizer.sha256
+        else:
+            given = self.tokenizer and tokenization.fingerprint_tokenizer(self.tokenizer)
         return {
             "vocab_size": self.vocab_size,
-            "tokenizer": name and tokenization.fingerprint_tokenizer(name),
+            "tokenizer": given,
             "validation_fraction": self.validation_fraction,
             "shard_tokens": self.shard_tokens,
             "compress": self.compress,
@@ -157,7 +164,7 @@ def prepare_corpus(
         UsageError: The tokenizer cannot be used, or the bucket holds other data.
         StorageError: The bucket cannot be read or written.
     """
-    is_tokenized = _check_sources([*sources, *validation_sources], options)
+    is_tokenized = check_sources([*sources, *validation_sources], options)
     contents = [source.fingerprint() for source in sources]
     fingerprint = _fingerprint(contents, [one.fingerprint() for one in validation_sources], options)
     found = _look_at_output(bucket, fingerprint, overwrite)
@@ -165,7 +172,7 @@ def prepare_corpus(
         return found
     partial, stale = found
     tokenizer, finished = _read_partial(bucket, partial, options)
-    tokenizer = tokenizer or _find_tokenizer(contents, options, is_tokenized, token_cache)
+    tokenizer = tokenizer or find_given_tokenizer(contents, options, is_tokenized, token_cache)
     if tokenizer is not None:
         sources = _with_vocabulary(sources, tokenizer)
         validation_sources = _with_vocabulary(validation_sources, tokenizer)
@@ -176,10 +183,11 @@ def prepare_corpus(
         validation_tail=options.validation_tail,
         deduplicate=options.deduplicate,
         skip_null=options.skip_null,
+        is_part=options.part_of is not None,
         on_progress=on_progress,
     )
     if tokenizer is None:
-        tokenizer = _train_tokenizer(reading, options)
+        tokenizer = train_tokenizer(reading.documents("Training the tokenizer"), options)
         if token_cache is not None:
             token_cache.put(_training_key(contents, options), _pack(tokenizer))
         # Training takes minutes: another command may have come first with this output.
@@ -193,6 +201,8 @@ def prepare_corpus(
     tokens = _tokenize(reading, tokenizer, finished, token_cache)
     shards = _write_shards(bucket, tokens, tokenizer.vocab_size, options, finished, log)
     index = _build_index(fingerprint, tokenizer, reading, shards)
+    if options.part_of is not None:
+        index["token_counts"] = shards.token_counts.tolist()
     shard_writer.put_json(bucket, INDEX_OBJECT, index)
     bucket.delete(PARTIAL_INDEX_FILE)
     return Preparation(index, is_new=True)
@@ -230,7 +240,7 @@ def _read_partial(
     return tokenizer, find_finished_shards(bucket, partial)
 
 
-def _check_sources(sources: Sequence[Source], options: CorpusOptions) -> bool:
+def check_sources(sources: Sequence[Source], options: CorpusOptions) -> bool:
     """Tell whether everything is tokenized already.
 
     Raises:
@@ -268,10 +278,12 @@ def _with_vocabulary(sources: Sequence[Source], tokenizer: Tokenizer) -> list[So
     return ready
 
 
-def _find_tokenizer(
+def find_given_tokenizer(
     contents: Sequence[str], options: CorpusOptions, is_tokenized: bool, cache: TokenCache | None
 ) -> Tokenizer | None:
     """Return the tokenizer, or None where one is to be trained."""
+    if isinstance(options.tokenizer, Tokenizer):
+        return options.tokenizer
     if options.tokenizer is not None:
         tokenizer = tokenization.resolve_tokenizer(options.tokenizer)
         _logger.info("Tokenizer %s: %d tokens.", options.tokenizer, tokenizer.vocab_size)
@@ -301,9 +313,13 @@ def _training_key(contents: Sequence[str], options: CorpusOptions) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _train_tokenizer(reading: Reading, options: CorpusOptions) -> Tokenizer:
+def train_tokenizer(documents: Iterable[Document], options: CorpusOptions) -> Tokenizer:
+    """Return a tokenizer of `vocab_size` tokens, trained on what is not held out.
+
+    Raises:
+        DataError: A source cannot be read.
+    """
     assert options.vocab_size is not None
-    documents = reading.documents("Training the tokenizer")
     # Held-out text stays unseen: not even the tokenizer learns from it.
     texts = (str(item.content) for item in documents if item.split == TRAINING)
     tokenizer = tokenization.build_tokenizer(texts, options.vocab_size, options.special_tokens)
@@ -409,4 +425,5 @@ def _fingerprint(
     }
     if validation_contents:
         content["validation_sources"] = validation_contents
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return own if options.part_of is None else f"{options.part_of} {own}"

@@ -22,6 +22,8 @@ from utils.corpus.text_sources import Source
 REPORT_BYTES = 2**20
 BYTES_PER_TOKEN = 4
 """What token ids count for beside text, about."""
+HASHED_LENGTH = 2**16
+"""Characters or ids: the first part of a long document has so many at least."""
 MOST_HELD_OUT = 1.05
 LEAST_HELD_OUT = 0.5
 """Of the share that is wanted."""
@@ -31,7 +33,8 @@ class Reading:
     """Reads the sources any number of times; the counts are those of the last time.
 
     All of `validation_sources` is held out, and of `sources` a share of the bytes: all over them,
-    or as `validation_tail` at their end.
+    or as `validation_tail` at their end. With `is_part` the sources are one part of several: the
+    share is held out by a hash of each document, and there may be no documents.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Reading:
         validation_tail: float = 0.0,
         deduplicate: bool = False,
         skip_null: bool = False,
+        is_part: bool = False,
         on_progress: OnProgress | None = None,
     ) -> None:
         self._sources = sources
@@ -51,6 +55,7 @@ class Reading:
         self._tail = validation_tail
         self._deduplicate = deduplicate
         self._skip_null = skip_null
+        self._is_part = is_part
         self._on_progress = on_progress
         self._seen: set[bytes] = set()
         self._size: _Size | None = None
@@ -74,6 +79,8 @@ class Reading:
         contents = self._contents(self._sources, stage)
         if self._size is not None:
             yield from assign_tail(contents, self._tail, self._size)
+        elif self._is_part:
+            yield from assign_by_hash(contents, self._fraction)
         else:
             yield from assign_splits(contents, self._fraction)
         self._require_documents(0, "The sources hold")
@@ -155,7 +162,7 @@ class Reading:
             self._on_progress(stage, self._done_bytes, self._total_bytes)
 
     def _require_documents(self, so_far: int, what: str) -> None:
-        if self.num_documents == so_far:
+        if self.num_documents == so_far and not self._is_part:
             why = "every document is empty" + " or null" * self._skip_null
             why += " or a repeat" * self._deduplicate
             raise DataError(f"{what} no text at all: {why}.")
@@ -196,6 +203,20 @@ def assign_splits(contents: Iterable[Content], validation_fraction: float) -> It
         fraction = Fraction(share).limit_denominator(10**6)
         for content in _join_parts(document.content for document in waiting):
             yield from _cut_validation(content, fraction)
+
+
+def assign_by_hash(contents: Iterable[Content], validation_fraction: float) -> Iterator[Document]:
+    """Yield the documents with their split, which follows from how each begins alone."""
+    limit, split = int(validation_fraction * 2**64), None
+    for content in contents:
+        if split is None:
+            head = content[:HASHED_LENGTH]
+            data = head.encode() if isinstance(head, str) else head.tobytes()
+            number = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
+            split = VALIDATION if number < limit else TRAINING
+        yield Document(content, split)
+        if not isinstance(content, OpenText):
+            split = None
 
 
 def _join_parts(contents: Iterable[Content]) -> Iterator[Content]:

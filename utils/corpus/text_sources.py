@@ -2,7 +2,7 @@
 
     Python's own documentation --.
     text, JSONL, Parquet files --+--> documents() --> corpus
-    Hugging Face dataset --------'          (flat token files: utils/corpus/token_files.py)
+    Hugging Face dataset --------'          (flat token files: utils/corpus/token_files/)
 
 A `Source` can be read any number of times and yields the same documents in the same order each
 time. Its `fingerprint` changes when its content does, and is much cheaper than reading the
@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import ast
 import codecs
+import copy
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -27,6 +29,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,7 +44,12 @@ from utils.corpus.file_kinds import (
     ONE_JSON_VALUE,
     PARQUET_SUFFIXES,
     TEXT_SUFFIXES,
+    ByteSpan,
+    FileWindow,
     content_kind,
+    cut_files,
+    file_sizes,
+    find_after,
     kind_of,
     list_names,
     open_text,
@@ -86,6 +94,12 @@ class Source(Protocol):
     def uses(self, option: str) -> bool:
         """Tell whether an option of prepare_data.py changes how something here is read."""
 
+    def part(self, number: int, count: int) -> Source:
+        """Return one of `count` parts, from 0; each document is in exactly one of them."""
+
+    def outline(self) -> list[Any]:
+        """Return what decides how parts are cut, such as sizes; cheap, and fit for JSON."""
+
 
 class SampleSource:
     """Real English text that every Python carries: its help topics and long docstrings.
@@ -99,6 +113,7 @@ class SampleSource:
     def __init__(self, stdlib: Path | None = None) -> None:
         self._stdlib = stdlib or Path(sysconfig.get_path("stdlib"))
         self._documents: list[str] = []
+        self._share = slice(None)
 
     def documents(self) -> Iterator[str]:
         """Yield the sample documents.
@@ -107,8 +122,18 @@ class SampleSource:
             DataError: This Python has no help topics, or no library sources with docstrings.
         """
         if not self._documents:
-            self._documents = self._collect()
-        yield from self._documents
+            self._documents += self._collect()
+        yield from self._documents[self._share]
+
+    def part(self, number: int, count: int) -> SampleSource:
+        """As `Source` says."""
+        part = copy.copy(self)  # what is collected once serves all
+        part._share = slice(number, None, count)
+        return part
+
+    def outline(self) -> list[Any]:
+        """As `Source` says."""
+        return [self.fingerprint()]
 
     def _collect(self) -> list[str]:
         topics = _python_topics()
@@ -200,10 +225,15 @@ class FileSource:
     document_separator: str = ""
     """What stands between the documents of a text file, in place of `document_per`."""
 
+    spans: tuple[ByteSpan, ...] = ()
+    """What is read of each file where this is a part of a source; else all."""
+
     holds_tokens = False
 
     def __post_init__(self) -> None:
         """Refuse what is no text before any work; tell what only the content of a file says."""
+        if self.spans:  # said of the whole source
+            return
         guesses: dict[str, list[Path]] = {}
         for path in self.paths:
             name, kind = kind_of(path), self._kind(path)
@@ -219,25 +249,50 @@ class FileSource:
         Raises:
             DataError: A file cannot be read, or a record has no such text.
         """
-        for path in self.paths:
-            kind = self._kind(path)
+        for path, span in itertools.zip_longest(self.paths, self.spans):
+            kind, column = self._kind(path), self.text_column
             if kind in PARQUET_SUFFIXES:
-                yield from _parquet_documents(path, self.text_column)
+                yield from _parquet_documents(path, column, span)
             elif kind in JSONL_SUFFIXES:
-                yield from _texts_of_records(_json_records(path), self.text_column, path)
+                is_whole = span in (None, (0, path.stat().st_size))
+                yield from _texts_of_records(_json_records(path, span), column, path, is_whole)
             elif self.document_separator:
-                yield from _separated_documents(path, self.document_separator.encode())
+                yield from _separated_documents(path, self.document_separator.encode(), span)
             elif self.document_per == "line":
-                yield from _line_documents(path)
+                yield from _line_documents(path, span)
             else:
                 yield from _whole_document(path)
+
+    def part(self, number: int, count: int) -> FileSource:
+        """As `Source` says: by bytes, at a line, a separator or a Parquet row group.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        paths, spans = cut_files(self.paths, number, count, self._find_next)
+        return dataclasses.replace(self, paths=paths, spans=spans)
+
+    def outline(self) -> list[Any]:
+        """As `Source` says."""
+        how = [self.document_per, self.text_column, self.document_separator]
+        return [*how, *file_sizes(self.paths)]
+
+    def _find_next(self, path: Path, at: int) -> int | None:
+        kind = self._kind(path)
+        if kind in PARQUET_SUFFIXES:
+            ends = path.stat().st_size
+            return next((start for start in _row_groups(path) if start >= at), ends)
+        if kind in JSONL_SUFFIXES or (self.document_per == "line" and not self.document_separator):
+            return find_after(path, at, b"\n")
+        separator = self.document_separator.encode()
+        return find_after(path, at, separator) if separator else None
 
     def fingerprint(self) -> str:
         """Return a hash over the bytes of the files and how they are read."""
         options = [self.document_per or "file", self.text_column, *map(self._kind, self.paths)]
         if self.document_separator:
             options.append(self.document_separator)
-        return _hash_files(json.dumps(options), self.paths)
+        return _hash_files(json.dumps(options), self.paths, self.spans)
 
     def uses(self, option: str) -> bool:
         """As `Source` says; a separator is looked for.
@@ -285,12 +340,13 @@ def _holds(path: Path, separator: bytes) -> bool:
     return False
 
 
-def _separated_documents(path: Path, separator: bytes) -> Iterator[str]:
+def _separated_documents(path: Path, separator: bytes, span: ByteSpan | None) -> Iterator[str]:
     """Yield what stands between separators, without the line ends around it; nothing is empty."""
-    with open_text(path, separator) as file:
-        head = file.read(len(codecs.BOM_UTF8))
+    begin = span[0] if span else 0
+    with open_text(path, separator, span) as file:
+        head = b"" if begin else file.read(len(codecs.BOM_UTF8))
         data = head.removeprefix(codecs.BOM_UTF8)
-        start, is_open = len(head) - len(data), False
+        start, is_open = begin + len(head) - len(data), False
         while block := file.read(TEXT_PART_BYTES):
             *whole, data = (data + block).split(separator)
             for document in whole:
@@ -340,17 +396,27 @@ def _decode(data: bytes, encoding: str, place: object, start: int = 0) -> str:
         ) from exc
 
 
-def _line_documents(path: Path) -> Iterator[str]:
-    with open_text(path) as file:
-        for number, line in enumerate(split_lines(file), start=1):
-            encoding = "utf-8-sig" if number == 1 else "utf-8"
-            yield _decode(line.rstrip(LINE_ENDS), encoding, f"{path}:{number}")
+def _line_documents(path: Path, span: ByteSpan | None) -> Iterator[str]:
+    is_first = not (span and span[0])
+    for line, place in _lines(path, span):
+        encoding = "utf-8-sig" if is_first else "utf-8"
+        is_first = False
+        yield _decode(line.rstrip(LINE_ENDS), encoding, place)
 
 
-def _json_records(path: Path) -> Iterator[tuple[Any, str]]:
+def _lines(path: Path, span: ByteSpan | None) -> Iterator[tuple[bytes, str]]:
+    """Yield lines, each with its place."""
+    begin = span[0] if span else 0
+    head = f"{path}, after byte {begin}, line " if begin else f"{path}:"
+    with open_text(path, span=span) as file:
+        for number, line in enumerate(file if begin else split_lines(file), start=1):
+            yield line, f"{head}{number}"
+
+
+def _json_records(path: Path, span: ByteSpan | None) -> Iterator[tuple[Any, str]]:
     """Yield JSON lines, or the one array or object that the file is, each with its place."""
-    with open_text(path) as file:
-        if ONE_JSON_VALUE.match(file.peek()):
+    with open_text(path, span=span) as file:
+        if not (span and span[0]) and ONE_JSON_VALUE.match(file.peek()):
             data = file.read(MAX_JSON_BYTES + 1)
             if len(data) > MAX_JSON_BYTES:
                 raise DataError(
@@ -361,10 +427,9 @@ def _json_records(path: Path) -> Iterator[tuple[Any, str]]:
             for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
                 yield record, f"{path}, record {number}"
             return
-        for number, line in enumerate(split_lines(file), start=1):
-            if line.strip():
-                place = f"{path}:{number}"
-                yield _parse(line, place), place
+    for line, place in _lines(path, span):
+        if line.strip():
+            yield _parse(line, place), place
 
 
 def _parse(data: bytes, place: object) -> Any:
@@ -377,14 +442,14 @@ def _parse(data: bytes, place: object) -> Any:
 
 
 def _texts_of_records(
-    records: Iterable[tuple[Any, str]], column: str, source: object
+    records: Iterable[tuple[Any, str]], column: str, source: object, is_whole: bool = True
 ) -> Iterator[str]:
     """Yield the texts of records with their places; that none has the column, is an error."""
     first, is_found = None, False
     for record, place in records:
         yield _text_of_record(record, column, place)
         first, is_found = first or record, is_found or column in record
-    if first and not is_found:
+    if first and not is_found and is_whole:
         raise DataError(f"{source}: {_no_column(column, first)}")
 
 
@@ -406,23 +471,45 @@ def _text_of_record(record: Any, column: str, place: str) -> str:
     return text
 
 
-def _parquet_documents(path: Path, column: str) -> Iterator[str]:
-    import pyarrow
+def _row_groups(path: Path) -> list[int]:
+    """Return the byte at which each row group of a Parquet file begins."""
     import pyarrow.parquet
+
+    with _parquet_errors(path):
+        metadata = pyarrow.parquet.read_metadata(path)
+        firsts = [metadata.row_group(n).column(0) for n in range(metadata.num_row_groups)]
+    return [one.dictionary_page_offset or one.data_page_offset for one in firsts]
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    import pyarrow
 
     with read_errors(path):
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                _require_column(column, file.schema_arrow.names, path)
-                batches = file.iter_batches(PARQUET_BATCH_ROWS, columns=[column])
-                rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-                yield from _texts_of_records(_numbered(rows, path), column, path)
+            yield
         except pyarrow.ArrowException as exc:
             raise DataError(f"{path}: not a readable Parquet file ({exc}).") from exc
 
 
-def _numbered(rows: Iterable[Any], source: object) -> Iterator[tuple[Any, str]]:
-    return ((row, f"{source}, row {number}") for number, row in enumerate(rows, start=1))
+def _parquet_documents(path: Path, column: str, span: ByteSpan | None) -> Iterator[str]:
+    import pyarrow.parquet
+
+    groups, skipped = None, 0
+    if span is not None:
+        starts = _row_groups(path)
+        groups = [number for number, start in enumerate(starts) if span[0] <= start < span[1]]
+    with _parquet_errors(path), pyarrow.parquet.ParquetFile(path) as file:
+        _require_column(column, file.schema_arrow.names, path)
+        for number in range(groups[0] if groups else 0):
+            skipped += file.metadata.row_group(number).num_rows
+        batches = file.iter_batches(PARQUET_BATCH_ROWS, groups, columns=[column])
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from _texts_of_records(_numbered(rows, path, skipped), column, path)
+
+
+def _numbered(rows: Iterable[Any], source: object, skipped: int = 0) -> Iterator[tuple[Any, str]]:
+    return ((row, f"{source}, row {number}") for number, row in enumerate(rows, start=skipped + 1))
 
 
 def _require_column(column: str, columns: Iterable[str], place: object) -> None:
@@ -434,11 +521,12 @@ def _no_column(column: str, columns: Iterable[str]) -> str:
     return f"no column {column!r}. Columns: {', '.join(columns) or 'none'}. {_CHOOSE}"
 
 
-def _hash_files(label: str, paths: Iterable[Path]) -> str:
+def _hash_files(label: str, paths: Iterable[Path], spans: Iterable[ByteSpan] = ()) -> str:
     digest = hashlib.sha256(label.encode())
-    for path in paths:
-        with read_errors(path), path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path, span in itertools.zip_longest(paths, spans):
+        with read_errors(path), path.open("rb", buffering=0) as file:
+            content = FileWindow(file, span) if span else file
+            digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -461,6 +549,9 @@ class HubSource:
     streaming: bool = False
     """Read over the network as needed; for what does not fit the disk."""
 
+    share: tuple[int, int] = (0, 1)
+    """Which part it is, from 0, and of how many."""
+
     holds_tokens = False
 
     def documents(self) -> Iterator[str]:
@@ -469,7 +560,9 @@ class HubSource:
         Raises:
             DataError: The dataset, split or column cannot be read.
         """
-        rows = self._open()
+        from datasets.distributed import split_dataset_by_node
+
+        rows = split_dataset_by_node(self._open(), *self.share)
         if rows.column_names is not None:  # a stream may not know them
             _require_column(self.text_column, rows.column_names, self._place)
             rows = rows.select_columns([self.text_column])
@@ -500,6 +593,15 @@ class HubSource:
         if option == "hf_config" and self._is_saved(*SAVED_FILES):
             return False
         return option not in ("document_per", "document_separator", "eos_id", "token_dtype")
+
+    def part(self, number: int, count: int) -> HubSource:
+        """As `Source` says: as `datasets` divides them among nodes."""
+        return dataclasses.replace(self, share=(number, count))
+
+    def outline(self) -> list[Any]:
+        """As `Source` says."""
+        is_local = Path(self.name).expanduser().is_dir()
+        return [is_local or self.name, self.configuration, self.split, self.text_column]
 
     def _is_saved(self, *names: str) -> bool:
         directory = Path(self.name).expanduser()

@@ -18,7 +18,7 @@ from utils.corpus.prepare import CorpusOptions, Preparation, prepare_corpus
 from utils.corpus.reading import assign_splits, assign_tail
 from utils.corpus.text_sources import FileSource
 from utils.corpus.token_cache import TokenCache
-from utils.corpus.token_files import TokenFileSource
+from utils.corpus.token_files.source import TokenFileSource
 from utils.storage.bucket import ObjectInfo
 from utils.storage.directory import DirectoryBucket
 

@@ -153,7 +153,6 @@ def test_memory_that_does_not_suffice_is_said(model: Any, monkeypatch: pytest.Mo
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 @pytest.mark.parametrize("document_end", [None, END])
 def test_a_gpu_finds_what_a_cpu_finds(stream: TokenStream, document_end: int | None) -> None:
     windows = list(covering_windows(82, 16))
