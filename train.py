@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 
 from configs.training_config import TrainingConfig
 from utils.base.console import configure_logging, run_command
-from utils.start.arguments import load_config, next_command, parse_arguments
+from utils.command_line.arguments import parse_arguments
+from utils.command_line.next_command import next_command
+from utils.command_line.run_config import load_config
 
 if TYPE_CHECKING:
     from utils.checkpoints.writer import WriterProcess

@@ -17,7 +17,7 @@ from typing import Any
 from configs.config_files import COMMAND_LINE, ConfigValues, read_values
 from utils.base.archive_formats import COMPRESSIONS
 from utils.base.errors import ConfigError
-from utils.base.uri import LOCAL_PLACES, PLACES, find_mistake
+from utils.base.uri import LOCAL_PLACES, PLACES, find_mistake, join_uri
 
 LR_SCHEDULERS: dict[str, tuple[str, ...]] = {
     "cosine": ("num_cycles",),
@@ -351,6 +351,11 @@ class TrainingConfig:
         if isinstance(self.data_uri, str):
             return [(self.data_uri, 1.0)]
         return [(source["uri"], float(source["weight"])) for source in self.data_uri]
+
+    @property
+    def bucket_uri(self) -> str:
+        """Where the run uploads to, empty for nowhere."""
+        return join_uri(self.checkpoint_uri, self.run_name) if self.checkpoint_uri else ""
 
     @property
     def file_limit(self) -> int | None:

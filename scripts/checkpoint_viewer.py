@@ -21,7 +21,6 @@ import io
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,34 +40,24 @@ from utils.base.text import format_bytes, number, printable, to_json_text
 from utils.base.uri import require_path
 from utils.checkpoints.layout import DATA_STATE_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView, describe_lack
+from utils.command_line.arguments import add_price_argument, add_run_arguments
+from utils.command_line.run_config import read_run_config
 from utils.costs.costs import describe_costs
-from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
-from utils.tools.evaluation.log import metric_names, metric_points, of_weights, read_evaluations
-from utils.tools.evaluation.text import chart_lines as evaluation_charts
+from utils.tools.evaluation.log import of_weights, read_evaluations
 from utils.tools.evaluation.text import (
-    draw_evaluations,
     evaluation_lines,
     evaluation_summary,
-    left_out_notes,
 )
+from utils.tools.report.plot import plot_of_checkpoints, plot_of_evaluations
 from utils.tools.viewer import report, text
 from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
 from utils.tools.viewer.chosen import choose_checkpoints, find_places, remote_hint
 from utils.tools.viewer.shelf import Shelf
-from utils.tracking.metrics_log import HISTORY_LIMIT
 from utils.tracking.plots import (
-    METRICS,
-    Curves,
-    draw_picture,
     picture_path,
-    require_drawable,
-    x_label,
 )
-from utils.tracking.text_plots import MARKS, draw_chart
 
 NAMES = "name, step number, latest, best, the unique beginning or end of a name, or a path"
-CHART_WIDTH = 78
-LOSS_CHART_LINES, CHART_LINES = 12, 6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -343,20 +332,6 @@ def measure_weights(older: CheckpointView, newer: CheckpointView) -> dict[str, A
 # plot
 
 
-@dataclass(frozen=True)
-class Plot:
-    """What `plot` draws: into a picture, as charts in text, as values for JSON.
-
-    `name` is that of the picture where the user gives none; `notes` say what is left out, and why.
-    """
-
-    name: str
-    draw: Callable[[Path], Path]
-    charts: Callable[[], list[str]]
-    values: dict[str, Any]
-    notes: list[str]
-
-
 def run_plot(args: argparse.Namespace) -> None:
     """Draw the curves of checkpoints, as text or into a file."""
     is_text = args.terminal or (args.save is None and sys.stdout.isatty() and not args.json)
@@ -374,89 +349,6 @@ def run_plot(args: argparse.Namespace) -> None:
         print("\n".join(plot.charts()))
     if saved is not None:
         print(f"Plot saved to {printable(saved)}")
-
-
-def plot_of_evaluations(args: argparse.Namespace) -> Plot:
-    """Return the plot of figures of evaluate.py over the steps of checkpoints.
-
-    Raises:
-        UsageError: Checkpoints are named too, or no checkpoint has such a figure.
-    """
-    if args.names or args.remote:
-        raise UsageError("--evaluation draws all checkpoints: it takes no NAME and no --remote.")
-    log = read_evaluations(RunPaths.of(read_run_config(args)).evaluations)
-    drawn = [metric_points(log.evaluations, name) for name in args.evaluation]
-    for points in drawn:
-        if not points.steps:
-            known = ", ".join(metric_names(log.evaluations)) or "none yet; evaluate.py makes some"
-            raise UsageError(f"--evaluation {printable(points.name)}: known are {known}.")
-    return Plot(
-        drawn[0].name,
-        lambda path: draw_evaluations(drawn, path),
-        lambda: evaluation_charts(drawn, sys.stdout.encoding, chart_width()),
-        {"evaluations": [points.to_json() for points in drawn]},
-        left_out_notes(drawn) + ([log.problem] if log.problem else []),
-    )
-
-
-def plot_of_checkpoints(args: argparse.Namespace) -> Plot:
-    """Return the plot of all named checkpoints in all places."""
-    names, every, notes, values = [], [], [], []
-    chosen = choose_checkpoints(args, args.names or ["latest"])
-    is_one_place = len({one.where for one in chosen}) == 1
-    for one in chosen:
-        name = str(one.view.name)
-        label = name if is_one_place else one.label
-        curves, problem = report.read_curves(one.view, label)
-        if problem:
-            notes.append(
-                f"{label}: {problem}; drawn from metadata.json (last {HISTORY_LIMIT} only)"
-            )
-        names.append(name)
-        every.append(curves)
-        values.append({"checkpoint": name, **asdict(curves), "problem": problem})
-    drawn = [curves for curves in every if curves.has_steps and curves.series] or every
-    notes += [
-        f"{curves.label} is left out: its steps are not known"
-        for curves in every
-        if curves not in drawn
-    ]
-    require_drawable(drawn)
-    return Plot(
-        names[0],
-        lambda path: draw_picture(drawn, path),
-        lambda: chart_lines(drawn, sys.stdout.encoding),
-        {"curves": values},
-        notes,
-    )
-
-
-def chart_lines(all_curves: Sequence[Curves], encoding: str | None) -> list[str]:
-    """Return a chart for each metric, below the names of the curves."""
-    is_alone = len(all_curves) == 1
-    lines = [
-        printable(curves.label)
-        if is_alone
-        else f"{MARKS[index % len(MARKS)]} {printable(curves.label)}"
-        for index, curves in enumerate(all_curves)
-    ]
-    for metric, title in METRICS.items():
-        curves = [
-            (curves.series[metric].steps, curves.series[metric].values)
-            if metric in curves.series
-            else ((), ())
-            for curves in all_curves
-        ]
-        height = LOSS_CHART_LINES if metric == "loss" else CHART_LINES
-        chart = draw_chart(curves, encoding, chart_width(), height)
-        if chart:
-            lines += ["", f"{title} over {x_label(all_curves)}", *chart]
-    return lines
-
-
-def chart_width() -> int:
-    """Return the columns of a chart."""
-    return min(output_width() or CHART_WIDTH, CHART_WIDTH)
 
 
 # report

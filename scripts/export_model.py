@@ -33,7 +33,7 @@ from utils.base.errors import UsageError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import count_of, format_bytes, printable, to_json_text
 from utils.checkpoints.layout import RunPaths
-from utils.start.arguments import read_run_config
+from utils.command_line.run_config import read_run_config
 from utils.tools.export.gguf import require_gguf
 from utils.tools.export.hub_target import HUB_PREFIX, HubTarget
 from utils.tools.export.target import GGUF_SUFFIX, BucketTarget, DiskTarget, open_target

@@ -46,7 +46,8 @@ from utils.base.errors import UsageError
 from utils.base.files import FollowedFile
 from utils.base.text import printable, to_json_text
 from utils.checkpoints.layout import RunPaths
-from utils.start.arguments import add_price_argument, add_run_arguments, read_run_config
+from utils.command_line.arguments import add_price_argument, add_run_arguments
+from utils.command_line.run_config import read_run_config
 from utils.tools.monitor.events import EventTracker
 from utils.tools.monitor.notifier import LEAVE_SECONDS, LIMIT_SECONDS, Notifier, parse_command
 from utils.tools.monitor.status import RunStatus, RunWatcher

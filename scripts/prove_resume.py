@@ -34,7 +34,7 @@ from utils.base.console import (
 from utils.base.errors import ExitCode, UsageError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import Column, count_of, format_duration, printable, to_json_text
-from utils.start.arguments import KeyParser
+from utils.command_line.arguments import KeyParser
 from utils.tools.proofs.proof import OWN_KEYS, Proof, Report
 from utils.tools.proofs.started_runs import (
     CommandLauncher,

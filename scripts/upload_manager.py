@@ -47,11 +47,10 @@ from utils.base.errors import (
 )
 from utils.base.progress import ProgressDisplay
 from utils.base.text import Column, count_of, format_bytes, printable, to_json_text
-from utils.base.uri import join_uri, require_path
+from utils.base.uri import require_path
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import (
     REMOTE_FOLDER,
-    CheckpointName,
     RunIdentity,
     RunPaths,
     find_checkpoints,
@@ -59,7 +58,7 @@ from utils.checkpoints.layout import (
     require_checkpoint_name,
 )
 from utils.checkpoints.retention import Action, Decision, decide_retention
-from utils.checkpoints.run_record import read_run_identity
+from utils.checkpoints.run_record import find_run_identity
 from utils.checkpoints.store import hold_output_directory
 from utils.checkpoints.views import (
     CheckpointView,
@@ -68,12 +67,13 @@ from utils.checkpoints.views import (
     read_local_checkpoints,
     select_checkpoint,
 )
+from utils.command_line.arguments import add_run_arguments
+from utils.command_line.run_config import read_run_config
 from utils.remote.archive_reading import read_sidecar
 from utils.remote.download import download_checkpoint
-from utils.remote.listing import RemoteListing, choose_remote, list_remote, read_sidecars
-from utils.remote.pruning import PrunePlan, delete_all, plan_bucket
+from utils.remote.listing import RemoteListing, choose_remote, read_remote_checkpoints
+from utils.remote.pruning import PrunePlan, delete_all, find_doomed, plan_bucket
 from utils.remote.verification import CheckpointReport, Orphan, Verifier, find_unconfirmed
-from utils.start.arguments import add_run_arguments, read_run_config
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
 from utils.uploads.status import build_queue, build_upload_rows, last_errors
@@ -183,9 +183,9 @@ def require_uri(config: TrainingConfig) -> str:
     Raises:
         UsageError: The configuration names none.
     """
-    if not config.checkpoint_uri:
+    if not config.bucket_uri:
         raise UsageError("checkpoint_uri is empty: --set checkpoint_uri=gs://... or a directory.")
-    return join_uri(config.checkpoint_uri, config.run_name)
+    return config.bucket_uri
 
 
 def opened_bucket(
@@ -196,40 +196,26 @@ def opened_bucket(
     return contextlib.closing(open_bucket(require_uri(config), project, retry_seconds))
 
 
-def find_identity(
-    paths: RunPaths, local: Sequence[CheckpointView] | None = None
-) -> RunIdentity | None:
-    """Return the run and branch of this machine, None where it has none.
-
-    `local` are its checkpoints here; None reads them where they are needed.
-    """
-    recorded = read_run_identity(paths)
-    if recorded is not None:
-        return recorded
-    views = read_local_checkpoints(paths.checkpoints) if local is None else local
-    known = [view.manifest.identity for view in views if view.manifest is not None]
-    return known[-1] if known else None
-
-
 def show_status(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
     """Print every checkpoint here and in the bucket, the queue, then the last errors."""
-    uri = join_uri(config.checkpoint_uri, config.run_name) if config.checkpoint_uri else ""
+    uri = config.bucket_uri
     journal, problems = Journal(paths.journal), []
     entries: list[JournalEntry] = []
     local: list[CheckpointView] = []
+    identity: RunIdentity | None = None
     try:
         entries = list(journal.entries())
     except OSError as exc:
         problems.append(f"{paths.journal} cannot be read: {exc.strerror or exc}")
     uploads = {entry.checkpoint: entry for entry in entries}
     try:
+        identity = find_run_identity(paths)
         local = read_local_checkpoints(paths.checkpoints, uploads)
         if paths.checkpoints.exists() and not paths.checkpoints.is_dir():
             problems.append(f"{paths.checkpoints} is no directory")
     except OSError as exc:
         problems.append(f"{paths.checkpoints} cannot be read: {exc.strerror or exc}")
     remote, problem = read_remote(config)
-    identity = find_identity(paths, local)
     decisions: list[Decision] = []
     if identity is not None:
         decisions = decide_retention(
@@ -291,7 +277,7 @@ def read_remote(config: TrainingConfig) -> tuple[list[CheckpointView], str | Non
     """Return the checkpoints in the bucket, or none and why it could not be read."""
     try:
         with opened_bucket(config, LISTING_RETRY_SECONDS) as bucket:
-            return read_sidecars(bucket, list_remote(bucket)), None
+            return read_remote_checkpoints(bucket), None
     except PretrainError as exc:
         return [], str(exc)
 
@@ -302,9 +288,7 @@ def show_list(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace)
     if args.remote:
         where = require_uri(config)
         with opened_bucket(config, LISTING_RETRY_SECONDS) as bucket:
-            rows = build_upload_rows(
-                [], read_sidecars(bucket, list_remote(bucket)), bucket_problem=None
-            )
+            rows = build_upload_rows([], read_remote_checkpoints(bucket), bucket_problem=None)
     else:
         rows = build_upload_rows(read_local_checkpoints(paths.checkpoints), [])
     if args.json:
@@ -336,8 +320,7 @@ def find_lost(config: TrainingConfig, paths: RunPaths, journal: Journal) -> list
     """Return the checkpoints here that are verified by the journal alone."""
     try:
         with opened_bucket(config, LISTING_RETRY_SECONDS) as bucket:
-            listing, uploads = list_remote(bucket), journal.latest()
-            lost = find_unconfirmed(paths.checkpoints, uploads, bucket, listing)
+            lost = find_unconfirmed(paths.checkpoints, journal.latest(), bucket)
     except StorageError as exc:
         log.warning("The bucket cannot be read (%s): the journal alone decides.", exc)
         return []
@@ -405,13 +388,12 @@ def upload(
 
 def verify_uploads(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
     """Say of each checkpoint what is right and what is wrong with its upload."""
-    identity = find_identity(paths)
+    identity = find_run_identity(paths)
     with opened_bucket(config) as bucket, ProgressDisplay(enabled=args.deep) as display:
         verifier = Verifier(
             paths.checkpoints,
             Journal(paths.journal).latest(),
             bucket,
-            list_remote(bucket),
             run_id=identity.run_id if identity else None,
             is_deep=args.deep,
             on_progress=display.update,
@@ -478,7 +460,7 @@ def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) 
         except LockedError as exc:
             raise LockedError(f"{exc} Or download elsewhere: --to DIR.") from exc
         bucket, display = stack.enter_context(opened_bucket(config)), stack.enter_context(shown)
-        identity = find_identity(paths)  # once held: a trainer may have been here until now
+        identity = find_run_identity(paths)  # once held: a trainer may have been here until now
         chosen = parse_checkpoint_name(args.name) or choose_remote(bucket, args.name, identity)
         name = str(chosen)
         if is_own and identity is not None:
@@ -536,30 +518,13 @@ def prune_remote(config: TrainingConfig, paths: RunPaths, args: argparse.Namespa
     return ExitCode.DONE
 
 
-def find_doomed(
-    plan: PrunePlan, confirmed: set[CheckpointName] | None = None
-) -> list[CheckpointView]:
-    """Return what to delete, only of what was `confirmed`; log why others of that stay."""
-    doomed = []
-    for view, decision in plan:
-        is_asked_for = confirmed is None or view.name in confirmed
-        if is_asked_for and decision.action is Action.DELETE:
-            doomed.append(view)
-        elif is_asked_for and confirmed is not None:
-            log.warning("%s is kept after all: %s.", view.name, printable(decision.reason))
-    return doomed
-
-
 def plan_prune(
     bucket: Bucket, paths: RunPaths, journal: Journal, args: argparse.Namespace
 ) -> tuple[RemoteListing, PrunePlan]:
     """Return what lies in the bucket now and what to delete of it; nothing is changed."""
-    listing = list_remote(bucket)
-    return listing, plan_bucket(
+    return plan_bucket(
         bucket,
-        listing,
-        read_sidecars(bucket, listing),
-        RunIdentity(args.run_id) if args.run_id else find_identity(paths),
+        RunIdentity(args.run_id) if args.run_id else find_run_identity(paths),
         is_under_way={name for name, one in journal.latest().items() if one.state.is_pending},
         keep=args.keep,
         keep_every_steps=args.keep_every,

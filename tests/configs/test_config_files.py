@@ -6,7 +6,7 @@ import pytest
 
 from configs.training_config import get_training_config
 from scripts import evaluate, prove_resume
-from utils.start import arguments
+from utils.command_line import arguments, run_config
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from utils.start import arguments
     ],
 )
 def test_a_key_is_an_option_of_train_py(words: tuple[str, ...], key: str, value: object) -> None:
-    config = arguments.load_config(arguments.parse_arguments([*words]))
+    config = run_config.load_config(arguments.parse_arguments([*words]))
     assert config == get_training_config("test", {key: value})
 
 

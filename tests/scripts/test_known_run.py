@@ -272,7 +272,10 @@ def test_a_resume_that_finds_nothing_names_a_run_of_a_similar_name(
     words = ("--max-steps", "1", "--resume", "latest")
     settings = ("run_name=frist", "report_to=[]")
     assert run_train(*words, settings=settings) == ExitCode.USAGE
-    assert "--set run_name=first. To begin a new one: --config NAME." in capsys.readouterr().err
+    assert "(--set run_name=first). To begin a new one: --config NAME." in capsys.readouterr().err
+    inside = ("output_dir=checkpoints/first", *settings)
+    assert run_train(*words, settings=inside) == ExitCode.USAGE
+    assert "one without a name (--set run_name='')." in capsys.readouterr().err
     assert run_train(*words, "--config", "test", settings=settings) == 0
     assert "--set run_name=first" in capsys.readouterr().out
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from configs.training_config import TrainingConfig
-from utils.base.uri import join_uri
 from utils.checkpoints.journal import UploadState
 from utils.checkpoints.views import CheckpointView, find_best, is_verified_in
 
@@ -122,7 +121,6 @@ def decide_retention(
     """
     own = [view for view in views if view.manifest is not None and view.manifest.run_id == run_id]
     best = find_best(own)
-    uri = join_uri(config.checkpoint_uri, config.run_name)
     facts = []
     for view in own:
         upload = view.upload.state if view.upload else None
@@ -132,7 +130,7 @@ def decide_retention(
                 view.name.step,
                 is_best=view is best,
                 is_verified=view.path is not None
-                and is_verified_in(uri, view.path, view.upload, view.manifest_crc32c),
+                and is_verified_in(config.bucket_uri, view.path, view.upload, view.manifest_crc32c),
                 is_uploading=upload in (UploadState.ARCHIVING, UploadState.UPLOADING),
                 is_removed=upload is UploadState.REMOVED,
             )

@@ -9,8 +9,10 @@ configuration that was recorded is relative to the directory that the attempt ra
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,6 +37,7 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.views import read_json_part
 
 _PATH_KEYS = ("output_dir", "logging_dir", "cache_dir", "checkpoint_uri")
+_SHOWN_RUNS = 8
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +108,17 @@ def read_run_identity(paths: RunPaths) -> RunIdentity | None:
     """
     record = read_run_record(paths.checkpoints, level=logging.WARNING)
     return None if record is None else record.identity
+
+
+def find_run_identity(paths: RunPaths) -> RunIdentity | None:
+    """Return which run and branch is here: as the newest attempt noted, else of a checkpoint."""
+    recorded = read_run_identity(paths)
+    if recorded is not None:
+        return recorded
+    for name in reversed(find_checkpoints(paths.checkpoints)):
+        with contextlib.suppress(CheckpointError):
+            return read_manifest(paths.checkpoints / str(name)).identity
+    return None
 
 
 def find_run_values(directory: Path) -> RunValues | None:
@@ -207,12 +221,26 @@ def _relative_to(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
     return {**values, **placed}
 
 
-def find_run_names(output_dir: Path) -> list[str]:
-    """Return the names of the runs that have checkpoints or a record in an output directory.
+def describe_other_runs(
+    output_dir: Path, own: str, option: str, *, are_similar: bool = False
+) -> str:
+    """Say that no run of a name (`own`) lies in an output directory, and which others do.
 
-    The name of one that lies in the directory itself is "".
+    `option` is what a name of theirs is put after. Empty where there are no others, or none of a
+    similar name where `are_similar`.
     """
-    return sorted(name for name, folder in _folders(output_dir) if _has_run(folder))
+    folders = dict(_folders(output_dir))
+    names = sorted(name for name in folders if name != own and _has_run(folders[name]))
+    if own and are_similar:
+        names = difflib.get_close_matches(own, names)
+    if not names:
+        return ""
+    shown = ", ".join(name or "one without a name" for name in names[:_SHOWN_RUNS])
+    more = f" and {len(names) - _SHOWN_RUNS} more" if len(names) > _SHOWN_RUNS else ""
+    return (
+        f"No run lies in {output_dir / own}. Runs below {output_dir}: {shown}{more} "
+        f"({option}{shlex.quote(names[0])})."
+    )
 
 
 def _folders(output_dir: Path) -> Iterator[tuple[str, Path]]:

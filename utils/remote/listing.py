@@ -37,7 +37,7 @@ from utils.storage.bucket import Bucket, ObjectInfo
 
 SIDECAR_SUFFIX = ".json"
 SIDECARS_AT_A_TIME = 8
-NEWEST_SIDECARS = 50  # as many as a resume looks at
+NEWEST_SIDECARS = 50  # each is a request; older ones are named
 
 
 @dataclass(frozen=True)

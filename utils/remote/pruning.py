@@ -12,9 +12,10 @@ from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from utils.base.errors import ConflictError, StorageError
+from utils.base.text import printable
 from utils.base.uri import join_uri
 from utils.checkpoints.journal import Journal, UploadState
-from utils.checkpoints.layout import RunIdentity, sidecar_object
+from utils.checkpoints.layout import CheckpointName, RunIdentity, sidecar_object
 from utils.checkpoints.retention import Action, CheckpointFacts, Decision, keep_reasons
 from utils.checkpoints.views import CheckpointView, find_best
 from utils.remote.listing import (
@@ -22,7 +23,9 @@ from utils.remote.listing import (
     RemoteListing,
     find_damage,
     is_part_of,
+    list_remote,
     newest_branch,
+    read_sidecars,
 )
 from utils.storage.bucket import Bucket
 
@@ -46,23 +49,23 @@ def plan_pruning(
 
 def plan_bucket(
     bucket: Bucket,
-    listing: RemoteListing,
-    views: Sequence[CheckpointView],
     recorded: RunIdentity | None,
     *,
     is_under_way: Collection[str] = (),
     keep: int,
     keep_every_steps: int | None = None,
-) -> PrunePlan:
-    """Return a decision for each checkpoint of a bucket; what is not of this branch is kept.
+) -> tuple[RemoteListing, PrunePlan]:
+    """Return what lies in a bucket, and a decision for each checkpoint that has a sidecar.
 
-    Damaged ones are kept too, but do not count as the newest. `views` are the checkpoints that have
-    a sidecar, `is_under_way` has those whose upload is owed; `recorded` is as in `newest_branch`.
+    What is not of this branch is kept. Damaged ones are kept too, but do not count as the newest.
+    `is_under_way` has those whose upload is owed; `recorded` is as in `newest_branch`.
 
     Raises:
         UsageError: The bucket holds several runs and nothing says which one is meant.
         StorageError: The bucket cannot be read.
     """
+    listing = list_remote(bucket)
+    views = read_sidecars(bucket, listing)
     identity = newest_branch(views, recorded)
     own = [view for view in views if is_part_of(identity, view)]
     with ThreadPoolExecutor(SIDECARS_AT_A_TIME) as pool:
@@ -85,7 +88,7 @@ def plan_bucket(
         name, damage = str(view.name), damaged.get(view.name)
         reason = f"damaged, not touched: {damage}" if damage else _why_left(view, identity)
         decisions.setdefault(name, Decision(name, Action.KEEP, reason))
-    return [(view, decisions[str(view.name)]) for view in sorted(views, key=lambda one: one.name)]
+    return listing, [(view, decisions[str(view.name)]) for view in views]
 
 
 def _why_left(view: CheckpointView, identity: RunIdentity | None) -> str:
@@ -94,6 +97,20 @@ def _why_left(view: CheckpointView, identity: RunIdentity | None) -> str:
     if identity is None or view.manifest.run_id != identity.run_id:
         return f"of another run, {view.manifest.run_id}"
     return "of another branch"
+
+
+def find_doomed(
+    plan: PrunePlan, confirmed: set[CheckpointName] | None = None
+) -> list[CheckpointView]:
+    """Return what to delete, only of what was `confirmed`; log why others of that stay."""
+    doomed = []
+    for view, decision in plan:
+        is_asked_for = confirmed is None or view.name in confirmed
+        if is_asked_for and decision.action is Action.DELETE:
+            doomed.append(view)
+        elif is_asked_for and confirmed is not None:
+            log.warning("%s is kept after all: %s.", view.name, printable(decision.reason))
+    return doomed
 
 
 def delete_remote(

@@ -41,7 +41,7 @@ from utils.remote.archive_reading import (
     read_sidecar,
     retry_download,
 )
-from utils.remote.listing import RemoteListing, find_damage
+from utils.remote.listing import find_damage, list_remote
 from utils.storage.bucket import READ_BLOCK_BYTES, Bucket, Nowhere, ObjectInfo, crc32c_of_bytes
 from utils.uploads.lease import LEASE_OBJECT
 from utils.uploads.uploader import GIVEN_UP
@@ -88,14 +88,13 @@ class Verifier:
         directory: Path,
         uploads: Mapping[str, JournalEntry],
         bucket: Bucket,
-        listing: RemoteListing,
         *,
-        run_id: str | None = None,
-        is_deep: bool = False,
-        on_progress: OnProgress = lambda stage, done, total: None,
+        run_id: str | None,
+        is_deep: bool,
+        on_progress: OnProgress,
     ) -> None:
         self._directory, self._uploads = directory, uploads
-        self._bucket, self._listing = bucket, listing
+        self._bucket, self._listing = bucket, list_remote(bucket)
         self._run_id, self._is_deep, self._on_progress = run_id, is_deep, on_progress
 
     def names(self) -> list[CheckpointName]:
@@ -325,16 +324,13 @@ class _ArchiveStream(io.RawIOBase):
 
 
 def find_unconfirmed(
-    directory: Path,
-    uploads: Mapping[str, JournalEntry],
-    bucket: Bucket,
-    listing: RemoteListing,
+    directory: Path, uploads: Mapping[str, JournalEntry], bucket: Bucket
 ) -> dict[Path, str]:
     """Return the checkpoints here that only the journal has as verified, and what the bucket lacks.
 
     A bucket that keeps no checksums is read for them.
     """
-    unconfirmed = {}
+    unconfirmed, listing = {}, list_remote(bucket)
     for name in find_checkpoints(directory):
         path, entry = directory / str(name), uploads.get(str(name))
         if entry is None or not is_verified_in(bucket.uri, path, entry):

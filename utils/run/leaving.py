@@ -16,9 +16,9 @@ from utils.base.console import PLAIN_LINE, LiveLine
 from utils.base.errors import CheckpointError, ExitCode, PretrainError
 from utils.base.text import count_of, format_duration
 from utils.checkpoints.layout import read_manifest
+from utils.command_line.next_command import NextCommand
 from utils.run.grace import describe_outcome, describe_plan
 from utils.run.saving import RunSaving
-from utils.start.arguments import NextCommand
 
 log = logging.getLogger("train")
 

@@ -25,6 +25,7 @@ from utils.base import ranks
 from utils.base.errors import ExitCode, PretrainError, ResourceShortageError, SaveError
 from utils.checkpoints.layout import RunPaths
 from utils.checkpoints.run_record import RunRecord
+from utils.command_line.next_command import NextCommand
 from utils.costs.costs import describe_costs, summarize_costs
 from utils.costs.spending import Spending, open_meter
 from utils.data_utils import TrainingData
@@ -33,7 +34,6 @@ from utils.run.bad_steps import BadSteps
 from utils.run.metrics import RunMetrics
 from utils.run.sample_texts import Sampler
 from utils.run.saving import RunSaving, SavedParts, SavingOptions
-from utils.start.arguments import NextCommand
 from utils.start.restore import commit_start
 from utils.start.resume import Start
 from utils.storage.bucket import encode_crc32c

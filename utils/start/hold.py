@@ -39,8 +39,7 @@ def hold_and_plan(
     stack.enter_context(_logging_to_file(config, quiet=args.quiet))
     store.remove_leftovers(paths.checkpoints)
     held = None
-    if config.checkpoint_uri:
-        uri = join_uri(config.checkpoint_uri, config.run_name)
+    if uri := config.bucket_uri:
         bucket = open_bucket(uri, config.gcs_user_project or None, LEASE_RETRY_SECONDS)
         stack.callback(bucket.close)
         held = stack.enter_context(lease.hold_prefix(bucket, run_id))
@@ -67,6 +66,6 @@ def _logging_to_file(config: TrainingConfig, *, quiet: bool) -> Iterator[None]:
 def leaving_no_empty_folders(config: TrainingConfig) -> contextlib.AbstractContextManager[None]:
     """Remove afterwards the folders that were made for a run and have nothing in them."""
     paths = RunPaths.of(config)
-    bucket = local_path(join_uri(config.checkpoint_uri, config.run_name, REMOTE_FOLDER))
+    bucket = local_path(join_uri(config.bucket_uri, REMOTE_FOLDER)) if config.bucket_uri else None
     folders = [paths.checkpoints, paths.logs, paths.cache]
-    return removing_empty_folders(*folders, *([bucket] if config.checkpoint_uri and bucket else []))
+    return removing_empty_folders(*folders, *([bucket] if bucket else []))

@@ -9,7 +9,6 @@ not past the step where a later branch left its own.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,6 @@ from typing import Any
 
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, StorageError, UsageError
-from utils.base.uri import join_uri
 from utils.checkpoints.layout import (
     METADATA_FILE,
     REMOTE_FOLDER,
@@ -31,22 +29,20 @@ from utils.checkpoints.layout import (
     parse_checkpoint_name,
     read_manifest,
 )
-from utils.checkpoints.run_record import find_run_names, read_run_identity
+from utils.checkpoints.run_record import describe_other_runs, read_run_identity
 from utils.checkpoints.views import (
     CheckpointView,
     read_json_part,
     read_local_checkpoints,
     select_checkpoint,
 )
-from utils.remote.listing import parse_remote_name, read_remote_checkpoints
+from utils.command_line.run_config import LOOK_RETRY_SECONDS
+from utils.remote.listing import NEWEST_SIDECARS, parse_remote_name, read_remote_checkpoints
 from utils.start.checks import Check, require_all
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
 
 log = logging.getLogger(__name__)
-
-READ_SIDECARS = 50  # each is a request; older ones are named
-LOOK_RETRY_SECONDS = 4.0
 
 OpenBucket = Callable[[str], Bucket]
 
@@ -141,18 +137,11 @@ def decide_start(config: TrainingConfig, resume: str | None, *, fresh: bool) -> 
     plan, problems = look_for_start(config, resume)
     require_all(problems)
     if plan.searched:
-        _tell_similar_runs(config)
+        place, word = Path(config.output_dir), "--set run_name="
+        others = describe_other_runs(place, config.run_name, word, are_similar=True)
+        if others:
+            log.warning("%s", others)
     return plan
-
-
-def _tell_similar_runs(config: TrainingConfig) -> None:
-    """Warn where a run begins anew beside one that may have been meant."""
-    names = [name for name in find_run_names(Path(config.output_dir)) if name]
-    if config.run_name:
-        names = difflib.get_close_matches(config.run_name, names)
-    if names:
-        text = "There are other runs in %s: %s. To go on with one: --set run_name=%s"
-        log.warning(text, config.output_dir, ", ".join(names), names[0])
 
 
 def look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, list[Check]]:
@@ -162,8 +151,7 @@ def look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, li
         UsageError: There is no such checkpoint to resume from.
         StorageError: The bucket is needed and cannot be read.
     """
-    paths = RunPaths.of(config)
-    uri = config.checkpoint_uri and join_uri(config.checkpoint_uri, config.run_name)
+    paths, uri = RunPaths.of(config), config.bucket_uri
 
     def open_with_patience(uri: str) -> Bucket:
         return open_bucket(uri, config.gcs_user_project or None, LOOK_RETRY_SECONDS)
@@ -252,7 +240,7 @@ def _read_bucket(
 ) -> tuple[list[Candidate], tuple[RunIdentity, ...]]:
     """Return what a bucket has that can be used, by step, and all that says whose it is."""
     with contextlib.closing(open_bucket(uri)) as bucket:
-        views = read_remote_checkpoints(bucket, newest=READ_SIDECARS)
+        views = read_remote_checkpoints(bucket, newest=NEWEST_SIDECARS)
     found = []
     for view in views:
         if view.manifest is None or view.problem is not None:

@@ -80,10 +80,9 @@ class TransportOptions:
     def of(cls, config: TrainingConfig, scratch: Path | None = None) -> TransportOptions:
         """Return what a configuration asks for; `name` may be auto."""
         rate, name = config.upload_max_mbps, config.upload_transport
-        uri = join_uri(config.checkpoint_uri, config.run_name)
         return cls(
-            uri,
-            _settle(uri, name),
+            config.bucket_uri,
+            _settle(config.bucket_uri, name),
             config.gcs_user_project or None,
             config.upload_streams,
             None if rate is None else rate * BYTES_PER_MEGABIT,

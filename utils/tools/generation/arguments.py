@@ -12,8 +12,9 @@ import re
 
 from configs.training_config import ATTENTION_IMPLEMENTATIONS, TrainingConfig
 from utils.base.progress import ProgressDisplay
+from utils.command_line.arguments import add_run_arguments
+from utils.command_line.run_config import read_run_config
 from utils.remote.loading import DTYPES, LoadedModel, ModelSource, load_model
-from utils.start.arguments import add_run_arguments, read_run_config
 from utils.tools.generation.finding import AverageSpan, find_average, find_model
 
 MODEL_HELP = (

@@ -15,13 +15,11 @@ from pathlib import Path
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.progress import OnProgress
-from utils.base.uri import join_uri
 from utils.checkpoints.layout import (
     RunIdentity,
     RunPaths,
     find_checkpoints,
     read_manifest,
-    validate_run_name,
 )
 from utils.checkpoints.views import near_checkpoint, no_such_checkpoint
 from utils.remote.finding import (
@@ -77,10 +75,10 @@ def find_model(
         if near_checkpoint(text, shelf.names) and not is_checkpoint_word(text):
             raise no_such_checkpoint(text, shelf.names)
     if is_checkpoint_word(text):
-        if not config.checkpoint_uri:
+        if not config.bucket_uri:
             raise UsageError(problem)
         try:
-            return model_in_bucket(_bucket_of(config), text, config, on_progress)
+            return model_in_bucket(config.bucket_uri, text, config, on_progress)
         except UsageError as exc:
             raise UsageError(f"In {shelf.where}: {problem} In the bucket: {exc}") from exc
     return model_on_hub(text)
@@ -101,7 +99,7 @@ def find_average(
     manifest = source.manifest
     if manifest is None or source.directory is None:
         raise UsageError(f"--average: {source.name} is no checkpoint of a run.")
-    uri = source.bucket_uri or (_bucket_of(config) if config.checkpoint_uri else "")
+    uri = source.bucket_uri or config.bucket_uri
     last = manifest.step if span.count else span.last
     found: dict[int, Path | str] = {}  # a name is in the bucket
     if uri:
@@ -122,10 +120,6 @@ def find_average(
             place = Path(model_in_bucket(uri, place, config, on_progress).location)
         paths.append(place)
     return replace(source, name=f"{source.name} (mean of {len(paths)})", averaged=tuple(paths))
-
-
-def _bucket_of(config: TrainingConfig) -> str:
-    return join_uri(config.checkpoint_uri, validate_run_name(config.run_name))
 
 
 def _branch_in_directory(directory: Path, identity: RunIdentity) -> dict[int, Path]:

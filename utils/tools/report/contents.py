@@ -18,7 +18,6 @@ from configs.config_files import TRAINING_CONFIG_FILE
 from configs.training_config import TrainingConfig
 from utils.base.console import without_control_characters
 from utils.base.text import ABSENT, format_duration, number, printable, to_json_text
-from utils.base.uri import join_uri
 from utils.checkpoints.layout import RunPaths
 from utils.checkpoints.views import CheckpointView
 from utils.costs.costs import Costs, describe_costs, format_dollars
@@ -261,7 +260,7 @@ def _setting(value: object) -> str:
 
 def _checkpoints(files: RunFiles, series: Mapping[str, Series]) -> Section:
     paths, config = RunPaths.of(files.config), files.config
-    uri = join_uri(config.checkpoint_uri, config.run_name) if config.checkpoint_uri else ""
+    uri = config.bucket_uri
     bucket = f"Bucket: {uri}" if uri else "No bucket: checkpoint_uri is empty."
     lines = [printable(f"On this machine: {paths.checkpoints}"), printable(bucket)]
     logged = {

@@ -18,7 +18,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from configs.training_config import TrainingConfig
 from utils.base.errors import StorageError, UsageError
 from utils.base.text import printable
-from utils.base.uri import join_uri
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
 from utils.checkpoints.layout import RunPaths, parse_checkpoint_name
 from utils.checkpoints.views import CheckpointView
@@ -139,8 +138,7 @@ def _read_others(
     except StorageError as exc:
         notes.append(f"The bucket could not be read: {exc}")
         return [], {}
-    uri = join_uri(config.checkpoint_uri, config.run_name)
-    rows = build_upload_rows(views, there, uri=uri, bucket_problem=None)
+    rows = build_upload_rows(views, there, uri=config.bucket_uri, bucket_problem=None)
     states = {row["checkpoint"]: row["state"] for row in rows}
     return [view for view in there if view.name not in here], states
 

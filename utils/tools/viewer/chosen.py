@@ -17,10 +17,10 @@ from typing import Any
 from configs.training_config import TrainingConfig
 from utils.base.errors import UsageError
 from utils.base.text import printable
-from utils.base.uri import join_uri, scheme_of
+from utils.base.uri import scheme_of
 from utils.checkpoints.layout import MANIFEST_FILE, REMOTE_FOLDER, parse_checkpoint_name
 from utils.checkpoints.views import CheckpointView, describe_lack
-from utils.start.arguments import read_run_config
+from utils.command_line.run_config import read_run_config
 from utils.tools.viewer.shelf import Shelf, open_shelf
 
 
@@ -117,9 +117,9 @@ def choose_checkpoints(
 
 def remote_hint(args: argparse.Namespace, config: TrainingConfig) -> str:
     """Return how to look where a checkpoint may be that is not on this machine."""
-    if args.remote or not config.checkpoint_uri:
+    if args.remote or not config.bucket_uri:
         return ""
-    return f" --remote looks in {printable(join_uri(config.checkpoint_uri, config.run_name))}."
+    return f" --remote looks in {printable(config.bucket_uri)}."
 
 
 def _checkpoint_path(name: str) -> Path | None:

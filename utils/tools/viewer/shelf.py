@@ -18,25 +18,22 @@ from typing import Any
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import count_of, printable
-from utils.base.uri import join_uri, require_path
 from utils.checkpoints.journal import Journal, JournalEntry
 from utils.checkpoints.layout import (
-    JOURNAL_FILE,
     MANIFEST_FILE,
     RUN_FILE,
     CheckpointName,
     RunPaths,
     find_checkpoints,
     parse_checkpoint_name,
-    validate_run_name,
 )
 from utils.checkpoints.retention import decide_retention
+from utils.checkpoints.run_record import find_run_identity
 from utils.checkpoints.views import (
     CheckpointView,
     choose_name,
     describe_lack,
     find_best,
-    read_json_object,
     read_local_checkpoints,
 )
 from utils.remote.listing import RemoteListing, list_remote, read_sidecars
@@ -116,21 +113,22 @@ class Shelf:
 
 
 class LocalShelf(Shelf):
-    """The checkpoints of an output directory; `config` says which of them the run keeps.
+    """The checkpoints of a run on this machine.
 
     Raises:
         CheckpointError: The directory cannot be read.
     """
 
-    def __init__(self, directory: Path, config: TrainingConfig) -> None:
+    def __init__(self, config: TrainingConfig) -> None:
+        self._config, self._paths = config, RunPaths.of(config)
+        directory = self._paths.checkpoints
         try:
             names = find_checkpoints(directory)
             notes = _notes_on_others(directory, names)
         except OSError as exc:
             raise CheckpointError(f"{directory} cannot be read: {exc.strerror or exc}.") from exc
         super().__init__(str(directory), names, notes)
-        self._directory, self._config = directory, config
-        self._uploads = self._read_journal(directory / JOURNAL_FILE)
+        self._uploads = self._read_journal(self._paths.journal)
 
     def _read_journal(self, path: Path) -> dict[str, JournalEntry]:
         try:
@@ -140,28 +138,20 @@ class LocalShelf(Shelf):
             return {}
 
     def _read(self, names: Sequence[CheckpointName], *, brief: bool) -> list[CheckpointView]:
-        return read_local_checkpoints(self._directory, self._uploads, names, brief=brief)
+        return read_local_checkpoints(self._paths.checkpoints, self._uploads, names, brief=brief)
 
     def _all_known(self) -> list[CheckpointView]:
         return self.read(self.names, brief=True)
 
     def _add_states(self, views: Sequence[CheckpointView], rows: list[dict[str, Any]]) -> None:
-        config = self._config
-        uri = join_uri(config.checkpoint_uri, config.run_name) if config.checkpoint_uri else ""
+        uri, identity = self._config.bucket_uri, find_run_identity(self._paths)
         every = self._all_known()  # which one is kept depends on the others
-        found = decide_retention(
-            every, config, run_id=self._find_run(every), is_uploading_on=bool(uri)
-        )
+        run_id = identity.run_id if identity else ""
+        found = decide_retention(every, self._config, run_id=run_id, is_uploading_on=bool(uri))
         decisions = {decision.name: decision for decision in found}
         for view, row in zip(views, rows, strict=True):
             row["state"] = describe_state(view, None, uri, NOT_READ)
             row["kept"] = describe_decision(decisions.get(str(view.name)))
-
-    def _find_run(self, views: Sequence[CheckpointView]) -> str:
-        """Return the id of the run: of run.json, else of the newest checkpoint."""
-        with contextlib.suppress(CheckpointError):
-            return str(read_json_object(self._directory / RUN_FILE).get("run_id"))
-        return next((view.manifest.run_id for view in reversed(views) if view.manifest), "")
 
 
 class RemoteShelf(Shelf):
@@ -203,7 +193,7 @@ def open_shelf(
 ) -> Iterator[Shelf]:
     """Open the checkpoints of a run on this machine, or in its bucket.
 
-    `place` is a directory or bucket to use instead of the configuration's.
+    `place` is a bucket to use instead of the configuration's.
 
     Raises:
         UsageError: The configuration names no bucket.
@@ -211,12 +201,11 @@ def open_shelf(
         StorageError: The bucket cannot be listed.
     """
     if not is_remote:
-        require_path(place or "", "--run")
-        yield LocalShelf(RunPaths.of(config).checkpoints if place is None else Path(place), config)
+        yield LocalShelf(config)
         return
-    if place is None and not config.checkpoint_uri:
+    uri = place or config.bucket_uri
+    if not uri:
         raise UsageError("--remote: this configuration has no checkpoint_uri.")
-    uri = place or join_uri(config.checkpoint_uri, validate_run_name(config.run_name))
     bucket = open_bucket(uri, config.gcs_user_project or None, _RETRY_SECONDS)
     with contextlib.closing(bucket):
         yield RemoteShelf(uri, bucket)

@@ -1,4 +1,4 @@
-"""The command line of train.py, what other commands share of it, and the configuration meant.
+"""Which run a command line means, and its configuration.
 
     words, what the run recorded (run.json, a checkpoint, a sidecar) -> configuration
 
@@ -14,130 +14,34 @@ import json
 import logging
 import os
 import shlex
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from configs.config_files import TRAINING_CONFIG_FILE, parse_assignment, settings_of_options
-from configs.training_config import KEY_TYPES, TrainingConfig, get_training_config
-from utils.base.console import add_output_arguments, new_parser
+from configs.config_files import TRAINING_CONFIG_FILE, parse_assignment
+from configs.training_config import TrainingConfig, get_training_config
 from utils.base.errors import ConfigError, StorageError, UsageError
 from utils.base.text import printable
 from utils.base.uri import join_uri, normalize_uri, require_path, split_uri
 from utils.checkpoints.layout import MANIFEST_FILE, RUN_FILE, RunPaths, sidecar_object
 from utils.checkpoints.run_record import (
     RunValues,
-    find_run_names,
+    describe_other_runs,
     find_run_values,
     read_checkpoint_values,
     usable_values,
 )
 from utils.checkpoints.views import select_checkpoint
-from utils.costs.costs import parse_hourly_price
 from utils.remote.listing import NEWEST_SIDECARS, parse_remote_name, read_remote_checkpoints
 from utils.storage.open import open_bucket
 
 DEFAULT_CONFIG = "test"
-LAUNCHERS = {"torchrun", "accelerate", "torch.distributed.run", "torch.distributed.launch"}
-EPILOG = """exit codes:
-  0      done and all verified in the bucket (also after --stop-after and --dry-run)
-  1      unexpected error
-  2      wrong usage, configuration or data
-  3      preflight refused: the machine or the bucket cannot do this run
-  4      trained and saved, but not everything is verified in the bucket
-  75     stopped by a signal, state saved: the command that it printed last goes on
-  128+n  second signal n: left at once
-"""
-_LOOK_RETRY_SECONDS = 4.0
+LOOK_RETRY_SECONDS = 4.0
 _PLACE_OPTIONS = ("output_dir", "logging_dir", "run_name")
 _PLACE_KEYS = (*_PLACE_OPTIONS, "cache_dir", "checkpoint_uri", "data_uri", "gcs_user_project")
-_SHOWN_RUNS = 8
 
 log = logging.getLogger(__name__)
-
-
-class KeyParser(argparse.ArgumentParser):
-    """The parser of a command with `--set`: any configuration key is an option of it, too."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{**settings, "allow_abbrev": False})
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse words, those of keys as `--set` has them."""
-        words, options = sys.argv[1:] if args is None else args, self._option_string_actions
-        if "--set" in options:  # not so of a command whose subcommands have it
-            try:
-                words = settings_of_options(words, options, KEY_TYPES)
-            except ConfigError as exc:
-                self.error(str(exc))
-        return super().parse_known_args(words, namespace)
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the command line of train.py; `words` is it as it was typed."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    text = "Pre-train a causal language model from NPZ token shards in a bucket."
-    parser = new_parser("train.py", text, EPILOG, kind=KeyParser)
-    add = parser.add_argument
-    add(
-        "--config",
-        metavar="{test,production,NAME,FILE.json}",
-        help="configs/NAME.json, a path that ends in .json, or a checkpoint's directory (default: "
-        "with --resume that of the run, else test)",
-    )
-    _add_attempt_arguments(parser)
-    add("--hourly-price", type=float, metavar="X", help="dollars an hour of all machines together")
-    add("--no-background-upload", action="store_true", help="upload while training waits")
-    add("--dry-run", action="store_true", help="show and check everything, train nothing")
-    add("--json", action="store_true", help="with --dry-run: print JSON, the configuration too")
-    _add_set_argument(parser)
-    add("--quiet", action="store_true", help="warnings and errors only")
-    add("--debug", action="store_true", help="debug log lines, and the traceback of an error")
-    args = parser.parse_args(words)
-    args.words = words
-    return args
-
-
-def _add_attempt_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what is of one attempt alone, and the length of the run."""
-    add = parser.add_argument
-    add("--max-steps", type=int, metavar="N", help="length of the run and of its schedule")
-    add("--stop-after", type=int, metavar="N", help="save and end this attempt after step N")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument(
-        "--resume",
-        metavar="WHICH",
-        help="NAME, latest, best, a step, a path, or gs://BUCKET[/PREFIX]/latest or /NAME",
-    )
-    start.add_argument("--fresh", action="store_true", help="set an old run aside, begin anew")
-    add(
-        "--accept-data-change",
-        action="store_true",
-        help="resume although the shards changed: go on at the next epoch of the new ones",
-    )
-    add(
-        "--accept-config-change",
-        action="store_true",
-        help="resume although the configuration trains something else than the checkpoint's",
-    )
-    add(
-        "--accept-missing-random-state",
-        action="store_true",
-        help="resume although the random states are damaged: they are seeded anew",
-    )
-
-
-def _add_set_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set any configuration key; model_overrides.KEY for the model's",
-    )
 
 
 def load_config(args: argparse.Namespace) -> TrainingConfig:
@@ -158,7 +62,7 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
         overrides["log_level"] = "debug"
     args.config_source = None
     if args.config is None and args.resume is not None:
-        alone = _config_alone(args.config, overrides)
+        alone = config_alone(args.config, overrides)
         found, place = _find_resumed(args.resume, alone)
         if found is not None:
             args.config_source = found.source
@@ -166,11 +70,13 @@ def load_config(args: argparse.Namespace) -> TrainingConfig:
             if place is None:
                 return _config_in(RunPaths.of(alone).checkpoints, found, overrides, alone)
             return found.to_config({**place, **overrides})
-        _require_no_other_run(args.resume, alone)
+        others = describe_other_runs(Path(alone.output_dir), alone.run_name, "--set run_name=")
+        if others:
+            raise UsageError(f"{others} To begin a new one: --config NAME.")
     return _named_config(args.config, overrides, is_bucket_needed=True)
 
 
-def _config_alone(name: str | None, words: Mapping[str, Any]) -> TrainingConfig:
+def config_alone(name: str | None, words: Mapping[str, Any]) -> TrainingConfig:
     """Return the configuration that says where a run is looked for.
 
     Other values may contradict it, and not what the run recorded.
@@ -232,10 +138,9 @@ def _find_resumed(
     if found is not None:
         return found, None
     place = {"output_dir": alone.output_dir, "run_name": alone.run_name}
-    if alone.checkpoint_uri:
+    if alone.bucket_uri:
         with contextlib.suppress(StorageError):  # it is read again, and said, before the start
-            uri = join_uri(alone.checkpoint_uri, alone.run_name)
-            found, _ = _find_in_bucket(uri, resume, alone)
+            found, _ = _find_in_bucket(alone.bucket_uri, resume, alone)
             place["checkpoint_uri"] = alone.checkpoint_uri
     return found, place
 
@@ -250,20 +155,6 @@ def _require_bucket(found: RunValues, words: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{found.source}: the bucket of this run, {printable(found.lost_uri)}, is a relative "
             "path, and it is not known from where. Say it: --set checkpoint_uri=DIRECTORY."
-        )
-
-
-def _require_no_other_run(resume: str, alone: TrainingConfig) -> None:
-    """Refuse to begin a run that nothing describes beside others: its name may be mistyped."""
-    names = [name for name in find_run_names(Path(alone.output_dir)) if name != alone.run_name]
-    if names:
-        shown = ", ".join(
-            f"--set run_name={name}" if name else f"one in {alone.output_dir} itself"
-            for name in names[:_SHOWN_RUNS]
-        )
-        raise UsageError(
-            f"--resume {resume}: there is no run in {RunPaths.of(alone).checkpoints}. Runs there "
-            f"are: {shown}. To begin a new one: --config NAME."
         )
 
 
@@ -283,84 +174,13 @@ def _find_in_checkpoint(checkpoint: Path) -> tuple[RunValues, dict[str, Any]]:
 def _find_in_bucket(uri: str, which: str, alone: TrainingConfig) -> tuple[RunValues | None, bool]:
     """Return the configuration of a checkpoint in a bucket, and whether any checkpoint is there."""
     project = alone.gcs_user_project or None
-    with contextlib.closing(open_bucket(uri, project, _LOOK_RETRY_SECONDS)) as bucket:
+    with contextlib.closing(open_bucket(uri, project, LOOK_RETRY_SECONDS)) as bucket:
         views = read_remote_checkpoints(bucket, newest=NEWEST_SIDECARS)
     known = [view for view in views if view.config]
     with contextlib.suppress(UsageError, ConfigError):
         view = select_checkpoint(which, known)
         return usable_values(view.config, join_uri(uri, sidecar_object(str(view.name)))), True
     return None, bool(views)
-
-
-@dataclass(frozen=True)
-class NextCommand:
-    """The command that goes on with a run after an attempt, to be typed as it stands."""
-
-    words: tuple[str, ...] = ("python", "train.py", "--resume", "latest")
-    max_steps: int | None = None
-
-    def text(self, max_steps: int | None = None) -> str:
-        """Return the command; `max_steps` is another length of the run."""
-        steps = max_steps or self.max_steps
-        return shlex.join([*self.words, *(["--max-steps", str(steps)] if steps else [])])
-
-
-def next_command(args: argparse.Namespace, config: TrainingConfig) -> NextCommand:
-    """Return the command that goes on after an attempt: as it was typed, but for what was of it."""
-    bare = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    _add_attempt_arguments(bare)
-    _, words = bare.parse_known_args(args.words)
-    if args.config is None:
-        alone = _config_alone(None, dict(map(parse_assignment, args.set)))
-        for key in ("output_dir", "run_name"):  # where the record is found
-            value = getattr(config, key)
-            if value != getattr(alone, key):
-                words += ["--set", f"{key}={_said(value)}"]
-    typed = (*_typed_before(args.words), *words, "--resume", "latest")
-    return NextCommand(typed, args.max_steps)
-
-
-def _typed_before(words: list[str]) -> list[str]:
-    """Return what stands before these words in the command: Python or a launcher, and train.py."""
-    import psutil
-
-    launcher: list[str] = []
-    with contextlib.suppress(psutil.Error):
-        launcher = psutil.Process(os.getppid()).cmdline()
-    if not LAUNCHERS.intersection(Path(word).name for word in launcher):
-        launcher = []
-    for typed in (launcher, sys.orig_argv):
-        count = len(typed) - len(words)
-        if count > 1 and typed[count:] == words:
-            script = Path(typed[1])
-            if typed[1].startswith("-") or script.suffix == ".py":
-                return typed[:count]
-            is_found = shutil.which(script.name) == typed[1]  # a script that Python runs by itself
-            return [script.name if is_found else typed[1], *typed[2:count]]
-    size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    start = ["python"] if size == 1 else ["torchrun", f"--nproc_per_node={size}"]
-    return [*start, "train.py"]
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the words that say which run a command looks at, and how it answers."""
-    add = parser.add_argument
-    add("--config", help="name, .json file or checkpoint (default: that of the run, or test)")
-    add("--output-dir", metavar="DIR", help="directory of the runs (default: the config's)")
-    add("--run-name", metavar="NAME", help="folder of the run in it (default: the config's)")
-    add("--run", action="append", metavar="DIR", help="the run's own directory of checkpoints")
-    _add_set_argument(parser)
-    add_output_arguments(parser)
-
-
-def add_price_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--hourly-price`, as commands take it that show what a run has cost."""
-    parser.add_argument(
-        "--hourly-price",
-        type=parse_hourly_price,
-        metavar="X",
-        help="dollars an hour, for time that the run itself had no price for",
-    )
 
 
 def read_run_config(args: argparse.Namespace, run: str | Path | None = None) -> TrainingConfig:
@@ -380,12 +200,17 @@ def read_run_config(args: argparse.Namespace, run: str | Path | None = None) -> 
         run = _only_run(args.run, words)
     if run is not None:
         words = _without_place(words)
-    alone = _config_alone(args.config, words)
+    alone = config_alone(args.config, words)
     directory = RunPaths.of(alone).checkpoints if run is None else Path(run)
     found = find_run_values(directory)
     if found is None:
         config = _named_config(args.config, words)
-        _tell_other_runs(directory, None if run else Path(alone.output_dir))
+        if run is None:
+            others = describe_other_runs(Path(alone.output_dir), alone.run_name, "--run-name ")
+        else:
+            others = describe_other_runs(directory, "", f"--run {directory}/")
+        if others:
+            log.warning("%s", others)
         return config if run is None else _placed_at(directory, config)
     if found.lost_uri and "checkpoint_uri" not in words:
         text = "Where the bucket of this run, %s, lies is not known: --set checkpoint_uri=..."
@@ -428,30 +253,14 @@ def _placed_at(directory: Path, config: TrainingConfig) -> TrainingConfig:
     if name and full.name == name:
         parent = directory.parent if directory.name == name else full.parent
         return replace(config, output_dir=str(parent))
-    uri = config.checkpoint_uri
     return replace(
         config,
         output_dir=str(directory),
         run_name="",
-        checkpoint_uri=uri and join_uri(uri, name),
+        checkpoint_uri=config.bucket_uri,
         logging_dir=str(Path(config.logging_dir, name)),
         cache_dir=str(Path(config.cache_dir, name)),
     )
-
-
-def _tell_other_runs(directory: Path, output_dir: Path | None) -> None:
-    """Name the runs that are there where the one that is meant is not.
-
-    Without an `output_dir` it was named by `--run`.
-    """
-    option = f"--run {directory}/" if output_dir is None else "--run-name "
-    output_dir = output_dir or directory
-    names = [name for name in find_run_names(output_dir) if name]
-    if names:
-        more = f" and {len(names) - _SHOWN_RUNS} more" if len(names) > _SHOWN_RUNS else ""
-        shown = ", ".join(names[:_SHOWN_RUNS])
-        text = "No run lies in %s. Runs below %s: %s%s (%s%s)."
-        log.warning(text, directory, output_dir, shown, more, option, names[0])
 
 
 def _tell_other_places(name: str, alone: TrainingConfig, config: TrainingConfig) -> None:
@@ -461,12 +270,12 @@ def _tell_other_places(name: str, alone: TrainingConfig, config: TrainingConfig)
     pairs = {key: pair for key, pair in pairs.items() if _spelled(pair[0]) != _spelled(pair[1])}
     if pairs:
         told = "; ".join(f"{key} is {own}, not {said}" for key, (own, said) in pairs.items())
-        words = [word for key in pairs for word in ("--set", f"{key}={_said(pairs[key][1])}")]
+        words = [word for key in pairs for word in ("--set", f"{key}={as_setting(pairs[key][1])}")]
         text = "This run's own %s as --config %s says. To use those: %s"
         log.warning(text, printable(told), name, printable(shlex.join(words)))
 
 
-def _said(value: Any) -> str:
+def as_setting(value: Any) -> str:
     """Return a value as `--set` reads it."""
     is_plain = isinstance(value, str) and parse_assignment(f"key={value}")[1] == value
     return value if is_plain else json.dumps(value)
