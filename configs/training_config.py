@@ -533,6 +533,8 @@ def _check_places(config: TrainingConfig) -> None:
     places = [("data_uri", uri, PLACES) for uri, _ in config.data_sources]
     places += [(key, getattr(config, key), PLACES) for key in ("checkpoint_uri", "init_from")]
     for key in ("output_dir", "logging_dir", "cache_dir"):
+        if not getattr(config, key):
+            raise ConfigError(f"{key} is empty: give {LOCAL_PLACES}.")
         places += [(key, getattr(config, key), LOCAL_PLACES)]
     for key, text, kinds in places:
         if mistake := find_mistake(text, kinds):

@@ -193,7 +193,8 @@ def build_plan(args: argparse.Namespace) -> EvaluationPlan:
     Raises:
         UsageError: Options do not fit each other, or a file cannot be used.
     """
-    require_place(args.data or "", "--data")
+    if args.data is not None:
+        require_place(args.data, "--data")
     fixed = [args.stride, args.sequence_length, args.max_tokens]
     if args.like_training and (any(fixed) or args.split != MEASURED_SPLITS[0]):
         raise UsageError(

@@ -448,8 +448,10 @@ def print_reports(reports: Sequence[CheckpointReport], orphans: Sequence[Orphan]
 
 def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
     """Bring a checkpoint from the bucket into the run's directory or another one."""
-    require_path(args.to or "", "--to")
-    directory = Path(args.to) if args.to else paths.checkpoints
+    directory = paths.checkpoints
+    if args.to is not None:
+        require_path(args.to, "--to")
+        directory = Path(args.to)
     is_own = directory.resolve() == paths.checkpoints.resolve()
     # No trainer may begin meanwhile: it would take the files so far for what a crash has left.
     held = hold_output_directory(paths) if is_own else contextlib.nullcontext()

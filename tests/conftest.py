@@ -79,6 +79,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("there is no CUDA GPU")
 
 
+def pytest_runtest_teardown() -> None:
+    """Leave no log handler of a command to the next test: it holds this one's output."""
+    _forget_log_handlers()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _signals() -> Iterator[None]:
     """Let child processes hear the signals that nohup and `&` in a script have ignored.
@@ -133,7 +138,7 @@ def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_train(
     sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., int]]:
+) -> Callable[..., int]:
     """Call train.py in this process, in a directory of its own, with a very small model."""
 
     def run(*arguments: str, folder: str = "run", settings: tuple[str, ...] = ()) -> int:
@@ -142,8 +147,7 @@ def run_train(
         monkeypatch.chdir(directory)
         return _train(sample_data, arguments, settings)
 
-    yield run
-    _forget_log_handlers()
+    return run
 
 
 @pytest.fixture(scope="session")

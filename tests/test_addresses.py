@@ -86,3 +86,13 @@ def test_a_directory_with_a_colon_in_its_name_is_a_place(
     assert "text.txt" in capsys.readouterr().out
     assert call("scripts.prepare_data put text.txt @", "gs:/bucket") == ExitCode.USAGE
     assert "For a directory of that name, write ./gs:/bucket" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "@" in line.split()])
+def test_an_empty_name_is_no_place(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    before = sorted(folder.rglob("*"))
+    assert call(command, "") == ExitCode.USAGE
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert sorted(folder.rglob("*")) == before

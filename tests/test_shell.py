@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from configs.config_files import PROJECT_DIRECTORY
-from tests.conftest import _forget_log_handlers
 from tests.processes import run_in_terminal
 from utils.checkpoints.layout import find_checkpoints
 
@@ -82,7 +81,6 @@ def test_run_test_trains_saves_uploads_and_says_how_to_look_at_it(
         if words[0] == "python":
             script = importlib.import_module(f"scripts.{Path(words[1]).stem}")
             assert script.main(words[2:]) == 0, line
-    _forget_log_handlers()
 
 
 @needs_environment

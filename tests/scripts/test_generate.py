@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,10 +27,8 @@ def run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Iterator[Run]:
+) -> Run:
     """Run the command on the newest checkpoint; return exit code, output and error output."""
-    from tests.conftest import _forget_log_handlers
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO())
     where = ("latest", "--output-dir", str(trained_run / "checkpoints"), "--device", "cpu")
@@ -43,8 +41,7 @@ def run(
         output = capsys.readouterr()
         return code, output.out, output.err
 
-    yield call
-    _forget_log_handlers()
+    return call
 
 
 @pytest.fixture

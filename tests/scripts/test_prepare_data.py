@@ -3,7 +3,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -13,7 +12,6 @@ import pyarrow.parquet
 import pytest
 
 from scripts import prepare_data
-from tests.conftest import _forget_log_handlers
 from tests.processes import run_in_terminal, run_python
 from tests.sample_json import UNREADABLE
 from tests.sample_shards import flip_bit
@@ -24,11 +22,9 @@ SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
 
 @pytest.fixture(autouse=True)
-def clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keep the token cache out of here; take away the handler that the script leaves."""
+def _chdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the token cache out of here."""
     monkeypatch.chdir(tmp_path)
-    yield
-    _forget_log_handlers()
 
 
 @pytest.fixture(scope="module")

@@ -87,9 +87,9 @@ def require_place(text: str, option: str = "", places: str = PLACES) -> None:
     `option` begins the message; `places` as for `find_mistake`.
 
     Raises:
-        UsageError: It looks like an address of another kind.
+        UsageError: It is empty, or looks like an address of another kind.
     """
-    mistake = find_mistake(text, places)
+    mistake = find_mistake(text, places) if text else f"'': give {places}."
     if mistake is not None:
         raise UsageError(f"{option} {mistake}".lstrip())
 

@@ -225,7 +225,7 @@ def _expand(
 ) -> Iterator[tuple[Path, bool]]:
     """Yield the files that a pattern names, each with whether it is named itself."""
     path = Path(pattern).expanduser()
-    if not path.exists():
+    if not pattern or not path.exists():
         require_path(pattern, option)
         if not any(character in pattern for character in "*?["):
             raise UsageError(f"{option} {pattern}: no such file or directory.")

@@ -15,8 +15,7 @@ from __future__ import annotations
 import pkgutil
 from pathlib import Path
 
-from utils.base.errors import UsageError
-from utils.base.uri import BUCKETS, PLACES, require_place, scheme_of
+from utils.base.uri import BUCKETS, require_place, scheme_of
 from utils.storage.bucket import DEFAULT_RETRY_SECONDS, Bucket, Meter
 from utils.storage.directory import DirectoryBucket
 
@@ -42,6 +41,4 @@ def open_bucket(
             uri, user_project, retry_seconds, meter
         )
         return bucket
-    if not uri:
-        raise UsageError(f"{uri!r} is no bucket: give {PLACES}.")
     return DirectoryBucket(Path(uri), meter)

@@ -222,7 +222,8 @@ def open_work_folder(args: argparse.Namespace) -> Iterator[Path]:
     Raises:
         UsageError: The folder is not empty, or not on this machine.
     """
-    require_path(str(args.workdir or ""), "--workdir")
+    if args.workdir is not None:
+        require_path(str(args.workdir), "--workdir")
     work: Path = args.workdir or Path(tempfile.mkdtemp(prefix="crashes-"))
     work.mkdir(parents=True, exist_ok=True)
     if any(work.iterdir()):

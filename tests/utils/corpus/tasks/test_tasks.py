@@ -5,7 +5,6 @@ import gzip
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from tokenizers import Tokenizer as Backend
 
 from scripts import prepare_data
 from tests.campaigns import soak_tasks
-from tests.conftest import _forget_log_handlers
 from tests.gcs_server import FakeGcsServer
 from tests.sample_token_files import write_mds, write_megatron, write_saved
 from utils.corpus.documents import OpenText
@@ -31,10 +29,8 @@ TEXT = st.text(st.sampled_from('ab \n\r"[{}]\u00e9'), max_size=30)
 
 
 @pytest.fixture(autouse=True)
-def clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _chdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    yield
-    _forget_log_handlers()
 
 
 def write_source(folder: Path, kind: str, texts: list[list[str]]) -> FileSource:

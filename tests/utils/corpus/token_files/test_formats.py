@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 
 from scripts import prepare_data
 from tests import sample_token_files as files
-from tests.conftest import _forget_log_handlers
 from tests.sample_token_files import Documents, Writer
 from tests.utils.corpus.test_prepare import FailingBucket
 from utils.base.errors import ExitCode, StorageError
@@ -67,12 +66,6 @@ FORMATS: dict[str, tuple[Writer, list[str], bool]] = {
     "Arrow, stream": (files.write_arrow_stream, [], True),
     "saved dataset": (files.write_saved, [], True),
 }
-
-
-@pytest.fixture(autouse=True)
-def clean_up() -> Iterator[None]:
-    yield
-    _forget_log_handlers()
 
 
 def prepare(path: Path, output: Path, *options: str) -> int:
