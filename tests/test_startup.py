@@ -153,3 +153,12 @@ def test_ctrl_c_while_a_command_loads_is_no_traceback(script: Path, module: str)
     result = run_python("-c", INTERRUPTED, module, script)
     assert result.returncode == -signal.SIGINT  # of which a shell makes 130
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["train.py", "debug_gpu.py", "scripts/checkpoint_viewer.py"])
+def test_a_python_without_the_libraries_is_told_of_the_environment(name: str) -> None:
+    result = run_python("-S", PROJECT_DIRECTORY / name)
+    assert result.returncode == ExitCode.UNEXPECTED
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: No module named")
+    assert "source venv/bin/activate" in line
