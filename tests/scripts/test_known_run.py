@@ -151,8 +151,8 @@ def test_where_no_run_is_those_that_are_there_are_named(
     call: Callable[..., Said], caplog: pytest.LogCaptureFixture
 ) -> None:
     for words, lack in (
-        ([], "No checkpoints in checkpoints."),
-        (["--run-name", "b"], "checkpoints/b does not exist."),
+        ([], f"No checkpoints in {Path.cwd()}/checkpoints."),
+        (["--run-name", "b"], f"{Path.cwd()}/checkpoints/b does not exist."),
     ):
         code, out, _ = call(checkpoint_viewer, "list", *words)
         assert (code, out.splitlines()[0]) == (0, lack)
