@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import shlex
 import shutil
 import socket
 import sys
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from configs.config_files import PROJECT_DIRECTORY
 from configs.model_config import build_model_config
 from configs.training_config import TrainingConfig, get_training_config
-from tests.conftest import TINY
+from tests.conftest import TINY, call_train
 from tests.processes import run_python
 from utils import training_utils
 from utils.base.errors import ConfigError, ExitCode, StorageError
@@ -448,14 +449,20 @@ def test_the_advice_at_a_jump_of_the_learning_rate_keeps_it(
 
 
 def test_epochs_are_the_steps_that_the_data_make_of_them(
-    run_train: Train, sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_train: Train,
+    sample_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = ("num_train_epochs=0.002", "lr_scheduler_type=linear", "report_to=[]")
     assert run_train(settings=settings) == ExitCode.USAGE  # the file has max_steps
     assert "num_train_epochs and max_steps are both set" in capsys.readouterr().err
     settings += ("max_steps=-1",)
     assert run_train("--stop-after", "4", settings=settings) == 0
+    capsys.readouterr()
     assert run_train("--resume", "latest", settings=settings) == 0
+    longer = shlex.split(capsys.readouterr().out.splitlines()[-1])
     index = read_json(sample_data / "index.json")
     shards = [shard for shard in index["shards"] if not shard["name"].startswith("val_")]
     samples = sum(shard["tokens"] for shard in shards) // 32
@@ -469,6 +476,11 @@ def test_epochs_are_the_steps_that_the_data_make_of_them(
     told = capsys.readouterr().err
     assert f"max_steps: {steps} -> " in told
     assert f". Put it back (--max-steps {steps}), " in told
+    # The printed command says the length once, and goes on as it stands.
+    assert longer[-4:] == ["--set", "num_train_epochs=null", "--max-steps", str(2 * steps)]
+    assert "max_steps=-1" not in longer
+    monkeypatch.chdir(tmp_path / "run")
+    assert call_train([*longer[2:], "--dry-run", "--config", "test"]) == 0
 
     lengths = [
         (config.max_steps, config.num_train_epochs)
