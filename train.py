@@ -50,7 +50,8 @@ def train(args: argparse.Namespace) -> int:
     from utils.start.hold import leaving_no_empty_folders
     from utils.start.resume import require_startable
 
-    require_startable(config, resume=args.resume, fresh=args.fresh)
+    if not args.dry_run:  # which shows its checks first
+        require_startable(config, resume=args.resume, fresh=args.fresh)
     is_writing = config.background_save and is_main_rank and not args.dry_run
     with leaving_no_empty_folders(config), starting_early(is_wanted=is_writing) as writer:
         if config.torch_compile and not args.dry_run:
@@ -80,18 +81,13 @@ def start(args: argparse.Namespace, config: TrainingConfig, writer: WriterProces
 
     should_measure = args.dry_run and not args.quiet
     found = ranks.compute_on_main(
-        lambda: preflight.check_start(
-            facts,
-            args.resume,
-            is_change_accepted=args.accept_config_change,
-            should_measure=should_measure,
-        )
+        lambda: preflight.check_start(facts, args, should_measure=should_measure)
     )
-    facts = facts.with_data(found.step, found.sources)
-    config = facts.config
+    config = found.config
+    facts = replace(facts, config=config, step=found.step, sources=found.sources)
     preflight.set_special_tokens(config, facts.sources, facts.model_config)
     if args.dry_run or found.has_failed:
-        return preflight.report(facts, found, is_dry_run=args.dry_run, is_json=args.json)
+        return preflight.report(facts, found, args)
     if not accelerator.is_main_process:
         configure_logging("warning", quiet=True, main_process=False)
 

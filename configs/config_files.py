@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
-from utils.base.text import parse_json, parse_json_object, unique_keys
+from utils.base.text import did_you_mean, parse_json, parse_json_object, unique_keys
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parents[1]
 CONFIG_DIRECTORY = PROJECT_DIRECTORY / "configs"
@@ -113,8 +113,8 @@ def _find_config_file(words: str, name: str, folder: Path) -> Path:
             return found
     known = sorted(file.stem for file in CONFIG_DIRECTORY.glob("*.json"))
     raise ConfigError(
-        f"{words}: {path} does not exist. Known names: {', '.join(known)}; "
-        "or give a path that ends in .json, or a checkpoint's directory."
+        f"{words}: {path} does not exist.{did_you_mean(name, known)} Known names: "
+        f"{', '.join(known)}; or give a path that ends in .json, or a checkpoint's directory."
     )
 
 

@@ -10,7 +10,8 @@
     prune --remote      delete old checkpoints from the bucket, after a look and a question
 
 No torch is loaded. What this command does is recorded in the same journal as the trainer's uploads.
-Exit codes: 0 done, 1 the bucket failed, 2 usage, 4 not everything is verified in the bucket.
+Exit codes: 0 done, 1 the bucket failed, 2 usage or no such run, 4 not everything is verified in the
+bucket.
 """
 
 from __future__ import annotations
@@ -216,6 +217,8 @@ def show_status(config: TrainingConfig, paths: RunPaths, args: argparse.Namespac
     except OSError as exc:
         problems.append(f"{paths.checkpoints} cannot be read: {exc.strerror or exc}")
     remote, problem = read_remote(config)
+    if not problems:
+        require_run(paths, uri, remote, problem)
     decisions: list[Decision] = []
     if identity is not None:
         decisions = decide_retention(
@@ -237,11 +240,11 @@ def show_status(config: TrainingConfig, paths: RunPaths, args: argparse.Namespac
     if args.json:
         print_json(result)
     else:
-        print_status(result)
+        print_status(result, paths)
     return ExitCode.DONE
 
 
-def print_status(result: dict[str, Any]) -> None:
+def print_status(result: dict[str, Any], paths: RunPaths) -> None:
     """Print what `status` found."""
     rows, bucket = result["checkpoints"], result["bucket"] or "no bucket"
     if rows:
@@ -249,8 +252,7 @@ def print_status(result: dict[str, Any]) -> None:
         print_table(title, rows, STATUS_COLUMNS)
         print_problems(rows)
     else:
-        places = filter(None, [result["directory"], result["bucket"]])
-        print_wrapped(" ".join(describe_lack(place) for place in places))
+        print_wrapped(describe_places(paths, result["bucket"] or ""))
     if result["bucket"]:
         print(f"{sum(row['state'] != 'verified' for row in rows)} not verified in the bucket.")
     print_table("Queue", result["queue"], QUEUE_COLUMNS)
@@ -280,6 +282,26 @@ def read_remote(config: TrainingConfig) -> tuple[list[CheckpointView], str | Non
             return read_remote_checkpoints(bucket), None
     except PretrainError as exc:
         return [], str(exc)
+
+
+def require_run(
+    paths: RunPaths, uri: str, remote: Sequence[CheckpointView], problem: str | None
+) -> None:
+    """Refuse what looks like success where there is no run, neither here nor in its bucket.
+
+    Raises:
+        UsageError: The run's directory does not exist, and its bucket, if any, has no checkpoint.
+    """
+    is_unknown = bool(uri and problem)
+    if not (paths.checkpoints.exists() or remote or is_unknown):
+        raise UsageError(
+            f"{describe_places(paths, uri)} Name the run: --run-name NAME or --run DIR."
+        )
+
+
+def describe_places(paths: RunPaths, uri: str) -> str:
+    """Say that there are no checkpoints of a run, here and in its bucket if it has one."""
+    return " ".join(describe_lack(place) for place in (str(paths.checkpoints), uri) if place)
 
 
 def show_list(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) -> int:
@@ -352,6 +374,8 @@ def upload_and_report(
     failures: dict[str, str] = {}
     if checkpoints:
         failures = upload(config, Journal(paths.journal), checkpoints, is_shown=not args.json)
+    elif not paths.checkpoints.exists():
+        require_run(paths, config.bucket_uri, *read_remote(config))
     verified = [path.name for path in checkpoints if path.name not in failures]
     if args.json:
         print_json({"verified": verified, "failed": failures})
@@ -411,8 +435,10 @@ def verify_uploads(config: TrainingConfig, paths: RunPaths, args: argparse.Names
     if args.json:
         rows = [report_row(report) for report in reports]
         print_json({"checkpoints": rows, "orphans": [vars(orphan) for orphan in orphans]})
-    else:
+    elif reports or orphans:
         print_reports(reports, orphans)
+    if not reports:
+        raise UsageError(f"{describe_places(paths, bucket.uri)} Nothing was verified.")
     is_verified = all(report.is_verified for report in reports)
     return ExitCode.DONE if is_verified else ExitCode.NOT_VERIFIED
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import shlex
 import shutil
 import socket
 import sys
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from configs.config_files import PROJECT_DIRECTORY
 from configs.model_config import build_model_config
 from configs.training_config import TrainingConfig, get_training_config
-from tests.conftest import TINY
+from tests.conftest import TINY, call_train
 from tests.processes import run_python
 from utils import training_utils
 from utils.base.errors import ConfigError, ExitCode, StorageError
@@ -347,6 +348,9 @@ def test_what_is_advised_beside_an_old_run_is_not_refused(
         assert run_train(*kind) == 2
         told = capsys.readouterr()
         assert (told.out + told.err).count("checkpoints already holds checkpoints up to") == 1
+        # A dry run shows what it was asked for first, and its own archives are no other run's.
+        assert told.out.startswith("Preflight\n") == ("--dry-run" in kind)
+        assert "another run" not in told.out + told.err
     assert "--fresh and another checkpoint_uri (their archives stay in bucket)" in told.err
     assert run_train(*words, "--fresh") == 3
     assert run_train(*words, "--fresh", settings=("checkpoint_uri=other",)) == 0
@@ -369,7 +373,6 @@ def test_a_configuration_that_trains_something_else_wants_a_flag(
         ("6", "model_overrides.hidden_dropout=0.1", "model_overrides: "),
         ("6", "optim=muon", 'optim: "adamw_torch_fused" -> "muon"'),
         ("6", "global_batch_size=8", "samples a step: 4 -> 8 (global_batch_size=4 keeps it)"),
-        ("3", "save_steps=2", "max_steps: 4 -> 3"),
     ]:
         assert run_train(*words, steps, "--dry-run", settings=(change,)) == 2
         refused = capsys.readouterr().err
@@ -409,9 +412,16 @@ def test_a_longer_run_and_other_watching_want_no_flag_and_are_listed(
     run_train: Train, goes_on: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = find_checkpoints(goes_on / "checkpoints")
-    assert run_train("--max-steps", "3", "--resume", "latest", "--accept-config-change") == 0
-    assert "Done: step 4; max_steps is 3." in capsys.readouterr().out
-    assert run_train("--max-steps", "4", "--resume", "latest") == 0  # nothing is left to do
+    # Nothing is left to do, also where the file or the words have less than the run has done.
+    assert run_train("--max-steps", "3", "--resume", "latest", "--dry-run") == 0
+    dry = capsys.readouterr().out
+    assert run_train("--max-steps", "3", "--resume", "latest") == 0
+    for told in (dry, capsys.readouterr().out):
+        assert "This run has reached its end, step 4: max_steps=3 changes nothing." in told
+        assert "done already: step 4 of 4" in told
+    assert "Done: step 4 of 4." in told
+    assert read_json(goes_on / "checkpoints/run.json")["config"]["max_steps"] == 4
+    assert run_train("--max-steps", "4", "--resume", "latest") == 0
     assert find_checkpoints(goes_on / "checkpoints") == before
     settings = ("logging_steps=1", "keep_checkpoints=5")
     finished = capsys.readouterr().out
@@ -439,25 +449,38 @@ def test_the_advice_at_a_jump_of_the_learning_rate_keeps_it(
 
 
 def test_epochs_are_the_steps_that_the_data_make_of_them(
-    run_train: Train, sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_train: Train,
+    sample_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = ("num_train_epochs=0.002", "lr_scheduler_type=linear", "report_to=[]")
     assert run_train(settings=settings) == ExitCode.USAGE  # the file has max_steps
     assert "num_train_epochs and max_steps are both set" in capsys.readouterr().err
     settings += ("max_steps=-1",)
-    assert run_train("--stop-after", "2", settings=settings) == 0
+    assert run_train("--stop-after", "4", settings=settings) == 0
+    capsys.readouterr()
     assert run_train("--resume", "latest", settings=settings) == 0
+    longer = shlex.split(capsys.readouterr().out.splitlines()[-1])
     index = read_json(sample_data / "index.json")
     shards = [shard for shard in index["shards"] if not shard["name"].startswith("val_")]
     samples = sum(shard["tokens"] for shard in shards) // 32
     steps = math.ceil(0.002 * samples / 4)
-    assert steps > 2
-    assert [name.step for name in find_checkpoints(tmp_path / "run/checkpoints")] == [2, steps]
+    assert steps > 4
+    assert [name.step for name in find_checkpoints(tmp_path / "run/checkpoints")] == [4, steps]
     last = checkpoint(tmp_path, "run", f"checkpoint-epoch0-step{steps}-files0")
     metadata = read_json(last / "metadata.json")
     assert metadata["training_progress"]["max_steps"] == steps
-    assert run_train("--resume", "latest", settings=(*settings, "num_train_epochs=0.001")) == 2
-    assert f"max_steps: {steps} -> " in capsys.readouterr().err
+    assert run_train("--resume", "4", settings=(*settings, "num_train_epochs=0.001")) == 2
+    told = capsys.readouterr().err
+    assert f"max_steps: {steps} -> " in told
+    assert f". Put it back (--max-steps {steps}), " in told
+    # The printed command says the length once, and goes on as it stands.
+    assert longer[-4:] == ["--set", "num_train_epochs=null", "--max-steps", str(2 * steps)]
+    assert "max_steps=-1" not in longer
+    monkeypatch.chdir(tmp_path / "run")
+    assert call_train([*longer[2:], "--dry-run", "--config", "test"]) == 0
 
     lengths = [
         (config.max_steps, config.num_train_epochs)

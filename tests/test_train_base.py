@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from scripts import checkpoint_viewer, evaluate, export_model
+from tests.conftest import call_train
 from tests.test_train import launch, state_differences
 from tests.test_train_sharded import TORCHRUN
 from tests.utils.models.test_tokenizer import write_tokenizer
@@ -143,7 +145,11 @@ def test_what_is_not_the_model_is_refused(
 
 
 def test_the_data_need_the_tokenizer_of_the_model(
-    base: Path, run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path,
+    run_train: Train,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     exported = tmp_path / "exported"
     assert export_model.main([str(base), "--output", str(exported), "--device", "cpu"]) == 0
@@ -155,7 +161,14 @@ def test_the_data_need_the_tokenizer_of_the_model(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (exported / name).unlink()
     assert run_train("--max-steps", "2", settings=settings) == 0
-    assert "exported has no tokenizer: make sure that" in " ".join(capsys.readouterr().out.split())
+    told = capsys.readouterr().out
+    assert "exported has no tokenizer: make sure that" in " ".join(told.split())
+    # What goes on needs no model to begin with, and says the length once.
+    longer = shlex.split(told.splitlines()[-1])
+    assert not [word for word in longer if word.startswith("init_from=")]
+    shutil.rmtree(exported)
+    monkeypatch.chdir(tmp_path / "run")
+    assert call_train([*longer[2:], "--dry-run"]) == 0
 
 
 def test_another_model_is_no_going_on(

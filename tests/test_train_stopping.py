@@ -779,7 +779,12 @@ def test_a_second_signal_leaves_at_once_and_the_next_attempt_recovers(
         assert code == -second
     else:
         assert code == ExitCode.SIGNAL_BASE + second
-        assert f"Second {second.name}: leaving at once." in trainer.errors
+        kept = (
+            f"{name_of(4)} is kept, later steps are lost" if is_saved else "Nothing was saved yet"
+        )
+        told = f"\nSecond {second.name}: leaving at once.\n{kept}. Go on with:\n"
+        _, _, command = trainer.errors.partition(told)
+        assert " --resume latest" in command
     assert trainer.leftovers == ([] if is_saved else [f".saving-{name_of(4)}"])
     assert trainer.steps == ([4] if is_saved else [])
     assert trainer.lease.exists()

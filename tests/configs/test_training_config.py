@@ -237,7 +237,7 @@ def test_a_file_begins_from_another_one(tmp_path: Path) -> None:
         ({"base": "base.json"}, {"base": "base.json"}, "base.json: base base.json leads back to "),
         ({"base": "base.json"}, {"base": "mine.json"}, "base.json: base mine.json leads back to "),
         ({"base": "nothing.json"}, {}, "mine.json: base nothing.json: "),
-        ({"base": "prodution"}, {}, "prodution.json does not exist. Known names: "),
+        ({"base": "prodution"}, {}, "json does not exist. Did you mean production? Known names"),
         ({"base": 5}, {}, "mine.json: base must be a string, got 5."),
     ],
 )

@@ -60,10 +60,10 @@ def run_json(capsys, *argv):
     return json.loads(out, parse_constant=pytest.fail)
 
 
-def test_list_of_nothing_says_so(capsys):
+def test_list_of_nothing_says_so(capsys, tmp_path):
     code, out, err = run(capsys, "list")
     assert (code, err) == (0, "")
-    assert out.startswith("checkpoints does not exist.\n")
+    assert out.startswith(f"{tmp_path / 'checkpoints'} does not exist.\n")
     assert run_json(capsys, "list")["checkpoints"] == []
 
 

@@ -151,14 +151,17 @@ def test_where_no_run_is_those_that_are_there_are_named(
     call: Callable[..., Said], caplog: pytest.LogCaptureFixture
 ) -> None:
     for words, lack in (
-        ([], "No checkpoints in checkpoints."),
-        (["--run-name", "b"], "checkpoints/b does not exist."),
+        ([], f"No checkpoints in {Path.cwd()}/checkpoints."),
+        (["--run-name", "b"], f"{Path.cwd()}/checkpoints/b does not exist."),
     ):
         code, out, _ = call(checkpoint_viewer, "list", *words)
         assert (code, out.splitlines()[0]) == (0, lack)
         assert "Runs below checkpoints: a (--run-name a)." in caplog.messages[-1]
+    (Path("checkpoints") / "a").rename("checkpoints/int")
+    call(checkpoint_viewer, "list", "--run-name", "itn")
+    assert "No run lies in checkpoints/itn. Did you mean int? Runs below" in caplog.messages[-1]
     call(checkpoint_viewer, "list", "--run", "checkpoints")
-    assert "(--run checkpoints/a)" in caplog.messages[-1]
+    assert "(--run checkpoints/int)" in caplog.messages[-1]
 
 
 def test_an_end_between_two_logged_steps_has_the_same_figures_everywhere(

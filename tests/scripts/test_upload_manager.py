@@ -227,6 +227,19 @@ def test_status_on_a_machine_that_has_only_the_bucket_changes_nothing(either: Pl
     assert not either.checkpoints.exists()
 
 
+def test_where_no_run_is_nothing_looks_like_success(place: Place) -> None:
+    places = [f"{place.checkpoints} does not exist.", f"{Path(place.bucket.uri).absolute()} "]
+    for command in ("status", "verify", "upload-all", "retry"):
+        assert place.call(command) == (ExitCode.USAGE, "")
+        assert all(text in place.stderr for text in places)
+        assert place.stderr.count("\n") == 1
+    place.checkpoints.mkdir()  # a run that has saved nothing yet
+    for command in ("status", "upload-all"):
+        place.done(command)
+    assert place.call("verify") == (ExitCode.USAGE, "")
+    assert "Nothing was verified." in place.stderr
+
+
 @pytest.mark.parametrize("is_here", [True, False])
 @pytest.mark.parametrize(
     ("either", "damage"),
@@ -297,6 +310,7 @@ def test_a_list_of_a_bucket_that_is_not_there_is_an_error(
 
 
 def test_commands_start_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
     code = (
         "import sys; from scripts.upload_manager import main\n"
         "code = main(['status', '--json'])\n"

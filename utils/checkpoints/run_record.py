@@ -22,7 +22,7 @@ from configs.config_files import TRAINING_CONFIG_FILE
 from configs.model_config import is_model_file
 from configs.training_config import TrainingConfig, get_training_config
 from utils.base.errors import CheckpointError, ConfigError
-from utils.base.text import FOREIGN_ERRORS
+from utils.base.text import FOREIGN_ERRORS, did_you_mean
 from utils.base.uri import local_path
 from utils.checkpoints.layout import (
     RUN_FILE,
@@ -231,6 +231,7 @@ def describe_other_runs(
     """
     folders = dict(_folders(output_dir))
     names = sorted(name for name in folders if name != own and _has_run(folders[name]))
+    near = did_you_mean(own, names)
     if own and are_similar:
         names = difflib.get_close_matches(own, names)
     if not names:
@@ -238,7 +239,7 @@ def describe_other_runs(
     shown = ", ".join(name or "one without a name" for name in names[:_SHOWN_RUNS])
     more = f" and {len(names) - _SHOWN_RUNS} more" if len(names) > _SHOWN_RUNS else ""
     return (
-        f"No run lies in {output_dir / own}. Runs below {output_dir}: {shown}{more} "
+        f"No run lies in {output_dir / own}.{near} Runs below {output_dir}: {shown}{more} "
         f"({option}{shlex.quote(names[0])})."
     )
 

@@ -304,8 +304,11 @@ def find_latest_view(views: Sequence[CheckpointView]) -> CheckpointView | None:
 def describe_lack(where: str) -> str:
     """Say that a place has no checkpoints, or that there is no such directory."""
     path = local_path(where)
-    is_missing = path is not None and not os.path.lexists(path)
-    return f"{where} does not exist." if is_missing else f"No checkpoints in {where}."
+    if path is not None:
+        where = str(path.absolute())  # a wrong folder is seen as one
+        if not os.path.lexists(path):
+            return f"{where} does not exist."
+    return f"No checkpoints in {where}."
 
 
 def select_checkpoint(text: str, views: Sequence[CheckpointView]) -> CheckpointView:

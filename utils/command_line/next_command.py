@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -25,11 +26,14 @@ class NextCommand:
 
     words: tuple[str, ...] = ("python", "train.py", "--resume", "latest")
     max_steps: int | None = None
+    has_epochs: bool = False
 
     def text(self, max_steps: int | None = None) -> str:
         """Return the command; `max_steps` is another length of the run."""
-        steps = max_steps or self.max_steps
-        return shlex.join([*self.words, *(["--max-steps", str(steps)] if steps else [])])
+        steps, words = max_steps or self.max_steps, [*self.words]
+        if max_steps and self.has_epochs:
+            words += ["--set", "num_train_epochs=null"]
+        return shlex.join([*words, *(["--max-steps", str(steps)] if steps else [])])
 
 
 def next_command(args: argparse.Namespace, config: TrainingConfig) -> NextCommand:
@@ -37,14 +41,24 @@ def next_command(args: argparse.Namespace, config: TrainingConfig) -> NextComman
     bare = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_attempt_arguments(bare)
     _, words = bare.parse_known_args(args.words)
+    settings = dict(map(parse_assignment, args.set))
+    words = _without(words, "max_steps")
     if args.config is None:
-        alone = config_alone(None, dict(map(parse_assignment, args.set)))
+        words = _without(words, "init[_-]from")  # it is in the run's record
+        alone = config_alone(None, settings)
         for key in ("output_dir", "run_name"):  # where the record is found
             value = getattr(config, key)
             if value != getattr(alone, key):
                 words += ["--set", f"{key}={as_setting(value)}"]
     typed = (*_typed_before(args.words), *words, "--resume", "latest")
-    return NextCommand(typed, args.max_steps)
+    max_steps = settings.get("max_steps") if args.max_steps is None else args.max_steps
+    return NextCommand(typed, max_steps, config.num_train_epochs is not None)
+
+
+def _without(words: list[str], key: str) -> list[str]:
+    """Return words without those that set a key: `--set KEY=...`, `--KEY ...`."""
+    text = "".join(f"{word}\0" for word in words)
+    return re.sub(rf"(?<![^\0])(--set[\0=]|--){key}[\0=][^\0]*\0", "", text).split("\0")[:-1]
 
 
 def _typed_before(words: list[str]) -> list[str]:

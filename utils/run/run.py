@@ -111,7 +111,16 @@ class TrainingRun:
         )
         self._saving = RunSaving(config, self._parts, self.stop, self._options, self._notes.add)
         self._metrics = RunMetrics(config, self.state, self._data)
+        if self._is_main:
+            self.stop.last_words = self._describe_kept
         return self
+
+    def _describe_kept(self) -> str:
+        """Return what is on this disk while the attempt goes on, and the command that goes on."""
+        begun = self.start.checkpoint
+        saved = self._saving.saver.last_committed or (begun.name if begun else None)
+        kept = f"{saved} is kept, later steps are lost" if saved else "Nothing was saved yet"
+        return f"{kept}. Go on with:\n{self._next_command.text()}\n"
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Stop every thread, close every file, and note how it ended.

@@ -11,11 +11,12 @@ Where the run begins is decided once directory and bucket are held (`utils/start
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ from utils.start.machine_checks import (
     find_free_memory,
 )
 from utils.start.restore import require_same_training
-from utils.start.resume import Plan, look_for_start
+from utils.start.resume import Plan, finished_length, look_for_start, require_startable
 from utils.start.step_probe import StepProbe, measure_step
 from utils.storage.open import open_bucket
 from utils.training.sharding import resolve_sharding
@@ -273,12 +274,13 @@ def _refusal(name: str, exc: StorageError, action: str, uri: str) -> Check:
 class StartChecks:
     """What is known before a run begins, while another trainer may still work there.
 
-    `run_id` and `step` are those it would begin with now. `checks` hold at whichever step it
-    begins. `transport` is the way to the bucket that works, `probe` a small step if one was
+    `run_id`, `config` and `step` are those it would begin with now. `checks` hold at whichever step
+    it begins. `transport` is the way to the bucket that works, `probe` a small step if one was
     measured.
     """
 
     run_id: str
+    config: TrainingConfig
     step: int
     sources: list[DataSource]
     checks: list[Check]
@@ -291,14 +293,12 @@ class StartChecks:
         return any(check.status == "fail" for check in self.checks)
 
 
-def check_start(
-    facts: RunFacts, resume: str | None, *, is_change_accepted: bool, should_measure: bool
-) -> StartChecks:
+def check_start(facts: RunFacts, args: argparse.Namespace, *, should_measure: bool) -> StartChecks:
     """Return what is known before a run begins; nothing is decided by it but a refusal.
 
-    Step and sources of `facts` are found here. `resume` is what to go on from, as the user says it;
-    `is_change_accepted`: with another configuration, too. `should_measure` measures a small step
-    and a short upload, as before a long run in any case.
+    Step and sources of `facts` are found here. `args` says what to go on from, or `fresh`, and
+    whether `accept_config_change`. `should_measure` measures a small step and a short upload, as
+    before a long run in any case.
 
     Raises:
         UsageError: There is no such checkpoint to resume from.
@@ -307,15 +307,16 @@ def check_start(
     """
     config, model_config = facts.config, facts.model_config
     paths = RunPaths.of(config)
-    plan, owning = _look_for_start(config, resume)
+    plan, owning = _look_for_start(config, args.resume, fresh=args.fresh)
     # Data first: they are refused before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config, config.init_from)
     tokenizer = read_tokenizers(config, sources)
     set_special_tokens(config, sources, model_config)
     facts = facts.with_data(plan.step, sources)
-    config = facts.config
-    require_same_training(plan, facts, is_accepted=is_change_accepted)
+    config = replace(facts.config, max_steps=finished_length(plan, facts.config.max_steps))
+    facts = replace(facts, config=config)
+    require_same_training(plan, facts, is_accepted=args.accept_config_change)
     transport, uploading = check_upload(config, paths.checkpoints)
     memory, unmeasured, probe = _measure(facts, should_measure=should_measure)
     checks = [
@@ -338,13 +339,15 @@ def check_start(
         *unmeasured,
     ]
     run_id = plan.identity.run_id
-    return StartChecks(run_id, plan.step, sources, checks, transport, probe)
+    return StartChecks(run_id, config, plan.step, sources, checks, transport, probe)
 
 
-def _look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, list[Check]]:
+def _look_for_start(
+    config: TrainingConfig, resume: str | None, *, fresh: bool
+) -> tuple[Plan, list[Check]]:
     """Return where the run would begin now, and what forbids it in the bucket."""
     try:
-        return look_for_start(config, resume)
+        return look_for_start(config, resume, fresh=fresh)
     except StorageError as exc:
         text = f"The bucket's checkpoints cannot be read: {exc}"
         return Plan(RunIdentity(new_run_id())), [Check("resume", "fail", text)]
@@ -388,8 +391,8 @@ def check_settings(facts: RunFacts) -> Check:
     """Say what the steps are, and whether the learning rate has the time to rise."""
     config = facts.config
     text = (
-        f"valid; steps {facts.step} to {config.max_steps} of {facts.tokens_per_step:,} tokens, a "
-        f"checkpoint every {config.save_steps}"
+        f"valid; {describe_steps(facts)}, {facts.tokens_per_step:,} tokens a step, a checkpoint "
+        f"every {config.save_steps}"
     )
     if config.warmup_steps < config.max_steps:
         return Check("settings", "ok", text)
@@ -399,6 +402,14 @@ def check_settings(facts: RunFacts) -> Check:
         f"{text}. The learning rate is still rising when the run ends: warmup_steps is "
         f"{config.warmup_steps}, max_steps {config.max_steps}",
     )
+
+
+def describe_steps(facts: RunFacts) -> str:
+    """Say which steps a run would do."""
+    length = facts.config.max_steps
+    if facts.step >= length:
+        return f"done already: step {facts.step} of {length}"
+    return f"steps {facts.step} to {length}"
 
 
 def check_tokens(facts: RunFacts) -> Check:
@@ -477,7 +488,7 @@ def describe_run(run: RunFacts) -> dict[str, str]:
         f"{counts.without_embedding:,} without embeddings",
         "step": f"{tokens:,} tokens: {config.per_device_train_batch_size} x "
         f"{config.sequence_length} tokens x {run.accumulation} accumulated x {ranks_text}",
-        "run": f"steps {run.step} to {config.max_steps}, {total:,} tokens in all, "
+        "run": f"{describe_steps(run)}, {total:,} tokens in all, "
         f"{total / counts.total:.2g} tokens per parameter",
         "checkpoint": f"about {format_bytes(size)}, every {config.save_steps} steps",
     }
@@ -512,23 +523,25 @@ def log_start(facts: RunFacts, found: StartChecks) -> None:
             log.info("%-10s %s", check.name, check.message)
 
 
-def report(facts: RunFacts, found: StartChecks, *, is_dry_run: bool, is_json: bool) -> int:
+def report(facts: RunFacts, found: StartChecks, args: argparse.Namespace) -> int:
     """Print checks and facts of a dry run, as JSON the configuration too; return 0.
 
     Every rank calls this.
 
     Raises:
+        UsageError: There are checkpoints and neither --resume nor --fresh.
         PreflightError: A check failed; the message holds all reasons.
     """
     checks = complete_checks(facts, found)
     described = describe_run(facts)
-    if is_json and ranks.is_main_rank():
+    if args.json and ranks.is_main_rank():
         shown = [{"name": c.name, "status": c.status, "message": c.message} for c in checks]
         values = {"config": facts.config.to_json(), "run": described, "checks": shown}
         print(to_json_text(values))
-    elif is_dry_run and ranks.is_main_rank():
+    elif args.dry_run and ranks.is_main_rank():
         print_checks(checks)
         for key, text in described.items():
             print_wrapped(f"{key:<10} {text}", hanging=11)
+    require_startable(facts.config, resume=args.resume, fresh=args.fresh)
     require_all(checks)
     return ExitCode.DONE

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -359,10 +360,12 @@ def _require_same_keys(candidate: Candidate, config: TrainingConfig, *, is_accep
 
 def _require_accepted(name: str, guarded: Sequence[str], *, is_accepted: bool) -> None:
     if guarded and not is_accepted:
+        length = re.search(r"^max_steps: (\d+)", "\n".join(guarded), re.MULTILINE)
+        option = f" (--max-steps {length[1]})" if length else ""
         raise ConfigError(
             f"{name} was trained with another configuration: {'; '.join(guarded)}. "
-            "Put it back, go on all the same with --accept-config-change, or begin anew with "
-            "--set run_name=NAME."
+            f"Put it back{option}, go on all the same with --accept-config-change, or begin anew "
+            "with --set run_name=NAME."
         )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from configs.config_files import TRAINING_CONFIG_FILE
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, StorageError, UsageError
 from utils.checkpoints.layout import (
@@ -134,7 +135,7 @@ def decide_start(config: TrainingConfig, resume: str | None, *, fresh: bool) -> 
         StorageError: The bucket is needed and cannot be read.
     """
     require_startable(config, resume=resume, fresh=fresh)
-    plan, problems = look_for_start(config, resume)
+    plan, problems = look_for_start(config, resume, fresh=fresh)
     require_all(problems)
     if plan.searched:
         place, word = Path(config.output_dir), "--set run_name="
@@ -144,8 +145,12 @@ def decide_start(config: TrainingConfig, resume: str | None, *, fresh: bool) -> 
     return plan
 
 
-def look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, list[Check]]:
+def look_for_start(
+    config: TrainingConfig, resume: str | None, *, fresh: bool
+) -> tuple[Plan, list[Check]]:
     """Return where a run would begin now, and a failed check where its bucket is another run's.
+
+    Where `require_startable` refuses the run, its own bucket is no other run's.
 
     Raises:
         UsageError: There is no such checkpoint to resume from.
@@ -158,6 +163,8 @@ def look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, li
 
     plan = plan_start(paths, resume=resume, bucket_uri=uri, open_bucket=open_with_patience)
     own = {plan.identity.run_id} if plan.candidates else set()
+    if resume is None and not fresh:
+        own = {one.identity.run_id for one in _local_candidates(paths.checkpoints)}
     others = {identity.run_id for identity in plan.in_bucket} - own
     if not others:
         return plan, []
@@ -166,6 +173,24 @@ def look_for_start(config: TrainingConfig, resume: str | None) -> tuple[Plan, li
         "which are never overwritten. Give this run a name of its own: --set run_name=NAME."
     )
     return plan, [Check("upload", "fail", text)]
+
+
+def finished_length(plan: Plan, max_steps: int) -> int:
+    """Return the length of a run: its own where it has reached its end, past `max_steps`.
+
+    Nothing is left to train then, and the schedule of what was trained stays as it was.
+    """
+    for one in plan.candidates[:1]:
+        if one.view is not None:
+            config = one.view.config
+        elif one.path is not None:
+            config, _ = read_json_part(one.path / TRAINING_CONFIG_FILE, None)
+        own = config.get("max_steps")
+        if isinstance(own, int) and max_steps < own <= one.name.step:
+            text = "This run has reached its end, step %d: max_steps=%d changes nothing."
+            log.info(text, own, max_steps)
+            return own
+    return max_steps
 
 
 def find_recorded_base(config: TrainingConfig, resume: str | None) -> Mapping[str, Any] | None:
@@ -177,7 +202,7 @@ def find_recorded_base(config: TrainingConfig, resume: str | None) -> Mapping[st
         UsageError: There is no such checkpoint to resume from.
         StorageError: The bucket is needed and cannot be read.
     """
-    plan, _ = look_for_start(config, resume)
+    plan, _ = look_for_start(config, resume, fresh=False)
     for one in plan.candidates:
         if one.view is not None:
             metadata = one.view.metadata

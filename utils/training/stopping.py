@@ -23,6 +23,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -48,6 +49,8 @@ class StopRequest:
     def __init__(self, leave_after_seconds: float = LEAVE_AFTER_SECONDS) -> None:
         self.nothing_to_lose = True
         """Whether this attempt has not done a step yet; the run sets it to False once it has."""
+        self.last_words: Callable[[], str] = str
+        """What is also said when the second signal ends the process; it waits for nothing."""
         self.requested_at: float | None = None
         """time.monotonic() of the first request, None while there is none."""
         self._leave_after_seconds = leave_after_seconds
@@ -148,8 +151,10 @@ class StopRequest:
             if self._reason is not None:
                 return
         if self._num_signals > 1:
-            _say(f"\nSecond {number.name}: leaving at once.\n")
-            os._exit(ExitCode.SIGNAL_BASE + number)
+            try:
+                _say(f"\nSecond {number.name}: leaving at once.\n{self.last_words()}")
+            finally:
+                os._exit(ExitCode.SIGNAL_BASE + number)
         # The first signal after another request is no second one: a machine that is preempted
         # gets the notice and then a SIGTERM, a rank may learn of a stop before its own SIGTERM.
         doing = "finishing this step, then saving"
@@ -199,4 +204,4 @@ def _say(text: str) -> None:
     poll.register(STANDARD_ERROR, select.POLLOUT)
     with contextlib.suppress(OSError):
         if poll.poll(0):  # else nobody reads a pipe that is full
-            os.write(STANDARD_ERROR, text.encode())
+            os.write(STANDARD_ERROR, text.encode()[: select.PIPE_BUF])  # more might wait
