@@ -223,6 +223,9 @@ def _suggest(key: str, known: list[str]) -> str:
 
 
 def _find_near(key: str, known: Iterable[str]) -> str | None:
+    parent, _, child = key.partition(".")
+    if parent == "model" and child:
+        return RENAMED_KEYS.get(child, f"model_overrides.{child}")
     near = difflib.get_close_matches(key, list(known), n=1)
     return RENAMED_KEYS.get(key) or (near[0] if near else None)
 

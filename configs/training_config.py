@@ -537,6 +537,8 @@ def _check_places(config: TrainingConfig) -> None:
             raise ConfigError(f"{key} is empty: give {LOCAL_PLACES}.")
         places += [(key, getattr(config, key), LOCAL_PLACES)]
     for key, text, kinds in places:
+        if text.endswith("://"):  # joined with run_name, that would be taken for the bucket
+            raise ConfigError(f"{key} {text}: give {kinds}.")
         if mistake := find_mistake(text, kinds):
             raise ConfigError(f"{key} {mistake}")
 

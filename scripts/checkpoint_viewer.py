@@ -1,7 +1,7 @@
 """Look at checkpoints: list, view, compare, plot, report; on this machine or in the bucket.
 
     list                  all of them: losses, tokens, size, age, state in the bucket, why kept
-    view NAME             one of them: metrics, throughput, configuration, files with hashes
+    view [NAME]           one of them: metrics, throughput, configuration, files with hashes
     compare [NAME ...]    several side by side; --weights: how far each layer moved
     plot [NAME ...]       curves, in the terminal or as a picture; --evaluation: of evaluate.py
     report                all of a run on one HTML page: curves, configuration, checkpoints, texts
@@ -19,6 +19,7 @@ import argparse
 import gc
 import io
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,11 +37,11 @@ from utils.base.console import (
     run_command,
 )
 from utils.base.errors import CheckpointError, UsageError
-from utils.base.text import format_bytes, number, printable, to_json_text
+from utils.base.text import format_bytes, number, printable, to_json_text, wrap_command
 from utils.base.uri import require_path
 from utils.checkpoints.layout import DATA_STATE_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView, describe_lack
-from utils.command_line.arguments import add_price_argument, add_run_arguments
+from utils.command_line.arguments import add_price_argument, add_run_arguments, run_words
 from utils.command_line.run_config import read_run_config
 from utils.costs.costs import describe_costs
 from utils.tools.evaluation.log import of_weights, read_evaluations
@@ -90,7 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_list_options(add("list", run_list, "list all checkpoints; in a terminal as a table"))
     view = add("view", run_view, "show one checkpoint")
-    view.add_argument("name", metavar="NAME", help=NAMES)
+    view.add_argument(
+        "name", metavar="NAME", nargs="?", default="latest", help=f"{NAMES} (default: latest)"
+    )
     view.add_argument(
         "--all",
         action="store_true",
@@ -269,7 +272,12 @@ def run_view(args: argparse.Namespace) -> None:
         print_table("\nFiles:", text.file_rows(files), text.FILE_COLUMNS)
     print_section("Problems", [f"  {printable(problem)}" for problem in problems])
     if not args.all:
-        print(f"All of it, with configuration and files: view {view.name.step} --all")
+        name = str(view.name.step) if args.name in ("latest", "best") else shlex.quote(args.name)
+        words = f"{name}{run_words(args)}{' --remote' if args.remote else ''} --all"
+        print("All of it, with configuration and files:")
+        command = printable(f"python scripts/checkpoint_viewer.py view {words}", 2000)
+        width = output_width()
+        print("\n".join([command] if width is None else wrap_command(command, width)))
 
 
 # compare
@@ -288,7 +296,7 @@ def run_compare(args: argparse.Namespace) -> None:
         row.update(machine_seconds=costs.get("seconds"), dollars=costs.get("dollars"))
     pairs = list(zip(chosen, chosen[1:], strict=False))
     differences, notes = report.config_differences(chosen)
-    drifts = [measure_weights(*pair) for pair in pairs] if args.weights else None
+    drifts = [measure_weights(args, *pair) for pair in pairs] if args.weights else None
     if args.json:
         values = {"checkpoints": rows, "config_differences": differences, "notes": notes}
         print(to_json_text({**values, "weights": drifts}))
@@ -307,7 +315,9 @@ def run_compare(args: argparse.Namespace) -> None:
     print_section("Problems", problems)
 
 
-def measure_weights(older: CheckpointView, newer: CheckpointView) -> dict[str, Any]:
+def measure_weights(
+    args: argparse.Namespace, older: CheckpointView, newer: CheckpointView
+) -> dict[str, Any]:
     """Return the drift of the weights; where they cannot be read, only the problem.
 
     Raises:
@@ -319,7 +329,7 @@ def measure_weights(older: CheckpointView, newer: CheckpointView) -> dict[str, A
         missing = older if older.path is None else newer
         raise UsageError(
             "--weights reads checkpoints on this machine; first: "
-            f"python scripts/upload_manager.py download {missing.name}"
+            f"python scripts/upload_manager.py download {missing.name}{run_words(args)}"
         )
     found: dict[str, Any] = {"layers": {}, "total": None, "problems": []}
     try:

@@ -58,7 +58,6 @@ from utils.base.text import printable, to_json_text
 from utils.base.uri import require_place
 from utils.checkpoints.layout import RunPaths
 from utils.checkpoints.views import describe_lack
-from utils.command_line.run_config import read_run_config
 from utils.tools.evaluation.evaluator import MEASURED_SPLITS, EvaluationPlan, Evaluator, TextPlan
 from utils.tools.evaluation.harness import require_harness
 from utils.tools.evaluation.log import Evaluation, append_evaluation, metric_points
@@ -70,7 +69,12 @@ from utils.tools.evaluation.text import (
     table_columns,
     tables,
 )
-from utils.tools.generation.arguments import add_model_arguments, find_from, load_found
+from utils.tools.generation.arguments import (
+    add_model_arguments,
+    find_from,
+    load_found,
+    read_model_config,
+)
 from utils.tools.viewer.shelf import open_shelf
 from utils.tracking.plots import picture_path
 
@@ -174,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")
     if args.plot is not None:
         args.plot = picture_path(args.plot)
-    config = read_run_config(args)
+    config = read_model_config(args)
     plan = build_plan(args)
     names = choose_models(args.models, config)
     session = Session(args, config)
@@ -339,7 +343,7 @@ class Session:
         elif args.plot is not None:
             print("Nothing to draw: no figure of a checkpoint.", file=sys.stderr)
         if self._num_kept:
-            print_wrapped(f"Kept in {printable(str(self._log))}")
+            print_wrapped(f"Results saved in {printable(str(self._log))}")
 
 
 def _free_memory() -> None:

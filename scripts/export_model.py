@@ -33,11 +33,15 @@ from utils.base.errors import UsageError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import count_of, format_bytes, printable, to_json_text
 from utils.checkpoints.layout import RunPaths
-from utils.command_line.run_config import read_run_config
 from utils.tools.export.gguf import require_gguf
 from utils.tools.export.hub_target import HUB_PREFIX, HubTarget
 from utils.tools.export.target import GGUF_SUFFIX, BucketTarget, DiskTarget, open_target
-from utils.tools.generation.arguments import add_model_arguments, find_from, load_found
+from utils.tools.generation.arguments import (
+    add_model_arguments,
+    find_from,
+    load_found,
+    read_model_config,
+)
 
 if TYPE_CHECKING:
     from utils.tools.export.export import ExportReport
@@ -85,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     if args.format == "gguf":
         require_gguf()
-    config = read_run_config(args)
+    config = read_model_config(args)
     target = find_target(args, config)
     target.require_free()
     source = find_from(args, config=config)

@@ -489,8 +489,7 @@ def download(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace) 
             raise LockedError(f"{exc} Or download elsewhere: --to DIR.") from exc
         bucket, display = stack.enter_context(opened_bucket(config)), stack.enter_context(shown)
         identity = find_run_identity(paths)  # once held: a trainer may have been here until now
-        chosen = parse_checkpoint_name(args.name) or choose_remote(bucket, args.name, identity)
-        name = str(chosen)
+        name = str(choose_remote(bucket, args.name, identity))
         if is_own and identity is not None:
             found = read_sidecar(bucket, name).manifest.run_id
             if found != identity.run_id:

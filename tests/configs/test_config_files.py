@@ -40,6 +40,7 @@ def test_a_key_is_an_option_of_train_py(words: tuple[str, ...], key: str, value:
     [
         (("--learning-rat", "1"), "unknown option --learning-rat. Did you mean --learning_rate?"),
         (("--max-step=5",), "unknown option --max-step. Did you mean --max-steps?"),
+        (("speedrun",), "unrecognized argument speedrun. Did you mean --config speedrun?"),
         (("--resum", "latest"), "unknown option --resum. Did you mean --resume?"),
         (("--batch-size", "4"), "Did you mean --per_device_train_batch_size?"),
         (("--num-layers", "4"), "Did you mean --model_overrides.num_hidden_layers?"),

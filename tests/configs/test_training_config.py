@@ -71,6 +71,11 @@ def test_a_key_that_was_removed_is_left_out_with_a_warning(
     [
         ('{"max_stepz": 1}', "unknown key 'max_stepz'. Did you mean max_steps?"),
         ('{"max_train_files": 5}', "unknown key 'max_train_files'. Did you mean max_files?"),
+        ('{"model.num_layers": 3}', "Did you mean model_overrides.num_hidden_layers?"),
+        (
+            '{"run_name": "a", "checkpoint_uri": "gs://"}',
+            "checkpoint_uri gs://: give gs://bucket/prefix or a directory.",
+        ),
         ('{"batch_size": 4}', "Did you mean per_device_train_batch_size?"),
         ('{"qqq": 4}', "unknown key 'qqq'. Known keys:"),
         ('{"model_override.hidden_size": 4}', "Did you mean model_overrides?"),

@@ -229,7 +229,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_evaluation(run: Run, tmp_
     names = {line.split()[0] for line in out.splitlines() if " checkpoint-" in line}
     assert len(names) > 1
     assert err.count("evaluations.jsonl cannot be written") == len(names)
-    assert "Kept in" not in out
+    assert "Results saved in" not in out
 
 
 def test_a_measure_that_fails_does_not_keep_the_others(
@@ -412,7 +412,7 @@ def test_a_file_of_questions_is_read_before_a_model(
 def test_models_are_chosen_by_steps(
     trained_run: Path, texts: list[str], steps: list[int | None]
 ) -> None:
-    config = evaluate.read_run_config(_words(trained_run))
+    config = evaluate.read_model_config(_words(trained_run))
     for name, step in zip(evaluate.choose_models(texts, config), steps, strict=True):
         assert name == "other" if step is None else f"-step{step}-" in name
     with pytest.raises(UsageError, match="5-9: there is no such checkpoint"):

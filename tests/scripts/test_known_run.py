@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,45 @@ def test_every_command_says_what_the_run_said(
     assert sorted(path.name for path in run_a.iterdir() if path.is_dir()) == [
         *("cache", "checkpoints", "exported", "logs", "other", "there"),
     ]
+    code, _, err = call(generate, "exported", "--prompt", "The", "--max-tokens", "2")
+    assert (code, "There is no run" in err) == (0, False)  # it needs none
+    err = call(generate, "--prompt", "The")[2]
+    assert ("There is no run in checkpoints itself" in err, "Did you mean" in err) == (True, False)
+
+
+def test_without_a_name_the_latest_is_meant_and_view_prints_the_command_that_shows_all_of_it(
+    run_a: Path, call: Callable[..., Said]
+) -> None:
+    for words in ((), ("--remote",), (f"checkpoints/a/{FOUR}",)):
+        _, out, _ = call(checkpoint_viewer, "view", *words, *A)
+        python, script, *proposed = shlex.split(out.splitlines()[-1])
+        assert (python, script) == ("python", "scripts/checkpoint_viewer.py")
+        code, out, _ = call(checkpoint_viewer, *proposed)
+        assert (code, f"Checkpoint Summary: {FOUR}" in out, "\nFiles:" in out) == (0, True, True)
+    assert call(generate, *A, "--prompt", "The", "--max-tokens", "2")[0] == 0
+    _, out, _ = call(evaluate, "--max-tokens", "64", "--json", *A)
+    assert [one["model"] for one in json.loads(out)["evaluations"]] == [FOUR]
+    shutil.rmtree(run_a / "checkpoints" / "a" / FOUR.replace("4", "2"))
+    _, _, err = call(checkpoint_viewer, "compare", "2", "4", "--weights", *A, "--remote")
+    assert f"upload_manager.py download {FOUR.replace('4', '2')} --run-name a" in err
+
+
+@pytest.mark.usefixtures("run_a")
+def test_what_is_no_checkpoint_of_a_named_run_is_told_with_those_that_are(
+    call: Callable[..., Said],
+) -> None:
+    never = FOUR.replace("4", "15")
+    for script, *words in (
+        (generate, "--prompt", "x"),
+        (evaluate,),
+        (export_model, "--output", "there"),
+        (upload_manager, "download", "--to", "there"),
+    ):
+        for name in ("nope", never):
+            place = words[:1] if script is upload_manager else []
+            code, _, err = call(script, *place, name, *words[len(place) :], *A)
+            assert (code, f"There is no checkpoint '{name}'" in err) == (ExitCode.USAGE, True)
+            assert (FOUR in err, "connect" in err) == (True, False)
 
 
 def test_a_checkpoint_that_is_nowhere_is_told_with_those_here_and_in_the_bucket(
@@ -156,10 +196,11 @@ def test_where_no_run_is_those_that_are_there_are_named(
     ):
         code, out, _ = call(checkpoint_viewer, "list", *words)
         assert (code, out.splitlines()[0]) == (0, lack)
-        assert "Runs below checkpoints: a (--run-name a)." in caplog.messages[-1]
+        assert "Runs in checkpoints: a (--run-name a)." in caplog.messages[-1]
     (Path("checkpoints") / "a").rename("checkpoints/int")
     call(checkpoint_viewer, "list", "--run-name", "itn")
-    assert "No run lies in checkpoints/itn. Did you mean int? Runs below" in caplog.messages[-1]
+    told = "There is no run in checkpoints/itn. Did you mean int? Runs in checkpoints: "
+    assert told in caplog.messages[-1]
     call(checkpoint_viewer, "list", "--run", "checkpoints")
     assert "(--run checkpoints/int)" in caplog.messages[-1]
 

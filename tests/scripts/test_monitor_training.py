@@ -75,15 +75,16 @@ def test_running_run_shows_progress_losses_speed_and_eta(capsys: Capture, metric
     write_start(metrics)
     for step in range(10, 60, 10):
         write_step(metrics, step, loss=8.0 - step / 20)
-    append_metrics(metrics, {"step": 50, "validation_loss": 5.6, "best_validation_loss": 5.5})
+    validation = {"validation_loss": 5.6, "validation_perplexity": 270.4}
+    append_metrics(metrics, {"step": 50, **validation, "best_validation_loss": 5.5})
     code, out, _ = run(capsys, "--once")
     assert code == 0
     for part in (
         f"State: running (process {os.getpid()} on {socket.gethostname()})",
         f"Run: {RUN_ID}, on cpu, precision no, 1 rank, 5.3M parameters",
         "Step: 50 / 100 (50.0%)  [###############...............]  ETA: ",
-        "Loss: 5.500000  Perplexity: 244.69  Gradient Norm: 1.250",
-        "Validation Loss: 5.600000  Best: 5.500000",
+        "Training Loss: 5.500000  Perplexity: 244.69  Gradient Norm: 1.250",
+        "Validation Loss: 5.600000  Perplexity: 270.40  Best: 5.500000",
         "Learning Rate: 4.00e-03  Tokens Seen: 102,400",
         "Speed: 3,400 tokens/s  602 ms/step  Data Wait: 0.3%",
         "7.500 to 5.500",

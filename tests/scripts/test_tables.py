@@ -74,7 +74,7 @@ UPLOADS = {
             "checkpoint": name,
             "state": "uploading",
             "attempts": 12,
-            "next try": "at the next run, or: upload_manager.py retry",
+            "next try": "at the next run, or with the command retry",
         }
         for place, name in enumerate(NAMES, 1)
     ],

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -52,6 +53,8 @@ def load_libraries() -> None:
     """
     if "torch" in sys.modules:  # what else is there by now may well become garbage
         return
+    # What torch itself sets when it is loaded: Ctrl-C before that would end with statistics of it.
+    logging.getLogger("torch").setLevel(logging.WARNING)
     with no_collections():
         import accelerate  # noqa: F401
         import torch  # noqa: F401

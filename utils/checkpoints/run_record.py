@@ -224,7 +224,7 @@ def _relative_to(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
 def describe_other_runs(
     output_dir: Path, own: str, option: str, *, are_similar: bool = False
 ) -> str:
-    """Say that no run of a name (`own`) lies in an output directory, and which others do.
+    """Say that no run of a name (`own`) is in an output directory, and which others do.
 
     `option` is what a name of theirs is put after. Empty where there are no others, or none of a
     similar name where `are_similar`.
@@ -239,7 +239,8 @@ def describe_other_runs(
     shown = ", ".join(name or "one without a name" for name in names[:_SHOWN_RUNS])
     more = f" and {len(names) - _SHOWN_RUNS} more" if len(names) > _SHOWN_RUNS else ""
     return (
-        f"No run lies in {output_dir / own}.{near} Runs below {output_dir}: {shown}{more} "
+        f"There is no run in {output_dir / own}{'' if own else ' itself'}.{near} "
+        f"Runs in {output_dir}: {shown}{more} "
         f"({option}{shlex.quote(names[0])})."
     )
 

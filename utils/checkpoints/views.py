@@ -367,4 +367,5 @@ def no_such_checkpoint(text: str, names: Sequence[CheckpointName], where: str = 
 
 def near_checkpoint(text: str, names: Sequence[CheckpointName]) -> str:
     """Return ` Did you mean X?` where a text is nearly `latest`, `best` or a checkpoint's name."""
-    return did_you_mean(text, ["latest", "best", *map(str, names)], _LIKENESS)
+    known = ["latest", "best", *map(str, names)]
+    return did_you_mean(text, [name for name in known if name != text], _LIKENESS)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from configs.config_files import settings_of_options
+from configs.config_files import CONFIG_DIRECTORY, settings_of_options
 from configs.training_config import KEY_TYPES
 from utils.base.console import add_output_arguments, new_parser
 from utils.base.errors import ConfigError
@@ -38,13 +39,20 @@ class KeyParser(argparse.ArgumentParser):
                 words = settings_of_options(words, options, KEY_TYPES)
             except ConfigError as exc:
                 self.error(str(exc))
-        return super().parse_known_args(words, namespace)
+        found, rest = super().parse_known_args(words, namespace)
+        for word in rest:
+            if (CONFIG_DIRECTORY / f"{word}.json").is_file():
+                self.error(f"unrecognized argument {word}. Did you mean --config {word}?")
+        return found, rest
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line of train.py; `words` is it as it was typed."""
     words = list(sys.argv[1:] if argv is None else argv)
-    text = "Pre-train a causal language model from NPZ token shards in a bucket."
+    text = (
+        "Pre-train a causal language model from NPZ token shards in a bucket. Any key of "
+        "docs/CONFIGURATION.md is an option too: --learning-rate 1e-3."
+    )
     parser = new_parser("train.py", text, EPILOG, kind=KeyParser)
     add = parser.add_argument
     add(
@@ -101,7 +109,7 @@ def _add_set_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="set any configuration key; model_overrides.KEY for the model's",
+        help="set a configuration key, or with model_overrides.KEY one of the model",
     )
 
 
@@ -114,6 +122,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run", action="append", metavar="DIR", help="the run's own directory of checkpoints")
     _add_set_argument(parser)
     add_output_arguments(parser)
+
+
+def run_words(args: argparse.Namespace) -> str:
+    """Return the words of `add_run_arguments` that were typed, to put after a command."""
+    typed: list[tuple[str, str]] = []
+    for name in ("config", "output_dir", "run_name", "run", "set"):
+        value = getattr(args, name) or []
+        values = [value] if isinstance(value, str) else value
+        typed += [(f"--{name.replace('_', '-')}", one) for one in values]
+    return "".join(f" {option} {shlex.quote(value)}" for option, value in typed)
 
 
 def add_price_argument(parser: argparse.ArgumentParser) -> None:

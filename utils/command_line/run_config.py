@@ -183,11 +183,14 @@ def _find_in_bucket(uri: str, which: str, alone: TrainingConfig) -> tuple[RunVal
     return None, bool(views)
 
 
-def read_run_config(args: argparse.Namespace, run: str | Path | None = None) -> TrainingConfig:
+def read_run_config(
+    args: argparse.Namespace, run: str | Path | None = None, *, is_run_needed: bool = True
+) -> TrainingConfig:
     """Return the configuration of the run that the words of `add_run_arguments` name.
 
     It is what the run recorded, with the values of the words in place of some; of the configuration
-    file where nothing is recorded. `run` is the run's own directory in place of the words'.
+    file where nothing is recorded, which is told if `is_run_needed` and there are other runs.
+    `run` is the run's own directory in place of the words'.
 
     Raises:
         ConfigError: A file or value is wrong.
@@ -209,11 +212,11 @@ def read_run_config(args: argparse.Namespace, run: str | Path | None = None) -> 
             others = describe_other_runs(Path(alone.output_dir), alone.run_name, "--run-name ")
         else:
             others = describe_other_runs(directory, "", f"--run {directory}/")
-        if others:
+        if others and is_run_needed:
             log.warning("%s", others)
         return config if run is None else _placed_at(directory, config)
     if found.lost_uri and "checkpoint_uri" not in words:
-        text = "Where the bucket of this run, %s, lies is not known: --set checkpoint_uri=..."
+        text = "It is not known where the bucket of this run, %s, is: --set checkpoint_uri=..."
         log.warning(text, printable(found.lost_uri))
     config = _config_in(directory, found, words, None if run else alone)
     if args.config is not None:

@@ -95,10 +95,8 @@ def read_sidecar(bucket: Bucket, name: str) -> Sidecar:
     try:
         data = bucket.read_bytes(sidecar_object(name), 0, MAX_SIDECAR_BYTES + 1)
     except ObjectNotFoundError as exc:
-        raise CheckpointError(
-            f"{name} is ignored: {where} does not exist, so it was not uploaded to its end. "
-            "Choose another checkpoint: python scripts/upload_manager.py status"
-        ) from exc
+        reason = f"{where} does not exist, so its upload was not finished"
+        raise _unusable(name, reason) from exc
     try:
         if len(data) > MAX_SIDECAR_BYTES:
             raise ValueError(f"it has more than {MAX_SIDECAR_BYTES} bytes")

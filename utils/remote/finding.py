@@ -114,10 +114,9 @@ def model_in_bucket(
     """
     models = RunPaths.of(config).cache / MODELS_FOLDER
     bucket = open_bucket(uri, config.gcs_user_project or None)
-    is_name = parse_checkpoint_name(which) is not None
     with contextlib.closing(bucket):
         while True:
-            name = which if is_name else str(choose_remote(bucket, which, None))
+            name = str(choose_remote(bucket, which, None))
             # An archive that another one has replaced under the same name is another directory.
             checksum = read_sidecar(bucket, name).archive.crc32c
             directory = models / _short_hash(f"{uri}\n{checksum}")

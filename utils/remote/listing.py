@@ -198,6 +198,9 @@ def choose_remote(bucket: Bucket, text: str, recorded: RunIdentity | None) -> Ch
     """
     listing = list_remote(bucket)
     names = listing.complete
+    named = parse_checkpoint_name(text)
+    if named in listing.archives or named in listing.sidecars:
+        return named  # the reader says what it lacks
     if text in ("latest", "best"):
         read = names[-NEWEST_SIDECARS:] if text == "latest" else names
         views = [view for view in read_sidecars(bucket, listing, read) if view.problem is None]

@@ -33,7 +33,7 @@ from utils.base.errors import (
 )
 from utils.base.files import near_directory
 from utils.base.text import count_of, format_bytes, printable, to_json_text
-from utils.base.uri import local_path
+from utils.base.uri import local_path, scheme_of
 from utils.checkpoints.layout import REMOTE_FOLDER, RunIdentity, RunPaths, new_run_id
 from utils.data.shard_index import (
     TOKENIZER_FILE,
@@ -62,7 +62,7 @@ from utils.start.step_probe import StepProbe, measure_step
 from utils.storage.open import open_bucket
 from utils.training.sharding import resolve_sharding
 from utils.training_utils import device_name
-from utils.uploads.transports import TransportOptions, probe_transport
+from utils.uploads.transports import TransportOptions, probe_transport, tool_words
 
 PROBE_RETRY_SECONDS = 4.0
 USUAL_TOKENS_PER_PARAMETER = 20
@@ -253,7 +253,7 @@ def check_upload(
     except StorageError as exc:
         return None, [_refusal("upload", exc, "write", wanted.uri)]
     return found, [
-        Check("upload", "ok", f"{wanted.uri} can be written by {found.name}"),
+        Check("upload", "ok", f"{wanted.uri} can be written to{tool_words(found.name)}"),
         *([Check("upload", "warn", warning)] if warning else []),
     ]
 
@@ -264,7 +264,7 @@ def _refusal(name: str, exc: StorageError, action: str, uri: str) -> Check:
     if isinstance(exc, AccessDeniedError):
         advice = f"Ask for the right to {action} {uri}, or run: gcloud auth login."
     elif isinstance(exc, ObjectNotFoundError):
-        advice = "Check the name of the bucket."
+        advice = f"Check the name of the {'bucket' if scheme_of(uri) else 'directory'}."
     else:
         advice, is_foreign = "Check the network and the name of the bucket.", False
     return Check(name, "fail", f"{exc} {advice}", OWN_BUCKETS if is_foreign else "")

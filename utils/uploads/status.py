@@ -169,7 +169,7 @@ def _describe_next_try(entry: JournalEntry | None) -> str:
     if entry.state is not UploadState.FAILED:
         return "now"
     if entry.details.get("permanent") is True:
-        return "at the next run, or: upload_manager.py retry"
+        return "at the next run, or with the command retry"
     next_try = entry.details.get("next_try")
     return printable(next_try, 40) if next_try else "at the next run"
 

@@ -452,6 +452,11 @@ def _settle(uri: str, name: str) -> str:
     return names[0] if name == "auto" and len(names) == 1 else name
 
 
+def tool_words(name: str) -> str:
+    """Return ` with gsutil`, to put after a place; nothing of a directory, which needs no tool."""
+    return "" if name == DirectoryTransport.name else f" with {name}"
+
+
 def open_transport(options: TransportOptions, meter: Meter | None = None) -> Transport:
     """Return a transport; `options.name` must not be auto where there are several.
 

@@ -49,7 +49,7 @@ from utils.checkpoints.views import (
 from utils.storage.bucket import crc32c_of_file
 from utils.uploads.job import ProgressReport, UploadJob, UploadResult
 from utils.uploads.process import InterruptedUploadError, run_in_process
-from utils.uploads.transports import TransportOptions
+from utils.uploads.transports import TransportOptions, tool_words
 
 UPLOAD_ATTEMPTS = 5
 JITTER = 0.5
@@ -301,7 +301,7 @@ class Uploader:
         )
         self._record(name, manifest.run_id, UploadState.ARCHIVING, attempt=item.attempts)
         size = format_bytes(manifest.total_bytes)
-        log.info("Uploading %s (%s) to %s by %s.", name, size, uri, self._transport.name)
+        log.info("Uploading %s (%s) to %s%s.", name, size, uri, tool_words(self._transport.name))
         self._progress = _Progress(name)
         result = self._perform(
             job, lambda report: self._follow(item, manifest.run_id, report), self._closing.is_set

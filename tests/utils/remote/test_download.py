@@ -274,7 +274,7 @@ def test_an_upload_that_lacks_a_half_is_refused(here: Here) -> None:
     here.bucket.delete(archive_object(NAME))
     here.refuse("its archive is not in")
     here.bucket.delete(sidecar_object(NAME))
-    here.refuse(f"{NAME} is ignored: .*not uploaded to its end")
+    here.refuse(f"{NAME} cannot be used: .*upload was not finished")
 
 
 def test_a_sidecar_without_end_is_not_read_to_its_end(

@@ -63,7 +63,7 @@ def test_the_queue_begins_with_what_is_under_way() -> None:
     assert [one["next try"] for one in queue] == [
         "now",
         "in its turn",
-        "at the next run, or: upload_manager.py retry",
+        "at the next run, or with the command retry",
         "at the next run",
     ]
     assert queue[2]["error"] == "403 ?[2J"

@@ -8,6 +8,7 @@ A download shows its progress on standard error. No torch here before a model is
 from __future__ import annotations
 
 import argparse
+import os
 import re
 
 from configs.training_config import ATTENTION_IMPLEMENTATIONS, TrainingConfig
@@ -20,7 +21,7 @@ from utils.tools.generation.finding import AverageSpan, find_average, find_model
 MODEL_HELP = (
     "a checkpoint's name, step, latest or best; a directory of a checkpoint or of an exported "
     "model; gs://BUCKET/... of an archive or of an exported model; or a name on the Hugging Face "
-    "Hub"
+    "Hub (default: latest)"
 )
 
 _SPAN = re.compile(r"(\d{1,12})(-(\d{1,12}))?")
@@ -41,9 +42,9 @@ def add_model_arguments(
     add = parser.add_argument
     if several:
         text = f"{MODEL_HELP}; all: every checkpoint; A-B: those of these steps"
-        add("models", metavar="MODEL", nargs="+", help=text)
+        add("models", metavar="MODEL", nargs="*", default=["latest"], help=text)
     else:
-        add("model", metavar="MODEL", help=MODEL_HELP)
+        add("model", metavar="MODEL", nargs="?", default="latest", help=MODEL_HELP)
     if averages:
         add(
             "--average",
@@ -91,6 +92,13 @@ def parse_span(text: str) -> AverageSpan:
     return AverageSpan(None, int(match[1]), int(match[3]))
 
 
+def read_model_config(args: argparse.Namespace) -> TrainingConfig:
+    """Return the configuration of the run; where no model is of it, there may be none."""
+    texts = args.models if "models" in args else [args.model]
+    is_run_needed = not all("/" in text or os.path.isdir(text) for text in texts)  # noqa: PTH112 - Path.is_dir raises for too long a name
+    return read_run_config(args, is_run_needed=is_run_needed)
+
+
 def find_from(
     args: argparse.Namespace, text: str | None = None, config: TrainingConfig | None = None
 ) -> ModelSource:
@@ -104,8 +112,9 @@ def find_from(
         StorageError: The bucket cannot be read.
     """
     with ProgressDisplay(enabled=not args.json) as display:
-        name, config = args.model if text is None else text, config or read_run_config(args)
-        source = find_model(name, config, display.update)
+        name, config = args.model if text is None else text, config or read_model_config(args)
+        names = (args.config, args.output_dir, args.run_name, args.run)
+        source = find_model(name, config, display.update, is_run_named=any(names))
         span = getattr(args, "average", None)
         return find_average(source, span, config, display.update) if span else source
 

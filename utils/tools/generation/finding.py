@@ -48,6 +48,8 @@ def find_model(
     text: str,
     config: TrainingConfig,
     on_progress: OnProgress = lambda stage, done, total: None,
+    *,
+    is_run_named: bool = False,
 ) -> ModelSource:
     """Return where the model is that a user means; what is in a bucket is downloaded.
 
@@ -57,6 +59,7 @@ def find_model(
             name on the Hub.
         config: Says where the run's checkpoints are, and its bucket.
         on_progress: Told of a download: stage, bytes done, bytes in all.
+        is_run_named: The command line names the run, so a name on the Hub needs its owner.
 
     Raises:
         UsageError: There is no such model, or it is not clear which one is meant.
@@ -74,6 +77,8 @@ def find_model(
             problem = str(exc)
         if near_checkpoint(text, shelf.names) and not is_checkpoint_word(text):
             raise no_such_checkpoint(text, shelf.names)
+        if is_run_named and "/" not in text and not is_checkpoint_word(text):
+            raise UsageError(f"{problem} A model on the Hugging Face Hub is given as OWNER/NAME.")
     if is_checkpoint_word(text):
         if not config.bucket_uri:
             raise UsageError(problem)

@@ -268,6 +268,7 @@ class RunWatcher:
             {name: failures[name] for name in names if name in failures},
             {name: waiting[name] for name in names if name in waiting},
             save_interval_seconds,
+            self._paths.checkpoints,
         )
 
     def _find_checkpoints(self, problems: list[str]) -> list[str]:

@@ -170,7 +170,7 @@ def _run_rows(status: RunStatus, encoding: str | None, width: int | None) -> lis
         ViewRow(_describe_attempt(status), importance=4),
         ViewRow(f"{steps}{bar}{eta}", importance=0),
         ViewRow(
-            f"Loss: {show_loss(metrics.loss)}  "
+            f"Training Loss: {show_loss(metrics.loss)}  "
             f"Perplexity: {format_figure(metrics.perplexity, ',.2f')}  "
             f"Gradient Norm: {format_figure(metrics.grad_norm, '.3f')}",
             importance=0,
@@ -183,6 +183,7 @@ def _run_rows(status: RunStatus, encoding: str | None, width: int | None) -> lis
     rows += [
         ViewRow(
             f"Validation Loss: {show_loss(metrics.validation_loss)}  "
+            f"Perplexity: {format_figure(metrics.validation_perplexity, ',.2f')}  "
             f"Best: {show_loss(metrics.best_validation_loss)}",
             importance=1,
         ),

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from configs.training_config import BAD_STEP_SPAN
@@ -201,6 +203,7 @@ def judge_uploads(
     failures: Mapping[str, JournalEntry],
     waiting_seconds: Mapping[str, float],
     save_interval_seconds: float | None,
+    directory: Path,
 ) -> list[RunWarning]:
     """Warn of uploads that failed, and of those that are slower than saves.
 
@@ -208,8 +211,10 @@ def judge_uploads(
         failures: The last failure of each checkpoint that has not been verified since.
         waiting_seconds: How long each checkpoint that is not verified has waited.
         save_interval_seconds: Time between two checkpoints.
+        directory: Where the run's checkpoints are.
     """
     found = []
+    command, run = "python scripts/upload_manager.py", f"--run {shlex.quote(str(directory))}"
     for name, entry in failures.items():
         is_permanent = entry.details.get("permanent") is True
         error = printable(entry.details.get("error", "no reason given"), 200)
@@ -218,7 +223,7 @@ def judge_uploads(
             RunWarning(
                 "upload_failed",
                 f"{printable(name, 80)} is not in the bucket ({again}): {error}",
-                "python scripts/upload_manager.py status, then retry",
+                f"{command} {'retry' if is_permanent else 'status'} {run}",
                 subject=name,
             )
         )
@@ -236,8 +241,7 @@ def judge_uploads(
                 "upload_lagging",
                 f"uploads lag: {len(late)} older than the time between saves, "
                 f"{printable(name, 80)} for {format_duration(seconds)}",
-                "python scripts/upload_manager.py status; a faster connection or a larger "
-                "save_steps",
+                f"{command} status {run}; a faster connection or a larger save_steps",
             )
         )
     return found

@@ -35,7 +35,7 @@ def test_several_models_are_found_one_by_one(trained_run: Path) -> None:
     assert not hasattr(args, "device")
 
 
-@pytest.mark.parametrize("words", [(), ("latest", "--dtype", "float8"), ("latest", "--attention")])
+@pytest.mark.parametrize("words", [("latest", "--dtype", "float8"), ("latest", "--attention")])
 def test_words_that_mean_nothing_are_refused(words: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse(*words)

@@ -122,7 +122,7 @@ def test_what_matters_least_is_left_out_where_there_is_no_room() -> None:
     for part in ("State:", "ETA:", "Loss:", "step5000", "8 GPUs:", "the loss rises", "CPU:"):
         assert any(part in line for line in lines), part
     assert not any("GPU 7:" in line for line in lines)
-    assert [line.split(":")[0] for line in text_of(FULL, 3)] == ["State", "Step", "Loss"]
+    assert [line.split(":")[0] for line in text_of(FULL, 3)] == ["State", "Step", "Training Loss"]
 
 
 def test_many_gpus_are_summed_up() -> None:
@@ -161,7 +161,7 @@ def test_what_is_not_known_is_a_dash() -> None:
         machine=replace(MACHINE, disk_free_bytes=None, disk_total_bytes=None, gpu_note="none"),
     )
     lines = text_of(look)
-    assert "Loss: -  Perplexity: -  Gradient Norm: -" in lines
+    assert "Training Loss: -  Perplexity: -  Gradient Norm: -" in lines
     assert "Disk Free: -" in lines
     assert "GPU: none" in lines
     assert not any("MFU" in line for line in [*lines, one_line(look)])

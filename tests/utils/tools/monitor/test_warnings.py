@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from utils.tools.monitor.warnings import (
 )
 
 GIB = 2**30
+RUN = Path("checkpoints/a b")
 
 
 def noisy(means: list[float], noise: float = 0.05) -> list[float]:
@@ -168,16 +170,17 @@ def test_an_upload_that_is_tried_again_soon_has_not_failed(
 
 def test_failed_and_lagging_uploads_are_told() -> None:
     failure = entry(permanent=True, error="403\x1b[31m")
-    found = judge_uploads({"a": failure}, {"a": 9000.0, "b": 700.0, "c": 10.0}, 600.0)
+    found = judge_uploads({"a": failure}, {"a": 9000.0, "b": 700.0, "c": 10.0}, 600.0, RUN)
     assert [(warning.kind, warning.subject) for warning in found] == [
         ("upload_failed", "a"),
         ("upload_lagging", ""),
     ]
     assert "403?[31m" in found[0].message
+    assert found[0].advice == "python scripts/upload_manager.py retry --run 'checkpoints/a b'"
     assert "1 older than the time between saves, b for 11m40s" in found[1].message
-    assert judge_uploads({}, {"b": 500.0}, 600.0) == []
-    assert judge_uploads({}, {"b": 500.0}, None) == []
-    assert judge_uploads({}, {"b": 50.0}, 5.0) == []  # a run that saves every few seconds
+    assert judge_uploads({}, {"b": 500.0}, 600.0, RUN) == []
+    assert judge_uploads({}, {"b": 500.0}, None, RUN) == []
+    assert judge_uploads({}, {"b": 50.0}, 5.0, RUN) == []  # a run that saves every few seconds
 
 
 @pytest.mark.parametrize(
