@@ -557,7 +557,7 @@ def test_what_a_predecessor_uploads_during_the_checks_is_resumed_and_not_refused
     assert run_train(*words, settings=("save_steps=2", "report_to=[]")) == 0
     output = capsys.readouterr().out
     assert "Resumed from checkpoints/checkpoint-epoch0-step4-files0 (step 4)." in output
-    assert "run        steps 4 to 4, " in output
+    assert "run        done already: step 4 of 4, " in output
 
 
 def test_every_checkpoint_is_in_the_bucket_and_old_ones_leave_this_machine(
