@@ -177,9 +177,9 @@ def draw(curves: Mapping[str, Curve], step_tokens: int, path: Path) -> None:
         losses = [curve.losses[step] for step in steps]
         seconds = curve.step_seconds(len(curve.seconds))
         style = {"marker": "o", "markersize": 3, "linewidth": 1.2, "label": name}
-        by_tokens.plot([step * step_tokens for step in steps], losses, **style)
+        by_tokens.plot([step * step_tokens / 1000 for step in steps], losses, **style)
         by_seconds.plot([step * seconds for step in steps], losses, **style)
-    for axes, label in ((by_tokens, "tokens"), (by_seconds, "seconds of training")):
+    for axes, label in ((by_tokens, "thousand tokens"), (by_seconds, "seconds of training")):
         axes.axhline(next(iter(curves.values())).last_loss, color="gray", linewidth=0.8)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
