@@ -309,7 +309,7 @@ def test_the_token_cache_lies_below_the_current_directory_and_can_be_off(
 
     assert prepare_data.main([*base, "a", "--token-cache", "off"]) == ExitCode.DONE
     sample = prepare_data.build_parser().parse_args(["--sample", "--output", "s"])
-    assert prepare_data._open_cache(sample) is None
+    assert prepare_data.open_token_cache(sample) is None
     assert not (tmp_path / "cache").exists()
     assert prepare_data.main([*base, "b"]) == ExitCode.DONE
     assert len([path for path in (tmp_path / "cache" / "tokens").rglob("*") if path.is_file()]) == 2
