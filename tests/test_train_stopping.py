@@ -85,6 +85,10 @@ class Gate:
         self._open = Path.cwd() / f"go-{name}"
 
     @property
+    def is_reached(self) -> bool:
+        return self._reached.exists()
+
+    @property
     def is_open(self) -> bool:
         return self._open.exists()
 
@@ -134,11 +138,13 @@ def hang_in_step(number: int) -> None:
     before_step(number, hang)
 
 
-def limit_memory(number: int, spare_bytes: int) -> None:
-    """Let the process have only so much more memory from a step on."""
+def limit_memory(number: int, spare_bytes: int, gate: str) -> None:
+    """Let the process have only so much more memory from a step on, once a gate is reached."""
     taken: list[bytearray] = []
 
     def limit() -> None:
+        while not Gate(gate).is_reached:
+            time.sleep(0.005)
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
         most = pages * resource.getpagesize() + spare_bytes
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
@@ -938,7 +944,11 @@ def test_out_of_gpu_memory_is_one_message_after_the_save_and_its_upload(start: S
 
 def test_out_of_host_memory_is_one_message_after_the_save_and_its_upload(start: Start) -> None:
     settings = ("per_device_train_batch_size=1024", "global_batch_size=1024", "save_steps=2")
-    trainer = start(hooks=[("limit_memory", 3, 48 * 2**20)], settings=settings)
+    hooks: list[Hook] = [("hold_save",), ("limit_memory", 3, 48 * 2**20, "save")]
+    trainer = start(hooks=hooks, settings=settings)
+    trainer.wait_for("Out of memory: finishing the save and the uploads in progress.")
+    assert trainer.steps == []
+    trainer.let_go("save")
     assert trainer.end() == ExitCode.UNEXPECTED, str(trainer)
     assert trainer.errors.startswith("Error: Out of host memory. Lower per_device_train_batch_size")
     assert len(trainer.errors.strip().splitlines()) == 2
