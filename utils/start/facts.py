@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from configs.config_changes import list_changes
 from configs.model_config import (
     build_model_config,
-    describe_model_changes,
+    find_model_changes,
     is_model_file,
     known_vocab_size,
 )
@@ -173,12 +174,13 @@ def _build_model_config(config: TrainingConfig, base: Base | None) -> Any:
     model_config = build_model_config(name, *values, found=found)
     if config.model:
         named = build_model_config(config.model, *values)
-        changes = describe_model_changes(json.loads(named.to_json_string()), model_config)
-        if changes != []:
+        changes = find_model_changes(json.loads(named.to_json_string()), model_config)
+        if changes != {}:
+            told = "; ".join(list_changes(changes or {})[:3]) or "its values"
             raise ConfigError(
-                f"model {config.model} is another one than that of init_from {name}: "
-                f"{'; '.join((changes or ['its values'])[:3])}. init_from says what the model is: "
-                "leave model out, or --set model= where a file has one."
+                f"model {config.model} is another one than that of init_from {name}: {told}. "
+                "init_from says what the model is: leave model out, or --set model= where a file "
+                "has one."
             )
     there, here = find_shapes(build_model_config(name, found=found)), find_shapes(model_config)
     for key in sorted(there.keys() | here.keys()):
