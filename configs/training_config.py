@@ -355,11 +355,6 @@ class TrainingConfig:
         """How activations are recomputed: full, selective, or empty for not at all."""
         return self.gradient_checkpointing_policy if self.gradient_checkpointing else ""
 
-    @property
-    def eval_batch_size(self) -> int:
-        """Samples in one forward of an evaluation on one rank."""
-        return self.per_device_eval_batch_size or self.per_device_train_batch_size
-
     def resolve_batch(self, world_size: int) -> tuple[int, int]:
         """Return (samples in a step, micro-steps in a step) for a number of ranks.
 

@@ -113,11 +113,10 @@ def begin(
             if isinstance(saved, UnreadableCheckpointError):
                 _pass_over(plan, replace(candidate, path=checkpoint), paths, saved)
                 continue
-            progress, size = saved.metrics["progress"], state.accelerator.num_processes
-            model_config, batch = state.core_model.config, progress["global_batch_size"]
-            changes = _find_changes(here, manifest, batch, config, model_config, size)
+            model_config, size = state.core_model.config, state.accelerator.num_processes
+            changes = _find_changes(here, config, model_config, size)
             _accept(here, changes, is_accepted=args.accept_config_change)
-            _tell_learning_rate(changes.before, config, progress["step"])
+            _tell_learning_rate(changes.before, config, manifest.step)
         restore_state(state, saved, config)
         start = ranks.compute_on_main(
             functools.partial(resolve_start, plan, paths, checkpoint, manifest)
@@ -287,29 +286,24 @@ def require_same_training(plan: Plan, facts: RunFacts, *, is_accepted: bool) -> 
     """
     for candidate in plan.candidates[:1]:
         _require_same_keys(candidate, facts.config, is_accepted=is_accepted)
-        path, model_config, size = candidate.path, facts.model_config, facts.world_size
+        path = candidate.path
         if path is None:
             continue
         with contextlib.suppress(CheckpointError, OSError, *FOREIGN_ERRORS):  # `begin` says it
-            batch = read_json(path / METADATA_FILE)["training_progress"]["global_batch_size"]
-            manifest = read_manifest(path)
-            changes = _find_changes(path, manifest, batch, facts.config, model_config, size)
+            changes = _find_changes(path, facts.config, facts.model_config, facts.world_size)
             _require_accepted(path.name, changes, is_accepted=is_accepted)
 
 
 def _find_changes(
-    checkpoint: Path,
-    manifest: Manifest,
-    batch: int,
-    config: TrainingConfig,
-    model_config: Any,
-    world_size: int,
+    checkpoint: Path, config: TrainingConfig, model_config: Any, world_size: int
 ) -> ConfigChanges:
-    """Return how a configuration differs from the one of a checkpoint; `batch`: its samples a step.
+    """Return how a configuration differs from the one of a checkpoint.
 
     What leaves all steps up to the checkpoint as they were is free.
     """
-    trained_with = read_json(checkpoint / TRAINING_CONFIG_FILE)
+    trained_with, metadata = (
+        read_json(checkpoint / file) for file in (TRAINING_CONFIG_FILE, METADATA_FILE)
+    )
     before: Any = None
     with contextlib.suppress(OSError, ValueError):
         before = read_json(checkpoint / CONFIG_FILE)
@@ -320,8 +314,9 @@ def _find_changes(
         is_compiled=config.torch_compile,
     )
     later = [key for key in _LATER_KEYS if key in changes.guarded]
-    if later and _has_same_past(trained_with, config, manifest.step):
+    if later and _has_same_past(trained_with, config, metadata["step"]):
         changes.free.update({key: changes.guarded.pop(key) for key in later})
+    batch = metadata["training_progress"]["global_batch_size"]
     global_batch, _ = config.resolve_batch(world_size)
     if batch not in (0, global_batch):
         text = f"{batch} -> {global_batch} (global_batch_size={batch} keeps it)"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,9 @@ from utils.checkpoints.views import (
 from utils.command_line.run_config import LOOK_RETRY_SECONDS
 from utils.remote.listing import NEWEST_SIDECARS, parse_remote_name, read_remote_checkpoints
 from utils.start.checks import Check, require_all
-from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
 
 log = logging.getLogger(__name__)
-
-OpenBucket = Callable[[str], Bucket]
 
 
 @dataclass(frozen=True)
@@ -95,14 +92,12 @@ class Plan:
 class Start:
     """Where an attempt begins.
 
-    `checkpoint`, with its manifest, is what it resumes from, None at step 0. `obsolete` says by
-    name why a local checkpoint does not belong to the branch. `bad_shards` are those known already,
-    by number.
+    `checkpoint` is what it resumes from, None at step 0. `obsolete` says by name why a local
+    checkpoint does not belong to the branch. `bad_shards` are those known already, by number.
     """
 
     identity: RunIdentity
     checkpoint: Path | None = None
-    manifest: Manifest | None = None
     obsolete: Mapping[str, str] = field(default_factory=dict)
     bad_shards: tuple[int, ...] = ()
 
@@ -157,11 +152,8 @@ def look_for_start(
         StorageError: The bucket is needed and cannot be read.
     """
     paths, uri = RunPaths.of(config), config.bucket_uri
-
-    def open_with_patience(uri: str) -> Bucket:
-        return open_bucket(uri, config.gcs_user_project or None, LOOK_RETRY_SECONDS)
-
-    plan = plan_start(paths, resume=resume, bucket_uri=uri, open_bucket=open_with_patience)
+    project = config.gcs_user_project or None
+    plan = plan_start(paths, resume=resume, bucket_uri=uri, user_project=project)
     own = {plan.identity.run_id} if plan.candidates else set()
     if resume is None and not fresh:
         own = {one.identity.run_id for one in _local_candidates(paths.checkpoints)}
@@ -219,7 +211,7 @@ def plan_start(
     *,
     resume: str | None,
     bucket_uri: str = "",
-    open_bucket: OpenBucket = open_bucket,
+    user_project: str | None = None,
 ) -> Plan:
     """Return where an attempt may begin, reading only.
 
@@ -238,7 +230,7 @@ def plan_start(
     in_bucket: tuple[RunIdentity, ...] = ()
     if bucket_uri:
         try:
-            remote, in_bucket = _read_bucket(open_bucket, bucket_uri)
+            remote, in_bucket = _read_bucket(bucket_uri, user_project)
         except StorageError as exc:
             # Where nothing is here, a bucket that cannot be read must not look like an empty one.
             if resume is not None and not is_path and not local:
@@ -248,7 +240,7 @@ def plan_start(
         plan = Plan(RunIdentity(new_run_id()))
     elif named is not None:
         uri, which = named
-        there = remote if remote and uri == bucket_uri else _read_bucket(open_bucket, uri)[0]
+        there = remote if remote and uri == bucket_uri else _read_bucket(uri, user_project)[0]
         plan = _plan_named(which, there, f"{uri}/{REMOTE_FOLDER}")
     elif is_path:
         plan = _plan_path(Path(resume), remote)
@@ -261,10 +253,10 @@ def plan_start(
 
 
 def _read_bucket(
-    open_bucket: OpenBucket, uri: str
+    uri: str, user_project: str | None
 ) -> tuple[list[Candidate], tuple[RunIdentity, ...]]:
     """Return what a bucket has that can be used, by step, and all that says whose it is."""
-    with contextlib.closing(open_bucket(uri)) as bucket:
+    with contextlib.closing(open_bucket(uri, user_project, LOOK_RETRY_SECONDS)) as bucket:
         views = read_remote_checkpoints(bucket, newest=NEWEST_SIDECARS)
     found = []
     for view in views:
@@ -426,7 +418,7 @@ def resolve_start(plan: Plan, paths: RunPaths, checkpoint: Path, manifest: Manif
             obsolete[str(one.name)] = f"it is of another run, {one.identity.run_id}"
         elif one.name.step > manifest.step or not identity.includes(one.identity, one.name.step):
             obsolete[str(one.name)] = "it is not part of this branch"
-    return Start(identity, checkpoint, manifest, obsolete)
+    return Start(identity, checkpoint, obsolete)
 
 
 def _branches_taken(plan: Plan, paths: RunPaths, run_id: str) -> set[int]:
