@@ -211,7 +211,7 @@ def test_modal_retries_what_a_restart_can_mend(
 ) -> None:
     ran: list[list[str]] = []
     monkeypatch.setattr(modal_app, "run_until", lambda *words: code)
-    monkeypatch.setattr(modal_app, "run_script", lambda words, *_: ran.append(words) or owed)
+    monkeypatch.setattr(subprocess, "call", lambda words, **_: ran.append(words) or owed)
     if over is None:
         with pytest.raises(RuntimeError, match=f"code {code}"):
             modal_app.train_on_gpu.function([], 0, "a", 4000.0)
@@ -302,12 +302,7 @@ def test_scripts_get_the_archive_in_the_bucket(
     modal_app: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[list[str]] = []
-
-    def run(command: list[str], folder: Path, environment: Any) -> int:
-        ran.append(list(command))
-        return 0
-
-    monkeypatch.setattr(modal_app, "run_script", run)
+    monkeypatch.setattr(subprocess, "call", lambda command, **_: ran.append(command) or 0)
     modal_app.use_checkpoint.answer[0] = 0
     modal_app.generate("first", "Once", max_tokens=5)
     modal_app.evaluate("first", options="--json")

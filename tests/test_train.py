@@ -9,10 +9,9 @@ import runpy
 import shlex
 import shutil
 import socket
-import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +34,7 @@ from utils.start import preflight
 from utils.tracking.metrics_log import read_metrics
 
 Train = Callable[..., int]
+TRAIN = PROJECT_DIRECTORY / "train.py"
 LAST = "checkpoint-epoch0-step10-files0"
 
 
@@ -227,20 +227,14 @@ def test_a_micro_batch_that_is_found_trains_as_the_same_one_given_by_hand(
     assert not state_differences(found, given)
 
 
-def launch(directory: Path, *words: str, program: tuple[str, ...] = (sys.executable,)) -> list[str]:
-    """Return the command line of a train.py in a process of its own, with the tiny model."""
-    directory.mkdir(exist_ok=True)
-    command = [*program, str(PROJECT_DIRECTORY / "train.py"), *words]
-    for setting in TINY:
-        command += ["--set", setting]
-    return command
-
-
-def train_on_ranks(folder: Path, count: int, *words: str) -> str:
-    """Call train.py under torchrun; return what it wrote."""
+def train_on_ranks(
+    folder: Path, count: int, *words: str, settings: Sequence[str] = (), program: Path = TRAIN
+) -> str:
+    """Call train.py, or a file in its place, under torchrun; return what it wrote."""
+    folder.mkdir(exist_ok=True)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
-    _, *command = launch(folder, program=(sys.executable, *torchrun))
-    result = run_python(*command, *words, cwd=folder)
+    options = [f"--set={setting}" for setting in (*TINY, *settings)]
+    result = run_python(*torchrun, program, *words, *options, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -250,8 +244,8 @@ def test_two_ranks_follow_the_curve_of_one(
 ) -> None:
     settings = ("logging_steps=1", "save_steps=4", "record_batches=true", "sample_tokens=4")
     assert run_train("--max-steps", "8", folder="one", settings=settings) == 0
-    words = [f"--set={s}" for s in (f"data_uri={sample_data}", *settings)]
-    train_on_ranks(tmp_path / "two", 2, "--max-steps", "8", *words)
+    given = (f"data_uri={sample_data}", *settings)
+    train_on_ranks(tmp_path / "two", 2, "--max-steps", "8", settings=given)
     logs = [tmp_path / folder / "logs" for folder in ("one", "two")]
     one, two = (
         [json.loads(line)["crc32c"] for line in (log / "batches.jsonl").read_text().splitlines()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from scripts import checkpoint_viewer, evaluate, export_model
 from tests.conftest import call_train
-from tests.test_train import launch, state_differences
-from tests.test_train_sharded import TORCHRUN
+from tests.test_train import state_differences, train_on_ranks
 from tests.utils.models.test_tokenizer import write_tokenizer
 from utils.base.errors import ExitCode
 from utils.checkpoints.layout import read_json
@@ -83,17 +81,8 @@ def test_every_rank_begins_with_its_rows_of_the_model(
 ) -> None:
     assert evaluate.main([str(base), "--like-training", "--json", "--device", "cpu"]) == 0
     expected = json.loads(capsys.readouterr().out)["evaluations"][0]["values"]["loss"]
-    words = launch(tmp_path / "run", "--max-steps", "1", program=(*TORCHRUN, "2"))
     settings = (f"data_uri={sample_data}", *ALONE, "sharding=fsdp2", "checkpoint_uri=")
-    done = subprocess.run(
-        [*words, *(f"--set={setting}" for setting in settings)],
-        cwd=tmp_path / "run",
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    train_on_ranks(tmp_path / "run", 2, "--max-steps", "1", settings=settings)
     _, losses = read_metrics(tmp_path / "run/logs/metrics.jsonl").series("validation_loss")
     assert losses[0] == pytest.approx(expected, rel=1e-6)
 

@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import termios
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,13 +33,14 @@ from configs.config_files import PROJECT_DIRECTORY
 from tests.conftest import TINY
 from tests.processes import load_train, run_train_file
 from tests.sample_shards import save_shard
-from tests.utils.training.test_preemption import MetadataServer, say
+from tests.utils.training.test_preemption import Serve, say, serve
 from utils.base.errors import ExitCode
 from utils.checkpoints.layout import ARCHIVE_SUFFIX, RunPaths, find_checkpoints, read_json
 from utils.checkpoints.store import verify_checkpoint
 from utils.data.mixture import build_order
 from utils.tracking.metrics_log import read_metrics
 
+__all__ = ["serve"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks train.py")
 
 SEQUENCE, SAMPLES_PER_STEP = 32, 4
@@ -304,7 +304,7 @@ def leave_quickly() -> None:
     replace("utils.base.console", "run_command", wrap)
 
 
-def serve() -> None:
+def serve_forks() -> None:
     """Fork a train.py for each request on standard input; tell exit codes when asked."""
     load_train()
     print("ready", flush=True)
@@ -356,7 +356,11 @@ class Forks:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from tests.test_train_stopping import serve; serve()"],
+            [
+                sys.executable,
+                "-c",
+                "from tests.test_train_stopping import serve_forks; serve_forks()",
+            ],
             cwd=PROJECT_DIRECTORY,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -802,17 +806,6 @@ def test_a_second_signal_leaves_at_once_and_the_next_attempt_recovers(
     assert "from a trainer of this machine that is gone" in again.output
 
 
-@pytest.fixture
-def metadata_server() -> Iterator[MetadataServer]:
-    server = MetadataServer([say("FALSE")])
-    thread = threading.Thread(target=server.serve_forever, args=[0.01])
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 @pytest.mark.parametrize("words", [(), ("--quiet",)])
 def test_a_terminal_that_goes_away_stops_the_run_saved(start: Start, words: tuple[str]) -> None:
     trainer = start(*words, hooks=[("use_terminal",), ("hold_step", 6)])
@@ -829,9 +822,10 @@ def test_a_terminal_that_goes_away_stops_the_run_saved(start: Start, words: tupl
 
 
 def test_a_preemption_notice_saves_and_a_signal_after_it_is_no_second_one(
-    start: Start, metadata_server: MetadataServer
+    start: Start, serve: Serve
 ) -> None:
-    environment = {"GCE_METADATA_HOST": f"127.0.0.1:{metadata_server.server_port}"}
+    metadata_server = serve(say("FALSE"))
+    environment = {"GCE_METADATA_HOST": metadata_server.address}
     trainer = start(hooks=[("hold_step", 3)], environment=environment)
     trainer.wait_at("step")
     assert metadata_server.asked.wait(PATIENCE_SECONDS)

@@ -40,12 +40,6 @@ def is_long_run(facts: RunFacts) -> bool:
     return flops / rate / STEP_EFFICIENCY > LONG_RUN_SECONDS
 
 
-def estimate_run_seconds(facts: RunFacts, step_seconds: float) -> float:
-    """Return the time of the rest of a run with steps of that time."""
-    remaining = RemainingTime(facts.config, facts.samples_per_step, facts.evaluation_samples)
-    return remaining.seconds(facts.step, step_seconds)
-
-
 def check_times(
     facts: RunFacts, probe: StepProbe | None, transport: TransportOptions | None
 ) -> list[Check]:
@@ -65,7 +59,8 @@ def check_times(
         f"{probe.tokens} tokens through one layer and through two)"
     )
     evaluations = count_pauses(facts.step, config.max_steps, config.save_steps, config.eval_steps)
-    run_seconds = estimate_run_seconds(facts, seconds)
+    remaining = RemainingTime(config, facts.samples_per_step, facts.evaluation_samples)
+    run_seconds = remaining.seconds(facts.step, seconds)
     ending = f"about {format_duration(run_seconds)} for steps {facts.step} to {config.max_steps}"
     return [
         Check("step", "ok", text),
