@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -18,6 +19,7 @@ from tests.test_train import state_differences, train_on_ranks
 from tests.utils.models.test_tokenizer import write_tokenizer
 from utils.base.errors import ExitCode
 from utils.checkpoints.layout import read_json
+from utils.start import resume
 from utils.tracking.metrics_log import read_metrics
 
 Train = Callable[..., int]
@@ -88,14 +90,21 @@ def test_every_rank_begins_with_its_rows_of_the_model(
 
 
 def test_a_run_goes_on_without_the_model_it_began_with(
-    base: Path, run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path,
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ("--max-steps", "4")
     assert run_train(*words, folder="straight", settings=ALONE) == 0
     assert run_train(*words, "--stop-after", "2", settings=ALONE) == 0
     shutil.rmtree(tmp_path / "base")
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # another machine: the bucket alone has it
+    looks = Mock(wraps=resume.read_remote_checkpoints)
+    monkeypatch.setattr(resume, "read_remote_checkpoints", looks)
     assert run_train(*words, "--resume", "latest", settings=ALONE) == 0
+    assert looks.call_count == 2  # before the checks, and once directory and bucket are held
     assert not state_differences(newest(tmp_path, "straight"), newest(tmp_path))
 
     found = read_json(newest(tmp_path) / "metadata.json")["base"]

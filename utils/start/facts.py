@@ -38,7 +38,8 @@ from utils.models.building import (
 from utils.models.check import require_language_model
 from utils.models.mfu import Utilization
 from utils.remote.base import Base, find_base
-from utils.start.resume import find_recorded_base
+from utils.start.checks import Check
+from utils.start.resume import Plan, find_recorded_base, look_for_start
 from utils.tracking import tracking
 from utils.training_utils import build_accelerator, find_utilization, resolve_precision
 
@@ -49,7 +50,7 @@ class RunFacts:
 
     `precision` is no, bf16 or fp16, `device` where this rank trains, `step` the number of steps
     done. The first of `sources` has the validation data; they are empty before they have been read.
-    `base` is the model of `init_from`.
+    `base` is the model of `init_from`; `look` what `look_for_start` said, if it was asked for that.
     """
 
     config: TrainingConfig
@@ -61,6 +62,7 @@ class RunFacts:
     step: int = 0
     sources: Sequence[DataSource] = ()
     base: Base | None = None
+    look: tuple[Plan, list[Check]] | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -128,10 +130,10 @@ def build(config: TrainingConfig, resume: str | None = None) -> tuple[RunFacts, 
     precision = resolve_precision(config)
     world_size = ranks.launched_world_size()
     config.resolve_batch(world_size)
-    paths, accelerator, base = RunPaths.of(config), None, None
+    paths, accelerator, look, base = RunPaths.of(config), None, None, None
     if config.init_from:  # the main process alone looks for it: the ranks have to have met
         accelerator = _connect(config, precision, paths)
-        base = ranks.compute_on_main(lambda: _find_base(config, resume))
+        look, base = ranks.compute_on_main(lambda: _find_base(config, resume))
     model_config = _build_model_config(config, base)
     counts = count_parameters(model_config)
     if base is not None or is_model_file(config.model):
@@ -145,8 +147,8 @@ def build(config: TrainingConfig, resume: str | None = None) -> tuple[RunFacts, 
     require_kernels(config, model_config, precision, device)
     if device.type == "cpu":
         keep_freed_memory()
-    facts = RunFacts(config, model_config, counts, precision, device, world_size, base=base)
-    return facts, accelerator
+    facts = RunFacts(config, model_config, counts, precision, device, world_size)
+    return replace(facts, base=base, look=look), accelerator
 
 
 def _connect(config: TrainingConfig, precision: str, paths: RunPaths) -> Accelerator:
@@ -156,9 +158,12 @@ def _connect(config: TrainingConfig, precision: str, paths: RunPaths) -> Acceler
     return accelerator
 
 
-def _find_base(config: TrainingConfig, resume: str | None) -> Base:
-    recorded = None if resume is None else find_recorded_base(config, resume)
-    return find_base(config) if recorded is None else Base(recorded)
+def _find_base(
+    config: TrainingConfig, resume: str | None
+) -> tuple[tuple[Plan, list[Check]] | None, Base]:
+    look = None if resume is None else look_for_start(config, resume, fresh=False)
+    recorded = None if look is None else find_recorded_base(look[0])
+    return look, find_base(config) if recorded is None else Base(recorded)
 
 
 def _build_model_config(config: TrainingConfig, base: Base | None) -> Any:

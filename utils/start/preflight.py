@@ -307,7 +307,7 @@ def check_start(facts: RunFacts, args: argparse.Namespace, *, should_measure: bo
     """
     config, model_config = facts.config, facts.model_config
     paths = RunPaths.of(config)
-    plan, owning = _look_for_start(config, args.resume, fresh=args.fresh)
+    plan, owning = facts.look or _look_for_start(config, args.resume, fresh=args.fresh)
     # Data first: they are refused before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config, config.init_from)

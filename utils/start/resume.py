@@ -185,16 +185,11 @@ def finished_length(plan: Plan, max_steps: int) -> int:
     return max_steps
 
 
-def find_recorded_base(config: TrainingConfig, resume: str | None) -> Mapping[str, Any] | None:
+def find_recorded_base(plan: Plan) -> Mapping[str, Any] | None:
     """Return what the checkpoint to resume says of the model that its run began with.
 
     None: there is no such checkpoint, or its run began with random weights.
-
-    Raises:
-        UsageError: There is no such checkpoint to resume from.
-        StorageError: The bucket is needed and cannot be read.
     """
-    plan, _ = look_for_start(config, resume, fresh=False)
     for one in plan.candidates:
         if one.view is not None:
             metadata = one.view.metadata
