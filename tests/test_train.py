@@ -26,6 +26,7 @@ from configs.model_config import build_model_config
 from configs.training_config import TrainingConfig, get_training_config
 from tests.conftest import TINY, call_train
 from tests.processes import run_python
+from tests.small_models import training_state
 from utils import training_utils
 from utils.base.errors import ConfigError, ExitCode, StorageError
 from utils.base.startup import keep_compiled
@@ -134,15 +135,7 @@ def test_stock_loaders_read_a_checkpoint(
 
 
 def test_three_steps_equal_three_of_a_plain_pytorch_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
     from utils.models.building import build_model
-    from utils.training_utils import (
-        build_accelerator,
-        build_train_state,
-        set_determinism,
-        train_step,
-    )
 
     # The very same products.
     monkeypatch.setattr("utils.models.cpu_products.is_onednn_faster", lambda: False)
@@ -165,7 +158,7 @@ def test_three_steps_equal_three_of_a_plain_pytorch_loop(monkeypatch: pytest.Mon
         [torch.randint(0, 4096, (1, 64), generator=generator) for _ in range(4)] for _ in range(3)
     ]
 
-    set_determinism(config)
+    training_utils.set_determinism(config)
     plain = build_model(model_config, config)
     matrices = [p for p in plain.parameters() if p.dim() >= 2]
     others = [p for p in plain.parameters() if p.dim() < 2]
@@ -188,10 +181,7 @@ def test_three_steps_equal_three_of_a_plain_pytorch_loop(monkeypatch: pytest.Mon
         optimizer.step()
     gradients = {name: p.grad.clone() for name, p in plain.named_parameters()}
 
-    set_determinism(config)
-    try:
-        accelerator = build_accelerator(config, "no", [], Path())
-        state = build_train_state(accelerator, model_config, config)
+    with training_state(settings) as state:
         kept: dict[str, torch.Tensor] = {}
         state.optimizer.register_step_pre_hook(
             lambda *_: kept.update(
@@ -199,10 +189,7 @@ def test_three_steps_equal_three_of_a_plain_pytorch_loop(monkeypatch: pytest.Mon
             )
         )
         for batches in steps:
-            train_step(state, batches, config.max_grad_norm)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+            training_utils.train_step(state, batches, config.max_grad_norm)
     assert state.interval.tolist() == pytest.approx([sum(losses) / 4, 3.0], abs=1e-5)
     assert state.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
     for name, parameter in plain.named_parameters():
