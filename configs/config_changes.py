@@ -9,17 +9,21 @@ from typing import Any
 
 from configs.training_config import TrainingConfig
 
+# What the learning rate of a step comes from, besides `max_steps`.
+SCHEDULE_KEYS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "min_lr_rate",
+    "warmup_steps",
+)
 # A change of these is another run in the making: other tokens, other updates, other weights.
 GUARDED_KEYS = (
     "model",
     "model_overrides",
     "init_from",
     "sequence_length",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "min_lr_rate",
-    "warmup_steps",
+    *SCHEDULE_KEYS,
     "optim",
     "muon_learning_rate",
     "muon_momentum",
@@ -36,15 +40,6 @@ GUARDED_KEYS = (
     "fp16",
     "fp8",
     "pad_vocab_to_multiple_of",
-)
-# What the learning rate of a step comes from.
-SCHEDULE_KEYS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "min_lr_rate",
-    "warmup_steps",
-    "max_steps",
 )
 
 

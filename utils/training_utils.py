@@ -131,11 +131,6 @@ def set_determinism(config: TrainingConfig) -> None:
 
 
 def _import_bitsandbytes() -> Any:
-    """Return the package.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as exc:

@@ -148,11 +148,7 @@ class RunSaving:
             self.saver.prepare(self.snapshot_bytes, self._usable_memory())
 
     def _arrange_rendezvous(self) -> Rendezvous:
-        """Return where the savers of all ranks meet: a group of their own, for their threads.
-
-        Raises:
-            CheckpointError: The ranks do not see the same output directory.
-        """
+        """Return where the savers of all ranks meet: a group of their own, for their threads."""
         token = ranks.broadcast_from_main(secrets.token_hex(4))
         restore.require_shared_directory(self.paths.checkpoints, token)
         group = ranks.new_host_group()

@@ -167,11 +167,7 @@ def _find_base(
 
 
 def _build_model_config(config: TrainingConfig, base: Base | None) -> Any:
-    """Return the model config of a run.
-
-    Raises:
-        ConfigError: It cannot be one, or its weights are not those of `base`.
-    """
+    """Return the model config of a run; refuse one that has other weights than `base`."""
     values = config.model_overrides, config.sequence_length, config.pad_vocab_to_multiple_of
     if base is None:
         return build_model_config(config.model, *values)

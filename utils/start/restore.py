@@ -325,11 +325,7 @@ def _find_changes(
 
 
 def _accept(checkpoint: Path, changes: ConfigChanges, *, is_accepted: bool) -> None:
-    """List what differs from the checkpoint's configuration; refuse what trains differently.
-
-    Raises:
-        ConfigError: There is such a difference, and it was not accepted.
-    """
+    """List what differs from the checkpoint's configuration; refuse what trains differently."""
     for change in list_changes(changes.free):
         log.info("Changed since the checkpoint: %s.", change)
     _require_accepted(checkpoint.name, changes, is_accepted=is_accepted)
@@ -338,11 +334,7 @@ def _accept(checkpoint: Path, changes: ConfigChanges, *, is_accepted: bool) -> N
 
 
 def _require_same_keys(candidate: Candidate, config: TrainingConfig, *, is_accepted: bool) -> None:
-    """Refuse a checkpoint in the bucket before it is downloaded, as far as its sidecar says why.
-
-    Raises:
-        ConfigError: Another configuration trained it, and that was not accepted.
-    """
+    """Refuse a checkpoint in the bucket before it is downloaded, as far as its sidecar says why."""
     if candidate.path is None and candidate.view is not None and candidate.view.config:
         changes = compare_configs(candidate.view.config, config)
         # What the checkpoint's own files may show to be no difference is judged with them.
@@ -373,7 +365,8 @@ def _has_same_past(before: Mapping[str, Any], config: TrainingConfig, step: int)
 
 
 def _old_schedule(before: Mapping[str, Any]) -> TrainingConfig:
-    return TrainingConfig(**{key: before[key] for key in SCHEDULE_KEYS if key in before})
+    keys = ("max_steps", *SCHEDULE_KEYS)
+    return TrainingConfig(**{key: before[key] for key in keys if key in before})
 
 
 def _tell_learning_rate(before: Mapping[str, Any], config: TrainingConfig, step: int) -> None:

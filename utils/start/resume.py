@@ -294,11 +294,7 @@ def _plan_named(which: str, remote: Sequence[Candidate], where: str) -> Plan:
 
 
 def _require_one_run(candidates: Iterable[Candidate], where: str) -> str:
-    """Return the run of all candidates, at least one.
-
-    Raises:
-        UsageError: They are of several runs.
-    """
+    """Return the run of all candidates, at least one; refuse several."""
     run_ids = sorted({one.identity.run_id for one in candidates})
     if len(run_ids) > 1:
         raise UsageError(
