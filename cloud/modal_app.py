@@ -127,14 +127,14 @@ def location(text: str) -> str:
     return text if text.startswith("gs://") else f"{MOUNT}/{volume_path(text)}"
 
 
-def config_word(config: str, project: Path = PROJECT) -> str:
+def config_word(config: str) -> str:
     """Return a configuration as a container finds it: a name, or a JSON file of the project."""
     if not config.endswith(".json"):
         return config
     path = Path(config).resolve()
-    if not path.is_file() or not path.is_relative_to(project):
+    if not path.is_file() or not path.is_relative_to(PROJECT):
         refuse(f"--config {config} is no file of this project: put it into configs/.")
-    return f"{REMOTE_PROJECT}/{path.relative_to(project).as_posix()}"
+    return f"{REMOTE_PROJECT}/{path.relative_to(PROJECT).as_posix()}"
 
 
 def run_settings(
