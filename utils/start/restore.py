@@ -307,8 +307,9 @@ def _find_changes(
     before: Any = None
     with contextlib.suppress(OSError, ValueError):
         before = read_json(checkpoint / CONFIG_FILE)
-    changes = judge_changes(
-        compare_configs(trained_with, config),
+    changes = compare_configs(trained_with, config)
+    judge_changes(
+        changes,
         find_model_changes(before, model_config),
         has_dropout=bool(find_dropouts(model_config)),
         is_compiled=config.torch_compile,
@@ -395,24 +396,23 @@ def _tell_learning_rate(before: Mapping[str, Any], config: TrainingConfig, step:
 
 def judge_changes(
     changes: ConfigChanges, of_model: dict[str, str] | None, *, has_dropout: bool, is_compiled: bool
-) -> ConfigChanges:
-    """Return changes of a configuration, judged by the model that it comes to.
+) -> None:
+    """Judge changes of a configuration by the model that it comes to: free ones, guarded ones.
 
     `of_model` is what `find_model_changes` returns, None where they are not known: another name
     of the same model is a free change, the same name of another model is none. Random numbers of
     dropout depend on how the model is computed.
     """
-    free, guarded = dict(changes.free), dict(changes.guarded)
+    free, guarded = changes.free, changes.guarded
     named = [key for key in _MODEL_KEYS if key in guarded]
     if of_model == {}:
-        free |= {key: guarded.pop(key) for key in named}
+        free.update({key: guarded.pop(key) for key in named})
     elif of_model and not named:
-        guarded |= {f"the model's {key}": change for key, change in of_model.items()}
+        guarded.update({f"the model's {key}": change for key, change in of_model.items()})
     if has_dropout:
         keys = _DRAWING_KEYS if is_compiled else _DRAWING_KEYS[:2]
         for key in [key for key in free if key in keys]:
             guarded[key] = f"{free.pop(key)} (dropout draws other numbers)"
-    return ConfigChanges(changes.before, free, guarded)
 
 
 def _place_in_data(

@@ -239,9 +239,12 @@ def plan_start(
         plan = _plan_named(which, there, f"{uri}/{REMOTE_FOLDER}")
     elif is_path:
         plan = _plan_path(Path(resume), remote)
+    elif resume == "latest" and (local or remote):
+        identity = _find_identity(paths, local, remote)
+        plan = Plan(identity, _order([*local, *remote], identity), can_walk_back=True)
     elif resume == "latest":
         where = f"{paths.checkpoints} or {bucket_uri}" if bucket_uri else str(paths.checkpoints)
-        plan = _plan_latest(paths, local, remote, where)
+        plan = Plan(RunIdentity(new_run_id()), searched=where)
     else:
         plan = _plan_chosen(resume, paths, local, remote)
     return replace(plan, in_bucket=in_bucket)
@@ -324,15 +327,6 @@ def _plan_chosen(
     if found is None:
         raise CheckpointError(f"{chosen.name} cannot be used: {chosen.problem}.")
     return _plan_one(found, others)
-
-
-def _plan_latest(
-    paths: RunPaths, local: Sequence[Candidate], remote: Sequence[Candidate], where: str
-) -> Plan:
-    if not local and not remote:
-        return Plan(RunIdentity(new_run_id()), searched=where)
-    identity = _find_identity(paths, local, remote)
-    return Plan(identity, _order([*local, *remote], identity), can_walk_back=True)
 
 
 def _find_identity(
