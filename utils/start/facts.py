@@ -36,6 +36,7 @@ from utils.models.building import (
     require_kernels,
 )
 from utils.models.check import require_language_model
+from utils.models.estimates import estimate_checkpoint_bytes
 from utils.models.mfu import Utilization
 from utils.remote.base import Base, find_base
 from utils.start.checks import Check
@@ -106,6 +107,12 @@ class RunFacts:
             self.precision,
             self.world_size,
         )
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint, about."""
+        counts = self.counts
+        return estimate_checkpoint_bytes(counts.total, counts.embedding, self.config.optim)
 
     @property
     def evaluation_samples(self) -> int:

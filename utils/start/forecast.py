@@ -11,7 +11,7 @@ from utils.base.text import count_of, format_bytes, format_duration
 from utils.checkpoints.layout import REMOTE_FOLDER
 from utils.costs.costs import TOKENS_PER_UNIT, format_dollars
 from utils.costs.spending import Amount
-from utils.models.estimates import count_pauses, estimate_checkpoint_bytes
+from utils.models.estimates import count_pauses
 from utils.start.checks import Check
 from utils.start.facts import RunFacts
 from utils.start.step_probe import StepProbe
@@ -86,7 +86,7 @@ def _describe_cost(facts: RunFacts, run_seconds: float) -> Check:
 
 def _check_uploads(facts: RunFacts, step_seconds: float, transport: TransportOptions) -> Check:
     config = facts.config
-    size = estimate_checkpoint_bytes(facts.counts.total, facts.counts.embedding, config.optim)
+    size = facts.checkpoint_bytes
     interval = config.save_steps * step_seconds
     if config.save_seconds is not None:
         interval = min(interval, config.save_seconds)

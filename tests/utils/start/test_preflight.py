@@ -144,6 +144,7 @@ def test_a_limit_on_the_size_of_files_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda which: (1000, 1000))
-    check = check_disk(TrainingConfig(output_dir=str(tmp_path)), ParameterCounts(10**6, 0))
+    config, model = TrainingConfig(output_dir=str(tmp_path)), build_model_config("neox-tiny")
+    check = check_disk(RunFacts(config, model, ParameterCounts(10**6, 0), "no", CPU, 1), None)
     assert check.status == "fail"
     assert "`ulimit -f` allows 1000 B" in check.message
