@@ -41,15 +41,12 @@ def is_long_run(facts: RunFacts) -> bool:
 
 
 def check_times(
-    facts: RunFacts, probe: StepProbe | None, transport: TransportOptions | None
+    facts: RunFacts, probe: StepProbe, transport: TransportOptions | None
 ) -> list[Check]:
     """Return what is expected of steps, run and uploads.
 
-    Without a probe not even a small step fits; without a transport nothing is uploaded.
+    Without a transport nothing is uploaded.
     """
-    if probe is None:
-        text = "unknown: not even a small step fits into the memory, so none was measured"
-        return [Check("step", "warn", text)]
     config, seconds = facts.config, probe.step_seconds
     rate = facts.tokens_per_step / seconds
     utilization = facts.utilization.at(rate)

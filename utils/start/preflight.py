@@ -366,7 +366,8 @@ def _measure(
     log.info("Measuring a small step.")
     probe = measure_step(facts, find_free_memory(facts.device)[0])
     if probe is None:
-        return memory, check_times(facts, None, None), None
+        text = "unknown: not even a small step fits into the memory, so none was measured"
+        return memory, [Check("step", "warn", text)], None
     memory = check_memory(facts.config, need, facts.device, probe.memory_ratio)
     return memory, [], probe
 
