@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -24,9 +25,14 @@ from tests.campaigns.soak_uploads import (
     plan_rounds,
 )
 from tests.disturbed_buckets import TROUBLES, draw_trouble
+from tests.sample_checkpoints import make_checkpoint
+from utils.base.errors import TransientStorageError
 from utils.checkpoints.layout import read_json
 from utils.storage.bucket import crc32c_of_file
 from utils.tools.proofs.started_runs import Running
+from utils.uploads.job import UploadJob
+from utils.uploads.process import run_in_process
+from utils.uploads.transports import TransportOptions
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads the environment of processes"),
@@ -157,6 +163,22 @@ def test_a_start_that_fails_is_found(tmp_path: Path) -> None:
 
     results = Campaign(tmp_path, 0, launch=fail).run([RoundPlan(1, DIRECTORY, 1)])
     assert any("no such thing" in finding.text for finding in results.findings)
+
+
+def test_an_upload_process_is_found_and_killed_alone(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, 1)
+    (checkpoint / "model.safetensors").unlink()
+    os.mkfifo(checkpoint / "model.safetensors")  # whose reader waits for ever
+    options = TransportOptions(str(tmp_path / "bucket"), "directory", stall_seconds=1.0)
+    hits: list[bool] = []
+
+    def kill() -> bool:
+        hits.append(soak_uploads.kill_target(os.getpid(), "upload"))
+        return False
+
+    with pytest.raises(TransientStorageError, match="code -9"):
+        run_in_process(UploadJob(str(checkpoint), options), must_end=kill)
+    assert any(hits)
 
 
 def test_growth_is_what_grows_after_the_first_uploads() -> None:

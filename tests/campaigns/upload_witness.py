@@ -27,7 +27,6 @@ from utils.checkpoints.layout import (
     archive_object,
     find_checkpoints,
     parse_checkpoint_name,
-    read_manifest,
     sidecar_object,
 )
 from utils.checkpoints.store import verify_checkpoint
@@ -169,10 +168,8 @@ class UploadWitness:
 
     def _check_directory(self, local: set[CheckpointName]) -> Iterator[Wrong]:
         for name in sorted(local):
-            path = self._directory / str(name)
             try:
-                verify_checkpoint(path)
-                files = read_manifest(path).files
+                files = verify_checkpoint(self._directory / str(name)).files
             except CheckpointError as exc:
                 yield "corrupt", str(exc)
                 continue
