@@ -254,7 +254,7 @@ def _parse_forks(value: Any) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and base64 crc32c of one file of a checkpoint."""
+    """Size in bytes and base64 crc32c of one file of a checkpoint, or of its archive."""
 
     size: int
     crc32c: str

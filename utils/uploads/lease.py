@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import psutil
+
 from utils.base.errors import (
     AccessDeniedError,
     ConflictError,
@@ -309,12 +311,8 @@ def _is_gone(record: LeaseRecord) -> bool:
     """Tell whether the holder, a process of this machine, has ended for certain."""
     if record.pid == 0:
         return False
-    try:
-        os.kill(record.pid, 0)
-    except ProcessLookupError:
+    if not psutil.pid_exists(record.pid):
         return True
-    except PermissionError:
-        pass  # it is another user's
     status = _process_status(record.pid)
     if status is None or not record.process_start:
         return False

@@ -29,7 +29,6 @@ from utils.storage.gcs import GcsBucket
 
 PART_BYTES = 32 * 2**20
 MAX_COMPOSED = 32
-MAX_LEVELS = 4  # 32 TiB
 PARTS_FOLDER = ".parts"
 REMOVALS = 8
 
@@ -155,13 +154,13 @@ def _compose(
     bucket: GcsBucket, name: str, parts: list[ObjectInfo], expected: ObjectInfo | None
 ) -> None:
     """Join the parts, 32 at a time, to the object."""
-    for level in range(MAX_LEVELS):
-        if len(parts) <= MAX_COMPOSED:
-            break
+    level = 0
+    while len(parts) > MAX_COMPOSED:
         groups = [parts[at : at + MAX_COMPOSED] for at in range(0, len(parts), MAX_COMPOSED)]
         names = [f"{parts_prefix(name)}joined-{level}-{n:05d}" for n in range(len(groups))]
         with ThreadPoolExecutor(REMOVALS, "compose") as pool:
             parts = list(pool.map(_join, [bucket] * len(groups), names, groups))
+        level += 1
     bucket.compose(name, parts, expected)
 
 

@@ -367,8 +367,7 @@ def test_a_kill_in_the_middle_of_a_download_costs_that_download_only(
 ) -> None:
     facts = replace(save_shard(bucket.root / NAME, input_ids=IDS), crc32c=None)
     words = [bucket.root, tmp_path / "cache", NAME, facts.tokens, facts.size]
-    command = [sys.executable, "-c", KILLED, *map(str, words)]
-    process = subprocess.run(command, cwd=PROJECT_DIRECTORY, check=False, timeout=60)
+    process = run_python("-c", KILLED, *words)
     assert process.returncode == -signal.SIGKILL
     (left,) = cached_files(tmp_path)
     assert left.name.startswith(".tmp-")

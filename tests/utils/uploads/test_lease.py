@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import pytest
 
 from tests.gcs_server import FakeGcsServer, Fault
 from tests.sample_checkpoints import RUN_ID
-from tests.utils.uploads.waiting import WAIT_SECONDS, wait_until
+from tests.utils.uploads.waiting import WAIT_SECONDS, Clock, wait_until
 from utils.base.errors import ConflictError, LockedError, TransientStorageError
 from utils.storage.bucket import Bucket, ObjectInfo
 from utils.storage.directory import DirectoryBucket
@@ -72,22 +72,6 @@ def put_holder(bucket: Bucket, **changes: Any) -> LeaseRecord:
     record = replace(record, **changes)
     bucket.put_bytes(LEASE_OBJECT, record.to_bytes())
     return record
-
-
-class Clock:
-    """Time that passes only while somebody sleeps, and then at once."""
-
-    def __init__(self) -> None:
-        self.slept = 0.0
-        self.meanwhile: Callable[[], object] = lambda: None
-        """Done while somebody sleeps."""
-
-    def monotonic(self) -> float:
-        return self.slept
-
-    def sleep(self, seconds: float) -> None:
-        self.slept += seconds
-        self.meanwhile()
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +135,7 @@ def test_a_second_trainer_is_refused_and_told_who_is_there(
             pass
         assert first.lost is None
         assert record_in(bucket).run_id == "run-1"
-    assert clock.slept == pytest.approx(2 * 0.01 / POLLS_PER_WATCH)  # at its first beat
+    assert clock.now == pytest.approx(2 * 0.01 / POLLS_PER_WATCH)  # at its first beat
     message = str(caught.value)
     assert f"{bucket.uri} is in use" in message
     assert f"run run-1, process {os.getpid()} on {platform.node()}" in message
@@ -198,7 +182,7 @@ def test_a_dead_holder_elsewhere_delays_by_two_of_its_heartbeats(
 ) -> None:
     put_holder(bucket, heartbeat_seconds=60)
     with hold_prefix(bucket, "run-2", heartbeat_seconds=30) as lease:
-        assert clock.slept == pytest.approx(120)
+        assert clock.now == pytest.approx(120)
         assert lease.is_held
         assert record_in(bucket).run_id == "run-2"
     assert "run run-1, process 4711 on node-7) gave no sign of life" in caplog.text
@@ -280,7 +264,7 @@ def test_a_holder_that_may_be_alive_is_waited_for(
     if change == {"machine": ""}:  # machines that cannot say which they are are not the same
         monkeypatch.setattr(prefix_lease, "_machine_id", lambda: "")
     with hold_prefix(directory, "run-2"):
-        assert clock.slept
+        assert clock.now
 
 
 @pytest.mark.parametrize(
@@ -376,14 +360,14 @@ def test_a_watch_begins_anew_after_the_bucket_was_down(
     read, failures = directory.read_version, [3]
 
     def read_or_fail(name: str) -> tuple[bytes, ObjectInfo]:
-        if clock.slept and failures[0]:
+        if clock.now and failures[0]:
             failures[0] -= 1
             raise TransientStorageError("503")
         return read(name)
 
     monkeypatch.setattr(directory, "read_version", read_or_fail)
     with hold_prefix(directory, "run-2"):
-        assert clock.slept == pytest.approx(3 * 10 + 80)
+        assert clock.now == pytest.approx(3 * 10 + 80)
 
     put_holder(directory, heartbeat_seconds=40)
     failures[0] = 100

@@ -9,6 +9,22 @@ from collections.abc import Callable
 WAIT_SECONDS = 20.0
 
 
+class Clock:
+    """Time that passes only while somebody sleeps, and then at once."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.meanwhile: Callable[[], object] = lambda: None
+        """Done while somebody sleeps."""
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.meanwhile()
+
+
 def wait_until(is_so: Callable[[], object]) -> None:
     end = time.monotonic() + WAIT_SECONDS
     while not is_so():
