@@ -15,6 +15,10 @@ from utils.base.errors import ExitCode
 log = logging.getLogger(__name__)
 
 
+Wrong = tuple[str, str]
+"""A kind of finding, and what it is."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """Something that must not be.

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import os
@@ -39,7 +38,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,29 +50,26 @@ if __package__ in (None, ""):
 
 from configs.config_files import PROJECT_DIRECTORY, parse_assignment
 from configs.training_config import get_training_config
-from tests.campaigns.findings import CampaignResults, build_parser, conclude, print_counts
+from tests.campaigns.crash_witness import CrashWitness, Round
+from tests.campaigns.findings import (
+    CampaignResults,
+    Wrong,
+    build_parser,
+    conclude,
+    print_counts,
+)
 from tests.campaigns.fork_server import ForkServer
 from utils.base.console import configure_logging, print_table, run_command
-from utils.base.errors import CheckpointError, ExitCode, PretrainError, UsageError
+from utils.base.errors import ExitCode, PretrainError, UsageError
 from utils.base.text import format_duration, printable
-from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
     ARCHIVE_SUFFIX,
-    MANIFEST_FILE,
     SAVING_PREFIX,
     CheckpointName,
-    Manifest,
     RunPaths,
-    archive_object,
     find_checkpoints,
-    read_manifest,
-    sidecar_object,
 )
-from utils.checkpoints.store import verify_checkpoint
-from utils.remote.listing import read_remote_checkpoints
 from utils.storage.directory import TEMPORARY_PREFIX
-from utils.storage.open import open_bucket
-from utils.tools.proofs.run_comparison import compare_checkpoints, compare_logs, values_by_step
 from utils.tools.proofs.started_runs import (
     RUN_POLL_SECONDS,
     CommandLauncher,
@@ -117,7 +113,6 @@ SYSTEM_CALLS = (
     "rename,renameat,renameat2,fsync,fdatasync,openat,write,pwrite64,ftruncate,unlink,unlinkat,"
     "rmdir,close,mkdir,mkdirat"
 )
-TENSOR_FILES = ("model.safetensors", "pytorch_model.bin", "optimizer.bin", "scheduler.bin")
 FINDINGS = ("corrupt", "lost", "different", "leftover", "failed")
 
 WATCH_SECONDS = 0.001  # some of what is waited for lasts a few milliseconds
@@ -266,26 +261,6 @@ def find_strace() -> tuple[list[str], str]:
     return [program, "-f", "-y", "-qq"], ""
 
 
-@dataclass
-class Round:
-    """One run that is killed and resumed until its end.
-
-    `committed` are its checkpoints after the last kill, `leftovers` what was unfinished then, as
-    `find_leftovers` returns it.
-    """
-
-    number: int
-    paths: RunPaths
-    bucket: Path
-    committed: set[CheckpointName] = field(default_factory=set)
-    leftovers: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    @property
-    def newest(self) -> int:
-        """Step of the newest committed checkpoint, 0 where there is none."""
-        return max((name.step for name in self.committed), default=0)
-
-
 class Campaign:
     """Carries a campaign out in an empty folder, with the shards of a directory.
 
@@ -307,9 +282,6 @@ class Campaign:
         self._random = random.Random(seed)
         self.results = Results(seed)
         self._straight = self._paths("straight")
-        self._names: dict[int, CheckpointName] = {}
-        self._checksums: dict[int, dict[str, str]] = {}
-        self._logged: dict[str, dict[int, set[str]]] = {}
         self._startup_seconds = self._step_seconds = 0.0
         self._strace: list[str] = []
         self._trace = TracedSave({}, ())
@@ -343,6 +315,7 @@ class Campaign:
                 current = self._new_round()
         self._train_to_the_end(current)
         self._require_gone(self._orphans)
+        self.results.verified = self._witness.verified
         return self.results
 
     def _was_carried_out(self, plan: Plan) -> bool:
@@ -389,7 +362,7 @@ class Campaign:
     # Before the kills.
 
     def _train_straight(self) -> None:
-        """Train without a kill; keep every checkpoint's checksums and every logged value."""
+        """Train without a kill: what every checkpoint and every logged value must be."""
         log.info("Straight run of %d steps in %s.", self._steps, self._work)
         watch, started, seen = StepWatch(self._straight.metrics), time.monotonic(), 0.0
         running, output = self._launch("straight")
@@ -403,13 +376,7 @@ class Campaign:
             raise PretrainError(f"The straight run failed:\n{tail(output)}")
         self._startup_seconds = seen - started
         self._step_seconds = (time.monotonic() - seen) / self._steps
-        for name in find_checkpoints(self._straight.checkpoints):
-            self._names[name.step] = name
-            manifest = read_manifest(self._straight.checkpoints / str(name))
-            self._checksums[name.step] = tensor_checksums(manifest)
-        for key in ("loss", "grad_norm", "learning_rate"):
-            self._logged[key] = values_by_step(self._straight.metrics, key)
-        self._logged["crc32c"] = values_by_step(self._straight.batches, "crc32c")
+        self._witness = CrashWitness(self._straight, KEEP_CHECKPOINTS)
         log.info(
             "%s to the first step, %.0f ms a step with its saves.",
             format_duration(self._startup_seconds),
@@ -426,7 +393,7 @@ class Campaign:
         )
         with killed_at_exit(running):
             code = running.wait()
-        name = str(self._names[TRACED_STEPS - SAVE_STEPS])
+        name = str(self._witness.names[TRACED_STEPS - SAVE_STEPS])
         text = trace.read_text("utf-8", errors="replace").replace("/traced/", "/{run}/")
         self._trace = parse_trace(text, self._work, name)
         trace.unlink()
@@ -480,7 +447,8 @@ class Campaign:
             if plan.anchor == "step":
                 return watch.last is not None
             if plan.anchor == "commit":
-                return has_committed(current)
+                names = find_checkpoints(directory)
+                return bool(names) and names[-1].step > current.newest
             if plan.anchor in FILES:
                 last = -1 if watch.last is None else watch.last
                 is_there = any(directory.glob(FILES[plan.anchor]))
@@ -503,7 +471,7 @@ class Campaign:
             return None
         call = self._random.choice(sorted(self._trace.counts))
         number = self._random.randint(1, self._trace.counts[call])
-        return Target(call, number, self._names[self._random.choice(steps)])
+        return Target(call, number, self._witness.names[self._random.choice(steps)])
 
     def _inject(self, current: Round, target: Target, trace: Path) -> list[str]:
         """Return the words of an strace that kills at a call on one checkpoint's files."""
@@ -542,7 +510,7 @@ class Campaign:
             return False
         if was_killed and seconds > START_LIMIT_SECONDS:
             self._find("failed", f"A start hung after step {watch.last}:\n{tail(output)}")
-        self._look(current)
+        self._find_all(current, self._witness.look(current))
         is_there = current.paths.checkpoints.is_dir()
         self.results.kills.append(
             Kill(
@@ -606,73 +574,13 @@ class Campaign:
         assert kind in FINDINGS
         self.results.add(kind, len(self.results.kills), text)
 
+    def _find_all(self, current: Round, wrong: Iterable[Wrong]) -> None:
+        for kind, text in wrong:
+            self._find(kind, f"round {current.number}: {text}")
+
     def _check_start(self, current: Round, watch: StepWatch) -> None:
-        """Look at where a start has begun, and whether it has tidied up."""
-        if watch.begin:
-            self.results.resumed += 1
-        if watch.begin != current.newest:
-            self._find(
-                "lost",
-                f"round {current.number} went on from step {watch.begin}, although the newest "
-                f"committed checkpoint was of step {current.newest}.",
-            )
-        left = find_leftovers(current.paths.checkpoints)
-        for name, facts in current.leftovers.items():
-            if left.get(name) == facts:
-                self._find("leftover", f"round {current.number} still has {name}.")
-
-    def _look(self, current: Round) -> None:
-        """Look at everything on disk after a kill."""
-        directory = current.paths.checkpoints
-        names = set(find_checkpoints(directory))
-        for name in sorted(names):
-            self._verify(current, directory / str(name), name.step)
-        self._find_lost(current, names)
-        current.committed = names
-        current.leftovers = find_leftovers(directory)
-        self._compare_logged(current)
-
-    def _verify(self, current: Round, checkpoint: Path, step: int) -> None:
-        self.results.verified += 1
-        try:
-            manifest = verify_checkpoint(checkpoint)
-        except CheckpointError as exc:
-            self._find("corrupt", f"round {current.number}: {exc}")
-            return
-        if checkpoint.name != str(self._names.get(step)):
-            self._find("different", f"round {current.number} has {checkpoint.name}.")
-        elif tensor_checksums(manifest) != self._checksums[step]:
-            self._find("corrupt", f"round {current.number}: {checkpoint.name} has other tensors.")
-
-    def _find_lost(self, current: Round, names: set[CheckpointName]) -> None:
-        """Find committed checkpoints that went without the right to."""
-        states = Journal(current.paths.journal).latest()
-        for name in sorted(current.committed - names):
-            newer = sum(other.step > name.step for other in names)
-            entry = states.get(str(name))
-            state = entry.state if entry else None
-            may_go = state in (UploadState.VERIFIED, UploadState.SUPERSEDED, UploadState.REMOVED)
-            if newer < KEEP_CHECKPOINTS or not may_go:
-                self._find(
-                    "lost",
-                    f"round {current.number}: {name} is gone, {newer} newer ones are there, the "
-                    f"journal has it as {state.value if state else 'unknown'}.",
-                )
-        for folder in current.paths.set_aside.glob("*"):
-            if (folder / MANIFEST_FILE).is_file():
-                self._find("lost", f"round {current.number}: {folder.name} was set aside.")
-
-    def _compare_logged(self, current: Round) -> None:
-        """Compare every value that this round has logged with the straight run's."""
-        for key, straight in self._logged.items():
-            file = current.paths.batches if key == "crc32c" else current.paths.metrics
-            for step, values in values_by_step(file, key).items():
-                if values != straight.get(step):
-                    self._find(
-                        "different",
-                        f"round {current.number}, step {step}: {key} {sorted(values)} instead of "
-                        f"{sorted(straight.get(step, ()))}.",
-                    )
+        self.results.resumed += bool(watch.begin)
+        self._find_all(current, self._witness.look_at_start(current, watch.begin))
 
     def _train_to_the_end(self, current: Round) -> None:
         """Bring a round to its end without a kill."""
@@ -689,47 +597,17 @@ class Campaign:
             self._find("failed", f"The last start ended with exit code {code}:\n{tail(output)}")
 
     def _finish(self, current: Round) -> None:
-        """Compare a round that came to its end with the straight run, here and in the bucket."""
-        paths, last = current.paths, str(self._names[self._steps])
-        self._look(current)
+        """Look at a round that came to its end."""
+        paths = current.paths
+        self._find_all(current, self._witness.look_at_the_end(current))
         self.results.rounds += 1
         self.results.set_aside += len(list(paths.set_aside.glob("*")))
         self.results.stray_objects += sum(
             path.name.startswith(TEMPORARY_PREFIX) for path in current.bucket.rglob("*")
         )
-        comparisons = compare_logs(self._straight.logs, paths.logs, self._steps)
-        if not (paths.checkpoints / last / MANIFEST_FILE).is_file():
-            self._find("lost", f"round {current.number} ended without {last}.")
-        else:
-            comparisons += compare_checkpoints(
-                self._straight.checkpoints / last, paths.checkpoints / last
-            )
-        for comparison in comparisons:
-            for difference in comparison.differences:
-                self._find("different", f"round {current.number}: {comparison.what} {difference}")
-        self._look_into_bucket(current, last)
         if not self.results.findings:  # what was found is to be looked at
             for folder in (paths.checkpoints, paths.logs, paths.cache, current.bucket):
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def _look_into_bucket(self, current: Round, last: str) -> None:
-        """Compare every archive with its sidecar, and the sidecar with the straight run."""
-        bucket = open_bucket(str(current.bucket))
-        views = read_remote_checkpoints(bucket)
-        if last not in [str(view.name) for view in views]:
-            self._find("lost", f"round {current.number}: {last} is not in the bucket.")
-        for view in views:
-            sidecar = json.loads(bucket.read_bytes(sidecar_object(str(view.name))))
-            stored = bucket.crc32c(archive_object(str(view.name))) if not view.problem else ""
-            sums = {} if view.manifest is None else tensor_checksums(view.manifest)
-            if stored != sidecar["archive"]["crc32c"] or sums != self._checksums.get(
-                view.name.step
-            ):
-                self._find(
-                    "different",
-                    f"round {current.number}: {view.name} in the bucket is not what it should be "
-                    f"({view.problem or 'by its checksums'}).",
-                )
 
     def _show_progress(self, planned: int, waiting: int, seconds: float) -> None:
         kill, done = self.results.kills[-1], planned - waiting
@@ -770,33 +648,6 @@ def strace_has_killed(trace: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return "killed by SIGKILL" in trace.read_text("utf-8", errors="replace")
     return False
-
-
-def has_committed(current: Round) -> bool:
-    """Tell whether a round has a newer committed checkpoint than after the last kill."""
-    names = find_checkpoints(current.paths.checkpoints)
-    return bool(names) and names[-1].step > current.newest
-
-
-def find_leftovers(directory: Path) -> dict[str, tuple[int, int]]:
-    """Return unfinished saves, deletions and archives of a directory: name -> inode and ctime.
-
-    A new one may have the name of an old one, and its inode.
-    """
-    if not directory.is_dir():
-        return {}
-    found = {}
-    for path in directory.iterdir():
-        if path.name.startswith(SAVING_PREFIX) or path.name.endswith(ARCHIVE_SUFFIX):
-            with contextlib.suppress(FileNotFoundError):  # the run that is watched may remove it
-                facts = path.stat()
-                found[path.name] = facts.st_ino, facts.st_ctime_ns
-    return found
-
-
-def tensor_checksums(manifest: Manifest) -> dict[str, str]:
-    """Return the checksums of the files whose bytes depend on the training alone."""
-    return {name: manifest.files[name].crc32c for name in TENSOR_FILES if name in manifest.files}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

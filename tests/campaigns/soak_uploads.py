@@ -57,7 +57,7 @@ from tests.campaigns.stand_in_trainer import (
     loss_at,
     read_ledger,
 )
-from tests.campaigns.upload_witness import KINDS, Saved, UploadWitness, Wrong
+from tests.campaigns.upload_witness import KINDS, Saved, UploadWitness
 from tests.disturbed_buckets import (
     BRIEF_TROUBLES,
     BUCKET,
@@ -527,8 +527,7 @@ class Campaign:
             for line in read_ledger(ledger):
                 name = parse_checkpoint_name(f"checkpoint-epoch0-step{line.get('step')}-files0")
                 witness.saved |= {name} if name else set()
-        found: list[Wrong] = witness.look_at_the_end() if is_last else witness.look()
-        for kind, text in found:
+        for kind, text in witness.look_at_the_end() if is_last else witness.look():
             self._find(kind, f"round {current.plan.number} ({current.plan.way.name}): {text}")
 
     def _judge_growth(self, ledger: Path) -> None:

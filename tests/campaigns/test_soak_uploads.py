@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -88,7 +89,7 @@ def swap_the_content(folder: Path, _: Mapping[str, str]) -> None:
 
 
 def lose_a_checkpoint(folder: Path, _: Mapping[str, str]) -> None:
-    kill_directory(folder / "checkpoints" / STEP_1)
+    shutil.rmtree(folder / "checkpoints" / STEP_1)
 
 
 def lose_an_archive(folder: Path, _: Mapping[str, str]) -> None:
@@ -111,12 +112,6 @@ def leave_a_part(folder: Path, _: Mapping[str, str]) -> None:
 def leave_a_process(_: Path, environment: Mapping[str, str]) -> None:
     code = "import time; time.sleep(60)"
     subprocess.Popen([sys.executable, "-c", code], env=dict(environment))
-
-
-def kill_directory(path: Path) -> None:
-    for file in path.iterdir():
-        file.unlink()
-    path.rmdir()
 
 
 @pytest.mark.parametrize(

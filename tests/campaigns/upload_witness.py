@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tests.campaigns.findings import Wrong
 from utils.base.errors import CheckpointError
 from utils.base.text import printable
 from utils.checkpoints.journal import UploadState
@@ -46,9 +47,6 @@ JOURNAL_BYTES_EACH, JOURNAL_BYTES = 4096, 2**16
 RACES = 1
 OWN_FILES = ("uploads.jsonl", "uploads.jsonl.lock", ".lock", ".lock.owner")
 WAITING = (UploadState.QUEUED, UploadState.FAILED)
-
-Wrong = tuple[str, str]
-"""A kind of KINDS, and what it is."""
 
 
 @dataclass(frozen=True)
