@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 
 from tests.gcs_server import FakeGcsServer, Fault
 from tests.sample_checkpoints import RUN_ID
-from tests.utils.uploads.waiting import WAIT_SECONDS, Clock, wait_until
+from tests.utils.uploads.waiting import WAIT_SECONDS, Clock, started, wait_until
 from utils.base.errors import ConflictError, LockedError, TransientStorageError
 from utils.storage.bucket import Bucket, ObjectInfo
 from utils.storage.directory import DirectoryBucket
@@ -34,7 +33,6 @@ from utils.uploads.lease import (
     hold_prefix,
 )
 
-PROJECT = Path(__file__).resolve().parents[3]
 BEAT = 0.05
 
 
@@ -198,25 +196,10 @@ with hold_prefix(open_bucket(sys.argv[1]), "run-1", heartbeat_seconds=60):
 """
 
 
-@contextmanager
-def other_trainer(uri: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, uri],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=PROJECT,
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
-
-
 @pytest.mark.parametrize("is_reaped", [True, False])
 def test_a_killed_holder_of_this_machine_is_not_waited_for(bucket: Bucket, is_reaped: bool) -> None:
-    with other_trainer(bucket.uri) as process:
+    with started(HOLDER, bucket.uri) as (process, line):
+        assert line == "held\n"
         assert record_in(bucket).pid == process.pid
         process.kill()
         if is_reaped:
