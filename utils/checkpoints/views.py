@@ -333,10 +333,11 @@ def choose_name(text: str, names: Sequence[CheckpointName], where: str = "") -> 
     Raises:
         UsageError: No checkpoint there (`where`) fits, or more than one.
     """
-    exact = [name for name in names if str(name) == text]
-    if text.removeprefix("step").isdecimal():
-        found = [name for name in names if name.is_of_step(text)]
+    step = text.removeprefix("step")
+    if step.isdecimal():
+        found = [name for name in names if str(name.step) == step]
     else:
+        exact = [name for name in names if str(name) == text]
         found = exact or [name for name in names if text and _is_part(text, str(name))]
     if len(found) == 1:
         return found[0]

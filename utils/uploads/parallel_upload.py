@@ -63,7 +63,7 @@ def put_parallel(
             write(sink)
             parts.close()
         except BaseException:
-            parts.abort()
+            parts.pool.shutdown(wait=False, cancel_futures=True)
             raise
     uploaded = parts.uploaded()
     try:
@@ -113,10 +113,6 @@ class _Parts:
         """Send the last part."""
         if self._buffer or not self._futures:
             self._submit()
-
-    def abort(self) -> None:
-        """Send no more."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
 
     def uploaded(self) -> list[ObjectInfo]:
         """Return the parts in order.
