@@ -413,7 +413,7 @@ class Campaign:
         """Start and kill once; tell whether the round goes on."""
         watch = StepWatch(current.paths.metrics)
         if plan.kind == "random":
-            is_due = self._random_alarm(plan, current, watch)
+            is_due = random_alarm(plan, current, watch, self._startup_seconds, self._step_seconds)
             return self._start_and_kill(current, watch, is_due, main_only=plan.main_only)
         target = self._choose_target(current)
         if target is None:  # too near to the end of the round
@@ -432,36 +432,6 @@ class Campaign:
 
         launcher = CommandLauncher(1, self._inject(current, target, trace), ENVIRONMENT)
         return self._start_and_kill(current, watch, is_over, launcher, hit=hit)
-
-    def _random_alarm(self, plan: Plan, current: Round, watch: StepWatch) -> Callable[[], bool]:
-        """Return what tells when a random kill is due.
-
-        A save or an archive takes about as long as a step with its saves: that is the longest delay
-        after its beginning. After the first step or commit it is some more.
-        """
-        directory, due = current.paths.checkpoints, math.inf
-        longest = {"launch": self._startup_seconds, **dict.fromkeys(FILES, self._step_seconds)}
-        delay = plan.share * longest.get(plan.anchor, self._step_seconds * MAX_DELAY_STEPS)
-
-        def has_come() -> bool:
-            if plan.anchor == "step":
-                return watch.last is not None
-            if plan.anchor == "commit":
-                names = find_checkpoints(directory)
-                return bool(names) and names[-1].step > current.newest
-            if plan.anchor in FILES:
-                last = -1 if watch.last is None else watch.last
-                is_there = any(directory.glob(FILES[plan.anchor]))
-                return is_there and last >= current.newest + plan.skipped
-            return True
-
-        def is_due() -> bool:
-            nonlocal due
-            if due == math.inf and has_come():
-                due = time.monotonic() + delay
-            return time.monotonic() >= due
-
-        return is_due
 
     def _choose_target(self, current: Round) -> Target | None:
         """Return a call on a checkpoint that the next start will save, None where it saves none."""
@@ -627,6 +597,39 @@ class Campaign:
             waiting,
             remaining,
         )
+
+
+def random_alarm(
+    plan: Plan, current: Round, watch: StepWatch, startup_seconds: float, step_seconds: float
+) -> Callable[[], bool]:
+    """Return what tells when a random kill is due.
+
+    A save or an archive takes about as long as a step with its saves: that is the longest delay
+    after its beginning. After the first step or commit it is some more.
+    """
+    directory, due = current.paths.checkpoints, math.inf
+    longest = {"launch": startup_seconds, **dict.fromkeys(FILES, step_seconds)}
+    delay = plan.share * longest.get(plan.anchor, step_seconds * MAX_DELAY_STEPS)
+
+    def has_come() -> bool:
+        if plan.anchor == "step":
+            return watch.last is not None
+        if plan.anchor == "commit":
+            names = find_checkpoints(directory)
+            return bool(names) and names[-1].step > current.newest
+        if plan.anchor in FILES:
+            last = -1 if watch.last is None else watch.last
+            is_there = any(directory.glob(FILES[plan.anchor]))
+            return is_there and last >= current.newest + plan.skipped
+        return True
+
+    def is_due() -> bool:
+        nonlocal due
+        if due == math.inf and has_come():
+            due = time.monotonic() + delay
+        return time.monotonic() >= due
+
+    return is_due
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ class UploadWitness:
     def _check_bucket(self, objects: dict[str, Path]) -> tuple[set[CheckpointName], list[Wrong]]:
         """Return the checkpoints that are whole, and what is wrong with others with a sidecar."""
         whole, wrong = set(), []
-        for name in _named(objects, ".json"):
+        for name in _find_sidecars(objects):
             problem = self._check_archive(name, objects)
             if problem is None:
                 whole.add(name)
@@ -243,17 +243,10 @@ def _parse(line: bytes) -> tuple[CheckpointName, UploadState] | None:
         return None
 
 
-def _named(objects: dict[str, Path], suffix: str) -> list[CheckpointName]:
-    """Return the checkpoints of which there is an object directly below `Checkpoints/`."""
-    bases = (PurePosixPath(name).name.removesuffix(suffix) for name in objects)
-    names = (parse_checkpoint_name(base) for base in bases)
-    return sorted(
-        {
-            n
-            for n in names
-            if n and archive_object(str(n)).replace(ARCHIVE_SUFFIX, suffix) in objects
-        }
-    )
+def _find_sidecars(objects: dict[str, Path]) -> list[CheckpointName]:
+    """Return the checkpoints of which there is a sidecar directly below `Checkpoints/`."""
+    names = (parse_checkpoint_name(PurePosixPath(name).stem) for name in objects)
+    return sorted({name for name in names if name and sidecar_object(str(name)) in objects})
 
 
 def _compare_archive(
