@@ -85,23 +85,20 @@ def wait_for_beat(bucket: Bucket) -> None:
     wait_until(lambda: record_in(bucket).beat > beat)
 
 
-def never(holder: str, seconds: float) -> None:
-    raise AssertionError(f"waited for {holder}")
-
-
 # What the holder does.
 
 
-def test_the_lease_names_its_holder_and_goes_at_the_end(bucket: Bucket) -> None:
-    with hold_prefix(bucket, RUN_ID, heartbeat_seconds=30, on_wait=never) as lease:
+def test_the_lease_names_its_holder_and_goes_at_the_end(bucket: Bucket, clock: Clock) -> None:
+    with hold_prefix(bucket, RUN_ID, heartbeat_seconds=30) as lease:
         assert (lease.is_held, lease.lost) == (True, None)
         record = record_in(bucket)
         assert (record.run_id, record.host, record.pid) == (RUN_ID, platform.node(), os.getpid())
         assert record.heartbeat_seconds == 30
     assert bucket.stat(LEASE_OBJECT) is None
     assert not lease.is_held
-    with hold_prefix(bucket, RUN_ID, on_wait=never):
+    with hold_prefix(bucket, RUN_ID):
         assert record_in(bucket).token != record.token
+    assert not clock.now  # nobody was waited for
 
 
 def test_the_lease_goes_when_the_run_fails(directory: DirectoryBucket) -> None:
@@ -155,21 +152,16 @@ def test_of_two_that_start_at_once_one_wins_and_the_other_names_it(
 
     monkeypatch.setattr(bucket, "put_bytes_if", put_too_late)
     with pytest.raises(LockedError, match=r"run run-3, process 4711 on node-7"):
-        PrefixLease(bucket, "run-2", BEAT).acquire(lambda holder, seconds: None)
+        PrefixLease(bucket, "run-2", BEAT).acquire()
     assert record_in(bucket).run_id == "run-3"
 
 
-def test_who_ends_during_the_wait_makes_room_at_once(bucket: Bucket) -> None:
+def test_who_ends_during_the_wait_makes_room_at_once(bucket: Bucket, clock: Clock) -> None:
     put_holder(bucket, heartbeat_seconds=60)
-    waits: list[float] = []
-
-    def leave(holder: str, seconds: float) -> None:
-        waits.append(seconds)
-        bucket.delete(LEASE_OBJECT)
-
-    with hold_prefix(bucket, "run-2", on_wait=leave) as lease:
+    clock.meanwhile = lambda: bucket.delete(LEASE_OBJECT)
+    with hold_prefix(bucket, "run-2") as lease:
         assert lease.is_held
-    assert len(waits) == 1
+    assert clock.now == 2 * 60 / POLLS_PER_WATCH
 
 
 # Dead holders.
@@ -197,7 +189,9 @@ with hold_prefix(open_bucket(sys.argv[1]), "run-1", heartbeat_seconds=60):
 
 
 @pytest.mark.parametrize("is_reaped", [True, False])
-def test_a_killed_holder_of_this_machine_is_not_waited_for(bucket: Bucket, is_reaped: bool) -> None:
+def test_a_killed_holder_of_this_machine_is_not_waited_for(
+    bucket: Bucket, clock: Clock, is_reaped: bool
+) -> None:
     with started(HOLDER, bucket.uri) as (process, line):
         assert line == "held\n"
         assert record_in(bucket).pid == process.pid
@@ -206,17 +200,19 @@ def test_a_killed_holder_of_this_machine_is_not_waited_for(bucket: Bucket, is_re
             process.wait(WAIT_SECONDS)
         else:  # a zombie until its parent asks
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        with hold_prefix(bucket, "run-2", on_wait=never):
-            assert record_in(bucket).run_id == "run-2"
+        with hold_prefix(bucket, "run-2"):
+            assert (record_in(bucket).run_id, clock.now) == ("run-2", 0)
 
 
-def test_another_process_with_a_dead_holders_id_does_not_block(directory: DirectoryBucket) -> None:
+def test_another_process_with_a_dead_holders_id_does_not_block(
+    directory: DirectoryBucket, clock: Clock
+) -> None:
     with hold_prefix(directory, "run-1"):
         record = record_in(directory)
     assert record.process_start
     put_holder(directory, **{**asdict(record), "process_start": "1"})
-    with hold_prefix(directory, "run-2", on_wait=never):
-        assert record_in(directory).run_id == "run-2"
+    with hold_prefix(directory, "run-2"):
+        assert (record_in(directory).run_id, clock.now) == ("run-2", 0)
 
 
 @pytest.mark.parametrize(
@@ -241,8 +237,8 @@ def test_a_holder_that_may_be_alive_is_waited_for(
         record = record_in(directory)
     own = {**asdict(record), "pid": ended.pid}
     put_holder(directory, **own)
-    with hold_prefix(directory, "run-2", on_wait=never):
-        pass
+    with hold_prefix(directory, "run-2"):
+        assert not clock.now
     put_holder(directory, **{**own, **change})
     if change == {"machine": ""}:  # machines that cannot say which they are are not the same
         monkeypatch.setattr(prefix_lease, "_machine_id", lambda: "")
