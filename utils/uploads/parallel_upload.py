@@ -57,14 +57,10 @@ def put_parallel(
         StorageError: A part could not be written; transient where one was removed meanwhile.
     """
     parts = _Parts(bucket, name, streams, part_bytes)
-    with parts.pool:
-        try:
-            sink: Any = parts
-            write(sink)
-            parts.close()
-        except BaseException:
-            parts.pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with parts.pool:  # nothing waits in it: no more parts are under way than it has threads
+        sink: Any = parts
+        write(sink)
+        parts.close()
     uploaded = parts.uploaded()
     try:
         _compose(bucket, name, uploaded, expected)
