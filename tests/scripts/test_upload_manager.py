@@ -37,6 +37,7 @@ from utils.checkpoints.store import hold_output_directory
 from utils.remote.pruning import delete_all
 from utils.storage.bucket import Bucket, crc32c_of_bytes, crc32c_of_file
 from utils.storage.open import open_bucket
+from utils.tools.uploads import transfer
 from utils.uploads.archive import write_archive
 from utils.uploads.lease import LEASE_OBJECT
 
@@ -739,7 +740,7 @@ def test_download_that_waited_for_a_trainer_does_not_mix_its_run(
         with hold_output_directory(paths):
             yield
 
-    monkeypatch.setattr(upload_manager, "hold_output_directory", wait_for_trainer)
+    monkeypatch.setattr(transfer, "hold_output_directory", wait_for_trainer)
     assert place.call("download", name(20))[0] == ExitCode.USAGE
     assert f"is of run {RUN_ID}, the run here is {OTHER_RUN}" in place.stderr
     assert not (place.checkpoints / name(20)).exists()
