@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import interleave, spread
+from benchmarks.figures import interleave, spread, timed
 from configs.config_files import PROJECT_DIRECTORY
 from tests.sample_checkpoints import RUN_ID, make_history, make_metadata, seal
 from utils.storage.bucket import crc32c_of_file
@@ -51,17 +51,12 @@ COMMANDS = {
 def measure_viewer(folder: Path, runs: int) -> dict[str, str]:
     """Measure the viewer's commands, interleaved."""
     write_checkpoints(folder / "checkpoints")
-    ways = {name: partial(_time_in_pipe, words, folder) for name, words in COMMANDS.items()}
+    in_pipe = partial(subprocess.run, cwd=folder, check=True, capture_output=True)
+    ways = {name: partial(timed, partial(in_pipe, words)) for name, words in COMMANDS.items()}
     ways["list in a terminal"] = partial(_time_in_terminal, COMMANDS["list"], folder)
     seconds = interleave(ways, runs)
     title = f"{NUM_CHECKPOINTS:,} x {NUM_POINTS:,} points"
     return {f"{title}: {name}": spread(values, " s") for name, values in seconds.items()}
-
-
-def _time_in_pipe(words: Sequence[str], folder: Path) -> float:
-    begin = time.perf_counter()
-    subprocess.run(words, cwd=folder, check=True, capture_output=True)  # noqa: S603
-    return time.perf_counter() - begin
 
 
 def _time_in_terminal(words: Sequence[str], folder: Path) -> float:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import io
 import math
 import shlex
 import sys
@@ -64,11 +63,7 @@ NAMES = "name, step number, latest, best, the unique beginning or end of a name,
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = build_parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Characters that the output cannot encode are shown as ?.
-        sys.stdout.reconfigure(errors="replace")
-    command: Callable[[argparse.Namespace], int | None] = args.command
-    return run_command(command, args)
+    return run_command(args.command, args)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -256,7 +251,7 @@ def run_view(args: argparse.Namespace) -> None:
             "Evaluations": evaluation_lines(measured),
             "Progress": text.progress_lines(view.metadata, row),
             "Costs": spent,
-            "Data Position": text.plain_lines(report.data_position(data_state), "  "),
+            "Data Position": text.plain_lines(report.data_position(data_state)),
             "Run": text.run_lines(row, view),
             "Upload": text.upload_lines(row, bucket) + text.upload_details(row),
             "Configuration": text.config_lines(config),

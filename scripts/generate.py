@@ -140,8 +140,6 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load the model and write the texts that the command line asks for."""
     configure_logging("debug" if args.debug else "info", stderr=True)
-    with contextlib.suppress(AttributeError):  # a terminal of another encoding still gets a text
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     prompts = find_prompts(args)
     source = find_from(args)
     load_libraries()

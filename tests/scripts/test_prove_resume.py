@@ -186,7 +186,8 @@ def test_a_torn_line_hides_no_whole_one(tmp_path: Path) -> None:
     path = tmp_path / "batches.jsonl"
     lines = [
         '{"step": 1, "crc32c": "a"}',
-        '{"step": 2, "cr{"step": 2, "crc32c": "b"}',  # torn by a crash, then written on
+        '{"step": 2, "cr',  # torn by a crash
+        '{"step": 2, "crc32c": "b"}',
         '{"step": 3, "crc32c": "c"}',
         '{"step": 3, "crc32c": "d"}',
         '{"step": 4, "crc',

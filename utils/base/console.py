@@ -341,6 +341,8 @@ def run_command(
 ) -> int:
     """Run a command and return its exit code; errors become one message on standard error."""
     debug = bool(getattr(args, "debug", False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what it cannot encode is shown as ?
     try:
         code = int(command(args) or ExitCode.DONE)
         sys.stdout.flush()
@@ -406,7 +408,7 @@ def _report_unexpected(exc: Exception, debug: bool) -> int:
 
 
 def _report(message: str, debug: bool) -> None:
-    logging.getLogger(__name__).debug("%s", message)
+    log.debug("%s", message)
     if debug:
         traceback.print_exc()
     _flush_output()

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from utils.base.errors import first_line
 MAX_SHOWN_CHARACTERS = 300
 MAX_DEPTH = 32
 ABSENT = "-"  # shown where a value is not known
+GREATEST_FLOAT = sys.float_info.max
 GREATEST_EXPONENT = 700.0  # exp() of 710 is no float any more
 TOO_DEEP = "(too deep)"
 TABLE_INDENT, TABLE_GAP = "  ", "  "
@@ -44,16 +46,11 @@ FOREIGN_ERRORS = (
 )
 
 
-def number(value: object) -> float | None:
-    """Return a finite number as float, None for anything else (booleans too)."""
-    if type(value) is float:
-        return value if math.isfinite(value) else None
+def number(value: object, greatest: float = GREATEST_FLOAT) -> float | None:
+    """Return a finite number, at most `greatest`, as float; None for anything else and booleans."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if -greatest <= value <= greatest else None
 
 
 def perplexity_of(loss: float) -> float:

@@ -85,7 +85,7 @@ def find_model(
         try:
             return model_in_bucket(config.bucket_uri, text, config, on_progress)
         except UsageError as exc:
-            raise UsageError(f"In {shelf.where}: {problem} In the bucket: {exc}") from exc
+            raise UsageError(f"{problem} In the bucket: {exc}") from exc
     return model_on_hub(text)
 
 

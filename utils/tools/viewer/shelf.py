@@ -95,7 +95,7 @@ class Shelf:
         elif text == "best":
             best = find_best(self.read(self.names, brief=True))
             name = best.name if best is not None else None
-        found = self.read([name or choose_name(text, self.names)])
+        found = self.read([name or choose_name(text, self.names, printable(self.where))])
         if not found:
             raise UsageError(f"{printable(text)} has just been deleted; list shows the others.")
         return found[0]
