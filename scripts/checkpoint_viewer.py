@@ -28,13 +28,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.config_files import TRAINING_CONFIG_FILE
-from utils.base.console import (
-    new_parser,
-    output_width,
-    print_table,
-    print_wrapped,
-    run_command,
-)
+from utils.base.console import new_parser, output_width, print_table, print_wrapped, run_command
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.text import format_bytes, number, printable, to_json_text, wrap_command
 from utils.base.uri import require_path
@@ -44,18 +38,13 @@ from utils.command_line.arguments import add_price_argument, add_run_arguments, 
 from utils.command_line.run_config import read_run_config
 from utils.costs.costs import describe_costs
 from utils.tools.evaluation.log import of_weights, read_evaluations
-from utils.tools.evaluation.text import (
-    evaluation_lines,
-    evaluation_summary,
-)
+from utils.tools.evaluation.text import evaluation_lines, evaluation_summary
 from utils.tools.report.plot import plot_of_checkpoints, plot_of_evaluations
 from utils.tools.viewer import report, text
 from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
 from utils.tools.viewer.chosen import choose_checkpoints, find_places, remote_hint
 from utils.tools.viewer.shelf import Shelf
-from utils.tracking.plots import (
-    picture_path,
-)
+from utils.tracking.plots import picture_path
 
 NAMES = "name, step number, latest, best, the unique beginning or end of a name, or a path"
 

@@ -36,10 +36,7 @@ from utils.base.progress import ProgressDisplay
 from utils.base.text import Column, count_of, format_duration, printable, to_json_text
 from utils.command_line.arguments import KeyParser
 from utils.tools.proofs.proof import OWN_KEYS, Proof, Report
-from utils.tools.proofs.started_runs import (
-    CommandLauncher,
-    open_work_folder,
-)
+from utils.tools.proofs.started_runs import CommandLauncher, open_work_folder
 
 SHOWN_DIFFERENCES = 5
 ATTEMPT_COLUMNS = (

@@ -27,18 +27,8 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.training_config import TrainingConfig
-from utils.base.console import (
-    configure_logging,
-    new_parser,
-    print_wrapped,
-    run_command,
-)
-from utils.base.errors import (
-    ExitCode,
-    StorageError,
-    UploadError,
-    UsageError,
-)
+from utils.base.console import configure_logging, new_parser, print_wrapped, run_command
+from utils.base.errors import ExitCode, StorageError, UploadError, UsageError
 from utils.base.progress import ProgressDisplay
 from utils.base.text import count_of, format_bytes, printable, to_json_text
 from utils.base.uri import require_path
@@ -74,12 +64,7 @@ from utils.tools.uploads.overview import (
     require_run,
     require_uri,
 )
-from utils.tools.uploads.text import (
-    print_checkpoints,
-    print_plan,
-    print_reports,
-    print_status,
-)
+from utils.tools.uploads.text import print_checkpoints, print_plan, print_reports, print_status
 from utils.tools.uploads.transfer import bring_back, find_lost, upload
 from utils.uploads.status import build_upload_rows
 from utils.uploads.uploader import find_unfinished

@@ -310,26 +310,6 @@ def test_a_list_of_a_bucket_that_is_not_there_is_an_error(
     assert gcs_place.stderr.startswith("Error: gs://runs/team")
 
 
-def test_commands_start_without_torch(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    code = (
-        "import sys; from scripts.upload_manager import main\n"
-        "code = main(['status', '--json'])\n"
-        "assert 'torch' not in sys.modules and 'google.cloud' not in sys.modules\n"
-        "sys.exit(code)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["checkpoints"] == []
-
-
 # upload, upload-all, retry
 
 

@@ -15,12 +15,7 @@ from pathlib import Path
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.progress import OnProgress
-from utils.checkpoints.layout import (
-    RunIdentity,
-    RunPaths,
-    find_checkpoints,
-    read_manifest,
-)
+from utils.checkpoints.layout import RunIdentity, RunPaths, find_checkpoints, read_manifest
 from utils.checkpoints.views import near_checkpoint, no_such_checkpoint
 from utils.remote.finding import (
     find_placed_model,
