@@ -28,8 +28,9 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.config_files import TRAINING_CONFIG_FILE
-from utils.base.console import new_parser, output_width, print_table, print_wrapped, run_command
+from utils.base.console import new_parser, output_width, print_wrapped, run_command
 from utils.base.errors import CheckpointError, UsageError
+from utils.base.tables import print_table
 from utils.base.text import format_bytes, number, printable, to_json_text, wrap_command
 from utils.base.uri import require_path
 from utils.checkpoints.layout import DATA_STATE_FILE, RunPaths

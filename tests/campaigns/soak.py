@@ -58,8 +58,9 @@ from tests.campaigns.findings import (
     note_finding,
 )
 from tests.campaigns.fork_server import ForkServer
-from utils.base.console import configure_logging, print_table, run_command
+from utils.base.console import configure_logging, run_command
 from utils.base.errors import CheckpointError, ExitCode, PretrainError, UsageError
+from utils.base.tables import print_table
 from utils.base.text import format_duration, printable
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (

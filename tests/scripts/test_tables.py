@@ -23,7 +23,7 @@ from tests.screens import WIDTHS, find_misfits, read_screen
 from tests.scripts.test_checkpoint_viewer import SPENDING
 from tests.test_debug_gpu import FACTS
 from tests.utils.tools.monitor.test_view import FULL
-from utils.base.console import print_table
+from utils.base.tables import print_table
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import CheckpointName, read_manifest
 from utils.remote.verification import CheckpointReport, Orphan

@@ -20,12 +20,12 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from utils.base.errors import ExitCode, PretrainError
-from utils.base.text import Column, table_lines, wrap_words
+from utils.base.text import wrap_words
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleRenderable
@@ -269,25 +269,6 @@ def print_wrapped(
         get_console().print(shown, soft_wrap=True)
     else:
         print("\n".join(lines))
-
-
-def print_table(
-    title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column] = ()
-) -> None:
-    """Print rows below a title, if there are any, as wide as the terminal allows.
-
-    Without `columns` they are the keys of the first row, which are in the order of importance.
-    """
-    if not rows:
-        return
-    columns = columns or [Column(key, rank) for rank, key in enumerate(rows[0], 1)]
-    cells = [{column.name: str(row[column.name]) for column in columns} for row in rows]
-    lines, notes = table_lines(cells, columns, output_width())
-    print_wrapped(title)
-    print_wrapped(lines[0], style="bold")
-    print("\n".join(lines[1:]))
-    for note in notes:
-        print_wrapped(note)
 
 
 def new_parser(

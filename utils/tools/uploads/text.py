@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from utils.base.console import print_table, print_wrapped
-from utils.base.text import Column, count_of, format_bytes, printable
+from utils.base.console import print_wrapped
+from utils.base.tables import Column, print_table
+from utils.base.text import count_of, format_bytes, printable
 from utils.checkpoints.retention import Action
 from utils.remote.verification import CheckpointReport, Orphan
 from utils.tools.uploads.overview import describe_places

@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from utils.base.tables import Column
 from utils.base.text import (
     ABSENT,
-    Column,
     format_bytes,
     format_duration,
     number,
