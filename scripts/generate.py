@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
     _say(f"{loaded.source.name}: {str(loaded.model.dtype)[6:]} on {loaded.device}")
     generator = TextGenerator(
         loaded,
-        stops=[_unescape(text) for text in args.stop],
+        stops=[text.replace("\\n", "\n").replace("\\t", "\t") for text in args.stop],
         ignore_end=args.ignore_eos,
         batch_size=args.batch_size,
     )
@@ -327,10 +327,6 @@ def _has_colours() -> bool:
 def _say(message: str) -> None:
     sys.stdout.flush()
     print(without_control_characters(message), file=sys.stderr, flush=True)
-
-
-def _unescape(text: str) -> str:
-    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 if __name__ == "__main__":

@@ -20,17 +20,15 @@ from configs.config_files import PROJECT_DIRECTORY
 from scripts import upload_manager
 from scripts.upload_manager import main
 from tests.gcs_server import FakeGcsServer, Fault
-from tests.sample_checkpoints import RUN_ID, make_checkpoint, publish, seal
+from tests.sample_checkpoints import RUN_ID, change_manifest, make_checkpoint, publish, seal
 from utils.base.errors import ExitCode
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
     RunIdentity,
     RunPaths,
     archive_object,
-    read_json,
     read_manifest,
     sidecar_object,
-    write_json,
 )
 from utils.checkpoints.run_record import RunRecord, write_run_record
 from utils.checkpoints.store import hold_output_directory
@@ -104,8 +102,7 @@ class Place:
         metrics = {} if loss is None else {"validation_metrics": {"validation_loss": loss}}
         checkpoint = make_checkpoint(self.checkpoints, step, **metrics)
         if run_id != RUN_ID:
-            manifest = read_json(checkpoint / "manifest.json")
-            write_json(checkpoint / "manifest.json", {**manifest, "run_id": run_id})
+            change_manifest(checkpoint, run_id=run_id)
         return checkpoint
 
     def publish(self, checkpoint: Path, archive: bytes | None = None) -> None:
@@ -127,8 +124,7 @@ class Place:
     ) -> None:
         """Put a checkpoint into the bucket that is on no machine any more."""
         checkpoint = self.save(step, loss, run_id)
-        path = checkpoint / "manifest.json"
-        write_json(path, {**read_json(path), **manifest})
+        change_manifest(checkpoint, **manifest)
         self.publish(checkpoint)
         shutil.rmtree(checkpoint)
 
