@@ -48,16 +48,6 @@ def test_the_least_important_columns_leave_first_and_are_named() -> None:
     assert len(table_lines(rows, columns, None)[0][0].split()) == len(columns)
 
 
-@pytest.mark.parametrize("width", [48, 60, 80])
-def test_the_name_of_a_checkpoint_alone_in_a_table_is_whole(width: int) -> None:
-    name = "checkpoint-epoch12-step100000-files12345"
-    columns = (Column("checkpoint", kind="name"), Column("state", 2), Column("note", 3, "prose"))
-    row = {"checkpoint": name, "state": "not in this bucket", "note": "latest, best"}
-    lines, _ = table_lines([row], columns, width)
-    assert lines[1].split()[0] == name
-    assert max(map(len, lines)) <= width
-
-
 @pytest.mark.parametrize("width", [60, 80, None])
 def test_letters_that_take_two_columns_stay_in_line(width: int | None) -> None:
     columns = (Column("run", kind="name"), Column("size", 2, "number"), Column("note", 3, "prose"))
