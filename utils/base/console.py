@@ -322,9 +322,9 @@ def run_command(
 ) -> int:
     """Run a command and return its exit code; errors become one message on standard error."""
     debug = bool(getattr(args, "debug", False))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # what it cannot encode is shown as ?
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # what it cannot encode is shown as ?
         code = int(command(args) or ExitCode.DONE)
         sys.stdout.flush()
         return code
