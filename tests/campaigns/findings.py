@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from utils.base.console import print_table
+from utils.base.tables import print_table
 from utils.base.errors import ExitCode
 
 log = logging.getLogger(__name__)

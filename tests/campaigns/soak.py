@@ -59,8 +59,9 @@ from tests.campaigns.findings import (
     print_counts,
 )
 from tests.campaigns.fork_server import ForkServer
-from utils.base.console import configure_logging, print_table, run_command
+from utils.base.console import configure_logging, run_command
 from utils.base.errors import ExitCode, PretrainError, UsageError
+from utils.base.tables import print_table
 from utils.base.text import format_duration, printable
 from utils.checkpoints.layout import (
     ARCHIVE_SUFFIX,

@@ -70,8 +70,9 @@ from tests.disturbed_buckets import (
     draw_trouble,
 )
 from tests.gcs_server import FakeGcsServer
-from utils.base.console import LiveLine, configure_logging, print_table, run_command
+from utils.base.console import LiveLine, configure_logging, run_command
 from utils.base.errors import ExitCode, UsageError
+from utils.base.tables import print_table
 from utils.base.text import format_bytes, format_duration
 from utils.checkpoints.journal import UploadState
 from utils.checkpoints.layout import new_run_id, parse_checkpoint_name

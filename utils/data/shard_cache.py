@@ -37,7 +37,6 @@ from filelock import FileLock
 
 from utils.base.console import DISK_ERRORS
 from utils.base.errors import ConfigError, ShardError, StorageError
-from utils.base.retrying import FIRST_RETRY_SECONDS, backoff, retry
 from utils.data.shard_index import (
     MASK_KEY,
     ShardFacts,
@@ -47,6 +46,7 @@ from utils.data.shard_index import (
 )
 from utils.storage.bucket import Bucket, crc32c_of_file, encode_crc32c
 from utils.storage.directory import TEMPORARY_PREFIX
+from utils.storage.retrying import FIRST_RETRY_SECONDS, backoff, retry
 
 DOWNLOAD_THREADS = 4
 LOCK_STRIPES = 64
