@@ -9,8 +9,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from utils.base.tables import print_table
 from utils.base.errors import ExitCode
+from utils.base.tables import print_table
 
 log = logging.getLogger(__name__)
 
