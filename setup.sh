@@ -131,9 +131,8 @@ pip "$bin/python" install --constraint "$CONSTRAINTS" --requirement "$requiremen
 if ! command -v gsutil >/dev/null 2>&1 && [ ! -x "$bin/gsutil" ]; then
     echo "setup.sh: no gsutil found, installing it into $VENV."
     if "$bin/python" -m venv "$VENV/gsutil" &&
-        pip "$VENV/gsutil/${bin##*/}/python" install gsutil; then
-        ln -sf "../gsutil/${bin##*/}/gsutil" "$bin/gsutil" 2>/dev/null ||
-            cp "$VENV/gsutil/${bin##*/}/gsutil" "$bin/gsutil"
+        pip "$VENV/gsutil/bin/python" install gsutil; then
+        ln -sf ../gsutil/bin/gsutil "$bin/gsutil"
     else
         echo "setup.sh: gsutil could not be installed; uploads to gs:// will use the Python client." >&2
     fi
