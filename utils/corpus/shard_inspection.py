@@ -9,7 +9,6 @@ a shard, whatever its size (an `attention_mask` is read whole, because its zeros
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,9 @@ from typing import Any
 
 from utils.base.errors import DataError, ShardError, UsageError
 from utils.base.text import count_of, parse_json_object
+from utils.corpus.output import describe_tokenizer
 from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, get_old_json, put_json
+from utils.corpus.tokenization import Tokenizer
 from utils.data.shard_cache import require_in_vocabulary
 from utils.data.shard_index import (
     HEADER_THREADS,
@@ -43,7 +44,7 @@ from utils.data.shard_index import (
     read_tokenizer_files,
     recorded_checksums,
 )
-from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_bytes, crc32c_of_file
+from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_file
 
 SAMPLE_TOKENS = 64
 MAX_NAMED = 20
@@ -119,7 +120,16 @@ def build_index_file(
     index = {
         "format": INDEX_FORMAT,
         **_describe_stored_tokenizer(bucket, names, vocab_size, {} if overwrite else old),
-        "shards": [_entry_of(look) for look in looks],
+        "shards": [
+            {
+                "name": look.name,
+                "tokens": look.tokens,
+                "dtype": look.arrays[0].dtype,
+                "size": look.size,
+                "crc32c": look.crc32c,
+            }
+            for look in looks
+        ],
         "summary": {
             "tokens": sum(look.tokens for look in looks),
             "training_tokens": sum(n.tokens for n in looks if not is_validation_shard(n.name)),
@@ -204,16 +214,6 @@ def _look_at(bucket: Bucket, info: ObjectInfo) -> ShardLook:
     return ShardLook(info.name, info.size, info.crc32c, tokens, tuple(arrays))
 
 
-def _entry_of(look: ShardLook) -> dict[str, Any]:
-    return {
-        "name": look.name,
-        "tokens": look.tokens,
-        "dtype": look.arrays[0].dtype,
-        "size": look.size,
-        "crc32c": look.crc32c,
-    }
-
-
 def _refuse_bad(bucket: Bucket, looks: Iterable[ShardLook]) -> None:
     bad = [look for look in looks if look.problem]
     if bad:
@@ -238,13 +238,9 @@ def _describe_stored_tokenizer(
     eos_token = config.get("eos_token")
     if isinstance(eos_token, dict):
         eos_token = eos_token.get("content")
-    return {
-        "vocab_size": vocab_size or max(vocabulary.values(), default=-1) + 1,
-        "eos_token_id": vocabulary.get(eos_token) if isinstance(eos_token, str) else None,
-        "tokenizer_sha256": hashlib.sha256(files[TOKENIZER_FILE]).hexdigest(),
-        "tokenizer_files": sorted(files),
-        "tokenizer_crc32c": {name: crc32c_of_bytes(data) for name, data in files.items()},
-    }
+    eos_token_id = vocabulary.get(eos_token) if isinstance(eos_token, str) else None
+    size = vocab_size or max(vocabulary.values(), default=-1) + 1
+    return describe_tokenizer(Tokenizer(files, size, eos_token_id))
 
 
 def _vocabulary_of(content: bytes) -> dict[str, int]:
@@ -327,16 +323,12 @@ def _decode_samples(
     by_name = {info.name: info for info in infos}
     samples = {}
     for look in looks:
-        ids = _first_ids(bucket, by_name[look.name], look.arrays[0])
+        with open_stored_shard(bucket, by_name[look.name]) as archive:
+            key = look.arrays[0].key
+            blocks = read_array_blocks(archive, key, look.name, SAMPLE_TOKENS)
+            ids = next(blocks)[:SAMPLE_TOKENS].tolist()
         try:
             samples[look.name] = backend.decode(ids, skip_special_tokens=False)
         except (OverflowError, TypeError):  # ids that no tokenizer has
             samples[look.name] = ""
     return samples
-
-
-def _first_ids(bucket: Bucket, info: ObjectInfo, array: ArrayLook) -> list[int]:
-    with open_stored_shard(bucket, info) as archive:
-        blocks = read_array_blocks(archive, array.key, info.name, SAMPLE_TOKENS)
-        ids: list[int] = next(blocks)[:SAMPLE_TOKENS].tolist()
-    return ids

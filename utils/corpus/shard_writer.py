@@ -71,11 +71,6 @@ class _OpenShard:
     documents: list[TokenArray] = field(default_factory=list)
 
 
-def shard_name(split: str, number: int) -> str:
-    """Return the object name of a shard."""
-    return f"{split}_{number:05d}.npz"
-
-
 def split_of(name: str) -> str:
     """Return the split that a shard's name tells: `val` or `train`."""
     return VALIDATION if is_validation_shard(name) else TRAINING
@@ -130,7 +125,7 @@ class ShardWriter:
 
     def _put(self, split: str) -> None:
         shard = self._open[split]
-        name = shard_name(split, shard.number)
+        name = f"{split}_{shard.number:05d}.npz"
         ids = np.concatenate(shard.documents)
         entry = self._put_file(name, ids, len(shard.documents))
         if split == TRAINING:

@@ -271,11 +271,12 @@ def _convert_sentencepiece(content: bytes, name: str) -> Conversion:
         # Precompiled takes the pair for one character, and would make one space of it.
         pair = normalizers.Replace("\r\n", "\n\n")
         backend.normalizer = normalizers.Sequence([pair, backend.normalizer])
-    words = [piece.piece.replace(SPACE, " ") for piece in model.pieces if _is_text(piece)]
+    # Those that text can match, as it cannot match `</s>` or `<0x41>`.
+    texts = [piece.piece for piece in model.pieces if piece.type in (_NORMAL, _USER_DEFINED)]
     _require_same_ids(
         backend,
         processor.encode,
-        words,
+        [text.replace(SPACE, " ") for text in texts],
         name,
         # Equal scores: see the top.
         ignore_order=model.trainer_spec.model_type == _UNIGRAM,
@@ -283,11 +284,6 @@ def _convert_sentencepiece(content: bytes, name: str) -> Conversion:
     roles = {"unk": processor.unk_id(), "pad": processor.pad_id()}
     settings = {f"{role}_token": model.pieces[n].piece for role, n in roles.items() if n >= 0}
     return _finish(backend, settings, model.pieces[processor.eos_id()].piece)
-
-
-def _is_text(piece: Any) -> bool:
-    """Tell whether text can match a piece, as it cannot match `</s>` or `<0x41>`."""
-    return piece.type in (_NORMAL, _USER_DEFINED)
 
 
 def _build_sentencepiece_backend(model: Any) -> tokenizers.Tokenizer:
