@@ -39,6 +39,7 @@ from utils.base.files import walk_folders
 from utils.base.text import parse_json
 from utils.corpus.documents import Content, NullText, OpenText
 from utils.corpus.file_kinds import (
+    DEFAULT_COLUMN,
     JSONL_SUFFIXES,
     NAMED_KINDS,
     ONE_JSON_VALUE,
@@ -219,7 +220,7 @@ class FileSource:
     """What a document is in a text file: the whole `file`, or each `line`; None: `file`, but
     records where the content has them."""
 
-    text_column: str = "text"
+    text_column: str = DEFAULT_COLUMN
     """Key of the text in JSONL records and Parquet rows."""
 
     document_separator: str = ""
@@ -543,7 +544,7 @@ class HubSource:
     configuration: str | None = None
     """Named subset of the dataset."""
 
-    text_column: str = "text"
+    text_column: str = DEFAULT_COLUMN
     """Column of the text."""
 
     streaming: bool = False
@@ -618,15 +619,11 @@ class HubSource:
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         try:
-            if self._is_saved(*SAVED_FILES):
-                return self._open_saved(datasets)
+            if self._is_saved(*SAVED_FILES):  # memory-mapped, so streaming changes nothing
+                saved = datasets.load_from_disk(str(Path(self.name).expanduser()))
+                return saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved
             return datasets.load_dataset(
                 self.name, self.configuration, split=self.split, streaming=self.streaming
             )
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as exc:
             raise DataError(f"{self._place}: cannot be loaded ({first_line(exc)}).") from exc
-
-    def _open_saved(self, datasets: Any) -> Any:
-        """Return what `save_to_disk` wrote; it is memory-mapped, so streaming changes nothing."""
-        saved = datasets.load_from_disk(str(Path(self.name).expanduser()))
-        return saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved

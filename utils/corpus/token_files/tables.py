@@ -15,9 +15,9 @@ import numpy as np
 
 from utils.base.errors import DataError, first_line
 from utils.base.text import parse_json_object
+from utils.corpus.file_kinds import DEFAULT_COLUMN
 from utils.corpus.token_files.flat import Stretch, read_head
 
-DEFAULT_COLUMN = "text"
 # Taken where no column is named and there is none of texts.
 ID_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 BATCH_ROWS = 1024
