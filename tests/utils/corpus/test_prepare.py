@@ -321,33 +321,12 @@ def test_token_ids_count_as_text_of_their_number(dtype: type) -> None:
     assert [one.split for one in mixed] == [one.split for one in text]
 
 
-def test_the_tokenizer_learns_nothing_from_what_is_held_out(
-    source: FileSource, tmp_path: Path
-) -> None:
-    prepare(source, tmp_path / "out", validation_fraction=0.3)
-    training = make_source(tmp_path / "kept.jsonl", documents_of(tmp_path / "out", "train"))
-    prepare(training, tmp_path / "kept", validation_fraction=0)
-
-    assert documents_of(tmp_path / "out", "val")
-    tokenizers = [contents(tmp_path / name)["tokenizer.json"] for name in ("out", "kept")]
-    assert tokenizers[0] == tokenizers[1]
-
-
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_single_document_is_split_where_a_line_begins(end: str) -> None:
     training, validation = assign_splits([f"A line.{end}" * 99], 0.05)
     assert (training.split, validation.split) == ("train", "val")
     assert training.content.endswith(f".{end}")
     assert validation.content.startswith("A line.")
-
-
-def test_repeats_and_empty_documents_are_left_out(tmp_path: Path, texts: list[str]) -> None:
-    source = make_source(tmp_path / "a.jsonl", [*texts, "", *texts[:50]])
-
-    index = prepare(source, tmp_path / "out", deduplicate=True).index
-
-    assert index["summary"]["documents"] == len(texts)
-    assert index["summary"]["documents_left_out"] == 51
 
 
 class PartsSource:
@@ -656,20 +635,6 @@ def test_the_index_lists_the_tokenizer_files_and_auto_tokenizer_loads_them(
     assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|pad|>", "<|x|>"]) == [0, 1, 2]
     assert tokenizer("a<|x|>").input_ids[-1] == 2
     assert not {1, 2} & set(tokens_of(tmp_path / "out", "train").tolist())
-
-
-def test_an_output_prepared_by_an_earlier_version_is_prepared_again(
-    source: FileSource, tmp_path: Path
-) -> None:
-    prepare(source, tmp_path / "out")
-    whole = contents(tmp_path / "out")
-    path = tmp_path / "out" / "index.json"
-    index = json.loads(path.read_text())
-    index["tokenizer_files"] = index.pop("tokenizer_crc32c")
-    path.write_text(json.dumps(index))
-
-    assert prepare(source, tmp_path / "out").is_new
-    assert contents(tmp_path / "out") == whole
 
 
 def test_an_end_of_text_spelled_out_in_the_text_is_told(

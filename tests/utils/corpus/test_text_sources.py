@@ -77,15 +77,6 @@ def test_compressed_files_read_as_plain_ones(tmp_path: Path, suffix: str) -> Non
     assert read(path) == [f"{TEXT}{n}" for n in range(5_000)]
 
 
-def test_jsonl_and_parquet_give_the_chosen_column(tmp_path: Path) -> None:
-    jsonl = write_jsonl(tmp_path / "a.jsonl", {"body": TEXT, "id": 1}, {"body": "", "id": 2})
-    parquet = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "body": [TEXT, ""]}), parquet)
-
-    assert read(jsonl, text_column="body") == [TEXT, ""]
-    assert read(parquet, text_column="body") == [TEXT, ""]
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -205,15 +196,6 @@ def test_a_separator_is_found_wherever_blocks_end(
         assert any(isinstance(part, OpenText) for part in parts)
         assert two.uses("document_separator")
         assert not other.uses("document_separator")
-
-
-def test_parquet_column_that_is_not_there_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["x", None]}), path)
-
-    with pytest.raises(DataError, match=r"no column 'text'. Columns: body"):
-        read(path)
-    assert read(path, text_column="body")[0] == "x"
 
 
 @pytest.mark.parametrize(
