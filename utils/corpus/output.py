@@ -106,8 +106,7 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def is_intact(bucket: Bucket, index: dict[str, Any]) -> bool:
     """Tell whether all files of an index are in the bucket, by size and crc32c."""
-    shards = shard_writer.entries_from_json(index)
-    bad = ["its list of shards"] if shards is None else shard_writer.find_bad_shards(bucket, shards)
+    bad = shard_writer.find_bad_shards(bucket, shard_writer.entries_from_json(index))
     if read_described_tokenizer(bucket, index) is None:
         bad.append("the tokenizer")
     if bad:

@@ -225,9 +225,6 @@ def entries_to_json(shards: Sequence[ShardEntry]) -> list[dict[str, Any]]:
     return [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.name)]
 
 
-def entries_from_json(content: Mapping[str, Any]) -> tuple[ShardEntry, ...] | None:
-    """Return the shards of an index, or None where they are not written as ours are."""
-    try:
-        return tuple(ShardEntry(**entry) for entry in content["shards"])
-    except (KeyError, TypeError):
-        return None
+def entries_from_json(content: Mapping[str, Any]) -> tuple[ShardEntry, ...]:
+    """Return the shards that an index of ours lists."""
+    return tuple(ShardEntry(**entry) for entry in content["shards"])

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import ast
 import codecs
-import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -29,7 +29,6 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +56,7 @@ from utils.corpus.file_kinds import (
     read_errors,
     split_lines,
 )
+from utils.corpus.token_files.tables import table_errors
 
 LINE_ENDS = b"\r\n"
 MAX_JSON_BYTES = 2**30
@@ -102,6 +102,7 @@ class Source(Protocol):
         """Return what decides how parts are cut, such as sizes; cheap, and fit for JSON."""
 
 
+@dataclass(frozen=True)
 class SampleSource:
     """Real English text that every Python carries: its help topics and long docstrings.
 
@@ -109,82 +110,71 @@ class SampleSource:
     gets a bit of everything. Modules are parsed, never imported.
     """
 
-    holds_tokens = False
+    stdlib: Path = Path(sysconfig.get_path("stdlib"))
+    """Folder of the library's sources."""
 
-    def __init__(self, stdlib: Path | None = None) -> None:
-        self._stdlib = stdlib or Path(sysconfig.get_path("stdlib"))
-        self._documents: list[str] = []
-        self._share = slice(None)
+    share: tuple[int, int] = (0, 1)
+    """Which part it is, from 0, and of how many."""
+
+    holds_tokens = False
 
     def documents(self) -> Iterator[str]:
         """Yield the sample documents.
 
         Raises:
-            DataError: This Python has no help topics, or no library sources with docstrings.
+            DataError: There are no library sources with docstrings.
         """
-        if not self._documents:
-            self._documents += self._collect()
-        yield from self._documents[self._share]
+        number, count = self.share
+        yield from _collect_sample(self.stdlib)[number::count]
 
     def part(self, number: int, count: int) -> SampleSource:
         """As `Source` says."""
-        part = copy.copy(self)  # what is collected once serves all
-        part._share = slice(number, None, count)
-        return part
+        return dataclasses.replace(self, share=(number, count))
 
     def outline(self) -> list[Any]:
         """As `Source` says."""
         return [self.fingerprint()]
 
-    def _collect(self) -> list[str]:
-        topics = _python_topics()
-        docstrings = [text for path in self._modules() for text in _long_docstrings(path)]
-        documents = topics + docstrings
-        if len(documents) < SAMPLE_MIN_DOCUMENTS:
-            raise DataError(
-                f"{self._stdlib} has only {len(documents)} sample documents, at least "
-                f"{SAMPLE_MIN_DOCUMENTS} are needed: this Python was installed without its library "
-                "sources. Use another Python, or your own text with --input."
-            )
-        random.Random(SAMPLE_SEED).shuffle(documents)  # noqa: S311 - not a secret
-        return documents
-
     def fingerprint(self) -> str:
         """Return a hash over the library's source files."""
-        files = [*self._modules(), self._stdlib / "pydoc_data" / "topics.py"]
+        files = [*_modules(self.stdlib), self.stdlib / "pydoc_data" / "topics.py"]
         return _hash_files("sample", [path for path in files if path.is_file()])
 
     def uses(self, option: str) -> bool:
         """As `Source` says."""
         return option == "token_cache"
 
-    def _modules(self) -> list[Path]:
-        found = []
-        for folder, folders, files in os.walk(self._stdlib):
-            folders[:] = [
-                name
-                for name in folders
-                if name not in SAMPLE_SKIPPED_FOLDERS and not name.startswith("config-")
-            ]
-            found += [Path(folder, name) for name in files if name.endswith(".py")]
-        return sorted(found, key=lambda path: path.relative_to(self._stdlib).parts)
 
+@functools.cache
+def _collect_sample(stdlib: Path) -> list[str]:
+    from pydoc_data.topics import topics
 
-def _python_topics() -> list[str]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as exc:
+    documents = [topics[name] for name in sorted(topics)]
+    documents += [text for path in _modules(stdlib) for text in _long_docstrings(path)]
+    if len(documents) < SAMPLE_MIN_DOCUMENTS:
         raise DataError(
-            f"{sys.executable} has no pydoc_data.topics, which the sample text is made of. "
-            "Use another Python, or your own text with --input."
-        ) from exc
-    return [topics[name] for name in sorted(topics)]
+            f"{stdlib} has only {len(documents)} sample documents, at least "
+            f"{SAMPLE_MIN_DOCUMENTS} are needed: this Python was installed without its library "
+            "sources. Use another Python, or your own text with --input."
+        )
+    random.Random(SAMPLE_SEED).shuffle(documents)  # noqa: S311 - not a secret
+    return documents
+
+
+def _modules(stdlib: Path) -> list[Path]:
+    found = []
+    for folder, folders, files in os.walk(stdlib):
+        folders[:] = [
+            name
+            for name in folders
+            if name not in SAMPLE_SKIPPED_FOLDERS and not name.startswith("config-")
+        ]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found, key=lambda path: path.relative_to(stdlib).parts)
 
 
 def _long_docstrings(path: Path) -> Iterator[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with warnings.catch_warnings(action="ignore"):
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
@@ -476,21 +466,10 @@ def _row_groups(path: Path) -> list[int]:
     """Return the byte at which each row group of a Parquet file begins."""
     import pyarrow.parquet
 
-    with _parquet_errors(path):
+    with table_errors(path, "Parquet file"):
         metadata = pyarrow.parquet.read_metadata(path)
         firsts = [metadata.row_group(n).column(0) for n in range(metadata.num_row_groups)]
     return [one.dictionary_page_offset or one.data_page_offset for one in firsts]
-
-
-@contextmanager
-def _parquet_errors(path: Path) -> Iterator[None]:
-    import pyarrow
-
-    with read_errors(path):
-        try:
-            yield
-        except pyarrow.ArrowException as exc:
-            raise DataError(f"{path}: not a readable Parquet file ({exc}).") from exc
 
 
 def _parquet_documents(path: Path, column: str, span: ByteSpan | None) -> Iterator[str]:
@@ -500,7 +479,7 @@ def _parquet_documents(path: Path, column: str, span: ByteSpan | None) -> Iterat
     if span is not None:
         starts = _row_groups(path)
         groups = [number for number, start in enumerate(starts) if span[0] <= start < span[1]]
-    with _parquet_errors(path), pyarrow.parquet.ParquetFile(path) as file:
+    with table_errors(path, "Parquet file"), pyarrow.parquet.ParquetFile(path) as file:
         _require_column(column, file.schema_arrow.names, path)
         for number in range(groups[0] if groups else 0):
             skipped += file.metadata.row_group(number).num_rows

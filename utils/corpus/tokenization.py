@@ -139,10 +139,6 @@ def check_special_tokens(special_tokens: Sequence[str], vocab_size: int) -> None
             raise UsageError(f"--special-token {name!r} {what} ({END_OF_TEXT} always is one).")
         if len(name) == 1:
             raise UsageError(f"--special-token {name!r} must have at least two characters.")
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError as exc:
-            raise UsageError(f"--special-token {name!r} is not UTF-8.") from exc
     if vocab_size < NUM_BYTE_TOKENS + len(names):
         raise UsageError(
             f"--vocab-size must be at least {NUM_BYTE_TOKENS + len(names)} (every byte, and "

@@ -93,16 +93,13 @@ def convert_tokenizer(name: str) -> Conversion:
     """Return `tiktoken:NAME`, a .tiktoken file or a SentencePiece model as fast tokenizer files.
 
     Raises:
-        UsageError: It cannot be read or has no end token, the library that reads it is missing,
-            or nothing would encode exactly as it does.
+        UsageError: It is none or has no end token, the library that reads it is missing, or
+            nothing would encode exactly as it does.
     """
     if name.startswith(TIKTOKEN_PREFIX):
         return _convert_encoding(_load_encoding(name), name)
     path = Path(name)
-    try:
-        content = path.read_bytes()
-    except OSError as exc:
-        raise UsageError(f"--tokenizer {name}: cannot be read ({exc.strerror}).") from exc
+    content = path.read_bytes()
     # Some tiktoken files, as Llama 3's, are called tokenizer.model.
     if path.suffix == TIKTOKEN_SUFFIX or re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
         return _convert_encoding(_read_encoding(path, content), name)

@@ -19,6 +19,7 @@ from scripts import prepare_data
 from tests.campaigns import soak_tasks
 from tests.gcs_server import FakeGcsServer
 from tests.sample_token_files import write_mds, write_megatron, write_saved
+from utils.corpus import text_sources
 from utils.corpus.documents import OpenText
 from utils.corpus.reading import assign_by_hash
 from utils.corpus.text_sources import FileSource, HubSource, SampleSource
@@ -120,7 +121,7 @@ def test_other_sources_are_divided_too(tmp_path: Path, monkeypatch: pytest.Monke
         files.append(write(folder, [[1, 2, 3], [4, 5]]))
     tokens = TokenFileSource(tuple(files))
     hub = HubSource(str(tmp_path / "data"))
-    monkeypatch.setattr(SampleSource, "_collect", lambda _: ["a", "b", "c", "d"])
+    monkeypatch.setattr(text_sources, "_collect_sample", lambda _: ["a", "b", "c", "d"])
     for source in (SampleSource(), hub, dataclasses.replace(hub, streaming=True), tokens):
         parts = [list(source.part(number, 3).documents()) for number in range(3)]
         found = Counter(map(str, itertools.chain.from_iterable(parts)))
