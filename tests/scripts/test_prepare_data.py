@@ -554,7 +554,7 @@ def test_an_index_again_does_not_certify_a_tokenizer_that_was_damaged(
     assert (data / "index.json").read_bytes() != index
 
 
-@pytest.mark.parametrize("command", ["index", "inspect", "put", "get", "ls", "rm"])
+@pytest.mark.parametrize("command", prepare_data.COMMANDS)
 def test_commands_on_nothing_are_one_message_and_exit_code_two(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:

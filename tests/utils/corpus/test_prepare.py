@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
+from tests.sample_shards import read_texts
 from utils.base.errors import DataError, StorageError, UsageError
 from utils.corpus import reading, text_sources, tokenization
 from utils.corpus.documents import NullText, OpenText
@@ -65,23 +66,11 @@ def tokens_of(directory: Path, split: str) -> np.ndarray:
     return np.concatenate(shards) if shards else np.array([], np.uint16)
 
 
-def documents_of(directory: Path, split: str) -> list[str]:
-    """Decode the shards with nothing but the files in the directory."""
-    backend = Backend.from_file(str(directory / "tokenizer.json"))
-    index = json.loads((directory / "index.json").read_text())
-    tokens = tokens_of(directory, split)
-    ends = np.flatnonzero(tokens == index["eos_token_id"])
-    parts = np.split(tokens, ends + 1)
-    assert len(parts[-1]) == 0
-    return [backend.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts[:-1]]
-
-
 def test_every_document_is_in_exactly_one_shard(
     source: FileSource, tmp_path: Path, texts: list[str]
 ) -> None:
     prepare(source, tmp_path / "out")
-    training = documents_of(tmp_path / "out", "train")
-    validation = documents_of(tmp_path / "out", "val")
+    training, validation = read_texts(tmp_path / "out").values()
 
     assert sum(map(len, validation)) == pytest.approx(0.05 * len("".join(texts)), rel=0.05)
     assert sorted(training + validation) == sorted(texts)
@@ -248,13 +237,11 @@ def test_one_long_document_is_read_in_parts_and_its_end_is_held_out(
     monkeypatch.undo()
     prepare(source, tmp_path / "out", **{"validation_fraction": 0, share: 0.1})
 
-    assert documents_of(tmp_path / "whole", "train") == [text]
+    assert read_texts(tmp_path / "whole")["train"] == [text]
     assert not list((tmp_path / "whole").glob("val_*.npz"))
     assert index["summary"]["documents"] == 1
     assert len(index["shards"]) > 5
-    training, validation = (
-        "".join(documents_of(tmp_path / "out", split)) for split in ("train", "val")
-    )
+    training, validation = map("".join, read_texts(tmp_path / "out").values())
     assert training + validation == text
     assert training.endswith("\n")
     assert len(validation) == pytest.approx(len(text) * 0.1, rel=0.1)
@@ -356,7 +343,7 @@ def test_a_document_in_parts_keeps_its_end_and_repeats_as_a_whole(tmp_path: Path
         out = tmp_path / str(deduplicate)
         changes = {"deduplicate": deduplicate, "validation_fraction": 0}
         index = prepare(PartsSource(*parts, *others), out, **changes).index  # type: ignore[arg-type]
-        assert documents_of(out, "train") == documents
+        assert read_texts(out)["train"] == documents
         assert index["summary"]["documents"] == len(documents)
         assert index["summary"]["documents_left_out"] == num_left_out
 
@@ -435,8 +422,7 @@ def test_a_tail_holds_out_the_last_documents(
     source: FileSource, tmp_path: Path, texts: list[str]
 ) -> None:
     prepare(source, tmp_path / "out", validation_fraction=0, validation_tail=0.2)
-    training = documents_of(tmp_path / "out", "train")
-    validation = documents_of(tmp_path / "out", "val")
+    training, validation = read_texts(tmp_path / "out").values()
 
     assert training + validation == texts
     share = sum(map(len, validation)) / sum(map(len, texts))
@@ -464,8 +450,8 @@ def test_a_separate_source_is_held_out_whole_and_nothing_else(
     arguments = ([source], DirectoryBucket(tmp_path / "out"), options)
     prepare_corpus(*arguments, validation_sources=[held_out])
 
-    assert documents_of(tmp_path / "out", "train") == texts
-    assert documents_of(tmp_path / "out", "val") == ["Other one.", "Other two."]
+    assert read_texts(tmp_path / "out")["train"] == texts
+    assert read_texts(tmp_path / "out")["val"] == ["Other one.", "Other two."]
     assert not prepare_corpus(*arguments, validation_sources=[held_out]).is_new
     make_source(tmp_path / "held.jsonl", ["Changed."])
     with pytest.raises(UsageError, match="--overwrite"):
@@ -595,8 +581,7 @@ def test_no_word_of_held_out_documents_becomes_a_token(
     backend = Backend.from_file(str(tmp_path / "out" / "tokenizer.json"))
     known = {word for word in words if f"\u0120{word}" in backend.get_vocab()}
     seen, unseen = (
-        {text.split()[0] for text in documents_of(tmp_path / "out", split)}
-        for split in ("train", "val")
+        {text.split()[0] for text in own} for own in read_texts(tmp_path / "out").values()
     )
     assert known == seen  # each word is in one document alone
     assert unseen

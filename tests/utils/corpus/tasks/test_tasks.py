@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 from scripts import prepare_data
 from tests.campaigns import soak_tasks
 from tests.gcs_server import FakeGcsServer
+from tests.sample_shards import read_documents, read_texts
 from tests.sample_token_files import write_mds, write_megatron, write_saved
 from utils.corpus import text_sources
 from utils.corpus.documents import OpenText
@@ -145,18 +146,7 @@ def run(*words: object) -> int:
 
 def documents_of(output: Path) -> dict[str, Counter[tuple[int, ...]]]:
     """Return the documents of a merged output, as ids, by split."""
-    index = json.loads((output / "index.json").read_text())
-    found: dict[str, Counter[tuple[int, ...]]] = {"train": Counter(), "val": Counter()}
-    for shard in index["shards"]:
-        with np.load(output / shard["name"]) as archive:
-            ids = archive["input_ids"]
-        ends = np.flatnonzero(ids == index["eos_token_id"]) + 1
-        parts = np.split(ids, ends)
-        assert len(parts.pop()) == 0
-        assert len(parts) == shard["documents"]
-        split = Path(shard["name"]).name.partition("_")[0]
-        found[split].update(tuple(part.tolist()) for part in parts)
-    return found
+    return {split: Counter(map(tuple, own)) for split, own in read_documents(output).items()}
 
 
 @pytest.fixture
@@ -186,8 +176,7 @@ def test_eight_tasks_and_one_give_the_same_documents(words: list[str], tmp_path:
     assert indices[0]["summary"] == indices[1]["summary"]
     assert indices[0]["tokenizer_crc32c"] == indices[1]["tokenizer_crc32c"]
 
-    backend = Backend.from_file(str(tmp_path / "8" / "tokenizer.json"))
-    texts = [backend.decode(list(ids[:-1])) for split in one.values() for ids in split.elements()]
+    texts = itertools.chain.from_iterable(read_texts(tmp_path / "8").values())
     source = FileSource(tuple(sorted((tmp_path / "texts").iterdir())), document_separator=SEPARATOR)
     assert Counter(texts) == Counter(source.documents())
 
@@ -300,14 +289,6 @@ def test_what_does_not_fit_tasks_is_refused(
     assert run(*words, "--vocab-size", 300, "--output", "out", *more) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not Path("out").exists()
-
-
-def test_merge_of_what_was_not_prepared_in_tasks_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "empty").mkdir()
-    assert run("merge", "empty") == 2
-    assert "holds no data that was prepared with --tasks" in capsys.readouterr().err
 
 
 @pytest.mark.slow
