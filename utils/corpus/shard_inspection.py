@@ -234,7 +234,13 @@ def _describe_stored_tokenizer(
     except DataError as exc:
         raise DataError(f"{exc} To record what is there now: --overwrite.") from exc
     vocabulary = _vocabulary_of(files[TOKENIZER_FILE])
-    config = _parse_config(bucket, files.get(TOKENIZER_CONFIG_FILE, b"{}"))
+    try:
+        config = parse_json_object(files.get(TOKENIZER_CONFIG_FILE, b"{}"))
+    except ValueError as exc:
+        raise DataError(
+            f"{bucket.uri}/{TOKENIZER_CONFIG_FILE} cannot be read: {exc}. No index was written. "
+            "Put the right one back, or remove it."
+        ) from exc
     eos_token = config.get("eos_token")
     if isinstance(eos_token, dict):
         eos_token = eos_token.get("content")
@@ -244,8 +250,7 @@ def _describe_stored_tokenizer(
 
 
 def _vocabulary_of(content: bytes) -> dict[str, int]:
-    vocabulary: dict[str, int] = _build_backend(content).get_vocab(with_added_tokens=True)
-    return vocabulary
+    return dict(_build_backend(content).get_vocab(with_added_tokens=True))
 
 
 def _build_backend(content: bytes) -> Any:
@@ -255,16 +260,6 @@ def _build_backend(content: bytes) -> Any:
         return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as exc:  # tokenizers raises bare Exception
         raise DataError(f"{TOKENIZER_FILE} is not a tokenizer ({exc}).") from exc
-
-
-def _parse_config(bucket: Bucket, content: bytes) -> dict[str, Any]:
-    try:
-        return parse_json_object(content)
-    except ValueError as exc:
-        raise DataError(
-            f"{bucket.uri}/{TOKENIZER_CONFIG_FILE} cannot be read: {exc}. No index was written. "
-            "Put the right one back, or remove it."
-        ) from exc
 
 
 def _vocab_size_of(index: dict[str, Any] | None, tokenizer: bytes | None) -> int | None:

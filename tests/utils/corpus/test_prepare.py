@@ -370,9 +370,7 @@ def test_an_interrupted_preparation_goes_on_in_a_document_whose_end_is_held_out(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"vocab_size": None},
         {"tokenizer": "gpt2"},
-        {"vocab_size": 100},
         {"shard_tokens": 0},
         {"special_tokens": ("",)},
         {"special_tokens": ("<|endoftext|>",)},

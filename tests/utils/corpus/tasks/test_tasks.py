@@ -27,6 +27,14 @@ from utils.corpus.text_sources import FileSource, HubSource, SampleSource
 from utils.corpus.token_files.source import TokenFileSource
 
 SEPARATOR = "<|endoftext|>"
+# Text files: how they are cut into documents, and what stands between these.
+HOW_TO_CUT = {
+    "separated.txt": ({"document_separator": SEPARATOR}, SEPARATOR),
+    "overlapping.txt": ({"document_separator": "aa"}, "aa"),
+    "blocks.txt": ({"document_separator": "\n\n"}, "\n\n"),
+    "lines.txt": ({"document_per": "line"}, "\n"),
+    "mac.txt": ({"document_per": "line"}, "\r"),
+}
 TEXT = st.text(st.sampled_from('ab \n\r"[{}]\u00e9'), max_size=30)
 
 
@@ -39,7 +47,7 @@ def write_source(folder: Path, kind: str, texts: list[list[str]]) -> FileSource:
     """Write a file for each list of texts; return the source that they are."""
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{number}.{kind}" for number in range(len(texts))]
-    how: dict[str, str] = {}
+    how, between = HOW_TO_CUT.get(kind, ({}, "\n"))
     for path, own in zip(paths, texts, strict=True):
         records = [{"text": text} for text in own]
         lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -50,29 +58,13 @@ def write_source(folder: Path, kind: str, texts: list[list[str]]) -> FileSource:
             path.write_bytes(gzip.compress(lines.encode(), mtime=0))
         elif kind in ("jsonl", "json"):
             path.write_text(lines if kind == "jsonl" else json.dumps(records))
-        elif kind == "separated.txt":
-            how = {"document_separator": SEPARATOR}
-            path.write_bytes(SEPARATOR.join(own).encode())
-        elif kind == "mac.txt":
-            how = {"document_per": "line"}
-            path.write_bytes("\r".join(own).replace("\n", "\r").encode())
-        elif kind == "overlapping.txt":
-            how = {"document_separator": "aa"}
-            path.write_bytes("aa".join(own).encode())
-        elif kind == "blocks.txt":
-            how = {"document_separator": "\n\n"}
-            path.write_bytes("\n\n".join(own).encode())
         else:
-            how = {"document_per": "line"} if kind == "lines.txt" else {}
-            path.write_bytes("\n".join(own).encode())
+            text = between.join(own)
+            path.write_bytes((text.replace("\n", "\r") if between == "\r" else text).encode())
     return FileSource(tuple(paths), **how)
 
 
-KINDS = ["jsonl", "jsonl.gz", "json", "parquet", "md"]
-KINDS += ["separated.txt", "overlapping.txt", "blocks.txt", "lines.txt", "mac.txt"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "md", *HOW_TO_CUT])
 @settings(max_examples=40, deadline=None)
 @given(texts=st.lists(st.lists(TEXT, max_size=9), min_size=1, max_size=4), count=st.integers(1, 9))
 def test_parts_hold_each_document_once_in_order(
