@@ -77,6 +77,12 @@ def read_documents(output: Path) -> dict[str, list[list[int]]]:
     return found
 
 
+def read_files(output: Path) -> dict[str, bytes]:
+    """Return what a bucket has of a folder, which is not what was cut off: name -> bytes."""
+    bucket = DirectoryBucket(output)
+    return {info.name: bucket.read_bytes(info.name) for info in bucket.list()}
+
+
 def read_texts(output: Path) -> dict[str, list[str]]:
     """Return the documents of a prepared output, by split, with nothing but the files in it."""
     backend = Tokenizer.from_file(str(output / "tokenizer.json"))

@@ -37,10 +37,9 @@ if __package__ in (None, ""):
 
 from scripts import prepare_data
 from tests.campaigns.findings import Finding, build_parser, conclude, note_finding
-from tests.sample_shards import read_texts
+from tests.sample_shards import read_files, read_texts
 from utils.base.console import configure_logging, run_command
 from utils.base.errors import ExitCode
-from utils.storage.directory import DirectoryBucket
 from utils.tools.proofs.started_runs import open_work_folder
 
 DOCUMENTS = 3_000
@@ -191,12 +190,6 @@ class Campaign:
 
     def _note(self, kind: str, text: str) -> None:
         note_finding(self.findings, Finding(kind, self.kills, text))
-
-
-def read_files(output: Path) -> dict[str, bytes]:
-    """Return what a bucket has of a folder, which is not what was cut off: name -> bytes."""
-    bucket = DirectoryBucket(output)
-    return {info.name: bucket.read_bytes(info.name) for info in bucket.list()}
 
 
 @dataclass

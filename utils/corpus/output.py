@@ -125,8 +125,6 @@ def read_described_tokenizer(bucket: Bucket, description: dict[str, Any]) -> Tok
         if crc32c_of_bytes(content) != checksum:
             return None
         files[name] = content
-    if TOKENIZER_FILE not in files and description.get("tokenizer_sha256") is not None:
-        return None
     return Tokenizer(files, description["vocab_size"], description["eos_token_id"])
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-from tests.sample_shards import read_texts
+from tests.sample_shards import read_files, read_texts
 from utils.base.errors import DataError, StorageError, UsageError
 from utils.corpus import reading, text_sources, tokenization
 from utils.corpus.documents import NullText, OpenText
@@ -52,10 +52,6 @@ def prepare(
     options = CorpusOptions(**{"vocab_size": VOCAB_SIZE, "shard_tokens": 800, **changes})
     bucket = DirectoryBucket(output) if isinstance(output, Path) else output
     return prepare_corpus([source], bucket, options, overwrite)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def tokens_of(directory: Path, split: str) -> np.ndarray:
@@ -112,14 +108,14 @@ def test_output_that_is_already_whole_is_left_alone(source: FileSource, tmp_path
 @pytest.mark.parametrize("name", ["train_00003.npz", "val_00000.npz", "tokenizer.json"])
 def test_damaged_output_is_prepared_again(source: FileSource, tmp_path: Path, name: str) -> None:
     prepare(source, tmp_path / "out")
-    whole = contents(tmp_path / "out")
+    whole = read_files(tmp_path / "out")
     path = tmp_path / "out" / name
     path.unlink()
     assert prepare(source, tmp_path / "out").is_new
-    assert contents(tmp_path / "out") == whole
+    assert read_files(tmp_path / "out") == whole
     path.write_bytes(bytes([whole[name][0] ^ 1]) + whole[name][1:])
     assert prepare(source, tmp_path / "out").is_new
-    assert contents(tmp_path / "out") == whole
+    assert read_files(tmp_path / "out") == whole
 
 
 class FailingBucket(DirectoryBucket):
@@ -161,7 +157,7 @@ def test_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
     prepare(source, bucket, **changes)
 
     assert bool(done & set(bucket.got)) == bool(lost or changes)
-    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "straight")
     if changes:
         assert len(list((tmp_path / "out").glob("train_*.npz"))) == 5
 
@@ -171,15 +167,15 @@ def test_other_options_in_the_same_output_are_refused_unless_overwritten(
 ) -> None:
     changes = {"shard_tokens": 2_000, "vocab_size": 300, "validation_fraction": 0.1}
     prepare(source, tmp_path / "out")
-    before = contents(tmp_path / "out")
+    before = read_files(tmp_path / "out")
     prepare(source, tmp_path / "fresh", **changes)
 
     with pytest.raises(UsageError, match="--overwrite"):
         prepare(source, tmp_path / "out", **changes)
-    assert contents(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
 
     prepare(source, tmp_path / "out", overwrite=True, **changes)
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("is_same", [True, False])
@@ -203,7 +199,7 @@ def test_an_output_that_another_command_took_meanwhile_is_looked_at_again(
             prepare(source, bucket)
     assert bucket.got == []
     prepare(source, tmp_path / "straight", **theirs)
-    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "straight")
 
 
 def test_shards_of_others_are_never_touched_and_other_files_are_no_obstacle(
@@ -251,13 +247,13 @@ def test_overwriting_with_a_broken_source_leaves_the_old_data_whole(
     source: FileSource, tmp_path: Path
 ) -> None:
     prepare(source, tmp_path / "out")
-    before = contents(tmp_path / "out")
+    before = read_files(tmp_path / "out")
     (tmp_path / "broken.jsonl").write_text("{\n")
 
     with pytest.raises(DataError):
         prepare(FileSource((tmp_path / "broken.jsonl",)), tmp_path / "out", overwrite=True)
 
-    assert contents(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
 
 
 @settings(max_examples=50, deadline=None)
@@ -362,7 +358,7 @@ def test_an_interrupted_preparation_goes_on_in_a_document_whose_end_is_held_out(
     prepare(source, bucket := FailingBucket(tmp_path / "out"), **changes)  # type: ignore[arg-type]
     prepare(source, tmp_path / "straight", **changes)  # type: ignore[arg-type]
 
-    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "straight")
     assert "train_00000.npz" not in bucket.got
     assert not {"skip_null"} & set(CorpusOptions(vocab_size=270).fingerprint())
 
@@ -482,7 +478,7 @@ def test_an_id_outside_the_vocabulary_is_refused_before_old_data_is_touched(
     source: FileSource, tmp_path: Path
 ) -> None:
     prepare(source, tmp_path / "out")
-    before = contents(tmp_path / "out")
+    before = read_files(tmp_path / "out")
     np.save(tmp_path / "a.npy", np.array([1, 2, 70_000]))
     with pytest.raises(DataError, match="token id 70000 at position 2"):
         prepare_corpus(
@@ -491,7 +487,7 @@ def test_an_id_outside_the_vocabulary_is_refused_before_old_data_is_touched(
             CorpusOptions(vocab_size=50_000),
             overwrite=True,
         )
-    assert contents(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
 
 
 def test_token_files_beside_text_keep_their_order_and_need_a_tokenizer(
@@ -538,7 +534,7 @@ def test_unchanged_text_is_not_tokenized_again(
     ):
         used = run(name, cache(), **changes)
         assert used.num_misses == 0 < used.num_hits
-        assert contents(tmp_path / name) == contents(tmp_path / expected)
+        assert read_files(tmp_path / name) == read_files(tmp_path / expected)
 
 
 def test_one_cache_never_gives_the_tokenizer_of_other_text_or_options(
@@ -555,7 +551,7 @@ def test_one_cache_never_gives_the_tokenizer_of_other_text_or_options(
         for name, used in (("shared", cache), ("none", None)):
             output = DirectoryBucket(tmp_path / f"{name}-{number}")
             prepare_corpus([source], output, options, token_cache=used)
-        assert contents(tmp_path / f"shared-{number}") == contents(tmp_path / f"none-{number}")
+        assert read_files(tmp_path / f"shared-{number}") == read_files(tmp_path / f"none-{number}")
 
 
 @pytest.mark.parametrize(
