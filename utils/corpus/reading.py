@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
-from typing import NamedTuple
 
 from utils.base.errors import DataError
 from utils.base.progress import OnProgress
@@ -51,7 +50,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         """Begin with nothing read."""
-        self._size: _Size | None = None
+        self._size: tuple[int, int] | None = None  # documents and bytes of the sources
         self._total_bytes: int | None = None
         self._restart()
 
@@ -67,7 +66,7 @@ class Reading:
         self._restart()
         contents = self._contents(self.sources, stage)
         if self._size is not None:
-            yield from assign_tail(contents, self.validation_tail, self._size)
+            yield from assign_tail(contents, self.validation_tail, *self._size)
         elif self.is_part:
             yield from assign_by_hash(contents, self.validation_fraction)
         else:
@@ -81,13 +80,13 @@ class Reading:
         self._total_bytes = self._done_bytes
         self._report(stage)
 
-    def _measure(self) -> _Size:
+    def _measure(self) -> tuple[int, int]:
         self._restart()
         count = total = 0
         for content in self._contents(self.sources, "Measuring"):
             count += 1
             total += _size_of(content)
-        return _Size(count, total)
+        return count, total
 
     def _restart(self) -> None:
         self.num_documents = self.num_bytes = self.num_left_out = self.num_null = 0
@@ -157,11 +156,6 @@ class Reading:
             raise DataError(f"{what} no text at all: {why}.")
 
 
-class _Size(NamedTuple):
-    num_documents: int
-    num_bytes: int
-
-
 def _size_of(content: Content) -> int:
     return len(content.encode()) if isinstance(content, str) else len(content) * BYTES_PER_TOKEN
 
@@ -221,22 +215,22 @@ def _join_parts(contents: Iterable[Content]) -> Iterator[Content]:
 
 
 def assign_tail(
-    contents: Iterable[Content], validation_tail: float, size: _Size
+    contents: Iterable[Content], validation_tail: float, num_documents: int, num_bytes: int
 ) -> Iterator[Document]:
     """Yield the documents with their split: those that begin in the last share are held out.
 
     Where no document begins there, the end of the last one is held out, cut where a line begins.
 
-    `validation_tail` is a share of the bytes; `size` is that of all documents.
+    `validation_tail` is a share of `num_bytes`, those of all `num_documents`.
     """
     fraction = Fraction(validation_tail).limit_denominator(10**6)
-    limit = (1 - fraction) * size.num_bytes
+    limit = (1 - fraction) * num_bytes
     start, has_validation = 0, False
     for number, content in enumerate(contents, start=1):
         if start >= limit:
             has_validation = True
             yield Document(content, VALIDATION)
-        elif number == size.num_documents and not has_validation:
+        elif number == num_documents and not has_validation:
             own = _size_of(content)
             yield from _cut_validation(content, Fraction(start + own - limit) / own)
         else:

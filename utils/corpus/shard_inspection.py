@@ -46,6 +46,7 @@ from utils.data.shard_index import (
 )
 from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_file
 
+SHOWN_SHARDS = 3
 SAMPLE_TOKENS = 64
 MAX_NAMED = 20
 
@@ -140,12 +141,10 @@ def build_index_file(
     return index
 
 
-def inspect_shards(
-    bucket: Bucket, num_samples: int = 3, verify: bool = False, only: str | None = None
-) -> Inspection:
+def inspect_shards(bucket: Bucket, verify: bool = False, only: str | None = None) -> Inspection:
     """Look at every shard, and at the text of some.
 
-    `num_samples` shards are decoded, where there is a tokenizer. `verify` reads everything:
+    The first good ones are decoded, where there is a tokenizer. `verify` reads everything:
     checksums, and every token id. `only` is the name of a shard; None for all.
 
     Raises:
@@ -172,7 +171,7 @@ def inspect_shards(
     looks += [
         ShardLook(name, 0, None, problem="index.json lists it, but it is gone.") for name in missing
     ]
-    good = [look for look in looks if not look.problem][:num_samples]
+    good = [look for look in looks if not look.problem][:SHOWN_SHARDS]
     samples = _decode_samples(bucket, infos, good, tokenizer) if tokenizer else {}
     return Inspection(
         bucket.uri, index is not None, vocab_size, tuple(looks), samples, tokenizer_problem

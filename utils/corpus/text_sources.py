@@ -439,7 +439,8 @@ def _texts_of_records(
     first, is_found = None, False
     for record, place in records:
         yield _text_of_record(record, column, place)
-        first, is_found = first or record, is_found or column in record
+        first = first or record
+        is_found = is_found or column in record
     if first and not is_found and is_whole:
         raise DataError(f"{source}: {_no_column(column, first)}")
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from tests.sample_shards import read_files, read_texts
 from utils.base.errors import DataError, StorageError, UsageError
-from utils.corpus import reading, text_sources, tokenization
+from utils.corpus import text_sources, tokenization
 from utils.corpus.documents import NullText, OpenText
 from utils.corpus.prepare import CorpusOptions, Preparation, prepare_corpus
 from utils.corpus.reading import assign_splits, assign_tail
@@ -426,8 +426,7 @@ def test_a_tail_holds_out_the_last_documents(
 @settings(max_examples=50, deadline=None)
 @given(texts=st.lists(st.text(min_size=1), min_size=1, max_size=30), tail=st.floats(0.01, 0.99))
 def test_a_tail_neither_loses_nor_repeats_text(texts: list[str], tail: float) -> None:
-    size = reading._Size(len(texts), sum(len(text.encode()) for text in texts))
-    documents = list(assign_tail(texts, tail, size))
+    documents = list(assign_tail(texts, tail, len(texts), len("".join(texts).encode())))
     splits = [document.split for document in documents]
 
     assert "".join(str(document.content) for document in documents) == "".join(texts)
