@@ -17,7 +17,7 @@ from utils.corpus import text_sources, tokenization
 from utils.corpus.documents import NullText, OpenText
 from utils.corpus.prepare import CorpusOptions, Preparation, prepare_corpus
 from utils.corpus.reading import assign_splits, assign_tail
-from utils.corpus.text_sources import FileSource
+from utils.corpus.text_sources import FileSource, Source
 from utils.corpus.token_cache import TokenCache
 from utils.corpus.token_files.source import TokenFileSource
 from utils.storage.bucket import ObjectInfo
@@ -47,7 +47,7 @@ def make_source(path: Path, texts: list[str]) -> FileSource:
 
 
 def prepare(
-    source: FileSource, output: Path | DirectoryBucket, overwrite: bool = False, **changes: object
+    source: Source, output: Path | DirectoryBucket, overwrite: bool = False, **changes: object
 ) -> Preparation:
     options = CorpusOptions(**{"vocab_size": VOCAB_SIZE, "shard_tokens": 800, **changes})
     bucket = DirectoryBucket(output) if isinstance(output, Path) else output
@@ -249,11 +249,14 @@ def test_overwriting_with_a_broken_source_leaves_the_old_data_whole(
     prepare(source, tmp_path / "out")
     before = read_files(tmp_path / "out")
     (tmp_path / "broken.jsonl").write_text("{\n")
-
-    with pytest.raises(DataError):
-        prepare(FileSource((tmp_path / "broken.jsonl",)), tmp_path / "out", overwrite=True)
-
-    assert read_files(tmp_path / "out") == before
+    np.save(tmp_path / "a.npy", np.array([1, 2, 70_000]))
+    for broken, message in (
+        (FileSource((tmp_path / "broken.jsonl",)), "not JSON"),
+        (TokenFileSource((tmp_path / "a.npy",)), "token id 70000 at position 2"),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepare(broken, tmp_path / "out", overwrite=True)
+        assert read_files(tmp_path / "out") == before
 
 
 @settings(max_examples=50, deadline=None)
@@ -471,22 +474,6 @@ def test_token_files_need_no_tokenizer_and_go_on_after_an_interruption(tmp_path:
     assert (index["tokenizer_files"], index["tokenizer_sha256"]) == ([], None)
     assert {shard["dtype"] for shard in index["shards"]} == {"uint16"}
     assert not prepare_corpus([source], bucket, options).is_new
-
-
-def test_an_id_outside_the_vocabulary_is_refused_before_old_data_is_touched(
-    source: FileSource, tmp_path: Path
-) -> None:
-    prepare(source, tmp_path / "out")
-    before = read_files(tmp_path / "out")
-    np.save(tmp_path / "a.npy", np.array([1, 2, 70_000]))
-    with pytest.raises(DataError, match="token id 70000 at position 2"):
-        prepare_corpus(
-            [TokenFileSource((tmp_path / "a.npy",))],
-            DirectoryBucket(tmp_path / "out"),
-            CorpusOptions(vocab_size=50_000),
-            overwrite=True,
-        )
-    assert read_files(tmp_path / "out") == before
 
 
 def test_token_files_beside_text_keep_their_order_and_need_a_tokenizer(
