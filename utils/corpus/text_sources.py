@@ -250,7 +250,8 @@ class FileSource:
             elif self.document_separator:
                 yield from _separated_documents(path, self.document_separator.encode(), span)
             elif self.document_per == "line":
-                yield from _line_documents(path, span)
+                for line, place in _lines(path, span):
+                    yield _decode(line.rstrip(LINE_ENDS), place)
             else:
                 yield from _whole_document(path)
 
@@ -315,10 +316,10 @@ def _whole_document(path: Path) -> Iterator[str]:
         start, encoding = 0, "utf-8-sig"
         while len(data) > TEXT_PART_BYTES:
             cut = _find_cut(data)
-            yield OpenText(_decode(data[:cut], encoding, path, start))
+            yield OpenText(_decode(data[:cut], path, start, encoding))
             start, encoding = start + cut, "utf-8"
             data = data[cut:] + file.read(TEXT_PART_BYTES + 1 - len(data) + cut)
-        yield _decode(data, encoding, path, start)
+        yield _decode(data, path, start, encoding)
 
 
 def _holds(path: Path, separator: bytes) -> bool:
@@ -346,7 +347,7 @@ def _separated_documents(path: Path, separator: bytes, span: ByteSpan | None) ->
             while len(data) > TEXT_PART_BYTES + len(separator):
                 cut = _find_cut(data[:TEXT_PART_BYTES])
                 text = data[:cut] if is_open else data[:cut].lstrip(LINE_ENDS)
-                yield OpenText(_decode(text, "utf-8", path, start + cut - len(text)))
+                yield OpenText(_decode(text, path, start + cut - len(text)))
                 data, start, is_open = data[cut:], start + cut, True
         yield from _piece(data, path, start, is_open=is_open)
 
@@ -357,7 +358,7 @@ def _piece(data: bytes, path: Path, start: int, *, is_open: bool) -> Iterator[st
     start += len(data) - len(text)
     text = text.rstrip(LINE_ENDS)
     if text or is_open:
-        yield _decode(text, "utf-8", path, start)
+        yield _decode(text, path, start)
 
 
 def _find_cut(data: bytes) -> int:
@@ -372,7 +373,7 @@ def _find_cut(data: bytes) -> int:
     return cut
 
 
-def _decode(data: bytes, encoding: str, place: object, start: int = 0) -> str:
+def _decode(data: bytes, place: object, start: int = 0, encoding: str = "utf-8") -> str:
     if b"\0" in data:
         raise DataError(
             f"{place}: byte {start + data.index(0)} is NUL, which no text has. Where the rest is "
@@ -387,21 +388,14 @@ def _decode(data: bytes, encoding: str, place: object, start: int = 0) -> str:
         ) from exc
 
 
-def _line_documents(path: Path, span: ByteSpan | None) -> Iterator[str]:
-    is_first = not (span and span[0])
-    for line, place in _lines(path, span):
-        encoding = "utf-8-sig" if is_first else "utf-8"
-        is_first = False
-        yield _decode(line.rstrip(LINE_ENDS), encoding, place)
-
-
 def _lines(path: Path, span: ByteSpan | None) -> Iterator[tuple[bytes, str]]:
-    """Yield lines, each with its place."""
+    """Yield lines, each with its place; a byte order mark before the first is left out."""
     begin = span[0] if span else 0
     head = f"{path}, after byte {begin}, line " if begin else f"{path}:"
     with open_text(path, span=span) as file:
         for number, line in enumerate(file if begin else split_lines(file), start=1):
-            yield line, f"{head}{number}"
+            is_first = number == 1 and not begin
+            yield line.removeprefix(codecs.BOM_UTF8) if is_first else line, f"{head}{number}"
 
 
 def _json_records(path: Path, span: ByteSpan | None) -> Iterator[tuple[Any, str]]:
