@@ -39,9 +39,7 @@ for word in "$@"; do
 done
 
 bash setup.sh
-bin="${VENV:-venv}/bin"
-[ -d "${VENV:-venv}/Scripts" ] && bin="${VENV:-venv}/Scripts" # Windows (Git Bash)
-PATH="$(cd "$bin" && pwd):$PATH"
+PATH="$(cd "${VENV:-venv}/bin" && pwd):$PATH"
 export PATH
 
 if [ "$config" = test ]; then
