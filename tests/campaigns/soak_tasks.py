@@ -18,6 +18,7 @@ Exit code 0 means none of these. It needs what the tests need (`make setup`), on
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,16 +32,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts import prepare_data
 from tests.campaigns.findings import CampaignResults, build_parser, conclude
+from tests.sample_shards import read_files, read_texts
 from utils.base.console import configure_logging, run_command
 from utils.base.errors import ExitCode
-from utils.storage.directory import DirectoryBucket
 from utils.tools.proofs.started_runs import open_work_folder
 
 DOCUMENTS = 3_000
@@ -73,22 +72,6 @@ def write_sources(folder: Path, seed: int) -> Counter[str]:
     (folder / "a.jsonl").write_text(lines)
     (folder / "b.txt").write_text("<|end|>".join(text.strip() for text in texts[half:]))
     return Counter([*texts[:half], *(text.strip() for text in texts[half:])])
-
-
-def read_documents(output: Path) -> Counter[str]:
-    """Return the documents that an index names, as text."""
-    from tokenizers import Tokenizer
-
-    index = json.loads((output / "index.json").read_text("utf-8"))
-    backend = Tokenizer.from_file(str(output / "tokenizer.json"))
-    found: Counter[str] = Counter()
-    for shard in index["shards"]:
-        with np.load(output / shard["name"]) as archive:
-            ids = archive["input_ids"]
-        ends = np.flatnonzero(ids == index["eos_token_id"])
-        parts = np.split(ids, ends + 1)[:-1]
-        found.update(backend.decode(part[:-1].tolist()) for part in parts)
-    return found
 
 
 @dataclass
@@ -199,7 +182,8 @@ class Campaign:
             self._note("failed", f"{' '.join(words)} ended with {process.exitcode}, not {code}")
 
     def _compare(self, output: Path, expected: dict[str, bytes]) -> None:
-        found, files = read_documents(output), read_files(output)
+        found = Counter(itertools.chain.from_iterable(read_texts(output).values()))
+        files = read_files(output)
         for kind, documents in (("lost", self._texts - found), ("doubled", found - self._texts)):
             for text in documents:
                 self._note(kind, f"{output.name}: {text[:40]!r}")
@@ -209,12 +193,6 @@ class Campaign:
 
     def _note(self, kind: str, text: str) -> None:
         self.results.add(kind, self.results.kills, text)
-
-
-def read_files(output: Path) -> dict[str, bytes]:
-    """Return what a bucket has of a folder, which is not what was cut off: name -> bytes."""
-    bucket = DirectoryBucket(output)
-    return {info.name: bucket.read_bytes(info.name) for info in bucket.list()}
 
 
 def run(arguments: argparse.Namespace) -> ExitCode:
