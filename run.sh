@@ -39,9 +39,7 @@ for word in "$@"; do
 done
 
 bash setup.sh
-bin="${VENV:-venv}/bin"
-[ -d "${VENV:-venv}/Scripts" ] && bin="${VENV:-venv}/Scripts" # Windows (Git Bash)
-PATH="$(cd "$bin" && pwd):$PATH"
+PATH="$(cd "${VENV:-venv}/bin" && pwd):$PATH"
 export PATH
 
 if [ "$config" = test ]; then
@@ -75,7 +73,7 @@ if [ "$code" -eq 0 ] || [ "$code" -eq 4 ] || [ "$code" -eq 75 ]; then
 
 Made: these checkpoints, metrics and curves below logs/, archives in the bucket.
 Look at it:
-  source $bin/activate
+  source ${VENV:-venv}/bin/activate
   python scripts/checkpoint_viewer.py view latest$words$compare
   python scripts/checkpoint_viewer.py plot latest$words --save curves.png
   python scripts/checkpoint_viewer.py report$words --output run.html

@@ -22,6 +22,12 @@ versions="3.14 3.13 3.12 3.11"
 
 fail() { printf 'setup.sh: %s\n' "$*" >&2; exit 2; }
 
+case "$(uname -s)" in
+MINGW* | MSYS* | CYGWIN*)
+    fail "this runs on Linux and macOS. On Windows use WSL (wsl --install), and run this in its Ubuntu."
+    ;;
+esac
+
 # Whether an interpreter runs (a python3.12 of pyenv may only say that it is not selected), is of one of
 # the versions, and has the module $2.
 can_use() {
@@ -69,7 +75,6 @@ refuse_environment() {
 }
 
 bin="$VENV/bin"
-[ -d "$VENV/Scripts" ] && bin="$VENV/Scripts" # Windows (Git Bash)
 
 has_environment=
 if [ -e "$VENV/pyvenv.cfg" ] || [ -x "$bin/python" ]; then
@@ -97,7 +102,6 @@ if [ -z "$has_environment" ]; then
         fail "this Python cannot make virtual environments. Run: sudo apt-get install -y python${version}-venv"
     fi
     "$PYTHON" -m venv "$VENV"
-    [ -d "$VENV/Scripts" ] && bin="$VENV/Scripts"
 fi
 
 # A terminal gets pip's own bars, a log a line for each package that is fetched: it takes minutes.
@@ -127,9 +131,8 @@ pip "$bin/python" install --constraint "$CONSTRAINTS" --requirement "$requiremen
 if ! command -v gsutil >/dev/null 2>&1 && [ ! -x "$bin/gsutil" ]; then
     echo "setup.sh: no gsutil found, installing it into $VENV."
     if "$bin/python" -m venv "$VENV/gsutil" &&
-        pip "$VENV/gsutil/${bin##*/}/python" install gsutil; then
-        ln -sf "../gsutil/${bin##*/}/gsutil" "$bin/gsutil" 2>/dev/null ||
-            cp "$VENV/gsutil/${bin##*/}/gsutil" "$bin/gsutil"
+        pip "$VENV/gsutil/bin/python" install gsutil; then
+        ln -sf ../gsutil/bin/gsutil "$bin/gsutil"
     else
         echo "setup.sh: gsutil could not be installed; uploads to gs:// will use the Python client." >&2
     fi

@@ -31,7 +31,7 @@ import psutil
 from benchmarks.figures import interleave, spread, timed
 from benchmarks.viewer import write_checkpoints
 from configs.config_files import PROJECT_DIRECTORY
-from tests.sample_logs import write_start
+from tests.sample_logs import make_step, write_start
 from utils.tracking.metrics_log import append_metrics
 
 NUM_LINES = 100_000
@@ -172,20 +172,7 @@ def _record(number: int) -> dict[str, Any]:
             "validation_perplexity": 12.182493960703473,
             "best_validation_loss": loss,
         }
-    return {
-        "step": step,
-        "epoch": 0,
-        "loss": loss,
-        "perplexity": 12.182493960703473,
-        "learning_rate": 1e-4 + loss / 1e7,
-        "grad_norm": 1 + loss / 7,
-        "tokens_seen": step * 10**6,
-        "tokens_per_second": 3e5 + step / 7,
-        "step_seconds": 0.1 + loss / 1e5,
-        "mfu": 0.4 + loss / 1e4,
-        "data_wait_share": 0.003,
-        "eta_seconds": 123456.7,
-    }
+    return make_step(step, loss, mfu=0.4 + loss / 1e4, tokens_per_second=3e5 + step / 7)
 
 
 @contextmanager

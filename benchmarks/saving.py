@@ -202,8 +202,9 @@ class SavingBench:
         self.finish_save()
         return found
 
-    def measure_run(self, runs: int, steps: int = 50) -> dict[str, str]:
+    def measure_run(self, runs: int) -> dict[str, str]:
         """Compare whole runs of 50 steps with five saves: ours, those of a peer, none."""
+        steps = 50
         cpu: dict[str, list[float]] = {"ours": [], "accelerate": [], "none": []}
 
         def train(name: str, save: Callable[[int], object]) -> float:

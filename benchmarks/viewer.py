@@ -7,19 +7,15 @@ the same run. `list` is measured into a pipe and into a terminal.
 from __future__ import annotations
 
 import json
-import os
-import pty
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import interleave, spread
+from benchmarks.figures import interleave, spread, timed
 from configs.config_files import PROJECT_DIRECTORY
+from tests.processes import run_in_terminal
 from tests.sample_checkpoints import RUN_ID, make_history, make_metadata, seal
 from utils.storage.bucket import crc32c_of_file
 
@@ -51,31 +47,13 @@ COMMANDS = {
 def measure_viewer(folder: Path, runs: int) -> dict[str, str]:
     """Measure the viewer's commands, interleaved."""
     write_checkpoints(folder / "checkpoints")
-    ways = {name: partial(_time_in_pipe, words, folder) for name, words in COMMANDS.items()}
-    ways["list in a terminal"] = partial(_time_in_terminal, COMMANDS["list"], folder)
+    in_pipe = partial(subprocess.run, cwd=folder, check=True, capture_output=True)
+    ways = {name: partial(timed, partial(in_pipe, words)) for name, words in COMMANDS.items()}
+    in_terminal = partial(run_in_terminal, *COMMANDS["list"][1:], cwd=folder)
+    ways["list in a terminal"] = partial(timed, in_terminal)
     seconds = interleave(ways, runs)
     title = f"{NUM_CHECKPOINTS:,} x {NUM_POINTS:,} points"
     return {f"{title}: {name}": spread(values, " s") for name, values in seconds.items()}
-
-
-def _time_in_pipe(words: Sequence[str], folder: Path) -> float:
-    begin = time.perf_counter()
-    subprocess.run(words, cwd=folder, check=True, capture_output=True)  # noqa: S603
-    return time.perf_counter() - begin
-
-
-def _time_in_terminal(words: Sequence[str], folder: Path) -> float:
-    ours, terminal = pty.openpty()
-    begin = time.perf_counter()
-    with subprocess.Popen(words, cwd=folder, stdout=terminal) as process:  # noqa: S603
-        os.close(terminal)
-        with suppress(OSError):  # EIO: the process has ended
-            while os.read(ours, 2**16):
-                pass
-    os.close(ours)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, words)
-    return time.perf_counter() - begin
 
 
 def write_checkpoints(directory: Path) -> None:

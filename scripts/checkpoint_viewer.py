@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import io
 import math
 import shlex
 import sys
@@ -29,14 +28,9 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.config_files import TRAINING_CONFIG_FILE
-from utils.base.console import (
-    new_parser,
-    output_width,
-    print_table,
-    print_wrapped,
-    run_command,
-)
+from utils.base.console import new_parser, output_width, print_wrapped, run_command
 from utils.base.errors import CheckpointError, UsageError
+from utils.base.tables import print_table
 from utils.base.text import format_bytes, number, printable, to_json_text, wrap_command
 from utils.base.uri import require_path
 from utils.checkpoints.layout import DATA_STATE_FILE, RunPaths
@@ -45,18 +39,13 @@ from utils.command_line.arguments import add_price_argument, add_run_arguments, 
 from utils.command_line.run_config import read_run_config
 from utils.costs.costs import describe_costs
 from utils.tools.evaluation.log import of_weights, read_evaluations
-from utils.tools.evaluation.text import (
-    evaluation_lines,
-    evaluation_summary,
-)
+from utils.tools.evaluation.text import evaluation_lines, evaluation_summary
 from utils.tools.report.plot import plot_of_checkpoints, plot_of_evaluations
 from utils.tools.viewer import report, text
 from utils.tools.viewer.choice import FILTER_KEYS, SORT_KEYS, choose_rows, parse_condition
 from utils.tools.viewer.chosen import choose_checkpoints, find_places, remote_hint
 from utils.tools.viewer.shelf import Shelf
-from utils.tracking.plots import (
-    picture_path,
-)
+from utils.tracking.plots import picture_path
 
 NAMES = "name, step number, latest, best, the unique beginning or end of a name, or a path"
 
@@ -64,11 +53,7 @@ NAMES = "name, step number, latest, best, the unique beginning or end of a name,
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = build_parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Characters that the output cannot encode are shown as ?.
-        sys.stdout.reconfigure(errors="replace")
-    command: Callable[[argparse.Namespace], int | None] = args.command
-    return run_command(command, args)
+    return run_command(args.command, args)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -256,7 +241,7 @@ def run_view(args: argparse.Namespace) -> None:
             "Evaluations": evaluation_lines(measured),
             "Progress": text.progress_lines(view.metadata, row),
             "Costs": spent,
-            "Data Position": text.plain_lines(report.data_position(data_state), "  "),
+            "Data Position": text.plain_lines(report.data_position(data_state)),
             "Run": text.run_lines(row, view),
             "Upload": text.upload_lines(row, bucket) + text.upload_details(row),
             "Configuration": text.config_lines(config),

@@ -38,13 +38,7 @@ if __package__ in (None, ""):
 
 from configs.config_files import parse_assignment
 from configs.training_config import TrainingConfig
-from utils.base.console import (
-    configure_logging,
-    new_parser,
-    print_table,
-    print_wrapped,
-    run_command,
-)
+from utils.base.console import configure_logging, new_parser, print_wrapped, run_command
 from utils.base.errors import (
     DataError,
     ExitCode,
@@ -54,6 +48,7 @@ from utils.base.errors import (
     UsageError,
 )
 from utils.base.progress import ProgressDisplay
+from utils.base.tables import print_table
 from utils.base.text import printable, to_json_text
 from utils.base.uri import require_place
 from utils.checkpoints.layout import RunPaths

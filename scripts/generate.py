@@ -140,8 +140,6 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load the model and write the texts that the command line asks for."""
     configure_logging("debug" if args.debug else "info", stderr=True)
-    with contextlib.suppress(AttributeError):  # a terminal of another encoding still gets a text
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     prompts = find_prompts(args)
     source = find_from(args)
     load_libraries()
@@ -160,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
     _say(f"{loaded.source.name}: {str(loaded.model.dtype)[6:]} on {loaded.device}")
     generator = TextGenerator(
         loaded,
-        stops=[_unescape(text) for text in args.stop],
+        stops=[text.replace("\\n", "\n").replace("\\t", "\t") for text in args.stop],
         ignore_end=args.ignore_eos,
         batch_size=args.batch_size,
     )
@@ -329,10 +327,6 @@ def _has_colours() -> bool:
 def _say(message: str) -> None:
     sys.stdout.flush()
     print(without_control_characters(message), file=sys.stderr, flush=True)
-
-
-def _unescape(text: str) -> str:
-    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 if __name__ == "__main__":

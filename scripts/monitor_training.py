@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import os
 import select
 import signal
@@ -103,14 +102,11 @@ def run_monitor(args: argparse.Namespace) -> None:
     """Show the run once, or until Ctrl-C or q."""
     paths = RunPaths.of(read_run_config(args))
     words = None if args.notify_command is None else parse_command(args.notify_command)
-    # Characters that the output cannot encode are shown as ?.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
     if args.logs_only and words is not None:
         raise UsageError("--notify-command does not work with --logs-only.")
     if args.logs_only:
         with contextlib.suppress(KeyboardInterrupt):  # the usual way to end it
-            follow_log(LogTail(paths.train_log), args)
+            follow_log(paths.train_log, args)
         return
     watch = Watch(paths, None if words is None else Notifier(words), args.hourly_price)
     try:
@@ -256,46 +252,27 @@ def status_json(status: RunStatus, *, indent: int | None = None) -> str:
     return to_json_text(asdict(status), indent=indent)
 
 
-class LogTail:
-    """Reads the end of a log file, then what is appended to it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = FollowedFile(path, TAIL_BYTES)
-        self._is_first = True
-
-    def read_new(self) -> list[str]:
-        """Return the whole lines since the last call; at first the last ones of the file.
-
-        Raises:
-            OSError: It is there and cannot be read.
-        """
-        try:
-            data = b"".join(block.data for block in self._file.read_new())
-        except FileNotFoundError:
-            return []
-        lines = data.decode("utf-8", "replace").split("\n")[:-1]
-        shown = lines[-TAIL_LINES:] if self._is_first else lines
-        self._is_first = False
-        return [printable(line, limit=2000) for line in shown]
-
-
-def follow_log(log: LogTail, args: argparse.Namespace) -> None:
-    """Print the end of the log, then each new line.
+def follow_log(path: Path, args: argparse.Namespace) -> None:
+    """Print the last lines of the log, then each new one; a line is shown when it is whole.
 
     Raises:
-        UsageError: The log cannot be read.
+        UsageError: The log is there and cannot be read.
     """
-    is_first = True
+    file, is_first = FollowedFile(path, TAIL_BYTES), True
     while True:
+        data = b""
         try:
-            lines = log.read_new()
+            data = b"".join(block.data for block in file.read_new())
+        except FileNotFoundError:
+            pass
         except OSError as exc:
-            raise UsageError(f"{log.path} cannot be read: {exc.strerror or exc}.") from exc
-        if is_first and not lines and not args.json:
-            print(f"No log lines in {printable(log.path)} yet.", flush=True)
-        for line in lines:
-            print(to_json_text({"line": line}, indent=None) if args.json else line, flush=True)
+            raise UsageError(f"{path} cannot be read: {exc.strerror or exc}.") from exc
+        lines = data.decode("utf-8", "replace").split("\n")[:-1]
+        if is_first and not (lines or args.json):
+            print(f"No log lines in {printable(path)} yet.", flush=True)
+        for line in lines[-TAIL_LINES:] if is_first else lines:
+            shown = printable(line, limit=2000)
+            print(to_json_text({"line": shown}, indent=None) if args.json else shown, flush=True)
         if args.once:
             return
         is_first = False

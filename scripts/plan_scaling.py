@@ -21,9 +21,10 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from utils.base.console import add_output_arguments, new_parser, print_table, run_command
+from utils.base.console import add_output_arguments, new_parser, run_command
 from utils.base.errors import UsageError
-from utils.base.text import Column, format_bytes, format_duration, to_json_text
+from utils.base.tables import Column, print_table
+from utils.base.text import format_bytes, format_duration, to_json_text
 from utils.costs.gpu_types import GPU_TYPES, find_gpu_type
 from utils.costs.scaling import (
     CHECKPOINTING,

@@ -67,7 +67,6 @@ if TYPE_CHECKING:
     from utils.corpus.token_cache import TokenCache
     from utils.storage.bucket import Bucket
 
-SHOWN_SHARDS = 3
 LONGEST_LINE = 2000
 
 _logger = logging.getLogger("prepare_data")
@@ -281,7 +280,7 @@ def inspect_data(arguments: argparse.Namespace) -> int:
     if place is not None and (uri.endswith(SHARD_SUFFIX) if path is None else path.is_file()):
         uri, only = place
     with closing(open_bucket(uri)) as bucket:
-        inspection = inspect_shards(bucket, SHOWN_SHARDS, arguments.verify, only)
+        inspection = inspect_shards(bucket, arguments.verify, only)
     content = {**dataclasses.asdict(inspection), "num_bad": len(inspection.bad)}
     _say(arguments, content, _format_inspection(inspection))
     for shard in inspection.bad:

@@ -27,19 +27,16 @@ from utils.base.console import (
     add_output_arguments,
     configure_logging,
     new_parser,
-    print_table,
     print_wrapped,
     run_command,
 )
 from utils.base.errors import ExitCode, UsageError
 from utils.base.progress import ProgressDisplay
-from utils.base.text import Column, count_of, format_duration, printable, to_json_text
+from utils.base.tables import Column, print_table
+from utils.base.text import count_of, format_duration, printable, to_json_text
 from utils.command_line.arguments import KeyParser
 from utils.tools.proofs.proof import OWN_KEYS, Proof, Report
-from utils.tools.proofs.started_runs import (
-    CommandLauncher,
-    open_work_folder,
-)
+from utils.tools.proofs.started_runs import CommandLauncher, open_work_folder
 
 SHOWN_DIFFERENCES = 5
 ATTEMPT_COLUMNS = (

@@ -125,7 +125,15 @@ def seal(path: Path, step: int) -> Manifest:
 def change_manifest(checkpoint: Path, **changes: Any) -> None:
     """Change values of a manifest, and not the files that it lists."""
     path = checkpoint / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
+    write_json(path, {**json.loads(path.read_text("utf-8")), **changes})
+
+
+def seal_file(checkpoint: Path, name: str) -> None:
+    """Make the manifest vouch for a file that was changed."""
+    path = checkpoint / name
+    files = json.loads((checkpoint / "manifest.json").read_text("utf-8"))["files"]
+    files[name] = {"size": path.stat().st_size, "crc32c": crc32c_of_file(path)}
+    change_manifest(checkpoint, files=files)
 
 
 def publish(

@@ -38,8 +38,8 @@ def write_start(
     append_metrics(path, {**record, **changes})
 
 
-def write_step(path: Path, step: int, loss: float = 5.0, **changes: Any) -> None:
-    record = {
+def make_step(step: int, loss: float = 5.0, **changes: Any) -> dict[str, Any]:
+    return {
         "step": step,
         "epoch": 0,
         "loss": loss,
@@ -51,5 +51,9 @@ def write_step(path: Path, step: int, loss: float = 5.0, **changes: Any) -> None
         "step_seconds": 0.602,
         "data_wait_share": 0.003,
         "eta_seconds": 3600.0,
+        **changes,
     }
-    append_metrics(path, {**record, **changes})
+
+
+def write_step(path: Path, step: int, loss: float = 5.0, **changes: Any) -> None:
+    append_metrics(path, make_step(step, loss, **changes))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from utils.data.shard_index import ShardFacts
 from utils.storage.bucket import crc32c_of_file
@@ -59,6 +61,35 @@ def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def read_documents(output: Path) -> dict[str, list[list[int]]]:
+    """Return the documents of a prepared output, by split, as ids without their end token."""
+    index = json.loads((output / "index.json").read_text("utf-8"))
+    found = {}
+    for split in ("train", "val"):
+        names = [one["name"] for one in index["shards"] if Path(one["name"]).name.startswith(split)]
+        shards = [np.load(output / name)["input_ids"] for name in names]
+        ids = np.concatenate([np.zeros(0, np.uint16), *shards])
+        *documents, rest = np.split(ids, np.flatnonzero(ids == index["eos_token_id"]) + 1)
+        assert not len(rest)
+        found[split] = [document[:-1].tolist() for document in documents]
+    return found
+
+
+def read_files(output: Path) -> dict[str, bytes]:
+    """Return what a bucket has of a folder, which is not what was cut off: name -> bytes."""
+    bucket = DirectoryBucket(output)
+    return {info.name: bucket.read_bytes(info.name) for info in bucket.list()}
+
+
+def read_texts(output: Path) -> dict[str, list[str]]:
+    """Return the documents of a prepared output, by split, with nothing but the files in it."""
+    backend = Tokenizer.from_file(str(output / "tokenizer.json"))
+    return {
+        split: [backend.decode(ids, skip_special_tokens=False) for ids in documents]
+        for split, documents in read_documents(output).items()
+    }
 
 
 def npy(header: str, data: bytes = b"") -> bytes:

@@ -90,6 +90,13 @@ def test_setup_is_quick_when_nothing_is_to_do(project: Path) -> None:
     assert "is up to date" in result.stdout
 
 
+def test_setup_on_windows_says_where_it_runs(project: Path, tmp_path: Path) -> None:
+    uname = Path(write_program(tmp_path / "windows/uname", "echo MINGW64_NT-10.0-22631"))
+    result = bash(project, "setup.sh", PATH=f"{uname.parent}:{os.environ['PATH']}")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "On Windows use WSL (wsl --install)" in result.stderr
+
+
 PIP = """case "$*" in
 *pip*install*) [ -t 1 ] && echo "a bar"
 cat <<END

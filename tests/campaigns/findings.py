@@ -1,21 +1,22 @@
-"""What both campaigns share: their options, what they find, how they end. No torch here.
-
-A finding is kept and logged once, however often it is found.
-"""
+"""What the campaigns share: their options, what they find, how they end. No torch here."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from utils.base.errors import ExitCode
+from utils.base.tables import print_table
 
 log = logging.getLogger(__name__)
+
+
+Wrong = tuple[str, str]
+"""A kind of finding, and what it is."""
 
 
 @dataclass(frozen=True)
@@ -33,27 +34,31 @@ class Finding:
     text: str
 
 
-def note_finding(findings: list[Finding], finding: Finding) -> None:
-    """Add a finding and log it, unless its text is there: what stays is found again and again."""
-    if any(known.text == finding.text for known in findings):
-        return
-    findings.append(finding)
-    log.error("%s after %d: %s", finding.kind, finding.after, finding.text)
+@dataclass
+class CampaignResults:
+    """What every campaign keeps besides its own figures.
 
+    Attributes:
+        seed: Seed of the plan.
+        findings: What must not be.
+    """
 
-def count_findings(findings: Sequence[Finding], kind: str) -> int:
-    """Return how many findings of a kind there are."""
-    return sum(finding.kind == kind for finding in findings)
+    seed: int
+    findings: list[Finding] = field(default_factory=list)
+
+    def add(self, kind: str, after: int, text: str) -> None:
+        """Keep and log a finding, unless its text is there: what stays is found again and again."""
+        if all(known.text != text for known in self.findings):
+            self.findings.append(Finding(kind, after, text))
+            log.error("%s after %d: %s", kind, after, text)
+
+    def count(self, kind: str) -> int:
+        """Return how many findings of a kind there are."""
+        return sum(finding.kind == kind for finding in self.findings)
 
 
 def build_parser(program: str, description: str | None, quick: str) -> argparse.ArgumentParser:
-    """Return a command line with the options of every campaign.
-
-    Args:
-        program: Its file.
-        description: What it does.
-        quick: What `--quick` means.
-    """
+    """Return a command line with the options of every campaign; `quick` is what `--quick` means."""
     parser = argparse.ArgumentParser(
         prog=program,
         description=description,
@@ -69,13 +74,15 @@ def build_parser(program: str, description: str | None, quick: str) -> argparse.
     return parser
 
 
-def conclude(results: Any, file: Path | None, after: str) -> ExitCode:
+def print_counts(title: str, label: str, counts: Counter[str], what: str = "kills") -> None:
+    """Print what was counted, the most frequent first."""
+    print_table(title, [{label: key, what: count} for key, count in counts.most_common()])
+
+
+def conclude(results: CampaignResults, file: Path | None, after: str) -> ExitCode:
     """Write the results, print the findings, and return the exit code.
 
-    Args:
-        results: A dataclass with the fields `seed` and `findings`.
-        file: Gets everything as JSON, where it is given.
-        after: What findings are counted by: kill or start.
+    `file` gets everything as JSON; `after` is what findings are counted by: kill or start.
     """
     if file:
         file.write_text(json.dumps(asdict(results), indent=1) + "\n", "utf-8")

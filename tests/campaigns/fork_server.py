@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -46,14 +45,15 @@ class ForkServer:
         """Return the server itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the server and what it still runs."""
-        self.close()
+        if self._running is not None and self._running.poll() is None:
+            kill_tree(self._running.pid)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def start(self, words: Sequence[str], output: Path) -> Running:
         """Start train.py with these words; standard output and error go to a file."""
@@ -69,16 +69,6 @@ class ForkServer:
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], timeout)
         return int(self._read_line()) if ready else None
-
-    def close(self) -> None:
-        """End the server and what it still runs."""
-        if self._running is not None and self._running.poll() is None:
-            kill_tree(self._running.pid)
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
 
     def _read_line(self) -> bytes:
         assert self._process.stdout is not None

@@ -27,8 +27,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
+import math
 import os
 import random
 import re
@@ -38,7 +38,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,34 +50,27 @@ if __package__ in (None, ""):
 
 from configs.config_files import PROJECT_DIRECTORY, parse_assignment
 from configs.training_config import get_training_config
+from tests.campaigns.crash_witness import CrashWitness, Round
 from tests.campaigns.findings import (
-    Finding,
+    CampaignResults,
+    Wrong,
     build_parser,
     conclude,
-    count_findings,
-    note_finding,
+    print_counts,
 )
 from tests.campaigns.fork_server import ForkServer
-from utils.base.console import configure_logging, print_table, run_command
-from utils.base.errors import CheckpointError, ExitCode, PretrainError, UsageError
+from utils.base.console import configure_logging, run_command
+from utils.base.errors import ExitCode, PretrainError, UsageError
+from utils.base.tables import print_table
 from utils.base.text import format_duration, printable
-from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
     ARCHIVE_SUFFIX,
-    MANIFEST_FILE,
     SAVING_PREFIX,
     CheckpointName,
     RunPaths,
-    archive_object,
     find_checkpoints,
-    read_manifest,
-    sidecar_object,
 )
-from utils.checkpoints.store import verify_checkpoint
-from utils.remote.listing import read_remote_checkpoints
 from utils.storage.directory import TEMPORARY_PREFIX
-from utils.storage.open import open_bucket
-from utils.tools.proofs.run_comparison import compare_checkpoints, compare_logs, values_by_step
 from utils.tools.proofs.started_runs import (
     RUN_POLL_SECONDS,
     CommandLauncher,
@@ -118,23 +111,9 @@ SETTINGS = (
 # One thread each: starts of a tiny model gain nothing from more, and share the machine better.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 SYSTEM_CALLS = (
-    "rename",
-    "renameat",
-    "renameat2",
-    "fsync",
-    "fdatasync",
-    "openat",
-    "write",
-    "pwrite64",
-    "ftruncate",
-    "unlink",
-    "unlinkat",
-    "rmdir",
-    "close",
-    "mkdir",
-    "mkdirat",
+    "rename,renameat,renameat2,fsync,fdatasync,openat,write,pwrite64,ftruncate,unlink,unlinkat,"
+    "rmdir,close,mkdir,mkdirat"
 )
-TENSOR_FILES = ("model.safetensors", "pytorch_model.bin", "optimizer.bin", "scheduler.bin")
 FINDINGS = ("corrupt", "lost", "different", "leftover", "failed")
 
 WATCH_SECONDS = 0.001  # some of what is waited for lasts a few milliseconds
@@ -144,6 +123,7 @@ ORPHAN_GRACE_SECONDS, ORPHAN_SECONDS = 0.05, 30.0
 # A kill waits for the launch of its start, its first step or its first commit, then a random time;
 # or for its first, second, ... save or archive, then a shorter one.
 ANCHORS = {"launch": 0.1, "step": 0.15, "commit": 0.2, "saving": 0.4, "archive": 0.15}
+FILES = {"saving": f"{SAVING_PREFIX}*", "archive": f"*{ARCHIVE_SUFFIX}"}
 MAX_DELAY_STEPS = 8
 TRACED_STEPS = 8
 # A kill at a system call has been missed when the run is so far past its checkpoint.
@@ -159,11 +139,9 @@ class Kill:
     """One kill that happened.
 
     Attributes:
-        number: 1 for the first.
         kind: random or syscall.
         target: processes (every one of the start) or main (the main process alone).
         phase: What the start was doing.
-        round: Number of the round.
         begin: Steps done before the start.
         last: The last step it logged.
         newest: Step of the newest committed checkpoint after the kill, 0 where there is none.
@@ -184,13 +162,10 @@ class Kill:
 
 
 @dataclass
-class Results:
-    """What a campaign has found.
+class Results(CampaignResults):
+    """What a campaign has done and found.
 
     Attributes:
-        seed: Seed of the plan.
-        kills: Kills that happened.
-        findings: What must not be.
         starts: Starts of train.py in the rounds.
         resumed: Starts that went on from a checkpoint.
         rounds: Rounds that came to their end and were compared with the straight run.
@@ -203,9 +178,7 @@ class Results:
         skipped: Why system call kills were left out, empty where they were not.
     """
 
-    seed: int
     kills: list[Kill] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
     starts: int = 0
     resumed: int = 0
     rounds: int = 0
@@ -216,21 +189,13 @@ class Results:
     cycle_seconds: list[float] = field(default_factory=list)
     skipped: str = ""
 
-    def count(self, kind: str) -> int:
-        """Return how many findings of a kind there are."""
-        return count_findings(self.findings, kind)
-
 
 @dataclass(frozen=True)
 class Plan:
-    """When the next kill comes.
+    """When the next kill comes: random, or at a syscall.
 
-    Attributes:
-        kind: random or syscall.
-        anchor: What a random kill waits for first.
-        share: How much of the longest delay it then waits, 0 to 1.
-        skipped: Steps of the start that pass before a save or archive counts.
-        main_only: Whether it takes the main process alone.
+    A random one waits for its anchor, then for a `share` of the longest delay. `skipped` steps of
+    the start pass before a save or archive counts. `main_only` takes the main process alone.
     """
 
     kind: str
@@ -256,10 +221,8 @@ def plan_kills(random_kills: int, syscall_kills: int, source: random.Random) -> 
 class TracedSave:
     """The system calls of one save, as strace saw them.
 
-    Attributes:
-        counts: System call -> how often one thread made it on the checkpoint's files; strace counts
-            by thread, too.
-        paths: Paths that it touched, with `{name}` for the checkpoint's name.
+    `counts` says how often one thread made each on the checkpoint's files, because strace counts by
+    thread, too. `paths` are those that it touched, with `{name}` for the checkpoint's name.
     """
 
     counts: dict[str, int]
@@ -299,40 +262,11 @@ def find_strace() -> tuple[list[str], str]:
     return [program, "-f", "-y", "-qq"], ""
 
 
-@dataclass
-class Round:
-    """One run that is killed and resumed until its end.
-
-    Attributes:
-        number: 1 for the first.
-        paths: Where it keeps its things.
-        bucket: Its bucket.
-        committed: Checkpoints that were committed after the last kill.
-        leftovers: Unfinished things after the last kill, as `find_leftovers` returns them.
-    """
-
-    number: int
-    paths: RunPaths
-    bucket: Path
-    committed: set[CheckpointName] = field(default_factory=set)
-    leftovers: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    @property
-    def newest(self) -> int:
-        """Step of the newest committed checkpoint, 0 where there is none."""
-        return max((name.step for name in self.committed), default=0)
-
-
 class Campaign:
-    """Carries a campaign out in one folder.
+    """Carries a campaign out in an empty folder, with the shards of a directory.
 
-    Args:
-        work: An empty folder.
-        data: Directory of the shards.
-        steps: Length of a round.
-        launcher: How train.py is started where no strace is needed.
-        seed: Seed of the plan.
-        extra: key=value words for every start.
+    A round has `steps`. `launcher` starts train.py where no strace is needed; `extra` are key=value
+    words for every start.
     """
 
     def __init__(
@@ -349,9 +283,6 @@ class Campaign:
         self._random = random.Random(seed)
         self.results = Results(seed)
         self._straight = self._paths("straight")
-        self._names: dict[int, CheckpointName] = {}
-        self._checksums: dict[int, dict[str, str]] = {}
-        self._logged: dict[str, dict[int, set[str]]] = {}
         self._startup_seconds = self._step_seconds = 0.0
         self._strace: list[str] = []
         self._trace = TracedSave({}, ())
@@ -385,6 +316,7 @@ class Campaign:
                 current = self._new_round()
         self._train_to_the_end(current)
         self._require_gone(self._orphans)
+        self.results.verified = self._witness.verified
         return self.results
 
     def _was_carried_out(self, plan: Plan) -> bool:
@@ -431,7 +363,7 @@ class Campaign:
     # Before the kills.
 
     def _train_straight(self) -> None:
-        """Train without a kill; keep every checkpoint's checksums and every logged value."""
+        """Train without a kill: what every checkpoint and every logged value must be."""
         log.info("Straight run of %d steps in %s.", self._steps, self._work)
         watch, started, seen = StepWatch(self._straight.metrics), time.monotonic(), 0.0
         running, output = self._launch("straight")
@@ -445,12 +377,7 @@ class Campaign:
             raise PretrainError(f"The straight run failed:\n{tail(output)}")
         self._startup_seconds = seen - started
         self._step_seconds = (time.monotonic() - seen) / self._steps
-        for name in find_checkpoints(self._straight.checkpoints):
-            self._names[name.step] = name
-            self._checksums[name.step] = tensor_checksums(self._straight.checkpoints / str(name))
-        for key in ("loss", "grad_norm", "learning_rate"):
-            self._logged[key] = values_by_step(self._straight.metrics, key)
-        self._logged["crc32c"] = values_by_step(self._straight.batches, "crc32c")
+        self._witness = CrashWitness(self._straight, KEEP_CHECKPOINTS)
         log.info(
             "%s to the first step, %.0f ms a step with its saves.",
             format_duration(self._startup_seconds),
@@ -460,14 +387,14 @@ class Campaign:
     def _trace_a_save(self) -> None:
         """Learn which system calls a save makes, on which paths."""
         trace = self._work / "trace.log"
-        prefix = [*self._strace, "-o", str(trace), "-e", f"trace={','.join(SYSTEM_CALLS)}"]
+        prefix = [*self._strace, "-o", str(trace), "-e", f"trace={SYSTEM_CALLS}"]
         launcher = CommandLauncher(1, prefix, ENVIRONMENT)
         running, output = self._launch(
             "traced", "--stop-after", str(TRACED_STEPS), launcher=launcher
         )
         with killed_at_exit(running):
             code = running.wait()
-        name = str(self._names[TRACED_STEPS - SAVE_STEPS])
+        name = str(self._witness.names[TRACED_STEPS - SAVE_STEPS])
         text = trace.read_text("utf-8", errors="replace").replace("/traced/", "/{run}/")
         self._trace = parse_trace(text, self._work, name)
         trace.unlink()
@@ -487,16 +414,25 @@ class Campaign:
         """Start and kill once; tell whether the round goes on."""
         watch = StepWatch(current.paths.metrics)
         if plan.kind == "random":
-            alarm = RandomAlarm(plan, current, watch, self._startup_seconds, self._step_seconds)
-            return self._start_and_kill(current, watch, alarm, self._launcher, plan.main_only)
+            is_due = random_alarm(plan, current, watch, self._startup_seconds, self._step_seconds)
+            return self._start_and_kill(current, watch, is_due, main_only=plan.main_only)
         target = self._choose_target(current)
         if target is None:  # too near to the end of the round
             self._train_to_the_end(current)
             return False
         trace = self._work / "kill.log"
         trace.unlink(missing_ok=True)
+
+        def hit() -> str:
+            return target.text if strace_has_killed(trace) else ""
+
+        def is_over() -> bool:
+            """Tell whether the rest of the start is to be killed, also where no kill came."""
+            passed = (watch.last or 0) > target.checkpoint.step + PASSED_STEPS
+            return passed or bool(hit())
+
         launcher = CommandLauncher(1, self._inject(current, target, trace), ENVIRONMENT)
-        return self._start_and_kill(current, watch, CallAlarm(target, watch, trace), launcher)
+        return self._start_and_kill(current, watch, is_over, launcher, hit=hit)
 
     def _choose_target(self, current: Round) -> Target | None:
         """Return a call on a checkpoint that the next start will save, None where it saves none."""
@@ -506,7 +442,7 @@ class Campaign:
             return None
         call = self._random.choice(sorted(self._trace.counts))
         number = self._random.randint(1, self._trace.counts[call])
-        return Target(call, number, self._names[self._random.choice(steps)])
+        return Target(call, number, self._witness.names[self._random.choice(steps)])
 
     def _inject(self, current: Round, target: Target, trace: Path) -> list[str]:
         """Return the words of an strace that kills at a call on one checkpoint's files."""
@@ -521,27 +457,31 @@ class Campaign:
         self,
         current: Round,
         watch: StepWatch,
-        alarm: RandomAlarm | CallAlarm,
-        launcher: Launcher,
+        is_due: Callable[[], bool],
+        launcher: Launcher | None = None,
         main_only: bool = False,
+        hit: Callable[[], str] = lambda: "",
     ) -> bool:
-        """Start, kill when the alarm says so, look at what is left; tell whether it goes on."""
+        """Start, kill when that is due, look at what is left; tell whether the round goes on.
+
+        `hit` returns the system call at which strace has killed, where it has.
+        """
         started, name = time.monotonic(), current.paths.checkpoints.name
         running, output = self._launch(name, "--resume", "latest", launcher=launcher)
         self.results.starts += 1
-        was_killed = self._watch_and_kill(current, running, watch, alarm, main_only)
+        was_killed = self._watch_and_kill(current, running, watch, is_due, main_only)
         code, seconds = running.wait(), round(time.monotonic() - started, 2)
         watch.read()
         if code == ExitCode.DONE:  # also where the kill met a process that had ended
             self._finish(current)
             return False
-        call = alarm.hit()
+        call = hit()
         if not was_killed and not call:
             self._find("failed", f"A start ended with exit code {code}:\n{tail(output)}")
             return False
         if was_killed and seconds > START_LIMIT_SECONDS:
             self._find("failed", f"A start hung after step {watch.last}:\n{tail(output)}")
-        self._look(current)
+        self._find_all(current, self._witness.look(current))
         is_there = current.paths.checkpoints.is_dir()
         self.results.kills.append(
             Kill(
@@ -564,7 +504,7 @@ class Campaign:
         current: Round,
         running: Running,
         watch: StepWatch,
-        alarm: RandomAlarm | CallAlarm,
+        is_due: Callable[[], bool],
         main_only: bool,
     ) -> bool:
         """Follow a start until its kill or its end; tell whether it was killed here."""
@@ -576,7 +516,7 @@ class Campaign:
                 if watch.last is not None and not was_checked:
                     was_checked = True
                     self._check_start(current, watch)
-                if alarm.is_due() or time.monotonic() > limit:
+                if is_due() or time.monotonic() > limit:
                     self._kill(running, main_only=main_only)
                     return True
                 time.sleep(WATCH_SECONDS)
@@ -603,78 +543,18 @@ class Campaign:
 
     def _find(self, kind: str, text: str) -> None:
         assert kind in FINDINGS
-        note_finding(self.results.findings, Finding(kind, len(self.results.kills), text))
+        self.results.add(kind, len(self.results.kills), text)
+
+    def _find_all(self, current: Round, wrong: Iterable[Wrong]) -> None:
+        for kind, text in wrong:
+            self._find(kind, f"round {current.number}: {text}")
 
     def _check_start(self, current: Round, watch: StepWatch) -> None:
-        """Look at where a start has begun, and whether it has tidied up."""
-        if watch.begin:
-            self.results.resumed += 1
-        if watch.begin != current.newest:
-            self._find(
-                "lost",
-                f"round {current.number} went on from step {watch.begin}, although the newest "
-                f"committed checkpoint was of step {current.newest}.",
-            )
-        left = find_leftovers(current.paths.checkpoints)
-        for name, facts in current.leftovers.items():
-            if left.get(name) == facts:
-                self._find("leftover", f"round {current.number} still has {name}.")
+        self.results.resumed += bool(watch.begin)
+        self._find_all(current, self._witness.look_at_start(current, watch.begin))
 
-    def _look(self, current: Round) -> None:
-        """Look at everything on disk after a kill."""
-        directory = current.paths.checkpoints
-        names = set(find_checkpoints(directory))
-        for name in sorted(names):
-            self._verify(current, directory / str(name), name.step)
-        self._find_lost(current, names)
-        current.committed = names
-        current.leftovers = find_leftovers(directory)
-        self._compare_logged(current)
-
-    def _verify(self, current: Round, checkpoint: Path, step: int) -> None:
-        self.results.verified += 1
-        try:
-            verify_checkpoint(checkpoint)
-        except CheckpointError as exc:
-            self._find("corrupt", f"round {current.number}: {exc}")
-            return
-        if checkpoint.name != str(self._names.get(step)):
-            self._find("different", f"round {current.number} has {checkpoint.name}.")
-        elif tensor_checksums(checkpoint) != self._checksums[step]:
-            self._find("corrupt", f"round {current.number}: {checkpoint.name} has other tensors.")
-
-    def _find_lost(self, current: Round, names: set[CheckpointName]) -> None:
-        """Find committed checkpoints that went without the right to."""
-        states = Journal(current.paths.journal).latest()
-        for name in sorted(current.committed - names):
-            newer = sum(other.step > name.step for other in names)
-            entry = states.get(str(name))
-            state = entry.state if entry else None
-            may_go = state in (UploadState.VERIFIED, UploadState.SUPERSEDED, UploadState.REMOVED)
-            if newer < KEEP_CHECKPOINTS or not may_go:
-                self._find(
-                    "lost",
-                    f"round {current.number}: {name} is gone, {newer} newer ones are there, the "
-                    f"journal has it as {state.value if state else 'unknown'}.",
-                )
-        for folder in current.paths.set_aside.glob("*"):
-            if (folder / MANIFEST_FILE).is_file():
-                self._find("lost", f"round {current.number}: {folder.name} was set aside.")
-
-    def _compare_logged(self, current: Round) -> None:
-        """Compare every value that this round has logged with the straight run's."""
-        for key, straight in self._logged.items():
-            file = current.paths.batches if key == "crc32c" else current.paths.metrics
-            for step, values in values_by_step(file, key).items():
-                if values != straight.get(step):
-                    self._find(
-                        "different",
-                        f"round {current.number}, step {step}: {key} {sorted(values)} instead of "
-                        f"{sorted(straight.get(step, ()))}.",
-                    )
-
-    def _train_to_the_end(self, current: Round) -> bool:
-        """Bring a round to its end without a kill; False: the round is over."""
+    def _train_to_the_end(self, current: Round) -> None:
+        """Bring a round to its end without a kill."""
         watch = StepWatch(current.paths.metrics)
         running, output = self._launch(current.paths.checkpoints.name, "--resume", "latest")
         self.results.starts += 1
@@ -686,50 +566,19 @@ class Campaign:
             self._finish(current)
         else:
             self._find("failed", f"The last start ended with exit code {code}:\n{tail(output)}")
-        return False
 
     def _finish(self, current: Round) -> None:
-        """Compare a round that came to its end with the straight run, here and in the bucket."""
-        paths, last = current.paths, str(self._names[self._steps])
-        self._look(current)
+        """Look at a round that came to its end."""
+        paths = current.paths
+        self._find_all(current, self._witness.look_at_the_end(current))
         self.results.rounds += 1
         self.results.set_aside += len(list(paths.set_aside.glob("*")))
         self.results.stray_objects += sum(
             path.name.startswith(TEMPORARY_PREFIX) for path in current.bucket.rglob("*")
         )
-        comparisons = compare_logs(self._straight.logs, paths.logs, self._steps)
-        if not (paths.checkpoints / last / MANIFEST_FILE).is_file():
-            self._find("lost", f"round {current.number} ended without {last}.")
-        else:
-            comparisons += compare_checkpoints(
-                self._straight.checkpoints / last, paths.checkpoints / last
-            )
-        for comparison in comparisons:
-            for difference in comparison.differences:
-                self._find("different", f"round {current.number}: {comparison.what} {difference}")
-        self._look_into_bucket(current, last)
         if not self.results.findings:  # what was found is to be looked at
             for folder in (paths.checkpoints, paths.logs, paths.cache, current.bucket):
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def _look_into_bucket(self, current: Round, last: str) -> None:
-        """Compare every archive with its sidecar, and the sidecar with the straight run."""
-        bucket = open_bucket(str(current.bucket))
-        views = read_remote_checkpoints(bucket)
-        if last not in [str(view.name) for view in views]:
-            self._find("lost", f"round {current.number}: {last} is not in the bucket.")
-        for view in views:
-            sidecar = json.loads(bucket.read_bytes(sidecar_object(str(view.name))))
-            stored = bucket.crc32c(archive_object(str(view.name))) if not view.problem else ""
-            sums = {} if view.manifest is None else checksums_of(view.manifest)
-            if stored != sidecar["archive"]["crc32c"] or sums != self._checksums.get(
-                view.name.step
-            ):
-                self._find(
-                    "different",
-                    f"round {current.number}: {view.name} in the bucket is not what it should be "
-                    f"({view.problem or 'by its checksums'}).",
-                )
 
     def _show_progress(self, planned: int, waiting: int, seconds: float) -> None:
         kill, done = self.results.kills[-1], planned - waiting
@@ -751,134 +600,61 @@ class Campaign:
         )
 
 
-class RandomAlarm:
-    """Tells when a random kill is due.
+def random_alarm(
+    plan: Plan, current: Round, watch: StepWatch, startup_seconds: float, step_seconds: float
+) -> Callable[[], bool]:
+    """Return what tells when a random kill is due.
 
-    Args:
-        plan: What it waits for and how long.
-        current: The round that is killed.
-        watch: What the start logs.
-        startup_seconds: The longest delay after the launch.
-        step_seconds: A save or an archive takes about one, and that is the longest delay after its
-            beginning; after the first step or commit it is some more.
+    A save or an archive takes about as long as a step with its saves: that is the longest delay
+    after its beginning. After the first step or commit it is some more.
     """
+    directory, due = current.paths.checkpoints, math.inf
+    longest = {"launch": startup_seconds, **dict.fromkeys(FILES, step_seconds)}
+    delay = plan.share * longest.get(plan.anchor, step_seconds * MAX_DELAY_STEPS)
 
-    def __init__(
-        self,
-        plan: Plan,
-        current: Round,
-        watch: StepWatch,
-        startup_seconds: float,
-        step_seconds: float,
-    ) -> None:
-        directory = current.paths.checkpoints
-
-        def is_there(pattern: str) -> bool:
+    def has_come() -> bool:
+        if plan.anchor == "step":
+            return watch.last is not None
+        if plan.anchor == "commit":
+            names = find_checkpoints(directory)
+            return bool(names) and names[-1].step > current.newest
+        if plan.anchor in FILES:
             last = -1 if watch.last is None else watch.last
-            return last >= current.newest + plan.skipped and any(directory.glob(pattern))
+            is_there = any(directory.glob(FILES[plan.anchor]))
+            return is_there and last >= current.newest + plan.skipped
+        return True
 
-        self._has_come: Callable[[], bool] = {
-            "launch": lambda: True,
-            "step": lambda: watch.last is not None,
-            "commit": lambda: has_committed(current),
-            "saving": lambda: is_there(f"{SAVING_PREFIX}*"),
-            "archive": lambda: is_there(f"*{ARCHIVE_SUFFIX}"),
-        }[plan.anchor]
-        longest = {
-            "launch": startup_seconds,
-            "saving": step_seconds,
-            "archive": step_seconds,
-        }.get(plan.anchor, step_seconds * MAX_DELAY_STEPS)
-        self._delay = plan.share * longest
-        self._due: float | None = None
+    def is_due() -> bool:
+        nonlocal due
+        if due == math.inf and has_come():
+            due = time.monotonic() + delay
+        return time.monotonic() >= due
 
-    def is_due(self) -> bool:
-        """Tell whether the kill is due."""
-        if self._due is None and self._has_come():
-            self._due = time.monotonic() + self._delay
-        return self._due is not None and time.monotonic() >= self._due
-
-    def hit(self) -> str:
-        """Return the system call that was hit: none."""
-        return ""
+    return is_due
 
 
 @dataclass(frozen=True)
 class Target:
-    """A system call to kill at.
-
-    Attributes:
-        call: Its name.
-        number: Which one of a thread's calls on the checkpoint's files, from 1.
-        checkpoint: The checkpoint.
-    """
+    """A system call to kill at: which one of a thread's on the checkpoint's files, from 1."""
 
     call: str
     number: int
     checkpoint: CheckpointName
 
-
-class CallAlarm:
-    """Tells when strace has killed a process, or the run has passed the checkpoint without that.
-
-    Whatever else the start runs is then killed, too.
-
-    Args:
-        target: Where the kill comes.
-        watch: What the start logs.
-        trace: What strace writes.
-    """
-
-    def __init__(self, target: Target, watch: StepWatch, trace: Path) -> None:
-        self._target, self._watch, self._trace = target, watch, trace
-
-    def is_due(self) -> bool:
-        """Tell whether the rest is to be killed."""
-        passed = (self._watch.last or 0) > self._target.checkpoint.step + PASSED_STEPS
-        return passed or bool(self.hit())
-
-    def hit(self) -> str:
-        """Return the system call that was hit, empty where none was."""
-        with contextlib.suppress(FileNotFoundError):
-            if "killed by SIGKILL" in self._trace.read_text("utf-8", errors="replace"):
-                return f"{self._target.call} {self._target.number}"
-        return ""
+    @property
+    def text(self) -> str:
+        """The call as results have it."""
+        return f"{self.call} {self.number}"
 
 
-def has_committed(current: Round) -> bool:
-    """Tell whether a round has a newer committed checkpoint than after the last kill."""
-    names = find_checkpoints(current.paths.checkpoints)
-    return bool(names) and names[-1].step > current.newest
-
-
-def find_leftovers(directory: Path) -> dict[str, tuple[int, int]]:
-    """Return unfinished saves, deletions and archives of a directory: name -> inode and ctime.
-
-    A new one may have the name of an old one, and its inode.
-    """
-    if not directory.is_dir():
-        return {}
-    found = {}
-    for path in directory.iterdir():
-        if path.name.startswith(SAVING_PREFIX) or path.name.endswith(ARCHIVE_SUFFIX):
-            with contextlib.suppress(FileNotFoundError):  # the run that is watched may remove it
-                facts = path.stat()
-                found[path.name] = facts.st_ino, facts.st_ctime_ns
-    return found
-
-
-def tensor_checksums(checkpoint: Path) -> dict[str, str]:
-    """Return the checksums of the files whose bytes depend on the training alone."""
-    return checksums_of(read_manifest(checkpoint))
-
-
-def checksums_of(manifest: Any) -> dict[str, str]:
-    """Return the same from a manifest."""
-    return {name: manifest.files[name].crc32c for name in TENSOR_FILES if name in manifest.files}
+def strace_has_killed(trace: Path) -> bool:
+    """Tell whether a kill is in what strace has written so far."""
+    with contextlib.suppress(FileNotFoundError):
+        return "killed by SIGKILL" in trace.read_text("utf-8", errors="replace")
+    return False
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the command line."""
     quick = "10 random kills and 2 at system calls"
     parser = build_parser("soak.py", __doc__, quick)
     add = parser.add_argument
@@ -923,7 +699,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_results(results: Results) -> None:
-    """Print the summary of a campaign."""
     phases = Counter(kill.phase for kill in results.kills)
     calls = Counter(kill.call.split(" ")[0] for kill in results.kills if kill.call)
     kinds = Counter(kill.kind for kill in results.kills)
@@ -941,8 +716,8 @@ def print_results(results: Results) -> None:
     if results.cycle_seconds:
         figures["seconds a cycle, median"] = round(statistics.median(results.cycle_seconds), 2)
     print_table("Campaign", [{"figure": key, "value": value} for key, value in figures.items()])
-    print_table("Phases", [{"killed while": p, "kills": n} for p, n in phases.most_common()])
-    print_table("System calls", [{"killed at": c, "kills": n} for c, n in calls.most_common()])
+    print_counts("Phases", "killed while", phases)
+    print_counts("System calls", "killed at", calls)
     if results.skipped:
         print(f"No system call kills: {results.skipped}.")
 

@@ -18,6 +18,7 @@ Exit code 0 means none of these. It needs what the tests need (`make setup`), on
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,20 +28,18 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts import prepare_data
-from tests.campaigns.findings import Finding, build_parser, conclude, note_finding
+from tests.campaigns.findings import CampaignResults, build_parser, conclude
+from tests.sample_shards import read_files, read_texts
 from utils.base.console import configure_logging, run_command
 from utils.base.errors import ExitCode
-from utils.storage.directory import DirectoryBucket
 from utils.tools.proofs.started_runs import open_work_folder
 
 DOCUMENTS = 3_000
@@ -75,50 +74,37 @@ def write_sources(folder: Path, seed: int) -> Counter[str]:
     return Counter([*texts[:half], *(text.strip() for text in texts[half:])])
 
 
-def read_documents(output: Path) -> Counter[str]:
-    """Return the documents that an index names, as text."""
-    from tokenizers import Tokenizer
-
-    index = json.loads((output / "index.json").read_text("utf-8"))
-    backend = Tokenizer.from_file(str(output / "tokenizer.json"))
-    found: Counter[str] = Counter()
-    for shard in index["shards"]:
-        with np.load(output / shard["name"]) as archive:
-            ids = archive["input_ids"]
-        ends = np.flatnonzero(ids == index["eos_token_id"])
-        parts = np.split(ids, ends + 1)[:-1]
-        found.update(backend.decode(part[:-1].tolist()) for part in parts)
-    return found
-
-
 @dataclass
-class Campaign:
-    """Rounds of preparations in a folder, and what was found in them."""
+class Results(CampaignResults):
+    """What a campaign has found, how often it killed, and how long it took."""
 
-    folder: Path
-    seed: int
-    findings: list[Finding] = field(default_factory=list)
     kills: int = 0
     rounds: int = 0
-    _num_kills: int = 0
+    seconds: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Write the sources and draw from the seed."""
-        self._random = random.Random(self.seed)
-        (self.folder / "scratch").mkdir()
-        self._texts = write_sources(self.folder / "texts", self.seed)
+
+class Campaign:
+    """Rounds of preparations in a folder."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.results = Results(seed)
+        self._folder, self._random, self._num_kills = folder, random.Random(seed), 0
+        (folder / "scratch").mkdir()
+        self._texts = write_sources(folder / "texts", seed)
         self._undisturbed: dict[int, tuple[dict[str, bytes], float]] = {}
 
     def run(self, num_kills: int) -> None:
         """Run rounds until so many processes were killed; the last one goes on without kills."""
+        start = time.monotonic()
         self._num_kills = num_kills
-        while self.kills < num_kills:
+        while self.results.kills < num_kills:
             self._run_round(self._random.choice(TASK_COUNTS))
-            self.rounds += 1
+            self.results.rounds += 1
+        self.results.seconds = round(time.monotonic() - start, 1)
 
     def _run_round(self, count: int) -> None:
         expected, seconds = self._find_expected(count)
-        output = self.folder / f"round-{self.rounds}"
+        output = self._folder / f"round-{self.results.rounds}"
         left: list[str] = ["tokenizer"]
         later = list(map(str, range(count)))
         while left:
@@ -138,7 +124,7 @@ class Campaign:
 
     def _words(self, output: Path, count: int, task: str) -> list[str]:
         return [
-            *("--input", str(self.folder / "texts"), "--document-separator", "<|end|>"),
+            *("--input", str(self._folder / "texts"), "--document-separator", "<|end|>"),
             *("--vocab-size", "300", "--shard-tokens", str(SHARD_TOKENS)),
             *("--output", str(output), "--tasks", str(count), "--task", task),
         ]
@@ -146,7 +132,7 @@ class Campaign:
     def _find_expected(self, count: int) -> tuple[dict[str, bytes], float]:
         """Return the files of a preparation without kills, and how long a task takes."""
         if count not in self._undisturbed:
-            output, start = self.folder / f"undisturbed-{count}", time.monotonic()
+            output, start = self._folder / f"undisturbed-{count}", time.monotonic()
             for task in ("tokenizer", *map(str, range(count))):
                 self._expect(self._words(output, count, task), ExitCode.DONE)
             seconds = (time.monotonic() - start) / (count + 1)
@@ -164,7 +150,7 @@ class Campaign:
             running.append((task, process, time.monotonic() + self._random.uniform(0, seconds)))
         done = set()
         for task, process, end in sorted(running, key=lambda one: one[2]):
-            is_spared = self.kills >= self._num_kills
+            is_spared = self.results.kills >= self._num_kills
             process.join(None if is_spared else max(0.0, end - time.monotonic()))
             if process.is_alive():
                 process.kill()
@@ -172,14 +158,14 @@ class Campaign:
             if process.exitcode == ExitCode.DONE:
                 done.add(task)
             elif process.exitcode is not None and process.exitcode < 0:
-                self.kills += 1
+                self.results.kills += 1
             else:
                 self._note("failed", f"task {task} of {count} ended with {process.exitcode}")
                 done.add(task)
         return done
 
     def _start(self, words: Sequence[str]) -> Any:
-        process = FORKS.Process(target=run_quietly, args=(words, self.folder / "scratch"))
+        process = FORKS.Process(target=run_quietly, args=(words, self._folder / "scratch"))
         process.start()
         return process
 
@@ -196,7 +182,8 @@ class Campaign:
             self._note("failed", f"{' '.join(words)} ended with {process.exitcode}, not {code}")
 
     def _compare(self, output: Path, expected: dict[str, bytes]) -> None:
-        found, files = read_documents(output), read_files(output)
+        found = Counter(itertools.chain.from_iterable(read_texts(output).values()))
+        files = read_files(output)
         for kind, documents in (("lost", self._texts - found), ("doubled", found - self._texts)):
             for text in documents:
                 self._note(kind, f"{output.name}: {text[:40]!r}")
@@ -205,38 +192,18 @@ class Campaign:
                 self._note("different", f"{output.name}: {name}")
 
     def _note(self, kind: str, text: str) -> None:
-        note_finding(self.findings, Finding(kind, self.kills, text))
-
-
-def read_files(output: Path) -> dict[str, bytes]:
-    """Return what a bucket has of a folder, which is not what was cut off: name -> bytes."""
-    bucket = DirectoryBucket(output)
-    return {info.name: bucket.read_bytes(info.name) for info in bucket.list()}
-
-
-@dataclass
-class Results:
-    """What came out; the fields are those of the JSON."""
-
-    seed: int
-    kills: int
-    rounds: int
-    seconds: float
-    findings: list[Finding]
+        self.results.add(kind, self.results.kills, text)
 
 
 def run(arguments: argparse.Namespace) -> ExitCode:
     """Run the campaign that the command line describes."""
     configure_logging("error", quiet=False, stderr=True)
-    start = time.monotonic()
     with open_work_folder(arguments) as folder:
         campaign = Campaign(folder, arguments.seed)
         campaign.run(QUICK_CYCLES if arguments.quick else arguments.cycles)
-        arguments.keep = arguments.keep or bool(campaign.findings)
-    seconds = round(time.monotonic() - start, 1)
-    kills, rounds = campaign.kills, campaign.rounds
-    print(f"{kills} kills in {rounds} rounds, {seconds} s.")
-    results = Results(arguments.seed, kills, rounds, seconds, campaign.findings)
+        results = campaign.results
+        arguments.keep = arguments.keep or bool(results.findings)
+    print(f"{results.kills} kills in {results.rounds} rounds, {results.seconds} s.")
     return conclude(results, arguments.json, after="kill")
 
 

@@ -47,13 +47,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configs.config_files import PROJECT_DIRECTORY
-from tests.campaigns.findings import (
-    Finding,
-    build_parser,
-    conclude,
-    count_findings,
-    note_finding,
-)
+from tests.campaigns.findings import CampaignResults, build_parser, conclude, print_counts
 from tests.campaigns.fork_server import find_marked
 from tests.campaigns.stand_in_trainer import (
     Sizes,
@@ -63,7 +57,7 @@ from tests.campaigns.stand_in_trainer import (
     loss_at,
     read_ledger,
 )
-from tests.campaigns.upload_witness import KINDS, Saved, UploadWitness, Wrong
+from tests.campaigns.upload_witness import KINDS, Saved, UploadWitness
 from tests.disturbed_buckets import (
     BRIEF_TROUBLES,
     BUCKET,
@@ -76,8 +70,9 @@ from tests.disturbed_buckets import (
     draw_trouble,
 )
 from tests.gcs_server import FakeGcsServer
-from utils.base.console import LiveLine, configure_logging, print_table, run_command
+from utils.base.console import LiveLine, configure_logging, run_command
 from utils.base.errors import ExitCode, UsageError
+from utils.base.tables import print_table
 from utils.base.text import format_bytes, format_duration
 from utils.checkpoints.journal import UploadState
 from utils.checkpoints.layout import new_run_id, parse_checkpoint_name
@@ -91,6 +86,7 @@ from utils.tools.proofs.started_runs import (
     tail,
     wait_until_gone,
 )
+from utils.uploads import process as upload_process
 from utils.uploads.transports import find_gsutil
 
 KEEP_CHECKPOINTS = MAX_UNVERIFIED = 3
@@ -123,16 +119,10 @@ log = logging.getLogger("soak")
 
 @dataclass(frozen=True)
 class Way:
-    """A way to the bucket.
+    """A way to the bucket, by the configuration's transport, streams and stall limit.
 
-    Attributes:
-        name: For people.
-        transport: Of the configuration.
-        streams: Of the configuration.
-        sizes: Of the checkpoints; one range is drawn for each.
-        share: Of the cycles.
-        seconds: How long an upload takes, roughly.
-        stall_seconds: Of the configuration.
+    One of the ranges of `sizes` is drawn for each checkpoint. `share` is its part of the cycles,
+    `seconds` what an upload takes, roughly.
     """
 
     name: str
@@ -158,11 +148,8 @@ LONG_WAY = Way("python, long start", "python", 4, (TINY,), 0.0, 1.0)
 class RoundPlan:
     """One run from its first start to its last.
 
-    Attributes:
-        number: 1 for the first.
-        way: Its way to the bucket.
-        cycles: Checkpoints that it saves; the last one in a start without faults.
-        is_long: All but the last in one start.
+    It saves a checkpoint a cycle, the last one in a start without faults; where it `is_long`, all
+    others in one start.
     """
 
     number: int
@@ -186,13 +173,9 @@ def plan_rounds(cycles: int, ways: Sequence[Way], source: random.Random) -> list
 
 @dataclass(frozen=True)
 class KillPlan:
-    """When and whom to kill.
+    """Which of TARGETS to kill, so many seconds after the launch.
 
-    Attributes:
-        target: One of TARGETS.
-        seconds: After the launch, or after the event.
-        event: One of REQUESTS to wait for, empty for none.
-        count: Which one of them.
+    With an `event`, one of REQUESTS, they begin when it has come `count` times.
     """
 
     target: str
@@ -257,16 +240,8 @@ def draw_long_start(way: Way, cycles: int, source: random.Random) -> StartPlan:
 class StartRecord:
     """One start that is over.
 
-    Attributes:
-        number: 1 for the first.
-        round: Number of its round.
-        way: Name of its way to the bucket.
-        saves: Checkpoints that it saved.
-        kill: Target of its kill, empty where none came.
-        phase: What was going on in the bucket at that moment.
-        troubles: Kind -> how often it was met.
-        code: Its exit code.
-        seconds: From launch to end.
+    `kill` is the target of its kill, empty where none came, `phase` what was going on in the bucket
+    at that moment. `troubles` says how often each kind was met.
     """
 
     number: int
@@ -292,22 +267,14 @@ class Tally:
 
 
 @dataclass
-class Results:
-    """What a campaign has found.
+class Results(CampaignResults):
+    """What a campaign has done and found.
 
-    Attributes:
-        seed: Seed of the plan.
-        starts: Starts of the stand-in trainer.
-        findings: What must not be.
-        ways: Way -> what became of its checkpoints.
-        sizes: Of the process of the long start, after each upload.
-        skipped: Ways that were left out, and why.
-        seconds: How long the campaign took.
+    `sizes` are those of the process of the long start, after each upload; `skipped` says which ways
+    were left out, and why.
     """
 
-    seed: int
     starts: list[StartRecord] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
     ways: dict[str, Tally] = field(default_factory=dict)
     sizes: list[dict[str, int]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -351,13 +318,9 @@ def launch(plan: Path, output: Path, environment: Mapping[str, str]) -> Running:
 
 
 class Campaign:
-    """Carries a campaign out in one folder.
+    """Carries a campaign out in an empty folder; `live` shows where it is.
 
-    Args:
-        work: An empty folder.
-        seed: Decides everything but the instants at which processes meet.
-        live: Shows where it is.
-        launch: Starts the stand-in trainer.
+    `seed` decides everything but the instants at which processes meet.
     """
 
     def __init__(
@@ -373,7 +336,7 @@ class Campaign:
         """Carry out the rounds."""
         self._planned = sum(plan.cycles for plan in plans)
         for plan in plans:
-            if count_findings(self.results.findings, "failed") > FAILURES_ALLOWED:
+            if self.results.count("failed") > FAILURES_ALLOWED:
                 break
             self._run_round(plan)
         self.results.seconds = round(time.monotonic() - self._began, 1)
@@ -540,7 +503,7 @@ class Campaign:
         while (left := find_marked(MARK, mark)) and time.monotonic() < deadline:
             wait_until_gone(left, 0.2)
         if left:
-            words = "; ".join(_command_of(process) for process in left)
+            words = "; ".join(map(_command_of, left))
             self._find("leftover", f"Processes outlive their start by {ORPHAN_SECONDS} s: {words}.")
             kill_processes(left)
 
@@ -557,7 +520,7 @@ class Campaign:
 
     def _find(self, kind: str, text: str) -> None:
         assert kind in KINDS
-        note_finding(self.results.findings, Finding(kind, len(self.results.starts) + 1, text))
+        self.results.add(kind, len(self.results.starts) + 1, text)
 
     def _look(self, current: Round, *, is_last: bool) -> None:
         witness = current.witness
@@ -565,8 +528,7 @@ class Campaign:
             for line in read_ledger(ledger):
                 name = parse_checkpoint_name(f"checkpoint-epoch0-step{line.get('step')}-files0")
                 witness.saved |= {name} if name else set()
-        found: list[Wrong] = witness.look_at_the_end() if is_last else witness.look()
-        for kind, text in found:
+        for kind, text in witness.look_at_the_end() if is_last else witness.look():
             self._find(kind, f"round {current.plan.number} ({current.plan.way.name}): {text}")
 
     def _judge_growth(self, ledger: Path) -> None:
@@ -616,7 +578,9 @@ def kill_target(pid: int, target: str) -> bool:
         elif target == "tree":
             kill_tree(pid)
         else:
-            children = [p for p in find_family(pid)[1:] if "upload_process" in _command_of(p)]
+            children = [
+                p for p in find_family(pid)[1:] if upload_process.__name__ in _command_of(p)
+            ]
             kill_processes(children[:1])
             return bool(children)
         return True
@@ -658,7 +622,6 @@ def choose_ways(results: Results) -> list[Way]:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the command line."""
     parser = build_parser("soak_uploads.py", __doc__, "about 20 cycles")
     add = parser.add_argument
     add("--cycles", type=int, default=500, metavar="N", help="saves and uploads (default: 500)")
@@ -691,30 +654,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_results(results: Results) -> None:
-    """Print the summary of a campaign."""
     rows = [{"way": name, **asdict(tally)} for name, tally in sorted(results.ways.items())]
     starts = Counter(record.way for record in results.starts)
-    kills = Counter(record.way for record in results.starts if record.kill)
+    killed = [record for record in results.starts if record.kill]
+    kills = Counter(record.way for record in killed)
     for row in rows:
         row |= {"starts": starts[row["way"]], "kills": kills[row["way"]]}
     print_table("Ways", rows)
     troubles: Counter[str] = Counter()
     for record in results.starts:
         troubles.update(record.troubles)
-    print_table("Troubles", [{"kind": kind, "met": n} for kind, n in troubles.most_common()])
-    targets = Counter(record.kill for record in results.starts if record.kill)
-    print_table("Kills", [{"of": target, "kills": n} for target, n in targets.most_common()])
-    phases = Counter(record.phase for record in results.starts if record.kill)
-    print_table("Phases", [{"killed": phase, "kills": n} for phase, n in phases.most_common()])
+    print_counts("Troubles", "kind", troubles, "met")
+    print_counts("Kills", "of", Counter(record.kill for record in killed))
+    print_counts("Phases", "killed", Counter(record.phase for record in killed))
     if results.sizes:
         settled = min(SETTLED_UPLOADS, len(results.sizes))
         shown = results.sizes[settled - 1], results.sizes[-1]
         rows = [{**size, "rss": format_bytes(size["rss"])} for size in shown]
         print_table("Long start", rows)
-    print_table(
-        "Wrong",
-        [{"kind": kind, "findings": count_findings(results.findings, kind)} for kind in KINDS],
-    )
+    print_table("Wrong", [{"kind": kind, "findings": results.count(kind)} for kind in KINDS])
     for reason in results.skipped:
         print(f"Left out: {reason}.")
     print(f"It took {format_duration(results.seconds)}.")

@@ -44,6 +44,10 @@ from utils.uploads import uploader
 from utils.uploads.transports import TransportOptions
 from utils.uploads.uploader import Uploader, find_unfinished
 
+GRACE_SECONDS = 2.0  # for uploads after SIGTERM
+# Waits made for real buckets are longer: a campaign cannot wait for them.
+RETRY_SECONDS, FIRST_BACKOFF_SECONDS, LATER_SECONDS, MARGIN_SECONDS = 3.0, 0.1, 5.0, 3.0
+
 Sizes = tuple[tuple[int, int], ...]
 
 
@@ -62,11 +66,6 @@ class TrainerPlan:
         pause_seconds: Between two saves.
         is_paced: Wait for each upload before the next save, and note this process's size.
         drain_seconds: How long to wait for uploads at the end.
-        grace_seconds: The same after SIGTERM.
-        retry_seconds: How long one request is tried again.
-        backoff_seconds: Mean wait before the second attempt of an upload.
-        later_seconds: Mean wait after the last attempt that is waited for.
-        margin_seconds: How much later than a program an upload process counts as stalled.
     """
 
     settings: dict[str, Any]
@@ -76,14 +75,9 @@ class TrainerPlan:
     first_step: int
     saves: int
     ledger: str
-    pause_seconds: float = 0.0
-    is_paced: bool = False
-    drain_seconds: float = 60.0
-    grace_seconds: float = 2.0
-    retry_seconds: float = 3.0
-    backoff_seconds: float = 0.1
-    later_seconds: float = 5.0
-    margin_seconds: float = 3.0
+    pause_seconds: float
+    is_paced: bool
+    drain_seconds: float
 
     def write(self, path: Path) -> None:
         """Write the plan down."""
@@ -136,16 +130,10 @@ def save_checkpoint(directory: Path, run_id: str, step: int, files: Mapping[str,
     return target
 
 
-class Ledger:
-    """What a start has done, one JSON object a line; a kill takes none that was written."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def note(self, event: str, **facts: object) -> None:
-        """Append a line."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **facts}) + "\n")
+def note(ledger: Path, event: str, **facts: object) -> None:
+    """Append a line to what a start has done; a kill takes none that was written."""
+    with ledger.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": event, **facts}) + "\n")
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
@@ -164,7 +152,7 @@ class StandIn:
         self._config = get_training_config("test", plan.settings)
         self._paths = RunPaths.of(self._config)
         self._journal = Journal(self._paths.journal)
-        self._ledger = Ledger(Path(plan.ledger))
+        self._ledger = Path(plan.ledger)
         self._stopped = threading.Event()
 
     def stop(self, *_: object) -> None:
@@ -177,14 +165,13 @@ class StandIn:
             directory = self._paths.checkpoints
             remove_leftovers(directory)
             self._journal.compact()
-            options = replace(
-                TransportOptions.of(self._config, directory), retry_seconds=self._plan.retry_seconds
-            )
+            options = TransportOptions.of(self._config, directory)
+            options = replace(options, retry_seconds=RETRY_SECONDS)
             with Uploader(
                 options,
                 self._journal,
                 should_sweep=True,
-                first_backoff_seconds=self._plan.backoff_seconds,
+                first_backoff_seconds=FIRST_BACKOFF_SECONDS,
             ) as uploading:
                 for checkpoint in find_unfinished(directory, self._journal, options.uri):
                     uploading.submit(checkpoint)
@@ -201,18 +188,18 @@ class StandIn:
                 return
             files = build_files(self._plan.seed, step, self._plan.sizes)
             checkpoint = save_checkpoint(self._paths.checkpoints, self._plan.run_id, step, files)
-            self._ledger.note("saved", step=step)
+            note(self._ledger, "saved", step=step)
             uploading.submit(checkpoint)
             self._apply_retention(uploading)
             if self._plan.is_paced:
                 self._wait(uploading, self._plan.drain_seconds)
-                self._ledger.note("size", uploads=len(uploading.verified), **measure_process())
+                note(self._ledger, "size", uploads=len(uploading.verified), **measure_process())
             self._stopped.wait(self._plan.pause_seconds)
 
     def _finish(self, uploading: Uploader) -> list[str]:
         left = self._wait(uploading, self._plan.drain_seconds)
         if self._stopped.is_set():
-            left = uploading.drain(self._plan.grace_seconds, lambda text: None)
+            left = uploading.drain(GRACE_SECONDS, lambda text: None)
         self._apply_retention(uploading)
         return [*left, *uploading.failures]
 
@@ -245,9 +232,8 @@ def main(argv: Sequence[str]) -> int:
     """Entry of the process: the file of its plan."""
     plan = TrainerPlan.read(Path(argv[0]))
     configure_logging("info")
-    # Waits made for real buckets: a campaign cannot wait for them.
-    upload_process.STALL_MARGIN_SECONDS = plan.margin_seconds
-    uploader.LATER_SECONDS = plan.later_seconds
+    upload_process.STALL_MARGIN_SECONDS = MARGIN_SECONDS
+    uploader.LATER_SECONDS = LATER_SECONDS
     trainer = StandIn(plan)
     signal.signal(signal.SIGTERM, trainer.stop)
     return int(trainer.run())

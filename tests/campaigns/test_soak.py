@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_six_kills_lose_nothing_and_a_damaged_checkpoint_is_noticed(
     server: ForkServer, sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The command makes a server of its own; loading torch once is enough here.
-    monkeypatch.setattr(soak, "ForkServer", lambda environment: _Lent(server))
+    monkeypatch.setattr(soak, "ForkServer", lambda environment: nullcontext(server))
     report = tmp_path / "soak.json"
     words = ["--kills", "6", "--syscall-kills", "0", "--steps", "30", "--json", str(report)]
     code = soak.main([*words, "--data", str(sample_data)])
@@ -69,19 +70,6 @@ def test_six_kills_lose_nothing_and_a_damaged_checkpoint_is_noticed(
     lost = [finding.text for finding in found.findings if finding.kind == "lost"]
     assert any("went on from step" in text for text in lost), found.findings
     assert any("set aside" in text and vandal.damaged in text for text in lost)
-
-
-class _Lent:
-    """A server that is not closed by who uses it."""
-
-    def __init__(self, server: ForkServer) -> None:
-        self._server = server
-
-    def __enter__(self) -> ForkServer:
-        return self._server
-
-    def __exit__(self, *reason: object) -> None:
-        pass
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -24,9 +26,14 @@ from tests.campaigns.soak_uploads import (
     plan_rounds,
 )
 from tests.disturbed_buckets import TROUBLES, draw_trouble
+from tests.sample_checkpoints import make_checkpoint
+from utils.base.errors import TransientStorageError
 from utils.checkpoints.layout import read_json
 from utils.storage.bucket import crc32c_of_file
 from utils.tools.proofs.started_runs import Running
+from utils.uploads.job import UploadJob
+from utils.uploads.process import run_in_process
+from utils.uploads.transports import TransportOptions
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads the environment of processes"),
@@ -82,7 +89,7 @@ def swap_the_content(folder: Path, _: Mapping[str, str]) -> None:
 
 
 def lose_a_checkpoint(folder: Path, _: Mapping[str, str]) -> None:
-    kill_directory(folder / "checkpoints" / STEP_1)
+    shutil.rmtree(folder / "checkpoints" / STEP_1)
 
 
 def lose_an_archive(folder: Path, _: Mapping[str, str]) -> None:
@@ -105,12 +112,6 @@ def leave_a_part(folder: Path, _: Mapping[str, str]) -> None:
 def leave_a_process(_: Path, environment: Mapping[str, str]) -> None:
     code = "import time; time.sleep(60)"
     subprocess.Popen([sys.executable, "-c", code], env=dict(environment))
-
-
-def kill_directory(path: Path) -> None:
-    for file in path.iterdir():
-        file.unlink()
-    path.rmdir()
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,22 @@ def test_a_start_that_fails_is_found(tmp_path: Path) -> None:
 
     results = Campaign(tmp_path, 0, launch=fail).run([RoundPlan(1, DIRECTORY, 1)])
     assert any("no such thing" in finding.text for finding in results.findings)
+
+
+def test_an_upload_process_is_found_and_killed_alone(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, 1)
+    (checkpoint / "model.safetensors").unlink()
+    os.mkfifo(checkpoint / "model.safetensors")  # whose reader waits for ever
+    options = TransportOptions(str(tmp_path / "bucket"), "directory", stall_seconds=1.0)
+    hits: list[bool] = []
+
+    def kill() -> bool:
+        hits.append(soak_uploads.kill_target(os.getpid(), "upload"))
+        return False
+
+    with pytest.raises(TransientStorageError, match="code -9"):
+        run_in_process(UploadJob(str(checkpoint), options), must_end=kill)
+    assert any(hits)
 
 
 def test_growth_is_what_grows_after_the_first_uploads() -> None:

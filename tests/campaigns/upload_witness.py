@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tests.campaigns.findings import Wrong
 from utils.base.errors import CheckpointError
 from utils.base.text import printable
 from utils.checkpoints.journal import UploadState
@@ -27,7 +28,6 @@ from utils.checkpoints.layout import (
     archive_object,
     find_checkpoints,
     parse_checkpoint_name,
-    read_manifest,
     sidecar_object,
 )
 from utils.checkpoints.store import verify_checkpoint
@@ -47,9 +47,6 @@ JOURNAL_BYTES_EACH, JOURNAL_BYTES = 4096, 2**16
 RACES = 1
 OWN_FILES = ("uploads.jsonl", "uploads.jsonl.lock", ".lock", ".lock.owner")
 WAITING = (UploadState.QUEUED, UploadState.FAILED)
-
-Wrong = tuple[str, str]
-"""A kind of KINDS, and what it is."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +166,8 @@ class UploadWitness:
 
     def _check_directory(self, local: set[CheckpointName]) -> Iterator[Wrong]:
         for name in sorted(local):
-            path = self._directory / str(name)
             try:
-                verify_checkpoint(path)
-                files = read_manifest(path).files
+                files = verify_checkpoint(self._directory / str(name)).files
             except CheckpointError as exc:
                 yield "corrupt", str(exc)
                 continue
@@ -197,7 +192,7 @@ class UploadWitness:
     def _check_bucket(self, objects: dict[str, Path]) -> tuple[set[CheckpointName], list[Wrong]]:
         """Return the checkpoints that are whole, and what is wrong with others with a sidecar."""
         whole, wrong = set(), []
-        for name in _named(objects, ".json"):
+        for name in _find_sidecars(objects):
             problem = self._check_archive(name, objects)
             if problem is None:
                 whole.add(name)
@@ -248,17 +243,10 @@ def _parse(line: bytes) -> tuple[CheckpointName, UploadState] | None:
         return None
 
 
-def _named(objects: dict[str, Path], suffix: str) -> list[CheckpointName]:
-    """Return the checkpoints of which there is an object directly below `Checkpoints/`."""
-    bases = (PurePosixPath(name).name.removesuffix(suffix) for name in objects)
-    names = (parse_checkpoint_name(base) for base in bases)
-    return sorted(
-        {
-            n
-            for n in names
-            if n and archive_object(str(n)).replace(ARCHIVE_SUFFIX, suffix) in objects
-        }
-    )
+def _find_sidecars(objects: dict[str, Path]) -> list[CheckpointName]:
+    """Return the checkpoints of which there is a sidecar directly below `Checkpoints/`."""
+    names = (parse_checkpoint_name(PurePosixPath(name).stem) for name in objects)
+    return sorted({name for name in names if name and sidecar_object(str(name)) in objects})
 
 
 def _compare_archive(

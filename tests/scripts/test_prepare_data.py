@@ -14,7 +14,7 @@ import pytest
 from scripts import prepare_data
 from tests.processes import run_in_terminal, run_python
 from tests.sample_json import UNREADABLE
-from tests.sample_shards import flip_bit
+from tests.sample_shards import flip_bit, read_files
 from utils.base.errors import ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,19 +192,19 @@ def test_an_output_whose_index_cannot_be_read_is_kept_unless_it_is_to_be_replace
     output = tmp_path / "o"
     arguments = [*BOOK, "--output", str(output)]
     assert prepare_data.main([*arguments, "--quiet"]) == ExitCode.DONE
-    whole = _contents(output)
+    whole = read_files(output)
     if name != "index.json":
         (output / "index.json").unlink()
     (output / name).write_bytes(UNREADABLE["torn"])
-    before = _contents(output)
+    before = read_files(output)
 
     assert prepare_data.main(arguments) == ExitCode.USAGE
     error = capsys.readouterr().err
     assert f"{output}/{name} is not usable" in error
     assert "--overwrite" in error
-    assert _contents(output) == before
+    assert read_files(output) == before
     assert prepare_data.main([*arguments, "--overwrite"]) == ExitCode.DONE
-    assert _contents(output) == whole
+    assert read_files(output) == whole
 
 
 def test_a_good_index_does_not_need_what_an_interruption_left(
@@ -213,11 +213,11 @@ def test_a_good_index_does_not_need_what_an_interruption_left(
     output = tmp_path / "o"
     arguments = [*BOOK, "--output", str(output)]
     assert prepare_data.main([*arguments, "--quiet"]) == ExitCode.DONE
-    whole = _contents(output)
+    whole = read_files(output)
     (output / "index.partial.json").write_bytes(UNREADABLE["torn"])
     flip_bit(output / "tokenizer.json")
     assert prepare_data.main([*arguments, "--quiet"]) == ExitCode.DONE
-    assert _contents(output) == whole
+    assert read_files(output) == whole
 
 
 def test_a_damaged_tokenizer_of_data_is_not_used_for_more(
@@ -272,15 +272,7 @@ def test_killed_preparation_goes_on_after_its_finished_shards(tmp_path: Path) ->
 
     assert (again.returncode, straight.returncode) == (0, 0)
     assert "Going on after" in again.stderr
-    assert _contents(tmp_path / "o") == _contents(tmp_path / "straight")
-
-
-def _contents(directory: Path) -> dict[str, bytes]:
-    return {
-        path.name: path.read_bytes()
-        for path in directory.iterdir()
-        if not path.name.startswith(".tmp-")
-    }
+    assert read_files(tmp_path / "o") == read_files(tmp_path / "straight")
 
 
 # Sources and tokenizers of other kinds.
@@ -349,7 +341,7 @@ def _write_rows(path: str, rows: list[dict[str, object]]) -> None:
 
 
 def _shards(directory: str) -> dict[str, bytes]:
-    return {name: data for name, data in _contents(Path(directory)).items() if "index" not in name}
+    return {name: data for name, data in read_files(Path(directory)).items() if "index" not in name}
 
 
 @pytest.mark.parametrize(("name", "place"), [("a.jsonl", "a.jsonl:4"), ("a.parquet", ", row 4")])
@@ -446,12 +438,12 @@ def test_data_goes_to_a_directory_and_back_and_away(
     capsys.readouterr()
     assert prepare_data.main(["get", "store/data", "back", "--json"]) == ExitCode.DONE
     report = json.loads(capsys.readouterr().out)
-    assert _contents(tmp_path / "back") == _contents(sample_output)
-    assert report["files"] == report["skipped_files"] == len(_contents(sample_output))
+    assert read_files(tmp_path / "back") == read_files(sample_output)
+    assert report["files"] == report["skipped_files"] == len(read_files(sample_output))
 
     assert prepare_data.main(["ls", "store/data", "--json"]) == ExitCode.DONE
     listed = json.loads(capsys.readouterr().out)
-    assert {item["name"] for item in listed["objects"]} == set(_contents(sample_output))
+    assert {item["name"] for item in listed["objects"]} == set(read_files(sample_output))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda question: "n")
     assert prepare_data.main(["rm", "store/data"]) == ExitCode.DONE
@@ -554,7 +546,7 @@ def test_an_index_again_does_not_certify_a_tokenizer_that_was_damaged(
     assert (data / "index.json").read_bytes() != index
 
 
-@pytest.mark.parametrize("command", ["index", "inspect", "put", "get", "ls", "rm"])
+@pytest.mark.parametrize("command", prepare_data.COMMANDS)
 def test_commands_on_nothing_are_one_message_and_exit_code_two(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:

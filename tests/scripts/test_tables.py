@@ -23,9 +23,9 @@ from tests.screens import WIDTHS, find_misfits, read_screen
 from tests.scripts.test_checkpoint_viewer import SPENDING
 from tests.test_debug_gpu import FACTS
 from tests.utils.tools.monitor.test_view import FULL
-from utils.base.console import print_table
+from utils.base.tables import print_table
 from utils.checkpoints.journal import Journal, UploadState
-from utils.checkpoints.layout import CheckpointName, RunPaths, read_manifest
+from utils.checkpoints.layout import CheckpointName, read_manifest
 from utils.remote.verification import CheckpointReport, Orphan
 from utils.start.checks import Check, print_checks
 from utils.tools.diagnosis.findings import find_causes
@@ -34,6 +34,7 @@ from utils.tools.diagnosis.text import print_page
 from utils.tools.evaluation.log import Evaluation, append_evaluation, weights_id
 from utils.tools.proofs.proof import Attempt, Report
 from utils.tools.proofs.run_comparison import Comparison
+from utils.tools.uploads import text as upload_text
 from utils.tools.viewer import text as viewer_text
 
 Show = Callable[[], object]
@@ -44,7 +45,6 @@ ERROR = (
     f"403 Forbidden: the account trainer@a-large-project.example may not write {URI}/Checkpoints"
 )
 GO_ON = f"/mnt/disks/large/bin/python train.py --config mine --set run_name={RUN} --resume latest"
-PATHS = RunPaths.of(TrainingConfig())
 UPLOADS = {
     "directory": f"/mnt/disks/large/{RUN}/checkpoints",
     "bucket": URI,
@@ -158,10 +158,10 @@ def shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Show]:
         "compare --weights": lambda: print_table(
             "Weights", viewer_text.drift_rows(pair), viewer_text.DRIFT_COLUMNS
         ),
-        "upload status": lambda: upload_manager.print_status(UPLOADS, PATHS),
+        "upload status": lambda: upload_text.print_status(UPLOADS),
         "upload list": lambda: upload_manager.main(["list", "--set", f"output_dir={folder}"]),
-        "verify": lambda: upload_manager.print_reports(REPORTS, [Orphan(f"{URI}/a.gz", ERROR)]),
-        "prune": lambda: upload_manager.print_plan(URI, UPLOADS, 3),
+        "verify": lambda: upload_text.print_reports(REPORTS, [Orphan(f"{URI}/a.gz", ERROR)]),
+        "prune": lambda: upload_text.print_plan(URI, UPLOADS, 3),
         "monitor": lambda: monitor_training.print_view(replace(FULL, go_on=GO_ON)),
         "preflight": lambda: print_checks(CHECKS),
         "debug_gpu": lambda: print_page(FACTS, find_forecasts(FACTS), [*find_causes(FACTS)]),
@@ -219,7 +219,7 @@ def test_the_only_checkpoint_has_its_whole_name_and_a_long_problem_costs_no_colu
 
     damaged = {**UPLOADS["checkpoints"][0], "progress": "", "state": "failed"}
     result = {**UPLOADS, "checkpoints": [damaged]}
-    text = read_screen(lambda: upload_manager.print_status(result, PATHS), 80, monkeypatch, capsys)
+    text = read_screen(lambda: upload_text.print_status(result), 80, monkeypatch, capsys)
     header = next(line for line in text.splitlines() if line.startswith("  checkpoint"))
     assert header.split() == ["checkpoint", "unpacked", "local", "state", "note"]
     assert f"\n{NAMES[0]}: 403 Forbidden" in text

@@ -20,23 +20,22 @@ from configs.config_files import PROJECT_DIRECTORY
 from scripts import upload_manager
 from scripts.upload_manager import main
 from tests.gcs_server import FakeGcsServer, Fault
-from tests.sample_checkpoints import RUN_ID, make_checkpoint, publish, seal
+from tests.sample_checkpoints import RUN_ID, change_manifest, make_checkpoint, publish, seal
 from utils.base.errors import ExitCode
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
     RunIdentity,
     RunPaths,
     archive_object,
-    read_json,
     read_manifest,
     sidecar_object,
-    write_json,
 )
 from utils.checkpoints.run_record import RunRecord, write_run_record
 from utils.checkpoints.store import hold_output_directory
 from utils.remote.pruning import delete_all
 from utils.storage.bucket import Bucket, crc32c_of_bytes, crc32c_of_file
 from utils.storage.open import open_bucket
+from utils.tools.uploads import transfer
 from utils.uploads.archive import write_archive
 from utils.uploads.lease import LEASE_OBJECT
 
@@ -103,8 +102,7 @@ class Place:
         metrics = {} if loss is None else {"validation_metrics": {"validation_loss": loss}}
         checkpoint = make_checkpoint(self.checkpoints, step, **metrics)
         if run_id != RUN_ID:
-            manifest = read_json(checkpoint / "manifest.json")
-            write_json(checkpoint / "manifest.json", {**manifest, "run_id": run_id})
+            change_manifest(checkpoint, run_id=run_id)
         return checkpoint
 
     def publish(self, checkpoint: Path, archive: bytes | None = None) -> None:
@@ -126,8 +124,7 @@ class Place:
     ) -> None:
         """Put a checkpoint into the bucket that is on no machine any more."""
         checkpoint = self.save(step, loss, run_id)
-        path = checkpoint / "manifest.json"
-        write_json(path, {**read_json(path), **manifest})
+        change_manifest(checkpoint, **manifest)
         self.publish(checkpoint)
         shutil.rmtree(checkpoint)
 
@@ -307,26 +304,6 @@ def test_a_list_of_a_bucket_that_is_not_there_is_an_error(
     code, output = gcs_place.call("list", "--remote")
     assert (code, output) == (ExitCode.UNEXPECTED, "")
     assert gcs_place.stderr.startswith("Error: gs://runs/team")
-
-
-def test_commands_start_without_torch(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    code = (
-        "import sys; from scripts.upload_manager import main\n"
-        "code = main(['status', '--json'])\n"
-        "assert 'torch' not in sys.modules and 'google.cloud' not in sys.modules\n"
-        "sys.exit(code)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(PROJECT_DIRECTORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["checkpoints"] == []
 
 
 # upload, upload-all, retry
@@ -739,7 +716,7 @@ def test_download_that_waited_for_a_trainer_does_not_mix_its_run(
         with hold_output_directory(paths):
             yield
 
-    monkeypatch.setattr(upload_manager, "hold_output_directory", wait_for_trainer)
+    monkeypatch.setattr(transfer, "hold_output_directory", wait_for_trainer)
     assert place.call("download", name(20))[0] == ExitCode.USAGE
     assert f"is of run {RUN_ID}, the run here is {OTHER_RUN}" in place.stderr
     assert not (place.checkpoints / name(20)).exists()

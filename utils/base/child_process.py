@@ -45,7 +45,7 @@ def leads_session() -> bool:
 
     What such a process starts can share the session, and then ends with it.
     """
-    return hasattr(os, "getsid") and os.getsid(0) == os.getpid() and not _has_terminal()
+    return os.getsid(0) == os.getpid() and not _has_terminal()
 
 
 def _has_terminal() -> bool:

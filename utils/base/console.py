@@ -20,12 +20,12 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from utils.base.errors import ExitCode, PretrainError
-from utils.base.text import Column, table_lines, wrap_words
+from utils.base.text import wrap_words
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleRenderable
@@ -271,25 +271,6 @@ def print_wrapped(
         print("\n".join(lines))
 
 
-def print_table(
-    title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column] = ()
-) -> None:
-    """Print rows below a title, if there are any, as wide as the terminal allows.
-
-    Without `columns` they are the keys of the first row, which are in the order of importance.
-    """
-    if not rows:
-        return
-    columns = columns or [Column(key, rank) for rank, key in enumerate(rows[0], 1)]
-    cells = [{column.name: str(row[column.name]) for column in columns} for row in rows]
-    lines, notes = table_lines(cells, columns, output_width())
-    print_wrapped(title)
-    print_wrapped(lines[0], style="bold")
-    print("\n".join(lines[1:]))
-    for note in notes:
-        print_wrapped(note)
-
-
 def new_parser(
     name: str,
     text: str | None,
@@ -342,6 +323,8 @@ def run_command(
     """Run a command and return its exit code; errors become one message on standard error."""
     debug = bool(getattr(args, "debug", False))
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # what it cannot encode is shown as ?
         code = int(command(args) or ExitCode.DONE)
         sys.stdout.flush()
         return code
@@ -406,7 +389,7 @@ def _report_unexpected(exc: Exception, debug: bool) -> int:
 
 
 def _report(message: str, debug: bool) -> None:
-    logging.getLogger(__name__).debug("%s", message)
+    log.debug("%s", message)
     if debug:
         traceback.print_exc()
     _flush_output()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import fcntl
 import io
 import os
 import shutil
@@ -21,11 +22,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 from filelock import FileLock
 

@@ -45,7 +45,7 @@ def are_ranks_connected() -> bool:
 def connect_host_group() -> None:
     """Create the host group where there is none yet; all ranks call this at the same point."""
     if are_ranks_connected() and host_group() is None:
-        group = torch.distributed.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+        group = new_host_group()
         _host_groups.clear()  # those of ranks that have disconnected since
         _host_groups[torch.distributed.group.WORLD] = group
 

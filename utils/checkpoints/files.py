@@ -39,9 +39,8 @@ from utils.checkpoints.layout import (
 from utils.storage.bucket import crc32c_of_file, encode_crc32c, fsync_directory
 
 DIRECT_BLOCK_BYTES = 4 * 2**20
-HASHED_BYTES = (
-    256 * 1024
-)  # copied for the hash, which takes only `bytes`: within a cache of the core
+# Copied for the hash, which takes only `bytes`: within a cache of the core.
+HASHED_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Journal:
 
     def record(
         self, checkpoint: str, run_id: str, state: UploadState, *, sync: bool = True, **details: Any
-    ) -> JournalEntry:
+    ) -> None:
         """Append one line, made of the fields of `JournalEntry`.
 
         With `sync`, the line is on disk before this returns; progress need not be.
@@ -99,23 +99,14 @@ class Journal:
         Raises:
             OSError: It cannot be written.
         """
-        entry = JournalEntry(checkpoint, run_id, state, utc_now(), details)
-        line = json.dumps(
-            {
-                "time": entry.time,
-                "checkpoint": checkpoint,
-                "run_id": run_id,
-                "state": state.value,
-                **details,
-            }
-        )
+        facts = {"checkpoint": checkpoint, "run_id": run_id, "state": state.value}
+        line = json.dumps({"time": utc_now(), **facts, **details})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._alone() as is_alone:
             size = self._append(line.encode("utf-8"), sync=sync)
             limit = max(COMPACT_BYTES, COMPACT_GROWTH * self._bytes_after_compaction)
             if is_alone and size > limit:
                 self._compact()
-        return entry
 
     def compact(self) -> None:
         """Leave out the lines that no reader needs any more.

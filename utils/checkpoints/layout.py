@@ -70,10 +70,6 @@ class CheckpointName:
     def __str__(self) -> str:
         return f"{CHECKPOINT_PREFIX}epoch{self.epoch}-step{self.step}-files{self.files}"
 
-    def is_of_step(self, text: str) -> bool:
-        """Tell whether a user's text means this step: `50` or `step50`."""
-        return text.removeprefix("step") == str(self.step)
-
 
 def parse_checkpoint_name(text: str) -> CheckpointName | None:
     """Return the numbers in a checkpoint's name, or None where `text` is not exactly one."""
@@ -254,7 +250,7 @@ def _parse_forks(value: Any) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and base64 crc32c of one file of a checkpoint."""
+    """Size in bytes and base64 crc32c of one file of a checkpoint, or of its archive."""
 
     size: int
     crc32c: str
@@ -384,12 +380,3 @@ def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
         file.write(json_file_text(value, indent=indent))
         file.flush()
         os.fsync(file.fileno())
-
-
-def free_name(directory: Path, name: str) -> Path:
-    """Return a path in `directory` that does not exist: `name`, or `name.2`, `name.3`, ..."""
-    candidate, count = directory / name, 1
-    while candidate.exists():
-        count += 1
-        candidate = directory / f"{name}.{count}"
-    return candidate

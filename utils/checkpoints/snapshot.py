@@ -160,13 +160,8 @@ def _open_block(size: int, directory: Path | None) -> tuple[int, int, str]:
         return os.dup(file.fileno()), size, "file"
 
 
-def aligned_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes that a tensor takes in a block."""
-    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def _place(tree: Any) -> tuple[Any, list[tuple[torch.Tensor, TensorSlot]]]:
-    """Return the tree with slots, and each distinct tensor with its slot."""
+def _place(tree: Any) -> tuple[Any, list[tuple[torch.Tensor, TensorSlot]], int]:
+    """Return the tree with slots, each distinct tensor with its slot, and the bytes of all."""
     slots: dict[tuple[Any, ...], TensorSlot] = {}
     pairs: list[tuple[torch.Tensor, TensorSlot]] = []
     end = 0
@@ -176,11 +171,11 @@ def _place(tree: Any) -> tuple[Any, list[tuple[torch.Tensor, TensorSlot]]]:
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         if key not in slots:
             slots[key] = TensorSlot(tensor.dtype, tuple(tensor.shape), end)
-            end += aligned_bytes(tensor)
+            end += -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
             pairs.append((tensor.detach(), slots[key]))
         return slots[key]
 
-    return map_leaves(tree, torch.Tensor, place), pairs
+    return map_leaves(tree, torch.Tensor, place), pairs, end
 
 
 class Snapshot:
@@ -200,8 +195,7 @@ class Snapshot:
     @staticmethod
     def size_of(tree: Any) -> int:
         """Return the bytes of a block that takes the tensors of `tree`."""
-        _, pairs = _place(tree)
-        return sum(aligned_bytes(tensor) for tensor, _ in pairs)
+        return _place(tree)[2]
 
     def stage(self, tree: Any) -> Any:
         """Begin to copy; return the tree with a `TensorSlot` for each tensor.
@@ -211,8 +205,7 @@ class Snapshot:
         Raises:
             ValueError: The block is too small.
         """
-        slotted, pairs = _place(tree)
-        size = sum(aligned_bytes(tensor) for tensor, _ in pairs)
+        slotted, pairs, size = _place(tree)
         if size > self.block.size:
             raise ValueError(f"a snapshot of {size} bytes does not fit into {self.block.size}")
         if self._stream is None:

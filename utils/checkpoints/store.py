@@ -39,7 +39,6 @@ from utils.checkpoints.layout import (
     FileEntry,
     Manifest,
     RunPaths,
-    free_name,
     parse_checkpoint_name,
     read_manifest,
     strip_archive_suffix,
@@ -212,7 +211,10 @@ def set_aside(checkpoint: Path, directory: Path) -> Path:
     """Move a checkpoint out of the way without losing it; return where it is now."""
     folder = directory / SET_ASIDE_FOLDER
     folder.mkdir(exist_ok=True)
-    target = free_name(folder, checkpoint.name)
+    target, count = folder / checkpoint.name, 1
+    while target.exists():
+        count += 1
+        target = folder / f"{checkpoint.name}.{count}"
     checkpoint.rename(target)
     fsync_directory(folder)  # its new name before the old one goes
     fsync_directory(directory)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +228,6 @@ def read_local_checkpoint(
     )
 
 
-def newest_object(infos: Iterable[ObjectInfo]) -> ObjectInfo | None:
-    """Return the object written last: of several archives, the one that the sidecar describes."""
-    return max(infos, key=lambda info: info.generation or 0, default=None)
-
-
 def read_remote_checkpoint(
     bucket: Bucket, name: CheckpointName, archive: ObjectInfo | None
 ) -> CheckpointView:
@@ -251,11 +246,13 @@ def read_remote_checkpoint(
         metadata = sidecar["metadata"] if isinstance(sidecar.get("metadata"), dict) else {}
         problem = find_sidecar_damage(sidecar.get("metadata"), manifest)
         problem = problem or _archive_problem(sidecar.get("archive"), archive)
-        view = CheckpointView(name, metadata, manifest, None, None, archive_bytes, problem)
-        return replace(view, config=_vouched_config(sidecar, manifest))
+        config = _vouched_config(sidecar, manifest)
+        return CheckpointView(
+            name, metadata, manifest, archive_bytes=archive_bytes, problem=problem, config=config
+        )
     except (StorageError, CheckpointError, *FOREIGN_ERRORS) as exc:
         reason = f"{object_name}: {exc or type(exc).__name__}"
-        return CheckpointView(name, {}, None, None, None, archive_bytes, reason)
+        return CheckpointView(name, {}, None, archive_bytes=archive_bytes, problem=reason)
 
 
 def _vouched_config(sidecar: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
@@ -336,10 +333,11 @@ def choose_name(text: str, names: Sequence[CheckpointName], where: str = "") -> 
     Raises:
         UsageError: No checkpoint there (`where`) fits, or more than one.
     """
-    exact = [name for name in names if str(name) == text]
-    if text.removeprefix("step").isdecimal():
-        found = [name for name in names if name.is_of_step(text)]
+    step = text.removeprefix("step")
+    if step.isdecimal():
+        found = [name for name in names if str(name.step) == step]
     else:
+        exact = [name for name in names if str(name) == text]
         found = exact or [name for name in names if text and _is_part(text, str(name))]
     if len(found) == 1:
         return found[0]

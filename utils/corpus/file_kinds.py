@@ -30,6 +30,7 @@ from utils.base.files import walk_folders
 from utils.base.text import count_of, parse_json, printable
 from utils.base.uri import require_path
 
+DEFAULT_COLUMN = "text"
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIX = ".json"
@@ -50,7 +51,6 @@ SHOWN_NAMES = 5
 
 # A file that is one JSON value: an array of objects, or an object on several lines.
 ONE_JSON_VALUE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(\[\s*\{|\{\s*[\r\n])")
-_CUT = "The ids follow its header of {} bytes. Run: tail -c +{} {{}} > NEW.bin"
 # Magic bytes -> (where they stand, what the file is, what to do).
 _SIGNATURES = {
     b"ustar\0": (257, "a tar archive", "Run: tar -xf {}"),
@@ -64,14 +64,15 @@ _SIGNATURES = {
     b"PAR1": (0, "a Parquet file", "Let its name end in .parquet."),
     b"\x93NUMPY": (0, "a NumPy array", "Let its name end in .npy."),
     b"MMIDIDX\0": (0, "a Megatron index", "Give the .bin beside it."),
-    b"LITPKDS": (0, "a packed file of LitGPT", _CUT.format(24, 25)),
+    b"LITPKDS": (
+        0,
+        "a packed file of LitGPT",
+        "The ids follow its header of 24 bytes. Run: tail -c +25 {} > NEW.bin",
+    ),
+    (20240522).to_bytes(4, "little"): (0, "an evaluation file of llm.c", "Leave it out."),
+    (20240326).to_bytes(4, "little"): (0, "a model of llm.c", "Leave it out."),
+    (20240328).to_bytes(4, "little"): (0, "a tokenizer of llm.c", "Leave it out."),
 }
-for _number, _what, _advice in (
-    (20240522, "an evaluation file of llm.c", "Leave it out."),
-    (20240326, "a model of llm.c", "Leave it out."),
-    (20240328, "a tokenizer of llm.c", "Leave it out."),
-):
-    _SIGNATURES[_number.to_bytes(4, "little")] = (0, _what, _advice)
 _BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32"}
 _BYTE_ORDER_MARKS |= {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
@@ -87,7 +88,7 @@ def find_files(
     patterns: Iterable[str],
     is_tokens: Callable[[Path, str], bool] = lambda path, column: False,
     option: str = "--input",
-    column: str = "text",
+    column: str = DEFAULT_COLUMN,
 ) -> tuple[tuple[Path, str], ...]:
     """Return the files that paths, directories and globs name, and the column of each.
 

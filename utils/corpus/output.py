@@ -106,10 +106,7 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def is_intact(bucket: Bucket, index: dict[str, Any]) -> bool:
     """Tell whether all files of an index are in the bucket, by size and crc32c."""
-    shards = shard_writer.entries_from_json(index)
-    bad = ["its list of shards"]
-    if shards is not None:
-        bad = shard_writer.find_bad_shards(bucket, shards)
+    bad = shard_writer.find_bad_shards(bucket, shard_writer.entries_from_json(index))
     if read_described_tokenizer(bucket, index) is None:
         bad.append("the tokenizer")
     if bad:
@@ -122,17 +119,12 @@ def is_intact(bucket: Bucket, index: dict[str, Any]) -> bool:
 
 def read_described_tokenizer(bucket: Bucket, description: dict[str, Any]) -> Tokenizer | None:
     """Return the tokenizer that an index describes, or None where it is not whole."""
-    checksums = description.get("tokenizer_crc32c")
-    if not isinstance(checksums, dict):
-        return None
     files = {}
-    for name, checksum in checksums.items():
+    for name, checksum in description["tokenizer_crc32c"].items():
         content = bucket.read_bytes(name) if bucket.stat(name) else b""
         if crc32c_of_bytes(content) != checksum:
             return None
         files[name] = content
-    if TOKENIZER_FILE not in files and description.get("tokenizer_sha256") is not None:
-        return None
     return Tokenizer(files, description["vocab_size"], description["eos_token_id"])
 
 
@@ -158,7 +150,9 @@ def claim_output(
         partial = shard_writer.get_old_json(bucket, PARTIAL_INDEX_FILE, overwrite)
     if partial and partial.get("source_fingerprint") == fingerprint:
         return partial, []
-    listed = {name for content in (index, partial) for name in _tokenizer_files(content)}
+    listed = {
+        name for content in (index, partial) for name in (content or {}).get("tokenizer_files", ())
+    }
     present = [
         info.name for info in bucket.list() if info.name in listed or _is_corpus_file(info.name)
     ]
@@ -182,11 +176,6 @@ def _is_corpus_file(name: str) -> bool:
     known = (INDEX_OBJECT, PARTIAL_INDEX_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
     is_ours = "/" not in name and (name.endswith(".npz") or name in known)
     return is_ours or _TASK_FILE.fullmatch(name) is not None
-
-
-def _tokenizer_files(index: dict[str, Any] | None) -> Iterable[str]:
-    files = index.get("tokenizer_files") if index else None
-    return [str(name) for name in files] if isinstance(files, (list, dict)) else ()
 
 
 def find_finished_shards(bucket: Bucket, partial: dict[str, Any]) -> FinishedShards | None:

@@ -198,7 +198,8 @@ def prepare_corpus(
     log = ShardLog(bucket, fingerprint, tokenizer)
     if finished is None:
         log.begin(stale)
-    tokens = _tokenize(reading, tokenizer, finished, token_cache)
+    documents = _documents_to_encode(reading, finished)
+    tokens = tokenization.encode_documents(tokenizer, documents, token_cache)
     shards = _write_shards(bucket, tokens, tokenizer.vocab_size, options, finished, log)
     index = _build_index(fingerprint, tokenizer, reading, shards)
     if options.part_of is not None:
@@ -328,9 +329,7 @@ def train_tokenizer(documents: Iterable[Document], options: CorpusOptions) -> To
         _logger.warning(
             "The text gives a vocabulary of %d tokens only, not %d. A model for it: "
             "--set model_overrides.vocab_size=%d.",
-            tokenizer.vocab_size,
-            options.vocab_size,
-            tokenizer.vocab_size,
+            *(tokenizer.vocab_size, options.vocab_size, tokenizer.vocab_size),
         )
     return tokenizer
 
@@ -354,39 +353,25 @@ def _write_shards(
     return writer.finish()
 
 
-def _tokenize(
-    reading: Reading,
-    tokenizer: Tokenizer,
-    finished: FinishedShards | None,
-    cache: TokenCache | None,
-) -> Iterable[TokenizedDocument]:
+def _documents_to_encode(reading: Reading, finished: FinishedShards | None) -> Iterator[Document]:
+    """Yield all documents, those in finished shards as not wanted.
+
+    At the end, warn where they spell the end-of-text token out.
+    """
     left = {split: finished.num_documents(split) if finished else 0 for split in SPLITS}
-
-    def unfinished() -> Iterator[Document]:
-        for document in _told_of_markers(reading.documents("Tokenizing")):
-            if left[document.split]:
-                left[document.split] -= 1
-                yield document._replace(is_wanted=False)
-            else:
-                yield document
-
-    return tokenization.encode_documents(tokenizer, unfinished(), cache)
-
-
-def _told_of_markers(documents: Iterable[Document]) -> Iterator[Document]:
-    """Pass documents on; warn at the end where they spell the end-of-text token out."""
-    count = 0
-    for document in documents:
+    num_markers = 0
+    for document in reading.documents("Tokenizing"):
         if isinstance(document.content, str):
-            count += document.content.count(END_OF_TEXT)
+            num_markers += document.content.count(END_OF_TEXT)
+        if left[document.split]:
+            left[document.split] -= 1
+            document = document._replace(is_wanted=False)
         yield document
-    if count:
+    if num_markers:
         _logger.warning(
             "The text has %s in it, %d times, as characters like any other. Where it separates the "
             "documents of a text file: --document-separator '%s'.",
-            END_OF_TEXT,
-            count,
-            END_OF_TEXT,
+            *(END_OF_TEXT, num_markers, END_OF_TEXT),
         )
 
 

@@ -11,8 +11,8 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
-from typing import NamedTuple
 
 from utils.base.errors import DataError
 from utils.base.progress import OnProgress
@@ -29,6 +29,7 @@ LEAST_HELD_OUT = 0.5
 """Of the share that is wanted."""
 
 
+@dataclass
 class Reading:
     """Reads the sources any number of times; the counts are those of the last time.
 
@@ -37,34 +38,21 @@ class Reading:
     share is held out by a hash of each document, and there may be no documents.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        validation_sources: Sequence[Source] = (),
-        *,
-        validation_fraction: float = 0.0,
-        validation_tail: float = 0.0,
-        deduplicate: bool = False,
-        skip_null: bool = False,
-        is_part: bool = False,
-        on_progress: OnProgress | None = None,
-    ) -> None:
-        self._sources = sources
-        self._validation_sources = validation_sources
-        self._fraction = validation_fraction
-        self._tail = validation_tail
-        self._deduplicate = deduplicate
-        self._skip_null = skip_null
-        self._is_part = is_part
-        self._on_progress = on_progress
-        self._seen: set[bytes] = set()
-        self._size: _Size | None = None
-        self._done_bytes = self._reported_bytes = 0
+    sources: Sequence[Source]
+    validation_sources: Sequence[Source] = ()
+    _: KW_ONLY
+    validation_fraction: float = 0.0
+    validation_tail: float = 0.0
+    deduplicate: bool = False
+    skip_null: bool = False
+    is_part: bool = False
+    on_progress: OnProgress | None = None
+
+    def __post_init__(self) -> None:
+        """Begin with nothing read."""
+        self._size: tuple[int, int] | None = None  # documents and bytes of the sources
         self._total_bytes: int | None = None
-        self.num_documents = 0
-        self.num_bytes = 0
-        self.num_left_out = 0
-        self.num_null = 0
+        self._restart()
 
     def documents(self, stage: str) -> Iterator[Document]:
         """Read everything once more, from the start.
@@ -73,41 +61,41 @@ class Reading:
             DataError: A source cannot be read, there is nothing in them, or a text is null and
                 `skip_null` is not set.
         """
-        if self._tail and self._size is None:
+        if self.validation_tail and self._size is None:
             self._size = self._measure()
         self._restart()
-        contents = self._contents(self._sources, stage)
+        contents = self._contents(self.sources, stage)
         if self._size is not None:
-            yield from assign_tail(contents, self._tail, self._size)
-        elif self._is_part:
-            yield from assign_by_hash(contents, self._fraction)
+            yield from assign_tail(contents, self.validation_tail, *self._size)
+        elif self.is_part:
+            yield from assign_by_hash(contents, self.validation_fraction)
         else:
-            yield from assign_splits(contents, self._fraction)
+            yield from assign_splits(contents, self.validation_fraction)
         self._require_documents(0, "The sources hold")
         so_far = self.num_documents
-        for content in self._contents(self._validation_sources, stage):
+        for content in self._contents(self.validation_sources, stage):
             yield Document(content, VALIDATION)
-        if self._validation_sources:
+        if self.validation_sources:
             self._require_documents(so_far, "--validation-input holds")
         self._total_bytes = self._done_bytes
         self._report(stage)
 
-    def _measure(self) -> _Size:
+    def _measure(self) -> tuple[int, int]:
         self._restart()
         count = total = 0
-        for content in self._contents(self._sources, "Measuring"):
+        for content in self._contents(self.sources, "Measuring"):
             count += 1
             total += _size_of(content)
-        return _Size(count, total)
+        return count, total
 
     def _restart(self) -> None:
         self.num_documents = self.num_bytes = self.num_left_out = self.num_null = 0
         self._done_bytes = self._reported_bytes = 0
-        self._seen = set()
+        self._seen: set[bytes] = set()
 
     def _contents(self, sources: Sequence[Source], stage: str) -> Iterator[Content]:
         contents = self._present(sources)
-        for content in self._distinct(contents) if self._deduplicate else contents:
+        for content in self._distinct(contents) if self.deduplicate else contents:
             size = _size_of(content)
             self.num_documents += not isinstance(content, OpenText)
             self.num_bytes += size if isinstance(content, str) else 0
@@ -121,7 +109,7 @@ class Reading:
         begun: OpenText | None = None
         for content in itertools.chain.from_iterable(source.documents() for source in sources):
             if isinstance(content, NullText):
-                if not self._skip_null:
+                if not self.skip_null:
                     raise DataError(f"{content} To leave such documents out: --skip-null.")
                 self.num_null += 1
                 continue
@@ -158,19 +146,14 @@ class Reading:
 
     def _report(self, stage: str) -> None:
         self._reported_bytes = self._done_bytes
-        if self._on_progress:
-            self._on_progress(stage, self._done_bytes, self._total_bytes)
+        if self.on_progress:
+            self.on_progress(stage, self._done_bytes, self._total_bytes)
 
     def _require_documents(self, so_far: int, what: str) -> None:
-        if self.num_documents == so_far and not self._is_part:
-            why = "every document is empty" + " or null" * self._skip_null
-            why += " or a repeat" * self._deduplicate
+        if self.num_documents == so_far and not self.is_part:
+            why = "every document is empty" + " or null" * self.skip_null
+            why += " or a repeat" * self.deduplicate
             raise DataError(f"{what} no text at all: {why}.")
-
-
-class _Size(NamedTuple):
-    num_documents: int
-    num_bytes: int
 
 
 def _size_of(content: Content) -> int:
@@ -232,22 +215,22 @@ def _join_parts(contents: Iterable[Content]) -> Iterator[Content]:
 
 
 def assign_tail(
-    contents: Iterable[Content], validation_tail: float, size: _Size
+    contents: Iterable[Content], validation_tail: float, num_documents: int, num_bytes: int
 ) -> Iterator[Document]:
     """Yield the documents with their split: those that begin in the last share are held out.
 
     Where no document begins there, the end of the last one is held out, cut where a line begins.
 
-    `validation_tail` is a share of the bytes; `size` is that of all documents.
+    `validation_tail` is a share of `num_bytes`, those of all `num_documents`.
     """
     fraction = Fraction(validation_tail).limit_denominator(10**6)
-    limit = (1 - fraction) * size.num_bytes
+    limit = (1 - fraction) * num_bytes
     start, has_validation = 0, False
     for number, content in enumerate(contents, start=1):
         if start >= limit:
             has_validation = True
             yield Document(content, VALIDATION)
-        elif number == size.num_documents and not has_validation:
+        elif number == num_documents and not has_validation:
             own = _size_of(content)
             yield from _cut_validation(content, Fraction(start + own - limit) / own)
         else:

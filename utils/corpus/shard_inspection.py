@@ -9,7 +9,6 @@ a shard, whatever its size (an `attention_mask` is read whole, because its zeros
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,9 @@ from typing import Any
 
 from utils.base.errors import DataError, ShardError, UsageError
 from utils.base.text import count_of, parse_json_object
+from utils.corpus.output import describe_tokenizer
 from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, get_old_json, put_json
+from utils.corpus.tokenization import Tokenizer
 from utils.data.shard_cache import require_in_vocabulary
 from utils.data.shard_index import (
     HEADER_THREADS,
@@ -43,8 +44,9 @@ from utils.data.shard_index import (
     read_tokenizer_files,
     recorded_checksums,
 )
-from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_bytes, crc32c_of_file
+from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_file
 
+SHOWN_SHARDS = 3
 SAMPLE_TOKENS = 64
 MAX_NAMED = 20
 
@@ -119,7 +121,16 @@ def build_index_file(
     index = {
         "format": INDEX_FORMAT,
         **_describe_stored_tokenizer(bucket, names, vocab_size, {} if overwrite else old),
-        "shards": [_entry_of(look) for look in looks],
+        "shards": [
+            {
+                "name": look.name,
+                "tokens": look.tokens,
+                "dtype": look.arrays[0].dtype,
+                "size": look.size,
+                "crc32c": look.crc32c,
+            }
+            for look in looks
+        ],
         "summary": {
             "tokens": sum(look.tokens for look in looks),
             "training_tokens": sum(n.tokens for n in looks if not is_validation_shard(n.name)),
@@ -130,12 +141,10 @@ def build_index_file(
     return index
 
 
-def inspect_shards(
-    bucket: Bucket, num_samples: int = 3, verify: bool = False, only: str | None = None
-) -> Inspection:
+def inspect_shards(bucket: Bucket, verify: bool = False, only: str | None = None) -> Inspection:
     """Look at every shard, and at the text of some.
 
-    `num_samples` shards are decoded, where there is a tokenizer. `verify` reads everything:
+    The first good ones are decoded, where there is a tokenizer. `verify` reads everything:
     checksums, and every token id. `only` is the name of a shard; None for all.
 
     Raises:
@@ -162,7 +171,7 @@ def inspect_shards(
     looks += [
         ShardLook(name, 0, None, problem="index.json lists it, but it is gone.") for name in missing
     ]
-    good = [look for look in looks if not look.problem][:num_samples]
+    good = [look for look in looks if not look.problem][:SHOWN_SHARDS]
     samples = _decode_samples(bucket, infos, good, tokenizer) if tokenizer else {}
     return Inspection(
         bucket.uri, index is not None, vocab_size, tuple(looks), samples, tokenizer_problem
@@ -204,16 +213,6 @@ def _look_at(bucket: Bucket, info: ObjectInfo) -> ShardLook:
     return ShardLook(info.name, info.size, info.crc32c, tokens, tuple(arrays))
 
 
-def _entry_of(look: ShardLook) -> dict[str, Any]:
-    return {
-        "name": look.name,
-        "tokens": look.tokens,
-        "dtype": look.arrays[0].dtype,
-        "size": look.size,
-        "crc32c": look.crc32c,
-    }
-
-
 def _refuse_bad(bucket: Bucket, looks: Iterable[ShardLook]) -> None:
     bad = [look for look in looks if look.problem]
     if bad:
@@ -234,22 +233,23 @@ def _describe_stored_tokenizer(
     except DataError as exc:
         raise DataError(f"{exc} To record what is there now: --overwrite.") from exc
     vocabulary = _vocabulary_of(files[TOKENIZER_FILE])
-    config = _parse_config(bucket, files.get(TOKENIZER_CONFIG_FILE, b"{}"))
+    try:
+        config = parse_json_object(files.get(TOKENIZER_CONFIG_FILE, b"{}"))
+    except ValueError as exc:
+        raise DataError(
+            f"{bucket.uri}/{TOKENIZER_CONFIG_FILE} cannot be read: {exc}. No index was written. "
+            "Put the right one back, or remove it."
+        ) from exc
     eos_token = config.get("eos_token")
     if isinstance(eos_token, dict):
         eos_token = eos_token.get("content")
-    return {
-        "vocab_size": vocab_size or max(vocabulary.values(), default=-1) + 1,
-        "eos_token_id": vocabulary.get(eos_token) if isinstance(eos_token, str) else None,
-        "tokenizer_sha256": hashlib.sha256(files[TOKENIZER_FILE]).hexdigest(),
-        "tokenizer_files": sorted(files),
-        "tokenizer_crc32c": {name: crc32c_of_bytes(data) for name, data in files.items()},
-    }
+    eos_token_id = vocabulary.get(eos_token) if isinstance(eos_token, str) else None
+    size = vocab_size or max(vocabulary.values(), default=-1) + 1
+    return describe_tokenizer(Tokenizer(files, size, eos_token_id))
 
 
 def _vocabulary_of(content: bytes) -> dict[str, int]:
-    vocabulary: dict[str, int] = _build_backend(content).get_vocab(with_added_tokens=True)
-    return vocabulary
+    return dict(_build_backend(content).get_vocab(with_added_tokens=True))
 
 
 def _build_backend(content: bytes) -> Any:
@@ -259,16 +259,6 @@ def _build_backend(content: bytes) -> Any:
         return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as exc:  # tokenizers raises bare Exception
         raise DataError(f"{TOKENIZER_FILE} is not a tokenizer ({exc}).") from exc
-
-
-def _parse_config(bucket: Bucket, content: bytes) -> dict[str, Any]:
-    try:
-        return parse_json_object(content)
-    except ValueError as exc:
-        raise DataError(
-            f"{bucket.uri}/{TOKENIZER_CONFIG_FILE} cannot be read: {exc}. No index was written. "
-            "Put the right one back, or remove it."
-        ) from exc
 
 
 def _vocab_size_of(index: dict[str, Any] | None, tokenizer: bytes | None) -> int | None:
@@ -327,16 +317,12 @@ def _decode_samples(
     by_name = {info.name: info for info in infos}
     samples = {}
     for look in looks:
-        ids = _first_ids(bucket, by_name[look.name], look.arrays[0])
+        with open_stored_shard(bucket, by_name[look.name]) as archive:
+            key = look.arrays[0].key
+            blocks = read_array_blocks(archive, key, look.name, SAMPLE_TOKENS)
+            ids = next(blocks)[:SAMPLE_TOKENS].tolist()
         try:
             samples[look.name] = backend.decode(ids, skip_special_tokens=False)
         except (OverflowError, TypeError):  # ids that no tokenizer has
             samples[look.name] = ""
     return samples
-
-
-def _first_ids(bucket: Bucket, info: ObjectInfo, array: ArrayLook) -> list[int]:
-    with open_stored_shard(bucket, info) as archive:
-        blocks = read_array_blocks(archive, array.key, info.name, SAMPLE_TOKENS)
-        ids: list[int] = next(blocks)[:SAMPLE_TOKENS].tolist()
-    return ids

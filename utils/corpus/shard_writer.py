@@ -71,11 +71,6 @@ class _OpenShard:
     documents: list[TokenArray] = field(default_factory=list)
 
 
-def shard_name(split: str, number: int) -> str:
-    """Return the object name of a shard."""
-    return f"{split}_{number:05d}.npz"
-
-
 def split_of(name: str) -> str:
     """Return the split that a shard's name tells: `val` or `train`."""
     return VALIDATION if is_validation_shard(name) else TRAINING
@@ -130,7 +125,7 @@ class ShardWriter:
 
     def _put(self, split: str) -> None:
         shard = self._open[split]
-        name = shard_name(split, shard.number)
+        name = f"{split}_{shard.number:05d}.npz"
         ids = np.concatenate(shard.documents)
         entry = self._put_file(name, ids, len(shard.documents))
         if split == TRAINING:
@@ -230,9 +225,6 @@ def entries_to_json(shards: Sequence[ShardEntry]) -> list[dict[str, Any]]:
     return [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.name)]
 
 
-def entries_from_json(content: Mapping[str, Any]) -> tuple[ShardEntry, ...] | None:
-    """Return the shards of an index, or None where they are not written as ours are."""
-    try:
-        return tuple(ShardEntry(**entry) for entry in content["shards"])
-    except (KeyError, TypeError):
-        return None
+def entries_from_json(content: Mapping[str, Any]) -> tuple[ShardEntry, ...]:
+    """Return the shards that an index of ours lists."""
+    return tuple(ShardEntry(**entry) for entry in content["shards"])

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import ast
 import codecs
-import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -29,7 +29,6 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +38,7 @@ from utils.base.files import walk_folders
 from utils.base.text import parse_json
 from utils.corpus.documents import Content, NullText, OpenText
 from utils.corpus.file_kinds import (
+    DEFAULT_COLUMN,
     JSONL_SUFFIXES,
     NAMED_KINDS,
     ONE_JSON_VALUE,
@@ -56,6 +56,7 @@ from utils.corpus.file_kinds import (
     read_errors,
     split_lines,
 )
+from utils.corpus.token_files.tables import table_errors
 
 LINE_ENDS = b"\r\n"
 MAX_JSON_BYTES = 2**30
@@ -101,6 +102,7 @@ class Source(Protocol):
         """Return what decides how parts are cut, such as sizes; cheap, and fit for JSON."""
 
 
+@dataclass(frozen=True)
 class SampleSource:
     """Real English text that every Python carries: its help topics and long docstrings.
 
@@ -108,82 +110,71 @@ class SampleSource:
     gets a bit of everything. Modules are parsed, never imported.
     """
 
-    holds_tokens = False
+    stdlib: Path = Path(sysconfig.get_path("stdlib"))
+    """Folder of the library's sources."""
 
-    def __init__(self, stdlib: Path | None = None) -> None:
-        self._stdlib = stdlib or Path(sysconfig.get_path("stdlib"))
-        self._documents: list[str] = []
-        self._share = slice(None)
+    share: tuple[int, int] = (0, 1)
+    """Which part it is, from 0, and of how many."""
+
+    holds_tokens = False
 
     def documents(self) -> Iterator[str]:
         """Yield the sample documents.
 
         Raises:
-            DataError: This Python has no help topics, or no library sources with docstrings.
+            DataError: There are no library sources with docstrings.
         """
-        if not self._documents:
-            self._documents += self._collect()
-        yield from self._documents[self._share]
+        number, count = self.share
+        yield from _collect_sample(self.stdlib)[number::count]
 
     def part(self, number: int, count: int) -> SampleSource:
         """As `Source` says."""
-        part = copy.copy(self)  # what is collected once serves all
-        part._share = slice(number, None, count)
-        return part
+        return dataclasses.replace(self, share=(number, count))
 
     def outline(self) -> list[Any]:
         """As `Source` says."""
         return [self.fingerprint()]
 
-    def _collect(self) -> list[str]:
-        topics = _python_topics()
-        docstrings = [text for path in self._modules() for text in _long_docstrings(path)]
-        documents = topics + docstrings
-        if len(documents) < SAMPLE_MIN_DOCUMENTS:
-            raise DataError(
-                f"{self._stdlib} has only {len(documents)} sample documents, at least "
-                f"{SAMPLE_MIN_DOCUMENTS} are needed: this Python was installed without its library "
-                "sources. Use another Python, or your own text with --input."
-            )
-        random.Random(SAMPLE_SEED).shuffle(documents)  # noqa: S311 - not a secret
-        return documents
-
     def fingerprint(self) -> str:
         """Return a hash over the library's source files."""
-        files = [*self._modules(), self._stdlib / "pydoc_data" / "topics.py"]
+        files = [*_modules(self.stdlib), self.stdlib / "pydoc_data" / "topics.py"]
         return _hash_files("sample", [path for path in files if path.is_file()])
 
     def uses(self, option: str) -> bool:
         """As `Source` says."""
         return option == "token_cache"
 
-    def _modules(self) -> list[Path]:
-        found = []
-        for folder, folders, files in os.walk(self._stdlib):
-            folders[:] = [
-                name
-                for name in folders
-                if name not in SAMPLE_SKIPPED_FOLDERS and not name.startswith("config-")
-            ]
-            found += [Path(folder, name) for name in files if name.endswith(".py")]
-        return sorted(found, key=lambda path: path.relative_to(self._stdlib).parts)
 
+@functools.cache
+def _collect_sample(stdlib: Path) -> list[str]:
+    from pydoc_data.topics import topics
 
-def _python_topics() -> list[str]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as exc:
+    documents = [topics[name] for name in sorted(topics)]
+    documents += [text for path in _modules(stdlib) for text in _long_docstrings(path)]
+    if len(documents) < SAMPLE_MIN_DOCUMENTS:
         raise DataError(
-            f"{sys.executable} has no pydoc_data.topics, which the sample text is made of. "
-            "Use another Python, or your own text with --input."
-        ) from exc
-    return [topics[name] for name in sorted(topics)]
+            f"{stdlib} has only {len(documents)} sample documents, at least "
+            f"{SAMPLE_MIN_DOCUMENTS} are needed: this Python was installed without its library "
+            "sources. Use another Python, or your own text with --input."
+        )
+    random.Random(SAMPLE_SEED).shuffle(documents)  # noqa: S311 - not a secret
+    return documents
+
+
+def _modules(stdlib: Path) -> list[Path]:
+    found = []
+    for folder, folders, files in os.walk(stdlib):
+        folders[:] = [
+            name
+            for name in folders
+            if name not in SAMPLE_SKIPPED_FOLDERS and not name.startswith("config-")
+        ]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found, key=lambda path: path.relative_to(stdlib).parts)
 
 
 def _long_docstrings(path: Path) -> Iterator[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with warnings.catch_warnings(action="ignore"):
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
@@ -219,7 +210,7 @@ class FileSource:
     """What a document is in a text file: the whole `file`, or each `line`; None: `file`, but
     records where the content has them."""
 
-    text_column: str = "text"
+    text_column: str = DEFAULT_COLUMN
     """Key of the text in JSONL records and Parquet rows."""
 
     document_separator: str = ""
@@ -259,7 +250,8 @@ class FileSource:
             elif self.document_separator:
                 yield from _separated_documents(path, self.document_separator.encode(), span)
             elif self.document_per == "line":
-                yield from _line_documents(path, span)
+                for line, place in _lines(path, span):
+                    yield _decode(line.rstrip(LINE_ENDS), place)
             else:
                 yield from _whole_document(path)
 
@@ -324,10 +316,10 @@ def _whole_document(path: Path) -> Iterator[str]:
         start, encoding = 0, "utf-8-sig"
         while len(data) > TEXT_PART_BYTES:
             cut = _find_cut(data)
-            yield OpenText(_decode(data[:cut], encoding, path, start))
+            yield OpenText(_decode(data[:cut], path, start, encoding))
             start, encoding = start + cut, "utf-8"
             data = data[cut:] + file.read(TEXT_PART_BYTES + 1 - len(data) + cut)
-        yield _decode(data, encoding, path, start)
+        yield _decode(data, path, start, encoding)
 
 
 def _holds(path: Path, separator: bytes) -> bool:
@@ -355,7 +347,7 @@ def _separated_documents(path: Path, separator: bytes, span: ByteSpan | None) ->
             while len(data) > TEXT_PART_BYTES + len(separator):
                 cut = _find_cut(data[:TEXT_PART_BYTES])
                 text = data[:cut] if is_open else data[:cut].lstrip(LINE_ENDS)
-                yield OpenText(_decode(text, "utf-8", path, start + cut - len(text)))
+                yield OpenText(_decode(text, path, start + cut - len(text)))
                 data, start, is_open = data[cut:], start + cut, True
         yield from _piece(data, path, start, is_open=is_open)
 
@@ -366,7 +358,7 @@ def _piece(data: bytes, path: Path, start: int, *, is_open: bool) -> Iterator[st
     start += len(data) - len(text)
     text = text.rstrip(LINE_ENDS)
     if text or is_open:
-        yield _decode(text, "utf-8", path, start)
+        yield _decode(text, path, start)
 
 
 def _find_cut(data: bytes) -> int:
@@ -381,7 +373,7 @@ def _find_cut(data: bytes) -> int:
     return cut
 
 
-def _decode(data: bytes, encoding: str, place: object, start: int = 0) -> str:
+def _decode(data: bytes, place: object, start: int = 0, encoding: str = "utf-8") -> str:
     if b"\0" in data:
         raise DataError(
             f"{place}: byte {start + data.index(0)} is NUL, which no text has. Where the rest is "
@@ -396,21 +388,14 @@ def _decode(data: bytes, encoding: str, place: object, start: int = 0) -> str:
         ) from exc
 
 
-def _line_documents(path: Path, span: ByteSpan | None) -> Iterator[str]:
-    is_first = not (span and span[0])
-    for line, place in _lines(path, span):
-        encoding = "utf-8-sig" if is_first else "utf-8"
-        is_first = False
-        yield _decode(line.rstrip(LINE_ENDS), encoding, place)
-
-
 def _lines(path: Path, span: ByteSpan | None) -> Iterator[tuple[bytes, str]]:
-    """Yield lines, each with its place."""
+    """Yield lines, each with its place; a byte order mark before the first is left out."""
     begin = span[0] if span else 0
     head = f"{path}, after byte {begin}, line " if begin else f"{path}:"
     with open_text(path, span=span) as file:
         for number, line in enumerate(file if begin else split_lines(file), start=1):
-            yield line, f"{head}{number}"
+            is_first = number == 1 and not begin
+            yield line.removeprefix(codecs.BOM_UTF8) if is_first else line, f"{head}{number}"
 
 
 def _json_records(path: Path, span: ByteSpan | None) -> Iterator[tuple[Any, str]]:
@@ -448,7 +433,8 @@ def _texts_of_records(
     first, is_found = None, False
     for record, place in records:
         yield _text_of_record(record, column, place)
-        first, is_found = first or record, is_found or column in record
+        first = first or record
+        is_found = is_found or column in record
     if first and not is_found and is_whole:
         raise DataError(f"{source}: {_no_column(column, first)}")
 
@@ -475,21 +461,10 @@ def _row_groups(path: Path) -> list[int]:
     """Return the byte at which each row group of a Parquet file begins."""
     import pyarrow.parquet
 
-    with _parquet_errors(path):
+    with table_errors(path, "Parquet file"):
         metadata = pyarrow.parquet.read_metadata(path)
         firsts = [metadata.row_group(n).column(0) for n in range(metadata.num_row_groups)]
     return [one.dictionary_page_offset or one.data_page_offset for one in firsts]
-
-
-@contextmanager
-def _parquet_errors(path: Path) -> Iterator[None]:
-    import pyarrow
-
-    with read_errors(path):
-        try:
-            yield
-        except pyarrow.ArrowException as exc:
-            raise DataError(f"{path}: not a readable Parquet file ({exc}).") from exc
 
 
 def _parquet_documents(path: Path, column: str, span: ByteSpan | None) -> Iterator[str]:
@@ -499,7 +474,7 @@ def _parquet_documents(path: Path, column: str, span: ByteSpan | None) -> Iterat
     if span is not None:
         starts = _row_groups(path)
         groups = [number for number, start in enumerate(starts) if span[0] <= start < span[1]]
-    with _parquet_errors(path), pyarrow.parquet.ParquetFile(path) as file:
+    with table_errors(path, "Parquet file"), pyarrow.parquet.ParquetFile(path) as file:
         _require_column(column, file.schema_arrow.names, path)
         for number in range(groups[0] if groups else 0):
             skipped += file.metadata.row_group(number).num_rows
@@ -543,7 +518,7 @@ class HubSource:
     configuration: str | None = None
     """Named subset of the dataset."""
 
-    text_column: str = "text"
+    text_column: str = DEFAULT_COLUMN
     """Column of the text."""
 
     streaming: bool = False
@@ -618,15 +593,11 @@ class HubSource:
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         try:
-            if self._is_saved(*SAVED_FILES):
-                return self._open_saved(datasets)
+            if self._is_saved(*SAVED_FILES):  # memory-mapped, so streaming changes nothing
+                saved = datasets.load_from_disk(str(Path(self.name).expanduser()))
+                return saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved
             return datasets.load_dataset(
                 self.name, self.configuration, split=self.split, streaming=self.streaming
             )
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as exc:
             raise DataError(f"{self._place}: cannot be loaded ({first_line(exc)}).") from exc
-
-    def _open_saved(self, datasets: Any) -> Any:
-        """Return what `save_to_disk` wrote; it is memory-mapped, so streaming changes nothing."""
-        saved = datasets.load_from_disk(str(Path(self.name).expanduser()))
-        return saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved

@@ -22,7 +22,6 @@ import google_crc32c
 
 from utils.storage.directory import TEMPORARY_PREFIX
 
-DEFAULT_LIMIT_BYTES = 10 * 2**30
 TEMPORARY_SECONDS = 3600.0
 CHECKSUM_BYTES = 4
 FULL_SHARE = 0.9
@@ -37,7 +36,7 @@ class TokenCache:
     The directory is made when something is kept. The entries together stay below `limit_bytes`.
     """
 
-    def __init__(self, directory: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+    def __init__(self, directory: Path, limit_bytes: int = 10**10) -> None:
         self.directory = directory
         self.num_hits = 0
         self.num_misses = 0

@@ -139,10 +139,6 @@ def check_special_tokens(special_tokens: Sequence[str], vocab_size: int) -> None
             raise UsageError(f"--special-token {name!r} {what} ({END_OF_TEXT} always is one).")
         if len(name) == 1:
             raise UsageError(f"--special-token {name!r} must have at least two characters.")
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError as exc:
-            raise UsageError(f"--special-token {name!r} is not UTF-8.") from exc
     if vocab_size < NUM_BYTE_TOKENS + len(names):
         raise UsageError(
             f"--vocab-size must be at least {NUM_BYTE_TOKENS + len(names)} (every byte, and "
@@ -157,14 +153,10 @@ def build_tokenizer(
 
     Fewer than `vocab_size` tokens come out where the text has no more pairs to merge. No text is
     ever encoded to one of `special_tokens`, which get 1, 2, ...
-
-    Raises:
-        UsageError: `vocab_size` does not hold the 256 bytes and the special tokens.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    check_special_tokens(special_tokens, vocab_size)
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -291,7 +283,7 @@ class _Batch(NamedTuple):
 
 
 class _Ids(NamedTuple):
-    """The ids of all pieces of a batch, end to end."""
+    """The ids of all pieces of a batch, end to end; the token cache keeps both, one after other."""
 
     lengths: npt.NDArray[np.uint32]
     ids: TokenArray
@@ -337,7 +329,8 @@ class _Encoder:
             return _Ids(np.zeros(len(batch.pieces), np.uint32), np.zeros(0, self._dtype))
         content = self._cache.get(self._key_of(batch)) if self._cache else None
         if content is not None:
-            return _unpack(content, self._dtype, len(batch.pieces))
+            lengths = np.frombuffer(content, np.uint32, len(batch.pieces))
+            return _Ids(lengths, np.frombuffer(content, self._dtype, offset=lengths.nbytes))
         texts = [piece.text for piece in batch.pieces]
         encodings: list[tokenizers.Encoding] = self._backend.encode_batch_fast(
             texts, add_special_tokens=False
@@ -371,12 +364,6 @@ class _Encoder:
             ids[start + piece.num_dropped : stop]
             for piece, (start, stop) in zip(batch.pieces, itertools.pairwise(cuts), strict=True)
         ]
-
-
-def _unpack(content: bytes, dtype: np.dtype[Any], num_pieces: int) -> _Ids:
-    """Return what the token cache holds of a batch: the lengths of its pieces, then their ids."""
-    lengths = np.frombuffer(content, np.uint32, num_pieces)
-    return _Ids(lengths, np.frombuffer(content, dtype, offset=lengths.nbytes))
 
 
 class _Cutter:

@@ -93,16 +93,13 @@ def convert_tokenizer(name: str) -> Conversion:
     """Return `tiktoken:NAME`, a .tiktoken file or a SentencePiece model as fast tokenizer files.
 
     Raises:
-        UsageError: It cannot be read or has no end token, the library that reads it is missing,
-            or nothing would encode exactly as it does.
+        UsageError: It is none or has no end token, the library that reads it is missing, or
+            nothing would encode exactly as it does.
     """
     if name.startswith(TIKTOKEN_PREFIX):
         return _convert_encoding(_load_encoding(name), name)
     path = Path(name)
-    try:
-        content = path.read_bytes()
-    except OSError as exc:
-        raise UsageError(f"--tokenizer {name}: cannot be read ({exc.strerror}).") from exc
+    content = path.read_bytes()
     # Some tiktoken files, as Llama 3's, are called tokenizer.model.
     if path.suffix == TIKTOKEN_SUFFIX or re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
         return _convert_encoding(_read_encoding(path, content), name)
@@ -271,11 +268,12 @@ def _convert_sentencepiece(content: bytes, name: str) -> Conversion:
         # Precompiled takes the pair for one character, and would make one space of it.
         pair = normalizers.Replace("\r\n", "\n\n")
         backend.normalizer = normalizers.Sequence([pair, backend.normalizer])
-    words = [piece.piece.replace(SPACE, " ") for piece in model.pieces if _is_text(piece)]
+    # Those that text can match, as it cannot match `</s>` or `<0x41>`.
+    texts = [piece.piece for piece in model.pieces if piece.type in (_NORMAL, _USER_DEFINED)]
     _require_same_ids(
         backend,
         processor.encode,
-        words,
+        [text.replace(SPACE, " ") for text in texts],
         name,
         # Equal scores: see the top.
         ignore_order=model.trainer_spec.model_type == _UNIGRAM,
@@ -283,11 +281,6 @@ def _convert_sentencepiece(content: bytes, name: str) -> Conversion:
     roles = {"unk": processor.unk_id(), "pad": processor.pad_id()}
     settings = {f"{role}_token": model.pieces[n].piece for role, n in roles.items() if n >= 0}
     return _finish(backend, settings, model.pieces[processor.eos_id()].piece)
-
-
-def _is_text(piece: Any) -> bool:
-    """Tell whether text can match a piece, as it cannot match `</s>` or `<0x41>`."""
-    return piece.type in (_NORMAL, _USER_DEFINED)
 
 
 def _build_sentencepiece_backend(model: Any) -> tokenizers.Tokenizer:

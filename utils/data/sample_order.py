@@ -78,11 +78,6 @@ class EpochOrder:
         self._bounds = np.append(np.minimum(firsts, self.num_samples), self.num_samples)
         self._plan: _WindowPlan | None = None
 
-    @property
-    def num_windows(self) -> int:
-        """Number of shuffle windows in the epoch."""
-        return len(self._bounds) - 1
-
     def window_of(self, sample: int) -> int:
         """Return the window that the epoch's sample number `sample` is drawn from."""
         return int(np.searchsorted(self._bounds, sample, side="right")) - 1
@@ -91,7 +86,7 @@ class EpochOrder:
         """Return the shards that the samples of a window touch, in stream order."""
         last = (window + 1) * self._window
         # Its last sample may reach into the shards after the window.
-        reach = int(self._bounds[window + 1]) * self._length if window < self.num_windows else 0
+        reach = self.window_end(window) * self._length
         while last < len(self.shards) and self._starts[last] < reach:
             last += 1
         return [int(shard) for shard in self.shards[window * self._window : last]]

@@ -37,7 +37,6 @@ from filelock import FileLock
 
 from utils.base.console import DISK_ERRORS
 from utils.base.errors import ConfigError, ShardError, StorageError
-from utils.base.retrying import FIRST_RETRY_SECONDS, backoff, retry
 from utils.data.shard_index import (
     MASK_KEY,
     ShardFacts,
@@ -47,6 +46,7 @@ from utils.data.shard_index import (
 )
 from utils.storage.bucket import Bucket, crc32c_of_file, encode_crc32c
 from utils.storage.directory import TEMPORARY_PREFIX
+from utils.storage.retrying import FIRST_RETRY_SECONDS, backoff, retry
 
 DOWNLOAD_THREADS = 4
 LOCK_STRIPES = 64
@@ -58,7 +58,6 @@ TEMPORARY_NAME = re.compile(
 _LONGEST_RETRY_SECONDS = 60.0
 GIVE_UP_SECONDS = 1800.0
 _CLOSE_SECONDS = 2.0
-# What a download meets on this machine, and never in a bucket.
 
 Tokens = np.ndarray[Any, Any]
 
@@ -99,25 +98,15 @@ def decode_shard(path: Path, name: str, vocab_size: int) -> Iterator[Tokens]:
 
 
 def _unmasked(tokens: Iterator[Tokens], masks: Iterator[Tokens], name: str) -> Iterator[Tokens]:
-    for block, mask in _equal_blocks(tokens, masks):
-        if block is None or mask is None or len(block) != len(mask):
-            raise ShardError(name, f"{MASK_KEY} has another shape than the tokens.")
-        yield block[mask != 0]
-
-
-def _equal_blocks(
-    left: Iterator[Tokens], right: Iterator[Tokens]
-) -> Iterator[tuple[Tokens | None, Tokens | None]]:
-    """Yield blocks side by side, cut to equal lengths; None where one has ended."""
-    a, b = next(left, None), next(right, None)
-    while a is not None or b is not None:
-        if a is None or b is None:
-            yield a, b
-            return
-        length = min(len(a), len(b))
-        yield a[:length], b[:length]
-        a = a[length:] if len(a) > length else next(left, None)
-        b = b[length:] if len(b) > length else next(right, None)
+    """Yield the tokens that are not under a zero of the mask; blocks may differ in length."""
+    block, mask = next(tokens, None), next(masks, None)
+    while block is not None and mask is not None:
+        length = min(len(block), len(mask))
+        yield block[:length][mask[:length] != 0]
+        block = block[length:] if len(block) > length else next(tokens, None)
+        mask = mask[length:] if len(mask) > length else next(masks, None)
+    if block is not None or mask is not None:
+        raise ShardError(name, f"{MASK_KEY} has another shape than the tokens.")
 
 
 def require_in_vocabulary(tokens: Tokens, name: str, vocab_size: int | None) -> None:

@@ -33,7 +33,6 @@ from utils.storage.directory import TEMPORARY_PREFIX, DirectoryBucket
 from utils.storage.open import open_bucket
 
 TRANSFER_THREADS = 8
-LAST_NAME = INDEX_OBJECT
 MAX_PART_BYTES = 255  # of a file's or folder's name on the usual disks
 MAX_NAME_BYTES = 1024
 _FORBIDDEN = frozenset("*?[]#$`\"'<>|&;\\")
@@ -117,7 +116,7 @@ def put_tree(
     source: Path,
     bucket: Bucket,
     on_progress: OnProgress | None = None,
-    last_name: str = LAST_NAME,
+    last_name: str = INDEX_OBJECT,
 ) -> TransferReport:
     """Copy a file, or everything below a directory, into a bucket.
 
@@ -206,7 +205,7 @@ def remove_objects(found: Found, on_progress: OnProgress | None = None) -> None:
             raise UsageError(f"{root} holds the current or the home directory: not removed.")
         _require_inside(root, (info.name for info in found.objects))
     sizes = {info.name: info.size for info in found.objects}
-    first = [name for name in sizes if PurePosixPath(name).name == LAST_NAME]
+    first = [name for name in sizes if PurePosixPath(name).name == INDEX_OBJECT]
     for name in first:
         bucket.delete(name)
 
@@ -296,7 +295,7 @@ def _transfer(
     copy: Callable[[str], bool],
     sizes: dict[str, int],
     on_progress: OnProgress | None,
-    last_name: str = LAST_NAME,
+    last_name: str = INDEX_OBJECT,
 ) -> TransferReport:
     """Copy in parallel, `last_name` last; the first failure ends it."""
     total = sum(sizes.values())

@@ -76,13 +76,9 @@ def load_tokenizer_from(directory: Path) -> Any | None:
     found = find_tokenizer_files(path.name for path in directory.iterdir())
     if not found:
         return None
-    plain: Any = PreTrainedTokenizerFast
-    if TOKENIZER_FILE in found:
-        return plain.from_pretrained(str(directory), local_files_only=True)
+    kind: Any = PreTrainedTokenizerFast if TOKENIZER_FILE in found else AutoTokenizer
     # Left out, transformers asks on a terminal whether to run a folder's code.
-    return AutoTokenizer.from_pretrained(
-        str(directory), local_files_only=True, trust_remote_code=False
-    )
+    return kind.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
 
 
 def find_tokenizer(name: str) -> Any | None:
@@ -135,20 +131,19 @@ def begin_like_data(tokenizer: Any, begin_id: int | None) -> Any:
     return tokenizer
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of a text, with one token before it where the tokenizer marks begins."""
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer(text)["input_ids"])
-    return ids if whole[:1] == ids[:1] else [*whole[:1], *ids]
-
-
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Return the token ids that a model continues; for an empty prompt, `begin_of_text`.
+
+    One token stands before the text where the tokenizer marks begins.
 
     Raises:
         UsageError: There is no text, and the tokenizer has no token that stands before one.
     """
-    ids, begin = encode_text(tokenizer, prompt), begin_of_text(tokenizer)
+    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(prompt)["input_ids"])
+    if whole[:1] != ids[:1]:
+        ids = [*whole[:1], *ids]
+    begin = begin_of_text(tokenizer)
     if not ids and begin is None:
         raise UsageError("an empty prompt needs a tokenizer with an end-of-text token")
     return ids or [begin]

@@ -28,7 +28,6 @@ from utils.base.errors import (
     TransientStorageError,
 )
 from utils.base.progress import OnProgress
-from utils.base.retrying import ARCHIVE_FACTOR, FIRST_RETRY_SECONDS, backoff, retry
 from utils.base.text import FOREIGN_ERRORS, parse_json
 from utils.base.uri import join_uri
 from utils.checkpoints.layout import (
@@ -43,6 +42,7 @@ from utils.checkpoints.layout import (
 )
 from utils.checkpoints.views import find_sidecar_damage
 from utils.storage.bucket import Bucket, encode_crc32c
+from utils.storage.retrying import ARCHIVE_FACTOR, FIRST_RETRY_SECONDS, backoff, retry
 
 MAX_ATTEMPTS = 3
 DOWNLOAD_BLOCK_BYTES = 16 * 2**20

@@ -29,7 +29,6 @@ from utils.checkpoints.views import (
     CheckpointView,
     choose_name,
     find_best,
-    newest_object,
     read_remote_checkpoint,
 )
 from utils.remote.archive_reading import read_sidecar
@@ -67,7 +66,8 @@ def list_remote(bucket: Bucket) -> RemoteListing:
         sidecar = parse_checkpoint_name(text.removesuffix(SIDECAR_SUFFIX))
         if archive is not None and text.endswith(ARCHIVE_SUFFIXES):
             known = listing.archives.get(archive, info)
-            listing.archives[archive] = newest_object([known, info]) or info
+            # Of several archives, the sidecar describes the one that was written last.
+            listing.archives[archive] = max(known, info, key=lambda one: one.generation or 0)
         elif sidecar is not None and text.endswith(SIDECAR_SUFFIX):
             listing.sidecars[sidecar] = info
         else:

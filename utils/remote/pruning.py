@@ -1,14 +1,14 @@
 """Which checkpoints to delete from the bucket, and how: the sidecar first, then the archive.
 
-`plan_pruning` is a pure function. A checkpoint without its sidecar does not count as uploaded, so a
-crash between the two leaves an archive that nobody takes for a checkpoint. Only checkpoints of this
-run and branch are ever deleted. No torch here.
+A checkpoint without its sidecar does not count as uploaded, so a crash between the two leaves an
+archive that nobody takes for a checkpoint. Only checkpoints of this run and branch are ever
+deleted. No torch here.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from utils.base.errors import ConflictError, StorageError
@@ -33,18 +33,6 @@ log = logging.getLogger(__name__)
 
 PrunePlan = list[tuple[CheckpointView, Decision]]
 """What becomes of each checkpoint of a bucket, by step."""
-
-
-def plan_pruning(
-    checkpoints: Sequence[CheckpointFacts], *, keep: int, keep_every_steps: int | None = None
-) -> list[Decision]:
-    """Return a decision for each usable checkpoint of a branch, oldest first; the newest stays."""
-    return [
-        Decision(facts.name, Action.KEEP, reason)
-        if reason is not None
-        else Decision(facts.name, Action.DELETE, f"older than the newest {keep}")
-        for facts, reason in keep_reasons(checkpoints, keep=keep, keep_every_steps=keep_every_steps)
-    ]
 
 
 def plan_bucket(
@@ -81,8 +69,10 @@ def plan_bucket(
         )
         for view in usable
     ]
-    planned = plan_pruning(facts, keep=keep, keep_every_steps=keep_every_steps)
-    decisions = {decision.name: decision for decision in planned}
+    decisions = {}
+    for one, reason in keep_reasons(facts, keep=keep, keep_every_steps=keep_every_steps):
+        action = Action.KEEP if reason else Action.DELETE
+        decisions[one.name] = Decision(one.name, action, reason or f"older than the newest {keep}")
     damaged = {view.name: damage for view, damage in zip(own, damages, strict=True) if damage}
     for view in views:
         name, damage = str(view.name), damaged.get(view.name)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.base.console import print_table
 from utils.base.errors import PreflightError
-from utils.base.text import Column
+from utils.base.tables import Column, print_table
 
 COLUMNS = (Column("check"), Column("status"), Column("finding", kind="prose"))
 

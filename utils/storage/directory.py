@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import logging
 import os
@@ -12,11 +13,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 from utils.base.errors import AccessDeniedError, ConflictError, ObjectNotFoundError, UsageError
 from utils.base.files import walk_folders
@@ -251,8 +247,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):
             descriptor = os.open(directory, os.O_RDONLY)
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         if descriptor is not None:

@@ -121,18 +121,13 @@ def _list(value: object) -> list[Any]:
 def read_series(steps: Sequence[object], values: Sequence[object]) -> Series:
     """Pair steps with values; a value that is not a number is a gap, a missing step no point."""
     points = [
-        (_number(step, GREATEST_STEP), _number(value, GREATEST_VALUE))
+        (number(step, GREATEST_STEP), number(value, GREATEST_VALUE))
         for step, value in zip(steps, values, strict=False)
     ]
     known = [
         (step, math.nan if value is None else value) for step, value in points if step is not None
     ]
     return Series([step for step, _ in known], [value for _, value in known])
-
-
-def _number(value: object, greatest: float) -> float | None:
-    known = number(value)
-    return known if known is not None and abs(known) <= greatest else None
 
 
 def require_drawable(all_curves: Sequence[Curves]) -> None:
@@ -174,7 +169,21 @@ def draw_picture(all_curves: Sequence[Curves], path: Path) -> Path:
     Raises:
         UsageError: The file cannot be written.
     """
-    return _save(_build_figure(all_curves), path)
+    present = [key for key in METRICS if any(key in curves.series for curves in all_curves)]
+    losses = tuple(metric for metric in LOSSES if metric in present)
+    panels = [panel for panel in (losses, *((m,) for m in present if m not in LOSSES)) if panel]
+    heights = [LOSS_INCHES if panel == losses else PANEL_INCHES for panel in panels]
+    figure, every = _new_figure(heights)
+    for axes, panel in zip(every, panels, strict=True):
+        _draw_panel(axes, panel, all_curves)
+    is_alone = len(all_curves) == 1
+    title = all_curves[0].label if is_alone else f"Curves of {len(all_curves)} checkpoints"
+    figure.suptitle(_plain(title, TITLE_CHARACTERS))
+    if losses or not is_alone:
+        every[0].legend(fontsize="small", frameon=False)
+    every[-1].set_xlabel(x_label(all_curves))
+    figure.align_ylabels()
+    return _save(figure, path)
 
 
 def draw_panels(panels: Sequence[Panel], title: str, path: Path) -> Path:
@@ -218,24 +227,6 @@ def _new_figure(heights: Sequence[float]) -> tuple[Any, Any]:
         axes.spines[["top", "right"]].set_visible(False)
     every[-1, 0].xaxis.get_major_locator().set_params(integer=True)  # there is no half of a step
     return figure, every[:, 0]
-
-
-def _build_figure(all_curves: Sequence[Curves]) -> Any:
-    present = [key for key in METRICS if any(key in curves.series for curves in all_curves)]
-    losses = tuple(metric for metric in LOSSES if metric in present)
-    panels = [panel for panel in (losses, *((m,) for m in present if m not in LOSSES)) if panel]
-    heights = [LOSS_INCHES if panel == losses else PANEL_INCHES for panel in panels]
-    figure, every = _new_figure(heights)
-    for axes, panel in zip(every, panels, strict=True):
-        _draw_panel(axes, panel, all_curves)
-    is_alone = len(all_curves) == 1
-    title = all_curves[0].label if is_alone else f"Curves of {len(all_curves)} checkpoints"
-    figure.suptitle(_plain(title, TITLE_CHARACTERS))
-    if losses or not is_alone:
-        every[0].legend(fontsize="small", frameon=False)
-    every[-1].set_xlabel(x_label(all_curves))
-    figure.align_ylabels()
-    return figure
 
 
 def _draw_panel(axes: Axes, panel: Sequence[str], all_curves: Sequence[Curves]) -> None:

@@ -8,7 +8,6 @@ training goes on. Only the main process has anything to track.
 
 from __future__ import annotations
 
-import functools
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -120,7 +119,7 @@ class RunTracker(GeneralTracker):
     @on_main_process
     def end(self, outcome: str) -> None:
         """Close it; nothing comes after this. `outcome` is done, stopped or failed."""
-        self._attempt(functools.partial(self._end, outcome))
+        self._attempt(lambda: self._end(outcome))
 
     def _attempt(self, action: Callable[[], None], *, is_proof: bool = False) -> None:
         """Do it, or say why not; `is_proof`: where it succeeds, the tracker works again."""

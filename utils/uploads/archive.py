@@ -16,7 +16,6 @@ import mmap
 import os
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,14 +31,6 @@ FILE_MODE = 0o644
 
 OnRead = Callable[[int], None]
 """Called with bytes of the checkpoint that were read."""
-
-
-@dataclass(frozen=True)
-class ArchiveInfo:
-    """Bytes and base64 crc32c of an archive."""
-
-    size: int
-    crc32c: str
 
 
 class _HashingReader:
@@ -124,8 +115,8 @@ class _HashingWriter:
         self._checksum = google_crc32c.extend(self._checksum, data)
 
     @property
-    def info(self) -> ArchiveInfo:
-        return ArchiveInfo(self._size, encode_crc32c(self._checksum))
+    def info(self) -> FileEntry:
+        return FileEntry(self._size, encode_crc32c(self._checksum))
 
 
 class _Positioned:
@@ -152,7 +143,7 @@ def write_archive(
     compression: str = "fast",
     threads: int = 1,
     on_read: OnRead = lambda count: None,
-) -> ArchiveInfo:
+) -> FileEntry:
     """Write the files that a checkpoint's manifest names, and itself, as an archive to `sink`.
 
     The bytes do not depend on the number of `threads` that compress.

@@ -31,6 +31,7 @@ from utils.checkpoints.layout import (
     METADATA_FILE,
     REMOTE_FOLDER,
     SET_ASIDE_FOLDER,
+    FileEntry,
     Manifest,
     RunIdentity,
     archive_object,
@@ -39,7 +40,7 @@ from utils.checkpoints.layout import (
 )
 from utils.checkpoints.views import find_sidecar_damage, read_json_part
 from utils.storage.bucket import Meter, Nowhere, ObjectInfo, map_file_error
-from utils.uploads.archive import ArchiveInfo, write_archive
+from utils.uploads.archive import write_archive
 from utils.uploads.transports import (
     OpenTransport,
     Transport,
@@ -159,7 +160,7 @@ class _Upload:
     manifest: Manifest
     transport: Transport
     progress: UploadProgress
-    info: ArchiveInfo | None = None
+    info: FileEntry | None = None
     sent: int = 0
 
     def __post_init__(self) -> None:
@@ -253,7 +254,7 @@ class _Upload:
     def _count(self, count: int) -> None:
         self.progress.read += count
 
-    def _measure(self) -> ArchiveInfo:
+    def _measure(self) -> FileEntry:
         """Return what the archive would be."""
         sink: Any = Nowhere()
         self._write(sink)
@@ -308,7 +309,7 @@ class _Upload:
                 raise TransientStorageError(str(exc)) from exc
         return self._done(self.info, started, self.suffix)
 
-    def _done(self, info: ArchiveInfo, started: float, suffix: str) -> UploadResult:
+    def _done(self, info: FileEntry, started: float, suffix: str) -> UploadResult:
         self._remove_unfinished()
         seconds = time.monotonic() - started
         return UploadResult(info.size, info.crc32c, seconds, self.sent, suffix)
@@ -358,7 +359,7 @@ class _FoundSidecar:
     """A sidecar as it is in the bucket, as far as it can be read."""
 
     manifest: Manifest
-    archive: ArchiveInfo | None
+    archive: FileEntry | None
     suffix: str = ARCHIVE_SUFFIX
     has_own_metadata: bool = True
 
@@ -373,7 +374,7 @@ class _FoundSidecar:
         try:
             archive = sidecar["archive"]
             suffix = ARCHIVE_FORMATS[archive.get("format", ARCHIVE_SUFFIX)].suffix
-            info = ArchiveInfo(int(archive["size"]), str(archive["crc32c"]))
+            info = FileEntry(int(archive["size"]), str(archive["crc32c"]))
             return cls(manifest, info, suffix, has_own_metadata)
         except FOREIGN_ERRORS:
             return cls(manifest, None)
@@ -383,8 +384,8 @@ class _FoundSidecar:
         return self.archive is not None and self.archive == _info_of(stored)
 
 
-def _info_of(stored: ObjectInfo | None) -> ArchiveInfo | None:
-    return None if stored is None else ArchiveInfo(stored.size, str(stored.crc32c))
+def _info_of(stored: ObjectInfo | None) -> FileEntry | None:
+    return None if stored is None else FileEntry(stored.size, str(stored.crc32c))
 
 
 def _may_replace(identity: RunIdentity, other: RunIdentity) -> bool:

@@ -22,9 +22,11 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import psutil
 
 from utils.base.errors import (
     AccessDeniedError,
@@ -47,10 +49,6 @@ MAX_ROUNDS = 4
 JOIN_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
-
-OnWait = Callable[[str, float], None]
-"""Called with the holder's description and the seconds left, several times during the wait; what
-it raises ends the wait."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +106,7 @@ class LeaseRecord:
 
 @contextlib.contextmanager
 def hold_prefix(
-    bucket: Bucket,
-    run_id: str,
-    *,
-    heartbeat_seconds: float = HEARTBEAT_SECONDS,
-    on_wait: OnWait = lambda holder, seconds: None,
+    bucket: Bucket, run_id: str, *, heartbeat_seconds: float = HEARTBEAT_SECONDS
 ) -> Iterator[PrefixLease]:
     """Hold a bucket prefix for a run, so that a second trainer on it refuses to start.
 
@@ -126,7 +120,7 @@ def hold_prefix(
     """
     lease = PrefixLease(bucket, run_id, heartbeat_seconds)
     try:
-        lease.acquire(on_wait)
+        lease.acquire()
     except AccessDeniedError as exc:
         log.warning("%s A second trainer on %s would not be noticed.", exc, bucket.uri)
     try:
@@ -161,7 +155,7 @@ class PrefixLease:
         self._was_denied = False
         self._thread = threading.Thread(target=self._keep_beating, name="prefix-lease", daemon=True)
 
-    def acquire(self, on_wait: OnWait) -> None:
+    def acquire(self) -> None:
         """Take the lease and begin to beat.
 
         Raises:
@@ -170,7 +164,7 @@ class PrefixLease:
         """
         for _ in range(MAX_ROUNDS):
             seen = self._read()
-            expected = None if seen is None else self._find_replaceable(*seen, on_wait)
+            expected = None if seen is None else self._find_replaceable(*seen)
             try:
                 self._write(expected)
             except ConflictError:
@@ -218,9 +212,7 @@ class PrefixLease:
             return None
         return LeaseRecord.from_bytes(data, self._record.heartbeat_seconds), info
 
-    def _find_replaceable(
-        self, record: LeaseRecord, info: ObjectInfo, on_wait: OnWait
-    ) -> ObjectInfo | None:
+    def _find_replaceable(self, record: LeaseRecord, info: ObjectInfo) -> ObjectInfo | None:
         """Return the version of a dead holder's lease, or None once it was released.
 
         Raises:
@@ -235,20 +227,17 @@ class PrefixLease:
         patience = PATIENCE_HEARTBEATS * record.heartbeat_seconds
         found = f"{uri} has a lease ({record})."
         log.info("%s Waiting up to %.0f s to see whether that trainer is alive.", found, patience)
-        if not self._is_silent(record, info, patience, on_wait):
+        if not self._is_silent(info, patience):
             return None
         message = "The trainer that held %s (%s) gave no sign of life for %.0f s. Taking over."
         log.warning(message, uri, record, patience)
         return info
 
-    def _is_silent(
-        self, record: LeaseRecord, info: ObjectInfo, patience: float, on_wait: OnWait
-    ) -> bool:
+    def _is_silent(self, info: ObjectInfo, patience: float) -> bool:
         """Watch a lease; tell whether nothing happened to it, False once it is released."""
         failures = 0
         end = time.monotonic() + patience
         while (remaining := end - time.monotonic()) > 0:
-            on_wait(str(record), remaining)
             time.sleep(min(patience / POLLS_PER_WATCH, remaining))
             try:
                 found = self._read()
@@ -309,12 +298,8 @@ def _is_gone(record: LeaseRecord) -> bool:
     """Tell whether the holder, a process of this machine, has ended for certain."""
     if record.pid == 0:
         return False
-    try:
-        os.kill(record.pid, 0)
-    except ProcessLookupError:
+    if not psutil.pid_exists(record.pid):
         return True
-    except PermissionError:
-        pass  # it is another user's
     status = _process_status(record.pid)
     if status is None or not record.process_start:
         return False

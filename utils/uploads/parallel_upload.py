@@ -29,7 +29,6 @@ from utils.storage.gcs import GcsBucket
 
 PART_BYTES = 32 * 2**20
 MAX_COMPOSED = 32
-MAX_LEVELS = 4  # 32 TiB
 PARTS_FOLDER = ".parts"
 REMOVALS = 8
 
@@ -58,14 +57,10 @@ def put_parallel(
         StorageError: A part could not be written; transient where one was removed meanwhile.
     """
     parts = _Parts(bucket, name, streams, part_bytes)
-    with parts.pool:
-        try:
-            sink: Any = parts
-            write(sink)
-            parts.close()
-        except BaseException:
-            parts.abort()
-            raise
+    with parts.pool:  # nothing waits in it: no more parts are under way than it has threads
+        sink: Any = parts
+        write(sink)
+        parts.close()
     uploaded = parts.uploaded()
     try:
         _compose(bucket, name, uploaded, expected)
@@ -115,10 +110,6 @@ class _Parts:
         if self._buffer or not self._futures:
             self._submit()
 
-    def abort(self) -> None:
-        """Send no more."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-
     def uploaded(self) -> list[ObjectInfo]:
         """Return the parts in order.
 
@@ -155,13 +146,13 @@ def _compose(
     bucket: GcsBucket, name: str, parts: list[ObjectInfo], expected: ObjectInfo | None
 ) -> None:
     """Join the parts, 32 at a time, to the object."""
-    for level in range(MAX_LEVELS):
-        if len(parts) <= MAX_COMPOSED:
-            break
+    level = 0
+    while len(parts) > MAX_COMPOSED:
         groups = [parts[at : at + MAX_COMPOSED] for at in range(0, len(parts), MAX_COMPOSED)]
         names = [f"{parts_prefix(name)}joined-{level}-{n:05d}" for n in range(len(groups))]
         with ThreadPoolExecutor(REMOVALS, "compose") as pool:
             parts = list(pool.map(_join, [bucket] * len(groups), names, groups))
+        level += 1
     bucket.compose(name, parts, expected)
 
 

@@ -20,6 +20,7 @@ from utils.checkpoints.views import CheckpointView, find_best, is_verified_in
 
 STALE_SECONDS = 60.0
 SHOWN_ERRORS = 5
+_FIGURES = ("sent", "size", "read", "total", "bytes_per_second", "eta_seconds", "attempt")
 _UNDER_WAY = (UploadState.ARCHIVING, UploadState.UPLOADING)
 
 
@@ -113,11 +114,10 @@ def _error_of(entry: JournalEntry | None) -> str:
 
 def describe_progress(entry: JournalEntry, now: datetime | None = None) -> dict[str, Any]:
     """Return how far an upload is: percent, rate, remaining time, and a line of text."""
-    details = entry.details
-    read, total = number(details.get("read")), number(details.get("total"))
-    rate, eta = number(details.get("bytes_per_second")), number(details.get("eta_seconds"))
-    sent, size = number(details.get("sent")), number(details.get("size"))
-    done, all_bytes = (sent, size) if size else (read, total)  # the archive's size may be unknown
+    found = {key: number(entry.details.get(key)) for key in _FIGURES}
+    rate, eta = found["bytes_per_second"], found["eta_seconds"]
+    parts = ("sent", "size") if found["size"] else ("read", "total")  # its size may be unknown
+    done, all_bytes = (found[key] for key in parts)
     percent = min(100.0, 100 * done / all_bytes) if done is not None and all_bytes else None
     written = epoch_seconds(entry.time)
     now = now or datetime.now(UTC)
@@ -130,13 +130,7 @@ def describe_progress(entry: JournalEntry, now: datetime | None = None) -> dict[
     ]
     return {
         "percent": percent,
-        "sent": sent,
-        "size": size,
-        "read": read,
-        "total": total,
-        "bytes_per_second": rate,
-        "eta_seconds": eta,
-        "attempt": number(details.get("attempt")),
+        **found,
         "age_seconds": age,
         "text": ", ".join(word for word in words if word),
     }

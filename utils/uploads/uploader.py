@@ -26,7 +26,6 @@ from typing import Any
 
 from utils.base.archive_formats import COMPRESSIONS
 from utils.base.errors import PretrainError, TransientStorageError
-from utils.base.retrying import ARCHIVE_FACTOR, FIRST_RETRY_SECONDS, backoff
 from utils.base.text import count_of, format_bytes, format_duration
 from utils.base.uri import join_uri, normalize_uri
 from utils.checkpoints.journal import Journal, JournalEntry, UploadState
@@ -47,6 +46,7 @@ from utils.checkpoints.views import (
     read_local_checkpoints,
 )
 from utils.storage.bucket import crc32c_of_file
+from utils.storage.retrying import ARCHIVE_FACTOR, FIRST_RETRY_SECONDS, backoff
 from utils.uploads.job import ProgressReport, UploadJob, UploadResult
 from utils.uploads.process import InterruptedUploadError, run_in_process
 from utils.uploads.transports import TransportOptions, tool_words

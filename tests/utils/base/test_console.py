@@ -12,9 +12,9 @@ import pytest
 from configs.config_files import PROJECT_DIRECTORY
 from tests.processes import run_in_terminal, run_python
 from utils.base import errors
-from utils.base.console import LiveLine, new_parser, print_table, run_command
+from utils.base.console import LiveLine, new_parser, run_command
 from utils.base.errors import ExitCode, PretrainError
-from utils.base.text import Column, format_bytes, format_duration
+from utils.base.text import format_bytes, format_duration
 
 
 def end_with(error: BaseException | None, *, debug: bool = False, code: int | None = None) -> int:
@@ -79,7 +79,7 @@ def test_the_home_of_nobody_is_no_bug(capsys: pytest.CaptureFixture[str]) -> Non
 FULL = """
 import argparse, os, resource, shutil, signal, sys
 from pathlib import Path
-from utils.base.console import run_command
+from utils.base.console import (run_command)
 from utils.base.files import append_line
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def command(args):
@@ -137,19 +137,10 @@ def test_what_a_message_quotes_cannot_steer_a_terminal(
     assert result.stdout.endswith(" a?[2J\n")
 
 
-def test_a_table_in_a_pipe_shows_the_columns_that_are_asked_for(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    rows = [{"name": "a", "step": 1, "x": 2}, {"name": "bb", "step": 10, "x": 3}]
-    print_table("Title", rows, [Column("step", kind="number"), Column("name", kind="prose")])
-    print_table("Nothing", [])
-    assert capsys.readouterr().out == "Title\n  step  name\n     1  a\n    10  bb\n"
-
-
 def test_output_cut_by_head_is_no_error() -> None:
     code = """
 import argparse, sys
-from utils.base.console import run_command
+from utils.base.console import (run_command)
 def command(args):
     for number in range(200_000):
         print(number)
@@ -180,7 +171,7 @@ def test_sizes_and_durations_are_shown_in_units() -> None:
 LOGGING = """
 import logging, sys, warnings
 from pathlib import Path, PosixPath
-from utils.base.console import LiveLine, configure_logging
+from utils.base.console import (LiveLine, configure_logging)
 options = eval(sys.argv[1])
 configure_logging(**options)
 live = LiveLine()

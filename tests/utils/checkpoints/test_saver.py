@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -19,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs.config_files import PROJECT_DIRECTORY
 from tests.processes import run_python
+from tests.utils.uploads.waiting import started
 from utils.base.child_process import NICENESS
 from utils.checkpoints import saver as checkpoint_saver
 from utils.checkpoints.files import CheckpointFiles
@@ -350,6 +347,7 @@ class Endless:
 
 
 TRAINER = """
+import sys
 from tests.utils.checkpoints.test_saver import *
 
 saver = CheckpointSaver(Path(sys.argv[1]), CPU, lambda checkpoint: None)
@@ -366,20 +364,11 @@ saver.wait()
 
 
 def test_a_trainer_that_is_killed_takes_the_save_in_progress_with_it(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", TRAINER, str(tmp_path)],
-        cwd=PROJECT_DIRECTORY,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    writer = psutil.Process(int(process.stdout.readline()))
-    while not list(tmp_path.glob(".saving-*/optimizer.bin")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    with started(TRAINER, tmp_path) as (process, line):
+        writer = psutil.Process(int(line))
+        while not list(tmp_path.glob(".saving-*/optimizer.bin")):
+            assert process.poll() is None
+            time.sleep(0.005)
     psutil.wait_procs([writer], timeout=PATIENCE_SECONDS)
     assert not writer.is_running()
     remove_leftovers(tmp_path)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from configs.config_files import PROJECT_DIRECTORY
 from configs.training_config import TrainingConfig
 from tests.sample_checkpoints import RUN_ID, change_manifest, make_checkpoint
 from tests.sample_shards import flip_bit
+from tests.utils.uploads.waiting import started
 from utils.base.errors import CheckpointError, ExitCode, LockedError
 from utils.checkpoints import store
 from utils.checkpoints.journal import Journal, UploadState
@@ -226,16 +224,8 @@ def test_a_directory_that_a_live_process_holds_is_refused_until_it_is_gone(
 ) -> None:
     monkeypatch.setattr(store, "OUTPUT_LOCK_SECONDS", 0.0)
     paths = paths_in(tmp_path / "checkpoints")
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(paths.checkpoints)],
-        cwd=PROJECT_DIRECTORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+    with started(HOLDER, paths.checkpoints) as (holder, line):
+        assert line == "held\n"
         with (
             pytest.raises(LockedError, match=rf"in use by .*process {holder.pid} on ") as caught,
             hold_output_directory(paths),

@@ -148,8 +148,11 @@ def test_remote_checkpoints_come_from_their_sidecars_and_other_objects_are_none(
     bucket.put_bytes("Checkpoints/notes.json", b"{}")
     bucket.put_bytes("Checkpoints/checkpoint-epoch0-step5-files0.tar.gz", b"no sidecar yet")
     bucket.put_bytes("Checkpoints-old/checkpoint-epoch0-step6-files0.json", b"{}")
+    older = "Checkpoints/checkpoint-epoch0-step50-files0.tar.zst"  # left by a kill
+    bucket.put_bytes(older, b"in another format")
+    os.utime(bucket.root / older, (1, 1))
     views = read_remote_checkpoints(bucket)
-    assert [found.name.step for found in views] == [50, 100]
+    assert [(found.name.step, found.problem) for found in views] == [(50, None), (100, None)]
     assert views[0].archive_bytes == len(b"archive")
     assert views[0].loss == pytest.approx(6.464046)
     assert views[0].manifest is not None

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
+from tests.sample_shards import read_files, read_texts
 from utils.base.errors import DataError, StorageError, UsageError
-from utils.corpus import reading, text_sources, tokenization
+from utils.corpus import text_sources, tokenization
 from utils.corpus.documents import NullText, OpenText
 from utils.corpus.prepare import CorpusOptions, Preparation, prepare_corpus
 from utils.corpus.reading import assign_splits, assign_tail
-from utils.corpus.text_sources import FileSource
+from utils.corpus.text_sources import FileSource, Source
 from utils.corpus.token_cache import TokenCache
 from utils.corpus.token_files.source import TokenFileSource
 from utils.storage.bucket import ObjectInfo
@@ -46,15 +47,11 @@ def make_source(path: Path, texts: list[str]) -> FileSource:
 
 
 def prepare(
-    source: FileSource, output: Path | DirectoryBucket, overwrite: bool = False, **changes: object
+    source: Source, output: Path | DirectoryBucket, overwrite: bool = False, **changes: object
 ) -> Preparation:
     options = CorpusOptions(**{"vocab_size": VOCAB_SIZE, "shard_tokens": 800, **changes})
     bucket = DirectoryBucket(output) if isinstance(output, Path) else output
     return prepare_corpus([source], bucket, options, overwrite)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def tokens_of(directory: Path, split: str) -> np.ndarray:
@@ -65,23 +62,11 @@ def tokens_of(directory: Path, split: str) -> np.ndarray:
     return np.concatenate(shards) if shards else np.array([], np.uint16)
 
 
-def documents_of(directory: Path, split: str) -> list[str]:
-    """Decode the shards with nothing but the files in the directory."""
-    backend = Backend.from_file(str(directory / "tokenizer.json"))
-    index = json.loads((directory / "index.json").read_text())
-    tokens = tokens_of(directory, split)
-    ends = np.flatnonzero(tokens == index["eos_token_id"])
-    parts = np.split(tokens, ends + 1)
-    assert len(parts[-1]) == 0
-    return [backend.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts[:-1]]
-
-
 def test_every_document_is_in_exactly_one_shard(
     source: FileSource, tmp_path: Path, texts: list[str]
 ) -> None:
     prepare(source, tmp_path / "out")
-    training = documents_of(tmp_path / "out", "train")
-    validation = documents_of(tmp_path / "out", "val")
+    training, validation = read_texts(tmp_path / "out").values()
 
     assert sum(map(len, validation)) == pytest.approx(0.05 * len("".join(texts)), rel=0.05)
     assert sorted(training + validation) == sorted(texts)
@@ -123,14 +108,14 @@ def test_output_that_is_already_whole_is_left_alone(source: FileSource, tmp_path
 @pytest.mark.parametrize("name", ["train_00003.npz", "val_00000.npz", "tokenizer.json"])
 def test_damaged_output_is_prepared_again(source: FileSource, tmp_path: Path, name: str) -> None:
     prepare(source, tmp_path / "out")
-    whole = contents(tmp_path / "out")
+    whole = read_files(tmp_path / "out")
     path = tmp_path / "out" / name
     path.unlink()
     assert prepare(source, tmp_path / "out").is_new
-    assert contents(tmp_path / "out") == whole
+    assert read_files(tmp_path / "out") == whole
     path.write_bytes(bytes([whole[name][0] ^ 1]) + whole[name][1:])
     assert prepare(source, tmp_path / "out").is_new
-    assert contents(tmp_path / "out") == whole
+    assert read_files(tmp_path / "out") == whole
 
 
 class FailingBucket(DirectoryBucket):
@@ -172,7 +157,7 @@ def test_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
     prepare(source, bucket, **changes)
 
     assert bool(done & set(bucket.got)) == bool(lost or changes)
-    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "straight")
     if changes:
         assert len(list((tmp_path / "out").glob("train_*.npz"))) == 5
 
@@ -182,15 +167,15 @@ def test_other_options_in_the_same_output_are_refused_unless_overwritten(
 ) -> None:
     changes = {"shard_tokens": 2_000, "vocab_size": 300, "validation_fraction": 0.1}
     prepare(source, tmp_path / "out")
-    before = contents(tmp_path / "out")
+    before = read_files(tmp_path / "out")
     prepare(source, tmp_path / "fresh", **changes)
 
     with pytest.raises(UsageError, match="--overwrite"):
         prepare(source, tmp_path / "out", **changes)
-    assert contents(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
 
     prepare(source, tmp_path / "out", overwrite=True, **changes)
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("is_same", [True, False])
@@ -214,7 +199,7 @@ def test_an_output_that_another_command_took_meanwhile_is_looked_at_again(
             prepare(source, bucket)
     assert bucket.got == []
     prepare(source, tmp_path / "straight", **theirs)
-    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "straight")
 
 
 def test_shards_of_others_are_never_touched_and_other_files_are_no_obstacle(
@@ -248,13 +233,11 @@ def test_one_long_document_is_read_in_parts_and_its_end_is_held_out(
     monkeypatch.undo()
     prepare(source, tmp_path / "out", **{"validation_fraction": 0, share: 0.1})
 
-    assert documents_of(tmp_path / "whole", "train") == [text]
+    assert read_texts(tmp_path / "whole")["train"] == [text]
     assert not list((tmp_path / "whole").glob("val_*.npz"))
     assert index["summary"]["documents"] == 1
     assert len(index["shards"]) > 5
-    training, validation = (
-        "".join(documents_of(tmp_path / "out", split)) for split in ("train", "val")
-    )
+    training, validation = map("".join, read_texts(tmp_path / "out").values())
     assert training + validation == text
     assert training.endswith("\n")
     assert len(validation) == pytest.approx(len(text) * 0.1, rel=0.1)
@@ -264,13 +247,16 @@ def test_overwriting_with_a_broken_source_leaves_the_old_data_whole(
     source: FileSource, tmp_path: Path
 ) -> None:
     prepare(source, tmp_path / "out")
-    before = contents(tmp_path / "out")
+    before = read_files(tmp_path / "out")
     (tmp_path / "broken.jsonl").write_text("{\n")
-
-    with pytest.raises(DataError):
-        prepare(FileSource((tmp_path / "broken.jsonl",)), tmp_path / "out", overwrite=True)
-
-    assert contents(tmp_path / "out") == before
+    np.save(tmp_path / "a.npy", np.array([1, 2, 70_000]))
+    for broken, message in (
+        (FileSource((tmp_path / "broken.jsonl",)), "not JSON"),
+        (TokenFileSource((tmp_path / "a.npy",)), "token id 70000 at position 2"),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepare(broken, tmp_path / "out", overwrite=True)
+        assert read_files(tmp_path / "out") == before
 
 
 @settings(max_examples=50, deadline=None)
@@ -321,33 +307,12 @@ def test_token_ids_count_as_text_of_their_number(dtype: type) -> None:
     assert [one.split for one in mixed] == [one.split for one in text]
 
 
-def test_the_tokenizer_learns_nothing_from_what_is_held_out(
-    source: FileSource, tmp_path: Path
-) -> None:
-    prepare(source, tmp_path / "out", validation_fraction=0.3)
-    training = make_source(tmp_path / "kept.jsonl", documents_of(tmp_path / "out", "train"))
-    prepare(training, tmp_path / "kept", validation_fraction=0)
-
-    assert documents_of(tmp_path / "out", "val")
-    tokenizers = [contents(tmp_path / name)["tokenizer.json"] for name in ("out", "kept")]
-    assert tokenizers[0] == tokenizers[1]
-
-
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_single_document_is_split_where_a_line_begins(end: str) -> None:
     training, validation = assign_splits([f"A line.{end}" * 99], 0.05)
     assert (training.split, validation.split) == ("train", "val")
     assert training.content.endswith(f".{end}")
     assert validation.content.startswith("A line.")
-
-
-def test_repeats_and_empty_documents_are_left_out(tmp_path: Path, texts: list[str]) -> None:
-    source = make_source(tmp_path / "a.jsonl", [*texts, "", *texts[:50]])
-
-    index = prepare(source, tmp_path / "out", deduplicate=True).index
-
-    assert index["summary"]["documents"] == len(texts)
-    assert index["summary"]["documents_left_out"] == 51
 
 
 class PartsSource:
@@ -377,7 +342,7 @@ def test_a_document_in_parts_keeps_its_end_and_repeats_as_a_whole(tmp_path: Path
         out = tmp_path / str(deduplicate)
         changes = {"deduplicate": deduplicate, "validation_fraction": 0}
         index = prepare(PartsSource(*parts, *others), out, **changes).index  # type: ignore[arg-type]
-        assert documents_of(out, "train") == documents
+        assert read_texts(out)["train"] == documents
         assert index["summary"]["documents"] == len(documents)
         assert index["summary"]["documents_left_out"] == num_left_out
 
@@ -396,7 +361,7 @@ def test_an_interrupted_preparation_goes_on_in_a_document_whose_end_is_held_out(
     prepare(source, bucket := FailingBucket(tmp_path / "out"), **changes)  # type: ignore[arg-type]
     prepare(source, tmp_path / "straight", **changes)  # type: ignore[arg-type]
 
-    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "straight")
     assert "train_00000.npz" not in bucket.got
     assert not {"skip_null"} & set(CorpusOptions(vocab_size=270).fingerprint())
 
@@ -404,9 +369,7 @@ def test_an_interrupted_preparation_goes_on_in_a_document_whose_end_is_held_out(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"vocab_size": None},
         {"tokenizer": "gpt2"},
-        {"vocab_size": 100},
         {"shard_tokens": 0},
         {"special_tokens": ("",)},
         {"special_tokens": ("<|endoftext|>",)},
@@ -456,8 +419,7 @@ def test_a_tail_holds_out_the_last_documents(
     source: FileSource, tmp_path: Path, texts: list[str]
 ) -> None:
     prepare(source, tmp_path / "out", validation_fraction=0, validation_tail=0.2)
-    training = documents_of(tmp_path / "out", "train")
-    validation = documents_of(tmp_path / "out", "val")
+    training, validation = read_texts(tmp_path / "out").values()
 
     assert training + validation == texts
     share = sum(map(len, validation)) / sum(map(len, texts))
@@ -467,8 +429,7 @@ def test_a_tail_holds_out_the_last_documents(
 @settings(max_examples=50, deadline=None)
 @given(texts=st.lists(st.text(min_size=1), min_size=1, max_size=30), tail=st.floats(0.01, 0.99))
 def test_a_tail_neither_loses_nor_repeats_text(texts: list[str], tail: float) -> None:
-    size = reading._Size(len(texts), sum(len(text.encode()) for text in texts))
-    documents = list(assign_tail(texts, tail, size))
+    documents = list(assign_tail(texts, tail, len(texts), len("".join(texts).encode())))
     splits = [document.split for document in documents]
 
     assert "".join(str(document.content) for document in documents) == "".join(texts)
@@ -485,8 +446,8 @@ def test_a_separate_source_is_held_out_whole_and_nothing_else(
     arguments = ([source], DirectoryBucket(tmp_path / "out"), options)
     prepare_corpus(*arguments, validation_sources=[held_out])
 
-    assert documents_of(tmp_path / "out", "train") == texts
-    assert documents_of(tmp_path / "out", "val") == ["Other one.", "Other two."]
+    assert read_texts(tmp_path / "out")["train"] == texts
+    assert read_texts(tmp_path / "out")["val"] == ["Other one.", "Other two."]
     assert not prepare_corpus(*arguments, validation_sources=[held_out]).is_new
     make_source(tmp_path / "held.jsonl", ["Changed."])
     with pytest.raises(UsageError, match="--overwrite"):
@@ -513,22 +474,6 @@ def test_token_files_need_no_tokenizer_and_go_on_after_an_interruption(tmp_path:
     assert (index["tokenizer_files"], index["tokenizer_sha256"]) == ([], None)
     assert {shard["dtype"] for shard in index["shards"]} == {"uint16"}
     assert not prepare_corpus([source], bucket, options).is_new
-
-
-def test_an_id_outside_the_vocabulary_is_refused_before_old_data_is_touched(
-    source: FileSource, tmp_path: Path
-) -> None:
-    prepare(source, tmp_path / "out")
-    before = contents(tmp_path / "out")
-    np.save(tmp_path / "a.npy", np.array([1, 2, 70_000]))
-    with pytest.raises(DataError, match="token id 70000 at position 2"):
-        prepare_corpus(
-            [TokenFileSource((tmp_path / "a.npy",))],
-            DirectoryBucket(tmp_path / "out"),
-            CorpusOptions(vocab_size=50_000),
-            overwrite=True,
-        )
-    assert contents(tmp_path / "out") == before
 
 
 def test_token_files_beside_text_keep_their_order_and_need_a_tokenizer(
@@ -575,7 +520,7 @@ def test_unchanged_text_is_not_tokenized_again(
     ):
         used = run(name, cache(), **changes)
         assert used.num_misses == 0 < used.num_hits
-        assert contents(tmp_path / name) == contents(tmp_path / expected)
+        assert read_files(tmp_path / name) == read_files(tmp_path / expected)
 
 
 def test_one_cache_never_gives_the_tokenizer_of_other_text_or_options(
@@ -592,7 +537,7 @@ def test_one_cache_never_gives_the_tokenizer_of_other_text_or_options(
         for name, used in (("shared", cache), ("none", None)):
             output = DirectoryBucket(tmp_path / f"{name}-{number}")
             prepare_corpus([source], output, options, token_cache=used)
-        assert contents(tmp_path / f"shared-{number}") == contents(tmp_path / f"none-{number}")
+        assert read_files(tmp_path / f"shared-{number}") == read_files(tmp_path / f"none-{number}")
 
 
 @pytest.mark.parametrize(
@@ -616,8 +561,7 @@ def test_no_word_of_held_out_documents_becomes_a_token(
     backend = Backend.from_file(str(tmp_path / "out" / "tokenizer.json"))
     known = {word for word in words if f"\u0120{word}" in backend.get_vocab()}
     seen, unseen = (
-        {text.split()[0] for text in documents_of(tmp_path / "out", split)}
-        for split in ("train", "val")
+        {text.split()[0] for text in own} for own in read_texts(tmp_path / "out").values()
     )
     assert known == seen  # each word is in one document alone
     assert unseen
@@ -656,20 +600,6 @@ def test_the_index_lists_the_tokenizer_files_and_auto_tokenizer_loads_them(
     assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|pad|>", "<|x|>"]) == [0, 1, 2]
     assert tokenizer("a<|x|>").input_ids[-1] == 2
     assert not {1, 2} & set(tokens_of(tmp_path / "out", "train").tolist())
-
-
-def test_an_output_prepared_by_an_earlier_version_is_prepared_again(
-    source: FileSource, tmp_path: Path
-) -> None:
-    prepare(source, tmp_path / "out")
-    whole = contents(tmp_path / "out")
-    path = tmp_path / "out" / "index.json"
-    index = json.loads(path.read_text())
-    index["tokenizer_files"] = index.pop("tokenizer_crc32c")
-    path.write_text(json.dumps(index))
-
-    assert prepare(source, tmp_path / "out").is_new
-    assert contents(tmp_path / "out") == whole
 
 
 def test_an_end_of_text_spelled_out_in_the_text_is_told(

@@ -12,6 +12,7 @@ from utils.base.errors import DataError, UsageError
 from utils.corpus.shard_inspection import build_index_file, inspect_shards
 from utils.corpus.tokenization import build_tokenizer
 from utils.data.shard_index import build_shard_index
+from utils.models.tokenizer import write_tokenizer_files
 from utils.storage.directory import DirectoryBucket
 
 TEXT = "A sentence that comes again and again, about shards. " * 50
@@ -74,8 +75,7 @@ def test_an_index_again_is_the_same_and_one_that_was_prepared_is_kept(
 
 def test_the_tokenizer_beside_the_shards_is_described(shards: DirectoryBucket) -> None:
     tokenizer = build_tokenizer([TEXT], 300)
-    for name, content in tokenizer.files.items():
-        shards.put_bytes(name, content)
+    write_tokenizer_files(tokenizer.files, shards.root)
     index = build_index_file(shards)
 
     assert index["vocab_size"] == tokenizer.vocab_size
@@ -118,8 +118,7 @@ def test_bad_tokens_are_found_when_everything_is_read(shards: DirectoryBucket, n
 def test_text_is_shown_where_there_is_a_tokenizer(tmp_path: Path) -> None:
     bucket = DirectoryBucket(tmp_path)
     tokenizer = build_tokenizer([TEXT], 300)
-    for name, content in tokenizer.files.items():
-        bucket.put_bytes(name, content)
+    write_tokenizer_files(tokenizer.files, tmp_path)
     ids = np.array(tokenizer.build_backend().encode(TEXT).ids, ">i4")
     np.savez(tmp_path / "a.npz", input_ids=ids)
     np.savez_compressed(tmp_path / "b.npz", input_ids=ids)

@@ -19,7 +19,7 @@ from utils.corpus.tokenization import (
     fingerprint_tokenizer,
     resolve_tokenizer,
 )
-from utils.models.tokenizer import END_OF_TEXT
+from utils.models.tokenizer import END_OF_TEXT, write_tokenizer_files
 
 TEXTS = [
     f"The {adjective} fox, number {n}, doesn't jump.\n\n    return {n}\n"
@@ -40,8 +40,7 @@ def tokenizer() -> Tokenizer:
 
 def write(tokenizer: Tokenizer, directory: Path) -> Path:
     directory.mkdir()
-    for name, content in tokenizer.files.items():
-        (directory / name).write_bytes(content)
+    write_tokenizer_files(tokenizer.files, directory)
     return directory
 
 

@@ -38,7 +38,7 @@ from utils.base.errors import (
 )
 from utils.data.shard_cache import ShardCache, decode_shard
 from utils.data.shard_index import ShardFacts, read_shard_facts
-from utils.storage.bucket import ObjectInfo
+from utils.storage.bucket import Bucket, ObjectInfo
 from utils.storage.directory import DirectoryBucket
 from utils.storage.open import open_bucket
 
@@ -135,9 +135,12 @@ def open_cache(tmp_path: Path, bucket: CountingBucket) -> Iterator[Callable[...,
     opened = []
 
     def build(
-        *shards: ShardFacts, vocab_size: int = 100, limit_bytes: int | None = None
+        *shards: ShardFacts,
+        using: Bucket = bucket,
+        vocab_size: int = 100,
+        limit_bytes: int | None = None,
     ) -> ShardCache:
-        sources = [(bucket, shards)]
+        sources = [(using, shards)]
         opened.append(ShardCache(sources, tmp_path / "cache", vocab_size, limit_bytes))
         return opened[-1]
 
@@ -224,11 +227,9 @@ def test_the_cache_tells_shards_vocabularies_and_buckets_apart(
     other = CountingBucket(tmp_path / "other")
     save_shard(other.root / NAME, input_ids=IDS[10:])
     same = replace(changed, tokens=90, crc32c=None)
-    cache = ShardCache([(other, [same])], tmp_path / "cache", 100)
-    assert cache.tokens(0).tolist() == IDS[10:].tolist()
+    assert open_cache(same, using=other).tokens(0).tolist() == IDS[10:].tolist()
     with pytest.raises(ShardError, match="it holds 100 tokens, the index says 90"):
         open_cache(same).tokens(0)
-    cache.close()
 
 
 def test_a_bad_shard_leaves_nothing_behind_and_the_others_can_be_read(
@@ -367,8 +368,7 @@ def test_a_kill_in_the_middle_of_a_download_costs_that_download_only(
 ) -> None:
     facts = replace(save_shard(bucket.root / NAME, input_ids=IDS), crc32c=None)
     words = [bucket.root, tmp_path / "cache", NAME, facts.tokens, facts.size]
-    command = [sys.executable, "-c", KILLED, *map(str, words)]
-    process = subprocess.run(command, cwd=PROJECT_DIRECTORY, check=False, timeout=60)
+    process = run_python("-c", KILLED, *words)
     assert process.returncode == -signal.SIGKILL
     (left,) = cached_files(tmp_path)
     assert left.name.startswith(".tmp-")
@@ -391,19 +391,17 @@ class FailingBucket(CountingBucket):
 
 
 def test_a_bucket_that_fails_for_a_while_is_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, open_cache: Callable[..., ShardCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("utils.data.shard_cache.FIRST_RETRY_SECONDS", 0.01)
     bucket = FailingBucket(tmp_path / "data")
     facts = save_shard(bucket.root / NAME, input_ids=IDS)
-    cache = ShardCache([(bucket, [facts])], tmp_path / "cache", 100)
-    assert cache.tokens(0).tolist() == IDS.tolist()
+    assert open_cache(facts, using=bucket).tokens(0).tolist() == IDS.tolist()
     assert (bucket.failures, bucket.downloads) == (0, [NAME])
-    cache.close()
 
 
 def test_a_bucket_that_stays_busy_is_given_up_with_its_own_words(
-    tmp_path: Path, gcs: FakeGcsServer, monkeypatch: pytest.MonkeyPatch
+    open_cache: Callable[..., ShardCache], gcs: FakeGcsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, seconds in (("GIVE_UP_SECONDS", 10.0), ("FIRST_RETRY_SECONDS", 4.0)):
         monkeypatch.setattr(f"utils.data.shard_cache.{name}", seconds)
@@ -413,7 +411,7 @@ def test_a_bucket_that_stays_busy_is_given_up_with_its_own_words(
     gcs.put_object("runs", NAME, data)
     gcs.add_fault(Fault("status", times=None, status=429))
     bucket = open_bucket("gs://runs", retry_seconds=0.1)
-    cache = ShardCache([(bucket, [ShardFacts(NAME, 100, len(data), None)])], tmp_path, 100)
+    cache = open_cache(ShardFacts(NAME, 100, len(data), None), using=bucket)
 
     def wait(seconds: float) -> None:
         waited.append(seconds)
@@ -425,7 +423,6 @@ def test_a_bucket_that_stays_busy_is_given_up_with_its_own_words(
         with pytest.raises(TransientStorageError, match=f"gs://runs/{NAME}: .*429"):
             cache.tokens(0)
     assert waited == [4.0]  # the next wait would be over after the limit
-    cache.close()
     bucket.close()
 
 
@@ -466,16 +463,14 @@ class FullDisk(CountingBucket):
 
 
 def test_a_full_disk_is_told_at_once_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, open_cache: Callable[..., ShardCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("utils.data.shard_cache.GIVE_UP_SECONDS", 0)
     bucket = FullDisk(tmp_path / "data")
     facts = save_shard(bucket.root / NAME, input_ids=IDS)
-    cache = ShardCache([(bucket, [facts])], tmp_path / "cache", 100)
     with pytest.raises(StorageError, match="cache cannot be written: No space left") as caught:
-        cache.tokens(0)
+        open_cache(facts, using=bucket).tokens(0)
     assert not isinstance(caught.value, TransientStorageError)
-    cache.close()
 
 
 LIMITED = """

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -61,20 +62,15 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def put(source: Path, uri: str, **options: object) -> tuple[int, int]:
-    bucket = open_bucket(uri)
-    try:
+    with closing(open_bucket(uri)) as bucket:
         report = put_tree(source, bucket, **options)
-    finally:
-        bucket.close()
     return report.files, report.skipped_files
 
 
 def get(uri: str, directory: Path) -> tuple[int, int]:
     found = find_objects(uri)
-    try:
+    with closing(found.bucket):
         report = get_tree(found, directory)
-    finally:
-        found.bucket.close()
     return report.files, report.skipped_files
 
 
@@ -107,8 +103,8 @@ def test_removing_leaves_nothing_but_the_neighbours(
     put(tree, f"{target}/one")
     put(tree, f"{target}/oneself")
     found = find_objects(f"{target}/one")
-    remove_objects(found)
-    found.bucket.close()
+    with closing(found.bucket):
+        remove_objects(found)
 
     with pytest.raises(UsageError, match="nothing is there"):
         find_objects(f"{target}/one")
@@ -158,9 +154,8 @@ def test_a_file_that_its_index_does_not_vouch_for_stays_where_it_is(
     ) as caught:
         put(tree, target)
     assert caught.value.exit_code == ExitCode.USAGE
-    bucket = open_bucket(target)
-    bucket.put_file(f"{folder}deep/x.npz", tree / folder / "deep" / "x.npz")
-    bucket.close()
+    with closing(open_bucket(target)) as bucket:
+        bucket.put_file(f"{folder}deep/x.npz", tree / folder / "deep" / "x.npz")
     with pytest.raises(DataError, match=f"{folder}deep/x.npz is damaged or was replaced"):
         get(target, tmp_path / "back")
     assert not (tmp_path / "back" / folder / "index.json").exists()
@@ -176,9 +171,8 @@ def test_an_index_that_cannot_be_read_is_not_copied_over_a_good_one(
     (tree / "index.json").write_bytes(UNREADABLE["torn"])
     with pytest.raises(DataError, match="index.json is not usable"):
         put(tree, target)
-    bucket = open_bucket(target)
-    bucket.put_file("index.json", tree / "index.json")
-    bucket.close()
+    with closing(open_bucket(target)) as bucket:
+        bucket.put_file("index.json", tree / "index.json")
     with pytest.raises(DataError, match="index.json is not usable"):
         get(target, tmp_path / "back")
     assert contents(tmp_path / "back") == before

@@ -19,6 +19,7 @@ from utils.models.tokenizer import (
     encode_prompt,
     find_misreading,
     load_tokenizer_from,
+    write_tokenizer_files,
 )
 
 TEXT = "It's 12345 and 67 o'clock; the na\u00efve fox doesn't  run \u4f60\u597d.\n" * 20
@@ -64,8 +65,7 @@ def write_tokenizer(
 def write_shipped(name: Path, folder: Path, model_type: str | None = None) -> Path:
     """Write what is shipped of a tokenizer, beside a model's config if there is one."""
     folder.mkdir()
-    for file, content in resolve_tokenizer(str(name)).files.items():
-        (folder / file).write_bytes(content)
+    write_tokenizer_files(resolve_tokenizer(str(name)).files, folder)
     if model_type:
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     return folder

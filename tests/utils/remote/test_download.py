@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import pytest
 import zstandard
 from isal import igzip
 
+from tests.processes import run_python
 from tests.sample_checkpoints import RUN_ID, make_checkpoint, publish, seal
 from utils.base.archive_formats import ARCHIVE_SUFFIXES, COMPRESSIONS
 from utils.base.errors import (
@@ -47,7 +47,6 @@ from utils.uploads.uploader import Uploader, find_unfinished
 
 NAME = "checkpoint-epoch0-step50-files0"
 OTHER = "checkpoint-epoch0-step60-files0"
-PROJECT = Path(__file__).resolve().parents[3]
 
 
 class ScriptedBucket(DirectoryBucket):
@@ -633,8 +632,7 @@ def test_what_a_killed_download_left_is_removed_by_the_next_download_or_training
     here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     here.upload()
-    command = [sys.executable, "-c", KILLED, here.bucket.uri, str(here.directory), NAME, stage]
-    result = subprocess.run(command, cwd=PROJECT, check=False)
+    result = run_python("-c", KILLED, here.bucket.uri, here.directory, NAME, stage)
     assert result.returncode == -signal.SIGKILL
     left = {path.name for path in here.directory.iterdir()}
     assert {name[:17] for name in left} == {".saving-download-"}

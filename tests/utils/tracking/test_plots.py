@@ -7,14 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.tracking.plots import (
-    Curves,
-    Panel,
-    Series,
-    draw_panels,
-    draw_picture,
-    shorten_labels,
-)
+from utils.tracking.plots import Curves, Panel, Series, draw_panels, draw_picture, shorten_labels
 
 LINE = Series([10, 20, 30], [3.0, 2.0, 1.0])
 POINT = Series([20], [2.5])

@@ -93,17 +93,21 @@ def test_metrics_have_groups_on_boards_and_flat_names_in_the_file() -> None:
         "loss": 1,
         "validation_loss": 3.0,
         "best_validation_loss": 4.0,
+        "validation_perplexity": 5.0,
+        "learning_rate": 0.1,
         "mfu": 0.5,
         "something_new": 7,
         "note": "text",
     }
-    assert group_metrics(record) == {
-        "loss/train": 1.0,
-        "loss/validation": 3.0,
-        "loss/validation_best": 4.0,
-        "speed/mfu": 0.5,
-        "train/something_new": 7.0,
-    }
+    assert sorted(group_metrics(record).items()) == [  # as a board sorts them
+        ("loss/train", 1.0),
+        ("loss/validation", 3.0),
+        ("loss/validation_best", 4.0),
+        ("optimizer/learning_rate", 0.1),
+        ("speed/mfu", 0.5),
+        ("train/something_new", 7.0),
+        ("validation/perplexity", 5.0),
+    ]
 
 
 def test_hyperparameters_are_flat_and_their_types_are_what_a_board_takes() -> None:

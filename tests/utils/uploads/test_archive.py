@@ -8,7 +8,6 @@ import hashlib
 import io
 import os
 import subprocess
-import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from configs.config_files import PROJECT_DIRECTORY
+from tests.processes import run_python
 from tests.sample_checkpoints import make_checkpoint, seal
 from tests.utils.uploads.waiting import end_in_time
 from utils.base.archive_formats import COMPRESSIONS
@@ -175,14 +174,8 @@ for compression, threads in (("fast", 1), ("fast", 4), ("zstd", 4)):
 
 
 def test_nothing_complains_later_of_a_sink_that_failed(checkpoint: Path) -> None:
-    result = subprocess.run(
-        # Python below 3.13 hides what fails while a file is freed, except from developers.
-        [sys.executable, "-X", "dev", "-c", FAILING_SINKS, str(checkpoint)],
-        cwd=PROJECT_DIRECTORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    # Python below 3.13 hides what fails while a file is freed, except from developers.
+    result = run_python("-X", "dev", "-c", FAILING_SINKS, checkpoint)
     assert (result.stdout, result.stderr) == ("full\n" * 12, "")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.gcs_server import FakeGcsServer, Fault
-from tests.sample_checkpoints import RUN_ID, make_checkpoint
+from tests.sample_checkpoints import RUN_ID, change_manifest, make_checkpoint
 from utils.base.errors import (
     AccessDeniedError,
     CheckpointError,
@@ -174,16 +174,11 @@ def checkpoint(tmp_path: Path) -> Path:
     return make_checkpoint(tmp_path / "checkpoints", 10)
 
 
-def stamp(checkpoint: Path, **changes: Any) -> Path:
-    """Let another run or branch have written a checkpoint."""
-    path = checkpoint / "manifest.json"
-    path.write_text(json.dumps({**read_json(path), **changes}))
-    return checkpoint
-
-
 def make_other(tmp_path: Path, **changes: Any) -> Path:
     """Return a checkpoint of the same name with other weights."""
-    return stamp(make_checkpoint(tmp_path / "other", 10, current_loss=1.25), **changes)
+    checkpoint = make_checkpoint(tmp_path / "other", 10, current_loss=1.25)
+    change_manifest(checkpoint, **changes)
+    return checkpoint
 
 
 # What there is afterwards.
@@ -350,7 +345,7 @@ def test_the_checkpoint_of_a_branch_that_was_left_is_set_aside_first(
     if not has_archive:
         place.bucket.delete(ARCHIVE)
     theirs = place.contents()
-    stamp(checkpoint, branch=2, forks=[[0, 0], [1, 5], [2, 8]])
+    change_manifest(checkpoint, branch=2, forks=[[0, 0], [1, 5], [2, 8]])
     check = place.check if has_archive else nothing
     place.upload(checkpoint, before=check, after=check)
     aside = "Checkpoints/set-aside/branch-1"
@@ -378,7 +373,7 @@ def test_the_checkpoint_of_a_branch_that_this_one_does_not_come_from_is_refused(
 ) -> None:
     place.upload(make_other(tmp_path, branch=theirs[0], forks=theirs[1]))
     before = place.contents()
-    stamp(checkpoint, branch=ours[0], forks=ours[1])
+    change_manifest(checkpoint, branch=ours[0], forks=ours[1])
     with pytest.raises(CheckpointError, match=f"belongs to branch {theirs[0]} of this run"):
         place.upload(checkpoint)
     assert place.contents() == before
@@ -586,7 +581,7 @@ def prepare(place: Place, checkpoint: Path, tmp_path: Path, there: str) -> None:
     if there != "nothing":
         place.upload(make_other(tmp_path))
     if there == "branch left":
-        stamp(checkpoint, branch=1, forks=[[0, 0], [1, 5]])
+        change_manifest(checkpoint, branch=1, forks=[[0, 0], [1, 5]])
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 
 from tests.gcs_server import FakeGcsServer, Fault
 from tests.sample_checkpoints import RUN_ID
-from tests.utils.uploads.waiting import WAIT_SECONDS, wait_until
+from tests.utils.uploads.waiting import WAIT_SECONDS, Clock, started, wait_until
 from utils.base.errors import ConflictError, LockedError, TransientStorageError
 from utils.storage.bucket import Bucket, ObjectInfo
 from utils.storage.directory import DirectoryBucket
@@ -34,7 +33,6 @@ from utils.uploads.lease import (
     hold_prefix,
 )
 
-PROJECT = Path(__file__).resolve().parents[3]
 BEAT = 0.05
 
 
@@ -74,22 +72,6 @@ def put_holder(bucket: Bucket, **changes: Any) -> LeaseRecord:
     return record
 
 
-class Clock:
-    """Time that passes only while somebody sleeps, and then at once."""
-
-    def __init__(self) -> None:
-        self.slept = 0.0
-        self.meanwhile: Callable[[], object] = lambda: None
-        """Done while somebody sleeps."""
-
-    def monotonic(self) -> float:
-        return self.slept
-
-    def sleep(self, seconds: float) -> None:
-        self.slept += seconds
-        self.meanwhile()
-
-
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Watching a holder takes no time; beats come as they do."""
@@ -103,23 +85,20 @@ def wait_for_beat(bucket: Bucket) -> None:
     wait_until(lambda: record_in(bucket).beat > beat)
 
 
-def never(holder: str, seconds: float) -> None:
-    raise AssertionError(f"waited for {holder}")
-
-
 # What the holder does.
 
 
-def test_the_lease_names_its_holder_and_goes_at_the_end(bucket: Bucket) -> None:
-    with hold_prefix(bucket, RUN_ID, heartbeat_seconds=30, on_wait=never) as lease:
+def test_the_lease_names_its_holder_and_goes_at_the_end(bucket: Bucket, clock: Clock) -> None:
+    with hold_prefix(bucket, RUN_ID, heartbeat_seconds=30) as lease:
         assert (lease.is_held, lease.lost) == (True, None)
         record = record_in(bucket)
         assert (record.run_id, record.host, record.pid) == (RUN_ID, platform.node(), os.getpid())
         assert record.heartbeat_seconds == 30
     assert bucket.stat(LEASE_OBJECT) is None
     assert not lease.is_held
-    with hold_prefix(bucket, RUN_ID, on_wait=never):
+    with hold_prefix(bucket, RUN_ID):
         assert record_in(bucket).token != record.token
+    assert not clock.now  # nobody was waited for
 
 
 def test_the_lease_goes_when_the_run_fails(directory: DirectoryBucket) -> None:
@@ -151,7 +130,7 @@ def test_a_second_trainer_is_refused_and_told_who_is_there(
             pass
         assert first.lost is None
         assert record_in(bucket).run_id == "run-1"
-    assert clock.slept == pytest.approx(2 * 0.01 / POLLS_PER_WATCH)  # at its first beat
+    assert clock.now == pytest.approx(2 * 0.01 / POLLS_PER_WATCH)  # at its first beat
     message = str(caught.value)
     assert f"{bucket.uri} is in use" in message
     assert f"run run-1, process {os.getpid()} on {platform.node()}" in message
@@ -173,21 +152,16 @@ def test_of_two_that_start_at_once_one_wins_and_the_other_names_it(
 
     monkeypatch.setattr(bucket, "put_bytes_if", put_too_late)
     with pytest.raises(LockedError, match=r"run run-3, process 4711 on node-7"):
-        PrefixLease(bucket, "run-2", BEAT).acquire(lambda holder, seconds: None)
+        PrefixLease(bucket, "run-2", BEAT).acquire()
     assert record_in(bucket).run_id == "run-3"
 
 
-def test_who_ends_during_the_wait_makes_room_at_once(bucket: Bucket) -> None:
+def test_who_ends_during_the_wait_makes_room_at_once(bucket: Bucket, clock: Clock) -> None:
     put_holder(bucket, heartbeat_seconds=60)
-    waits: list[float] = []
-
-    def leave(holder: str, seconds: float) -> None:
-        waits.append(seconds)
-        bucket.delete(LEASE_OBJECT)
-
-    with hold_prefix(bucket, "run-2", on_wait=leave) as lease:
+    clock.meanwhile = lambda: bucket.delete(LEASE_OBJECT)
+    with hold_prefix(bucket, "run-2") as lease:
         assert lease.is_held
-    assert len(waits) == 1
+    assert clock.now == 2 * 60 / POLLS_PER_WATCH
 
 
 # Dead holders.
@@ -198,7 +172,7 @@ def test_a_dead_holder_elsewhere_delays_by_two_of_its_heartbeats(
 ) -> None:
     put_holder(bucket, heartbeat_seconds=60)
     with hold_prefix(bucket, "run-2", heartbeat_seconds=30) as lease:
-        assert clock.slept == pytest.approx(120)
+        assert clock.now == pytest.approx(120)
         assert lease.is_held
         assert record_in(bucket).run_id == "run-2"
     assert "run run-1, process 4711 on node-7) gave no sign of life" in caplog.text
@@ -214,42 +188,31 @@ with hold_prefix(open_bucket(sys.argv[1]), "run-1", heartbeat_seconds=60):
 """
 
 
-@contextmanager
-def other_trainer(uri: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, uri],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=PROJECT,
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
-
-
 @pytest.mark.parametrize("is_reaped", [True, False])
-def test_a_killed_holder_of_this_machine_is_not_waited_for(bucket: Bucket, is_reaped: bool) -> None:
-    with other_trainer(bucket.uri) as process:
+def test_a_killed_holder_of_this_machine_is_not_waited_for(
+    bucket: Bucket, clock: Clock, is_reaped: bool
+) -> None:
+    with started(HOLDER, bucket.uri) as (process, line):
+        assert line == "held\n"
         assert record_in(bucket).pid == process.pid
         process.kill()
         if is_reaped:
             process.wait(WAIT_SECONDS)
         else:  # a zombie until its parent asks
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        with hold_prefix(bucket, "run-2", on_wait=never):
-            assert record_in(bucket).run_id == "run-2"
+        with hold_prefix(bucket, "run-2"):
+            assert (record_in(bucket).run_id, clock.now) == ("run-2", 0)
 
 
-def test_another_process_with_a_dead_holders_id_does_not_block(directory: DirectoryBucket) -> None:
+def test_another_process_with_a_dead_holders_id_does_not_block(
+    directory: DirectoryBucket, clock: Clock
+) -> None:
     with hold_prefix(directory, "run-1"):
         record = record_in(directory)
     assert record.process_start
     put_holder(directory, **{**asdict(record), "process_start": "1"})
-    with hold_prefix(directory, "run-2", on_wait=never):
-        assert record_in(directory).run_id == "run-2"
+    with hold_prefix(directory, "run-2"):
+        assert (record_in(directory).run_id, clock.now) == ("run-2", 0)
 
 
 @pytest.mark.parametrize(
@@ -274,13 +237,13 @@ def test_a_holder_that_may_be_alive_is_waited_for(
         record = record_in(directory)
     own = {**asdict(record), "pid": ended.pid}
     put_holder(directory, **own)
-    with hold_prefix(directory, "run-2", on_wait=never):
-        pass
+    with hold_prefix(directory, "run-2"):
+        assert not clock.now
     put_holder(directory, **{**own, **change})
     if change == {"machine": ""}:  # machines that cannot say which they are are not the same
         monkeypatch.setattr(prefix_lease, "_machine_id", lambda: "")
     with hold_prefix(directory, "run-2"):
-        assert clock.slept
+        assert clock.now
 
 
 @pytest.mark.parametrize(
@@ -376,14 +339,14 @@ def test_a_watch_begins_anew_after_the_bucket_was_down(
     read, failures = directory.read_version, [3]
 
     def read_or_fail(name: str) -> tuple[bytes, ObjectInfo]:
-        if clock.slept and failures[0]:
+        if clock.now and failures[0]:
             failures[0] -= 1
             raise TransientStorageError("503")
         return read(name)
 
     monkeypatch.setattr(directory, "read_version", read_or_fail)
     with hold_prefix(directory, "run-2"):
-        assert clock.slept == pytest.approx(3 * 10 + 80)
+        assert clock.now == pytest.approx(3 * 10 + 80)
 
     put_holder(directory, heartbeat_seconds=40)
     failures[0] = 100

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -17,9 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from configs.config_files import PROJECT_DIRECTORY
 from tests.sample_checkpoints import make_checkpoint, seal
-from tests.utils.uploads.waiting import WAIT_SECONDS, wait_until
+from tests.utils.uploads.waiting import WAIT_SECONDS, started, wait_until
 from utils.base.child_process import AUTOGROUP_FILE, NICENESS
 from utils.base.errors import (
     CheckpointError,
@@ -215,13 +212,12 @@ def test_where_no_process_can_be_started_it_uploads_here(
 # Its parent, and what it starts.
 
 PARENT = """
-import json, os, sys, time
+import os, sys, time
 from utils.uploads import process as upload_process
 from utils.uploads.transports import TransportOptions
 from utils.uploads.job import UploadJob
 
 if __name__ == "__main__":
-    checkpoint, options = sys.argv[1], json.loads(sys.argv[2])
     def tell(report):
         if "fork" in sys.argv:
             sys.argv.remove("fork")
@@ -229,38 +225,9 @@ if __name__ == "__main__":
                 time.sleep(60)
         print("busy", flush=True)
 
-    job = UploadJob(checkpoint, TransportOptions(**options), "none")
+    job = UploadJob(sys.argv[1], TransportOptions("gs://runs/a", "gsutil"), "none")
     upload_process.run_in_process(job, tell)
 """
-
-
-class Parent:
-    """A trainer that does nothing but upload, in a process group of its own."""
-
-    def __init__(self, checkpoint: Path, *, forks: bool = False, **options: Any) -> None:
-        words = [str(checkpoint), json.dumps(options), *(["fork"] if forks else [])]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PARENT, *words],
-            cwd=PROJECT_DIRECTORY,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            text=True,
-        )
-
-    def __enter__(self) -> Parent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def descendants(self) -> list[psutil.Process]:
-        found: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
-        return found
-
-    def wait_until_busy(self) -> None:
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "busy\n"
 
 
 @pytest.fixture
@@ -287,14 +254,14 @@ def require_gone(processes: list[psutil.Process]) -> None:
 def test_when_the_trainer_is_killed_it_goes_with_all_that_it_started(
     checkpoint: Path, sleeping_gsutil: Path, forks: bool
 ) -> None:
-    with Parent(checkpoint, forks=forks, uri="gs://runs/a", name="gsutil") as parent:
+    with started(PARENT, checkpoint, *(["fork"] if forks else [])) as (parent, line):
+        assert line == "busy\n"
         wait_until(sleeping_gsutil.exists)
-        parent.wait_until_busy()
-        processes = parent.descendants()
-        workers = [p for p in processes if os.getsid(p.pid) == parent.process.pid]
+        processes = psutil.Process(parent.pid).children(recursive=True)
+        workers = [p for p in processes if os.getsid(p.pid) == parent.pid]
         processes = [p for p in processes if p not in workers]
         assert (len(processes), len(workers)) == (3, int(forks))  # itself, gsutil, sleep
-        parent.process.kill()
+        parent.kill()
         try:
             require_gone(processes)
         finally:

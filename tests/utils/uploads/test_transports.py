@@ -40,7 +40,6 @@ from utils.uploads.transports import (
 )
 from utils.uploads.watched_command import START_SECONDS
 
-ROOT = Path(__file__).parents[3]
 SMALL, BLOCK = 64 * 1024, 256 * 1024
 LARGE = 5 * BLOCK + 1000
 NAME = "Check points/a b.tar.gz"

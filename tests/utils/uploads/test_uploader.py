@@ -28,7 +28,6 @@ from utils.base.errors import (
     StorageError,
     TransientStorageError,
 )
-from utils.base.retrying import FIRST_RETRY_SECONDS
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import (
     UPLOAD_LOCK_PREFIX,
@@ -38,6 +37,7 @@ from utils.checkpoints.layout import (
 )
 from utils.checkpoints.store import hold_upload
 from utils.storage.bucket import crc32c_of_file
+from utils.storage.retrying import FIRST_RETRY_SECONDS
 from utils.uploads import uploader as uploader_module
 from utils.uploads.job import ProgressReport, UploadJob, UploadResult
 from utils.uploads.process import InterruptedUploadError

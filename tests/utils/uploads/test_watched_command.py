@@ -25,7 +25,6 @@ from utils.uploads import watched_command
 from utils.uploads.watched_command import StallTimer, WatchedCommand, _activity
 
 BLOCK = 256 * 1024
-BLOCKS = 60
 
 
 def command(script: str, stall_seconds: float = 10, meter: Meter | None = None) -> WatchedCommand:

@@ -229,13 +229,6 @@ def merge_tasks(bucket: Bucket) -> Preparation:
     return Preparation(index, is_new=index != old)
 
 
-@dataclass(frozen=True)
-class _FinishedPart:
-    shards: list[dict[str, Any]]
-    token_counts: TokenCounts
-    summary: dict[str, int]
-
-
 def _add_parts(
     bucket: Bucket, whole: dict[str, Any], vocab_size: int
 ) -> tuple[list[dict[str, Any]], TokenCounts, Counter[str]]:
@@ -246,7 +239,7 @@ def _add_parts(
     stored = {info.name: info for info in bucket.list("task-")}
     fingerprint, count = whole["source_fingerprint"], whole["tasks"]
 
-    def read(number: int) -> _FinishedPart | None:
+    def read(number: int) -> dict[str, Any] | None:
         return _read_part(bucket, task_folder(number), fingerprint, stored)
 
     shards: list[dict[str, Any]] = []
@@ -256,9 +249,10 @@ def _add_parts(
             if part is None:
                 missing.append(str(number))
             else:
-                shards += part.shards
-                counts += part.token_counts
-                summary.update(part.summary)
+                shards += part["shards"]
+                counts += part["token_counts"]
+                summary.update(part["summary"])
+    del summary["unigram_entropy_nats"]
     if missing:
         names = ", ".join(missing[:SHOWN_TASKS]) + ", ..." * (len(missing) > SHOWN_TASKS)
         raise DataError(
@@ -270,8 +264,8 @@ def _add_parts(
 
 def _read_part(
     bucket: Bucket, folder: str, fingerprint: str, stored: dict[str, ObjectInfo]
-) -> _FinishedPart | None:
-    """Return what a task has finished, or None where it is not whole.
+) -> dict[str, Any] | None:
+    """Return the index of a finished part, its shards named as seen from here; None without one.
 
     Sizes are compared, and checksums as far as the bucket knows them: each shard was verified when
     it was written.
@@ -290,5 +284,5 @@ def _read_part(
         ):
             _logger.warning("%s/%s is missing or damaged.", bucket.uri, shard["name"])
             return None
-    summary = {k: v for k, v in index["summary"].items() if k != "unigram_entropy_nats"}
-    return _FinishedPart(shards, np.array(index["token_counts"], np.int64), summary)
+    # As an array: the lists of all parts together would be gigabytes.
+    return {**index, "shards": shards, "token_counts": np.array(index["token_counts"], np.int64)}

@@ -42,8 +42,8 @@ def read_npy(path: Path, column: str, token_dtype: str | None) -> Iterator[Stret
     if read_head(path, len(NPY_MAGIC)) != NPY_MAGIC:
         raise ValueError("no .npy header; bare ids are named .bin, see --token-dtype")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim != 1:
-        what = f"{array.dtype}, shape {array.shape}" if hasattr(array, "dtype") else "an archive"
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        what = f"{array.dtype}, shape {array.shape}"
         raise DataError(f"{path}: holds {what}; a 1-D array of integers is needed.")
     if not len(array):
         raise DataError(f"{path}: holds no tokens.")

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from utils.base.errors import DataError
-from utils.corpus.token_files.flat import Stretch, map_ids, read_head
+from utils.corpus.token_files.flat import RawArray, Stretch, map_ids, read_head
 
 # magic (9 bytes), version (8), type (1), number of sequences (8), entries of documents (8), then
 # lengths (4 each), positions in bytes (8 each), first sequence of each document and their number
@@ -27,8 +25,6 @@ MEGATRON_VERSION = 1
 MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 MEGATRON_HEAD_BYTES = 34
 DATATROVE_DTYPES = {2: "uint16", 4: "uint32"}
-
-Numbers = npt.NDArray[np.integer[Any]]
 
 
 def read_megatron(path: Path, column: str, token_dtype: str | None) -> Iterator[Stretch]:
@@ -60,7 +56,7 @@ def read_megatron(path: Path, column: str, token_dtype: str | None) -> Iterator[
     yield Stretch(ids, np.concatenate([[0], stops])[first_sequences[1:]])
 
 
-def _read_megatron_index(index: Path) -> tuple[str, Numbers, Numbers, Numbers]:
+def _read_megatron_index(index: Path) -> tuple[str, RawArray, RawArray, RawArray]:
     """Return type of the ids, lengths and positions of sequences, first sequences of documents."""
     head = read_head(index, MEGATRON_HEAD_BYTES)
     if not head.startswith(MEGATRON_MAGIC):
@@ -120,7 +116,7 @@ def read_datatrove(path: Path, column: str, token_dtype: str | None) -> Iterator
     yield Stretch(map_ids(path, DATATROVE_DTYPES[item_size]), ends)
 
 
-def _require_ascending(index: Path, ends: Numbers) -> None:
+def _require_ascending(index: Path, ends: RawArray) -> None:
     wrong = np.flatnonzero(ends[1:] < ends[:-1])
     if len(wrong):
         raise DataError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from utils.base.text import parse_json
+from utils.base.text import parse_json_object
 from utils.corpus.file_kinds import (
     ARROW_SUFFIX,
     BIN_SUFFIX,
@@ -67,7 +67,6 @@ def _folder_kind(folder: Path) -> str | None:
 def _read(path: Path) -> dict[str, Any]:
     """Return what a JSON file holds; nothing where it is none."""
     try:
-        value = parse_json(path.read_bytes())
+        return parse_json_object(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}

@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from utils.base.errors import DataError
 from utils.base.text import parse_json_object
+from utils.corpus.file_kinds import DEFAULT_COLUMN
 from utils.corpus.token_files.flat import RawArray, Stretch
-from utils.corpus.token_files.tables import DEFAULT_COLUMN, ID_COLUMNS
+from utils.corpus.token_files.tables import ID_COLUMNS
 
 MDS_INDEX = "index.json"
 MDS_VERSION = 2

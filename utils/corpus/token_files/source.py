@@ -28,6 +28,7 @@ from utils.corpus.documents import TokenArray
 from utils.corpus.file_kinds import (
     BIN_SUFFIX,
     COMPRESSION_SUFFIXES,
+    DEFAULT_COLUMN,
     cut_files,
     file_sizes,
     read_errors,
@@ -36,13 +37,7 @@ from utils.corpus.token_files import kinds
 from utils.corpus.token_files.flat import RawArray, Stretch, read_flat, read_llmc, read_npy
 from utils.corpus.token_files.indexed import read_datatrove, read_megatron
 from utils.corpus.token_files.mds import mds_files, read_mds
-from utils.corpus.token_files.tables import (
-    DEFAULT_COLUMN,
-    read_arrow,
-    read_parquet,
-    read_saved,
-    saved_files,
-)
+from utils.corpus.token_files.tables import read_arrow, read_parquet, read_saved, saved_files
 from utils.data.shard_cache import token_dtype
 
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64")

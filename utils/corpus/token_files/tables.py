@@ -15,9 +15,9 @@ import numpy as np
 
 from utils.base.errors import DataError, first_line
 from utils.base.text import parse_json_object
+from utils.corpus.file_kinds import DEFAULT_COLUMN
 from utils.corpus.token_files.flat import Stretch, read_head
 
-DEFAULT_COLUMN = "text"
 # Taken where no column is named and there is none of texts.
 ID_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 BATCH_ROWS = 1024
@@ -31,7 +31,7 @@ def parquet_holds_ids(path: Path, column: str) -> bool:
     """
     import pyarrow.parquet
 
-    with _read_errors(path, "Parquet file"):
+    with table_errors(path, "Parquet file"):
         return _find_column(pyarrow.parquet.read_schema(path), column) is not None
 
 
@@ -39,7 +39,7 @@ def read_parquet(path: Path, column: str, token_dtype: str | None) -> Iterator[S
     """Yield the rows of a Parquet file."""
     import pyarrow.parquet
 
-    with _read_errors(path, "Parquet file"), pyarrow.parquet.ParquetFile(path) as file:
+    with table_errors(path, "Parquet file"), pyarrow.parquet.ParquetFile(path) as file:
         name = _require_ids(path, file.schema_arrow, column)
         yield from _rows(file.iter_batches(BATCH_ROWS, columns=[name]), name, path)
 
@@ -48,7 +48,7 @@ def read_arrow(path: Path, column: str, token_dtype: str | None) -> Iterator[Str
     """Yield the rows of an Arrow file, or of a stream as `datasets` writes it."""
     import pyarrow.ipc
 
-    with _read_errors(path, "Arrow file"), pyarrow.memory_map(str(path)) as file:
+    with table_errors(path, "Arrow file"), pyarrow.memory_map(str(path)) as file:
         if read_head(path, 6) == b"ARROW1":
             reader = pyarrow.ipc.open_file(file)
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
@@ -61,7 +61,7 @@ def read_saved(folder: Path, column: str, token_dtype: str | None) -> Iterator[S
     """Yield the rows of a dataset as `Dataset.save_to_disk` writes it."""
     import datasets
 
-    with _read_errors(folder, "dataset"):
+    with table_errors(folder, "dataset"):
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.DatasetDict):
             raise DataError(f"{folder}: holds {', '.join(saved)}. Give one, as {folder}/NAME.")
@@ -80,7 +80,8 @@ def saved_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _read_errors(path: Path, what: str) -> Iterator[None]:
+def table_errors(path: Path, what: str) -> Iterator[None]:
+    """Raise errors of a table that is read as DataErrors; `what` it should be."""
     import pyarrow
 
     try:

@@ -10,18 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from utils.base.console import print_table, print_wrapped
-from utils.base.text import Column, format_bytes, printable
-from utils.tools.diagnosis.facts import (
-    SHM,
-    Driver,
-    DriverGpu,
-    Facts,
-    Host,
-    Timing,
-    Torch,
-    TorchGpu,
-)
+from utils.base.console import print_wrapped
+from utils.base.tables import Column, print_table
+from utils.base.text import format_bytes, printable
+from utils.tools.diagnosis.facts import SHM, Driver, DriverGpu, Facts, Host, Timing, Torch, TorchGpu
 from utils.tools.diagnosis.findings import Diagnosis, summarize_findings
 from utils.tools.diagnosis.fit import Forecast, describe_forecast
 

@@ -137,7 +137,7 @@ def _parse(line: bytes) -> Evaluation | None:
         return Evaluation(
             printable(model),
             printable(task, 80),
-            {printable(name, 80): _figure(value) for name, value in values.items()},
+            {printable(name, 80): number(value, GREATEST_VALUE) for name, value in values.items()},
             dict(what),
             dict(how),
             int(step) if step is not None and 0 <= step < MAX_STEP else None,
@@ -147,11 +147,6 @@ def _parse(line: bytes) -> Evaluation | None:
         )
     except FOREIGN_ERRORS:
         return None
-
-
-def _figure(value: object) -> float | None:
-    known = number(value)
-    return known if known is not None and abs(known) <= GREATEST_VALUE else None
 
 
 def _text(value: object) -> str | None:

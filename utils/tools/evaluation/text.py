@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.base.text import ABSENT, Column, number, printable
+from utils.base.tables import Column
+from utils.base.text import ABSENT, number, printable
 from utils.tools.evaluation.log import ERROR_SUFFIX, NO_RESULTS, Evaluation, MetricPoints
 from utils.tracking.plots import Panel, draw_panels
 from utils.tracking.text_plots import draw_chart

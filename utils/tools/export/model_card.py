@@ -20,6 +20,7 @@ from utils.checkpoints.layout import METADATA_FILE, Manifest
 from utils.checkpoints.views import read_json_object
 from utils.models.parts import OPTIMIZER_PREFIX
 from utils.remote.loading import LoadedModel, ModelSource
+from utils.tools.viewer.report import section
 
 WEIGHTS_SUFFIXES = (".safetensors", "pytorch_model.bin")
 HYPERPARAMETERS = (
@@ -68,7 +69,7 @@ def build_card(loaded: LoadedModel) -> str:
     config = {key: getattr(model.config, key, None) for key in CONFIG_KEYS}
     kind = str(config["model_type"])
     metadata = _read(source, METADATA_FILE)
-    base = _mapping(metadata.get("base"))
+    base = section(metadata, "base")
     on_hub = source.location if source.directory is None else None
     size = f"A {escape(kind)} language model of {model.num_parameters():,} parameters"
     data: Any = ModelCardData  # its annotations do not allow that no licence is known
@@ -128,9 +129,8 @@ def escape(value: object) -> str:
 def _training_rows(
     manifest: Manifest, metadata: Mapping[str, Any], training: Mapping[str, Any]
 ) -> list[tuple[str, object]]:
-    progress = _mapping(metadata.get("training_progress"))
-    validation = _mapping(metadata.get("validation_metrics"))
-    base = _mapping(metadata.get("base"))
+    progress = section(metadata, "training_progress")
+    validation, base = section(metadata, "validation_metrics"), section(metadata, "base")
     return [
         ("preset", training.get("model") or None),
         *((f"begun from: {key}", base[key]) for key in BASE_KEYS if key in base),
@@ -146,7 +146,7 @@ def _training_rows(
 def _origin_rows(
     source: ModelSource, manifest: Manifest, metadata: Mapping[str, Any]
 ) -> list[tuple[str, object]]:
-    system = _mapping(metadata.get("system_info"))
+    system = section(metadata, "system_info")
     return [
         ("checkpoint", source.name),
         *(("mean of the weights of", path.name) for path in source.averaged),
@@ -176,7 +176,3 @@ def _cell(value: object) -> str:
     if found is None:
         return escape(value)
     return f"{found:,.0f}" if isinstance(value, int) else f"{found:.6g}"
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

@@ -15,12 +15,7 @@ from pathlib import Path
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, UsageError
 from utils.base.progress import OnProgress
-from utils.checkpoints.layout import (
-    RunIdentity,
-    RunPaths,
-    find_checkpoints,
-    read_manifest,
-)
+from utils.checkpoints.layout import RunIdentity, RunPaths, find_checkpoints, read_manifest
 from utils.checkpoints.views import near_checkpoint, no_such_checkpoint
 from utils.remote.finding import (
     find_placed_model,
@@ -85,7 +80,7 @@ def find_model(
         try:
             return model_in_bucket(config.bucket_uri, text, config, on_progress)
         except UsageError as exc:
-            raise UsageError(f"In {shelf.where}: {problem} In the bucket: {exc}") from exc
+            raise UsageError(f"{problem} In the bucket: {exc}") from exc
     return model_on_hub(text)
 
 

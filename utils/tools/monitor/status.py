@@ -161,7 +161,8 @@ class RunWatcher:
         if state.is_live:
             size = views[-1].total_bytes if views else None
             warnings += judge_disk(machine.disk_free_bytes, disk_seconds, size, eta_seconds)
-        max_steps = number(findings.start.get("max_steps"))
+        max_steps, now = number(findings.start.get("max_steps")), self._clock()
+        record = read_run_record(self._paths.checkpoints) if state in ENDED_STATES else None
         return RunStatus(
             state=state,
             detail=detail,
@@ -173,25 +174,21 @@ class RunWatcher:
             stall_seconds=findings.stall_seconds,
             metrics=findings.metrics,
             loss_curve=findings.loss_curve,
-            checkpoints=[_checkpoint_status(v, self._uploads.entries, self._now()) for v in views],
+            checkpoints=[_checkpoint_status(view, self._uploads.entries, now) for view in views],
             save_interval_seconds=interval,
             uploads=dict(Counter(one.state.value for one in self._uploads.entries.values())),
             machine=machine,
             disk_seconds_left=disk_seconds,
             costs=summarize_costs(
-                read_spending(self._metrics, self._clock() if state.is_live else None),
+                read_spending(self._metrics, now if state.is_live else None),
                 tokens_seen=findings.metrics.tokens_seen,
                 remaining_seconds=eta_seconds,
                 hourly_price=self._hourly_price,
             ),
             warnings=warnings,
             problems=problems,
-            go_on=self._find_command() if state in ENDED_STATES else "",
+            go_on="" if record is None else record.command,
         )
-
-    def _find_command(self) -> str:
-        record = read_run_record(self._paths.checkpoints)
-        return "" if record is None else record.command
 
     def _is_evaluating(self) -> bool:
         """Tell whether an evaluation has begun and not yet logged its result."""
@@ -200,9 +197,6 @@ class RunWatcher:
             return False
         last = records[-1] if records else {"step": 0}
         return last["step"] <= events[-1]["step"] and "validation_loss" not in last
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock(), UTC)
 
     def _read_metrics(self, problems: list[str]) -> bool:
         """Read what is new in the log; tell whether there was anything."""
@@ -302,14 +296,13 @@ def _save_interval(views: Sequence[CheckpointView]) -> float | None:
 
 
 def _checkpoint_status(
-    view: CheckpointView, uploads: Mapping[str, JournalEntry], now: datetime
+    view: CheckpointView, uploads: Mapping[str, JournalEntry], now: float
 ) -> CheckpointStatus:
     upload = uploads.get(str(view.name))
     error = upload.details.get("error") if upload else None
-    is_under_way = upload is not None and upload.state in (
-        UploadState.ARCHIVING,
-        UploadState.UPLOADING,
-    )
+    progress = {}
+    if upload is not None and upload.state in (UploadState.ARCHIVING, UploadState.UPLOADING):
+        progress = describe_progress(upload, datetime.fromtimestamp(now, UTC))
     return CheckpointStatus(
         name=str(view.name),
         step=view.name.step,
@@ -317,7 +310,7 @@ def _checkpoint_status(
         validation_loss=view.validation_loss,
         total_bytes=view.total_bytes,
         upload=upload.state.value if upload else None,
-        upload_progress=describe_progress(upload, now) if upload and is_under_way else {},
+        upload_progress=progress,
         upload_error=None if error is None else str(error),
         problem=view.problem,
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from utils.base.errors import UsageError
 from utils.base.text import printable
 from utils.base.uri import require_path
+from utils.corpus.file_kinds import DEFAULT_COLUMN, find_files, split_column
 
 if TYPE_CHECKING:
     from utils.corpus.prepare import CorpusOptions
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 SAMPLE_VOCAB_SIZE = 4096
 DEFAULT_TOKEN_CACHE = "cache/tokens"  # noqa: S105 - not a password
-TOKEN_CACHE_BYTES = 10**10  # the least recently used goes first
 NO_CACHE = "off"
 # Options that say how sources are read, and the sources that they are for.
 SOURCE_OPTIONS = {
@@ -42,7 +42,6 @@ SOURCE_OPTIONS = {
     "token_cache": "text",
 }
 TOKENIZER_TASK = "tokenizer"
-DEFAULT_TEXT_COLUMN = "text"
 
 
 def add_request_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +83,7 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--text-column",
         metavar="NAME",
-        help=f"column of the text in JSON, .parquet and --hf (default: {DEFAULT_TEXT_COLUMN}), or "
+        help=f"column of the text in JSON, .parquet and --hf (default: {DEFAULT_COLUMN}), or "
         "of token ids in tables and MDS (default: input_ids, tokens, token_ids or ids)",
     )
     group.add_argument(
@@ -324,7 +323,6 @@ def _refuse_unused(arguments: argparse.Namespace, sources: Sequence[Source]) -> 
 
 
 def _build_sources(arguments: argparse.Namespace, shard_tokens: int | None) -> list[Source]:
-    from utils.corpus.file_kinds import split_column
     from utils.corpus.text_sources import HubSource, SampleSource
 
     sources: list[Source] = []
@@ -332,7 +330,7 @@ def _build_sources(arguments: argparse.Namespace, shard_tokens: int | None) -> l
         sources.append(SampleSource())
     sources += _file_sources(arguments.input, arguments, shard_tokens, "--input")
     if arguments.hf:
-        name, column = split_column(arguments.hf, arguments.text_column or DEFAULT_TEXT_COLUMN)
+        name, column = split_column(arguments.hf, arguments.text_column or DEFAULT_COLUMN)
         names = (name, arguments.split or "train", arguments.hf_config, column)
         sources.append(HubSource(*names, streaming=arguments.streaming))
     return sources
@@ -345,7 +343,6 @@ def _file_sources(
     option: str,
 ) -> list[Source]:
     """Return the sources that paths name; neighbours of one kind are one source."""
-    from utils.corpus.file_kinds import find_files
     from utils.corpus.text_sources import FileSource
     from utils.corpus.token_files.kinds import ARROW, FLAT, token_kind
     from utils.corpus.token_files.source import BLOCK_TOKENS, TokenFileSource
@@ -359,7 +356,7 @@ def _file_sources(
         return kind is not None and not is_part and not is_unknown
 
     sources: list[Source] = []
-    found = find_files(patterns, is_tokens, option, arguments.text_column or DEFAULT_TEXT_COLUMN)
+    found = find_files(patterns, is_tokens, option, arguments.text_column or DEFAULT_COLUMN)
     groups = itertools.groupby(found, lambda one: (token_kind(*one) is not None, one[1]))
     for (holds_tokens, column), group in groups:
         paths = tuple(path for path, _ in group)
@@ -435,4 +432,4 @@ def open_token_cache(arguments: argparse.Namespace) -> TokenCache | None:
     directory = Path(name).expanduser()
     if any(path.exists() and not path.is_dir() for path in (directory, *directory.parents)):
         raise UsageError(f"--token-cache {name} is a file; a directory is needed.")
-    return TokenCache(directory, TOKEN_CACHE_BYTES)
+    return TokenCache(directory)

@@ -11,12 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints.layout import (
-    BATCHES_FILE,
-    DATA_STATE_FILE,
-    METRICS_FILE,
-    read_json,
-)
+from utils.checkpoints.layout import BATCHES_FILE, DATA_STATE_FILE, METRICS_FILE, read_json
 from utils.checkpoints.store import verify_checkpoint
 from utils.tools.proofs.started_runs import read_records
 from utils.tracking.metrics_log import read_metrics

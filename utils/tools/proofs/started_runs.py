@@ -23,7 +23,7 @@ import psutil
 from configs.config_files import PROJECT_DIRECTORY
 from utils.base.archive_formats import ARCHIVE_SUFFIXES
 from utils.base.errors import PretrainError, UsageError
-from utils.base.text import parse_json, printable
+from utils.base.text import parse_json_object, printable
 from utils.base.uri import require_path
 from utils.checkpoints.journal import Journal, UploadState
 from utils.checkpoints.layout import MANIFEST_FILE, SAVING_PREFIX, RunPaths
@@ -134,7 +134,7 @@ def kill_tree(pid: int) -> None:
 def read_records(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Return the JSON objects in a file from a byte on, and where its last whole line ends.
 
-    A line that a crash has torn is left out, also where the next writer has gone on in it.
+    A line that a crash has torn is left out.
     """
     try:
         with path.open("rb") as file:
@@ -145,12 +145,10 @@ def read_records(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int
     whole = data.rfind(b"\n") + 1
     records = []
     for line in data[:whole].splitlines():
-        for text in (line, line[max(0, line.rfind(b'{"')) :]):
-            with contextlib.suppress(ValueError):
-                record = parse_json(text)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    records.append(record)
-                    break
+        with contextlib.suppress(ValueError):
+            record = parse_json_object(line)
+            if isinstance(record.get("step"), int):
+                records.append(record)
     return records, offset + whole
 
 

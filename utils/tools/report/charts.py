@@ -46,12 +46,11 @@ def thin_series(series: Series, max_points: int = MAX_POINTS) -> Series:
     if len(points) > max_points:
         count = max_points // 2
         edges = [index * len(points) // count for index in range(count + 1)]
-        pieces = [points[begin:end] for begin, end in itertools.pairwise(edges)]
-        ends = [{piece.index(f(piece, key=lambda p: p[1])) for f in (min, max)} for piece in pieces]
-        points = [
-            piece[place] for piece, places in zip(pieces, ends, strict=True) for place in places
-        ]
-        points.sort(key=lambda point: point[0])
+        kept = set()
+        for begin, end in itertools.pairwise(edges):
+            piece = sorted(points[begin:end], key=lambda point: point[1])
+            kept |= {piece[0], piece[-1]}
+        points = sorted(kept)
     return Series([step for step, _ in points], [value for _, value in points])
 
 

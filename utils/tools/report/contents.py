@@ -99,24 +99,18 @@ class PageTable:
 
 
 @dataclass(frozen=True)
-class SampleText:
-    """What the model wrote after a prompt at a step."""
-
-    step: str
-    prompt: str
-    text: str
-
-
-@dataclass(frozen=True)
 class Section:
-    """A part of the page; `charts` are SVG by title, all else is plain text."""
+    """A part of the page; `charts` are SVG by title, all else is plain text.
+
+    Each of `texts` has a `step`, a `prompt`, and the `text` of the model after it.
+    """
 
     title: str
     lines: Sequence[str] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     charts: Mapping[str, str] = field(default_factory=dict)
     tables: Sequence[PageTable] = ()
-    texts: Sequence[SampleText] = ()
+    texts: Sequence[Mapping[str, str]] = ()
 
 
 def build_sections(files: RunFiles) -> list[Section]:
@@ -308,12 +302,12 @@ def _samples(records: Sequence[Mapping[str, Any]]) -> Section:
     count = min(MAX_SAMPLED_STEPS, len(steps))
     chosen = {steps[-1 - index * (len(steps) - 1) // max(1, count - 1)] for index in range(count)}
     texts = [
-        SampleText(
-            f"{record['step']:,}",
-            _cell(record.get("prompt") or "(end of text)"),
-            without_control_characters(str(record.get("text") or "")[:MAX_TEXT]).strip()
+        {
+            "step": f"{record['step']:,}",
+            "prompt": _cell(record.get("prompt") or "(end of text)"),
+            "text": without_control_characters(str(record.get("text") or "")[:MAX_TEXT]).strip()
             or "(nothing that can be seen)",
-        )
+        }
         for record in kept
         if record["step"] in chosen
     ]

@@ -101,7 +101,7 @@ def read_run(
     others, states = _read_others(config, views, notes, is_remote=is_remote)
     for row in rows:
         row.update(is_here=True, state=states.get(row["name"], row["state"]))
-    for row in summarize_all(others, datetime.now(UTC), None, hourly_price):
+    for row in summarize_all(others, None, hourly_price):
         rows.append({**row, "is_here": False, "state": states[row["name"]], "kept": ""})
     status = RunWatcher(paths, hourly_price).look()
     return RunFiles(

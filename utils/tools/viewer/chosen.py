@@ -19,7 +19,7 @@ from utils.base.errors import UsageError
 from utils.base.text import printable
 from utils.base.uri import scheme_of
 from utils.checkpoints.layout import MANIFEST_FILE, REMOTE_FOLDER, parse_checkpoint_name
-from utils.checkpoints.views import CheckpointView, describe_lack
+from utils.checkpoints.views import CheckpointView
 from utils.command_line.run_config import read_run_config
 from utils.tools.viewer.shelf import Shelf, open_shelf
 
@@ -107,10 +107,7 @@ def choose_checkpoints(
             for config, shelf in shelves:
                 choose(config, shelf, name)
         for config, shelf in [] if names else shelves:
-            if not shelf.names:
-                lack = describe_lack(printable(shelf.where))
-                raise UsageError(f"{lack}{remote_hint(args, config)}")
-            for found in shelf.names[-num_newest:]:
+            for found in shelf.names[-num_newest:] or ("latest",):
                 choose(config, shelf, str(found))
     return chosen
 

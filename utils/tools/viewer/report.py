@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from configs.config_files import TRAINING_CONFIG_FILE
@@ -27,17 +27,16 @@ from utils.tracking.plots import Curves, curves_from_history, curves_from_metada
 
 def summarize_all(
     views: Sequence[CheckpointView],
-    now: datetime,
     every: Sequence[CheckpointView] | None,
     hourly_price: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return what is shown of each checkpoint, ready for JSON; ages count to `now`.
+    """Return what is shown of each checkpoint, ready for JSON; ages count to now.
 
     `every` is all checkpoints there, by step. Without them (None), which one is the latest or the
     best is not known.
     """
     marked = {"is_latest": find_latest_view(every or ()), "is_best": find_best(every or ())}
-    rows = []
+    rows, now = [], datetime.now(UTC)
     for view in views:
         row = summarize(view, hourly_price)
         written = parse_time(row["timestamp"])

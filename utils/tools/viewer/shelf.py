@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ class Shelf:
         elif text == "best":
             best = find_best(self.read(self.names, brief=True))
             name = best.name if best is not None else None
-        found = self.read([name or choose_name(text, self.names)])
+        found = self.read([name or choose_name(text, self.names, printable(self.where))])
         if not found:
             raise UsageError(f"{printable(text)} has just been deleted; list shows the others.")
         return found[0]
@@ -107,7 +106,7 @@ class Shelf:
 
         `hourly_price` is dollars an hour for time that the run itself had no price for.
         """
-        rows = summarize_all(views, datetime.now(UTC), self._all_known(), hourly_price)
+        rows = summarize_all(views, self._all_known(), hourly_price)
         self._add_states(views, rows)
         return rows
 

@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from utils.base.tables import Column
 from utils.base.text import (
     ABSENT,
-    Column,
     format_bytes,
     format_duration,
     number,
@@ -143,9 +143,9 @@ def list_cells(row: Mapping[str, Any]) -> dict[str, str]:
 # view
 
 
-def plain_lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
+def plain_lines(values: Mapping[str, Any]) -> list[str]:
     """Return a line for each key."""
-    return [f"{indent}{printable(key)}: {show_value(value)}" for key, value in values.items()]
+    return [f"  {printable(key)}: {show_value(value)}" for key, value in values.items()]
 
 
 def config_lines(config: Mapping[str, Any]) -> list[str]:
@@ -159,7 +159,7 @@ def example_sections(view: CheckpointView, encoding: str | None) -> dict[str, li
     return {
         "": state_lines(view),
         "Training Metrics": training_lines(view.metadata, encoding),
-        "Validation Metrics": plain_lines(section(view.metadata, "validation_metrics"), "  "),
+        "Validation Metrics": plain_lines(section(view.metadata, "validation_metrics")),
     }
 
 
@@ -282,7 +282,7 @@ def upload_lines(row: Mapping[str, Any], bucket_uri: str) -> list[str]:
 
 def upload_details(row: Mapping[str, Any]) -> list[str]:
     """Return what the journal says of the upload besides its state."""
-    return plain_lines((row["upload"] or {}).get("details", {}), "  ")
+    return plain_lines((row["upload"] or {}).get("details", {}))
 
 
 def file_rows(files: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

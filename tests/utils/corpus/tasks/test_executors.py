@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as Backend
 
 from configs.config_files import PROJECT_DIRECTORY
 from tests.processes import run_python
+from tests.sample_shards import read_texts
 
 SCRIPT = PROJECT_DIRECTORY / "scripts" / "prepare_data.py"
 # What sbatch and its friends do, one task after the other, on this machine.
@@ -49,14 +50,6 @@ def prepare(tmp_path: Path, *words: object, **environment: str) -> str:
     done = run_python(SCRIPT, *words, cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def read_texts(output: Path) -> Counter[str]:
-    index = json.loads((output / "index.json").read_text())
-    backend = Backend.from_file(str(output / "tokenizer.json"))
-    ids = [np.load(output / shard["name"])["input_ids"] for shard in index["shards"]]
-    parts = [np.split(one, np.flatnonzero(one == index["eos_token_id"]) + 1)[:-1] for one in ids]
-    return Counter(backend.decode(part[:-1].tolist()) for own in parts for part in own)
 
 
 def require(*modules: str) -> None:
@@ -100,7 +93,7 @@ def test_an_executor_prepares_what_the_tasks_by_hand_do(
     path = f"{tmp_path}:/usr/bin:/bin"
     shown = prepare(tmp_path, *command, PATH=path)
     assert ("3 tasks are submitted, and the merge" if name == "slurm" else "Prepared") in shown
-    assert read_texts(tmp_path / "out") == texts
+    assert Counter(chain(*read_texts(tmp_path / "out").values())) == texts
     for file in (tmp_path / "hand").rglob("*.*"):
         assert (tmp_path / "out" / file.relative_to(tmp_path / "hand")).read_bytes() == (
             file.read_bytes()
@@ -139,7 +132,7 @@ def test_the_pipeline_of_the_page_runs_as_it_is_written(
         done = run_python("pipeline.py", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     prepare(tmp_path, "merge", "data/web")
-    found = read_texts(tmp_path / "data" / "web")
+    found = Counter(chain(*read_texts(tmp_path / "data" / "web").values()))
     # One of each pair that is nearly alike is left.
     assert found.total() == 60
     assert not found - texts

@@ -18,13 +18,23 @@ from tokenizers import Tokenizer as Backend
 from scripts import prepare_data
 from tests.campaigns import soak_tasks
 from tests.gcs_server import FakeGcsServer
+from tests.sample_shards import read_documents, read_files, read_texts
 from tests.sample_token_files import write_mds, write_megatron, write_saved
+from utils.corpus import text_sources
 from utils.corpus.documents import OpenText
 from utils.corpus.reading import assign_by_hash
 from utils.corpus.text_sources import FileSource, HubSource, SampleSource
 from utils.corpus.token_files.source import TokenFileSource
 
 SEPARATOR = "<|endoftext|>"
+# Text files: how they are cut into documents, and what stands between these.
+HOW_TO_CUT = {
+    "separated.txt": ({"document_separator": SEPARATOR}, SEPARATOR),
+    "overlapping.txt": ({"document_separator": "aa"}, "aa"),
+    "blocks.txt": ({"document_separator": "\n\n"}, "\n\n"),
+    "lines.txt": ({"document_per": "line"}, "\n"),
+    "mac.txt": ({"document_per": "line"}, "\r"),
+}
 TEXT = st.text(st.sampled_from('ab \n\r"[{}]\u00e9'), max_size=30)
 
 
@@ -37,7 +47,7 @@ def write_source(folder: Path, kind: str, texts: list[list[str]]) -> FileSource:
     """Write a file for each list of texts; return the source that they are."""
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{number}.{kind}" for number in range(len(texts))]
-    how: dict[str, str] = {}
+    how, between = HOW_TO_CUT.get(kind, ({}, "\n"))
     for path, own in zip(paths, texts, strict=True):
         records = [{"text": text} for text in own]
         lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -48,29 +58,13 @@ def write_source(folder: Path, kind: str, texts: list[list[str]]) -> FileSource:
             path.write_bytes(gzip.compress(lines.encode(), mtime=0))
         elif kind in ("jsonl", "json"):
             path.write_text(lines if kind == "jsonl" else json.dumps(records))
-        elif kind == "separated.txt":
-            how = {"document_separator": SEPARATOR}
-            path.write_bytes(SEPARATOR.join(own).encode())
-        elif kind == "mac.txt":
-            how = {"document_per": "line"}
-            path.write_bytes("\r".join(own).replace("\n", "\r").encode())
-        elif kind == "overlapping.txt":
-            how = {"document_separator": "aa"}
-            path.write_bytes("aa".join(own).encode())
-        elif kind == "blocks.txt":
-            how = {"document_separator": "\n\n"}
-            path.write_bytes("\n\n".join(own).encode())
         else:
-            how = {"document_per": "line"} if kind == "lines.txt" else {}
-            path.write_bytes("\n".join(own).encode())
+            text = between.join(own)
+            path.write_bytes((text.replace("\n", "\r") if between == "\r" else text).encode())
     return FileSource(tuple(paths), **how)
 
 
-KINDS = ["jsonl", "jsonl.gz", "json", "parquet", "md"]
-KINDS += ["separated.txt", "overlapping.txt", "blocks.txt", "lines.txt", "mac.txt"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "md", *HOW_TO_CUT])
 @settings(max_examples=40, deadline=None)
 @given(texts=st.lists(st.lists(TEXT, max_size=9), min_size=1, max_size=4), count=st.integers(1, 9))
 def test_parts_hold_each_document_once_in_order(
@@ -120,7 +114,7 @@ def test_other_sources_are_divided_too(tmp_path: Path, monkeypatch: pytest.Monke
         files.append(write(folder, [[1, 2, 3], [4, 5]]))
     tokens = TokenFileSource(tuple(files))
     hub = HubSource(str(tmp_path / "data"))
-    monkeypatch.setattr(SampleSource, "_collect", lambda _: ["a", "b", "c", "d"])
+    monkeypatch.setattr(text_sources, "_collect_sample", lambda _: ["a", "b", "c", "d"])
     for source in (SampleSource(), hub, dataclasses.replace(hub, streaming=True), tokens):
         parts = [list(source.part(number, 3).documents()) for number in range(3)]
         found = Counter(map(str, itertools.chain.from_iterable(parts)))
@@ -144,18 +138,7 @@ def run(*words: object) -> int:
 
 def documents_of(output: Path) -> dict[str, Counter[tuple[int, ...]]]:
     """Return the documents of a merged output, as ids, by split."""
-    index = json.loads((output / "index.json").read_text())
-    found: dict[str, Counter[tuple[int, ...]]] = {"train": Counter(), "val": Counter()}
-    for shard in index["shards"]:
-        with np.load(output / shard["name"]) as archive:
-            ids = archive["input_ids"]
-        ends = np.flatnonzero(ids == index["eos_token_id"]) + 1
-        parts = np.split(ids, ends)
-        assert len(parts.pop()) == 0
-        assert len(parts) == shard["documents"]
-        split = Path(shard["name"]).name.partition("_")[0]
-        found[split].update(tuple(part.tolist()) for part in parts)
-    return found
+    return {split: Counter(map(tuple, own)) for split, own in read_documents(output).items()}
 
 
 @pytest.fixture
@@ -185,8 +168,7 @@ def test_eight_tasks_and_one_give_the_same_documents(words: list[str], tmp_path:
     assert indices[0]["summary"] == indices[1]["summary"]
     assert indices[0]["tokenizer_crc32c"] == indices[1]["tokenizer_crc32c"]
 
-    backend = Backend.from_file(str(tmp_path / "8" / "tokenizer.json"))
-    texts = [backend.decode(list(ids[:-1])) for split in one.values() for ids in split.elements()]
+    texts = itertools.chain.from_iterable(read_texts(tmp_path / "8").values())
     source = FileSource(tuple(sorted((tmp_path / "texts").iterdir())), document_separator=SEPARATOR)
     assert Counter(texts) == Counter(source.documents())
 
@@ -198,11 +180,7 @@ def test_parts_in_any_order_and_twice_are_the_same_bytes(words: list[str], tmp_p
         assert run(*words, "--output", "b", "--tasks", 3, "--task", task) == 0
     assert run("merge", "b") == run("merge", "b") == 0
     assert run(*words, "--output", "b", "--tasks", 3, "--task", 1) == 0
-    a, b = (
-        {path.relative_to(top): path.read_bytes() for path in top.rglob("*") if path.is_file()}
-        for top in (tmp_path / "a", tmp_path / "b")
-    )
-    assert a == b
+    assert read_files(tmp_path / "a") == read_files(tmp_path / "b")
 
 
 def test_merge_names_what_is_missing_and_writes_nothing(
@@ -299,14 +277,6 @@ def test_what_does_not_fit_tasks_is_refused(
     assert run(*words, "--vocab-size", 300, "--output", "out", *more) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not Path("out").exists()
-
-
-def test_merge_of_what_was_not_prepared_in_tasks_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "empty").mkdir()
-    assert run("merge", "empty") == 2
-    assert "holds no data that was prepared with --tasks" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -19,12 +19,8 @@ import torch
 from scripts import prepare_data
 from tests import sample_token_files as files
 from tests.sample_token_files import Documents, Writer
-from tests.utils.corpus.test_prepare import FailingBucket
-from utils.base.errors import ExitCode, StorageError
-from utils.corpus.prepare import CorpusOptions, prepare_corpus
+from utils.base.errors import ExitCode
 from utils.corpus.token_files import source as token_files
-from utils.corpus.token_files.source import TokenFileSource
-from utils.storage.directory import DirectoryBucket
 
 EOS = 50256
 VOCABULARY = ["--vocab-size", "50257", "--eos-id", str(EOS)]
@@ -88,7 +84,8 @@ def test_ids_and_documents_are_those_of_the_file(
     monkeypatch.setattr(token_files, "BLOCK_TOKENS", block)
     options = [*VOCABULARY, *options, "--validation-fraction", "0"]
 
-    assert prepare(path, output, *options) == ExitCode.DONE
+    for _ in range(2):  # the same again is recognized
+        assert prepare(path, output, *options) == ExitCode.DONE
 
     index = json.loads((output / "index.json").read_text())
     assert ids_of(output) == sum(DOCUMENTS, [])
@@ -121,23 +118,6 @@ def test_folders_and_globs_take_data_with_its_index_and_name_what_they_leave(
     assert "5 files not read" in left_out
     assert "saved/data-00000-of-00002.arrow" in left_out
     assert "train.bin" in left_out
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_an_interrupted_preparation_goes_on_to_the_same_bytes(tmp_path: Path, name: str) -> None:
-    writer, options, _ = FORMATS[name]
-    path = writer(tmp_path, DOCUMENTS)
-    token_dtype = options[1] if "--token-dtype" in options else None
-    source = TokenFileSource((path,), token_dtype, EOS)
-    corpus = CorpusOptions(vocab_size=50257, eos_token_id=EOS, shard_tokens=100)
-    with pytest.raises(StorageError):
-        prepare_corpus([source], FailingBucket(tmp_path / "a", "train_00003.npz"), corpus)
-    assert (tmp_path / "a" / "train_00002.npz").exists()
-    for folder in ("a", "b"):
-        prepare_corpus([source], DirectoryBucket(tmp_path / folder), corpus)
-
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == whole
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -218,12 +198,10 @@ BROKEN = [
     ("Megatron, uint16", "a.idx", patch(HEAD + 12 * 24 + 8, b"\xff"), "document 2 ends before"),
     ("Megatron, uint16", "a.idx", patch(HEAD + 12 * 24 + 96, b"\x64"), "sequences 0 to 100, not"),
     ("Megatron, uint16", "a.bin", cut(2), r"a\.idx: points past the end of a\.bin"),
-    ("Megatron, uint16", "a.bin", cut(1), r"a\.bin: \d+ bytes are no whole number of uint16"),
     ("Megatron, uint16", "a.bin", lambda path: path.write_bytes(b""), r"a\.bin: holds no tokens"),
     ("llm.c, uint16", "a.bin", patch(4, b"\2"), "has version 2; 1 goes with uint16"),
     ("llm.c, uint32", "a.bin", patch(4, b"\1"), "has version 1; 7 goes with uint32"),
     ("llm.c, uint16", "a.bin", cut(2), r"a\.bin: .*its header says \d+ tokens, it holds \d+"),
-    ("llm.c, uint16", "a.bin", cut(1), "no whole number of uint16"),
     ("llm.c, uint16", "a.bin", lambda path: path.write_bytes(path.read_bytes()[:9]), "after 9 of"),
     ("nanoGPT", "train.bin", cut(1), r"train\.bin: \d+ bytes are no whole number of uint16"),
     ("datatrove, uint16", f"{DS}.index", without, r"ds: .*index is not beside it"),
@@ -340,20 +318,8 @@ def with_streaming(folder: Path) -> tuple[Path, list[int]]:
     return folder / "a", np.concatenate([sample["tokens"] for sample in read]).tolist()
 
 
-def with_datasets(folder: Path) -> tuple[Path, list[int]]:
-    path = files.write_saved(folder, DOCUMENTS)
-    return path, sum(datasets.load_from_disk(str(path))["input_ids"], [])
-
-
-def with_pyarrow(folder: Path) -> tuple[Path, list[int]]:
-    path = files.write_parquet(folder, DOCUMENTS)
-    return path, sum(pyarrow.parquet.read_table(path)["input_ids"].to_pylist(), [])
-
-
 @pytest.mark.filterwarnings("ignore")  # of the other tools
-@pytest.mark.parametrize(
-    "with_peer", [with_megatron, with_datatrove, with_streaming, with_datasets, with_pyarrow]
-)
+@pytest.mark.parametrize("with_peer", [with_megatron, with_datatrove, with_streaming])
 def test_ids_are_those_that_the_other_tool_writes_and_reads(
     tmp_path: Path, with_peer: Callable[[Path], tuple[Path, list[int]]]
 ) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from utils.base.errors import DataError, UsageError
-from utils.corpus.token_files import source as token_files
 from utils.corpus.token_files.source import TokenFileSource
 
 
@@ -25,18 +24,6 @@ def test_files_of_any_integer_type_are_one_document_in_parts(tmp_path: Path) -> 
     for dtype in ("uint16", "uint32", "int64"):
         np.arange(500, dtype=dtype).tofile(tmp_path / "a.bin")
         assert documents(tmp_path / "a.bin", token_dtype=dtype) == [list(range(500))]
-
-
-@pytest.mark.parametrize("block", [1, 3, 1000])
-def test_documents_end_with_their_end_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
-) -> None:
-    monkeypatch.setattr(token_files, "BLOCK_TOKENS", block)
-    np.save(tmp_path / "a.npy", np.array([5, 6, 0, 0, 7, 8, 9, 0, 4]))
-    found = documents(tmp_path / "a.npy", eos_token_id=0, part_tokens=1000)
-    assert sum(found, []) == [5, 6, 0, 0, 7, 8, 9, 0, 4]
-    if block == 1000:
-        assert found == [[5, 6, 0], [0], [7, 8, 9, 0], [4]]
 
 
 @pytest.mark.parametrize("bad", [1000, 2**32 + 5, -1])
@@ -68,8 +55,6 @@ def test_what_is_no_flat_array_of_integers_is_refused(
     [
         ("a.npy", b"<html>", r"a\.npy: not a readable"),
         ("a.npy", b"\x93NUMPY\x01\x00", r"a\.npy: not a readable"),
-        ("a.bin", b"abc", "no whole number"),
-        ("a.bin", b"", "no tokens"),
         ("a.npy", bytes(8), r"bare ids are named \.bin"),
         ("a.bin", b"LITPKDS\0" + bytes(24), "LitGPT.*24 bytes.*tail -c [+]25"),
         ("a.bin", b"PK\x03\x04", "zip archive .*models"),
@@ -84,7 +69,6 @@ def test_a_damaged_file_is_refused(tmp_path: Path, name: str, content: bytes, me
 @pytest.mark.parametrize(
     ("name", "dtype", "message"),
     [
-        ("a.bin", None, "--token-dtype"),
         ("a.bin", "float32", "--token-dtype float32"),
         ("a.npy.gz", None, "Unpack it"),
     ],

@@ -13,13 +13,7 @@ from typing import Any
 import pynvml
 import pytest
 
-from utils.tools.diagnosis.facts import (
-    Broken,
-    DriverGpu,
-    read_driver,
-    read_host,
-    run_apart,
-)
+from utils.tools.diagnosis.facts import Broken, DriverGpu, read_driver, read_host, run_apart
 
 GIB = 2**30
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,20 +93,6 @@ def test_hostile_values_become_harmless(tmp_path: Path) -> None:
     text = "\n".join(evaluation_lines([found])) + str(tables([found]))
     assert "\x1b" not in text
     assert "\x07" not in text
-
-
-@pytest.mark.parametrize("kind", ["pipe", "directory", "loop"])
-def test_a_file_that_is_none_is_a_problem(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "evaluations.jsonl"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "directory":
-        path.mkdir()
-    else:
-        path.symlink_to(path.name)
-    found = read_evaluations(path)
-    assert found.evaluations == ()
-    assert "evaluations.jsonl cannot be read" in str(found.problem)
 
 
 def test_the_newest_of_each_question_counts() -> None:

@@ -13,10 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from scripts import evaluate, export_model
-from tests.sample_checkpoints import change_manifest
+from tests.sample_checkpoints import change_manifest, seal_file
 from utils.base.errors import ExitCode
-from utils.checkpoints.layout import read_json
-from utils.storage.bucket import crc32c_of_file
 
 WEIGHTS = "model.safetensors"
 NAMES = [f"checkpoint-epoch0-step{step}-files0" for step in (2, 4)]
@@ -98,10 +96,7 @@ def test_models_of_other_shapes_have_no_mean(
     weights = load_file(checkpoint / WEIGHTS)
     key = sorted(weights)[0]
     save_file({**weights, key: weights[key][:1].contiguous()}, checkpoint / WEIGHTS)
-    path = checkpoint / WEIGHTS
-    files = read_json(checkpoint / "manifest.json")["files"]
-    files[WEIGHTS] = {"size": path.stat().st_size, "crc32c": crc32c_of_file(path)}
-    change_manifest(checkpoint, files=files)
+    seal_file(checkpoint, WEIGHTS)
     assert export("latest", "--average", "2") == ExitCode.USAGE
     text = " ".join(capsys.readouterr().err.split())
     assert f"{NAMES[0]} and {NAMES[1]} have no mean: {key} is" in text

@@ -16,12 +16,7 @@ from transformers import GenerationConfig
 from utils.base.errors import ResourceShortageError, UsageError
 from utils.checkpoints.layout import read_manifest
 from utils.models.generation import Sampling, generate_tokens
-from utils.remote.loading import (
-    LoadedModel,
-    ModelSource,
-    load_model,
-    load_named_tokenizer,
-)
+from utils.remote.loading import LoadedModel, ModelSource, load_model, load_named_tokenizer
 from utils.tools.generation import texts as text_generation
 from utils.tools.generation.texts import (
     MOST_SAMPLES,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.utils.tools.monitor.test_view import status
 from utils.tools.monitor.events import EventTracker
 from utils.tools.monitor.state import RunState
@@ -32,10 +34,6 @@ def test_a_state_is_told_once_and_again_after_it_has_changed() -> None:
     assert names(tracker, RunState.NO_RUN) == []
 
 
-def test_what_holds_at_the_first_look_is_told() -> None:
-    assert names(EventTracker(), RunState.FINISHED) == ["finished"]
-
-
 def test_another_start_that_crashed_between_two_looks_is_another_event() -> None:
     tracker = EventTracker()
     assert names(tracker, RunState.CRASHED, start={"pid": 1}) == ["crashed"]
@@ -43,8 +41,11 @@ def test_another_start_that_crashed_between_two_looks_is_another_event() -> None
     assert names(tracker, RunState.CRASHED, start={"pid": 2}) == []
 
 
-def test_a_silent_run_that_cannot_be_seen_counts_as_stalled() -> None:
-    assert names(EventTracker(), RunState.UNKNOWN) == ["stalled"]
+@pytest.mark.parametrize(
+    ("state", "event"), [(RunState.FINISHED, "finished"), (RunState.UNKNOWN, "stalled")]
+)
+def test_what_holds_at_the_first_look_is_told(state: RunState, event: str) -> None:
+    assert names(EventTracker(), state) == [event]
 
 
 def test_warnings_of_some_kinds_are_events_each_subject_for_itself() -> None:

@@ -9,12 +9,7 @@ from typing import Any
 
 import pytest
 
-from utils.tools.monitor.state import (
-    FINISHING_SECONDS,
-    RunState,
-    is_process_alive,
-    judge_run,
-)
+from utils.tools.monitor.state import FINISHING_SECONDS, RunState, is_process_alive, judge_run
 
 START = {"event": "start", "step": 0, "pid": 7, "hostname": "far"}
 FINISHING = {"event": "finishing", "step": 9}

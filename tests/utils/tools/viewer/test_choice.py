@@ -8,11 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.tools.viewer.choice import (
-    choose_rows,
-    parse_condition,
-    parse_quantity,
-)
+from utils.tools.viewer.choice import choose_rows, parse_condition, parse_quantity
 
 KEYS = (
     "epoch",

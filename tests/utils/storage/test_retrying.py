@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from utils.base.errors import ConflictError, TransientStorageError
-from utils.base.retrying import backoff, retry
+from utils.storage.retrying import backoff, retry
 
 
 @pytest.mark.parametrize(
