@@ -80,8 +80,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_runtest_teardown() -> None:
-    """Leave no log handler of a command to the next test: it holds this one's output."""
+    """Leave no log handler of a command to the next test, nor objects that no collection sees."""
     _forget_log_handlers()
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,6 @@ def collector() -> Iterator[None]:
     """Leave the collector of the other tests as it was."""
     was_enabled = gc.isenabled()
     yield
-    gc.unfreeze()
     (gc.enable if was_enabled else gc.disable)()
 
 
