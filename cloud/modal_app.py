@@ -127,14 +127,14 @@ def location(text: str) -> str:
     return text if text.startswith("gs://") else f"{MOUNT}/{volume_path(text)}"
 
 
-def config_word(config: str, project: Path = PROJECT) -> str:
+def config_word(config: str) -> str:
     """Return a configuration as a container finds it: a name, or a JSON file of the project."""
     if not config.endswith(".json"):
         return config
     path = Path(config).resolve()
-    if not path.is_file() or not path.is_relative_to(project):
+    if not path.is_file() or not path.is_relative_to(PROJECT):
         refuse(f"--config {config} is no file of this project: put it into configs/.")
-    return f"{REMOTE_PROJECT}/{path.relative_to(project).as_posix()}"
+    return f"{REMOTE_PROJECT}/{path.relative_to(PROJECT).as_posix()}"
 
 
 def run_settings(
@@ -220,14 +220,6 @@ def kill_tree(pid: int) -> None:
                 process.kill()
 
 
-def run_script(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> int:
-    """Run a command to its end and return its exit code."""
-    result = subprocess.run(  # noqa: S603 - no shell
-        command, cwd=folder, env=environment, check=False
-    )
-    return result.returncode
-
-
 def attempt(settings: list[str], max_steps: int, folder: Path, seconds: float) -> int:
     """Train until the end, or until the time of this attempt is up.
 
@@ -243,7 +235,8 @@ def attempt(settings: list[str], max_steps: int, folder: Path, seconds: float) -
     code = run_until(command, folder, environment, seconds - RESERVE_SECONDS)
     if code in (NOT_VERIFIED, STOPPED):  # what is owed to the bucket goes there first
         upload_all = script_command("upload_manager", "upload-all", *settings)
-        if run_script(upload_all, folder, environment) == 0 and code == NOT_VERIFIED:
+        owed = subprocess.call(upload_all, cwd=folder, env=environment)  # noqa: S603 - no shell
+        if owed == 0 and code == NOT_VERIFIED:
             code = 0
     if code != 0 and code not in FOR_GOOD:
         raise RuntimeError(f"train.py ended with code {code}: the next attempt goes on from there.")
@@ -269,8 +262,9 @@ def use_checkpoint(script: str, model: str, run_name: str, words: list[str]) -> 
     folder = Path(RUNS, run_name)
     folder.mkdir(parents=True, exist_ok=True)
     environment = container_environment(folder, os.environ)
+    command = script_command(script, model, *words)
     try:
-        return run_script(script_command(script, model, *words), folder, environment)
+        return subprocess.call(command, cwd=folder, env=environment)  # noqa: S603 - no shell
     finally:
         volume.commit()
 

@@ -9,17 +9,21 @@ from typing import Any
 
 from configs.training_config import TrainingConfig
 
+# What the learning rate of a step comes from, besides `max_steps`.
+SCHEDULE_KEYS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "min_lr_rate",
+    "warmup_steps",
+)
 # A change of these is another run in the making: other tokens, other updates, other weights.
 GUARDED_KEYS = (
     "model",
     "model_overrides",
     "init_from",
     "sequence_length",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "min_lr_rate",
-    "warmup_steps",
+    *SCHEDULE_KEYS,
     "optim",
     "muon_learning_rate",
     "muon_momentum",
@@ -37,43 +41,38 @@ GUARDED_KEYS = (
     "fp8",
     "pad_vocab_to_multiple_of",
 )
-# What the learning rate of a step comes from.
-SCHEDULE_KEYS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "min_lr_rate",
-    "warmup_steps",
-    "max_steps",
-)
 
 
 @dataclass(frozen=True)
 class ConfigChanges:
-    """How a configuration differs from the one of a checkpoint, as `key: old -> new`.
+    """How a configuration differs from `before`, a checkpoint's: key -> `old -> new`.
 
     `free` ones leave what is trained as it was, `guarded` ones do not.
     """
 
-    free: tuple[str, ...]
-    guarded: tuple[str, ...]
+    before: Mapping[str, Any]
+    free: dict[str, str]
+    guarded: dict[str, str]
 
 
-def compare_configs(old: Mapping[str, Any], new: TrainingConfig) -> ConfigChanges:
+def compare_configs(before: Mapping[str, Any], new: TrainingConfig) -> ConfigChanges:
     """Return the differences between a checkpoint's configuration and the current one.
 
     A longer run is a free change, a shorter one is not: its schedule would have ended before.
     Keys that only one version of this project knows are left out; but a guarded one that the
     checkpoint's version did not know had its default, which is to do without.
     """
-    free: list[str] = []
-    guarded: list[str] = []
+    changes = ConfigChanges(before, {}, {})
     defaults = TrainingConfig()
-    known = {**{key: getattr(defaults, key) for key in GUARDED_KEYS}, **old}
+    known = {**{key: getattr(defaults, key) for key in GUARDED_KEYS}, **before}
     for key, value in new.to_json().items():
-        if key not in known or known[key] == value:
-            continue
-        change = f"{key}: {json.dumps(known[key])} -> {json.dumps(value)}"
-        shorter = key == "max_steps" and value < known[key]
-        (guarded if key in GUARDED_KEYS or shorter else free).append(change)
-    return ConfigChanges(tuple(free), tuple(guarded))
+        if key in known and known[key] != value:
+            is_shorter = key == "max_steps" and value < known[key]
+            kind = changes.guarded if key in GUARDED_KEYS or is_shorter else changes.free
+            kind[key] = f"{json.dumps(known[key])} -> {json.dumps(value)}"
+    return changes
+
+
+def list_changes(changes: Mapping[str, str]) -> list[str]:
+    """Return changes as `key: old -> new`."""
+    return [f"{key}: {change}" for key, change in changes.items()]

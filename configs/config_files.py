@@ -8,7 +8,6 @@ An unknown key is an error that suggests the nearest known one. No torch and no 
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -141,7 +140,9 @@ def settings_of_options(
             continue
         key = name[2:].replace("-", "_")
         if key not in annotations and not key.startswith(tuple(f"{one}." for one in OBJECT_KEYS)):
-            raise ConfigError(f"unknown option {name}.{_suggest_option(key, options, annotations)}")
+            near = _suggest(key, [*options, *(f"--{key}" for key in annotations)], name)
+            help_text = " --help lists the options, docs/CONFIGURATION.md the keys."
+            raise ConfigError(f"unknown option {name}.{near or help_text}")
         if not is_joined:
             has_value = bool(rest) and not rest[0].startswith("--")
             if not has_value and "bool" not in annotations.get(key, ""):
@@ -149,15 +150,6 @@ def settings_of_options(
             value = rest.popleft() if has_value else "true"
         found += ["--set", f"{key}={value}"]
     return found
-
-
-def _suggest_option(key: str, options: Iterable[str], keys: Iterable[str]) -> str:
-    known = {key: f"--{key}" for key in keys}
-    known |= {option.lstrip("-").replace("-", "_"): option for option in options}
-    near = _find_near(key, known)
-    if near is None:
-        return " --help lists the options, docs/CONFIGURATION.md the keys."
-    return f" Did you mean {known.get(near, f'--{near}')}?"
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -213,21 +205,20 @@ def _apply(
         merged["auto_find_batch_size"] = value == "auto"
         value = 1 if value == "auto" else value
     if key not in annotations:
-        raise ConfigError(f"{source}: unknown key {key!r}.{_suggest(key, list(annotations))}")
+        near = _suggest(key, annotations) or " Known keys: see docs/CONFIGURATION.md."
+        raise ConfigError(f"{source}: unknown key {key!r}.{near}")
     merged[key] = _expand(_checked_type(source, key, annotations[key], value))
 
 
-def _suggest(key: str, known: list[str]) -> str:
-    near = _find_near(key, known)
-    return f" Did you mean {near}?" if near else " Known keys: see docs/CONFIGURATION.md."
-
-
-def _find_near(key: str, known: Iterable[str]) -> str | None:
+def _suggest(key: str, known: Iterable[str], option: str = "") -> str:
+    """Return what a key, or the option that means it, should have been, where that is known."""
     parent, _, child = key.partition(".")
+    renamed = RENAMED_KEYS.get(key)
     if parent == "model" and child:
-        return RENAMED_KEYS.get(child, f"model_overrides.{child}")
-    near = difflib.get_close_matches(key, list(known), n=1)
-    return RENAMED_KEYS.get(key) or (near[0] if near else None)
+        renamed = RENAMED_KEYS.get(child, f"model_overrides.{child}")
+    if renamed:
+        return f" Did you mean {'--' if option else ''}{renamed}?"
+    return did_you_mean(option or key, known)
 
 
 def _as_typed(annotation: str | None, value: Any) -> Any:

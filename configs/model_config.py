@@ -294,8 +294,8 @@ def _drop_older_keys(values: dict[str, Any]) -> None:
             values.pop(key, None)
 
 
-def describe_model_changes(before: Any, config: Any) -> list[str] | None:
-    """Return how a model differs from that of a checkpoint, as `key: old -> new`.
+def find_model_changes(before: Any, config: Any) -> dict[str, str] | None:
+    """Return how a model differs from that of a checkpoint: key -> `old -> new`.
 
     What a version of transformers adds, and what the data decide, is no difference. `before` is the
     checkpoint's `config.json`; None where it cannot be understood.
@@ -306,7 +306,7 @@ def describe_model_changes(before: Any, config: Any) -> list[str] | None:
     unpadded = values.pop(UNPADDED_KEY, None)
     model_type = values.pop("model_type", None)
     if model_type != config.model_type:
-        return [f"model_type: {_shown(str(model_type))} -> {config.model_type}"]
+        return {"model_type": f"{_shown(str(model_type))} -> {config.model_type}"}
     fields = _known_keys(model_type)
     values = {k: v for k, v in values.items() if k in fields and k not in IGNORED_KEYS}
     _drop_older_keys(values)
@@ -316,12 +316,12 @@ def describe_model_changes(before: Any, config: Any) -> list[str] | None:
         return None
     old[UNPADDED_KEY], after[UNPADDED_KEY] = unpadded, after.get(UNPADDED_KEY)
     passed = {*IGNORED_KEYS, *DATA_KEYS}
-    return [
-        f"{key}: {_shown(json.dumps(old[key], default=str))} -> "
+    return {
+        key: f"{_shown(json.dumps(old[key], default=str))} -> "
         f"{_shown(json.dumps(after[key], default=str))}"
         for key in sorted(old.keys() & after.keys() - passed)
         if old[key] != after[key]
-    ]
+    }
 
 
 @functools.cache

@@ -7,42 +7,27 @@ no transformers here: `train.py --help` has to be quick.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from configs.config_checks import (
+    LR_SCHEDULERS,
+    above_zero,
+    at_least,
+    below_one,
+    between,
+    check_fields,
+    check_values,
+    checked,
+    one_of,
+)
 from configs.config_files import COMMAND_LINE, ConfigValues, read_values
 from utils.base.archive_formats import COMPRESSIONS
 from utils.base.errors import ConfigError
-from utils.base.uri import LOCAL_PLACES, PLACES, find_mistake, join_uri
+from utils.base.uri import join_uri
 
-LR_SCHEDULERS: dict[str, tuple[str, ...]] = {
-    "cosine": ("num_cycles",),
-    "linear": (),
-    "constant": (),
-    "constant_with_warmup": (),
-    "polynomial": ("power", "lr_end"),
-    "cosine_with_restarts": ("num_cycles",),
-    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
-    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
-    "inverse_sqrt": ("timescale",),
-    "warmup_stable_decay": (
-        "num_decay_steps",
-        "num_stable_steps",
-        "warmup_type",
-        "decay_type",
-        "min_lr_ratio",
-        "num_cycles",
-    ),
-}
-"""Each learning rate schedule, and the `lr_scheduler_kwargs` that it knows."""
-LR_FLOORS = ("min_lr", "min_lr_rate", "min_lr_ratio", "lr_end")
-"""Those that say where a schedule ends, in place of the key `min_lr_rate`; they may be 0."""
-LR_SHAPES = ("linear", "cosine", "1-sqrt")
-"""What `warmup_type` and `decay_type` may be."""
 ATTENTION_IMPLEMENTATIONS = (
     "sdpa",
     "flash_attention_2",
@@ -51,7 +36,6 @@ ATTENTION_IMPLEMENTATIONS = (
     "eager",
 )
 BAD_STEP_SPAN = 1000  # `max_bad_steps` is counted over so many steps
-REPORT_TARGETS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -93,39 +77,43 @@ class TrainingConfig:
     run_name: str = ""
     """A folder added to each of the three directories and to the bucket prefix."""
 
-    max_files: int | None = None
+    max_files: int | None = checked(
+        "at least 1, or null or -1 for all; got {}",
+        lambda count: count == -1 or count >= 1,
+        default=None,
+    )
     """How many training shards to use, in the order of their names. null or -1: all."""
 
-    sequence_length: int = 2048
+    sequence_length: int = at_least(2, default=2048)
     """Tokens in a sample."""
 
-    global_batch_size: int | None = None
+    global_batch_size: int | None = at_least(1, default=None)
     """Samples in a step over all ranks. null: micro-batch x accumulation x ranks."""
 
-    per_device_train_batch_size: int = 1
+    per_device_train_batch_size: int = at_least(1, default=1)
     """Samples in one forward and backward of one rank (the micro-batch). auto: the most that fit
     into the memory, with `global_batch_size` kept."""
 
     auto_find_batch_size: bool = False
     """What `per_device_train_batch_size: auto` stands for."""
 
-    per_device_eval_batch_size: int | None = None
+    per_device_eval_batch_size: int | None = at_least(1, default=None)
     """Samples in one forward of an evaluation. null: as for training."""
 
-    gradient_accumulation_steps: int | None = None
+    gradient_accumulation_steps: int | None = at_least(1, default=None)
     """Micro-steps in a step. null: what `global_batch_size` needs, or 1."""
 
-    max_steps: int = 10000
+    max_steps: int = at_least(1, default=10000)
     """Length of the run and of its learning rate schedule, in optimizer updates. -1, or left out
     beside `num_train_epochs`: what that comes to."""
 
-    num_train_epochs: float | None = None
+    num_train_epochs: float | None = above_zero(default=None)
     """Length of the run in passes over the training shards, in place of `max_steps`."""
 
-    learning_rate: float = 2e-4
+    learning_rate: float = above_zero(default=2e-4)
     """Peak learning rate."""
 
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: str = one_of(LR_SCHEDULERS, default="cosine")
     """What follows the warm-up, a schedule of transformers: cosine, linear, polynomial,
     cosine_with_restarts, cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay,
     inverse_sqrt, or constant (constant_with_warmup)."""
@@ -133,43 +121,45 @@ class TrainingConfig:
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     """Settings of that schedule, as transformers names them (`LR_SCHEDULERS`)."""
 
-    min_lr_rate: float = 0.1
+    min_lr_rate: float = between(0.0, 1.0, default=0.1)
     """Learning rate at the last step, as a share of the peak, where the schedule would end at 0."""
 
-    warmup_steps: int = 100
+    warmup_steps: int = at_least(0, default=100)
     """Steps over which the learning rate rises to its peak."""
 
-    optim: str = "adamw_torch_fused"
+    optim: str = one_of(
+        ("adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "muon"), default="adamw_torch_fused"
+    )
     """Optimizer: adamw_torch_fused; adamw_bnb_8bit (moments of 8 bits; package bitsandbytes);
     adafactor (transformers': keeps a row and a column of numbers for each matrix); muon
     (torch.optim.Muon for the matrices of the layers, AdamW for embeddings, output layer and
     vectors)."""
 
-    muon_learning_rate: float | None = None
+    muon_learning_rate: float | None = above_zero(default=None)
     """Peak learning rate of Muon's matrices; the schedule is the same. null: `learning_rate`."""
 
-    muon_momentum: float = 0.95
+    muon_momentum: float = below_one(default=0.95)
     """Decay of Muon's momentum."""
 
-    weight_decay: float = 0.1
+    weight_decay: float = at_least(0, default=0.1)
     """Decoupled decay of matrices; biases and norms have none."""
 
-    adam_beta1: float = 0.9
+    adam_beta1: float = below_one(default=0.9)
     """Decay of AdamW's first moment."""
 
-    adam_beta2: float = 0.95
+    adam_beta2: float = below_one(default=0.95)
     """Decay of AdamW's second moment."""
 
-    adam_epsilon: float = 1e-8
+    adam_epsilon: float = above_zero(default=1e-8)
     """Added to AdamW's denominator."""
 
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = at_least(0, default=1.0)
     """Gradients are scaled down to this norm. 0: never."""
 
-    save_steps: int = 500
+    save_steps: int = at_least(1, default=500)
     """A checkpoint every so many steps, and one at the end."""
 
-    save_seconds: float | None = None
+    save_seconds: float | None = at_least(1, default=None)
     """A checkpoint also when so many seconds have passed since the last one. null: never."""
 
     save_on_best: bool = False
@@ -179,63 +169,63 @@ class TrainingConfig:
     """Training waits for a copy in host memory only, and another process writes it. false: it waits
     until the checkpoint is committed."""
 
-    save_overlap: str = "wait"
+    save_overlap: str = one_of(("wait", "skip"), default="wait")
     """When a save is due while the one before is still being written: wait, or skip it."""
 
-    failed_save: str = "continue"
+    failed_save: str = one_of(("continue", "stop"), default="continue")
     """When a checkpoint cannot be written: continue and try again in a minute, or stop."""
 
-    grace_seconds: float = 30.0
+    grace_seconds: float = at_least(0, default=30.0)
     """Time between a request to stop (SIGINT, SIGTERM, preemption) and the exit: for saving, then
     for uploads. What is not uploaded by then goes up at the next start."""
 
-    logging_steps: int = 100
+    logging_steps: int = at_least(1, default=100)
     """Metrics every so many steps; their loss is the mean since the ones before."""
 
-    eval_steps: int | None = None
+    eval_steps: int | None = at_least(1, default=None)
     """An evaluation every so many steps, besides the one at each save. null: only there."""
 
-    max_eval_samples: int | None = None
+    max_eval_samples: int | None = at_least(1, default=None)
     """Validation samples used, spread evenly over all of them, always the same. null: all."""
 
     sample_prompts: list[str] = field(default_factory=lambda: ["", "The", "In the year"])
     """Beginnings of texts that the model writes at each evaluation; an empty one begins a new text.
     []: none."""
 
-    sample_tokens: int = 64
+    sample_tokens: int = at_least(0, default=64)
     """Tokens of each of these texts at most. 0: none are written."""
 
-    seed: int = 42
+    seed: int = between(0, 2**63 - 1, default=42)
     """Seed of the weights, of dropout and of the sample order."""
 
-    shuffle_window_shards: int = 8
+    shuffle_window_shards: int = at_least(1, default=8)
     """Samples are shuffled within this many neighbouring shards of the epoch's shard order."""
 
     mask_documents: bool = False
     """Attention and position ids do not cross documents (needs the end-of-text id of the data)."""
 
-    bad_step: str = "stop"
+    bad_step: str = one_of(("stop", "skip", "rollback"), default="stop")
     """When the loss or gradients of a step are not finite, or its loss is a spike: its update is
     left out, then stop (saved), skip (go on with the next samples), or rollback (to the newest
     checkpoint, then on after the step's samples)."""
 
-    max_bad_steps: int = 10
+    max_bad_steps: int = at_least(0, default=10)
     """With skip or rollback: more bad steps than this among the last 1000 stop the run."""
 
-    spike_sigma: float | None = None
+    spike_sigma: float | None = above_zero(default=None)
     """A loss so many standard deviations above the mean of the last steps is a spike. null: no
     loss is."""
 
-    spike_window: int = 100
+    spike_window: int = at_least(2, default=100)
     """Good steps that this mean and deviation are taken from."""
 
     record_batches: bool = False
     """Write a checksum of each step's tokens to batches.jsonl in `logging_dir`, as proof."""
 
-    bad_shard: str = "stop"
+    bad_shard: str = one_of(("stop", "skip"), default="stop")
     """stop, or skip: leave unusable shards out and replace their samples."""
 
-    cache_limit_bytes: int | None = 100 * 2**30
+    cache_limit_bytes: int | None = at_least(1, default=100 * 2**30)
     """Size that `cache_dir` is kept under, in bytes. null: no limit."""
 
     bf16: bool | None = None
@@ -250,22 +240,22 @@ class TrainingConfig:
     fp8: bool = False
     """The layers' products in float8 with a scale for each row (torchao; Hopper, Ada or newer)."""
 
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = one_of(ATTENTION_IMPLEMENTATIONS, default="sdpa")
     """sdpa (torch's own, flash where it can), flash_attention_2, flash_attention_3 (packages of
     their own), flex_attention, or eager."""
 
-    pad_vocab_to_multiple_of: int | None = None
+    pad_vocab_to_multiple_of: int | None = at_least(1, default=None)
     """Round the vocabulary up: GPUs multiply multiples of 64 or 128 faster. The ids above it are
     never targets and never generated. null: as the model has it."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
-    gradient_checkpointing_policy: str = "full"
+    gradient_checkpointing_policy: str = one_of(("full", "selective"), default="full")
     """full: keep the input of each layer alone (about a third more time); selective: keep the
     results of products and attention too, recompute the rest (a few percent more time)."""
 
-    loss_implementation: str = "auto"
+    loss_implementation: str = one_of(("auto", "chunked", "model"), default="auto")
     """chunked: the logits of a chunk of tokens at a time, their gradients formed at once. model: as
     the model does it. auto: chunked where the model's output layer is a plain product."""
 
@@ -277,7 +267,7 @@ class TrainingConfig:
     """With torch_compile: compile one layer and use it for all (quick to start). false: the whole
     model."""
 
-    sharding: str = "none"
+    sharding: str = one_of(("none", "fsdp2", "zero1", "zero2"), default="none")
     """How several ranks hold the state: none, each all of it (DDP), or fsdp2, each its part of
     weights, gradients and optimizer (torch's fully_shard), or zero1, zero2, whole weights and its
     part of the optimizer, with 2 of gradients too (DeepSpeed). `accelerate launch` may say so."""
@@ -292,58 +282,56 @@ class TrainingConfig:
     use_cpu: bool = False
     """Train on the CPU even where there is a GPU."""
 
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = at_least(1, default=3)
     """Newest checkpoints kept on this machine; the best is kept besides."""
 
-    keep_every_steps: int | None = None
+    keep_every_steps: int | None = at_least(1, default=None)
     """Checkpoints whose step is a multiple of this are kept for ever. null: none."""
 
-    max_unverified: int = 3
+    max_unverified: int = at_least(1, default=3)
     """Checkpoints kept while the bucket cannot be reached, before the oldest is given up."""
 
-    save_format: str = "safetensors"
+    save_format: str = one_of(("safetensors", "bin"), default="safetensors")
     """safetensors (model.safetensors) or bin (pytorch_model.bin)."""
 
-    upload_transport: str = "auto"
+    upload_transport: str = one_of(
+        ("auto", "python", "gcloud", "gsutil", "directory"), default="auto"
+    )
     """How archives travel: python (google-cloud-storage), gcloud, gsutil, or directory. auto takes
     the first of these that can write, read and delete in the bucket."""
 
-    upload_compression: str = "fast"
+    upload_compression: str = one_of(COMPRESSIONS, default="fast")
     """Compression of archives: fast, small or none (tar.gz), or zstd (tar.zst)."""
 
-    upload_streams: int = 4
+    upload_streams: int = at_least(1, default=4)
     """Connections of one upload by python, each of which sends parts of 32 MiB. 1: one resumable
     upload without parts, which needs no right to delete."""
 
-    upload_max_mbps: float | None = None
+    upload_max_mbps: float | None = above_zero(default=None)
     """Megabits per second that uploads may take. null: as fast as it goes."""
 
-    upload_stall_seconds: float = 120.0
+    upload_stall_seconds: float = above_zero(default=120.0)
     """An upload that makes no progress for so long is ended and tried again."""
 
-    upload_deadline_seconds: float = 600.0
+    upload_deadline_seconds: float = at_least(0, default=600.0)
     """How long the end of an attempt waits for uploads."""
 
     gcs_user_project: str = ""
     """Project that pays for requests to requester-pays buckets."""
 
-    hourly_price: float | None = None
+    hourly_price: float | None = between(0, 1e9, default=None)
     """Dollars an hour of all machines of the run together. null: machine time is counted, dollars
     are not."""
 
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Where curves go besides metrics.jsonl: tensorboard, wandb."""
 
-    log_level: str = "info"
+    log_level: str = one_of(("debug", "info", "warning", "error"), default="info")
     """debug, info, warning or error."""
 
     def __post_init__(self) -> None:
-        _check_ranges(self)
-        _check_choices(self)
-        _check_schedule(self)
-        _check_places(self)
-        _check_contents(self)
-        _check_batch(self)
+        check_fields(self)
+        check_values(vars(self))
 
     @property
     def data_sources(self) -> list[tuple[str, float]]:
@@ -366,11 +354,6 @@ class TrainingConfig:
     def checkpointing_policy(self) -> str:
         """How activations are recomputed: full, selective, or empty for not at all."""
         return self.gradient_checkpointing_policy if self.gradient_checkpointing else ""
-
-    @property
-    def eval_batch_size(self) -> int:
-        """Samples in one forward of an evaluation on one rank."""
-        return self.per_device_eval_batch_size or self.per_device_train_batch_size
 
     def resolve_batch(self, world_size: int) -> tuple[int, int]:
         """Return (samples in a step, micro-steps in a step) for a number of ranks.
@@ -404,190 +387,7 @@ class TrainingConfig:
 
 KEY_TYPES = {item.name: str(item.type) for item in fields(TrainingConfig)}
 """Each key, and the type that its value must have."""
-# Key -> its least value; null passes where the type allows it.
-_LEAST_VALUES = {
-    "max_steps": 1,
-    "per_device_train_batch_size": 1,
-    "save_steps": 1,
-    "logging_steps": 1,
-    "keep_checkpoints": 1,
-    "max_unverified": 1,
-    "shuffle_window_shards": 1,
-    "upload_streams": 1,
-    "global_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "per_device_eval_batch_size": 1,
-    "eval_steps": 1,
-    "max_eval_samples": 1,
-    "cache_limit_bytes": 1,
-    "keep_every_steps": 1,
-    "pad_vocab_to_multiple_of": 1,
-    "save_seconds": 1,
-    "sequence_length": 2,
-    "spike_window": 2,
-    "warmup_steps": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "max_bad_steps": 0,
-    "sample_tokens": 0,
-    "upload_deadline_seconds": 0,
-    "grace_seconds": 0,
-}
-_INTERVALS = {
-    "hourly_price": (0, 1e9),
-    "seed": (0, 2**63 - 1),
-    "min_lr_rate": (0.0, 1.0),
-}
 _LENGTH_KEYS = ("max_steps", "num_train_epochs")
-_BELOW_ONE = ("adam_beta1", "adam_beta2", "muon_momentum")
-_ABOVE_ZERO = (
-    "num_train_epochs",
-    "learning_rate",
-    "muon_learning_rate",
-    "adam_epsilon",
-    "spike_sigma",
-    "upload_max_mbps",
-    "upload_stall_seconds",
-)
-_CHOICES = {
-    "optim": ("adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "muon"),
-    "lr_scheduler_type": tuple(LR_SCHEDULERS),
-    "save_format": ("safetensors", "bin"),
-    "upload_transport": ("auto", "python", "gcloud", "gsutil", "directory"),
-    "upload_compression": tuple(COMPRESSIONS),
-    "attn_implementation": ATTENTION_IMPLEMENTATIONS,
-    "gradient_checkpointing_policy": ("full", "selective"),
-    "loss_implementation": ("auto", "chunked", "model"),
-    "sharding": ("none", "fsdp2", "zero1", "zero2"),
-    "log_level": ("debug", "info", "warning", "error"),
-    "bad_shard": ("stop", "skip"),
-    "bad_step": ("stop", "skip", "rollback"),
-    "save_overlap": ("wait", "skip"),
-    "failed_save": ("continue", "stop"),
-}
-
-
-def _check_ranges(config: TrainingConfig) -> None:
-    values = {key: value for key, value in vars(config).items() if value is not None}
-    for key, limit in _LEAST_VALUES.items():
-        if key in values and not limit <= values[key] < math.inf:
-            raise ConfigError(f"{key} must be at least {limit}, got {values[key]}.")
-    for key, (low, high) in _INTERVALS.items():
-        if key in values and not low <= values[key] <= high:
-            raise ConfigError(f"{key} must be between {low} and {high}, got {values[key]}.")
-    for key in _BELOW_ONE:
-        if not 0.0 <= values[key] < 1.0:
-            raise ConfigError(f"{key} must be at least 0.0 and below 1.0, got {values[key]}.")
-    for key in _ABOVE_ZERO:
-        if key in values and not 0 < values[key] < math.inf:
-            raise ConfigError(f"{key} must be above 0, got {values[key]}.")
-    if config.max_files is not None and config.max_files != -1 and config.max_files < 1:
-        raise ConfigError(
-            f"max_files must be at least 1, or null or -1 for all; got {config.max_files}."
-        )
-
-
-def _check_choices(config: TrainingConfig) -> None:
-    for key, choices in _CHOICES.items():
-        value = getattr(config, key)
-        if value not in choices:
-            raise ConfigError(f"{key} must be one of {', '.join(choices)}; got {value!r}.")
-    for target in config.report_to:
-        if target not in REPORT_TARGETS:
-            raise ConfigError(
-                f"report_to must hold only {', '.join(REPORT_TARGETS)}; got {target!r}."
-            )
-    if config.bf16 and config.fp16:
-        raise ConfigError("bf16 and fp16 are both true: choose one.")
-
-
-def _check_schedule(config: TrainingConfig) -> None:
-    kind, values = config.lr_scheduler_type, config.lr_scheduler_kwargs
-    for key, value in values.items():
-        if key not in LR_SCHEDULERS[kind]:
-            known = ", ".join(LR_SCHEDULERS[kind]) or "none"
-            raise ConfigError(f"lr_scheduler_kwargs of {kind} are {known}; got {key!r}.")
-        if key.endswith("_type"):
-            if value not in LR_SHAPES:
-                known = ", ".join(LR_SHAPES)
-                raise ConfigError(
-                    f"lr_scheduler_kwargs.{key} must be one of {known}; got {value!r}."
-                )
-        elif key in LR_FLOORS:
-            if not _is_number(value) or not 0 <= value < math.inf:
-                raise ConfigError(f"lr_scheduler_kwargs.{key} must be at least 0, got {value!r}.")
-        elif not _is_number(value) or not 0 < value < math.inf:
-            raise ConfigError(f"lr_scheduler_kwargs.{key} must be above 0, got {value!r}.")
-    if "min_lr" in values and "min_lr_rate" in values:
-        raise ConfigError("lr_scheduler_kwargs: min_lr and min_lr_rate are both set: choose one.")
-    if kind == "warmup_stable_decay" and "num_decay_steps" not in values:
-        raise ConfigError(
-            "lr_scheduler_type warmup_stable_decay needs lr_scheduler_kwargs.num_decay_steps: over "
-            "how many steps the learning rate falls at the end."
-        )
-
-
-def _check_places(config: TrainingConfig) -> None:
-    if isinstance(config.data_uri, list):
-        _check_mixture(config.data_uri)
-    places = [("data_uri", uri, PLACES) for uri, _ in config.data_sources]
-    places += [(key, getattr(config, key), PLACES) for key in ("checkpoint_uri", "init_from")]
-    for key in ("output_dir", "logging_dir", "cache_dir"):
-        if not getattr(config, key):
-            raise ConfigError(f"{key} is empty: give {LOCAL_PLACES}.")
-        places += [(key, getattr(config, key), LOCAL_PLACES)]
-    for key, text, kinds in places:
-        if text.endswith("://"):  # joined with run_name, that would be taken for the bucket
-            raise ConfigError(f"{key} {text}: give {kinds}.")
-        if mistake := find_mistake(text, kinds):
-            raise ConfigError(f"{key} {mistake}")
-
-
-def _check_contents(config: TrainingConfig) -> None:
-    for key, value in config.model_overrides.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"model_overrides.{key} must be a finite number, got {value}.")
-    for prompt in config.sample_prompts:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise ConfigError(f"sample_prompts: {prompt!a} is no text that can be encoded.")
-
-
-def _check_batch(config: TrainingConfig) -> None:
-    if config.auto_find_batch_size and not config.global_batch_size:
-        raise ConfigError(
-            "per_device_train_batch_size auto needs global_batch_size, the samples of a step."
-        )
-    if config.auto_find_batch_size and config.gradient_accumulation_steps:
-        raise ConfigError(
-            "per_device_train_batch_size auto finds gradient_accumulation_steps too: leave it out."
-        )
-    if config.global_batch_size and config.gradient_accumulation_steps:
-        micro = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        if config.global_batch_size % micro:
-            raise ConfigError(
-                f"global_batch_size {config.global_batch_size} is no multiple of "
-                f"per_device_train_batch_size x gradient_accumulation_steps = {micro}. "
-                "Leave gradient_accumulation_steps out to have it computed."
-            )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_mixture(sources: list[dict[str, Any]]) -> None:
-    if not sources:
-        raise ConfigError("data_uri is an empty list.")
-    for source in sources:
-        uri = source.get("uri")
-        weight: Any = source.get("weight")
-        if set(source) != {"uri", "weight"} or not isinstance(uri, str) or not _is_number(weight):
-            raise ConfigError(
-                'data_uri must hold {"uri": "...", "weight": number} for each source, got '
-                f"{json.dumps(source, default=str)}."
-            )
-        if not 0 < weight < math.inf:
-            raise ConfigError(f"data_uri: the weight of {uri} must be above 0, got {weight}.")
 
 
 def get_training_config(

@@ -113,11 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _require_usable(args: argparse.Namespace) -> None:
-    """Refuse what is no share, price, or number of GPUs, samples or tokens.
-
-    Raises:
-        UsageError: The message names option, value and limit.
-    """
+    """Refuse what is no share, price, or number of GPUs, samples or tokens."""
     for name, low in (("efficiency", 0.0), ("price", -1e-9), ("tokens", 0)):
         value = getattr(args, name)
         if value is not None and not low < value < 1e18:

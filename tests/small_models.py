@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from configs.model_config import build_model_config
+from configs.training_config import get_training_config
+from utils.training_utils import TrainState, build_accelerator, build_train_state, set_determinism
 
 TASK_FILES = Path(__file__).parent / "task_files"
 
@@ -31,6 +37,22 @@ def build_small_model(vocab_size: int = 512, context: int = 64, **shape: Any) ->
         for parameter in model.parameters():
             parameter.mul_(4.0)
     return model
+
+
+@contextlib.contextmanager
+def training_state(settings: Mapping[str, Any], folder: Path = Path()) -> Iterator[TrainState]:
+    """Give a train state of the configuration `test` with these settings, on a CPU."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    config = get_training_config("test", {"use_cpu": True, **settings})
+    set_determinism(config)
+    try:
+        accelerator = build_accelerator(config, "no", [], folder)
+        model_config = build_model_config(config.model, config.model_overrides)
+        yield build_train_state(accelerator, model_config, config)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def plain_losses(model: Any, tokens: list[int], context: int) -> list[float]:

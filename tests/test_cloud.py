@@ -21,6 +21,7 @@ import yaml
 import train
 from configs.config_files import PROJECT_DIRECTORY
 from configs.training_config import TrainingConfig
+from tests.conftest import TINY
 from utils.base.errors import ExitCode
 from utils.checkpoints.layout import find_checkpoints
 
@@ -28,21 +29,8 @@ CLOUD = PROJECT_DIRECTORY / "cloud"
 NODE = CLOUD / "node.sh"
 AGAIN = {int(ExitCode.NOT_VERIFIED), int(ExitCode.STOPPED)}
 FOR_GOOD = {int(ExitCode.USAGE), int(ExitCode.PREFLIGHT)}
-TINY = [
-    "--config=test",
-    "--max-steps=4",
-    "--set=save_steps=2",
-    "--set=eval_steps=4",
-    "--set=warmup_steps=1",
-    "--set=model_overrides.num_hidden_layers=1",
-    "--set=model_overrides.hidden_size=32",
-    "--set=model_overrides.intermediate_size=64",
-    "--set=model_overrides.vocab_size=512",
-    "--set=sequence_length=32",
-    "--set=max_eval_samples=4",
-    "--set=sample_tokens=0",
-    "--set=report_to=[]",
-]
+WORDS = ["--config=test", "--max-steps=4"]
+WORDS += [f"--set={setting}" for setting in (*TINY, "save_steps=2", "eval_steps=4", "report_to=[]")]
 
 
 def load(name: str) -> list[dict[str, Any]]:
@@ -512,7 +500,7 @@ def test_two_machines_on_slurm_train_stop_on_its_signal_and_go_on(
         "MAIN_PORT": "29713",
         "OMP_NUM_THREADS": "1",
     }
-    words = [*TINY, f"--set=data_uri={sample_data}", "--set=checkpoint_uri=bucket"]
+    words = [*WORDS, f"--set=data_uri={sample_data}"]
 
     def start(*more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -551,7 +539,7 @@ def test_machines_that_share_nothing_but_the_bucket_go_on(
     bucket = f"--set=checkpoint_uri={tmp_path / 'bucket'}"
 
     def run(*more: str) -> str:
-        words = [*TINY, f"--set=data_uri={sample_data}", bucket, *more]
+        words = [*WORDS, f"--set=data_uri={sample_data}", bucket, *more]
         processes = []
         for rank, folder in enumerate("ab"):
             (tmp_path / folder).mkdir(exist_ok=True)

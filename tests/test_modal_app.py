@@ -211,7 +211,7 @@ def test_modal_retries_what_a_restart_can_mend(
 ) -> None:
     ran: list[list[str]] = []
     monkeypatch.setattr(modal_app, "run_until", lambda *words: code)
-    monkeypatch.setattr(modal_app, "run_script", lambda words, *_: ran.append(words) or owed)
+    monkeypatch.setattr(subprocess, "call", lambda words, **_: ran.append(words) or owed)
     if over is None:
         with pytest.raises(RuntimeError, match=f"code {code}"):
             modal_app.train_on_gpu.function([], 0, "a", 4000.0)
@@ -219,6 +219,29 @@ def test_modal_retries_what_a_restart_can_mend(
         assert modal_app.train_on_gpu.function([], 0, "a", 4000.0) == over
     assert len(ran) == (owed is not None)
     assert modal_app.volume.commits == 1
+
+
+def wake(monkeypatch: pytest.MonkeyPatch, ready: Path, error: BaseException) -> list[int]:
+    """End the first wait for a command with an error once it is ready; note what it is sent."""
+    asked: list[int] = []
+
+    class Process(subprocess.Popen[bytes]):
+        waits = 0
+
+        def wait(self, timeout: float | None = None) -> int:
+            self.waits += 1
+            if self.waits > 1:
+                return super().wait(timeout)
+            while not ready.exists():
+                assert self.poll() is None
+            raise error
+
+        def send_signal(self, sig: int) -> None:
+            asked.append(sig)
+            super().send_signal(sig)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    return asked
 
 
 PATIENT = """
@@ -233,24 +256,7 @@ def test_a_start_is_asked_to_save_once_and_waited_for(
 ) -> None:
     """The time is up, or Modal takes the container."""
     os.mkfifo(tmp_path / "fifo")
-    asked: list[int] = []
-
-    class Process(subprocess.Popen[bytes]):
-        waits = 0
-
-        def wait(self, timeout: float | None = None) -> int:
-            self.waits += 1
-            if self.waits > 1:
-                return super().wait(timeout)
-            while not (tmp_path / "ready").exists():
-                assert self.poll() is None
-            raise woken
-
-        def send_signal(self, sig: int) -> None:
-            asked.append(sig)
-            super().send_signal(sig)
-
-    monkeypatch.setattr(modal_app.subprocess, "Popen", Process)
+    asked = wake(monkeypatch, tmp_path / "ready", woken)
     command = ["bash", "-c", PATIENT]
     if isinstance(woken, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
@@ -269,16 +275,7 @@ def test_what_does_not_stop_leaves_no_rank_behind(
 
     monkeypatch.setattr(modal_app, "GRACE_SECONDS", -3)
     script = "trap : TERM; setsid sleep 600 & echo $! >rank; touch ready; wait; wait; sleep 600"
-
-    class Process(subprocess.Popen[bytes]):
-        def wait(self, timeout: float | None = None) -> int:
-            if timeout == 100.0:
-                while not (tmp_path / "ready").exists():
-                    assert self.poll() is None
-                raise KeyboardInterrupt
-            return super().wait(timeout)
-
-    monkeypatch.setattr(modal_app.subprocess, "Popen", Process)
+    wake(monkeypatch, tmp_path / "ready", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         modal_app.run_until(["bash", "-c", script], tmp_path, os.environ, 100.0)
     rank = int((tmp_path / "rank").read_text())
@@ -302,12 +299,7 @@ def test_scripts_get_the_archive_in_the_bucket(
     modal_app: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[list[str]] = []
-
-    def run(command: list[str], folder: Path, environment: Any) -> int:
-        ran.append(list(command))
-        return 0
-
-    monkeypatch.setattr(modal_app, "run_script", run)
+    monkeypatch.setattr(subprocess, "call", lambda command, **_: ran.append(command) or 0)
     modal_app.use_checkpoint.answer[0] = 0
     modal_app.generate("first", "Once", max_tokens=5)
     modal_app.evaluate("first", options="--json")

@@ -9,10 +9,9 @@ import runpy
 import shlex
 import shutil
 import socket
-import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +26,7 @@ from configs.model_config import build_model_config
 from configs.training_config import TrainingConfig, get_training_config
 from tests.conftest import TINY, call_train
 from tests.processes import run_python
+from tests.small_models import training_state
 from utils import training_utils
 from utils.base.errors import ConfigError, ExitCode, StorageError
 from utils.base.startup import keep_compiled
@@ -35,6 +35,7 @@ from utils.start import preflight
 from utils.tracking.metrics_log import read_metrics
 
 Train = Callable[..., int]
+TRAIN = PROJECT_DIRECTORY / "train.py"
 LAST = "checkpoint-epoch0-step10-files0"
 
 
@@ -134,15 +135,7 @@ def test_stock_loaders_read_a_checkpoint(
 
 
 def test_three_steps_equal_three_of_a_plain_pytorch_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
     from utils.models.building import build_model
-    from utils.training_utils import (
-        build_accelerator,
-        build_train_state,
-        set_determinism,
-        train_step,
-    )
 
     # The very same products.
     monkeypatch.setattr("utils.models.cpu_products.is_onednn_faster", lambda: False)
@@ -165,7 +158,7 @@ def test_three_steps_equal_three_of_a_plain_pytorch_loop(monkeypatch: pytest.Mon
         [torch.randint(0, 4096, (1, 64), generator=generator) for _ in range(4)] for _ in range(3)
     ]
 
-    set_determinism(config)
+    training_utils.set_determinism(config)
     plain = build_model(model_config, config)
     matrices = [p for p in plain.parameters() if p.dim() >= 2]
     others = [p for p in plain.parameters() if p.dim() < 2]
@@ -188,10 +181,7 @@ def test_three_steps_equal_three_of_a_plain_pytorch_loop(monkeypatch: pytest.Mon
         optimizer.step()
     gradients = {name: p.grad.clone() for name, p in plain.named_parameters()}
 
-    set_determinism(config)
-    try:
-        accelerator = build_accelerator(config, "no", [], Path())
-        state = build_train_state(accelerator, model_config, config)
+    with training_state(settings) as state:
         kept: dict[str, torch.Tensor] = {}
         state.optimizer.register_step_pre_hook(
             lambda *_: kept.update(
@@ -199,10 +189,7 @@ def test_three_steps_equal_three_of_a_plain_pytorch_loop(monkeypatch: pytest.Mon
             )
         )
         for batches in steps:
-            train_step(state, batches, config.max_grad_norm)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+            training_utils.train_step(state, batches, config.max_grad_norm)
     assert state.interval.tolist() == pytest.approx([sum(losses) / 4, 3.0], abs=1e-5)
     assert state.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
     for name, parameter in plain.named_parameters():
@@ -227,20 +214,14 @@ def test_a_micro_batch_that_is_found_trains_as_the_same_one_given_by_hand(
     assert not state_differences(found, given)
 
 
-def launch(directory: Path, *words: str, program: tuple[str, ...] = (sys.executable,)) -> list[str]:
-    """Return the command line of a train.py in a process of its own, with the tiny model."""
-    directory.mkdir(exist_ok=True)
-    command = [*program, str(PROJECT_DIRECTORY / "train.py"), *words]
-    for setting in TINY:
-        command += ["--set", setting]
-    return command
-
-
-def train_on_ranks(folder: Path, count: int, *words: str) -> str:
-    """Call train.py under torchrun; return what it wrote."""
+def train_on_ranks(
+    folder: Path, count: int, *words: str, settings: Sequence[str] = (), program: Path = TRAIN
+) -> str:
+    """Call train.py, or a file in its place, under torchrun; return what it wrote."""
+    folder.mkdir(exist_ok=True)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
-    _, *command = launch(folder, program=(sys.executable, *torchrun))
-    result = run_python(*command, *words, cwd=folder)
+    options = [f"--set={setting}" for setting in (*TINY, *settings)]
+    result = run_python(*torchrun, program, *words, *options, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -250,8 +231,8 @@ def test_two_ranks_follow_the_curve_of_one(
 ) -> None:
     settings = ("logging_steps=1", "save_steps=4", "record_batches=true", "sample_tokens=4")
     assert run_train("--max-steps", "8", folder="one", settings=settings) == 0
-    words = [f"--set={s}" for s in (f"data_uri={sample_data}", *settings)]
-    train_on_ranks(tmp_path / "two", 2, "--max-steps", "8", *words)
+    given = (f"data_uri={sample_data}", *settings)
+    train_on_ranks(tmp_path / "two", 2, "--max-steps", "8", settings=given)
     logs = [tmp_path / folder / "logs" for folder in ("one", "two")]
     one, two = (
         [json.loads(line)["crc32c"] for line in (log / "batches.jsonl").read_text().splitlines()]
@@ -630,15 +611,6 @@ def test_a_branch_uploads_its_own_files_under_a_name_that_was_verified_before(
     assert sidecar["manifest"]["branch"] == 1
 
 
-def test_a_refused_resume_has_moved_nothing(run_train: Train, goes_on: Path) -> None:
-    before = find_checkpoints(goes_on / "checkpoints")
-    words = ("--max-steps", "4", "--resume", "2")
-    for change in ("learning_rate=1", "cache_limit_bytes=10"):
-        assert run_train(*words, settings=(change,)) == 2
-    assert find_checkpoints(goes_on / "checkpoints") == before
-    assert not (goes_on / "checkpoints" / "set-aside").exists()
-
-
 def test_a_refused_start_leaves_the_folder_as_it_was(
     run_train: Train, goes_on: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -646,6 +618,8 @@ def test_a_refused_start_leaves_the_folder_as_it_was(
     before = sorted(goes_on.rglob("*"))
     settings = ["learning_rate=1", "run_name=new", "torch_compile=false"]
     assert run_train("--resume", saved, folder="run", settings=settings) == 2  # held, logged
+    for change in ("learning_rate=1", "cache_limit_bytes=10"):
+        assert run_train("--max-steps", "4", "--resume", "2", settings=(change,)) == 2
     assert sorted(goes_on.rglob("*")) == before
     assert run_train("--resume", saved, folder="new", settings=settings) == 2
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from scripts import checkpoint_viewer, evaluate, export_model
 from tests.conftest import call_train
-from tests.test_train import launch, state_differences
-from tests.test_train_sharded import TORCHRUN
+from tests.test_train import state_differences, train_on_ranks
 from tests.utils.models.test_tokenizer import write_tokenizer
 from utils.base.errors import ExitCode
 from utils.checkpoints.layout import read_json
+from utils.start import resume
 from utils.tracking.metrics_log import read_metrics
 
 Train = Callable[..., int]
@@ -83,30 +83,28 @@ def test_every_rank_begins_with_its_rows_of_the_model(
 ) -> None:
     assert evaluate.main([str(base), "--like-training", "--json", "--device", "cpu"]) == 0
     expected = json.loads(capsys.readouterr().out)["evaluations"][0]["values"]["loss"]
-    words = launch(tmp_path / "run", "--max-steps", "1", program=(*TORCHRUN, "2"))
     settings = (f"data_uri={sample_data}", *ALONE, "sharding=fsdp2", "checkpoint_uri=")
-    done = subprocess.run(
-        [*words, *(f"--set={setting}" for setting in settings)],
-        cwd=tmp_path / "run",
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    train_on_ranks(tmp_path / "run", 2, "--max-steps", "1", settings=settings)
     _, losses = read_metrics(tmp_path / "run/logs/metrics.jsonl").series("validation_loss")
     assert losses[0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_run_goes_on_without_the_model_it_began_with(
-    base: Path, run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path,
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ("--max-steps", "4")
     assert run_train(*words, folder="straight", settings=ALONE) == 0
     assert run_train(*words, "--stop-after", "2", settings=ALONE) == 0
     shutil.rmtree(tmp_path / "base")
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # another machine: the bucket alone has it
+    looks = Mock(wraps=resume.read_remote_checkpoints)
+    monkeypatch.setattr(resume, "read_remote_checkpoints", looks)
     assert run_train(*words, "--resume", "latest", settings=ALONE) == 0
+    assert looks.call_count == 2  # before the checks, and once directory and bucket are held
     assert not state_differences(newest(tmp_path, "straight"), newest(tmp_path))
 
     found = read_json(newest(tmp_path) / "metadata.json")["base"]

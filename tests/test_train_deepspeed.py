@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +12,14 @@ from tests.test_train import differences
 from tests.test_train_sharded import (
     FSDP2,
     SETTINGS,
+    SPOILED,
     assert_near,
     assert_same_bits,
     assert_same_curve,
     checkpoint,
     curves,
     run_ranks,
+    write_program,
 )
 from utils.checkpoints.layout import read_manifest
 from utils.checkpoints.state_files import read_optimizer, read_weights
@@ -33,14 +34,6 @@ pytestmark = [
 ]
 Train = Callable[..., int]
 ZERO1, ZERO2 = "sharding=zero1", "sharding=zero2"
-PROJECT = str(Path(__file__).resolve().parents[1])
-
-
-def write_program(path: Path, text: str) -> Path:
-    """Write a train.py that something is done to first."""
-    begin = f"import sys\nsys.path.insert(0, {PROJECT!r})\nimport torch, train\n"
-    path.write_text(begin + textwrap.dedent(text) + "\nsys.exit(train.main())\n")
-    return path
 
 
 def test_a_checkpoint_moves_between_all_strategies(
@@ -72,23 +65,10 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
     assert_same_bits(checkpoint(tmp_path, 6, "straight"), checkpoint(tmp_path, 6))
 
 
-# Micro-step 15 of the first start is one of step 4, on the rank where it happens.
-SPOILED = """
-from utils import training_utils
-from utils.run import run as training_run
-
-forward, calls = training_utils.forward_loss, []
-
-def spoiled(model, input_ids, document_end):
-    loss = forward(model, input_ids, document_end)
-    calls.append(loss.requires_grad)
-    return loss * torch.nan if sum(calls) == 15 and loss.requires_grad else loss
-
-training_utils.forward_loss = spoiled
-"""
 # The way of a GPU: the optimizer obeys on the device; every wait for it is counted.
 ON_DEVICE = """
 import os
+from utils.run import run as training_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 step, counts = training_run.train_step, []

@@ -22,7 +22,6 @@ Train = Callable[..., int]
 SETTINGS = ("logging_steps=1", "save_steps=4", "checkpoint_uri=", "learning_rate=3e-3")
 
 
-# Of torch's own compiler.
 def checkpoint(tmp_path: Path, folder: str, step: int = 6) -> Path:
     return tmp_path / folder / "checkpoints" / f"checkpoint-epoch0-step{step}-files0"
 
@@ -146,9 +145,8 @@ def test_tied_weights_are_shared_among_ranks(
     assert run_family(family, folder="one", settings=settings) == 0
     path = write_model(tmp_path, family)
     given = (*SETTINGS, *settings, f"data_uri={sample_data}", f"model={path}", "sharding=fsdp2")
-    options = [f"--set={setting}" for setting in given]
     for words in (("--stop-after", "4"), ("--resume", "latest")):
-        told = train_on_ranks(tmp_path / "two", 2, "--max-steps", "6", *words, *options)
+        told = train_on_ranks(tmp_path / "two", 2, "--max-steps", "6", *words, settings=given)
     assert "FSDP2 over 2 ranks" in told
     assert_near(checkpoint(tmp_path, "two"), checkpoint(tmp_path, "one"))
     # And back into one process.

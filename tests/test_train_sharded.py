@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from scripts import consolidate_checkpoint
-from tests.test_train import differences, launch, load, state_differences
+from tests.test_train import TRAIN, differences, load, state_differences, train_on_ranks
 from tests.test_train_recovery import batches
 from utils.checkpoints.layout import find_checkpoints, read_json, read_manifest
 from utils.checkpoints.state_files import read_optimizer, read_weights
@@ -25,7 +22,6 @@ from utils.remote.loading import ModelSource, load_model
 from utils.tracking.metrics_log import read_metrics
 
 Train = Callable[..., int]
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 FSDP2 = "sharding=fsdp2"
 ADAMW_STATE, MUON_STATE = ["step", "exp_avg", "exp_avg_sq"], ["momentum_buffer"]
 # Rows that no number of ranks divides evenly: 515, 33, 66, and 1 in no bias of some ranks.
@@ -96,19 +92,10 @@ def run_ranks(sample_data: Path, tmp_path: Path) -> Callable[..., str]:
         *words: str,
         folder: str = "run",
         settings: tuple[str, ...] = (),
-        program: Path | None = None,
-        expected: int | None = 0,
+        program: Path = TRAIN,
     ) -> str:
-        options = [f"--set={s}" for s in (f"data_uri={sample_data}", *SETTINGS, *settings)]
-        command = launch(tmp_path / folder, *words, program=(*TORCHRUN, str(count))) + options
-        if program is not None:
-            command = [str(program) if word.endswith("/train.py") else word for word in command]
-        result = subprocess.run(
-            command, cwd=tmp_path / folder, capture_output=True, text=True, check=False, timeout=300
-        )
-        output = result.stdout + result.stderr
-        assert expected is None or result.returncode == expected, output
-        return output
+        given = (f"data_uri={sample_data}", *SETTINGS, *settings)
+        return train_on_ranks(tmp_path / folder, count, *words, settings=given, program=program)
 
     return run
 
@@ -218,31 +205,32 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
     assert len({tuple(one["torch_manual_seed"].tolist()) for one in states}) == 2
 
 
+# Micro-step 15 of the first start is one of step 4, on the rank where it happens.
+SPOILED = """
+from utils import training_utils
+
+forward, calls = training_utils.forward_loss, []
+
+def spoiled(model, input_ids, document_end):
+    loss = forward(model, input_ids, document_end)
+    calls.append(loss.requires_grad)
+    return loss * torch.nan if sum(calls) == 15 and loss.requires_grad else loss
+
+training_utils.forward_loss = spoiled
+"""
+
+
+def write_program(path: Path, text: str) -> Path:
+    """Write a train.py that something is done to first."""
+    path.write_text(f"import sys, torch, train\n{text}\nsys.exit(train.main())\n")
+    return path
+
+
 @pytest.mark.slow
 def test_a_bad_step_is_rolled_back_by_all_ranks(
     run_ranks: Callable[..., str], tmp_path: Path
 ) -> None:
-    program = tmp_path / "bad.py"
-    project = str(Path(__file__).resolve().parents[1])
-    program.write_text(
-        textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {project!r})
-        import torch, train
-        from utils import training_utils
-
-        forward, calls = training_utils.forward_loss, []
-
-        def spoiled(model, input_ids, document_end):
-            loss = forward(model, input_ids, document_end)
-            calls.append(loss.requires_grad)
-            # Four micro-steps a step: one of step 4, once.
-            return loss * torch.nan if sum(calls) == 15 and loss.requires_grad else loss
-
-        training_utils.forward_loss = spoiled
-        sys.exit(train.main())
-    """)
-    )
+    program = write_program(tmp_path / "bad.py", SPOILED)
     settings = (FSDP2, "save_steps=2", "bad_step=rollback", "keep_checkpoints=9")
     told = run_ranks(2, "--max-steps", "6", settings=settings, program=program)
     assert "Rolled back to checkpoint-epoch0-step2-files0 (step 2)" in told

@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import termios
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,13 +33,14 @@ from configs.config_files import PROJECT_DIRECTORY
 from tests.conftest import TINY
 from tests.processes import load_train, run_train_file
 from tests.sample_shards import save_shard
-from tests.utils.training.test_preemption import MetadataServer, say
+from tests.utils.training.test_preemption import Serve, say, serve
 from utils.base.errors import ExitCode
 from utils.checkpoints.layout import ARCHIVE_SUFFIX, RunPaths, find_checkpoints, read_json
 from utils.checkpoints.store import verify_checkpoint
 from utils.data.mixture import build_order
 from utils.tracking.metrics_log import read_metrics
 
+__all__ = ["serve"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks train.py")
 
 SEQUENCE, SAMPLES_PER_STEP = 32, 4
@@ -67,6 +67,10 @@ PATIENCE_SECONDS = 300.0  # to end a test that hangs
 
 Hook = tuple[Any, ...]
 HOLD_UPLOAD = ("hold_call", "upload", "utils.uploads.uploader", "run_in_process")
+HOLD_DIRECTORY = ("hold_call", "directory", "utils.checkpoints.store", "hold_output_directory")
+HOLD_LEASE = ("hold_call", "lease", "utils.uploads.lease", "hold_prefix")
+# A heart that does not beat within a test, and others that are watched closely.
+BEAT_RARELY = [("beat", 300), ("put", "utils.uploads.lease", "POLLS_PER_WATCH", 10_000)]
 HOLD_EVALUATION = ("hold_call", "evaluation", "utils.run.evaluation", "forward_loss")
 
 
@@ -201,43 +205,14 @@ def hang_in_bucket(answered: str) -> None:
     replace("utils.storage.open", "DirectoryBucket.fetch", wrap)
 
 
-def hold_lease(heartbeat_seconds: float) -> None:
-    """Wait before the bucket is held, then hold it with a quick heart."""
-    gate = Gate("lease")
-
-    def wrap(hold_prefix: Any) -> Any:
-        def held(*arguments: Any) -> Any:
-            gate()
-            return hold_prefix(*arguments, heartbeat_seconds=heartbeat_seconds)
-
-        return held
-
-    replace("utils.uploads.lease", "hold_prefix", wrap)
+def put(module: str, name: str, value: object) -> None:
+    replace(module, name, lambda _: value)
 
 
-def beat_rarely() -> None:
-    """Hold the bucket with a heart that does not beat within a test, and watch others closely."""
-
-    def wrap(hold_prefix: Any) -> Any:
-        return functools.partial(hold_prefix, heartbeat_seconds=300)
-
-    replace("utils.uploads.lease", "hold_prefix", wrap)
-    replace("utils.uploads.lease", "POLLS_PER_WATCH", lambda polls: 10_000)
-
-
-def wait_for_directory() -> None:
-    """Wait for the output directory as long as it takes; tell when the wait begins."""
-    gate = Gate("directory")
-
-    def wrap(hold_output_directory: Any) -> Any:
-        def held(*arguments: Any) -> Any:
-            gate.reach()
-            return hold_output_directory(*arguments)
-
-        return held
-
-    replace("utils.checkpoints.store", "hold_output_directory", wrap)
-    replace("utils.checkpoints.store", "OUTPUT_LOCK_SECONDS", lambda seconds: PATIENCE_SECONDS)
+def beat(seconds: float) -> None:
+    """Hold the bucket with a heart that beats so often."""
+    held = functools.partial(functools.partial, heartbeat_seconds=seconds)
+    replace("utils.uploads.lease", "hold_prefix", held)
 
 
 def run_out_of_gpu_memory(number: int) -> None:
@@ -304,7 +279,7 @@ def leave_quickly() -> None:
     replace("utils.base.console", "run_command", wrap)
 
 
-def serve() -> None:
+def serve_forks() -> None:
     """Fork a train.py for each request on standard input; tell exit codes when asked."""
     load_train()
     print("ready", flush=True)
@@ -356,7 +331,11 @@ class Forks:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from tests.test_train_stopping import serve; serve()"],
+            [
+                sys.executable,
+                "-c",
+                "from tests.test_train_stopping import serve_forks; serve_forks()",
+            ],
             cwd=PROJECT_DIRECTORY,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -802,17 +781,6 @@ def test_a_second_signal_leaves_at_once_and_the_next_attempt_recovers(
     assert "from a trainer of this machine that is gone" in again.output
 
 
-@pytest.fixture
-def metadata_server() -> Iterator[MetadataServer]:
-    server = MetadataServer([say("FALSE")])
-    thread = threading.Thread(target=server.serve_forever, args=[0.01])
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 @pytest.mark.parametrize("words", [(), ("--quiet",)])
 def test_a_terminal_that_goes_away_stops_the_run_saved(start: Start, words: tuple[str]) -> None:
     trainer = start(*words, hooks=[("use_terminal",), ("hold_step", 6)])
@@ -829,9 +797,10 @@ def test_a_terminal_that_goes_away_stops_the_run_saved(start: Start, words: tupl
 
 
 def test_a_preemption_notice_saves_and_a_signal_after_it_is_no_second_one(
-    start: Start, metadata_server: MetadataServer
+    start: Start, serve: Serve
 ) -> None:
-    environment = {"GCE_METADATA_HOST": f"127.0.0.1:{metadata_server.server_port}"}
+    metadata_server = serve(say("FALSE"))
+    environment = {"GCE_METADATA_HOST": metadata_server.address}
     trainer = start(hooks=[("hold_step", 3)], environment=environment)
     trainer.wait_at("step")
     assert metadata_server.asked.wait(PATIENCE_SECONDS)
@@ -848,7 +817,7 @@ def test_of_two_trainers_on_one_prefix_one_trains_and_the_other_names_it(
     start: Start, tmp_path: Path
 ) -> None:
     settings = (f"checkpoint_uri={tmp_path / 'shared'}", "max_steps=3")
-    hooks = [("hold_lease", 0.3), ("hold_step", 2)]
+    hooks = [("beat", 0.3), HOLD_LEASE, ("hold_step", 2)]
     pair = [start(folder=name, settings=settings, hooks=hooks) for name in ("left", "right")]
     for trainer in pair:
         trainer.wait_at("lease")
@@ -872,9 +841,9 @@ def test_a_new_run_that_waited_for_the_bucket_is_refused_what_came_there(
     start: Start, tmp_path: Path
 ) -> None:
     settings = (f"checkpoint_uri={tmp_path / 'shared'}", "max_steps=3")
-    first = start(folder="first", settings=settings, hooks=[("beat_rarely",), ("hold_step", 2)])
+    first = start(folder="first", settings=settings, hooks=[*BEAT_RARELY, ("hold_step", 2)])
     first.wait_at("step")
-    second = start(folder="second", settings=settings, hooks=[("beat_rarely",)])
+    second = start(folder="second", settings=settings, hooks=BEAT_RARELY)
     second.wait_for("Waiting up to 600 s to see whether that trainer is alive.")
     first.let_go("step")
     assert first.end() == 0
@@ -889,10 +858,10 @@ def test_a_replacement_that_waited_goes_on_from_what_its_predecessor_saved_last(
     start: Start, straight: Trainer, tmp_path: Path
 ) -> None:
     settings = (f"checkpoint_uri={tmp_path / 'shared'}",)
-    first = start(folder="first", settings=settings, hooks=[("beat_rarely",), ("hold_step", 7)])
+    first = start(folder="first", settings=settings, hooks=[*BEAT_RARELY, ("hold_step", 7)])
     first.wait_at("step")
     first.wait_for(f"Verified {name_of(4)}")
-    second = start(*GO_ON, folder="second", settings=settings, hooks=[("beat_rarely",)])
+    second = start(*GO_ON, folder="second", settings=settings, hooks=BEAT_RARELY)
     second.wait_for("Waiting up to 600 s to see whether that trainer is alive.")
     first.stop()
     first.let_go("step")
@@ -915,8 +884,10 @@ def test_a_new_run_that_waited_for_the_directory_does_not_begin_beside_what_came
     settings = ("checkpoint_uri=", "max_steps=3")
     first = start(settings=settings, hooks=[("hold_step", 2)])
     first.wait_at("step")
-    second = start(settings=settings, hooks=[("wait_for_directory",)])
+    patient = ("put", "utils.checkpoints.store", "OUTPUT_LOCK_SECONDS", PATIENCE_SECONDS)
+    second = start(settings=settings, hooks=[HOLD_DIRECTORY, patient])
     second.wait_at("directory")
+    second.let_go("directory")
     first.let_go("step")
     assert first.end() == 0
     assert second.end() == ExitCode.USAGE, str(second)

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import TINY
 from tests.processes import run_python
-from tests.test_train import launch
+from tests.test_train import TRAIN
 from tests.test_train_boards import assert_same_training
 
 SETTINGS = (
@@ -97,8 +98,10 @@ def train(
     """Train without a network; return what was told. No attempt to reach anything is forgiven."""
     trace = folder.with_suffix(".trace")
     watched = ("unshare", "-rn", "strace", "-f", "-qq", "-o", str(trace), "-e", "trace=connect")
-    command = [*watched, *prefix, *launch(folder, *words)]
-    command += [f"--set={value}" for value in (f"data_uri={data}", *SETTINGS, *settings)]
+    folder.mkdir(exist_ok=True)
+    values = (*TINY, f"data_uri={data}", *SETTINGS, *settings)
+    options = [f"--set={value}" for value in values]
+    command = [*watched, *prefix, sys.executable, str(TRAIN), *words, *options]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     home = folder.parent / "home"
     home.mkdir(exist_ok=True)

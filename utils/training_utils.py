@@ -29,7 +29,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Adafactor, get_scheduler
 
-from configs.training_config import LR_FLOORS, TrainingConfig
+from configs.config_checks import LR_FLOORS
+from configs.training_config import TrainingConfig
 from utils.base import ranks
 from utils.base.errors import ConfigError, first_line
 from utils.base.text import number
@@ -130,11 +131,6 @@ def set_determinism(config: TrainingConfig) -> None:
 
 
 def _import_bitsandbytes() -> Any:
-    """Return the package.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as exc:

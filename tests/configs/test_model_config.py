@@ -47,19 +47,6 @@ def test_a_preset_has_its_shape_and_exactly_its_parameters(
     assert count_parameters(config).total == PRESETS[name].parameters == total
 
 
-@pytest.mark.parametrize(
-    ("name", "wanted"),  # of the Pythias: https://github.com/EleutherAI/pythia
-    [
-        ("pythia-14m", 14_067_712),
-        ("pythia-1b", 1_011_781_632),
-        ("pythia-12b", 11_846_072_320),
-        ("gpt-neox-20b", 20_554_567_680),
-    ],
-)
-def test_presets_are_within_2_percent_of_what_their_names_promise(name: str, wanted: float) -> None:
-    assert PRESETS[name].parameters == pytest.approx(wanted, rel=0.02)
-
-
 def test_every_preset_has_as_many_parameters_as_it_says() -> None:
     for name, preset in PRESETS.items():
         assert count_parameters(build_model_config(name)).total == preset.parameters, name

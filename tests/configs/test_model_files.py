@@ -11,8 +11,8 @@ import pytest
 
 from configs.model_config import (
     build_model_config,
-    describe_model_changes,
     find_dropouts,
+    find_model_changes,
     known_vocab_size,
     with_older_keys,
 )
@@ -38,7 +38,7 @@ def test_a_saved_config_comes_back_as_it_was(tmp_path: Path, values: dict[str, A
     again = build_model_config(str(tmp_path / "config.json"))
     assert again.to_dict() == config.to_dict()
     assert (again.hidden_size, again.num_hidden_layers, again.vocab_size) == (32, 2, 512)
-    assert describe_model_changes(json.loads((tmp_path / "config.json").read_text()), again) == []
+    assert find_model_changes(json.loads((tmp_path / "config.json").read_text()), again) == {}
 
 
 def test_a_padded_vocabulary_comes_back_with_what_it_pads(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_written_config_says_rotary_embeddings_in_the_words_of_both_generation
     assert {key: value for key, value in written.items() if key in ROTARY} == older
     again = build_model_config(write(tmp_path, written))
     assert again.to_dict() == config.to_dict()
-    assert describe_model_changes(written, again) == []
+    assert find_model_changes(written, again) == {}
     if older:  # an override wins over both
         other = build_model_config(str(tmp_path / "config.json"), {"rope_theta": 123.0})
         assert other.rope_parameters["rope_theta"] == 123.0
@@ -194,19 +194,16 @@ def test_changes_of_a_model_are_named_and_versions_are_none(tmp_path: Path) -> N
     config = build_model_config(write(tmp_path, GPT2), pad_vocab_to_multiple_of=100)
     saved = json.loads(config.to_json_string(use_diff=False))
     older = {k: v for k, v in saved.items() if k not in ("reorder_and_upcast_attn", "n_inner")}
-    assert (
-        describe_model_changes({**older, "n_inner": 64, "transformers_version": "4"}, config) == []
-    )
-    assert describe_model_changes({**saved, "n_layer": 3, "eos_token_id": 5}, config) == [
-        "n_layer: 3 -> 2"
-    ]
-    assert describe_model_changes({**saved, "unpadded_vocab_size": None}, config) == [
-        "unpadded_vocab_size: null -> 512"
-    ]
-    assert describe_model_changes(LLAMA, config) == ["model_type: llama -> gpt2"]
+    assert find_model_changes({**older, "n_inner": 64, "transformers_version": "4"}, config) == {}
+    for found, changes in (
+        ({**saved, "n_layer": 3, "eos_token_id": 5}, {"n_layer": "3 -> 2"}),
+        ({**saved, "unpadded_vocab_size": None}, {"unpadded_vocab_size": "null -> 512"}),
+        (LLAMA, {"model_type": "llama -> gpt2"}),
+        ({"model_type": "\x1b[2J"}, {"model_type": "?[2J -> gpt2"}),
+    ):
+        assert find_model_changes(found, config) == changes
     for damaged in ({**saved, "n_layer": "x"}, {**saved, "n_layer": 10**9}, [], None):
-        assert describe_model_changes(damaged, config) is None
-    assert describe_model_changes({"model_type": "\x1b[2J"}, config) == ["model_type: ?[2J -> gpt2"]
+        assert find_model_changes(damaged, config) is None
 
 
 def test_dropout_is_found_by_any_name_and_no_preset_has_it(tmp_path: Path) -> None:

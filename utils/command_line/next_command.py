@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -38,13 +37,10 @@ class NextCommand:
 
 def next_command(args: argparse.Namespace, config: TrainingConfig) -> NextCommand:
     """Return the command that goes on after an attempt: as it was typed, but for what was of it."""
-    bare = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_attempt_arguments(bare)
-    _, words = bare.parse_known_args(args.words)
+    recorded = ["init_from"] if args.config is None else []  # it is in the run's record
+    words = _without(args.words, ["max_steps", *recorded])
     settings = dict(map(parse_assignment, args.set))
-    words = _without(words, "max_steps")
     if args.config is None:
-        words = _without(words, "init[_-]from")  # it is in the run's record
         alone = config_alone(None, settings)
         for key in ("output_dir", "run_name"):  # where the record is found
             value = getattr(config, key)
@@ -55,10 +51,19 @@ def next_command(args: argparse.Namespace, config: TrainingConfig) -> NextComman
     return NextCommand(typed, max_steps, config.num_train_epochs is not None)
 
 
-def _without(words: list[str], key: str) -> list[str]:
-    """Return words without those that set a key: `--set KEY=...`, `--KEY ...`."""
-    text = "".join(f"{word}\0" for word in words)
-    return re.sub(rf"(?<![^\0])(--set[\0=]|--){key}[\0=][^\0]*\0", "", text).split("\0")[:-1]
+def _without(words: list[str], keys: list[str]) -> list[str]:
+    """Return words without those of one attempt, and those that set one of these keys."""
+    bare = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    add_attempt_arguments(bare)
+    for key in keys:
+        bare.add_argument(f"--{key}", f"--{key.replace('_', '-')}")
+    kept: list[str] = []
+    for word in bare.parse_known_args(words)[1]:
+        if word.removeprefix("--set=").partition("=")[0] not in keys:
+            kept.append(word)
+        elif kept[-1:] == ["--set"]:
+            kept.pop()
+    return kept
 
 
 def _typed_before(words: list[str]) -> list[str]:

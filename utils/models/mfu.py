@@ -62,7 +62,7 @@ def find_peak_flops(device: str, precision: str) -> float | None:
 
 
 def flops_per_token(
-    num_parameters: float, num_layers: float = 0, hidden_size: float = 0, sequence_length: float = 0
+    num_parameters: float, num_layers: float, hidden_size: float, sequence_length: float
 ) -> float:
-    """Return the FLOPs of a token, forward and backward; without a shape, attention is left out."""
+    """Return the FLOPs of a token, forward and backward."""
     return 6 * num_parameters + 12 * num_layers * hidden_size * sequence_length

@@ -42,14 +42,10 @@ class Part:
     rank: int
     count: int
 
-    def rows(self, length: int) -> tuple[int, int]:
-        """Return (first, one after the last) of the rows of a tensor of `length` rows."""
+    def rows_of(self, name: str, length: int) -> tuple[int, int]:
+        """Return (first, one after the last) of the rows of any tensor of `length` rows."""
         size = -(-length // self.count)
         return min(self.rank * size, length), min((self.rank + 1) * size, length)
-
-    def rows_of(self, name: str, length: int) -> tuple[int, int]:
-        """Return the rows of a tensor: those of any other one of its length."""
-        return self.rows(length)
 
 
 @dataclass(frozen=True)

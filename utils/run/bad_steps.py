@@ -27,22 +27,6 @@ from utils.training_utils import TrainingProgress, TrainState
 log = logging.getLogger("train")
 
 
-def describe(verdict: Verdict, progress: TrainingProgress, policy: str) -> dict[str, Any]:
-    """Return what is noted of a bad step.
-
-    The verdict may come when a later step is done already; `policy` is the run's `bad_step`.
-    """
-    steps_since_begin = progress.step - verdict.step + 1
-    return {
-        "step": verdict.step,
-        "kind": verdict.kind,
-        "loss": number(verdict.loss),
-        "grad_norm": number(verdict.grad_norm),
-        "policy": policy,
-        "sample_index": progress.sample_index - steps_since_begin * progress.global_batch_size,
-    }
-
-
 def find_divergence(
     verdict: Verdict, progress: TrainingProgress, config: TrainingConfig
 ) -> DivergenceError | None:
@@ -90,7 +74,15 @@ class BadSteps:
 
     def _handle(self, verdict: Verdict) -> None:
         config, progress = self._config, self._state.progress
-        record = describe(verdict, progress, config.bad_step)
+        steps_since_begin = progress.step - verdict.step + 1  # a later one may be done already
+        record: dict[str, Any] = {
+            "step": verdict.step,
+            "kind": verdict.kind,
+            "loss": number(verdict.loss),
+            "grad_norm": number(verdict.grad_norm),
+            "policy": config.bad_step,
+            "sample_index": progress.sample_index - steps_since_begin * progress.global_batch_size,
+        }
         progress.bad_steps.append(record)
         if self._state.accelerator.is_main_process:
             tracking.record_event(self._paths.logs, "bad_step", **record)

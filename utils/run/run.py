@@ -259,7 +259,7 @@ class TrainingRun:
         loss = evaluation.evaluate(
             self.state,
             data,
-            self.config.eval_batch_size,
+            self.config.per_device_eval_batch_size or self.config.per_device_train_batch_size,
             self._document_end,
             self.stop.is_agreed,
             lambda done: metrics.show_pause(f"evaluating, {done} of {data.num_samples} samples"),

@@ -20,24 +20,19 @@ from pathlib import Path
 from configs.training_config import TrainingConfig
 from utils import checkpoint_utils
 from utils.base import ranks
-from utils.base.errors import CheckpointError, SaveError
+from utils.base.errors import SaveError
 from utils.base.machine import available_memory
 from utils.base.text import format_bytes, format_duration
 from utils.checkpoints.files import CheckpointFiles
 from utils.checkpoints.journal import Journal
-from utils.checkpoints.layout import (
-    Manifest,
-    RunIdentity,
-    RunPaths,
-    find_checkpoints,
-    read_manifest,
-)
+from utils.checkpoints.layout import Manifest, RunIdentity, RunPaths, read_manifest
 from utils.checkpoints.saver import CheckpointSaver, Rendezvous
-from utils.checkpoints.store import apply_retention, set_aside, verify_checkpoint
+from utils.checkpoints.store import apply_retention
 from utils.checkpoints.writer import WriterProcess
 from utils.costs.spending import SpendingMeter
 from utils.data_utils import TrainingData
 from utils.start import restore
+from utils.start.resume import plan_start
 from utils.training.stopping import StopRequest
 from utils.training_utils import TrainState
 from utils.uploads.transports import TransportOptions
@@ -125,7 +120,7 @@ class RunSaving:
         self._stop, self._options, self._tell = stop, options, tell
         self._identity = parts.identity
         self._journal = Journal(self.paths.journal)
-        is_sharded = self.state.division.is_saved_in_parts
+        is_sharded = self.state.division.rows is not None
         rendezvous = self._arrange_rendezvous() if is_sharded else None
         is_main = self.state.accelerator.is_main_process
         self.is_writing = is_main or is_sharded
@@ -153,11 +148,7 @@ class RunSaving:
             self.saver.prepare(self.snapshot_bytes, self._usable_memory())
 
     def _arrange_rendezvous(self) -> Rendezvous:
-        """Return where the savers of all ranks meet: a group of their own, for their threads.
-
-        Raises:
-            CheckpointError: The ranks do not see the same output directory.
-        """
+        """Return where the savers of all ranks meet: a group of their own, for their threads."""
         token = ranks.broadcast_from_main(secrets.token_hex(4))
         restore.require_shared_directory(self.paths.checkpoints, token)
         group = ranks.new_host_group()
@@ -231,18 +222,10 @@ class RunSaving:
 
     def find_newest(self, before_step: int) -> tuple[Path, Manifest] | None:
         """Return this run's newest checkpoint that verifies, of a step below `before_step`."""
-        for name in reversed(find_checkpoints(self.paths.checkpoints)):
-            if name.step >= before_step:
-                continue
-            path = self.paths.checkpoints / str(name)
-            try:
-                manifest = verify_checkpoint(path)
-                if self._identity.includes(manifest.identity, name.step):
-                    return path, manifest
-            except CheckpointError as exc:
-                moved = set_aside(path, self.paths.checkpoints)  # its name will be needed
-                log.warning("%s It was set aside as %s; trying the one before.", exc, moved)
-        return None
+        plan = plan_start(self.paths, resume="latest")
+        earlier = (one for one in plan.candidates if one.name.step < before_step)
+        found = (restore.bring(plan, one, self.paths) for one in earlier)
+        return next(filter(None, found), None)
 
     def apply_retention(self) -> None:
         """Let go of the checkpoints that the retention rules give up."""

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from configs.config_changes import list_changes
 from configs.model_config import (
     build_model_config,
-    describe_model_changes,
+    find_model_changes,
     is_model_file,
     known_vocab_size,
 )
@@ -35,9 +36,11 @@ from utils.models.building import (
     require_kernels,
 )
 from utils.models.check import require_language_model
+from utils.models.estimates import estimate_checkpoint_bytes
 from utils.models.mfu import Utilization
 from utils.remote.base import Base, find_base
-from utils.start.resume import find_recorded_base
+from utils.start.checks import Check
+from utils.start.resume import Plan, find_recorded_base, look_for_start
 from utils.tracking import tracking
 from utils.training_utils import build_accelerator, find_utilization, resolve_precision
 
@@ -48,7 +51,7 @@ class RunFacts:
 
     `precision` is no, bf16 or fp16, `device` where this rank trains, `step` the number of steps
     done. The first of `sources` has the validation data; they are empty before they have been read.
-    `base` is the model of `init_from`.
+    `base` is the model of `init_from`; `look` what `look_for_start` said, if it was asked for that.
     """
 
     config: TrainingConfig
@@ -60,6 +63,7 @@ class RunFacts:
     step: int = 0
     sources: Sequence[DataSource] = ()
     base: Base | None = None
+    look: tuple[Plan, list[Check]] | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -105,6 +109,12 @@ class RunFacts:
         )
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint, about."""
+        counts = self.counts
+        return estimate_checkpoint_bytes(counts.total, counts.embedding, self.config.optim)
+
+    @property
     def evaluation_samples(self) -> int:
         """Samples of one evaluation."""
         if not self.sources:
@@ -127,10 +137,10 @@ def build(config: TrainingConfig, resume: str | None = None) -> tuple[RunFacts, 
     precision = resolve_precision(config)
     world_size = ranks.launched_world_size()
     config.resolve_batch(world_size)
-    paths, accelerator, base = RunPaths.of(config), None, None
+    paths, accelerator, look, base = RunPaths.of(config), None, None, None
     if config.init_from:  # the main process alone looks for it: the ranks have to have met
         accelerator = _connect(config, precision, paths)
-        base = ranks.compute_on_main(lambda: _find_base(config, resume))
+        look, base = ranks.compute_on_main(lambda: _find_base(config, resume))
     model_config = _build_model_config(config, base)
     counts = count_parameters(model_config)
     if base is not None or is_model_file(config.model):
@@ -144,8 +154,8 @@ def build(config: TrainingConfig, resume: str | None = None) -> tuple[RunFacts, 
     require_kernels(config, model_config, precision, device)
     if device.type == "cpu":
         keep_freed_memory()
-    facts = RunFacts(config, model_config, counts, precision, device, world_size, base=base)
-    return facts, accelerator
+    facts = RunFacts(config, model_config, counts, precision, device, world_size)
+    return replace(facts, base=base, look=look), accelerator
 
 
 def _connect(config: TrainingConfig, precision: str, paths: RunPaths) -> Accelerator:
@@ -155,17 +165,16 @@ def _connect(config: TrainingConfig, precision: str, paths: RunPaths) -> Acceler
     return accelerator
 
 
-def _find_base(config: TrainingConfig, resume: str | None) -> Base:
-    recorded = None if resume is None else find_recorded_base(config, resume)
-    return find_base(config) if recorded is None else Base(recorded)
+def _find_base(
+    config: TrainingConfig, resume: str | None
+) -> tuple[tuple[Plan, list[Check]] | None, Base]:
+    look = None if resume is None else look_for_start(config, resume, fresh=False)
+    recorded = None if look is None else find_recorded_base(look[0])
+    return look, find_base(config) if recorded is None else Base(recorded)
 
 
 def _build_model_config(config: TrainingConfig, base: Base | None) -> Any:
-    """Return the model config of a run.
-
-    Raises:
-        ConfigError: It cannot be one, or its weights are not those of `base`.
-    """
+    """Return the model config of a run; refuse one that has other weights than `base`."""
     values = config.model_overrides, config.sequence_length, config.pad_vocab_to_multiple_of
     if base is None:
         return build_model_config(config.model, *values)
@@ -173,12 +182,13 @@ def _build_model_config(config: TrainingConfig, base: Base | None) -> Any:
     model_config = build_model_config(name, *values, found=found)
     if config.model:
         named = build_model_config(config.model, *values)
-        changes = describe_model_changes(json.loads(named.to_json_string()), model_config)
-        if changes != []:
+        changes = find_model_changes(json.loads(named.to_json_string()), model_config)
+        if changes != {}:
+            told = "; ".join(list_changes(changes or {})[:3]) or "its values"
             raise ConfigError(
-                f"model {config.model} is another one than that of init_from {name}: "
-                f"{'; '.join((changes or ['its values'])[:3])}. init_from says what the model is: "
-                "leave model out, or --set model= where a file has one."
+                f"model {config.model} is another one than that of init_from {name}: {told}. "
+                "init_from says what the model is: leave model out, or --set model= where a file "
+                "has one."
             )
     there, here = find_shapes(build_model_config(name, found=found)), find_shapes(model_config)
     for key in sorted(there.keys() | here.keys()):

@@ -11,7 +11,7 @@ from utils.base.text import count_of, format_bytes, format_duration
 from utils.checkpoints.layout import REMOTE_FOLDER
 from utils.costs.costs import TOKENS_PER_UNIT, format_dollars
 from utils.costs.spending import Amount
-from utils.models.estimates import count_pauses, estimate_checkpoint_bytes
+from utils.models.estimates import count_pauses
 from utils.start.checks import Check
 from utils.start.facts import RunFacts
 from utils.start.step_probe import StepProbe
@@ -40,22 +40,13 @@ def is_long_run(facts: RunFacts) -> bool:
     return flops / rate / STEP_EFFICIENCY > LONG_RUN_SECONDS
 
 
-def estimate_run_seconds(facts: RunFacts, step_seconds: float) -> float:
-    """Return the time of the rest of a run with steps of that time."""
-    remaining = RemainingTime(facts.config, facts.samples_per_step, facts.evaluation_samples)
-    return remaining.seconds(facts.step, step_seconds)
-
-
 def check_times(
-    facts: RunFacts, probe: StepProbe | None, transport: TransportOptions | None
+    facts: RunFacts, probe: StepProbe, transport: TransportOptions | None
 ) -> list[Check]:
     """Return what is expected of steps, run and uploads.
 
-    Without a probe not even a small step fits; without a transport nothing is uploaded.
+    Without a transport nothing is uploaded.
     """
-    if probe is None:
-        text = "unknown: not even a small step fits into the memory, so none was measured"
-        return [Check("step", "warn", text)]
     config, seconds = facts.config, probe.step_seconds
     rate = facts.tokens_per_step / seconds
     utilization = facts.utilization.at(rate)
@@ -65,7 +56,8 @@ def check_times(
         f"{probe.tokens} tokens through one layer and through two)"
     )
     evaluations = count_pauses(facts.step, config.max_steps, config.save_steps, config.eval_steps)
-    run_seconds = estimate_run_seconds(facts, seconds)
+    remaining = RemainingTime(config, facts.samples_per_step, facts.evaluation_samples)
+    run_seconds = remaining.seconds(facts.step, seconds)
     ending = f"about {format_duration(run_seconds)} for steps {facts.step} to {config.max_steps}"
     return [
         Check("step", "ok", text),
@@ -91,7 +83,7 @@ def _describe_cost(facts: RunFacts, run_seconds: float) -> Check:
 
 def _check_uploads(facts: RunFacts, step_seconds: float, transport: TransportOptions) -> Check:
     config = facts.config
-    size = estimate_checkpoint_bytes(facts.counts.total, facts.counts.embedding, config.optim)
+    size = facts.checkpoint_bytes
     interval = config.save_steps * step_seconds
     if config.save_seconds is not None:
         interval = min(interval, config.save_seconds)

@@ -18,12 +18,10 @@ from utils.base.text import count_of, format_bytes
 from utils.checkpoints.layout import RunPaths
 from utils.data.shard_cache import token_dtype
 from utils.data.shard_index import DataSource
-from utils.models.building import ParameterCounts
 from utils.models.estimates import (
     MemoryEstimate,
     ModelShape,
     StepSetup,
-    estimate_checkpoint_bytes,
     estimate_training_memory,
 )
 from utils.start.checks import Check
@@ -99,15 +97,12 @@ def check_memory(
     return Check("memory", "fail", f"{text}. {advice}.")
 
 
-def check_snapshot(config: TrainingConfig, counts: ParameterCounts) -> Check:
+def check_snapshot(facts: RunFacts) -> Check:
     """Compare the host memory that a snapshot of the state takes with what is free."""
-    need, free = (
-        estimate_checkpoint_bytes(counts.total, counts.embedding, config.optim),
-        available_memory(),
-    )
-    text = f"{format_bytes(need)} of host memory for saves in the background, {format_bytes(free)}"
-    if not config.background_save:
+    if not facts.config.background_save:
         return Check("saving", "ok", "in the foreground: training waits for each checkpoint")
+    need, free = facts.checkpoint_bytes, available_memory()
+    text = f"{format_bytes(need)} of host memory for saves in the background, {format_bytes(free)}"
     if need <= free * MEMORY_RESERVE:
         return Check("saving", "ok", f"{text} free")
     return Check(
@@ -159,11 +154,9 @@ def check_cache(config: TrainingConfig, sources: Sequence[DataSource], vocab_siz
     return Check("cache", "fail", f"{text}. {advice}")
 
 
-def check_disk(
-    config: TrainingConfig, counts: ParameterCounts, transport: TransportOptions | None = None
-) -> Check:
+def check_disk(facts: RunFacts, transport: TransportOptions | None) -> Check:
     """Compare the space that checkpoints take with what is free."""
-    one = estimate_checkpoint_bytes(counts.total, counts.embedding, config.optim)
+    config, one = facts.config, facts.checkpoint_bytes
     has_archive = transport is not None and transport.name == "gsutil"
     copies = config.keep_checkpoints + 2 + has_archive  # the best, and one being written
     folder = existing_parent(RunPaths.of(config).checkpoints)

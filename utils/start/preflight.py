@@ -41,7 +41,6 @@ from utils.data.shard_index import (
     build_shard_index,
     read_tokenizer_files,
 )
-from utils.models.estimates import estimate_checkpoint_bytes
 from utils.models.tokenizer import find_misreading, load_tokenizer, write_tokenizer_files
 from utils.remote.base import Base
 from utils.start.checks import Check, print_checks, require_all
@@ -307,7 +306,7 @@ def check_start(facts: RunFacts, args: argparse.Namespace, *, should_measure: bo
     """
     config, model_config = facts.config, facts.model_config
     paths = RunPaths.of(config)
-    plan, owning = _look_for_start(config, args.resume, fresh=args.fresh)
+    plan, owning = facts.look or _look_for_start(config, args.resume, fresh=args.fresh)
     # Data first: they are refused before anything is written to the other bucket.
     sources, data = read_data(config)
     require_vocabulary(sources, model_config, config.init_from)
@@ -330,8 +329,8 @@ def check_start(facts: RunFacts, args: argparse.Namespace, *, should_measure: bo
         *([] if plan.step else check_tokenizer(tokenizer, model_config)),
         *(check_base(tokenizer, facts.base) if sources else []),
         memory,
-        check_snapshot(config, facts.counts),
-        check_disk(config, facts.counts, transport),
+        check_snapshot(facts),
+        check_disk(facts, transport),
         *check_folders(config),
         *([check_cache(config, sources, facts.vocab_size)] if sources else []),
         *uploading,
@@ -367,7 +366,8 @@ def _measure(
     log.info("Measuring a small step.")
     probe = measure_step(facts, find_free_memory(facts.device)[0])
     if probe is None:
-        return memory, check_times(facts, None, None), None
+        text = "unknown: not even a small step fits into the memory, so none was measured"
+        return memory, [Check("step", "warn", text)], None
     memory = check_memory(facts.config, need, facts.device, probe.memory_ratio)
     return memory, [], probe
 
@@ -480,17 +480,16 @@ def describe_run(run: RunFacts) -> dict[str, str]:
     ranks_text = count_of(world_size, "rank")
     tokens = run.tokens_per_step
     total = tokens * config.max_steps
-    name = device_name(run.device)
-    size = estimate_checkpoint_bytes(counts.total, counts.embedding, config.optim)
     facts = {
-        "device": f"{name}, {run.precision} mixed precision, {ranks_text}",
+        "device": f"{device_name(run.device)}, {run.precision} mixed precision, {ranks_text}",
         "model": f"{config.model or config.init_from}: {counts.total:,} parameters, "
         f"{counts.without_embedding:,} without embeddings",
         "step": f"{tokens:,} tokens: {config.per_device_train_batch_size} x "
         f"{config.sequence_length} tokens x {run.accumulation} accumulated x {ranks_text}",
         "run": f"{describe_steps(run)}, {total:,} tokens in all, "
         f"{total / counts.total:.2g} tokens per parameter",
-        "checkpoint": f"about {format_bytes(size)}, every {config.save_steps} steps",
+        "checkpoint": f"about {format_bytes(run.checkpoint_bytes)}, "
+        f"every {config.save_steps} steps",
     }
     dropouts = find_dropouts(run.model_config)
     if dropouts:

@@ -13,15 +13,14 @@ import argparse
 import contextlib
 import functools
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from configs.config_changes import SCHEDULE_KEYS, ConfigChanges, compare_configs
+from configs.config_changes import SCHEDULE_KEYS, ConfigChanges, compare_configs, list_changes
 from configs.config_files import TRAINING_CONFIG_FILE
-from configs.model_config import CONFIG_FILE, describe_model_changes, find_dropouts
+from configs.model_config import CONFIG_FILE, find_dropouts, find_model_changes
 from configs.training_config import TrainingConfig
 from utils.base import ranks
 from utils.base.console import LiveLine
@@ -62,9 +61,9 @@ from utils.training_utils import TrainingProgress, TrainState, learning_rate_sha
 log = logging.getLogger("train")
 
 SMALL_JUMP = 1.5  # a learning rate that changes by less is no cause for a warning
-_MODEL_KEYS = ("model:", "model_overrides:", "pad_vocab_to_multiple_of:")
-_LATER_KEYS = ("max_steps:", "lr_scheduler_kwargs:")
-_DRAWING_KEYS = ("torch_compile:", "attn_implementation:", "use_regional_compilation:")
+_MODEL_KEYS = ("model", "model_overrides", "pad_vocab_to_multiple_of")
+_LATER_KEYS = ("max_steps", "lr_scheduler_kwargs")
+_DRAWING_KEYS = ("torch_compile", "attn_implementation", "use_regional_compilation")
 
 
 def begin(
@@ -114,11 +113,10 @@ def begin(
             if isinstance(saved, UnreadableCheckpointError):
                 _pass_over(plan, replace(candidate, path=checkpoint), paths, saved)
                 continue
-            progress, size = saved.metrics["progress"], state.accelerator.num_processes
-            model_config, batch = state.core_model.config, progress["global_batch_size"]
-            changes = _find_changes(here, manifest, batch, config, model_config, size)
+            model_config, size = state.core_model.config, state.accelerator.num_processes
+            changes = _find_changes(here, config, model_config, size)
             _accept(here, changes, is_accepted=args.accept_config_change)
-            _tell_learning_rate(read_json(here / TRAINING_CONFIG_FILE), config, progress["step"])
+            _tell_learning_rate(changes.before, config, manifest.step)
         restore_state(state, saved, config)
         start = ranks.compute_on_main(
             functools.partial(resolve_start, plan, paths, checkpoint, manifest)
@@ -288,82 +286,71 @@ def require_same_training(plan: Plan, facts: RunFacts, *, is_accepted: bool) -> 
     """
     for candidate in plan.candidates[:1]:
         _require_same_keys(candidate, facts.config, is_accepted=is_accepted)
-        path, model_config, size = candidate.path, facts.model_config, facts.world_size
+        path = candidate.path
         if path is None:
             continue
         with contextlib.suppress(CheckpointError, OSError, *FOREIGN_ERRORS):  # `begin` says it
-            batch = read_json(path / METADATA_FILE)["training_progress"]["global_batch_size"]
-            manifest = read_manifest(path)
-            changes = _find_changes(path, manifest, batch, facts.config, model_config, size)
-            _require_accepted(path.name, changes.guarded, is_accepted=is_accepted)
+            changes = _find_changes(path, facts.config, facts.model_config, facts.world_size)
+            _require_accepted(path.name, changes, is_accepted=is_accepted)
 
 
 def _find_changes(
-    checkpoint: Path,
-    manifest: Manifest,
-    batch: int,
-    config: TrainingConfig,
-    model_config: Any,
-    world_size: int,
+    checkpoint: Path, config: TrainingConfig, model_config: Any, world_size: int
 ) -> ConfigChanges:
-    """Return how a configuration differs from the one of a checkpoint; `batch`: its samples a step.
+    """Return how a configuration differs from the one of a checkpoint.
 
     What leaves all steps up to the checkpoint as they were is free.
     """
-    trained_with = read_json(checkpoint / TRAINING_CONFIG_FILE)
+    trained_with, metadata = (
+        read_json(checkpoint / file) for file in (TRAINING_CONFIG_FILE, METADATA_FILE)
+    )
     before: Any = None
     with contextlib.suppress(OSError, ValueError):
         before = read_json(checkpoint / CONFIG_FILE)
-    changes = judge_changes(
-        compare_configs(trained_with, config),
-        describe_model_changes(before, model_config),
+    changes = compare_configs(trained_with, config)
+    judge_changes(
+        changes,
+        find_model_changes(before, model_config),
         has_dropout=bool(find_dropouts(model_config)),
         is_compiled=config.torch_compile,
     )
-    free, guarded = list(changes.free), list(changes.guarded)
-    later = [change for change in guarded if change.startswith(_LATER_KEYS)]
-    if later and _has_same_past(trained_with, config, manifest.step):
-        free, guarded = free + later, [change for change in guarded if change not in later]
+    later = [key for key in _LATER_KEYS if key in changes.guarded]
+    if later and _has_same_past(trained_with, config, metadata["step"]):
+        changes.free.update({key: changes.guarded.pop(key) for key in later})
+    batch = metadata["training_progress"]["global_batch_size"]
     global_batch, _ = config.resolve_batch(world_size)
     if batch not in (0, global_batch):
-        guarded.append(
-            f"samples a step: {batch} -> {global_batch} (global_batch_size={batch} keeps it)"
-        )
-    return ConfigChanges(tuple(free), tuple(guarded))
+        text = f"{batch} -> {global_batch} (global_batch_size={batch} keeps it)"
+        changes.guarded["samples a step"] = text
+    return changes
 
 
 def _accept(checkpoint: Path, changes: ConfigChanges, *, is_accepted: bool) -> None:
-    """List what differs from the checkpoint's configuration; refuse what trains differently.
-
-    Raises:
-        ConfigError: There is such a difference, and it was not accepted.
-    """
-    for change in changes.free:
+    """List what differs from the checkpoint's configuration; refuse what trains differently."""
+    for change in list_changes(changes.free):
         log.info("Changed since the checkpoint: %s.", change)
-    _require_accepted(checkpoint.name, changes.guarded, is_accepted=is_accepted)
-    for change in changes.guarded:
+    _require_accepted(checkpoint.name, changes, is_accepted=is_accepted)
+    for change in list_changes(changes.guarded):
         log.warning("Changed since the checkpoint, as accepted: %s.", change)
 
 
 def _require_same_keys(candidate: Candidate, config: TrainingConfig, *, is_accepted: bool) -> None:
-    """Refuse a checkpoint in the bucket before it is downloaded, as far as its sidecar says why.
-
-    Raises:
-        ConfigError: Another configuration trained it, and that was not accepted.
-    """
+    """Refuse a checkpoint in the bucket before it is downloaded, as far as its sidecar says why."""
     if candidate.path is None and candidate.view is not None and candidate.view.config:
-        changes = compare_configs(candidate.view.config, config).guarded
+        changes = compare_configs(candidate.view.config, config)
         # What the checkpoint's own files may show to be no difference is judged with them.
-        guarded = [one for one in changes if not one.startswith((*_MODEL_KEYS, *_LATER_KEYS))]
-        _require_accepted(str(candidate.name), guarded, is_accepted=is_accepted)
+        for key in (*_MODEL_KEYS, *_LATER_KEYS):
+            changes.guarded.pop(key, None)
+        _require_accepted(str(candidate.name), changes, is_accepted=is_accepted)
 
 
-def _require_accepted(name: str, guarded: Sequence[str], *, is_accepted: bool) -> None:
-    if guarded and not is_accepted:
-        length = re.search(r"^max_steps: (\d+)", "\n".join(guarded), re.MULTILINE)
-        option = f" (--max-steps {length[1]})" if length else ""
+def _require_accepted(name: str, changes: ConfigChanges, *, is_accepted: bool) -> None:
+    if changes.guarded and not is_accepted:
+        is_shorter = "max_steps" in changes.guarded
+        option = f" (--max-steps {changes.before['max_steps']})" if is_shorter else ""
         raise ConfigError(
-            f"{name} was trained with another configuration: {'; '.join(guarded)}. "
+            f"{name} was trained with another configuration: "
+            f"{'; '.join(list_changes(changes.guarded))}. "
             f"Put it back{option}, go on all the same with --accept-config-change, or begin anew "
             "with --set run_name=NAME."
         )
@@ -379,7 +366,8 @@ def _has_same_past(before: Mapping[str, Any], config: TrainingConfig, step: int)
 
 
 def _old_schedule(before: Mapping[str, Any]) -> TrainingConfig:
-    return TrainingConfig(**{key: before[key] for key in SCHEDULE_KEYS if key in before})
+    keys = ("max_steps", *SCHEDULE_KEYS)
+    return TrainingConfig(**{key: before[key] for key in keys if key in before})
 
 
 def _tell_learning_rate(before: Mapping[str, Any], config: TrainingConfig, step: int) -> None:
@@ -407,27 +395,24 @@ def _tell_learning_rate(before: Mapping[str, Any], config: TrainingConfig, step:
 
 
 def judge_changes(
-    changes: ConfigChanges, of_model: list[str] | None, *, has_dropout: bool, is_compiled: bool
-) -> ConfigChanges:
-    """Return changes of a configuration, judged by the model that it comes to.
+    changes: ConfigChanges, of_model: dict[str, str] | None, *, has_dropout: bool, is_compiled: bool
+) -> None:
+    """Judge changes of a configuration by the model that it comes to: free ones, guarded ones.
 
-    `of_model` is what `describe_model_changes` returns, None where they are not known: another name
+    `of_model` is what `find_model_changes` returns, None where they are not known: another name
     of the same model is a free change, the same name of another model is none. Random numbers of
     dropout depend on how the model is computed.
     """
-    free, guarded = list(changes.free), list(changes.guarded)
-    named = [change for change in guarded if change.startswith(_MODEL_KEYS)]
-    if of_model == []:
-        guarded = [change for change in guarded if change not in named]
-        free += named
+    free, guarded = changes.free, changes.guarded
+    named = [key for key in _MODEL_KEYS if key in guarded]
+    if of_model == {}:
+        free.update({key: guarded.pop(key) for key in named})
     elif of_model and not named:
-        guarded += [f"the model's {change}" for change in of_model]
+        guarded.update({f"the model's {key}": change for key, change in of_model.items()})
     if has_dropout:
-        keys = _DRAWING_KEYS if is_compiled else (*_DRAWING_KEYS[:2],)
-        drawn = [change for change in free if change.startswith(keys)]
-        free = [change for change in free if change not in drawn]
-        guarded += [f"{change} (dropout draws other numbers)" for change in drawn]
-    return ConfigChanges(tuple(free), tuple(guarded))
+        keys = _DRAWING_KEYS if is_compiled else _DRAWING_KEYS[:2]
+        for key in [key for key in free if key in keys]:
+            guarded[key] = f"{free.pop(key)} (dropout draws other numbers)"
 
 
 def _place_in_data(

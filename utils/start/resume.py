@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,9 @@ from utils.checkpoints.views import (
 from utils.command_line.run_config import LOOK_RETRY_SECONDS
 from utils.remote.listing import NEWEST_SIDECARS, parse_remote_name, read_remote_checkpoints
 from utils.start.checks import Check, require_all
-from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
 
 log = logging.getLogger(__name__)
-
-OpenBucket = Callable[[str], Bucket]
 
 
 @dataclass(frozen=True)
@@ -95,14 +92,12 @@ class Plan:
 class Start:
     """Where an attempt begins.
 
-    `checkpoint`, with its manifest, is what it resumes from, None at step 0. `obsolete` says by
-    name why a local checkpoint does not belong to the branch. `bad_shards` are those known already,
-    by number.
+    `checkpoint` is what it resumes from, None at step 0. `obsolete` says by name why a local
+    checkpoint does not belong to the branch. `bad_shards` are those known already, by number.
     """
 
     identity: RunIdentity
     checkpoint: Path | None = None
-    manifest: Manifest | None = None
     obsolete: Mapping[str, str] = field(default_factory=dict)
     bad_shards: tuple[int, ...] = ()
 
@@ -157,11 +152,8 @@ def look_for_start(
         StorageError: The bucket is needed and cannot be read.
     """
     paths, uri = RunPaths.of(config), config.bucket_uri
-
-    def open_with_patience(uri: str) -> Bucket:
-        return open_bucket(uri, config.gcs_user_project or None, LOOK_RETRY_SECONDS)
-
-    plan = plan_start(paths, resume=resume, bucket_uri=uri, open_bucket=open_with_patience)
+    project = config.gcs_user_project or None
+    plan = plan_start(paths, resume=resume, bucket_uri=uri, user_project=project)
     own = {plan.identity.run_id} if plan.candidates else set()
     if resume is None and not fresh:
         own = {one.identity.run_id for one in _local_candidates(paths.checkpoints)}
@@ -193,16 +185,11 @@ def finished_length(plan: Plan, max_steps: int) -> int:
     return max_steps
 
 
-def find_recorded_base(config: TrainingConfig, resume: str | None) -> Mapping[str, Any] | None:
+def find_recorded_base(plan: Plan) -> Mapping[str, Any] | None:
     """Return what the checkpoint to resume says of the model that its run began with.
 
     None: there is no such checkpoint, or its run began with random weights.
-
-    Raises:
-        UsageError: There is no such checkpoint to resume from.
-        StorageError: The bucket is needed and cannot be read.
     """
-    plan, _ = look_for_start(config, resume, fresh=False)
     for one in plan.candidates:
         if one.view is not None:
             metadata = one.view.metadata
@@ -219,7 +206,7 @@ def plan_start(
     *,
     resume: str | None,
     bucket_uri: str = "",
-    open_bucket: OpenBucket = open_bucket,
+    user_project: str | None = None,
 ) -> Plan:
     """Return where an attempt may begin, reading only.
 
@@ -238,7 +225,7 @@ def plan_start(
     in_bucket: tuple[RunIdentity, ...] = ()
     if bucket_uri:
         try:
-            remote, in_bucket = _read_bucket(open_bucket, bucket_uri)
+            remote, in_bucket = _read_bucket(bucket_uri, user_project)
         except StorageError as exc:
             # Where nothing is here, a bucket that cannot be read must not look like an empty one.
             if resume is not None and not is_path and not local:
@@ -248,23 +235,26 @@ def plan_start(
         plan = Plan(RunIdentity(new_run_id()))
     elif named is not None:
         uri, which = named
-        there = remote if remote and uri == bucket_uri else _read_bucket(open_bucket, uri)[0]
+        there = remote if remote and uri == bucket_uri else _read_bucket(uri, user_project)[0]
         plan = _plan_named(which, there, f"{uri}/{REMOTE_FOLDER}")
     elif is_path:
         plan = _plan_path(Path(resume), remote)
+    elif resume == "latest" and (local or remote):
+        identity = _find_identity(paths, local, remote)
+        plan = Plan(identity, _order([*local, *remote], identity), can_walk_back=True)
     elif resume == "latest":
         where = f"{paths.checkpoints} or {bucket_uri}" if bucket_uri else str(paths.checkpoints)
-        plan = _plan_latest(paths, local, remote, where)
+        plan = Plan(RunIdentity(new_run_id()), searched=where)
     else:
         plan = _plan_chosen(resume, paths, local, remote)
     return replace(plan, in_bucket=in_bucket)
 
 
 def _read_bucket(
-    open_bucket: OpenBucket, uri: str
+    uri: str, user_project: str | None
 ) -> tuple[list[Candidate], tuple[RunIdentity, ...]]:
     """Return what a bucket has that can be used, by step, and all that says whose it is."""
-    with contextlib.closing(open_bucket(uri)) as bucket:
+    with contextlib.closing(open_bucket(uri, user_project, LOOK_RETRY_SECONDS)) as bucket:
         views = read_remote_checkpoints(bucket, newest=NEWEST_SIDECARS)
     found = []
     for view in views:
@@ -307,11 +297,7 @@ def _plan_named(which: str, remote: Sequence[Candidate], where: str) -> Plan:
 
 
 def _require_one_run(candidates: Iterable[Candidate], where: str) -> str:
-    """Return the run of all candidates, at least one.
-
-    Raises:
-        UsageError: They are of several runs.
-    """
+    """Return the run of all candidates, at least one; refuse several."""
     run_ids = sorted({one.identity.run_id for one in candidates})
     if len(run_ids) > 1:
         raise UsageError(
@@ -341,15 +327,6 @@ def _plan_chosen(
     if found is None:
         raise CheckpointError(f"{chosen.name} cannot be used: {chosen.problem}.")
     return _plan_one(found, others)
-
-
-def _plan_latest(
-    paths: RunPaths, local: Sequence[Candidate], remote: Sequence[Candidate], where: str
-) -> Plan:
-    if not local and not remote:
-        return Plan(RunIdentity(new_run_id()), searched=where)
-    identity = _find_identity(paths, local, remote)
-    return Plan(identity, _order([*local, *remote], identity), can_walk_back=True)
 
 
 def _find_identity(
@@ -426,7 +403,7 @@ def resolve_start(plan: Plan, paths: RunPaths, checkpoint: Path, manifest: Manif
             obsolete[str(one.name)] = f"it is of another run, {one.identity.run_id}"
         elif one.name.step > manifest.step or not identity.includes(one.identity, one.name.step):
             obsolete[str(one.name)] = "it is not part of this branch"
-    return Start(identity, checkpoint, manifest, obsolete)
+    return Start(identity, checkpoint, obsolete)
 
 
 def _branches_taken(plan: Plan, paths: RunPaths, run_id: str) -> set[int]:

@@ -109,12 +109,10 @@ class Division(ABC):
     @property
     @abstractmethod
     def rows(self) -> RowChoice | None:
-        """The rows of weights and moments that this rank restores from; None: whole tensors."""
+        """The rows of weights and moments that this rank saves and restores; None: whole tensors.
 
-    @property
-    def is_saved_in_parts(self) -> bool:
-        """Whether each rank saves a part; else the main process saves everything."""
-        return self.rows is not None
+        Whole ones are saved by the main process alone.
+        """
 
     @abstractmethod
     def held_state(self) -> HeldState | None:

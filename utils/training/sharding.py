@@ -100,11 +100,7 @@ def _launched_sharding(environment: Mapping[str, str]) -> Sharding | None:
 
 
 def _launched_deepspeed(environment: Mapping[str, str]) -> Sharding:
-    """Return the stage of DeepSpeed that `accelerate launch` asks for.
-
-    Raises:
-        ConfigError: Something would be ignored, or is not supported.
-    """
+    """Return the stage of DeepSpeed that `accelerate launch` asks for; refuse what is ignored."""
 
     def asked(name: str, default: str = "none") -> str:
         return environment.get(f"ACCELERATE_DEEPSPEED_{name}", default).lower()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.model_config import build_model_config, known_vocab_size
-from configs.training_config import TrainingConfig, get_training_config
+from configs.training_config import TrainingConfig
+from tests.small_models import training_state
 from tests.utils.models.test_cpu_products import NEEDS_ONEDNN
 from utils import training_utils
 from utils.base.errors import ConfigError
@@ -87,25 +87,12 @@ def test_compilation_is_of_layers_or_of_the_model_and_can_be_taken_back() -> Non
     assert list(model.core.state_dict()) == names
 
 
-@contextlib.contextmanager
-def train_state(folder: Path, **settings: Any) -> Iterator[Any]:
+def train_state(folder: Path, **settings: Any) -> contextlib.AbstractContextManager[Any]:
     """Give the train state of a small model."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    config = get_training_config(
-        "test",
-        {"use_cpu": True, "cache_dir": str(folder), "sequence_length": 16}
-        | {f"model_overrides.{key}": value for key, value in SHAPE.items()}
-        | settings,
+    shape = {f"model_overrides.{key}": value for key, value in SHAPE.items()}
+    return training_state(
+        {"cache_dir": str(folder), "sequence_length": 16, **shape, **settings}, folder
     )
-    training_utils.set_determinism(config)
-    try:
-        accelerator = training_utils.build_accelerator(config, "no", [], folder)
-        model_config = build_model_config(config.model, config.model_overrides)
-        yield training_utils.build_train_state(accelerator, model_config, config)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 def test_a_compiler_that_fails_is_told_of_and_training_goes_on_without(

@@ -42,7 +42,7 @@ def write_parts(directory: Path, count: int) -> list[Path]:
         held = {}
         for name, tensor in TENSORS.items():
             if tensor.dim():
-                begin, end = part.rows(len(tensor))
+                begin, end = part.rows_of("", len(tensor))
                 if begin < end:
                     held[name] = tensor[begin:end].contiguous()
             elif rank == 0:
@@ -55,7 +55,7 @@ def write_parts(directory: Path, count: int) -> list[Path]:
 
 @given(st.integers(0, 200), st.integers(1, 20))
 def test_parts_are_torchs_chunks_and_cover_all_rows(length: int, count: int) -> None:
-    rows = [Part(rank, count).rows(length) for rank in range(count)]
+    rows = [Part(rank, count).rows_of("", length) for rank in range(count)]
     assert [begin for begin, _ in rows] == [0, *(end for _, end in rows[:-1])]
     assert rows[-1][1] == length
     chunks = [len(chunk) for chunk in torch.arange(length).chunk(count)] if length else []
@@ -74,7 +74,7 @@ def test_any_division_is_read_as_any_other(tmp_path: Path, written: int, read: i
         for part in [None] if read is None else [Part(rank, read) for rank in range(read)]:
             found = read_tensors(reader, part)
             for name, tensor in TENSORS.items():
-                rows = slice(*part.rows(len(tensor))) if part and tensor.dim() else ...
+                rows = slice(*part.rows_of("", len(tensor))) if part and tensor.dim() else ...
                 assert torch.equal(found[name], tensor[rows])
                 assert found[name].dtype == tensor.dtype
 
@@ -88,7 +88,7 @@ def test_whole_tensors_are_read_as_rows_too(tmp_path: Path, kind: str) -> None:
         for rank in range(4):
             part = Part(rank, 4)
             found = read_tensors(reader, part)
-            assert torch.equal(found["matrix"], TENSORS["matrix"][slice(*part.rows(13))])
+            assert torch.equal(found["matrix"], TENSORS["matrix"][slice(*part.rows_of("", 13))])
             assert torch.equal(found["scalar"], TENSORS["scalar"])
         assert torch.equal(read_tensors(reader, None)["matrix"], TENSORS["matrix"])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from configs.training_config import TrainingConfig
 from tests.utils.models.test_tokenizer import write_tokenizer
 from utils.models.tokenizer import load_tokenizer
 from utils.run import sample_texts
-from utils.run.sample_texts import Sample, Sampler
+from utils.run.sample_texts import Sampler
 
 SETTINGS = b'{"eos_token": "</s>", "bos_token": "<s>"}'
 FILES = {"tokenizer.json": b"{}"}
@@ -67,18 +66,6 @@ def config(**values: Any) -> TrainingConfig:
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-def test_each_prompt_gets_a_text_and_a_line(tmp_path: Path, prompts: list[list[int]]) -> None:
-    path = tmp_path / "logs" / "samples.jsonl"
-    found = Sampler(config(), FILES, path).write(state_of(), lambda: False)
-    assert found == [Sample("", "text"), Sample("ab", "text")]
-    assert prompts == [[7], [97, 98]]  # an empty prompt begins after the end of a text
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["step"], line["prompt"], line["text"]) for line in lines] == [
-        (40, "", "text"),
-        (40, "ab", "text"),
-    ]
 
 
 def test_a_prompt_begins_like_the_data_and_does_not_end(

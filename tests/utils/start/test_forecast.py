@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 
 from configs.model_config import build_model_config
 from configs.training_config import TrainingConfig
+from utils.base.text import format_duration
 from utils.data.shard_index import DataSource, ShardFacts, ShardIndex
 from utils.models.building import ParameterCounts
 from utils.start import forecast
 from utils.start.facts import RunFacts
-from utils.start.forecast import check_times, estimate_run_seconds, is_long_run
+from utils.start.forecast import check_times, is_long_run
 from utils.start.step_probe import StepProbe
 from utils.uploads import rate as upload_rate
 from utils.uploads.rate import measure_upload_rate
@@ -56,7 +58,9 @@ def test_a_run_takes_its_steps_and_its_evaluations() -> None:
     # An evaluation: 40 samples, as the forward passes of 10 steps.
     facts = facts_of(eval_steps=50)
     assert facts.evaluation_samples == 40
-    assert estimate_run_seconds(facts, 0.6) == pytest.approx(1000 * 0.6 + 20 * 10 * 0.2)
+    run = find(check_times(facts, replace(PROBE, step_seconds=0.6), None), "run")
+    seconds = 1000 * 0.6 + 20 * 10 * 0.2
+    assert run.message == f"about {format_duration(seconds)} for steps 0 to 1000 and 20 evaluations"
     assert facts_of(max_eval_samples=7).evaluation_samples == 7
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,16 +17,20 @@ from utils.start.facts import RunFacts
 CPU = torch.device("cpu")
 
 
+def facts_of(
+    device: torch.device = CPU, precision: str = "no", world_size: int = 1, **settings: Any
+) -> RunFacts:
+    config = get_training_config("test", {"per_device_train_batch_size": "auto", **settings})
+    model_config = build_model_config(config.model)
+    counts = count_parameters(model_config)
+    return RunFacts(config, model_config, counts, precision, device, world_size)
+
+
 def resolve(
     monkeypatch: pytest.MonkeyPatch, free: int, global_batch: int = 24, world_size: int = 1
 ) -> TrainingConfig:
     monkeypatch.setattr(micro_batch, "find_free_memory", lambda device: (free, "this machine"))
-    config = get_training_config(
-        "test", {"per_device_train_batch_size": "auto", "global_batch_size": global_batch}
-    )
-    model_config = build_model_config(config.model)
-    counts = count_parameters(model_config)
-    facts = RunFacts(config, model_config, counts, "no", CPU, world_size)
+    facts = facts_of(world_size=world_size, global_batch_size=global_batch)
     return micro_batch.resolve_micro_batch(facts).config
 
 
@@ -62,13 +68,9 @@ def test_a_trial_on_a_gpu_leaves_room_for_the_buckets_of_ranks(
     tried = []
     monkeypatch.setattr(micro_batch, "find_free_memory", lambda device: (2**40, "a GPU"))
     monkeypatch.setattr(micro_batch, "try_step", lambda *args: tried.append(args[-1]) or True)
-    config = get_training_config("test", {"per_device_train_batch_size": "auto"})
-    model_config = build_model_config(config.model)
-    counts = count_parameters(model_config)
-    micro_batch.resolve_micro_batch(
-        RunFacts(config, model_config, counts, "bf16", torch.device("cuda"), world_size)
-    )
-    assert tried == [4 * counts.total * (world_size > 1)]
+    facts = facts_of(torch.device("cuda"), "bf16", world_size)
+    micro_batch.resolve_micro_batch(facts)
+    assert tried == [4 * facts.counts.total * (world_size > 1)]
 
 
 def test_what_does_not_fit_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,20 +93,8 @@ def test_a_gpu_is_filled_and_not_overfilled() -> None:
     from utils.start.step_probe import try_step
 
     device = torch.device("cuda")
-    config = get_training_config(
-        "test",
-        {
-            "per_device_train_batch_size": "auto",
-            "global_batch_size": 4096,
-            "model": "pythia-160m",
-            "sequence_length": 2048,
-        },
-    )
-    model_config = build_model_config(config.model)
-    counts = count_parameters(model_config)
-    found = micro_batch.resolve_micro_batch(
-        RunFacts(config, model_config, counts, "bf16", device, 1)
-    )
+    settings = {"global_batch_size": 4096, "model": "pythia-160m", "sequence_length": 2048}
+    found = micro_batch.resolve_micro_batch(facts_of(device, "bf16", **settings))
     assert try_step(found)
     free = torch.cuda.mem_get_info()[0]
     assert free > 0.9 * torch.cuda.get_device_properties(device).total_memory  # all given back

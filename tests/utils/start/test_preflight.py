@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from utils.data.shard_index import DataSource, ShardFacts, ShardIndex
 from utils.models.building import ParameterCounts
 from utils.models.estimates import MemoryEstimate
 from utils.start import machine_checks
-from utils.start.checks import Check
 from utils.start.facts import RunFacts
 from utils.start.machine_checks import (
     check_cache,
@@ -39,10 +39,10 @@ def source_of(tokens: int, vocab_size: int | None = None) -> DataSource:
     return DataSource("data", 1.0, ShardIndex((shard,), (), vocab_size))
 
 
-def tokens_check(parameters: int, available: int, steps: int) -> Check:
-    config = TrainingConfig(model="neox-tiny", sequence_length=100, max_steps=steps)
-    model, counts = build_model_config("neox-tiny"), ParameterCounts(parameters, 0)
-    return check_tokens(RunFacts(config, model, counts, "no", CPU, 1, 0, [source_of(available)]))
+def facts_of(parameters: int, available: int = 1, **settings: Any) -> RunFacts:
+    config, model = TrainingConfig(**settings), build_model_config("neox-tiny")
+    counts = ParameterCounts(parameters, 0)
+    return RunFacts(config, model, counts, "no", CPU, 1, 0, [source_of(available)])
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def tokens_check(parameters: int, available: int, steps: int) -> Check:
 def test_tokens_are_compared_with_the_data_and_the_model(
     parameters: int, available: int, steps: int, status: str, text: str
 ) -> None:
-    check = tokens_check(parameters, available, steps)
+    check = check_tokens(facts_of(parameters, available, sequence_length=100, max_steps=steps))
     assert (check.status, text in check.message) == (status, True), check.message
 
 
@@ -86,9 +86,7 @@ def test_ids_that_the_model_does_not_know_are_refused(init_from: str, advice: st
 
 @pytest.mark.parametrize(("max_steps", "status"), [(11, "ok"), (10, "warn"), (3, "warn")])
 def test_a_run_that_ends_within_its_warm_up_is_told(max_steps: int, status: str) -> None:
-    config = TrainingConfig(model="neox-tiny", max_steps=max_steps, warmup_steps=10)
-    model, counts = build_model_config("neox-tiny"), ParameterCounts(1, 0)
-    check = check_settings(RunFacts(config, model, counts, "no", CPU, 1, 0, [source_of(1)]))
+    check = check_settings(facts_of(1, max_steps=max_steps, warmup_steps=10))
     assert (check.status, "still rising" in check.message) == (status, status == "warn")
 
 
@@ -144,6 +142,6 @@ def test_a_limit_on_the_size_of_files_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda which: (1000, 1000))
-    check = check_disk(TrainingConfig(output_dir=str(tmp_path)), ParameterCounts(10**6, 0))
+    check = check_disk(facts_of(10**6, output_dir=str(tmp_path)), None)
     assert check.status == "fail"
     assert "`ulimit -f` allows 1000 B" in check.message

@@ -69,9 +69,7 @@ def test_random_states_are_seeded_from_seed_step_and_rank() -> None:
     assert all(len(set(each)) == 4 for each in zip(*found, strict=True))
 
 
-MODEL, RATE = "model: a -> b", "learning_rate: 1 -> 2"
-COMPILE, REGION = "torch_compile: false -> true", "use_regional_compilation: true -> false"
-KERNEL = "attn_implementation: sdpa -> eager"
+REGION = {"use_regional_compilation": ""}
 DRAWN = " (dropout draws other numbers)"
 
 
@@ -79,28 +77,28 @@ DRAWN = " (dropout draws other numbers)"
     ("free", "guarded", "of_model", "draws", "compiles", "wanted_free", "wanted_guarded"),
     [
         # Another name of the same model, the same name of another one, and both.
-        ((), (MODEL, RATE), [], False, False, (MODEL,), (RATE,)),
-        ((), (), ["n: 1 -> 2"], False, False, (), ("the model's n: 1 -> 2",)),
-        ((), (MODEL,), ["n: 1 -> 2"], False, False, (), (MODEL,)),
-        ((), (MODEL,), None, False, False, (), (MODEL,)),
+        ({}, {"model": "", "seed": ""}, {}, False, False, {"model": ""}, {"seed": ""}),
+        ({}, {}, {"n": "1 -> 2"}, False, False, {}, {"the model's n": "1 -> 2"}),
+        ({}, {"model": ""}, {"n": "1 -> 2"}, False, False, {}, {"model": ""}),
+        ({}, {"model": ""}, None, False, False, {}, {"model": ""}),
         # How a model is computed changes nothing but what dropout draws.
-        ((COMPILE, KERNEL), (), [], False, True, (COMPILE, KERNEL), ()),
-        ((COMPILE, KERNEL), (), [], True, True, (), (COMPILE + DRAWN, KERNEL + DRAWN)),
-        ((REGION,), (), [], True, True, (), (REGION + DRAWN,)),
-        ((REGION,), (), [], True, False, (REGION,), ()),
-        (("save_steps: 1 -> 2",), (), [], True, True, ("save_steps: 1 -> 2",), ()),
+        ({"torch_compile": ""}, {}, {}, False, True, {"torch_compile": ""}, {}),
+        ({"torch_compile": ""}, {}, {}, True, True, {}, {"torch_compile": DRAWN}),
+        ({"attn_implementation": ""}, {}, {}, True, False, {}, {"attn_implementation": DRAWN}),
+        (REGION, {}, {}, True, True, {}, {"use_regional_compilation": DRAWN}),
+        (REGION, {}, {}, True, False, REGION, {}),
+        ({"save_steps": ""}, {}, {}, True, True, {"save_steps": ""}, {}),
     ],
 )
 def test_changes_are_judged_by_the_model_that_they_come_to(
-    free: tuple[str, ...],
-    guarded: tuple[str, ...],
-    of_model: list[str] | None,
+    free: dict[str, str],
+    guarded: dict[str, str],
+    of_model: dict[str, str] | None,
     draws: bool,
     compiles: bool,
-    wanted_free: tuple[str, ...],
-    wanted_guarded: tuple[str, ...],
+    wanted_free: dict[str, str],
+    wanted_guarded: dict[str, str],
 ) -> None:
-    found = judge_changes(
-        ConfigChanges(free, guarded), of_model, has_dropout=draws, is_compiled=compiles
-    )
-    assert found == ConfigChanges(wanted_free, wanted_guarded)
+    changes = ConfigChanges({}, {**free}, {**guarded})
+    judge_changes(changes, of_model, has_dropout=draws, is_compiled=compiles)
+    assert changes == ConfigChanges({}, wanted_free, wanted_guarded)

@@ -128,7 +128,7 @@ def test_latest_goes_on_with_the_same_run_and_branch(old_run: RunPaths) -> None:
     start = begin(planned, old_run)
     assert start.checkpoint == old_run.checkpoints / name(30)
     assert (start.identity, start.obsolete) == (RunIdentity(RUN_ID), {})
-    assert start.manifest == verify_checkpoint(old_run.checkpoints / name(30))
+    verify_checkpoint(old_run.checkpoints / name(30))
     assert steps(old_run.checkpoints) == [10, 20, 30]
     assert set(Journal(old_run.journal).latest()) == {name(10)}
 
@@ -161,8 +161,7 @@ def test_latest_passes_over_a_damaged_checkpoint(
     planned = plan(old_run)
     assert steps(old_run.checkpoints) == [10, 20, 30]  # a plan changes nothing
     start = begin(planned, old_run)
-    assert start.manifest is not None
-    assert start.manifest.step == 20
+    assert start.checkpoint == old_run.checkpoints / name(20)
     # It was not asked for: the run goes on as the same branch.
     assert start.identity == RunIdentity(RUN_ID)
     assert (old_run.set_aside / name(30)).is_dir()
@@ -369,14 +368,17 @@ def test_a_machine_that_has_nothing_resumes_from_the_bucket(
 
 
 @pytest.mark.parametrize("resume", ["latest", "best", "20", None])
-def test_a_plan_lists_the_bucket_once(old_run: RunPaths, bucket: Path, resume: str | None) -> None:
+def test_a_plan_lists_the_bucket_once(
+    old_run: RunPaths, bucket: Path, resume: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[str] = []
 
-    def open_bucket(uri: str) -> Any:
+    def open_bucket(uri: str, *_: object) -> Any:
         opened.append(uri)
         return DirectoryBucket(Path(uri))
 
-    planned = plan(old_run, resume, bucket_uri=str(bucket), open_bucket=open_bucket)
+    monkeypatch.setattr("utils.start.resume.open_bucket", open_bucket)
+    planned = plan(old_run, resume, bucket_uri=str(bucket))
     assert {identity.run_id for identity in planned.in_bucket} == {RUN_ID}
     assert opened == [str(bucket)]
 
@@ -423,8 +425,7 @@ def test_an_incomplete_upload_is_passed_over(empty: RunPaths, bucket: Path, lost
         (folder / "latest").write_text("nonsense")
         (folder / "latest.json").write_text("nonsense")
     start = begin(plan(empty, bucket_uri=str(bucket)), empty)
-    assert start.manifest is not None
-    assert start.manifest.step == (30 if lost == "hint" else 20)
+    assert start.checkpoint == empty.checkpoints / name(30 if lost == "hint" else 20)
 
 
 def test_a_bucket_of_several_runs_wants_a_name(empty: RunPaths, bucket: Path) -> None:
@@ -441,24 +442,22 @@ def test_a_bucket_of_several_runs_wants_a_name(empty: RunPaths, bucket: Path) ->
 
 
 def test_a_bucket_that_is_down_does_not_stop_what_is_here(
-    old_run: RunPaths, caplog: pytest.LogCaptureFixture
+    old_run: RunPaths, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Down(DirectoryBucket):
         def list(self, prefix: str = "") -> Any:
             raise TransientStorageError("503")
 
-    def open_bucket(uri: str) -> Any:
-        return Down(Path(uri))
-
-    planned = plan(old_run, bucket_uri="/down", open_bucket=open_bucket)
+    monkeypatch.setattr("utils.start.resume.open_bucket", lambda uri, *_: Down(Path(uri)))
+    planned = plan(old_run, bucket_uri="/down")
     assert planned.step == 30
     assert "cannot be listed" in caplog.text
     with pytest.raises(StorageError):
-        plan(old_run, "gs://down/latest", open_bucket=open_bucket)
+        plan(old_run, "gs://down/latest")
     # With nothing here it must not look like a run that has not begun.
     empty = RunPaths(Path("/nowhere"), old_run.logs, old_run.cache)
     with pytest.raises(StorageError):
-        plan(empty, bucket_uri="/down", open_bucket=open_bucket)
+        plan(empty, bucket_uri="/down")
 
 
 @pytest.mark.parametrize("resume", ["40", name(40), "", "../checkpoints", "/nowhere", "a/b"])

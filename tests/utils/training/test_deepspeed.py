@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configs.training_config import TrainingConfig
 from utils.base.errors import ConfigError
@@ -16,31 +19,28 @@ from utils.training.deepspeed import require_deepspeed
 from utils.training.flat_partition import FlatGroup
 from utils.training.sharding import Sharding
 
-SHAPES = ((5, 3), (7,), (), (2, 11), (4, 3, 2))
 ZERO2 = Sharding(False, "sharding=zero2", zero_stage=2)
+SHAPES = st.lists(st.lists(st.integers(1, 7), max_size=3).map(tuple), min_size=1, max_size=6).map(
+    tuple
+)
 
 
-def whole() -> list[torch.Tensor]:
-    """Return tensors of SHAPES, each element with a number of its own."""
-    numbers = torch.arange(100.0)
-    found, end = [], 0
-    for shape in SHAPES:
-        count = torch.Size(shape).numel()
-        found.append(numbers[end : end + count].view(shape))
-        end += count
-    return found
-
-
-@pytest.mark.parametrize("count", [1, 3, 16])
-def test_partitions_become_rows_and_rows_partitions(count: int) -> None:
-    tensors = whole()
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    size = -(-len(flat) // (2 * count)) * 2
-    flat = torch.cat([flat, torch.full((size * count - len(flat),), -1.0)])
-    layout = FlatGroup(SHAPES, size, count)
+@given(SHAPES, st.integers(1, 16))
+def test_partitions_become_rows_and_rows_partitions(
+    shapes: tuple[tuple[int, ...], ...], count: int
+) -> None:
+    lengths = [math.prod(shape) for shape in shapes]
+    total = sum(lengths)
+    size = -(-total // (2 * count)) * 2  # padded to twice the ranks, as DeepSpeed does
+    flat = torch.full((size * count,), -1.0)
+    flat[:total] = torch.arange(float(total))  # each element has a number of its own
+    tensors = [
+        part.view(shape) for part, shape in zip(flat[:total].split(lengths), shapes, strict=True)
+    ]
+    layout = FlatGroup(shapes, size, count)
     partitions = flat.split(size)
     heads = [partition[: layout.longest_head] for partition in partitions]
-    rows: dict[int, list[torch.Tensor]] = {index: [] for index in range(len(SHAPES))}
+    rows: list[list[torch.Tensor]] = [[] for _ in shapes]
     for rank, partition in enumerate(partitions):
         for index in layout.own_rows(rank):
             rows[index].append(deepspeed._cut_rows(partition, heads, layout, rank, index))

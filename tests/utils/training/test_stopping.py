@@ -77,17 +77,6 @@ def test_a_request_from_another_thread_is_the_reason_and_the_first_one_stays() -
         assert (stop.reason, stop.requested_at) == ("preemption notice", requested_at)
 
 
-def test_the_first_signal_after_another_request_does_not_leave(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    with StopRequest() as stop:
-        stop.request("preemption notice")
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.reason == "preemption notice"
-    expected = "\nSIGTERM: stopping already (preemption notice). Once more leaves at once.\n"
-    assert capfd.readouterr().err == expected
-
-
 def test_a_terminal_that_goes_away_is_no_second_signal() -> None:
     with StopRequest() as stop:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
