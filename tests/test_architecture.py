@@ -5,6 +5,7 @@ The rule of imports stands in pyproject.toml (`make lint`); ARCHITECTURE.md has 
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections import Counter
 
@@ -42,6 +43,15 @@ def test_no_folder_has_more_modules_than_one_can_look_over() -> None:
     modules = [path for path in UTILS.rglob("*.py") if path.name != "__init__.py"]
     sizes = Counter(str(path.parent.relative_to(UTILS)) for path in modules)
     assert {folder: size for folder, size in sizes.items() if size > MOST_MODULES} == {}
+
+
+def test_what_the_page_says_is_in_a_file_is_in_it() -> None:
+    page = (PROJECT_DIRECTORY / "ARCHITECTURE.md").read_text("utf-8")
+    said = re.findall(r"`([\w.]+)` in `([\w/]+\.py)`", page)
+    assert len(said) > 10
+    for name, file in said:
+        path = next(root / file for root in (UTILS, PROJECT_DIRECTORY) if (root / file).is_file())
+        assert re.search(rf"\b{name.split('.')[-1]}\b", path.read_text("utf-8")), (name, file)
 
 
 def test_commands_start_without_what_takes_seconds_to_load() -> None:
