@@ -58,7 +58,9 @@ def test_weights_in_parts_are_compared_with_whole_ones(tmp_path: Path) -> None:
     path = tmp_path / "parts" / "checkpoint-epoch0-step2-files0"
     path.mkdir(parents=True)
     for part in (Part(0, 2), Part(1, 2)):
-        rows = {name: t[slice(*part.rows_of(name, len(t)))].contiguous() for name, t in newer.items()}
+        rows = {
+            name: t[slice(*part.rows_of(name, len(t)))].contiguous() for name, t in newer.items()
+        }
         header = part_header({name: tuple(t.shape) for name, t in newer.items()}, part)
         save_file(rows, path / part_file("model", part), header)
     seal(path, 2)
