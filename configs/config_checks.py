@@ -121,7 +121,10 @@ def _check_schedule(kind: str, values: Mapping[str, Any], peak: float) -> None:
     for key, value in values.items():
         if key not in LR_SCHEDULERS[kind]:
             known = ", ".join(LR_SCHEDULERS[kind]) or "none"
-            raise ConfigError(f"lr_scheduler_kwargs of {kind} are {known}; got {key!r}.")
+            raise ConfigError(
+                f"lr_scheduler_kwargs of {kind} are {known}; got {key!r}. "
+                "--set lr_scheduler_kwargs={} takes back what a file says."
+            )
         if key.endswith("_type"):
             limit, is_met = f"one of {', '.join(LR_SHAPES)};", value in LR_SHAPES
         elif key in LR_SHARES:
