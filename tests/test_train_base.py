@@ -127,6 +127,7 @@ def test_a_run_goes_on_without_the_model_it_began_with(
         ("init_from=latest", "name a checkpoint with its directory or bucket"),
         ("init_from=../missing/model", "there is no such directory, checkpoint or bucket"),
         ("init_from=someone/some-model", "the Hugging Face Hub does not give it"),
+        ("init_from=../base/checkpoints/quantized", "is quantized: only weights of whole"),
     ],
 )
 def test_what_is_not_the_model_is_refused(
@@ -138,6 +139,9 @@ def test_what_is_not_the_model_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    quantized = {**read_json(base / "config.json"), "quantization_config": {"bits": 4}}
+    (base / "../quantized").mkdir()
+    (base / "../quantized/config.json").write_text(json.dumps(quantized), "utf-8")
     assert run_train("--max-steps", "2", settings=(*ALONE, setting)) == ExitCode.USAGE
     assert words in " ".join(capsys.readouterr().err.split())
 
