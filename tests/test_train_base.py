@@ -155,6 +155,10 @@ def test_the_data_need_the_tokenizer_of_the_model(
 ) -> None:
     exported = tmp_path / "exported"
     assert export_model.main([str(base), "--output", str(exported), "--device", "cpu"]) == 0
+    for words in ((), ("--config", "test")):
+        assert run_train(*words, "--resume", str(exported)) == ExitCode.USAGE
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"To begin a new run with this model: --set init_from={exported}." in told
     write_tokenizer(exported, {"tokenizer_class": "PreTrainedTokenizerFast"})
     settings = (*ALONE, f"init_from={exported}")
     assert run_train("--max-steps", "2", settings=settings) == ExitCode.PREFLIGHT
