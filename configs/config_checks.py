@@ -38,6 +38,8 @@ LR_SCHEDULERS: dict[str, tuple[str, ...]] = {
 """Each learning rate schedule, and the `lr_scheduler_kwargs` that it knows."""
 LR_FLOORS = ("min_lr", "min_lr_rate", "min_lr_ratio", "lr_end")
 """Those that say where a schedule ends, in place of the key `min_lr_rate`; they may be 0."""
+LR_SHARES = ("min_lr_rate", "min_lr_ratio", "warmup_lr_rate")
+"""Those that are shares of the peak; other rates are absolute."""
 LR_SHAPES = ("linear", "cosine", "1-sqrt")
 """What `warmup_type` and `decay_type` may be."""
 REPORT_TARGETS = ("tensorboard", "wandb")
@@ -102,7 +104,9 @@ def check_values(values: Mapping[str, Any]) -> None:
             )
     if values["bf16"] and values["fp16"]:
         raise ConfigError("bf16 and fp16 are both true: choose one.")
-    _check_schedule(values["lr_scheduler_type"], values["lr_scheduler_kwargs"])
+    _check_schedule(
+        values["lr_scheduler_type"], values["lr_scheduler_kwargs"], values["learning_rate"]
+    )
     _check_places(values)
     for key, value in values["model_overrides"].items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -113,15 +117,23 @@ def check_values(values: Mapping[str, Any]) -> None:
     _check_batch(values)
 
 
-def _check_schedule(kind: str, values: Mapping[str, Any]) -> None:
+def _check_schedule(kind: str, values: Mapping[str, Any], peak: float) -> None:
     for key, value in values.items():
         if key not in LR_SCHEDULERS[kind]:
             known = ", ".join(LR_SCHEDULERS[kind]) or "none"
-            raise ConfigError(f"lr_scheduler_kwargs of {kind} are {known}; got {key!r}.")
+            raise ConfigError(
+                f"lr_scheduler_kwargs of {kind} are {known}; got {key!r}. "
+                "--set lr_scheduler_kwargs={} takes back what a file says."
+            )
         if key.endswith("_type"):
             limit, is_met = f"one of {', '.join(LR_SHAPES)};", value in LR_SHAPES
+        elif key in LR_SHARES:
+            limit, is_met = "between 0 and 1,", _is_number(value) and 0 <= value <= 1
         elif key in LR_FLOORS:
-            limit, is_met = "at least 0,", _is_number(value) and 0 <= value < math.inf
+            limit = f"at least 0 and below learning_rate {peak},"
+            is_met = _is_number(value) and 0 <= value < peak
+        elif key.endswith("_steps"):
+            limit, is_met = "a whole number above 0,", type(value) is int and value > 0
         else:
             limit, is_met = "above 0,", _is_number(value) and 0 < value < math.inf
         if not is_met:

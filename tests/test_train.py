@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -476,7 +477,8 @@ def test_a_decay_may_begin_at_a_stable_checkpoint(
 ) -> None:
     def stable(decay_steps: int, *more: str) -> tuple[str, ...]:
         kwargs = f'lr_scheduler_kwargs={{"num_decay_steps": {decay_steps}}}'
-        return (kwargs, "lr_scheduler_type=warmup_stable_decay", "save_steps=2", *more)
+        muon = ("optim=muon", "muon_learning_rate=0.01", "save_steps=2")
+        return (kwargs, "lr_scheduler_type=warmup_stable_decay", *muon, *more)
 
     words = ("--max-steps", "9", "--stop-after", "6")
     assert run_train(*words, settings=stable(2)) == 0
@@ -492,6 +494,17 @@ def test_a_decay_may_begin_at_a_stable_checkpoint(
     assert read_manifest(last).branch == 1
     rates = read_json(last / "metadata.json")["learning_rates"][-4:]
     assert rates == pytest.approx([0.004 * share for share in (0.868198, 0.55, 0.231802, 0.1)])
+
+    # After it the rate would jump: the advice keeps it, of both optimizers.
+    words = ("--resume", "8", "--max-steps", "20", "--stop-after", "10")
+    capsys.readouterr()
+    assert run_train(*words, settings=stable(4)) == 0
+    (advice,) = re.findall(r"To keep the old rate: (.*)\.$", capsys.readouterr().out, re.MULTILINE)
+    kept = [word for word in shlex.split(advice) if "=" in word]
+    assert run_train(*words, "--accept-config-change", settings=stable(4, *kept)) == 0
+    last = checkpoint(tmp_path, "run", "checkpoint-epoch0-step10-files0")
+    groups = load(last / "optimizer.bin")["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([4e-4, 4e-4, 1e-3])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -127,6 +127,7 @@ def test_a_run_goes_on_without_the_model_it_began_with(
         ("init_from=latest", "name a checkpoint with its directory or bucket"),
         ("init_from=../missing/model", "there is no such directory, checkpoint or bucket"),
         ("init_from=someone/some-model", "the Hugging Face Hub does not give it"),
+        ("init_from=../base/checkpoints/quantized", "is quantized: only weights of whole"),
     ],
 )
 def test_what_is_not_the_model_is_refused(
@@ -138,6 +139,9 @@ def test_what_is_not_the_model_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    quantized = {**read_json(base / "config.json"), "quantization_config": {"bits": 4}}
+    (base / "../quantized").mkdir()
+    (base / "../quantized/config.json").write_text(json.dumps(quantized), "utf-8")
     assert run_train("--max-steps", "2", settings=(*ALONE, setting)) == ExitCode.USAGE
     assert words in " ".join(capsys.readouterr().err.split())
 
@@ -151,6 +155,10 @@ def test_the_data_need_the_tokenizer_of_the_model(
 ) -> None:
     exported = tmp_path / "exported"
     assert export_model.main([str(base), "--output", str(exported), "--device", "cpu"]) == 0
+    for words in ((), ("--config", "test")):
+        assert run_train(*words, "--resume", str(exported)) == ExitCode.USAGE
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"To begin a new run with this model: --set init_from={exported}." in told
     write_tokenizer(exported, {"tokenizer_class": "PreTrainedTokenizerFast"})
     settings = (*ALONE, f"init_from={exported}")
     assert run_train("--max-steps", "2", settings=settings) == ExitCode.PREFLIGHT

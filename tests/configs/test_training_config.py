@@ -126,6 +126,20 @@ def test_a_key_that_was_removed_is_left_out_with_a_warning(
             '{"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "x"}}',
             "lr_scheduler_kwargs.power must be above 0, got 'x'.",
         ),
+        (
+            '{"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 2e-4}}',
+            "lr_scheduler_kwargs.lr_end must be at least 0 and below learning_rate 0.0002, got 0.0",
+        ),
+        (
+            '{"lr_scheduler_type": "cosine_with_min_lr", '
+            '"lr_scheduler_kwargs": {"min_lr_rate": 2}}',
+            "lr_scheduler_kwargs.min_lr_rate must be between 0 and 1, got 2.",
+        ),
+        (
+            '{"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": '
+            '{"num_decay_steps": 0.2}}',
+            "num_decay_steps must be a whole number above 0, got 0.2.",
+        ),
         ('{"log_level": "INFO"}', "log_level must be one of debug, info, warning, error; got"),
         ('{"bf16": true, "fp16": true}', "bf16 and fp16 are both true: choose one."),
         (

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from configs.model_config import CONFIG_FILE
 from configs.training_config import TrainingConfig
 from utils.base.archive_formats import ARCHIVE_SUFFIXES, Gzip
 from utils.base.errors import CheckpointError, UsageError
@@ -328,7 +329,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
     try:
         return Manifest.from_json(read_json(path), str(path))
     except FileNotFoundError as exc:
-        raise CheckpointError(f"{checkpoint} is incomplete: it has no {MANIFEST_FILE}.") from exc
+        text = f"{checkpoint} is incomplete: it has no {MANIFEST_FILE}."
+        if not parse_checkpoint_name(checkpoint.name) and (checkpoint / CONFIG_FILE).is_file():
+            text += f" To begin a new run with this model: --set init_from={checkpoint}."
+        raise CheckpointError(text) from exc
     except (OSError, ValueError) as exc:
         raise CheckpointError(f"{path} cannot be read: {exc}.") from exc
 

@@ -72,7 +72,7 @@ def find_base(config: TrainingConfig) -> Base:
     """Return the model that `init_from` names; what is in a bucket is downloaded.
 
     Raises:
-        ConfigError: The Hub does not give it, or it is the name of a checkpoint alone.
+        ConfigError: The Hub does not give it, it is quantized, or the name of a checkpoint alone.
         UsageError: There is no such model.
         CheckpointError: It is damaged or incomplete.
         StorageError: The bucket cannot be read.
@@ -94,6 +94,11 @@ def find_base(config: TrainingConfig) -> Base:
             f"give it: {reason_of(exc)}"
         ) from exc
     record: dict[str, Any] = {"name": source.name, "config": read_json_object(folder / CONFIG_FILE)}
+    if record["config"].get("quantization_config"):
+        raise ConfigError(
+            f"init_from {printable(text)} is quantized: only weights of whole precision can be "
+            "trained on. Name the model that it was made from."
+        )
     if source.manifest is not None:
         record |= {"run_id": source.manifest.run_id, "step": source.manifest.step}
     elif source.directory is None:

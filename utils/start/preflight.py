@@ -394,14 +394,22 @@ def check_settings(facts: RunFacts) -> Check:
         f"valid; {describe_steps(facts)}, {facts.tokens_per_step:,} tokens a step, a checkpoint "
         f"every {config.save_steps}"
     )
-    if config.warmup_steps < config.max_steps:
+    settings, length = config.lr_scheduler_kwargs, config.max_steps
+    stable = settings.get("num_stable_steps")
+    parts = config.warmup_steps + (stable or 0) + settings.get("num_decay_steps", 0)
+    if config.warmup_steps >= length:
+        problem = (
+            "The learning rate is still rising when the run ends: warmup_steps is "
+            f"{config.warmup_steps}, max_steps {length}"
+        )
+    elif parts > length or (stable and parts < length):
+        problem = (
+            "The learning rate cannot follow its schedule: warm-up, stable part and decay are "
+            f"{parts} steps, max_steps is {length}"
+        )
+    else:
         return Check("settings", "ok", text)
-    return Check(
-        "settings",
-        "warn",
-        f"{text}. The learning rate is still rising when the run ends: warmup_steps is "
-        f"{config.warmup_steps}, max_steps {config.max_steps}",
-    )
+    return Check("settings", "warn", f"{text}. {problem}")
 
 
 def describe_steps(facts: RunFacts) -> str:

@@ -384,11 +384,17 @@ def _tell_learning_rate(before: Mapping[str, Any], config: TrainingConfig, step:
     if max(was, now) <= SMALL_JUMP * min(was, now):
         log.info("%s", text)
     elif was and step >= config.warmup_steps:
+        kept = [f"learning_rate={was:.3g}", "lr_scheduler_type=constant"]
+        if config.muon_learning_rate is not None:
+            share = was / old.learning_rate
+            kept.append(f"muon_learning_rate={share * config.muon_learning_rate:.3g}")
+        if config.lr_scheduler_kwargs:
+            kept.append("lr_scheduler_kwargs={}")
         log.warning(
-            "%s A jump may undo what was learnt while it fell. To keep the old rate: --set "
-            "learning_rate=%.3g --set lr_scheduler_type=constant --accept-config-change.",
+            "%s A jump may undo what was learnt while it fell. To keep the old rate: %s "
+            "--accept-config-change.",
             text,
-            was,
+            " ".join(f"--set {setting}" for setting in kept),
         )
     else:
         log.warning("%s", text)

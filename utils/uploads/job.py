@@ -33,7 +33,6 @@ from utils.checkpoints.layout import (
     SET_ASIDE_FOLDER,
     FileEntry,
     Manifest,
-    RunIdentity,
     archive_object,
     read_manifest,
     sidecar_object,
@@ -199,7 +198,8 @@ class _Upload:
         """
         where = join_uri(self.transport.uri, self.sidecar)
         owner, own = found.manifest.identity if found else None, self.manifest.identity
-        if owner is None or not _may_replace(own, owner):
+        # Branches are numbered as they begin: a later one goes on where earlier ones were left.
+        if owner is None or owner.run_id != own.run_id or owner.branch > own.branch:
             theirs, ours = f"run {owner.run_id if owner else 'unknown'}", own.run_id
             if owner is not None and owner.run_id == own.run_id:
                 theirs, ours = f"branch {owner.branch} of this run", f"branch {own.branch}"
@@ -386,11 +386,3 @@ class _FoundSidecar:
 
 def _info_of(stored: ObjectInfo | None) -> FileEntry | None:
     return None if stored is None else FileEntry(stored.size, str(stored.crc32c))
-
-
-def _may_replace(identity: RunIdentity, other: RunIdentity) -> bool:
-    """Tell whether `other` is this branch or one that it came from."""
-    is_parent = other.branch in [branch for branch, _ in identity.forks] or (
-        not identity.forks and other.branch < identity.branch
-    )
-    return identity.run_id == other.run_id and (is_parent or other.branch == identity.branch)

@@ -91,6 +91,25 @@ def test_a_run_that_ends_within_its_warm_up_is_told(max_steps: int, status: str)
 
 
 @pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"num_decay_steps": 10}, None),
+        ({"num_decay_steps": 11}, "21 steps, max_steps is 20"),
+        ({"num_decay_steps": 4, "num_stable_steps": 6}, None),
+        ({"num_decay_steps": 4, "num_stable_steps": 5}, "19 steps, max_steps is 20"),
+    ],
+)
+def test_a_schedule_whose_parts_are_another_length_than_the_run_is_told(
+    settings: dict[str, int], found: str | None
+) -> None:
+    kind = "warmup_stable_decay"
+    values = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": settings, "warmup_steps": 10}
+    check = check_settings(facts_of(1, max_steps=20, **values))
+    assert check.status == ("warn" if found else "ok")
+    assert (found or "valid") in check.message
+
+
+@pytest.mark.parametrize(
     ("ratio", "status"), [(None, "ok"), (1.1, "ok"), (0.5, "ok"), (1.5, "fail")]
 )
 def test_a_small_step_that_takes_more_than_the_formula_says_is_believed(

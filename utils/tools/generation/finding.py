@@ -87,9 +87,9 @@ def find_model(
 def find_average(
     source: ModelSource, span: AverageSpan, config: TrainingConfig, on_progress: OnProgress
 ) -> ModelSource:
-    """Return a checkpoint with the mean of the weights of its branch's, downloaded where need be.
+    """Return the newest of a span of a branch's checkpoints, with the mean of their weights.
 
-    They are looked for beside it, in the run's directory and in its bucket.
+    They are looked for beside `source`, in the run's directory and in its bucket.
 
     Raises:
         UsageError: It is no checkpoint, or there are too few.
@@ -119,7 +119,9 @@ def find_average(
         if isinstance(place, str):
             place = Path(model_in_bucket(uri, place, config, on_progress).location)
         paths.append(place)
-    return replace(source, name=f"{source.name} (mean of {len(paths)})", averaged=tuple(paths))
+    newest = model_in_directory(paths[-1])
+    name = f"{newest.name} (mean of {len(paths)})"
+    return replace(newest, name=name, bucket_uri=source.bucket_uri, averaged=tuple(paths))
 
 
 def _branch_in_directory(directory: Path, identity: RunIdentity) -> dict[int, Path]:

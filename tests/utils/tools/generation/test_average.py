@@ -65,6 +65,8 @@ def test_the_mean_of_checkpoints_here_or_in_the_bucket_is_exported_and_measured(
     exported = measure(capsys, "mean", "--sequence-length", "32", "--data", str(sample_data))
     assert found["values"]["loss"] == exported["values"]["loss"]
     assert (found["model"], found["weights"]) == (f"{NAMES[1]} (mean of 2)", None)
+    steps = measure(capsys, "2", "--average", "1-4")  # however its branch was named
+    assert (steps["model"], steps["step"]) == (found["model"], 4)
 
 
 @pytest.mark.parametrize(
