@@ -586,8 +586,9 @@ class HubSource:
 
     def outline(self) -> list[Any]:
         """As `Source` says."""
-        is_local = Path(self.name).expanduser().is_dir()
-        return [is_local or self.name, self.configuration, self.split, self.text_column]
+        directory = Path(self.name).expanduser()
+        name = file_sizes([directory]) if directory.is_dir() else self.name
+        return [name, self.configuration, self.split, self.text_column]
 
     def _is_saved(self, *names: str) -> bool:
         directory = Path(self.name).expanduser()

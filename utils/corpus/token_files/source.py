@@ -248,7 +248,7 @@ class TokenFileSource:
 def _require_own_type(path: Path, ids: RawArray, dtype: str) -> None:
     """Refuse ids that were written in a wider type: every second one is what is high in them."""
     low, high = ids[:BLOCK_TOKENS:2], ids[1:BLOCK_TOKENS:2]
-    if len(high) >= LEAST_JUDGED and high.max() < MOST_HIGH <= low.max():
+    if len(high) >= LEAST_JUDGED and high.max() < MOST_HIGH <= np.median(low):
         raise DataError(
             f"{path}: every second id is below {MOST_HIGH}: the ids seem to be wider than {dtype}. "
             "Give their own --token-dtype."

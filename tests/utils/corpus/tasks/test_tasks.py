@@ -129,6 +129,10 @@ def test_other_sources_are_divided_too(tmp_path: Path, monkeypatch: pytest.Monke
         parts = [list(source.part(number, 7).documents()) for number in range(7)]
         found = Counter(map(str, itertools.chain.from_iterable(parts)))
         assert found == Counter(map(str, source.documents()))
+    before = hub.outline()
+    with (tmp_path / "data" / "0.jsonl").open("a") as file:
+        file.write('{"text": "f"}\n')
+    assert hub.outline() != before  # another task would cut it elsewhere
 
 
 def test_the_split_follows_from_the_text_and_not_from_how_it_comes() -> None:
