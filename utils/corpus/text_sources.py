@@ -335,11 +335,10 @@ def _holds(path: Path, separator: bytes) -> bool:
 
 def _separated_documents(path: Path, separator: bytes, span: ByteSpan | None) -> Iterator[str]:
     """Yield what stands between separators, without the line ends around it; nothing is empty."""
-    begin = span[0] if span else 0
+    start, data, is_open = span[0] if span else 0, b"", False
     with open_text(path, separator, span) as file:
-        head = b"" if begin else file.read(len(codecs.BOM_UTF8))
-        data = head.removeprefix(codecs.BOM_UTF8)
-        start, is_open = begin + len(head) - len(data), False
+        if not start and file.peek().startswith(codecs.BOM_UTF8):
+            start = len(file.read(len(codecs.BOM_UTF8)))
         while block := file.read(TEXT_PART_BYTES):
             *whole, data = (data + block).split(separator)
             for document in whole:
