@@ -46,9 +46,9 @@ def write_llmc(folder: Path, documents: Documents, magic: int = 20240520) -> Pat
     return folder / "a.bin"
 
 
-def write_nanogpt(folder: Path, documents: Documents) -> Path:
+def write_nanogpt(folder: Path, documents: Documents, dtype: str = "<u2") -> Path:
     """Nothing but ids."""
-    (folder / "train.bin").write_bytes(_join(documents, "<u2"))
+    (folder / "train.bin").write_bytes(_join(documents, dtype))
     return folder / "train.bin"
 
 

@@ -150,6 +150,7 @@ def test_preparing_with_a_new_tokenizer_loads_no_torch(text_file: Path, tmp_path
         ([*SAVED, "--split", "train"], "--split 'train' has no effect"),
         ([*SAVED, "--text-column", "a"], "no column 'a'. Columns: text"),
         ([*BOOK, "--token-cache", "book.txt"], "is a file"),
+        ([*BOOK, "--validation-input", "book.txt"], "book.txt is in --input, too"),
         ([*BOOK, "--validation-input", "none"], "--validation-input none"),
         ([*BOOK, "--output", "ftp://x/y"], "gs://bucket/prefix"),
         ([*BOOK, "--output", "book.txt"], "is a file; a directory is needed"),

@@ -210,10 +210,9 @@ def list_names(paths: Sequence[Path]) -> str:
 
 def _is_index(path: Path, read: set[Path]) -> bool:
     """Tell whether a file is the index of one that is read: `a.idx` of `a.bin`, `b.ds.index`."""
-    path = path.resolve()
     owner = path.with_suffix(BIN_SUFFIX if path.suffix == ".idx" else "")
     is_beside = path.suffix in INDEX_SUFFIXES and owner.suffix in (BIN_SUFFIX, DATATROVE_SUFFIX)
-    return is_beside and owner in read
+    return is_beside and owner.resolve() in read
 
 
 def _is_usable(path: Path, column: str) -> bool:

@@ -23,9 +23,14 @@ from utils.base.text import count_of
 from utils.base.uri import local_path
 from utils.corpus import shard_writer
 from utils.corpus.documents import SPLITS
-from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, FinishedShards, ShardEntry
+from utils.corpus.shard_writer import FinishedShards, ShardEntry
 from utils.corpus.tokenization import Tokenizer
-from utils.data.shard_index import INDEX_OBJECT, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from utils.data.shard_index import (
+    INDEX_OBJECT,
+    PARTIAL_INDEX_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 from utils.storage.bucket import Bucket, crc32c_of_bytes
 from utils.storage.open import open_bucket
 
@@ -133,9 +138,15 @@ Claim = tuple[dict[str, Any] | None, list[str]]
 
 
 def claim_output(
-    bucket: Bucket, index: dict[str, Any] | None, fingerprint: str, overwrite: bool
+    bucket: Bucket,
+    index: dict[str, Any] | None,
+    fingerprint: str,
+    overwrite: bool,
+    how: str = "--overwrite",
 ) -> Claim:
     """Make sure that writing to the bucket harms nobody; nothing is changed here.
+
+    `how` is what an error says to replace other data with.
 
     Raises:
         DataError: The partial index is there and cannot be read, and `overwrite` is not set.
@@ -167,7 +178,7 @@ def claim_output(
         raise UsageError(
             f"--output {bucket.uri} holds other data ({len(present)} files, {present[0]} ...), "
             "made from other sources or with other options. Nothing was changed. Give another "
-            "--output, or --overwrite to replace it."
+            f"--output, or {how} to replace it."
         )
     return None, present
 

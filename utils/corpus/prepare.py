@@ -36,12 +36,12 @@ from utils.corpus.output import (
     read_described_tokenizer,
 )
 from utils.corpus.reading import Reading
-from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, FinishedShards, ShardWriter
+from utils.corpus.shard_writer import FinishedShards, ShardWriter
 from utils.corpus.text_sources import Source
 from utils.corpus.token_cache import TokenCache
 from utils.corpus.token_files.source import TokenFileSource
 from utils.corpus.tokenization import Tokenizer
-from utils.data.shard_index import INDEX_FORMAT, INDEX_OBJECT
+from utils.data.shard_index import INDEX_FORMAT, INDEX_OBJECT, PARTIAL_INDEX_FILE
 from utils.models.tokenizer import END_OF_TEXT
 from utils.storage.bucket import Bucket
 

@@ -19,7 +19,7 @@ from typing import Any
 from utils.base.errors import DataError, ShardError, UsageError
 from utils.base.text import count_of, parse_json_object
 from utils.corpus.output import describe_tokenizer
-from utils.corpus.shard_writer import PARTIAL_INDEX_FILE, get_old_json, put_json
+from utils.corpus.shard_writer import get_old_json, put_json
 from utils.corpus.tokenization import Tokenizer
 from utils.data.shard_cache import require_in_vocabulary
 from utils.data.shard_index import (
@@ -27,6 +27,7 @@ from utils.data.shard_index import (
     INDEX_FORMAT,
     INDEX_OBJECT,
     MASK_KEY,
+    PARTIAL_INDEX_FILE,
     SHARD_SUFFIX,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,

@@ -29,7 +29,6 @@ from utils.corpus.documents import SPLITS, TRAINING, VALIDATION, TokenArray
 from utils.data.shard_index import TOKEN_KEYS, get_json, is_validation_shard
 from utils.storage.bucket import Bucket, crc32c_of_file
 
-PARTIAL_INDEX_FILE = "index.partial.json"
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 COUNT_BLOCK_TOKENS = 2**20
 

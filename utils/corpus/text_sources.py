@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -245,8 +246,8 @@ class FileSource:
             if kind in PARQUET_SUFFIXES:
                 yield from _parquet_documents(path, column, span)
             elif kind in JSONL_SUFFIXES:
-                is_whole = span in (None, (0, path.stat().st_size))
-                yield from _texts_of_records(_json_records(path, span), column, path, is_whole)
+                whole = _json_records(path, None) if span else ()
+                yield from _texts_of_records(_json_records(path, span), column, path, whole)
             elif self.document_separator:
                 yield from _separated_documents(path, self.document_separator.encode(), span)
             elif self.document_per == "line":
@@ -334,11 +335,10 @@ def _holds(path: Path, separator: bytes) -> bool:
 
 def _separated_documents(path: Path, separator: bytes, span: ByteSpan | None) -> Iterator[str]:
     """Yield what stands between separators, without the line ends around it; nothing is empty."""
-    begin = span[0] if span else 0
+    start, data, is_open = span[0] if span else 0, b"", False
     with open_text(path, separator, span) as file:
-        head = b"" if begin else file.read(len(codecs.BOM_UTF8))
-        data = head.removeprefix(codecs.BOM_UTF8)
-        start, is_open = begin + len(head) - len(data), False
+        if not start and file.peek().startswith(codecs.BOM_UTF8):
+            start = len(file.read(len(codecs.BOM_UTF8)))
         while block := file.read(TEXT_PART_BYTES):
             *whole, data = (data + block).split(separator)
             for document in whole:
@@ -427,15 +427,22 @@ def _parse(data: bytes, place: object) -> Any:
 
 
 def _texts_of_records(
-    records: Iterable[tuple[Any, str]], column: str, source: object, is_whole: bool = True
+    records: Iterable[tuple[Any, str]],
+    column: str,
+    source: object,
+    whole: Iterable[tuple[Any, str]] = (),
 ) -> Iterator[str]:
-    """Yield the texts of records with their places; that none has the column, is an error."""
+    """Yield the texts of records with their places; that none has the column, is an error.
+
+    `whole` is read where none has it and the records are a part of it.
+    """
     first, is_found = None, False
     for record, place in records:
         yield _text_of_record(record, column, place)
         first = first or record
         is_found = is_found or column in record
-    if first and not is_found and is_whole:
+    is_in = (isinstance(record, dict) and column in record for record, _ in whole)
+    if first and not is_found and not any(is_in):
         raise DataError(f"{source}: {_no_column(column, first)}")
 
 
@@ -537,7 +544,10 @@ class HubSource:
         """
         from datasets.distributed import split_dataset_by_node
 
-        rows = split_dataset_by_node(self._open(), *self.share)
+        rows = self._open()
+        if self.share[0] >= getattr(rows, "num_rows", math.inf):  # `datasets` makes no empty part
+            return
+        rows = split_dataset_by_node(rows, *self.share)
         if rows.column_names is not None:  # a stream may not know them
             _require_column(self.text_column, rows.column_names, self._place)
             rows = rows.select_columns([self.text_column])
@@ -575,8 +585,9 @@ class HubSource:
 
     def outline(self) -> list[Any]:
         """As `Source` says."""
-        is_local = Path(self.name).expanduser().is_dir()
-        return [is_local or self.name, self.configuration, self.split, self.text_column]
+        directory = Path(self.name).expanduser()
+        name = file_sizes([directory]) if directory.is_dir() else self.name
+        return [name, self.configuration, self.split, self.text_column]
 
     def _is_saved(self, *names: str) -> bool:
         directory = Path(self.name).expanduser()

@@ -33,6 +33,7 @@ from utils.base.text import FOREIGN_ERRORS, parse_json_object
 from utils.storage.bucket import Bucket, ObjectInfo, crc32c_of_bytes
 
 INDEX_OBJECT = "index.json"
+PARTIAL_INDEX_FILE = "index.partial.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 INDEX_FORMAT = 1
@@ -155,7 +156,8 @@ def build_shard_index(
     shards.
 
     Raises:
-        DataError: There are no training shards, or `index.json` is not usable.
+        DataError: There are no training shards, `index.json` is not usable, or a preparation was
+            interrupted before it wrote one.
         ShardError: A shard's headers cannot be read (only where there is no index).
     """
     value = get_json(bucket, INDEX_OBJECT)
@@ -304,6 +306,12 @@ def _damaged(bucket: Bucket, name: str, found: str, said: str) -> DataError:
 
 def _from_headers(bucket: Bucket, max_files: int | None, *, skip_bad_shards: bool) -> ShardIndex:
     objects = sorted(bucket.list(""), key=lambda info: info.name)
+    if any(info.name.endswith(PARTIAL_INDEX_FILE) for info in objects):
+        raise DataError(
+            f"{bucket.uri} holds a preparation that is not finished. Run the same command again "
+            "(after all of --tasks: prepare_data.py merge). To use what is there as it is: "
+            f"prepare_data.py index {bucket.uri} --overwrite."
+        )
     shards = [info for info in objects if info.name.endswith(SHARD_SUFFIX)]
     training = [info for info in shards if not is_validation_shard(info.name)][:max_files]
     validation = [info for info in shards if is_validation_shard(info.name)]

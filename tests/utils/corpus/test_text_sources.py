@@ -171,6 +171,8 @@ def test_text_file_is_cut_where_the_separator_stands(tmp_path: Path) -> None:
     )
 
     assert read(path, document_separator=end) == ["One day.\n\nThe end.", "Two.", " d\u00e9j\u00e0"]
+    (tmp_path / "short.txt").write_text("a|b")
+    assert read(tmp_path / "short.txt", document_separator="|") == ["a", "b"]
     assert (
         FileSource((path,), document_separator=end).fingerprint()
         != FileSource((path,)).fingerprint()

@@ -165,6 +165,14 @@ def test_a_bucket_without_training_shards_is_refused(tmp_path: Path, names: list
         build_shard_index(DirectoryBucket(tmp_path))
 
 
+def test_an_unfinished_preparation_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "task-00000").mkdir()
+    (tmp_path / "task-00000" / "train_0.npz").write_bytes(saved(input_ids=np.arange(3)))
+    (tmp_path / "index.partial.json").write_text("{}")
+    with pytest.raises(DataError, match=r"a preparation that is not finished.* merge"):
+        build_shard_index(DirectoryBucket(tmp_path))
+
+
 def test_a_fingerprint_changes_with_every_fact(tmp_path: Path) -> None:
     shards = save_shards(tmp_path, [5, 6])
     known = {fingerprint_shards(shards), fingerprint_shards(shards[::-1])}

@@ -49,11 +49,16 @@ from utils.corpus.prepare import (
     train_tokenizer,
 )
 from utils.corpus.reading import Reading
-from utils.corpus.shard_writer import PARTIAL_INDEX_FILE
 from utils.corpus.text_sources import Source
 from utils.corpus.token_cache import TokenCache
 from utils.corpus.tokenization import Tokenizer
-from utils.data.shard_index import HEADER_THREADS, INDEX_FORMAT, INDEX_OBJECT, get_json
+from utils.data.shard_index import (
+    HEADER_THREADS,
+    INDEX_FORMAT,
+    INDEX_OBJECT,
+    PARTIAL_INDEX_FILE,
+    get_json,
+)
 from utils.storage.bucket import Bucket, ObjectInfo
 
 MOST_TASKS = 100_000
@@ -116,7 +121,8 @@ class TaskedCorpus:
                 if tokenizer is not None:
                     return tokenizer
         index = shard_writer.get_old_json(bucket, INDEX_OBJECT, overwrite)
-        _, stale = claim_output(bucket, index, self.fingerprint, overwrite)
+        how = "--overwrite" if may_train else "--task tokenizer --overwrite, once,"
+        _, stale = claim_output(bucket, index, self.fingerprint, overwrite, how)
         tokenizer = find_given_tokenizer((), self.options, is_tokenized, None)
         if tokenizer is None and not may_train:
             raise UsageError(

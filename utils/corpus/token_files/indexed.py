@@ -98,6 +98,8 @@ def read_datatrove(path: Path, column: str, token_dtype: str | None) -> Iterator
             "the ids without, name it .bin and give --token-dtype."
         )
     index_size = index.stat().st_size
+    if not index_size and not path.stat().st_size:  # a task of datatrove that had no documents
+        return
     if not index_size or index_size % 8:
         raise DataError(f"{index}: {index_size:,} bytes, 8 for each document are needed.")
     ends = np.memmap(index, "<i8", mode="r")
@@ -117,8 +119,8 @@ def read_datatrove(path: Path, column: str, token_dtype: str | None) -> Iterator
 
 
 def _require_ascending(index: Path, ends: RawArray) -> None:
-    wrong = np.flatnonzero(ends[1:] < ends[:-1])
+    wrong = np.flatnonzero(np.concatenate([ends[:1] < 0, ends[1:] < ends[:-1]]))
     if len(wrong):
         raise DataError(
-            f"{index}: document {wrong[0] + 2} ends before the one before it. Make the index again."
+            f"{index}: document {wrong[0] + 1} ends before it begins. Make the index again."
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,11 +44,11 @@ class _Column(NamedTuple):
 
 
 def mds_files(folder: Path) -> list[Path]:
-    """Return the index and the shards that it names."""
+    """Return the index and the shards that it names, all in the folder or below it."""
     try:
         index = parse_json_object((folder / MDS_INDEX).read_bytes())
         names = [shard["raw_data"]["basename"] for shard in index["shards"]]
-        return [folder / MDS_INDEX, *(folder / Path(name).name for name in names)]
+        return [folder / MDS_INDEX, *(folder / os.path.normpath(f"/{name}")[1:] for name in names)]
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise DataError(f"{folder / MDS_INDEX}: not a readable index of MDS ({exc!r}).") from exc
 

@@ -42,6 +42,9 @@ from utils.data.shard_cache import token_dtype
 
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64")
 BLOCK_TOKENS = 2**20
+# What is high in ids of a type twice as wide is below this, for vocabularies below 4 x 65,536.
+MOST_HIGH = 4
+LEAST_JUDGED = 32
 
 Reader = Callable[[Path, str, str | None], Iterator[Stretch]]
 READERS: dict[str, Reader] = {
@@ -235,9 +238,21 @@ class TokenFileSource:
                         f"{path}: {'its header' if kind == kinds.LLMC else 'the .idx beside it'} "
                         f"says {own}, --token-dtype {self.token_dtype}. Leave the option out."
                     )
+                if kind in (kinds.FLAT, kinds.MDS) and own == self.token_dtype:
+                    _require_own_type(path, stretch.ids, own)
                 yield stretch
-        except (OSError, ValueError, EOFError, SyntaxError) as exc:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError) as exc:
             raise DataError(f"{path}: not a readable token file ({exc}).") from exc
+
+
+def _require_own_type(path: Path, ids: RawArray, dtype: str) -> None:
+    """Refuse ids that were written in a wider type: every second one is what is high in them."""
+    low, high = ids[:BLOCK_TOKENS:2], ids[1:BLOCK_TOKENS:2]
+    if len(high) >= LEAST_JUDGED and high.max() < MOST_HIGH <= np.median(low):
+        raise DataError(
+            f"{path}: every second id is below {MOST_HIGH}: the ids seem to be wider than {dtype}. "
+            "Give their own --token-dtype."
+        )
 
 
 def _files_of(path: Path, kind: str) -> list[Path]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from utils.base.errors import UsageError
 from utils.base.text import printable
 from utils.base.uri import require_path
-from utils.corpus.file_kinds import DEFAULT_COLUMN, find_files, split_column
+from utils.corpus.file_kinds import DEFAULT_COLUMN, find_files, list_names, split_column
 
 if TYPE_CHECKING:
     from utils.corpus.prepare import CorpusOptions
@@ -38,7 +38,7 @@ SOURCE_OPTIONS = {
     "split": "an --hf dataset that has it",
     "streaming": "--hf NAME",
     "token_dtype": ".bin files and MDS",
-    "eos_id": "token files",
+    "eos_id": "token files (in tables, a column of lists of integers)",
     "token_cache": "text",
 }
 TOKENIZER_TASK = "tokenizer"
@@ -304,7 +304,17 @@ def build_request(
         arguments.validation_input, arguments, shard_tokens, "--validation-input"
     )
     _refuse_unused(arguments, [*sources, *validation_sources])
+    trained, held = ({path.resolve() for path in _paths(s)} for s in (sources, validation_sources))
+    if both := sorted(trained & held):
+        raise UsageError(
+            f"--validation-input: {list_names(both)} is in --input, too, and would be trained on. "
+            "Take it out of there."
+        )
     return sources, validation_sources, options
+
+
+def _paths(sources: Sequence[Source]) -> list[Path]:
+    return [path for source in sources for path in getattr(source, "paths", ())]
 
 
 def _is_sample_alone(arguments: argparse.Namespace) -> bool:

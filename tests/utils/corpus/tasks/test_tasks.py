@@ -20,8 +20,9 @@ from tests.campaigns import soak_tasks
 from tests.gcs_server import FakeGcsServer
 from tests.sample_shards import read_documents, read_files, read_texts
 from tests.sample_token_files import write_mds, write_megatron, write_saved
+from utils.base.errors import DataError
 from utils.corpus import text_sources
-from utils.corpus.documents import OpenText
+from utils.corpus.documents import NullText, OpenText
 from utils.corpus.reading import assign_by_hash
 from utils.corpus.text_sources import FileSource, HubSource, SampleSource
 from utils.corpus.token_files.source import TokenFileSource
@@ -94,6 +95,15 @@ def test_a_large_file_is_divided_evenly_where_its_reader_allows_it(tmp_path: Pat
         assert (sum(sizes), max(sizes) <= most) == (400, True), (kind, sizes)
 
 
+def test_no_record_of_a_part_needs_the_column_where_the_file_has_it(tmp_path: Path) -> None:
+    path, lines = tmp_path / "a.jsonl", ['{"body": "x"}\n'] * 99
+    path.write_text("".join(['{"text": "y"}\n', *lines]))
+    assert {type(text) for text in FileSource((path,)).part(2, 3).documents()} == {NullText}
+    path.write_text("".join(lines))
+    with pytest.raises(DataError, match=r"a\.jsonl: no column 'text'. Columns: body"):
+        list(FileSource((path,)).part(2, 3).documents())
+
+
 def test_a_part_changes_its_fingerprint_with_its_own_bytes_alone(tmp_path: Path) -> None:
     source = write_source(tmp_path, "jsonl", [[f"Text {number}." for number in range(99)]])
     before = [source.part(number, 3).fingerprint() for number in range(3)]
@@ -116,9 +126,13 @@ def test_other_sources_are_divided_too(tmp_path: Path, monkeypatch: pytest.Monke
     hub = HubSource(str(tmp_path / "data"))
     monkeypatch.setattr(text_sources, "_collect_sample", lambda _: ["a", "b", "c", "d"])
     for source in (SampleSource(), hub, dataclasses.replace(hub, streaming=True), tokens):
-        parts = [list(source.part(number, 3).documents()) for number in range(3)]
+        parts = [list(source.part(number, 7).documents()) for number in range(7)]
         found = Counter(map(str, itertools.chain.from_iterable(parts)))
         assert found == Counter(map(str, source.documents()))
+    before = hub.outline()
+    with (tmp_path / "data" / "0.jsonl").open("a") as file:
+        file.write('{"text": "f"}\n')
+    assert hub.outline() != before  # another task would cut it elsewhere
 
 
 def test_the_split_follows_from_the_text_and_not_from_how_it_comes() -> None:
@@ -210,7 +224,8 @@ def test_another_corpus_is_left_alone_and_replaced_when_asked(
     prepare_all(words, 3, tmp_path / "out")
     before = documents_of(tmp_path / "out")
     # The same command, another number of tasks; then a source that has grown.
-    assert run(*words, "--output", "out", "--tasks", 2, "--task", 0) == 2
+    assert run(*words, "--output", "out", "--tasks", 2, "--task", 0, "--overwrite") == 2
+    assert "or --task tokenizer --overwrite, once, to replace it" in capsys.readouterr().err
     assert run(*words, "--output", "out") == 2
     with (tmp_path / "texts" / "0.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')

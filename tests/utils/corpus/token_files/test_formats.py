@@ -39,6 +39,7 @@ DOCUMENTS = make_documents()
 NUM_IDS = sum(map(len, DOCUMENTS))
 NUM_ENDS = sum(document.count(EOS) for document in DOCUMENTS)
 UINT16 = ["--token-dtype", "uint16"]
+TOKENS = ["--text-column", "tokens"]
 # Writer -> further options, and whether the format says what a document is.
 FORMATS: dict[str, tuple[Writer, list[str], bool]] = {
     "Megatron, uint16": (files.write_megatron, [], True),
@@ -53,7 +54,7 @@ FORMATS: dict[str, tuple[Writer, list[str], bool]] = {
     "MDS, int32": (partial(files.write_mds, encoding="ndarray:int32"), [], True),
     "MDS, bytes": (
         partial(files.write_mds, encoding="bytes"),
-        ["--token-dtype", "int64", "--text-column", "tokens"],
+        ["--token-dtype", "int64", *TOKENS],
         True,
     ),
     "Parquet": (files.write_parquet, [], True),
@@ -102,6 +103,9 @@ def test_folders_and_globs_take_data_with_its_index_and_name_what_they_leave(
     folder.mkdir()
     for writer in (files.write_megatron, files.write_datatrove, files.write_parquet):
         writer(folder, DOCUMENTS)
+    for name in ("a.bin", "a.idx"):  # links as in the cache of the Hugging Face hub
+        blob = (folder / name).rename(tmp_path / name.replace(".", "-"))
+        (folder / name).symlink_to(blob)
     files.write_nanogpt(folder, [[1]])
     files.write_saved(folder, DOCUMENTS)
     found = {}
@@ -118,6 +122,25 @@ def test_folders_and_globs_take_data_with_its_index_and_name_what_they_leave(
     assert "5 files not read" in left_out
     assert "saved/data-00000-of-00002.arrow" in left_out
     assert "train.bin" in left_out
+
+
+def test_what_parallel_writers_leave_is_read(tmp_path: Path) -> None:
+    written = files.write_datatrove(tmp_path, DOCUMENTS).rename(tmp_path / "00001.ds")
+    Path(f"{tmp_path}/00000_unshuffled.ds.index").rename(f"{written}.index")
+    for name in ("00000.ds", "00000.ds.index"):  # a task that had no documents
+        (tmp_path / name).touch()
+    merged = files.write_mds(tmp_path, DOCUMENTS)
+    index = (merged / "index.json").read_text()
+    for number in "01":  # as `merge_index` names them
+        (merged / number).mkdir()
+        (merged / f"shard.0000{number}.mds").rename(merged / number / "shard.00000.mds")
+        index = index.replace(f"shard.0000{number}.mds", f"{number}/shard.00000.mds")
+    (merged / "index.json").write_text(index)
+
+    for path in (tmp_path / "*.ds", merged):
+        options = [*VOCABULARY, "--validation-fraction", "0", "--overwrite"]
+        assert prepare(path, tmp_path / "out", *options) == ExitCode.DONE
+        assert ids_of(tmp_path / "out") == sum(DOCUMENTS, [])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -196,6 +219,7 @@ BROKEN = [
     ("Megatron, uint16", "a.idx", patch(17, b"\4"), r"a\.idx: sequence 2 has"),
     ("Megatron, uint16", "a.idx", patch(HEAD, b"\xff\xff\xff\xff"), r"a\.idx: sequence 1 has -1"),
     ("Megatron, uint16", "a.idx", patch(HEAD + 12 * 24 + 8, b"\xff"), "document 2 ends before"),
+    ("Megatron, uint16", "a.idx", patch(HEAD + 12 * 24 + 8, b"\xff" * 8), "document 1 ends before"),
     ("Megatron, uint16", "a.idx", patch(HEAD + 12 * 24 + 96, b"\x64"), "sequences 0 to 100, not"),
     ("Megatron, uint16", "a.bin", cut(2), r"a\.idx: points past the end of a\.bin"),
     ("Megatron, uint16", "a.bin", lambda path: path.write_bytes(b""), r"a\.bin: holds no tokens"),
@@ -208,6 +232,7 @@ BROKEN = [
     ("datatrove, uint16", f"{DS}.index", cut(3), r"ds\.index: 93 bytes, 8 for each document"),
     ("datatrove, uint16", f"{DS}.index", cut(8), "one of the files is cut"),
     ("datatrove, uint16", f"{DS}.index", patch(8, b"\0"), r"ds\.index: document 2 ends before"),
+    ("datatrove, uint16", f"{DS}.index", patch(0, b"\xff" * 8), "document 1 ends before"),
     ("datatrove, uint16", DS, cut(1), "one of the files is cut"),
     ("datatrove, uint16", f"{DS}.metadata", edit("|2", "|4"), "as its metadata say"),
     ("Parquet", "a.parquet", cut(7), r"a\.parquet: not a readable Parquet file"),
@@ -224,6 +249,12 @@ BROKEN = [
     ("MDS, any type", SHARD, without, r"00001\.mds: it is not there; index\.json names it"),
     ("MDS, any type", "mds/index.json", edit('"version": 2, "s', '"version": 1, "s'), "version 1"),
     ("MDS, any type", "mds/index.json", edit('"ndarray"', '"pkl"'), r"tokens \(pkl\)"),
+    (
+        "MDS, any type",
+        "mds/index.json",
+        edit("column_names", "n"),
+        "mds: not a readable token file",
+    ),
     ("MDS, any type", "mds/index.json", edit('"raw_data"', '"raw"'), "not a readable index of MDS"),
 ]
 
@@ -263,6 +294,8 @@ def assert_refused(error: str, message: str) -> None:
         (write_saved_text, [], r"Columns: text \(string\).*--hf FOLDER"),
         (write_saved_splits, [], "holds train, test. Give one"),
         (partial(files.write_mds, encoding="bytes"), [], "--token-dtype, for example int64"),
+        (partial(files.write_mds, encoding="bytes"), [*UINT16, *TOKENS], "wider than uint16"),
+        (partial(files.write_nanogpt, dtype="<u4"), UINT16, "wider than uint16"),
         (files.write_nanogpt, [], "--token-dtype, .* nanoGPT writes uint16"),
         (files.write_megatron, ["--token-dtype", "uint32"], "the .idx beside it says uint16"),
         (files.write_llmc, ["--token-dtype", "uint32"], "its header says uint16"),
