@@ -190,19 +190,22 @@ def test_what_the_words_say_wins_and_a_named_configuration_that_differs_is_told(
 def test_where_no_run_is_those_that_are_there_are_named(
     call: Callable[..., Said], caplog: pytest.LogCaptureFixture
 ) -> None:
-    for words, lack in (
-        ([], f"No checkpoints in {Path.cwd()}/checkpoints."),
-        (["--run-name", "b"], f"{Path.cwd()}/checkpoints/b does not exist."),
+    for words, code, lack in (
+        ([], 0, f"No checkpoints in {Path.cwd()}/checkpoints."),
+        (["--run-name", "b"], 2, f"{Path.cwd()}/checkpoints/b does not exist. Name the run: "),
     ):
-        code, out, _ = call(checkpoint_viewer, "list", *words)
-        assert (code, out.splitlines()[0]) == (0, lack)
+        said = call(checkpoint_viewer, "list", *words)
+        assert (said[0], lack in said[1] + said[2]) == (code, True)
         assert "Runs in checkpoints: a (--run-name a)." in caplog.messages[-1]
     (Path("checkpoints") / "a").rename("checkpoints/int")
     call(checkpoint_viewer, "list", "--run-name", "itn")
     told = "There is no run in checkpoints/itn. Did you mean int? Runs in checkpoints: "
     assert told in caplog.messages[-1]
+    for folder in ("more", "own"):
+        shutil.copytree("checkpoints/int", Path("checkpoints") / folder)
     call(checkpoint_viewer, "list", "--run", "checkpoints")
-    assert "(--run checkpoints/int)" in caplog.messages[-1]
+    told = "Runs in checkpoints: int (--run checkpoints/int), more, own."
+    assert told in caplog.messages[-1]
 
 
 def test_an_end_between_two_logged_steps_has_the_same_figures_everywhere(
