@@ -287,8 +287,8 @@ def test_a_key_of_a_newer_version_is_told_wherever_it_was_recorded(
     value["config"]["flux"] = 3
     record.write_text(json.dumps(value))
     (run_a / "training_config.json").write_text(json.dumps(value["config"]))
-    for words in (A, ("--config", "training_config.json", "--output-dir", "none")):
-        assert call(checkpoint_viewer, "list", *words)[0] == 0
+    for code, words in ((0, A), (2, ("--config", "training_config.json", "--output-dir", "none"))):
+        assert call(checkpoint_viewer, "list", *words)[0] == code
         assert "flux is ignored: this version does not know" in caplog.text
         caplog.clear()
 
