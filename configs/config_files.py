@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.model_presets import PRESETS
 from utils.base.errors import ConfigError
 from utils.base.text import did_you_mean, parse_json, parse_json_object, unique_keys
 
@@ -214,6 +215,8 @@ def _suggest(key: str, known: Iterable[str], option: str = "") -> str:
     """Return what a key, or the option that means it, should have been, where that is known."""
     parent, _, child = key.partition(".")
     renamed = RENAMED_KEYS.get(key)
+    if any(key in preset.values for preset in PRESETS.values()):
+        renamed = f"model_overrides.{key}"
     if parent == "model" and child:
         renamed = RENAMED_KEYS.get(child, f"model_overrides.{child}")
     if renamed:

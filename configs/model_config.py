@@ -117,8 +117,10 @@ def get_preset(name: str) -> ModelPreset:
     """
     if name in PRESETS:
         return PRESETS[name]
+    if not name:
+        raise ConfigError("model is empty, which it may be only with init_from.")
     raise ConfigError(
-        f"model {name!r} is no known preset ({', '.join(PRESETS)}), and no path that ends in "
+        f"model {name!r} is not a known preset ({', '.join(PRESETS)}), and no path that ends in "
         f"{FILE_SUFFIX}.{did_you_mean(name, PRESETS)}"
     )
 
@@ -258,7 +260,9 @@ def _checked_values(path: str, found: dict[str, Any]) -> tuple[str, dict[str, An
     if unknown and os.environ.get("RANK", "0") == "0":
         names = ", ".join(_shown(key) for key in unknown[:10])
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        log.warning("model %s: %s are no keys of %s and left out%s.", path, names, model_type, more)
+        log.warning(
+            "model %s: %s are not keys of %s and left out%s.", path, names, model_type, more
+        )
     kept = {k: v for k, v in found.items() if k in fields and k not in IGNORED_KEYS}
     _drop_older_keys(kept)
     # A padding id's row of the embedding would never be trained, and in other data it is a word.
@@ -368,7 +372,7 @@ def _require_known(model_type: str, overrides: Mapping[str, Any]) -> None:
     for key in overrides:
         if key not in known:
             hint = did_you_mean(key, known)
-            raise ConfigError(f"model_overrides.{key} is no key of {model_type}.{hint}")
+            raise ConfigError(f"model_overrides.{key} is not a key of {model_type}.{hint}")
 
 
 def _build(

@@ -35,7 +35,12 @@ from utils.base.text import format_bytes, number, printable, to_json_text, wrap_
 from utils.base.uri import require_path
 from utils.checkpoints.layout import DATA_STATE_FILE, RunPaths
 from utils.checkpoints.views import CheckpointView, describe_lack
-from utils.command_line.arguments import add_price_argument, add_run_arguments, run_words
+from utils.command_line.arguments import (
+    NAME_THE_RUN,
+    add_price_argument,
+    add_run_arguments,
+    run_words,
+)
 from utils.command_line.run_config import read_run_config
 from utils.costs.costs import describe_costs
 from utils.tools.evaluation.log import of_weights, read_evaluations
@@ -164,13 +169,16 @@ def run_list(args: argparse.Namespace) -> None:
     )
     archives = [size for row in every if (size := number(row["archive_bytes"])) is not None]
     storage = {"archive_bytes": math.fsum(archives)} if args.remote else None
+    hint, paths = remote_hint(args, place.config), RunPaths.of(place.config)
+    if not (every or place.bucket or paths.checkpoints.exists()):
+        raise UsageError(f"{describe_lack(printable(shelf.where))} {NAME_THE_RUN}{hint}")
     if args.json:
         values = {"where": shelf.where, "checkpoints": rows, "notes": shelf.notes}
         print(to_json_text({**values, "num_checkpoints": len(every), "storage": storage}))
         return
-    ways = "python train.py --config test makes some; --output-dir looks elsewhere."
-    hint = "" if args.remote else f"{ways}{remote_hint(args, place.config)}"
-    print_list(rows, len(every), shelf, hint)
+    if paths.run_file.exists():
+        hint = f"python scripts/monitor_training.py{run_words(args)} shows where the run is.{hint}"
+    print_list(rows, len(every), shelf, hint.strip())
     if storage is not None:
         print(f"Archives: {format_bytes(storage['archive_bytes'])} in all.")
     for note in shelf.notes:

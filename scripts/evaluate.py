@@ -308,7 +308,7 @@ class Session:
         """Keep what is wrong with a model, and say it now: others may take long."""
         self.problems.append({"model": name, "problem": str(exc)})
         self.exit_code = max(self.exit_code, int(exc.exit_code))
-        print(f"{printable(name)}: {printable(str(exc), 1000)}", file=sys.stderr)
+        print(f"Error: {printable(name)}: {printable(str(exc), 1000)}", file=sys.stderr)
 
     def show(self) -> None:
         """Print the results, and draw them where a picture is asked for."""

@@ -138,6 +138,8 @@ def show_list(config: TrainingConfig, paths: RunPaths, args: argparse.Namespace)
             rows = build_upload_rows([], read_remote_checkpoints(bucket), bucket_problem=None)
     else:
         rows = build_upload_rows(read_local_checkpoints(paths.checkpoints), [])
+    if not rows:
+        require_run(paths, where if args.remote else "", [], None)
     if args.json:
         print(to_json_text(rows))
     elif rows:

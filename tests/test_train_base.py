@@ -111,7 +111,7 @@ def test_a_run_goes_on_without_the_model_it_began_with(
     assert (found["name"], found["step"]) == (base.name, 4)
     capsys.readouterr()
     assert checkpoint_viewer.main(["view", "latest"]) == 0
-    assert f"Begun From: {base.name}" in capsys.readouterr().out
+    assert f"Initialized From: {base.name}" in capsys.readouterr().out
     target = tmp_path / "exported"
     assert export_model.main(["latest", "--output", str(target), "--device", "cpu"]) == 0
     card = (target / "README.md").read_text("utf-8")

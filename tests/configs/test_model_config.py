@@ -69,8 +69,11 @@ def test_an_override_replaces_one_value_and_leaves_the_preset_alone() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"hidden_sizes": 8}, "model_overrides.hidden_sizes is no key of gpt_neox. Did you mean"),
-        ({"qqq": 8}, "model_overrides.qqq is no key of gpt_neox."),
+        (
+            {"hidden_sizes": 8},
+            "model_overrides.hidden_sizes is not a key of gpt_neox. Did you mean",
+        ),
+        ({"qqq": 8}, "model_overrides.qqq is not a key of gpt_neox."),
         (
             {"hidden_size": "256"},
             '^model_overrides do not fit neox-tiny: hidden_size must be a whole number, got "256".',
@@ -87,7 +90,7 @@ def test_an_override_replaces_one_value_and_leaves_the_preset_alone() -> None:
         ({"vocab_size": 0}, r"model_overrides\.vocab_size must be at least 1, got 0\."),
         ({"hidden_size": 0}, r"model_overrides\.hidden_size must be at least 1, got 0\."),
         ({"num_attention_heads": 0}, r"num_attention_heads must be at least 1, got 0\."),
-        ({"model_type": "llama"}, "model_overrides.model_type is no key of gpt_neox"),
+        ({"model_type": "llama"}, "model_overrides.model_type is not a key of gpt_neox"),
     ],
 )
 def test_an_override_that_cannot_be_is_refused(overrides: dict[str, Any], message: str) -> None:

@@ -136,7 +136,7 @@ def test_keys_that_nothing_knows_are_left_out_and_told(
     values = {**LLAMA, "hiden_size": 8, "to_dict": "x", "\x1b[31mred": 1}
     with caplog.at_level(logging.WARNING):
         config = build_model_config(write(tmp_path, values))
-    assert "?[31mred, hiden_size, to_dict are no keys of llama and left out" in caplog.text
+    assert "?[31mred, hiden_size, to_dict are not keys of llama and left out" in caplog.text
     assert config.to_dict()["hidden_size"] == 32
     assert not hasattr(config, "hiden_size")
 

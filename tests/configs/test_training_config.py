@@ -77,6 +77,7 @@ def test_a_key_that_was_removed_is_left_out_with_a_warning(
             "checkpoint_uri gs://: give gs://bucket/prefix or a directory.",
         ),
         ('{"batch_size": 4}', "Did you mean per_device_train_batch_size?"),
+        ('{"vocab_size": 3}', "Did you mean model_overrides.vocab_size?"),
         ('{"qqq": 4}', "unknown key 'qqq'. Known keys:"),
         ('{"model_override.hidden_size": 4}', "Did you mean model_overrides?"),
         ('{"max_steps": "10"}', 'max_steps must be a whole number, got "10".'),

@@ -60,11 +60,18 @@ def run_json(capsys, *argv):
     return json.loads(out, parse_constant=pytest.fail)
 
 
-def test_list_of_nothing_says_so(capsys, tmp_path):
-    code, out, err = run(capsys, "list")
-    assert (code, err) == (0, "")
-    assert out.startswith(f"{tmp_path / 'checkpoints'} does not exist.\n")
+def test_list_of_no_run_is_refused_and_of_one_without_checkpoints_says_so(capsys, tmp_path):
+    lack = f"Error: {tmp_path / 'checkpoints'} does not exist. Name the run: --run-name NAME"
+    for words in ([], ["--json"]):
+        code, out, err = run(capsys, "list", *words)
+        assert (code, out, err[: len(lack)]) == (2, "", lack)
+    (tmp_path / "checkpoints").mkdir()
     assert run_json(capsys, "list")["checkpoints"] == []
+    (tmp_path / "checkpoints/run.json").write_text("{}")  # it trains, and has saved nothing yet
+    code, out, err = run(capsys, "list", "--output-dir", "checkpoints")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"No checkpoints in {tmp_path / 'checkpoints'}.\n")
+    assert "monitor_training.py --output-dir checkpoints shows where the run is." in out
 
 
 def test_a_run_below_another_ones_directory_is_named(capsys, tmp_path):

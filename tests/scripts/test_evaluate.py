@@ -217,7 +217,7 @@ def test_a_model_that_cannot_be_loaded_does_not_keep_the_others(
     assert code == 2
     assert "step4-files0" in out
     assert "step2-files0" not in out
-    first, second = (line for line in err.splitlines() if line[:3] in ("2: ", "7: "))
+    first, second = (line for line in err.splitlines() if line[:10] in ("Error: 2: ", "Error: 7: "))
     assert "model.safetensors is damaged" in first
     assert "There is no checkpoint" in second
 

@@ -190,19 +190,22 @@ def test_what_the_words_say_wins_and_a_named_configuration_that_differs_is_told(
 def test_where_no_run_is_those_that_are_there_are_named(
     call: Callable[..., Said], caplog: pytest.LogCaptureFixture
 ) -> None:
-    for words, lack in (
-        ([], f"No checkpoints in {Path.cwd()}/checkpoints."),
-        (["--run-name", "b"], f"{Path.cwd()}/checkpoints/b does not exist."),
+    for words, code, lack in (
+        ([], 0, f"No checkpoints in {Path.cwd()}/checkpoints."),
+        (["--run-name", "b"], 2, f"{Path.cwd()}/checkpoints/b does not exist. Name the run: "),
     ):
-        code, out, _ = call(checkpoint_viewer, "list", *words)
-        assert (code, out.splitlines()[0]) == (0, lack)
+        said = call(checkpoint_viewer, "list", *words)
+        assert (said[0], lack in said[1] + said[2]) == (code, True)
         assert "Runs in checkpoints: a (--run-name a)." in caplog.messages[-1]
     (Path("checkpoints") / "a").rename("checkpoints/int")
     call(checkpoint_viewer, "list", "--run-name", "itn")
     told = "There is no run in checkpoints/itn. Did you mean int? Runs in checkpoints: "
     assert told in caplog.messages[-1]
+    for folder in ("more", "own"):
+        shutil.copytree("checkpoints/int", Path("checkpoints") / folder)
     call(checkpoint_viewer, "list", "--run", "checkpoints")
-    assert "(--run checkpoints/int)" in caplog.messages[-1]
+    told = "Runs in checkpoints: int (--run checkpoints/int), more, own."
+    assert told in caplog.messages[-1]
 
 
 def test_an_end_between_two_logged_steps_has_the_same_figures_everywhere(
@@ -284,8 +287,8 @@ def test_a_key_of_a_newer_version_is_told_wherever_it_was_recorded(
     value["config"]["flux"] = 3
     record.write_text(json.dumps(value))
     (run_a / "training_config.json").write_text(json.dumps(value["config"]))
-    for words in (A, ("--config", "training_config.json", "--output-dir", "none")):
-        assert call(checkpoint_viewer, "list", *words)[0] == 0
+    for code, words in ((0, A), (2, ("--config", "training_config.json", "--output-dir", "none"))):
+        assert call(checkpoint_viewer, "list", *words)[0] == code
         assert "flux is ignored: this version does not know" in caplog.text
         caplog.clear()
 

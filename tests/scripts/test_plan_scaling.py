@@ -52,7 +52,8 @@ def test_the_efficiency_can_be_given(capsys: pytest.CaptureFixture[str]) -> None
         (["--sequence-length", "0"], "--sequence-length must be"),
         (["--global-batch", "0"], "cannot be shared"),
         (["--gpu", "H101"], "H100, H200, A100, L4, T4"),
-        (["--model", "gpt-5"], "no known preset"),
+        (["--model", ""], "model is empty"),
+        (["--model", "gpt-5"], "not a known preset"),
         (["--model", "pythia-6.9"], "Did you mean pythia-6.9b"),
     ],
 )

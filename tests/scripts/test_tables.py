@@ -89,7 +89,7 @@ REPORTS = [
     CheckpointReport(CheckpointName(100_000, 12, 12_345), right=[f"{URI} has it"], wrong=[ERROR])
 ]
 CHECKS = [
-    Check("vocabulary", "ok", "50,304 in the model, in the data: 50,257"),
+    Check("vocabulary", "ok", "50,304 in the model, 50,257 in the data"),
     Check("data", "ok", f"1,234 training shards with 123,456,789,012 tokens in {URI}/data"),
     Check("upload", "fail", f"{ERROR} Ask for the right to write {URI}."),
 ]

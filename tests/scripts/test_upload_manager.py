@@ -221,17 +221,19 @@ def test_status_on_a_machine_that_has_only_the_bucket_changes_nothing(either: Pl
     status = either.done("status")
     assert [row["state"] for row in status["checkpoints"]] == ["verified", "verified"]
     assert status["checkpoints"][1]["note"] == "latest, best"
+    assert "All are verified in the bucket." in either.call("status")[1]
     assert not either.checkpoints.exists()
 
 
 def test_where_no_run_is_nothing_looks_like_success(place: Place) -> None:
     places = [f"{place.checkpoints} does not exist.", f"{Path(place.bucket.uri).absolute()} "]
+    assert place.call("list") == (ExitCode.USAGE, "")
     for command in ("status", "verify", "upload-all", "retry"):
         assert place.call(command) == (ExitCode.USAGE, "")
         assert all(text in place.stderr for text in places)
         assert place.stderr.count("\n") == 1
     place.checkpoints.mkdir()  # a run that has saved nothing yet
-    for command in ("status", "upload-all"):
+    for command in ("list", "status", "upload-all"):
         place.done(command)
     assert place.call("verify") == (ExitCode.USAGE, "")
     assert "Nothing was verified." in place.stderr

@@ -70,7 +70,8 @@ class MachineProbe:
         except ImportError:
             self._gpu_note = "unknown: nvidia-ml-py is not installed"
         except pynvml.NVMLError as exc:
-            self._gpu_note = f"none ({exc})"
+            is_usual = isinstance(exc, pynvml.NVMLError_LibraryNotFound)  # a machine without a GPU
+            self._gpu_note = "none" if is_usual else f"none ({exc})"
 
     def look(self) -> MachineLoad:
         """Return the load now; the first look may wait a moment to measure the CPU."""

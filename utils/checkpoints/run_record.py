@@ -236,12 +236,12 @@ def describe_other_runs(
         names = difflib.get_close_matches(own, names)
     if not names:
         return ""
-    shown = ", ".join(name or "one without a name" for name in names[:_SHOWN_RUNS])
+    first = f"{names[0] or 'one without a name'} ({option}{shlex.quote(names[0])})"
+    shown = ", ".join([first, *names[1:_SHOWN_RUNS]])
     more = f" and {len(names) - _SHOWN_RUNS} more" if len(names) > _SHOWN_RUNS else ""
     return (
         f"There is no run in {output_dir / own}{'' if own else ' itself'}.{near} "
-        f"Runs in {output_dir}: {shown}{more} "
-        f"({option}{shlex.quote(names[0])})."
+        f"Runs in {output_dir}: {shown}{more}."
     )
 
 

@@ -113,6 +113,9 @@ def _add_set_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+NAME_THE_RUN = "Name the run: --run-name NAME or --run DIR."
+
+
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the words that say which run a command looks at, and how it answers."""
     add = parser.add_argument

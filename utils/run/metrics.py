@@ -88,6 +88,8 @@ class RunMetrics:
         """Log and record a validation loss that `progress` has taken already."""
         progress = self._state.progress
         best, perplexity = progress.best_validation_loss, perplexity_of(loss)
+        first = progress.history["validation"][0]
+        is_older = first == {"step": 0, "validation_loss": best} and progress.step > 0
         record = {
             "validation_loss": loss,
             "validation_perplexity": perplexity,
@@ -99,7 +101,7 @@ class RunMetrics:
             progress.step,
             loss,
             f"{perplexity:.1f}" if perplexity < 1e6 else f"{perplexity:.2e}",
-            "none yet" if best is None else f"{best:.4f}",
+            "none yet" if best is None else f"{best:.4f}{' (before training)' if is_older else ''}",
             format_duration(seconds),
         )
         if not math.isfinite(loss):

@@ -426,16 +426,24 @@ def check_tokens(facts: RunFacts) -> Check:
     available = sum(source.index.training_tokens for source in facts.sources)
     epochs, share = wanted / max(1, available), wanted / facts.counts.total
     text = (
-        f"{wanted:,} wanted, {available:,} there: {epochs:.2f} epochs; {share:.2f} tokens per "
-        f"parameter, about {USUAL_TOKENS_PER_PARAMETER} are usual (Hoffmann et al. 2022)"
+        f"{wanted:,} wanted, {available:,} there: {_ratio(epochs)} epochs; {_ratio(share)} tokens "
+        f"per parameter, about {USUAL_TOKENS_PER_PARAMETER} are usual (Hoffmann et al. 2022)"
     )
-    advice = []
+    needed = facts.counts.total * USUAL_TOKENS_PER_PARAMETER / 10
+    if wanted < needed and facts.counts.total >= SERIOUS_PARAMETERS:
+        more = "raise max_steps" if available * MANY_EPOCHS >= needed else "add text"
+        return Check(
+            "tokens", "warn", f"{text}. Far too few for this model: {more}, or take a smaller model"
+        )
     if epochs > MANY_EPOCHS:
-        advice.append(f"more than {MANY_EPOCHS} epochs teach little new: more data would")
-    is_short = share < USUAL_TOKENS_PER_PARAMETER / 10
-    if is_short and facts.counts.total >= SERIOUS_PARAMETERS:
-        advice.append("far too few for this model: raise max_steps, or take a smaller model")
-    return Check("tokens", "warn" if advice else "ok", ". ".join([text, *advice]))
+        text += f". Beyond {MANY_EPOCHS} epochs a model learns little; add text"
+        return Check("tokens", "warn", text)
+    return Check("tokens", "ok", text)
+
+
+def _ratio(value: float) -> str:
+    """Return two digits of a ratio: 0.0021, 1.6, 2,700."""
+    return f"{float(f'{value:.2g}'):,g}"
 
 
 def check_validation(facts: RunFacts) -> list[Check]:
@@ -466,11 +474,11 @@ def check_vocabulary(
     """
     sizes = {source.index.vocab_size for source in sources}
     known = ", ".join(f"{size:,}" for size in sorted(size for size in sizes if size is not None))
-    if None in sizes:
-        known = f"{known or 'no index.json says how many'}; each id is checked when it is read"
     size, padded = known_vocab_size(model_config), model_config.vocab_size
     padding = f" (padded to {padded:,})" if padded > size else ""
-    text = f"{size:,} in the model{padding}, in the data: {known}"
+    text = f"{size:,} in the model{padding}, {known or 'an unknown number'} in the data"
+    if None in sizes:
+        text += "; each id is checked when it is read"
     largest = max((size for size in sizes if size is not None), default=0)
     if None in sizes or base is not None or largest >= size * LEAST_VOCABULARY_SHARE:
         return Check("vocabulary", "ok", text)
@@ -495,7 +503,7 @@ def describe_run(run: RunFacts) -> dict[str, str]:
         "step": f"{tokens:,} tokens: {config.per_device_train_batch_size} x "
         f"{config.sequence_length} tokens x {run.accumulation} accumulated x {ranks_text}",
         "run": f"{describe_steps(run)}, {total:,} tokens in all, "
-        f"{total / counts.total:.2g} tokens per parameter",
+        f"{_ratio(total / counts.total)} tokens per parameter",
         "checkpoint": f"about {format_bytes(run.checkpoint_bytes)}, "
         f"every {config.save_steps} steps",
     }
@@ -512,10 +520,12 @@ def describe_run(run: RunFacts) -> dict[str, str]:
         facts["sharding"] = f"{kind} over {ranks_text} ({how.source}), {detail}"
     if run.sources:
         available = sum(source.index.training_tokens for source in run.sources)
-        facts["data"] = f"{available:,} tokens, {total / max(1, available):.2f} epochs"
+        facts["data"] = f"{available:,} tokens, {_ratio(total / max(1, available))} epochs"
         entropy = run.sources[0].index.unigram_entropy
         if entropy is not None:
-            facts["entropy"] = f"{entropy:.2f} nats is the loss of knowing word frequencies alone"
+            facts["entropy"] = (
+                f"{entropy:.2f} nats: a model that knows only token frequencies has this loss"
+            )
     return facts
 
 

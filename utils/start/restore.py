@@ -351,7 +351,7 @@ def _require_accepted(name: str, changes: ConfigChanges, *, is_accepted: bool) -
         raise ConfigError(
             f"{name} was trained with another configuration: "
             f"{'; '.join(list_changes(changes.guarded))}. "
-            f"Put it back{option}, go on all the same with --accept-config-change, or begin anew "
+            f"Restore it{option}, continue anyway with --accept-config-change, or begin anew "
             "with --set run_name=NAME."
         )
 

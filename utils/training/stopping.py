@@ -160,7 +160,8 @@ class StopRequest:
         doing = "finishing this step, then saving"
         if self._reason is not None:
             doing = f"stopping already ({self._reason})"
-        _say(f"\n{number.name}: {doing}. Once more leaves at once.\n")
+        again = " Press Ctrl-C again to quit without saving." if number == signal.SIGINT else ""
+        _say(f"\n{number.name}: {doing}.{again}\n")
         self._note(number.name)
 
     def _note(self, reason: str) -> None:

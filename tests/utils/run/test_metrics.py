@@ -14,6 +14,7 @@ from utils.models.mfu import Utilization
 from utils.run import metrics
 from utils.run.metrics import RunMetrics, shorten
 from utils.training.throughput import Throughput
+from utils.training_utils import TrainingProgress
 
 PREFIXES = ("12:00:00 ", "2026-01-01 12:00:00 ")  # on a terminal, in a log
 
@@ -73,6 +74,21 @@ def test_the_log_line_of_a_step_fits_100_columns(
         "ETA 45d12h",
     ):
         assert part in record.getMessage()
+
+
+def test_a_best_loss_that_no_training_has_reached_is_called_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = metrics_of(0)
+    progress = found._state.progress = TrainingProgress()
+    with caplog.at_level(logging.INFO, logger="train"):
+        for progress.step, loss in ((0, 4.0), (10, 5.0), (20, 3.0)):
+            progress.add_validation(loss)
+            found.log_validation(loss, 1.0)
+    told = ["best 4.0000, took", "best 4.0000 (before training), took", "best 3.0000, took"]
+    assert [part in message for part, message in zip(told, caplog.messages, strict=True)] == [
+        True
+    ] * 3
 
 
 def test_a_count_is_short() -> None:

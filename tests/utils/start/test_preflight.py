@@ -48,10 +48,12 @@ def facts_of(parameters: int, available: int = 1, **settings: Any) -> RunFacts:
 @pytest.mark.parametrize(
     ("parameters", "available", "steps", "status", "text"),
     [
-        (10**7, 10**9, 2 * 10**6, "ok", "0.20 epochs; 20.00 tokens per parameter"),
-        (10**7, 10**9, 10**5, "warn", "far too few for this model"),
-        (10**6, 10**9, 10**3, "ok", "0.10 tokens per parameter"),
-        (10**6, 10**6, 5 * 10**4, "warn", "more than 4 epochs"),
+        (10**7, 10**9, 2 * 10**6, "ok", "0.2 epochs; 20 tokens per parameter"),
+        (10**7, 10**9, 10**5, "warn", "Far too few for this model: raise max_steps"),
+        (10**7, 4 * 10**6, 10**5, "warn", "2.5 epochs; 1 tokens per parameter"),
+        (10**7, 4 * 10**6, 10**5, "warn", "Far too few for this model: add text"),
+        (10**6, 10**9, 21, "ok", "2.1e-06 epochs; 0.0021 tokens per parameter"),
+        (10**6, 10**6, 5 * 10**4, "warn", "Beyond 4 epochs a model learns little; add text"),
     ],
 )
 def test_tokens_are_compared_with_the_data_and_the_model(

@@ -210,7 +210,8 @@ def test_the_second_signal_leaves_a_c_call_at_once_with_its_number(trainers: Tra
     assert process.stderr is not None
     process.send_signal(signal.SIGINT)
     lines = [process.stderr.readline() for _ in range(2)]
-    assert lines == ["\n", "SIGINT: finishing this step, then saving. Once more leaves at once.\n"]
+    again = "Press Ctrl-C again to quit without saving."
+    assert lines == ["\n", f"SIGINT: finishing this step, then saving. {again}\n"]
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM

@@ -220,14 +220,14 @@ def _configuration(files: RunFiles) -> Section:
         if _setting(before.get(key)) != _setting(after.get(key))
     ]
     shown = [
-        PageTable.of(["key", "value"], chosen, "Other than the defaults"),
+        PageTable.of(["key", "value"], chosen, "Changed from the defaults"),
         PageTable.of(["key", "value"], rows, "Every key", is_folded=True),
     ]
     if changes:
         columns = ["at step", "key", "before", "after"]
         shown.insert(1, PageTable.of(columns, changes, "Changed at a resume"))
     elif len(known) > 1:
-        lines.append("It is the same since the beginning.")
+        lines.append("Unchanged since the start.")
     return Section("Configuration", lines, tables=shown)
 
 
@@ -341,7 +341,7 @@ def _time_and_cost(files: RunFiles) -> Section:
     else:
         lines.append(describe_costs(costs))
         if costs.dollars is None:
-            lines.append("No price is known: --hourly-price X shows dollars.")
+            lines.append("Set --hourly-price to see costs.")
     rows: list[list[object]] = []
     for event in files.log.events:
         if event["event"] in START_EVENTS:

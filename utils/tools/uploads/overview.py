@@ -18,6 +18,7 @@ from utils.checkpoints.layout import RunIdentity, RunPaths
 from utils.checkpoints.retention import Decision, decide_retention
 from utils.checkpoints.run_record import find_run_identity
 from utils.checkpoints.views import CheckpointView, describe_lack, read_local_checkpoints
+from utils.command_line.arguments import NAME_THE_RUN
 from utils.remote.listing import read_remote_checkpoints
 from utils.storage.bucket import Bucket
 from utils.storage.open import open_bucket
@@ -112,9 +113,7 @@ def require_run(
     """
     is_unknown = bool(uri and problem)
     if not (paths.checkpoints.exists() or remote or is_unknown):
-        raise UsageError(
-            f"{describe_places(paths.checkpoints, uri)} Name the run: --run-name NAME or --run DIR."
-        )
+        raise UsageError(f"{describe_places(paths.checkpoints, uri)} {NAME_THE_RUN}")
 
 
 def describe_places(*places: object) -> str:

@@ -62,7 +62,9 @@ def print_status(overview: dict[str, Any]) -> None:
     else:
         print_wrapped(describe_places(overview["directory"], bucket))
     if bucket:
-        print(f"{sum(row['state'] != 'verified' for row in rows)} not verified in the bucket.")
+        owed = sum(row["state"] != "verified" for row in rows)
+        if rows:
+            print(f"{owed or 'All'} {'not' if owed else 'are'} verified in the bucket.")
     print_table("Queue", overview["queue"], _QUEUE_COLUMNS)
     if overview["errors"]:
         print("Last errors")

@@ -263,7 +263,7 @@ def brief_lines(
 
 
 def _begun_from(row: Mapping[str, Any]) -> list[str]:
-    return [f"Begun From: {show_text(row['init_from'])}"] if row["init_from"] else []
+    return [f"Initialized From: {show_text(row['init_from'])}"] if row["init_from"] else []
 
 
 def upload_lines(row: Mapping[str, Any], bucket_uri: str) -> list[str]:
