@@ -284,6 +284,7 @@ class TrainingRun:
         """Begin to save a checkpoint; training goes on while it is written."""
         self._bad_steps.judge(newest=True)
         if self._bad_steps.rollback_from is None:
+            self._metrics.measure_speed()
             seconds = self._saving.save()
             if seconds:
                 self._metrics.note_save(seconds)
@@ -310,6 +311,7 @@ class TrainingRun:
             leaving.tell_plan(saving, leave_at - time.monotonic())
         self._bad_steps.judge(newest=True)
         if self._bad_steps.rollback_from is None:
+            self._metrics.measure_speed()
             saving.save_last()
         left = leave_at - time.monotonic()
         upload_seconds = max(0.0, min(config.upload_deadline_seconds, left))
