@@ -24,6 +24,10 @@ if [[ "${1:-}" =~ ^[0-9]+$ ]]; then
     arguments+=(--max-steps "$1")
     shift
 fi
+if [[ "${1:--}" != -* ]]; then
+    echo "run.sh: $1 is no number of steps and no option. Write: bash run.sh $config [MAX_STEPS] [--OPTION ...]" >&2
+    exit 2
+fi
 case " $* " in
 *" --resume"* | *" --fresh "* | *" --dry-run "*) ;;
 *) arguments+=(--resume latest) ;;

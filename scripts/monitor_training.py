@@ -4,7 +4,8 @@
 
 It only reads, so any number of monitors may run before, during and after a run, on the machine of
 the run or over a shared disk. A terminal gets a live view, a pipe one line per look. Ctrl-C or q
-ends it.
+ends it; in a pipe, without --notify-command, also the end of the run (finished, stopped, failed or
+crashed).
 
 --notify-command CMD runs CMD once when one of these begins to hold, at the first look too:
   stalled      no record for long: the process hangs, or cannot be seen from here
@@ -49,7 +50,8 @@ from utils.command_line.arguments import add_price_argument, add_run_arguments
 from utils.command_line.run_config import read_run_config
 from utils.tools.monitor.events import EventTracker
 from utils.tools.monitor.notifier import LEAVE_SECONDS, LIMIT_SECONDS, Notifier, parse_command
-from utils.tools.monitor.status import RunStatus, RunWatcher
+from utils.tools.monitor.state import RunState
+from utils.tools.monitor.status import ENDED_STATES, RunStatus, RunWatcher
 from utils.tools.monitor.view import ViewRow, build_rows, fit_rows, one_line
 
 if TYPE_CHECKING:
@@ -165,11 +167,17 @@ def show_once(watch: Watch, args: argparse.Namespace) -> None:
 
 
 def repeat_lines(watch: Watch, args: argparse.Namespace) -> None:
-    """Print a line, or a JSON object, at each look."""
+    """Print a line, or a JSON object, at each look; in a pipe up to the end of the run.
+
+    A command that waits for events waits for those of the next attempt too.
+    """
+    is_endless = sys.stdout.isatty() or args.notify_command is not None
     while True:
         status = watch.look()
         print(status_json(status) if args.json else one_line(status), flush=True)
         watch.print_complaints()
+        if status.state in (RunState.FINISHED, *ENDED_STATES) and not is_endless:
+            return
         time.sleep(args.refresh)
 
 

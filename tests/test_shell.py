@@ -83,6 +83,19 @@ def test_run_test_trains_saves_uploads_and_says_how_to_look_at_it(
             assert script.main(words[2:]) == 0, line
 
 
+@pytest.mark.parametrize("words", [["twenty"], ["20", "twenty"]])
+def test_a_word_that_is_no_number_is_refused_before_the_set_up(
+    project: Path, words: list[str]
+) -> None:
+    (project / "setup.sh").unlink()
+    result = bash(project, "run.sh", "test", *words)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "run.sh: twenty is no number of steps and no option. "
+        "Write: bash run.sh test [MAX_STEPS] [--OPTION ...]\n"
+    )
+
+
 @needs_environment
 def test_setup_is_quick_when_nothing_is_to_do(project: Path) -> None:
     result = bash(project, "setup.sh")

@@ -32,7 +32,9 @@ from utils import training_utils
 from utils.base.errors import ConfigError, ExitCode, StorageError
 from utils.base.startup import keep_compiled
 from utils.checkpoints.layout import find_checkpoints, read_json, read_manifest
+from utils.checkpoints.views import read_local_checkpoint
 from utils.start import preflight
+from utils.tools.viewer.report import summarize
 from utils.tracking.metrics_log import read_metrics
 
 Train = Callable[..., int]
@@ -801,6 +803,28 @@ def test_metadata_holds_what_the_viewer_shows(run_train: Train, tmp_path: Path) 
     history = read_json(checkpoint(tmp_path, "run") / "training_metrics.json")
     assert history["steps"] == [2, 4, 6, 8, 10]
     json.dumps(metadata)
+
+
+def test_a_checkpoint_between_two_log_lines_has_its_own_figures(
+    run_train: Train, tmp_path: Path
+) -> None:
+    """The next attempt logs the same as without the save."""
+    for folder, every, stop in (("often", 1, 8), ("run", 4, 6), ("run", 4, 8)):
+        words = ("--max-steps", "10", "--stop-after", str(stop), "--resume", "latest")
+        assert run_train(*words, folder=folder, settings=(f"logging_steps={every}",)) == 0
+    own, logged = (
+        {one["step"]: one for one in read_metrics(path).records if "loss" in one}
+        for path in sorted(tmp_path.glob("*/logs/metrics.jsonl"))
+    )
+    mean = {last: np.mean([own[step]["loss"] for step in range(5, last + 1)]) for last in (6, 8)}
+    for step in (6, 8):
+        path = checkpoint(tmp_path, "run", f"checkpoint-epoch0-step{step}-files0")
+        row = summarize(read_local_checkpoint(path))
+        assert row["current_loss"] == pytest.approx(mean[step], rel=1e-6)
+        assert row["learning_rate"] == own[step]["learning_rate"]
+        assert row["tokens_per_second"] not in (None, logged[4]["tokens_per_second"])
+    for key in ("current_loss", "tokens_per_second"):
+        assert row[key] == logged[8][key.removeprefix("current_")]
 
 
 def test_a_loss_that_was_measured_at_another_step_is_not_a_checkpoints(

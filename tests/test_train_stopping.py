@@ -38,11 +38,13 @@ from utils.base.errors import ExitCode
 from utils.checkpoints.layout import ARCHIVE_SUFFIX, RunPaths, find_checkpoints, read_json
 from utils.checkpoints.store import verify_checkpoint
 from utils.data.mixture import build_order
+from utils.tools.monitor.state import RunState, judge_run
 from utils.tracking.metrics_log import read_metrics
 
 __all__ = ["serve"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks train.py")
 
+ERASE_LINE = "\x1b[2K"  # of a terminal, which shows another there
 SEQUENCE, SAMPLES_PER_STEP = 32, 4
 STEPS, STEPS_PER_SHARD, NUM_SHARDS, SEED = 10, 5, 3, 42
 TOKENS_PER_SHARD = STEPS_PER_SHARD * SAMPLES_PER_STEP * SEQUENCE
@@ -574,6 +576,12 @@ def find_line(trainer: Trainer, pattern: str) -> str:
     return found
 
 
+def state_of(trainer: Trainer) -> RunState:
+    """Return what the monitor takes an attempt for that is gone."""
+    events = read_metrics(trainer.paths.metrics).events
+    return judge_run(events, is_alive=False, silent_seconds=1.0, stall_seconds=60.0)[0]
+
+
 def next_words(trainer: Trainer) -> list[str]:
     """Return the words for train.py in the command that an attempt has printed last."""
     program, file, *words = shlex.split(trainer.output.splitlines()[-1])  # in a pipe: no time
@@ -732,6 +740,7 @@ def test_a_stop_during_the_first_step_loses_nothing_and_leaves(start: Start) -> 
     assert trainer.end() == ExitCode.STOPPED
     assert "Nothing was trained since the start, so nothing is lost: leaving." in trainer.errors
     assert trainer.steps == []
+    assert state_of(trainer) is RunState.STOPPED
 
 
 @pytest.mark.parametrize(
@@ -770,6 +779,7 @@ def test_a_second_signal_leaves_at_once_and_the_next_attempt_recovers(
         told = f"\nSecond {second.name}: leaving at once.\n{kept}. Go on with:\n"
         _, _, command = trainer.errors.partition(told)
         assert " --resume latest" in command
+        assert state_of(trainer) is RunState.STOPPED
     assert trainer.leftovers == ([] if is_saved else [f".saving-{name_of(4)}"])
     assert trainer.steps == ([4] if is_saved else [])
     assert trainer.lease.exists()
@@ -779,6 +789,17 @@ def test_a_second_signal_leaves_at_once_and_the_next_attempt_recovers(
     assert (told in again.output) != is_saved
     # The dead trainer's hold on the bucket is not waited for.
     assert "from a trainer of this machine that is gone" in again.output
+
+
+def test_the_live_line_goes_before_the_last_messages(start: Start) -> None:
+    trainer = start("--stop-after", "3", hooks=[("use_terminal",), ("leave_quickly",)])
+    assert trainer.end() == 0
+    trainer.wait_for("--resume latest")
+    trainer.let_go("hang-up")
+    before, _, last = trainer.output.partition("Ended after step 3 as asked")
+    assert last
+    assert ERASE_LINE in before
+    assert ERASE_LINE not in last
 
 
 @pytest.mark.parametrize("words", [(), ("--quiet",)])

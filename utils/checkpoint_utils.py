@@ -31,7 +31,7 @@ from configs.config_files import PROJECT_DIRECTORY, TRAINING_CONFIG_FILE
 from configs.model_config import CONFIG_FILE, with_older_keys
 from configs.training_config import TrainingConfig
 from utils.base.errors import CheckpointError, UnreadableCheckpointError
-from utils.base.text import perplexity_of
+from utils.base.text import number, perplexity_of
 from utils.checkpoints.files import CheckpointFiles
 from utils.checkpoints.layout import (
     DATA_STATE_FILE,
@@ -53,7 +53,7 @@ from utils.checkpoints.state_files import (
 from utils.data.data_state import DataState
 from utils.models.parts import Part, RowChoice
 from utils.tracking.metrics_log import HISTORY_LIMIT, loss_trend
-from utils.training_utils import TrainingProgress, TrainState, device_name
+from utils.training_utils import TrainingProgress, TrainState, device_name, mean_loss
 
 SCHEDULER_FILE = "scheduler.bin"
 SCHEDULER_BACKUP_FILE = "scheduler_state.pt"
@@ -189,16 +189,20 @@ def build_metadata(
     # A save on request does not evaluate: an older loss is not that of this state.
     is_measured = progress.validation_step == progress.step
     validation_loss = progress.validation_loss if is_measured else None
-    rate = (progress.history["tokens_per_second"] or [None])[-1]
+    if progress.history["steps"][-1:] == [progress.step]:
+        loss, rate = losses[-1], progress.history["tokens_per_second"][-1]
+    else:  # between two log lines: what came after the last one
+        loss, rate = number(mean_loss(state)), state.tokens_per_second
     return {
         "step": progress.step,
         "epoch": data_state.epoch,
-        "current_loss": losses[-1] if losses else None,
+        "current_loss": loss,
+        "current_learning_rate": state.last_learning_rate,
         "best_loss": progress.best_loss,
         "loss_history": recent,
         "learning_rates": progress.history["learning_rates"][-HISTORY_LIMIT:],
         "validation_metrics": {
-            "current_avg_loss": losses[-1] if losses else None,
+            "current_avg_loss": loss,
             "steps_since_best": progress.step - progress.best_loss_step,
             "loss_trend": loss_trend([loss for loss in recent if loss is not None]),
             "validation_loss": validation_loss,

@@ -275,7 +275,8 @@ class TrainState:
     `scheduler` is the plain schedule over the plain optimizer, and `guard` judges each step before
     the optimizer may use it. `interval` has the sum of the losses of the good steps since the last
     logged metrics, over all ranks, and their number: on the device, float32, shape [2]. `grad_norm`
-    is that of the last step before clipping, on the device.
+    is that of the last step before clipping, on the device. `tokens_per_second` is the speed at a
+    save since the last logged metrics, None where there is no step after them.
     """
 
     accelerator: Accelerator
@@ -286,6 +287,7 @@ class TrainState:
     interval: torch.Tensor
     grad_norm: torch.Tensor
     last_learning_rate: float = 0.0
+    tokens_per_second: float | None = None
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

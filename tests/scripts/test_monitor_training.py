@@ -277,6 +277,33 @@ def test_a_pipe_gets_a_line_a_look_until_ctrl_c_and_the_notify_command_its_event
     assert command.with_name("notify me.out").read_text() == "not_finite 20\nfinished 20\n"
 
 
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_a_pipe_ends_with_the_run(
+    capsys: Capture,
+    metrics: Path,
+    between_looks: Callable[[Iterator[None]], None],
+    words: tuple[str, ...],
+) -> None:
+    """Before it, and while it goes on, looks follow."""
+
+    def steps() -> Iterator[None]:
+        write_start(metrics)
+        yield
+        write_start(metrics, pid=2**30)
+        yield
+        pytest.fail("the run has crashed: no look follows")
+
+    between_looks(steps())
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (0, "")
+    for line, state in zip(out.splitlines(), ("no run", "running", "crashed"), strict=True):
+        assert state in line
+    for outcome, state in (("done", "finished"), ("stopped", "stopped"), ("nan", "failed")):
+        append_metrics(metrics, {"event": "end", "step": 20, "outcome": outcome})
+        (line,) = run(capsys, *words)[1].splitlines()
+        assert state in line
+
+
 def test_a_pipe_gets_a_json_object_or_new_log_lines_a_look(
     capsys: Capture,
     metrics: Path,

@@ -105,6 +105,7 @@ def _send_nowhere(descriptor: int) -> None:
 def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty():
+        from rich.highlighter import NullHighlighter
         from rich.logging import RichHandler
         from rich.text import Text
 
@@ -125,6 +126,7 @@ def _terminal_handler(level: int, *, stderr: bool) -> logging.Handler:
             show_path=False,
             log_time_format="%H:%M:%S",
             markup=False,
+            highlighter=NullHighlighter(),
         )
         handler.setFormatter(_HarmlessFormatter("%(message)s"))
         handler.addFilter(functools.partial(_is_wrapped, get_console(stderr=stderr)))

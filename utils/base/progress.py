@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 LINE_SECONDS = 5.0
+RATE_SECONDS = 1.0  # a rate over less time says nothing
 
 OnProgress = Callable[[str, int, int | None], None]
 """Called with the stage, how much of it is done, and how much it is in all; None where unknown."""
@@ -45,7 +46,7 @@ class ProgressDisplay:
         self._lock = threading.Lock()
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
+        self._started: dict[str, tuple[float, int]] = {}
         self._last_line = clock()
 
     def __enter__(self) -> ProgressDisplay:
@@ -78,7 +79,7 @@ class ProgressDisplay:
         if not self._enabled:
             return
         with self._lock:
-            self._started.setdefault(stage, self._clock())
+            self._started.setdefault(stage, (self._clock(), done_bytes))
             if self._bars is not None:
                 if stage not in self._tasks:
                     self._tasks[stage] = self._bars.add_task(stage, total=total_bytes)
@@ -88,9 +89,10 @@ class ProgressDisplay:
                 _logger.info("%s", self._line(stage, done_bytes, total_bytes))
 
     def _line(self, stage: str, done_bytes: int, total_bytes: int | None) -> str:
-        seconds = self._clock() - self._started[stage]
-        is_known = seconds > 0 and done_bytes > 0
-        speed = f", {self._show(done_bytes / seconds)}/s" if is_known else ""
+        started, done_before = self._started[stage]
+        seconds, count = self._clock() - started, done_bytes - done_before
+        is_known = seconds >= RATE_SECONDS and count > 0
+        speed = f", {self._show(count / seconds)}/s" if is_known else ""
         if not total_bytes:
             return f"{stage}: {self._show(done_bytes)}{speed}"
         done = f"{done_bytes:,}" if self._unit else format_bytes(done_bytes)

@@ -73,8 +73,15 @@ class CheckpointView:
 
     @property
     def loss(self) -> float | None:
-        """Training loss at the save."""
+        """Mean training loss since the last log line before the save."""
         return number(self.metadata.get("current_loss"))
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Learning rate of the last step; of older checkpoints that of their last log line."""
+        rates = self.metadata.get("learning_rates")
+        logged = rates[-1] if isinstance(rates, list) and rates else None
+        return number(self.metadata.get("current_learning_rate", logged))
 
     @property
     def validation_loss(self) -> float | None:

@@ -49,7 +49,8 @@ def wait_for_uploads(
 ) -> ExitCode:
     """Wait for the save in progress and for uploads; say what is not in the bucket.
 
-    The time that a request to stop leaves ends the wait, also where it comes in the meantime.
+    The time that a request to stop leaves ends the wait, also where it comes in the meantime. The
+    live line goes before the last messages.
     `is_leaving` says that one has come: then what is left is normal.
 
     Raises:
@@ -60,6 +61,7 @@ def wait_for_uploads(
         live.show("writing the checkpoint")
     saved = saver.last_committed
     if uploader is None:
+        live.close()
         if saver.failure is not None:
             raise saver.failure
         if is_leaving and saved is not None:
@@ -72,6 +74,7 @@ def wait_for_uploads(
             count_of(len(uploader.pending), "upload"),
         )
     left = uploader.drain(upload_seconds, live.show, saving.must_leave)
+    live.close()  # what follows stays on the screen
     is_leaving = is_leaving or saving.must_leave()
     saving.apply_retention()
     missing = list(dict.fromkeys([*left, *uploader.failures]))

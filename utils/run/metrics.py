@@ -45,6 +45,10 @@ class RunMetrics:
             text += f"  best val {best:.4f}"
         self.live.show(text, is_logged=False)  # `log_step` logs
 
+    def measure_speed(self) -> None:
+        """Measure the speed since the last log line, for a checkpoint between two."""
+        self._state.tokens_per_second = self._throughput.tokens_per_second(self._tokens_per_step)
+
     def note_save(self, seconds: float) -> None:
         """Leave out of the speed how long training waited for a save."""
         self._throughput.pause(seconds)

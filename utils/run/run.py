@@ -112,7 +112,7 @@ class TrainingRun:
         self._saving = RunSaving(config, self._parts, self.stop, self._options, self._notes.add)
         self._metrics = RunMetrics(config, self.state, self._data)
         if self._is_main:
-            self.stop.last_words = self._describe_kept
+            self.stop.last_words, self.stop.note_end = self._describe_kept, self._note_finishing
         return self
 
     def _describe_kept(self) -> str:
@@ -284,9 +284,17 @@ class TrainingRun:
         """Begin to save a checkpoint; training goes on while it is written."""
         self._bad_steps.judge(newest=True)
         if self._bad_steps.rollback_from is None:
+            self._metrics.measure_speed()
             seconds = self._saving.save()
             if seconds:
                 self._metrics.note_save(seconds)
+
+    def _note_finishing(self) -> None:
+        """Record what asked for the end, None where nothing has."""
+        progress = self.state.progress
+        asked_by = None if self._failure is not None else self.stop.reason
+        facts = {"reason": asked_by, "tokens_seen": progress.tokens_seen}
+        tracking.record_event(self.paths.logs, "finishing", progress.step, **facts)
 
     def finish(self) -> ExitCode:
         """Save what is not saved yet, wait for uploads, and return the exit code.
@@ -297,14 +305,13 @@ class TrainingRun:
         config, progress, saving = self.config, self.state.progress, self._saving
         reason = self.stop.reason
         if self._is_main:
-            asked_by = None if self._failure is not None else reason
-            facts = {"reason": asked_by, "tokens_seen": progress.tokens_seen}
-            tracking.record_event(self.paths.logs, "finishing", progress.step, **facts)
+            self._note_finishing()
         leave_at = math.inf if self._failure is not None else saving.leave_at()
         if leave_at < math.inf and self._is_main:
             leaving.tell_plan(saving, leave_at - time.monotonic())
         self._bad_steps.judge(newest=True)
         if self._bad_steps.rollback_from is None:
+            self._metrics.measure_speed()
             saving.save_last()
         left = leave_at - time.monotonic()
         upload_seconds = max(0.0, min(config.upload_deadline_seconds, left))

@@ -33,6 +33,7 @@ from utils.base.errors import ExitCode
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LEAVE_AFTER_SECONDS = 5.0
+NOTE_SECONDS = 1.0
 
 WAKE = b"\0"  # no signal has this number
 
@@ -51,6 +52,8 @@ class StopRequest:
         """Whether this attempt has not done a step yet; the run sets it to False once it has."""
         self.last_words: Callable[[], str] = str
         """What is also said when the second signal ends the process; it waits for nothing."""
+        self.note_end: Callable[[], object] = str
+        """Records that the process leaves at once; a disk that hangs does not hold it."""
         self.requested_at: float | None = None
         """time.monotonic() of the first request, None while there is none."""
         self._leave_after_seconds = leave_after_seconds
@@ -127,6 +130,7 @@ class StopRequest:
             if poll.poll(self._milliseconds_left()):
                 self._take_signals()
             elif self._milliseconds_left() == 0:
+                self._note_end()
                 _say("\nNothing was trained since the start, so nothing is lost: leaving.\n")
                 os._exit(ExitCode.STOPPED)
 
@@ -152,6 +156,7 @@ class StopRequest:
                 return
         if self._num_signals > 1:
             try:
+                self._note_end()
                 _say(f"\nSecond {number.name}: leaving at once.\n{self.last_words()}")
             finally:
                 os._exit(ExitCode.SIGNAL_BASE + number)
@@ -163,6 +168,11 @@ class StopRequest:
         again = " Press Ctrl-C again to quit without saving." if number == signal.SIGINT else ""
         _say(f"\n{number.name}: {doing}.{again}\n")
         self._note(number.name)
+
+    def _note_end(self) -> None:
+        note = threading.Thread(target=self.note_end, daemon=True)
+        note.start()
+        note.join(NOTE_SECONDS)
 
     def _note(self, reason: str) -> None:
         if self._reason is not None:

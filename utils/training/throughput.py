@@ -48,6 +48,11 @@ class Throughput:
             return None
         return (self._marks[-1] - self._marks[0]) / (len(self._marks) - 1)
 
+    def tokens_per_second(self, tokens_per_step: int) -> float | None:
+        """Return the speed since the last report, None without a step; the report stays to come."""
+        elapsed = time.perf_counter() - self._started - self._paused
+        return self._steps * tokens_per_step / max(1e-9, elapsed) if self._steps else None
+
     def report(self, tokens_per_step: int, data_wait_seconds: float) -> dict[str, float]:
         """Return tokens_per_second, step_seconds and data_wait_share, and begin anew.
 

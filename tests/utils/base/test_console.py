@@ -178,6 +178,7 @@ live = LiveLine()
 live.show("at the bottom")
 for level in ("debug", "info", "warning", "error"):
     getattr(logging.getLogger("train"), level)("a %s line", level)
+logging.getLogger("train").warning("%s tokens", "1,701,888")
 warnings.warn("a captured warning")
 logging.getLogger("urllib3").info("noise")
 live.close()
@@ -239,6 +240,7 @@ def test_a_long_wait_in_a_pipe_says_so_now_and_then(
 def test_a_terminal_gets_a_live_line_that_goes_away(tmp_path: Path) -> None:
     shown = run_in_terminal("-c", LOGGING, "{}", cwd=tmp_path)
     assert "a info line" in shown
+    assert "1,701,888 tokens" in shown  # in one colour
     assert "at the bottom" in shown
     assert "WARNING" in shown
     assert "INFO" not in shown

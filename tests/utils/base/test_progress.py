@@ -15,12 +15,22 @@ def test_a_pipe_gets_a_line_every_five_seconds(caplog: pytest.LogCaptureFixture)
     clock = Clock()
     with ProgressDisplay(clock=clock) as progress:
         for second in range(11):
-            progress.update("Tokenizing", second * 2**20, 20 * 2**20)
+            progress.update("Tokenizing", (second + 9) * 2**20, 29 * 2**20)
             clock.now += 1
     assert caplog.messages == [
-        "Tokenizing: 5.0 MiB of 20.0 MiB (25%), 1.0 MiB/s",
-        "Tokenizing: 10.0 MiB of 20.0 MiB (50%), 1.0 MiB/s",
+        "Tokenizing: 14.0 MiB of 29.0 MiB (48%), 1.0 MiB/s",  # 9 were there before
+        "Tokenizing: 19.0 MiB of 29.0 MiB (66%), 1.0 MiB/s",
     ]
+
+
+def test_a_stage_that_has_just_begun_has_no_speed(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    with ProgressDisplay(clock=clock, unit="tokens") as progress:
+        clock.now += 4.9999  # loading
+        progress.update("mine", 0, 23_435)
+        clock.now += 0.0002
+        progress.update("mine", 8192, 23_435)
+    assert caplog.messages == ["mine: 8,192 of 23,435 tokens (35%)"]
 
 
 def test_other_things_than_bytes_are_counted_also_without_a_total(

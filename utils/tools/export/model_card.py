@@ -136,7 +136,7 @@ def _training_rows(
         *((f"begun from: {key}", base[key]) for key in BASE_KEYS if key in base),
         ("steps", manifest.step),
         ("tokens seen", progress.get("tokens_seen")),
-        ("training loss, last logged", metadata.get("current_loss")),
+        ("training loss", metadata.get("current_loss")),
         ("validation loss", validation.get("validation_loss")),
         ("validation perplexity", validation.get("perplexity")),
         *((key, training.get(key)) for key in HYPERPARAMETERS),

@@ -54,7 +54,6 @@ def summarize(view: CheckpointView, hourly_price: float | None = None) -> dict[s
     metadata = view.metadata
     progress, system = section(metadata, "training_progress"), section(metadata, "system_info")
     validation = section(metadata, "validation_metrics")
-    rates = metadata.get("learning_rates")
     return {
         "name": str(view.name),
         "step": view.name.step,
@@ -66,7 +65,7 @@ def summarize(view: CheckpointView, hourly_price: float | None = None) -> dict[s
         "validation_loss": view.validation_loss,
         "validation_perplexity": number(validation.get("perplexity")),
         "best_validation_loss": number(validation.get("best_validation_loss")),
-        "learning_rate": number(rates[-1]) if isinstance(rates, list) and rates else None,
+        "learning_rate": view.learning_rate,
         "samples_seen": number(progress.get("samples_seen")),
         "tokens_seen": number(progress.get("tokens_seen")),
         "tokens_per_second": number(progress.get("tokens_per_second")),

@@ -158,7 +158,7 @@ def example_sections(view: CheckpointView, encoding: str | None) -> dict[str, li
     """Return the sections of the user's example, with more figures."""
     return {
         "": state_lines(view),
-        "Training Metrics": training_lines(view.metadata, encoding),
+        "Training Metrics": training_lines(view, encoding),
         "Validation Metrics": plain_lines(section(view.metadata, "validation_metrics")),
     }
 
@@ -187,13 +187,14 @@ def state_lines(view: CheckpointView) -> list[str]:
     ]
 
 
-def training_lines(metadata: Mapping[str, Any], encoding: str | None) -> list[str]:
+def training_lines(view: CheckpointView, encoding: str | None) -> list[str]:
     """Return the training metrics of the user's example, with the curve of the kept losses."""
+    metadata = view.metadata
     statistics = loss_statistics(metadata)
     losses, rates = numbers(metadata.get("loss_history")), numbers(metadata.get("learning_rates"))
     kept = f" (the last {HISTORY_LIMIT} are kept here)"
     lines = [
-        f"Current Loss: {show_loss(number(metadata.get('current_loss')))}",
+        f"Current Loss: {show_loss(view.loss)}",
         f"Best Loss: {show_loss(number(metadata.get('best_loss')))}",
         f"Loss History Length: {statistics['length']}"
         + (kept if statistics["length"] >= HISTORY_LIMIT else ""),
@@ -206,7 +207,7 @@ def training_lines(metadata: Mapping[str, Any], encoding: str | None) -> list[st
         lines.append(f"Loss Curve: {sparkline(losses, encoding)} {ends}")
     return [
         *lines,
-        f"Current LR: {show_rate(rates[-1] if rates else None)}",
+        f"Current LR: {show_rate(view.learning_rate)}",
         f"LR History Length: {len(rates)}" + (kept if len(rates) >= HISTORY_LIMIT else ""),
     ]
 
