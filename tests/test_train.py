@@ -459,7 +459,7 @@ def test_epochs_are_the_steps_that_the_data_make_of_them(
     assert run_train("--resume", "4", settings=(*settings, "num_train_epochs=0.001")) == 2
     told = capsys.readouterr().err
     assert f"max_steps: {steps} -> " in told
-    assert f". Put it back (--max-steps {steps}), " in told
+    assert f". Restore it (--max-steps {steps}), " in told
     # The printed command says the length once, and goes on as it stands.
     assert longer[-4:] == ["--set", "num_train_epochs=null", "--max-steps", str(2 * steps)]
     assert "max_steps=-1" not in longer

@@ -23,6 +23,7 @@ import torch
 from configs.training_config import TrainingConfig
 from utils.base import ranks
 from utils.base.errors import ExitCode, PretrainError, ResourceShortageError, SaveError
+from utils.base.text import number
 from utils.checkpoints.layout import RunPaths
 from utils.checkpoints.run_record import RunRecord
 from utils.command_line.next_command import NextCommand
@@ -39,7 +40,7 @@ from utils.start.resume import Start
 from utils.storage.bucket import encode_crc32c
 from utils.tracking import tracking
 from utils.training.stopping import StopRequest
-from utils.training_utils import TrainState, train_step
+from utils.training_utils import TrainState, mean_loss, train_step
 
 log = logging.getLogger("train")
 
@@ -138,6 +139,8 @@ class TrainingRun:
         step, spending = self.state.progress.step, self._meter.read().to_json()
         self._notes.write(step, is_last=True)
         facts = {"spending": spending, "tokens_seen": self.state.progress.tokens_seen}
+        if error is None:  # a device that failed may not answer
+            facts["loss"] = number(mean_loss(self.state))
         tracking.record_end(accelerator, self.paths.logs, step, self._outcome, **facts)
         if shortage is not None:
             raise ResourceShortageError(f"{shortage}\n{self._next_command.text()}") from error

@@ -76,8 +76,9 @@ class LogFindings:
         """Return what the records and events say."""
         start = find_start(log.events)
         newest = _last_record(log.records, "loss")
-        # An attempt ends between two logged steps: its last event knows more tokens than these.
-        ended = {"tokens_seen": log.events[-1].get("tokens_seen")} if log.events else {}
+        # An attempt ends between two logged steps: its last event knows more than these.
+        last_event = log.events[-1] if log.events else {}
+        ended = {key: last_event.get(key) for key in ("tokens_seen", "loss")}
         ended = {key: value for key, value in ended.items() if value is not None}
         metrics = Metrics.of({**newest, **_last_record(log.records, "validation_loss"), **ended})
         losses = (number(record.get("loss")) for record in log.records[-CURVE_RECORDS:])
