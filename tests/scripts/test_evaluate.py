@@ -93,7 +93,7 @@ def test_like_training_gives_the_numbers_of_training(
     monkeypatch.setattr("utils.base.progress.LINE_SECONDS", 0.0)
     code, _, errors = run("all", "--like-training")
     assert code == 0
-    assert " checkpoint-epoch0-step4-files0: 186 of 186 tokens (100%), " in errors
+    assert " checkpoint-epoch0-step4-files0: 186 of 186 tokens (100%)" in errors
     code, out, errors = run("all", "--like-training", "--json")
     assert (code, errors) == (0, "")
     found = json.loads(out)["evaluations"]

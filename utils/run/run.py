@@ -140,7 +140,7 @@ class TrainingRun:
         self._notes.write(step, is_last=True)
         facts = {"spending": spending, "tokens_seen": self.state.progress.tokens_seen}
         if error is None:  # a device that failed may not answer
-            facts["loss"] = number(mean_loss(self.state))
+            facts["current_loss"] = number(mean_loss(self.state))
         tracking.record_end(accelerator, self.paths.logs, step, self._outcome, **facts)
         if shortage is not None:
             raise ResourceShortageError(f"{shortage}\n{self._next_command.text()}") from error
