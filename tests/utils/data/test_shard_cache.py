@@ -287,12 +287,13 @@ def test_the_shards_used_longest_ago_leave_and_those_wanted_now_stay(
     assert [use(cache, shard) for shard in (0, 1, 2)] == [["0"], ["0", "1"], ["0", "1", "2"]]
     assert use(cache, 0) == ["1", "2", "0"]
     assert use(cache, 3) == ["2", "0", "3"]
-    assert use(cache, 2, 4) == ["3", "2", "4"]
+    first, *wanted = use(cache, 2, 4)  # 4 may be there before 2 is read
+    assert (first, set(wanted)) == ("3", {"2", "4"})
     cache.prefetch([3])  # opened before and in use, though its last use is the longest ago
     cache.tokens(3)
     oldest = next(path for path in cached_files(tmp_path) if path.name[0] == "3")
     os.utime(oldest, (0, 0))
-    assert set(use(cache, 3, 5)) == {"3", "4", "5"}
+    assert {"3", "5"} < set(use(cache, 3, 5))
 
 
 READER = """
