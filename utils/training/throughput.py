@@ -50,8 +50,8 @@ class Throughput:
 
     def tokens_per_second(self, tokens_per_step: int) -> float | None:
         """Return the speed since the last report, None without a step; the report stays to come."""
-        elapsed = time.perf_counter() - self._started - self._paused
-        return self._steps * tokens_per_step / max(1e-9, elapsed) if self._steps else None
+        elapsed = self._elapsed(time.perf_counter())
+        return self._steps * tokens_per_step / elapsed if self._steps else None
 
     def report(self, tokens_per_step: int, data_wait_seconds: float) -> dict[str, float]:
         """Return tokens_per_second, step_seconds and data_wait_share, and begin anew.
@@ -60,7 +60,7 @@ class Throughput:
         report.
         """
         now = time.perf_counter()
-        elapsed = max(1e-9, now - self._started - self._paused)
+        elapsed = self._elapsed(now)
         steps = max(1, self._steps)
         self._started, self._paused, self._steps = now, 0.0, 0
         return {
@@ -68,6 +68,9 @@ class Throughput:
             "step_seconds": elapsed / steps,
             "data_wait_share": data_wait_seconds / elapsed,
         }
+
+    def _elapsed(self, now: float) -> float:
+        return max(1e-9, now - self._started - self._paused)
 
 
 class RemainingTime:

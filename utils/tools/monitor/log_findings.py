@@ -77,9 +77,8 @@ class LogFindings:
         start = find_start(log.events)
         newest = _last_record(log.records, "loss")
         # An attempt ends between two logged steps: its last event knows more than these.
-        last_event = log.events[-1] if log.events else {}
-        own = {"tokens_seen": "tokens_seen", "loss": "current_loss"}
-        ended = {key: last_event.get(name) for key, name in own.items()}
+        event = log.events[-1] if log.events else {}
+        ended = {"tokens_seen": event.get("tokens_seen"), "loss": event.get("current_loss")}
         ended = {key: value for key, value in ended.items() if value is not None}
         metrics = Metrics.of({**newest, **_last_record(log.records, "validation_loss"), **ended})
         losses = (number(record.get("loss")) for record in log.records[-CURVE_RECORDS:])
