@@ -150,7 +150,7 @@ def find_target(args: argparse.Namespace, config: TrainingConfig) -> ExportTarge
         args.output,
         scratch,
         overwrite=args.overwrite,
-        user_project=config.gcs_user_project or None,
+        user_project=config.gcs_user_project,
     )
 
 

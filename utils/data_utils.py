@@ -325,7 +325,7 @@ class TrainingData:
         """
         config, index = self._config, self._sources[0].index
         self._known_bad_shards = tuple(bad_shards)
-        user_project = config.gcs_user_project or None
+        user_project = config.gcs_user_project
         self._buckets = [open_bucket(source.uri, user_project) for source in self._sources]
         self._reader = self._build_reader()
         self.validation = ValidationData(

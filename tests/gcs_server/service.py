@@ -103,7 +103,9 @@ class Service:
 
     def _require_permission(self, call: Call, route: Route) -> None:
         request, bucket = call.request, self.state.store.bucket(call.bucket)
-        payer = request.query.get("userProject") or request.headers.get("x-goog-user-project")
+        payer = request.query.get("userProject", request.headers.get("x-goog-user-project"))
+        if payer is not None and not payer.strip():
+            raise ApiError(400, "User project specified in the request is invalid.")
         # The address of a session stands for what its first request said.
         is_session = "upload_id" in request.query
         if bucket.requester_pays and not payer and not is_session:

@@ -173,7 +173,7 @@ def _find_in_checkpoint(checkpoint: Path) -> tuple[RunValues, dict[str, Any]]:
 
 def _find_in_bucket(uri: str, which: str, alone: TrainingConfig) -> tuple[RunValues | None, bool]:
     """Return the configuration of a checkpoint in a bucket, and whether any checkpoint is there."""
-    project = alone.gcs_user_project or None
+    project = alone.gcs_user_project
     with contextlib.closing(open_bucket(uri, project, LOOK_RETRY_SECONDS)) as bucket:
         views = read_remote_checkpoints(bucket, newest=NEWEST_SIDECARS)
     known = [view for view in views if view.config]

@@ -113,7 +113,7 @@ def model_in_bucket(
         StorageError: The bucket cannot be read.
     """
     models = RunPaths.of(config).cache / MODELS_FOLDER
-    bucket = open_bucket(uri, config.gcs_user_project or None)
+    bucket = open_bucket(uri, config.gcs_user_project)
     with contextlib.closing(bucket):
         while True:
             name = str(choose_remote(bucket, which, None))

@@ -40,7 +40,7 @@ def hold_and_plan(
     store.remove_leftovers(paths.checkpoints)
     held = None
     if uri := config.bucket_uri:
-        bucket = open_bucket(uri, config.gcs_user_project or None, LEASE_RETRY_SECONDS)
+        bucket = open_bucket(uri, config.gcs_user_project, LEASE_RETRY_SECONDS)
         stack.callback(bucket.close)
         held = stack.enter_context(lease.hold_prefix(bucket, run_id))
     plan = decide_start(config, args.resume, fresh=args.fresh)

@@ -104,7 +104,7 @@ def read_data(config: TrainingConfig) -> tuple[list[DataSource], list[Check]]:
                 "sample text, --sample in place of --input TEXTS."
             )
         try:
-            bucket = open_bucket(uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
+            bucket = open_bucket(uri, config.gcs_user_project, PROBE_RETRY_SECONDS)
             with contextlib.closing(bucket):
                 index = build_shard_index(
                     bucket, config.file_limit, skip_bad_shards=config.bad_shard == "skip"
@@ -159,7 +159,7 @@ def read_tokenizers(config: TrainingConfig, sources: Sequence[DataSource]) -> di
     """
     found = []
     for source in sources:
-        bucket = open_bucket(source.uri, config.gcs_user_project or None, PROBE_RETRY_SECONDS)
+        bucket = open_bucket(source.uri, config.gcs_user_project, PROBE_RETRY_SECONDS)
         with contextlib.closing(bucket):
             found.append(read_tokenizer_files(bucket, source.index))
     return found[0] if found else {}

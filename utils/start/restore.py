@@ -100,7 +100,7 @@ def begin(
                 candidate,
                 paths,
                 forgive_random_states=forgives,
-                user_project=config.gcs_user_project or None,
+                user_project=config.gcs_user_project,
             )
         )
         if found is None:

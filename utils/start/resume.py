@@ -152,7 +152,7 @@ def look_for_start(
         StorageError: The bucket is needed and cannot be read.
     """
     paths, uri = RunPaths.of(config), config.bucket_uri
-    project = config.gcs_user_project or None
+    project = config.gcs_user_project
     plan = plan_start(paths, resume=resume, bucket_uri=uri, user_project=project)
     own = {plan.identity.run_id} if plan.candidates else set()
     if resume is None and not fresh:

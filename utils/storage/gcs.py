@@ -52,7 +52,7 @@ class GcsBucket:
         self.uri = uri.rstrip("/")
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._client, self._meter = _build_gcs_client(meter), meter
-        self._bucket = self._client.bucket(bucket_name, user_project=user_project)
+        self._bucket = self._client.bucket(bucket_name, user_project=user_project or None)
         self._options = _gcs_request_options(retry_seconds)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:

@@ -26,7 +26,7 @@ def open_bucket(
     retry_seconds: float = DEFAULT_RETRY_SECONDS,
     meter: Meter | None = None,
 ) -> Bucket:
-    """Return the bucket of a URI, whose requests `user_project` pays for.
+    """Return the bucket of a URI, whose requests `user_project` pays for, where one is named.
 
     `retry_seconds` is how long an operation over a network is tried again on transient errors.
 

@@ -83,7 +83,7 @@ class TransportOptions:
         return cls(
             config.bucket_uri,
             _settle(config.bucket_uri, name),
-            config.gcs_user_project or None,
+            config.gcs_user_project,
             config.upload_streams,
             None if rate is None else rate * BYTES_PER_MEGABIT,
             config.upload_stall_seconds,

@@ -222,7 +222,7 @@ class Evaluator:
             directory = local_path(uri)
             if directory is not None and not directory.is_dir():
                 raise DataError(f"{uri} does not exist.{near_directory(directory)}")
-            bucket = open_bucket(uri, self._config.gcs_user_project or None)
+            bucket = open_bucket(uri, self._config.gcs_user_project)
             try:
                 index = build_shard_index(bucket, is_trained=False)
             except BaseException:

@@ -139,7 +139,7 @@ def _branch_in_bucket(
     uri: str, identity: RunIdentity, steps: range, config: TrainingConfig
 ) -> dict[int, str]:
     """Return the names of a branch's checkpoints of these steps in a bucket, by step."""
-    with contextlib.closing(open_bucket(uri, config.gcs_user_project or None)) as bucket:
+    with contextlib.closing(open_bucket(uri, config.gcs_user_project)) as bucket:
         listing = list_remote(bucket)
         views = read_sidecars(bucket, listing, [n for n in listing.complete if n.step in steps])
     return {view.name.step: str(view.name) for view in views if is_part_of(identity, view)}

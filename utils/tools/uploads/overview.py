@@ -44,7 +44,7 @@ def opened_bucket(
     config: TrainingConfig, retry_seconds: float = READING_RETRY_SECONDS
 ) -> contextlib.closing[Bucket]:
     """Open the run's bucket for a while."""
-    project = config.gcs_user_project or None
+    project = config.gcs_user_project
     return contextlib.closing(open_bucket(require_uri(config), project, retry_seconds))
 
 

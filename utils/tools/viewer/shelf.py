@@ -205,7 +205,7 @@ def open_shelf(
     uri = place or config.bucket_uri
     if not uri:
         raise UsageError("--remote: this configuration has no checkpoint_uri.")
-    bucket = open_bucket(uri, config.gcs_user_project or None, _RETRY_SECONDS)
+    bucket = open_bucket(uri, config.gcs_user_project, _RETRY_SECONDS)
     with contextlib.closing(bucket):
         yield RemoteShelf(uri, bucket)
 
