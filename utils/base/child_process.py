@@ -1,7 +1,7 @@
-"""Manners of a child process of the trainer: it steps back, and does not outlive its parent.
+"""A child process of the trainer, and its manners: it steps back, and does not outlive its parent.
 
-A child that works for the trainer calls both before anything else. It needs neither torch nor the
-trainer's state for that, so this module imports nothing of ours.
+A child that works for the trainer calls `live_no_longer_than` and `step_back` before anything else.
+It needs neither torch nor the trainer's state for that, so this module imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -10,12 +10,41 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 NICENESS = 10
 AUTOGROUP_FILE = Path("/proc/self/autogroup")
 _PR_SET_PDEATHSIG = 1
+
+
+def start_child(
+    module: str,
+    connection: Connection,
+    project_directory: Path,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a module of the project with the numbers of a connection and of this process.
+
+    It leads a session of its own: Ctrl-C in the terminal is for the trainer alone.
+
+    Raises:
+        OSError: It cannot be started.
+        ValueError: This system cannot hand over a connection.
+    """
+    return subprocess.Popen(  # noqa: S603 - our own module, no shell
+        [sys.executable, "-m", module, str(connection.fileno()), str(os.getpid())],
+        cwd=project_directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(connection.fileno(),),
+        start_new_session=True,
+    )
 
 
 def live_no_longer_than(parent: int, number: int = signal.SIGKILL) -> None:

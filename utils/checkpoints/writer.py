@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.config_files import PROJECT_DIRECTORY
-from utils.base.child_process import live_no_longer_than, step_back
+from utils.base.child_process import live_no_longer_than, start_child, step_back
 from utils.base.startup import no_collections
 from utils.checkpoints.layout import Manifest
 
@@ -58,19 +57,11 @@ class WriterProcess:
         self._is_ready = False
         self._connection, theirs = Pipe()
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        arguments = [theirs.fileno(), os.getpid()]
         try:
-            self._process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", "utils.checkpoints.writer", *map(str, arguments)],
-                cwd=PROJECT_DIRECTORY,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # Ctrl-C in the terminal is for the trainer alone
+            self._process = start_child(
+                "utils.checkpoints.writer", theirs, PROJECT_DIRECTORY, environment
             )
-        except (OSError, ValueError, AttributeError) as exc:
+        except (OSError, ValueError) as exc:
             self._connection.close()
             raise WriterGoneError(str(exc)) from exc
         finally:

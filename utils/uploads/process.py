@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.config_files import PROJECT_DIRECTORY
-from utils.base.child_process import live_no_longer_than, step_back
+from utils.base.child_process import live_no_longer_than, start_child, step_back
 from utils.base.errors import PretrainError, StorageError, TransientStorageError
 from utils.uploads.job import ProgressReport, UploadJob, UploadProgress, UploadResult, run_job
 from utils.uploads.watched_command import StallTimer
@@ -59,15 +59,7 @@ def run_in_process(
     directory = str(Path.cwd())
     connection, theirs = Pipe()
     try:
-        process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "utils.uploads.process", str(theirs.fileno()), str(os.getpid())],
-            cwd=PROJECT_DIRECTORY,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(),),
-            start_new_session=True,  # Ctrl-C in the terminal is for the trainer alone
-        )
+        process = start_child("utils.uploads.process", theirs, PROJECT_DIRECTORY)
     except (OSError, ValueError) as exc:
         log.warning("No upload process can be started (%s): uploading in this one.", exc)
         connection.close()
