@@ -1,16 +1,9 @@
 """Look at checkpoints: list, view, compare, plot, report; on this machine or in the bucket.
 
-    list                  all of them: losses, tokens, size, age, state in the bucket, why kept
-    view [NAME]           one of them: metrics, throughput, configuration, files with hashes
-    compare [NAME ...]    several side by side; --weights: how far each layer moved
-    plot [NAME ...]       curves, in the terminal or as a picture; --evaluation: of evaluate.py
-    report                all of a run on one HTML page: curves, configuration, checkpoints, texts
-
 NAME is a checkpoint's name, a step number, latest, best, the beginning or end of a name where only
 one checkpoint fits (epoch0-step50), or a path. compare and plot take several runs: --run DIR --run
-DIR, or paths. It only reads, and needs torch for --weights alone. A
-checkpoint that cannot be read is listed with the reason. Exit codes: 0 done, 1 the bucket failed,
-2 usage.
+DIR, or paths. It only reads, and needs torch for --weights alone. A checkpoint that cannot be read
+is listed with the reason. Exit codes: 0 done, 1 the bucket failed, 2 usage.
 """
 
 from __future__ import annotations
@@ -79,8 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    add_list_options(add("list", run_list, "list all checkpoints; in a terminal as a table"))
-    view = add("view", run_view, "show one checkpoint")
+    add_list_options(
+        add(
+            "list",
+            run_list,
+            "all checkpoints: losses, tokens, size, age, state in the bucket, why kept",
+        )
+    )
+    view = add(
+        "view", run_view, "one checkpoint: metrics, throughput, configuration, files with hashes"
+    )
     view.add_argument(
         "name", metavar="NAME", nargs="?", default="latest", help=f"{NAMES} (default: latest)"
     )
@@ -89,11 +90,21 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also its configuration, files with hashes, position in the data and upload",
     )
-    add_compare_options(add("compare", run_compare, "show checkpoints side by side"))
-    add_plot_options(
-        add("plot", run_plot, "draw the curves of checkpoints, several in one picture")
+    add_compare_options(
+        add("compare", run_compare, "checkpoints side by side; --weights: how far each layer moved")
     )
-    page = add("report", run_report, "write one HTML page that shows a run")
+    add_plot_options(
+        add(
+            "plot",
+            run_plot,
+            "curves, in the terminal or as a picture; --evaluation: of evaluate.py",
+        )
+    )
+    page = add(
+        "report",
+        run_report,
+        "all of a run on one HTML page: curves, configuration, checkpoints, texts",
+    )
     page.add_argument("--output", default="run.html", metavar="F", help="(default: run.html)")
     return parser
 

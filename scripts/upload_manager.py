@@ -1,14 +1,5 @@
 """See, finish, check and use the uploads of a run's checkpoints.
 
-    status              every checkpoint, here and in the bucket; the queue; the last errors
-    list [--remote]     the checkpoints on this machine, or in the bucket
-    upload NAME         upload one (a name or its end, a step number, latest or best)
-    upload-all          upload everything that is not verified in the bucket
-    retry               upload what failed, also what failed for good
-    verify [--deep]     compare journal, directory and bucket; --deep reads every byte
-    download NAME       bring one back: verified, unpacked, committed
-    prune --remote      delete old checkpoints from the bucket, after a look and a question
-
 No torch is loaded. What this command does is recorded in the same journal as the trainer's uploads.
 Exit codes: 0 done, 1 the bucket failed, 2 usage or no such run, 4 not everything is verified in the
 bucket.
@@ -86,22 +77,28 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(command=command)
         return parser
 
-    add("status", show_status, "here, in the bucket, queue, errors")
-    add("list", show_list, "the checkpoints").add_argument(
+    add(
+        "status",
+        show_status,
+        "every checkpoint, here and in the bucket; the queue; the last errors",
+    )
+    add("list", show_list, "the checkpoints on this machine, or in the bucket").add_argument(
         "--remote", action="store_true", help="those in the bucket"
     )
     which = "a name, its unique beginning or end, a step number, latest or best"
     one = add("upload", upload_one, "upload one checkpoint")
     one.add_argument("name", metavar="NAME", help=which)
-    add("upload-all", upload_all, "upload all that is not verified in the bucket")
-    add("retry", retry_failed, "upload what failed")
+    add("upload-all", upload_all, "upload everything that is not verified in the bucket")
+    add("retry", retry_failed, "upload what failed, also what failed for good")
     verify = add("verify", verify_uploads, "compare journal, directory and bucket")
     verify.add_argument("names", nargs="*", metavar="NAME", help="a name, a step number, ...")
     verify.add_argument("--deep", action="store_true", help="read every byte, here and there")
-    down = add("download", download, "bring a checkpoint back from the bucket")
+    down = add("download", download, "bring a checkpoint back: verified, unpacked, committed")
     down.add_argument("name", metavar="NAME", help=which)
     down.add_argument("--to", metavar="DIR", help="directory (default: the run's checkpoints)")
-    prune = add("prune", prune_remote, "delete old checkpoints from the bucket")
+    prune = add(
+        "prune", prune_remote, "delete old checkpoints from the bucket, after a look and a question"
+    )
     prune.add_argument("--remote", action="store_true", help="in the bucket; needed")
     prune.add_argument("--keep", type=int, required=True, metavar="N", help="newest to keep")
     prune.add_argument("--keep-every", type=int, metavar="STEPS", help="keep multiples of it too")
