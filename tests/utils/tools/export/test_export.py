@@ -123,6 +123,15 @@ def test_the_same_model_gives_the_same_bytes(trained_run: Path, tmp_path: Path) 
     assert (second.compared_tensors, second.max_logit_difference) == (None, None)
 
 
+def test_what_is_exported_survives_a_power_cut(tmp_path: Path, disk_calls: list[str]) -> None:
+    source = make_model("gpt_neox", tmp_path / "model")
+    disk_calls.clear()
+    report = export(source, tmp_path / "out", replace(OPTIONS, is_checked=False))
+    *files, folder = (call for call in disk_calls if call.startswith("fsync"))
+    assert set(files) == {f"fsync {name}" for name in report.files}
+    assert folder == "fsync out"
+
+
 def test_an_exported_folder_takes_another_data_type(trained_run: Path, tmp_path: Path) -> None:
     export(newest(trained_run), tmp_path / "32")
     source = ModelSource("32", str(tmp_path / "32"))
