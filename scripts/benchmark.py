@@ -7,6 +7,7 @@
     loss        the loss without the logits of all tokens; peers: with them, torch's own
     memory      the peak of real steps against the estimate, by preset and micro-batch
     monitor     the monitor beside a run of 100,000 logged lines; peer: the interpreter's own start
+    prepare     tokenizing, two tasks at once, host memory; peers: tokenizers' own batches
     profile     where the time of a step goes, by operator, and the share of matrix products
     recipe      configs/speedrun.json, loss by tokens and seconds; peer: transformers.Trainer, tuned
     recipe-20m  the same with a model of 20M parameters
@@ -43,6 +44,7 @@ from benchmarks.loop_parts import measure_loop
 from benchmarks.loss import measure_loss
 from benchmarks.memory import measure_memory
 from benchmarks.monitor import measure_monitor
+from benchmarks.preparing import measure_prepare
 from benchmarks.profiling import measure_profile
 from benchmarks.recipe import measure_recipe, measure_recipe_20m
 from benchmarks.saving import measure_checkpoint
@@ -94,6 +96,7 @@ PARTS: dict[str, Callable[[Path, int], dict[str, str]]] = {
     "loss": measure_loss,
     "memory": measure_memory,
     "monitor": measure_monitor,
+    "prepare": measure_prepare,
     "profile": measure_profile,
     "recipe": measure_recipe,
     "recipe-20m": measure_recipe_20m,
