@@ -39,7 +39,7 @@ def measure_prepare(folder: Path, runs: int) -> dict[str, str]:
 
 def make_texts(num_bytes: int) -> Iterator[str]:
     """Yield documents of the sample, shuffled anew each time round, up to a size."""
-    from utils.corpus.text_sources import SampleSource
+    from utils.corpus.text_sources.sample import SampleSource
 
     documents, left = list(SampleSource().documents()), num_bytes
     for number in count():

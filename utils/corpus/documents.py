@@ -1,4 +1,4 @@
-"""What a document is on its way from a source to a shard.
+"""What a source is, and what a document is on its way from there to a shard.
 
     source --> str (also OpenText, NullText) or token ids --> Document (with its split)
            --> token ids --> shard
@@ -8,7 +8,8 @@ Nothing is read or written here.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -50,3 +51,29 @@ class TokenizedDocument(NamedTuple):
 
     ids: TokenArray
     split: str
+
+
+class Source(Protocol):
+    """A stream of documents that can be read any number of times, the same each time.
+
+    What cannot be read is a `DataError` that names the file and the place.
+    """
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether the documents are token ids already."""
+
+    def documents(self) -> Iterator[Content]:
+        """Yield the documents, always in the same order."""
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes when the documents do; much cheaper than reading them."""
+
+    def uses(self, option: str) -> bool:
+        """Tell whether an option of prepare_data.py changes how something here is read."""
+
+    def part(self, number: int, count: int) -> Source:
+        """Return one of `count` parts, from 0; each document is in exactly one of them."""
+
+    def outline(self) -> list[Any]:
+        """Return what decides how parts are cut, such as sizes; cheap, and fit for JSON."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import gzip
+import hashlib
 import io
 import itertools
 import logging
@@ -193,6 +194,16 @@ class FileWindow(io.RawIOBase):
         count = self._file.readinto(memoryview(buffer)[: self._left]) or 0
         self._left -= count
         return count
+
+
+def hash_files(label: str, paths: Iterable[Path], spans: Iterable[ByteSpan] = ()) -> str:
+    """Return a hash over the content of files, or of one span of each."""
+    digest = hashlib.sha256(label.encode())
+    for path, span in itertools.zip_longest(paths, spans):
+        with read_errors(path), path.open("rb", buffering=0) as file:
+            content = FileWindow(file, span) if span else file
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 def split_column(name: str, column: str) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from typing import Any
 from utils.base.errors import UsageError
 from utils.base.progress import OnProgress
 from utils.corpus import shard_writer, tokenization
-from utils.corpus.documents import SPLITS, TRAINING, VALIDATION, Document, TokenizedDocument
+from utils.corpus.documents import SPLITS, TRAINING, VALIDATION, Document, Source, TokenizedDocument
 from utils.corpus.output import (
     Claim,
     ShardLog,
@@ -37,7 +37,6 @@ from utils.corpus.output import (
 )
 from utils.corpus.reading import Reading
 from utils.corpus.shard_writer import FinishedShards, ShardWriter
-from utils.corpus.text_sources import Source
 from utils.corpus.token_cache import TokenCache
 from utils.corpus.token_files.source import TokenFileSource
 from utils.corpus.tokenization import Tokenizer

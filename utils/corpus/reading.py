@@ -16,8 +16,15 @@ from fractions import Fraction
 
 from utils.base.errors import DataError
 from utils.base.progress import OnProgress
-from utils.corpus.documents import TRAINING, VALIDATION, Content, Document, NullText, OpenText
-from utils.corpus.text_sources import Source
+from utils.corpus.documents import (
+    TRAINING,
+    VALIDATION,
+    Content,
+    Document,
+    NullText,
+    OpenText,
+    Source,
+)
 
 REPORT_BYTES = 2**20
 BYTES_PER_TOKEN = 4

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 from tests.sample_shards import read_files, read_texts
 from utils.base.errors import DataError, StorageError, UsageError
-from utils.corpus import text_sources, tokenization
-from utils.corpus.documents import NullText, OpenText
+from utils.corpus import tokenization
+from utils.corpus.documents import NullText, OpenText, Source
 from utils.corpus.prepare import CorpusOptions, Preparation, prepare_corpus
 from utils.corpus.reading import assign_splits, assign_tail
-from utils.corpus.text_sources import FileSource, Source
+from utils.corpus.text_sources.files import FileSource
 from utils.corpus.token_cache import TokenCache
 from utils.corpus.token_files.source import TokenFileSource
 from utils.storage.bucket import ObjectInfo
@@ -224,7 +224,7 @@ def test_shards_of_others_are_never_touched_and_other_files_are_no_obstacle(
 def test_one_long_document_is_read_in_parts_and_its_end_is_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: str
 ) -> None:
-    monkeypatch.setattr(text_sources, "TEXT_PART_BYTES", 1000)
+    monkeypatch.setattr("utils.corpus.text_sources.plain_text.TEXT_PART_BYTES", 1000)
     monkeypatch.setattr(tokenization, "PIECE_CHARACTERS", 200)
     text = "".join(f"Line {n}: d\u00e9j\u00e0 vu.\n" for n in range(1000))
     (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())

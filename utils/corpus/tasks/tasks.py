@@ -30,7 +30,7 @@ import numpy.typing as npt
 from utils.base.errors import DataError, UsageError
 from utils.base.progress import OnProgress
 from utils.corpus import shard_writer
-from utils.corpus.documents import TRAINING, Document
+from utils.corpus.documents import TRAINING, Document, Source
 from utils.corpus.output import (
     ShardLog,
     claim_output,
@@ -49,7 +49,6 @@ from utils.corpus.prepare import (
     train_tokenizer,
 )
 from utils.corpus.reading import Reading
-from utils.corpus.text_sources import Source
 from utils.corpus.token_cache import TokenCache
 from utils.corpus.tokenization import Tokenizer
 from utils.data.shard_index import (

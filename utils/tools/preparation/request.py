@@ -20,9 +20,9 @@ from utils.base.uri import require_path
 from utils.corpus.file_kinds import DEFAULT_COLUMN, find_files, list_names, split_column
 
 if TYPE_CHECKING:
+    from utils.corpus.documents import Source
     from utils.corpus.prepare import CorpusOptions
     from utils.corpus.tasks.tasks import TaskedCorpus
-    from utils.corpus.text_sources import Source
     from utils.corpus.token_cache import TokenCache
 
 SAMPLE_VOCAB_SIZE = 4096
@@ -333,7 +333,8 @@ def _refuse_unused(arguments: argparse.Namespace, sources: Sequence[Source]) -> 
 
 
 def _build_sources(arguments: argparse.Namespace, shard_tokens: int | None) -> list[Source]:
-    from utils.corpus.text_sources import HubSource, SampleSource
+    from utils.corpus.text_sources.hub import HubSource
+    from utils.corpus.text_sources.sample import SampleSource
 
     sources: list[Source] = []
     if arguments.sample:
@@ -353,7 +354,7 @@ def _file_sources(
     option: str,
 ) -> list[Source]:
     """Return the sources that paths name; neighbours of one kind are one source."""
-    from utils.corpus.text_sources import FileSource
+    from utils.corpus.text_sources.files import FileSource
     from utils.corpus.token_files.kinds import ARROW, FLAT, token_kind
     from utils.corpus.token_files.source import BLOCK_TOKENS, TokenFileSource
 

@@ -21,10 +21,11 @@ from tests.gcs_server import FakeGcsServer
 from tests.sample_shards import read_documents, read_files, read_texts
 from tests.sample_token_files import write_mds, write_megatron, write_saved
 from utils.base.errors import DataError
-from utils.corpus import text_sources
 from utils.corpus.documents import NullText, OpenText
 from utils.corpus.reading import assign_by_hash
-from utils.corpus.text_sources import FileSource, HubSource, SampleSource
+from utils.corpus.text_sources.files import FileSource
+from utils.corpus.text_sources.hub import HubSource
+from utils.corpus.text_sources.sample import SampleSource
 from utils.corpus.token_files.source import TokenFileSource
 
 SEPARATOR = "<|endoftext|>"
@@ -124,7 +125,9 @@ def test_other_sources_are_divided_too(tmp_path: Path, monkeypatch: pytest.Monke
         files.append(write(folder, [[1, 2, 3], [4, 5]]))
     tokens = TokenFileSource(tuple(files))
     hub = HubSource(str(tmp_path / "data"))
-    monkeypatch.setattr(text_sources, "_collect_sample", lambda _: ["a", "b", "c", "d"])
+    monkeypatch.setattr(
+        "utils.corpus.text_sources.sample._collect_sample", lambda _: ["a", "b", "c", "d"]
+    )
     for source in (SampleSource(), hub, dataclasses.replace(hub, streaming=True), tokens):
         parts = [list(source.part(number, 7).documents()) for number in range(7)]
         found = Counter(map(str, itertools.chain.from_iterable(parts)))

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from utils.corpus.prepare import CorpusOptions, prepare_corpus
-from utils.corpus.text_sources import FileSource
+from utils.corpus.text_sources.files import FileSource
 from utils.remote.loading import load_named_tokenizer
 from utils.storage.directory import DirectoryBucket
 from utils.tools.evaluation.token_bytes import ByteCounter

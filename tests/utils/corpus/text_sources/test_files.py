@@ -3,55 +3,20 @@ import json
 import tarfile
 from pathlib import Path
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from tests.sample_json import UNREADABLE
-from utils.base.errors import DataError, UsageError
-from utils.corpus import text_sources
+from utils.base.errors import DataError
 from utils.corpus.documents import NullText, OpenText
-from utils.corpus.file_kinds import find_files
-from utils.corpus.text_sources import FileSource, HubSource, SampleSource
+from utils.corpus.text_sources.files import FileSource
 
 TEXT = "One.\r\n\r\n  Two: d\u00e9j\u00e0 vu \U0001f600\n"
 
 
 def read(path: Path, **options: str) -> list[str]:
     return list(FileSource((path,), **options).documents())
-
-
-def find_paths(*patterns: object) -> list[Path]:
-    return [path for path, _ in find_files(map(str, patterns))]
-
-
-def write_jsonl(path: Path, *records: object) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def test_python_without_library_sources_is_an_error_that_proposes_input(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--input"):
-        list(SampleSource(tmp_path).documents())
-
-
-def test_sample_skips_what_does_not_parse_and_is_the_same_each_time(tmp_path: Path) -> None:
-    docstring = "A sentence about something useful. " * 8
-    for number in range(500):
-        (tmp_path / f"m{number}.py").write_text(f'"""{docstring}{number}"""\nx = "\\d"\n')
-    (tmp_path / "broken.py").write_text("def f(:\n")
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "hidden.py").write_text(f'"""HIDDEN {docstring}"""\n')
-
-    source = SampleSource(tmp_path)
-    documents = list(source.documents())
-
-    text_sources._collect_sample.cache_clear()
-    assert list(SampleSource(tmp_path).documents()) == documents
-    assert source.fingerprint() == SampleSource(tmp_path).fingerprint()
-    assert sum(docstring.strip() in text for text in documents) == 500
-    assert not any("HIDDEN" in text for text in documents)
 
 
 def test_text_file_is_one_document_byte_for_byte_or_one_for_each_line(tmp_path: Path) -> None:
@@ -156,7 +121,7 @@ def test_lines_that_end_with_cr_alone_are_lines(tmp_path: Path) -> None:
 def test_a_long_text_is_cut_where_a_line_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    monkeypatch.setattr("utils.corpus.text_sources.TEXT_PART_BYTES", 100)
+    monkeypatch.setattr("utils.corpus.text_sources.plain_text.TEXT_PART_BYTES", 100)
     (tmp_path / "a.txt").write_bytes(f"A line of words.{end}".encode() * 30)
     parts = read(tmp_path / "a.txt")
     assert len(parts) > 4
@@ -192,7 +157,7 @@ def test_a_separator_is_found_wherever_blocks_end(
     two = FileSource((tmp_path / "two.txt",), document_separator="<end>")
     other = FileSource(two.paths, document_separator="<ends>")
     for block in range(6, 40):
-        monkeypatch.setattr("utils.corpus.text_sources.TEXT_PART_BYTES", block)
+        monkeypatch.setattr("utils.corpus.text_sources.plain_text.TEXT_PART_BYTES", block)
         parts = read(path, document_separator="<end>")
         assert "".join(parts) == "".join(stories)
         closed = [not isinstance(part, OpenText) for part in parts]
@@ -234,147 +199,3 @@ def test_fingerprint_follows_content_and_way_of_reading_but_not_the_folder(tmp_p
     assert FileSource((one,), document_per="line").fingerprint() != whole
     two.write_text("a\nc")
     assert FileSource((two,)).fingerprint() != whole
-
-
-def test_directories_and_globs_are_searched_in_sorted_order_and_each_file_is_read_once(
-    tmp_path: Path,
-) -> None:
-    for name in ("b.txt", "a.JSONL.gz", "sub/c.parquet", "picture.png", ".hidden/d.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-
-    def names(*patterns: str) -> list[str]:
-        return [path.name for path in find_paths(*patterns)]
-
-    assert names(str(tmp_path)) == ["a.JSONL.gz", "b.txt", "c.parquet"]
-    assert names(f"{tmp_path}/*.txt", str(tmp_path)) == ["b.txt", "a.JSONL.gz", "c.parquet"]
-    assert names(f"{tmp_path}/**") == ["a.JSONL.gz", "b.txt", "c.parquet"]
-    assert names(f"{tmp_path}/**/*.parquet") == ["c.parquet"]
-    assert names(str(tmp_path / "picture.png")) == ["picture.png"]
-
-
-@pytest.mark.parametrize("folder", ["x[1]", "a*b", "what?", "# 1"])
-def test_a_name_that_exists_as_written_is_no_pattern(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in (folder, "x1", "axxb", "what1"):
-        (tmp_path / name / "sub").mkdir(parents=True)
-        (tmp_path / name / "sub" / "c.txt").write_text(name)
-    wanted = [tmp_path / folder / "sub" / "c.txt"]
-    assert find_paths(f"./{folder}/s?b/*.txt") == wanted
-    assert find_paths(f"{tmp_path}/{folder}/**/c.[s-u]xt") == wanted
-
-
-def test_a_path_may_name_its_column_unless_it_exists_as_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("a.jsonl", "b.jsonl", "a.jsonl::old"):
-        write_jsonl(tmp_path / name, {"text": "a"})
-    found = find_files(["a.jsonl::body", "?.jsonl", "a.jsonl::old", "a.jsonl::body"])
-    assert [(path.name, column) for path, column in found] == [
-        ("a.jsonl", "body"),
-        ("a.jsonl", "text"),
-        ("b.jsonl", "text"),
-        ("a.jsonl::old", "text"),
-    ]
-    for pattern in ("nowhere.jsonl::body", "a.jsonl::"):
-        with pytest.raises(UsageError, match="no such file or directory"):
-            find_files([pattern])
-
-
-def test_what_a_directory_holds_besides_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_jsonl(tmp_path / "c4.json", {"body": "a"}, {"body": "b"})
-    write_jsonl(tmp_path / "one.json", {"text": "a"})
-    write_jsonl(tmp_path / "version.json", {"version": 1})
-    (tmp_path / "array.json").write_text('[{"text": "a"}]')
-    (tmp_path / "dataset_infos.json").write_text('{\n"text": 1}')
-    for name in ("a.csv", "a.png", "b.png", "c.png"):
-        (tmp_path / name).touch()
-
-    found = [path.name for path in find_paths(tmp_path)]
-    assert found == ["array.json", "c4.json", "one.json"]
-    assert "6 files not read: " in caplog.text
-    assert all(name in caplog.text for name in ("a.csv", "dataset_infos.json", " and 1 more."))
-    with caplog.at_level("INFO"):
-        FileSource((tmp_path / "a.png", tmp_path / "c4.json"))
-    assert f"Taken for text by content: {tmp_path / 'a.png'}." in caplog.text
-    (tmp_path / "only").mkdir()
-    (tmp_path / "a.csv").rename(tmp_path / "only" / "a.csv")
-    with pytest.raises(UsageError, match=r"nothing to read there but \S+a\.csv"):
-        find_files([str(tmp_path / "only")])
-
-
-def test_a_link_is_called_as_the_user_sees_it_and_linked_folders_are_searched(
-    tmp_path: Path,
-) -> None:
-    for folder in ("blobs", "disk/deep", "data"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "blobs" / "b1946").write_bytes(gzip.compress(b'{"text": "a"}\n', mtime=0))
-    (tmp_path / "disk" / "deep" / "c.txt").write_text("c")
-    (tmp_path / "data" / "x.jsonl.gz").symlink_to("../blobs/b1946")
-    (tmp_path / "data" / "again.jsonl.gz").symlink_to("../blobs/b1946")
-    (tmp_path / "data" / "linked").symlink_to(tmp_path / "disk")
-    (tmp_path / "disk" / "deep" / "circle").symlink_to(tmp_path / "data")
-
-    for pattern in ("data", "data/**"):
-        found = find_paths(tmp_path / pattern)
-        assert [str(path.relative_to(tmp_path / "data")) for path in found] == [
-            "again.jsonl.gz",
-            "linked/deep/c.txt",
-        ]
-        assert list(FileSource(tuple(found)).documents()) == ["a", "c"]
-    (tmp_path / "data" / "part").symlink_to("../unmounted")
-    with pytest.raises(DataError, match=r"part: it is a link to \.\./unmounted, which is not"):
-        find_files([str(tmp_path / "data")])
-
-
-@pytest.mark.parametrize("name", ["missing.txt", "*.nothing", "empty"])
-def test_input_with_nothing_there_is_a_usage_error(tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty").mkdir()
-
-    with pytest.raises(UsageError, match="--input"):
-        find_files([str(tmp_path / name)])
-
-
-def test_hugging_face_dataset_gives_the_column_of_its_split(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "data").mkdir()
-    write_jsonl(tmp_path / "data" / "train.jsonl", {"text": "a", "n": 1}, {"text": None, "n": 2})
-    name = str(tmp_path / "data")
-
-    text, null = HubSource(name).documents()
-    assert text == "a"
-    assert isinstance(null, NullText)
-    assert "--split train, row 2: column 'text' is null" in null
-    with pytest.raises(DataError, match="no column 'body'. Columns: text, n"):
-        list(HubSource(name, text_column="body").documents())
-    with pytest.raises(DataError, match="cannot be loaded"):
-        list(HubSource(name, split="nowhere", streaming=True).documents())
-
-
-def test_a_stream_that_does_not_know_its_columns_is_read_and_a_wrong_one_named(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    stream = datasets.IterableDataset.from_generator(lambda: iter([{"text": "a", "n": 1}]))
-    assert stream.column_names is None
-    monkeypatch.setattr(HubSource, "_open", lambda self: stream)
-
-    assert list(HubSource("web").documents()) == ["a"]
-    with pytest.raises(DataError, match="train: no column 'body'. Columns: text, n"):
-        list(HubSource("web", text_column="body").documents())
-
-
-def test_fingerprint_of_a_local_dataset_follows_linked_folders(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "data" / "linked").symlink_to(tmp_path / "disk")
-    (tmp_path / "disk" / "a.txt").write_text("a")
-    before = HubSource(str(tmp_path / "data")).fingerprint()
-    (tmp_path / "disk" / "a.txt").write_text("b")
-    assert HubSource(str(tmp_path / "data")).fingerprint() != before
