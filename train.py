@@ -68,6 +68,7 @@ def start(args: argparse.Namespace, config: TrainingConfig, writer: WriterProces
     from utils.run.run import TrainingRun
     from utils.run.saving import SavingOptions
     from utils.start import preflight, restore
+    from utils.start.data_checks import set_special_tokens
     from utils.start.facts import build
     from utils.start.hold import hold_and_plan
     from utils.start.micro_batch import resolve_micro_batch
@@ -85,7 +86,7 @@ def start(args: argparse.Namespace, config: TrainingConfig, writer: WriterProces
     )
     config = found.config
     facts = replace(facts, config=config, step=found.step, sources=found.sources)
-    preflight.set_special_tokens(config, facts.sources, facts.model_config)
+    set_special_tokens(config, facts.sources, facts.model_config)
     if args.dry_run or found.has_failed:
         return preflight.report(facts, found, args)
     if not accelerator.is_main_process:

@@ -117,6 +117,11 @@ def _plain(value: object, depth: int) -> object:
     return value
 
 
+def two_digits(value: float) -> str:
+    """Return two digits of a number: 0.0021, 1.6, 2,700."""
+    return f"{float(f'{value:.2g}'):,g}"
+
+
 def format_bytes(count: object) -> str:
     """Return a size in binary units, `-` for what is no number."""
     size = number(count)

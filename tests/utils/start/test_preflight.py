@@ -15,6 +15,7 @@ from utils.data.shard_index import DataSource, ShardFacts, ShardIndex
 from utils.models.building import ParameterCounts
 from utils.models.estimates import MemoryEstimate
 from utils.start import machine_checks
+from utils.start.data_checks import check_tokens, check_vocabulary, require_vocabulary
 from utils.start.facts import RunFacts
 from utils.start.machine_checks import (
     check_cache,
@@ -23,12 +24,7 @@ from utils.start.machine_checks import (
     check_memory,
     find_free_memory,
 )
-from utils.start.preflight import (
-    check_settings,
-    check_tokens,
-    check_vocabulary,
-    require_vocabulary,
-)
+from utils.start.preflight import check_settings
 
 CPU = torch.device("cpu")
 GIB = 2**30
