@@ -21,25 +21,27 @@ from utils.base.text import count_of, parse_json_object
 from utils.corpus.output import describe_tokenizer
 from utils.corpus.shard_writer import get_old_json, put_json
 from utils.corpus.tokenization import Tokenizer
+from utils.data.shard_arrays import (
+    MASK_KEY,
+    find_token_key,
+    open_shard,
+    open_stored_shard,
+    read_array_blocks,
+    read_array_header,
+)
 from utils.data.shard_cache import require_in_vocabulary
 from utils.data.shard_index import (
     HEADER_THREADS,
     INDEX_FORMAT,
     INDEX_OBJECT,
-    MASK_KEY,
     PARTIAL_INDEX_FILE,
     SHARD_SUFFIX,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
-    find_token_key,
     find_tokenizer_files,
     get_json,
     is_validation_shard,
-    open_shard,
-    open_stored_shard,
     parse_index,
-    read_array_blocks,
-    read_array_header,
     read_recorded_files,
     read_shard_facts,
     read_tokenizer_files,

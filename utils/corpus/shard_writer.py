@@ -26,7 +26,8 @@ import numpy.typing as npt
 
 from utils.base.errors import DataError, StorageError
 from utils.corpus.documents import SPLITS, TRAINING, VALIDATION, TokenArray
-from utils.data.shard_index import TOKEN_KEYS, get_json, is_validation_shard
+from utils.data.shard_arrays import TOKEN_KEYS
+from utils.data.shard_index import get_json, is_validation_shard
 from utils.storage.bucket import Bucket, crc32c_of_file
 
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)

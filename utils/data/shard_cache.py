@@ -37,13 +37,8 @@ from filelock import FileLock
 
 from utils.base.console import DISK_ERRORS
 from utils.base.errors import ConfigError, ShardError, StorageError
-from utils.data.shard_index import (
-    MASK_KEY,
-    ShardFacts,
-    find_token_key,
-    open_shard,
-    read_array_blocks,
-)
+from utils.data.shard_arrays import MASK_KEY, find_token_key, open_shard, read_array_blocks
+from utils.data.shard_index import ShardFacts
 from utils.storage.bucket import Bucket, crc32c_of_file, encode_crc32c
 from utils.storage.directory import TEMPORARY_PREFIX
 from utils.storage.retrying import FIRST_RETRY_SECONDS, backoff, retry

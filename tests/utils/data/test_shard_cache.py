@@ -301,7 +301,7 @@ import sys
 from pathlib import Path
 from tests.sample_shards import CountingBucket
 from utils.data.shard_cache import ShardCache
-from utils.data.shard_index import ShardFacts
+from utils.data.shard_index import (ShardFacts)
 root, cache, name, tokens, size = sys.argv[1:]
 bucket = CountingBucket(Path(root))
 shards = [ShardFacts(f"{n}.npz", int(tokens), int(size), None) for n in range(8)]
@@ -351,7 +351,7 @@ import os, signal, sys
 from pathlib import Path
 from tests.sample_shards import CountingBucket
 from utils.data.shard_cache import ShardCache
-from utils.data.shard_index import ShardFacts
+from utils.data.shard_index import (ShardFacts)
 
 class Killer(CountingBucket):
     def fetch(self, name, scratch):
@@ -479,7 +479,7 @@ import resource, sys
 from pathlib import Path
 from utils.base.errors import StorageError
 from utils.data.shard_cache import ShardCache
-from utils.data.shard_index import ShardFacts
+from utils.data.shard_index import (ShardFacts)
 from utils.storage.directory import DirectoryBucket
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))

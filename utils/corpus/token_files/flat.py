@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from utils.base.errors import DataError
 from utils.corpus.file_kinds import HEAD_BYTES, require_no_signature
-from utils.data.shard_index import NPY_MAGIC
+from utils.data.shard_arrays import NPY_MAGIC
 
 RawArray = npt.NDArray[np.integer[Any]]
 
