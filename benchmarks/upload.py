@@ -23,9 +23,10 @@ from utils.checkpoints.journal import Journal
 from utils.checkpoints.layout import archive_object, read_manifest, sidecar_object
 from utils.storage.open import open_bucket
 from utils.uploads.archive import write_archive
+from utils.uploads.command_transports import find_gsutil
 from utils.uploads.job import UploadJob
 from utils.uploads.process import run_in_process
-from utils.uploads.transports import TransportOptions, find_gsutil
+from utils.uploads.transports import TransportOptions
 from utils.uploads.uploader import Uploader
 
 MAX_RUNS = 3

@@ -16,7 +16,7 @@ from utils.base.errors import ExitCode
 from utils.checkpoints.store import verify_checkpoint
 from utils.start import forecast
 from utils.tracking.metrics_log import read_metrics
-from utils.uploads.transports import find_gsutil
+from utils.uploads.command_transports import find_gsutil
 
 Train = Callable[..., int]
 GCS = ("data_uri=gs://corpus/data", "checkpoint_uri=gs://runs/a")

@@ -15,7 +15,8 @@ from utils.checkpoints.layout import find_checkpoints
 from utils.checkpoints.store import verify_checkpoint
 from utils.uploads import uploader
 from utils.uploads.job import UploadProgress, run_job
-from utils.uploads.transports import TransportOptions, open_transport
+from utils.uploads.transport_choice import open_transport
+from utils.uploads.transports import TransportOptions
 
 Train = Callable[..., int]
 SETTINGS = ("data_uri=mem://corpus/data", "checkpoint_uri=mem://runs/a", "save_steps=2")

@@ -87,7 +87,7 @@ from utils.tools.proofs.started_runs import (
     wait_until_gone,
 )
 from utils.uploads import process as upload_process
-from utils.uploads.transports import find_gsutil
+from utils.uploads.command_transports import find_gsutil
 
 KEEP_CHECKPOINTS = MAX_UNVERIFIED = 3
 MARK = "SOAK_UPLOADS_START"

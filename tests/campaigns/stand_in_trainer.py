@@ -41,7 +41,7 @@ from utils.checkpoints.store import apply_retention, hold_output_directory, remo
 from utils.storage.bucket import crc32c_of_bytes, fsync_directory
 from utils.uploads import process as upload_process
 from utils.uploads import uploader
-from utils.uploads.transports import TransportOptions
+from utils.uploads.transport_choice import configured_transport
 from utils.uploads.uploader import Uploader, find_unfinished
 
 GRACE_SECONDS = 2.0  # for uploads after SIGTERM
@@ -165,7 +165,7 @@ class StandIn:
             directory = self._paths.checkpoints
             remove_leftovers(directory)
             self._journal.compact()
-            options = TransportOptions.of(self._config, directory)
+            options = configured_transport(self._config, directory)
             options = replace(options, retry_seconds=RETRY_SECONDS)
             with Uploader(
                 options,

@@ -54,7 +54,8 @@ from utils.start.resume import Plan, finished_length, look_for_start, require_st
 from utils.start.step_probe import StepProbe, measure_step
 from utils.training.sharding import resolve_sharding
 from utils.training_utils import device_name
-from utils.uploads.transports import TransportOptions, probe_transport, tool_words
+from utils.uploads.transport_choice import configured_transport, probe_transport, tool_words
+from utils.uploads.transports import TransportOptions
 
 LOGGED_CHECKS = ("memory", "run", "uploading", "cost")
 
@@ -70,7 +71,7 @@ def check_upload(
     """
     if not config.checkpoint_uri:
         return None, [Check("upload", "warn", "checkpoint_uri is empty: nothing is uploaded")]
-    wanted = TransportOptions.of(config, scratch)
+    wanted = configured_transport(config, scratch)
     try:
         found, warning = probe_transport(wanted, REMOTE_FOLDER, PROBE_RETRY_SECONDS)
     except StorageError as exc:

@@ -40,13 +40,8 @@ from utils.checkpoints.layout import (
 from utils.checkpoints.views import find_sidecar_damage, read_json_part
 from utils.storage.bucket import Meter, Nowhere, ObjectInfo, map_file_error
 from utils.uploads.archive import write_archive
-from utils.uploads.transports import (
-    OpenTransport,
-    Transport,
-    TransportOptions,
-    open_transport,
-    put_bytes,
-)
+from utils.uploads.transport_choice import OpenTransport, open_transport
+from utils.uploads.transports import Transport, TransportOptions, put_bytes
 from utils.uploads.watched_command import StallTimer
 
 # A stream of what does not compress grows by less than this, and so does a tar of many files.

@@ -9,7 +9,8 @@ import time
 from dataclasses import replace
 
 from utils.base.errors import StorageError
-from utils.uploads.transports import Transport, TransportOptions, open_transport, put_bytes
+from utils.uploads.transport_choice import open_transport
+from utils.uploads.transports import Transport, TransportOptions, put_bytes
 
 TRY_BYTES = (2**20, 12 * 2**20)
 ENOUGH_SECONDS = 1.0

@@ -49,7 +49,8 @@ from utils.storage.bucket import crc32c_of_file
 from utils.storage.retrying import ARCHIVE_FACTOR, FIRST_RETRY_SECONDS, backoff
 from utils.uploads.job import ProgressReport, UploadJob, UploadResult
 from utils.uploads.process import InterruptedUploadError, run_in_process
-from utils.uploads.transports import TransportOptions, tool_words
+from utils.uploads.transport_choice import tool_words
+from utils.uploads.transports import TransportOptions
 
 UPLOAD_ATTEMPTS = 5
 JITTER = 0.5

@@ -39,7 +39,8 @@ from utils.uploads import job as job_module
 from utils.uploads import transports
 from utils.uploads.job import ProgressReport, UploadJob, UploadProgress, UploadResult, run_job
 from utils.uploads.parallel_upload import PARTS_FOLDER, parts_prefix
-from utils.uploads.transports import Transport, TransportOptions, open_transport
+from utils.uploads.transport_choice import open_transport
+from utils.uploads.transports import Transport, TransportOptions
 
 NAME = "checkpoint-epoch0-step10-files0"
 ARCHIVE, SIDECAR = archive_object(NAME), sidecar_object(NAME)

@@ -28,16 +28,10 @@ from utils.checkpoints.layout import SAVING_PREFIX
 from utils.storage import gcs
 from utils.storage.bucket import Bucket, Meter, ObjectInfo, crc32c_of_bytes
 from utils.storage.open import open_bucket
-from utils.uploads import transports
+from utils.uploads import command_transports, transport_choice, transports
 from utils.uploads.parallel_upload import put_parallel
-from utils.uploads.transports import (
-    BucketTransport,
-    Transport,
-    TransportOptions,
-    open_transport,
-    probe_transport,
-    put_bytes,
-)
+from utils.uploads.transport_choice import open_transport, probe_transport
+from utils.uploads.transports import BucketTransport, Transport, TransportOptions, put_bytes
 from utils.uploads.watched_command import START_SECONDS
 
 SMALL, BLOCK = 64 * 1024, 256 * 1024
@@ -57,6 +51,7 @@ def writer(data: bytes, step: int = 100_000) -> Callable[[IO[bytes]], None]:
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have an object of one MB be a large one."""
     monkeypatch.setattr(transports, "SMALL_BYTES", SMALL)
+    monkeypatch.setattr(command_transports, "SMALL_BYTES", SMALL)
     monkeypatch.setattr(gcs, "STREAM_CHUNK_BYTES", BLOCK)
     monkeypatch.setattr(transports, "put_parallel", partial(put_parallel, part_bytes=BLOCK))
 
@@ -515,7 +510,7 @@ def test_auto_takes_the_next_one_where_one_does_not_work_and_probes_in_a_hurry(
     def accept(options: TransportOptions, meter: Meter) -> Transport:
         return BucketTransport(TransportOptions(str(tmp_path)), meter)
 
-    monkeypatch.setitem(transports.TRANSPORTS, "gs", {"python": refuse, "gsutil": accept})
+    monkeypatch.setitem(transport_choice.TRANSPORTS, "gs", {"python": refuse, "gsutil": accept})
     found = probe("gs://runs/team", stall_seconds=77.0)
     # What it was asked for is kept; only the probe itself is in a hurry.
     assert found == (TransportOptions("gs://runs/team", "gsutil", stall_seconds=77.0), None)

@@ -26,7 +26,7 @@ from utils.remote.download import download_checkpoint
 from utils.remote.listing import choose_remote
 from utils.remote.verification import find_unconfirmed
 from utils.tools.uploads.overview import LISTING_RETRY_SECONDS, opened_bucket
-from utils.uploads.transports import TransportOptions, probe_transport
+from utils.uploads.transport_choice import configured_transport, probe_transport
 from utils.uploads.uploader import Uploader
 
 _LINE_SECONDS = 30.0
@@ -51,7 +51,7 @@ def upload(
     config: TrainingConfig, journal: Journal, checkpoints: list[Path], *, is_shown: bool
 ) -> dict[str, str]:
     """Upload checkpoints, newest first; return name -> error of those that failed."""
-    wanted = TransportOptions.of(config, journal.path.parent)
+    wanted = configured_transport(config, journal.path.parent)
     if wanted.name in ("auto", "python"):  # which one works, and whether it may make parts
         wanted, _ = probe_transport(wanted, REMOTE_FOLDER, LISTING_RETRY_SECONDS)
     uploader = Uploader(wanted, journal, compression=config.upload_compression)
