@@ -51,8 +51,8 @@ from utils.base.console import (
 from utils.base.errors import DataError, ExitCode, UsageError
 from utils.base.text import count_of, format_bytes, printable
 from utils.base.uri import local_path, require_path, require_place, split_uri
+from utils.tools.preparation.arguments import add_request_arguments
 from utils.tools.preparation.request import (
-    add_request_arguments,
     build_request,
     build_tasks,
     open_token_cache,
