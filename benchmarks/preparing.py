@@ -22,9 +22,15 @@ from benchmarks.figures import interleave, prepare_sample, ratios, spread, timed
 from configs.config_files import PROJECT_DIRECTORY
 
 PREPARE = (sys.executable, str(PROJECT_DIRECTORY / "scripts" / "prepare_data.py"))
+NO_CACHE = ("--token-cache", "off")
+PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 MEGABYTE = 10**6
 ENCODED_MB, TASKS_MB = 24, 80
-MEMORY_MB = (50, 200)
+MEMORY_MB, SHARD_TOKENS = (50, 200), 5_000_000
 
 
 def measure_prepare(folder: Path, runs: int) -> dict[str, str]:
@@ -93,45 +99,61 @@ def measure_tokenizing(tokenizer: Path, runs: int) -> dict[str, str]:
 
 
 def measure_tasks(folder: Path, tokenizer: Path, runs: int) -> dict[str, str]:
-    """Compare two tasks at once with one task, a core for the tokenizing of each."""
+    """Compare two tasks at once with one task, each on a core of its own, as a scheduler has it.
+
+    Once more on whichever core is free: a task reads text while it tokenizes what it read before,
+    so that one task alone takes more than one core.
+    """
     text, outputs = write_lines(folder / "tasks.jsonl", TASKS_MB * MEGABYTE), count()
 
-    def run(num_tasks: int) -> float:
+    def run(num_tasks: int, *, is_pinned: bool) -> float:
         output = folder / f"tasks-{next(outputs)}"
         words = ["--input", text, "--tokenizer", tokenizer, "--output", output]
         words += ["--tasks", num_tasks, "--quiet"]
         _wait([_start([*words, "--task", "tokenizer"])])
         begin = time.perf_counter()
-        _wait([_start([*words, "--task", number]) for number in range(num_tasks)])
+        cores = range(num_tasks)
+        _wait([_start([*words, "--task", core], core if is_pinned else None) for core in cores])
         return time.perf_counter() - begin
 
-    seconds = interleave({"one": partial(run, 1), "two": partial(run, 2)}, runs, warm_up=False)
-    return {
-        f"one task, {TASKS_MB} MB": spread(seconds["one"], " s"),
-        "two tasks at once": spread(seconds["two"], " s"),
-        "times as fast as one": spread(ratios(seconds["one"], seconds["two"]), "x"),
-    }
-
-
-def measure_memory(folder: Path, tokenizer: Path) -> dict[str, str]:
-    """Return the peak of host memory by the size of the text."""
     found = {}
-    for size in MEMORY_MB:
-        text, output = write_lines(folder / f"{size}.jsonl", size * MEGABYTE), folder / f"{size}"
-        process = _start(["--input", text, "--tokenizer", tokenizer, "--output", output, "--quiet"])
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        _wait([process])
-        found[f"peak host memory, {size} MB"] = f"{used.ru_maxrss / 1024:.0f} MiB"
+    for where, is_pinned in (("a core each", True), ("any core", False)):
+        ways = {f"{n} tasks": partial(run, n, is_pinned=is_pinned) for n in (1, 2)}
+        one, two = interleave(ways, runs, warm_up=False).values()
+        found[f"one task, {TASKS_MB} MB, {where}"] = spread(one, " s")
+        found[f"two tasks at once, {where}"] = spread(two, " s")
+        found[f"times as fast as one, {where}"] = spread(ratios(one, two), "x")
     return found
 
 
-def _start(words: Sequence[object]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(  # noqa: S603
-        [*PREPARE, *map(str, words), "--token-cache", "off"],
-        env={**os.environ, "RAYON_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    )
+def measure_memory(folder: Path, tokenizer: Path) -> dict[str, str]:
+    """Return the peak of host memory by the size of the text; a shard has 5 million tokens."""
+    found = {}
+    for size in MEMORY_MB:
+        text, output = write_lines(folder / f"{size}.jsonl", size * MEGABYTE), folder / f"{size}"
+        words = ["--input", text, "--tokenizer", tokenizer, "--output", output, "--quiet"]
+        words += ["--shard-tokens", SHARD_TOKENS]
+        # Of a process that is small itself: a child begins with the peak of what starts it.
+        peak = subprocess.check_output(  # noqa: S603
+            [sys.executable, "-c", PEAK, *PREPARE, *map(str, words), *NO_CACHE]
+        )
+        found[f"peak host memory, {size} MB"] = f"{int(peak) / 1024:.0f} MiB"
+    return found
+
+
+def _start(words: Sequence[object], core: int | None = None) -> subprocess.Popen[bytes]:
+    """Start prepare_data.py with one thread that tokenizes; on one core alone where one is told."""
+    everywhere = os.sched_getaffinity(0)
+    if core is not None:
+        os.sched_setaffinity(0, {sorted(everywhere)[core]})
+    try:
+        return subprocess.Popen(  # noqa: S603
+            [*PREPARE, *map(str, words), *NO_CACHE],
+            env={**os.environ, "RAYON_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        )
+    finally:
+        os.sched_setaffinity(0, everywhere)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:

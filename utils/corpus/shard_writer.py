@@ -111,7 +111,8 @@ class ShardWriter:
     def add(self, ids: TokenArray, split: str) -> None:
         """Append one document to its split; puts the shard that it fills."""
         shard = self._open[split]
-        shard.documents.append(ids)
+        # A copy: a slice would keep all that was tokenized with it until the shard is full.
+        shard.documents.append(ids.copy())
         shard.num_tokens += len(ids)
         if shard.num_tokens >= self._shard_tokens:
             self._put(split)

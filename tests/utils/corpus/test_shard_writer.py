@@ -1,3 +1,4 @@
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,17 @@ class LosingBucket(DirectoryBucket):
     def put_file(self, name: str, path: Path) -> ObjectInfo:
         path.write_bytes(path.read_bytes()[:-1])
         return super().put_file(name, path)
+
+
+def test_a_shard_that_waits_keeps_nothing_but_its_own_documents(tmp_path: Path) -> None:
+    """Documents come as slices of all that was tokenized at a time."""
+    batch = ids(*range(1000))
+    kept, writer = weakref.ref(batch), ShardWriter(DirectoryBucket(tmp_path), 1000, 100)
+    writer.add(batch[10:12], "val")
+    del batch
+    assert kept() is None
+    writer.finish()
+    assert load(tmp_path / "val_00000.npz").tolist() == [10, 11]
 
 
 def test_shard_that_arrives_changed_is_an_error(tmp_path: Path) -> None:
