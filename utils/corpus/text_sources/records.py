@@ -15,7 +15,7 @@ from utils.base.text import parse_json
 from utils.corpus.documents import NullText
 from utils.corpus.file_kinds import ONE_JSON_VALUE, ByteSpan, open_text
 from utils.corpus.text_sources.plain_text import numbered_lines
-from utils.corpus.token_files.tables import table_errors
+from utils.corpus.token_files.tables import open_parquet, table_errors
 
 MAX_JSON_BYTES = 2**30
 PARQUET_BATCH_ROWS = 256
@@ -100,13 +100,11 @@ def row_groups(path: Path) -> list[int]:
 
 def parquet_documents(path: Path, column: str, span: ByteSpan | None) -> Iterator[str]:
     """Yield a column of the rows of a Parquet file, or of the row groups that begin in a span."""
-    import pyarrow.parquet
-
     groups, skipped = None, 0
     if span is not None:
         starts = row_groups(path)
         groups = [number for number, start in enumerate(starts) if span[0] <= start < span[1]]
-    with table_errors(path, "Parquet file"), pyarrow.parquet.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         require_column(column, file.schema_arrow.names, path)
         for number in range(groups[0] if groups else 0):
             skipped += file.metadata.row_group(number).num_rows

@@ -21,6 +21,7 @@ from utils.corpus.token_files.flat import Stretch, read_head
 # Taken where no column is named and there is none of texts.
 ID_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 BATCH_ROWS = 1024
+PARQUET_BUFFER_BYTES = 2**20
 
 
 def parquet_holds_ids(path: Path, column: str) -> bool:
@@ -37,9 +38,7 @@ def parquet_holds_ids(path: Path, column: str) -> bool:
 
 def read_parquet(path: Path, column: str, token_dtype: str | None) -> Iterator[Stretch]:
     """Yield the rows of a Parquet file."""
-    import pyarrow.parquet
-
-    with table_errors(path, "Parquet file"), pyarrow.parquet.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         name = _require_ids(path, file.schema_arrow, column)
         yield from _rows(file.iter_batches(BATCH_ROWS, columns=[name]), name, path)
 
@@ -77,6 +76,19 @@ def saved_files(folder: Path) -> list[Path]:
         return [folder / file["filename"] for file in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """Open a Parquet file, a `pyarrow.parquet.ParquetFile`, that is read a little at a time.
+
+    By itself it would keep all row groups, as they lie on the disk, until it is closed.
+    """
+    import pyarrow.parquet
+
+    how = {"pre_buffer": False, "buffer_size": PARQUET_BUFFER_BYTES}
+    with table_errors(path, "Parquet file"), pyarrow.parquet.ParquetFile(path, **how) as file:
+        yield file
 
 
 @contextmanager
