@@ -31,6 +31,7 @@ GPU_SHAPE: dict[str, Any] = {
     "global_batch_size": 16,
 }
 TRAIN = (sys.executable, str(PROJECT_DIRECTORY / "train.py"))
+PREPARE = (sys.executable, str(PROJECT_DIRECTORY / "scripts" / "prepare_data.py"))
 
 
 def describe_machine() -> str:
@@ -83,8 +84,7 @@ def anonymous_bytes() -> int:
 def prepare_sample(folder: Path) -> Path:
     """Write the sample corpus as shards; return their folder."""
     data = folder / "data"
-    script = str(PROJECT_DIRECTORY / "scripts" / "prepare_data.py")
-    words = [sys.executable, script, "--sample", "--output", str(data), "--quiet"]
+    words = [*PREPARE, "--sample", "--output", str(data), "--quiet"]
     subprocess.run(words, check=True, cwd=folder)  # noqa: S603
     return data
 

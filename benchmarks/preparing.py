@@ -18,10 +18,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import interleave, prepare_sample, ratios, spread, timed
-from configs.config_files import PROJECT_DIRECTORY
+from benchmarks.figures import PREPARE, interleave, prepare_sample, ratios, spread, timed
 
-PREPARE = (sys.executable, str(PROJECT_DIRECTORY / "scripts" / "prepare_data.py"))
 NO_CACHE = ("--token-cache", "off")
 PEAK = """
 import resource, subprocess, sys

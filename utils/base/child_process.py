@@ -13,8 +13,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 NICENESS = 10
 AUTOGROUP_FILE = Path("/proc/self/autogroup")

@@ -5,7 +5,8 @@
     gsutil     the `gsutil` command: from a local archive, so that it can resume within it
     directory  a directory, also a mounted one: streams into it
 
-The last one and `python` are here. Every write names the version that it replaces. No torch here.
+`python` and `directory` are here, the commands in `command_transports.py`. Every write names the
+version that it replaces. No torch here.
 """
 
 from __future__ import annotations

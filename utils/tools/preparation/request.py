@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING
 from utils.base.errors import UsageError
 from utils.base.uri import require_path
 from utils.corpus.file_kinds import DEFAULT_COLUMN, find_files, list_names, split_column
-
-if TYPE_CHECKING:
-    from utils.corpus.documents import Source
-    from utils.corpus.prepare import CorpusOptions
-    from utils.corpus.tasks.tasks import TaskedCorpus
-    from utils.corpus.token_cache import TokenCache
 from utils.tools.preparation.arguments import (
     DEFAULT_TOKEN_CACHE,
     NO_CACHE,
     SAMPLE_VOCAB_SIZE,
     add_executor_arguments,
 )
+
+if TYPE_CHECKING:
+    from utils.corpus.documents import Source
+    from utils.corpus.prepare import CorpusOptions
+    from utils.corpus.tasks.tasks import TaskedCorpus
+    from utils.corpus.token_cache import TokenCache
 
 # Options that say how sources are read, and the sources that they are for.
 SOURCE_OPTIONS = {
